@@ -1,0 +1,1 @@
+"""Segment and classify every nucleus in cohorts of H&E whole-slide images."""

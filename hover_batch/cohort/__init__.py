@@ -1,0 +1,1 @@
+"""The cohort: which slides, where their results lie, and what is done."""

@@ -1,0 +1,129 @@
+"""Settings of a run, in frozen sections, checked on construction; the error names the flag.
+
+Each station takes its own section. Those fields that change results are part of the run key (`results_key`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self
+
+from hover_batch.errors import InputError
+
+SobelNorm = Literal["fixed", "window"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def _check(ok: bool, flag: str, value: object, rule: str) -> None:
+    if not ok:
+        raise InputError(f"--{flag} {value}: {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TissueSettings:
+    """Where to look for nuclei."""
+
+    tissue: Literal["auto", "all"] = "auto"
+    """auto: a mask from a thumbnail; all: the whole canvas. A mask from the cohort CSV goes before both."""
+    mask_mpp: float = 8.0
+    """Pixel size of the mask in µm: fine enough for a gland's edge, small enough for any slide."""
+    min_tissue_um2: float = 10_000.0
+    """Pieces and holes below this area are dropped and filled (0.01 mm²)."""
+
+    def __post_init__(self) -> None:
+        _check(self.tissue in ("auto", "all"), "tissue", self.tissue, "auto or all")
+        _check(1 <= self.mask_mpp <= 64, "mask-mpp", self.mask_mpp, "between 1 and 64 µm")
+        _check(self.min_tissue_um2 >= 0, "min-tissue-um2", self.min_tissue_um2, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferSettings:
+    """How tiles go through the network."""
+
+    unit: int = 4096
+    """Side of a unit in inference pixels: what is read, predicted and stored at once, one shard."""
+    batch: int = 8
+    """Tiles a batch; batches never mix units and the last is padded, so the shape is constant."""
+    precision: Precision = "auto"
+    """auto: bf16 where the processor computes it natively, else fp32."""
+    threads: int = 0
+    """Threads of the network on the CPU; 0 = all cores."""
+    device: str = "auto"
+    """auto: cuda where there is one; or a torch device name."""
+
+    def __post_init__(self) -> None:
+        _check(self.unit >= 256 and self.unit % 256 == 0, "unit", self.unit, "a multiple of 256")
+        _check(1 <= self.batch <= 1024, "batch", self.batch, "between 1 and 1024")
+        _check(self.precision in ("auto", "fp32", "bf16"), "precision", self.precision, "auto, fp32 or bf16")
+        _check(self.threads >= 0, "threads", self.threads, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostSettings:
+    """How maps become nuclei (FACTS: HoVerNet's reference post-processing, whose numbers are the defaults)."""
+
+    sobel_norm: SobelNorm = "fixed"
+    """fixed: the model card's constants, the same nuclei wherever seams fall; window: as the reference does."""
+    halo: int = 64
+    """Inference pixels that a region is read wider on each side; larger components are redone by themselves."""
+    max_component: int = 4096
+    """Side in inference pixels beyond which a connected component is not chased further but flagged."""
+
+    def __post_init__(self) -> None:
+        _check(self.sobel_norm in ("fixed", "window"), "sobel-norm", self.sobel_norm, "fixed or window")
+        _check(self.halo >= 0, "halo", self.halo, "0 or more")
+        _check(self.max_component >= 256, "max-component", self.max_component, "at least 256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
+    """What is left on disk beside the tables."""
+
+    discard_predictions: bool = False
+    """Remove a slide's prediction store once its table is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All of a run."""
+
+    model: str = "starter"
+    """A package: a name, a .safetensors file or a folder."""
+    tissue: TissueSettings = field(default_factory=TissueSettings)
+    infer: InferSettings = field(default_factory=InferSettings)
+    post: PostSettings = field(default_factory=PostSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as settings.toml holds them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; missing keys take their defaults, unknown ones are refused by name."""
+        sections = {
+            "tissue": TissueSettings,
+            "infer": InferSettings,
+            "post": PostSettings,
+            "output": OutputSettings,
+        }
+        known: dict[str, Any] = {}
+        for key, value in data.items():
+            if key == "model":
+                known[key] = str(value)
+            elif key in sections:
+                names = {f.name for f in fields(sections[key])}
+                unknown = sorted(set(value) - names)
+                if unknown:
+                    raise InputError(
+                        f"setting {key}.{unknown[0]} is not known; [{key}] knows {', '.join(sorted(names))}"
+                    )
+                known[key] = sections[key](**value)
+            else:
+                raise InputError(f"setting {key} is not known; known are model, {', '.join(sections)}")
+        return cls(**known)
+
+    def results_key(self) -> dict[str, Any]:
+        """The settings that change results, for the run key (the model enters it by the hash of its weights)."""
+        return {"tissue": asdict(self.tissue), "infer": asdict(self.infer), "post": asdict(self.post)}

@@ -1,0 +1,1 @@
+"""How a cohort is run; what is done for each slide stands in `hover_batch.pipeline`."""

@@ -1,0 +1,143 @@
+"""Sizes, boxes and the two pixel grids: level 0 of the slide and the inference grid.
+
+Axis order: names say x (columns) and y (rows); arrays are always (…, y, x). A pixel (i, j) covers
+[i, i+1) × [j, j+1), so its centre lies at +0.5. Level-0 position = inference position × scale, with one common
+origin: both grids start at slide (0, 0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width and height in pixels of the grid at hand."""
+
+    width: int
+    height: int
+
+    @property
+    def pixels(self) -> int:
+        return self.width * self.height
+
+    @property
+    def box(self) -> Box:
+        return Box(0, 0, self.width, self.height)
+
+
+@dataclass(frozen=True, order=True)
+class Box:
+    """Half-open rectangle [x0, x1) × [y0, y1) of whole pixels; may reach outside the canvas."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    @property
+    def width(self) -> int:
+        return max(0, self.x1 - self.x0)
+
+    @property
+    def height(self) -> int:
+        return max(0, self.y1 - self.y0)
+
+    @property
+    def empty(self) -> bool:
+        return self.width == 0 or self.height == 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width), as arrays have it."""
+        return self.height, self.width
+
+    def intersect(self, other: Box) -> Box:
+        """The common part; empty (width or height 0) where there is none."""
+        return Box(max(self.x0, other.x0), max(self.y0, other.y0), min(self.x1, other.x1), min(self.y1, other.y1))
+
+    def expand(self, margin: int) -> Box:
+        """Wider by `margin` pixels on every side; a negative one shrinks."""
+        return Box(self.x0 - margin, self.y0 - margin, self.x1 + margin, self.y1 + margin)
+
+    def contains(self, x: int, y: int) -> bool:
+        return self.x0 <= x < self.x1 and self.y0 <= y < self.y1
+
+    def contains_box(self, other: Box) -> bool:
+        return self.x0 <= other.x0 and self.y0 <= other.y0 and other.x1 <= self.x1 and other.y1 <= self.y1
+
+    def slices_in(self, frame: Box) -> tuple[slice, slice]:
+        """(y, x) slices of this box in an array that covers `frame`; the box must lie inside it."""
+        if not frame.contains_box(self):
+            raise ValueError(f"{self} does not lie inside {frame}")
+        return slice(self.y0 - frame.y0, self.y1 - frame.y0), slice(self.x0 - frame.x0, self.x1 - frame.x0)
+
+    def cells(self, side: int) -> Iterator[tuple[int, int]]:
+        """(column, row) of the cells of the grid of `side` pixels, started at (0, 0), that this box meets;
+        in raster order."""
+        if self.empty:
+            return
+        for row in range(self.y0 // side, (self.y1 - 1) // side + 1):
+            for column in range(self.x0 // side, (self.x1 - 1) // side + 1):
+                yield column, row
+
+
+def cell_box(column: int, row: int, side: int) -> Box:
+    """The cell (column, row) of the grid of `side` pixels started at (0, 0)."""
+    return Box(column * side, row * side, (column + 1) * side, (row + 1) * side)
+
+
+@dataclass(frozen=True)
+class Mpp:
+    """Pixel size in µm along x and y."""
+
+    x: float
+    y: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.x < 1000 and 0 < self.y < 1000):
+            raise ValueError(f"a pixel size must lie between 0 and 1000 µm, not {self.x} × {self.y}")
+
+
+SNAP = 0.02
+"""A slide whose pixel size is within 2 % of a power of two times the model's is not resampled by that little: the
+network does not notice 2 %, whereas interpolating at a drifting phase blurs one pixel and not the next."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The inference grid laid over level 0 of one slide.
+
+    `scale_x`, `scale_y`: level-0 pixels per inference pixel. `mpp`: the inference pixel size that results, within
+    SNAP of the model's. `size`: inference pixels that cover the canvas, the last ones perhaps in part.
+    """
+
+    level0: Size
+    scale_x: float
+    scale_y: float
+    mpp: Mpp
+    size: Size
+
+    @classmethod
+    def over(cls, level0: Size, slide_mpp: Mpp, model_mpp: float) -> Grid:
+        """Lay the grid of a model of `model_mpp` µm over a slide of `slide_mpp`."""
+        scale_x, scale_y = _snap(model_mpp / slide_mpp.x), _snap(model_mpp / slide_mpp.y)
+        return cls(
+            level0=level0,
+            scale_x=scale_x,
+            scale_y=scale_y,
+            mpp=Mpp(slide_mpp.x * scale_x, slide_mpp.y * scale_y),
+            size=Size(_cover(level0.width, scale_x), _cover(level0.height, scale_y)),
+        )
+
+
+def _snap(scale: float) -> float:
+    power = 2.0 ** round(math.log2(scale))
+    return power if abs(scale / power - 1) <= SNAP else scale
+
+
+def _cover(extent: int, scale: float) -> int:
+    # A sliver thinner than a millionth of a pixel is rounding, not slide.
+    return max(1, math.ceil(extent / scale - 1e-6))

@@ -1,0 +1,1 @@
+"""Networks and their packages: what turns RGB tiles into nucleus maps."""

@@ -1,0 +1,82 @@
+"""The channel layout of a network's output, stated once for training, inference and post-processing.
+
+One tensor (batch, channel, y, x) carries all HoVerNet branches, as in HoVer-UNet (arXiv 2311.12553, section 2):
+
+====== =============== =======================================================================
+branch channels        meaning
+====== =============== =======================================================================
+np     0, 1            logits: background, nucleus
+hv     2, 3            linear, in [-1, 1]: h (signed distance to the centroid along x), v (y)
+tp     4 … 4 + n - 1   logits of the classes in the taxonomy's order, background first
+====== =============== =======================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NP = slice(0, 2)
+HV = slice(2, 4)
+_TP_START = 4
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The layout for `n_types` classes, background included."""
+
+    n_types: int
+
+    @property
+    def tp(self) -> slice:
+        return slice(_TP_START, _TP_START + self.n_types)
+
+    @property
+    def channels(self) -> int:
+        return _TP_START + self.n_types
+
+
+@dataclass(frozen=True)
+class MapLayout:
+    """The planes of the quantised maps (plane, y, x) uint8 that inference stores and post-processing reads.
+
+    ============ ======================= =====================================================================
+    plane        index                   value
+    ============ ======================= =====================================================================
+    np           0                       min(255, floor(256·p)); nucleus ⇔ ≥ 128, exact
+    h, v         1, 2                    round(127·clip(x, -1, 1)) as a two's-complement byte (view as int8)
+    tp           3 … 3 + n - 1           round(255·p) of each class's softmax, background first; 0 where np < 64
+    hematoxylin  3 + n                   min(255, round(OD_SCALE·density)); 0 where np < 64
+    eosin        4 + n                   the same of eosin
+    ============ ======================= =====================================================================
+    """
+
+    n_types: int
+
+    NP = 0
+    H = 1
+    V = 2
+    OD_SCALE = 80
+    """Steps per unit of optical density: 255 / 80 = 3.19, beyond what a scanner resolves."""
+    NP_NUCLEUS = 128
+    NP_NEAR = 64
+    """Classes and densities are stored where np reaches this: all nuclei, and a rim for other thresholds."""
+
+    @property
+    def tp(self) -> slice:
+        return slice(3, 3 + self.n_types)
+
+    @property
+    def hematoxylin(self) -> int:
+        return 3 + self.n_types
+
+    @property
+    def eosin(self) -> int:
+        return 4 + self.n_types
+
+    @property
+    def planes(self) -> int:
+        return 5 + self.n_types
+
+    def names(self, classes: tuple[str, ...]) -> list[str]:
+        """Plane names in order, for the store's attributes."""
+        return ["np", "h", "v", *(f"tp_{name}" for name in classes), "hematoxylin", "eosin"]

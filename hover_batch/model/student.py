@@ -1,0 +1,37 @@
+"""The student: a U-Net with a Mix Vision Transformer encoder, all branches as channels of one output.
+
+Source: HoVer-UNet (Tommasino et al., arXiv 2311.12553): encoder and decoder depth 5, single decoder.
+The published weights are `smp.Unet('mit_b2', classes=10)` state dicts, and load into this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import segmentation_models_pytorch as smp
+from torch import nn
+
+from hover_batch.model.heads import Heads
+
+
+@dataclass(frozen=True)
+class StudentArch:
+    """What rebuilds the network: the encoder's name in segmentation-models-pytorch and the number of classes."""
+
+    encoder: str = "mit_b0"
+    n_types: int = 5
+
+
+def build_student(arch: StudentArch) -> nn.Module:
+    """Build the student with random weights.
+
+    The network takes (batch, 3, y, x) float RGB in [0, 1], y and x multiples of 32, and returns
+    (batch, `Heads(n_types).channels`, y, x) as `hover_batch.model.heads` lays out.
+    """
+    return smp.Unet(
+        arch.encoder,
+        encoder_depth=5,
+        encoder_weights=None,
+        in_channels=3,
+        classes=Heads(arch.n_types).channels,
+    )

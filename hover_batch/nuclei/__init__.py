@@ -1,0 +1,1 @@
+"""From maps to nuclei: regions, instances, measures, stitching, the table."""

@@ -1,0 +1,66 @@
+"""HoVerNet's targets from an instance map: nucleus pixels, horizontal and vertical distances, types.
+
+Source: Graham et al. 2019 (HoVer-Net), section 3.1; the scaling of each side by its own extreme and the rounding of
+the centroid are those of the reference implementation's `gen_instance_hv_map`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+
+@njit(cache=True, nogil=True)
+def hv_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Distance maps (2, y, x) float32 in [-1, 1], h then v, zero on the background.
+
+    `instances` (y, x) int32, 0 = background. Along each axis the distance of a pixel to its instance's rounded
+    centroid is divided by the largest one on its side, so that both ends reach -1 and 1.
+    Four passes over the pixels, whatever the number of instances.
+    """
+    height, width = instances.shape
+    n = int(instances.max()) + 1
+    count = np.zeros(n, np.int64)
+    sum_y = np.zeros(n, np.int64)
+    sum_x = np.zeros(n, np.int64)
+    for y in range(height):
+        for x in range(width):
+            i = instances[y, x]
+            if i > 0:
+                count[i] += 1
+                sum_y[i] += y
+                sum_x[i] += x
+    centre = np.zeros((n, 2), np.int64)
+    for i in range(1, n):
+        if count[i]:
+            centre[i, 0] = int(sum_x[i] / count[i] + 0.5)
+            centre[i, 1] = int(sum_y[i] / count[i] + 0.5)
+    low = np.zeros((n, 2), np.int64)
+    high = np.zeros((n, 2), np.int64)
+    for y in range(height):
+        for x in range(width):
+            i = instances[y, x]
+            if i > 0:
+                dx = x - centre[i, 0]
+                dy = y - centre[i, 1]
+                low[i, 0] = min(low[i, 0], dx)
+                high[i, 0] = max(high[i, 0], dx)
+                low[i, 1] = min(low[i, 1], dy)
+                high[i, 1] = max(high[i, 1], dy)
+    hv = np.zeros((2, height, width), np.float32)
+    for y in range(height):
+        for x in range(width):
+            i = instances[y, x]
+            if i > 0:
+                dx = x - centre[i, 0]
+                dy = y - centre[i, 1]
+                if dx < 0:
+                    hv[0, y, x] = -dx / low[i, 0]
+                elif dx > 0:
+                    hv[0, y, x] = dx / high[i, 0]
+                if dy < 0:
+                    hv[1, y, x] = -dy / low[i, 1]
+                elif dy > 0:
+                    hv[1, y, x] = dy / high[i, 1]
+    return hv
