@@ -98,7 +98,7 @@ def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
     density = -np.log((image.astype(np.float32) + 1) / 256)
     stains: NDArray[np.float32] = density @ RGB_TO_HED
     stains = stains * rng.uniform(0.7, 1.3, 3).astype(np.float32) + rng.uniform(-0.03, 0.03, 3).astype(np.float32)
-    rgb = np.exp(-(stains @ HED_TO_RGB)) * 256 - 1
+    rgb: NDArray[np.float32] = np.exp(-(stains @ HED_TO_RGB)) * 256 - 1
     return np.clip(rgb, 0, 255).astype(np.uint8)
 
 
