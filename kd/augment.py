@@ -7,6 +7,7 @@ tiles are common (hence recompression), and H and E vary independently between l
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,8 +21,8 @@ LABEL_MARGIN = 32
 the whole nucleus, as it will when tiles are predicted with a margin."""
 
 SCALE = (0.8, 1.25)
-RGB_TO_HED = hed_from_rgb.astype(np.float32)
-HED_TO_RGB = rgb_from_hed.astype(np.float32)
+RGB_TO_HED: NDArray[np.float32] = hed_from_rgb.astype(np.float32)
+HED_TO_RGB: NDArray[np.float32] = rgb_from_hed.astype(np.float32)
 
 View = tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.uint8]]
 
@@ -48,7 +49,7 @@ def random_geometry(sample: Sample, size: int, rng: np.random.Generator) -> View
     height, width = sample.instances.shape
     centre = np.array([_uniform_inside(width, reach, rng), _uniform_inside(height, reach, rng)])
 
-    def warp(array: NDArray[np.generic], side: int, interpolation: int) -> NDArray[np.generic]:
+    def warp(array: NDArray[Any], side: int, interpolation: int) -> NDArray[Any]:
         offset = centre - step @ np.array([side / 2 - 0.5, side / 2 - 0.5])
         matrix = np.hstack([step, offset[:, None]])
         border = cv2.BORDER_REFLECT_101 if interpolation != cv2.INTER_NEAREST else cv2.BORDER_CONSTANT
@@ -95,9 +96,9 @@ def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDA
 def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Scale and shift hematoxylin, eosin and the residual apart (Tellez et al. 2018; stain vectors of Ruifrok)."""
     density = -np.log((image.astype(np.float32) + 1) / 256)
-    stains = density @ RGB_TO_HED
+    stains: NDArray[np.float32] = density @ RGB_TO_HED
     stains = stains * rng.uniform(0.7, 1.3, 3).astype(np.float32) + rng.uniform(-0.03, 0.03, 3).astype(np.float32)
-    rgb = np.exp(-(stains @ HED_TO_RGB)) * 256 - 1
+    rgb: NDArray[np.float32] = np.exp(-(stains @ HED_TO_RGB)) * 256 - 1
     return np.clip(rgb, 0, 255).astype(np.uint8)
 
 

@@ -42,7 +42,7 @@ def dice_loss(probabilities: Tensor, truth: Tensor, eps: float = 1e-3) -> Tensor
 
 
 def gradient_kernels(size: int, like: Tensor) -> Tensor:
-    """The pair of derivative kernels (2, 1, size, size), along x and along y: i / (i² + j²), as the reference has them."""
+    """The derivative kernels (2, 1, size, size) along x and along y: i / (i² + j²), as the reference has them."""
     steps = torch.arange(-(size // 2), size // 2 + 1, dtype=like.dtype, device=like.device)
     v, h = torch.meshgrid(steps, steps, indexing="ij")
     norm = h * h + v * v + 1e-15

@@ -77,7 +77,8 @@ def train(config: TrainConfig) -> nn.Module:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arch = StudentArch(config.encoder, len(CONSEP.classes))
     heads = Heads(arch.n_types)
-    model = build_student(arch).to(device, memory_format=torch.channels_last)
+    model = build_student(arch).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ def train(config: TrainConfig) -> nn.Module:
         terms = student_loss(output.float(), targets, heads)
         loss = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         _average(average, model, min(config.ema_decay, (1 + step) / (10 + step)))

@@ -28,10 +28,11 @@ def build_student(arch: StudentArch) -> nn.Module:
     The network takes (batch, 3, y, x) float RGB in [0, 1], y and x multiples of 32, and returns
     (batch, `Heads(n_types).channels`, y, x) as `hover_batch.model.heads` lays out.
     """
-    return smp.Unet(
+    model: nn.Module = smp.Unet(
         arch.encoder,
         encoder_depth=5,
         encoder_weights=None,
         in_channels=3,
         classes=Heads(arch.n_types).channels,
     )
+    return model

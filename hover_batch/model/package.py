@@ -1,0 +1,165 @@
+"""Model packages: weights as safetensors with the card inside, so that one file says all that a run needs to know.
+
+The card is JSON under the key `hover_batch` of the file's metadata. Reading it needs no torch; nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hover_batch.errors import PackageError
+from hover_batch.model.heads import MapLayout
+from hover_batch.taxonomy import Taxonomy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+CARD_KEY = "hover_batch"
+FORMAT = 1
+STARTER = Path(__file__).parent.parent / "assets" / "starter.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a model is, what it saw and how well it did.
+
+    `tile_in`, `tile_out`: sides in pixels of what goes into the network and of what is kept of its output, the margin
+    being cropped. `sobel`: the four constants of `hover_batch.nuclei.watershed.SobelConstants` by name.
+    `weights_sha256`: over names, dtypes, shapes and bytes of all tensors.
+    """
+
+    name: str
+    architecture: str
+    encoder: str
+    taxonomy: Taxonomy
+    mpp: float
+    tile_in: int
+    tile_out: int
+    sobel: Mapping[str, float]
+    licence: str
+    input_scaling: str = "RGB / 255"
+    training: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    weights_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        margin = self.tile_in - self.tile_out
+        if margin < 0 or margin % 2 or self.tile_out < 32:
+            raise PackageError(f"package {self.name}: tile_in {self.tile_in} and tile_out {self.tile_out} do not fit")
+
+    @property
+    def margin(self) -> int:
+        return (self.tile_in - self.tile_out) // 2
+
+    @property
+    def layout(self) -> MapLayout:
+        return MapLayout(len(self.taxonomy.classes))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self), "taxonomy": self.taxonomy.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Card:
+        values = dict(data)
+        if values.pop("format", None) != FORMAT:
+            raise PackageError("the package was written by another version of hover-batch; export it anew")
+        values["taxonomy"] = Taxonomy.from_json(values["taxonomy"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on disk: its file, its card, and the sha256 of the whole file, which identifies it in a run."""
+
+    path: Path
+    card: Card
+    sha256: str
+
+
+def find_package(name_or_path: str) -> Package:
+    """The package that a user names: `starter`, a .safetensors file, or a folder with one such file.
+
+    Raises PackageError where there is none, or it has no card.
+    """
+    path = STARTER if name_or_path == "starter" else Path(name_or_path)
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise PackageError(f"--model {path}: the folder holds {len(found)} .safetensors files, not one")
+        path = found[0]
+    if not path.is_file():
+        raise PackageError(
+            f"--model {name_or_path}: no such package; give `starter` or the path of a .safetensors file"
+        )
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as f:
+            metadata = f.metadata() or {}
+    except SafetensorError as error:
+        raise PackageError(f"--model {path}: not a safetensors file ({error})") from error
+    if CARD_KEY not in metadata:
+        raise PackageError(f"--model {path}: no hover-batch card inside; package it with `hover-batch kd package`")
+    try:
+        card = Card.from_json(json.loads(metadata[CARD_KEY]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise PackageError(f"--model {path}: the card inside cannot be read ({error})") from error
+    with path.open("rb") as whole:
+        return Package(path, card, hashlib.file_digest(whole, "sha256").hexdigest())
+
+
+def load_network(package: Package) -> nn.Module:
+    """The network with the package's weights in float32, in evaluation mode.
+
+    Raises PackageError where tensors do not fit the architecture or do not match the card's hash.
+    """
+    from safetensors.torch import load_file
+
+    from hover_batch.model.student import StudentArch, build_student
+
+    card = package.card
+    if card.architecture != "unet":
+        raise PackageError(f"package {card.name}: architecture {card.architecture} is not known; known is unet")
+    tensors = load_file(package.path)
+    if card.weights_sha256 != tensors_sha256(tensors):
+        raise PackageError(f"package {package.path}: the weights do not match their card; fetch the file again")
+    network = build_student(StudentArch(card.encoder, len(card.taxonomy.classes)))
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise PackageError(f"package {package.path}: {str(error).splitlines()[0]}") from error
+    return network.eval().requires_grad_(False)
+
+
+def save_package(path: Path, network: nn.Module, card: Card) -> None:
+    """Write weights (floating ones as float16) and card to `path`, whole or not at all."""
+    import dataclasses
+
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: (t.to(torch.float16) if t.is_floating_point() else t).contiguous().cpu()
+        for name, t in network.state_dict().items()
+    }
+    card = dataclasses.replace(card, weights_sha256=tensors_sha256(tensors))
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={CARD_KEY: json.dumps(card.to_json(), sort_keys=True)})
+    os.replace(temporary, path)
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of the names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        array = tensors[name].numpy()
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

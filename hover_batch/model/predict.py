@@ -1,0 +1,101 @@
+"""Batch of tiles in, cropped and quantised maps out.
+
+The batch shape is constant (a short batch is padded), because a network's output for one tile may depend in its last
+bits on the batch's shape: equal settings must give equal bytes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from skimage.color import hed_from_rgb
+from torch import Tensor, nn
+
+from hover_batch.config import InferSettings, Precision
+from hover_batch.errors import InputError
+from hover_batch.model.heads import HV, NP, Heads, MapLayout
+from hover_batch.model.package import Card
+
+STAIN_FROM_OD = torch.tensor(hed_from_rgb[:, :2], dtype=torch.float32)
+"""Optical densities of R, G, B → hematoxylin and eosin (Ruifrok and Johnston 2001, as scikit-image has them)."""
+
+
+class Predictor:
+    """A network on its device, with its precision and batch shape settled."""
+
+    def __init__(self, network: nn.Module, card: Card, settings: InferSettings) -> None:
+        self.card = card
+        self.batch = settings.batch
+        self.device = _device(settings.device)
+        self.precision = resolve_precision(settings.precision, self.device)
+        if self.device.type == "cpu" and settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.network = network.to(self.device, memory_format=torch.channels_last).eval()
+
+    @torch.inference_mode()
+    def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Maps of up to `batch` tiles.
+
+        tiles: (n, tile_in, tile_in, 3) uint8 RGB. Returns (n, planes, tile_out, tile_out) uint8 as MapLayout says.
+        """
+        n = len(tiles)
+        if n < self.batch:
+            tiles = np.concatenate([tiles, np.zeros((self.batch - n, *tiles.shape[1:]), np.uint8)])
+        rgb = torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2)
+        image = rgb.float().div(255).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            output = self.network(image)
+        output = _centre(output, self.card.tile_out)
+        maps = quantise(output.float(), _centre(rgb, self.card.tile_out), self.card.layout)
+        return maps[:n].cpu().numpy()
+
+
+def _centre(planes: Tensor, side: int) -> Tensor:
+    """The central `side` × `side` pixels of (b, c, y, x); a network without padding has cropped some already."""
+    margin = (planes.shape[-1] - side) // 2
+    return planes[:, :, margin : margin + side, margin : margin + side]
+
+
+def quantise(output: Tensor, rgb: Tensor, layout: MapLayout) -> Tensor:
+    """The network's output (b, channel, y, x) float32 and the same pixels' RGB (b, 3, y, x) uint8
+    → (b, plane, y, x) uint8 as MapLayout says."""
+    nucleus = (output[:, NP].softmax(1)[:, 1:] * 256).floor().clamp(max=255)
+    near = nucleus >= layout.NP_NEAR
+    hv = (output[:, HV].clamp(-1, 1) * 127).round().to(torch.int8).view(torch.uint8)
+    types = (output[:, Heads(layout.n_types).tp].softmax(1) * 255).round() * near
+    stains = (stain_density(rgb) * layout.OD_SCALE).round().clamp(max=255) * near
+    return torch.cat([nucleus.to(torch.uint8), hv, types.to(torch.uint8), stains.to(torch.uint8)], dim=1)
+
+
+def stain_density(rgb: Tensor) -> Tensor:
+    """Hematoxylin and eosin optical density (b, 2, y, x) float32, at least 0, of RGB (b, 3, y, x) uint8.
+
+    Density is -log10((I + 1) / 256); the product with the stain matrix is written out, so that it is the same for
+    any shape of the batch.
+    """
+    red, green, blue = (-torch.log10((rgb.float() + 1) / 256)).unbind(1)
+    matrix = STAIN_FROM_OD.to(rgb.device)
+    stains = [red * matrix[0, i] + green * matrix[1, i] + blue * matrix[2, i] for i in range(2)]
+    return torch.stack(stains, 1).clamp(min=0)
+
+
+def resolve_precision(wanted: Precision, device: torch.device) -> Precision:
+    """What `auto` means here: bf16 where the hardware computes it natively, else fp32."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+    return "fp32"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error

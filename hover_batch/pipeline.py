@@ -1,0 +1,219 @@
+"""One slide's whole way, on one page: infer(unit) → post(unit) → finalize(slide).
+
+Nothing here knows who calls it: the executors decide where and when. Each step leaves its result on disk whole or not
+at all, and is not done again where its result lies: a unit's shard and marker, a region's part, the slide's slide.json.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch import __version__
+from hover_batch.cohort.layout import SlideLayout
+from hover_batch.cohort.ledger import file_sha256, write_atomically, write_first
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.config import Settings
+from hover_batch.export.pictures import densest_field, write_overlay, write_thumbnail
+from hover_batch.export.summary import slide_summary
+from hover_batch.geometry import Box, Grid
+from hover_batch.model.package import Card, Package
+from hover_batch.model.predict import Predictor
+from hover_batch.nuclei.stitch import nuclei_of_region
+from hover_batch.nuclei.table import TableContext, merge_parts, to_arrow, write_part
+from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.slide.reader import SlideInfo, SlideReader
+from hover_batch.slide.tiles import Unit, plan_units
+from hover_batch.slide.tissue import TissueMask, tissue_mask
+from hover_batch.store import PredictionStore
+
+READ_BLOCK = 1024
+"""Kept inference pixels that are read at once: large enough for the JPEG tiles beneath, small enough for memory."""
+
+OVERLAY_SIDE = 2048
+"""Side in level-0 pixels of the field that the overlay shows."""
+THUMBNAIL_SIDE = 1024
+
+
+class Seconds:
+    """Wall time by stage."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to `stage`."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.totals[stage] = self.totals.get(stage, 0.0) + time.monotonic() - started
+
+    def add(self, other: Seconds) -> None:
+        for stage, seconds in other.totals.items():
+            self.totals[stage] = self.totals.get(stage, 0.0) + seconds
+
+
+@dataclass(frozen=True)
+class SlideWork:
+    """What is known of a slide before its first pixel is predicted."""
+
+    record: SlideRecord
+    info: SlideInfo
+    grid: Grid
+    mask: TissueMask
+    units: tuple[Unit, ...]
+    package: Package
+    settings: Settings
+    layout: SlideLayout
+
+    @property
+    def card(self) -> Card:
+        return self.package.card
+
+    @property
+    def context(self) -> TableContext:
+        return TableContext(
+            slide_id=self.record.slide_id,
+            taxonomy=self.card.taxonomy,
+            grid=self.grid,
+            slide_mpp=self.info.mpp,
+            mpp_source=self.info.mpp_source,
+            bounds=self.info.bounds,
+            model_id=self.card.name,
+            model_sha256=self.package.sha256,
+            software_version=__version__,
+        )
+
+
+def survey(
+    reader: SlideReader, record: SlideRecord, package: Package, settings: Settings, layout: SlideLayout
+) -> SlideWork:
+    """Lay the grid, find the tissue and cut it into units."""
+    grid = Grid.over(reader.info.level0, reader.info.mpp, package.card.mpp)
+    mask = tissue_mask(reader, record, settings.tissue)
+    units = plan_units(grid, mask, settings.infer.unit, package.card.tile_out)
+    return SlideWork(record, reader.info, grid, mask, units, package, settings, layout)
+
+
+def open_store(work: SlideWork) -> PredictionStore:
+    """The slide's store, made where it is not there yet."""
+    card = work.card
+    return PredictionStore.create(
+        work.layout.predictions,
+        work.grid.size,
+        card.layout.planes,
+        work.settings.infer.unit,
+        {
+            "mpp": [work.grid.mpp.x, work.grid.mpp.y],
+            "level0_per_pixel": [work.grid.scale_x, work.grid.scale_y],
+            "level0_size": [work.grid.level0.width, work.grid.level0.height],
+            "planes": card.layout.names(tuple(c.name for c in card.taxonomy.classes)),
+            "od_scale": card.layout.OD_SCALE,
+            "model": card.to_json(),
+            "model_sha256": work.package.sha256,
+        },
+    )
+
+
+def infer(unit: Unit, work: SlideWork, reader: SlideReader, predictor: Predictor, store: PredictionStore) -> Seconds:
+    """Predict a unit's tiles, write its shard, then its marker.
+
+    A shard found without a marker was written by a run that died in between: it is adopted.
+    """
+    seconds = Seconds()
+    digest = store.shard_sha256(unit.box)
+    if digest is None:
+        maps = np.zeros((work.card.layout.planes, *unit.box.shape), np.uint8)
+        for tiles, pixels in _batches(unit, work, reader, predictor.batch, seconds):
+            with seconds.of("infer"):
+                predicted = predictor.predict(pixels)
+            for tile, tile_maps in zip(tiles, predicted, strict=True):
+                inside = tile.intersect(unit.box)
+                rows, columns = inside.slices_in(unit.box)
+                tile_rows, tile_columns = inside.slices_in(tile)
+                maps[:, rows, columns] = tile_maps[:, tile_rows, tile_columns]
+        with seconds.of("write"):
+            digest = store.write(unit.box, maps)
+    marker = {"unit": unit.unit_id, "tiles": len(unit.tiles), "shard_sha256": digest}
+    write_first(work.layout.unit_marker(unit.unit_id), json.dumps(marker, sort_keys=True).encode())
+    return seconds
+
+
+def _batches(
+    unit: Unit, work: SlideWork, reader: SlideReader, size: int, seconds: Seconds
+) -> Iterator[tuple[list[Box], NDArray[np.uint8]]]:
+    """The unit's tiles, `size` at a time: their kept boxes and the pixels (n, tile_in, tile_in, 3) uint8 to predict."""
+    card = work.card
+    boxes: list[Box] = []
+    pixels: list[NDArray[np.uint8]] = []
+    blocks: dict[tuple[int, int], list[Box]] = {}
+    for tile in unit.tiles:
+        blocks.setdefault((tile.y0 // READ_BLOCK, tile.x0 // READ_BLOCK), []).append(tile)
+    for tiles in blocks.values():
+        x0, y0 = min(t.x0 for t in tiles), min(t.y0 for t in tiles)
+        x1, y1 = max(t.x1 for t in tiles), max(t.y1 for t in tiles)
+        block = Box(x0, y0, x1, y1).expand(card.margin)
+        with seconds.of("read"):
+            image = reader.read(block, work.grid)
+        for tile in tiles:
+            boxes.append(tile)
+            pixels.append(image[tile.expand(card.margin).slices_in(block)])
+            if len(boxes) == size:
+                yield boxes, np.stack(pixels)
+                boxes, pixels = [], []
+    if boxes:
+        yield boxes, np.stack(pixels)
+
+
+def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
+    """The nuclei that the unit's core owns, as a part of the table. Needs the maps of the units around it."""
+    seconds = Seconds()
+    settings = work.settings.post
+    constants = SobelConstants(**work.card.sobel) if settings.sobel_norm == "fixed" else None
+    with seconds.of("post"):
+        nuclei = nuclei_of_region(store.read, unit.box, work.card.layout, settings, constants)
+        write_part(work.layout.part(unit.unit_id), to_arrow(nuclei, work.context))
+    return seconds
+
+
+def finalize(work: SlideWork, reader: SlideReader, run_key: str, seconds: Seconds) -> dict[str, object]:
+    """Merge the parts into nuclei.parquet, draw the pictures, and write slide.json last. Returns the summary row."""
+    layout, record = work.layout, work.record
+    with seconds.of("finalize"):
+        keep = work.mask.contains if work.mask.given else None
+        parts = [(unit.row, layout.part(unit.unit_id)) for unit in work.units]
+        merged = merge_parts(parts, layout.nuclei, work.context, keep)
+        work.mask.write_geojson(layout.tissue)
+        write_thumbnail(layout.thumbnail, reader.thumbnail(THUMBNAIL_SIDE), work.mask.polygons(), work.grid.level0)
+        field = densest_field(layout.nuclei, OVERLAY_SIDE, work.grid.level0)
+        write_overlay(layout.overlay, *_field_image(reader, field), layout.nuclei, work.card.taxonomy)
+    write_atomically(layout.timings, json.dumps(seconds.totals, sort_keys=True, indent=2).encode())
+    summary = slide_summary(
+        layout.nuclei, record, work.card.taxonomy, work.mask.area_mm2(work.info.mpp), seconds.totals
+    )
+    slide_json = {
+        "run_key": run_key,
+        "slide_id": record.slide_id,
+        "nuclei": merged.n_nuclei,
+        "nuclei_sha256": file_sha256(layout.nuclei),
+        "seam_uncertain": merged.seam_uncertain,
+        "units": len(work.units),
+        "tiles": sum(len(u.tiles) for u in work.units),
+        "mpp": [work.info.mpp.x, work.info.mpp.y],
+        "inference_mpp": [work.grid.mpp.x, work.grid.mpp.y],
+        "warnings": list(work.info.warnings),
+        "summary": summary,
+    }
+    write_atomically(layout.slide_json, json.dumps(slide_json, sort_keys=True, indent=2).encode())
+    if work.settings.output.discard_predictions:
+        shutil.rmtree(layout.predictions)
+    return summary

@@ -1,0 +1,110 @@
+"""The prediction store: one zarr v3 array (plane, y, x) uint8 a slide, one shard a unit.
+
+Two writers inside one shard lose data, so a writer hands over a whole unit at once; and the first to write a shard
+wins, so that a late one cannot change what neighbours have read. Shards that hold only zeros are not written at all:
+only a unit's marker (see `hover_batch.cohort.ledger`) says that it is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import Store
+from zarr.codecs import ZstdCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+from hover_batch.geometry import Box, Size
+
+CHUNK = 512
+
+
+class _FirstWriterWins(LocalStore):
+    """A local store whose shards, once there, are never replaced, and are on disk when `set` returns."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        if not key.startswith("c/"):
+            await super().set(key, value)
+            return
+        await super().set_if_not_exists(key, value)
+        with (self.root / key).open("rb") as shard:
+            os.fsync(shard.fileno())
+
+    async def delete(self, key: str) -> None:
+        # zarr deletes a shard that is overwritten with zeros; here the first one stays.
+        if not key.startswith("c/"):
+            await super().delete(key)
+
+
+class PredictionStore:
+    """Maps of one slide. Coordinates are inference pixels; outside of the canvas all planes are zero."""
+
+    def __init__(self, array: zarr.Array[Any], path: Path) -> None:
+        self.array = array
+        self.path = path
+        self.canvas = Size(array.shape[2], array.shape[1]).box
+
+    @classmethod
+    def create(cls, path: Path, size: Size, planes: int, unit: int, attributes: Mapping[str, Any]) -> PredictionStore:
+        """Make an empty store of `size` inference pixels, or open the one that is there.
+
+        `attributes`: mpp, scale, plane names and the model card, for those who read the store without this package.
+        """
+        if (path / "zarr.json").exists():
+            return cls.open(path)
+        chunk = CHUNK if unit % CHUNK == 0 else unit
+        array = zarr.create_array(
+            _FirstWriterWins(path),
+            shape=(planes, size.height, size.width),
+            shards=(planes, unit, unit),
+            chunks=(1, chunk, chunk),
+            dtype="uint8",
+            fill_value=0,
+            compressors=ZstdCodec(level=1),
+            attributes=dict(attributes),
+            dimension_names=("plane", "y", "x"),
+            zarr_format=3,
+        )
+        return cls(array, path)
+
+    @classmethod
+    def open(cls, path: Path) -> PredictionStore:
+        """Open a store for reading and writing of units."""
+        store: Store = _FirstWriterWins(path)
+        return cls(zarr.open_array(store, mode="r+"), path)
+
+    def write(self, box: Box, maps: NDArray[np.uint8]) -> str | None:
+        """Write a whole unit: `box` clipped to the canvas, `maps` (plane, y, x) of that shape.
+
+        Returns the sha256 of the shard that lies there now, None where it holds only zeros.
+        """
+        self.array[:, box.y0 : box.y1, box.x0 : box.x1] = maps
+        return self.shard_sha256(box)
+
+    def shard_sha256(self, box: Box) -> str | None:
+        """Hash of the shard of the unit at `box`, None where there is none."""
+        _, height, width = self.array.shards or self.array.chunks
+        try:
+            with (self.path / "c" / "0" / str(box.y0 // height) / str(box.x0 // width)).open("rb") as shard:
+                return hashlib.file_digest(shard, "sha256").hexdigest()
+        except FileNotFoundError:
+            return None
+
+    def read(self, box: Box) -> NDArray[np.uint8]:
+        """Maps (plane, y, x) uint8 of any box, zero outside of the canvas and where nothing was predicted."""
+        inside = box.intersect(self.canvas)
+        planes = self.array.shape[0]
+        if inside == box:
+            return np.asarray(self.array[:, box.y0 : box.y1, box.x0 : box.x1])
+        maps = np.zeros((planes, *box.shape), np.uint8)
+        if not inside.empty:
+            rows, columns = inside.slices_in(box)
+            maps[:, rows, columns] = self.array[:, inside.y0 : inside.y1, inside.x0 : inside.x1]
+        return maps
