@@ -202,8 +202,8 @@ def _slope(sobel: NDArray[np.float64], low: float, high: float) -> NDArray[np.fl
 def _markers(inside: NDArray[np.bool_]) -> NDArray[np.int32]:
     """Labels (y, x) int32 of the markers: holes filled, opened by the 5×5 ellipse, pieces of MIN_PIXELS or more."""
     marker = inside.view(np.uint8)
-    outside = cv2.copyMakeBorder(marker, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
-    cv2.floodFill(outside, None, (0, 0), 1, flags=4)
+    outside = cv2.copyMakeBorder(marker, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(0,))
+    cv2.floodFill(outside, None, (0, 0), (1,), flags=4)
     filled = marker | (outside[1:-1, 1:-1] == 0)
     opened = cv2.morphologyEx(filled, cv2.MORPH_OPEN, _ELLIPSE)
     _, labels, stats, _ = cv2.connectedComponentsWithStats(opened, connectivity=4, ltype=cv2.CV_32S)
