@@ -1,4 +1,4 @@
-"""Progress of a cohort on stderr: a bar for the slides and one for the stage at hand, plain lines where no terminal is."""
+"""Progress of a cohort on stderr: bars for the slides and the stage at hand, plain lines where no terminal is."""
 
 from __future__ import annotations
 
