@@ -179,9 +179,8 @@ def segment(
         )
         from hover_batch.segment import run_segment
 
-        outcome = run_segment(
-            cohort, output, settings, skip_invalid=skip_invalid, force=force, command=" ".join(sys.argv[1:])
-        )
+        source = cohort if cohort is not None else str(_example(output))
+        outcome = run_segment(source, output, settings, skip_invalid=skip_invalid, force=force, command=sys.argv[1:])
     for line in outcome.closing_lines():
         typer.echo(line)
     raise typer.Exit(outcome.exit_code)
@@ -202,9 +201,24 @@ def plan(
         if cohort is None:
             raise InputError("give a COHORT: a CSV, a folder of slides or a glob")
         settings = _settings(config, model=model)
-        from hover_batch.plan import print_plan
+        from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
+        from hover_batch.model.package import find_package
+        from hover_batch.plan import plan_cohort
 
-        raise typer.Exit(print_plan(cohort, settings, skip_invalid=skip_invalid))
+        package = find_package(settings.model)
+        planned = plan_cohort(read_cohort(cohort), package.card)
+        if not skip_invalid:
+            raise_if_faulty(planned.cohort)
+        for line in planned.lines(settings, package.card):
+            typer.echo(line)
+    raise typer.Exit(planned.exit_code)
+
+
+def _example(output: Path) -> Path:
+    from hover_batch.cohort.layout import RunLayout
+    from hover_batch.slide.example import write_example
+
+    return write_example(RunLayout(output).example)
 
 
 def _settings(config: Path | None, **given: Any) -> Settings:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,6 @@ from hover_batch.cohort.durable import sha256_file, to_json, write_atomically, w
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
-from hover_batch.errors import SlideError
 from hover_batch.export.pictures import densest_field, write_overlay, write_thumbnail
 from hover_batch.export.summary import slide_summary
 from hover_batch.geometry import Box, Grid
@@ -124,21 +124,6 @@ def open_store(work: SlideWork) -> PredictionStore:
     )
 
 
-def claim(work: SlideWork, run_key: str) -> None:
-    """Take the slide's folder for results of `run_key`.
-
-    Raises SlideError where it holds unfinished results of another key, which cannot be mixed with ours.
-    """
-    for folder in (work.layout.markers, work.layout.parts):
-        folder.mkdir(parents=True, exist_ok=True)
-    mine = to_json({"run_key": run_key})
-    if not write_first(work.layout.key_json, mine) and work.layout.key_json.read_bytes() != mine:
-        raise SlideError(
-            f"{work.layout.folder} holds unfinished results of another state of this slide (its file, mpp or mask "
-            "changed since); remove that folder, or give --force to start the whole run anew"
-        )
-
-
 def inferred(unit: Unit, work: SlideWork) -> bool:
     """Whether the unit's maps are in the store."""
     return work.layout.marker(unit.column, unit.row).exists()
@@ -218,8 +203,8 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     return seconds
 
 
-def finalize(work: SlideWork, reader: SlideReader, run_key: str, seconds: Seconds) -> int:
-    """Merge the parts into nuclei.parquet, draw the pictures, and write slide.json last. Returns their number."""
+def finalize(work: SlideWork, reader: SlideReader, seconds: Seconds) -> dict[str, Any]:
+    """Merge the parts into nuclei.parquet and draw the pictures. Returns what slide.json says, the summary among it."""
     layout, record = work.layout, work.record
     with seconds.of("finalize"):
         keep = work.mask.contains if work.mask.given else None
@@ -231,12 +216,7 @@ def finalize(work: SlideWork, reader: SlideReader, run_key: str, seconds: Second
         level0 = Grid.over(work.grid.level0, work.info.mpp, work.info.mpp.x)
         write_overlay(layout.overlay_jpg, reader.read(field, level0), field, layout.nuclei_parquet, work.card.taxonomy)
     write_atomically(layout.timings_json, to_json(seconds.totals))
-    summary = slide_summary(
-        layout.nuclei_parquet, record, work.card.taxonomy, work.mask.area_mm2(work.info.mpp), seconds.totals
-    )
-    slide_json = {
-        "run_key": run_key,
-        "slide_id": record.slide_id,
+    return {
         "nuclei": merged.nuclei,
         "nuclei_sha256": sha256_file(layout.nuclei_parquet),
         "seam_uncertain": merged.seam_uncertain,
@@ -245,9 +225,12 @@ def finalize(work: SlideWork, reader: SlideReader, run_key: str, seconds: Second
         "mpp": [work.info.mpp.x, work.info.mpp.y],
         "inference_mpp": [work.grid.mpp.x, work.grid.mpp.y],
         "warnings": list(work.info.warnings),
-        "summary": summary,
+        "summary": slide_summary(
+            layout.nuclei_parquet, record, work.card.taxonomy, work.mask.area_mm2(work.info.mpp), seconds.totals
+        ),
     }
-    write_atomically(layout.slide_json, to_json(slide_json))
-    if work.settings.output.discard_predictions:
-        shutil.rmtree(layout.predictions_zarr)
-    return merged.nuclei
+
+
+def discard_predictions(work: SlideWork) -> None:
+    """Remove the slide's store; only once slide.json is there, for a table is made from it."""
+    shutil.rmtree(work.layout.predictions_zarr, ignore_errors=True)

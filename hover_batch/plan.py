@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 from hover_batch.cohort.manifest import Cohort, Fault
 from hover_batch.cohort.record import SlideRecord
+from hover_batch.config import Settings
 from hover_batch.errors import InputError, SlideError
 from hover_batch.geometry import Grid
 from hover_batch.model.package import Card
 from hover_batch.slide.reader import SlideInfo, peek
 from hover_batch.slide.tissue import check_mask
 
-STORE_BYTES_PER_PIXEL = 2.0
+STORE_BYTES_PER_PIXEL = 3.0
 """Compressed size of all planes per predicted pixel of dense tissue."""
-TILE_SECONDS = {"cpu": 0.06, "cuda": 0.001}
-"""Rough network time per 256² pixels kept, for the estimate only."""
+MPX_PER_CORE_SECOND = 0.5
+"""Inference pixels that one core takes through the whole way, for the estimate only."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,49 @@ class PlannedSlide:
 
 @dataclass(frozen=True)
 class Plan:
-    """`faults` can be mended by the user and stop the run; `unreadable` files become failures of the run."""
+    """`cohort` is the one that was read, with the faults of headers and masks added and their records taken out.
 
+    `unreadable`: records (still in the cohort) whose file cannot be opened, with the reason. They are no fault of the
+    CSV, and become failures of the run.
+    """
+
+    cohort: Cohort
     slides: tuple[PlannedSlide, ...]
     unreadable: tuple[tuple[SlideRecord, str], ...]
-    faults: tuple[Fault, ...]
 
-    def raise_if_faulty(self) -> None:
-        """One InputError that lists every fault of every row."""
-        if self.faults:
-            lines = [f"  row {f.row}, {f.subject}: {f.message}" for f in self.faults]
-            raise InputError(
-                f"{len(self.faults)} fault{'s' if len(self.faults) > 1 else ''} in the cohort; nothing was run:\n"
-                + "\n".join(lines)
-                + "\nMend these rows, or give --skip-invalid to run the others and list these in failures.csv."
+    @property
+    def exit_code(self) -> int:
+        """As the run's would be: 3 with unreadable or faulty slides, 4 with no other."""
+        if not self.unreadable and not self.cohort.faults:
+            return 0
+        return 3 if self.slides else 4
+
+    def lines(self, settings: Settings, card: Card) -> list[str]:
+        """The plan in words. Tissue is found in the run, so that all figures are upper bounds: the whole canvas."""
+        lines = [f"{self.cohort.source}: {len(self.slides)} slides to run with model {card.name}"]
+        lines += [f"  warning: {w}" for w in self.cohort.warnings]
+        for slide in self.slides:
+            size, grid = slide.info.level0, slide.grid
+            lines.append(
+                f"  {slide.record.slide_id}: {size.width} × {size.height} px at {slide.info.mpp.x:g} µm "
+                f"→ {grid.size.width} × {grid.size.height} at {grid.mpp.x:g} µm, ≤ {slide.tiles:,} tiles"
             )
+            lines += [f"    warning: {w}" for w in slide.info.warnings]
+        lines += [f"  {record.slide_id}: will fail: {reason}" for record, reason in self.unreadable]
+        lines += [f"  row {fault.row}: left out: {fault.message}" for fault in self.cohort.faults]
+        pixels = sum(slide.pixels for slide in self.slides)
+        cores = settings.infer.threads or os.cpu_count() or 1
+        seconds = pixels / 1e6 / MPX_PER_CORE_SECOND / cores
+        store = 0.0 if settings.output.discard_predictions else pixels * STORE_BYTES_PER_PIXEL
+        lines.append(
+            f"at most: {sum(slide.tiles for slide in self.slides):,} tiles, {pixels / 1e6:,.0f} Mpx, "
+            f"{store / 1e9:.1f} GB of prediction stores, about {seconds / 60:.0f} min on {cores} cores"
+        )
+        return lines
 
 
 def plan_cohort(cohort: Cohort, card: Card) -> Plan:
-    """Read every header and mask, and collect all faults, those of the rows among them."""
+    """Read every header and mask."""
     slides: list[PlannedSlide] = []
     unreadable: list[tuple[SlideRecord, str]] = []
     faults = list(cohort.faults)
@@ -73,4 +98,10 @@ def plan_cohort(cohort: Cohort, card: Card) -> Plan:
         grid = Grid.over(info.level0, info.mpp, card.mpp)
         tiles = sum(1 for _ in grid.size.box.cells(card.tile_out))
         slides.append(PlannedSlide(record, info, grid, tiles))
-    return Plan(tuple(slides), tuple(unreadable), tuple(sorted(faults, key=lambda f: f.row)))
+    faulty = {fault.row for fault in faults}
+    checked = replace(
+        cohort,
+        records=tuple(r for r in cohort.records if r.row not in faulty),
+        faults=tuple(sorted(faults, key=lambda fault: fault.row)),
+    )
+    return Plan(checked, tuple(slides), tuple(unreadable))

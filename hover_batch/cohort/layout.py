@@ -4,7 +4,7 @@
 
     out/
       run.json  settings.toml  versions.json  slides.csv  failures.csv  summary.csv  summary.parquet
-      logs/events.jsonl
+      logs/events.jsonl   example/ (with --example)
       slides/<slide_id>/
         key.json            the run key that this slide's unfinished work belongs to
         markers/            one file a unit: its shard is complete
@@ -119,6 +119,11 @@ class RunLayout:
     def lock(self) -> Path:
         """Locked while a run writes here; the file itself stays."""
         return self.root / ".lock"
+
+    @property
+    def example(self) -> Path:
+        """The slides of `--example`, with their cohort.csv."""
+        return self.root / "example"
 
     @property
     def run_json(self) -> Path:

@@ -8,14 +8,25 @@ import traceback
 from collections.abc import Sequence
 from functools import cached_property
 
-from hover_batch.cohort.ledger import Ledger
+from hover_batch.cohort.ledger import Ledger, run_key
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
 from hover_batch.errors import HoverBatchError
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.model.package import Package, load_network
 from hover_batch.model.predict import Predictor
-from hover_batch.pipeline import Seconds, claim, finalize, infer, inferred, open_store, post, posted, survey
+from hover_batch.nuclei.table import SCHEMA_VERSION
+from hover_batch.pipeline import (
+    Seconds,
+    discard_predictions,
+    finalize,
+    infer,
+    inferred,
+    open_store,
+    post,
+    posted,
+    survey,
+)
 from hover_batch.slide.reader import open_slide
 
 
@@ -49,51 +60,49 @@ class LocalExecutor:
                     ) from error
                 expected = isinstance(error, HoverBatchError)
                 reason = str(error) if expected else f"{type(error).__name__}: {error}"
-                self.ledger.record_failure(record, self._stage, reason)
-                self.ledger.events.append(
-                    "slide_failed",
-                    slide_id=record.slide_id,
-                    stage=self._stage,
-                    reason=reason,
-                    trace="" if expected else traceback.format_exc(),
-                )
+                self.ledger.record_failure(record.slide_id, record.row, record.path, self._stage, reason)
+                if not expected:
+                    self.ledger.events.append("traceback", slide_id=record.slide_id, text=traceback.format_exc())
                 self.progress.slide_failed(record.slide_id, reason)
 
     def _slide(self, record: SlideRecord) -> None:
         started, seconds = time.monotonic(), Seconds()
         events, progress = self.ledger.events, self.progress
         with open_slide(record) as reader:
-            key = self.ledger.slide_key(reader.info.fingerprint)
-            done = self.ledger.finished(record.slide_id, key)
-            if done is not None:
-                progress.slide_done(record.slide_id, done, 0.0, " (done before)")
+            key = run_key(self.package.sha256, self.settings.results_key(), reader.info.fingerprint, SCHEMA_VERSION)
+            slide_id = record.slide_id
+            if self.ledger.slide_done(slide_id, key):
+                progress.slide_skipped(slide_id)
                 return
-            self._stage = "tissue"
+            layout = self.ledger.open_slide(slide_id, key)
+            events.append("slide_started", slide_id=slide_id)
             for warning in reader.info.warnings:
-                progress.say(f"{record.slide_id}: {warning}")
-            events.append("slide_started", slide_id=record.slide_id)
+                progress.say(f"{slide_id}: {warning}")
+
+            self._stage = "tissue"
             with seconds.of("tissue"):
-                work = survey(reader, record, self.package, self.settings, self.ledger.layout.slide(record.slide_id))
-            claim(work, key)
+                work = survey(reader, record, self.package, self.settings, layout)
             store = open_store(work)
 
             self._stage = "inference"
-            progress.start_stage(record.slide_id, "inference, tiles", sum(len(u.tiles) for u in work.units))
+            progress.start_stage(slide_id, "inference, tiles", sum(len(u.tiles) for u in work.units))
             for unit in work.units:
-                if not inferred(unit, work):
-                    seconds.add(infer(unit, work, reader, self.predictor, store, progress.advance))
-                    events.append("unit_done", slide_id=record.slide_id, unit=unit.unit_id)
-                else:
+                if inferred(unit, work):
                     progress.advance(len(unit.tiles))
+                    continue
+                seconds.add(infer(unit, work, reader, self.predictor, store, progress.advance))
+                events.append("unit_done", slide_id=slide_id, column=unit.column, row=unit.row)
 
             self._stage = "post-processing"
-            progress.start_stage(record.slide_id, "post-processing, regions", len(work.units))
+            progress.start_stage(slide_id, "post-processing, regions", len(work.units))
             for unit in work.units:
                 if not posted(unit, work):
                     seconds.add(post(unit, work, store))
                 progress.advance(1)
 
             self._stage = "tables"
-            nuclei = finalize(work, reader, key, seconds)
-        events.append("slide_done", slide_id=record.slide_id, nuclei=nuclei)
-        progress.slide_done(record.slide_id, nuclei, time.monotonic() - started)
+            values = finalize(work, reader, seconds)
+            self.ledger.write_slide_json(slide_id, key, values)
+            if self.settings.output.discard_predictions:
+                discard_predictions(work)
+        progress.slide_done(slide_id, values["nuclei"], time.monotonic() - started)

@@ -10,14 +10,14 @@ from skimage.color.colorconv import hed_from_rgb
 from torch import nn
 
 from hover_batch.config import InferSettings
+from hover_batch.errors import InputError
 from hover_batch.model.heads import Heads, MapLayout
 from hover_batch.model.package import Card
-from hover_batch.model.predict import Predictor, quantise, resolve_precision, stain_density
+from hover_batch.model.predict import Predictor, quantise, resolve, stain_density
 from hover_batch.model.student import StudentArch, build_student
 from hover_batch.taxonomy import CONSEP
 
 LAYOUT = MapLayout(5)
-CPU = torch.device("cpu")
 
 
 def output_of(nucleus: float, h: float = 0.0, v: float = 0.0) -> torch.Tensor:
@@ -78,6 +78,13 @@ def test_a_short_batch_is_padded_and_tiles_do_not_see_each_other() -> None:
     assert np.array_equal(predictor.predict(tiles[:1])[0], both[0])
 
 
-def test_auto_precision_is_one_that_the_processor_has() -> None:
-    assert resolve_precision("auto", CPU) in ("fp32", "bf16")
-    assert resolve_precision("fp32", CPU) == "fp32"
+def test_auto_is_settled_before_a_run_and_the_rest_kept() -> None:
+    settled = resolve(InferSettings(batch=3))
+    assert settled.precision in ("fp32", "bf16") and settled.device.split(":")[0] in ("cpu", "cuda")
+    assert settled.batch == 3
+    assert resolve(InferSettings(precision="fp32", device="cpu")) == InferSettings(precision="fp32", device="cpu")
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InputError, match="--device"):
+        resolve(InferSettings(device="cuda:77"))
