@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 
 from hover_batch.cohort.manifest import Cohort, Fault
 from hover_batch.cohort.record import SlideRecord
