@@ -21,7 +21,7 @@ from hover_batch.cohort.durable import sha256_file, to_json, write_atomically, w
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
-from hover_batch.export.pictures import densest_field, write_overlay, write_thumbnail
+from hover_batch.export.pictures import View, densest_field, write_overlay, write_thumbnail
 from hover_batch.export.summary import slide_summary
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.package import Card, Package
@@ -211,10 +211,7 @@ def finalize(work: SlideWork, reader: SlideReader, seconds: Seconds) -> dict[str
         parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]
         merged = merge_parts(parts, layout.nuclei_parquet, work.context, keep)
         work.mask.write_geojson(layout.tissue_geojson)
-        write_thumbnail(layout.thumbnail_jpg, reader.thumbnail(THUMBNAIL_SIDE), work.mask.polygons(), work.grid.level0)
-        field = densest_field(layout.nuclei_parquet, OVERLAY_SIDE, work.grid.level0)
-        level0 = Grid.over(work.grid.level0, work.info.mpp, work.info.mpp.x)
-        write_overlay(layout.overlay_jpg, reader.read(field, level0), field, layout.nuclei_parquet, work.card.taxonomy)
+        _draw(work, reader)
     write_atomically(layout.timings_json, to_json(seconds.totals))
     return {
         "nuclei": merged.nuclei,
@@ -226,9 +223,27 @@ def finalize(work: SlideWork, reader: SlideReader, seconds: Seconds) -> dict[str
         "inference_mpp": [work.grid.mpp.x, work.grid.mpp.y],
         "warnings": list(work.info.warnings),
         "summary": slide_summary(
-            layout.nuclei_parquet, record, work.card.taxonomy, work.mask.area_mm2(work.info.mpp), seconds.totals
+            record,
+            work.card.taxonomy,
+            status="done",
+            nuclei=layout.nuclei_parquet,
+            tissue_mm2=work.mask.area_mm2(work.info.mpp),
+            seconds=seconds.totals,
         ),
     }
+
+
+def _draw(work: SlideWork, reader: SlideReader) -> None:
+    """The thumbnail with the tissue's outline, and the densest field with its nuclei at full resolution."""
+    layout, canvas = work.layout, work.grid.level0
+    image = reader.thumbnail(THUMBNAIL_SIDE)
+    small = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
+    rings = [ring for polygon in work.mask.polygons().geoms for ring in (polygon.exterior, *polygon.interiors)]
+    write_thumbnail(layout.thumbnail_jpg, small, [np.asarray(ring.coords) for ring in rings])
+    field = densest_field(layout.nuclei_parquet, OVERLAY_SIDE, canvas)
+    level0 = Grid(canvas, 1.0, 1.0, work.info.mpp, canvas)
+    close = View(reader.read(field, level0), field.x0, field.y0, 1.0, 1.0)
+    write_overlay(layout.overlay_jpg, close, layout.nuclei_parquet, work.card.taxonomy)
 
 
 def discard_predictions(work: SlideWork) -> None:

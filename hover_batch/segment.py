@@ -13,14 +13,16 @@ from typing import Any
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import Failure, Ledger, ModelId
 from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
+from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
 from hover_batch.executor.local import LocalExecutor
 from hover_batch.executor.progress import CohortProgress
-from hover_batch.export.summary import write_summary
+from hover_batch.export.summary import cohort_summary, slide_summary, write_summary
 from hover_batch.model.package import find_package
 from hover_batch.model.predict import resolve
 from hover_batch.nuclei.table import SCHEMA_VERSION
 from hover_batch.plan import plan_cohort
+from hover_batch.taxonomy import Taxonomy
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_NONE = 0, 3, 4
 RECORDED = ("hover-batch", "torch", "segmentation-models-pytorch", "tiatoolbox", "openslide-python", "zarr", "numpy")
@@ -97,7 +99,17 @@ def run_segment(
             for record in records
             if record.slide_id not in failed
         )
-        write_summary(
-            [s["summary"] for s in slides], layout.summary_csv, layout.summary_parquet, failures=len(failures)
-        )
+        _summarise(layout, package.card.taxonomy, slides, [r for r in records if r.slide_id in failed])
     return Outcome(layout, slides, failures)
+
+
+def _summarise(
+    layout: RunLayout, taxonomy: Taxonomy, slides: Sequence[dict[str, Any]], failed: Sequence[SlideRecord]
+) -> None:
+    rows = [slide["summary"] for slide in slides]
+    rows += [
+        slide_summary(record, taxonomy, status="failed", nuclei=None, tissue_mm2=None, seconds={}) for record in failed
+    ]
+    tables = [layout.slide(slide["slide_id"]).nuclei_parquet for slide in slides]
+    rows.append(cohort_summary(rows, tables, taxonomy))
+    write_summary(rows, taxonomy, layout.summary_csv, layout.summary_parquet)
