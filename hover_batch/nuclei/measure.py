@@ -1,0 +1,350 @@
+"""One pass over the instances of a window: place, shape, class, stain and outline of every nucleus.
+
+Nothing here depends on the window that an instance is seen through: what is summed are integers, relative to the
+instance's own anchor, and absolute positions are added at the end. Shapes are those of `skimage.measure.regionprops`
+(of the same names), computed for all instances at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import cv2
+import numpy as np
+import shapely
+from numba import njit
+from numpy.typing import NDArray
+
+from hover_batch.model.heads import MapLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Nuclei:
+    """n nuclei as columns, in pixels of the inference grid, in the order of their anchors (y, then x)."""
+
+    anchor_y: NDArray[np.int64]
+    """(n,): row of the first pixel in raster order, which decides to which region the nucleus belongs."""
+    anchor_x: NDArray[np.int64]
+    """(n,): its column."""
+    centroid_x: NDArray[np.float64]
+    """(n,): mean of the pixels' centres, which lie at +0.5."""
+    centroid_y: NDArray[np.float64]
+    area_px: NDArray[np.int64]
+    """(n,): number of pixels."""
+    bbox: NDArray[np.int64]
+    """(n, 4): x0, y0, x1, y1, half-open."""
+    perimeter_px: NDArray[np.float32]
+    """(n,): regionprops' `perimeter` (4-connected border, diagonal steps weighted)."""
+    major_axis_px: NDArray[np.float32]
+    """(n,): of the ellipse of the same second moments."""
+    minor_axis_px: NDArray[np.float32]
+    eccentricity: NDArray[np.float32]
+    solidity: NDArray[np.float32]
+    """(n,): area over the pixels in the convex hull; counted in integers, borders included."""
+    type_id: NDArray[np.uint8]
+    """(n,): class of most pixels; the runner-up where that is background; the likeliest where all are background."""
+    type_prob: NDArray[np.float32]
+    """(n,): `class_probs` of that class."""
+    class_probs: NDArray[np.float32]
+    """(n, classes without background): mean softmax, renormalised; column k is class k + 1."""
+    seg_score: NDArray[np.float32]
+    """(n,): mean nucleus probability."""
+    h_od: NDArray[np.float32]
+    """(n,): mean hematoxylin optical density."""
+    e_od: NDArray[np.float32]
+    """(n,): mean eosin optical density."""
+    seam_uncertain: NDArray[np.bool_]
+    """(n,): its component was too large to be followed."""
+    contours: list[NDArray[np.float64]]
+    """n rings (k, 2) of x, y through the centres of the outermost pixels; closed, each a valid polygon."""
+
+    def __len__(self) -> int:
+        return len(self.area_px)
+
+    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Self:
+        """The nuclei at these rows: indices, or a mask (n,)."""
+        index = np.arange(len(self))[rows]
+        columns = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "contours"}
+        return type(self)(**columns, contours=[self.contours[i] for i in index])
+
+
+def empty(n_types: int) -> Nuclei:
+    """No nuclei, of a model of `n_types` classes, background included."""
+    layout = MapLayout(n_types)
+    return measure(np.zeros((1, 1), np.int32), np.zeros((layout.planes, 1, 1), np.uint8), layout)
+
+
+def concatenate(parts: Sequence[Nuclei]) -> Nuclei:
+    """The nuclei of one or more parts of one slide together, in the order of their anchors."""
+    columns = {
+        f.name: np.concatenate([getattr(part, f.name) for part in parts])
+        for f in fields(Nuclei)
+        if f.name != "contours"
+    }
+    together = Nuclei(**columns, contours=[ring for part in parts for ring in part.contours])
+    return together.take(np.lexsort((together.anchor_x, together.anchor_y)))
+
+
+def measure(
+    instances: NDArray[np.int32], maps: NDArray[np.uint8], layout: MapLayout, origin: tuple[int, int] = (0, 0)
+) -> Nuclei:
+    """Measure every instance of a window.
+
+    `instances` (y, x) int32, 0 = background, the others 1 to n, each present; `maps` (plane, y, x) uint8 of the same
+    window, as `layout` has them; `origin` (x, y) of the window's first pixel.
+    """
+    n = int(instances.max())
+    anchor, bounds, first, second, values, votes = _sums(
+        instances,
+        np.ascontiguousarray(maps),
+        n,
+        layout.n_types,
+        layout.NP,
+        layout.tp.start,
+        layout.hematoxylin,
+        layout.eosin,
+    )
+    area = values[:, 0]
+    x0, y0 = origin
+    dx, dy = (first / area[:, None]).T
+    major, minor, eccentricity = _ellipse(second / area[:, None], dx, dy)
+    straight, diagonal, corner = _perimeter_pixels(instances, n).T
+    type_id, class_probs = _classes(votes, values[:, 2:-2])
+    nuclei = Nuclei(
+        anchor_y=anchor[:, 1] + y0,
+        anchor_x=anchor[:, 0] + x0,
+        centroid_x=anchor[:, 0] + x0 + dx + 0.5,
+        centroid_y=anchor[:, 1] + y0 + dy + 0.5,
+        area_px=area,
+        bbox=bounds + np.array([x0, y0, x0, y0]),
+        perimeter_px=_f32(straight + diagonal * math.sqrt(2) + corner * ((1 + math.sqrt(2)) / 2)),
+        major_axis_px=_f32(major),
+        minor_axis_px=_f32(minor),
+        eccentricity=_f32(eccentricity),
+        solidity=_f32(area / _hull_pixels(instances, bounds)),
+        type_id=type_id.astype(np.uint8),
+        type_prob=_f32(class_probs[np.arange(n), type_id - 1]),
+        class_probs=_f32(class_probs),
+        # A stored step s stands for probabilities in [s, s + 1) / 256.
+        seg_score=_f32((values[:, 1] / area + 0.5) / 256),
+        h_od=_f32(values[:, -2] / area / layout.OD_SCALE),
+        e_od=_f32(values[:, -1] / area / layout.OD_SCALE),
+        seam_uncertain=np.zeros(n, np.bool_),
+        contours=[
+            _outline(instances[top:bottom, left:right] == i) + (left + x0, top + y0)
+            for i, (left, top, right, bottom) in enumerate(bounds.tolist(), start=1)
+        ],
+    )
+    return nuclei.take(np.lexsort((nuclei.anchor_x, nuclei.anchor_y)))
+
+
+def _f32(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    return values.astype(np.float32)
+
+
+def _ellipse(
+    second: NDArray[np.float64], dx: NDArray[np.float64], dy: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Major axis, minor axis and eccentricity (n,) from means about the anchor: of dx², dy², dx·dy (n, 3), dx and dy."""
+    xx = second[:, 0] - dx * dx
+    yy = second[:, 1] - dy * dy
+    xy = second[:, 2] - dx * dy
+    middle = (xx + yy) / 2
+    spread = np.sqrt(((xx - yy) / 2) ** 2 + xy * xy)
+    large = middle + spread
+    small = np.maximum(middle - spread, 0)
+    ratio = np.divide(small, large, out=np.ones_like(large), where=large > 0)
+    return 4 * np.sqrt(large), 4 * np.sqrt(small), np.sqrt(1 - ratio)
+
+
+def _classes(votes: NDArray[np.int64], softmax: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Class ids (n,) and probabilities (n, classes without background) from votes and softmax sums (n, classes)."""
+    nuclear = softmax[:, 1:]
+    total = nuclear.sum(axis=1, keepdims=True)
+    # Where every pixel is certain of the background, nothing is known about the class.
+    even = np.full(nuclear.shape, 1 / nuclear.shape[1])
+    probs = np.divide(nuclear, total, out=even, where=total > 0)
+    voted = votes[:, 1:].max(axis=1) > 0
+    # argmax takes the first of equals: the lower id.
+    return np.where(voted, votes[:, 1:].argmax(axis=1), nuclear.argmax(axis=1)) + 1, probs
+
+
+def _outline(own: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Ring (k, 2) float64 of x, y, closed and valid, round the instance's pixels `own` (y, x) of its bounding box.
+
+    Through the centres of the outermost pixels. Parts one pixel wide have no area and fall away, of several parts the
+    largest stays; what has no area at all becomes the bounding rectangle, edges included.
+    """
+    outlines, _ = cv2.findContours(own.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    largest = shapely.Polygon()
+    for outline in outlines:
+        if len(outline) < 3:
+            continue
+        polygon = shapely.Polygon(outline[:, 0] + 0.5)
+        parts = [polygon] if polygon.is_valid else shapely.get_parts(shapely.make_valid(polygon))
+        for part in parts:
+            if part.area > largest.area and isinstance(part, shapely.Polygon):
+                largest = shapely.Polygon(part.exterior)
+    if largest.is_empty:
+        height, width = own.shape
+        return np.array([[0, 0], [width, 0], [width, height], [0, height], [0, 0]], np.float64)
+    return np.asarray(largest.exterior.coords, np.float64)
+
+
+@njit(cache=True, nogil=True)
+def _sums(
+    instances: NDArray[np.int32],
+    maps: NDArray[np.uint8],
+    n: int,
+    n_types: int,
+    np_plane: int,
+    tp_start: int,
+    hematoxylin: int,
+    eosin: int,
+) -> tuple[
+    NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]
+]:
+    """Integer sums of the instances 1 … n, at rows 0 … n - 1.
+
+    Returns the anchor (n, 2) x, y; bounds (n, 4); Σ dx, Σ dy (n, 2) and Σ dx², Σ dy², Σ dx·dy (n, 3) about the anchor;
+    (n, 4 + n_types) number of pixels, Σ np, Σ of each class's softmax, Σ hematoxylin, Σ eosin; and the number of
+    pixels (n, n_types) whose likeliest class, the lower id among equals, is each.
+    """
+    anchor = np.zeros((n, 2), np.int64)
+    bounds = np.zeros((n, 4), np.int64)
+    first = np.zeros((n, 2), np.int64)
+    second = np.zeros((n, 3), np.int64)
+    values = np.zeros((n, 4 + n_types), np.int64)
+    votes = np.zeros((n, n_types), np.int64)
+    height, width = instances.shape
+    for y in range(height):
+        for x in range(width):
+            i = instances[y, x] - 1
+            if i < 0:
+                continue
+            if values[i, 0] == 0:
+                anchor[i, 0], anchor[i, 1] = x, y
+                bounds[i, 0], bounds[i, 1], bounds[i, 2] = x, y, x + 1
+            bounds[i, 0] = min(bounds[i, 0], x)
+            bounds[i, 2] = max(bounds[i, 2], x + 1)
+            bounds[i, 3] = y + 1
+            dx, dy = x - anchor[i, 0], y - anchor[i, 1]
+            first[i, 0] += dx
+            first[i, 1] += dy
+            second[i, 0] += dx * dx
+            second[i, 1] += dy * dy
+            second[i, 2] += dx * dy
+            values[i, 0] += 1
+            values[i, 1] += maps[np_plane, y, x]
+            likeliest = 0
+            for k in range(n_types):
+                values[i, 2 + k] += maps[tp_start + k, y, x]
+                if maps[tp_start + k, y, x] > maps[tp_start + likeliest, y, x]:
+                    likeliest = k
+            votes[i, likeliest] += 1
+            values[i, 2 + n_types] += maps[hematoxylin, y, x]
+            values[i, 3 + n_types] += maps[eosin, y, x]
+    return anchor, bounds, first, second, values, votes
+
+
+@njit(cache=True, nogil=True)
+def _on_border(instances: NDArray[np.int32], y: int, x: int) -> bool:
+    """Whether one of the four neighbours is not of this pixel's instance."""
+    height, width = instances.shape
+    i = instances[y, x]
+    return (
+        y == 0
+        or x == 0
+        or y == height - 1
+        or x == width - 1
+        or instances[y - 1, x] != i
+        or instances[y + 1, x] != i
+        or instances[y, x - 1] != i
+        or instances[y, x + 1] != i
+    )
+
+
+@njit(cache=True, nogil=True)
+def _perimeter_pixels(instances: NDArray[np.int32], n: int) -> NDArray[np.int64]:
+    """Border pixels (n, 3) that count 1, √2 and (1 + √2) / 2 in the perimeter of each instance.
+
+    The rule of `skimage.measure.perimeter` (Benkrid & Crookes): a border pixel is classed by the border pixels of
+    its own instance around it, 2 for each beside and 10 for each diagonal one, and 1 for itself.
+    """
+    counts = np.zeros((n, 3), np.int64)
+    height, width = instances.shape
+    for y in range(height):
+        for x in range(width):
+            i = instances[y, x]
+            if i == 0 or not _on_border(instances, y, x):
+                continue
+            code = 1
+            for ny in range(max(0, y - 1), min(height, y + 2)):
+                for nx in range(max(0, x - 1), min(width, x + 2)):
+                    if (ny != y or nx != x) and instances[ny, nx] == i and _on_border(instances, ny, nx):
+                        code += 10 if ny != y and nx != x else 2
+            if code in (5, 7, 15, 17, 25, 27):
+                counts[i - 1, 0] += 1
+            elif code in (21, 33):
+                counts[i - 1, 1] += 1
+            elif code in (13, 23):
+                counts[i - 1, 2] += 1
+    return counts
+
+
+@njit(cache=True, nogil=True)
+def _hull_pixels(instances: NDArray[np.int32], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Pixels (n,) whose centres lie in the convex hull of each instance, border included.
+
+    The hull is that of `skimage.morphology.convex_hull_image`: of the middles of all pixels' edges. Coordinates are
+    doubled, so that these are integers, and the hull's left and right sides are followed row by row.
+    """
+    counts = np.zeros(len(bounds), np.int64)
+    for i in range(len(bounds)):
+        x0, y0, x1, y1 = bounds[i]
+        rows = y1 - y0
+        far = 4 * (x1 - x0 + 1)
+        left = np.full(2 * rows + 1, far, np.int64)
+        right = np.full(2 * rows + 1, far, np.int64)
+        for y in range(rows):
+            for x in range(x1 - x0):
+                if instances[y0 + y, x0 + x] == i + 1:
+                    for row, reach in ((2 * y, 0), (2 * y + 1, 1), (2 * y + 2, 0)):
+                        left[row] = min(left[row], 2 * x - reach)
+                        right[row] = min(right[row], -2 * x - reach)
+        first = _hull_side(left, far)
+        last = _hull_side(right, far)
+        for y in range(rows):
+            counts[i] += -last[y] - first[y] + 1
+    return counts
+
+
+@njit(cache=True, nogil=True)
+def _hull_side(left: NDArray[np.int64], far: int) -> NDArray[np.int64]:
+    """First whole pixel of each row inside the convex hull, from the leftmost doubled coordinate at each doubled row.
+
+    `left` (2·rows + 1,), `far` where a row has no point; the middle of pixel row y is doubled row 2·y + 1.
+    """
+    corners = np.zeros(len(left), np.int64)
+    n = 0
+    for c in range(len(left)):
+        if left[c] == far:
+            continue
+        while n >= 2:
+            a, b = corners[n - 2], corners[n - 1]
+            if (left[b] - left[a]) * (c - a) < (left[c] - left[a]) * (b - a):
+                break
+            n -= 1
+        corners[n] = c
+        n += 1
+    first = np.zeros(len(left) // 2, np.int64)
+    for k in range(n - 1):
+        a, b = corners[k], corners[k + 1]
+        for row in range(a, b + 1):
+            if row % 2 == 1:
+                crossing = left[a] * (b - a) + (left[b] - left[a]) * (row - a)
+                first[row // 2] = -((-crossing) // (2 * (b - a)))
+    return first

@@ -1,0 +1,171 @@
+"""The nuclei of one region, the same wherever the seams between regions fall.
+
+Invariant: what is reported of a component of the foreground depends on that component and the maps within MARGIN of
+it, never on the core, the halo or the window through which it was found. So the nuclei of the cores of any tiling,
+put together, are those of the whole slide, bit for bit. It holds with fixed Sobel constants; `window` normalisation
+takes each region's own extremes and gives it up.
+
+- A component that has pixels in the core and keeps off the window's margin is done in place.
+- One that touches the margin is followed until it closes, and redone by itself around its own bounding box.
+- One with a side above `PostSettings.max_component` is cut, in order to bound memory, along the cells of that side
+  of a grid started at (0, 0): the same cuts for every tiling. Each cell reports the instances anchored in it, seen
+  with SEAM_VIEW pixels around; so nuclei at the cuts are found once, unless their two views disagree. All instances
+  of such a component are flagged `seam_uncertain`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch.config import PostSettings
+from hover_batch.geometry import Box, cell_box
+from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.measure import Nuclei, concatenate, empty, measure
+from hover_batch.nuclei.regions import MARGIN, keeps_clear, owned
+from hover_batch.nuclei.watershed import Components, SobelConstants, split
+
+SEAM_VIEW = 80
+"""Pixels seen around a cell in which a component beyond the cap is cut: a large nucleus and MARGIN."""
+FIRST_STEP = 128
+"""Pixels by which the search for a component's end begins; later steps are half of what is seen of it by then."""
+
+Read = Callable[[Box], NDArray[np.uint8]]
+
+
+def nuclei_of_region(
+    read: Read, core: Box, layout: MapLayout, settings: PostSettings, constants: SobelConstants | None
+) -> Nuclei:
+    """The nuclei that the region `core` owns, in absolute pixels of the inference grid.
+
+    `read(box)` returns the maps (plane, y, x) uint8 of any box, planes as `layout` has them, zeros where nothing was
+    predicted and outside of the canvas; what it raises passes through. `constants` None: the extremes of this
+    region's window, for `--sobel-norm window`.
+    """
+    view = _View.of(read, core.expand(settings.halo), layout)
+    if constants is None:
+        constants = SobelConstants.of_window(view.maps[layout.H], view.maps[layout.V])
+    in_core = view.components_in(core)
+    whole = in_core & keeps_clear(view.components.bounds, view.window) & (view.sides <= settings.max_component)
+    found = [view.nuclei(whole, constants)]
+    oversized = np.zeros_like(in_core)
+    pending = in_core & ~whole
+    while pending.any():
+        followed, component = _follow(read, view, int(pending.argmax()), settings.max_component)
+        # Parts that look separate in the region's window may meet outside of it: they are one, and done with it.
+        same = np.zeros_like(pending)
+        for part in np.flatnonzero(pending).tolist():
+            same[part] = followed.component_at(*view.pixel_of(part)) == component
+        pending &= ~same
+        if followed.sides[component] > settings.max_component:
+            oversized |= same
+        else:
+            found.append(followed.nuclei_alone(component, constants))
+    for column, row in core.cells(settings.max_component):
+        found.append(
+            _nuclei_of_cell(read, view, oversized, core, cell_box(column, row, settings.max_component), constants)
+        )
+    return owned(core, concatenate(found))
+
+
+@dataclass(frozen=True)
+class _View:
+    """The maps (plane, y, x) of a window and the components of its foreground. Positions are absolute."""
+
+    window: Box
+    maps: NDArray[np.uint8]
+    layout: MapLayout
+    components: Components
+
+    @classmethod
+    def of(cls, read: Read, window: Box, layout: MapLayout) -> Self:
+        maps = read(window)
+        return cls(window, maps, layout, Components.of(maps[layout.NP]))
+
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        """(n,): the longer side of each component's box."""
+        bounds = self.components.bounds
+        return np.asarray((bounds[:, 2:] - bounds[:, :2]).max(axis=1))
+
+    def box(self, component: int) -> Box:
+        box = self.components.box(component)
+        x, y = self.window.x0, self.window.y0
+        return Box(box.x0 + x, box.y0 + y, box.x1 + x, box.y1 + y)
+
+    def component_at(self, x: int, y: int) -> int:
+        """0 on the background and outside of the window."""
+        if not self.window.contains(x, y):
+            return 0
+        return int(self.components.labels[y - self.window.y0, x - self.window.x0])
+
+    def pixel_of(self, component: int) -> tuple[int, int]:
+        """(x, y) of the component's first pixel in this window."""
+        box = self.box(component)
+        x = int((self.components.labels[box.slices_in(self.window)][0] == component).argmax())
+        return box.x0 + x, box.y0
+
+    def components_in(self, area: Box) -> NDArray[np.bool_]:
+        """(n,): those that have a pixel in `area`, which lies in the window."""
+        present = np.zeros(len(self.components.pixels), np.bool_)
+        present[self.components.labels[area.slices_in(self.window)]] = True
+        present[0] = False
+        return present
+
+    def nuclei(self, chosen: NDArray[np.bool_], constants: SobelConstants) -> Nuclei:
+        """The nuclei of the components `chosen` (n,)."""
+        if not chosen.any():
+            return empty(self.layout.n_types)
+        layout, maps = self.layout, self.maps
+        instances = split(maps[layout.NP], maps[layout.H], maps[layout.V], self.components, chosen, constants)
+        return measure(instances, maps, layout, (self.window.x0, self.window.y0))
+
+    def nuclei_alone(self, component: int, constants: SobelConstants) -> Nuclei:
+        """The nuclei of one component, looking no further than MARGIN around it."""
+        window = self.box(component).expand(MARGIN)
+        rows, columns = window.slices_in(self.window)
+        close = _View.of(lambda _: self.maps[:, rows, columns], window, self.layout)
+        chosen = np.zeros(len(close.components.pixels), np.bool_)
+        chosen[close.component_at(*self.pixel_of(component))] = True
+        return close.nuclei(chosen, constants)
+
+
+def _follow(read: Read, view: _View, component: int, cap: int) -> tuple[_View, int]:
+    """A view in which a component that leaves the margin of `view` is whole, or has a side above `cap`; and its
+    number there. What is read grows geometrically, towards the sides that the component reaches."""
+    at = view.pixel_of(component)
+    while view.sides[component] <= cap:
+        box, inner = view.box(component), view.window.expand(-MARGIN)
+        if inner.contains_box(box):
+            break
+        step = max(FIRST_STEP, int(view.sides[component]) // 2)
+        reach = Box(
+            box.x0 - (step if box.x0 < inner.x0 else MARGIN),
+            box.y0 - (step if box.y0 < inner.y0 else MARGIN),
+            box.x1 + (step if box.x1 > inner.x1 else MARGIN),
+            box.y1 + (step if box.y1 > inner.y1 else MARGIN),
+        )
+        # A component within the cap that holds this box lies within this frame.
+        frame = Box(box.x1 - cap, box.y1 - cap, box.x0 + cap, box.y0 + cap).expand(MARGIN)
+        view = _View.of(read, reach.intersect(frame), view.layout)
+        component = view.component_at(*at)
+    return view, component
+
+
+def _nuclei_of_cell(
+    read: Read, view: _View, oversized: NDArray[np.bool_], core: Box, cell: Box, constants: SobelConstants
+) -> Nuclei:
+    """What the core owns in one grid cell of the components `oversized` (n,) of its `view`, flagged."""
+    area = cell.intersect(core)
+    cut = oversized[view.components.labels[area.slices_in(view.window)]]
+    if not cut.any():
+        return empty(view.layout.n_types)
+    close = _View.of(read, cell.expand(SEAM_VIEW), view.layout)
+    chosen = np.zeros(len(close.components.pixels), np.bool_)
+    chosen[close.components.labels[area.slices_in(close.window)][cut]] = True
+    nuclei = owned(area, close.nuclei(chosen, constants))
+    return replace(nuclei, seam_uncertain=np.ones(len(nuclei), np.bool_))
