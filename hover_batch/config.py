@@ -126,4 +126,6 @@ class Settings:
 
     def results_key(self) -> dict[str, Any]:
         """The settings that change results, for the run key (the model enters it by the hash of its weights)."""
-        return {"tissue": asdict(self.tissue), "infer": asdict(self.infer), "post": asdict(self.post)}
+        infer = asdict(self.infer)
+        infer["device"] = self.infer.device.split(":")[0]  # one GPU of a node is as good as the next
+        return {"tissue": asdict(self.tissue), "infer": infer, "post": asdict(self.post)}

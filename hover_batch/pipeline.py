@@ -6,22 +6,22 @@ at all, and is not done again where its result lies: a unit's shard and marker, 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch import __version__
+from hover_batch.cohort.durable import sha256_file, to_json, write_atomically, write_first
 from hover_batch.cohort.layout import SlideLayout
-from hover_batch.cohort.ledger import file_sha256, write_atomically, write_first
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
-from hover_batch.export.pictures import densest_field, write_overlay, write_thumbnail
+from hover_batch.export.pictures import View, densest_field, write_overlay, write_thumbnail
 from hover_batch.export.summary import slide_summary
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.package import Card, Package
@@ -90,7 +90,7 @@ class SlideWork:
             bounds=self.info.bounds,
             model_id=self.card.name,
             model_sha256=self.package.sha256,
-            software_version=__version__,
+            software=__version__,
         )
 
 
@@ -108,7 +108,7 @@ def open_store(work: SlideWork) -> PredictionStore:
     """The slide's store, made where it is not there yet."""
     card = work.card
     return PredictionStore.create(
-        work.layout.predictions,
+        work.layout.predictions_zarr,
         work.grid.size,
         card.layout.planes,
         work.settings.infer.unit,
@@ -124,8 +124,25 @@ def open_store(work: SlideWork) -> PredictionStore:
     )
 
 
-def infer(unit: Unit, work: SlideWork, reader: SlideReader, predictor: Predictor, store: PredictionStore) -> Seconds:
-    """Predict a unit's tiles, write its shard, then its marker.
+def inferred(unit: Unit, work: SlideWork) -> bool:
+    """Whether the unit's maps are in the store."""
+    return work.layout.marker(unit.column, unit.row).exists()
+
+
+def posted(unit: Unit, work: SlideWork) -> bool:
+    """Whether the unit's part of the table is there."""
+    return work.layout.part(unit.column, unit.row).exists()
+
+
+def infer(
+    unit: Unit,
+    work: SlideWork,
+    reader: SlideReader,
+    predictor: Predictor,
+    store: PredictionStore,
+    advance: Callable[[int], None],
+) -> Seconds:
+    """Predict a unit's tiles, write its shard, then its marker; `advance` is told the number of tiles as they are done.
 
     A shard found without a marker was written by a run that died in between: it is adopted.
     """
@@ -141,10 +158,11 @@ def infer(unit: Unit, work: SlideWork, reader: SlideReader, predictor: Predictor
                 rows, columns = inside.slices_in(unit.box)
                 tile_rows, tile_columns = inside.slices_in(tile)
                 maps[:, rows, columns] = tile_maps[:, tile_rows, tile_columns]
+            advance(len(tiles))
         with seconds.of("write"):
             digest = store.write(unit.box, maps)
     marker = {"unit": unit.unit_id, "tiles": len(unit.tiles), "shard_sha256": digest}
-    write_first(work.layout.unit_marker(unit.unit_id), json.dumps(marker, sort_keys=True).encode())
+    write_first(work.layout.marker(unit.column, unit.row), to_json(marker))
     return seconds
 
 
@@ -181,39 +199,53 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     constants = SobelConstants(**work.card.sobel) if settings.sobel_norm == "fixed" else None
     with seconds.of("post"):
         nuclei = nuclei_of_region(store.read, unit.box, work.card.layout, settings, constants)
-        write_part(work.layout.part(unit.unit_id), to_arrow(nuclei, work.context))
+        write_part(work.layout.part(unit.column, unit.row), to_arrow(nuclei, work.context))
     return seconds
 
 
-def finalize(work: SlideWork, reader: SlideReader, run_key: str, seconds: Seconds) -> dict[str, object]:
-    """Merge the parts into nuclei.parquet, draw the pictures, and write slide.json last. Returns the summary row."""
+def finalize(work: SlideWork, reader: SlideReader, seconds: Seconds) -> dict[str, Any]:
+    """Merge the parts into nuclei.parquet and draw the pictures. Returns what slide.json says, the summary among it."""
     layout, record = work.layout, work.record
     with seconds.of("finalize"):
         keep = work.mask.contains if work.mask.given else None
-        parts = [(unit.row, layout.part(unit.unit_id)) for unit in work.units]
-        merged = merge_parts(parts, layout.nuclei, work.context, keep)
-        work.mask.write_geojson(layout.tissue)
-        write_thumbnail(layout.thumbnail, reader.thumbnail(THUMBNAIL_SIDE), work.mask.polygons(), work.grid.level0)
-        field = densest_field(layout.nuclei, OVERLAY_SIDE, work.grid.level0)
-        write_overlay(layout.overlay, *_field_image(reader, field), layout.nuclei, work.card.taxonomy)
-    write_atomically(layout.timings, json.dumps(seconds.totals, sort_keys=True, indent=2).encode())
-    summary = slide_summary(
-        layout.nuclei, record, work.card.taxonomy, work.mask.area_mm2(work.info.mpp), seconds.totals
-    )
-    slide_json = {
-        "run_key": run_key,
-        "slide_id": record.slide_id,
-        "nuclei": merged.n_nuclei,
-        "nuclei_sha256": file_sha256(layout.nuclei),
+        parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]
+        merged = merge_parts(parts, layout.nuclei_parquet, work.context, keep)
+        work.mask.write_geojson(layout.tissue_geojson)
+        _draw(work, reader)
+    write_atomically(layout.timings_json, to_json(seconds.totals))
+    return {
+        "nuclei": merged.nuclei,
+        "nuclei_sha256": sha256_file(layout.nuclei_parquet),
         "seam_uncertain": merged.seam_uncertain,
         "units": len(work.units),
         "tiles": sum(len(u.tiles) for u in work.units),
         "mpp": [work.info.mpp.x, work.info.mpp.y],
         "inference_mpp": [work.grid.mpp.x, work.grid.mpp.y],
         "warnings": list(work.info.warnings),
-        "summary": summary,
+        "summary": slide_summary(
+            record,
+            work.card.taxonomy,
+            status="done",
+            nuclei=layout.nuclei_parquet,
+            tissue_mm2=work.mask.area_mm2(work.info.mpp),
+            seconds=seconds.totals,
+        ),
     }
-    write_atomically(layout.slide_json, json.dumps(slide_json, sort_keys=True, indent=2).encode())
-    if work.settings.output.discard_predictions:
-        shutil.rmtree(layout.predictions)
-    return summary
+
+
+def _draw(work: SlideWork, reader: SlideReader) -> None:
+    """The thumbnail with the tissue's outline, and the densest field with its nuclei at full resolution."""
+    layout, canvas = work.layout, work.grid.level0
+    image = reader.thumbnail(THUMBNAIL_SIDE)
+    small = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
+    rings = [ring for polygon in work.mask.polygons().geoms for ring in (polygon.exterior, *polygon.interiors)]
+    write_thumbnail(layout.thumbnail_jpg, small, [np.asarray(ring.coords) for ring in rings])
+    field = densest_field(layout.nuclei_parquet, OVERLAY_SIDE, canvas)
+    level0 = Grid(canvas, 1.0, 1.0, work.info.mpp, canvas)
+    close = View(reader.read(field, level0), field.x0, field.y0, 1.0, 1.0)
+    write_overlay(layout.overlay_jpg, close, layout.nuclei_parquet, work.card.taxonomy)
+
+
+def discard_predictions(work: SlideWork) -> None:
+    """Remove the slide's store; only once slide.json is there, for a table is made from it."""
+    shutil.rmtree(work.layout.predictions_zarr, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Progress of a cohort on stderr: a bar for the slides and one for the stage at hand, plain lines where no terminal is."""
+"""Progress of a cohort on stderr: bars for the slides and the stage at hand, plain lines where no terminal is."""
 
 from __future__ import annotations
 
@@ -73,9 +73,13 @@ class CohortProgress:
             left = (self._total - self._count) / rate
             self.say(f"  {self._stage}: {self._count}/{self._total}, {rate:.1f}/s, {_clock(left)} left")
 
-    def slide_done(self, slide_id: str, nuclei: int, seconds: float, note: str = "") -> None:
+    def slide_done(self, slide_id: str, nuclei: int, seconds: float) -> None:
         self._finish()
-        self.say(f"{slide_id}: {nuclei:,} nuclei in {_clock(seconds)}{note}")
+        self.say(f"{slide_id}: {nuclei:,} nuclei in {_clock(seconds)}")
+
+    def slide_skipped(self, slide_id: str) -> None:
+        self._finish()
+        self.say(f"{slide_id}: done before")
 
     def slide_failed(self, slide_id: str, reason: str) -> None:
         self._finish()

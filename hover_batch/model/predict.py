@@ -6,6 +6,8 @@ bits on the batch's shape: equal settings must give equal bytes.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,8 +29,9 @@ class Predictor:
     def __init__(self, network: nn.Module, card: Card, settings: InferSettings) -> None:
         self.card = card
         self.batch = settings.batch
-        self.device = _device(settings.device)
-        self.precision = resolve_precision(settings.precision, self.device)
+        settled = resolve(settings)
+        self.device = torch.device(settled.device)
+        self.precision = settled.precision
         if self.device.type == "cpu" and settings.threads:
             torch.set_num_threads(settings.threads)
         self.network = network.to(self.device, memory_format=torch.channels_last).eval()
@@ -80,7 +83,16 @@ def stain_density(rgb: Tensor) -> Tensor:
     return torch.stack(stains, 1).clamp(min=0)
 
 
-def resolve_precision(wanted: Precision, device: torch.device) -> Precision:
+def resolve(settings: InferSettings) -> InferSettings:
+    """The same settings with `auto` settled for this machine, as a run records them.
+
+    Raises InputError where the device cannot be used.
+    """
+    device = _device(settings.device)
+    return replace(settings, device=str(device), precision=_precision(settings.precision, device))
+
+
+def _precision(wanted: Precision, device: torch.device) -> Precision:
     """What `auto` means here: bf16 where the hardware computes it natively, else fp32."""
     if wanted != "auto":
         return wanted

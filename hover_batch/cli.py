@@ -1,0 +1,251 @@
+"""The command line: flags to settings, errors to exit codes. Heavy imports stand inside the commands."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from kd.cli import kd_app
+
+from hover_batch import __version__
+from hover_batch.config import InferSettings, PostSettings, Settings, TissueSettings
+from hover_batch.errors import HoverBatchError, InputError
+
+app = typer.Typer(
+    name="hover-batch",
+    help="Segment and classify every nucleus in cohorts of H&E whole-slide images.",
+    epilog="Exit codes: 0 all done · 1 internal error · 2 faulty input, nothing was run · 3 some slides failed · "
+    "4 nothing could be processed · 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(kd_app, name="kd")
+
+
+class Backend(StrEnum):
+    """What runs the cohort."""
+
+    local = "local"
+
+
+class Tissue(StrEnum):
+    auto = "auto"
+    all = "all"
+
+
+class Precision(StrEnum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class SobelNorm(StrEnum):
+    fixed = "fixed"
+    window = "window"
+
+
+def _option(flag: str, help: str, default: object, panel: str) -> Any:
+    """A settings flag. Its typer default is None, so that environment and --config can stand in between."""
+    variable = "HOVER_BATCH_" + flag.removeprefix("--").replace("-", "_").upper()
+    return typer.Option(flag, help=help, envvar=variable, show_default=str(default), rich_help_panel=panel)
+
+
+_MODEL = "Model and inference"
+_POST = "Tissue and post-processing"
+CohortArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="COHORT", help="CSV with a column `path` (see README), a folder of slides, or a glob."),
+]
+ModelOption = Annotated[
+    str | None, _option("--model", "Model package: `starter` or a .safetensors file.", Settings.model, _MODEL)
+]
+UnitOption = Annotated[
+    int | None,
+    _option("--unit", "Side in pixels of what is predicted and stored at once.", InferSettings.unit, _MODEL),
+]
+BatchOption = Annotated[int | None, _option("--batch", "Tiles a batch.", InferSettings.batch, _MODEL)]
+PrecisionOption = Annotated[
+    Precision | None,
+    _option("--precision", "auto: bf16 where the hardware computes it natively.", InferSettings.precision, _MODEL),
+]
+ThreadsOption = Annotated[
+    int | None, _option("--threads", "CPU threads of the network; 0 = all cores.", InferSettings.threads, _MODEL)
+]
+DeviceOption = Annotated[str | None, _option("--device", "auto, cpu, cuda, cuda:1 …", InferSettings.device, _MODEL)]
+TissueOption = Annotated[
+    Tissue | None,
+    _option("--tissue", "auto: find the tissue; all: the whole canvas. A mask_path goes before.", "auto", _POST),
+]
+SobelOption = Annotated[
+    SobelNorm | None,
+    _option(
+        "--sobel-norm",
+        "fixed: the same nuclei wherever tiles fall; window: as published, for parity.",
+        PostSettings.sobel_norm,
+        _POST,
+    ),
+]
+HaloOption = Annotated[
+    int | None, _option("--halo", "Pixels that a region is read wider on each side.", PostSettings.halo, _POST)
+]
+MaskMppOption = Annotated[
+    float | None,
+    _option("--mask-mpp", "Pixel size in µm of the tissue mask.", TissueSettings.mask_mpp, _POST),
+]
+MinTissueOption = Annotated[
+    float | None,
+    _option("--min-tissue-um2", "Drop smaller pieces of tissue.", TissueSettings.min_tissue_um2, _POST),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML with settings, as settings.toml of a run.", envvar="HOVER_BATCH_CONFIG"),
+]
+SkipInvalidOption = Annotated[
+    bool, typer.Option("--skip-invalid", help="Run the valid rows; list the faulty ones in failures.csv.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def segment(
+    cohort: CohortArgument = None,
+    example: Annotated[
+        bool, typer.Option("--example", help="Run on real H&E that ships inside a dependency: needs no data.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the run; the same command again goes on where it stopped.")
+    ] = Path("hover-batch-out"),
+    model: ModelOption = None,
+    unit: UnitOption = None,
+    batch: BatchOption = None,
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
+    device: DeviceOption = None,
+    tissue: TissueOption = None,
+    mask_mpp: MaskMppOption = None,
+    min_tissue_um2: MinTissueOption = None,
+    sobel_norm: SobelOption = None,
+    halo: HaloOption = None,
+    discard_predictions: Annotated[
+        bool | None,
+        typer.Option(
+            "--discard-predictions",
+            help="Remove each slide's prediction store when its table is written.",
+            envvar="HOVER_BATCH_DISCARD_PREDICTIONS",
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    skip_invalid: SkipInvalidOption = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Remove the results that lie in the output folder, and start anew.")
+    ] = False,
+    backend: Annotated[Backend, typer.Option("--backend", help="What runs the cohort.")] = Backend.local,
+) -> None:
+    """Turn a cohort of slides into tables of nuclei.
+
+    Every slide's nuclei go to OUTPUT/slides/SLIDE_ID/nuclei.parquet. A slide that cannot be opened is listed in
+    failures.csv with its reason, and the others go on.
+
+    hover-batch segment cohort.csv -o out/
+
+    hover-batch segment --example -o example-run
+    """
+    with _exit_codes():
+        if (cohort is None) == (not example):
+            raise InputError("give exactly one of COHORT and --example")
+        settings = _settings(
+            config,
+            model=model,
+            tissue={"tissue": tissue, "mask_mpp": mask_mpp, "min_tissue_um2": min_tissue_um2},
+            infer={"unit": unit, "batch": batch, "precision": precision, "threads": threads, "device": device},
+            post={"sobel_norm": sobel_norm, "halo": halo},
+            output={"discard_predictions": discard_predictions},
+        )
+        from hover_batch.segment import run_segment
+
+        source = cohort if cohort is not None else str(_example(output))
+        outcome = run_segment(source, output, settings, skip_invalid=skip_invalid, force=force, command=sys.argv[1:])
+    for line in outcome.closing_lines():
+        typer.echo(line)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def plan(
+    cohort: CohortArgument = None,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    skip_invalid: SkipInvalidOption = False,
+) -> None:
+    """Check every row and slide header, and estimate tiles, disk and time. Writes nothing.
+
+    hover-batch plan cohort.csv
+    """
+    with _exit_codes():
+        if cohort is None:
+            raise InputError("give a COHORT: a CSV, a folder of slides or a glob")
+        settings = _settings(config, model=model)
+        from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
+        from hover_batch.model.package import find_package
+        from hover_batch.plan import plan_cohort
+
+        package = find_package(settings.model)
+        planned = plan_cohort(read_cohort(cohort), package.card)
+        if not skip_invalid:
+            raise_if_faulty(planned.cohort)
+        for line in planned.lines(settings, package.card):
+            typer.echo(line)
+    raise typer.Exit(planned.exit_code)
+
+
+def _example(output: Path) -> Path:
+    from hover_batch.cohort.layout import RunLayout
+    from hover_batch.slide.example import write_example
+
+    return write_example(RunLayout(output).example)
+
+
+def _settings(config: Path | None, **given: Any) -> Settings:
+    """Flag or environment (typer has settled which) > --config > default."""
+    data: dict[str, Any] = {}
+    if config is not None:
+        try:
+            data = tomllib.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--config {config}: {error}") from error
+    for section, values in given.items():
+        if isinstance(values, dict):
+            set_ones = {k: str(v) if isinstance(v, StrEnum) else v for k, v in values.items() if v is not None}
+            data[section] = {**data.get(section, {}), **set_ones}
+        elif values is not None:
+            data[section] = values
+    return Settings.from_dict(data)
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """One clear message and the documented exit code for what is raised on purpose; 130 for Ctrl-C."""
+    try:
+        yield
+    except HoverBatchError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        typer.echo("Interrupted. Nothing done is lost: the same command goes on from here.", err=True)
+        raise typer.Exit(130) from error

@@ -1,0 +1,80 @@
+"""Files that are there whole or not at all, also after a kill or a power cut.
+
+A write goes to a temporary file in the same folder, is forced to disk, takes its name in one step, and the folder is
+forced to disk too, so that the name survives. The temporary file of a killed write stays behind, hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write or replace `path`; a reader sees the old content or the new, never a part. Text is stored as UTF-8."""
+    with _temporary(path, data) as temporary:
+        os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def write_first(path: Path, data: bytes) -> bool:
+    """Write `path` unless it exists. True where this call wrote it, False where another was first."""
+    with _temporary(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+            won = True
+        except FileExistsError:
+            # Over NFS the link may be made, the answer lost and the request repeated: the count of names tells.
+            won = os.stat(temporary).st_nlink > 1
+    # The loser also waits for the disk: it goes on as if the file were there for good.
+    _sync_folder(path.parent)
+    return won
+
+
+def leftovers(path: Path) -> Iterator[Path]:
+    """Temporary files that killed writes of `path` left behind."""
+    return path.parent.glob(f".{path.name}.*.partial")
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, data: bytes | str) -> Iterator[Path]:
+    """A file beside `path` that holds `data` on disk; gone afterwards unless it was renamed."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems know no fsync of folders; they write names through.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any) -> bytes:
+    """JSON for people and for comparing bytes: sorted keys, indented, no NaN."""
+    return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read as a stream."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

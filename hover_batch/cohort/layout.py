@@ -1,0 +1,166 @@
+"""Every path of a run's output, named once.
+
+::
+
+    out/
+      run.json  settings.toml  versions.json  slides.csv  failures.csv  summary.csv  summary.parquet
+      logs/events.jsonl   example/ (with --example)
+      slides/<slide_id>/
+        key.json            the run key that this slide's unfinished work belongs to
+        markers/            one file a unit: its shard is complete
+        parts/              one parquet a region: its nuclei
+        predictions.zarr  tissue.geojson  nuclei.parquet  thumbnail.jpg  overlay.jpg  timings.json
+        slide.json          written last = done
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hover_batch.cohort.slide_id import fault_in
+from hover_batch.errors import InputError
+
+
+@dataclass(frozen=True)
+class SlideLayout:
+    """Where one slide's results lie, in the run at `root`. An id that could leave the run's folder is an InputError."""
+
+    root: Path
+    slide_id: str
+
+    def __post_init__(self) -> None:
+        if fault := fault_in(self.slide_id):
+            raise InputError(f"slide_id {self.slide_id!r} {fault}")
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "slides" / self.slide_id
+
+    @property
+    def key_json(self) -> Path:
+        return self.folder / "key.json"
+
+    @property
+    def markers(self) -> Path:
+        return self.folder / "markers"
+
+    def marker(self, column: int, row: int) -> Path:
+        """Says that the unit in this cell of the unit grid is predicted and stored."""
+        return self.markers / f"{column}_{row}.json"
+
+    @property
+    def parts(self) -> Path:
+        return self.folder / "parts"
+
+    def part(self, column: int, row: int) -> Path:
+        """The nuclei owned by the region in this cell of the region grid."""
+        return self.parts / f"{column}_{row}.parquet"
+
+    @property
+    def predictions_zarr(self) -> Path:
+        return self.folder / "predictions.zarr"
+
+    @property
+    def tissue_geojson(self) -> Path:
+        return self.folder / "tissue.geojson"
+
+    @property
+    def nuclei_parquet(self) -> Path:
+        return self.folder / "nuclei.parquet"
+
+    @property
+    def thumbnail_jpg(self) -> Path:
+        return self.folder / "thumbnail.jpg"
+
+    @property
+    def overlay_jpg(self) -> Path:
+        return self.folder / "overlay.jpg"
+
+    @property
+    def timings_json(self) -> Path:
+        return self.folder / "timings.json"
+
+    @property
+    def slide_json(self) -> Path:
+        return self.folder / "slide.json"
+
+    @property
+    def removal_order(self) -> tuple[Path, ...]:
+        """All of the slide's paths, what promises before what is promised: a removal that is cut short leaves no
+        slide.json without its table and no marker without its shard."""
+        return (
+            self.slide_json,
+            self.parts,
+            self.markers,
+            self.predictions_zarr,
+            self.tissue_geojson,
+            self.nuclei_parquet,
+            self.thumbnail_jpg,
+            self.overlay_jpg,
+            self.timings_json,
+            self.key_json,
+        )
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """Where a run's results lie. `root` is made absolute, since workers may have another working directory."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", self.root.absolute())
+
+    def slide(self, slide_id: str) -> SlideLayout:
+        return SlideLayout(self.root, slide_id)
+
+    @property
+    def lock(self) -> Path:
+        """Locked while a run writes here; the file itself stays."""
+        return self.root / ".lock"
+
+    @property
+    def example(self) -> Path:
+        """The slides of `--example`, with their cohort.csv."""
+        return self.root / "example"
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def settings_toml(self) -> Path:
+        return self.root / "settings.toml"
+
+    @property
+    def versions_json(self) -> Path:
+        return self.root / "versions.json"
+
+    @property
+    def slides_csv(self) -> Path:
+        return self.root / "slides.csv"
+
+    @property
+    def failures_csv(self) -> Path:
+        return self.root / "failures.csv"
+
+    @property
+    def summary_csv(self) -> Path:
+        return self.root / "summary.csv"
+
+    @property
+    def summary_parquet(self) -> Path:
+        return self.root / "summary.parquet"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def events_jsonl(self) -> Path:
+        return self.logs / "events.jsonl"
+
+    @property
+    def slides(self) -> Path:
+        return self.root / "slides"

@@ -1,0 +1,359 @@
+"""A CSV, a folder or a glob → the slides of a cohort, with all faults of all rows at once.
+
+Slides are not opened here: what their headers say is checked by whoever has a reader.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.slide_id import fault_in, fold, suggest
+from hover_batch.errors import InputError
+from hover_batch.geometry import Mpp
+
+COLUMNS = ("path", "slide_id", "mpp", "magnification", "mask_path", "patient_id", "group")
+RUN_COLUMNS = ("row", "status")
+"""Written by a run beside the cohort's own columns in slides.csv."""
+_ALIASES = {"wsi": "path", "slide": "path", "sample": "slide_id", "slide_mpp": "mpp"}
+
+_SLIDE_SUFFIXES = frozenset(
+    ".svs .tif .tiff .ndpi .mrxs .scn .bif .svslide .vms .vmu .qptiff .png .jpg .jpeg".split()  # noqa: SIM905
+)
+_MASK_SUFFIXES = (".geojson", ".json", ".png")
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with one row. `row` is the line of the CSV (header: line 1) or the place in the listing."""
+
+    row: int
+    slide_id_or_path: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """What a source holds. `records` are the rows without a fault, in the source's order."""
+
+    source: str
+    records: tuple[SlideRecord, ...]
+    faults: tuple[Fault, ...]
+    warnings: tuple[str, ...]
+
+
+def read_cohort(source: str | Path) -> Cohort:
+    """Read a CSV, a folder of slides, a glob, or a single slide.
+
+    Faults of rows are collected, not raised. InputError where there are no rows to speak of: no such source, a file
+    that is no CSV, a header that is wrong or ambiguous, nothing listed.
+    """
+    if not str(source).strip():
+        raise InputError("the cohort is an empty name: give a CSV, a folder of slides or a quoted glob")
+    path = Path(source)
+    try:
+        if path.is_dir():
+            rows, warnings = _list_folder(path)
+        elif path.is_file() and path.suffix.lower() not in _SLIDE_SUFFIXES:
+            rows, warnings = _parse_csv(path)
+        elif path.exists() or glob.has_magic(str(source)):
+            found = [path] if path.exists() else [Path(p) for p in glob.glob(str(source), recursive=True)]
+            rows, warnings = _as_rows(found, str(source))
+        else:
+            raise InputError(f"{source}: no such CSV, folder or slide")
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror})") from error
+    base = path.parent if path.is_file() else Path()
+    return _check(str(path.absolute()), rows, base.absolute(), warnings)
+
+
+def raise_if_faulty(cohort: Cohort) -> None:
+    """InputError with every fault, one line each, and what to do about them."""
+    if not cohort.faults:
+        return
+    lines = [f"{cohort.source}: {len(cohort.faults)} fault{'s' if len(cohort.faults) > 1 else ''}, nothing was run"]
+    lines += [
+        f"  row {fault.row}{f' ({fault.slide_id_or_path})' if fault.slide_id_or_path else ''}: {fault.message}"
+        for fault in cohort.faults
+    ]
+    lines.append(
+        "Mend these rows (for a folder or glob: list its slides in a CSV), or leave them out with --skip-invalid."
+    )
+    raise InputError("\n".join(lines))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Cells as they were written, under the names in COLUMNS; an empty cell is not there."""
+
+    number: int
+    cells: Mapping[str, str]
+    extra: Mapping[str, str] = field(default_factory=dict)
+    surplus: int = 0
+    """Filled cells beyond the header's last column."""
+
+    @property
+    def label(self) -> str:
+        return self.cells.get("slide_id") or self.cells.get("path", "")
+
+
+# Folders and globs
+
+
+def _list_folder(folder: Path) -> tuple[list[_Row], list[str]]:
+    entries = list(folder.iterdir())
+    if not any(_looks_like_slide(entry) for entry in entries) and _is_dicom_folder(folder):
+        entries = [folder]
+    return _as_rows(entries, str(folder))
+
+
+def _as_rows(entries: Iterable[Path], source: str) -> tuple[list[_Row], list[str]]:
+    # Hidden files go unmentioned: macOS leaves a "._a.svs" beside each a.svs on foreign file systems.
+    entries = sorted(entry for entry in entries if not entry.name.startswith("."))
+    slides = dict.fromkeys(entry for entry in entries if _looks_like_slide(entry))
+    if not slides:
+        raise InputError(
+            f"{source}: no slide found; looked for {' '.join(sorted(_SLIDE_SUFFIXES))} and DICOM folders, "
+            "not in deeper folders; other files can be listed in a CSV"
+        )
+    companions = {slide.with_suffix("") for slide in slides if slide.suffix.lower() == ".mrxs"}
+    others = [entry for entry in entries if entry not in slides and entry not in companions]
+    warnings = []
+    if others:
+        names = ", ".join(entry.name for entry in others[:3]) + (", …" if len(others) > 3 else "")
+        warnings.append(f"{source}: left out {len(others)} that are no slides by their names: {names}")
+    rows = [_Row(number, {"path": str(slide.absolute())}) for number, slide in enumerate(slides, start=1)]
+    return rows, warnings
+
+
+def _looks_like_slide(path: Path) -> bool:
+    try:
+        return _is_dicom_folder(path) if path.is_dir() else path.suffix.lower() in _SLIDE_SUFFIXES
+    except PermissionError:  # somebody else's folder among the slides, such as lost+found
+        return False
+
+
+def _is_dicom_folder(path: Path) -> bool:
+    return any(entry.suffix.lower() == ".dcm" for entry in path.iterdir())
+
+
+# CSV
+
+
+def _parse_csv(path: Path) -> tuple[list[_Row], list[str]]:
+    lines = _csv_records(path)
+    _, header = next(lines, (0, []))
+    if not header:
+        raise InputError(f"{path}: is empty; its first line names the columns, at least path")
+    names, warnings = _column_names(path, header)
+    rows = []
+    unnamed = False
+    for number, cells in lines:
+        surplus = sum(1 for cell in cells[len(names) :] if cell)
+        filled = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+        unnamed |= "" in filled
+        known = {name: filled[name] for name in COLUMNS if name in filled}
+        extra = {name: filled.get(name, "") for name in names if name and name not in COLUMNS}
+        rows.append(_Row(number, known, extra, surplus))
+    if not rows:
+        raise InputError(f"{path}: has a header but no slides; add a line for each slide")
+    if unnamed:
+        warnings.append(f"{path}: a column without a name is left out")
+    return rows, warnings
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line on which it begins, stripped cells) of each record; those without any filled cell are passed over."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        fault = f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as CSV UTF-8"
+        raise InputError(fault) from error
+    if "\0" in text:
+        raise InputError(f"{path}: is not a CSV, it holds zero bytes; save it as CSV UTF-8")
+    # strict: otherwise one stray quotation mark would swallow the rows that follow.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        # A quoted cell may span lines, so the line where a record ends is not its row.
+        number = reader.line_num + 1
+        try:
+            cells = [cell.strip() for cell in next(reader)]
+        except StopIteration:
+            return
+        except csv.Error as error:
+            fault = f"{path}: the record from line {number} on is not CSV ({error}); check its quotes"
+            raise InputError(fault) from error
+        if any(cells):
+            yield number, cells
+
+
+def _column_names(path: Path, header: list[str]) -> tuple[list[str], list[str]]:
+    """The header with aliases resolved, extra columns as they are written, "" for unnamed ones; and warnings."""
+    written: dict[str, str] = {}
+    names, faults, warnings = [], [], []
+    for cell in header:
+        plain = "_".join(cell.lower().replace("-", " ").split())
+        name = _ALIASES.get(plain, plain)
+        if name in RUN_COLUMNS:
+            name = f"cohort_{name}"
+            warnings.append(f"{path}: column {cell} becomes {name}, since the run writes a column {cell} itself")
+        if name and name in written:
+            faults.append(f"columns {written[name]} and {cell} both mean {name}: keep one")
+        written[name] = cell
+        names.append(cell if name == plain and name not in COLUMNS else name)
+    if "path" not in written:
+        faults.append(f"no column path (or wsi, slide) among {', '.join(header)}")
+        if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+            faults.append("columns must be separated by commas")
+    if faults:
+        raise InputError(f"{path}: " + "; ".join(faults))
+    return names, warnings
+
+
+# Rows
+
+
+def _check(source: str, rows: list[_Row], base: Path, warnings: list[str]) -> Cohort:
+    taken = {fold(slide_id) for row in rows if (slide_id := _slide_id(row, base))}
+    first_with_id: dict[str, int] = {}
+    first_with_file: dict[str, int] = {}
+    records, faults = [], []
+    for row in rows:
+        messages: list[str] = []
+        path = base / row.cells["path"] if "path" in row.cells else None
+        messages += [f"path {path}: {fault}" for fault in _faults_of_slide(path)] if path else ["path is empty"]
+        slide_id = _slide_id(row, base)
+        if slide_id:
+            if fault := _fault_of_id(row, slide_id, first_with_id, taken):
+                messages.append(fault)
+            first_with_id.setdefault(fold(slide_id), row.number)
+        mpp = _mpp(row, messages)
+        magnification = _magnification(row, messages)
+        mask_path = base / row.cells["mask_path"] if "mask_path" in row.cells else None
+        if mask_path:
+            messages += [f"mask_path {mask_path}: {fault}" for fault in _faults_of_mask(mask_path)]
+        if row.surplus:
+            messages.append(f"has {row.surplus} more cells than the header; a cell with a comma needs quotes")
+        if messages or path is None:
+            faults += [Fault(row.number, row.label, message) for message in messages]
+            continue
+        same = first_with_file.setdefault(os.path.realpath(path), row.number)
+        if same != row.number:
+            warnings.append(f"row {row.number} ({slide_id}) is the same slide as row {same}")
+        records.append(
+            SlideRecord(
+                slide_id=slide_id,
+                path=path,
+                row=row.number,
+                mpp=mpp,
+                magnification=magnification,
+                mask_path=mask_path,
+                patient_id=row.cells.get("patient_id"),
+                group=row.cells.get("group"),
+                extra=MappingProxyType(dict(row.extra)),
+            )
+        )
+    return Cohort(source, tuple(records), tuple(faults), tuple(warnings))
+
+
+def _slide_id(row: _Row, base: Path) -> str:
+    """As given; else a file's stem or a folder's whole name; "" where there is no path either."""
+    if "slide_id" in row.cells:
+        return row.cells["slide_id"]
+    if "path" not in row.cells:
+        return ""
+    path = base / row.cells["path"]
+    try:
+        return path.name if path.is_dir() else path.stem
+    except OSError:  # reported as the path's own fault
+        return path.stem
+
+
+def _fault_of_id(row: _Row, slide_id: str, first_with_id: Mapping[str, int], taken: set[str]) -> str | None:
+    """What is wrong with the id, with one that would do; that one is taken from then on."""
+    given = "slide_id" in row.cells
+    if fault := fault_in(slide_id):
+        reason, near = f"slide_id {slide_id!r} {fault}", slide_id
+    elif (first := first_with_id.get(fold(slide_id))) is not None:
+        reason = f"slide_id {slide_id!r} is also that of row {first} (upper and lower case count as the same)"
+        # Slides of one name usually lie in folders that tell them apart.
+        near = slide_id if given else f"{Path(row.cells['path']).parent.name}-{slide_id}"
+    else:
+        return None
+    remedy = suggest(near, taken)
+    taken.add(fold(remedy))
+    return f"{reason}; {'use' if given else 'give it a slide_id,'} for example {remedy}"
+
+
+def _faults_of_slide(path: Path) -> list[str]:
+    try:
+        str(path).encode()
+        if path.is_dir():
+            return [] if _is_dicom_folder(path) else ["is a folder without DICOM files (*.dcm)"]
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            return ["is no file"]
+        with open(path, "rb"):
+            return []
+    except UnicodeEncodeError:
+        return ["its name is not UTF-8; rename it"]
+    except FileNotFoundError:
+        return ["no such file"]
+    except OSError as error:
+        return [f"cannot be read ({error.strerror})"]
+
+
+def _faults_of_mask(path: Path) -> list[str]:
+    """Whether it can be opened and is what its suffix says; where it lies on the slide is seen later."""
+    suffix = path.suffix.lower()
+    if suffix not in _MASK_SUFFIXES:
+        return [f"masks are {', '.join(_MASK_SUFFIXES)}"]
+    try:
+        if suffix == ".png":
+            with open(path, "rb") as file:
+                return [] if file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE else ["is no PNG image"]
+        return [] if isinstance(json.loads(path.read_bytes()), dict | list) else ["is no GeoJSON"]
+    except (ValueError, RecursionError):
+        return ["is no JSON"]
+    except FileNotFoundError:
+        return ["no such file"]
+    except OSError as error:
+        return [f"cannot be read ({error.strerror})"]
+
+
+def _mpp(row: _Row, messages: list[str]) -> Mpp | None:
+    if "mpp" not in row.cells:
+        return None
+    value = _number(row.cells["mpp"])
+    try:
+        return Mpp(value, value)
+    except ValueError:
+        messages.append(f"mpp {row.cells['mpp']!r}: write the pixel size in µm as a number, for example 0.25")
+        return None
+
+
+def _magnification(row: _Row, messages: list[str]) -> float | None:
+    if "magnification" not in row.cells:
+        return None
+    value = _number(row.cells["magnification"])
+    if 0 < value < 1000:
+        return value
+    messages.append(f"magnification {row.cells['magnification']!r}: write the objective's power, for example 40")
+    return None
+
+
+def _number(text: str) -> float:
+    """NaN where it is no number as people write them: Python alone would read 0_25 as 25."""
+    try:
+        return math.nan if "_" in text else float(text)
+    except ValueError:
+        return math.nan

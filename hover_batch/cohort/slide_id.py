@@ -1,0 +1,48 @@
+"""Which slide ids can be folder names on every file system, and what to offer in place of one that cannot."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Container
+
+_FITS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MAX_LENGTH = 128
+"""Far below the 255 bytes of common file systems, so that whole paths stay short enough too."""
+_DEVICES = frozenset(
+    ["con", "prn", "aux", "nul", *(f"com{i}" for i in range(1, 10)), *(f"lpt{i}" for i in range(1, 10))]
+)
+"""Names that Windows and its network shares keep for devices, whatever follows the first dot."""
+
+
+def fold(slide_id: str) -> str:
+    """What two ids share that a case-insensitive file system takes for one."""
+    return slide_id.lower()
+
+
+def fault_in(slide_id: str) -> str | None:
+    """Why `slide_id` cannot name a folder, or None where it can."""
+    if not _FITS.fullmatch(slide_id):
+        return "may hold only A-Z a-z 0-9 . _ - and begins with a letter or digit"
+    if len(slide_id) > _MAX_LENGTH:
+        return f"is longer than {_MAX_LENGTH} characters"
+    if slide_id.endswith("."):
+        return "ends with a dot, which some file systems drop"
+    if fold(slide_id).split(".")[0] in _DEVICES:
+        return "is a device name on some file systems"
+    return None
+
+
+def suggest(text: str, taken: Container[str]) -> str:
+    """An id near `text` that fits and whose `fold` is not in `taken`."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    base = re.sub(r"[^A-Za-z0-9._-]+", "-", ascii_text)
+    # Room is left for the counter below.
+    base = base.strip("._-")[: _MAX_LENGTH - 12].rstrip("._-") or "slide"
+    if fault_in(base):
+        base = f"slide-{base}"
+    candidate, count = base, 1
+    while fold(candidate) in taken:
+        count += 1
+        candidate = f"{base}-{count}"
+    return candidate

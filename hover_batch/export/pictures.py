@@ -1,0 +1,150 @@
+"""Pictures to look at: the thumbnail with the tissue's outline, and nuclei drawn over a field of the slide.
+
+A whole slide is too large to look at with contours on it, so the overlay is of one field at full resolution, by
+`densest_field` the one with most nuclei. The caller reads the pixels; this draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import shapely
+from numpy.typing import NDArray
+
+from hover_batch.geometry import Box, Size
+from hover_batch.taxonomy import Rgb, Taxonomy
+
+OUTLINE: Rgb = (0, 90, 200)
+"""Of the tissue: a blue that H&E does not have."""
+
+_SHIFT = 4
+"""Binary digits after the point that OpenCV draws with: sixteenths of a pixel."""
+_QUALITY = 92
+_LINE = 22
+"""Height of a line of the legend in pixels."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Pixels of a part of the slide: `image` (y, x, 3) uint8 RGB, whose upper left corner lies at level-0 position
+    (`x0`, `y0`), a pixel of it being `scale_x` × `scale_y` level-0 pixels."""
+
+    image: NDArray[np.uint8]
+    x0: float
+    y0: float
+    scale_x: float
+    scale_y: float
+
+    def place(self, points: NDArray[np.float64]) -> NDArray[np.int32]:
+        """Level-0 positions (…, 2) of x, y → OpenCV's fixed-point coordinates in the image.
+
+        OpenCV's integers are pixel centres, ours lie at +0.5: without the half, contours sit half a pixel to the lower
+        right of their nuclei.
+        """
+        pixels = (points - [self.x0, self.y0]) / [self.scale_x, self.scale_y] - 0.5
+        return np.rint(pixels * (1 << _SHIFT)).astype(np.int32)
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        """x0, y0, x1, y1 in level-0 pixels."""
+        height, width = self.image.shape[:2]
+        return self.x0, self.y0, self.x0 + width * self.scale_x, self.y0 + height * self.scale_y
+
+
+def write_thumbnail(path: Path, view: View, outline: Sequence[NDArray[np.float64]]) -> None:
+    """JPEG of `view` with the rings `outline` (k, 2), x, y in level-0 pixels, of tissue and holes in it."""
+    canvas = view.image.copy()
+    _draw(canvas, [view.place(ring) for ring in outline], OUTLINE, thickness=2)
+    _write_jpeg(path, canvas)
+
+
+def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> int:
+    """JPEG of `view` with the contours in the table `nuclei` (nuclei.parquet) in the colours of their classes.
+
+    Under the picture stands a legend with the number of nuclei of each class in it. Returns how many were drawn.
+    """
+    x0, y0, x1, y1 = view.extent
+    meets = (
+        (pc.field("bbox", "xmin") < x1)
+        & (pc.field("bbox", "xmax") > x0)
+        & (pc.field("bbox", "ymin") < y1)
+        & (pc.field("bbox", "ymax") > y0)
+    )
+    # No partitioning: a folder named key=value would be taken for a column.
+    table = pq.read_table(nuclei, columns=["type_id", "geometry"], filters=meets, partitioning=None)
+    types = table["type_id"].to_numpy()
+    polygons = shapely.from_wkb(table["geometry"].to_numpy())
+    canvas = view.image.copy()
+    for kind in taxonomy.nuclei:
+        points, ring_of_point = shapely.get_coordinates(polygons[types == kind.id], return_index=True)
+        starts = np.flatnonzero(np.diff(ring_of_point)) + 1
+        _draw(canvas, np.split(view.place(points), starts), kind.color, thickness=1)
+    counts = np.bincount(types, minlength=len(taxonomy.classes))
+    entries = [(f"{kind.name} {counts[kind.id]:,}", kind.color) for kind in taxonomy.nuclei]
+    _write_jpeg(path, np.concatenate([canvas, _legend(entries, canvas.shape[1])]))
+    return len(types)
+
+
+def densest_field(nuclei: Path, side: int, canvas: Size) -> Box:
+    """The square of `side` level-0 pixels with most centroids among those at every quarter side, the first in raster
+    order; the canvas's middle where there are no nuclei. It lies inside the canvas, and is cut to one that is smaller.
+    """
+    step = max(1, side // 4)
+    counts = np.zeros((-(-canvas.height // step), -(-canvas.width // step)), np.int64)
+    with pq.ParquetFile(nuclei) as table:
+        for batch in table.iter_batches(columns=["centroid_x", "centroid_y"]):
+            x, y = (batch.column(i).to_numpy() // step for i in range(2))
+            np.add.at(
+                counts,
+                (
+                    np.clip(y, 0, counts.shape[0] - 1).astype(np.int64),
+                    np.clip(x, 0, counts.shape[1] - 1).astype(np.int64),
+                ),
+                1,
+            )
+    if counts.any():
+        # Summed-area table, the last cells repeated so that a square may start at any cell.
+        total = np.pad(counts, ((1, 3), (1, 3))).cumsum(axis=0).cumsum(axis=1)
+        inside = total[4:, 4:] - total[:-4, 4:] - total[4:, :-4] + total[:-4, :-4]
+        row, column = np.unravel_index(int(inside.argmax()), inside.shape)
+        x0, y0 = int(column) * step, int(row) * step
+    else:
+        x0, y0 = (canvas.width - side) // 2, (canvas.height - side) // 2
+    x0 = max(0, min(x0, canvas.width - side))
+    y0 = max(0, min(y0, canvas.height - side))
+    return Box(x0, y0, x0 + side, y0 + side).intersect(canvas.box)
+
+
+def _draw(canvas: NDArray[np.uint8], rings: Sequence[NDArray[np.int32]], color: Rgb, thickness: int) -> None:
+    cv2.polylines(canvas, rings, True, color, thickness, lineType=cv2.LINE_AA, shift=_SHIFT)
+
+
+def _legend(entries: Sequence[tuple[str, Rgb]], width: int) -> NDArray[np.uint8]:
+    """White strip (y, width, 3) with a coloured square and a text for each entry, on as many lines as that takes."""
+    font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.45
+    placed: list[tuple[int, int, str, Rgb]] = []
+    x, line = 8, 0
+    for text, color in entries:
+        needed = 20 + cv2.getTextSize(text, font, size, 1)[0][0] + 16
+        if x > 8 and x + needed > width:
+            x, line = 8, line + 1
+        placed.append((x, line * _LINE, text, color))
+        x += needed
+    strip = np.full(((line + 1) * _LINE, width, 3), 255, np.uint8)
+    for x, y, text, color in placed:
+        cv2.rectangle(strip, (x, y + 6), (x + 11, y + 17), color, cv2.FILLED)
+        cv2.putText(strip, text, (x + 18, y + 16), font, size, (40, 40, 40), 1, cv2.LINE_AA)
+    return strip
+
+
+def _write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
+    # Full chroma: halved, as is usual, it smears one-pixel contours into their neighbours.
+    sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    _, encoded = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY, *sampling])
+    path.write_bytes(encoded.tobytes())

@@ -1,0 +1,333 @@
+"""The table of a slide's nuclei: columns, parts of regions, and their merge into nuclei.parquet (GeoParquet 1.1).
+
+A region writes its nuclei as a part, without numbers. The merge sorts all of them by anchor (first pixel in raster
+order), numbers them and cuts row groups of a fixed length, so the bytes of nuclei.parquet depend on the nuclei alone
+and not on how the slide was cut into regions.
+
+Positions are level-0 pixels on OpenSlide's full canvas, x to the right and y down, a pixel (i, j) covering
+[i, i+1) × [j, j+1). Sizes are µm. Format: https://geoparquet.org/releases/v1.1.0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+from numpy.typing import NDArray
+
+from hover_batch.errors import SlideError
+from hover_batch.geometry import Box, Grid, Mpp
+from hover_batch.taxonomy import Taxonomy
+
+if TYPE_CHECKING:
+    from hover_batch.nuclei.measure import Nuclei
+
+SCHEMA_VERSION = 1
+"""Of the columns and the file metadata; part of the run key."""
+
+ROW_GROUP = 100_000
+"""Rows of a row group: some 40 MB in memory, so that a reader of one field of a slide skips the rest."""
+
+BBOX = pa.struct([pa.field(name, pa.float64(), nullable=False) for name in ("xmin", "ymin", "xmax", "ymax")])
+
+_DICTIONARY = ["slide_id", "type_id", "type"]
+"""Columns of few values; a dictionary of floats would only be built to be thrown away."""
+
+Keep = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
+"""(x, y) of centroids in level-0 pixels → which nuclei stay."""
+
+
+@dataclass(frozen=True)
+class TableContext:
+    """What a table says of its slide and model. Nothing of time, host or path: equal runs give equal bytes."""
+
+    slide_id: str
+    taxonomy: Taxonomy
+    grid: Grid
+    slide_mpp: Mpp
+    """Of level 0."""
+    mpp_source: str
+    """Where `slide_mpp` comes from: the file, the cohort CSV, …"""
+    bounds: Box | None
+    """OpenSlide's bounds in level-0 pixels: the scanned part of the canvas, where the file names one."""
+    model_id: str
+    model_sha256: str
+    software: str
+    """Version of hover-batch."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The `hover_batch` entry of the file metadata."""
+        grid = self.grid
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "software": self.software,
+            "slide_id": self.slide_id,
+            "mpp": asdict(self.slide_mpp),
+            "mpp_source": self.mpp_source,
+            "level0": asdict(grid.level0),
+            "bounds": None if self.bounds is None else asdict(self.bounds),
+            "inference_mpp": asdict(grid.mpp),
+            "inference_scale": {"x": grid.scale_x, "y": grid.scale_y},
+            "taxonomy": self.taxonomy.to_json(),
+            "model": {"id": self.model_id, "sha256": self.model_sha256},
+        }
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What the merge counted. `by_class`: class name → nuclei, in the taxonomy's order, zeros included."""
+
+    nuclei: int
+    by_class: dict[str, int]
+    seam_uncertain: int
+    dropped: int
+    """Nuclei that `keep` refused."""
+
+
+def table_schema(taxonomy: Taxonomy) -> pa.Schema:
+    """The columns of nuclei.parquet, in order; none is ever null."""
+    columns: list[tuple[str, pa.DataType]] = [
+        ("slide_id", pa.string()),
+        ("nucleus_id", pa.uint32()),
+        ("centroid_x", pa.float64()),
+        ("centroid_y", pa.float64()),
+        ("bbox", BBOX),
+        ("type_id", pa.uint8()),
+        ("type", pa.string()),
+        ("type_prob", pa.float32()),
+        *((f"prob_{c.name}", pa.float32()) for c in taxonomy.nuclei),
+        ("seg_score", pa.float32()),
+        ("area_um2", pa.float32()),
+        ("perimeter_um", pa.float32()),
+        ("major_axis_um", pa.float32()),
+        ("minor_axis_um", pa.float32()),
+        ("eccentricity", pa.float32()),
+        ("solidity", pa.float32()),
+        ("h_od_mean", pa.float32()),
+        ("e_od_mean", pa.float32()),
+        ("touches_border", pa.bool_()),
+        ("seam_uncertain", pa.bool_()),
+        ("geometry", pa.binary()),
+    ]
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
+
+
+def part_schema(taxonomy: Taxonomy) -> pa.Schema:
+    """The columns of a part: the anchor in inference pixels, which gives the order, in place of the number."""
+    anchors = [pa.field(name, pa.int64(), nullable=False) for name in ("anchor_y", "anchor_x")]
+    return pa.schema(anchors + [field for field in table_schema(taxonomy) if field.name != "nucleus_id"])
+
+
+def to_arrow(nuclei: Nuclei, context: TableContext) -> pa.Table:
+    """Nuclei of one region, in inference pixels → rows of `part_schema`, in level-0 pixels and µm, order kept."""
+    grid, taxonomy = context.grid, context.taxonomy
+    scale = np.array([grid.scale_x, grid.scale_y])
+    side_um = np.sqrt(grid.mpp.x * grid.mpp.y)
+    pixels = np.asarray(nuclei.bbox, np.int64).reshape(-1, 4)
+    # The pixels' extent, not the contour's: it reaches half a pixel further and so covers the polygon.
+    bbox = pixels * np.tile(scale, 2)
+    edges = np.array([grid.size.width, grid.size.height])
+    names = pa.array([c.name for c in taxonomy.classes])
+    columns: dict[str, Any] = {
+        "anchor_y": nuclei.anchor_y,
+        "anchor_x": nuclei.anchor_x,
+        "slide_id": pa.repeat(context.slide_id, len(pixels)),
+        "centroid_x": nuclei.centroid_x * grid.scale_x,
+        "centroid_y": nuclei.centroid_y * grid.scale_y,
+        "bbox": pa.StructArray.from_arrays([bbox[:, i] for i in range(4)], fields=list(BBOX)),
+        "type_id": nuclei.type_id,
+        "type": names.take(pa.array(nuclei.type_id)),
+        "type_prob": nuclei.type_prob,
+        **{f"prob_{c.name}": nuclei.class_probs[:, c.id - 1] for c in taxonomy.nuclei},
+        "seg_score": nuclei.seg_score,
+        "area_um2": nuclei.area_px * (grid.mpp.x * grid.mpp.y),
+        "perimeter_um": nuclei.perimeter_px * side_um,
+        "major_axis_um": nuclei.major_axis_px * side_um,
+        "minor_axis_um": nuclei.minor_axis_px * side_um,
+        "eccentricity": nuclei.eccentricity,
+        "solidity": nuclei.solidity,
+        "h_od_mean": nuclei.h_od,
+        "e_od_mean": nuclei.e_od,
+        "touches_border": ((pixels[:, :2] <= 0) | (pixels[:, 2:] >= edges)).any(axis=1),
+        "seam_uncertain": nuclei.seam_uncertain,
+        "geometry": _wkb(nuclei.contours, scale),
+    }
+    schema = part_schema(taxonomy)
+    return pa.table([_column(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+def _column(values: Any, kind: pa.DataType) -> pa.Array:
+    if isinstance(values, np.ndarray):
+        values = pa.array(np.ascontiguousarray(values))
+    return values.cast(kind, safe=False) if values.type != kind else values  # unsafe: float64 → float32 rounds
+
+
+def _wkb(contours: Sequence[NDArray[np.float64]], scale: NDArray[np.float64]) -> pa.Array:
+    """Closed rings (k, 2) of x, y in inference pixels → WKB polygons in level-0 pixels."""
+    if not contours:
+        return pa.array([], pa.binary())
+    points = np.concatenate(contours) * scale
+    ring_of_point = np.repeat(np.arange(len(contours)), [len(ring) for ring in contours])
+    polygons = shapely.polygons(shapely.linearrings(points, indices=ring_of_point))
+    return pa.array(shapely.to_wkb(polygons, output_dimension=2, byte_order=1), pa.binary())
+
+
+def write_part(path: Path, part: pa.Table) -> None:
+    """Commit the rows of one region: the file is there whole or not at all."""
+    with _replacing(path) as temporary:
+        pq.write_table(part, temporary, compression="zstd", compression_level=1, use_dictionary=_DICTIONARY)
+
+
+def merge_parts(
+    parts: Iterable[tuple[int, Path]], out: Path, context: TableContext, keep: Keep | None = None
+) -> MergeResult:
+    """Sort, number and write all nuclei of a slide, one row of regions at a time.
+
+    `parts` are (row of regions, file). The anchors of one row of regions all lie above those of the next, so memory
+    holds one row of regions and one row group, whatever the slide's height. `keep` chooses by centroid; numbers run
+    over what is kept.
+    """
+    schema = table_schema(context.taxonomy)
+    by_type = np.zeros(len(context.taxonomy.classes), np.int64)
+    extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
+    rows = _Rows(parts, part_schema(context.taxonomy), keep)
+    numbered = uncertain = 0
+    with (
+        _replacing(out) as temporary,
+        pq.ParquetWriter(
+            temporary,
+            schema,
+            compression="zstd",
+            use_dictionary=_DICTIONARY,
+            # Smallest and largest of WKB bytes mean nothing; those of bbox are how readers skip row groups.
+            write_statistics=[c for c in _leaves(schema) if c != "geometry"],
+        ) as writer,
+    ):
+        for group in _cut(rows, ROW_GROUP):
+            ids = np.arange(numbered + 1, numbered + 1 + len(group), dtype=np.uint32)
+            numbered += len(group)
+            by_type += np.bincount(group["type_id"].to_numpy(), minlength=len(by_type))
+            uncertain += int(np.count_nonzero(group["seam_uncertain"].to_numpy()))
+            extent = _union(extent, group["bbox"].chunk(0))
+            table = group.add_column(1, schema.field("nucleus_id"), pa.array(ids))
+            writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)
+        box = extent.tolist() if numbered else None
+        writer.add_key_value_metadata(
+            {"geo": _json(_geo(box)), "hover_batch": _json(context.to_json())},
+        )
+    return MergeResult(
+        nuclei=numbered,
+        by_class={c.name: int(by_type[c.id]) for c in context.taxonomy.nuclei},
+        seam_uncertain=uncertain,
+        dropped=rows.dropped,
+    )
+
+
+class _Rows:
+    """The nuclei of each row of regions in turn, sorted by anchor; iterate once."""
+
+    def __init__(self, parts: Iterable[tuple[int, Path]], schema: pa.Schema, keep: Keep | None) -> None:
+        self.dropped = 0
+        self._files: dict[int, list[Path]] = {}
+        for row, path in parts:
+            self._files.setdefault(row, []).append(path)
+        self._schema = schema
+        self._keep = keep
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        last = (-1, -1)
+        for row in sorted(self._files):
+            table = pa.concat_tables([_read_part(path, self._schema) for path in sorted(self._files[row])])
+            y, x = table["anchor_y"].to_numpy(), table["anchor_x"].to_numpy()
+            order = np.lexsort((x, y))
+            y, x = y[order], x[order]
+            again = (np.diff(y) == 0) & (np.diff(x) == 0)
+            if len(y) and ((int(y[0]), int(x[0])) <= last or again.any()):
+                raise SlideError(
+                    f"two regions hold the same nucleus, in row {row} of the regions or across its upper edge: the "
+                    f"parts in {self._files[row][0].parent} are of different runs; remove that folder and run again"
+                )
+            if len(y):
+                last = (int(y[-1]), int(x[-1]))
+            if self._keep is not None:
+                stays = self._keep(table["centroid_x"].to_numpy(), table["centroid_y"].to_numpy())
+                self.dropped += int(np.count_nonzero(~stays))
+                order = order[stays[order]]
+            yield table.take(pa.array(order)).drop_columns(["anchor_y", "anchor_x"])
+
+
+def _read_part(path: Path, schema: pa.Schema) -> pa.Table:
+    # ParquetFile, because read_table takes key=value in a folder's name for a column.
+    with pq.ParquetFile(path) as part:
+        return part.read().cast(schema)
+
+
+def _cut(tables: Iterable[pa.Table], length: int) -> Iterator[pa.Table]:
+    """The same rows in tables of exactly `length`, the last perhaps shorter, each of one chunk a column."""
+    waiting: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        waiting.append(table)
+        count += len(table)
+        if count >= length:
+            joined = pa.concat_tables(waiting)
+            for start in range(0, count - length + 1, length):
+                yield joined.slice(start, length).combine_chunks()
+            count %= length
+            waiting = [joined.slice(len(joined) - count)]
+    if count:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _union(extent: NDArray[np.float64], bbox: pa.StructArray) -> NDArray[np.float64]:
+    """`extent` [xmin, ymin, xmax, ymax] grown to hold all of `bbox`."""
+    xmin, ymin, xmax, ymax = (bbox.field(i).to_numpy() for i in range(4))
+    low = np.minimum(extent[:2], [xmin.min(), ymin.min()])
+    high = np.maximum(extent[2:], [xmax.max(), ymax.max()])
+    return np.concatenate([low, high])
+
+
+def _geo(box: list[float] | None) -> dict[str, Any]:
+    """GeoParquet's file metadata; `crs: null` says that the coordinates are a picture's, not the Earth's."""
+    column: dict[str, Any] = {
+        "encoding": "WKB",
+        "geometry_types": ["Polygon"],
+        "crs": None,
+        "covering": {"bbox": {name: ["bbox", name] for name in ("xmin", "ymin", "xmax", "ymax")}},
+    }
+    if box is not None:
+        column["bbox"] = box
+    return {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """Column paths as Parquet has them: a struct is its members."""
+    return [
+        f"{field.name}.{member.name}" if member is not field else field.name
+        for field in schema
+        for member in (field.type if pa.types.is_struct(field.type) else [field])
+    ]
+
+
+def _json(data: dict[str, Any]) -> str:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, flushed to disk and renamed onto it when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    os.replace(temporary, path)

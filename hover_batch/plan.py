@@ -1,0 +1,108 @@
+"""What can be known before a run: faults of rows and headers, tiles, disk and time. Needs neither torch nor weights.
+
+`plan` and `segment` both begin here, so that the dry run and the run refuse the same things.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from hover_batch.cohort.manifest import Cohort, Fault
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.config import Settings
+from hover_batch.errors import InputError, SlideError
+from hover_batch.geometry import Grid
+from hover_batch.model.package import Card
+from hover_batch.slide.reader import SlideInfo, peek
+from hover_batch.slide.tissue import check_mask
+
+STORE_BYTES_PER_PIXEL = 3.0
+"""Compressed size of all planes per predicted pixel of dense tissue."""
+MPX_PER_CORE_SECOND = 0.5
+"""Inference pixels that one core takes through the whole way, for the estimate only."""
+
+
+@dataclass(frozen=True)
+class PlannedSlide:
+    """A slide whose header could be read: the whole canvas is the upper bound of what will be predicted."""
+
+    record: SlideRecord
+    info: SlideInfo
+    grid: Grid
+    tiles: int
+
+    @property
+    def pixels(self) -> int:
+        return self.grid.size.pixels
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`cohort` is the one that was read, with the faults of headers and masks added and their records taken out.
+
+    `unreadable`: records (still in the cohort) whose file cannot be opened, with the reason. They are no fault of the
+    CSV, and become failures of the run.
+    """
+
+    cohort: Cohort
+    slides: tuple[PlannedSlide, ...]
+    unreadable: tuple[tuple[SlideRecord, str], ...]
+
+    @property
+    def exit_code(self) -> int:
+        """As the run's would be: 3 with unreadable or faulty slides, 4 with no other."""
+        if not self.unreadable and not self.cohort.faults:
+            return 0
+        return 3 if self.slides else 4
+
+    def lines(self, settings: Settings, card: Card) -> list[str]:
+        """The plan in words. Tissue is found in the run, so that all figures are upper bounds: the whole canvas."""
+        lines = [f"{self.cohort.source}: {len(self.slides)} slides to run with model {card.name}"]
+        lines += [f"  warning: {w}" for w in self.cohort.warnings]
+        for slide in self.slides:
+            size, grid = slide.info.level0, slide.grid
+            lines.append(
+                f"  {slide.record.slide_id}: {size.width} × {size.height} px at {slide.info.mpp.x:g} µm "
+                f"→ {grid.size.width} × {grid.size.height} at {grid.mpp.x:g} µm, ≤ {slide.tiles:,} tiles"
+            )
+            lines += [f"    warning: {w}" for w in slide.info.warnings]
+        lines += [f"  {record.slide_id}: will fail: {reason}" for record, reason in self.unreadable]
+        lines += [f"  row {fault.row}: left out: {fault.message}" for fault in self.cohort.faults]
+        pixels = sum(slide.pixels for slide in self.slides)
+        cores = settings.infer.threads or os.cpu_count() or 1
+        seconds = pixels / 1e6 / MPX_PER_CORE_SECOND / cores
+        store = 0.0 if settings.output.discard_predictions else pixels * STORE_BYTES_PER_PIXEL
+        lines.append(
+            f"at most: {sum(slide.tiles for slide in self.slides):,} tiles, {pixels / 1e6:,.0f} Mpx, "
+            f"{store / 1e9:.1f} GB of prediction stores, about {seconds / 60:.0f} min on {cores} cores"
+        )
+        return lines
+
+
+def plan_cohort(cohort: Cohort, card: Card) -> Plan:
+    """Read every header and mask."""
+    slides: list[PlannedSlide] = []
+    unreadable: list[tuple[SlideRecord, str]] = []
+    faults = list(cohort.faults)
+    for record in cohort.records:
+        try:
+            if record.mask_path is not None:
+                check_mask(record.mask_path)
+            info = peek(record)
+        except InputError as error:
+            faults.append(Fault(record.row, record.slide_id, str(error)))
+            continue
+        except SlideError as error:
+            unreadable.append((record, str(error)))
+            continue
+        grid = Grid.over(info.level0, info.mpp, card.mpp)
+        tiles = sum(1 for _ in grid.size.box.cells(card.tile_out))
+        slides.append(PlannedSlide(record, info, grid, tiles))
+    faulty = {fault.row for fault in faults}
+    checked = replace(
+        cohort,
+        records=tuple(r for r in cohort.records if r.row not in faulty),
+        faults=tuple(sorted(faults, key=lambda fault: fault.row)),
+    )
+    return Plan(checked, tuple(slides), tuple(unreadable))

@@ -1,0 +1,115 @@
+"""The main job: a cohort in, nuclei tables out. Checks all that can be checked, runs, and sums up."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hover_batch.cohort.layout import RunLayout
+from hover_batch.cohort.ledger import Failure, Ledger, ModelId
+from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.config import Settings
+from hover_batch.executor.local import LocalExecutor
+from hover_batch.executor.progress import CohortProgress
+from hover_batch.export.summary import cohort_summary, slide_summary, write_summary
+from hover_batch.model.package import find_package
+from hover_batch.model.predict import resolve
+from hover_batch.nuclei.table import SCHEMA_VERSION
+from hover_batch.plan import plan_cohort
+from hover_batch.taxonomy import Taxonomy
+
+EXIT_DONE, EXIT_SOME_FAILED, EXIT_NONE = 0, 3, 4
+RECORDED = ("hover-batch", "torch", "segmentation-models-pytorch", "tiatoolbox", "openslide-python", "zarr", "numpy")
+"""Packages whose versions decide results, for versions.json."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to, for the closing lines and the exit code. `slides`: slide.json of each finished one."""
+
+    layout: RunLayout
+    slides: tuple[dict[str, Any], ...]
+    failures: tuple[Failure, ...]
+
+    @property
+    def exit_code(self) -> int:
+        if not self.failures:
+            return EXIT_DONE
+        return EXIT_SOME_FAILED if self.slides else EXIT_NONE
+
+    def closing_lines(self) -> list[str]:
+        """Where the results lie, for stdout."""
+        lines = [f"{len(self.slides)} slides done, {len(self.failures)} failed; summary: {self.layout.summary_csv}"]
+        for slide in self.slides:
+            paths = self.layout.slide(slide["slide_id"])
+            lines.append(f"{slide['slide_id']}: {slide['nuclei']:,} nuclei")
+            lines.append(f"  table    {paths.nuclei_parquet}")
+            lines.append(f"  overlay  {paths.overlay_jpg}")
+            if paths.predictions_zarr.exists():
+                lines.append(f"  store    {paths.predictions_zarr}")
+        if self.failures:
+            lines.append(f"failures: {self.layout.failures_csv}")
+            lines += [f"  {f.slide_id}: {f.reason}" for f in self.failures]
+        return lines
+
+
+def run_segment(
+    source: str, output: Path, settings: Settings, *, skip_invalid: bool, force: bool, command: Sequence[str]
+) -> Outcome:
+    """Run the cohort `source` into `output`, or go on with what lies there.
+
+    Raises InputError before anything runs where the cohort, a header, a setting or the output folder is faulty.
+    """
+    package = find_package(settings.model)
+    settings = replace(settings, infer=resolve(settings.infer))
+    plan = plan_cohort(read_cohort(source), package.card)
+    if not skip_invalid:
+        raise_if_faulty(plan.cohort)
+    layout = RunLayout(output)
+    versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED}}
+    records = plan.cohort.records
+    with Ledger(layout) as ledger, CohortProgress(len(records)) as progress:
+        ledger.start(
+            settings=settings,
+            model=ModelId(package.card.name, package.sha256),
+            schema_version=SCHEMA_VERSION,
+            cohort=plan.cohort,
+            versions=versions,
+            command=command,
+            force=force,
+        )
+        for warning in plan.cohort.warnings:
+            progress.say(warning)
+        for fault in plan.cohort.faults:
+            ledger.record_failure(fault.slide_id_or_path, fault.row, "", "check", fault.message)
+        try:
+            LocalExecutor(package, settings, ledger, progress).run(records)
+        finally:
+            ledger.finish(plan.cohort)
+        failures = ledger.failures()
+        failed = {failure.slide_id for failure in failures}
+        slides = tuple(
+            json.loads(layout.slide(record.slide_id).slide_json.read_bytes())
+            for record in records
+            if record.slide_id not in failed
+        )
+        _summarise(layout, package.card.taxonomy, slides, [r for r in records if r.slide_id in failed])
+    return Outcome(layout, slides, failures)
+
+
+def _summarise(
+    layout: RunLayout, taxonomy: Taxonomy, slides: Sequence[dict[str, Any]], failed: Sequence[SlideRecord]
+) -> None:
+    rows = [slide["summary"] for slide in slides]
+    rows += [
+        slide_summary(record, taxonomy, status="failed", nuclei=None, tissue_mm2=None, seconds={}) for record in failed
+    ]
+    tables = [layout.slide(slide["slide_id"]).nuclei_parquet for slide in slides]
+    rows.append(cohort_summary(rows, tables, taxonomy))
+    write_summary(rows, taxonomy, layout.summary_csv, layout.summary_parquet)

@@ -1,0 +1,263 @@
+"""The house stands: floors without circles, rooms that keep to themselves, files that can be read in one sitting.
+
+The rules are read off the sources with `ast`, so imports inside functions count, and nothing is imported to be judged.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("hover_batch", "kd")
+MAX_LINES = 500
+
+FLOORS = (
+    ("errors", "geometry", "taxonomy"),
+    ("config", "cohort", "model"),
+    ("slide", "store", "nuclei", "metrics"),
+    ("export", "report"),
+    ("pipeline", "compare"),
+    ("executor",),
+    ("cli",),
+)
+"""The rooms of hover_batch, ground up. A room imports from its own floor and from those below."""
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+STATIONS = ("slide", "model", "store", "nuclei", "export")
+"""They do one thing each to what they are given; hover_batch.pipeline joins them."""
+OPEN_TO_STATIONS = (
+    "hover_batch.model.heads",
+    "hover_batch.cohort.record",
+    "hover_batch.cohort.layout",
+    "hover_batch.cohort.ledger",
+)
+"""What a station may import from another one and from the cohort: words that all share, and no work."""
+OPEN_TO_KD = ("errors", "geometry", "taxonomy", "config", "model", "nuclei", "metrics")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: `source` and `target` are dotted module names, the target as deep as the tree knows it."""
+
+    source: str
+    target: str
+    place: str
+
+
+def faults_of_imports(root: Path) -> list[str]:
+    """Every broken rule among the imports of the packages under `root`, as `file:line: what is wrong`."""
+    modules = {_module_name(path, root): path for path in _python_files(root, PACKAGES)}
+    imports = [i for name, path in modules.items() for i in _imports(name, path, root, set(modules))]
+    faults = [f"{i.place}: {fault}" for i in imports if (fault := _fault(i))]
+    faults += [
+        f"{modules[name].relative_to(root)}: {name} stands on no floor; give it one in FLOORS"
+        for name in modules
+        if (room := _room(name)) and room not in FLOOR_OF
+    ]
+    graph = {name: {i.target for i in imports if i.source == name and i.target in modules} for name in modules}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as circle:
+        faults.append(f"imports run in a circle: {' ← '.join(circle.args[1])}")
+    return faults
+
+
+def faults_of_length(root: Path) -> list[str]:
+    """Files of the packages and their tests that are too long to be read in one sitting."""
+    lengths = {path: len(path.read_text("utf-8").splitlines()) for path in _python_files(root, (*PACKAGES, "tests"))}
+    return [f"{p.relative_to(root)}: {n} lines, more than {MAX_LINES}" for p, n in lengths.items() if n > MAX_LINES]
+
+
+def _fault(i: Import) -> str | None:
+    source_room, target_room = _room(i.source), _room(i.target)
+    if _inside(i.target, "ray") and source_room != "executor":
+        return "ray is imported outside hover_batch.executor"
+    if _inside(i.source, "kd") and target_room and target_room not in OPEN_TO_KD:
+        return f"kd imports {i.target}; of hover_batch it may import only {', '.join(OPEN_TO_KD)}"
+    if _inside(i.source, "hover_batch") and _inside(i.target, "kd") and i.source != "hover_batch.cli":
+        return f"{i.source} imports kd; only hover_batch.cli does, to mount its commands"
+    if not source_room or not target_room:
+        return None
+    if FLOOR_OF.get(target_room, 0) > FLOOR_OF.get(source_room, len(FLOORS)):
+        return f"{i.source} imports {i.target}, which stands on a floor above"
+    if source_room in STATIONS and target_room != source_room and i.target not in OPEN_TO_STATIONS:
+        if target_room in STATIONS:
+            return f"station {source_room} imports {i.target}; stations are joined by hover_batch.pipeline"
+        if target_room == "cohort":
+            return f"station {source_room} imports {i.target}; of the cohort it may import record, layout and ledger"
+    return None
+
+
+def _room(module: str) -> str | None:
+    """`model` for hover_batch.model.heads; None for the package itself and for modules of others."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "hover_batch" and len(parts) > 1 else None
+
+
+def _inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def _python_files(root: Path, folders: tuple[str, ...]) -> list[Path]:
+    return [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
+
+
+def _module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(module: str, path: Path, root: Path, modules: set[str]) -> Iterator[Import]:
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text("utf-8"), str(path))):
+        for target in _targets(node, package, modules):
+            yield Import(module, target, f"{path.relative_to(root)}:{getattr(node, 'lineno', 0)}")
+
+
+def _targets(node: ast.AST, package: str, modules: set[str]) -> list[str]:
+    """Names of the modules that one statement or call imports; empty where it imports none."""
+    match node:
+        case ast.Import(names=names):
+            return [name.name for name in names]
+        case ast.ImportFrom(module=base, names=names, level=level):
+            if level:
+                above = package.split(".")[: len(package.split(".")) - (level - 1)]
+                base = ".".join([*above, base] if base else above)
+            # `from package import name` imports the submodule where there is one of that name.
+            return [full if (full := f"{base}.{name.name}") in modules else str(base) for name in names]
+        case ast.Call(
+            func=ast.Name(id="__import__" | "import_module") | ast.Attribute(attr="import_module"),
+            args=[ast.Constant(value=str(name)), *_],
+        ):
+            return [name]
+    return []
+
+
+def test_imports_keep_to_the_floors() -> None:
+    assert faults_of_imports(ROOT) == []
+
+
+def test_no_file_is_too_long() -> None:
+    assert faults_of_length(ROOT) == []
+
+
+def _tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    return root
+
+
+SOUND = {
+    "hover_batch/__init__.py": "",
+    "hover_batch/errors.py": "import math",
+    "hover_batch/geometry.py": "from hover_batch.errors import InputError",
+    "hover_batch/cohort/__init__.py": "",
+    "hover_batch/cohort/layout.py": "from hover_batch import errors",
+    "hover_batch/cohort/manifest.py": "from hover_batch.cohort import layout",
+    "hover_batch/model/__init__.py": "",
+    "hover_batch/model/heads.py": "",
+    "hover_batch/model/predict.py": "import torch\nfrom .heads import Heads",
+    "hover_batch/nuclei/__init__.py": "",
+    "hover_batch/nuclei/stitch.py": "from hover_batch.model.heads import Heads",
+    "hover_batch/store.py": "from hover_batch.cohort import layout\nfrom hover_batch.model import heads",
+    "hover_batch/pipeline.py": "from hover_batch.model.predict import predict\nfrom hover_batch import store",
+    "hover_batch/executor/__init__.py": "",
+    "hover_batch/executor/ray.py": "import ray\nfrom hover_batch import pipeline",
+    "hover_batch/cli.py": "def kd():\n    import kd.cli",
+    "kd/__init__.py": "",
+    "kd/losses.py": "from hover_batch.model.heads import Heads",
+    "kd/cli.py": "from kd import losses\nfrom hover_batch.errors import InputError",
+}
+"""A small house that keeps every rule; the planted faults below are added to it."""
+
+
+def test_a_sound_house_has_no_faults(tmp_path: Path) -> None:
+    root = _tree(tmp_path, SOUND)
+    assert faults_of_imports(root) == []
+    assert faults_of_length(root) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "fault"),
+    [
+        ("hover_batch/errors.py", "import hover_batch.config", "hover_batch/errors.py:1: .* floor above"),
+        ("hover_batch/geometry.py", "def f():\n    from hover_batch import pipeline", "geometry.py:2: .* floor above"),
+        ("hover_batch/geometry.py", "from . import pipeline", "geometry.py:1: .* floor above"),
+        ("hover_batch/cohort/layout.py", "from ..cli import app", "layout.py:1: .* floor above"),
+        ("hover_batch/attic.py", "", "attic.py: .* stands on no floor"),
+        ("hover_batch/store.py", "from hover_batch.nuclei.stitch import stitch", "station store imports .*stitch"),
+        ("hover_batch/store.py", "from hover_batch.model import predict", "station store imports .*predict"),
+        ("hover_batch/store.py", "import importlib\nimportlib.import_module('hover_batch.model')", "station store"),
+        ("hover_batch/nuclei/stitch.py", "from hover_batch.cohort.manifest import read", "record, layout and ledger"),
+        ("hover_batch/pipeline.py", "from kd.losses import student_loss", "only hover_batch.cli does"),
+        ("kd/losses.py", "from hover_batch import store", "kd imports hover_batch.store"),
+        ("kd/cli.py", "def run():\n    import hover_batch.cohort.layout", "kd imports hover_batch.cohort.layout"),
+        ("hover_batch/pipeline.py", "def f():\n    import ray", "pipeline.py:2: ray is imported outside"),
+        ("kd/losses.py", "from ray.util import ActorPool", "losses.py:1: ray is imported outside"),
+        ("hover_batch/cohort/layout.py", "def f():\n    from hover_batch.cohort.manifest import g", "in a circle"),
+        ("kd/losses.py", "from kd.cli import app", "in a circle"),
+    ],
+)
+def test_a_planted_fault_is_reported(tmp_path: Path, file: str, text: str, fault: str) -> None:
+    faults = faults_of_imports(_tree(tmp_path, SOUND | {file: text}))
+    assert len(faults) == 1
+    assert re.search(fault, faults[0])
+
+
+def test_a_long_file_is_reported(tmp_path: Path) -> None:
+    root = _tree(tmp_path, SOUND | {"tests/test_long.py": "x = 1\n" * (MAX_LINES + 1)})
+    assert faults_of_length(root) == [f"tests/test_long.py: {MAX_LINES + 1} lines, more than {MAX_LINES}"]
+
+
+PRIVATE = re.compile(
+    # In pieces, so that this file does not hold what it looks for.
+    "|".join(
+        [
+            *(r"\.".join(host) for host in (("pypi", "org"), ("pythonhosted", "org"), ("registry", "npmjs"))),
+            r"\.".join(("deb", "debian", "org")),
+            *(f"/{folder}/" for folder in ("work", "farm")),
+        ]
+    )
+)
+"""Hosts of package registries, and paths that exist on one machine only."""
+
+
+def private_names(root: Path, files: list[str]) -> list[str]:
+    """`file:line: text` of every line in the text files among `files` (relative to `root`) that holds such a name."""
+    found = []
+    for name in files:
+        content = (root / name).read_bytes()
+        if b"\0" not in content:
+            lines = enumerate(content.decode("utf-8", "replace").splitlines(), start=1)
+            found += [f"{name}:{number}: {line.strip()}" for number, line in lines if PRIVATE.search(line)]
+    return found
+
+
+def test_committed_files_name_no_registry_and_no_machine() -> None:
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout: which files are committed is not known")
+    # The owner of the checkout may be another user than the one who runs the tests, as in a container.
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    files = [name for name in listed.split("\0") if (ROOT / name).is_file()]
+    assert "pyproject.toml" in files
+    assert "uv.lock" not in files, "uv.lock holds download addresses; requirements.lock is the one to commit"
+    assert private_names(ROOT, files) == []
+
+
+def test_a_planted_private_name_is_reported(tmp_path: Path) -> None:
+    host, folder = ".".join(("files", "pythonhosted", "org")), "/".join(("", "work", "main"))
+    texts = {"a.md": f"fine\nsee {host}", "b.md": f"{folder} here", "c.md": "fine", "d.bin": f"\0{host}"}
+    faults = private_names(_tree(tmp_path, texts), list(texts))
+    assert faults == [f"a.md:2: see {host}", f"b.md:1: {folder} here"]

@@ -1,0 +1,93 @@
+"""What must answer at once imports nothing heavy: torch, Ray and tiatoolbox take many seconds.
+
+Each probe is a fresh interpreter, since this one has long imported them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = {"torch", "ray", "tiatoolbox"}
+
+COMMAND = """
+import json, sys
+from pathlib import Path
+from hover_batch.cli import app
+try:
+    app(sys.argv[2:], prog_name="hover-batch")
+finally:
+    Path(sys.argv[1]).write_text(json.dumps(sorted(sys.modules)))
+"""
+
+
+def _run(arguments: list[str], folder: Path, report: Path) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """Run `hover-batch ARGUMENTS` in `folder`; returns how it ended, and which of HEAVY it imported."""
+    ended = subprocess.run(
+        [sys.executable, "-c", COMMAND, str(report), *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert report.is_file(), ended.stderr
+    return ended, HEAVY & set(json.loads(report.read_text()))
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("command", [[], ["segment"], ["plan"], ["kd"]], ids=" ".join)
+def test_help_imports_nothing_heavy(command: list[str], empty: Path, tmp_path: Path) -> None:
+    ended, heavy = _run([*command, "--help"], empty, tmp_path / "modules.json")
+    assert ended.returncode == 0, ended.stderr
+    assert "Usage" in ended.stdout
+    assert heavy == set()
+
+
+def test_plan_of_a_tile_imports_nothing_heavy_and_writes_nothing(empty: Path, tmp_path: Path) -> None:
+    assert cv2.imwrite(str(empty / "tile.png"), np.full((512, 512, 3), 200, np.uint8))
+    (empty / "cohort.csv").write_text("path,mpp\ntile.png,0.25\n")
+    ended, heavy = _run(["plan", "cohort.csv"], empty, tmp_path / "modules.json")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip()
+    assert heavy == set()
+    assert {path.name for path in empty.rglob("*")} == {"tile.png", "cohort.csv"}
+
+
+def test_plan_of_real_slides_imports_nothing_heavy(data: Path, empty: Path, tmp_path: Path) -> None:
+    slides = [data / "slides" / name for name in ("CMU-1-Small-Region.svs", "TCGA-V5-A7RE_40x_colsW.tif")]
+    (empty / "cohort.csv").write_text("\n".join(["path", *map(str, slides)]))
+    ended, heavy = _run(["plan", "cohort.csv"], empty, tmp_path / "modules.json")
+    assert ended.returncode == 0, ended.stderr
+    assert heavy == set()
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["hover_batch.config", "hover_batch.model.heads", "hover_batch.cohort.record", "kd.config"],
+)
+def test_shared_words_import_nothing_heavy(module: str) -> None:
+    """These are imported by every command and every station."""
+    probe = f"import sys, {module}; print(*sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", probe],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert HEAVY & set(ended.stdout.split()) == set()

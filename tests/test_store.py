@@ -1,0 +1,78 @@
+"""The prediction store: whole units, zeros outside, and the first writer wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from hover_batch.geometry import Box, Size, cell_box
+from hover_batch.store import PredictionStore
+
+SIZE, UNIT, PLANES = Size(1300, 900), 512, 3
+
+
+def random_maps(shape: tuple[int, int], seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (PLANES, *shape), dtype=np.uint8)
+
+
+def make(path: Path) -> PredictionStore:
+    return PredictionStore.create(path / "p.zarr", SIZE, PLANES, UNIT, {"mpp": [0.25, 0.25]})
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[PredictionStore, NDArray[np.uint8]]:
+    """A store written unit by unit, and the whole slide it holds."""
+    store = make(tmp_path_factory.mktemp("store"))
+    whole = random_maps((SIZE.height, SIZE.width))
+    for column, row in SIZE.box.cells(UNIT):
+        box = cell_box(column, row, UNIT).intersect(SIZE.box)
+        store.write(box, whole[:, box.y0 : box.y1, box.x0 : box.x1])
+    return store, whole
+
+
+@given(x=st.integers(-200, 1400), y=st.integers(-200, 1000), w=st.integers(0, 700), h=st.integers(0, 700))
+def test_any_box_reads_what_was_written_and_zeros_outside(
+    filled: tuple[PredictionStore, NDArray[np.uint8]], x: int, y: int, w: int, h: int
+) -> None:
+    store, whole = filled
+    padded = np.pad(whole, ((0, 0), (200, 1000), (200, 1000)))
+    expected = padded[:, y + 200 : y + 200 + h, x + 200 : x + 200 + w]
+    assert np.array_equal(store.read(Box(x, y, x + w, y + h)), expected)
+
+
+def test_one_shard_a_unit(filled: tuple[PredictionStore, NDArray[np.uint8]]) -> None:
+    store, _ = filled
+    shards = [p for p in (store.path / "c").rglob("*") if p.is_file()]
+    assert len(shards) == len(list(SIZE.box.cells(UNIT)))
+
+
+def test_the_first_writer_wins_and_the_second_learns_of_it(tmp_path: Path) -> None:
+    store, box = make(tmp_path), Box(512, 0, 1024, 512)
+    first = random_maps(box.shape)
+    digest = store.write(box, first)
+    assert digest is not None
+    assert store.write(box, random_maps(box.shape, seed=1)) == digest
+    assert store.write(box, np.zeros_like(first)) == digest  # zarr by itself would delete the shard
+    assert np.array_equal(store.read(box), first)
+
+
+def test_a_unit_without_anything_leaves_no_shard(tmp_path: Path) -> None:
+    store, box = make(tmp_path), Box(0, 0, 512, 512)
+    assert store.write(box, np.zeros((PLANES, 512, 512), np.uint8)) is None
+    assert not store.read(box).any()
+
+
+def test_create_opens_what_is_there_and_plain_zarr_reads_it(tmp_path: Path) -> None:
+    box = Box(1024, 512, 1300, 900)
+    maps = random_maps(box.shape)
+    make(tmp_path).write(box, maps)
+    assert np.array_equal(make(tmp_path).read(box), maps)
+    array = zarr.open_array(tmp_path / "p.zarr", mode="r")
+    assert array.attrs["mpp"] == [0.25, 0.25]
+    assert np.array_equal(array[:, 512:900, 1024:1300], maps)
