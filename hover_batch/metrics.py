@@ -141,6 +141,8 @@ def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating]
     within the radius. Each is solved exactly by the Hungarian method; the cost of all is near-linear in the number of
     nuclei. HoVerNet's reference assigns all centroids at once by least total distance, then drops the pairs beyond the
     radius: nuclei without partner still pull on that assignment, so that it may have fewer pairs than this, never more.
+    On annotated tiles with blurred, noisy predictions F_d came out 0.8 to 4 points higher than by the reference: mind
+    that beside published figures.
     """
     n, m = len(true_xy), len(pred_xy)
     if n == 0 or m == 0:
