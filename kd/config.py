@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hover_batch.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -35,14 +37,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.size % 32 or self.size < 64:
-            raise ValueError(f"--size {self.size}: must be a multiple of 32, at least 64")
+            raise InputError(f"--size {self.size}: must be a multiple of 32, at least 64")
         for name in ("batch", "steps", "epoch_steps", "threads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         if not 0 < self.lr < 1:
-            raise ValueError(f"--lr {self.lr}: must lie between 0 and 1")
+            raise InputError(f"--lr {self.lr}: must lie between 0 and 1")
         if not self.sources or min(self.sources.values()) <= 0:
-            raise ValueError("--source: name at least one source, each with a share above 0")
+            raise InputError("--source: name at least one source, each with a share above 0")
 
     def to_json(self) -> dict[str, Any]:
         """What decides the weights (not where files lie), for the checkpoint and the card."""

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 from hover_batch.errors import InputError
 
+MPP = 0.25
+"""Pixel size of the images in µm (40×)."""
+
 CONSEP_MERGED = np.array([0, 1, 2, 3, 3, 4, 4, 4], np.uint8)
 """CoNSeP's codes (1 other, 2 inflammatory, 3 healthy and 4 malignant epithelial, 5 fibroblast, 6 muscle,
 7 endothelial) → the ids of `hover_batch.taxonomy.CONSEP`, merged as HoVerNet does."""

@@ -93,6 +93,7 @@ def train(config: TrainConfig) -> nn.Module:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         model.train()
+        torch.manual_seed((config.seed << 32) + step)  # the encoder drops paths: what it drops is the step's, too
         with torch.autocast(device.type, dtype=torch.bfloat16):
             output = model(image)
         terms = student_loss(output.float(), targets, heads)

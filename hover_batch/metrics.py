@@ -1,0 +1,267 @@
+"""How well predicted nuclei agree with true ones: panoptic quality, AJI, Dice, detection and class F1.
+
+Instance maps are (y, x) integer arrays, 0 = background, any ids otherwise. Everything about two maps follows from their
+joint histogram (how many pixels carry true id t and predicted id p), which one pass over the pixels gives.
+
+Means are taken as the reference implementation of HoVerNet takes them: PQ, AJI and Dice are means over images,
+detections and classes are counted over all images together (`PairCounts` add up). A score of two maps without any
+nucleus is undefined and NaN; `mean_defined` leaves it out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+
+DETECTION_RADIUS_UM = 3.0
+"""Centroids at most this far apart may be paired: 12 px at 40× (Graham et al. 2019, section 4.3), in µm."""
+
+
+@dataclass(frozen=True)
+class PanopticQuality:
+    """Detection quality, segmentation quality, and their product; the counts that they are made of."""
+
+    dq: float
+    sq: float
+    pq: float
+    tp: int
+    fp: int
+    fn: int
+    iou_sum: float
+    """Over the `tp` pairs."""
+
+
+def panoptic_quality(true: NDArray[np.integer], pred: NDArray[np.integer]) -> PanopticQuality:
+    """PQ of two instance maps (Kirillov et al. 2019, equation 1; binary, as Graham et al. 2019 use it).
+
+    Instances are paired where their IoU exceeds 0.5, which can hold for one partner at most. DQ = TP / (TP + FP/2 +
+    FN/2), SQ = mean IoU of the pairs (0 without any), PQ = DQ · SQ; all NaN where both maps are empty. HoVerNet's
+    reference divides by TP + 1e-6 in SQ; here by TP.
+    """
+    overlap = _Overlap.of(true, pred)
+    matched = overlap.iou[overlap.iou > 0.5]
+    tp, iou_sum = len(matched), float(matched.sum())
+    fp, fn = overlap.n_pred - tp, overlap.n_true - tp
+    if tp + fp + fn == 0:
+        return PanopticQuality(math.nan, math.nan, math.nan, 0, 0, 0, 0.0)
+    dq = tp / (tp + 0.5 * fp + 0.5 * fn)
+    sq = iou_sum / tp if tp else 0.0
+    return PanopticQuality(dq, sq, dq * sq, tp, fp, fn, iou_sum)
+
+
+def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
+    """Aggregated Jaccard index of two instance maps (Kumar et al. 2017, algorithm 1).
+
+    Each true instance takes the predicted one of highest IoU (at equal IoU the larger intersection, then the lower id,
+    as HoVerNet's reference decides); one prediction may be taken by several. The intersections of these pairs over
+    their unions, plus the areas of all instances in no pair. NaN where both maps are empty.
+    """
+    overlap = _Overlap.of(true, pred)
+    order = np.lexsort((overlap.pred_id, -overlap.intersection, -overlap.iou, overlap.true_id))
+    taken, first = np.unique(overlap.true_id[order], return_index=True)
+    best = order[first]
+    union = overlap.union[best].sum()
+    union += overlap.true_area.sum() - overlap.true_area[taken].sum()
+    used = np.unique(overlap.pred_id[best])
+    union += overlap.pred_area.sum() - overlap.pred_area[used].sum()
+    return float(overlap.intersection[best].sum() / union) if union else math.nan
+
+
+def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
+    """Dice of the foregrounds: 2·|∩| / (|true| + |pred|) in pixels. NaN where both maps are empty."""
+    _check_maps(true, pred)
+    a, b = true > 0, pred > 0
+    total = int(a.sum()) + int(b.sum())
+    return 2 * int((a & b).sum()) / total if total else math.nan
+
+
+def mean_defined(scores: Iterable[float]) -> float:
+    """Mean over images of a score, without those where it is undefined (NaN); NaN if it is nowhere defined."""
+    defined = [s for s in scores if not math.isnan(s)]
+    return sum(defined) / len(defined) if defined else math.nan
+
+
+@dataclass(frozen=True)
+class _Overlap:
+    """The joint histogram of two instance maps: one entry for each pair of instances that share pixels."""
+
+    true_id: NDArray[np.int64]
+    pred_id: NDArray[np.int64]
+    intersection: NDArray[np.int64]
+    union: NDArray[np.int64]
+    iou: NDArray[np.float64]
+    true_area: NDArray[np.int64]
+    """By id, that of the background set to 0; likewise `pred_area`."""
+    pred_area: NDArray[np.int64]
+
+    @property
+    def n_true(self) -> int:
+        return int(np.count_nonzero(self.true_area))
+
+    @property
+    def n_pred(self) -> int:
+        return int(np.count_nonzero(self.pred_area))
+
+    @classmethod
+    def of(cls, true: NDArray[np.integer], pred: NDArray[np.integer]) -> _Overlap:
+        _check_maps(true, pred)
+        seen = (true > 0) | (pred > 0)
+        t, p = true[seen].astype(np.int64), pred[seen].astype(np.int64)
+        shape = (int(t.max(initial=0)) + 1, int(p.max(initial=0)) + 1)
+        joint = coo_matrix((np.ones(len(t), np.int64), (t, p)), shape).tocsr().tocoo()  # CSR adds up equal entries
+        rows, columns = (c.astype(np.int64) for c in joint.coords)
+        true_area = np.bincount(rows, joint.data, minlength=1).astype(np.int64)
+        pred_area = np.bincount(columns, joint.data, minlength=1).astype(np.int64)
+        true_area[0] = pred_area[0] = 0
+        both = (rows > 0) & (columns > 0)
+        rows, columns, shared = rows[both], columns[both], joint.data[both]
+        union = true_area[rows] + pred_area[columns] - shared
+        return cls(rows, columns, shared, union, shared / union, true_area, pred_area)
+
+
+def _check_maps(true: NDArray[np.integer], pred: NDArray[np.integer]) -> None:
+    if true.shape != pred.shape:
+        raise ValueError(f"instance maps of different shape: true {true.shape}, predicted {pred.shape}")
+
+
+def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating], radius: float) -> NDArray[np.intp]:
+    """Pair centroids one to one: as many pairs as can be at distances ≤ radius, and of those the least total distance.
+
+    true_xy (n, 2), pred_xy (m, 2), radius: one unit of length. Returns (k, 2) indices, sorted by the first column.
+
+    Pairs beyond the radius never count, so the assignment falls into the connected clusters of the graph of all pairs
+    within the radius. Each is solved exactly by the Hungarian method; the cost of all is near-linear in the number of
+    nuclei. HoVerNet's reference assigns all centroids at once by least total distance, then drops the pairs beyond the
+    radius: nuclei without partner still pull on that assignment, so that it may have fewer pairs than this, never more.
+    """
+    n, m = len(true_xy), len(pred_xy)
+    if n == 0 or m == 0:
+        return np.empty((0, 2), np.intp)
+    near = cKDTree(true_xy).sparse_distance_matrix(cKDTree(pred_xy), radius, output_type="ndarray")
+    i, j, distance = near["i"], near["j"], near["v"]
+    graph = coo_matrix((np.ones(len(i), bool), (i, n + j)), (n + m, n + m))
+    cluster = connected_components(graph, directed=False)[1][i]
+    order = np.argsort(cluster, kind="stable")
+    i, j, distance = i[order], j[order], distance[order]
+    starts = np.flatnonzero(np.diff(cluster[order], prepend=-1))
+    ends = np.append(starts[1:], len(i))
+    alone = ends - starts == 1  # most nuclei have exactly one candidate: nothing to solve
+    pairs = [np.stack([i[starts[alone]], j[starts[alone]]], axis=1)]
+    for start, end in zip(starts[~alone], ends[~alone], strict=True):
+        pairs.append(_assign(i[start:end], j[start:end], distance[start:end], radius))
+    found = np.concatenate(pairs)
+    return found[np.argsort(found[:, 0])]
+
+
+def _assign(i: NDArray[np.intp], j: NDArray[np.intp], distance: NDArray[np.float64], radius: float) -> NDArray[np.intp]:
+    """The best pairs (k, 2) of one cluster, given by its edges."""
+    rows, row = np.unique(i, return_inverse=True)
+    columns, column = np.unique(j, return_inverse=True)
+    # Above the total of any set of pairs within the radius: one pair more always wins.
+    apart = (radius + 1) * (min(len(rows), len(columns)) + 1)
+    cost = np.full((len(rows), len(columns)), apart, np.float64)
+    cost[row, column] = distance
+    a, b = linear_sum_assignment(cost)
+    kept = cost[a, b] < apart
+    return np.stack([rows[a[kept]], columns[b[kept]]], axis=1)
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """How nuclei were paired, by type; the counts of several images add up.
+
+    `table` (n + 1, n + 1) int64: row = true type 0 … n - 1, column = predicted type (0: none), the last row counts
+    predicted nuclei without partner, the last column true ones without.
+    """
+
+    table: NDArray[np.int64]
+
+    def __add__(self, other: PairCounts) -> PairCounts:
+        return PairCounts(self.table + other.table)
+
+
+def count_pairs(
+    pairs: NDArray[np.intp], true_types: NDArray[np.integer], pred_types: NDArray[np.integer], n_types: int
+) -> PairCounts:
+    """Count the pairs of `match_centroids` by the types of all nuclei.
+
+    true_types (n,), pred_types (m,): ids below `n_types`, which includes 0; all 0 where only detection is of interest.
+    """
+    for name, types in (("true", true_types), ("predicted", pred_types)):
+        if len(types) and not 0 <= int(types.min()) <= int(types.max()) < n_types:
+            raise ValueError(f"{name} types reach from {types.min()} to {types.max()}, not within 0 … {n_types - 1}")
+    missed, extra = np.delete(true_types, pairs[:, 0]), np.delete(pred_types, pairs[:, 1])
+    row = np.concatenate([true_types[pairs[:, 0]], missed, np.full(len(extra), n_types)]).astype(np.int64)
+    column = np.concatenate([pred_types[pairs[:, 1]], np.full(len(missed), n_types), extra]).astype(np.int64)
+    side = n_types + 1
+    table = np.bincount(row * side + column, minlength=side * side).reshape(side, side)
+    return PairCounts(table)
+
+
+@dataclass(frozen=True)
+class DetectionScores:
+    """F_d with precision and recall, whatever the types; NaN where there is nothing to divide by."""
+
+    f1: float
+    precision: float
+    recall: float
+    tp: int
+    fp: int
+    fn: int
+
+
+def detection_scores(counts: PairCounts) -> DetectionScores:
+    """F_d = 2·TP / (2·TP + FP + FN) of paired and unpaired nuclei (Graham et al. 2019, section 4.3)."""
+    table = counts.table
+    tp, fp, fn = int(table[:-1, :-1].sum()), int(table[-1, :-1].sum()), int(table[:-1, -1].sum())
+    return DetectionScores(
+        f1=_ratio(2 * tp, 2 * tp + fp + fn),
+        precision=_ratio(tp, tp + fp),
+        recall=_ratio(tp, tp + fn),
+        tp=tp,
+        fp=fp,
+        fn=fn,
+    )
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """F of one class and the counts that it is made of; NaN where the class is neither there nor predicted."""
+
+    f1: float
+    tp: int
+    """Pairs of this class on both sides."""
+    fp: int
+    """Pairs predicted as this class that are of another."""
+    fn: int
+    """Pairs of this class predicted as another."""
+    fp_d: int
+    """Predicted nuclei of this class without partner."""
+    fn_d: int
+    """True nuclei of this class without partner."""
+
+
+def class_scores(counts: PairCounts, type_id: int) -> ClassScores:
+    """F_c = 2·TP_c / (2·TP_c + 2·FP_c + 2·FN_c + FP_d + FN_d) of one class (Graham et al. 2019, section 4.3).
+
+    The weights 2, 2, 1, 1 and the counts are those of the reference implementation: unpaired nuclei count for their own
+    class only, and pairs foreign to the class on both sides (the paper's TN_c) do not count.
+    """
+    table = counts.table
+    tp = int(table[type_id, type_id])
+    fp = int(table[:-1, type_id].sum()) - tp
+    fn = int(table[type_id, :-1].sum()) - tp
+    fp_d, fn_d = int(table[-1, type_id]), int(table[type_id, -1])
+    return ClassScores(_ratio(2 * tp, 2 * tp + 2 * fp + 2 * fn + fp_d + fn_d), tp, fp, fn, fp_d, fn_d)
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
