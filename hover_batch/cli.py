@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import sys
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
-from kd.cli import kd_app
+from typer.core import TyperGroup
 
 from hover_batch import __version__
 from hover_batch.config import InferSettings, PostSettings, Settings, TissueSettings
 from hover_batch.errors import HoverBatchError, InputError
+from kd.cli import kd_app
+
+
+class _Commands(TyperGroup):
+    """All commands, kd's among them: what is raised on purpose becomes one clear message and its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HoverBatchError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            typer.echo("Interrupted. Nothing done is lost: the same command goes on from here.", err=True)
+            raise typer.Exit(130) from error
+
 
 app = typer.Typer(
     name="hover-batch",
+    cls=_Commands,
     help="Segment and classify every nucleus in cohorts of H&E whole-slide images.",
     epilog="Exit codes: 0 all done · 1 internal error · 2 faulty input, nothing was run · 3 some slides failed · "
     "4 nothing could be processed · 130 interrupted.",
@@ -166,21 +182,20 @@ def segment(
 
     hover-batch segment --example -o example-run
     """
-    with _exit_codes():
-        if (cohort is None) == (not example):
-            raise InputError("give exactly one of COHORT and --example")
-        settings = _settings(
-            config,
-            model=model,
-            tissue={"tissue": tissue, "mask_mpp": mask_mpp, "min_tissue_um2": min_tissue_um2},
-            infer={"unit": unit, "batch": batch, "precision": precision, "threads": threads, "device": device},
-            post={"sobel_norm": sobel_norm, "halo": halo},
-            output={"discard_predictions": discard_predictions},
-        )
-        from hover_batch.segment import run_segment
+    if (cohort is None) == (not example):
+        raise InputError("give exactly one of COHORT and --example")
+    settings = _settings(
+        config,
+        model=model,
+        tissue={"tissue": tissue, "mask_mpp": mask_mpp, "min_tissue_um2": min_tissue_um2},
+        infer={"unit": unit, "batch": batch, "precision": precision, "threads": threads, "device": device},
+        post={"sobel_norm": sobel_norm, "halo": halo},
+        output={"discard_predictions": discard_predictions},
+    )
+    from hover_batch.segment import run_segment
 
-        source = cohort if cohort is not None else str(_example(output))
-        outcome = run_segment(source, output, settings, skip_invalid=skip_invalid, force=force, command=sys.argv[1:])
+    source = cohort if cohort is not None else str(_example(output))
+    outcome = run_segment(source, output, settings, skip_invalid=skip_invalid, force=force, command=sys.argv[1:])
     for line in outcome.closing_lines():
         typer.echo(line)
     raise typer.Exit(outcome.exit_code)
@@ -197,20 +212,19 @@ def plan(
 
     hover-batch plan cohort.csv
     """
-    with _exit_codes():
-        if cohort is None:
-            raise InputError("give a COHORT: a CSV, a folder of slides or a glob")
-        settings = _settings(config, model=model)
-        from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
-        from hover_batch.model.package import find_package
-        from hover_batch.plan import plan_cohort
+    if cohort is None:
+        raise InputError("give a COHORT: a CSV, a folder of slides or a glob")
+    settings = _settings(config, model=model)
+    from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
+    from hover_batch.model.package import find_package
+    from hover_batch.plan import plan_cohort
 
-        package = find_package(settings.model)
-        planned = plan_cohort(read_cohort(cohort), package.card)
-        if not skip_invalid:
-            raise_if_faulty(planned.cohort)
-        for line in planned.lines(settings, package.card):
-            typer.echo(line)
+    package = find_package(settings.model)
+    planned = plan_cohort(read_cohort(cohort), package.card)
+    if not skip_invalid:
+        raise_if_faulty(planned.cohort)
+    for line in planned.lines(settings, package.card):
+        typer.echo(line)
     raise typer.Exit(planned.exit_code)
 
 
@@ -236,16 +250,3 @@ def _settings(config: Path | None, **given: Any) -> Settings:
         elif values is not None:
             data[section] = values
     return Settings.from_dict(data)
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """One clear message and the documented exit code for what is raised on purpose; 130 for Ctrl-C."""
-    try:
-        yield
-    except HoverBatchError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as error:
-        typer.echo("Interrupted. Nothing done is lost: the same command goes on from here.", err=True)
-        raise typer.Exit(130) from error

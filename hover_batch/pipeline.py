@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from hover_batch import __version__
 from hover_batch.cohort.durable import sha256_file, to_json, write_atomically, write_first
 from hover_batch.cohort.layout import SlideLayout
+from hover_batch.cohort.ledger import run_key
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
 from hover_batch.export.pictures import View, densest_field, write_overlay, write_thumbnail
@@ -27,7 +28,7 @@ from hover_batch.geometry import Box, Grid
 from hover_batch.model.package import Card, Package
 from hover_batch.model.predict import Predictor
 from hover_batch.nuclei.stitch import nuclei_of_region
-from hover_batch.nuclei.table import TableContext, merge_parts, to_arrow, write_part
+from hover_batch.nuclei.table import SCHEMA_VERSION, TableContext, merge_parts, to_arrow, write_part
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.slide.reader import SlideInfo, SlideReader
 from hover_batch.slide.tiles import Unit, plan_units
@@ -92,6 +93,12 @@ class SlideWork:
             model_sha256=self.package.sha256,
             software=__version__,
         )
+
+
+def result_key(record: SlideRecord, info: SlideInfo, package: Package, settings: Settings) -> str:
+    """The slide's run key: a hash of all that its results depend on, its own mask among it."""
+    mask = "" if record.mask_path is None else sha256_file(record.mask_path)
+    return run_key(package.sha256, settings.results_key(), info.fingerprint + mask, SCHEMA_VERSION)
 
 
 def survey(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from hover_batch.errors import InputError, PackageError
 from hover_batch.model.package import Card, save_package
 from hover_batch.model.predict import Predictor
 from hover_batch.model.student import StudentArch, build_student
-from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import CONSEP
 from kd.calibrate import calibrate
 from kd.datasets import MPP, Sample, read_instance_folder
@@ -70,7 +69,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
 
     found = calibrate(maps_of, splits["val"])
     scores = {
-        split: {s.source: asdict(s) for s in evaluate(maps_of, splits[split], found.constants, CONSEP)}
+        split: {s.source: s.to_json() for s in evaluate(maps_of, splits[split], found.constants, CONSEP)}
         for split in ("val", "test")
     }
     card = replace(

@@ -28,6 +28,7 @@ from kd.config import TrainConfig
 from kd.datasets import Sample, read_instance_folder
 from kd.losses import Targets, student_loss
 from kd.targets import hv_targets
+from kd.validate import validate
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.csv"
@@ -88,6 +89,7 @@ def train(config: TrainConfig) -> nn.Module:
 
     samples = read_instance_folder(config.data, "train", config.sources)
     crops = Crops(samples, config)
+    validation = read_instance_folder(config.data, "val", config.sources)
     started, sums = time.monotonic(), dict[str, float]()
     for step, (image, targets) in enumerate(_batches(crops, config, first, device), start=first):
         for group in optimizer.param_groups:
@@ -110,8 +112,10 @@ def train(config: TrainConfig) -> nn.Module:
             n = done - first if done - first < config.epoch_steps else config.epoch_steps
             row = {"step": done, "s_per_step": (time.monotonic() - started) / n}
             row |= {name: total / n for name, total in sums.items()}
-            _log(config.out / LOG, row)
+            # Saved first: whatever befalls the validation, the steps are kept.
             _save(config, done, model, average, optimizer)
+            row |= validate(average, validation, device, CONSEP)
+            _log(config.out / LOG, row)
             started, sums = time.monotonic(), {}
     return average
 

@@ -25,8 +25,9 @@ FLOORS = (
     ("config", "cohort", "model"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report"),
-    ("pipeline", "compare"),
+    ("pipeline", "plan", "compare"),
     ("executor",),
+    ("segment",),
     ("cli",),
 )
 """The rooms of hover_batch, ground up. A room imports from its own floor and from those below."""

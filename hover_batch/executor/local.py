@@ -8,14 +8,13 @@ import traceback
 from collections.abc import Sequence
 from functools import cached_property
 
-from hover_batch.cohort.ledger import Ledger, run_key
+from hover_batch.cohort.ledger import Ledger
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
 from hover_batch.errors import HoverBatchError
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.model.package import Package, load_network
 from hover_batch.model.predict import Predictor
-from hover_batch.nuclei.table import SCHEMA_VERSION
 from hover_batch.pipeline import (
     Seconds,
     discard_predictions,
@@ -25,6 +24,7 @@ from hover_batch.pipeline import (
     open_store,
     post,
     posted,
+    result_key,
     survey,
 )
 from hover_batch.slide.reader import open_slide
@@ -69,7 +69,7 @@ class LocalExecutor:
         started, seconds = time.monotonic(), Seconds()
         events, progress = self.ledger.events, self.progress
         with open_slide(record) as reader:
-            key = run_key(self.package.sha256, self.settings.results_key(), reader.info.fingerprint, SCHEMA_VERSION)
+            key = result_key(record, reader.info, self.package, self.settings)
             slide_id = record.slide_id
             if self.ledger.slide_done(slide_id, key):
                 progress.slide_skipped(slide_id)

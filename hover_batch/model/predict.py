@@ -34,7 +34,8 @@ class Predictor:
         self.precision = settled.precision
         if self.device.type == "cpu" and settings.threads:
             torch.set_num_threads(settings.threads)
-        self.network = network.to(self.device, memory_format=torch.channels_last).eval()
+        network.to(self.device)
+        self.network = network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's stub
 
     @torch.inference_mode()
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:

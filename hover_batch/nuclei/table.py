@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -130,7 +131,7 @@ def part_schema(taxonomy: Taxonomy) -> pa.Schema:
 def to_arrow(nuclei: Nuclei, context: TableContext) -> pa.Table:
     """Nuclei of one region, in inference pixels → rows of `part_schema`, in level-0 pixels and µm, order kept."""
     grid, taxonomy = context.grid, context.taxonomy
-    scale = np.array([grid.scale_x, grid.scale_y])
+    scale = np.array([grid.scale_x, grid.scale_y], np.float64)
     side_um = np.sqrt(grid.mpp.x * grid.mpp.y)
     pixels = np.asarray(nuclei.bbox, np.int64).reshape(-1, 4)
     # The pixels' extent, not the contour's: it reaches half a pixel further and so covers the polygon.
@@ -324,10 +325,16 @@ def _json(data: dict[str, Any]) -> str:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, flushed to disk and renamed onto it when the block succeeds."""
+    """A hidden file beside `path`, forced to disk and renamed onto it when the block succeeds, gone where it fails.
+
+    Its name is its own: of two writers of one file (one thought dead) neither renames what the other has half written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hover_batch.cohort.durable import leftovers, sha256_file, to_json, write_atomically, write_first
+
+
+def test_text_is_utf8_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_atomically(path, b"longer than what follows")
+    write_atomically(path, "µm\n")
+    assert path.read_bytes() == b"\xc2\xb5m\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_others_may_read_what_the_mask_of_the_process_allows(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_atomically(tmp_path / "a", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_failed_write_leaves_the_old_content_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, old: bytes | None
+) -> None:
+    path = tmp_path / "a.json"
+    if old is not None:
+        path.write_bytes(old)
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new" * 1000)
+    assert (path.read_bytes() if path.exists() else None) == old
+    assert list(leftovers(path)) == []
+
+
+@pytest.mark.parametrize("step", ["fsync", "link"])
+def test_a_failed_first_write_leaves_the_place_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    path = tmp_path / "a.json"
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, fail)
+        with pytest.raises(OSError, match="Input/output"):
+            write_first(path, b"new")
+    assert list(tmp_path.iterdir()) == []
+    assert write_first(path, b"new")
+
+
+KILLED_WRITE = """
+import os, signal, sys
+from pathlib import Path
+from hover_batch.cohort.durable import write_atomically, write_first
+step, call, path = sys.argv[1:]
+setattr(os, step, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+{"atomically": write_atomically, "first": write_first}[call](Path(path), b"new" * 1000)
+"""
+
+
+@pytest.mark.parametrize(("step", "call"), [("fsync", "atomically"), ("replace", "atomically"), ("link", "first")])
+def test_a_kill_leaves_no_part_under_the_name(tmp_path: Path, step: str, call: str) -> None:
+    path = tmp_path / "a.json"
+    if call == "atomically":
+        path.write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", KILLED_WRITE, step, call, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (path.read_bytes() if path.exists() else None) == (b"old" if call == "atomically" else None)
+    assert len(list(leftovers(path))) == 1
+
+
+def test_the_content_is_on_disk_before_its_name_and_the_name_before_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    for name in ("fsync", "replace", "link"):
+        original = getattr(os, name)
+
+        def note(*args: object, name: str = name, original: object = original) -> None:
+            steps.append(name)
+            original(*args)  # type: ignore[operator]
+
+        monkeypatch.setattr(os, name, note)
+    write_atomically(tmp_path / "a", b"1")
+    write_first(tmp_path / "b", b"1")
+    assert steps == ["fsync", "replace", "fsync", "fsync", "link", "fsync"]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(2, 8))
+def test_the_first_writer_wins(tmp_path_factory: pytest.TempPathFactory, writers: int) -> None:
+    path = tmp_path_factory.mktemp("first") / "a.json"
+    ready, won = threading.Barrier(writers), [False] * writers
+    seen: list[bytes] = [b""] * writers
+
+    def write(number: int) -> None:
+        ready.wait()
+        won[number] = write_first(path, b"%d " % number * 5000)
+        seen[number] = path.read_bytes()
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert won.count(True) == 1
+    assert set(seen) == {b"%d " % won.index(True) * 5000}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_link_that_was_made_though_the_answer_says_it_exists_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def repeated(*args: str) -> None:
+        link(*args)
+        link(*args)
+
+    monkeypatch.setattr(os, "link", repeated)
+    assert write_first(tmp_path / "a", b"1")
+    assert not write_first(tmp_path / "a", b"2")
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_json_is_the_same_whatever_the_order() -> None:
+    assert to_json({"b": 1, "a": {"d": 2, "c": "µ"}}) == to_json({"a": {"c": "µ", "d": 2}, "b": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        to_json(float("nan"))
+
+
+def test_sha256_of_a_file_larger_than_a_buffer(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()

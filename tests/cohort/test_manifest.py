@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from hover_batch.cohort.manifest import Cohort, Fault, raise_if_faulty, read_cohort
+from hover_batch.errors import InputError
+from hover_batch.geometry import Mpp
+
+
+def write(folder: Path, text: str | bytes, name: str = "cohort.csv") -> Path:
+    path = folder / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+@pytest.fixture
+def slides(tmp_path: Path) -> Path:
+    """A folder in which files a.svs, b.tif and c/a.svs exist; slides are not opened here."""
+    for name in ("a.svs", "b.tif", "c/a.svs"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"a slide")
+    return tmp_path
+
+
+def messages(cohort: Cohort) -> list[tuple[int, str]]:
+    return [(fault.row, fault.message) for fault in cohort.faults]
+
+
+# A sound CSV
+
+
+def test_the_real_cohort(data: Path, tmp_path: Path) -> None:
+    with open(data / "nuclei" / "dataset.csv", newline="") as file:
+        tiles = [data / "nuclei" / row["image"] for row in csv.DictReader(file)][:2]
+    table = write(
+        tmp_path,
+        "path,mpp,group\n"
+        f"{data}/slides/CMU-1-Small-Region.svs,,20x\n"
+        f"{data}/slides/TCGA-V5-A7RE_40x_colsW.tif,,40x\n"
+        f"{data}/slides/broken.svs,,20x\n" + "".join(f"{tile},0.25,40x\n" for tile in tiles),
+    )
+    cohort = read_cohort(table)
+    assert cohort.faults == () and cohort.warnings == ()
+    assert [record.slide_id for record in cohort.records] == [
+        "CMU-1-Small-Region",
+        "TCGA-V5-A7RE_40x_colsW",
+        "broken",
+        *(tile.stem for tile in tiles),
+    ]
+    assert [record.mpp for record in cohort.records] == [None, None, None, Mpp(0.25, 0.25), Mpp(0.25, 0.25)]
+    raise_if_faulty(cohort)
+
+
+def test_every_column(slides: Path) -> None:
+    (slides / "mask.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    (slides / "dicom").mkdir()
+    (slides / "dicom" / "1.DCM").write_bytes(b"")
+    cohort = read_cohort(
+        write(
+            slides,
+            "path,slide_id,mpp,magnification,mask_path,patient_id,group,Age,site\n"
+            "a.svs,s1,0.25,40,mask.geojson,p1,case,61,\n"
+            f"{slides}/dicom,,,,,,,,Graz\n",
+        )
+    )
+    assert cohort.faults == ()
+    first, second = cohort.records
+    assert (first.slide_id, first.path, first.row) == ("s1", slides / "a.svs", 2)
+    assert (first.mpp, first.magnification, first.mask_path) == (Mpp(0.25, 0.25), 40.0, slides / "mask.geojson")
+    assert (first.patient_id, first.group, dict(first.extra)) == ("p1", "case", {"Age": "61", "site": ""})
+    assert (second.slide_id, second.path, second.row) == ("dicom", slides / "dicom", 3)
+    assert (second.mpp, second.magnification, second.mask_path, second.patient_id) == (None, None, None, None)
+    assert dict(second.extra) == {"Age": "", "site": "Graz"}
+
+
+@pytest.mark.parametrize(
+    "header", ["wsi,sample,slide_mpp", "slide,slide_id,mpp", "\ufeff Path , Slide ID,MPP", "WSI,SAMPLE,Slide-MPP"]
+)
+def test_aliases_case_spaces_and_byte_order_mark(slides: Path, header: str) -> None:
+    (record,) = read_cohort(write(slides, f"{header}\r\n a.svs , one,0.5 \r\n")).records
+    assert (record.path, record.slide_id, record.mpp) == (slides / "a.svs", "one", Mpp(0.5, 0.5))
+
+
+def test_a_relative_csv_gives_absolute_paths(slides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(slides / "c", "path\na.svs\n../b.tif\n")
+    monkeypatch.chdir(slides)
+    cohort = read_cohort("c/cohort.csv")
+    assert cohort.faults == ()
+    assert all(record.path.is_absolute() and record.path.is_file() for record in cohort.records)
+
+
+def test_empty_lines_short_rows_and_unnamed_columns(slides: Path) -> None:
+    cohort = read_cohort(write(slides, ",path,group,\n0,a.svs\n\n,,,\n1,b.tif,x,,,\n"))
+    assert cohort.faults == ()
+    assert [(r.slide_id, r.row, r.group) for r in cohort.records] == [("a", 2, None), ("b", 5, "x")]
+    assert len(cohort.warnings) == 1 and "without a name" in cohort.warnings[0]
+
+
+def test_columns_that_a_run_writes_are_renamed(slides: Path) -> None:
+    cohort = read_cohort(write(slides, "path,Status\na.svs,tumour\n"))
+    assert dict(cohort.records[0].extra) == {"cohort_status": "tumour"}
+    assert "column Status becomes cohort_status" in cohort.warnings[0]
+
+
+def test_one_file_under_two_ids_is_warned_of(slides: Path) -> None:
+    cohort = read_cohort(write(slides, "path,slide_id\na.svs,x\nc/../a.svs,y\n"))
+    assert cohort.faults == () and cohort.warnings == ("row 3 (y) is the same slide as row 2",)
+
+
+CELL = st.text(st.sampled_from(list('ab ,"\n\r\t;é')), max_size=8)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.tuples(CELL, st.sampled_from(["", "\n", "\r\n", ",\r\n\n"])), min_size=1, max_size=6))
+@example([("line one\nline two\r\nline three", ""), ("", "")])
+def test_rows_are_lines_of_the_file(slides: Path, cells: list[tuple[str, str]]) -> None:
+    text, expected = "path,slide_id,note\n", []
+    for index, (cell, blank) in enumerate(cells):
+        expected.append(len(io.StringIO(text, newline="").readlines()) + 1)
+        quoted = cell.replace('"', '""')
+        text += f'a.svs,s{index},"{quoted}"\n{blank}'
+    cohort = read_cohort(write(slides, text))
+    assert [record.row for record in cohort.records] == expected
+    assert [record.extra["note"] for record in cohort.records] == [cell.strip() for cell, _ in cells]
+
+
+# Faults of rows
+
+
+def test_all_faults_of_all_rows_at_once(slides: Path) -> None:
+    (slides / "mask.png").write_bytes(b"no image")
+    (slides / "mask.json").write_text('{"type": ')
+    (slides / "mask.tif").write_bytes(b"")
+    cohort = read_cohort(
+        write(
+            slides,
+            "path,slide_id,mpp,magnification,mask_path,note\n"
+            'a.svs,good,0.25,,,"two\nlines"\n'
+            "missing.svs,m,,,,\n"
+            "b.tif,../x,,,,\n"
+            "c/a.svs,GOOD,,,,\n"
+            "c,folder,,,,\n"
+            ",nothing,,,,\n"
+            'b.tif,n1,"0,25",,,\n'
+            "b.tif,n2,-1,forty,,\n"
+            "b.tif,k1,,,mask.png,\n"
+            "b.tif,k2,,,mask.json,\n"
+            "b.tif,k3,,,mask.tif,\n"
+            "b.tif,k4,,,none.png,\n"
+            "b.tif,long,,,,a,b\n",
+        )
+    )
+    assert [record.slide_id for record in cohort.records] == ["good"]
+    expected = [
+        (4, "missing.svs: no such file"),
+        (5, "slide_id '../x' may hold only A-Z a-z 0-9 . _ - and begins with a letter or digit; use for example x"),
+        (6, "slide_id 'GOOD' is also that of row 2 (upper and lower case count as the same); use for example GOOD-2"),
+        (7, "is a folder without DICOM files (*.dcm)"),
+        (8, "path is empty"),
+        (9, "mpp '0,25': write the pixel size in µm as a number, for example 0.25"),
+        (10, "mpp '-1': write"),
+        (10, "magnification 'forty': write"),
+        (11, "mask.png: is no PNG image"),
+        (12, "mask.json: is no JSON"),
+        (13, "mask.tif: masks are .geojson, .json, .png"),
+        (14, "none.png: no such file"),
+        (15, "has 1 more cells than the header"),
+    ]
+    assert [row for row, _ in messages(cohort)] == [row for row, _ in expected]
+    for (_, message), (_, part) in zip(messages(cohort), expected, strict=True):
+        assert part in message
+
+    with pytest.raises(InputError) as caught:
+        raise_if_faulty(cohort)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(expected) + 2
+    assert lines[0] == f"{slides}/cohort.csv: 13 faults, nothing was run"
+    assert lines[1].startswith("  row 4 (m): path ")
+    assert "Mend these rows" in lines[-1] and "--skip-invalid" in lines[-1]
+    assert caught.value.exit_code == 2
+
+
+def test_stems_that_collide_are_told_apart_by_their_folder(slides: Path) -> None:
+    cohort = read_cohort(write(slides, "path\na.svs\nc/a.svs\nc/../a.svs\n"))
+    assert [record.row for record in cohort.records] == [2]
+    assert [message.rpartition(" ")[2] for _, message in messages(cohort)] == ["c-a", "a-2"]
+
+
+def test_a_suggestion_is_no_id_of_a_later_row_nor_an_earlier_suggestion(slides: Path) -> None:
+    cohort = read_cohort(write(slides, "path,slide_id\na.svs,x\nb.tif,x\nc/a.svs,x-2\nb.tif,X\n"))
+    assert [(row, message.rpartition(" ")[2]) for row, message in messages(cohort)] == [(3, "x-3"), (5, "X-4")]
+
+
+def test_a_stem_that_does_not_fit(slides: Path) -> None:
+    (slides / "Fall 12 (HE).svs").write_bytes(b"")
+    (fault,) = read_cohort(write(slides, "path\nFall 12 (HE).svs\n")).faults
+    assert (fault.row, fault.slide_id_or_path) == (2, "Fall 12 (HE).svs")
+    assert fault.message.endswith("give it a slide_id, for example Fall-12-HE")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-0.25", "1e9", "0_25", "0.25um", "?"])
+def test_sizes_that_are_none(slides: Path, value: str) -> None:
+    cohort = read_cohort(write(slides, f"path,mpp,magnification\na.svs,{value},{value}\n"))
+    assert cohort.records == ()
+    assert [fault.message.split()[0] for fault in cohort.faults] == ["mpp", "magnification"]
+
+
+def test_a_pipe_is_no_slide(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.svs")
+    (fault,) = read_cohort(write(tmp_path, "path\np.svs\n")).faults
+    assert fault.message.endswith("is no file")
+
+
+def test_a_path_beyond_what_the_system_takes(tmp_path: Path) -> None:
+    (fault, *_) = read_cohort(write(tmp_path, f"path\n{'x' * 5000}.svs\n")).faults
+    assert "cannot be read" in fault.message
+
+
+# Sources that hold no rows
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (b"", "is empty"),
+        (b"\n,,\n", "is empty"),
+        (b"path,slide_id\n", "no slides"),
+        (b"path,slide_id\n,\n\n", "no slides"),
+        (b"slide_id,mpp\na,0.25\n", "no column path (or wsi, slide) among slide_id, mpp"),
+        (b"path;slide_id\na.svs;a\n", "separated by commas"),
+        (b"path,wsi,mpp,slide_mpp\na,b,c,d\n", "columns path and wsi both mean path: keep one; columns mpp and"),
+        (b"path,note,Note\na,b,c\n", "columns note and Note both mean note"),
+        ("path\na.svs\n".encode("utf-16"), "is not UTF-8 text"),
+        (b"path\nPr\xe4parat.svs\n", "is not UTF-8 text"),
+        (b"path\na\0.svs\n", "zero bytes"),
+        (b'path,note\na.svs,"never closed\nb.tif,\n', "record from line 2 on is not CSV"),
+    ],
+)
+def test_a_file_that_is_no_cohort(tmp_path: Path, text: bytes, part: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_cohort(write(tmp_path, text))
+    assert part in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "cohort.csv"))
+
+
+@pytest.mark.parametrize("source", ["", "none.csv", "none/*.svs", "a.csv/b.csv"])
+def test_no_such_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "path\n", "a.csv")
+    with pytest.raises(InputError):
+        read_cohort(source)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.binary(max_size=80) | st.text(max_size=60).map(lambda rest: f"path,slide_id,mpp\n{rest}".encode()))
+def test_whatever_the_file_holds_the_answer_is_a_cohort_or_an_input_error(tmp_path: Path, content: bytes) -> None:
+    try:
+        cohort = read_cohort(write(tmp_path, content))
+    except InputError:
+        return
+    assert cohort.records or cohort.faults
+
+
+# Folders and globs
+
+
+def test_a_folder(slides: Path) -> None:
+    for name in ("z.NDPI", "m.mrxs", ".a.svs", "._b.tif", "notes.txt"):
+        (slides / name).write_bytes(b"")
+    (slides / "m").mkdir()
+    (slides / "dicom").mkdir()
+    (slides / "dicom" / "1.dcm").write_bytes(b"")
+    cohort = read_cohort(slides)
+    assert [(r.slide_id, r.row, r.path) for r in cohort.records] == [
+        ("a", 1, slides / "a.svs"),
+        ("b", 2, slides / "b.tif"),
+        ("dicom", 3, slides / "dicom"),
+        ("m", 4, slides / "m.mrxs"),
+        ("z", 5, slides / "z.NDPI"),
+    ]
+    assert cohort.faults == ()
+    assert cohort.warnings == (f"{slides}: left out 2 that are no slides by their names: c, notes.txt",)
+
+
+def test_stems_of_a_folder_collide(slides: Path) -> None:
+    (slides / "a.png").write_bytes(b"")
+    (fault,) = read_cohort(slides).faults
+    assert fault == Fault(2, str(slides / "a.svs"), fault.message)
+    assert fault.message.startswith("slide_id 'a' is also that of row 1")
+
+
+def test_a_glob(slides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(slides)
+    assert [r.path for r in read_cohort("*.svs").records] == [slides / "a.svs"]
+    cohort = read_cohort("**/*.svs")
+    assert [r.path for r in cohort.records] == [slides / "a.svs"]
+    assert [fault.row for fault in cohort.faults] == [2]
+
+
+def test_one_slide_or_dicom_folder_is_a_cohort(tmp_path: Path) -> None:
+    (tmp_path / "a.svs").write_bytes(b"")
+    assert [r.slide_id for r in read_cohort(tmp_path / "a.svs").records] == ["a"]
+    (tmp_path / "case.1").mkdir()
+    (tmp_path / "case.1" / "1.dcm").write_bytes(b"")
+    assert [r.slide_id for r in read_cohort(tmp_path / "case.1").records] == ["case.1"]
+
+
+def test_a_folder_without_slides(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_bytes(b"")
+    with pytest.raises(InputError, match="no slide found"):
+        read_cohort(tmp_path)
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/Pr\xe4parat.svs")).write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    texts = [fault.message for fault in read_cohort(tmp_path).faults]
+    assert "rename it" in texts[0] and "for example Praparat" not in texts[0]

@@ -1,0 +1,158 @@
+"""The command line: bad input gets one clear message and exit code 2, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from hover_batch.cli import app
+from hover_batch.config import Settings
+
+
+def run(*arguments: str | Path, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env=env)
+
+
+@pytest.fixture
+def tile(tmp_path: Path) -> Path:
+    """A white PNG, 300 × 200."""
+    path = tmp_path / "tile.png"
+    Image.fromarray(np.full((200, 300, 3), 245, np.uint8)).save(path)
+    return path
+
+
+def cohort(folder: Path, text: str) -> Path:
+    path = folder / "cohort.csv"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("csv", "message"),
+    [
+        ("path,mpp\nnone.svs,0.25\n", "none.svs"),
+        ("path,slide_id,mpp\ntile.png,a,0.25\ntile.png,a,0.25\n", "row 3"),
+        ("path,slide_id,mpp\ntile.png,../x,0.25\n", "../x"),
+        ("path\ntile.png\n", "mpp"),
+        ("path,mpp,mask_path\ntile.png,0.25,mask.geojson\n", "mask.geojson"),
+        ("path,mpp\n", "no row"),
+        ("", "empty"),
+        ("path,mpp\ntile.png,-1\n", "mpp"),
+    ],
+    ids=["missing file", "duplicate", "outside", "no mpp", "unreadable mask", "no rows", "empty", "bad mpp"],
+)
+@pytest.mark.parametrize("command", ["segment", "plan"])
+def test_bad_cohorts_are_refused_before_anything_runs(
+    tile: Path, tmp_path: Path, csv: str, message: str, command: str
+) -> None:
+    (tmp_path / "mask.geojson").write_text("{not json")
+    out = tmp_path / "out"
+    arguments = [command, cohort(tmp_path, csv)] + (["-o", out] if command == "segment" else [])
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert not result.stdout
+    assert not out.exists()
+
+
+def test_all_faults_of_all_rows_come_at_once(tile: Path, tmp_path: Path) -> None:
+    csv = "path,slide_id,mpp\nnone.svs,,0.25\ntile.png,../x,0.25\ntile.png,b,zero\ntile.png,c,\n"
+    result = run("segment", cohort(tmp_path, csv), "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    for row in (2, 3, 4, 5):
+        assert f"row {row}" in result.stderr
+
+
+def test_exactly_one_of_cohort_and_example(tmp_path: Path) -> None:
+    for arguments in (["segment"], ["segment", "x.csv", "--example"]):
+        result = run(*arguments, "-o", tmp_path / "out")
+        assert result.exit_code == 2 and "exactly one" in result.stderr
+
+
+def test_an_output_that_cannot_be_written(tile: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    result = run("segment", csv, "-o", tmp_path / "file" / "out")
+    assert result.exit_code == 2 and "--output" in result.stderr
+
+
+def test_somebody_elses_folder_is_left_alone(tile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.doc").write_text("")
+    result = run("segment", cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), "-o", out)
+    assert result.exit_code == 2 and "thesis.doc" in result.stderr
+    assert os.listdir(out) == ["thesis.doc"]
+
+
+def test_a_changed_setting_is_refused_by_name_and_force_starts_anew(tile: Path, tmp_path: Path) -> None:
+    csv, out = cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), tmp_path / "out"
+    assert run("segment", csv, "-o", out).exit_code == 0
+    before = (out / "slides" / "tile" / "nuclei.parquet").read_bytes()
+    result = run("segment", csv, "-o", out, "--halo", "32")
+    assert result.exit_code == 2
+    assert "halo: 64 → 32" in result.stderr and "--force" in result.stderr
+    assert (out / "slides" / "tile" / "nuclei.parquet").read_bytes() == before
+    assert run("segment", csv, "-o", out, "--halo", "32", "--force").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--unit", "1000"], "--unit 1000"),
+        (["--batch", "0"], "--batch 0"),
+        (["--model", "none.safetensors"], "--model none.safetensors"),
+        (["--device", "cuda:77"], "--device cuda:77"),
+        (["--config", "none.toml"], "--config none.toml"),
+    ],
+)
+def test_bad_settings_name_their_flag(tile: Path, tmp_path: Path, flags: list[str], message: str) -> None:
+    result = run("segment", cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), "-o", tmp_path / "out", *flags)
+    assert result.exit_code == 2 and message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_flag_goes_before_environment_before_config_before_default(tile: Path, tmp_path: Path) -> None:
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    config = tmp_path / "run.toml"
+    config.write_text("[infer]\nbatch = 2\nunit = 1024\n\n[post]\nhalo = 48\n")
+    env = {"HOVER_BATCH_UNIT": "512", "HOVER_BATCH_HALO": "32"}
+    out = tmp_path / "out"
+    assert run("segment", csv, "-o", out, "--config", config, "--halo", "16", env=env).exit_code == 0
+    identity = json.loads((out / "run.json").read_text())["results_key"]
+    assert (identity["post"]["halo"], identity["infer"]["unit"], identity["infer"]["batch"]) == (16, 512, 2)
+    assert identity["tissue"]["mask_mpp"] == Settings().tissue.mask_mpp
+    # What a run saved is itself a config: the same command by it resumes.
+    assert run("segment", csv, "-o", out, "--config", out / "settings.toml").exit_code == 0
+
+
+def test_plan_writes_nothing_and_tells_size_and_disk(tile: Path, tmp_path: Path) -> None:
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    result = run("plan", csv)
+    assert result.exit_code == 0
+    assert "300 × 200" in result.stdout and "GB" in result.stdout and "2 tiles" in result.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_skip_invalid_runs_the_others_and_lists_the_faulty(tile: Path, tmp_path: Path) -> None:
+    csv = cohort(tmp_path, "path,mpp\nnone.svs,0.25\ntile.png,0.25\n")
+    out = tmp_path / "out"
+    result = run("segment", csv, "-o", out, "--skip-invalid")
+    assert result.exit_code == 3
+    assert (out / "slides" / "tile" / "slide.json").exists()
+    assert "none.svs" in (out / "failures.csv").read_text()
+
+
+def test_nothing_could_be_processed(tmp_path: Path) -> None:
+    (tmp_path / "broken.svs").write_bytes(b"no slide")
+    result = run("segment", cohort(tmp_path, "path,mpp\nbroken.svs,0.25\n"), "-o", tmp_path / "out")
+    assert result.exit_code == 4
+    assert "broken" in (tmp_path / "out" / "failures.csv").read_text()

@@ -1,0 +1,82 @@
+"""One cohort of real slides of two scanners, two tiles and a broken file, from the CSV to the tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import geopandas
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from hover_batch.cli import app
+from hover_batch.metrics import match_centroids
+
+pytestmark = pytest.mark.slow
+
+TCGA, CMU = "TCGA-V5-A7RE_40x_colsW", "CMU-1-Small-Region"
+TILES = ("consep_train_03", "consep_train_09")
+RADIUS_UM = 3.0
+
+
+@pytest.fixture(scope="module")
+def out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run."""
+    folder = tmp_path_factory.mktemp("real")
+    rows = [(data / "slides" / f"{CMU}.svs", ""), (data / "slides" / f"{TCGA}.tif", "")]
+    rows += [(data / "nuclei" / "images" / f"{tile}.png", "0.25") for tile in TILES]
+    rows += [(data / "slides" / "broken.svs", "0.25")]
+    cohort = folder / "cohort.csv"
+    with cohort.open("w", newline="") as f:
+        csv.writer(f).writerows([("path", "mpp"), *rows])
+    result = CliRunner().invoke(app, ["segment", str(cohort), "-o", str(folder / "out")])
+    assert result.exit_code == 3, result.output
+    return folder / "out"
+
+
+def test_broken_is_listed_with_its_reason_and_the_others_are_complete(out: Path) -> None:
+    failures = pd.read_csv(out / "failures.csv")
+    assert list(failures.slide_id) == ["broken"]
+    assert "broken.svs" in failures.reason[0] and failures.row[0] == 6
+    slides = pd.read_csv(out / "slides.csv")
+    assert list(slides.status) == ["done", "done", "done", "done", "failed"]
+    summary = pd.read_csv(out / "summary.csv")
+    assert (summary[summary.level == "cohort"].failed == 1).all()
+    for slide_id in (CMU, TCGA, *TILES):
+        slide = out / "slides" / slide_id
+        for name in ("slide.json", "tissue.geojson", "thumbnail.jpg", "overlay.jpg", "timings.json"):
+            assert (slide / name).stat().st_size > 0
+        assert (slide / "predictions.zarr" / "zarr.json").exists()
+        nuclei = geopandas.read_parquet(slide / "nuclei.parquet")
+        assert len(nuclei) == json.loads((slide / "slide.json").read_text())["nuclei"] > 100
+        assert nuclei.geometry.is_valid.all()
+        assert list(nuclei.nucleus_id) == list(range(1, len(nuclei) + 1))
+
+
+def test_the_metadata_tells_what_the_positions_mean(out: Path) -> None:
+    sizes = {CMU: (2220, 2967, 0.499), TCGA: (8704, 6784, 0.2485)}
+    for slide_id, (width, height, mpp) in sizes.items():
+        path = out / "slides" / slide_id / "nuclei.parquet"
+        metadata = json.loads(pq.read_schema(path).metadata[b"hover_batch"])
+        assert metadata["level0"] == {"width": width, "height": height}
+        assert metadata["mpp"]["x"] == pytest.approx(mpp, abs=5e-5)
+        nuclei = geopandas.read_parquet(path)
+        assert nuclei.centroid_x.between(0, width).all() and nuclei.centroid_y.between(0, height).all()
+        # Nuclei are nuclei-sized whatever the scanner: 5 to 12 µm across in the middle.
+        assert 20 < nuclei.area_um2.median() < 110
+
+
+def test_centroids_agree_with_another_models(out: Path, data: Path) -> None:
+    """A plausibility check, not truth: the other cells are predictions of another model. The figure is printed."""
+    others = pd.read_csv(data / "slides" / f"{TCGA}_pseudo_cells.csv")
+    nuclei = geopandas.read_parquet(out / "slides" / TCGA / "nuclei.parquet")
+    ours = nuclei[["centroid_x", "centroid_y"]].to_numpy()
+    theirs = others[["x", "y"]].to_numpy(np.float64)
+    pairs = len(match_centroids(theirs, ours, RADIUS_UM / 0.2485))
+    f1 = 2 * pairs / (len(ours) + len(theirs))
+    print(f"\nTCGA slide: {len(ours)} nuclei, {len(theirs)} of the other model, F1 at {RADIUS_UM} µm {f1:.3f}")
+    assert f1 > 0.6
