@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,15 +18,12 @@ Oracle = Callable[[NDArray[np.uint8]], NDArray[np.int32]]
 
 
 @pytest.fixture(scope="module")
-def oracle() -> Oracle:
-    """tiatoolbox's post-processing of stored maps (plane, y, x). Its import alone takes many seconds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from tiatoolbox.models.architecture.hovernet import HoVerNet
+def oracle(hovernet: Any) -> Oracle:
+    """tiatoolbox's post-processing of stored maps (plane, y, x)."""
 
     def process(maps: NDArray[np.uint8]) -> NDArray[np.int32]:
         hv = np.stack([maps[LAYOUT.H], maps[LAYOUT.V]], -1).view(np.int8).astype(np.float32) / 127
-        return np.asarray(HoVerNet._proc_np_hv(maps[LAYOUT.NP, ..., None] / np.float32(256), hv), np.int32)
+        return np.asarray(hovernet._proc_np_hv(maps[LAYOUT.NP, ..., None] / np.float32(256), hv), np.int32)
 
     return process
 
@@ -58,10 +55,12 @@ def panoptic_quality(truth: NDArray[np.int32], found: NDArray[np.int32]) -> floa
 
 
 def test_window_mode_is_the_reference_on_real_nuclei(noisy_tiles, oracle: Oracle) -> None:
+    nuclei = 0
     for tile in noisy_tiles:
         expected, found = oracle(tile.maps), ours(tile.maps)
-        assert expected.max() > 100
         assert len(differing(expected, found)) == len(differing(found, expected)) == 0, tile.name
+        nuclei += int(expected.max())
+    assert nuclei > 1000
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -119,9 +118,11 @@ def test_fixed_constants_equal_the_window_that_they_come_from(noisy_tiles) -> No
 
 
 def test_instances_of_perfect_maps_are_the_annotated_nuclei(perfect_tiles, constants: SobelConstants) -> None:
+    """Also on a tile of 63 nuclei, where the window's extremes lose a third of them."""
     for tile in perfect_tiles:
-        for chosen in (None, constants):
-            assert panoptic_quality(tile.instances, ours(tile.maps, chosen)) >= 0.9, (tile.name, chosen)
+        fixed = panoptic_quality(tile.instances, ours(tile.maps, constants))
+        assert fixed >= 0.94, tile.name
+        assert fixed >= panoptic_quality(tile.instances, ours(tile.maps)), tile.name
 
 
 def test_beyond_the_edge_lies_background(noisy_tiles, constants: SobelConstants) -> None:
