@@ -14,7 +14,7 @@ from hover_batch.config import Settings
 from hover_batch.errors import InputError, SlideError
 from hover_batch.geometry import Grid
 from hover_batch.model.package import Card
-from hover_batch.slide.reader import SlideInfo, peek
+from hover_batch.slide.headers import SlideInfo, peek
 from hover_batch.slide.tissue import check_mask
 
 STORE_BYTES_PER_PIXEL = 3.0
