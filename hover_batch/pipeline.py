@@ -6,6 +6,7 @@ at all, and is not done again where its result lies: a unit's shard and marker, 
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -131,9 +132,23 @@ def open_store(work: SlideWork) -> PredictionStore:
     )
 
 
-def inferred(unit: Unit, work: SlideWork) -> bool:
-    """Whether the unit's maps are in the store."""
-    return work.layout.marker(unit.column, unit.row).exists()
+def inferred(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
+    """Whether the unit's maps are in the store, unharmed: its marker is there and tells the hash of the shard.
+
+    A shard that is not what its marker says is removed with it, to be predicted again. Call it while nobody writes.
+    """
+    path = work.layout.marker(unit.column, unit.row)
+    try:
+        marker = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        marker = {}
+    if "shard_sha256" in marker and marker["shard_sha256"] == store.shard_sha256(unit.box):
+        return True
+    path.unlink()
+    store.remove(unit.box)
+    return False
 
 
 def posted(unit: Unit, work: SlideWork) -> bool:

@@ -14,11 +14,11 @@ from hover_batch.config import Settings
 from hover_batch.errors import InputError, SlideError
 from hover_batch.geometry import Grid
 from hover_batch.model.package import Card
-from hover_batch.slide.reader import SlideInfo, peek
+from hover_batch.slide.headers import SlideInfo, peek
 from hover_batch.slide.tissue import check_mask
 
-STORE_BYTES_PER_PIXEL = 3.0
-"""Compressed size of all planes per predicted pixel of dense tissue."""
+STORE_BYTES_PER_PIXEL = 4.0
+"""Compressed size of all planes per predicted pixel of dense tissue (3.8 on the example)."""
 MPX_PER_CORE_SECOND = 0.5
 """Inference pixels that one core takes through the whole way, for the estimate only."""
 

@@ -25,6 +25,8 @@ from hover_batch.plan import plan_cohort
 from hover_batch.taxonomy import Taxonomy
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_NONE = 0, 3, 4
+LISTED = 10
+"""Slides and failures that are named at the end; a cohort may have thousands, and the files tell of all."""
 RECORDED = ("hover-batch", "torch", "segmentation-models-pytorch", "tiatoolbox", "openslide-python", "zarr", "numpy")
 """Packages whose versions decide results, for versions.json."""
 
@@ -46,16 +48,18 @@ class Outcome:
     def closing_lines(self) -> list[str]:
         """Where the results lie, for stdout."""
         lines = [f"{len(self.slides)} slides done, {len(self.failures)} failed; summary: {self.layout.summary_csv}"]
-        for slide in self.slides:
+        for slide in self.slides[:LISTED]:
             paths = self.layout.slide(slide["slide_id"])
             lines.append(f"{slide['slide_id']}: {slide['nuclei']:,} nuclei")
             lines.append(f"  table    {paths.nuclei_parquet}")
             lines.append(f"  overlay  {paths.overlay_jpg}")
             if paths.predictions_zarr.exists():
                 lines.append(f"  store    {paths.predictions_zarr}")
+        if len(self.slides) > LISTED:
+            lines.append(f"… and {len(self.slides) - LISTED} more in {self.layout.slides}")
         if self.failures:
             lines.append(f"failures: {self.layout.failures_csv}")
-            lines += [f"  {f.slide_id}: {f.reason}" for f in self.failures]
+            lines += [f"  {f.slide_id}: {f.reason}" for f in self.failures[:LISTED]]
         return lines
 
 

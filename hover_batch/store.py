@@ -90,12 +90,19 @@ class PredictionStore:
 
     def shard_sha256(self, box: Box) -> str | None:
         """Hash of the shard of the unit at `box`, None where there is none."""
-        _, height, width = self.array.shards or self.array.chunks
         try:
-            with (self.path / "c" / "0" / str(box.y0 // height) / str(box.x0 // width)).open("rb") as shard:
+            with self._shard(box).open("rb") as shard:
                 return hashlib.file_digest(shard, "sha256").hexdigest()
         except FileNotFoundError:
             return None
+
+    def remove(self, box: Box) -> None:
+        """Remove the shard of the unit at `box`, which is then zero. For repair only, while nobody writes."""
+        self._shard(box).unlink(missing_ok=True)
+
+    def _shard(self, box: Box) -> Path:
+        _, height, width = self.array.shards or self.array.chunks
+        return self.path / "c" / "0" / str(box.y0 // height) / str(box.x0 // width)
 
     def read(self, box: Box) -> NDArray[np.uint8]:
         """Maps (plane, y, x) uint8 of any box, zero outside of the canvas and where nothing was predicted."""

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import Result
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from hover_batch.cli import app
 from hover_batch.config import Settings
@@ -42,7 +41,7 @@ def cohort(folder: Path, text: str) -> Path:
         ("path,slide_id,mpp\ntile.png,../x,0.25\n", "../x"),
         ("path\ntile.png\n", "mpp"),
         ("path,mpp,mask_path\ntile.png,0.25,mask.geojson\n", "mask.geojson"),
-        ("path,mpp\n", "no row"),
+        ("path,mpp\n", "no slides"),
         ("", "empty"),
         ("path,mpp\ntile.png,-1\n", "mpp"),
     ],

@@ -123,6 +123,35 @@ def test_a_shard_without_its_marker_is_adopted(cohort: Path, undisturbed: bytes,
     assert (slide / "nuclei.parquet").read_bytes() == undisturbed
 
 
+@pytest.mark.parametrize("harm", ["shard gone", "shard damaged", "marker damaged"])
+def test_a_harmed_unit_is_predicted_again(cohort: Path, undisturbed: bytes, tmp_path: Path, harm: str) -> None:
+    out = tmp_path / "out"
+    arguments = ["segment", str(cohort), "-o", str(out), *SETTINGS]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    slide = out / "slides" / "field"
+    shard, marker = slide / "predictions.zarr" / "c" / "0" / "1" / "1", slide / "markers" / "1_1.json"
+    if harm == "shard gone":
+        shard.unlink()
+    elif harm == "shard damaged":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    else:
+        marker.write_text("{")
+    for path in (slide / "slide.json", slide / "nuclei.parquet"):
+        path.unlink()
+    shutil.rmtree(slide / "parts")
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert (slide / "nuclei.parquet").read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("unit", ["512", "1024"])
+def test_the_side_of_the_units_changes_nothing(cohort: Path, undisturbed: bytes, tmp_path: Path, unit: str) -> None:
+    out = tmp_path / "out"
+    settings = ["--unit", unit, "--tissue", "all", "--threads", "1"]
+    assert CliRunner().invoke(app, ["segment", str(cohort), "-o", str(out), *settings]).exit_code == 0
+    assert (out / "slides" / "field" / "nuclei.parquet").read_bytes() == undisturbed
+
+
 def test_rows_added_to_the_cohort_are_no_change(cohort: Path, undisturbed: bytes, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert CliRunner().invoke(app, ["segment", str(cohort), "-o", str(out), *SETTINGS]).exit_code == 0

@@ -76,3 +76,12 @@ def test_create_opens_what_is_there_and_plain_zarr_reads_it(tmp_path: Path) -> N
     array = zarr.open_array(tmp_path / "p.zarr", mode="r")
     assert array.attrs["mpp"] == [0.25, 0.25]
     assert np.array_equal(array[:, 512:900, 1024:1300], maps)
+
+
+def test_a_removed_shard_is_zero_and_can_be_written_again(tmp_path: Path) -> None:
+    store, box = make(tmp_path), Box(512, 0, 1024, 512)
+    maps = random_maps(box.shape)
+    digest = store.write(box, maps)
+    store.remove(box)
+    assert store.shard_sha256(box) is None and not store.read(box).any()
+    assert store.write(box, maps) == digest

@@ -87,7 +87,7 @@ class LocalExecutor:
             self._stage = "inference"
             progress.start_stage(slide_id, "inference, tiles", sum(len(u.tiles) for u in work.units))
             for unit in work.units:
-                if inferred(unit, work):
+                if inferred(unit, work, store):
                     progress.advance(len(unit.tiles))
                     continue
                 seconds.add(infer(unit, work, reader, self.predictor, store, progress.advance))

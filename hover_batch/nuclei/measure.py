@@ -148,7 +148,7 @@ def _f32(values: NDArray[np.float64]) -> NDArray[np.float32]:
 def _ellipse(
     second: NDArray[np.float64], dx: NDArray[np.float64], dy: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Major axis, minor axis, eccentricity (n,) from means about the anchor: of dx², dy², dx·dy (n, 3), dx and dy."""
+    """Major axis, minor axis and eccentricity (n,) from means about the anchor: dx², dy², dx·dy (n, 3), dx and dy."""
     xx = second[:, 0] - dx * dx
     yy = second[:, 1] - dy * dy
     xy = second[:, 2] - dx * dy

@@ -169,7 +169,8 @@ def split(
         else:
             # Every component that counts shapes the landscape: a diagonal neighbour shows in the blur.
             inside = (1.0 - energy[crop].astype(np.float64)) * kept[labels]
-            flooded = watershed(-cv2.GaussianBlur(inside, (3, 3), 0), markers=markers, mask=own)
+            blurred = cv2.GaussianBlur(inside, (3, 3), 0)
+            flooded = watershed(-blurred, markers=markers, mask=own)  # type: ignore[no-untyped-call]
             instances[crop][own] = last + np.searchsorted(ids, flooded[own]).astype(np.int32) + 1
         last += len(ids)
     return instances

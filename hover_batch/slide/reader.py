@@ -1,0 +1,165 @@
+"""A slide's pixels on the inference grid, the same whichever block asks for them.
+
+A block is read in whole pixels of the level just finer than the grid, with the margin that the filter needs, and
+resampled at the phase that each pixel's absolute index gives it (`resample`). Where a level has exactly the grid's
+pixels they pass through untouched. Outside the canvas the picture is mirrored about its border, the border pixel
+repeated: … 1 0 | 0 1 2 … n−1 | n−1 n−2 …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.geometry import Box, Grid, Mpp, Size
+from hover_batch.slide.headers import SlideInfo, describe, kind_of, peek, read_header, slide_errors
+from hover_batch.slide.resample import resample, taps
+from hover_batch.slide.sources import Source, open_source
+
+__all__ = ["SlideInfo", "SlideReader", "open_slide", "peek"]
+
+MAX_SOURCE_PIXELS = 1 << 23
+"""Source pixels that are decoded at once; larger blocks are read in parts. Pixels do not depend on the parts."""
+
+_LEVEL_TOLERANCE = 0.01
+# A level this much coarser than the grid still serves: reading a level four times as large to win 1 % would not.
+
+
+class SlideReader(Protocol):
+    """An open slide. A context manager; may be used by several threads."""
+
+    @property
+    def info(self) -> SlideInfo: ...
+
+    def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:
+        """RGB (h, w, 3) of `box`, in inference pixels of `grid`; mirrored outside of grid.size."""
+        ...
+
+    def thumbnail(self, max_side: int) -> NDArray[np.uint8]:
+        """The whole canvas, RGB (h, w, 3), its longer side at most `max_side`; never enlarged."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_slide(record: SlideRecord) -> SlideReader:
+    """Open for reading. InputError where the pixel size is unknown, SlideError where the file cannot be read."""
+    kind = kind_of(record.path)
+    info = describe(record, read_header(record.path, kind))
+    with slide_errors(record.path):
+        return GridReader(info, open_source(record.path, kind), record.path)
+
+
+class GridReader:
+    """The SlideReader over any `Source`."""
+
+    def __init__(self, info: SlideInfo, source: Source, path: Path) -> None:
+        self.info = info
+        self.source = source
+        self._path = path
+
+    def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:
+        if grid.level0 != self.info.level0:
+            raise ValueError(f"the grid was laid over {grid.level0}, the slide has {self.info.level0}")
+        if box.empty:
+            return np.empty((*box.shape, 3), np.uint8)
+        columns = _mirror(box.x0, box.x1, grid.size.width)
+        rows = _mirror(box.y0, box.y1, grid.size.height)
+        inside = Box(int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+        out = np.empty((*inside.shape, 3), np.uint8)
+        with slide_errors(self._path):
+            self._fill(out, inside, grid, best_level(self.source.levels, grid))
+        if inside == box:
+            return out
+        return out[(rows - inside.y0)[:, None], columns - inside.x0]
+
+    def _fill(self, out: NDArray[np.uint8], box: Box, grid: Grid, level: int) -> None:
+        size = self.source.levels[level]
+        # Ratios of whole extents: a level of 4.0003 is taken as that all over, and its far edge falls on level 0's.
+        step_x = grid.scale_x * size.width / grid.level0.width
+        step_y = grid.scale_y * size.height / grid.level0.height
+        if step_x == 1 and step_y == 1 and box.intersect(size.box) == box:
+            if box.width * box.height <= MAX_SOURCE_PIXELS:
+                out[:] = self.source.read(level, box)
+            else:
+                self._fill_halves(out, box, grid, level)
+            return
+        first_x, weights_x = taps(step_x, box.x0, box.x1)
+        first_y, weights_y = taps(step_y, box.y0, box.y1)
+        columns = np.clip(first_x[:, None] + np.arange(weights_x.shape[1]), 0, size.width - 1)
+        rows = np.clip(first_y[:, None] + np.arange(weights_y.shape[1]), 0, size.height - 1)
+        needed = Box(int(columns[0, 0]), int(rows[0, 0]), int(columns[-1, -1]) + 1, int(rows[-1, -1]) + 1)
+        if needed.width * needed.height > MAX_SOURCE_PIXELS and max(box.shape) > 1:
+            self._fill_halves(out, box, grid, level)
+            return
+        pixels = self.source.read(level, needed)
+        resample(pixels, rows - needed.y0, weights_y, columns - needed.x0, weights_x, out)
+
+    def _fill_halves(self, out: NDArray[np.uint8], box: Box, grid: Grid, level: int) -> None:
+        if box.width >= box.height:
+            middle = (box.x0 + box.x1) // 2
+            halves = Box(box.x0, box.y0, middle, box.y1), Box(middle, box.y0, box.x1, box.y1)
+        else:
+            middle = (box.y0 + box.y1) // 2
+            halves = Box(box.x0, box.y0, box.x1, middle), Box(box.x0, middle, box.x1, box.y1)
+        for half in halves:
+            self._fill(out[half.slices_in(box)], half, grid, level)
+
+    def thumbnail(self, max_side: int) -> NDArray[np.uint8]:
+        grid = whole_grid(self.info, max(1.0, max(self.info.level0.width, self.info.level0.height) / max_side))
+        return self.read(grid.size.box, grid)
+
+    def close(self) -> None:
+        self.source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def whole_grid(info: SlideInfo, scale: float) -> Grid:
+    """A grid of about `scale` level-0 pixels a pixel whose whole pixels cover the canvas exactly, for pictures of
+    the whole slide."""
+    width, height = max(1, round(info.level0.width / scale)), max(1, round(info.level0.height / scale))
+    scale_x, scale_y = info.level0.width / width, info.level0.height / height
+    return Grid(
+        level0=info.level0,
+        scale_x=scale_x,
+        scale_y=scale_y,
+        mpp=Mpp(info.mpp.x * scale_x, info.mpp.y * scale_y),
+        size=Size(width, height),
+    )
+
+
+def best_level(levels: Sequence[Size], grid: Grid) -> int:
+    """The coarsest level that is no coarser than the grid."""
+    allowed = 1 + _LEVEL_TOLERANCE
+    fine_enough = [
+        index
+        for index, size in enumerate(levels)
+        if grid.level0.width / size.width <= grid.scale_x * allowed
+        and grid.level0.height / size.height <= grid.scale_y * allowed
+    ]
+    return fine_enough[-1] if fine_enough else 0
+
+
+def _mirror(start: int, stop: int, extent: int) -> NDArray[np.int64]:
+    """Indices inside [0, extent) for start…stop−1, reflected with the border pixel repeated."""
+    turn = np.arange(start, stop, dtype=np.int64) % (2 * extent)
+    return np.minimum(turn, 2 * extent - 1 - turn)

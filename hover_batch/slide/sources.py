@@ -1,0 +1,165 @@
+"""The pixels of one level as the file holds them, from tiatoolbox's readers.
+
+tiatoolbox's own read calls resample, and what they return depends on the block that was asked for. So each source
+below takes the reader that tiatoolbox builds for the format and asks the handle inside it for whole pixels of one
+level. Importing tiatoolbox brings torch: only `open_source` does it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hover_batch.geometry import Box, Size
+from hover_batch.slide.headers import Kind, open_picture
+
+_LATTICE = 1024
+_TIFF_CACHE_BYTES = 1 << 26
+
+
+class Source(Protocol):
+    """One opened slide. `levels`: their sizes, largest first."""
+
+    @property
+    def levels(self) -> tuple[Size, ...]: ...
+
+    def read(self, level: int, box: Box) -> NDArray[np.uint8]:
+        """RGB (h, w, 3) of `box`, in pixels of that level and inside it; transparent or missing parts white."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_source(path: Path, kind: Kind) -> Source:
+    """Open with the reader of that kind; never a VirtualWSIReader, which holds a pyramid in memory whole."""
+    if kind == "picture":
+        return PictureSource(path)
+    readers = _tiatoolbox_readers()
+    if kind == "openslide":
+        return OpenSlideSource(readers.OpenSlideWSIReader(path, post_proc=None))
+    if kind == "ome-tiff":
+        return TiffSource(readers.TIFFWSIReader(path, post_proc=None, cache_size=_TIFF_CACHE_BYTES))
+    return DicomSource(readers.DICOMWSIReader(path, post_proc=None))
+
+
+def _tiatoolbox_readers() -> ModuleType:
+    """tiatoolbox.wsicore.wsireader, without what its import does to the whole program: it sends the root logger's
+    messages to stdout, where results belong, diverts Python's warnings to it, and leaves a file unclosed."""
+    first = "tiatoolbox" not in sys.modules
+    root = logging.getLogger()
+    guard = logging.NullHandler()
+    root.addHandler(guard)  # tiatoolbox leaves a root logger that has a handler alone
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="unclosed file .*pretrained_model", category=ResourceWarning)
+            from tiatoolbox.wsicore import wsireader
+
+            if first:
+                logging.captureWarnings(False)
+    finally:
+        root.removeHandler(guard)
+    module: ModuleType = wsireader
+    return module
+
+
+class OpenSlideSource:
+    """Everything that OpenSlide opens: SVS, NDPI, MRXS, SCN, BIF, pyramidal TIFF …"""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        self._slide = reader.openslide_wsi
+        self.levels = tuple(Size(w, h) for w, h in self._slide.level_dimensions)
+
+    def read(self, level: int, box: Box) -> NDArray[np.uint8]:
+        downsample = float(self._slide.level_downsamples[level])
+        if downsample.is_integer():
+            return self._read(level, box, int(downsample))
+        # OpenSlide wants level-0 positions, and a position between two pixels of the level is interpolated: the
+        # caller's box would show in the pixels. So such a level is always read in the same blocks.
+        out = np.empty((*box.shape, 3), np.uint8)
+        for column, row in box.cells(_LATTICE):
+            left, top = column * _LATTICE, row * _LATTICE
+            size = self.levels[level]
+            block = Box(left, top, min(left + _LATTICE, size.width), min(top + _LATTICE, size.height))
+            wanted = block.intersect(box)
+            out[wanted.slices_in(box)] = self._read(level, block, downsample)[wanted.slices_in(block)]
+        return out
+
+    def _read(self, level: int, box: Box, downsample: float) -> NDArray[np.uint8]:
+        corner = (round(box.x0 * downsample), round(box.y0 * downsample))
+        return _on_white(self._slide.read_region(corner, level, (box.width, box.height)))
+
+    def close(self) -> None:
+        self._slide.close()
+
+
+class TiffSource:
+    """OME-TIFF through tifffile's arrays, one per level."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        self._arrays = list(reader.level_arrays.values())
+        self.levels = tuple(Size(array.shape[1], array.shape[0]) for array in self._arrays)
+
+    def read(self, level: int, box: Box) -> NDArray[np.uint8]:
+        pixels: NDArray[np.uint8] = self._arrays[level][box.y0 : box.y1, box.x0 : box.x1]
+        return np.ascontiguousarray(pixels)
+
+    def close(self) -> None:
+        self.reader._zarr_store.close()
+        self.reader.tiff.close()
+
+
+class DicomSource:
+    """A folder of DICOM instances through wsidicom."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        self._wsi = reader.wsi
+        self._numbers = [level.level for level in self._wsi.levels]
+        self.levels = tuple(Size(level.size.width, level.size.height) for level in self._wsi.levels)
+
+    def read(self, level: int, box: Box) -> NDArray[np.uint8]:
+        # wsidicom counts positions in pixels of the level, unlike OpenSlide.
+        return _on_white(self._wsi.read_region((box.x0, box.y0), self._numbers[level], (box.width, box.height)))
+
+    def close(self) -> None:
+        self._wsi.close()
+
+
+class PictureSource:
+    """A PNG, JPEG or plain TIFF tile, in memory; one level."""
+
+    def __init__(self, path: Path) -> None:
+        with open_picture(path) as picture:
+            transparent = picture.mode in ("LA", "RGBA") or "transparency" in picture.info
+            self._pixels = _on_white(picture.convert("RGBA" if transparent else "RGB"))
+        self.levels = (Size(self._pixels.shape[1], self._pixels.shape[0]),)
+
+    def read(self, level: int, box: Box) -> NDArray[np.uint8]:
+        return self._pixels[box.y0 : box.y1, box.x0 : box.x1]
+
+    def close(self) -> None:
+        self._pixels = np.empty((0, 0, 3), np.uint8)
+
+
+def _on_white(picture: Image.Image) -> NDArray[np.uint8]:
+    """RGB of a Pillow image, laid on white where it is transparent."""
+    pixels = np.asarray(picture)
+    if pixels.shape[2] == 3:
+        return pixels
+    colour = np.ascontiguousarray(pixels[..., :3])
+    alpha = pixels[..., 3]
+    if alpha.min() < 255:
+        clear = alpha < 255
+        weight = alpha[clear, None].astype(np.uint32)
+        colour[clear] = (colour[clear] * weight + 255 * (255 - weight) + 127) // 255
+    return colour

@@ -1,0 +1,57 @@
+"""Which tiles of a slide are worth predicting, grouped in units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hover_batch.errors import InputError
+from hover_batch.geometry import Box, Grid, cell_box
+from hover_batch.slide.tissue import TissueMask
+
+TISSUE_REACH = 64
+"""Inference pixels round a tile in which tissue makes it worth predicting: nuclei overlap the outline of a coarse
+mask, and the regions that are post-processed are read that much wider."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One cell of the unit grid, which is read, predicted and stored at once.
+
+    `box`: the cell, cut to the slide. `tiles`: the kept parts of the tiles to predict, whole cells of the tile grid
+    in raster order; at the slide's edges they may reach outside of it. Both in inference pixels.
+    """
+
+    column: int
+    row: int
+    box: Box
+    tiles: tuple[Box, ...]
+
+    @property
+    def unit_id(self) -> str:
+        return f"r{self.row:05d}_c{self.column:05d}"
+
+
+def plan_units(grid: Grid, mask: TissueMask, unit: int, keep: int) -> tuple[Unit, ...]:
+    """The units with at least one tile near tissue, in raster order.
+
+    `unit`: side of a unit; `keep`: side of a tile's kept part, which divides it. Which tiles are kept does not depend
+    on the unit's side.
+    """
+    if unit % keep:
+        raise InputError(f"--unit {unit}: must be a multiple of {keep}, the part of a tile that this model keeps")
+    columns, rows = -(-grid.size.width // keep), -(-grid.size.height // keep)
+    near = mask.meets_product(
+        [(c * keep - TISSUE_REACH, (c + 1) * keep + TISSUE_REACH) for c in range(columns)],
+        [(r * keep - TISSUE_REACH, (r + 1) * keep + TISSUE_REACH) for r in range(rows)],
+        grid,
+    )
+    side = unit // keep
+    units = []
+    for column, row in grid.size.box.cells(unit):
+        inside = near[row * side : (row + 1) * side, column * side : (column + 1) * side]
+        tiles = tuple(cell_box(column * side + int(c), row * side + int(r), keep) for r, c in np.argwhere(inside))
+        if tiles:
+            units.append(Unit(column, row, cell_box(column, row, unit).intersect(grid.size.box), tiles))
+    return tuple(units)

@@ -1,0 +1,304 @@
+"""Where the tissue is: found on a low-resolution picture of the slide, or given with the cohort."""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import shapely
+import shapely.geometry
+from numpy.typing import NDArray
+from PIL import PngImagePlugin
+
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.config import TissueSettings
+from hover_batch.errors import InputError, SlideError
+from hover_batch.geometry import Box, Grid, Mpp, Size
+from hover_batch.slide.headers import MAX_PICTURE_PIXELS
+from hover_batch.slide.reader import SlideReader, whole_grid
+
+MAX_MASK_SIDE = 8192
+"""No mask is larger, whatever the slide: 67 MB, and 3 µm a pixel on a slide 25 mm wide."""
+
+GIVEN_MPP = 2.0
+"""Pixel size in µm at which polygons from the cohort are rasterised: nuclei are counted in or out by it."""
+
+SMALL_CANVAS_MM2 = 1.0
+"""Below this a picture is a tile somebody cut out, not a slide with a background to find."""
+
+_SMALL_CANVAS_TISSUE = 0.02
+_CLOSING_UM = 24.0
+_CHROMA = (10, 22)
+# Otsu's threshold is held between these: glass stays below 10 after white balance, and stained tissue is seldom
+# paler than 22, so that a picture of tissue alone is not split in two.
+_PEN_GREEN = 12
+
+
+@dataclass(frozen=True, eq=False)
+class TissueMask:
+    """`array`: bool (y, x), True on tissue, spanning the canvas exactly. `level0_per_pixel`: (x, y) level-0 pixels
+    per mask pixel. `given`: the user supplied it, so nuclei outside of it are not wanted."""
+
+    array: NDArray[np.bool_]
+    level0_per_pixel: tuple[float, float]
+    given: bool = False
+
+    def meets(self, box: Box, grid: Grid) -> bool:
+        """Is there any tissue under a box of inference pixels?"""
+        return bool(self.meets_product([(box.x0, box.x1)], [(box.y0, box.y1)], grid)[0, 0])
+
+    def meets_product(
+        self, columns: list[tuple[int, int]], rows: list[tuple[int, int]], grid: Grid
+    ) -> NDArray[np.bool_]:
+        """(rows, columns): any tissue under each pairing of spans [start, stop) in inference pixels."""
+        x0, x1 = _pixels(columns, grid.scale_x / self.level0_per_pixel[0], self.array.shape[1])
+        y0, y1 = _pixels(rows, grid.scale_y / self.level0_per_pixel[1], self.array.shape[0])
+        found = np.zeros((len(rows), len(columns)), bool)
+        for index, (top, bottom) in enumerate(zip(y0, y1, strict=True)):
+            before = np.concatenate([[0], self.array[top:bottom].any(axis=0).cumsum()])
+            found[index] = before[x1] > before[x0]
+        return found
+
+    def contains(self, x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+        """Which of the level-0 positions lie on tissue; positions outside of the canvas do not."""
+        column = np.floor(np.asarray(x) / self.level0_per_pixel[0]).astype(np.int64)
+        row = np.floor(np.asarray(y) / self.level0_per_pixel[1]).astype(np.int64)
+        height, width = self.array.shape
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        found: NDArray[np.bool_] = inside & self.array[np.clip(row, 0, height - 1), np.clip(column, 0, width - 1)]
+        return found
+
+    def area_mm2(self, slide_mpp: Mpp) -> float:
+        """Tissue area in mm², given the size of a level-0 pixel."""
+        pixel_um2 = self.level0_per_pixel[0] * slide_mpp.x * self.level0_per_pixel[1] * slide_mpp.y
+        return float(np.count_nonzero(self.array) * pixel_um2 / 1e6)
+
+    def polygons(self) -> shapely.MultiPolygon:
+        """The outline along the mask pixels' edges, in level-0 pixels; its area is the mask's."""
+        padded = np.pad(self.array, 1).astype(np.int8)
+        across = _runs(np.diff(padded, axis=0)[:, 1:-1])  # (line y, first x, last x)
+        down = _runs(np.diff(padded, axis=1)[1:-1].T)  # (line x, first y, last y)
+        segments = np.concatenate(
+            [
+                np.stack([across[:, [1, 0]], across[:, [2, 0]]], axis=1),
+                np.stack([down[:, [0, 1]], down[:, [0, 2]]], axis=1),
+            ]
+        ).astype(float)
+        faces = shapely.get_parts(shapely.polygonize(shapely.linestrings(segments)))
+        # Faces are tissue and the holes in it: a point of each tells.
+        points = shapely.get_coordinates(shapely.point_on_surface(faces)).astype(np.int64)
+        tissue = faces[self.array[points[:, 1], points[:, 0]]]
+        scale = np.array(self.level0_per_pixel)
+        return shapely.MultiPolygon(list(shapely.transform(tissue, lambda xy: xy * scale)))
+
+    def write_geojson(self, path: Path) -> None:
+        """A FeatureCollection as QuPath opens it: one annotation in level-0 pixels, none where there is no tissue."""
+        outline = self.polygons()
+        feature = {
+            "type": "Feature",
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, "hover-batch:tissue")),
+            "geometry": shapely.geometry.mapping(outline),
+            "properties": {"objectType": "annotation", "classification": {"name": "Tissue", "color": [0, 160, 0]}},
+        }
+        collection = {"type": "FeatureCollection", "features": [] if outline.is_empty else [feature]}
+        path.write_text(json.dumps(collection))
+
+
+def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettings) -> TissueMask:
+    """The mask of the cohort's row where it has one; else found (`auto`) or the whole canvas (`all`).
+
+    Found is what is coloured, relative to the slide's own background: grey, black and green or blue pen is not; red
+    pen is. Pieces and holes below settings.min_tissue_um2 are dropped and filled. A canvas below 1 mm² is taken whole
+    unless it is white.
+    """
+    info = reader.info
+    if record.mask_path is not None:
+        return _given(record.mask_path, info.level0, info.mpp)
+    if settings.tissue == "all":
+        return TissueMask(np.ones((1, 1), bool), (float(info.level0.width), float(info.level0.height)))
+    grid = whole_grid(info, _mask_scale(info.level0, info.mpp, settings.mask_mpp))
+    coloured = _coloured(reader.read(grid.size.box, grid))
+    canvas_mm2 = info.level0.width * info.mpp.x * info.level0.height * info.mpp.y / 1e6
+    if canvas_mm2 < SMALL_CANVAS_MM2:
+        array = np.full(coloured.shape, coloured.mean() >= _SMALL_CANVAS_TISSUE)
+    else:
+        pixel_um2 = grid.mpp.x * grid.mpp.y
+        array = _tidy(coloured, math.sqrt(pixel_um2), settings.min_tissue_um2 / pixel_um2)
+    return TissueMask(array, (grid.scale_x, grid.scale_y))
+
+
+def check_mask(path: Path) -> None:
+    """Raise InputError, naming the remedy, where a mask file cannot be used on any slide."""
+    if path.suffix.lower() == ".png":
+        _read_png(path)
+    else:
+        _read_geojson(path)
+
+
+def _mask_scale(level0: Size, mpp: Mpp, mask_mpp: float) -> float:
+    """Level-0 pixels per mask pixel."""
+    return max(1.0, mask_mpp / min(mpp.x, mpp.y), max(level0.width, level0.height) / MAX_MASK_SIDE)
+
+
+def _coloured(picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Stained pixels of an RGB (h, w, 3) picture: more colourful than the glass, and not green or blue ink."""
+    balanced = cv2.LUT(picture, _white_balance(picture))
+    red, green, blue = cv2.split(balanced)
+    chroma = cv2.subtract(cv2.max(cv2.max(red, green), blue), cv2.min(cv2.min(red, green), blue))
+    otsu, _ = cv2.threshold(chroma, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    threshold = min(max(otsu, _CHROMA[0]), _CHROMA[1])
+    # Hematoxylin and eosin both absorb green most: what is greener than red is ink.
+    ink = cv2.subtract(green, red) > _PEN_GREEN
+    found: NDArray[np.bool_] = (chroma > threshold) & ~ink
+    return found
+
+
+def _white_balance(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Table (1, 256, 3) that makes the glass white. Glass: bright and nearly grey, on 1 % of the picture at least."""
+    low, high = picture.min(axis=2), picture.max(axis=2)
+    glass = picture[(low > 200) & (high - low < 20)]
+    white = np.median(glass, axis=0) if len(glass) >= 0.01 * low.size else np.full(3, 255.0)
+    table = np.arange(256)[:, None] * (255 / white)
+    return np.clip(np.rint(table), 0, 255).astype(np.uint8)[None]
+
+
+def _tidy(tissue: NDArray[np.bool_], pixel_um: float, min_pixels: float) -> NDArray[np.bool_]:
+    """Close gaps, then drop pieces and fill holes below min_pixels."""
+    radius = round(_CLOSING_UM / pixel_um)
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+    closed = cv2.morphologyEx(tissue.astype(np.uint8), cv2.MORPH_CLOSE, kernel)
+    kept = _large_pieces(closed, min_pixels, keep_at_border=False)
+    return ~_large_pieces((~kept).astype(np.uint8), min_pixels, keep_at_border=True)
+
+
+def _large_pieces(mask: NDArray[np.uint8], min_pixels: float, *, keep_at_border: bool) -> NDArray[np.bool_]:
+    """The connected pieces of at least min_pixels; those at the border, which are no holes, on demand too."""
+    # 4-connected background is the complement of 8-connected tissue.
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4 if keep_at_border else 8)
+    keep = stats[:, cv2.CC_STAT_AREA] >= min_pixels
+    if keep_at_border:
+        left, top = stats[:, cv2.CC_STAT_LEFT], stats[:, cv2.CC_STAT_TOP]
+        right, bottom = left + stats[:, cv2.CC_STAT_WIDTH], top + stats[:, cv2.CC_STAT_HEIGHT]
+        keep |= (left == 0) | (top == 0) | (right == mask.shape[1]) | (bottom == mask.shape[0])
+    keep[0] = False
+    found: NDArray[np.bool_] = keep[labels]
+    return found
+
+
+def _given(path: Path, level0: Size, mpp: Mpp) -> TissueMask:
+    if path.suffix.lower() == ".png":
+        array = _read_png(path)
+    else:
+        array = _rasterise(_read_geojson(path), level0, mpp)
+    if not array.any():
+        raise SlideError(
+            f"{path}: no tissue of this mask lies on the slide of {level0.width} × {level0.height} pixels; "
+            "polygons are in level-0 pixels, a PNG is nonzero on tissue"
+        )
+    return TissueMask(array, (level0.width / array.shape[1], level0.height / array.shape[0]), given=True)
+
+
+def _rasterise(outline: shapely.Geometry, level0: Size, mpp: Mpp) -> NDArray[np.bool_]:
+    scale = _mask_scale(level0, mpp, GIVEN_MPP)
+    width, height = max(1, round(level0.width / scale)), max(1, round(level0.height / scale))
+    array = np.zeros((height, width), np.uint8)
+    # fillPoly takes whole numbers: level-0 positions with `bits` fractional ones, pixel centres at .0.
+    bits = 6
+    to_mask = np.array([width / level0.width, height / level0.height])
+    on_slide = shapely.intersection(outline, shapely.box(0, 0, level0.width, level0.height))
+    rings = [
+        np.rint((shapely.get_coordinates(ring) * to_mask - 0.5) * (1 << bits)).astype(np.int32)
+        for polygon in shapely.get_parts(on_slide)
+        if isinstance(polygon, shapely.Polygon)
+        for ring in (polygon.exterior, *polygon.interiors)
+    ]
+    if rings:
+        # All rings at once: a ring inside a ring is a hole, one inside that an island.
+        cv2.fillPoly(array, rings, 1, shift=bits)
+    return array.astype(bool)
+
+
+def _read_geojson(path: Path) -> shapely.Geometry:
+    """The union of all polygons of the file, in its own coordinates."""
+    remedy = "give polygons as GeoJSON in level-0 pixels, or a PNG"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        shapes = [shapely.make_valid(shapely.geometry.shape(geometry)) for geometry in _geometries(data)]
+        polygons = [part for part in shapely.get_parts(shapes) if shapely.get_dimensions(part) == 2]
+        outline = shapely.union_all(polygons)
+    except OSError as error:
+        raise InputError(f"{path}: the mask cannot be read: {error.strerror}; check mask_path") from error
+    # A file can be broken in as many ways as json, and shapely's reading of it, have exceptions.
+    except (ValueError, TypeError, LookupError, AttributeError, shapely.errors.ShapelyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: the mask is no readable GeoJSON ({reason}); {remedy}") from error
+    if outline.is_empty:
+        raise InputError(f"{path}: the mask holds no polygon; {remedy}")
+    return outline
+
+
+def _geometries(data: Any) -> Iterator[dict[str, Any]]:
+    """Polygon geometries in a FeatureCollection, Feature, GeometryCollection or geometry; points and lines are no
+    areas and are passed over."""
+    kind = data["type"]
+    if kind == "FeatureCollection":
+        for feature in data["features"]:
+            yield from _geometries(feature)
+    elif kind == "Feature":
+        if data["geometry"] is not None:
+            yield from _geometries(data["geometry"])
+    elif kind == "GeometryCollection":
+        for geometry in data["geometries"]:
+            yield from _geometries(geometry)
+    elif kind in ("Polygon", "MultiPolygon"):
+        yield data
+    elif kind not in ("Point", "MultiPoint", "LineString", "MultiLineString"):
+        raise ValueError(f"type {kind} is not known")
+
+
+def _read_png(path: Path) -> NDArray[np.bool_]:
+    """Nonzero pixels, (y, x), reduced to MAX_MASK_SIDE."""
+    try:
+        with PngImagePlugin.PngImageFile(path) as picture:
+            if picture.width * picture.height > MAX_PICTURE_PIXELS:
+                raise InputError(f"{path}: a mask of {picture.width} × {picture.height} pixels; reduce it")
+            has_alpha = picture.mode in ("LA", "RGBA")
+            values = np.asarray(picture)
+    except OSError as error:
+        raise InputError(f"{path}: the mask cannot be read: {error.strerror or error}; check mask_path") from error
+    except (SyntaxError, ValueError) as error:  # SyntaxError is Pillow's word for a file of another format
+        raise InputError(f"{path}: the mask is no readable PNG ({error}); give a PNG, nonzero on tissue") from error
+    tissue = values if values.ndim == 2 else values[..., : values.shape[2] - has_alpha].any(axis=2)
+    mask = (tissue != 0) if not has_alpha else (tissue != 0) & (values[..., -1] != 0)
+    if max(mask.shape) > MAX_MASK_SIDE:
+        shrink = MAX_MASK_SIDE / max(mask.shape)
+        size = max(1, round(mask.shape[1] * shrink)), max(1, round(mask.shape[0] * shrink))
+        mask = cv2.resize(mask.astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) >= 128
+    return np.asarray(mask, bool)
+
+
+def _pixels(spans: list[tuple[int, int]], scale: float, extent: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First and one-past-last mask pixel under each span, cut to the mask."""
+    edges = np.array(spans, float).reshape(-1, 2) * scale
+    # A sliver of a millionth of a pixel is rounding.
+    first = np.floor(edges[:, 0] + 1e-6).astype(np.int64)
+    last = np.ceil(edges[:, 1] - 1e-6).astype(np.int64)
+    start = np.clip(first, 0, extent)
+    return start, np.maximum(start, np.clip(last, 0, extent))
+
+
+def _runs(steps: NDArray[np.int8]) -> NDArray[np.int64]:
+    """(n, 3): line, start and stop of each run of equal nonzero values along the second axis. The sign of a step
+    tells on which side tissue lies: a run ends where that changes, which is where two corners touch."""
+    edges = np.pad(steps, ((0, 0), (1, 1)))
+    change = np.diff(edges, axis=1) != 0
+    start_line, start = np.nonzero(change & (edges[:, 1:] != 0))
+    _, stop = np.nonzero(change & (edges[:, :-1] != 0))
+    return np.stack([start_line, start, stop], axis=1).astype(np.int64)
