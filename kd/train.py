@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -131,24 +132,18 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def _batches(crops: Crops, config: TrainConfig, first: int, device: torch.device) -> Iterator[tuple[Tensor, Targets]]:
     """Batches from step `first` on: image (b, 3, y, x) float32 in [0, 1] and its targets."""
     start = first * config.batch
+    # The worker is forked: one that inherits a used pool of OpenCV's threads hangs as soon as it touches it.
+    cv2.setNumThreads(1)
     loader = DataLoader(
         crops,
         batch_size=config.batch,
         sampler=range(start, len(crops)),
         num_workers=1,
         prefetch_factor=4,
-        worker_init_fn=_quiet_worker,
     )
     for image, np_map, hv, tp, has_types in loader:
         scaled = image.to(device, memory_format=torch.channels_last).float() / 255
         yield scaled, Targets(np_map.to(device), hv.to(device), tp.to(device), has_types.to(device))
-
-
-def _quiet_worker(_: int) -> None:
-    import cv2
-
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
 
 
 @torch.no_grad()

@@ -76,12 +76,12 @@ def test_the_loss_falls(undisturbed, config):
 def test_interrupted_and_resumed_gives_the_same_weights(undisturbed, config, tmp_path, monkeypatch):
     config = replace(config, out=tmp_path)
 
-    def save_and_stop(*args, **kwargs):
-        save(*args, **kwargs)
-        raise KeyboardInterrupt
+    def stop_at_step_6(config, step):
+        if step == 6:
+            raise KeyboardInterrupt
+        return learning_rate(config, step)
 
-    save = kd.train._save
-    monkeypatch.setattr(kd.train, "_save", save_and_stop)
+    monkeypatch.setattr(kd.train, "learning_rate", stop_at_step_6)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
@@ -89,6 +89,14 @@ def test_interrupted_and_resumed_gives_the_same_weights(undisturbed, config, tmp
     assert [r["step"] for r in read_log(tmp_path)] == [4, 8, 12]
     different = [name for name, tensor in resumed.items() if not torch.equal(tensor, undisturbed[name])]
     assert different == []
+
+
+def test_training_starts_after_opencv_has_used_its_threads(undisturbed, config, tmp_path):
+    """As calibration and validation do, in the same process."""
+    cv2.setNumThreads(4)
+    cv2.GaussianBlur(np.zeros((4000, 4000), np.float32), (0, 0), 5)
+    again = train(replace(config, out=tmp_path)).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in undisturbed.items())
 
 
 def test_a_finished_run_is_not_trained_again(undisturbed, config):
