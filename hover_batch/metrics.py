@@ -139,10 +139,7 @@ def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating]
 
     Pairs beyond the radius never count, so the assignment falls into the connected clusters of the graph of all pairs
     within the radius. Each is solved exactly by the Hungarian method; the cost of all is near-linear in the number of
-    nuclei. HoVerNet's reference assigns all centroids at once by least total distance, then drops the pairs beyond the
-    radius: nuclei without partner still pull on that assignment, so that it may have fewer pairs than this, never more.
-    On annotated tiles with blurred, noisy predictions F_d came out 0.8 to 4 points higher than by the reference: mind
-    that beside published figures.
+    nuclei, so that whole slides can be compared. Published figures are made by `match_as_hovernet`.
     """
     n, m = len(true_xy), len(pred_xy)
     if n == 0 or m == 0:
@@ -161,6 +158,20 @@ def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating]
         pairs.append(_assign(i[start:end], j[start:end], distance[start:end], radius))
     found = np.concatenate(pairs)
     return found[np.argsort(found[:, 0])]
+
+
+def match_as_hovernet(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating], radius: float) -> NDArray[np.intp]:
+    """Pair centroids as HoVerNet's reference does, for figures that stand beside published ones; arguments and result
+    as in `match_centroids`.
+
+    All centroids are assigned at once by least total distance, then pairs beyond the radius are dropped. Nuclei
+    without partner pull on that assignment, so there may be fewer pairs than can be, never more: on annotated tiles
+    with noisy predictions F_d is 1 to 4 points lower. Cubic in the number of nuclei: for tiles, not for slides.
+    """
+    distance = np.linalg.norm(np.asarray(true_xy, np.float64)[:, None] - np.asarray(pred_xy)[None], axis=2)
+    rows, columns = linear_sum_assignment(distance)
+    within = distance[rows, columns] <= radius
+    return np.stack([rows[within], columns[within]], axis=1)
 
 
 def _assign(i: NDArray[np.intp], j: NDArray[np.intp], distance: NDArray[np.float64], radius: float) -> NDArray[np.intp]:

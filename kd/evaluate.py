@@ -22,7 +22,7 @@ from hover_batch.metrics import (
     count_pairs,
     detection_scores,
     dice,
-    match_centroids,
+    match_as_hovernet,
     mean_defined,
     panoptic_quality,
 )
@@ -132,7 +132,7 @@ def _score(
     nuclei = measure(found, maps, layout)
     true_xy, true_types = true_nuclei(sample, layout.n_types)
     pred_xy = np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1)
-    pairs = match_centroids(true_xy, pred_xy, DETECTION_RADIUS_UM / MPP)
+    pairs = match_as_hovernet(true_xy, pred_xy, DETECTION_RADIUS_UM / MPP)
     quality = panoptic_quality(sample.instances, found)
     return _ImageScores(
         dice=dice(sample.instances, found),

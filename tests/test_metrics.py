@@ -21,6 +21,7 @@ from hover_batch.metrics import (
     count_pairs,
     detection_scores,
     dice,
+    match_as_hovernet,
     match_centroids,
     mean_defined,
     panoptic_quality,
@@ -246,24 +247,16 @@ def test_clusters_give_the_assignment_of_the_whole_matrix(true_map, seed):
     assert pairs.tolist() == np.stack([rows[within], columns[within]], axis=1).tolist()
 
 
-def reference_pairs(true_xy, pred_xy, radius):
-    """As HoVerNet's reference does it: everything is assigned, then what lies too far apart is dropped."""
-    distance = np.linalg.norm(true_xy[:, None] - pred_xy[None], axis=2)
-    rows, columns = linear_sum_assignment(distance)
-    within = distance[rows, columns] <= radius
-    return np.stack([rows[within], columns[within]], axis=1)
-
-
 @pytest.mark.parametrize("seed", [1, 2])
 def test_never_fewer_pairs_than_the_reference(true_map, seed):
     true_xy, pred_xy = centroids(true_map), centroids(damage(true_map, np.random.default_rng(seed)))
-    assert len(reference_pairs(true_xy, pred_xy, 12)) <= len(match_centroids(true_xy, pred_xy, 12))
+    assert len(match_as_hovernet(true_xy, pred_xy, 12)) <= len(match_centroids(true_xy, pred_xy, 12))
 
 
 def test_nuclei_far_away_change_the_reference_alone():
     true_xy, pred_xy = np.array([[0, 0], [100, 0]]), np.array([[10, 0], [-100, 0]])
     assert match_centroids(true_xy, pred_xy, 12).tolist() == [[0, 0]]
-    assert reference_pairs(true_xy, pred_xy, 12).tolist() == []  # 100 + 90 is less than 10 + 200
+    assert match_as_hovernet(true_xy, pred_xy, 12).tolist() == []  # 100 + 90 is less than 10 + 200
 
 
 def test_whole_numbers_do_not_round_the_distances():
