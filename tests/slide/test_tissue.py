@@ -264,7 +264,7 @@ def test_geojson_goes_out_and_comes_back(synthetic: Path, tmp_path: Path) -> Non
     # The same but for the pixels that the outline runs through.
     array, around = mask.array.astype(np.uint8), np.ones((3, 3), np.uint8)
     assert (cv2.erode(array, around) <= resized).all() and (resized <= cv2.dilate(array, around)).all()
-    assert resized.sum() == pytest.approx(array.sum(), rel=0.04)
+    assert int(resized.sum()) == pytest.approx(int(array.sum()), rel=0.04)
 
 
 masks = arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9)))
