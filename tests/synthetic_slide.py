@@ -61,7 +61,7 @@ def write_synthetic_slide(
                 resolutionunit="CENTIMETER",
                 metadata=None,
             )
-            pattern = cv2.resize(pattern, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+            pattern = np.asarray(cv2.resize(pattern, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), np.uint8)
     repeats = [
         centres + (x0 + column * PATTERN, y0 + row * PATTERN)
         for row in range(-(-(y1 - y0) // PATTERN))
@@ -106,9 +106,10 @@ def _jpeg(tile: NDArray[np.uint8]) -> bytes:
 def _pattern(mpp: float, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """One period of tissue, RGB, and its nuclei's centres (x, y). The borders fit together."""
     rng = np.random.default_rng(seed)
-    coarse = rng.normal(0, 1, (32, 32, 3)).astype(np.float32)
-    clouds = cv2.resize(np.tile(coarse, (3, 3, 1)), (3 * PATTERN, 3 * PATTERN), interpolation=cv2.INTER_CUBIC)
-    clouds = clouds[PATTERN : 2 * PATTERN, PATTERN : 2 * PATTERN]
+    coarse = rng.normal(0, 1, (32, 32)).astype(np.float32)
+    # Three by three and the middle one cut out, so that the borders fit.
+    clouds = cv2.resize(np.tile(coarse, (3, 3)), (3 * PATTERN, 3 * PATTERN), interpolation=cv2.INTER_CUBIC)
+    clouds = clouds[PATTERN : 2 * PATTERN, PATTERN : 2 * PATTERN, None]
     grain = rng.normal(0, 4, (PATTERN, PATTERN, 1)).astype(np.float32)
     picture = np.array([226, 168, 198], np.float32) + clouds * np.array([8, 14, 9], np.float32) + grain
     spacing = round(14 / mpp)
@@ -125,9 +126,9 @@ def _pattern(mpp: float, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float
     for centre, half, angle, rgb in zip(centres, axes, angles, shade, strict=True):
         at = tuple(int(v) for v in np.rint((centre - 0.5) * 16))
         half_axes = tuple(int(v) for v in np.rint(half * 16))
-        cv2.ellipse(alpha, at, half_axes, angle, 0, 360, 255, -1, cv2.LINE_AA, 4)
-        wider = tuple(v + 32 for v in half_axes)
-        cv2.ellipse(colour, at, wider, angle, 0, 360, tuple(float(v) for v in np.clip(rgb, 0, 255)), -1, cv2.LINE_8, 4)
+        cv2.ellipse(alpha, at, half_axes, angle, 0, 360, (255,), -1, cv2.LINE_AA, 4)
+        wider = tuple(v + 32 for v in half_axes)  # so that the smooth edge is of the nucleus's colour
+        cv2.ellipse(colour, at, wider, angle, 0, 360, np.clip(rgb, 0, 255).tolist(), -1, cv2.LINE_8, 4)
     cover = alpha[..., None].astype(np.float32) / 255
     picture = picture * (1 - cover) + (colour + grain) * cover
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8), centres

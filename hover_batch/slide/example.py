@@ -49,14 +49,15 @@ def _field() -> NDArray[np.uint8]:
         raise HoverBatchError("the example needs tiatoolbox, which is not installed; install hover-batch anew")
     path = Path(package.submodule_search_locations[0]) / "data" / "target_image.png"
     with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+        return np.asarray(picture.convert("RGB"), np.uint8)
 
 
 def _halve(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Means of 2 × 2 pixels; an odd last row or column is left out."""
     height, width = array.shape[0] // 2, array.shape[1] // 2
     blocks = array[: 2 * height, : 2 * width].reshape(height, 2, width, 2, 3)
-    return ((blocks.sum(axis=(1, 3), dtype=np.uint16) + 2) // 4).astype(np.uint8)
+    halved: NDArray[np.uint8] = ((blocks.sum(axis=(1, 3), dtype=np.uint16) + 2) // 4).astype(np.uint8)
+    return halved
 
 
 def _pyramidal_tiff(array: NDArray[np.uint8], mpp: float) -> bytes:

@@ -40,8 +40,8 @@ class SlideInfo:
     """What is known of a slide before a pixel is read.
 
     `level0`: full canvas in pixels. `mpp`: µm per level-0 pixel, and whether the file or the cohort's row gave it.
-    `bounds`: OpenSlide's non-empty region in level-0 pixels, None where the format has none. `downsamples`: mean of
-    width and height ratio of each level to level 0, first 1.0. `magnification`: objective power, None if unknown.
+    `bounds`: OpenSlide's non-empty region in level-0 pixels, None where the format has none. `downsamples`: of each
+    level, mean of its `level_ratios`; the first is 1.0. `magnification`: objective power, None if unknown.
     `fingerprint`: see `fingerprint`. `warnings`: sentences for the user.
     """
 
@@ -97,12 +97,27 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
         mpp=mpp,
         mpp_source="cohort" if record.mpp is not None else "file",
         bounds=header.bounds,
-        downsamples=tuple((level0.width / s.width + level0.height / s.height) / 2 for s in header.levels),
+        downsamples=tuple(sum(level_ratios(level0, size)) / 2 for size in header.levels),
         vendor=header.vendor,
         magnification=record.magnification if record.magnification is not None else header.magnification,
         fingerprint=print_,
         warnings=tuple(warnings),
     )
+
+
+def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
+    """Level-0 pixels per pixel of a level, (x, y).
+
+    A pyramid's extents are rounded: 32914 rows make 8228 at a quarter, and its pixels are 4 wide all the same, not
+    4.0002. So a whole number that explains the extent to less than one of the level's pixels is taken for the truth;
+    else the ratio of the extents is.
+    """
+
+    def ratio(full: int, reduced: int) -> float:
+        whole = round(full / reduced)
+        return float(whole) if abs(whole * reduced - full) < whole else full / reduced
+
+    return ratio(level0.width, level.width), ratio(level0.height, level.height)
 
 
 def kind_of(path: Path) -> Kind:
@@ -262,16 +277,26 @@ def _dicom(path: Path) -> Header:
     if not any(f.suffix.lower() == ".dcm" for f in path.iterdir()):
         raise SlideError(f"{path}: a folder without .dcm files is no DICOM slide")
     from wsidicom import WsiDicom
+    from wsidicom.errors import WsiDicomNoResolutionError
 
-    with WsiDicom.open(path) as wsi:
+    try:
+        wsi = WsiDicom.open(path)
+    except WsiDicomNoResolutionError as error:  # has no text; and no column of the cohort mends it
+        raise SlideError(f"{path}: the DICOM instances have no pixel spacing, which wsidicom needs") from error
+    with wsi:
         levels = tuple(Size(level.size.width, level.size.height) for level in wsi.levels)
         dataset = wsi.levels.base_level.datasets[0]
         spacing = dataset.pixel_spacing  # millimetres
         optics = getattr(dataset, "OpticalPathSequence", None)
         power = getattr(optics[0], "ObjectiveLensPower", None) if optics else None
         vendor = str(getattr(dataset, "Manufacturer", "") or "dicom")
-    mpp = None if spacing is None else _mpp(spacing.width * 1e3, spacing.height * 1e3)
-    return Header(levels, mpp, None, vendor, None if power is None else _number(power))
+    return Header(
+        levels=levels,
+        mpp=_mpp(spacing.width * 1e3, spacing.height * 1e3),
+        bounds=None,
+        vendor=vendor,
+        magnification=_number(power),
+    )
 
 
 def _picture(path: Path) -> Header:

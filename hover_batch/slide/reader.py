@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.geometry import Box, Grid, Mpp, Size
-from hover_batch.slide.headers import SlideInfo, describe, kind_of, peek, read_header, slide_errors
+from hover_batch.slide.headers import SlideInfo, describe, kind_of, level_ratios, peek, read_header, slide_errors
 from hover_batch.slide.resample import resample, taps
 from hover_batch.slide.sources import Source, open_source
 
@@ -87,9 +87,8 @@ class GridReader:
 
     def _fill(self, out: NDArray[np.uint8], box: Box, grid: Grid, level: int) -> None:
         size = self.source.levels[level]
-        # Ratios of whole extents: a level of 4.0003 is taken as that all over, and its far edge falls on level 0's.
-        step_x = grid.scale_x * size.width / grid.level0.width
-        step_y = grid.scale_y * size.height / grid.level0.height
+        ratio_x, ratio_y = level_ratios(grid.level0, size)
+        step_x, step_y = grid.scale_x / ratio_x, grid.scale_y / ratio_y
         if step_x == 1 and step_y == 1 and box.intersect(size.box) == box:
             if box.width * box.height <= MAX_SOURCE_PIXELS:
                 out[:] = self.source.read(level, box)
@@ -150,12 +149,8 @@ def whole_grid(info: SlideInfo, scale: float) -> Grid:
 def best_level(levels: Sequence[Size], grid: Grid) -> int:
     """The coarsest level that is no coarser than the grid."""
     allowed = 1 + _LEVEL_TOLERANCE
-    fine_enough = [
-        index
-        for index, size in enumerate(levels)
-        if grid.level0.width / size.width <= grid.scale_x * allowed
-        and grid.level0.height / size.height <= grid.scale_y * allowed
-    ]
+    ratios = [level_ratios(grid.level0, size) for size in levels]
+    fine_enough = [i for i, (x, y) in enumerate(ratios) if x <= grid.scale_x * allowed and y <= grid.scale_y * allowed]
     return fine_enough[-1] if fine_enough else 0
 
 

@@ -79,6 +79,8 @@ def _resample(
     row_half = np.int32(1 << (WEIGHT_BITS - _ROW_BITS - 1))
     shift = np.int32(WEIGHT_BITS + _ROW_BITS)
     half = np.int32(1 << (WEIGHT_BITS + _ROW_BITS - 1))
+    zero = np.int32(0)
+    full = np.int32(255)
     for y in range(out.shape[0]):
         total[:] = row_half
         for k in range(rows.shape[1]):
@@ -99,6 +101,6 @@ def _resample(
                 red += weight * total[at]
                 green += weight * total[at + 1]
                 blue += weight * total[at + 2]
-            out[y, x, 0] = min(max(red >> shift, 0), 255)
-            out[y, x, 1] = min(max(green >> shift, 0), 255)
-            out[y, x, 2] = min(max(blue >> shift, 0), 255)
+            out[y, x, 0] = np.uint8(min(max(red >> shift, zero), full))
+            out[y, x, 1] = np.uint8(min(max(green >> shift, zero), full))
+            out[y, x, 2] = np.uint8(min(max(blue >> shift, zero), full))

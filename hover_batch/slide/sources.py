@@ -83,7 +83,8 @@ class OpenSlideSource:
         if downsample.is_integer():
             return self._read(level, box, int(downsample))
         # OpenSlide wants level-0 positions, and a position between two pixels of the level is interpolated: the
-        # caller's box would show in the pixels. So such a level is always read in the same blocks.
+        # caller's box would show in the pixels. So such a level is always read in the same blocks, each of them off
+        # by half a level-0 pixel at most.
         out = np.empty((*box.shape, 3), np.uint8)
         for column, row in box.cells(_LATTICE):
             left, top = column * _LATTICE, row * _LATTICE

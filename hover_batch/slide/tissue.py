@@ -91,7 +91,8 @@ class TissueMask:
                 np.stack([down[:, [0, 1]], down[:, [0, 2]]], axis=1),
             ]
         ).astype(float)
-        faces = shapely.get_parts(shapely.polygonize(shapely.linestrings(segments)))
+        lines: Any = shapely.linestrings(segments)
+        faces = shapely.get_parts(shapely.polygonize(lines))
         # Faces are tissue and the holes in it: a point of each tells.
         points = shapely.get_coordinates(shapely.point_on_surface(faces)).astype(np.int64)
         tissue = faces[self.array[points[:, 1], points[:, 0]]]
@@ -173,7 +174,7 @@ def _tidy(tissue: NDArray[np.bool_], pixel_um: float, min_pixels: float) -> NDAr
     """Close gaps, then drop pieces and fill holes below min_pixels."""
     radius = round(_CLOSING_UM / pixel_um)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-    closed = cv2.morphologyEx(tissue.astype(np.uint8), cv2.MORPH_CLOSE, kernel)
+    closed = np.asarray(cv2.morphologyEx(tissue.astype(np.uint8), cv2.MORPH_CLOSE, kernel), np.uint8)
     kept = _large_pieces(closed, min_pixels, keep_at_border=False)
     return ~_large_pieces((~kept).astype(np.uint8), min_pixels, keep_at_border=True)
 
@@ -193,10 +194,7 @@ def _large_pieces(mask: NDArray[np.uint8], min_pixels: float, *, keep_at_border:
 
 
 def _given(path: Path, level0: Size, mpp: Mpp) -> TissueMask:
-    if path.suffix.lower() == ".png":
-        array = _read_png(path)
-    else:
-        array = _rasterise(_read_geojson(path), level0, mpp)
+    array = _read_png(path) if path.suffix.lower() == ".png" else _rasterise(_read_geojson(path), level0, mpp)
     if not array.any():
         raise SlideError(
             f"{path}: no tissue of this mask lies on the slide of {level0.width} × {level0.height} pixels; "
@@ -216,12 +214,12 @@ def _rasterise(outline: shapely.Geometry, level0: Size, mpp: Mpp) -> NDArray[np.
     rings = [
         np.rint((shapely.get_coordinates(ring) * to_mask - 0.5) * (1 << bits)).astype(np.int32)
         for polygon in shapely.get_parts(on_slide)
-        if isinstance(polygon, shapely.Polygon)
+        if isinstance(polygon, shapely.Polygon) and not polygon.is_empty
         for ring in (polygon.exterior, *polygon.interiors)
     ]
     if rings:
         # All rings at once: a ring inside a ring is a hole, one inside that an island.
-        cv2.fillPoly(array, rings, 1, shift=bits)
+        cv2.fillPoly(array, rings, (1,), shift=bits)
     return array.astype(bool)
 
 
@@ -289,7 +287,7 @@ def _pixels(spans: list[tuple[int, int]], scale: float, extent: int) -> tuple[ND
     edges = np.array(spans, float).reshape(-1, 2) * scale
     # A sliver of a millionth of a pixel is rounding.
     first = np.floor(edges[:, 0] + 1e-6).astype(np.int64)
-    last = np.ceil(edges[:, 1] - 1e-6).astype(np.int64)
+    last = np.where(edges[:, 1] > edges[:, 0], np.ceil(edges[:, 1] - 1e-6), first).astype(np.int64)
     start = np.clip(first, 0, extent)
     return start, np.maximum(start, np.clip(last, 0, extent))
 
