@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.synthetic_slide import write_synthetic_slide
+from synthetic_slide import write_synthetic_slide
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -63,7 +63,7 @@ def resample(
     _resample(np.ascontiguousarray(source), rows, row_weights, columns, column_weights, out)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]  # numba has no types
+@njit(cache=True, nogil=True)
 def _resample(
     source: NDArray[np.uint8],
     rows: NDArray[np.int64],

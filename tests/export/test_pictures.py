@@ -17,7 +17,7 @@ from hover_batch.export.pictures import OUTLINE, View, densest_field, write_over
 from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.nuclei.table import TableContext, merge_parts, to_arrow, write_part
 from hover_batch.taxonomy import CONSEP
-from tests.annotated import nuclei_from
+from annotated import nuclei_from
 
 
 def nuclei_table(

@@ -21,7 +21,7 @@ from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.nuclei import table
 from hover_batch.nuclei.table import TableContext, merge_parts, table_schema, to_arrow, write_part
 from hover_batch.taxonomy import CONSEP
-from tests.annotated import nuclei_from, take
+from annotated import nuclei_from, take
 
 
 def blobs(side: int, seed: int) -> NDArray[np.int32]:
