@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from synthetic_slide import write_synthetic_slide
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

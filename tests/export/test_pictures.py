@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from annotated import nuclei_from
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -17,7 +18,6 @@ from hover_batch.export.pictures import OUTLINE, View, densest_field, write_over
 from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.nuclei.table import TableContext, merge_parts, to_arrow, write_part
 from hover_batch.taxonomy import CONSEP
-from annotated import nuclei_from
 
 
 def nuclei_table(

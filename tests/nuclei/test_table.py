@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shapely
+from annotated import nuclei_from, take
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -21,7 +22,6 @@ from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.nuclei import table
 from hover_batch.nuclei.table import TableContext, merge_parts, table_schema, to_arrow, write_part
 from hover_batch.taxonomy import CONSEP
-from annotated import nuclei_from, take
 
 
 def blobs(side: int, seed: int) -> NDArray[np.int32]:
