@@ -39,7 +39,7 @@ OPEN_TO_STATIONS = (
     "hover_batch.model.heads",
     "hover_batch.cohort.record",
     "hover_batch.cohort.layout",
-    "hover_batch.cohort.ledger",
+    "hover_batch.cohort.durable",
 )
 """What a station may import from another one and from the cohort: words that all share, and no work."""
 OPEN_TO_KD = ("errors", "geometry", "taxonomy", "config", "model", "nuclei", "metrics")
@@ -94,7 +94,7 @@ def _fault(i: Import) -> str | None:
         if target_room in STATIONS:
             return f"station {source_room} imports {i.target}; stations are joined by hover_batch.pipeline"
         if target_room == "cohort":
-            return f"station {source_room} imports {i.target}; of the cohort it may import record, layout and ledger"
+            return f"station {source_room} imports {i.target}; of the cohort it may import record, layout and durable"
     return None
 
 
@@ -200,7 +200,7 @@ def test_a_sound_house_has_no_faults(tmp_path: Path) -> None:
         ("hover_batch/store.py", "from hover_batch.nuclei.stitch import stitch", "station store imports .*stitch"),
         ("hover_batch/store.py", "from hover_batch.model import predict", "station store imports .*predict"),
         ("hover_batch/store.py", "import importlib\nimportlib.import_module('hover_batch.model')", "station store"),
-        ("hover_batch/nuclei/stitch.py", "from hover_batch.cohort.manifest import read", "record, layout and ledger"),
+        ("hover_batch/nuclei/stitch.py", "from hover_batch.cohort.manifest import read", "record, layout and durable"),
         ("hover_batch/pipeline.py", "from kd.losses import student_loss", "only hover_batch.cli does"),
         ("kd/losses.py", "from hover_batch import store", "kd imports hover_batch.store"),
         ("kd/cli.py", "def run():\n    import hover_batch.cohort.layout", "kd imports hover_batch.cohort.layout"),

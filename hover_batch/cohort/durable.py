@@ -17,16 +17,31 @@ from pathlib import Path
 from typing import Any
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """For whatever writes a file by its name: yields a hidden name beside `path`; when the block succeeds, the file
+    there is forced to disk and takes the place of `path`, when it fails it is removed.
+
+    The name is of this call alone: of two writers of one file neither renames what the other has half written.
+    """
+    with _temporary(path) as temporary:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    _sync(path.parent)
+
+
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Write or replace `path`; a reader sees the old content or the new, never a part. Text is stored as UTF-8."""
-    with _temporary(path, data) as temporary:
-        os.replace(temporary, path)
-    _sync_folder(path.parent)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_first(path: Path, data: bytes) -> bool:
     """Write `path` unless it exists. True where this call wrote it, False where another was first."""
-    with _temporary(path, data) as temporary:
+    with _temporary(path) as temporary:
+        temporary.write_bytes(data)
+        _sync(temporary)
         try:
             os.link(temporary, path)
             won = True
@@ -34,7 +49,7 @@ def write_first(path: Path, data: bytes) -> bool:
             # Over NFS the link may be made, the answer lost and the request repeated: the count of names tells.
             won = os.stat(temporary).st_nlink > 1
     # The loser also waits for the disk: it goes on as if the file were there for good.
-    _sync_folder(path.parent)
+    _sync(path.parent)
     return won
 
 
@@ -44,26 +59,23 @@ def leftovers(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path, data: bytes | str) -> Iterator[Path]:
-    """A file beside `path` that holds `data` on disk; gone afterwards unless it was renamed."""
+def _temporary(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path`, which is free; what lies there afterwards is removed."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Force a file's content, or a folder's names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
         # Some network file systems know no fsync of folders; they write names through.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)

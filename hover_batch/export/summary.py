@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from hover_batch.cohort.durable import replacing
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.taxonomy import Taxonomy
 
@@ -108,8 +109,9 @@ def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parqu
         schema = schema.append(pa.field(stage, pa.float64()))
     for name in dict.fromkeys(name for row in rows for name in row if name not in schema.names):
         schema = schema.append(pa.field(name, pa.string()))
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), parquet_path, compression="zstd")
-    with csv_path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(parquet_path) as temporary:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary, compression="zstd")
+    with replacing(csv_path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(schema.names)
         writer.writerows([_cell(row.get(name)) for name in schema.names] for row in rows)

@@ -11,10 +11,7 @@ Positions are level-0 pixels on OpenSlide's full canvas, x to the right and y do
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +22,7 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
+from hover_batch.cohort.durable import replacing
 from hover_batch.errors import SlideError
 from hover_batch.geometry import Box, Grid, Mpp
 from hover_batch.taxonomy import Taxonomy
@@ -184,7 +182,7 @@ def _wkb(contours: Sequence[NDArray[np.float64]], scale: NDArray[np.float64]) ->
 
 def write_part(path: Path, part: pa.Table) -> None:
     """Commit the rows of one region: the file is there whole or not at all."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         pq.write_table(part, temporary, compression="zstd", compression_level=1, use_dictionary=_DICTIONARY)
 
 
@@ -203,7 +201,7 @@ def merge_parts(
     rows = _Rows(parts, part_schema(context.taxonomy), keep)
     numbered = uncertain = 0
     with (
-        _replacing(out) as temporary,
+        replacing(out) as temporary,
         pq.ParquetWriter(
             temporary,
             schema,
@@ -321,20 +319,3 @@ def _leaves(schema: pa.Schema) -> list[str]:
 
 def _json(data: dict[str, Any]) -> str:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A hidden file beside `path`, forced to disk and renamed onto it when the block succeeds, gone where it fails.
-
-    Its name is its own: of two writers of one file (one thought dead) neither renames what the other has half written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
