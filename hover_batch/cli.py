@@ -174,8 +174,9 @@ def segment(
 ) -> None:
     """Turn a cohort of slides into tables of nuclei.
 
-    Every slide's nuclei go to OUTPUT/slides/SLIDE_ID/nuclei.parquet. A slide that cannot be opened is listed in
-    failures.csv with its reason, and the others go on.
+    Every slide's nuclei go to OUTPUT/slides/SLIDE_ID/nuclei.parquet.
+
+    A slide that cannot be opened is listed in failures.csv; the others go on.
 
     hover-batch segment cohort.csv -o out/
 

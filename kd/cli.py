@@ -59,8 +59,9 @@ def train(
 ) -> None:
     """Train a student on annotated images, or go on where the checkpoint in OUT stands, then package it.
 
-    Interrupt it at any time: the same command resumes at the last checkpoint, and what it gives is what an
-    undisturbed run gives.
+    Interrupt it at any time: the same command resumes at the last checkpoint.
+
+    What it then gives is what an undisturbed run gives.
     """
     config = TrainConfig(
         data=data,
