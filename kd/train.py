@@ -91,7 +91,7 @@ def train(config: TrainConfig) -> nn.Module:
     samples = read_instance_folder(config.data, "train", config.sources)
     crops = Crops(samples, config)
     validation = read_instance_folder(config.data, "val", config.sources)
-    started, sums = time.monotonic(), dict[str, float]()
+    started, since, sums = time.monotonic(), first, dict[str, float]()
     for step, (image, targets) in enumerate(_batches(crops, config, first, device), start=first):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -110,14 +110,14 @@ def train(config: TrainConfig) -> nn.Module:
             sums[name] = sums.get(name, 0.0) + float(term.detach())
         done = step + 1
         if done % config.epoch_steps == 0 or done == config.steps:
-            n = done - first if done - first < config.epoch_steps else config.epoch_steps
+            n = done - since
             row = {"step": done, "s_per_step": (time.monotonic() - started) / n}
             row |= {name: total / n for name, total in sums.items()}
             # Saved first: whatever befalls the validation, the steps are kept.
             _save(config, done, model, average, optimizer)
             row |= validate(average, validation, device, CONSEP)
             _log(config.out / LOG, row)
-            started, sums = time.monotonic(), {}
+            started, since, sums = time.monotonic(), done, {}
     return average
 
 
