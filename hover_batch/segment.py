@@ -15,6 +15,7 @@ from hover_batch.cohort.ledger import Failure, Ledger, ModelId
 from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
+from hover_batch.errors import InputError
 from hover_batch.executor.local import LocalExecutor
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.export.summary import cohort_summary, slide_summary, write_summary
@@ -71,6 +72,11 @@ def run_segment(
     Raises InputError before anything runs where the cohort, a header, a setting or the output folder is faulty.
     """
     package = find_package(settings.model)
+    if settings.infer.unit % package.card.tile_out:
+        raise InputError(
+            f"--unit {settings.infer.unit}: must be a multiple of {package.card.tile_out}, "
+            f"what the model {package.card.name} keeps of a tile"
+        )
     settings = replace(settings, infer=resolve(settings.infer))
     plan = plan_cohort(read_cohort(source), package.card)
     if not skip_invalid:

@@ -13,6 +13,9 @@ from typer.testing import CliRunner, Result
 
 from hover_batch.cli import app
 from hover_batch.config import Settings
+from hover_batch.model.package import Card, save_package
+from hover_batch.model.student import StudentArch, build_student
+from hover_batch.taxonomy import CONSEP
 
 
 def run(*arguments: str | Path, env: dict[str, str] | None = None) -> Result:
@@ -155,3 +158,32 @@ def test_nothing_could_be_processed(tmp_path: Path) -> None:
     result = run("segment", cohort(tmp_path, "path,mpp\nbroken.svs,0.25\n"), "-o", tmp_path / "out")
     assert result.exit_code == 4
     assert "broken" in (tmp_path / "out" / "failures.csv").read_text()
+
+
+def _package(path: Path, tile: int) -> Path:
+    """A model of random weights that keeps `tile` pixels of a tile."""
+    card = Card(
+        name="random", architecture="unet", encoder="mit_b0", taxonomy=CONSEP, mpp=0.25, tile_in=tile + 64,
+        tile_out=tile, sobel={"h_min": -1e10, "h_max": 1e10, "v_min": -1e10, "v_max": 1e10}, licence="test",
+    )  # fmt: skip
+    save_package(path, build_student(StudentArch("mit_b0", len(CONSEP.classes))), card)
+    return path
+
+
+def test_units_hold_whole_tiles_of_the_model(tile: Path, tmp_path: Path) -> None:
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    model = _package(tmp_path / "random.safetensors", 512)
+    result = run("segment", csv, "-o", tmp_path / "out", "--model", model, "--unit", "768")
+    assert result.exit_code == 2 and "--unit 768: must be a multiple of 512" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_weights_stop_the_cohort_and_blame_no_slide(tile: Path, tmp_path: Path) -> None:
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    model = _package(tmp_path / "random.safetensors", 256)
+    content = bytearray(model.read_bytes())
+    content[-1000] ^= 255
+    model.write_bytes(content)
+    result = run("segment", csv, "-o", tmp_path / "out", "--model", model, "--tissue", "all")
+    assert result.exit_code == 2 and "do not match their card" in result.stderr
+    assert (tmp_path / "out" / "failures.csv").read_text().count("\n") == 1

@@ -11,7 +11,7 @@ from functools import cached_property
 from hover_batch.cohort.ledger import Ledger
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
-from hover_batch.errors import HoverBatchError
+from hover_batch.errors import HoverBatchError, PackageError
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.model.package import Package, load_network
 from hover_batch.model.predict import Predictor
@@ -47,12 +47,15 @@ class LocalExecutor:
     def run(self, records: Sequence[SlideRecord]) -> None:
         """Every slide to its end, into the ledger. One that fails costs itself only.
 
-        Raises HoverBatchError where the disk is full: that stops the cohort and blames no slide.
+        Raises HoverBatchError where the disk is full, PackageError where the model cannot be loaded: these stop the
+        cohort and blame no slide.
         """
         for record in records:
             self._stage = "open"
             try:
                 self._slide(record)
+            except PackageError:
+                raise
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise HoverBatchError(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hover_batch.errors import InputError
 from hover_batch.geometry import Box, Grid, cell_box
 from hover_batch.slide.tissue import TissueMask
 
@@ -40,7 +39,7 @@ def plan_units(grid: Grid, mask: TissueMask, unit: int, keep: int) -> tuple[Unit
     on the unit's side.
     """
     if unit % keep:
-        raise InputError(f"--unit {unit}: must be a multiple of {keep}, the part of a tile that this model keeps")
+        raise ValueError(f"a unit of {unit} does not hold whole tiles of {keep}")
     columns, rows = -(-grid.size.width // keep), -(-grid.size.height // keep)
     near = mask.meets_product(
         [(c * keep - TISSUE_REACH, (c + 1) * keep + TISSUE_REACH) for c in range(columns)],

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from hover_batch.errors import InputError
 from hover_batch.geometry import Box, Grid, Mpp, Size, cell_box
 from hover_batch.slide.tiles import TISSUE_REACH, plan_units
 from hover_batch.slide.tissue import TissueMask
@@ -70,7 +69,7 @@ def test_no_tissue_no_units() -> None:
 
 def test_a_unit_that_the_kept_tile_does_not_divide_is_refused() -> None:
     level0 = Size(5000, 5000)
-    with pytest.raises(InputError, match="--unit 768: must be a multiple of 512"):
+    with pytest.raises(ValueError, match="whole tiles of 512"):
         plan_units(Grid.over(level0, Mpp(0.25, 0.25), 0.25), laid(np.ones((1, 1), bool), level0), 768, 512)
 
 
