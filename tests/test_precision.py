@@ -1,0 +1,38 @@
+"""bf16 finds the nuclei that fp32 finds, on real tiles with the starter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from hover_batch.config import InferSettings, Precision
+from hover_batch.metrics import panoptic_quality
+from hover_batch.model.package import find_package, load_network
+from hover_batch.model.predict import Predictor
+from hover_batch.nuclei.watershed import SobelConstants, instance_map
+from kd.evaluate import predict_image
+
+
+@pytest.mark.skipif(
+    not torch.cpu.get_capabilities().get("avx512_bf16") and not torch.cpu.get_capabilities().get("amx_bf16"),
+    reason="this processor computes no bf16 by itself",
+)
+def test_bf16_finds_the_nuclei_of_fp32(data: Path) -> None:
+    package = find_package("starter")
+    constants = SobelConstants.from_json(package.card.sobel)
+    image = cv2.imread(str(data / "nuclei" / "images" / "consep_train_09.png"))[:512, :512, ::-1]
+
+    def instances(precision: Precision) -> np.ndarray:
+        settings = InferSettings(precision=precision, device="cpu", threads=1)
+        maps = predict_image(Predictor(load_network(package), package.card, settings), np.ascontiguousarray(image))
+        return instance_map(maps[0], maps[1], maps[2], constants)
+
+    exact, short = instances("fp32"), instances("bf16")
+    assert exact.max() > 50
+    quality = panoptic_quality(exact, short)
+    print(f"\nPQ of bf16 against fp32: {quality.pq:.4f}, {exact.max()} and {short.max()} nuclei")
+    assert quality.pq > 0.95
