@@ -48,7 +48,8 @@ class Outcome:
 
     def closing_lines(self) -> list[str]:
         """Where the results lie, for stdout."""
-        lines = [f"{len(self.slides)} slides done, {len(self.failures)} failed; summary: {self.layout.summary_csv}"]
+        failed = len({failure.row for failure in self.failures})  # a faulty row may have several faults
+        lines = [f"{len(self.slides)} slides done, {failed} failed; summary: {self.layout.summary_csv}"]
         for slide in self.slides[:LISTED]:
             paths = self.layout.slide(slide["slide_id"])
             lines.append(f"{slide['slide_id']}: {slide['nuclei']:,} nuclei")
@@ -103,13 +104,14 @@ def run_segment(
         finally:
             ledger.finish(plan.cohort)
         failures = ledger.failures()
-        failed = {failure.slide_id for failure in failures}
+        # By row: a row that is left out may bear the slide_id of one that was run.
+        failed = {failure.row for failure in failures}
         slides = tuple(
             json.loads(layout.slide(record.slide_id).slide_json.read_bytes())
             for record in records
-            if record.slide_id not in failed
+            if record.row not in failed
         )
-        _summarise(layout, package.card.taxonomy, slides, [r for r in records if r.slide_id in failed])
+        _summarise(layout, package.card.taxonomy, slides, [r for r in records if r.row in failed])
     return Outcome(layout, slides, failures)
 
 

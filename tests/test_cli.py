@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv as csv_module
 import json
 import os
 from pathlib import Path
@@ -34,6 +35,11 @@ def cohort(folder: Path, text: str) -> Path:
     path = folder / "cohort.csv"
     path.write_text(text)
     return path
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv_module.DictReader(file))
 
 
 @pytest.mark.parametrize(
@@ -187,3 +193,13 @@ def test_damaged_weights_stop_the_cohort_and_blame_no_slide(tile: Path, tmp_path
     result = run("segment", csv, "-o", tmp_path / "out", "--model", model, "--tissue", "all")
     assert result.exit_code == 2 and "do not match their card" in result.stderr
     assert (tmp_path / "out" / "failures.csv").read_text().count("\n") == 1
+
+
+def test_a_row_left_out_for_its_slide_id_does_not_fail_the_one_that_has_it(tile: Path, tmp_path: Path) -> None:
+    csv = cohort(tmp_path, "path,slide_id,mpp\ntile.png,a,0.25\ntile.png,a,zero\n")
+    out = tmp_path / "out"
+    result = run("segment", csv, "-o", out, "--skip-invalid")
+    assert result.exit_code == 3
+    assert "1 slides done, 1 failed" in result.stdout
+    assert [row["status"] for row in table(out / "summary.csv")] == ["done", ""]
+    assert [row["status"] for row in table(out / "slides.csv")] == ["done"]

@@ -285,10 +285,10 @@ class Ledger:
         """slides.csv: the cohort's columns and the extra ones, its row there, and done, failed or pending."""
         extra = list(dict.fromkeys(name for record in records for name in record.extra))
         header = [*COLUMNS, *extra, *RUN_COLUMNS]
-        failed = {failure.slide_id for failure in self._failures}
+        failed = {failure.row for failure in self._failures}
         rows = []
         for record in records:
-            status = "failed" if record.slide_id in failed else "pending"
+            status = "failed" if record.row in failed else "pending"
             cells = {
                 **record.extra,
                 "path": record.path,
