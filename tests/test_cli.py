@@ -203,3 +203,47 @@ def test_a_row_left_out_for_its_slide_id_does_not_fail_the_one_that_has_it(tile:
     assert "1 slides done, 1 failed" in result.stdout
     assert [row["status"] for row in table(out / "summary.csv")] == ["done", ""]
     assert [row["status"] for row in table(out / "slides.csv")] == ["done"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("nuclei.parquet", None), ("slide.json", b""), ("slide.json", b"[]"), ("slide.json", b'{"run_key": "other"}')],
+)
+def test_a_finished_slide_that_was_harmed_is_finished_again(
+    tile: Path, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    csv, out = cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), tmp_path / "out"
+    assert run("segment", csv, "-o", out).exit_code == 0
+    path = out / "slides" / "tile" / name
+    before = (out / "slides" / "tile" / "nuclei.parquet").read_bytes()
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    result = run("segment", csv, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert (out / "slides" / "tile" / "nuclei.parquet").read_bytes() == before
+    result = run("segment", csv, "-o", out)
+    assert result.exit_code == 0 and "done before" in result.stderr
+
+
+def test_the_summary_has_the_cohorts_columns_as_they_are_now(tile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    old = cohort(tmp_path, "path,mpp,patient_id,group,site,age\ntile.png,0.25,p1,control,north,61\n")
+    assert run("segment", old, "-o", out).exit_code == 0
+    new = cohort(tmp_path, "path,mpp,patient_id,group,site,grade\ntile.png,0.25,p2,case,south,3\n")
+    result = run("segment", new, "-o", out)
+    assert result.exit_code == 0 and "done before" in result.stderr
+    row = table(out / "summary.csv")[0]
+    assert [row[name] for name in ("patient_id", "group", "site", "grade")] == ["p2", "case", "south", "3"]
+    assert "age" not in row and row["nuclei"] == "0"
+
+
+def test_predictions_of_slides_done_before_are_discarded_too(tile: Path, tmp_path: Path) -> None:
+    csv, out = cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), tmp_path / "out"
+    assert run("segment", csv, "-o", out).exit_code == 0
+    store = out / "slides" / "tile" / "predictions.zarr"
+    assert store.exists()
+    result = run("segment", csv, "-o", out, "--discard-predictions")
+    assert result.exit_code == 0 and "done before" in result.stderr
+    assert not store.exists()

@@ -231,7 +231,11 @@ class Ledger:
         _remove_empty(slide.folder)
 
     def open_slide(self, slide_id: str, key: str) -> SlideLayout:
-        """The slide's folders, made, with unfinished work of this key in them and none of another."""
+        """The slide's folders, made, with unfinished work of this key in them and none of another.
+
+        For a slide that `slide_done` has denied: a slide.json that is there all the same goes, or it would stand in
+        the way of the true one.
+        """
         slide = self.layout.slide(slide_id)
         mark = to_json({"run_key": key})
         if not (slide.key_json.is_file() and slide.key_json.read_bytes() == mark):
@@ -239,17 +243,19 @@ class Ledger:
                 self._clear_slide(slide)
             slide.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(slide.key_json, mark)
+        _remove(slide.slide_json)
         slide.markers.mkdir(exist_ok=True)
         slide.parts.mkdir(exist_ok=True)
         return slide
 
     def slide_done(self, slide_id: str, key: str) -> bool:
-        """Whether slide.json is there and tells of this run key."""
+        """Whether slide.json is there and tells of this run key, and the table beside it."""
+        slide = self.layout.slide(slide_id)
         try:
-            held = json.loads(self.layout.slide(slide_id).slide_json.read_bytes())
+            held = json.loads(slide.slide_json.read_bytes())
         except (FileNotFoundError, ValueError):
             return False
-        done = isinstance(held, dict) and held.get("run_key") == key
+        done = isinstance(held, dict) and held.get("run_key") == key and slide.nuclei_parquet.is_file()
         if done:
             self._done.add(slide_id)
         return done

@@ -75,6 +75,9 @@ class LocalExecutor:
             key = result_key(record, reader.info, self.package, self.settings)
             slide_id = record.slide_id
             if self.ledger.slide_done(slide_id, key):
+                # Asked for since, or the run that wrote the table died before.
+                if self.settings.output.discard_predictions:
+                    discard_predictions(self.ledger.layout.slide(slide_id))
                 progress.slide_skipped(slide_id)
                 return
             layout = self.ledger.open_slide(slide_id, key)
@@ -107,5 +110,5 @@ class LocalExecutor:
             values = finalize(work, reader, seconds)
             self.ledger.write_slide_json(slide_id, key, values)
             if self.settings.output.discard_predictions:
-                discard_predictions(work)
+                discard_predictions(layout)
         progress.slide_done(slide_id, values["nuclei"], time.monotonic() - started)
