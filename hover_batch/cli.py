@@ -246,7 +246,8 @@ def _settings(config: Path | None, **given: Any) -> Settings:
     for section, values in given.items():
         if isinstance(values, dict):
             set_ones = {k: str(v) if isinstance(v, StrEnum) else v for k, v in values.items() if v is not None}
-            data[section] = {**data.get(section, {}), **set_ones}
+            if isinstance(held := data.get(section, {}), dict):  # else it is refused below
+                data[section] = {**held, **set_ones}
         elif values is not None:
             data[section] = values
     return Settings.from_dict(data)

@@ -247,3 +247,31 @@ def test_predictions_of_slides_done_before_are_discarded_too(tile: Path, tmp_pat
     result = run("segment", csv, "-o", out, "--discard-predictions")
     assert result.exit_code == 0 and "done before" in result.stderr
     assert not store.exists()
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("tissue = 3", "setting tissue = 3"),
+        ("[[infer]]\nunit = 512", "setting infer ="),
+        ("[infer]\nunit = 'x'", "infer.unit = 'x': must be a whole number"),
+        ("[infer]\nunit = 512.0", "infer.unit = 512.0: must be a whole number"),
+        ("[infer]\nbatch = true", "infer.batch = True: must be a whole number"),
+        ("[infer]\nunit = 1048576", "--unit 1048576"),
+        ("[infer]\nthreads = 1000000", "--threads 1000000"),
+        ("[post]\nhalo = [64]", "post.halo = [64]: must be a whole number"),
+        ("[post]\nhalo = 1000000", "--halo 1000000"),
+        ("[tissue]\nmin_tissue_um2 = inf", "--min-tissue-um2 inf"),
+        ("[tissue]\nmask_mpp = 'fine'", "tissue.mask_mpp = 'fine': must be a number"),
+        ("[output]\ndiscard_predictions = 'no'", "output.discard_predictions = 'no': must be true or false"),
+        ("[model]\nname = 'starter'", "setting model ="),
+    ],
+)
+def test_a_config_of_wrong_types_or_sizes_is_refused_by_name(
+    tile: Path, tmp_path: Path, toml: str, message: str
+) -> None:
+    (tmp_path / "run.toml").write_text(toml)
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    result = run("segment", csv, "-o", tmp_path / "out", "--config", tmp_path / "run.toml")
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not (tmp_path / "out").exists()
