@@ -130,7 +130,9 @@ class Settings:
                 known[key] = _typed(key, value, str)
             elif key in sections:
                 if not isinstance(value, Mapping):
-                    raise InputError(f"setting {key} = {value!r}: {key} is a section, write [{key}] and its settings below")
+                    raise InputError(
+                        f"setting {key} = {value!r}: {key} is a section, write [{key}] and its settings below"
+                    )
                 defaults = {f.name: f.default for f in fields(sections[key])}
                 names = set(defaults)
                 unknown = sorted(set(value) - names)

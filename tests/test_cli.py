@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv as csv_module
+import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -275,3 +278,76 @@ def test_a_config_of_wrong_types_or_sizes_is_refused_by_name(
     result = run("segment", csv, "-o", tmp_path / "out", "--config", tmp_path / "run.toml")
     assert result.exit_code == 2 and message in result.stderr, result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mpp", ["250", "999", "0.0001", "1e-9"])
+def test_a_pixel_size_that_no_slide_has_is_refused(tile: Path, tmp_path: Path, mpp: str) -> None:
+    result = run("plan", cohort(tmp_path, f"path,mpp\ntile.png,{mpp}\n"))
+    assert result.exit_code == 2 and "row 2" in result.stderr and "mpp" in result.stderr
+
+
+def test_the_example_leaves_somebody_elses_folder_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "project" / "example" / "cohort.csv"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    (tmp_path / "project" / "thesis.doc").write_text("")
+    result = run("segment", "--example", "-o", tmp_path / "project")
+    assert result.exit_code == 2 and "thesis.doc" in result.stderr
+    assert precious.read_text() == "mine" and len(os.listdir(precious.parent)) == 1
+    result = run("segment", "--example", "-o", tmp_path / "project" / "thesis.doc")
+    assert result.exit_code == 2 and "--output" in result.stderr
+
+
+@pytest.mark.parametrize("where", ["run.json", "settings.toml", "failures.csv", "summary.csv"])
+def test_a_full_disk_is_said_in_one_line_and_blames_no_slide(
+    tile: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == where:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    csv, out = cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        result = run("segment", csv, "-o", out)
+    assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith("Error: no space left on disk")
+    result = run("segment", csv, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert table(out / "failures.csv") == []
+
+
+COMMAND = (sys.executable, "-c", "from hover_batch.cli import app; app()")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def test_a_terminal_that_is_not_utf8_is_no_reason_to_fail(tile: Path, tmp_path: Path) -> None:
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([*COMMAND, "plan", csv], env=environment, capture_output=True, encoding="latin-1")
+    assert done.returncode == 0, done.stderr
+    assert "300 × 200 px at 0.25 µm \\u2192 300 × 200" in done.stdout
+
+
+def test_a_run_goes_on_when_nobody_reads_its_progress(tile: Path, tmp_path: Path) -> None:
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [*COMMAND, "segment", csv, "-o", tmp_path / "out"]
+    done = subprocess.run(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=writer, text=True)
+    os.close(writer)
+    assert done.returncode == 0 and "1 slides done, 0 failed" in done.stdout
+
+
+def test_an_output_whose_name_is_not_utf8(tile: Path, tmp_path: Path) -> None:
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    result = run("segment", cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), "-o", out)
+    assert result.exit_code == 2 and "not UTF-8" in result.stderr
+    assert not out.exists()
+
+
+def test_a_device_that_computes_nothing(tile: Path, tmp_path: Path) -> None:
+    result = run("segment", cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), "-o", tmp_path / "out", "--device", "meta")
+    assert result.exit_code == 2 and "--device meta" in result.stderr

@@ -88,6 +88,10 @@ class Ledger:
     def __enter__(self) -> Self:
         root = self.layout.root
         try:
+            str(root).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"--output {root}: its name is not UTF-8; name another folder") from error
+        try:
             # Looked at before anything is written: not even a lock file goes into somebody else's folder.
             if root.is_dir():
                 self._read_run()

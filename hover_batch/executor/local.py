@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import time
 import traceback
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from functools import cached_property
 from hover_batch.cohort.ledger import Ledger
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
-from hover_batch.errors import HoverBatchError, PackageError
+from hover_batch.errors import DISK_FULL, HoverBatchError, PackageError
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.model.package import Package, load_network
 from hover_batch.model.predict import Predictor
@@ -57,7 +56,7 @@ class LocalExecutor:
             except PackageError:
                 raise
             except Exception as error:
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if isinstance(error, OSError) and error.errno in DISK_FULL:
                     raise HoverBatchError(
                         f"no space left on disk at {record.slide_id}; free some and run the same command again"
                     ) from error
