@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import tomllib
 from enum import StrEnum
@@ -13,7 +14,7 @@ from typer.core import TyperGroup
 
 from hover_batch import __version__
 from hover_batch.config import InferSettings, PostSettings, Settings, TissueSettings
-from hover_batch.errors import HoverBatchError, InputError
+from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from kd.cli import kd_app
 
 
@@ -21,11 +22,19 @@ class _Commands(TyperGroup):
     """All commands, kd's among them: what is raised on purpose becomes one clear message and its exit code."""
 
     def invoke(self, ctx: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # else µ and → would end a run where the terminal is not UTF-8
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except HoverBatchError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(error.exit_code) from error
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            typer.echo("Error: no space left on disk; free some and run the same command again", err=True)
+            raise typer.Exit(HoverBatchError.exit_code) from error
         except KeyboardInterrupt as error:
             typer.echo("Interrupted. Nothing done is lost: the same command goes on from here.", err=True)
             raise typer.Exit(130) from error
@@ -230,9 +239,12 @@ def plan(
 
 def _example(output: Path) -> Path:
     from hover_batch.cohort.layout import RunLayout
+    from hover_batch.cohort.ledger import Ledger
     from hover_batch.slide.example import write_example
 
-    return write_example(RunLayout(output).example)
+    layout = RunLayout(output)
+    with Ledger(layout):  # that the folder can be written and is no one else's
+        return write_example(layout.example)
 
 
 def _settings(config: Path | None, **given: Any) -> Settings:
@@ -246,7 +258,8 @@ def _settings(config: Path | None, **given: Any) -> Settings:
     for section, values in given.items():
         if isinstance(values, dict):
             set_ones = {k: str(v) if isinstance(v, StrEnum) else v for k, v in values.items() if v is not None}
-            data[section] = {**data.get(section, {}), **set_ones}
+            if isinstance(held := data.get(section, {}), dict):  # else it is refused below
+                data[section] = {**held, **set_ones}
         elif values is not None:
             data[section] = values
     return Settings.from_dict(data)

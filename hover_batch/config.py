@@ -15,9 +15,23 @@ SobelNorm = Literal["fixed", "window"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
+MAX_SIDE = 16_384
+"""Of what is held in memory at once, in inference pixels: all planes of such a square are a few GB."""
+
+
 def _check(ok: bool, flag: str, value: object, rule: str) -> None:
     if not ok:
         raise InputError(f"--{flag} {value}: {rule}")
+
+
+def _typed(name: str, value: object, kind: type) -> Any:
+    """`value` as a file gives it, of the type of the setting `name`; a float may be written as a whole number."""
+    if type(value) is kind:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text in quotes"}
+    raise InputError(f"setting {name} = {value!r}: must be {words[kind]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +48,7 @@ class TissueSettings:
     def __post_init__(self) -> None:
         _check(self.tissue in ("auto", "all"), "tissue", self.tissue, "auto or all")
         _check(1 <= self.mask_mpp <= 64, "mask-mpp", self.mask_mpp, "between 1 and 64 µm")
-        _check(self.min_tissue_um2 >= 0, "min-tissue-um2", self.min_tissue_um2, "0 or more")
+        _check(0 <= self.min_tissue_um2 < float("inf"), "min-tissue-um2", self.min_tissue_um2, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +67,11 @@ class InferSettings:
     """auto: cuda where there is one; or a torch device name."""
 
     def __post_init__(self) -> None:
-        _check(self.unit >= 256 and self.unit % 256 == 0, "unit", self.unit, "a multiple of 256")
+        fits = 256 <= self.unit <= MAX_SIDE and self.unit % 256 == 0
+        _check(fits, "unit", self.unit, f"a multiple of 256 up to {MAX_SIDE}")
         _check(1 <= self.batch <= 1024, "batch", self.batch, "between 1 and 1024")
         _check(self.precision in ("auto", "fp32", "bf16"), "precision", self.precision, "auto, fp32 or bf16")
-        _check(self.threads >= 0, "threads", self.threads, "0 or more")
+        _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +87,9 @@ class PostSettings:
 
     def __post_init__(self) -> None:
         _check(self.sobel_norm in ("fixed", "window"), "sobel-norm", self.sobel_norm, "fixed or window")
-        _check(self.halo >= 0, "halo", self.halo, "0 or more")
-        _check(self.max_component >= 256, "max-component", self.max_component, "at least 256")
+        _check(0 <= self.halo <= 4096, "halo", self.halo, "between 0 and 4096")
+        fits = 256 <= self.max_component <= MAX_SIDE
+        _check(fits, "max-component", self.max_component, f"between 256 and {MAX_SIDE}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +127,21 @@ class Settings:
         known: dict[str, Any] = {}
         for key, value in data.items():
             if key == "model":
-                known[key] = str(value)
+                known[key] = _typed(key, value, str)
             elif key in sections:
-                names = {f.name for f in fields(sections[key])}
+                if not isinstance(value, Mapping):
+                    raise InputError(
+                        f"setting {key} = {value!r}: {key} is a section, write [{key}] and its settings below"
+                    )
+                defaults = {f.name: f.default for f in fields(sections[key])}
+                names = set(defaults)
                 unknown = sorted(set(value) - names)
                 if unknown:
                     raise InputError(
                         f"setting {key}.{unknown[0]} is not known; [{key}] knows {', '.join(sorted(names))}"
                     )
-                known[key] = sections[key](**value)
+                typed = {name: _typed(f"{key}.{name}", v, type(defaults[name])) for name, v in value.items()}
+                known[key] = sections[key](**typed)
             else:
                 raise InputError(f"setting {key} is not known; known are model, {', '.join(sections)}")
         return cls(**known)

@@ -13,6 +13,11 @@ Exit code 4 (nothing could be processed) and 130 (interrupted) are decided by th
 
 from __future__ import annotations
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the OSErrors that blame no slide: there is no space, or no more of it for this user."""
+
 
 class HoverBatchError(Exception):
     """Base of all errors raised on purpose. Its text is shown to the user as it is, without a traceback."""

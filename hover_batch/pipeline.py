@@ -268,6 +268,6 @@ def _draw(work: SlideWork, reader: SlideReader) -> None:
     write_overlay(layout.overlay_jpg, close, layout.nuclei_parquet, work.card.taxonomy)
 
 
-def discard_predictions(work: SlideWork) -> None:
+def discard_predictions(layout: SlideLayout) -> None:
     """Remove the slide's store; only once slide.json is there, for a table is made from it."""
-    shutil.rmtree(work.layout.predictions_zarr, ignore_errors=True)
+    shutil.rmtree(layout.predictions_zarr, ignore_errors=True)

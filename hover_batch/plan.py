@@ -14,7 +14,7 @@ from hover_batch.config import Settings
 from hover_batch.errors import InputError, SlideError
 from hover_batch.geometry import Grid
 from hover_batch.model.package import Card
-from hover_batch.slide.headers import SlideInfo, peek
+from hover_batch.slide.headers import PLAUSIBLE_MPP, SlideInfo, peek
 from hover_batch.slide.tissue import check_mask
 
 STORE_BYTES_PER_PIXEL = 4.0
@@ -80,6 +80,12 @@ class Plan:
         return lines
 
 
+def _check_mpp(record: SlideRecord) -> None:
+    low, high = PLAUSIBLE_MPP
+    if record.mpp is not None and not low <= record.mpp.x <= high:
+        raise InputError(f"mpp {record.mpp.x:g}: no slide has pixels of that many µm; {low:g} to {high:g} are possible")
+
+
 def plan_cohort(cohort: Cohort, card: Card) -> Plan:
     """Read every header and mask."""
     slides: list[PlannedSlide] = []
@@ -89,6 +95,7 @@ def plan_cohort(cohort: Cohort, card: Card) -> Plan:
         try:
             if record.mask_path is not None:
                 check_mask(record.mask_path)
+            _check_mpp(record)
             info = peek(record)
         except InputError as error:
             faults.append(Fault(record.row, record.slide_id, str(error)))

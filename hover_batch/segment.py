@@ -18,7 +18,7 @@ from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.executor.local import LocalExecutor
 from hover_batch.executor.progress import CohortProgress
-from hover_batch.export.summary import cohort_summary, slide_summary, write_summary
+from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
 from hover_batch.model.package import find_package
 from hover_batch.model.predict import resolve
 from hover_batch.nuclei.table import SCHEMA_VERSION
@@ -48,7 +48,8 @@ class Outcome:
 
     def closing_lines(self) -> list[str]:
         """Where the results lie, for stdout."""
-        lines = [f"{len(self.slides)} slides done, {len(self.failures)} failed; summary: {self.layout.summary_csv}"]
+        failed = len({failure.row for failure in self.failures})  # a faulty row may have several faults
+        lines = [f"{len(self.slides)} slides done, {failed} failed; summary: {self.layout.summary_csv}"]
         for slide in self.slides[:LISTED]:
             paths = self.layout.slide(slide["slide_id"])
             lines.append(f"{slide['slide_id']}: {slide['nuclei']:,} nuclei")
@@ -103,23 +104,26 @@ def run_segment(
         finally:
             ledger.finish(plan.cohort)
         failures = ledger.failures()
-        failed = {failure.slide_id for failure in failures}
-        slides = tuple(
-            json.loads(layout.slide(record.slide_id).slide_json.read_bytes())
-            for record in records
-            if record.slide_id not in failed
-        )
-        _summarise(layout, package.card.taxonomy, slides, [r for r in records if r.slide_id in failed])
+        # By row: a row that is left out may bear the slide_id of one that was run.
+        failed = {failure.row for failure in failures}
+        done = [record for record in records if record.row not in failed]
+        slides = tuple(json.loads(layout.slide(record.slide_id).slide_json.read_bytes()) for record in done)
+        _summarise(layout, package.card.taxonomy, done, slides, [r for r in records if r.row in failed])
     return Outcome(layout, slides, failures)
 
 
 def _summarise(
-    layout: RunLayout, taxonomy: Taxonomy, slides: Sequence[dict[str, Any]], failed: Sequence[SlideRecord]
+    layout: RunLayout,
+    taxonomy: Taxonomy,
+    done: Sequence[SlideRecord],
+    slides: Sequence[dict[str, Any]],
+    failed: Sequence[SlideRecord],
 ) -> None:
-    rows = [slide["summary"] for slide in slides]
+    """`slides`: slide.json of each of `done`."""
+    rows = [relabelled(slide["summary"], record, taxonomy) for slide, record in zip(slides, done, strict=True)]
     rows += [
         slide_summary(record, taxonomy, status="failed", nuclei=None, tissue_mm2=None, seconds={}) for record in failed
     ]
-    tables = [layout.slide(slide["slide_id"]).nuclei_parquet for slide in slides]
+    tables = [layout.slide(record.slide_id).nuclei_parquet for record in done]
     rows.append(cohort_summary(rows, tables, taxonomy))
     write_summary(rows, taxonomy, layout.summary_csv, layout.summary_parquet)

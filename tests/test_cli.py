@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv as csv_module
+import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +38,11 @@ def cohort(folder: Path, text: str) -> Path:
     path = folder / "cohort.csv"
     path.write_text(text)
     return path
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv_module.DictReader(file))
 
 
 @pytest.mark.parametrize(
@@ -187,3 +196,158 @@ def test_damaged_weights_stop_the_cohort_and_blame_no_slide(tile: Path, tmp_path
     result = run("segment", csv, "-o", tmp_path / "out", "--model", model, "--tissue", "all")
     assert result.exit_code == 2 and "do not match their card" in result.stderr
     assert (tmp_path / "out" / "failures.csv").read_text().count("\n") == 1
+
+
+def test_a_row_left_out_for_its_slide_id_does_not_fail_the_one_that_has_it(tile: Path, tmp_path: Path) -> None:
+    csv = cohort(tmp_path, "path,slide_id,mpp\ntile.png,a,0.25\ntile.png,a,zero\n")
+    out = tmp_path / "out"
+    result = run("segment", csv, "-o", out, "--skip-invalid")
+    assert result.exit_code == 3
+    assert "1 slides done, 1 failed" in result.stdout
+    assert [row["status"] for row in table(out / "summary.csv")] == ["done", ""]
+    assert [row["status"] for row in table(out / "slides.csv")] == ["done"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("nuclei.parquet", None), ("slide.json", b""), ("slide.json", b"[]"), ("slide.json", b'{"run_key": "other"}')],
+)
+def test_a_finished_slide_that_was_harmed_is_finished_again(
+    tile: Path, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    csv, out = cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), tmp_path / "out"
+    assert run("segment", csv, "-o", out).exit_code == 0
+    path = out / "slides" / "tile" / name
+    before = (out / "slides" / "tile" / "nuclei.parquet").read_bytes()
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    result = run("segment", csv, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert (out / "slides" / "tile" / "nuclei.parquet").read_bytes() == before
+    result = run("segment", csv, "-o", out)
+    assert result.exit_code == 0 and "done before" in result.stderr
+
+
+def test_the_summary_has_the_cohorts_columns_as_they_are_now(tile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    old = cohort(tmp_path, "path,mpp,patient_id,group,site,age\ntile.png,0.25,p1,control,north,61\n")
+    assert run("segment", old, "-o", out).exit_code == 0
+    new = cohort(tmp_path, "path,mpp,patient_id,group,site,grade\ntile.png,0.25,p2,case,south,3\n")
+    result = run("segment", new, "-o", out)
+    assert result.exit_code == 0 and "done before" in result.stderr
+    row = table(out / "summary.csv")[0]
+    assert [row[name] for name in ("patient_id", "group", "site", "grade")] == ["p2", "case", "south", "3"]
+    assert "age" not in row and row["nuclei"] == "0"
+
+
+def test_predictions_of_slides_done_before_are_discarded_too(tile: Path, tmp_path: Path) -> None:
+    csv, out = cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), tmp_path / "out"
+    assert run("segment", csv, "-o", out).exit_code == 0
+    store = out / "slides" / "tile" / "predictions.zarr"
+    assert store.exists()
+    result = run("segment", csv, "-o", out, "--discard-predictions")
+    assert result.exit_code == 0 and "done before" in result.stderr
+    assert not store.exists()
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("tissue = 3", "setting tissue = 3"),
+        ("[[infer]]\nunit = 512", "setting infer ="),
+        ("[infer]\nunit = 'x'", "infer.unit = 'x': must be a whole number"),
+        ("[infer]\nunit = 512.0", "infer.unit = 512.0: must be a whole number"),
+        ("[infer]\nbatch = true", "infer.batch = True: must be a whole number"),
+        ("[infer]\nunit = 1048576", "--unit 1048576"),
+        ("[infer]\nthreads = 1000000", "--threads 1000000"),
+        ("[post]\nhalo = [64]", "post.halo = [64]: must be a whole number"),
+        ("[post]\nhalo = 1000000", "--halo 1000000"),
+        ("[tissue]\nmin_tissue_um2 = inf", "--min-tissue-um2 inf"),
+        ("[tissue]\nmask_mpp = 'fine'", "tissue.mask_mpp = 'fine': must be a number"),
+        ("[output]\ndiscard_predictions = 'no'", "output.discard_predictions = 'no': must be true or false"),
+        ("[model]\nname = 'starter'", "setting model ="),
+    ],
+)
+def test_a_config_of_wrong_types_or_sizes_is_refused_by_name(
+    tile: Path, tmp_path: Path, toml: str, message: str
+) -> None:
+    (tmp_path / "run.toml").write_text(toml)
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    result = run("segment", csv, "-o", tmp_path / "out", "--config", tmp_path / "run.toml")
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mpp", ["250", "999", "0.0001", "1e-9"])
+def test_a_pixel_size_that_no_slide_has_is_refused(tile: Path, tmp_path: Path, mpp: str) -> None:
+    result = run("plan", cohort(tmp_path, f"path,mpp\ntile.png,{mpp}\n"))
+    assert result.exit_code == 2 and "row 2" in result.stderr and "mpp" in result.stderr
+
+
+def test_the_example_leaves_somebody_elses_folder_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "project" / "example" / "cohort.csv"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    (tmp_path / "project" / "thesis.doc").write_text("")
+    result = run("segment", "--example", "-o", tmp_path / "project")
+    assert result.exit_code == 2 and "thesis.doc" in result.stderr
+    assert precious.read_text() == "mine" and len(os.listdir(precious.parent)) == 1
+    result = run("segment", "--example", "-o", tmp_path / "project" / "thesis.doc")
+    assert result.exit_code == 2 and "--output" in result.stderr
+
+
+@pytest.mark.parametrize("where", ["run.json", "settings.toml", "failures.csv", "summary.csv"])
+def test_a_full_disk_is_said_in_one_line_and_blames_no_slide(
+    tile: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == where:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    csv, out = cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        result = run("segment", csv, "-o", out)
+    assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith("Error: no space left on disk")
+    result = run("segment", csv, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert table(out / "failures.csv") == []
+
+
+COMMAND = (sys.executable, "-c", "from hover_batch.cli import app; app()")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def test_a_terminal_that_is_not_utf8_is_no_reason_to_fail(tile: Path, tmp_path: Path) -> None:
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([*COMMAND, "plan", csv], env=environment, capture_output=True, encoding="latin-1")
+    assert done.returncode == 0, done.stderr
+    assert "300 × 200 px at 0.25 µm \\u2192 300 × 200" in done.stdout
+
+
+def test_a_run_goes_on_when_nobody_reads_its_progress(tile: Path, tmp_path: Path) -> None:
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [*COMMAND, "segment", csv, "-o", tmp_path / "out"]
+    done = subprocess.run(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=writer, text=True)
+    os.close(writer)
+    assert done.returncode == 0 and "1 slides done, 0 failed" in done.stdout
+
+
+def test_an_output_whose_name_is_not_utf8(tile: Path, tmp_path: Path) -> None:
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    result = run("segment", cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), "-o", out)
+    assert result.exit_code == 2 and "not UTF-8" in result.stderr
+    assert not out.exists()
+
+
+def test_a_device_that_computes_nothing(tile: Path, tmp_path: Path) -> None:
+    result = run("segment", cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), "-o", tmp_path / "out", "--device", "meta")
+    assert result.exit_code == 2 and "--device meta" in result.stderr

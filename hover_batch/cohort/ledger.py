@@ -88,6 +88,10 @@ class Ledger:
     def __enter__(self) -> Self:
         root = self.layout.root
         try:
+            str(root).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"--output {root}: its name is not UTF-8; name another folder") from error
+        try:
             # Looked at before anything is written: not even a lock file goes into somebody else's folder.
             if root.is_dir():
                 self._read_run()
@@ -231,7 +235,11 @@ class Ledger:
         _remove_empty(slide.folder)
 
     def open_slide(self, slide_id: str, key: str) -> SlideLayout:
-        """The slide's folders, made, with unfinished work of this key in them and none of another."""
+        """The slide's folders, made, with unfinished work of this key in them and none of another.
+
+        For a slide that `slide_done` has denied: a slide.json that is there all the same goes, or it would stand in
+        the way of the true one.
+        """
         slide = self.layout.slide(slide_id)
         mark = to_json({"run_key": key})
         if not (slide.key_json.is_file() and slide.key_json.read_bytes() == mark):
@@ -239,17 +247,19 @@ class Ledger:
                 self._clear_slide(slide)
             slide.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(slide.key_json, mark)
+        _remove(slide.slide_json)
         slide.markers.mkdir(exist_ok=True)
         slide.parts.mkdir(exist_ok=True)
         return slide
 
     def slide_done(self, slide_id: str, key: str) -> bool:
-        """Whether slide.json is there and tells of this run key."""
+        """Whether slide.json is there and tells of this run key, and the table beside it."""
+        slide = self.layout.slide(slide_id)
         try:
-            held = json.loads(self.layout.slide(slide_id).slide_json.read_bytes())
+            held = json.loads(slide.slide_json.read_bytes())
         except (FileNotFoundError, ValueError):
             return False
-        done = isinstance(held, dict) and held.get("run_key") == key
+        done = isinstance(held, dict) and held.get("run_key") == key and slide.nuclei_parquet.is_file()
         if done:
             self._done.add(slide_id)
         return done
@@ -285,10 +295,10 @@ class Ledger:
         """slides.csv: the cohort's columns and the extra ones, its row there, and done, failed or pending."""
         extra = list(dict.fromkeys(name for record in records for name in record.extra))
         header = [*COLUMNS, *extra, *RUN_COLUMNS]
-        failed = {failure.slide_id for failure in self._failures}
+        failed = {failure.row for failure in self._failures}
         rows = []
         for record in records:
-            status = "failed" if record.slide_id in failed else "pending"
+            status = "failed" if record.row in failed else "pending"
             cells = {
                 **record.extra,
                 "path": record.path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import time
 import traceback
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from functools import cached_property
 from hover_batch.cohort.ledger import Ledger
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
-from hover_batch.errors import HoverBatchError, PackageError
+from hover_batch.errors import DISK_FULL, HoverBatchError, PackageError
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.model.package import Package, load_network
 from hover_batch.model.predict import Predictor
@@ -57,7 +56,7 @@ class LocalExecutor:
             except PackageError:
                 raise
             except Exception as error:
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if isinstance(error, OSError) and error.errno in DISK_FULL:
                     raise HoverBatchError(
                         f"no space left on disk at {record.slide_id}; free some and run the same command again"
                     ) from error
@@ -75,6 +74,9 @@ class LocalExecutor:
             key = result_key(record, reader.info, self.package, self.settings)
             slide_id = record.slide_id
             if self.ledger.slide_done(slide_id, key):
+                # Asked for since, or the run that wrote the table died before.
+                if self.settings.output.discard_predictions:
+                    discard_predictions(self.ledger.layout.slide(slide_id))
                 progress.slide_skipped(slide_id)
                 return
             layout = self.ledger.open_slide(slide_id, key)
@@ -107,5 +109,5 @@ class LocalExecutor:
             values = finalize(work, reader, seconds)
             self.ledger.write_slide_json(slide_id, key, values)
             if self.settings.output.discard_predictions:
-                discard_predictions(work)
+                discard_predictions(layout)
         progress.slide_done(slide_id, values["nuclei"], time.monotonic() - started)

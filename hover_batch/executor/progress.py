@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -14,11 +15,22 @@ LINE_EVERY_S = 10.0
 """Seconds between two plain lines of one stage."""
 
 
+class _Console(Console):
+    """A console whose reader may go: rich would end the program, but the run goes on without anyone looking."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # What is still in Python's buffer would be tried again at exit.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+
+
 class CohortProgress:
     """`start_stage` and `advance` as work goes on; `slide_done` and `slide_failed` at the end of each slide."""
 
     def __init__(self, slides: int) -> None:
-        self._console = Console(file=sys.stderr, highlight=False)
+        self._console = _Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._slides = slides
         self._finished = 0
         self._stage, self._total, self._count = "", 0, 0
@@ -51,7 +63,7 @@ class CohortProgress:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self._console.print(line, markup=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
     def start_stage(self, slide_id: str, stage: str, total: int) -> None:
         """`total` counts what `advance` will report: tiles, regions."""

@@ -64,18 +64,22 @@ def slide_summary(
     `nuclei` is its nuclei.parquet, None for a slide that has none because it failed. `tissue_mm2` is the area that was
     searched; `seconds` the wall time of each stage by its name.
     """
-    row: Row = {
-        "level": "slide",
-        "slide_id": record.slide_id,
-        "patient_id": record.patient_id,
-        "group": record.group,
-        "status": status,
-        "slides": 1,
-        "failed": int(nuclei is None),
-    }
+    row: Row = {"level": "slide", "status": status, "slides": 1, "failed": int(nuclei is None)}
     if nuclei is not None:
         row |= _of_nuclei([nuclei], taxonomy, tissue_mm2)
     row |= {_STAGE + stage: value for stage, value in seconds.items()}
+    return row | _of_record(record, taxonomy)
+
+
+def relabelled(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Row:
+    """The `slide_summary` row of a slide done before, with what the cohort CSV says of it today."""
+    ours = set(summary_schema(taxonomy).names)
+    measured = {name: value for name, value in row.items() if name in ours or name.startswith(_STAGE)}
+    return measured | _of_record(record, taxonomy)
+
+
+def _of_record(record: SlideRecord, taxonomy: Taxonomy) -> Row:
+    row: Row = {"slide_id": record.slide_id, "patient_id": record.patient_id, "group": record.group}
     ours = set(summary_schema(taxonomy).names)
     for name, value in record.extra.items():
         # A column of the cohort CSV never takes the place of one of ours.

@@ -109,6 +109,10 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise InputError(f"--device {name}: not usable here ({reason})") from error
+    if device.type == "meta":
+        raise InputError(f"--device {name}: computes nothing; use auto, cpu or cuda")
+    return device

@@ -142,7 +142,7 @@ def test_the_same_command_goes_on(layout: RunLayout, cohort: Cohort) -> None:
     with Ledger(layout) as ledger:
         start(ledger, cohort)
         assert not ledger.slide_done("a", "k")
-        ledger.open_slide("a", "k")
+        ledger.open_slide("a", "k").nuclei_parquet.write_bytes(b"a table")
         ledger.write_slide_json("a", "k", {"nuclei": 3})
     created = layout.run_json.read_bytes()
     with Ledger(layout) as ledger:
