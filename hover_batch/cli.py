@@ -128,6 +128,10 @@ MinTissueOption = Annotated[
     float | None,
     _option("--min-tissue-um2", "Drop smaller pieces of tissue.", TissueSettings.min_tissue_um2, _POST),
 ]
+MinAreaOption = Annotated[
+    int | None,
+    _option("--min-area-px", "Drop nuclei of fewer inference pixels.", PostSettings.min_area_px, _POST),
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", help="TOML with settings, as settings.toml of a run.", envvar="HOVER_BATCH_CONFIG"),
@@ -166,6 +170,7 @@ def segment(
     min_tissue_um2: MinTissueOption = None,
     sobel_norm: SobelOption = None,
     halo: HaloOption = None,
+    min_area_px: MinAreaOption = None,
     discard_predictions: Annotated[
         bool | None,
         typer.Option(
@@ -198,7 +203,7 @@ def segment(
         model=model,
         tissue={"tissue": tissue, "mask_mpp": mask_mpp, "min_tissue_um2": min_tissue_um2},
         infer={"unit": unit, "batch": batch, "precision": precision, "threads": threads, "device": device},
-        post={"sobel_norm": sobel_norm, "halo": halo},
+        post={"sobel_norm": sobel_norm, "halo": halo, "min_area_px": min_area_px},
         output={"discard_predictions": discard_predictions},
     )
     from hover_batch.segment import run_segment

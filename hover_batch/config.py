@@ -82,12 +82,16 @@ class PostSettings:
     """fixed: the model card's constants, the same nuclei wherever seams fall; window: as the reference does."""
     halo: int = 64
     """Inference pixels that a region is read wider on each side; larger components are redone by themselves."""
+    min_area_px: int = 64
+    """Inference pixels below which an instance is taken for debris: 4 µm² at 0.25 µm, a nucleus 2.3 µm across. The
+    reference keeps all from 10 pixels on; this gave a better PQ on every validation and test source (README)."""
     max_component: int = 4096
     """Side in inference pixels beyond which a connected component is not chased further but flagged."""
 
     def __post_init__(self) -> None:
         _check(self.sobel_norm in ("fixed", "window"), "sobel-norm", self.sobel_norm, "fixed or window")
         _check(0 <= self.halo <= 4096, "halo", self.halo, "between 0 and 4096")
+        _check(0 <= self.min_area_px <= 10_000, "min-area-px", self.min_area_px, "between 0 and 10000")
         fits = 256 <= self.max_component <= MAX_SIDE
         _check(fits, "max-component", self.max_component, f"between 256 and {MAX_SIDE}")
 

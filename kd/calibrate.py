@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from hover_batch.errors import InputError
 from hover_batch.metrics import mean_defined, panoptic_quality
 from hover_batch.model.heads import MapLayout
-from hover_batch.nuclei.watershed import SobelConstants, instance_map
+from hover_batch.nuclei.watershed import SobelConstants
 from kd.datasets import Sample
-from kd.evaluate import MapsOf
+from kd.evaluate import MapsOf, instances_of
 
 SCALES = (1.0, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05)
 
@@ -86,8 +86,8 @@ def _medians(windows: Sequence[SobelConstants]) -> SobelConstants:
 
 def _trial(predicted: Iterable[tuple[Sample, Planes]], scale: float | None, constants: SobelConstants | None) -> Trial:
     scores: dict[str, list[float]] = {}
-    for sample, (np_map, h, v) in predicted:
-        pq = panoptic_quality(sample.instances, instance_map(np_map, h, v, constants)).pq
+    for sample, planes in predicted:
+        pq = panoptic_quality(sample.instances, instances_of(planes, constants)).pq
         scores.setdefault(sample.source, []).append(pq)
     by_source = {source: mean_defined(values) for source, values in scores.items()}
     norm = "window" if constants is None else "fixed"

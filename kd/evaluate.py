@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hover_batch.config import PostSettings
 from hover_batch.metrics import (
     DETECTION_RADIUS_UM,
     PairCounts,
@@ -28,7 +29,7 @@ from hover_batch.metrics import (
 )
 from hover_batch.model.heads import MapLayout
 from hover_batch.nuclei.measure import measure
-from hover_batch.nuclei.watershed import SobelConstants, instance_map
+from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_debris
 from hover_batch.taxonomy import Taxonomy
 from kd.datasets import MPP, Sample
 
@@ -113,6 +114,11 @@ def evaluate(
     return [_pool(source, images, taxonomy) for source, images in by_source.items()]
 
 
+def instances_of(planes: NDArray[np.uint8], constants: SobelConstants | None) -> NDArray[np.int32]:
+    """The instances (y, x) of stored np, h and v (3, y, x) that a run with default settings reports."""
+    return without_debris(instance_map(planes[0], planes[1], planes[2], constants), PostSettings.min_area_px)
+
+
 @dataclass(frozen=True)
 class _ImageScores:
     dice: float
@@ -128,7 +134,7 @@ def _score(
     sample: Sample, maps: NDArray[np.uint8], constants: SobelConstants | None, taxonomy: Taxonomy
 ) -> _ImageScores:
     layout = MapLayout(len(taxonomy.classes))
-    found = instance_map(maps[layout.NP], maps[layout.H], maps[layout.V], constants)
+    found = instances_of(maps[[layout.NP, layout.H, layout.V]], constants)
     nuclei = measure(found, maps, layout)
     true_xy, true_types = true_nuclei(sample, layout.n_types)
     pred_xy = np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1)

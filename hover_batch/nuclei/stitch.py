@@ -69,7 +69,8 @@ def nuclei_of_region(
         found.append(
             _nuclei_of_cell(read, view, oversized, core, cell_box(column, row, settings.max_component), constants)
         )
-    return owned(core, concatenate(found))
+    nuclei = owned(core, concatenate(found))
+    return nuclei.take(nuclei.area_px >= settings.min_area_px)
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,13 @@ def instance_map(
     return np.ascontiguousarray(split(np_map, h, v, components, components.kept, constants)[rows, columns])
 
 
+def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.int32]:
+    """The instance map (y, x) without the instances of fewer pixels, the others renumbered 1 … n in their order."""
+    kept = np.bincount(instances.ravel()) >= min_pixels
+    kept[0] = False
+    return np.where(kept, np.cumsum(kept), 0).astype(np.int32)[instances]
+
+
 def split(
     np_map: NDArray[np.uint8],
     h: NDArray[np.uint8],

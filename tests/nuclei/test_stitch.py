@@ -32,7 +32,7 @@ def tiled(canvas: Canvas, core: int, offset: tuple[int, int], post: PostSettings
 
 
 def whole(canvas: Canvas, post: PostSettings | None = None) -> Nuclei:
-    return nuclei_of_region(canvas.read, canvas.box, LAYOUT, post or PostSettings(), CONSTANTS)
+    return nuclei_of_region(canvas.read, canvas.box, LAYOUT, post or PostSettings(min_area_px=0), CONSTANTS)
 
 
 def assert_same(a: Nuclei, b: Nuclei) -> None:
@@ -59,7 +59,7 @@ def test_any_tiling_equals_the_whole(
 ) -> None:
     canvas = random_canvas(seed, *size)
     offset = (offset[0] % core, offset[1] % core)
-    assert_same(tiled(canvas, core, offset, PostSettings(halo=halo)), whole(canvas))
+    assert_same(tiled(canvas, core, offset, PostSettings(min_area_px=0, halo=halo)), whole(canvas))
 
 
 @pytest.mark.parametrize("core", [250, 333])
@@ -67,7 +67,7 @@ def test_any_tiling_of_real_nuclei_equals_the_whole(noisy_tiles, core: int) -> N
     canvas = Canvas(noisy_tiles[0].maps)
     nuclei = whole(canvas)
     assert len(nuclei) > 100
-    assert_same(tiled(canvas, core, (0, 0), PostSettings()), nuclei)
+    assert_same(tiled(canvas, core, (0, 0), PostSettings(min_area_px=0)), nuclei)
 
 
 def test_the_whole_is_the_instance_map_of_the_canvas() -> None:
@@ -99,7 +99,9 @@ def test_a_component_larger_than_its_region_is_redone_whole() -> None:
     canvas = snake(500, 220)
     expected = whole(canvas)
     canvas.reads.clear()
-    nuclei = nuclei_of_region(canvas.read, Box(200, 60, 264, 124), LAYOUT, PostSettings(halo=16), CONSTANTS)
+    nuclei = nuclei_of_region(
+        canvas.read, Box(200, 60, 264, 124), LAYOUT, PostSettings(min_area_px=0, halo=16), CONSTANTS
+    )
     assert len(canvas.reads) > 1 and canvas.reads[-1].width > 480
     assert len(nuclei) > 3
     in_core = [Box(200, 60, 264, 124).contains(x, y) for x, y in zip(expected.anchor_x, expected.anchor_y, strict=True)]
@@ -109,7 +111,7 @@ def test_a_component_larger_than_its_region_is_redone_whole() -> None:
 @pytest.mark.parametrize("core", [64, 100, 300])
 def test_a_component_beyond_the_cap_is_cut_alike_by_every_tiling(core: int) -> None:
     canvas = snake(600, 220)
-    capped = PostSettings(max_component=256, halo=48)
+    capped = PostSettings(min_area_px=0, max_component=256, halo=48)
     uncut, cut = whole(canvas), whole(canvas, capped)
     assert not uncut.seam_uncertain.any()
     # The winding one is flagged, those that lie alone are not.
@@ -132,7 +134,7 @@ def test_without_the_rule_seams_show(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(5):
         canvas = random_canvas(seed, 256, 256)
         with pytest.raises(AssertionError):
-            assert_same(tiled(canvas, 64, (0, 0), PostSettings(halo=0)), whole(canvas))
+            assert_same(tiled(canvas, 64, (0, 0), PostSettings(min_area_px=0, halo=0)), whole(canvas))
 
 
 def test_random_canvases_look_for_trouble() -> None:
@@ -157,7 +159,7 @@ def test_random_canvases_look_for_trouble() -> None:
 
 def test_an_empty_region_has_no_nuclei() -> None:
     canvas = Canvas(np.zeros((LAYOUT.planes, 50, 50), np.uint8))
-    nuclei = nuclei_of_region(canvas.read, Box(0, 0, 64, 64), LAYOUT, PostSettings(), CONSTANTS)
+    nuclei = nuclei_of_region(canvas.read, Box(0, 0, 64, 64), LAYOUT, PostSettings(min_area_px=0), CONSTANTS)
     assert len(nuclei) == 0 and nuclei.class_probs.shape == (0, LAYOUT.n_types - 1)
 
 
@@ -167,6 +169,17 @@ def test_window_norm_takes_the_extremes_of_the_region(noisy_tiles) -> None:
     window = canvas.read(core.expand(64))
     extremes = SobelConstants.of_window(window[LAYOUT.H], window[LAYOUT.V])
     assert_same(
-        nuclei_of_region(canvas.read, core, LAYOUT, PostSettings(sobel_norm="window"), None),
-        nuclei_of_region(canvas.read, core, LAYOUT, PostSettings(), extremes),
+        nuclei_of_region(canvas.read, core, LAYOUT, PostSettings(min_area_px=0, sobel_norm="window"), None),
+        nuclei_of_region(canvas.read, core, LAYOUT, PostSettings(min_area_px=0), extremes),
     )
+
+
+def test_debris_is_dropped_by_its_area_alone() -> None:
+    """The same nuclei less the small ones, whatever the tiling."""
+    canvas = random_canvas(3, 250, 200)
+    everything = whole(canvas, PostSettings(min_area_px=0))
+    small = everything.area_px < 64
+    assert 0 < small.sum() < len(everything)
+    kept = everything.take(~small)
+    assert_same(whole(canvas, PostSettings(min_area_px=64)), kept)
+    assert_same(tiled(canvas, 64, (0, 0), PostSettings(min_area_px=64)), kept)
