@@ -1,7 +1,8 @@
 """Random views of an annotated image: geometry on image and labels alike, appearance on the image alone.
 
 The ranges are meant to cover scanners and stains: 20× slides are seen upsampled (hence the loss of resolution), JPEG
-tiles are common (hence recompression), and H and E vary independently between laboratories (hence stain jitter).
+tiles are common (hence recompression), H and E vary independently between laboratories (hence stain jitter), and
+some scanners sharpen and darken until nuclei are black (hence gamma and unsharp masks).
 """
 
 from __future__ import annotations
@@ -74,11 +75,15 @@ def _uniform_inside(extent: int, reach: float, rng: np.random.Generator) -> floa
 
 
 def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Stain, colour, resolution, blur, noise and JPEG, each with its own chance. (y, x, 3) uint8 in and out."""
+    """Stain, colour, tone, sharpness, resolution, noise, JPEG, each with its own chance. (y, x, 3) uint8 in and out."""
     if rng.random() < 0.7:
         image = jitter_stain(image, rng)
     if rng.random() < 0.5:
         image = jitter_color(image, rng)
+    if rng.random() < 0.5:
+        image = jitter_gamma(image, rng)
+    if rng.random() < 0.15:
+        image = sharpen(image, rng)
     if rng.random() < 0.25:
         image = lose_resolution(image, rng)
     if rng.random() < 0.15:
@@ -97,7 +102,7 @@ def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
     """Scale and shift hematoxylin, eosin and the residual apart (Tellez et al. 2018; stain vectors of Ruifrok)."""
     density = -np.log((image.astype(np.float32) + 1) / 256)
     stains: NDArray[np.float32] = density @ RGB_TO_HED
-    stains = stains * rng.uniform(0.7, 1.3, 3).astype(np.float32) + rng.uniform(-0.03, 0.03, 3).astype(np.float32)
+    stains = stains * rng.uniform(0.65, 1.6, 3).astype(np.float32) + rng.uniform(-0.03, 0.03, 3).astype(np.float32)
     rgb: NDArray[np.float32] = np.exp(-(stains @ HED_TO_RGB)) * 256 - 1
     return np.clip(rgb, 0, 255).astype(np.uint8)
 
@@ -112,6 +117,20 @@ def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
     shift = int(rng.integers(-6, 7))  # OpenCV's hue has 180 steps
     hsv[..., 0] = (hsv[..., 0].astype(np.int16) + shift) % 180
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.uint8)
+
+
+def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Darker or lighter midtones, the exponent from 0.6 to 2.5: old scanners and thick sections show black nuclei."""
+    exponent = math.exp(rng.uniform(math.log(0.6), math.log(2.5)))
+    table = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(np.uint8)
+    return table[image]
+
+
+def sharpen(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """An unsharp mask, as some scanners apply before they save."""
+    amount = rng.uniform(0.3, 1.5)
+    soft = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 2.0))
+    return np.asarray(cv2.addWeighted(image, 1 + amount, soft, -amount, 0), np.uint8)
 
 
 def lose_resolution(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -32,6 +32,9 @@ PACKAGE = "student.safetensors"
 def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for checkpoint.pt, log.csv and the package.", show_default=False)],
+    init: Annotated[
+        Path | None, typer.Option(help="A package whose weights are the start, in place of random ones.")
+    ] = None,
     encoder: Annotated[
         str, typer.Option(help="Encoder of the U-Net, as segmentation-models-pytorch names it.")
     ] = _DEFAULT.encoder,
@@ -66,6 +69,7 @@ def train(
     config = TrainConfig(
         data=data,
         out=out,
+        init=init,
         encoder=encoder,
         size=size,
         batch=batch,

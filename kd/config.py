@@ -17,6 +17,8 @@ class TrainConfig:
     """Folder with dataset.csv (see `kd.datasets`)."""
     out: Path
     """Folder for the checkpoint, the log and the package."""
+    init: Path | None = None
+    """A package whose weights are the start, in place of random ones; its encoder must be this one."""
     encoder: str = "mit_b0"
     size: int = 256
     """Side of the training crops in pixels at 0.25 µm; a multiple of 32."""
@@ -48,4 +50,5 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """What decides the weights (not where files lie), for the checkpoint and the card."""
-        return {k: v for k, v in asdict(self).items() if k not in ("data", "out", "threads", "epoch_steps")}
+        values = {k: v for k, v in asdict(self).items() if k not in ("data", "out", "threads", "epoch_steps")}
+        return values | {"init": None if self.init is None else self.init.name}

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hover_batch.errors import InputError
 from hover_batch.model.heads import Heads
+from hover_batch.model.package import find_package, load_network
 from hover_batch.model.student import StudentArch, build_student
 from hover_batch.taxonomy import CONSEP
 from kd.augment import LABEL_MARGIN, random_view
@@ -79,7 +80,10 @@ def train(config: TrainConfig) -> nn.Module:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arch = StudentArch(config.encoder, len(CONSEP.classes))
     heads = Heads(arch.n_types)
-    model = build_student(arch).to(device)
+    model = build_student(arch)
+    if config.init is not None:
+        model.load_state_dict(_weights(config.init, config))
+    model.to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -119,6 +123,14 @@ def train(config: TrainConfig) -> nn.Module:
             _log(config.out / LOG, row)
             started, since, sums = time.monotonic(), done, {}
     return average
+
+
+def _weights(init: Path, config: TrainConfig) -> dict[str, Tensor]:
+    """The weights of the package that training starts from. InputError where it is of another encoder or classes."""
+    package = find_package(str(init))
+    if (package.card.encoder, package.card.taxonomy) != (config.encoder, CONSEP):
+        raise InputError(f"--init {init}: its encoder or classes are others than those to be trained")
+    return load_network(package).state_dict()
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import geopandas
 import numpy as np
+import openslide
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.slow
 TCGA, CMU = "TCGA-V5-A7RE_40x_colsW", "CMU-1-Small-Region"
 TILES = ("consep_train_03", "consep_train_09")
 RADIUS_UM = 3.0
+OTHERS_OFFSET = 32
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +63,37 @@ def test_the_metadata_tells_what_the_positions_mean(out: Path) -> None:
     sizes = {CMU: (2220, 2967, 0.499), TCGA: (8704, 6784, 0.2485)}
     for slide_id, (width, height, mpp) in sizes.items():
         path = out / "slides" / slide_id / "nuclei.parquet"
-        metadata = json.loads(pq.read_schema(path).metadata[b"hover_batch"])
+        metadata = json.loads(pq.read_metadata(path).metadata[b"hover_batch"])
         assert metadata["level0"] == {"width": width, "height": height}
         assert metadata["mpp"]["x"] == pytest.approx(mpp, abs=5e-5)
         nuclei = geopandas.read_parquet(path)
         assert nuclei.centroid_x.between(0, width).all() and nuclei.centroid_y.between(0, height).all()
-        # Nuclei are nuclei-sized whatever the scanner: 5 to 12 µm across in the middle.
-        assert 20 < nuclei.area_um2.median() < 110
 
 
 def test_centroids_agree_with_another_models(out: Path, data: Path) -> None:
-    """A plausibility check, not truth: the other cells are predictions of another model. The figure is printed."""
+    """A plausibility check, not truth: the other cells are predictions of another model. The figures are printed.
+
+    Its positions lie OTHERS_OFFSET pixels to the upper left of the nuclei, which is seen without any model of ours:
+    the slide is darkest under them when they are moved back.
+    """
     others = pd.read_csv(data / "slides" / f"{TCGA}_pseudo_cells.csv")
+    theirs = others[["x", "y"]].to_numpy(np.float64)
+    with openslide.OpenSlide(data / "slides" / f"{TCGA}.tif") as slide:
+        grey = np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("L"))
+    shades = {}
+    for offset in range(0, 65, 4):
+        x, y = np.rint(theirs + offset).astype(int).T
+        inside = (x < grey.shape[1]) & (y < grey.shape[0])
+        shades[offset] = grey[y[inside], x[inside]].mean()
+    assert min(shades, key=lambda offset: shades[offset]) == OTHERS_OFFSET
+
     nuclei = geopandas.read_parquet(out / "slides" / TCGA / "nuclei.parquet")
     ours = nuclei[["centroid_x", "centroid_y"]].to_numpy()
-    theirs = others[["x", "y"]].to_numpy(np.float64)
-    pairs = len(match_centroids(theirs, ours, RADIUS_UM / 0.2485))
-    f1 = 2 * pairs / (len(ours) + len(theirs))
-    print(f"\nTCGA slide: {len(ours)} nuclei, {len(theirs)} of the other model, F1 at {RADIUS_UM} µm {f1:.3f}")
-    assert f1 > 0.6
+    f1 = {}
+    for offset in (0, OTHERS_OFFSET):
+        pairs = len(match_centroids(theirs + offset, ours, RADIUS_UM / 0.2485))
+        f1[offset] = 2 * pairs / (len(ours) + len(theirs))
+        print(
+            f"\n{len(ours)} nuclei, {len(theirs)} of the other model moved by {offset} px: F1 at 3 µm {f1[offset]:.3f}"
+        )
+    assert f1[OTHERS_OFFSET] > 0.75
