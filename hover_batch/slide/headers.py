@@ -320,8 +320,11 @@ def open_picture(path: Path) -> Image.Image:
                 f"{path}: a plain picture of {width} × {height} pixels would have to be held in memory whole; "
                 "convert it to a pyramidal tiled TIFF"
             )
-        if mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
+        # Pillow opens 16-bit colour as 8-bit and keeps the high byte alone, which turns 12-bit pictures black.
+        deep = any(";16" in str(tile) for tile in picture.tile)
+        if deep or mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
             picture.close()
-            raise SlideError(f"{path}: pixels of type {mode}; 8-bit grey or colour is needed")
+            kind = "16 bits a channel" if deep else f"type {mode}"
+            raise SlideError(f"{path}: pixels of {kind}; 8-bit grey or colour is needed")
         return picture
     raise SlideError(f"{path}: cannot be read: no slide or picture format that OpenSlide, tifffile or Pillow knows")

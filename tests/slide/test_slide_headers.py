@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -184,3 +185,12 @@ print(logging.getLogger().handlers, warnings.showwarning is show)
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "[] True\n"
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_sixteen_bits_are_refused_rather_than_blackened(tmp_path: Path, name: str) -> None:
+    """A 12-bit picture in 16: Pillow would show its high bytes, all but black, without a word."""
+    deep = np.random.default_rng(0).integers(0, 4096, (64, 64, 3)).astype(np.uint16)
+    assert cv2.imwrite(str(tmp_path / name), deep)
+    with pytest.raises(SlideError, match="8-bit grey or colour"):
+        peek(record(tmp_path / name, mpp=0.25))
