@@ -23,7 +23,7 @@ class TrainConfig:
     size: int = 256
     """Side of the training crops in pixels at 0.25 µm; a multiple of 32."""
     batch: int = 8
-    steps: int = 5000
+    steps: int = 4250
     """Optimiser steps in all; the learning rate falls to zero over them."""
     epoch_steps: int = 500
     """Steps between checkpoints and validations."""
