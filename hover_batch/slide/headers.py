@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 
-from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import HoverBatchError, InputError, SlideError
@@ -309,7 +309,7 @@ def open_picture(path: Path) -> Image.Image:
     # The plugins are asked by name: Image.open warns, and refuses, at sizes that are ordinary here.
     for plugin in (PngImagePlugin.PngImageFile, JpegImagePlugin.JpegImageFile, TiffImagePlugin.TiffImageFile):
         try:
-            picture: Image.Image = plugin(path)
+            picture: ImageFile.ImageFile = plugin(path)
         except SyntaxError:  # what Pillow's plugins raise on another format's first bytes
             continue
         width, height = picture.size

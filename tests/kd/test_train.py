@@ -14,6 +14,7 @@ import torch
 
 import kd.train
 from hover_batch.errors import InputError
+from hover_batch.model.package import find_package, load_network
 from kd.config import TrainConfig
 from kd.train import LOG, learning_rate, train
 
@@ -136,3 +137,16 @@ def test_the_learning_rate_rises_then_falls_to_zero(config):
     assert [learning_rate(config, i) for i in range(3)] == pytest.approx([5e-4, 1e-3, 1e-3])
     assert learning_rate(config, 52) == pytest.approx(5e-4)
     assert learning_rate(config, 101) < 1e-6 * (1 + math.pi**2 / 4)
+
+
+def test_training_starts_from_a_packages_weights(config, tmp_path):
+    starter = find_package("starter")
+    begun = train(replace(config, out=tmp_path, init=starter.path, steps=1, epoch_steps=1, lr=1e-6)).state_dict()
+    for name, tensor in load_network(starter).state_dict().items():
+        if tensor.is_floating_point() and "running" not in name:
+            assert torch.allclose(begun[name], tensor, atol=1e-4), name
+
+
+def test_a_package_of_another_encoder_is_no_start(config, tmp_path):
+    with pytest.raises(InputError, match="--init"):
+        train(replace(config, out=tmp_path, init=find_package("starter").path, encoder="mit_b1"))
