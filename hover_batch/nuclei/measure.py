@@ -184,7 +184,8 @@ def _outline(own: NDArray[np.bool_]) -> NDArray[np.float64]:
         if len(outline) < 3:
             continue
         polygon = shapely.Polygon(outline[:, 0] + 0.5)
-        parts = [polygon] if polygon.is_valid else shapely.get_parts(shapely.make_valid(polygon))
+        # Mending gives a polygon, several, or a collection of lines and several: hence the parts of the parts.
+        parts = [polygon] if polygon.is_valid else shapely.get_parts(shapely.get_parts(shapely.make_valid(polygon)))
         for part in parts:
             if part.area > largest.area and isinstance(part, shapely.Polygon):
                 largest = shapely.Polygon(part.exterior)

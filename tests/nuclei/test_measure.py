@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import shapely
@@ -178,3 +179,17 @@ def test_parts_come_together_in_the_order_of_their_anchors() -> None:
     np.testing.assert_array_equal(again.class_probs, nuclei.class_probs)
     for ring, other in zip(again.contours, nuclei.contours, strict=True):
         np.testing.assert_array_equal(ring, other)
+
+
+def test_a_waist_and_a_spur_leave_the_largest_part_not_its_rectangle() -> None:
+    """Two discs joined by one pixel, with a hair of one pixel's width: what mends such a contour is a collection."""
+    own = np.zeros((40, 70), np.uint8)
+    cv2.circle(own, (16, 20), 14, 1, -1)
+    cv2.circle(own, (46, 20), 10, 1, -1)
+    own[20, 28:40] = 1
+    own[2:8, 16] = 1
+    own[20, 55:68] = 1
+    instances = own.astype(np.int32)
+    ring = shapely.Polygon(measure(instances, np.zeros((LAYOUT.planes, 40, 70), np.uint8), LAYOUT).contours[0])
+    disc = np.pi * 14**2
+    assert ring.is_valid and abs(ring.area / disc - 1) < 0.15
