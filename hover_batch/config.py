@@ -84,7 +84,7 @@ class PostSettings:
     """Inference pixels that a region is read wider on each side; larger components are redone by themselves."""
     min_area_px: int = 64
     """Inference pixels below which an instance is taken for debris: 4 µm² at 0.25 µm, a nucleus 2.3 µm across. The
-    reference keeps all from 10 pixels on; this gave a better PQ on every validation and test source (README)."""
+    reference keeps all from 10 pixels on; this gave a better PQ on every validation source of the starter."""
     max_component: int = 4096
     """Side in inference pixels beyond which a connected component is not chased further but flagged."""
 
