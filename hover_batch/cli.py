@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from hover_batch import __version__
-from hover_batch.config import InferSettings, PostSettings, Settings, TissueSettings
+from hover_batch.config import EngineSettings, InferSettings, PostSettings, Settings, TissueSettings
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from kd.cli import kd_app
 
@@ -55,8 +55,7 @@ app.add_typer(kd_app, name="kd")
 
 
 class Backend(StrEnum):
-    """What runs the cohort."""
-
+    ray = "ray"
     local = "local"
 
 
@@ -84,6 +83,7 @@ def _option(flag: str, help: str, default: object, panel: str) -> Any:
 
 _MODEL = "Model and inference"
 _POST = "Tissue and post-processing"
+_ENGINE = "Machines"
 CohortArgument = Annotated[
     str | None,
     typer.Argument(metavar="COHORT", help="CSV with a column `path` (see README), a folder of slides, or a glob."),
@@ -131,6 +131,20 @@ MinTissueOption = Annotated[
 MinAreaOption = Annotated[
     int | None,
     _option("--min-area-px", "Drop nuclei of fewer inference pixels.", PostSettings.min_area_px, _POST),
+]
+BackendOption = Annotated[
+    Backend | None,
+    _option(
+        "--backend",
+        "ray: all cores and GPUs, of this machine or a cluster; local: one process, for debuggers. Same results.",
+        EngineSettings.backend,
+        _ENGINE,
+    ),
+]
+CpusOption = Annotated[int | None, _option("--cpus", "Cores to use; 0 = all.", "all", _ENGINE)]
+GpusOption = Annotated[int | None, _option("--gpus", "GPUs to use; 0 = none.", "all", _ENGINE)]
+AddressOption = Annotated[
+    str | None, _option("--address", "Of a Ray cluster to join.", "start Ray on this machine", _ENGINE)
 ]
 ConfigOption = Annotated[
     Path | None,
@@ -184,7 +198,10 @@ def segment(
     force: Annotated[
         bool, typer.Option("--force", help="Remove the results that lie in the output folder, and start anew.")
     ] = False,
-    backend: Annotated[Backend, typer.Option("--backend", help="What runs the cohort.")] = Backend.local,
+    backend: BackendOption = None,
+    cpus: CpusOption = None,
+    gpus: GpusOption = None,
+    address: AddressOption = None,
 ) -> None:
     """Turn a cohort of slides into tables of nuclei.
 
@@ -205,6 +222,7 @@ def segment(
         infer={"unit": unit, "batch": batch, "precision": precision, "threads": threads, "device": device},
         post={"sobel_norm": sobel_norm, "halo": halo, "min_area_px": min_area_px},
         output={"discard_predictions": discard_predictions},
+        engine={"backend": backend, "cpus": cpus, "gpus": gpus, "address": address},
     )
     from hover_batch.segment import run_segment
 
@@ -221,6 +239,10 @@ def plan(
     model: ModelOption = None,
     config: ConfigOption = None,
     skip_invalid: SkipInvalidOption = False,
+    backend: BackendOption = None,
+    cpus: CpusOption = None,
+    gpus: GpusOption = None,
+    address: AddressOption = None,
 ) -> None:
     """Check every row and slide header, and estimate tiles, disk and time. Writes nothing.
 
@@ -228,8 +250,11 @@ def plan(
     """
     if cohort is None:
         raise InputError("give a COHORT: a CSV, a folder of slides or a glob")
-    settings = _settings(config, model=model)
+    settings = _settings(
+        config, model=model, engine={"backend": backend, "cpus": cpus, "gpus": gpus, "address": address}
+    )
     from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
+    from hover_batch.executor.resources import resource_lines
     from hover_batch.model.package import find_package
     from hover_batch.plan import plan_cohort
 
@@ -237,7 +262,7 @@ def plan(
     planned = plan_cohort(read_cohort(cohort), package.card)
     if not skip_invalid:
         raise_if_faulty(planned.cohort)
-    for line in planned.lines(settings, package.card):
+    for line in [*planned.lines(settings, package.card), *resource_lines(settings, package.card)]:
         typer.echo(line)
     raise typer.Exit(planned.exit_code)
 

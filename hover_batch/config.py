@@ -5,6 +5,7 @@ Each station takes its own section. Those fields that change results are part of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
@@ -13,8 +14,11 @@ from hover_batch.errors import InputError
 
 SobelNorm = Literal["fixed", "window"]
 Precision = Literal["auto", "fp32", "bf16"]
+Backend = Literal["ray", "local"]
 
 
+MAX_WORKERS = 1_000_000
+"""Of cores and GPUs: a number above is a slip of the finger."""
 MAX_SIDE = 16_384
 """Of what is held in memory at once, in inference pixels: all planes of such a square are a few GB."""
 
@@ -62,7 +66,8 @@ class InferSettings:
     precision: Precision = "auto"
     """auto: bf16 where the processor computes it natively, else fp32."""
     threads: int = 0
-    """Threads of the network on the CPU; 0 = all cores."""
+    """Threads of one copy of the network on the CPU; 0 = all cores but one, at most 4: more of them gain little, and
+    more copies of the network run instead."""
     device: str = "auto"
     """auto: cuda where there is one; or a torch device name."""
 
@@ -72,6 +77,11 @@ class InferSettings:
         _check(1 <= self.batch <= 1024, "batch", self.batch, "between 1 and 1024")
         _check(self.precision in ("auto", "fp32", "bf16"), "precision", self.precision, "auto, fp32 or bf16")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
+
+    @property
+    def network_threads(self) -> int:
+        """`threads`, with 0 settled for this machine; both backends take the same number."""
+        return self.threads or min(4, max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +115,28 @@ class OutputSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Where the work is done. Nothing here changes results."""
+
+    backend: Backend = "ray"
+    """ray: processes on all cores and GPUs of this machine or of a cluster; local: all in this process, for debuggers
+    and as the reference."""
+    cpus: int = 0
+    """Cores to use; 0 = all that this machine, or the cluster, has."""
+    gpus: int = -1
+    """GPUs to use; -1 = all that there are."""
+    address: str = ""
+    """Of a Ray cluster to join; empty: start one on this machine for the time of the run."""
+
+    def __post_init__(self) -> None:
+        _check(self.backend in ("ray", "local"), "backend", self.backend, "ray or local")
+        _check(0 <= self.cpus <= MAX_WORKERS, "cpus", self.cpus, "0 (all) or a number of cores")
+        _check(-1 <= self.gpus <= MAX_WORKERS, "gpus", self.gpus, "a number of GPUs, or -1 for all")
+        if self.address and self.backend == "local":
+            raise InputError(f"--address {self.address}: only --backend ray joins a cluster")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """All of a run."""
 
@@ -114,6 +146,7 @@ class Settings:
     infer: InferSettings = field(default_factory=InferSettings)
     post: PostSettings = field(default_factory=PostSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as settings.toml holds them."""
@@ -127,6 +160,7 @@ class Settings:
             "infer": InferSettings,
             "post": PostSettings,
             "output": OutputSettings,
+            "engine": EngineSettings,
         }
         known: dict[str, Any] = {}
         for key, value in data.items():
@@ -154,4 +188,6 @@ class Settings:
         """The settings that change results, for the run key (the model enters it by the hash of its weights)."""
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # one GPU of a node is as good as the next
+        if infer["device"] == "cuda":
+            del infer["threads"]
         return {"tissue": asdict(self.tissue), "infer": infer, "post": asdict(self.post)}

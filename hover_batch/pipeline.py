@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,6 @@ from hover_batch.export.pictures import View, densest_field, write_overlay, writ
 from hover_batch.export.summary import slide_summary
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.package import Card, Package
-from hover_batch.model.predict import Predictor
 from hover_batch.nuclei.stitch import nuclei_of_region
 from hover_batch.nuclei.table import SCHEMA_VERSION, TableContext, merge_parts, to_arrow, write_part
 from hover_batch.nuclei.watershed import SobelConstants
@@ -35,6 +34,9 @@ from hover_batch.slide.reader import SlideInfo, SlideReader
 from hover_batch.slide.tiles import Unit, plan_units
 from hover_batch.slide.tissue import TissueMask, tissue_mask
 from hover_batch.store import PredictionStore
+
+if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
+    from hover_batch.model.predict import Predictor
 
 READ_BLOCK = 1024
 """Kept inference pixels that are read at once: large enough for the JPEG tiles beneath, small enough for memory."""
@@ -45,23 +47,45 @@ THUMBNAIL_SIDE = 1024
 
 
 class Seconds:
-    """Wall time by stage."""
+    """Wall time by stage.
+
+    `totals`: seconds by stage, of all blocks together. `spans`: by stage, when its first block began and its last one
+    ended, in seconds since 1970, so that those of several processes compare.
+    """
 
     def __init__(self) -> None:
         self.totals: dict[str, float] = {}
+        self.spans: dict[str, tuple[float, float]] = {}
 
     @contextmanager
     def of(self, stage: str) -> Iterator[None]:
         """Add the time of the block to `stage`."""
-        started = time.monotonic()
+        started, clock = time.time(), time.monotonic()
         try:
             yield
         finally:
-            self.totals[stage] = self.totals.get(stage, 0.0) + time.monotonic() - started
+            self._add(stage, time.monotonic() - clock, (started, time.time()))
 
     def add(self, other: Seconds) -> None:
         for stage, seconds in other.totals.items():
-            self.totals[stage] = self.totals.get(stage, 0.0) + seconds
+            self._add(stage, seconds, other.spans[stage])
+
+    def _add(self, stage: str, seconds: float, span: tuple[float, float]) -> None:
+        self.totals[stage] = self.totals.get(stage, 0.0) + seconds
+        first, last = self.spans.get(stage, span)
+        self.spans[stage] = min(first, span[0]), max(last, span[1])
+
+
+ReadBlocks = Callable[[list[Box], Seconds], Iterable[NDArray[np.uint8]]]
+"""Boxes of inference pixels → their RGB (h, w, 3), one after the other; the time it took goes to the stage `read`."""
+
+
+class UnitsMissing(Exception):
+    """A region's nuclei reach into units, named by (column, row), whose maps are not there yet."""
+
+    def __init__(self, cells: tuple[tuple[int, int], ...]) -> None:
+        super().__init__(cells)
+        self.cells = cells
 
 
 @dataclass(frozen=True)
@@ -159,12 +183,13 @@ def posted(unit: Unit, work: SlideWork) -> bool:
 def infer(
     unit: Unit,
     work: SlideWork,
-    reader: SlideReader,
+    read: ReadBlocks,
     predictor: Predictor,
     store: PredictionStore,
     advance: Callable[[int], None],
 ) -> Seconds:
     """Predict a unit's tiles, write its shard, then its marker; `advance` is told the number of tiles as they are done.
+    Several threads may share one predictor: they take turns.
 
     A shard found without a marker was written by a run that died in between: it is adopted.
     """
@@ -172,8 +197,8 @@ def infer(
     digest = store.shard_sha256(unit.box)
     if digest is None:
         maps = np.zeros((work.card.layout.planes, *unit.box.shape), np.uint8)
-        for tiles, pixels in _batches(unit, work, reader, predictor.batch, seconds):
-            with seconds.of("infer"):
+        for tiles, pixels in _batches(unit, work, read, predictor.batch, seconds):
+            with predictor.turn, seconds.of("infer"):
                 predicted = predictor.predict(pixels)
             for tile, tile_maps in zip(tiles, predicted, strict=True):
                 inside = tile.intersect(unit.box)
@@ -183,27 +208,23 @@ def infer(
             advance(len(tiles))
         with seconds.of("write"):
             digest = store.write(unit.box, maps)
-    marker = {"unit": unit.unit_id, "tiles": len(unit.tiles), "shard_sha256": digest}
+    marker = {"unit": unit.unit_id, "tiles": len(unit.cells), "shard_sha256": digest}
     write_first(work.layout.marker(unit.column, unit.row), to_json(marker))
     return seconds
 
 
 def _batches(
-    unit: Unit, work: SlideWork, reader: SlideReader, size: int, seconds: Seconds
+    unit: Unit, work: SlideWork, read: ReadBlocks, size: int, seconds: Seconds
 ) -> Iterator[tuple[list[Box], NDArray[np.uint8]]]:
     """The unit's tiles, `size` at a time: their kept boxes and the pixels (n, tile_in, tile_in, 3) uint8 to predict."""
     card = work.card
     boxes: list[Box] = []
     pixels: list[NDArray[np.uint8]] = []
-    blocks: dict[tuple[int, int], list[Box]] = {}
+    together: dict[tuple[int, int], list[Box]] = {}
     for tile in unit.tiles:
-        blocks.setdefault((tile.y0 // READ_BLOCK, tile.x0 // READ_BLOCK), []).append(tile)
-    for tiles in blocks.values():
-        x0, y0 = min(t.x0 for t in tiles), min(t.y0 for t in tiles)
-        x1, y1 = max(t.x1 for t in tiles), max(t.y1 for t in tiles)
-        block = Box(x0, y0, x1, y1).expand(card.margin)
-        with seconds.of("read"):
-            image = reader.read(block, work.grid)
+        together.setdefault((tile.y0 // READ_BLOCK, tile.x0 // READ_BLOCK), []).append(tile)
+    blocks = [_hull(tiles).expand(card.margin) for tiles in together.values()]
+    for tiles, block, image in zip(together.values(), blocks, read(blocks, seconds), strict=True):
         for tile in tiles:
             boxes.append(tile)
             pixels.append(image[tile.expand(card.margin).slices_in(block)])
@@ -214,15 +235,56 @@ def _batches(
         yield boxes, np.stack(pixels)
 
 
+def _hull(tiles: list[Box]) -> Box:
+    return Box(min(t.x0 for t in tiles), min(t.y0 for t in tiles), max(t.x1 for t in tiles), max(t.y1 for t in tiles))
+
+
+def reading(reader: SlideReader, work: SlideWork) -> ReadBlocks:
+    """Blocks read by an open reader, here and now."""
+
+    def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
+        for box in boxes:
+            with seconds.of("read"):
+                image = reader.read(box, work.grid)
+            yield image
+
+    return read
+
+
+def neighbours(unit: Unit) -> Iterator[tuple[int, int]]:
+    """The nine cells of the unit grid round a unit, itself among them: what its region needs, as a rule."""
+    for row in (unit.row - 1, unit.row, unit.row + 1):
+        for column in (unit.column - 1, unit.column, unit.column + 1):
+            yield column, row
+
+
 def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
-    """The nuclei that the unit's core owns, as a part of the table. Needs the maps of the units around it."""
+    """The nuclei that the unit's core owns, as a part of the table. Needs the maps of the units around it.
+
+    Raises UnitsMissing where a nucleus reaches into units whose maps are not there yet.
+    """
     seconds = Seconds()
     settings = work.settings.post
     constants = SobelConstants(**work.card.sobel) if settings.sobel_norm == "fixed" else None
     with seconds.of("post"):
-        nuclei = nuclei_of_region(store.read, unit.box, work.card.layout, settings, constants)
+        nuclei = nuclei_of_region(_complete(store, work), unit.box, work.card.layout, settings, constants)
         write_part(work.layout.part(unit.column, unit.row), to_arrow(nuclei, work.context))
     return seconds
+
+
+def _complete(store: PredictionStore, work: SlideWork) -> Callable[[Box], NDArray[np.uint8]]:
+    """`store.read`, but never of a unit that is still to be predicted."""
+    waiting = {(unit.column, unit.row) for unit in work.units}
+
+    def read(box: Box) -> NDArray[np.uint8]:
+        needed = waiting.intersection(box.intersect(store.canvas).cells(work.settings.infer.unit))
+        there = {cell for cell in needed if work.layout.marker(*cell).exists()}
+        if missing := needed - there:
+            raise UnitsMissing(tuple(sorted(missing)))
+        waiting.difference_update(there)
+        return store.read(box)
+
+    return read
 
 
 def finalize(work: SlideWork, reader: SlideReader, seconds: Seconds) -> dict[str, Any]:
@@ -240,7 +302,7 @@ def finalize(work: SlideWork, reader: SlideReader, seconds: Seconds) -> dict[str
         "nuclei_sha256": sha256_file(layout.nuclei_parquet),
         "seam_uncertain": merged.seam_uncertain,
         "units": len(work.units),
-        "tiles": sum(len(u.tiles) for u in work.units),
+        "tiles": sum(len(u.cells) for u in work.units),
         "mpp": [work.info.mpp.x, work.info.mpp.y],
         "inference_mpp": [work.grid.mpp.x, work.grid.mpp.y],
         "warnings": list(work.info.warnings),

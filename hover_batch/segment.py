@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
-from hover_batch.executor.local import LocalExecutor
+from hover_batch.executor.books import CohortBooks
+from hover_batch.executor.engine import engine
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
 from hover_batch.model.package import find_package
-from hover_batch.model.predict import resolve
 from hover_batch.nuclei.table import SCHEMA_VERSION
 from hover_batch.plan import plan_cohort
 from hover_batch.taxonomy import Taxonomy
@@ -39,6 +39,8 @@ class Outcome:
     layout: RunLayout
     slides: tuple[dict[str, Any], ...]
     failures: tuple[Failure, ...]
+    model_busy: float | None
+    """Share of the time in which the networks computed; None where this run predicted nothing."""
 
     @property
     def exit_code(self) -> int:
@@ -50,6 +52,8 @@ class Outcome:
         """Where the results lie, for stdout."""
         failed = len({failure.row for failure in self.failures})  # a faulty row may have several faults
         lines = [f"{len(self.slides)} slides done, {failed} failed; summary: {self.layout.summary_csv}"]
+        if self.model_busy is not None:
+            lines.append(f"networks busy {self.model_busy:.0%} of the time from the first tile to the last")
         for slide in self.slides[:LISTED]:
             paths = self.layout.slide(slide["slide_id"])
             lines.append(f"{slide['slide_id']}: {slide['nuclei']:,} nuclei")
@@ -78,14 +82,14 @@ def run_segment(
             f"--unit {settings.infer.unit}: must be a multiple of {package.card.tile_out}, "
             f"what the model {package.card.name} keeps of a tile"
         )
-    settings = replace(settings, infer=resolve(settings.infer))
     plan = plan_cohort(read_cohort(source), package.card)
     if not skip_invalid:
         raise_if_faulty(plan.cohort)
     layout = RunLayout(output)
     versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED}}
     records = plan.cohort.records
-    with Ledger(layout) as ledger, CohortProgress(len(records)) as progress:
+    with engine(settings, layout) as found, Ledger(layout) as ledger, CohortProgress(len(records)) as progress:
+        settings = found.settings
         ledger.start(
             settings=settings,
             model=ModelId(package.card.name, package.sha256),
@@ -99,17 +103,21 @@ def run_segment(
             progress.say(warning)
         for fault in plan.cohort.faults:
             ledger.record_failure(fault.slide_id_or_path, fault.row, "", "check", fault.message)
+        books = CohortBooks(package, settings, ledger, progress)
         try:
-            LocalExecutor(package, settings, ledger, progress).run(records)
+            for record, reason in plan.unreadable:
+                books.refuse(record, reason)
+            found.run(books, [slide for slide in plan.slides if not books.done_before(slide)])
         finally:
-            ledger.finish(plan.cohort)
+            ledger.finish(plan.cohort, books.model_busy)
         failures = ledger.failures()
         # By row: a row that is left out may bear the slide_id of one that was run.
         failed = {failure.row for failure in failures}
         done = [record for record in records if record.row not in failed]
         slides = tuple(json.loads(layout.slide(record.slide_id).slide_json.read_bytes()) for record in done)
-        _summarise(layout, package.card.taxonomy, done, slides, [r for r in records if r.row in failed])
-    return Outcome(layout, slides, failures)
+        left_out = [record for record in records if record.row in failed]
+        _summarise(layout, package.card.taxonomy, done, slides, left_out, books.model_busy)
+    return Outcome(layout, slides, failures, books.model_busy)
 
 
 def _summarise(
@@ -118,6 +126,7 @@ def _summarise(
     done: Sequence[SlideRecord],
     slides: Sequence[dict[str, Any]],
     failed: Sequence[SlideRecord],
+    model_busy: float | None,
 ) -> None:
     """`slides`: slide.json of each of `done`."""
     rows = [relabelled(slide["summary"], record, taxonomy) for slide, record in zip(slides, done, strict=True)]
@@ -125,5 +134,5 @@ def _summarise(
         slide_summary(record, taxonomy, status="failed", nuclei=None, tissue_mm2=None, seconds={}) for record in failed
     ]
     tables = [layout.slide(record.slide_id).nuclei_parquet for record in done]
-    rows.append(cohort_summary(rows, tables, taxonomy))
+    rows.append(cohort_summary(rows, tables, taxonomy, model_busy))
     write_summary(rows, taxonomy, layout.summary_csv, layout.summary_parquet)

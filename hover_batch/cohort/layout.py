@@ -4,7 +4,7 @@
 
     out/
       run.json  settings.toml  versions.json  slides.csv  failures.csv  summary.csv  summary.parquet
-      logs/events.jsonl   example/ (with --example)
+      logs/events.jsonl  logs/ray.log   example/ (with --example)
       slides/<slide_id>/
         key.json            the run key that this slide's unfinished work belongs to
         markers/            one file a unit: its shard is complete
@@ -160,6 +160,11 @@ class RunLayout:
     @property
     def events_jsonl(self) -> Path:
         return self.logs / "events.jsonl"
+
+    @property
+    def ray_log(self) -> Path:
+        """What Ray had to say while it ran."""
+        return self.logs / "ray.log"
 
     @property
     def slides(self) -> Path:

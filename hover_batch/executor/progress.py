@@ -1,4 +1,4 @@
-"""Progress of a cohort on stderr: bars for the slides and the stage at hand, plain lines where no terminal is."""
+"""Progress of a cohort on stderr: bars for the slides and the two long stages, plain lines where no terminal is."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINE_EVERY_S = 10.0
-"""Seconds between two plain lines of one stage."""
+"""Seconds between two plain lines."""
 
 
 class _Console(Console):
@@ -26,17 +26,50 @@ class _Console(Console):
         os.close(nowhere)
 
 
+class _Count:
+    """How much of a stage is done, of the slides begun so far, and how fast."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.total = self.done = self._before = 0
+        self._started: float | None = None
+
+    def expect(self, total: int, before: int) -> None:
+        if self._started is None:
+            self._started = time.monotonic()
+        self.total += total
+        self.done += before
+        self._before += before
+
+    def advance(self, n: int) -> None:
+        self.done += n
+
+    @property
+    def rate(self) -> float:
+        """A second, of what this run did."""
+        elapsed = 0.0 if self._started is None else time.monotonic() - self._started
+        return (self.done - self._before) / max(1e-6, elapsed)
+
+    @property
+    def line(self) -> str:
+        rate = self.rate
+        words = f"{self.name} {self.done}/{self.total}"
+        if rate > 0 and self.done < self.total:
+            words += f", {rate:.1f}/s, {_clock((self.total - self.done) / rate)} left"
+        return words
+
+
 class CohortProgress:
-    """`start_stage` and `advance` as work goes on; `slide_done` and `slide_failed` at the end of each slide."""
+    """`expect` when a slide's tissue is found, `tiles` and `regions` as they are done; `slide_done`, `slide_skipped`
+    or `slide_failed` at the end of each slide. Totals are those of the slides begun so far."""
 
     def __init__(self, slides: int) -> None:
         self._console = _Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._slides = slides
         self._finished = 0
-        self._stage, self._total, self._count = "", 0, 0
-        self._started = self._printed = time.monotonic()
+        self._counts = {"inference": _Count("inference: tiles"), "post": _Count("post-processing: regions")}
+        self._printed = time.monotonic()
         self._bars: Progress | None = None
-        self._cohort_bar = self._stage_bar = TaskID(0)
         if self._console.is_terminal:
             self._bars = Progress(
                 TextColumn("{task.description}"),
@@ -48,7 +81,9 @@ class CohortProgress:
                 refresh_per_second=4,
             )
             self._cohort_bar = self._bars.add_task("slides", total=slides, rate="")
-            self._stage_bar = self._bars.add_task("", total=1, rate="", visible=False)
+            self._stage_bars = {
+                stage: self._bars.add_task(count.name, total=None, rate="") for stage, count in self._counts.items()
+            }
 
     def __enter__(self) -> Self:
         if self._bars:
@@ -65,43 +100,46 @@ class CohortProgress:
         """A line that stays."""
         self._console.print(line, soft_wrap=True)
 
-    def start_stage(self, slide_id: str, stage: str, total: int) -> None:
-        """`total` counts what `advance` will report: tiles, regions."""
-        self._stage, self._total, self._count = f"{slide_id} · {stage}", total, 0
-        self._started = self._printed = time.monotonic()
-        if self._bars:
-            self._bars.reset(self._stage_bar, description=self._stage, total=max(1, total), visible=True, rate="")
-        else:
-            self.say(f"[{self._finished + 1}/{self._slides}] {self._stage}: {total}")
+    def expect(self, tiles: int, regions: int, tiles_before: int = 0, regions_before: int = 0) -> None:
+        """A slide has so many tiles and regions, of which those `before` were done by an earlier run."""
+        self._counts["inference"].expect(tiles, tiles_before)
+        self._counts["post"].expect(regions, regions_before)
+        self._show()
 
-    def advance(self, n: int) -> None:
-        self._count += n
-        now = time.monotonic()
-        rate = self._count / max(1e-6, now - self._started)
+    def tiles(self, n: int) -> None:
+        """So many more tiles are predicted."""
+        self._counts["inference"].advance(n)
+        self._show()
+
+    def regions(self, n: int) -> None:
+        """So many more regions are post-processed."""
+        self._counts["post"].advance(n)
+        self._show()
+
+    def _show(self) -> None:
         if self._bars:
-            self._bars.update(self._stage_bar, advance=n, rate=f"{rate:.1f}/s")
-        elif now - self._printed >= LINE_EVERY_S and self._count < self._total:
+            for stage, count in self._counts.items():
+                rate = f"{count.rate:.1f}/s" if count.total else ""
+                self._bars.update(self._stage_bars[stage], total=count.total, completed=count.done, rate=rate)
+        elif (now := time.monotonic()) - self._printed >= LINE_EVERY_S:
             self._printed = now
-            left = (self._total - self._count) / rate
-            self.say(f"  {self._stage}: {self._count}/{self._total}, {rate:.1f}/s, {_clock(left)} left")
+            counts = " · ".join(count.line for count in self._counts.values())
+            self.say(f"  slides {self._finished}/{self._slides} · {counts}")
 
     def slide_done(self, slide_id: str, nuclei: int, seconds: float) -> None:
-        self._finish()
-        self.say(f"{slide_id}: {nuclei:,} nuclei in {_clock(seconds)}")
+        self._finish(f"{slide_id}: {nuclei:,} nuclei in {_clock(seconds)}")
 
     def slide_skipped(self, slide_id: str) -> None:
-        self._finish()
-        self.say(f"{slide_id}: done before")
+        self._finish(f"{slide_id}: done before")
 
     def slide_failed(self, slide_id: str, reason: str) -> None:
-        self._finish()
-        self.say(f"{slide_id}: FAILED: {reason}")
+        self._finish(f"{slide_id}: FAILED: {reason}")
 
-    def _finish(self) -> None:
+    def _finish(self, line: str) -> None:
         self._finished += 1
         if self._bars:
             self._bars.update(self._cohort_bar, advance=1)
-            self._bars.update(self._stage_bar, visible=False)
+        self.say(f"[{self._finished}/{self._slides}] {line}")
 
 
 def _clock(seconds: float) -> str:

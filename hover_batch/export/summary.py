@@ -46,6 +46,7 @@ def summary_schema(taxonomy: Taxonomy) -> pa.Schema:
         ("nuclei_per_mm2", pa.float64()),
         *((f"{c.name}_per_mm2", pa.float64()) for c in taxonomy.nuclei),
         *((f"{name}_{quartile}", pa.float64()) for name in MORPHOLOGY for quartile in QUARTILES),
+        ("model_busy", pa.float64()),
     ]
     return pa.schema(columns)
 
@@ -87,8 +88,10 @@ def _of_record(record: SlideRecord, taxonomy: Taxonomy) -> Row:
     return row
 
 
-def cohort_summary(slides: Sequence[Row], nuclei: Sequence[Path], taxonomy: Taxonomy) -> Row:
-    """The row of all slides, `level` "cohort".
+def cohort_summary(
+    slides: Sequence[Row], nuclei: Sequence[Path], taxonomy: Taxonomy, model_busy: float | None = None
+) -> Row:
+    """The row of all slides, `level` "cohort". `model_busy`: share of the time in which the networks computed.
 
     Counts, tissue and seconds are sums over the rows `slides`. Densities and quartiles are those of all nuclei in the
     tables `nuclei` together, not means over slides.
@@ -99,6 +102,7 @@ def cohort_summary(slides: Sequence[Row], nuclei: Sequence[Path], taxonomy: Taxo
         "slides": sum(row["slides"] for row in slides),
         "failed": sum(row["failed"] for row in slides),
         **_of_nuclei(nuclei, taxonomy, sum(areas) if areas else None),
+        "model_busy": model_busy,
         **{stage: sum(row.get(stage, 0.0) for row in slides) for stage in _stages(slides)},
     }
 

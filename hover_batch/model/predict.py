@@ -6,6 +6,7 @@ bits on the batch's shape: equal settings must give equal bytes.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from hover_batch.config import InferSettings, Precision
 from hover_batch.errors import InputError
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
-from hover_batch.model.package import Card
+from hover_batch.model.package import Card, Package, load_network
 
 STAIN_FROM_OD = torch.tensor(hed_from_rgb[:, :2], dtype=torch.float32)
 """Optical densities of R, G, B → hematoxylin and eosin (Ruifrok and Johnston 2001, as scikit-image has them)."""
@@ -32,8 +33,10 @@ class Predictor:
         settled = resolve(settings)
         self.device = torch.device(settled.device)
         self.precision = settled.precision
-        if self.device.type == "cpu" and settings.threads:
-            torch.set_num_threads(settings.threads)
+        self.turn = threading.Lock()
+        """Held by whoever predicts: one batch at a time, so that callers' threads share the device fairly."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(settled.threads)
         network.to(self.device)
         self.network = network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's stub
 
@@ -53,6 +56,11 @@ class Predictor:
         output = _centre(output, self.card.tile_out)
         maps = quantise(output.float(), _centre(rgb, self.card.tile_out), self.card.layout)
         return maps[:n].cpu().numpy()
+
+
+def load_predictor(package: Package, settings: InferSettings) -> Predictor:
+    """The network of a package, ready on its device. PackageError where its weights cannot be loaded."""
+    return Predictor(load_network(package), package.card, settings)
 
 
 def _centre(planes: Tensor, side: int) -> Tensor:
@@ -90,7 +98,12 @@ def resolve(settings: InferSettings) -> InferSettings:
     Raises InputError where the device cannot be used.
     """
     device = _device(settings.device)
-    return replace(settings, device=str(device), precision=_precision(settings.precision, device))
+    return replace(
+        settings,
+        device=str(device),
+        precision=_precision(settings.precision, device),
+        threads=settings.network_threads,
+    )
 
 
 def _precision(wanted: Precision, device: torch.device) -> Precision:

@@ -18,14 +18,20 @@ mask, and the regions that are post-processed are read that much wider."""
 class Unit:
     """One cell of the unit grid, which is read, predicted and stored at once.
 
-    `box`: the cell, cut to the slide. `tiles`: the kept parts of the tiles to predict, whole cells of the tile grid
-    in raster order; at the slide's edges they may reach outside of it. Both in inference pixels.
+    `box`: the cell, cut to the slide, in inference pixels. `cells`: (column, row) in the grid of kept parts of tiles,
+    of side `keep`, of the tiles to predict, in raster order. Small, for it travels between processes.
     """
 
     column: int
     row: int
     box: Box
-    tiles: tuple[Box, ...]
+    keep: int
+    cells: tuple[tuple[int, int], ...]
+
+    @property
+    def tiles(self) -> tuple[Box, ...]:
+        """The kept parts of the tiles in inference pixels; at the slide's edges they may reach outside of it."""
+        return tuple(cell_box(column, row, self.keep) for column, row in self.cells)
 
     @property
     def unit_id(self) -> str:
@@ -50,7 +56,7 @@ def plan_units(grid: Grid, mask: TissueMask, unit: int, keep: int) -> tuple[Unit
     units = []
     for column, row in grid.size.box.cells(unit):
         inside = near[row * side : (row + 1) * side, column * side : (column + 1) * side]
-        tiles = tuple(cell_box(column * side + int(c), row * side + int(r), keep) for r, c in np.argwhere(inside))
-        if tiles:
-            units.append(Unit(column, row, cell_box(column, row, unit).intersect(grid.size.box), tiles))
+        cells = tuple((column * side + int(c), row * side + int(r)) for r, c in np.argwhere(inside))
+        if cells:
+            units.append(Unit(column, row, cell_box(column, row, unit).intersect(grid.size.box), keep, cells))
     return tuple(units)

@@ -1,0 +1,134 @@
+"""What both executors do when a slide begins, a unit is done, a slide fails or ends: the ledger and the progress.
+
+So that they differ in where and when work is done, and in nothing that is written down.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hover_batch.cohort.layout import SlideLayout
+from hover_batch.cohort.ledger import Ledger
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.config import Settings
+from hover_batch.errors import DISK_FULL, HoverBatchError, PackageError
+from hover_batch.executor.progress import CohortProgress
+from hover_batch.model.package import Package
+from hover_batch.pipeline import Seconds, discard_predictions, result_key
+from hover_batch.plan import PlannedSlide
+from hover_batch.slide.tiles import Unit
+
+
+class CohortBooks:
+    """The books of one run, kept by one thread; so many `networks` are at work in it."""
+
+    def __init__(self, package: Package, settings: Settings, ledger: Ledger, progress: CohortProgress) -> None:
+        self.package = package
+        self.settings = settings
+        self.ledger = ledger
+        self.progress = progress
+        self.networks = 1
+        self._model = Seconds()
+        self._keys: dict[str, str] = {}
+        self._started: dict[str, float] = {}
+
+    def refuse(self, record: SlideRecord, reason: str) -> None:
+        """A slide that cannot be opened, as its header told before the run."""
+        self.ledger.record_failure(record.slide_id, record.row, record.path, "open", reason)
+        self.progress.slide_failed(record.slide_id, reason)
+
+    def done_before(self, slide: PlannedSlide) -> bool:
+        """Whether an earlier run finished the slide, with the same key."""
+        slide_id, key = slide.record.slide_id, self._key(slide)
+        if not self.ledger.slide_done(slide_id, key):
+            return False
+        # Asked for since, or the run that wrote the table died before.
+        if self.settings.output.discard_predictions:
+            discard_predictions(self.ledger.layout.slide(slide_id))
+        self.progress.slide_skipped(slide_id)
+        return True
+
+    def begin(self, slide: PlannedSlide) -> SlideLayout:
+        """Open the slide's folder, with unfinished work of the same key in it."""
+        slide_id, key = slide.record.slide_id, self._key(slide)
+        self._started[slide_id] = time.monotonic()
+        layout = self.ledger.open_slide(slide_id, key)
+        self.ledger.events.append("slide_started", slide_id=slide_id)
+        for warning in slide.info.warnings:
+            self.progress.say(f"{slide_id}: {warning}")
+        return layout
+
+    def _key(self, slide: PlannedSlide) -> str:
+        slide_id = slide.record.slide_id
+        if slide_id not in self._keys:
+            self._keys[slide_id] = result_key(slide.record, slide.info, self.package, self.settings)
+        return self._keys[slide_id]
+
+    def surveyed(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:
+        """The slide's tissue is found: `units` are to be predicted and post-processed; the units `inferred`, and
+        `posted` regions, were done before."""
+        tiles = sum(len(u.cells) for u in units)
+        self.ledger.events.append("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
+        self.progress.expect(tiles, len(units), sum(len(u.cells) for u in inferred), posted)
+
+    def unit_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
+        """A unit's maps are in the store. Its tiles were told to the progress by whoever predicted them."""
+        if "infer" in seconds.spans:
+            self._model.add(seconds)
+        self._log("unit_done", slide_id, unit, seconds, tiles=len(unit.cells))
+
+    def region_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
+        """A region's nuclei are on disk."""
+        self._log("region_done", slide_id, unit, seconds)
+        self.progress.regions(1)
+
+    def _log(self, event: str, slide_id: str, unit: Unit, seconds: Seconds, **more: int) -> None:
+        self.ledger.events.append(
+            event,
+            slide_id=slide_id,
+            column=unit.column,
+            row=unit.row,
+            **more,
+            seconds={stage: round(value, 3) for stage, value in seconds.totals.items()},
+            spans={stage: [round(at, 3) for at in span] for stage, span in seconds.spans.items()},
+        )
+
+    @property
+    def model_busy(self) -> float | None:
+        """Share of the time from the first to the last prediction in which the networks computed, over all of them;
+        None where nothing was predicted."""
+        if "infer" not in self._model.spans:
+            return None
+        started, ended = self._model.spans["infer"]
+        return min(1.0, self._model.totals["infer"] / (self.networks * max(1e-9, ended - started)))
+
+    def end(self, slide_id: str, values: Mapping[str, Any]) -> None:
+        """The slide's tables and pictures are on disk: declare it done. `values` are those of `finalize`."""
+        self.ledger.write_slide_json(slide_id, self._keys.pop(slide_id), values)
+        if self.settings.output.discard_predictions:
+            discard_predictions(self.ledger.layout.slide(slide_id))
+        self.progress.slide_done(slide_id, values["nuclei"], time.monotonic() - self._started.pop(slide_id))
+
+    def fail(self, slide: PlannedSlide, stage: str, error: Exception, trace: str | None = None) -> None:
+        """Note that the slide failed at `stage`; `trace` is where, if not here.
+
+        Raises instead what stops the cohort and blames no slide: PackageError where the model cannot be loaded,
+        HoverBatchError where the disk is full.
+        """
+        record = slide.record
+        if isinstance(error, PackageError):
+            raise error
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise HoverBatchError(
+                f"no space left on disk at {record.slide_id}; free some and run the same command again"
+            ) from error
+        expected = isinstance(error, HoverBatchError)
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        self.ledger.record_failure(record.slide_id, record.row, record.path, stage, reason)
+        if not expected:
+            text = trace or "".join(traceback.format_exception(error))
+            self.ledger.events.append("traceback", slide_id=record.slide_id, text=text)
+        self.progress.slide_failed(record.slide_id, reason)

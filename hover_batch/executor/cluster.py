@@ -1,0 +1,150 @@
+"""The Ray cluster of a run: started on this machine for the time of the run, or joined where one is named.
+
+Ray's servers listen on more than loopback whatever they are told, so a cluster of ours asks everyone for a token that
+is made anew for each run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hover_batch.config import InferSettings
+from hover_batch.errors import HoverBatchError, InputError
+from hover_batch.executor.resources import EnginePlan, Resources
+
+_ENVIRONMENT = {
+    # `uv run` would have each worker make an environment of its own.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "error",
+}
+"""Ray reads its environment when it is imported: hence every `import ray` here stands below `_prepare`."""
+START_ATTEMPTS = 3
+"""Ray gives its own processes 30 s to come up, which a busy machine may overrun."""
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+
+
+@contextlib.contextmanager
+def started(plan: EnginePlan, log: Path) -> Iterator[None]:
+    """A cluster on this machine of the plan's cores and GPUs, gone with all its processes when the block ends.
+
+    `log`: the file for what Ray has to say meanwhile; stdout is for results. Raises HoverBatchError where Ray does not
+    come up.
+    """
+    _prepare({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    import ray
+
+    folder = Path(tempfile.mkdtemp(prefix="hb-"))  # short: sockets lie in it, and their paths have 107 bytes
+    try:
+        with _talking_to(log):
+            _start(plan, folder)
+            yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prepare(more: dict[str, str]) -> None:
+    """Set what Ray is to find in the environment, where the user has not."""
+    for name, value in {**_ENVIRONMENT, **more}.items():
+        os.environ.setdefault(name, value)
+
+
+def _start(plan: EnginePlan, folder: Path) -> None:
+    import ray
+
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",  # else it joins whatever cluster it finds
+                num_cpus=plan.resources.cpus,
+                num_gpus=plan.resources.gpus,
+                object_store_memory=plan.object_store_bytes,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+                **_QUIET,
+            )
+            return
+        except Exception as error:  # Ray raises plain Exception here
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise HoverBatchError(
+                    f"Ray did not start on this machine ({error}); --backend local does without"
+                ) from error
+            time.sleep(2)
+
+
+@contextlib.contextmanager
+def joined(address: str, log: Path) -> Iterator[Resources]:
+    """Join the cluster at `address`; yields what it has. InputError where none answers."""
+    _prepare({})
+    import ray
+
+    try:
+        with _talking_to(log):
+            try:
+                ray.init(address=address, **_QUIET)
+            except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and more
+                raise InputError(
+                    f"--address {address}: no Ray cluster answers there ({error}); start one by `ray start --head`, "
+                    "and give its token as RAY_AUTH_TOKEN where it asks for one"
+                ) from error
+            yield _cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def settled(settings: InferSettings, resources: Resources) -> InferSettings:
+    """The settings with `auto` settled where the networks will run: on a machine of the joined cluster, not here."""
+    import ray
+
+    @ray.remote(num_cpus=1, num_gpus=min(1, resources.gpus), max_retries=0)
+    def resolve_there() -> InferSettings:
+        from hover_batch.model.predict import resolve
+
+        return resolve(settings)
+
+    found: InferSettings = ray.get(resolve_there.remote())
+    return found
+
+
+def _cluster_resources() -> Resources:
+    import ray
+
+    nodes = [
+        node["Resources"]
+        for node in ray.nodes()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+        if node["Alive"]
+    ]
+    return Resources(
+        cpus=int(sum(node.get("CPU", 0) for node in nodes)),
+        gpus=int(sum(node.get("GPU", 0) for node in nodes)),
+        memory=int(min(node.get("memory", 0) for node in nodes)),
+    )
+
+
+class _LateFile(io.TextIOBase):
+    """A file to append to that is made when there is something to write."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, text: str) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            return file.write(text)
+
+
+def _talking_to(log: Path) -> contextlib.redirect_stdout[_LateFile]:
+    """Ray's background thread prints what befalls its workers on stdout."""
+    return contextlib.redirect_stdout(_LateFile(log))

@@ -1,0 +1,77 @@
+"""The backend that a run's settings ask for, with its resources settled before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from hover_batch.cohort.layout import RunLayout
+from hover_batch.config import Settings
+from hover_batch.errors import InputError
+from hover_batch.executor.books import CohortBooks
+from hover_batch.executor.local import LocalExecutor
+from hover_batch.executor.resources import Resources, engine_plan
+from hover_batch.plan import PlannedSlide
+
+
+@dataclass(frozen=True)
+class Engine:
+    """`settings`, with `auto` settled for the machines that will do the work, and `run`, which takes a cohort's
+    slides to their ends, into the books."""
+
+    settings: Settings
+    run: Callable[[CohortBooks, Sequence[PlannedSlide]], None]
+
+
+@contextlib.contextmanager
+def engine(settings: Settings, layout: RunLayout) -> Iterator[Engine]:
+    """The engine for `--backend`. A named cluster is joined at once, one of our own starts with the first slide.
+
+    InputError where more is asked for than there is, or no cluster answers.
+    """
+    if settings.engine.gpus == 0 and settings.infer.device == "auto":
+        settings = replace(settings, infer=replace(settings.infer, device="cpu"))
+    if settings.engine.backend == "local":
+        yield Engine(_settled_here(settings), lambda books, slides: LocalExecutor(books).run(slides))
+    elif settings.engine.address:
+        from hover_batch.executor.cluster import joined, settled
+
+        with joined(settings.engine.address, layout.ray_log) as resources:
+            settings = replace(settings, infer=settled(settings.infer, resources))
+            resources = resources.limited(settings)
+            yield Engine(settings, lambda books, slides: _run_on_ray(books, slides, resources))
+    else:
+        settings = _settled_here(settings)
+        resources = Resources.here().limited(settings)
+
+        def run(books: CohortBooks, slides: Sequence[PlannedSlide]) -> None:
+            if not slides:
+                return
+            from hover_batch.executor.cluster import started
+
+            plan = engine_plan(resources, settings, books.package.card)
+            books.progress.say("starting Ray on this machine, for this run alone, its token made for it")
+            with started(plan, layout.ray_log):
+                _run_on_ray(books, slides, resources)
+
+        yield Engine(settings, run)
+
+
+def _settled_here(settings: Settings) -> Settings:
+    from hover_batch.model.predict import resolve
+
+    infer = resolve(settings.infer)
+    if settings.engine.backend == "ray" and ":" in infer.device:
+        raise InputError(f"--device {infer.device}: name the GPU by CUDA_VISIBLE_DEVICES, and give --device cuda")
+    return replace(settings, infer=infer)
+
+
+def _run_on_ray(books: CohortBooks, slides: Sequence[PlannedSlide], resources: Resources) -> None:
+    from hover_batch.executor.ray import RayExecutor
+
+    plan = engine_plan(resources, books.settings, books.package.card)
+    for line in plan.lines():
+        books.progress.say(line)
+    books.networks = plan.actors
+    RayExecutor(books, plan).run(slides)

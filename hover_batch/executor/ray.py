@@ -1,0 +1,389 @@
+"""The cohort on Ray: several slides open at once, so that networks never wait for post-processing.
+
+The driver holds a few numbers for each unit and decides everything; pixels and maps never pass through it. Ray itself
+retries nothing: where a process dies, what it had begun gets a strike and is tried once more, a unit alone in its
+actor; a second strike is the slide's end, and the cohort goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from hover_batch.cohort.layout import SlideLayout
+from hover_batch.errors import HoverBatchError, PackageError, SlideError
+from hover_batch.executor.actors import (
+    InferActor,
+    Load,
+    ReaderDied,
+    Surveyed,
+    finalize_slide,
+    post_region,
+    survey_slide,
+)
+from hover_batch.executor.books import CohortBooks
+from hover_batch.executor.resources import EnginePlan
+from hover_batch.model.predict import load_predictor
+from hover_batch.pipeline import Seconds, UnitsMissing, neighbours
+from hover_batch.plan import PlannedSlide
+from hover_batch.slide.tiles import Unit
+
+MAX_STRIKES = 2
+MAX_FAILED_STARTS = 3
+"""Times that networks may die while they load, one after the other, before the run gives up."""
+_POLL_S = 0.25
+
+SURVEY, INFER, POST, FINALIZE, START = "tissue", "inference", "post-processing", "tables", "start"
+
+
+@dataclass(eq=False)
+class _Slide:
+    """A slide under way, as the driver knows it. Units go by their index."""
+
+    planned: PlannedSlide
+    layout: SlideLayout
+    seconds: Seconds = field(default_factory=Seconds)
+    work: Any = None
+    """Reference to its SlideWork in Ray's object store."""
+    units: tuple[Unit, ...] = ()
+    to_infer: deque[int] = field(default_factory=deque)
+    suspects: deque[int] = field(default_factory=deque)
+    """Units that were under way when a process died, to be tried alone."""
+    needs: dict[int, set[int]] = field(default_factory=dict)
+    """Region → the units it waits for; none once it is submitted."""
+    to_post: deque[int] = field(default_factory=deque)
+    inferred: set[int] = field(default_factory=set)
+    regions_left: int = 0
+    strikes: Counter[tuple[str, int]] = field(default_factory=Counter)
+    next_task: str | None = SURVEY
+    """SURVEY or FINALIZE, when it can be submitted."""
+    failed: bool = False
+
+    @property
+    def slide_id(self) -> str:
+        return self.planned.record.slide_id
+
+    def survey_done(self, found: Surveyed) -> None:
+        self.units = found.units
+        self.seconds.add(found.seconds)
+        self.inferred = set(found.inferred)
+        self.to_infer = deque(i for i in range(len(self.units)) if i not in self.inferred)
+        index = {(unit.column, unit.row): i for i, unit in enumerate(self.units)}
+        left = set(range(len(self.units))) - set(found.posted)
+        self.regions_left = len(left)
+        for i in sorted(left):
+            around = {index[cell] for cell in neighbours(self.units[i]) if cell in index}
+            self._wait(i, around)
+        self._maybe_finalize()
+
+    def unit_inferred(self, i: int) -> None:
+        self.inferred.add(i)
+        for region, needed in list(self.needs.items()):
+            needed.discard(i)
+            if not needed:
+                del self.needs[region]
+                self.to_post.append(region)
+
+    def region_needs(self, i: int, cells: Sequence[tuple[int, int]]) -> None:
+        """A region could not be done, for want of the units in these cells."""
+        index = {(unit.column, unit.row): k for k, unit in enumerate(self.units)}
+        self._wait(i, {index[cell] for cell in cells})
+
+    def region_posted(self) -> None:
+        self.regions_left -= 1
+        self._maybe_finalize()
+
+    def _wait(self, region: int, units: set[int]) -> None:
+        if needed := units - self.inferred:
+            self.needs[region] = needed
+        else:
+            self.to_post.append(region)
+
+    def _maybe_finalize(self) -> None:
+        if self.regions_left == 0:
+            self.next_task = FINALIZE
+
+
+@dataclass(eq=False)
+class _Actor:
+    """One network. `load`: units under way in it; `alone`: the one under way must have no company."""
+
+    handle: Any
+    started: bool = False
+    dead: bool = False
+    load: int = 0
+    alone: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One submitted call: of which stage, for which slide and unit, in which actor."""
+
+    stage: str
+    slide: _Slide | None = None
+    index: int = 0
+    actor: _Actor | None = None
+
+
+class RayExecutor:
+    """Runs a cohort on the Ray cluster that this process is connected to."""
+
+    def __init__(self, books: CohortBooks, plan: EnginePlan, load: Load = load_predictor) -> None:
+        self.books = books
+        self.plan = plan
+        self.load = load
+        self._waiting: deque[PlannedSlide] = deque()
+        self._open: list[_Slide] = []
+        """Oldest first."""
+        self._actors: list[_Actor] = []
+        self._running: dict[Any, _Call] = {}
+        self._failed_starts = 0
+        self._draining = False
+
+    def run(self, slides: Sequence[PlannedSlide]) -> None:
+        """Every slide to its end, into the ledger. One that fails costs itself only.
+
+        Raises HoverBatchError where the disk is full or the model's process cannot be kept alive, PackageError where
+        the model cannot be loaded: these stop the cohort and blame no slide. KeyboardInterrupt after a Ctrl-C, when
+        what was under way has ended; at once after a second one.
+        """
+        self._waiting = deque(slides)
+        try:
+            with self._draining_on_ctrl_c():
+                for _ in range(self.plan.actors):
+                    self._start_actor()
+                while True:
+                    if not self._draining:
+                        self._submit()
+                    if not self._running:
+                        break
+                    self._settle()
+        finally:
+            for actor in self._actors:
+                ray.kill(actor.handle)
+        if self._draining:
+            raise KeyboardInterrupt
+        if self._open or self._waiting:
+            raise RuntimeError(f"nothing is under way, yet {len(self._open) + len(self._waiting)} slides are not done")
+
+    @contextlib.contextmanager
+    def _draining_on_ctrl_c(self) -> Iterator[None]:
+        def drain(_signal: int, _frame: FrameType | None) -> None:
+            if self._draining:
+                raise KeyboardInterrupt
+            self._draining = True
+            self.books.progress.say(f"Finishing the {len(self._running)} pieces under way; Ctrl-C again stops at once.")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, drain)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    # What to do next.
+
+    def _submit(self) -> None:
+        self._open_slides()
+        self._feed_actors()
+        self._feed_slots()
+
+    def _open_slides(self) -> None:
+        """Open slides ahead by what the networks can eat, and no further than post-processing follows."""
+        appetite = len(self._actors) * self.plan.units_at_once
+        most = 2 * (appetite + self.plan.posts)
+        ready = sum(len(s.to_infer) for s in self._open)
+        surveys = sum(s.work is None for s in self._open)
+        while self._waiting and ready + surveys < 2 * appetite and len(self._open) < most:
+            planned = self._waiting.popleft()
+            try:
+                layout = self.books.begin(planned)
+            except Exception as error:
+                self.books.fail(planned, "open", error)
+                continue
+            self._open.append(_Slide(planned, layout))
+            surveys += 1
+
+    def _feed_actors(self) -> None:
+        """The freest actor first; the oldest slide's units first; a unit with a strike alone."""
+        for slide in self._open:
+            while slide.suspects:
+                idle = [a for a in self._actors if a.started and a.load == 0]
+                if not idle:
+                    break
+                self._infer(slide, slide.suspects.popleft(), idle[0], alone=True)
+        # An actor is left to run empty where somebody waits to be alone in one.
+        lonely = any(slide.suspects for slide in self._open)
+        spared = min((a for a in self._actors if a.started), key=lambda a: a.load, default=None) if lonely else None
+        for slide in self._open:
+            while slide.to_infer:
+                free = [
+                    a
+                    for a in self._actors
+                    if a.started and not a.alone and a is not spared and a.load < self.plan.units_at_once
+                ]
+                if not free:
+                    return
+                self._infer(slide, slide.to_infer.popleft(), min(free, key=lambda a: a.load))
+
+    def _infer(self, slide: _Slide, index: int, actor: _Actor, alone: bool = False) -> None:
+        actor.load += 1
+        actor.alone = alone
+        self._running[actor.handle.infer.remote(slide.work, index)] = _Call(INFER, slide, index, actor)
+
+    def _feed_slots(self) -> None:
+        """Tables first, for they end a slide; then regions, the oldest slide's first. Tissue is found beside them."""
+        running = Counter(call.stage for call in self._running.values())
+        surveys, posts = running[SURVEY], running[POST] + running[FINALIZE]
+        for slide in self._open:
+            if slide.next_task == SURVEY and surveys < len(self._actors):
+                surveys += 1
+                slide.next_task = None
+                settings = self.books.settings
+                record, package = slide.planned.record, self.books.package
+                task = survey_slide.options(num_returns=2)
+                references: Any = task.remote(record, package, settings, slide.layout)
+                found, slide.work = references
+                self._running[found] = _Call(SURVEY, slide)
+            elif slide.next_task == FINALIZE and posts < self.plan.posts:
+                posts += 1
+                slide.next_task = None
+                self._running[finalize_slide.remote(slide.work, slide.seconds)] = _Call(FINALIZE, slide)
+        for slide in self._open:
+            while slide.to_post and posts < self.plan.posts:
+                posts += 1
+                index = slide.to_post.popleft()
+                self._running[post_region.remote(slide.work, index)] = _Call(POST, slide, index)
+
+    def _start_actor(self) -> None:
+        plan = self.plan
+        options = InferActor.options(  # type: ignore[attr-defined]  # what ray.remote makes of a class
+            num_cpus=plan.actor_cpus,
+            num_gpus=plan.actor_gpus,
+            max_concurrency=plan.units_at_once,
+            scheduling_strategy="SPREAD",
+        )
+        actor = _Actor(options.remote(self.books.package, self.books.settings.infer, self.load))
+        self._actors.append(actor)
+        self._running[actor.handle.start.remote()] = _Call(START, actor=actor)
+
+    # What has come back.
+
+    def _settle(self) -> None:
+        running = list(self._running)
+        ready, _ = ray.wait(running, num_returns=1, timeout=_POLL_S)
+        if ready and len(running) > 1:
+            ready, _ = ray.wait(running, num_returns=len(running), timeout=0)
+        for reference in ready:
+            call = self._running.pop(reference)
+            if call.stage == INFER and call.actor:
+                call.actor.load -= 1
+                call.actor.alone = False
+            try:
+                self._ended(call, ray.get(reference))
+            except RayTaskError as error:
+                self._raised(call, error)
+            except RayError as error:
+                self._died(call, error)
+
+    def _ended(self, call: _Call, result: Any) -> None:
+        if call.stage == START and call.actor:
+            call.actor.started = True
+            self._failed_starts = 0
+            return
+        slide = call.slide
+        if slide is None or slide.failed:
+            return
+        if call.stage == SURVEY:
+            slide.survey_done(result)
+            done = [slide.units[i] for i in result.inferred]
+            self.books.surveyed(slide.slide_id, slide.units, done, len(result.posted))
+        elif call.stage == INFER:
+            slide.seconds.add(result)
+            slide.unit_inferred(call.index)
+            self.books.progress.tiles(len(slide.units[call.index].cells))
+            self.books.unit_done(slide.slide_id, slide.units[call.index], result)
+        elif call.stage == POST and isinstance(result, UnitsMissing):
+            slide.region_needs(call.index, result.cells)
+        elif call.stage == POST:
+            slide.seconds.add(result)
+            slide.region_posted()
+            self.books.region_done(slide.slide_id, slide.units[call.index], result)
+        else:
+            self._open.remove(slide)
+            self.books.end(slide.slide_id, result)
+
+    def _raised(self, call: _Call, error: RayTaskError) -> None:
+        """The call ran and raised. What raises once raises again, so the slide ends; a reader's death is a strike."""
+        cause = error.cause
+        if isinstance(cause, ReaderDied):
+            self._strike(call, f"its reader died ({cause})")
+        elif call.stage == START:
+            if isinstance(cause, PackageError):
+                raise cause
+            raise HoverBatchError(f"the model cannot be loaded: {cause}\n{error}") from error
+        elif call.slide and not call.slide.failed:
+            self._fail(call.slide, call.stage, cause, str(error))
+
+    def _died(self, call: _Call, error: RayError) -> None:
+        """The process of the call died, or its machine."""
+        kind = type(error).__name__
+        actor = call.actor
+        if actor and not actor.dead and isinstance(error, RayActorError):
+            actor.dead = True
+            self._actors.remove(actor)
+            if call.stage == START:
+                self._failed_starts += 1
+                if self._failed_starts == MAX_FAILED_STARTS:
+                    raise HoverBatchError(
+                        f"the model's process dies while it loads ({kind}): too little memory? Try fewer --cpus or "
+                        "--gpus"
+                    )
+            self._start_actor()
+        if call.stage != START:
+            self._strike(call, f"its process died ({kind})")
+
+    def _strike(self, call: _Call, reason: str) -> None:
+        """One more for the unit or the stage; at MAX_STRIKES the slide fails, else it is tried again."""
+        slide = call.slide
+        if slide is None or slide.failed:
+            return
+        slide.strikes[call.stage, call.index] += 1
+        strikes = slide.strikes[call.stage, call.index]
+        self.books.ledger.events.append(
+            "strike", slide_id=slide.slide_id, stage=call.stage, index=call.index, strikes=strikes, reason=reason
+        )
+        if strikes >= MAX_STRIKES:
+            where = f" of unit {slide.units[call.index].unit_id}" if call.stage in (INFER, POST) else ""
+            self._fail(
+                slide,
+                call.stage,
+                SlideError(
+                    f"{call.stage}{where}: {reason}, {strikes} times, the last time alone; the file may be damaged, "
+                    "or memory too small"
+                ),
+            )
+        elif call.stage == INFER:
+            slide.suspects.append(call.index)
+        elif call.stage == POST:
+            slide.to_post.appendleft(call.index)
+        else:
+            slide.next_task = call.stage
+            if call.stage == SURVEY:
+                slide.work = None
+
+    def _fail(self, slide: _Slide, stage: str, error: Exception, trace: str | None = None) -> None:
+        slide.failed = True
+        self._open.remove(slide)
+        self.books.fail(slide.planned, stage, error, trace)
