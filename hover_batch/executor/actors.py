@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import InferSettings, Settings
+from hover_batch.executor.books import Load
 from hover_batch.executor.resources import BLOCKS_AHEAD
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.package import Package
@@ -42,12 +43,12 @@ from hover_batch.pipeline import (
 from hover_batch.slide.reader import SlideReader, open_slide
 from hover_batch.slide.tiles import Unit
 
+if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
+    from hover_batch.model.predict import Predictor
+
 BLOCKS_A_TASK = 4
 """Blocks that one reading task takes: 4 × 1024² pixels are some tenths of a second, so that Ray's few milliseconds a
 task do not show."""
-
-Load = Callable[[Package, InferSettings], Any]
-"""Package and settings → predictor, as `hover_batch.model.predict.load_predictor`."""
 
 
 class ReaderDied(Exception):
@@ -159,7 +160,7 @@ class InferActor:
         self.package = package
         self.settings = settings
         self.load = load
-        self.predictor: Any = None
+        self.predictor: Predictor
         self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
     def start(self) -> None:

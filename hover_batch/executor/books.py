@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.ledger import Ledger
 from hover_batch.cohort.record import SlideRecord
-from hover_batch.config import Settings
+from hover_batch.config import InferSettings, Settings
 from hover_batch.errors import DISK_FULL, HoverBatchError, PackageError
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.model.package import Package
 from hover_batch.pipeline import Seconds, discard_predictions, result_key
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.tiles import Unit
+
+if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
+    from hover_batch.model.predict import Predictor
+
+Load = Callable[[Package, InferSettings], "Predictor"]
+"""How an executor comes by its network: `hover_batch.model.predict.load_predictor`, unless a test puts another."""
 
 
 class CohortBooks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from hover_batch.executor.books import CohortBooks
+from hover_batch.executor.books import CohortBooks, Load
 from hover_batch.model.predict import Predictor, load_predictor
 from hover_batch.pipeline import Seconds, finalize, infer, inferred, open_store, post, posted, reading, survey
 from hover_batch.plan import PlannedSlide
@@ -13,15 +13,16 @@ from hover_batch.slide.reader import open_slide
 
 
 class LocalExecutor:
-    """Runs a cohort in this process. The model is loaded when the first tile needs it."""
+    """Runs a cohort in this process. The model is loaded, by `load`, when the first tile needs it."""
 
-    def __init__(self, books: CohortBooks) -> None:
+    def __init__(self, books: CohortBooks, load: Load = load_predictor) -> None:
         self.books = books
+        self.load = load
         self._stage = "open"
 
     @cached_property
     def predictor(self) -> Predictor:
-        return load_predictor(self.books.package, self.books.settings.infer)
+        return self.load(self.books.package, self.books.settings.infer)
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
         """Every slide to its end, into the ledger. One that fails costs itself only.

@@ -23,14 +23,13 @@ from hover_batch.cohort.layout import SlideLayout
 from hover_batch.errors import HoverBatchError, PackageError, SlideError
 from hover_batch.executor.actors import (
     InferActor,
-    Load,
     ReaderDied,
     Surveyed,
     finalize_slide,
     post_region,
     survey_slide,
 )
-from hover_batch.executor.books import CohortBooks
+from hover_batch.executor.books import CohortBooks, Load
 from hover_batch.executor.resources import EnginePlan
 from hover_batch.model.predict import load_predictor
 from hover_batch.pipeline import Seconds, UnitsMissing, neighbours
