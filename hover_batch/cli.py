@@ -267,6 +267,22 @@ def plan(
     raise typer.Exit(planned.exit_code)
 
 
+@app.command()
+def status(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run: what segment was given as --output.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
+) -> None:
+    """Tell where a run stands, from its files alone. Writes nothing; the run may go on, also on another machine.
+
+    hover-batch status out/
+    """
+    from hover_batch.status import read_status
+
+    stands = read_status(output)
+    for line in [stands.to_json()] if as_json else stands.lines():
+        typer.echo(line)
+
+
 def _example(output: Path) -> Path:
     from hover_batch.cohort.layout import RunLayout
     from hover_batch.cohort.ledger import Ledger

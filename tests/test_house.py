@@ -25,7 +25,7 @@ FLOORS = (
     ("config", "cohort", "model"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report"),
-    ("pipeline", "plan", "compare"),
+    ("pipeline", "plan", "status", "compare"),
     ("executor",),
     ("segment",),
     ("cli",),

@@ -50,7 +50,7 @@ def empty(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [[], ["segment"], ["plan"], ["kd"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["segment"], ["plan"], ["status"], ["kd"]], ids=" ".join)
 def test_help_imports_nothing_heavy(command: list[str], empty: Path, tmp_path: Path) -> None:
     ended, heavy = _run([*command, "--help"], empty, tmp_path / "modules.json")
     assert ended.returncode == 0, ended.stderr
@@ -66,6 +66,20 @@ def test_plan_of_a_tile_imports_nothing_heavy_and_writes_nothing(empty: Path, tm
     assert ended.stdout.strip()
     assert heavy == set()
     assert {path.name for path in empty.rglob("*")} == {"tile.png", "cohort.csv"}
+
+
+def test_status_imports_nothing_heavy_and_writes_nothing(empty: Path, tmp_path: Path) -> None:
+    slide = empty / "out" / "slides" / "a"
+    slide.mkdir(parents=True)
+    (slide / "key.json").write_text("{}")
+    (empty / "out" / "run.json").write_text('{"format": "hover-batch run"}')
+    (empty / "out" / "slides.csv").write_text("path,slide_id,row,status\na.svs,a,2,pending\n")
+    before = sorted(empty.rglob("*"))
+    ended, heavy = _run(["status", "out"], empty, tmp_path / "modules.json")
+    assert ended.returncode == 0, ended.stderr
+    assert "1 begun" in ended.stdout
+    assert heavy == set()
+    assert sorted(empty.rglob("*")) == before
 
 
 def test_plan_of_real_slides_imports_nothing_heavy(data: Path, empty: Path, tmp_path: Path) -> None:

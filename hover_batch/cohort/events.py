@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,27 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All events, oldest first; a torn last line is passed over. No file, no events."""
+    """All events, oldest first; see `stream_events`."""
+    return list(stream_events(path))
+
+
+def stream_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events one by one, oldest first: a log may have hundreds of thousands, and grow while it is read. A torn last
+    line is passed over, and so is what a power cut made of a line. No file, no events."""
     try:
-        data = path.read_bytes()
+        file = open(path, "rb")  # noqa: SIM115  (closed below)
     except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in data[: _whole_lines(data)].splitlines()]
+        return
+    with file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict):
+                yield event
 
 
 def _whole_lines(data: bytes) -> int:

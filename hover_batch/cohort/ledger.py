@@ -34,7 +34,7 @@ from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, SettingsChanged
 
-_FORMAT = "hover-batch run"
+RUN_FORMAT = "hover-batch run"
 """Stands in run.json, so that another program's run.json is not taken for ours."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -165,7 +165,7 @@ class Ledger:
         if held is None or force:
             run = {
                 **identity,
-                "format": _FORMAT,
+                "format": RUN_FORMAT,
                 "results_key_sha256": hashlib.sha256(to_json(identity["results_key"])).hexdigest(),
                 "cohort": cohort.source,
                 "command": list(command),
@@ -200,7 +200,7 @@ class Ledger:
             return None
         except ValueError:
             run = None
-        if not isinstance(run, dict) or run.get("format") != _FORMAT:
+        if not isinstance(run, dict) or run.get("format") != RUN_FORMAT:
             raise InputError(f"--output {root}: its run.json is not one of this program; name a new folder")
         return run
 
@@ -338,6 +338,28 @@ def _lock(path: Path, root: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return descriptor
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether a run holds this lock file, asked without writing; None where the file system cannot tell.
+
+    Nothing is kept: the shared lock by which it is asked is dropped at once.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _plain(value: Any) -> Any:
