@@ -26,6 +26,8 @@ _ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "error",
+    # A call that fails has two results, and the driver looks at one of them.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
 """Ray reads its environment when it is imported: hence every `import ray` here stands below `_prepare`."""
 START_ATTEMPTS = 3

@@ -1,0 +1,90 @@
+"""Networks that are none: quick ones, one that holds its device by sleeping as a GPU would, and ones that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch.config import InferSettings
+from hover_batch.errors import PackageError
+from hover_batch.model.package import Card, Package
+
+DARK = 150
+
+
+@dataclass
+class Quick:
+    """Nuclei are what is dark, cut by the lines of a grid of 32 pixels; all spindles. Each batch takes `seconds`."""
+
+    card: Card
+    batch: int
+    seconds: float = 0.0
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        started = time.monotonic()
+        side, margin, layout = self.card.tile_out, self.card.margin, self.card.layout
+        dark = tiles[:, margin : margin + side, margin : margin + side].min(axis=3) < DARK
+        maps = np.zeros((len(tiles), layout.planes, side, side), np.uint8)
+        ramp = (np.arange(side) % 32 * 8 - 124).astype(np.int8).view(np.uint8)
+        maps[:, layout.NP] = dark * 255
+        maps[:, layout.H] = dark * ramp
+        maps[:, layout.V] = dark * ramp[:, None]
+        maps[:, layout.tp.stop - 1] = dark * 255
+        time.sleep(max(0.0, self.seconds - (time.monotonic() - started)))
+        return maps
+
+
+@dataclass(frozen=True)
+class LoadQuick:
+    """`load` for the executors."""
+
+    seconds: float = 0.0
+
+    def __call__(self, package: Package, settings: InferSettings) -> Any:
+        return Quick(package.card, settings.batch, self.seconds)
+
+
+@dataclass
+class Deadly(Quick):
+    """Kills its process in the middle of the work: `times` times, counted by files in `folder`."""
+
+    folder: Path = Path()
+    times: int = 1
+
+    def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        maps = super().predict(tiles)
+        for death in range(self.times):
+            try:
+                os.close(os.open(self.folder / f"death-{death}", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            os.kill(os.getpid(), signal.SIGKILL)
+        return maps
+
+
+@dataclass(frozen=True)
+class LoadDeadly:
+    folder: Path
+    times: int = 1
+
+    def __call__(self, package: Package, settings: InferSettings) -> Any:
+        return Deadly(package.card, settings.batch, folder=self.folder, times=self.times)
+
+
+def load_nothing(package: Package, settings: InferSettings) -> Any:
+    """A package whose weights cannot be loaded."""
+    raise PackageError("package planted: the weights do not match their card")
+
+
+def die_loading(package: Package, settings: InferSettings) -> Any:
+    """A process that is killed while it loads, as for want of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)

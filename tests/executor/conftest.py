@@ -1,0 +1,148 @@
+"""A Ray cluster for all tests of this folder, and runs of small cohorts on either backend."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import hover_batch.segment
+from hover_batch.cohort.layout import RunLayout
+from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
+from hover_batch.executor.engine import Engine
+from hover_batch.executor.local import LocalExecutor
+from hover_batch.executor.resources import EnginePlan, Resources
+from hover_batch.model.predict import load_predictor
+from hover_batch.segment import Outcome, run_segment
+
+HERE = Path(__file__).parent
+CPUS, GPUS = 3, 4
+"""Of the tests' cluster, as Ray counts them: the GPUs are held by networks that sleep."""
+
+SETTINGS = Settings(
+    tissue=TissueSettings(tissue="all"),
+    infer=InferSettings(unit=256, batch=2, precision="fp32", threads=1, device="cpu"),
+    engine=EngineSettings(backend="local"),
+)
+"""Of the small cohorts: 16 units for a field of 1000² pixels."""
+
+
+def on_loopback() -> None:
+    """Skip where Ray's servers, which listen on all interfaces, could be seen by others."""
+    if [name for _, name in socket.if_nameindex()] != ["lo"]:
+        pytest.skip("other interfaces than loopback are up: run `scripts/loopback uv run pytest`, as the CI does")
+
+
+def engine_of(networks: int = 1, gpus: bool = False, units_at_once: int = 2) -> EnginePlan:
+    """How the tests' cluster is used: so many networks, on GPUs or on the CPU."""
+    return EnginePlan(
+        resources=Resources(CPUS, GPUS, 1 << 33),
+        actors=networks,
+        actor_gpus=int(gpus),
+        actor_cpus=0 if gpus else 1,
+        threads=1,
+        units_at_once=units_at_once,
+        slots=CPUS if gpus else CPUS - networks,
+        posts=max(1, CPUS - 1 if gpus else CPUS - networks - 1),
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cluster, with faults planted in its processes; yields the folder in which they count themselves."""
+    on_loopback()
+    from hover_batch.executor.cluster import started
+
+    folder = tmp_path_factory.mktemp("planted")
+    before = {name: os.environ.get(name) for name in ("PLANTED", "PYTHONPATH")}
+    os.environ["PLANTED"] = str(folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "planted"), str(HERE), str(HERE.parents[1])])
+    try:
+        with started(engine_of(), folder / "ray.log"):
+            yield folder
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture(params=["local", "ray"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every contract is kept by both."""
+    if request.param == "ray":
+        request.getfixturevalue("ray_cluster")
+    return str(request.param)
+
+
+@pytest.fixture
+def run(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run(cohort, out, load=…, plan=…, settings=…)` on that backend, through `run_segment`."""
+    return runner(backend, monkeypatch)
+
+
+@pytest.fixture
+def run_on_ray(ray_cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return runner("ray", monkeypatch)
+
+
+def runner(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    def run(
+        cohort: Path,
+        out: Path,
+        load: Any = load_predictor,
+        plan: EnginePlan | None = None,
+        settings: Settings = SETTINGS,
+    ) -> Outcome:
+        def executor(books: Any, slides: Any) -> None:
+            if backend == "local":
+                LocalExecutor(books, load).run(slides)
+            else:
+                from hover_batch.executor.ray import RayExecutor
+
+                settled = plan or engine_of()
+                books.networks = settled.actors
+                RayExecutor(books, settled, load).run(slides)
+
+        @contextlib.contextmanager
+        def engine(settings: Settings, layout: RunLayout) -> Iterator[Engine]:
+            yield Engine(settings, executor)
+
+        monkeypatch.setattr(hover_batch.segment, "engine", engine)
+        return run_segment(str(cohort), out, settings, skip_invalid=False, force=False, command=["test"])
+
+    return run
+
+
+@pytest.fixture
+def fields(tmp_path: Path) -> Callable[..., Path]:
+    """`fields("a", "b")`: a cohort of pictures of these names, 700 × 600 pixels of dark discs on pale ground."""
+
+    def write(*names: str) -> Path:
+        folder = tmp_path / "cohort"
+        folder.mkdir(exist_ok=True)
+        for number, name in enumerate(names):
+            rng = np.random.default_rng(number)
+            y, x = np.mgrid[:600, :700]
+            picture = np.full((600, 700, 3), 230, np.uint8)
+            for cy, cx, radius in zip(
+                rng.integers(0, 600, 60), rng.integers(0, 700, 60), rng.integers(6, 14, 60), strict=True
+            ):
+                picture[(y - cy) ** 2 + (x - cx) ** 2 < radius**2] = (90, 60, 140)
+            Image.fromarray(picture).save(folder / f"{name}.png")
+        rows = "".join(f"{name}.png,0.25\n" for name in names)
+        (folder / "cohort.csv").write_text("path,mpp\n" + rows)
+        return folder / "cohort.csv"
+
+    return write

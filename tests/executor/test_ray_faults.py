@@ -1,0 +1,74 @@
+"""Processes die in the middle of their work: one attempt of its unit for each, the slide for two, never the cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from accelerators import LoadDeadly, LoadQuick, die_loading
+from conftest import Run, engine_of, runner
+from test_contract import events, tables
+
+from hover_batch.errors import HoverBatchError
+
+Fields = Callable[..., Path]
+
+
+def strikes(out: Path) -> list[tuple[object, object]]:
+    return [(e["slide_id"], e["stage"]) for e in events(out, "strike")]
+
+
+def test_a_slide_that_kills_its_readers_is_quarantined(
+    fields: Fields, run_on_ray: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSEGV in the reader, twice, with intact slides before and after it."""
+    out = tmp_path / "out"
+    outcome = run_on_ray(fields("a", "sigsegv", "b"), out, LoadQuick())
+    assert outcome.exit_code == 3
+    failures = pd.read_csv(out / "failures.csv")
+    assert list(failures.slide_id) == ["sigsegv"]
+    assert "died" in failures.reason[0] and "2 times" in failures.reason[0]
+    assert {slide for slide, _ in strikes(out)} == {"sigsegv"}
+    fields("a", "b")
+    runner("local", monkeypatch)(fields("a", "sigsegv", "b"), tmp_path / "reference", LoadQuick())
+    reference = tables(tmp_path / "reference")
+    assert tables(out) == {name: reference[name] for name in ("a", "b")}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("sigsegv-once", "inference"), ("post-once", "post-processing"), ("finalize-once", "tables")],
+)
+def test_one_death_costs_one_attempt(
+    fields: Fields, run_on_ray: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stage: str
+) -> None:
+    out = tmp_path / "out"
+    outcome = run_on_ray(fields("a", name), out, LoadQuick())
+    assert outcome.exit_code == 0
+    assert strikes(out) == [(name, stage)]
+    runner("local", monkeypatch)(fields("a", name), tmp_path / "reference", LoadQuick())
+    assert tables(out) == tables(tmp_path / "reference")
+
+
+def test_a_network_that_dies_is_replaced(
+    fields: Fields, run_on_ray: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes down the units that were under way in it; each is tried again, alone, and all come out right."""
+    out = tmp_path / "out"
+    outcome = run_on_ray(fields("a", "b"), out, LoadDeadly(tmp_path), engine_of(units_at_once=2))
+    assert outcome.exit_code == 0
+    assert (tmp_path / "death-0").exists()
+    assert 1 <= len(strikes(out)) <= 2 and {stage for _, stage in strikes(out)} == {"inference"}
+    runner("local", monkeypatch)(fields("a", "b"), tmp_path / "reference", LoadQuick())
+    assert tables(out) == tables(tmp_path / "reference")
+
+
+def test_networks_that_die_while_they_load_stop_the_cohort_and_blame_no_slide(
+    fields: Fields, run_on_ray: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(HoverBatchError, match="dies while it loads"):
+        run_on_ray(fields("a"), tmp_path / "out", die_loading)
+    assert list(pd.read_csv(tmp_path / "out" / "failures.csv").slide_id) == []
+    assert strikes(tmp_path / "out") == []
