@@ -1,0 +1,118 @@
+"""The command on Ray, interrupted: the same command goes on, the tables are those of an undisturbed run, byte for byte,
+and no process stays behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import on_loopback
+from typer.testing import CliRunner
+
+from hover_batch.cli import app
+from hover_batch.cohort.events import read_events
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = ["--unit", "256", "--tissue", "all", "--threads", "1"]
+UNITS = 16
+GONE_S = 120
+"""Ray's helpers notice the death of their driver within a minute."""
+
+
+@pytest.fixture(scope="module")
+def cohort(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One real field of 1000² pixels."""
+    on_loopback()
+    folder = tmp_path_factory.mktemp("cohort")
+    shutil.copy(data / "nuclei" / "images" / "consep_train_03.png", folder / "field.png")
+    (folder / "cohort.csv").write_text("path,mpp\nfield.png,0.25\n")
+    return folder / "cohort.csv"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The table as `--backend local` makes it."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    result = CliRunner().invoke(app, ["segment", str(cohort), "-o", str(out), "--backend", "local", *SETTINGS])
+    assert result.exit_code == 0, result.output
+    return (out / "slides" / "field" / "nuclei.parquet").read_bytes()
+
+
+def start(cohort: Path, out: Path) -> subprocess.Popen[str]:
+    """The command in a session of its own, as a terminal would have it."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from hover_batch.cli import app; app()", "segment", str(cohort), "-o", str(out)]
+        + ["--backend", "ray", *SETTINGS],
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def of_session(session: int) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+
+
+def assert_all_gone(session: int) -> None:
+    deadline = time.monotonic() + GONE_S
+    while left := [" ".join(p.cmdline())[:80] for p in of_session(session)]:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.5)
+
+
+def count(folder: Path) -> int:
+    return sum(1 for p in folder.glob("*") if not p.name.startswith(".")) if folder.is_dir() else 0
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C once", "Ctrl-C twice", "kill -9"])
+def test_an_interrupted_run_ends_like_an_undisturbed_one(
+    cohort: Path, undisturbed: bytes, tmp_path: Path, how: str
+) -> None:
+    out = tmp_path / "out"
+    slide = out / "slides" / "field"
+    process = start(cohort, out)
+    deadline = time.monotonic() + 300
+    while count(slide / "markers") < 3:
+        assert process.poll() is None, f"ended before it could be struck: {process.communicate()[0]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if how == "kill -9":
+        process.kill()  # the driver alone: its helpers are to notice
+    else:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
+        if how == "Ctrl-C twice":
+            time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=180)
+    assert process.returncode == (-signal.SIGKILL if how == "kill -9" else 130), printed
+    assert_all_gone(process.pid)
+    reached = count(slide / "markers")
+    assert 3 <= reached < UNITS, "it was not struck in the middle of its work"
+    if how == "Ctrl-C once":
+        # What was under way was brought to its end: every marker was told of.
+        events = read_events(out / "logs" / "events.jsonl")
+        assert len([e for e in events if e["event"] == "unit_done"]) == reached
+        assert "Finishing" in printed
+
+    again = start(cohort, out)
+    printed, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, printed
+    assert (slide / "nuclei.parquet").read_bytes() == undisturbed
+    assert_all_gone(again.pid)
+    done = [e for e in read_events(out / "logs" / "events.jsonl") if e["event"] == "unit_done"]
+    assert len(done) <= UNITS + 3, "more than the units that were under way was done again"
