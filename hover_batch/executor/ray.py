@@ -30,13 +30,12 @@ from hover_batch.executor.actors import (
     survey_slide,
 )
 from hover_batch.executor.books import CohortBooks, Load
-from hover_batch.executor.resources import EnginePlan
+from hover_batch.executor.resources import MAX_STRIKES, EnginePlan
 from hover_batch.model.predict import load_predictor
 from hover_batch.pipeline import Seconds, UnitsMissing, neighbours
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.tiles import Unit
 
-MAX_STRIKES = 2
 MAX_FAILED_STARTS = 3
 """Times that networks may die while they load, one after the other, before the run gives up."""
 _POLL_S = 0.25

@@ -13,6 +13,8 @@ from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.model.package import Card
 
+MAX_STRIKES = 2
+"""Deaths of processes that a piece of work may cause; an innocent one passes when it is tried again."""
 UNITS_AT_ONCE = 3
 """Units that one network has under way: while one is predicted, another is read and a third is written."""
 BLOCKS_AHEAD = 8

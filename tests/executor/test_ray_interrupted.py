@@ -46,11 +46,11 @@ def undisturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes
     return (out / "slides" / "field" / "nuclei.parquet").read_bytes()
 
 
-def start(cohort: Path, out: Path) -> subprocess.Popen[str]:
+def start(cohort: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
     """The command in a session of its own, as a terminal would have it."""
     return subprocess.Popen(
         [sys.executable, "-c", "from hover_batch.cli import app; app()", "segment", str(cohort), "-o", str(out)]
-        + ["--backend", "ray", *SETTINGS],
+        + ["--backend", "ray", *SETTINGS, *flags],
         env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -109,7 +109,8 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
         assert len([e for e in events if e["event"] == "unit_done"]) == reached
         assert "Finishing" in printed
 
-    again = start(cohort, out)
+    # Once more on a single core, which the network shares with readers and post-processing.
+    again = start(cohort, out, *(["--cpus", "1"] if how == "Ctrl-C twice" else []))
     printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0, printed
     assert (slide / "nuclei.parquet").read_bytes() == undisturbed

@@ -1,0 +1,90 @@
+"""One function over many items, on either backend: for work that is no slide, as `kd` has it.
+
+On Ray each item is a task of its own, in a process that may die alone; an item whose process dies is tried once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from hover_batch.config import Backend
+from hover_batch.executor.resources import MAX_STRIKES
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class TaskFailed:
+    """In place of a result: what the function raised, or that its process died MAX_STRIKES times."""
+
+    error: Exception
+
+
+def map_tasks(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    backend: Backend,
+    cpus: float = 1,
+    gpus: float = 0,
+    at_once: int = 1,
+) -> Iterator[tuple[Item, Result | TaskFailed]]:
+    """Yield each item with the function's result for it, or with TaskFailed: one that fails costs itself only.
+
+    `local`: here, in order. `ray`: on the cluster that `hover_batch.executor.cluster` has started or joined, in the
+    order in which they end; each task reserves `cpus` and `gpus` (fractions share one GPU), and `at_once` of them are
+    under way, so that an endless iterable is taken as fast as it is worked off.
+    """
+    if backend == "local":
+        yield from _here(function, items)
+    else:
+        yield from _on_ray(function, items, cpus, gpus, at_once)
+
+
+def _here(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | TaskFailed]]:
+    for item in items:
+        result: Result | TaskFailed
+        try:
+            result = function(item)
+        except Exception as error:
+            result = TaskFailed(error)
+        yield item, result
+
+
+def _on_ray(
+    function: Callable[[Item], Result], items: Iterable[Item], cpus: float, gpus: float, at_once: int
+) -> Iterator[tuple[Item, Result | TaskFailed]]:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(function)
+    running: dict[Any, tuple[Item, int]] = {}
+    waiting = iter(items)
+    exhausted = False
+    while running or not exhausted:
+        while not exhausted and len(running) < at_once:
+            try:
+                item = next(waiting)
+            except StopIteration:
+                exhausted = True
+            else:
+                running[task.remote(item)] = (item, 0)
+        if not running:
+            return
+        ready, _ = ray.wait(list(running), num_returns=1)
+        for reference in ready:
+            item, strikes = running.pop(reference)
+            result: Result | TaskFailed
+            try:
+                result = ray.get(reference)
+            except RayTaskError as error:
+                result = TaskFailed(error.cause)
+            except RayError as error:
+                if strikes + 1 < MAX_STRIKES:
+                    running[task.remote(item)] = (item, strikes + 1)
+                    continue
+                result = TaskFailed(error)
+            yield item, result
