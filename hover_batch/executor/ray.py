@@ -62,6 +62,7 @@ class _Slide:
     inferred: set[int] = field(default_factory=set)
     regions_left: int = 0
     strikes: Counter[tuple[str, int]] = field(default_factory=Counter)
+    surveyed: bool = False
     next_task: str | None = SURVEY
     """SURVEY or FINALIZE, when it can be submitted."""
     failed: bool = False
@@ -71,6 +72,7 @@ class _Slide:
         return self.planned.record.slide_id
 
     def survey_done(self, found: Surveyed) -> None:
+        self.surveyed = True
         self.units = found.units
         self.seconds.add(found.seconds)
         self.inferred = set(found.inferred)
@@ -202,7 +204,7 @@ class RayExecutor:
         appetite = len(self._actors) * self.plan.units_at_once
         most = 2 * (appetite + self.plan.posts)
         ready = sum(len(s.to_infer) for s in self._open)
-        surveys = sum(s.work is None for s in self._open)
+        surveys = sum(not s.surveyed for s in self._open)
         while self._waiting and ready + surveys < 2 * appetite and len(self._open) < most:
             planned = self._waiting.popleft()
             try:
