@@ -97,3 +97,15 @@ def test_centroids_agree_with_another_models(out: Path, data: Path) -> None:
             f"\n{len(ours)} nuclei, {len(theirs)} of the other model moved by {offset} px: F1 at 3 µm {f1[offset]:.3f}"
         )
     assert f1[OTHERS_OFFSET] > 0.75
+
+
+def test_units_of_1024_pixels_give_the_same_nuclei(out: Path, data: Path, tmp_path: Path) -> None:
+    """The other run had units of 4096 pixels: four of them, against some fifty."""
+    arguments = ["segment", str(data / "slides" / f"{TCGA}.tif"), "-o", str(tmp_path), "--unit", "1024"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    slides = [folder / "slides" / TCGA for folder in (out, tmp_path)]
+    units = [json.loads((slide / "slide.json").read_text())["units"] for slide in slides]
+    assert units[1] > 8 * units[0]
+    tables = [(slide / "nuclei.parquet").read_bytes() for slide in slides]
+    assert tables[0] == tables[1]
