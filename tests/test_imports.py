@@ -50,7 +50,7 @@ def empty(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [[], ["segment"], ["plan"], ["kd"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["segment"], ["plan"], ["kd"], ["models"], ["models", "import"]], ids=" ".join)
 def test_help_imports_nothing_heavy(command: list[str], empty: Path, tmp_path: Path) -> None:
     ended, heavy = _run([*command, "--help"], empty, tmp_path / "modules.json")
     assert ended.returncode == 0, ended.stderr
