@@ -6,8 +6,8 @@ MoNuSAC's four (Verma et al. 2021).
 
 CoNSeP's order is that of the annotations' codes, which hover_net's training code merges in place (1 other, 2
 inflammatory, 3 + 4 → 3, 5 + 6 + 7 → 4): 1 miscellaneous, 2 inflammatory, 3 epithelial, 4 spindle; its authors'
-inference code names them so, too. tiatoolbox 2.1 lists the same weights (hovernet_original-consep) as epithelial, inflammatory,
-spindle, miscellaneous; what was trained decides, so that list is not followed here. Elsewhere the two agree.
+inference code names them so, too. tiatoolbox 2.1 lists the same weights (hovernet_original-consep) as epithelial,
+inflammatory, spindle, miscellaneous; what was trained decides, so that list is not followed here. Elsewhere they agree.
 """
 
 from __future__ import annotations

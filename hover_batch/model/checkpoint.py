@@ -78,7 +78,10 @@ def _fetch(name: str) -> Path:
     try:
         return Path(architecture.fetch_pretrained_weights(name))
     except Exception as error:  # whatever the hub's client and the network raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first: BaseException = error
+        while first.__context__ is not None:  # what went wrong before the client's retries did
+            first = first.__context__
+        reason = (str(first).strip() or type(first).__name__).splitlines()[0]
         raise PackageError(
             f"{name}: cannot be fetched ({reason}); download {name}.pth from tiatoolbox's pretrained models where "
             "there is a network, and import the file"
@@ -102,8 +105,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             "state dict by itself: torch.save(state_dict, path)"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise PackageError(f"{path}: not a checkpoint of torch, or a damaged one ({reason}); fetch it again") from error
+        raise PackageError(f"{path}: not a checkpoint of torch, or a damaged one; fetch it again") from error
     for key in ("desc", "model_state_dict"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]

@@ -21,6 +21,14 @@ def noise(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1)).float()
 
 
+def loaded(weights: dict[str, Tensor]) -> Any:
+    """Our network with these weights, strictly: the same names and shapes."""
+    with torch.device("meta"):  # no time for weights that are replaced at once
+        network = build_teacher(arch_of(weights))
+    network.load_state_dict(weights, assign=True)
+    return network.eval()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_one_state_dict_gives_what_tiatoolbox_gives(hovernet: Any, form: Form) -> None:
     theirs = randomise(hovernet(num_types=6, mode=form))
@@ -29,9 +37,7 @@ def test_one_state_dict_gives_what_tiatoolbox_gives(hovernet: Any, form: Form) -
     with torch.inference_mode():
         expected = theirs(image.clone())  # which divides by 255 itself
 
-    ours = build_teacher(arch_of(weights))
-    ours.load_state_dict(weights)  # strictly: the same names and shapes
-    ours.eval()
+    ours = loaded(weights)
     with torch.inference_mode():
         output = ours(image / 255)
     assert output.shape == (1, Heads(6).channels, *[SMALLEST[form] - ours.arch.shrink] * 2)
@@ -41,14 +47,12 @@ def test_one_state_dict_gives_what_tiatoolbox_gives(hovernet: Any, form: Form) -
 
     # Without a type branch the others are what they were, and each nucleus is of the only type.
     untyped = {name: tensor for name, tensor in weights.items() if not name.startswith("decoder.tp.")}
-    assert untyped.keys() == hovernet(num_types=None, mode=form).state_dict().keys()
+    with torch.device("meta"):
+        assert untyped.keys() == hovernet(num_types=None, mode=form).state_dict().keys()
     assert arch_of(untyped) == TeacherArch(form, None)
     if form == "fast":  # the larger window is not worth its seconds
-        ours = build_teacher(arch_of(untyped))
-        ours.load_state_dict(untyped)
-        ours.eval()
         with torch.inference_mode():
-            short = ours(image / 255)
+            short = loaded(untyped)(image / 255)
         torch.testing.assert_close(short[:, NP], expected["np"], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(short[:, HV], expected["hv"], rtol=1e-4, atol=1e-4)
         assert torch.equal(short[:, Heads(2).tp], short[:, NP])
@@ -69,12 +73,12 @@ def test_published_windows_and_those_of_the_tile_grid(form: Form, side: int, out
     assert kept == 256
 
 
-@pytest.mark.parametrize(("form", "small"), [("fast", 256), ("original", 318)])
-def test_beyond_the_reach_of_their_edges_two_windows_agree(form: Form, small: int) -> None:
-    """A window of the tile grid, and in it, shifted by multiples of 8, a smaller one: in `fast` the published one, in
-    `original` one that is large enough for pixels beyond its reach. An eighth of the width: of the same geometry."""
+@pytest.mark.parametrize(("form", "big"), [("fast", 240), ("original", 334)])
+def test_beyond_the_reach_of_their_edges_two_windows_agree(form: Form, big: int) -> None:
+    """Two windows, one in the other and shifted by multiples of 8, just large enough for pixels beyond their reach.
+    An eighth of the width: of the same geometry."""
     network = randomise(build_teacher(arch := TeacherArch(form, 3, width=8)))
-    big, left, top = arch.tile[0], 16, 8
+    small, left, top = big - 24, 16, 8
     image = noise(1, 3, big, big) / 255
     with torch.inference_mode():
         whole, part = network(image), network(image[:, :, top : top + small, left : left + small])
@@ -82,7 +86,7 @@ def test_beyond_the_reach_of_their_edges_two_windows_agree(form: Form, small: in
     off = ((part - same).abs() / same.std()).amax(1)[0]
     (before, after), crop = arch.reach, arch.shrink // 2
     clean = slice(before - crop, small - after - crop)
-    assert clean.stop - clean.start == small - before - after >= 20
+    assert clean.stop - clean.start == small - before - after >= 12
     assert off[clean, clean].max() < 1e-4  # float32 sums in another order
     # Near its edges the smaller window shows: its encoder has padded with zeros what the other one sees.
     assert min(side.max() for side in (off[0], off[-1], off[:, 0], off[:, -1])) > 0.1
