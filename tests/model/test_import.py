@@ -67,8 +67,8 @@ def test_hover_nets_tar_and_tiatoolboxs_pth(
     assert (card.name, card.taxonomy, (card.tile_in, card.tile_out)) == (name, taxonomy, tiles)
     save_package(tmp_path / "x.safetensors", loaded, card, half=False)
     packaged = load_network(find_package(str(tmp_path / "x.safetensors")))
-    for name, tensor in network.state_dict().items():
-        assert all(torch.equal(n.state_dict()[name], tensor) for n in (loaded, unpacked, packaged))
+    for weights in (n.state_dict() for n in (loaded, unpacked, packaged)):
+        assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
     if form == "fast":
         same(packaged, network, 96)
 
