@@ -62,6 +62,8 @@ def models_app(calibrate: Calibrate) -> typer.Typer:
         """
         if out.suffix != ".safetensors":
             raise InputError(f"-o {out}: a package is a .safetensors file")
+        if calibrate_on is not None and not (calibrate_on / "dataset.csv").is_file():
+            raise InputError(f"--calibrate {calibrate_on}: no dataset.csv there; give a folder of annotated images")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
