@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from hover_batch import __version__
 from hover_batch.config import EngineSettings, InferSettings, PostSettings, Settings, TissueSettings
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
+from hover_batch.model.cli import models_app
 from kd.cli import kd_app
 
 
@@ -52,6 +53,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(kd_app, name="kd")
+
+
+def _calibrated(network: Any, card: Any, data: Path) -> Any:
+    """kd's search for Sobel constants: `models import` may use it, but only this file imports kd."""
+    from kd.package import calibrated
+
+    return calibrated(network, card, data)
+
+
+app.add_typer(models_app(_calibrated), name="models")
 
 
 class Backend(StrEnum):

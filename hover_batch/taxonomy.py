@@ -1,7 +1,13 @@
 """Nucleus classes: id, name, colour. One taxonomy a model; id 0 is always the background.
 
 Sources: CoNSeP's merged classes as HoVerNet uses them (Graham et al. 2019, section 4.1: malignant and healthy
-epithelium merged, fibroblast, muscle and endothelial merged to spindle-shaped); PanNuke's five (Gamper et al. 2020).
+epithelium merged, fibroblast, muscle and endothelial merged to spindle-shaped); PanNuke's five (Gamper et al. 2020);
+MoNuSAC's four (Verma et al. 2021).
+
+CoNSeP's order is that of the annotations' codes, which hover_net's training code merges in place (1 other, 2
+inflammatory, 3 + 4 → 3, 5 + 6 + 7 → 4): 1 miscellaneous, 2 inflammatory, 3 epithelial, 4 spindle; its authors'
+inference code names them so, too. tiatoolbox 2.1 lists the same weights (hovernet_original-consep) as epithelial,
+inflammatory, spindle, miscellaneous; what was trained decides, so that list is not followed here. Elsewhere they agree.
 """
 
 from __future__ import annotations
@@ -76,3 +82,14 @@ PANNUKE = _taxonomy(
     ("dead", (230, 190, 0)),
     ("epithelial", (255, 130, 20)),
 )
+
+MONUSAC = _taxonomy(
+    "monusac",
+    ("epithelial", (220, 30, 40)),
+    ("lymphocyte", (0, 160, 60)),
+    ("macrophage", (230, 190, 0)),
+    ("neutrophil", (30, 90, 230)),
+)
+
+NUCLEI = _taxonomy("nuclei", ("nucleus", (0, 160, 60)))
+"""Of networks without a type branch."""

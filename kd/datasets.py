@@ -44,17 +44,17 @@ class Sample:
     types: NDArray[np.uint8] | None
 
 
-def read_instance_folder(folder: Path, split: str, sources: Iterable[str]) -> list[Sample]:
-    """Read the images of one split and of the named sources, in the order of dataset.csv.
+def read_instance_folder(folder: Path, split: str, sources: Iterable[str] | None) -> list[Sample]:
+    """Read the images of one split and of the named sources (None: of all), in the order of dataset.csv.
 
     Raises InputError where dataset.csv is missing, a file cannot be read or the shapes of a row disagree.
     """
     table = folder / "dataset.csv"
     if not table.is_file():
         raise InputError(f"{table} is missing; --data names a folder with dataset.csv, images and labels")
-    wanted = set(sources)
+    wanted = None if sources is None else set(sources)
     with table.open(newline="") as f:
-        rows = [r for r in csv.DictReader(f) if r["split"] == split and r["source"] in wanted]
+        rows = [r for r in csv.DictReader(f) if r["split"] == split and (wanted is None or r["source"] in wanted)]
     return [_read_sample(folder, row) for row in rows]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
@@ -80,6 +81,20 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     out.parent.mkdir(parents=True, exist_ok=True)
     save_package(out, network, card)
     return "\n".join([str(out), *_lines(scores)])
+
+
+def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
+    """The card with the Sobel constants that are best for `network` on the validation split of `data`, all sources.
+
+    Raises InputError where there is no such image.
+    """
+    samples = read_instance_folder(data, "val", None)
+    if not samples:
+        raise InputError(f"--calibrate {data}: dataset.csv has no image of the split val")
+    predictor = Predictor(network, card, InferSettings(batch=2))  # a HoVerNet's features are large
+    found = calibrate(lambda image: predict_image(predictor, image), samples)
+    how = {**found.to_json(), "data": _contents(samples), "precision": predictor.precision}
+    return replace(card, sobel=found.constants.to_json(), metrics={**card.metrics, "calibration": how})
 
 
 def _contents(samples: list[Sample]) -> dict[str, dict[str, int]]:

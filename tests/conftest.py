@@ -1,9 +1,12 @@
-"""Where the real data lies, and which backend runs cohorts unless a test says otherwise."""
+"""What many tests share: where the real data lies, which backend runs cohorts unless a test says otherwise, and
+tiatoolbox's HoVerNet, the reference."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,3 +22,12 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip("../shared/data is absent: real slides and annotations are not here")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def hovernet() -> Any:
+    """tiatoolbox's HoVerNet, network and post-processing. Its import alone takes many seconds, and warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tiatoolbox.models.architecture.hovernet import HoVerNet
+    return HoVerNet

@@ -50,7 +50,10 @@ def empty(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [[], ["segment"], ["plan"], ["status"], ["kd"]], ids=" ".join)
+COMMANDS = [[], ["segment"], ["plan"], ["status"], ["kd"], ["models"], ["models", "import"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_imports_nothing_heavy(command: list[str], empty: Path, tmp_path: Path) -> None:
     ended, heavy = _run([*command, "--help"], empty, tmp_path / "modules.json")
     assert ended.returncode == 0, ended.stderr

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CARD_KEY = "hover_batch"
 FORMAT = 1
+ARCHITECTURES = ("unet", "hovernet-fast", "hovernet-original")
 STARTER = Path(__file__).parent.parent / "assets" / "starter.safetensors"
 
 
@@ -104,9 +105,14 @@ def find_package(name_or_path: str) -> Package:
         with safe_open(path, framework="np") as f:
             metadata = f.metadata() or {}
     except SafetensorError as error:
-        raise PackageError(f"--model {path}: not a safetensors file ({error})") from error
+        raise PackageError(
+            f"--model {path}: not a safetensors file ({error}); `hover-batch models import` turns published "
+            "checkpoints into packages"
+        ) from error
     if CARD_KEY not in metadata:
-        raise PackageError(f"--model {path}: no hover-batch card inside; package it with `hover-batch kd package`")
+        raise PackageError(
+            f"--model {path}: no hover-batch card inside; make one with `hover-batch kd package` or `models import`"
+        )
     try:
         card = Card.from_json(json.loads(metadata[CARD_KEY]))
     except (ValueError, KeyError, TypeError) as error:
@@ -122,15 +128,11 @@ def load_network(package: Package) -> nn.Module:
     """
     from safetensors.torch import load_file
 
-    from hover_batch.model.student import StudentArch, build_student
-
     card = package.card
-    if card.architecture != "unet":
-        raise PackageError(f"package {card.name}: architecture {card.architecture} is not known; known is unet")
     tensors = load_file(package.path)
     if card.weights_sha256 != tensors_sha256(tensors):
         raise PackageError(f"package {package.path}: the weights do not match their card; fetch the file again")
-    network = build_student(StudentArch(card.encoder, len(card.taxonomy.classes)))
+    network = _build(card, tensors)
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
@@ -138,15 +140,47 @@ def load_network(package: Package) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def save_package(path: Path, network: nn.Module, card: Card) -> None:
-    """Write weights (floating ones as float16) and card to `path`, whole or not at all."""
+def _build(card: Card, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The card's network with random weights; of a HoVerNet the tensors tell whether it has a type branch."""
+    from hover_batch.model.student import StudentArch, build_student
+    from hover_batch.model.teacher import arch_of, build_teacher
+
+    n_types = len(card.taxonomy.classes)
+    if card.architecture == "unet":
+        return build_student(StudentArch(card.encoder, n_types))
+    if card.architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise PackageError(f"package {card.name}: architecture {card.architecture} is not known; known are {known}")
+    try:
+        arch = arch_of(tensors)
+    except KeyError as error:
+        raise PackageError(f"package {card.name}: {card.architecture} needs the tensor {error}") from error
+    if card.architecture != f"hovernet-{arch.form}" or n_types != (arch.n_types or 2):
+        raise PackageError(
+            f"package {card.name}: the card says {card.architecture} with {n_types} classes, the tensors are "
+            f"hovernet-{arch.form}'s with {arch.n_types or 2}"
+        )
+    if card.tile_in % 8 != arch.excess or card.tile_in - arch.shrink < card.tile_out:
+        raise PackageError(
+            f"package {card.name}: {card.architecture} cannot keep {card.tile_out} of {card.tile_in} pixels; "
+            f"it keeps {arch.tile[1]} of {arch.tile[0]}"
+        )
+    return build_teacher(arch)
+
+
+def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = True) -> None:
+    """Write weights and card to `path`, whole or not at all.
+
+    `half`: floating weights as float16, for students, whose training sees to it that they bear it; else as they are,
+    since the statistics of a network from elsewhere may lie beyond float16's range.
+    """
     import dataclasses
 
     import torch
     from safetensors.torch import save_file
 
     tensors = {
-        name: (t.to(torch.float16) if t.is_floating_point() else t).contiguous().cpu()
+        name: (t.to(torch.float16) if half and t.is_floating_point() else t).contiguous().cpu()
         for name, t in network.state_dict().items()
     }
     card = dataclasses.replace(card, weights_sha256=tensors_sha256(tensors))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -59,12 +57,3 @@ def noisy_tiles(data: Path) -> list[Tile]:
 def perfect_tiles(data: Path) -> list[Tile]:
     """CoNSeP's test tiles, their targets quantised and nothing else."""
     return _tiles(data, 0)
-
-
-@pytest.fixture(scope="session")
-def hovernet() -> Any:
-    """tiatoolbox's HoVerNet, for its post-processing. Its import alone takes many seconds, and warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from tiatoolbox.models.architecture.hovernet import HoVerNet
-    return HoVerNet

@@ -1,0 +1,159 @@
+"""Published checkpoints: hover_net's .tar, tiatoolbox's .pth and names, HoVer-UNet's .pth → a network and its card.
+
+A checkpoint is read as tensors only (`torch.load(weights_only=True)`): nothing in it is run. What it is shows in its
+tensors' names and shapes: HoVerNet's form, HoVer-UNet's encoder, the number of classes. What the classes are called
+does not; `hover_batch.model.published` knows those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hover_batch.errors import PackageError
+from hover_batch.model.package import Card, find_package
+from hover_batch.model.published import KINDS, MPP
+from hover_batch.model.student import StudentArch, build_student
+from hover_batch.model.teacher import TeacherArch, arch_of, build_teacher
+
+
+def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = None) -> tuple[nn.Module, Card]:
+    """The network in a checkpoint and its card, with the starter's Sobel constants and saying so.
+
+    `source`: a file, or a name that tiatoolbox fetches. `kind`: of KINDS; by default what the shapes fit.
+    `sha256`: what the file's must be. Raises PackageError where it cannot be had, read, or is of no known kind.
+    """
+    if kind is not None and kind not in KINDS:
+        raise PackageError(f"--kind {kind}: not known; known are {', '.join(KINDS)}")
+    named = source in KINDS and not Path(source).exists()
+    path = _fetch(source) if named else Path(source)
+    if not path.is_file():
+        names = ", ".join(name for name, k in KINDS.items() if k.by_name)
+        raise PackageError(f"{source}: no such file; give a checkpoint, or one of the names {names}")
+    found = _sha256(path)
+    if sha256 is not None and found != sha256.lower():
+        raise PackageError(f"{path}: its sha256 is {found}, not {sha256}; delete the file and fetch it again")
+    weights = _tensors(path)
+    network, architecture, encoder, types = _network(weights, path)
+    name = _kind(architecture, types, path, kind or (source if named else None))
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        problems = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise PackageError(f"{path}: not {name}'s weights: {problems[:300]}") from error
+    known = KINDS[name]
+    card = Card(
+        name=name,
+        architecture=architecture,
+        encoder=encoder,
+        taxonomy=known.taxonomy,
+        mpp=MPP,
+        tile_in=320 if architecture == "unet" else arch_of(weights).tile[0],
+        tile_out=256,
+        sobel=find_package("starter").card.sobel,
+        licence=known.licence,
+        training={
+            "seen": known.seen,
+            "source": {"file": path.name, "sha256": found},
+            "recognised": "by the name given" if kind or named else "by the tensors' names and shapes",
+        },
+        metrics={"calibration": "none for this model: the Sobel constants are the starter's"},
+    )
+    return network.eval().requires_grad_(False), card
+
+
+def _fetch(name: str) -> Path:
+    """Through tiatoolbox, which keeps what it has fetched."""
+    if not KINDS[name].by_name:
+        raise PackageError(f"{name}: not among tiatoolbox's models; download the authors' .pth and import the file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what tiatoolbox's import warns of concerns nobody here
+        from tiatoolbox.models import architecture
+    try:
+        return Path(architecture.fetch_pretrained_weights(name))
+    except Exception as error:  # whatever the hub's client and the network raise
+        first: BaseException = error
+        while first.__context__ is not None:  # what went wrong before the client's retries did
+            first = first.__context__
+        reason = (str(first).strip() or type(first).__name__).splitlines()[0]
+        raise PackageError(
+            f"{name}: cannot be fetched ({reason}); download {name}.pth from tiatoolbox's pretrained models where "
+            "there is a network, and import the file"
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint: bare, or under `desc` (hover_net) or `model_state_dict` (HoVer-UNet)."""
+    if path.suffix == ".safetensors":
+        raise PackageError(f"{path}: safetensors already; published checkpoints are .tar and .pth files")
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise PackageError(
+            f"{path}: no checkpoint of tensors alone, and nothing else is unpickled; where you trust it, save its "
+            "state dict by itself: torch.save(state_dict, path)"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise PackageError(f"{path}: not a checkpoint of torch, or a damaged one; fetch it again") from error
+    for key in ("desc", "model_state_dict"):
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            held = held[key]
+    if not isinstance(held, Mapping) or not held or not all(isinstance(t, Tensor) for t in held.values()):
+        raise PackageError(
+            f"{path}: holds no state dict; expected are tensors by name, bare or under `desc` or `model_state_dict`"
+        )
+    weights = {str(name).removeprefix("module."): tensor for name, tensor in held.items()}
+    if broken := [n for n, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]:
+        raise PackageError(f"{path}: {broken[0]} is not finite; the training has diverged, or the file is damaged")
+    return weights
+
+
+def _network(weights: Mapping[str, Tensor], path: Path) -> tuple[nn.Module, str, str, int]:
+    """The network that fits, with random weights; its architecture, encoder and type channels (0: no type branch)."""
+    try:
+        if any(name.startswith("decoder.ls.") for name in weights):
+            raise PackageError(f"{path}: HoVerNet+ with its layer branch; only HoVerNet and HoVer-UNet can be imported")
+        if "decoder.np.u3.conva.weight" in weights:
+            teacher: TeacherArch = arch_of(weights)
+            return build_teacher(teacher), f"hovernet-{teacher.form}", "", teacher.n_types or 0
+        if "encoder.patch_embed1.proj.weight" in weights:
+            types = len(weights["segmentation_head.0.bias"]) - 4
+            encoder = _encoder(weights)
+            return build_student(StudentArch(encoder, types)), "unet", encoder, types
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise PackageError(
+            f"{path}: a part of the network is missing or misshapen ({error}); fetch it again"
+        ) from error
+    raise PackageError(f"{path}: neither HoVerNet's nor HoVer-UNet's tensors; other networks cannot be imported")
+
+
+def _encoder(weights: Mapping[str, Tensor]) -> str:
+    """Which Mix Vision Transformer: by the depth of its third stage, B0 and B1 by their width."""
+    depth = len({name.split(".")[2] for name in weights if name.startswith("encoder.block3.")})
+    if depth == 2:
+        return "mit_b0" if len(weights["encoder.patch_embed1.proj.weight"]) == 32 else "mit_b1"
+    return {6: "mit_b2", 18: "mit_b3", 27: "mit_b4", 40: "mit_b5"}[depth]
+
+
+def _kind(architecture: str, types: int, path: Path, given: str | None) -> str:
+    """The kind that was given, if it fits, or the one that does."""
+    fitting = [name for name, k in KINDS.items() if (k.architecture, k.types) == (architecture, types)]
+    held = f"{architecture} with {types} type channels"
+    if given is not None and given not in fitting:
+        raise PackageError(f"{path}: not {given}: it holds {held}; fitting is {', '.join(fitting) or 'none'}")
+    if not fitting:
+        raise PackageError(
+            f"{path}: {held} is none of the published models, whose classes are known: {', '.join(KINDS)}"
+        )
+    return given or fitting[0]

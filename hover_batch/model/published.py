@@ -1,0 +1,54 @@
+"""The published models that can be imported: what their classes are called, what they have seen. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hover_batch.taxonomy import CONSEP, MONUSAC, NUCLEI, PANNUKE, Taxonomy
+
+MPP = 0.25
+"""Pixel size in µm at which all of them were trained (40×)."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A published model. `types`: channels of the type branch, 0 without one."""
+
+    architecture: str
+    taxonomy: Taxonomy
+    types: int
+    seen: str
+    licence: str
+    by_name: bool = True
+    """Whether tiatoolbox fetches it by this name."""
+
+
+_PANNUKE = "CC BY-NC-SA 4.0, research only: trained on PanNuke"
+_UNKNOWN = "of the source's authors: see where the checkpoint was published"
+KINDS = {
+    "hovernet_fast-pannuke": Kind(
+        "hovernet-fast",
+        PANNUKE,
+        6,
+        "PanNuke; the published weights were fine-tuned on the whole data set (vqdang/hover_net issue 275), so that "
+        "scores on any of its folds are contaminated",
+        _PANNUKE,
+    ),
+    "hovernet_fast-monusac": Kind("hovernet-fast", MONUSAC, 5, "MoNuSAC", _UNKNOWN),
+    "hovernet_original-consep": Kind("hovernet-original", CONSEP, 5, "CoNSeP, training part", _UNKNOWN),
+    "hovernet_original-kumar": Kind(
+        "hovernet-original",
+        NUCLEI,
+        0,
+        "Kumar, if it is tiatoolbox's; hover_net's checkpoints without types of CPM17 and CoNSeP look the same",
+        _UNKNOWN,
+    ),
+    "hover-unet-pannuke": Kind(
+        "unet",
+        PANNUKE,
+        6,
+        "PanNuke, distilled from hovernet_fast-pannuke, which has seen all of it; which folds is not in the file",
+        _PANNUKE,
+        by_name=False,
+    ),
+}

@@ -1,0 +1,241 @@
+"""The teacher: HoVerNet, in the two forms whose weights are published, with all branches in one output tensor.
+
+Source: Graham et al. 2019, Medical Image Analysis 58, 101563: a pre-activated ResNet-50 without its first pooling, and
+three decoder branches of dense units without padding. `original` (5×5 kernels; CoNSeP, Kumar, CPM17) and `fast` (3×3;
+PanNuke, MoNuSAC) have the state dicts of hover_net and of tiatoolbox, name for name, and load them strictly.
+
+**Sizes.** The decoders crop, so that the output is smaller than the input by a constant: by 92 pixels in `fast`, 190 in
+`original`. Any side will do whose features halve evenly three times: a multiple of 8 in `fast`, 6 more than one in
+`original`. The published outputs of 164 and 80 divide no unit of the tile grid, whose tiles keep 256; hence wider
+windows:
+
+========== ============ ============================ ==================================================
+form       published    here: input → output → kept  input pixels for each kept one, here and published
+========== ============ ============================ ==================================================
+fast       256 → 164    352 → 260 → 256              1.9, 2.4 (348 → 256 would do but for 348 / 8)
+original   270 → 80     446 → 256 → 256              3.0, 11.4
+========== ============ ============================ ==================================================
+
+**Equal pixels.** The decoders do not pad, but the encoder does, with zeros, and so does the last convolution before the
+output. So a pixel near a window's edge depends on where that edge is: nearer than `reach`, which is 95 pixels from the
+left and upper edge and 103 from the others in `fast`, 145 and 153 in `original`. Pixels beyond the reach of two windows
+have the same value in both (the windows being shifted by multiples of 8, as those of the tile grid are). In a
+published 256 window of `fast` these are the middle 58 × 58, in a 270 window of `original` none: the published values of
+all others belong to the published windows, and no wider one repeats them. It shows each kept pixel at least as much
+real tissue on every side as the published windows show the pixels at their outputs' edges.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+Form = Literal["fast", "original"]
+
+
+@dataclass(frozen=True)
+class TeacherArch:
+    """What rebuilds the network.
+
+    `n_types`: classes with the background; None without a type branch. `width`: channels of the first convolution, of
+    which all others are multiples; 64 in what is published, any multiple of 8 will do.
+    """
+
+    form: Form
+    n_types: int | None
+    width: int = 64
+
+    @property
+    def kernel(self) -> int:
+        return 3 if self.form == "fast" else 5
+
+    @property
+    def shrink(self) -> int:
+        """By how much the output's side is smaller than the input's."""
+        return 92 if self.form == "fast" else 190
+
+    @property
+    def excess(self) -> int:
+        """What an input's side leaves when divided by 8: the first convolution of `original` does not pad."""
+        return 0 if self.form == "fast" else 6
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """How many of a window's pixels depend on where it ends: from the left and upper edge, and from the others."""
+        return (95, 103) if self.form == "fast" else (145, 153)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Sides of a package's tiles, in and kept."""
+        return (352, 256) if self.form == "fast" else (446, 256)
+
+
+class HoVerNet(nn.Module):
+    """HoVerNet with random weights.
+
+    Takes (batch, 3, y, x) float RGB in [0, 1] (the published code takes 0 … 255 and divides by 255 itself), y and x as
+    the module's docstring says. Returns (batch, `Heads(n).channels`, y - shrink, x - shrink) as
+    `hover_batch.model.heads` lays out, of the input's centre. Without a type branch n is 2, and the types background
+    and nucleus have the logits of np.
+    """
+
+    def __init__(self, arch: TeacherArch) -> None:
+        super().__init__()
+        self.arch = arch
+        width = arch.width
+        self.conv0 = _chain(("/", _conv(3, width, 7, padding=3 if arch.form == "fast" else 0)), *_norm("", width))
+        self.d0 = _Stage(width, width, units=3, stride=1)
+        self.d1 = _Stage(4 * width, 2 * width, units=4, stride=2)
+        self.d2 = _Stage(8 * width, 4 * width, units=6, stride=2)
+        self.d3 = _Stage(16 * width, 8 * width, units=3, stride=2)
+        self.conv_bot = _conv(32 * width, 16 * width, 1)
+        branches = {"np": 2, "hv": 2} if arch.n_types is None else {"tp": arch.n_types, "np": 2, "hv": 2}
+        self.decoder = nn.ModuleDict({name: _branch(width, arch.kernel, n) for name, n in branches.items()})
+        self.upsample2x = _Upsample()
+
+    def forward(self, image: Tensor) -> Tensor:
+        if any(side % 8 != self.arch.excess for side in image.shape[2:]):
+            raise ValueError(
+                f"HoVerNet {self.arch.form} takes sides that leave {self.arch.excess} when divided by 8, "
+                f"not {tuple(image.shape[2:])}"
+            )
+        d0 = self.d0(self.conv0(image))
+        d1 = self.d1(d0)
+        d2 = self.d2(d1)
+        deep = self.upsample2x(self.conv_bot(self.d3(d2))) + d2
+        outputs = {}
+        for name, branch in self.decoder.items():
+            u3, u2, u1, u0 = branch.children()
+            middle = self.upsample2x(u3(deep))
+            fine = self.upsample2x(u2(middle + _centre(d1, middle)))
+            outputs[name] = u0(u1(fine + _centre(d0, fine)))
+        return torch.cat([outputs["np"], outputs["hv"], outputs.get("tp", outputs["np"])], dim=1)
+
+
+def build_teacher(arch: TeacherArch) -> nn.Module:
+    """Build the teacher with random weights."""
+    return HoVerNet(arch)
+
+
+def arch_of(weights: Mapping[str, Tensor]) -> TeacherArch:
+    """The architecture whose state dict this is, by the shapes; raises KeyError where it is none of HoVerNet's."""
+    kernel = weights["decoder.np.u3.conva.weight"].shape[-1]
+    types = weights.get("decoder.tp.u0.conv.bias")
+    return TeacherArch(
+        "fast" if kernel == 3 else "original", None if types is None else len(types), len(weights["conv0.bn.bias"])
+    )
+
+
+class _Stage(nn.Module):
+    """Residual units of 1×1, 3×3 and 1×1 convolutions; the first halves the resolution where the stride is 2."""
+
+    def __init__(self, inputs: int, inner: int, units: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * inner
+        self.shortcut = _conv(inputs, outputs, 1, stride=stride)
+        first = self._unit(inputs, inner, stride)
+        # The stage before ends in a normalisation, so that only the later units begin with one.
+        later = [_chain(*_norm("preact/", outputs), *self._unit(outputs, inner, 1)) for _ in range(units - 1)]
+        self.units = nn.ModuleList([_chain(*first), *later])
+        self.blk_bna = _chain(*_norm("", outputs))
+
+    @staticmethod
+    def _unit(inputs: int, inner: int, stride: int) -> list[tuple[str, nn.Module]]:
+        """As TensorFlow's `same`: a stride of 2 over an even side pads after the last pixel only."""
+        pad = nn.ZeroPad2d((0, 1, 0, 1) if stride == 2 else 1)
+        return [
+            ("conv1", _conv(inputs, inner, 1)),
+            *_norm("conv1/", inner),
+            ("conv2/pad", pad),
+            ("conv2", _conv(inner, inner, 3, stride=stride)),
+            *_norm("conv2/", inner),
+            ("conv3", _conv(inner, 4 * inner, 1)),
+        ]
+
+    def forward(self, features: Tensor) -> Tensor:
+        total = self.shortcut(features) + self.units[0](features)
+        for unit in list(self.units)[1:]:
+            total = total + unit(total)
+        return self.blk_bna(total)  # type: ignore[no-any-return]  # nn.Module's call
+
+
+class _Dense(nn.Module):
+    """Dense units: each adds half a width of channels, computed from all before it, and crops those to its size."""
+
+    def __init__(self, width: int, inputs: int, kernel: int, units: int) -> None:
+        super().__init__()
+        self.units = nn.ModuleList()
+        for index in range(units):
+            channels = inputs + width // 2 * index
+            self.units.append(
+                _chain(
+                    *_norm("preact_bna/", channels),
+                    ("conv1", _conv(channels, 2 * width, 1)),
+                    *_norm("conv1/", 2 * width),
+                    ("conv2", _conv(2 * width, width // 2, kernel, groups=4)),
+                )
+            )
+        self.blk_bna = _chain(*_norm("", inputs + width // 2 * units))
+
+    def forward(self, features: Tensor) -> Tensor:
+        for unit in self.units:
+            added = unit(features)
+            features = torch.cat([_centre(features, added), added], dim=1)
+        return self.blk_bna(features)  # type: ignore[no-any-return]  # nn.Module's call
+
+
+class _Upsample(nn.Module):
+    """Twice the side, each pixel four times."""
+
+    unpool_mat: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("unpool_mat", torch.ones(2, 2))  # published state dicts hold it; not used here
+
+    def forward(self, features: Tensor) -> Tensor:
+        return interpolate(features, scale_factor=2, mode="nearest")
+
+
+def _branch(width: int, kernel: int, outputs: int) -> nn.Module:
+    """One decoder: u3 and u2 crop, u1 pads, u0 is the output's linear map."""
+
+    def cropping(inputs: int, inner: int, units: int) -> nn.Module:
+        return _chain(
+            ("conva", _conv(inputs, inner, kernel)),
+            ("dense", _Dense(width, inner, kernel, units)),
+            ("convf", _conv(2 * inner, 2 * inner, 1)),
+        )
+
+    return _chain(
+        ("u3", cropping(16 * width, 4 * width, 8)),
+        ("u2", cropping(8 * width, 2 * width, 4)),
+        ("u1", _chain(("conva", _conv(4 * width, width, kernel, padding=kernel // 2)))),
+        ("u0", _chain(*_norm("", width), ("conv", nn.Conv2d(width, outputs, 1)))),
+    )
+
+
+def _chain(*steps: tuple[str, nn.Module]) -> nn.Sequential:
+    """Steps one after the other, under the names that published state dicts use."""
+    return nn.Sequential(OrderedDict(steps))
+
+
+def _norm(prefix: str, channels: int) -> list[tuple[str, nn.Module]]:
+    return [(f"{prefix}bn", nn.BatchNorm2d(channels)), (f"{prefix}relu", nn.ReLU(inplace=True))]
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+
+
+def _centre(features: Tensor, like: Tensor) -> Tensor:
+    """The central part of (b, c, y, x), as large as `like`."""
+    height, width = like.shape[2:]
+    top, left = (features.shape[2] - height) // 2, (features.shape[3] - width) // 2
+    return features[:, :, top : top + height, left : left + width]
