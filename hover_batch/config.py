@@ -5,7 +5,6 @@ Each station takes its own section. Those fields that change results are part of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
@@ -66,8 +65,7 @@ class InferSettings:
     precision: Precision = "auto"
     """auto: bf16 where the processor computes it natively, else fp32."""
     threads: int = 0
-    """Threads of one copy of the network on the CPU; 0 = all cores but one, at most 4: more of them gain little, and
-    more copies of the network run instead."""
+    """Threads of one copy of the network on the CPU; 0 = as the machine suggests. They change no result."""
     device: str = "auto"
     """auto: cuda where there is one; or a torch device name."""
 
@@ -77,11 +75,6 @@ class InferSettings:
         _check(1 <= self.batch <= 1024, "batch", self.batch, "between 1 and 1024")
         _check(self.precision in ("auto", "fp32", "bf16"), "precision", self.precision, "auto, fp32 or bf16")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
-
-    @property
-    def network_threads(self) -> int:
-        """`threads`, with 0 settled for this machine; both backends take the same number."""
-        return self.threads or min(4, max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +181,5 @@ class Settings:
         """The settings that change results, for the run key (the model enters it by the hash of its weights)."""
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # one GPU of a node is as good as the next
-        if infer["device"] == "cuda":
-            del infer["threads"]
+        del infer["threads"]  # shown by tests/test_precision.py: the maps are the same, bit for bit
         return {"tissue": asdict(self.tissue), "infer": infer, "post": asdict(self.post)}

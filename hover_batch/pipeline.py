@@ -80,6 +80,10 @@ ReadBlocks = Callable[[list[Box], Seconds], Iterable[NDArray[np.uint8]]]
 """Boxes of inference pixels → their RGB (h, w, 3), one after the other; the time it took goes to the stage `read`."""
 
 
+class NetworkFailed(Exception):
+    """The network raised, out of memory perhaps, or its device is broken: no fault of the pixels, as a rule."""
+
+
 class UnitsMissing(Exception):
     """A region's nuclei reach into units, named by (column, row), whose maps are not there yet."""
 
@@ -159,7 +163,8 @@ def open_store(work: SlideWork) -> PredictionStore:
 def inferred(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
     """Whether the unit's maps are in the store, unharmed: its marker is there and tells the hash of the shard.
 
-    A shard that is not what its marker says is removed with it, to be predicted again. Call it while nobody writes.
+    A shard that is not what its marker says is removed with it, to be predicted again, and so are the parts of the
+    regions that may have looked at it. Call it while nobody writes.
     """
     path = work.layout.marker(unit.column, unit.row)
     try:
@@ -170,6 +175,8 @@ def inferred(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
         marker = {}
     if "shard_sha256" in marker and marker["shard_sha256"] == store.shard_sha256(unit.box):
         return True
+    for cell in neighbours(unit):
+        work.layout.part(*cell).unlink(missing_ok=True)
     path.unlink()
     store.remove(unit.box)
     return False
@@ -189,17 +196,22 @@ def infer(
     advance: Callable[[int], None],
 ) -> Seconds:
     """Predict a unit's tiles, write its shard, then its marker; `advance` is told the number of tiles as they are done.
-    Several threads may share one predictor: they take turns.
+    Several threads may share one predictor: they take turns. NetworkFailed where it raises.
 
     A shard found without a marker was written by a run that died in between: it is adopted.
     """
     seconds = Seconds()
     digest = store.shard_sha256(unit.box)
-    if digest is None:
+    if digest is not None:
+        advance(len(unit.cells))
+    else:
         maps = np.zeros((work.card.layout.planes, *unit.box.shape), np.uint8)
         for tiles, pixels in _batches(unit, work, read, predictor.batch, seconds):
             with predictor.turn, seconds.of("infer"):
-                predicted = predictor.predict(pixels)
+                try:
+                    predicted = predictor.predict(pixels)
+                except Exception as error:
+                    raise NetworkFailed(f"{type(error).__name__}: {error}") from error
             for tile, tile_maps in zip(tiles, predicted, strict=True):
                 inside = tile.intersect(unit.box)
                 rows, columns = inside.slices_in(unit.box)

@@ -17,7 +17,7 @@ from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.executor.books import CohortBooks
-from hover_batch.executor.engine import engine
+from hover_batch.executor.engine import engine, settled_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
 from hover_batch.model.package import find_package
@@ -82,13 +82,14 @@ def run_segment(
             f"--unit {settings.infer.unit}: must be a multiple of {package.card.tile_out}, "
             f"what the model {package.card.name} keeps of a tile"
         )
+    settings = settled_here(settings)
     plan = plan_cohort(read_cohort(source), package.card)
     if not skip_invalid:
         raise_if_faulty(plan.cohort)
     layout = RunLayout(output)
     versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED}}
     records = plan.cohort.records
-    with engine(settings, layout) as found, Ledger(layout) as ledger, CohortProgress(len(records)) as progress:
+    with Ledger(layout) as ledger, engine(settings, layout) as found, CohortProgress(len(records)) as progress:
         settings = found.settings
         ledger.start(
             settings=settings,
@@ -104,12 +105,14 @@ def run_segment(
         for fault in plan.cohort.faults:
             ledger.record_failure(fault.slide_id_or_path, fault.row, "", "check", fault.message)
         books = CohortBooks(package, settings, ledger, progress)
+        stopped = True
         try:
             for record, reason in plan.unreadable:
                 books.refuse(record, reason)
             found.run(books, [slide for slide in plan.slides if not books.done_before(slide)])
+            stopped = False
         finally:
-            ledger.finish(plan.cohort, books.model_busy)
+            ledger.finish(plan.cohort, books.model_busy, stopped=stopped)
         failures = ledger.failures()
         # By row: a row that is left out may bear the slide_id of one that was run.
         failed = {failure.row for failure in failures}

@@ -80,6 +80,8 @@ class Log:
     failures: list[tuple[Failed, datetime]] = field(default_factory=list)
     slides_done: int = 0
     last_slide: datetime | None = None
+    stopped: bool = False
+    """Whether the last start ended before its cohort did: by Ctrl-C, or for want of disk."""
     surveyed: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Units and tiles by slide_id."""
     model_busy: float | None = None
@@ -96,8 +98,8 @@ class Log:
                 self.started, self.finished, self.last_slide = time, None, None
                 self.failures, self.slides_done = [], 0
                 self._units = deque([(time, 0)])
-            case {"event": "run_finished"}:
-                self.finished = time
+            case {"event": "run_finished" | "run_stopped" as ended}:
+                self.finished, self.stopped = time, ended == "run_stopped"
                 busy = event.get("model_busy")
                 self.model_busy = float(busy) if isinstance(busy, int | float) else None
             case {"event": "slide_surveyed", "slide_id": str(slide_id), "units": int(units), "tiles": int(tiles)}:
@@ -214,9 +216,10 @@ class Status:
         if self.going_on:
             return f"yes, {self.holder or 'by whom is not known'}{times}"
         if self.going_on is None:
-            ended = "; the last start ended" if log.finished else ""
+            how = "was stopped before its end" if log.stopped else "ended"
+            ended = f"; the last start {how}" if log.finished else ""
             return f"not known, {self.unknown}{ended}{times}"
-        if log.finished:
+        if log.finished and not log.stopped:
             return f"no, it ended{times}"
         return f"no, it stopped before its end and the same command goes on from there{times}"
 

@@ -7,8 +7,8 @@ only a unit's marker (see `hover_batch.cohort.ledger`) says that it is done.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from zarr.codecs import ZstdCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
+from hover_batch.cohort.durable import write_first
 from hover_batch.geometry import Box, Size
 
 CHUNK = 512
@@ -33,9 +34,10 @@ class _FirstWriterWins(LocalStore):
         if not key.startswith("c/"):
             await super().set(key, value)
             return
-        await super().set_if_not_exists(key, value)
-        with (self.root / key).open("rb") as shard:
-            os.fsync(shard.fileno())
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not zarr's set_if_not_exists: it names a shard before it is on disk, and a power cut would leave it torn.
+        await asyncio.to_thread(write_first, path, value.to_bytes())
 
     async def delete(self, key: str) -> None:
         # zarr deletes a shard that is overwritten with zeros; here the first one stays.
@@ -95,6 +97,11 @@ class PredictionStore:
                 return hashlib.file_digest(shard, "sha256").hexdigest()
         except FileNotFoundError:
             return None
+
+    def sweep(self) -> None:
+        """Remove what killed writes left behind. While nobody writes."""
+        for leftover in self.path.rglob(".*.partial"):
+            leftover.unlink(missing_ok=True)
 
     def remove(self, box: Box) -> None:
         """Remove the shard of the unit at `box`, which is then zero. For repair only, while nobody writes."""

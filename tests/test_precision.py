@@ -1,4 +1,4 @@
-"""bf16 finds the nuclei that fp32 finds, on real tiles with the starter."""
+"""bf16 finds the nuclei that fp32 finds, and the number of threads changes nothing; real tiles, the starter."""
 
 from __future__ import annotations
 
@@ -36,3 +36,17 @@ def test_bf16_finds_the_nuclei_of_fp32(data: Path) -> None:
     quality = panoptic_quality(exact, short)
     print(f"\nPQ of bf16 against fp32: {quality.pq:.4f}, {exact.max()} and {short.max()} nuclei")
     assert quality.pq > 0.95
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_threads_change_no_bit(data: Path, precision: Precision) -> None:
+    """So they are no part of the run key, and a run may go on where there are more cores or fewer."""
+    package = find_package("starter")
+    image = cv2.imread(str(data / "nuclei" / "images" / "consep_train_09.png"))[:512, :512, ::-1]
+    maps = []
+    for threads in (1, 2, 3):
+        settings = InferSettings(precision=precision, device="cpu", threads=threads)
+        maps.append(
+            predict_image(Predictor(load_network(package), package.card, settings), np.ascontiguousarray(image))
+        )
+    assert (maps[0] == maps[1]).all() and (maps[0] == maps[2]).all()

@@ -283,15 +283,16 @@ class Ledger:
         """Those of this start of the run, by row."""
         return tuple(sorted(self._failures, key=lambda failure: failure.row))
 
-    def finish(self, cohort: Cohort, model_busy: float | None = None) -> None:
-        """Write failures.csv and slides.csv as things stand at the end of the run; `model_busy` (share of the time in
-        which the networks computed) is for the log."""
+    def finish(self, cohort: Cohort, model_busy: float | None = None, *, stopped: bool = False) -> None:
+        """Write failures.csv and slides.csv as things stand at the end of the run, or where it was `stopped` before it;
+        `model_busy` (share of the time in which the networks computed) is for the log."""
         failures = self.failures()
         write_atomically(
             self.layout.failures_csv, _csv([f.name for f in fields(Failure)], [astuple(f) for f in failures])
         )
         self.write_slides(cohort.records)
-        self.events.append("run_finished", done=len(self._done), failed=len(self._failures), model_busy=model_busy)
+        ended = "run_stopped" if stopped else "run_finished"
+        self.events.append(ended, done=len(self._done), failed=len(self._failures), model_busy=model_busy)
 
     def write_slides(self, records: Sequence[SlideRecord]) -> None:
         """slides.csv: the cohort's columns and the extra ones, its row there, and done, failed or pending."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -17,7 +16,7 @@ import numpy as np
 import ray
 import zarr
 from numpy.typing import NDArray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError, UnserializableException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hover_batch.cohort.layout import SlideLayout
@@ -25,6 +24,7 @@ from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import InferSettings, Settings
 from hover_batch.executor.books import Load
 from hover_batch.executor.resources import BLOCKS_AHEAD
+from hover_batch.executor.underway import Surveyed
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.package import Package
 from hover_batch.pipeline import (
@@ -41,7 +41,6 @@ from hover_batch.pipeline import (
     survey,
 )
 from hover_batch.slide.reader import SlideReader, open_slide
-from hover_batch.slide.tiles import Unit
 
 if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
     from hover_batch.model.predict import Predictor
@@ -53,17 +52,6 @@ task do not show."""
 
 class ReaderDied(Exception):
     """The process that read the slide's pixels died: a crash in a native library, or killed for its memory."""
-
-
-@dataclass(frozen=True)
-class Surveyed:
-    """What the driver needs to know of a slide: its units, and which of them an earlier run predicted (`inferred`)
-    and post-processed (`posted`), as indices into `units`."""
-
-    units: tuple[Unit, ...]
-    inferred: tuple[int, ...]
-    posted: tuple[int, ...]
-    seconds: Seconds
 
 
 def hold_threads() -> None:
@@ -109,6 +97,7 @@ def survey_slide(
     with seconds.of("tissue"), open_slide(record) as reader:
         work = survey(reader, record, package, settings, layout)
     store = open_store(work)
+    store.sweep()
     numbered = list(enumerate(work.units))
     return Surveyed(
         work.units,
@@ -161,7 +150,10 @@ class InferActor:
         self.settings = settings
         self.load = load
         self.predictor: Predictor
-        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        # Elsewhere where this node is busy: a network must never wait for cores that others hold.
+        self._here = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=True, _spill_on_unavailable=True
+        )
 
     def start(self) -> None:
         """Load the weights; once, before anything else."""
@@ -193,5 +185,7 @@ def _result(reading: Any) -> tuple[list[NDArray[np.uint8]], Seconds]:
         return found
     except RayTaskError as error:
         raise error.cause from None
+    except UnserializableException as error:
+        raise RuntimeError(str(error)) from None
     except RayError as error:
         raise ReaderDied(type(error).__name__) from None

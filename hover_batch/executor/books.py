@@ -40,6 +40,8 @@ class CohortBooks:
         self._model = Seconds()
         self._keys: dict[str, str] = {}
         self._started: dict[str, float] = {}
+        self._left: dict[str, tuple[int, int]] = {}
+        """Tiles and regions still to be done, by slide."""
 
     def refuse(self, record: SlideRecord, reason: str) -> None:
         """A slide that cannot be opened, as its header told before the run."""
@@ -78,16 +80,26 @@ class CohortBooks:
         `posted` regions, were done before."""
         tiles = sum(len(u.cells) for u in units)
         self.ledger.events.append("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
-        self.progress.expect(tiles, len(units), sum(len(u.cells) for u in inferred), posted)
+        before = sum(len(u.cells) for u in inferred)
+        self.progress.expect(tiles, len(units), before, posted)
+        self._left[slide_id] = tiles - before, len(units) - posted
 
     def unit_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
         """A unit's maps are in the store. Its tiles were told to the progress by whoever predicted them."""
+        self.model_worked(seconds)
+        tiles, regions = self._left[slide_id]
+        self._left[slide_id] = tiles - len(unit.cells), regions
+        self._log("unit_done", slide_id, unit, seconds, tiles=len(unit.cells) if "infer" in seconds.spans else 0)
+
+    def model_worked(self, seconds: Seconds) -> None:
+        """Count the time that a network took for a unit, whatever became of its slide."""
         if "infer" in seconds.spans:
             self._model.add(seconds)
-        self._log("unit_done", slide_id, unit, seconds, tiles=len(unit.cells))
 
     def region_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
         """A region's nuclei are on disk."""
+        tiles, regions = self._left[slide_id]
+        self._left[slide_id] = tiles, regions - 1
         self._log("region_done", slide_id, unit, seconds)
         self.progress.regions(1)
 
@@ -114,6 +126,7 @@ class CohortBooks:
     def end(self, slide_id: str, values: Mapping[str, Any]) -> None:
         """The slide's tables and pictures are on disk: declare it done. `values` are those of `finalize`."""
         self.ledger.write_slide_json(slide_id, self._keys.pop(slide_id), values)
+        del self._left[slide_id]
         if self.settings.output.discard_predictions:
             discard_predictions(self.ledger.layout.slide(slide_id))
         self.progress.slide_done(slide_id, values["nuclei"], time.monotonic() - self._started.pop(slide_id))
@@ -134,6 +147,8 @@ class CohortBooks:
         expected = isinstance(error, HoverBatchError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
         self.ledger.record_failure(record.slide_id, record.row, record.path, stage, reason)
+        tiles, regions = self._left.pop(record.slide_id, (0, 0))
+        self.progress.expect(-tiles, -regions)
         if not expected:
             text = trace or "".join(traceback.format_exception(error))
             self.ledger.events.append("traceback", slide_id=record.slide_id, text=text)

@@ -19,7 +19,7 @@ from typing import Any
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import HoverBatchError, InputError
-from hover_batch.executor.resources import EnginePlan, Resources
+from hover_batch.executor.resources import EnginePlan, Node, Resources
 
 _ENVIRONMENT = {
     # `uv run` would have each worker make an environment of its own.
@@ -30,6 +30,8 @@ _ENVIRONMENT = {
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
 """Ray reads its environment when it is imported: hence every `import ray` here stands below `_prepare`."""
+_TOKEN = secrets.token_hex(32)
+"""Of this process's own clusters; Ray keeps the first that it sees."""
 START_ATTEMPTS = 3
 """Ray gives its own processes 30 s to come up, which a busy machine may overrun."""
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
@@ -42,10 +44,12 @@ def started(plan: EnginePlan, log: Path) -> Iterator[None]:
     `log`: the file for what Ray has to say meanwhile; stdout is for results. Raises HoverBatchError where Ray does not
     come up.
     """
-    _prepare({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN})
+    _prepare()
     import ray
 
-    folder = Path(tempfile.mkdtemp(prefix="hb-"))  # short: sockets lie in it, and their paths have 107 bytes
+    # Short: sockets lie in it, and their paths have 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
     try:
         with _talking_to(log):
             _start(plan, folder)
@@ -55,9 +59,9 @@ def started(plan: EnginePlan, log: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _prepare(more: dict[str, str]) -> None:
+def _prepare() -> None:
     """Set what Ray is to find in the environment, where the user has not."""
-    for name, value in {**_ENVIRONMENT, **more}.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
@@ -89,7 +93,7 @@ def _start(plan: EnginePlan, folder: Path) -> None:
 @contextlib.contextmanager
 def joined(address: str, log: Path) -> Iterator[Resources]:
     """Join the cluster at `address`; yields what it has. InputError where none answers."""
-    _prepare({})
+    _prepare()
     import ray
 
     try:
@@ -107,8 +111,12 @@ def joined(address: str, log: Path) -> Iterator[Resources]:
 
 
 def settled(settings: InferSettings, resources: Resources) -> InferSettings:
-    """The settings with `auto` settled where the networks will run: on a machine of the joined cluster, not here."""
+    """The settings with `auto` settled where the networks will run: on a machine of the joined cluster, not here.
+
+    Raises what `hover_batch.model.predict.resolve` raises there.
+    """
     import ray
+    from ray.exceptions import RayTaskError
 
     @ray.remote(num_cpus=1, num_gpus=min(1, resources.gpus), max_retries=0)
     def resolve_there() -> InferSettings:
@@ -116,23 +124,22 @@ def settled(settings: InferSettings, resources: Resources) -> InferSettings:
 
         return resolve(settings)
 
-    found: InferSettings = ray.get(resolve_there.remote())
+    try:
+        found: InferSettings = ray.get(resolve_there.remote())
+    except RayTaskError as error:
+        raise error.cause from None
     return found
 
 
 def _cluster_resources() -> Resources:
     import ray
 
-    nodes = [
-        node["Resources"]
-        for node in ray.nodes()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
-        if node["Alive"]
-    ]
-    return Resources(
-        cpus=int(sum(node.get("CPU", 0) for node in nodes)),
-        gpus=int(sum(node.get("GPU", 0) for node in nodes)),
-        memory=int(min(node.get("memory", 0) for node in nodes)),
-    )
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    # A head that is told to do no work has no cores.
+    nodes = [Node(int(n.get("CPU", 0)), int(n.get("GPU", 0)), int(n.get("memory", 1 << 33))) for n in alive]
+    if not (useful := [node for node in nodes if node.cpus]):
+        raise InputError("--address: the cluster has no machine with a core to work on")
+    return Resources(tuple(useful))
 
 
 class _LateFile(io.TextIOBase):

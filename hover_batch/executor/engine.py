@@ -11,7 +11,7 @@ from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.executor.books import CohortBooks
 from hover_batch.executor.local import LocalExecutor
-from hover_batch.executor.resources import Resources, engine_plan
+from hover_batch.executor.resources import Node, Resources, engine_plan
 from hover_batch.plan import PlannedSlide
 
 
@@ -24,16 +24,32 @@ class Engine:
     run: Callable[[CohortBooks, Sequence[PlannedSlide]], None]
 
 
+def settled_here(settings: Settings) -> Settings:
+    """The settings with `auto` settled, unless that is for the machines of a cluster to say: see `engine`.
+
+    InputError where a device cannot be used.
+    """
+    name = settings.infer.device
+    if settings.engine.backend == "ray" and ":" in name:
+        raise InputError(f"--device {name}: choose the GPU by CUDA_VISIBLE_DEVICES, and give --device cuda")
+    if settings.engine.gpus == 0 and name == "auto":
+        settings = replace(settings, infer=replace(settings.infer, device="cpu"))
+    if settings.engine.address:
+        return settings
+    from hover_batch.model.predict import resolve
+
+    return replace(settings, infer=resolve(settings.infer))
+
+
 @contextlib.contextmanager
 def engine(settings: Settings, layout: RunLayout) -> Iterator[Engine]:
-    """The engine for `--backend`. A named cluster is joined at once, one of our own starts with the first slide.
+    """The engine for settings that are `settled_here`. A named cluster is joined at once, one of our own starts with
+    the first slide.
 
     InputError where more is asked for than there is, or no cluster answers.
     """
-    if settings.engine.gpus == 0 and settings.infer.device == "auto":
-        settings = replace(settings, infer=replace(settings.infer, device="cpu"))
     if settings.engine.backend == "local":
-        yield Engine(_settled_here(settings), lambda books, slides: LocalExecutor(books).run(slides))
+        yield Engine(settings, lambda books, slides: LocalExecutor(books).run(slides))
     elif settings.engine.address:
         from hover_batch.executor.cluster import joined, settled
 
@@ -42,8 +58,7 @@ def engine(settings: Settings, layout: RunLayout) -> Iterator[Engine]:
             resources = resources.limited(settings)
             yield Engine(settings, lambda books, slides: _run_on_ray(books, slides, resources))
     else:
-        settings = _settled_here(settings)
-        resources = Resources.here().limited(settings)
+        resources = Resources((_this_node(settings),)).limited(settings)
 
         def run(books: CohortBooks, slides: Sequence[PlannedSlide]) -> None:
             if not slides:
@@ -58,13 +73,13 @@ def engine(settings: Settings, layout: RunLayout) -> Iterator[Engine]:
         yield Engine(settings, run)
 
 
-def _settled_here(settings: Settings) -> Settings:
-    from hover_batch.model.predict import resolve
+def _this_node(settings: Settings) -> Node:
+    node = Node.here()
+    if settings.infer.device == "cuda" and not node.gpus:  # torch knows ways to a GPU that have no device file
+        import torch
 
-    infer = resolve(settings.infer)
-    if settings.engine.backend == "ray" and ":" in infer.device:
-        raise InputError(f"--device {infer.device}: name the GPU by CUDA_VISIBLE_DEVICES, and give --device cuda")
-    return replace(settings, infer=infer)
+        node = replace(node, gpus=torch.cuda.device_count())
+    return node
 
 
 def _run_on_ray(books: CohortBooks, slides: Sequence[PlannedSlide], resources: Resources) -> None:
@@ -73,5 +88,4 @@ def _run_on_ray(books: CohortBooks, slides: Sequence[PlannedSlide], resources: R
     plan = engine_plan(resources, books.settings, books.package.card)
     for line in plan.lines():
         books.progress.say(line)
-    books.networks = plan.actors
     RayExecutor(books, plan).run(slides)

@@ -46,6 +46,7 @@ class LocalExecutor:
             with seconds.of("tissue"):
                 work = survey(reader, slide.record, books.package, books.settings, layout)
             store = open_store(work)
+            store.sweep()
             there = [unit for unit in work.units if inferred(unit, work, store)]
             done = [unit for unit in work.units if posted(unit, work)]
             books.surveyed(slide_id, work.units, there, len(done))

@@ -10,107 +10,37 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfDiskError, RayActorError, RayError, RayTaskError, UnserializableException
 
-from hover_batch.cohort.layout import SlideLayout
 from hover_batch.errors import HoverBatchError, PackageError, SlideError
 from hover_batch.executor.actors import (
     InferActor,
     ReaderDied,
-    Surveyed,
     finalize_slide,
     post_region,
     survey_slide,
 )
 from hover_batch.executor.books import CohortBooks, Load
 from hover_batch.executor.resources import MAX_STRIKES, EnginePlan
+from hover_batch.executor.underway import FINALIZE, INFER, POST, START, SURVEY, SlideUnderWay
 from hover_batch.model.predict import load_predictor
-from hover_batch.pipeline import Seconds, UnitsMissing, neighbours
+from hover_batch.pipeline import NetworkFailed, UnitsMissing
 from hover_batch.plan import PlannedSlide
-from hover_batch.slide.tiles import Unit
 
 MAX_FAILED_STARTS = 3
 """Times that networks may die while they load, one after the other, before the run gives up."""
+MAX_RETRIES = 120
+"""Times that a region is tried whose units are done, by the driver's books, and whose markers are not seen: network
+file systems show new files late, a minute as a rule."""
 _POLL_S = 0.25
-
-SURVEY, INFER, POST, FINALIZE, START = "tissue", "inference", "post-processing", "tables", "start"
-
-
-@dataclass(eq=False)
-class _Slide:
-    """A slide under way, as the driver knows it. Units go by their index."""
-
-    planned: PlannedSlide
-    layout: SlideLayout
-    seconds: Seconds = field(default_factory=Seconds)
-    work: Any = None
-    """Reference to its SlideWork in Ray's object store."""
-    units: tuple[Unit, ...] = ()
-    to_infer: deque[int] = field(default_factory=deque)
-    suspects: deque[int] = field(default_factory=deque)
-    """Units that were under way when a process died, to be tried alone."""
-    needs: dict[int, set[int]] = field(default_factory=dict)
-    """Region → the units it waits for; none once it is submitted."""
-    to_post: deque[int] = field(default_factory=deque)
-    inferred: set[int] = field(default_factory=set)
-    regions_left: int = 0
-    strikes: Counter[tuple[str, int]] = field(default_factory=Counter)
-    surveyed: bool = False
-    next_task: str | None = SURVEY
-    """SURVEY or FINALIZE, when it can be submitted."""
-    failed: bool = False
-
-    @property
-    def slide_id(self) -> str:
-        return self.planned.record.slide_id
-
-    def survey_done(self, found: Surveyed) -> None:
-        self.surveyed = True
-        self.units = found.units
-        self.seconds.add(found.seconds)
-        self.inferred = set(found.inferred)
-        self.to_infer = deque(i for i in range(len(self.units)) if i not in self.inferred)
-        index = {(unit.column, unit.row): i for i, unit in enumerate(self.units)}
-        left = set(range(len(self.units))) - set(found.posted)
-        self.regions_left = len(left)
-        for i in sorted(left):
-            around = {index[cell] for cell in neighbours(self.units[i]) if cell in index}
-            self._wait(i, around)
-        self._maybe_finalize()
-
-    def unit_inferred(self, i: int) -> None:
-        self.inferred.add(i)
-        for region, needed in list(self.needs.items()):
-            needed.discard(i)
-            if not needed:
-                del self.needs[region]
-                self.to_post.append(region)
-
-    def region_needs(self, i: int, cells: Sequence[tuple[int, int]]) -> None:
-        """A region could not be done, for want of the units in these cells."""
-        index = {(unit.column, unit.row): k for k, unit in enumerate(self.units)}
-        self._wait(i, {index[cell] for cell in cells})
-
-    def region_posted(self) -> None:
-        self.regions_left -= 1
-        self._maybe_finalize()
-
-    def _wait(self, region: int, units: set[int]) -> None:
-        if needed := units - self.inferred:
-            self.needs[region] = needed
-        else:
-            self.to_post.append(region)
-
-    def _maybe_finalize(self) -> None:
-        if self.regions_left == 0:
-            self.next_task = FINALIZE
 
 
 @dataclass(eq=False)
@@ -129,7 +59,7 @@ class _Call:
     """One submitted call: of which stage, for which slide and unit, in which actor."""
 
     stage: str
-    slide: _Slide | None = None
+    slide: SlideUnderWay | None = None
     index: int = 0
     actor: _Actor | None = None
 
@@ -139,15 +69,16 @@ class RayExecutor:
 
     def __init__(self, books: CohortBooks, plan: EnginePlan, load: Load = load_predictor) -> None:
         self.books = books
+        self.books.networks = plan.actors
         self.plan = plan
         self.load = load
         self._waiting: deque[PlannedSlide] = deque()
-        self._open: list[_Slide] = []
+        self._open: list[SlideUnderWay] = []
         """Oldest first."""
         self._actors: list[_Actor] = []
         self._running: dict[Any, _Call] = {}
         self._failed_starts = 0
-        self._draining = False
+        self._draining = self._announced = False
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
         """Every slide to its end, into the ledger. One that fails costs itself only.
@@ -162,9 +93,11 @@ class RayExecutor:
                 for _ in range(self.plan.actors):
                     self._start_actor()
                 while True:
-                    if not self._draining:
+                    if self._draining:
+                        self._announce_drain()
+                    else:
                         self._submit()
-                    if not self._running:
+                    if not self._under_way():
                         break
                     self._settle()
         finally:
@@ -180,8 +113,7 @@ class RayExecutor:
         def drain(_signal: int, _frame: FrameType | None) -> None:
             if self._draining:
                 raise KeyboardInterrupt
-            self._draining = True
-            self.books.progress.say(f"Finishing the {len(self._running)} pieces under way; Ctrl-C again stops at once.")
+            self._draining = True  # said by the loop: a handler must not print in the middle of a print
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -191,6 +123,16 @@ class RayExecutor:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+    def _announce_drain(self) -> None:
+        if not self._announced:
+            self._announced = True
+            self.books.progress.say(f"Finishing the {len(self._running)} pieces under way; Ctrl-C again stops at once.")
+
+    def _under_way(self) -> bool:
+        """Whether anything may still come back that matters: networks that load for nobody do not."""
+        pending = not self._draining and (self._open or self._waiting)
+        return bool(pending or any(call.stage != START for call in self._running.values()))
 
     # What to do next.
 
@@ -212,7 +154,7 @@ class RayExecutor:
             except Exception as error:
                 self.books.fail(planned, "open", error)
                 continue
-            self._open.append(_Slide(planned, layout))
+            self._open.append(SlideUnderWay(planned, layout))
             surveys += 1
 
     def _feed_actors(self) -> None:
@@ -237,7 +179,7 @@ class RayExecutor:
                     return
                 self._infer(slide, slide.to_infer.popleft(), min(free, key=lambda a: a.load))
 
-    def _infer(self, slide: _Slide, index: int, actor: _Actor, alone: bool = False) -> None:
+    def _infer(self, slide: SlideUnderWay, index: int, actor: _Actor, alone: bool = False) -> None:
         actor.load += 1
         actor.alone = alone
         self._running[actor.handle.infer.remote(slide.work, index)] = _Call(INFER, slide, index, actor)
@@ -261,6 +203,7 @@ class RayExecutor:
                 slide.next_task = None
                 self._running[finalize_slide.remote(slide.work, slide.seconds)] = _Call(FINALIZE, slide)
         for slide in self._open:
+            slide.due_again()
             while slide.to_post and posts < self.plan.posts:
                 posts += 1
                 index = slide.to_post.popleft()
@@ -282,6 +225,9 @@ class RayExecutor:
 
     def _settle(self) -> None:
         running = list(self._running)
+        if not running:  # only regions that wait for their time
+            time.sleep(_POLL_S)
+            return
         ready, _ = ray.wait(running, num_returns=1, timeout=_POLL_S)
         if ready and len(running) > 1:
             ready, _ = ray.wait(running, num_returns=len(running), timeout=0)
@@ -293,7 +239,13 @@ class RayExecutor:
             try:
                 self._ended(call, ray.get(reference))
             except RayTaskError as error:
-                self._raised(call, error)
+                self._raised(call, error.cause, str(error))
+            except UnserializableException as error:
+                self._raised(call, RuntimeError(str(error).splitlines()[-1]), str(error))
+            except OutOfDiskError as error:
+                raise HoverBatchError(
+                    "no space left on disk for Ray's objects; free some and run the same command again"
+                ) from error
             except RayError as error:
                 self._died(call, error)
 
@@ -303,7 +255,9 @@ class RayExecutor:
             self._failed_starts = 0
             return
         slide = call.slide
-        if slide is None or slide.failed:
+        if call.stage == INFER:
+            self.books.model_worked(result)
+        if slide is None or slide.ended:
             return
         if call.stage == SURVEY:
             slide.survey_done(result)
@@ -315,34 +269,49 @@ class RayExecutor:
             self.books.progress.tiles(len(slide.units[call.index].cells))
             self.books.unit_done(slide.slide_id, slide.units[call.index], result)
         elif call.stage == POST and isinstance(result, UnitsMissing):
-            slide.region_needs(call.index, result.cells)
+            if not slide.region_needs(call.index, result.cells):
+                self._count_retry(slide, call.index, result)
         elif call.stage == POST:
             slide.seconds.add(result)
             slide.region_posted()
             self.books.region_done(slide.slide_id, slide.units[call.index], result)
         else:
-            self._open.remove(slide)
-            self.books.end(slide.slide_id, result)
+            try:
+                self.books.end(slide.slide_id, result)
+            except OSError as error:
+                self._fail(slide, FINALIZE, error)
+            else:
+                self._close(slide)
 
-    def _raised(self, call: _Call, error: RayTaskError) -> None:
-        """The call ran and raised. What raises once raises again, so the slide ends; a reader's death is a strike."""
-        cause = error.cause
-        if isinstance(cause, ReaderDied):
-            self._strike(call, f"its reader died ({cause})")
-        elif call.stage == START:
+    def _count_retry(self, slide: SlideUnderWay, index: int, missing: UnitsMissing) -> None:
+        slide.strikes["markers", index] += 1
+        if slide.strikes["markers", index] == MAX_RETRIES:
+            error = SlideError(f"{POST}: the markers of units {missing.cells} are gone; run the same command again")
+            self._fail(slide, POST, error)
+
+    def _raised(self, call: _Call, cause: Exception, trace: str) -> None:
+        """The call ran and raised. What raises once raises again, so the slide ends; but a reader's death is a strike,
+        and so is a network that fails: another takes its place, for its device may be broken."""
+        if call.stage == START:
             if isinstance(cause, PackageError):
                 raise cause
-            raise HoverBatchError(f"the model cannot be loaded: {cause}\n{error}") from error
-        elif call.slide and not call.slide.failed:
-            self._fail(call.slide, call.stage, cause, str(error))
+            raise HoverBatchError(f"the model cannot be loaded: {cause}\n{trace}") from cause
+        if isinstance(cause, ReaderDied):
+            self._strike(call, f"its reader died ({cause})")
+        elif isinstance(cause, NetworkFailed):
+            if call.actor and not call.actor.dead:
+                ray.kill(call.actor.handle)
+                self._replace(call.actor)
+            self._strike(call, f"its network failed ({cause})")
+        elif call.slide and not call.slide.ended:
+            self._fail(call.slide, call.stage, cause, trace)
 
     def _died(self, call: _Call, error: RayError) -> None:
         """The process of the call died, or its machine."""
         kind = type(error).__name__
-        actor = call.actor
-        if actor and not actor.dead and isinstance(error, RayActorError):
-            actor.dead = True
-            self._actors.remove(actor)
+        if call.stage == START and not isinstance(error, RayActorError):
+            raise HoverBatchError(f"no process for the model can be had ({kind}: {error})") from error
+        if call.actor and not call.actor.dead and isinstance(error, RayActorError):
             if call.stage == START:
                 self._failed_starts += 1
                 if self._failed_starts == MAX_FAILED_STARTS:
@@ -350,14 +319,20 @@ class RayExecutor:
                         f"the model's process dies while it loads ({kind}): too little memory? Try fewer --cpus or "
                         "--gpus"
                     )
-            self._start_actor()
+            self._replace(call.actor)
         if call.stage != START:
             self._strike(call, f"its process died ({kind})")
+
+    def _replace(self, actor: _Actor) -> None:
+        actor.dead = True
+        self._actors.remove(actor)
+        if not self._draining:
+            self._start_actor()
 
     def _strike(self, call: _Call, reason: str) -> None:
         """One more for the unit or the stage; at MAX_STRIKES the slide fails, else it is tried again."""
         slide = call.slide
-        if slide is None or slide.failed:
+        if slide is None or slide.ended:
             return
         slide.strikes[call.stage, call.index] += 1
         strikes = slide.strikes[call.stage, call.index]
@@ -365,13 +340,14 @@ class RayExecutor:
             "strike", slide_id=slide.slide_id, stage=call.stage, index=call.index, strikes=strikes, reason=reason
         )
         if strikes >= MAX_STRIKES:
+            alone = ", the last time alone" if call.stage == INFER else ""
             where = f" of unit {slide.units[call.index].unit_id}" if call.stage in (INFER, POST) else ""
             self._fail(
                 slide,
                 call.stage,
                 SlideError(
-                    f"{call.stage}{where}: {reason}, {strikes} times, the last time alone; the file may be damaged, "
-                    "or memory too small"
+                    f"{call.stage}{where}: {reason}, {strikes} times{alone}; the file may be damaged, or memory too "
+                    "small"
                 ),
             )
         elif call.stage == INFER:
@@ -383,7 +359,10 @@ class RayExecutor:
             if call.stage == SURVEY:
                 slide.work = None
 
-    def _fail(self, slide: _Slide, stage: str, error: Exception, trace: str | None = None) -> None:
-        slide.failed = True
-        self._open.remove(slide)
+    def _fail(self, slide: SlideUnderWay, stage: str, error: Exception, trace: str | None = None) -> None:
+        self._close(slide)
         self.books.fail(slide.planned, stage, error, trace)
+
+    def _close(self, slide: SlideUnderWay) -> None:
+        slide.ended = True
+        self._open.remove(slide)

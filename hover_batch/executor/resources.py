@@ -19,36 +19,60 @@ UNITS_AT_ONCE = 3
 """Units that one network has under way: while one is predicted, another is read and a third is written."""
 BLOCKS_AHEAD = 8
 """Blocks of 1024² pixels, with margins some 4 MB each, that are read ahead for each unit."""
+CPU_THREADS = 4
+"""Of a network on the CPU: more of them gain little, and more copies of the network run instead."""
 _BLOCK_BYTES = 4 << 20
+_NETWORK_BYTES = 2 << 30
+"""What a process with a network on the CPU holds, libraries and activations of a batch among it."""
 _POST_BYTES_PER_PIXEL = 64
 """Beside the stored planes: what post-processing holds for each pixel of a region at its peak."""
-_MEMORY_SHARE = 0.5
-"""Of a machine's memory that units and regions under way may take; networks, tables and the system have the rest."""
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What there is. `memory`: bytes, of the smallest machine."""
+class Node:
+    """One machine: its cores, its GPUs and the bytes of memory that may be used of it."""
 
     cpus: int
     gpus: int
     memory: int
 
     @classmethod
-    def here(cls) -> Resources:
-        """Of this machine: the cores and the memory that this process may use, the GPUs that it may see."""
-        return cls(len(os.sched_getaffinity(0)), _visible_gpus(), _memory())
+    def here(cls) -> Node:
+        """This machine: the cores and the memory that this process may use, the GPUs that it may see."""
+        return cls(_cpus(), _visible_gpus(), _memory())
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The machines that a run may use."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> int:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> int:
+        return sum(node.gpus for node in self.nodes)
 
     def limited(self, settings: Settings) -> Resources:
-        """What of it a run uses. InputError where it asks for more than there is."""
+        """What of them a run uses, the first machines first. InputError where it asks for more than there is."""
         engine = settings.engine
         if engine.cpus > self.cpus:
             raise InputError(f"--cpus {engine.cpus}: there are {self.cpus}")
         if engine.gpus > self.gpus:
             raise InputError(f"--gpus {engine.gpus}: there are {self.gpus}; leave it out, or see that torch finds them")
         on_cpu = settings.infer.device == "cpu"
-        gpus = 0 if on_cpu else self.gpus if engine.gpus < 0 else engine.gpus
-        return Resources(engine.cpus or self.cpus, gpus, self.memory)
+        cpus_left = engine.cpus or self.cpus
+        gpus_left = 0 if on_cpu else self.gpus if engine.gpus < 0 else engine.gpus
+        nodes = []
+        for node in self.nodes:
+            cpus, gpus = min(node.cpus, cpus_left), min(node.gpus, gpus_left)
+            cpus_left, gpus_left = cpus_left - cpus, gpus_left - gpus
+            if cpus or gpus:
+                nodes.append(Node(cpus, gpus, node.memory))
+        return Resources(tuple(nodes))
 
 
 @dataclass(frozen=True)
@@ -76,38 +100,49 @@ class EnginePlan:
 
     def lines(self) -> list[str]:
         """The plan in words."""
-        on = "GPU" if self.actor_gpus else f"CPU, {self.threads} threads each"
+        machines = len(self.resources.nodes)
+        memory = min(node.memory for node in self.resources.nodes) / 2**30
+        on = "a GPU each" if self.actor_gpus else f"on the CPU, threads each: {self.threads}"
         return [
-            f"resources: {self.resources.cpus} cores, {self.resources.gpus} GPUs, "
-            f"{self.resources.memory / 2**30:.0f} GiB of memory",
-            f"  {self.actors} × network ({on}), {self.units_at_once} units at once for each; "
-            f"{self.slots} cores to read and post-process, at most {self.posts} of them post-processing",
+            f"resources: {machines} machine{'s' if machines > 1 else ''}, cores: {self.resources.cpus}, "
+            f"GPUs: {self.resources.gpus}, memory: {memory:.0f} GiB",
+            f"  networks: {self.actors} ({on}), units at once for each: {self.units_at_once}; "
+            f"cores that read and post-process: {self.slots}, of them post-processing at most: {self.posts}",
         ]
 
 
 def engine_plan(resources: Resources, settings: Settings, card: Card) -> EnginePlan:
-    """Share out `resources`.
+    """Share out `resources`, each machine by itself.
 
-    A network on the CPU reserves its threads, but never the last core: it would wait for readers for ever. Where
-    there is one core only, it reserves none and takes turns with them.
+    A network on the CPU reserves its threads, but never the last core of a machine: it would wait for readers for
+    ever. On a single core it reserves none, and they take turns. Half of a machine's memory is for the units under way
+    and the regions in post-processing; networks, tables and the system have the rest.
     """
-    cpus, threads = resources.cpus, settings.infer.network_threads
-    if resources.gpus:
-        actors, actor_cpus = resources.gpus, 0
-    else:
-        actor_cpus = min(threads, cpus - 1)
-        actors = max(1, (cpus - 1) // max(1, actor_cpus))
-    slots = cpus - actors * actor_cpus
     side = settings.infer.unit
     unit = card.layout.planes * side**2 + BLOCKS_AHEAD * _BLOCK_BYTES
     region = (card.layout.planes + _POST_BYTES_PER_PIXEL) * (side + 2 * settings.post.halo) ** 2
-    budget = int(resources.memory * _MEMORY_SHARE)
-    units_at_once = max(1, min(UNITS_AT_ONCE, budget // 2 // (actors * unit)))
-    posts = max(1, min(slots - 1, budget // 2 // region))
+    on_gpus = resources.gpus > 0
+    smallest = min(node.cpus for node in resources.nodes)
+    threads = settings.infer.threads or max(1, min(CPU_THREADS, smallest - 1))
+    # What one network reserves is the same on all machines, hence what the smallest can spare.
+    actor_cpus = 0 if on_gpus else min(threads, smallest - 1)
+    actors = posts = slots = 0
+    units_at_once = UNITS_AT_ONCE
+    for node in resources.nodes:
+        if on_gpus:
+            networks = node.gpus
+        else:
+            fit = max(1, node.memory // 2 // _NETWORK_BYTES)
+            networks = min(fit, max(1, (node.cpus - 1) // max(1, actor_cpus)))
+        free = node.cpus - networks * actor_cpus
+        actors, slots = actors + networks, slots + free
+        posts += max(1, min(free - 1, node.memory // 4 // region))
+        if networks:
+            units_at_once = max(1, min(units_at_once, node.memory // 4 // (networks * unit)))
     return EnginePlan(
         resources=resources,
         actors=actors,
-        actor_gpus=1 if resources.gpus else 0,
+        actor_gpus=int(on_gpus),
         actor_cpus=actor_cpus,
         threads=threads,
         units_at_once=units_at_once,
@@ -120,10 +155,10 @@ def resource_lines(settings: Settings, card: Card) -> list[str]:
     """What `segment` will ask for, in words, as far as it can be told without importing Ray or torch."""
     engine = settings.engine
     if engine.backend == "local":
-        return [f"resources: one process, {settings.infer.network_threads} threads of the network on the CPU"]
+        return [f"resources: one process, with the network's threads: {settings.infer.threads or _cpus()}"]
     if engine.address:
         return [f"resources: of the Ray cluster at {engine.address}, seen when it is joined"]
-    return engine_plan(Resources.here().limited(settings), settings, card).lines()
+    return engine_plan(Resources((Node.here(),)).limited(settings), settings, card).lines()
 
 
 def _visible_gpus() -> int:
@@ -135,11 +170,22 @@ def _visible_gpus() -> int:
     return min(len(there), len([name for name in chosen.split(",") if name.strip() not in ("", "-1")]))
 
 
+def _cpus() -> int:
+    """Cores that this process may use: those it is bound to, or the share that its control group allows."""
+    bound = len(os.sched_getaffinity(0))
+    quota, _, period = _control_group("cpu.max").partition(" ")
+    return max(1, min(bound, int(quota) // int(period))) if quota.isdigit() else bound
+
+
 def _memory() -> int:
     """Bytes that this process may use: the machine's, or its control group's where that has less."""
-    bytes_here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _control_group("memory.max")
+    return min(whole, int(limit)) if limit.isdigit() else whole
+
+
+def _control_group(name: str) -> str:
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        return Path("/sys/fs/cgroup", name).read_text().strip()
     except OSError:
-        return bytes_here
-    return min(bytes_here, int(limit)) if limit.isdigit() else bytes_here
+        return ""

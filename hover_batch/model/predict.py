@@ -36,7 +36,7 @@ class Predictor:
         self.turn = threading.Lock()
         """Held by whoever predicts: one batch at a time, so that callers' threads share the device fairly."""
         if self.device.type == "cpu":
-            torch.set_num_threads(settled.threads)
+            torch.set_num_threads(settings.threads or torch.get_num_threads())
         network.to(self.device)
         self.network = network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's stub
 
@@ -102,7 +102,6 @@ def resolve(settings: InferSettings) -> InferSettings:
         settings,
         device=str(device),
         precision=_precision(settings.precision, device),
-        threads=settings.network_threads,
     )
 
 
@@ -122,7 +121,8 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.empty(0, device=name).device
+        device = torch.device(name)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise InputError(f"--device {name}: not usable here ({reason})") from error

@@ -80,6 +80,33 @@ class LoadDeadly:
         return Deadly(package.card, settings.batch, folder=self.folder, times=self.times)
 
 
+@dataclass
+class Broken(Quick):
+    """Raises on every batch after the second, as a device does that was lost."""
+
+    batches: int = 0
+
+    def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        self.batches += 1
+        if self.batches > 2:
+            raise RuntimeError("the device is lost")
+        return super().predict(tiles)
+
+
+@dataclass(frozen=True)
+class LoadBroken:
+    """The first network that is loaded breaks, the others do not."""
+
+    folder: Path
+
+    def __call__(self, package: Package, settings: InferSettings) -> Any:
+        try:
+            os.close(os.open(self.folder / "broken", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return Quick(package.card, settings.batch)
+        return Broken(package.card, settings.batch)
+
+
 def load_nothing(package: Package, settings: InferSettings) -> Any:
     """A package whose weights cannot be loaded."""
     raise PackageError("package planted: the weights do not match their card")

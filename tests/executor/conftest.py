@@ -18,7 +18,7 @@ from hover_batch.cohort.layout import RunLayout
 from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
 from hover_batch.executor.engine import Engine
 from hover_batch.executor.local import LocalExecutor
-from hover_batch.executor.resources import EnginePlan, Resources
+from hover_batch.executor.resources import EnginePlan, Node, Resources
 from hover_batch.model.predict import load_predictor
 from hover_batch.segment import Outcome, run_segment
 
@@ -43,7 +43,7 @@ def on_loopback() -> None:
 def engine_of(networks: int = 1, gpus: bool = False, units_at_once: int = 2) -> EnginePlan:
     """How the tests' cluster is used: so many networks, on GPUs or on the CPU."""
     return EnginePlan(
-        resources=Resources(CPUS, GPUS, 1 << 33),
+        resources=Resources((Node(CPUS, GPUS, 1 << 33),)),
         actors=networks,
         actor_gpus=int(gpus),
         actor_cpus=0 if gpus else 1,
@@ -111,9 +111,7 @@ def runner(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
             else:
                 from hover_batch.executor.ray import RayExecutor
 
-                settled = plan or engine_of()
-                books.networks = settled.actors
-                RayExecutor(books, settled, load).run(slides)
+                RayExecutor(books, plan or engine_of(), load).run(slides)
 
         @contextlib.contextmanager
         def engine(settings: Settings, layout: RunLayout) -> Iterator[Engine]:

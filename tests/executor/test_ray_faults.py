@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from accelerators import LoadDeadly, LoadQuick, die_loading
+from accelerators import LoadBroken, LoadDeadly, LoadQuick, die_loading
 from conftest import Run, engine_of, runner
 from test_contract import events, tables
 
@@ -31,7 +31,6 @@ def test_a_slide_that_kills_its_readers_is_quarantined(
     assert list(failures.slide_id) == ["sigsegv"]
     assert "died" in failures.reason[0] and "2 times" in failures.reason[0]
     assert {slide for slide, _ in strikes(out)} == {"sigsegv"}
-    fields("a", "b")
     runner("local", monkeypatch)(fields("a", "sigsegv", "b"), tmp_path / "reference", LoadQuick())
     reference = tables(tmp_path / "reference")
     assert tables(out) == {name: reference[name] for name in ("a", "b")}
@@ -61,6 +60,19 @@ def test_a_network_that_dies_is_replaced(
     assert outcome.exit_code == 0
     assert (tmp_path / "death-0").exists()
     assert 1 <= len(strikes(out)) <= 2 and {stage for _, stage in strikes(out)} == {"inference"}
+    runner("local", monkeypatch)(fields("a", "b"), tmp_path / "reference", LoadQuick())
+    assert tables(out) == tables(tmp_path / "reference")
+
+
+def test_a_network_that_raises_is_replaced(
+    fields: Fields, run_on_ray: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that breaks: the network lives, and raises whatever it is given. Its units are done by another."""
+    out = tmp_path / "out"
+    outcome = run_on_ray(fields("a", "b"), out, LoadBroken(tmp_path))
+    assert outcome.exit_code == 0
+    assert {e["stage"] for e in events(out, "strike")} == {"inference"}
+    assert all("device is lost" in str(e["reason"]) for e in events(out, "strike"))
     runner("local", monkeypatch)(fields("a", "b"), tmp_path / "reference", LoadQuick())
     assert tables(out) == tables(tmp_path / "reference")
 

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import pytest
@@ -46,12 +47,14 @@ def undisturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes
     return (out / "slides" / "field" / "nuclei.parquet").read_bytes()
 
 
-def start(cohort: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
+def start(
+    cohort: Path, out: Path, *flags: str, more: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen[str]:
     """The command in a session of its own, as a terminal would have it."""
     return subprocess.Popen(
         [sys.executable, "-c", "from hover_batch.cli import app; app()", "segment", str(cohort), "-o", str(out)]
         + ["--backend", "ray", *SETTINGS, *flags],
-        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)},
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT), **more},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -77,6 +80,22 @@ def assert_all_gone(session: int) -> None:
 
 def count(folder: Path) -> int:
     return sum(1 for p in folder.glob("*") if not p.name.startswith(".")) if folder.is_dir() else 0
+
+
+def test_a_cluster_that_is_up_is_joined(cohort: Path, undisturbed: bytes, ray_cluster: Path, tmp_path: Path) -> None:
+    """By a process of its own, which is given the cluster's address and token."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    token = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    joining = start(cohort, tmp_path / "out", "--address", address, more=token)
+    printed, _ = joining.communicate(timeout=300)
+    assert joining.returncode == 0, printed
+    assert "cores: 3" in printed
+    assert (tmp_path / "out" / "slides" / "field" / "nuclei.parquet").read_bytes() == undisturbed
+    refused = start(cohort, tmp_path / "no", "--address", address, more=token | {"RAY_AUTH_TOKEN": "0" * 64})
+    printed, _ = refused.communicate(timeout=300)
+    assert refused.returncode == 2 and "--address" in printed, printed
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C once", "Ctrl-C twice", "kill -9"])

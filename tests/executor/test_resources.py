@@ -8,50 +8,54 @@ from hypothesis import strategies as st
 
 from hover_batch.config import EngineSettings, InferSettings, Settings
 from hover_batch.errors import InputError
-from hover_batch.executor.resources import Resources, engine_plan, resource_lines
+from hover_batch.executor.resources import Node, Resources, engine_plan, resource_lines
 from hover_batch.model.package import find_package
 
 CARD = find_package("starter").card
 
 
-@given(
-    cpus=st.integers(1, 256),
-    gpus=st.integers(0, 16),
-    threads=st.integers(0, 64),
-    memory=st.integers(1 << 30, 1 << 40),
-    unit=st.sampled_from([256, 1024, 4096]),
+nodes = st.lists(
+    st.builds(Node, cpus=st.integers(1, 64), gpus=st.integers(0, 8), memory=st.integers(1 << 30, 1 << 40)),
+    min_size=1,
+    max_size=4,
 )
-def test_readers_always_find_a_core(cpus: int, gpus: int, threads: int, memory: int, unit: int) -> None:
+
+
+@given(nodes=nodes, threads=st.integers(0, 64), unit=st.sampled_from([256, 1024, 4096]))
+def test_readers_always_find_a_core(nodes: list[Node], threads: int, unit: int) -> None:
+    """Whichever machines the networks are put on, none is filled by them; and there is room for all of them."""
     settings = Settings(infer=InferSettings(threads=threads, unit=unit))
-    plan = engine_plan(Resources(cpus, gpus, memory), settings, CARD)
-    assert plan.actors >= 1 and plan.units_at_once >= 1 and plan.posts >= 1
-    assert plan.slots >= 1 and plan.actors * plan.actor_cpus + plan.slots == cpus
-    assert plan.posts < plan.slots or plan.slots == 1
-    if gpus:
-        assert (plan.actors, plan.actor_gpus, plan.actor_cpus) == (gpus, 1, 0)
+    plan = engine_plan(Resources(tuple(nodes)), settings, CARD)
+    assert plan.units_at_once >= 1 and plan.posts >= 1
+    assert plan.slots >= 1 and plan.actors * plan.actor_cpus + plan.slots == plan.resources.cpus
+    assert plan.posts < plan.slots or plan.posts <= len(nodes)
+    if plan.resources.gpus:
+        assert (plan.actors, plan.actor_gpus, plan.actor_cpus) == (plan.resources.gpus, 1, 0)
     else:
-        assert plan.actor_cpus <= max(0, cpus - 1)
+        assert plan.actor_cpus < min(node.cpus for node in nodes)
+        assert plan.actors <= sum(max(1, (node.cpus - 1) // max(1, plan.actor_cpus)) for node in nodes)
 
 
 def test_little_memory_means_little_at_once() -> None:
-    large = engine_plan(Resources(32, 2, 1 << 38), Settings(), CARD)
-    small = engine_plan(Resources(32, 2, 4 << 30), Settings(), CARD)
+    large = engine_plan(Resources((Node(32, 2, 1 << 38),)), Settings(), CARD)
+    small = engine_plan(Resources((Node(32, 2, 4 << 30),)), Settings(), CARD)
     assert (large.units_at_once, large.posts) == (3, 31)
     assert small.units_at_once < 3 and small.posts <= 2
+    assert engine_plan(Resources((Node(64, 0, 16 << 30),)), Settings(), CARD).actors == 4
 
 
 def test_more_than_there_is_is_refused() -> None:
-    there = Resources(4, 1, 1 << 34)
-    for engine, flag in ((EngineSettings(cpus=8), "--cpus 8"), (EngineSettings(gpus=2), "--gpus 2")):
+    there = Resources((Node(4, 1, 1 << 34), Node(4, 1, 1 << 34)))
+    for engine, flag in ((EngineSettings(cpus=9), "--cpus 9"), (EngineSettings(gpus=3), "--gpus 3")):
         with pytest.raises(InputError, match=flag):
             there.limited(Settings(engine=engine))
-    assert there.limited(Settings(engine=EngineSettings(cpus=3))) == Resources(3, 1, 1 << 34)
+    assert there.limited(Settings(engine=EngineSettings(cpus=3))).nodes == (Node(3, 1, 1 << 34), Node(0, 1, 1 << 34))
     assert there.limited(Settings(engine=EngineSettings(gpus=0))).gpus == 0
 
 
 def test_gpus_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert Resources.here().gpus == 0
+    assert Node.here().gpus == 0
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,7 @@ def test_gpus_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (EngineSettings(backend="local"), "one process"),
         (EngineSettings(address="10.0.0.1:6379"), "cluster at 10.0.0.1:6379"),
-        (EngineSettings(cpus=1), "1 cores"),
+        (EngineSettings(cpus=1), "cores: 1"),
     ],
 )
 def test_plan_says_what_would_be_asked_for(engine: EngineSettings, words: str) -> None:

@@ -1,0 +1,106 @@
+"""In whatever order units and regions come back: no region before its units, no table before all of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hover_batch.cohort.layout import SlideLayout
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.executor import underway
+from hover_batch.executor.underway import FINALIZE, SlideUnderWay, Surveyed
+from hover_batch.geometry import Grid, Mpp, Size, cell_box
+from hover_batch.pipeline import Seconds, neighbours
+from hover_batch.plan import PlannedSlide
+from hover_batch.slide.headers import SlideInfo
+from hover_batch.slide.tiles import Unit
+
+SIDE = 256
+
+
+def unit(column: int, row: int) -> Unit:
+    return Unit(column, row, cell_box(column, row, SIDE), SIDE, ((column, row),))
+
+
+def slide() -> SlideUnderWay:
+    record = SlideRecord("s", Path("s.png"), row=2)
+    size, mpp = Size(2048, 2048), Mpp(0.25, 0.25)
+    info = SlideInfo(size, mpp, "file", None, (1.0,), "picture", None, "", ())
+    return SlideUnderWay(PlannedSlide(record, info, Grid.over(size, mpp, 0.25), 1), SlideLayout(Path("out"), "s"))
+
+
+def surveyed(cells: list[tuple[int, int]], inferred: set[int], posted: set[int]) -> SlideUnderWay:
+    found = slide()
+    units = tuple(unit(*cell) for cell in cells)
+    found.survey_done(Surveyed(units, tuple(sorted(inferred)), tuple(sorted(posted)), Seconds()))
+    return found
+
+
+@given(data=st.data())
+def test_every_region_is_done_once_and_after_its_units(data: st.DataObject) -> None:
+    grid = [(column, row) for row in range(5) for column in range(5)]
+    cells = sorted(data.draw(st.sets(st.sampled_from(grid), min_size=1)), key=lambda cell: cell[::-1])
+    numbers = st.sets(st.integers(0, len(cells) - 1))
+    inferred, posted = data.draw(numbers), data.draw(numbers)
+    work = surveyed(cells, inferred, posted)
+    done, regions = set(inferred), []
+    predicting, posting = [], []
+    while True:
+        predicting += [work.to_infer.popleft() for _ in range(len(work.to_infer))]
+        while work.to_post:
+            region = work.to_post.popleft()
+            around = {i for i, cell in enumerate(cells) if cell in set(neighbours(unit(*cells[region])))}
+            assert around <= done
+            posting.append(region)
+        under_way = [("infer", i) for i in predicting] + [("post", i) for i in posting]
+        if not under_way:
+            break
+        assert work.next_task != FINALIZE
+        what, i = data.draw(st.sampled_from(under_way))
+        if what == "infer":
+            predicting.remove(i)
+            done.add(i)
+            work.unit_inferred(i)
+        else:
+            posting.remove(i)
+            regions.append(i)
+            work.region_posted()
+    assert work.next_task == FINALIZE
+    assert done == set(range(len(cells)))
+    assert sorted(regions) == sorted(set(range(len(cells))) - posted)
+
+
+def test_a_harmed_unit_is_predicted_before_tables_are_made() -> None:
+    """An earlier run had all regions done; one unit's shard was found harmed."""
+    work = surveyed([(0, 0), (1, 0)], inferred={0}, posted={0, 1})
+    assert work.next_task != FINALIZE and list(work.to_infer) == [1]
+    work.unit_inferred(1)
+    assert work.next_task == FINALIZE
+
+
+def test_a_region_waits_for_the_units_that_it_names() -> None:
+    work = surveyed([(0, 0), (3, 0)], inferred={0}, posted=set())
+    assert list(work.to_post) == [0]
+    work.to_post.clear()
+    assert work.region_needs(0, [(3, 0)])
+    assert not work.to_post
+    work.unit_inferred(1)
+    assert sorted(work.to_post) == [0, 1]
+
+
+def test_markers_that_are_not_seen_yet_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = surveyed([(0, 0)], inferred={0}, posted=set())
+    work.to_post.clear()
+    assert not work.region_needs(0, [(0, 0)])
+    work.due_again()
+    assert not work.to_post
+    monkeypatch.setattr(underway.time, "monotonic", lambda: 1e12)
+    work.due_again()
+    assert list(work.to_post) == [0]
+
+
+def test_a_slide_without_units_goes_to_its_table_at_once() -> None:
+    assert surveyed([], set(), set()).next_task == FINALIZE
