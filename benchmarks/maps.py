@@ -40,9 +40,7 @@ def real_maps(slide: Path = SLIDE, field: Box = DENSE_FIELD) -> tuple[NDArray[np
         image = reader.read(around, grid)
     side = card.tile_out
     tiles = [
-        Box(x, y, x + side, y + side)
-        for y in range(field.y0, field.y1, side)
-        for x in range(field.x0, field.x1, side)
+        Box(x, y, x + side, y + side) for y in range(field.y0, field.y1, side) for x in range(field.x0, field.x1, side)
     ]
     for first in range(0, len(tiles), predictor.batch):
         some = tiles[first : first + predictor.batch]

@@ -1,0 +1,158 @@
+"""From markers to instances: a component of one marker is filled, one of several is flooded.
+
+The flooding is that of `skimage.segmentation.watershed`, which the reference calls for the whole window at once. It
+never crosses from one component into another (its neighbourhood is 4-connected, and so are they), so each is flooded
+by itself, and one that holds a single marker becomes that marker's instance as a whole, without any flooding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+
+@njit(cache=True, nogil=True)
+def fill_and_flood(
+    labels: NDArray[np.int32],
+    bounds: NDArray[np.int64],
+    energy: NDArray[np.float32],
+    markers: NDArray[np.int32],
+    ids: NDArray[np.int32],
+    markers_of: NDArray[np.int64],
+    only_id: NDArray[np.int32],
+) -> NDArray[np.int32]:
+    """Instances (y, x) int32, 0 = background, of the components in `labels` (y, x) with `bounds` (n, 4) x0 y0 x1 y1.
+
+    `markers` (y, x): marker numbers, 0 = none, `ids` (m,) the instance that each becomes. `markers_of` (n,) says how
+    many a component has; `only_id` (n,) is the instance of one that has a single marker. `energy` (y, x) is 1
+    outside of the components that count.
+    """
+    height, width = labels.shape
+    instances = np.zeros((height, width), np.int32)
+    for y in range(height):
+        for x in range(width):
+            c = labels[y, x]
+            if markers_of[c] == 1:
+                instances[y, x] = only_id[c]
+            elif markers_of[c] > 1 and markers[y, x] > 0:
+                instances[y, x] = ids[markers[y, x]]
+    room = 0
+    for c in range(1, len(bounds)):
+        if markers_of[c] > 1:
+            room = max(room, _pixels_of(labels, bounds[c], c))
+    values, ages, places = np.empty(room), np.empty(room, np.int32), np.empty(room, np.int32)
+    for c in range(1, len(bounds)):
+        if markers_of[c] > 1:
+            _flood(labels, c, bounds[c], energy, instances, values, ages, places)
+    return instances
+
+
+@njit(cache=True, nogil=True)
+def _pixels_of(labels: NDArray[np.int32], bound: NDArray[np.int64], component: int) -> int:
+    count = 0
+    for y in range(bound[1], bound[3]):
+        for x in range(bound[0], bound[2]):
+            count += labels[y, x] == component
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _flood(
+    labels: NDArray[np.int32],
+    component: int,
+    bound: NDArray[np.int64],
+    energy: NDArray[np.float32],
+    instances: NDArray[np.int32],
+    values: NDArray[np.float64],
+    ages: NDArray[np.int32],
+    places: NDArray[np.int32],
+) -> None:
+    """Grow the instances of one component from its markers until they fill it, lowest landscape first.
+
+    Order, and thus every tie, is scikit-image's: a binary heap by value, then age; markers go in first, in raster
+    order, all of age 0, and pixels get their instance, and the next age, as they are pushed: above, left, right,
+    below. Water does not sink: a pixel lies at least as high as the one that it is reached from. Markers of equal value come out as the heap's swaps leave them, so the whole of each marker is queued,
+    interior included, and the heap's steps are the textbook's, which scikit-image follows as well.
+    """
+    height, width = labels.shape
+    size = 0
+    for y in range(bound[1], bound[3]):
+        for x in range(bound[0], bound[2]):
+            if labels[y, x] == component and instances[y, x] > 0:
+                size = _push(values, ages, places, size, -_depth(energy, y, x), 0, y * width + x)
+    age = 0
+    while size > 0:
+        place, level = places[0], values[0]
+        size = _pop(values, ages, places, size)
+        y, x = place // width, place % width
+        for ny, nx in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
+            if ny < 0 or nx < 0 or ny == height or nx == width:
+                continue
+            if labels[ny, nx] == component and instances[ny, nx] == 0:
+                instances[ny, nx] = instances[y, x]
+                age += 1
+                value = max(level, -_depth(energy, ny, nx))
+                size = _push(values, ages, places, size, value, age, ny * width + nx)
+
+
+@njit(cache=True, nogil=True)
+def _depth(energy: NDArray[np.float32], y: int, x: int) -> float:
+    """1 - energy at one pixel, blurred by the 3×3 Gaussian (¼ ½ ¼), mirrored at the window's edge.
+
+    `cv2.GaussianBlur` of the whole map, at the pixels that a flood comes to. Energies are multiples of 2^-24, so that
+    no sum is rounded and their order is free.
+    """
+    height, width = energy.shape
+    above, below = abs(y - 1), y + 1 if y + 1 < height else max(0, height - 2)
+    left, right = abs(x - 1), x + 1 if x + 1 < width else max(0, width - 2)
+    above, left = min(above, height - 1), min(left, width - 1)
+    one = 1.0
+    upper = 0.25 * ((one - energy[above, left]) + (one - energy[above, right])) + 0.5 * (one - energy[above, x])
+    here = 0.25 * ((one - energy[y, left]) + (one - energy[y, right])) + 0.5 * (one - energy[y, x])
+    lower = 0.25 * ((one - energy[below, left]) + (one - energy[below, right])) + 0.5 * (one - energy[below, x])
+    return 0.25 * (upper + lower) + 0.5 * here
+
+
+@njit(cache=True, nogil=True)
+def _push(
+    values: NDArray[np.float64],
+    ages: NDArray[np.int32],
+    places: NDArray[np.int32],
+    size: int,
+    value: float,
+    age: int,
+    place: int,
+) -> int:
+    """Add to the heap of `size` items, smallest (value, age) first; returns its new size."""
+    i = size
+    while i > 0:
+        parent = (i - 1) // 2
+        if values[parent] < value or (values[parent] == value and ages[parent] <= age):
+            break
+        values[i], ages[i], places[i] = values[parent], ages[parent], places[parent]
+        i = parent
+    values[i], ages[i], places[i] = value, age, place
+    return size + 1
+
+
+@njit(cache=True, nogil=True)
+def _pop(values: NDArray[np.float64], ages: NDArray[np.int32], places: NDArray[np.int32], size: int) -> int:
+    """Remove the first item of the heap of `size` items; returns its new size."""
+    size -= 1
+    value, age, place = values[size], ages[size], places[size]
+    i = 0
+    while 2 * i + 1 < size:
+        child = 2 * i + 1
+        other = child + 1
+        # The right child only where it is the smaller one: of equals, the left.
+        if other < size and (
+            values[other] < values[child] or (values[other] == values[child] and ages[other] < ages[child])
+        ):
+            child = other
+        if values[child] > value or (values[child] == value and ages[child] >= age):
+            break
+        values[i], ages[i], places[i] = values[child], ages[child], places[child]
+        i = child
+    values[i], ages[i], places[i] = value, age, place
+    return size
