@@ -41,10 +41,10 @@ def fill_and_flood(
     for c in range(1, len(bounds)):
         if markers_of[c] > 1:
             room = max(room, _pixels_of(labels, bounds[c], c))
-    values, ages, places = np.empty(room), np.empty(room, np.int32), np.empty(room, np.int32)
+    values, items = np.empty(room), np.empty(room, np.int64)
     for c in range(1, len(bounds)):
         if markers_of[c] > 1:
-            _flood(labels, c, bounds[c], energy, instances, values, ages, places)
+            _flood(labels, c, bounds[c], energy, instances, values, items)
     return instances
 
 
@@ -65,26 +65,26 @@ def _flood(
     energy: NDArray[np.float32],
     instances: NDArray[np.int32],
     values: NDArray[np.float64],
-    ages: NDArray[np.int32],
-    places: NDArray[np.int32],
+    items: NDArray[np.int64],
 ) -> None:
     """Grow the instances of one component from its markers until they fill it, lowest landscape first.
 
-    Order, and thus every tie, is scikit-image's: a binary heap by value, then age; markers go in first, in raster
-    order, all of age 0, and pixels get their instance, and the next age, as they are pushed: above, left, right,
-    below. Water does not sink: a pixel lies at least as high as the one that it is reached from. Markers of equal value come out as the heap's swaps leave them, so the whole of each marker is queued,
-    interior included, and the heap's steps are the textbook's, which scikit-image follows as well.
+    Order, and thus every tie, is scikit-image's: a binary heap by value, then age. Markers go in first, in raster
+    order, all of age 0; other pixels get their instance, and the next age, as they are pushed: above, left, right,
+    below. Water does not sink: a pixel lies at least as high as the one that it is reached from. Markers of equal
+    value come out as the heap's swaps leave them, so the whole of each marker is queued, interior included, and the
+    heap's steps are the textbook's, which scikit-image follows as well.
     """
     height, width = labels.shape
     size = 0
     for y in range(bound[1], bound[3]):
         for x in range(bound[0], bound[2]):
             if labels[y, x] == component and instances[y, x] > 0:
-                size = _push(values, ages, places, size, -_depth(energy, y, x), 0, y * width + x)
+                size = _push(values, items, size, -_depth(energy, y, x), y * width + x)
     age = 0
     while size > 0:
-        place, level = places[0], values[0]
-        size = _pop(values, ages, places, size)
+        level, place = values[0], items[0] & 0xFFFFFFFF
+        size = _pop(values, items, size)
         y, x = place // width, place % width
         for ny, nx in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
             if ny < 0 or nx < 0 or ny == height or nx == width:
@@ -93,7 +93,7 @@ def _flood(
                 instances[ny, nx] = instances[y, x]
                 age += 1
                 value = max(level, -_depth(energy, ny, nx))
-                size = _push(values, ages, places, size, value, age, ny * width + nx)
+                size = _push(values, items, size, value, age << 32 | (ny * width + nx))
 
 
 @njit(cache=True, nogil=True)
@@ -111,48 +111,50 @@ def _depth(energy: NDArray[np.float32], y: int, x: int) -> float:
     upper = 0.25 * ((one - energy[above, left]) + (one - energy[above, right])) + 0.5 * (one - energy[above, x])
     here = 0.25 * ((one - energy[y, left]) + (one - energy[y, right])) + 0.5 * (one - energy[y, x])
     lower = 0.25 * ((one - energy[below, left]) + (one - energy[below, right])) + 0.5 * (one - energy[below, x])
-    return 0.25 * (upper + lower) + 0.5 * here
+    return float(0.25 * (upper + lower) + 0.5 * here)
 
 
 @njit(cache=True, nogil=True)
-def _push(
-    values: NDArray[np.float64],
-    ages: NDArray[np.int32],
-    places: NDArray[np.int32],
-    size: int,
-    value: float,
-    age: int,
-    place: int,
-) -> int:
-    """Add to the heap of `size` items, smallest (value, age) first; returns its new size."""
+def _push(values: NDArray[np.float64], items: NDArray[np.int64], size: int, value: float, item: int) -> int:
+    """Add to the heap of `size` items, smallest (value, age) first; returns its new size. Item: age << 32 | place."""
     i = size
     while i > 0:
         parent = (i - 1) // 2
-        if values[parent] < value or (values[parent] == value and ages[parent] <= age):
+        if values[parent] < value or (values[parent] == value and items[parent] >> 32 <= item >> 32):
             break
-        values[i], ages[i], places[i] = values[parent], ages[parent], places[parent]
+        values[i], items[i] = values[parent], items[parent]
         i = parent
-    values[i], ages[i], places[i] = value, age, place
+    values[i], items[i] = value, item
     return size + 1
 
 
 @njit(cache=True, nogil=True)
-def _pop(values: NDArray[np.float64], ages: NDArray[np.int32], places: NDArray[np.int32], size: int) -> int:
-    """Remove the first item of the heap of `size` items; returns its new size."""
+def _pop(values: NDArray[np.float64], items: NDArray[np.int64], size: int) -> int:
+    """Remove the first item of the heap of `size` items; returns its new size.
+
+    The gap sinks to the bottom along the smaller children (of equals, the left), then the last item rises from there:
+    it ends where it would if it sank from the top, for the items on that path are in order, with fewer comparisons.
+    """
     size -= 1
-    value, age, place = values[size], ages[size], places[size]
+    value, item = values[size], items[size]
     i = 0
-    while 2 * i + 1 < size:
+    while 2 * i + 2 < size:
         child = 2 * i + 1
         other = child + 1
-        # The right child only where it is the smaller one: of equals, the left.
-        if other < size and (
-            values[other] < values[child] or (values[other] == values[child] and ages[other] < ages[child])
+        if values[other] < values[child] or (
+            values[other] == values[child] and items[other] >> 32 < items[child] >> 32
         ):
             child = other
-        if values[child] > value or (values[child] == value and ages[child] >= age):
-            break
-        values[i], ages[i], places[i] = values[child], ages[child], places[child]
+        values[i], items[i] = values[child], items[child]
         i = child
-    values[i], ages[i], places[i] = value, age, place
+    if 2 * i + 1 < size:
+        values[i], items[i] = values[2 * i + 1], items[2 * i + 1]
+        i = 2 * i + 1
+    while i > 0:
+        parent = (i - 1) // 2
+        if values[parent] < value or (values[parent] == value and items[parent] >> 32 < item >> 32):
+            break
+        values[i], items[i] = values[parent], items[parent]
+        i = parent
+    values[i], items[i] = value, item
     return size

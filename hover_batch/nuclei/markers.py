@@ -45,7 +45,7 @@ def markers_of(
     count, markers = cv2.connectedComponents(opened, connectivity=4, ltype=cv2.CV_32S)
     del opened
     components = _settle(labels, regions, owners, markers, count)
-    more = []
+    more: list[int] = []
     for component in np.flatnonzero(entangled).tolist():
         x0, y0, x1, y1 = bounds[component].tolist()
         crop = np.s_[max(0, y0 - _ROOM) : y1 + _ROOM, max(0, x0 - _ROOM) : x1 + _ROOM]
@@ -55,7 +55,7 @@ def markers_of(
         markers[crop][alone > 0] = alone[alone > 0] + (len(components) + len(more) - 1)
         present = np.bincount(alone.ravel())[1:] > 0
         more.extend(np.where(present, component, 0).tolist())
-    return markers, np.concatenate([components, np.array(more, np.int64)])
+    return np.asarray(markers, np.int32), np.concatenate([components, np.array(more, np.int64)])
 
 
 @njit(cache=True, nogil=True)

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
-import cv2
 import numpy as np
-import shapely
 from numba import njit
 from numpy.typing import NDArray
 
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.outlines import outlines
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +132,7 @@ def measure(
         h_od=_f32(values[:, -2] / area / layout.OD_SCALE),
         e_od=_f32(values[:, -1] / area / layout.OD_SCALE),
         seam_uncertain=np.zeros(n, np.bool_),
-        contours=[
-            _outline(instances[top:bottom, left:right] == i) + (left + x0, top + y0)
-            for i, (left, top, right, bottom) in enumerate(bounds.tolist(), start=1)
-        ],
+        contours=outlines(instances, bounds, anchor[:, 0], area, origin),
     )
     return nuclei.take(np.lexsort((nuclei.anchor_x, nuclei.anchor_y)))
 
@@ -170,29 +166,6 @@ def _classes(votes: NDArray[np.int64], softmax: NDArray[np.int64]) -> tuple[NDAr
     voted = votes[:, 1:].max(axis=1) > 0
     # argmax takes the first of equals: the lower id.
     return np.where(voted, votes[:, 1:].argmax(axis=1), nuclear.argmax(axis=1)) + 1, probs
-
-
-def _outline(own: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Ring (k, 2) float64 of x, y, closed and valid, round the instance's pixels `own` (y, x) of its bounding box.
-
-    Through the centres of the outermost pixels. Parts one pixel wide have no area and fall away, of several parts the
-    largest stays; what has no area at all becomes the bounding rectangle, edges included.
-    """
-    outlines, _ = cv2.findContours(own.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    largest = shapely.Polygon()
-    for outline in outlines:
-        if len(outline) < 3:
-            continue
-        polygon = shapely.Polygon(outline[:, 0] + 0.5)
-        # Mending gives a polygon, several, or a collection of lines and several: hence the parts of the parts.
-        parts = [polygon] if polygon.is_valid else shapely.get_parts(shapely.get_parts(shapely.make_valid(polygon)))
-        for part in parts:
-            if part.area > largest.area and isinstance(part, shapely.Polygon):
-                largest = shapely.Polygon(part.exterior)
-    if largest.is_empty:
-        height, width = own.shape
-        return np.array([[0, 0], [width, 0], [width, height], [0, height], [0, 0]], np.float64)
-    return np.asarray(largest.exterior.coords, np.float64)
 
 
 @njit(cache=True, nogil=True)

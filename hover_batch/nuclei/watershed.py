@@ -28,6 +28,7 @@ import cv2
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
 from hover_batch.errors import PackageError
 from hover_batch.geometry import Box
 from hover_batch.model.heads import MapLayout
