@@ -16,14 +16,16 @@ from numpy.typing import NDArray
 def fill_and_flood(
     labels: NDArray[np.int32],
     bounds: NDArray[np.int64],
+    pixels: NDArray[np.int64],
     energy: NDArray[np.float32],
     markers: NDArray[np.int32],
     ids: NDArray[np.int32],
     markers_of: NDArray[np.int64],
     only_id: NDArray[np.int32],
 ) -> NDArray[np.int32]:
-    """Instances (y, x) int32, 0 = background, of the components in `labels` (y, x) with `bounds` (n, 4) x0 y0 x1 y1.
+    """Instances (y, x) int32, 0 = background, of the components in `labels` (y, x).
 
+    `bounds` (n, 4): x0, y0, x1, y1 of each component; `pixels` (n,): how many it has.
     `markers` (y, x): marker numbers, 0 = none, `ids` (m,) the instance that each becomes. `markers_of` (n,) says how
     many a component has; `only_id` (n,) is the instance of one that has a single marker. `energy` (y, x) is 1
     outside of the components that count.
@@ -33,6 +35,8 @@ def fill_and_flood(
     for y in range(height):
         for x in range(width):
             c = labels[y, x]
+            if c == 0:
+                continue
             if markers_of[c] == 1:
                 instances[y, x] = only_id[c]
             elif markers_of[c] > 1 and markers[y, x] > 0:
@@ -40,21 +44,12 @@ def fill_and_flood(
     room = 0
     for c in range(1, len(bounds)):
         if markers_of[c] > 1:
-            room = max(room, _pixels_of(labels, bounds[c], c))
+            room = max(room, pixels[c])
     values, items = np.empty(room), np.empty(room, np.int64)
     for c in range(1, len(bounds)):
         if markers_of[c] > 1:
             _flood(labels, c, bounds[c], energy, instances, values, items)
     return instances
-
-
-@njit(cache=True, nogil=True)
-def _pixels_of(labels: NDArray[np.int32], bound: NDArray[np.int64], component: int) -> int:
-    count = 0
-    for y in range(bound[1], bound[3]):
-        for x in range(bound[0], bound[2]):
-            count += labels[y, x] == component
-    return count
 
 
 @njit(cache=True, nogil=True)

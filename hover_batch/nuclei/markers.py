@@ -23,6 +23,8 @@ MARKER_ENERGY = 0.4
 MIN_PIXELS = 10
 """Components and markers of fewer pixels are dropped."""
 _ELLIPSE = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
+_OUTSIDE = 1
+"""The region of gaps around everything: OpenCV numbers regions in raster order, and the frame comes first."""
 _ROOM = 3
 """Pixels around an entangled component's crop: the opening's radius and one more."""
 
@@ -36,10 +38,10 @@ def markers_of(
     order of the markers' first pixels. `bounds` (n, 4): x0, y0, x1, y1 of each component.
     """
     gaps = _gaps(labels, chosen, energy)
-    _, regions = cv2.connectedComponents(gaps, connectivity=4, ltype=cv2.CV_32S)
+    count, regions = cv2.connectedComponents(gaps, connectivity=4, ltype=cv2.CV_32S)
+    owners, entangled = _owners(labels, regions, count, len(bounds))
+    filled = _filled(gaps, labels, regions, owners, entangled, bool(entangled.any()))
     del gaps
-    owners, entangled = _owners(labels, regions, len(bounds))
-    filled = _filled(labels, regions, owners, entangled)
     opened = cv2.morphologyEx(filled, cv2.MORPH_OPEN, _ELLIPSE)
     del filled
     count, markers = cv2.connectedComponents(opened, connectivity=4, ltype=cv2.CV_32S)
@@ -66,52 +68,60 @@ def _gaps(labels: NDArray[np.int32], chosen: NDArray[np.bool_], energy: NDArray[
     limit = np.float32(MARKER_ENERGY)
     for y in range(height):
         for x in range(width):
-            if chosen[labels[y, x]] and energy[y, x] < limit:
+            if energy[y, x] < limit and chosen[labels[y, x]]:
                 gaps[y + 1, x + 1] = 0
     return gaps
 
 
 @njit(cache=True, nogil=True)
 def _owners(
-    labels: NDArray[np.int32], regions: NDArray[np.int32], n: int
+    labels: NDArray[np.int32], regions: NDArray[np.int32], count: int, n: int
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """A component (r,) on the rim of each bounded region of gaps, 0 for the outside; which (n,) are entangled.
+    """A component (count,) on the rim of each bounded region of gaps; which of the `n` components are entangled (n,).
 
-    `regions` (y + 2, x + 2): 0 is the mask itself, and the frame belongs to the outside. If a hole of a component holds
+    `regions` (y + 2, x + 2): 0 is the mask itself, _OUTSIDE what the frame belongs to. If a hole of a component holds
     other pixels of the mask, walking from its rim inwards one meets them across a region that touches both: so
     looking at rims finds every entangled component.
     """
     height, width = labels.shape
-    outside = regions[0, 0]
-    owners = np.zeros(regions.max() + 1, np.int32)
+    owners = np.zeros(count, np.int32)
     entangled = np.zeros(n, np.bool_)
     for y in range(1, height + 1):
         for x in range(1, width + 1):
-            if regions[y, x] != 0:
+            region = regions[y, x]
+            if region <= _OUTSIDE:
                 continue
-            component = labels[y - 1, x - 1]
-            for region in (regions[y - 1, x], regions[y, x - 1], regions[y, x + 1], regions[y + 1, x]):
-                if region == 0 or region == outside:
-                    continue
-                if owners[region] == 0:
-                    owners[region] = component
-                elif owners[region] != component:
-                    entangled[owners[region]] = entangled[component] = True
+            for ny, nx in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
+                if regions[ny, nx] == 0:
+                    component = labels[ny - 1, nx - 1]
+                    if owners[region] == 0:
+                        owners[region] = component
+                    elif owners[region] != component:
+                        entangled[owners[region]] = entangled[component] = True
     return owners, entangled
 
 
 @njit(cache=True, nogil=True)
 def _filled(
-    labels: NDArray[np.int32], regions: NDArray[np.int32], owners: NDArray[np.int32], entangled: NDArray[np.bool_]
+    gaps: NDArray[np.uint8],
+    labels: NDArray[np.int32],
+    regions: NDArray[np.int32],
+    owners: NDArray[np.int32],
+    entangled: NDArray[np.bool_],
+    any_entangled: bool,
 ) -> NDArray[np.uint8]:
     """The mask with its holes (y, x), entangled components left out."""
     height, width = labels.shape
-    filled = np.zeros((height, width), np.uint8)
+    filled = np.empty((height, width), np.uint8)
     for y in range(height):
         for x in range(width):
+            filled[y, x] = 1 - gaps[y + 1, x + 1]
+        for x in range(width):
             region = regions[y + 1, x + 1]
-            owner = labels[y, x] if region == 0 else owners[region]
-            filled[y, x] = owner > 0 and not entangled[owner]
+            if region > _OUTSIDE:
+                filled[y, x] = not entangled[owners[region]]
+            elif any_entangled and region == 0:
+                filled[y, x] = not entangled[labels[y, x]]
     return filled
 
 
@@ -128,7 +138,8 @@ def _settle(
     pixels = np.zeros(count, np.int64)
     for y in range(height):
         for x in range(width):
-            pixels[markers[y, x]] += 1
+            if markers[y, x] > 0:
+                pixels[markers[y, x]] += 1
     components = np.zeros(count, np.int64)
     for y in range(height):
         for x in range(width):

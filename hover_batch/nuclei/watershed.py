@@ -167,7 +167,9 @@ def split(
     ids[used[np.argsort(owners[used], kind="stable")]] = np.arange(1, len(used) + 1)
     counts = np.bincount(owners[used], minlength=len(bounds))
     first_ids = (np.cumsum(counts) - counts + 1).astype(np.int32)
-    return np.asarray(fill_and_flood(labels, bounds, energy, markers, ids, counts, first_ids), np.int32)
+    return np.asarray(
+        fill_and_flood(labels, bounds, components.pixels, energy, markers, ids, counts, first_ids), np.int32
+    )
 
 
 @njit(cache=True, nogil=True)
