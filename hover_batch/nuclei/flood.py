@@ -47,8 +47,12 @@ def fill_and_flood(
             room = max(room, pixels[c])
     values, items = np.empty(room), np.empty(room, np.int64)
     for c in range(1, len(bounds)):
-        if markers_of[c] > 1:
-            _flood(labels, c, bounds[c], energy, instances, values, items)
+        if markers_of[c] > 1 and not _flood(labels, c, bounds[c], energy, instances, values, items, False):
+            for y in range(bounds[c, 1], bounds[c, 3]):
+                for x in range(bounds[c, 0], bounds[c, 2]):
+                    if labels[y, x] == c:
+                        instances[y, x] = ids[markers[y, x]] if markers[y, x] > 0 else 0
+            _flood(labels, c, bounds[c], energy, instances, values, items, True)
     return instances
 
 
@@ -61,25 +65,43 @@ def _flood(
     instances: NDArray[np.int32],
     values: NDArray[np.float64],
     items: NDArray[np.int64],
-) -> None:
+    interiors: bool,
+) -> bool:
     """Grow the instances of one component from its markers until they fill it, lowest landscape first.
 
     Order, and thus every tie, is scikit-image's: a binary heap by value, then age. Markers go in first, in raster
     order, all of age 0; other pixels get their instance, and the next age, as they are pushed: above, left, right,
-    below. Water does not sink: a pixel lies at least as high as the one that it is reached from. Markers of equal
-    value come out as the heap's swaps leave them, so the whole of each marker is queued, interior included, and the
-    heap's steps are the textbook's, which scikit-image follows as well.
+    below. Water does not sink: a pixel lies at least as high as the one that it is reached from.
+
+    Coming to a pixel inside a marker changes nothing, so these need not be queued. But markers of equal value come out
+    as the swaps of the whole heap leave them. All that are equal come out in a row (what they reach is older), so a tie
+    is seen when it happens, and most, between markers that touch the bottom, as they are queued: then the flood stops
+    and returns False, to be done again from the start with `interiors` queued, in the textbook's heap steps, which
+    scikit-image follows as well.
     """
     height, width = labels.shape
     size = 0
     for y in range(bound[1], bound[3]):
         for x in range(bound[0], bound[2]):
-            if labels[y, x] == component and instances[y, x] > 0:
-                size = _push(values, items, size, -_depth(energy, y, x), y * width + x)
+            if (
+                labels[y, x] == component
+                and instances[y, x] > 0
+                and (interiors or _has_dry_neighbour(labels, instances, y, x))
+            ):
+                value = -_depth(energy, y, x)
+                if size > 0 and value == values[0] and not interiors:
+                    return False
+                size = _push(values, items, size, value, y * width + x)
     age = 0
+    last_marker = np.inf
     while size > 0:
-        level, place = values[0], items[0] & 0xFFFFFFFF
+        level, item = values[0], items[0]
+        if item >> 32 == 0:
+            if level == last_marker and not interiors:
+                return False
+            last_marker = level
         size = _pop(values, items, size)
+        place = item & 0xFFFFFFFF
         y, x = place // width, place % width
         for ny, nx in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
             if ny < 0 or nx < 0 or ny == height or nx == width:
@@ -89,6 +111,20 @@ def _flood(
                 age += 1
                 value = max(level, -_depth(energy, ny, nx))
                 size = _push(values, items, size, value, age << 32 | (ny * width + nx))
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _has_dry_neighbour(labels: NDArray[np.int32], instances: NDArray[np.int32], y: int, x: int) -> bool:
+    """Whether one of the four neighbours is of the same component and of no instance yet."""
+    height, width = labels.shape
+    c = labels[y, x]
+    return bool(
+        (y > 0 and labels[y - 1, x] == c and instances[y - 1, x] == 0)
+        or (x > 0 and labels[y, x - 1] == c and instances[y, x - 1] == 0)
+        or (x + 1 < width and labels[y, x + 1] == c and instances[y, x + 1] == 0)
+        or (y + 1 < height and labels[y + 1, x] == c and instances[y + 1, x] == 0)
+    )
 
 
 @njit(cache=True, nogil=True)

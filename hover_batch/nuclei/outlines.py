@@ -9,6 +9,8 @@ without having met one of the block's other pixels twice. The others are cut out
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import shapely
@@ -37,29 +39,44 @@ def outlines(
     ring_points = points + (np.array(origin) + 0.5)
     starts = np.concatenate([[0], ends])[:-1]
     rings = [ring_points[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-    for i in np.flatnonzero(~plain).tolist():
-        x0, y0, x1, y1 = bounds[i].tolist()
-        rings[i] = _mended(instances[y0:y1, x0:x1] == i + 1) + (x0 + origin[0], y0 + origin[1])
+    rest = np.flatnonzero(~plain).tolist()
+    crops = [np.s_[y0:y1, x0:x1] for x0, y0, x1, y1 in bounds[rest].tolist()]
+    mended = _mended([instances[crop] == i + 1 for i, crop in zip(rest, crops, strict=True)])
+    for i, ring in zip(rest, mended, strict=True):
+        rings[i] = ring + (bounds[i, :2] + origin)
     return rings
 
 
-def _mended(own: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The ring (k, 2) of x, y round the instance's pixels `own` (y, x) of its bounding box, whatever their shape."""
-    contours, _ = cv2.findContours(own.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    largest = shapely.Polygon()
-    for contour in contours:
-        if len(contour) < 3:
-            continue
-        polygon = shapely.Polygon(contour[:, 0] + 0.5)
-        # Mending gives a polygon, several, or a collection of lines and several: hence the parts of the parts.
-        parts = [polygon] if polygon.is_valid else shapely.get_parts(shapely.get_parts(shapely.make_valid(polygon)))
-        for part in parts:
-            if part.area > largest.area and isinstance(part, shapely.Polygon):
-                largest = shapely.Polygon(part.exterior)
-    if largest.is_empty:
-        height, width = own.shape
-        return np.array([[0, 0], [width, 0], [width, height], [0, height], [0, 0]], np.float64)
-    return np.asarray(largest.exterior.coords, np.float64)
+def _mended(masks: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.float64]]:
+    """Rings (k, 2) of x, y round instances of whatever shape, each given by the pixels (y, x) of its bounding box."""
+    rings: list[NDArray[np.float64]] = []
+    corners: list[NDArray[np.int32]] = []
+    mask_of: list[int] = []
+    for i, mask in enumerate(masks):
+        height, width = mask.shape
+        rings.append(np.array([[0, 0], [width, 0], [width, height], [0, height], [0, 0]], np.float64))
+        found, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        large = [np.asarray(contour[:, 0], np.int32) for contour in found if len(contour) >= 3]
+        corners += large
+        mask_of += [i] * len(large)
+    if not corners:
+        return rings
+    lengths = [len(contour) for contour in corners]
+    closed = shapely.linearrings(np.concatenate(corners) + 0.5, indices=np.repeat(np.arange(len(corners)), lengths))
+    polygons = np.asarray(shapely.polygons(closed), object)
+    invalid = ~shapely.is_valid(polygons)
+    polygons[invalid] = shapely.make_valid(polygons[invalid])
+    # Mending gives a polygon, several, or a collection of lines and several: hence the parts of the parts.
+    parts, polygon_of = shapely.get_parts(polygons, return_index=True)
+    parts, part_of = shapely.get_parts(parts, return_index=True)
+    area = shapely.area(parts)  # 0 of lines and points
+    largest = np.zeros(len(masks))
+    for k, polygon in enumerate(polygon_of[part_of].tolist()):
+        i = mask_of[polygon]
+        if area[k] > largest[i]:
+            largest[i] = area[k]
+            rings[i] = shapely.get_coordinates(shapely.get_exterior_ring(parts[k]))
+    return rings
 
 
 @njit(cache=True, nogil=True)
