@@ -60,8 +60,8 @@ def synthetic_maps(side: int = 2048, seed: int = 0) -> tuple[NDArray[np.uint8], 
     instances = np.zeros((side, side), np.int32)
     centres = np.stack(np.meshgrid(np.arange(12, side, 24), np.arange(12, side, 24)), -1).reshape(-1, 2)
     for i, (x, y) in enumerate(centres + rng.integers(-8, 9, centres.shape), start=1):
-        radii = rng.integers(6, 14, 2).tolist()
-        cv2.ellipse(instances, (int(x), int(y)), radii, float(rng.uniform(0, 180)), 0, 360, i, -1)
+        radii: list[int] = rng.integers(6, 14, 2).tolist()
+        cv2.ellipse(instances, (int(x), int(y)), radii, float(rng.uniform(0, 180)), 0, 360, (i,), -1)
     types = rng.integers(1, layout.n_types, len(centres) + 1).astype(np.uint8)
     types[0] = 0
 

@@ -162,14 +162,23 @@ def split(
     # Every component that counts shapes the landscape: a diagonal neighbour shows in the blur.
     energy = energy_of(h, v, kept, labels, *constants.scaling)
     markers, owners = markers_of(labels, bounds, chosen & kept, energy)
+    return flooded(components, energy, markers, owners)
+
+
+def flooded(
+    components: Components, energy: NDArray[np.float32], markers: NDArray[np.int32], owners: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """Instances (y, x) int32 from the `energy` (y, x), the `markers` (y, x), and whose they are (m,)."""
+    n = len(components.bounds)
     used = np.flatnonzero(owners)
     ids = np.zeros(len(owners), np.int32)
     ids[used[np.argsort(owners[used], kind="stable")]] = np.arange(1, len(used) + 1)
-    counts = np.bincount(owners[used], minlength=len(bounds))
+    counts = np.bincount(owners[used], minlength=n)
     first_ids = (np.cumsum(counts) - counts + 1).astype(np.int32)
-    return np.asarray(
-        fill_and_flood(labels, bounds, components.pixels, energy, markers, ids, counts, first_ids), np.int32
+    instances = fill_and_flood(
+        components.labels, components.bounds, components.pixels, energy, markers, ids, counts, first_ids
     )
+    return np.asarray(instances, np.int32)
 
 
 @njit(cache=True, nogil=True)
