@@ -74,10 +74,10 @@ def _flood(
     below. Water does not sink: a pixel lies at least as high as the one that it is reached from.
 
     Coming to a pixel inside a marker changes nothing, so these need not be queued. But markers of equal value come out
-    as the swaps of the whole heap leave them. All that are equal come out in a row (what they reach comes later), so a tie
-    is seen when it happens, and most, between markers that touch the bottom, as they are queued: then the flood stops
-    and returns False, to be done again from the start with `interiors` queued, in the textbook's heap steps, which
-    scikit-image follows as well.
+    as the swaps of the whole heap leave them. All that are equal come out in a row (what they reach comes later), so a
+    tie is seen when it happens, and most, between markers that touch the bottom, as they are queued. Then the flood
+    stops and returns False, to be done again from the start with `interiors` queued, in the textbook's heap steps,
+    which scikit-image follows as well.
     """
     height, width = labels.shape
     size = 0
