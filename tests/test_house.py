@@ -73,8 +73,11 @@ def faults_of_imports(root: Path) -> list[str]:
 
 
 def faults_of_length(root: Path) -> list[str]:
-    """Files of the packages and their tests that are too long to be read in one sitting."""
-    lengths = {path: len(path.read_text("utf-8").splitlines()) for path in _python_files(root, (*PACKAGES, "tests"))}
+    """Files of the packages, the benchmarks and the tests that are too long to be read in one sitting."""
+    lengths = {
+        path: len(path.read_text("utf-8").splitlines())
+        for path in _python_files(root, (*PACKAGES, "benchmarks", "tests"))
+    }
     return [f"{p.relative_to(root)}: {n} lines, more than {MAX_LINES}" for p, n in lengths.items() if n > MAX_LINES]
 
 

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
-import cv2
 import numpy as np
-import shapely
 from numba import njit
 from numpy.typing import NDArray
 
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.outlines import outlines
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,22 +96,16 @@ def measure(
     window, as `layout` has them; `origin` (x, y) of the window's first pixel.
     """
     n = int(instances.max())
-    anchor, bounds, first, second, values, votes = _sums(
-        instances,
-        np.ascontiguousarray(maps),
-        n,
-        layout.n_types,
-        layout.NP,
-        layout.tp.start,
-        layout.hematoxylin,
-        layout.eosin,
+    maps = np.ascontiguousarray(maps)
+    anchor, bounds, first, area, votes = _places(instances, maps[layout.tp], n)
+    second, values = _sums(
+        instances, maps, anchor, layout.n_types, layout.NP, layout.tp.start, layout.hematoxylin, layout.eosin
     )
-    area = values[:, 0]
     x0, y0 = origin
     dx, dy = (first / area[:, None]).T
     major, minor, eccentricity = _ellipse(second / area[:, None], dx, dy)
     straight, diagonal, corner = _perimeter_pixels(instances, n).T
-    type_id, class_probs = _classes(votes, values[:, 2:-2])
+    type_id, class_probs = _classes(votes, values[:, 1:-2])
     nuclei = Nuclei(
         anchor_y=anchor[:, 1] + y0,
         anchor_x=anchor[:, 0] + x0,
@@ -129,14 +122,11 @@ def measure(
         type_prob=_f32(class_probs[np.arange(n), type_id - 1]),
         class_probs=_f32(class_probs),
         # A stored step s stands for probabilities in [s, s + 1) / 256.
-        seg_score=_f32((values[:, 1] / area + 0.5) / 256),
+        seg_score=_f32((values[:, 0] / area + 0.5) / 256),
         h_od=_f32(values[:, -2] / area / layout.OD_SCALE),
         e_od=_f32(values[:, -1] / area / layout.OD_SCALE),
         seam_uncertain=np.zeros(n, np.bool_),
-        contours=[
-            _outline(instances[top:bottom, left:right] == i) + (left + x0, top + y0)
-            for i, (left, top, right, bottom) in enumerate(bounds.tolist(), start=1)
-        ],
+        contours=outlines(instances, bounds, anchor[:, 0], area, origin),
     )
     return nuclei.take(np.lexsort((nuclei.anchor_x, nuclei.anchor_y)))
 
@@ -172,83 +162,79 @@ def _classes(votes: NDArray[np.int64], softmax: NDArray[np.int64]) -> tuple[NDAr
     return np.where(voted, votes[:, 1:].argmax(axis=1), nuclear.argmax(axis=1)) + 1, probs
 
 
-def _outline(own: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Ring (k, 2) float64 of x, y, closed and valid, round the instance's pixels `own` (y, x) of its bounding box.
-
-    Through the centres of the outermost pixels. Parts one pixel wide have no area and fall away, of several parts the
-    largest stays; what has no area at all becomes the bounding rectangle, edges included.
-    """
-    outlines, _ = cv2.findContours(own.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    largest = shapely.Polygon()
-    for outline in outlines:
-        if len(outline) < 3:
-            continue
-        polygon = shapely.Polygon(outline[:, 0] + 0.5)
-        # Mending gives a polygon, several, or a collection of lines and several: hence the parts of the parts.
-        parts = [polygon] if polygon.is_valid else shapely.get_parts(shapely.get_parts(shapely.make_valid(polygon)))
-        for part in parts:
-            if part.area > largest.area and isinstance(part, shapely.Polygon):
-                largest = shapely.Polygon(part.exterior)
-    if largest.is_empty:
-        height, width = own.shape
-        return np.array([[0, 0], [width, 0], [width, height], [0, height], [0, 0]], np.float64)
-    return np.asarray(largest.exterior.coords, np.float64)
-
-
 @njit(cache=True, nogil=True)
-def _sums(
-    instances: NDArray[np.int32],
-    maps: NDArray[np.uint8],
-    n: int,
-    n_types: int,
-    np_plane: int,
-    tp_start: int,
-    hematoxylin: int,
-    eosin: int,
-) -> tuple[
-    NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]
-]:
-    """Integer sums of the instances 1 … n, at rows 0 … n - 1.
+def _places(
+    instances: NDArray[np.int32], softmax: NDArray[np.uint8], n: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Where the instances 1 … n of (y, x) lie and what their pixels vote for, at rows 0 … n - 1, in one pass.
 
-    Returns the anchor (n, 2) x, y; bounds (n, 4); Σ dx, Σ dy (n, 2) and Σ dx², Σ dy², Σ dx·dy (n, 3) about the anchor;
-    (n, 4 + n_types) number of pixels, Σ np, Σ of each class's softmax, Σ hematoxylin, Σ eosin; and the number of
-    pixels (n, n_types) whose likeliest class, the lower id among equals, is each.
+    `softmax` (class, y, x). Returns the anchor (n, 2) x, y; bounds (n, 4); Σ dx, Σ dy (n, 2) about the anchor; the
+    number of pixels (n,); and the number (n, classes) whose likeliest class, the lower id among equals, is each. What
+    the reference finds by comparing the whole map with each nucleus' id in turn.
     """
+    classes = len(softmax)
     anchor = np.zeros((n, 2), np.int64)
     bounds = np.zeros((n, 4), np.int64)
     first = np.zeros((n, 2), np.int64)
-    second = np.zeros((n, 3), np.int64)
-    values = np.zeros((n, 4 + n_types), np.int64)
-    votes = np.zeros((n, n_types), np.int64)
+    area = np.zeros(n, np.int64)
+    votes = np.zeros((n, classes), np.int64)
     height, width = instances.shape
     for y in range(height):
         for x in range(width):
             i = instances[y, x] - 1
             if i < 0:
                 continue
-            if values[i, 0] == 0:
+            if area[i] == 0:
                 anchor[i, 0], anchor[i, 1] = x, y
                 bounds[i, 0], bounds[i, 1], bounds[i, 2] = x, y, x + 1
             bounds[i, 0] = min(bounds[i, 0], x)
             bounds[i, 2] = max(bounds[i, 2], x + 1)
             bounds[i, 3] = y + 1
+            first[i, 0] += x - anchor[i, 0]
+            first[i, 1] += y - anchor[i, 1]
+            area[i] += 1
+            likeliest, most = 0, softmax[0, y, x]
+            for k in range(1, classes):
+                if softmax[k, y, x] > most:
+                    likeliest, most = k, softmax[k, y, x]
+            votes[i, likeliest] += 1
+    return anchor, bounds, first, area, votes
+
+
+@njit(cache=True, nogil=True)
+def _sums(
+    instances: NDArray[np.int32],
+    maps: NDArray[np.uint8],
+    anchor: NDArray[np.int64],
+    n_types: int,
+    np_plane: int,
+    tp_start: int,
+    hematoxylin: int,
+    eosin: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sums over the instances 1 … n of (y, x), at rows 0 … n - 1, in one pass.
+
+    Returns Σ dx², Σ dy², Σ dx·dy (n, 3) about the `anchor` (n, 2); and Σ np, Σ of each class's softmax, Σ hematoxylin,
+    Σ eosin (n, 3 + n_types).
+    """
+    second = np.zeros((len(anchor), 3), np.int64)
+    values = np.zeros((len(anchor), 3 + n_types), np.int64)
+    height, width = instances.shape
+    for y in range(height):
+        for x in range(width):
+            i = instances[y, x] - 1
+            if i < 0:
+                continue
             dx, dy = x - anchor[i, 0], y - anchor[i, 1]
-            first[i, 0] += dx
-            first[i, 1] += dy
             second[i, 0] += dx * dx
             second[i, 1] += dy * dy
             second[i, 2] += dx * dy
-            values[i, 0] += 1
-            values[i, 1] += maps[np_plane, y, x]
-            likeliest = 0
+            values[i, 0] += maps[np_plane, y, x]
             for k in range(n_types):
-                values[i, 2 + k] += maps[tp_start + k, y, x]
-                if maps[tp_start + k, y, x] > maps[tp_start + likeliest, y, x]:
-                    likeliest = k
-            votes[i, likeliest] += 1
-            values[i, 2 + n_types] += maps[hematoxylin, y, x]
-            values[i, 3 + n_types] += maps[eosin, y, x]
-    return anchor, bounds, first, second, values, votes
+                values[i, 1 + k] += maps[tp_start + k, y, x]
+            values[i, 1 + n_types] += maps[hematoxylin, y, x]
+            values[i, 2 + n_types] += maps[eosin, y, x]
+    return second, values
 
 
 @njit(cache=True, nogil=True)

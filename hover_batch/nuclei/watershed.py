@@ -26,26 +26,19 @@ from typing import Any, Self
 
 import cv2
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
-from skimage.segmentation import watershed
 
 from hover_batch.errors import PackageError
 from hover_batch.geometry import Box
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.energy import HV_STEPS, energy_of, sobel_extremes
+from hover_batch.nuclei.flood import fill_and_flood
+from hover_batch.nuclei.markers import MIN_PIXELS, markers_of
 
 REACH = 11
 """Pixels beyond a component that bear on its instances: the Sobel radius of 10 at a diagonal neighbour, which the
 blur looks at, and the 10 pixels of such a neighbour that tell whether it is large enough to count."""
-SOBEL_SIZE = 21
-MIN_PIXELS = 10
-"""Components and markers of fewer pixels are dropped."""
-MARKER_ENERGY = 0.4
-"""Foreground of less energy than this marks the inside of a nucleus."""
-HV_STEPS = 127
-"""Stored integers per unit of h and v."""
-_ELLIPSE = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
-_ROOM = 3
-"""Pixels of background around a component's crop, for the opening (2) and the blur (1)."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +59,13 @@ class SobelConstants:
     @classmethod
     def of_window(cls, h: NDArray[np.uint8], v: NDArray[np.uint8]) -> Self:
         """The extremes over one window (y, x) of stored maps, as the reference takes them."""
-        low_h, high_h, _, _ = cv2.minMaxLoc(_sobel(h, 1, 0))
-        low_v, high_v, _, _ = cv2.minMaxLoc(_sobel(v, 0, 1))
-        return cls(low_h / HV_STEPS, high_h / HV_STEPS, low_v / HV_STEPS, high_v / HV_STEPS)
+        return cls(*(sobel_extremes(h, v) / HV_STEPS).tolist())
+
+    @property
+    def scaling(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """(scale of h, of v), (offset of h, of v): a sum s of stored steps is scaled to [0, 1] by s·scale - offset."""
+        scale_h, scale_v = _scale(self.h_min, self.h_max), _scale(self.v_min, self.v_max)
+        return (scale_h / HV_STEPS, scale_v / HV_STEPS), (self.h_min * scale_h, self.v_min * scale_v)
 
     def to_json(self) -> dict[str, float]:
         """For model cards; `from_json` reads it back."""
@@ -82,6 +79,11 @@ class SobelConstants:
             raise PackageError(
                 f"Sobel constants {dict(data)}: needs the numbers h_min, h_max, v_min and v_max"
             ) from error
+
+
+def _scale(low: float, high: float) -> float:
+    # A flat window has no extremes; the reference scales it to 0.
+    return 1 / (high - low) if high > low else 0.0
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,8 @@ class Components:
     def of(cls, np_map: NDArray[np.uint8]) -> Self:
         """Components of np ≥ 0.5 in a stored map (y, x)."""
         foreground = (np_map >= MapLayout.NP_NUCLEUS).view(np.uint8)
-        _, labels, stats, _ = cv2.connectedComponentsWithStats(foreground, connectivity=4, ltype=cv2.CV_32S)
-        stats = stats.astype(np.int64)
-        x, y, width, height, pixels = stats.T
-        return cls(labels.astype(np.int32, copy=False), np.stack([x, y, x + width, y + height], 1), pixels)
+        count, labels = cv2.connectedComponents(foreground, connectivity=4, ltype=cv2.CV_32S)
+        return cls(np.asarray(labels, np.int32), *_extents(labels, count))
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -155,67 +155,50 @@ def split(
     """The `chosen` (n,) components of a window's `np_map` (y, x), each split into its instances: (y, x) int32.
 
     A component of one marker is one instance as a whole (flooding from one marker fills its component), one without
-    markers is none. Exact for those that keep REACH pixels of distance to the window's edge.
+    markers is none. Instances are numbered component by component, and in one by the first pixels of their markers.
+    Exact for those that keep REACH pixels of distance to the window's edge.
     """
-    energy = _energy(h, v, constants)
-    kept = components.kept
-    instances = np.zeros(np_map.shape, np.int32)
-    last = 0
-    frame = Box(0, 0, np_map.shape[1], np_map.shape[0])
-    for component in np.flatnonzero(chosen & kept).tolist():
-        crop = components.box(component).expand(_ROOM).intersect(frame).slices_in(frame)
-        labels = components.labels[crop]
-        own = labels == component
-        markers = _markers(own & (energy[crop] < MARKER_ENERGY))
-        markers[~own] = 0
-        ids = np.unique(markers[markers > 0])
-        if len(ids) == 0:
-            continue
-        if len(ids) == 1:
-            instances[crop][own] = last + 1
-        else:
-            # Every component that counts shapes the landscape: a diagonal neighbour shows in the blur.
-            inside = (1.0 - energy[crop].astype(np.float64)) * kept[labels]
-            blurred = cv2.GaussianBlur(inside, (3, 3), 0)
-            flooded = watershed(-blurred, markers=markers, mask=own)  # type: ignore[no-untyped-call]
-            instances[crop][own] = last + np.searchsorted(ids, flooded[own]).astype(np.int32) + 1
-        last += len(ids)
-    return instances
+    labels, bounds, kept = components.labels, components.bounds, components.kept
+    # Every component that counts shapes the landscape: a diagonal neighbour shows in the blur.
+    energy = energy_of(h, v, kept, labels, *constants.scaling)
+    markers, owners = markers_of(labels, bounds, chosen & kept, energy)
+    return flooded(components, energy, markers, owners)
 
 
-def _sobel(plane: NDArray[np.uint8], dx: int, dy: int) -> NDArray[np.float64]:
-    # Integer weights on integers below 2^53: float64 holds every sum exactly.
-    signed = plane.view(np.int8).astype(np.int16)
-    return np.asarray(cv2.Sobel(signed, cv2.CV_64F, dx, dy, ksize=SOBEL_SIZE), np.float64)
+def flooded(
+    components: Components, energy: NDArray[np.float32], markers: NDArray[np.int32], owners: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """Instances (y, x) int32 from the `energy` (y, x), the `markers` (y, x), and whose they are (m,)."""
+    n = len(components.bounds)
+    used = np.flatnonzero(owners)
+    ids = np.zeros(len(owners), np.int32)
+    ids[used[np.argsort(owners[used], kind="stable")]] = np.arange(1, len(used) + 1)
+    counts = np.bincount(owners[used], minlength=n)
+    first_ids = (np.cumsum(counts) - counts + 1).astype(np.int32)
+    instances = fill_and_flood(
+        components.labels, components.bounds, components.pixels, energy, markers, ids, counts, first_ids
+    )
+    return np.asarray(instances, np.int32)
 
 
-def _energy(h: NDArray[np.uint8], v: NDArray[np.uint8], constants: SobelConstants) -> NDArray[np.float32]:
-    """max(1 - Sobel_x(h), 1 - Sobel_y(v)) with each Sobel map scaled to [0, 1], not below 0: (y, x) float32.
-
-    High where the distances to the centroid jump from one nucleus to the next. Beyond the foreground it means nothing.
-    """
-    energy = _slope(_sobel(h, 1, 0), constants.h_min, constants.h_max)
-    np.maximum(energy, _slope(_sobel(v, 0, 1), constants.v_min, constants.v_max), out=energy)
-    return np.maximum(energy, 0, out=energy)
-
-
-def _slope(sobel: NDArray[np.float64], low: float, high: float) -> NDArray[np.float32]:
-    # A flat window has no extremes; the reference scales it to 0.
-    scale = 1 / (high - low) if high > low else 0.0
-    sobel *= scale / HV_STEPS
-    sobel -= low * scale
-    return np.float32(1) - sobel.astype(np.float32)
-
-
-def _markers(inside: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Labels (y, x) int32 of the markers: holes filled, opened by the 5×5 ellipse, pieces of MIN_PIXELS or more."""
-    marker = inside.view(np.uint8)
-    outside = cv2.copyMakeBorder(marker, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(0,))
-    cv2.floodFill(outside, None, (0, 0), (1,), flags=4)
-    filled = marker | (outside[1:-1, 1:-1] == 0)
-    opened = cv2.morphologyEx(filled, cv2.MORPH_OPEN, _ELLIPSE)
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(opened, connectivity=4, ltype=cv2.CV_32S)
-    small = stats[:, cv2.CC_STAT_AREA] < MIN_PIXELS
-    small[0] = False
-    labels[small[labels]] = 0
-    return np.asarray(labels, np.int32)
+@njit(cache=True, nogil=True)
+def _extents(labels: NDArray[np.int32], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bounds (n, 4) x0, y0, x1, y1 and numbers of pixels (n,) of the labels 0 … n - 1 in (y, x), a run at a time."""
+    height, width = labels.shape
+    bounds = np.zeros((n, 4), np.int64)
+    pixels = np.zeros(n, np.int64)
+    for y in range(height):
+        start = 0
+        while start < width:
+            i = labels[y, start]
+            end = start + 1
+            while end < width and labels[y, end] == i:
+                end += 1
+            if pixels[i] == 0:
+                bounds[i, 0], bounds[i, 1], bounds[i, 2] = start, y, end
+            bounds[i, 0] = min(bounds[i, 0], start)
+            bounds[i, 2] = max(bounds[i, 2], end)
+            bounds[i, 3] = y + 1
+            pixels[i] += end - start
+            start = end
+    return bounds, pixels

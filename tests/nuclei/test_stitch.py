@@ -62,6 +62,25 @@ def test_any_tiling_equals_the_whole(
     assert_same(tiled(canvas, core, offset, PostSettings(min_area_px=0, halo=halo)), whole(canvas))
 
 
+@pytest.mark.slow
+@settings(deadline=None, max_examples=12)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.tuples(st.integers(600, 2200), st.integers(600, 2200)),
+    core=st.integers(256, 2048),
+    halo=st.integers(0, 128),
+    offset=st.tuples(st.integers(0, 2047), st.integers(0, 2047)),
+)
+@example(seed=3, size=(2100, 1100), core=256, halo=0, offset=(1, 255))
+@example(seed=4, size=(2100, 2100), core=2048, halo=64, offset=(2047, 40))
+def test_any_tiling_in_cores_of_a_run_equals_the_whole(
+    seed: int, size: tuple[int, int], core: int, halo: int, offset: tuple[int, int]
+) -> None:
+    canvas = random_canvas(seed, *size)
+    offset = (offset[0] % core, offset[1] % core)
+    assert_same(tiled(canvas, core, offset, PostSettings(min_area_px=0, halo=halo)), whole(canvas))
+
+
 @pytest.mark.parametrize("core", [250, 333])
 def test_any_tiling_of_real_nuclei_equals_the_whole(noisy_tiles, core: int) -> None:
     canvas = Canvas(noisy_tiles[0].maps)

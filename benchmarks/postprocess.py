@@ -1,0 +1,324 @@
+"""Post-processing of ours and of tiatoolbox's HoVerNet, over the same maps, one thread each.
+
+    python -m benchmarks.postprocess [--json FILE] [--repeats N]
+
+Both make instances, and for each its type, contour, centroid and bounding box; what else our tables hold is timed
+apart. Ours runs with the window's own Sobel extremes, as the reference does; `fixed` is the default of a run. Times are
+medians of CPU seconds, taken in alternation; the kernels are compiled before. Nothing here judges the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from benchmarks.maps import SLIDE, real_maps, synthetic_maps
+from hover_batch.model.heads import MapLayout
+from hover_batch.model.package import find_package
+from hover_batch.nuclei import measure as measuring
+from hover_batch.nuclei.energy import energy_of
+from hover_batch.nuclei.markers import markers_of
+from hover_batch.nuclei.outlines import outlines
+from hover_batch.nuclei.watershed import Components, SobelConstants, flooded, instance_map
+
+Maps = NDArray[np.uint8]
+
+
+def ours(maps: Maps, layout: MapLayout, constants: SobelConstants | None) -> tuple[NDArray[np.int32], tuple[Any, ...]]:
+    """Instances (y, x) int32 and, of each, anchor, bounds, centroid, type and contour: what the reference gives."""
+    instances = instance_map(maps[layout.NP], maps[layout.H], maps[layout.V], constants)
+    return instances, placed(instances, maps, layout)
+
+
+def placed(instances: NDArray[np.int32], maps: Maps, layout: MapLayout) -> tuple[Any, ...]:
+    """Anchors (n, 2), bounds (n, 4), centroids (n, 2), types (n,) and contours of the instances, centres at +0."""
+    anchor, bounds, first, area, votes = measuring._places(instances, maps[layout.tp], int(instances.max()))
+    nuclear = votes[:, 1:]
+    types = np.where(nuclear.max(axis=1) > 0, nuclear.argmax(axis=1) + 1, 0)
+    contours = outlines(instances, bounds, anchor[:, 0], area, (0, 0))
+    return anchor, bounds, anchor + first / area[:, None], types, contours
+
+
+def extras(instances: NDArray[np.int32], maps: Maps, layout: MapLayout) -> None:
+    """What a table has beside: shapes, class probabilities, scores and stain."""
+    anchor, bounds, first, area, _ = measuring._places(instances, maps[layout.tp], int(instances.max()))
+    sums(instances, maps, layout, anchor)
+    shapes(instances, bounds)
+
+
+def sums(instances: NDArray[np.int32], maps: Maps, layout: MapLayout, anchor: NDArray[np.int64]) -> None:
+    measuring._sums(
+        instances, maps, anchor, layout.n_types, layout.NP, layout.tp.start, layout.hematoxylin, layout.eosin
+    )
+
+
+def shapes(instances: NDArray[np.int32], bounds: NDArray[np.int64]) -> None:
+    measuring._perimeter_pixels(instances, len(bounds))
+    measuring._hull_pixels(instances, bounds)
+
+
+class Reference:
+    """tiatoolbox's HoVerNet post-processing, on maps as its own inference would hand them over."""
+
+    def __init__(self, maps: Maps, layout: MapLayout) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from tiatoolbox.models.architecture.hovernet import HoVerNet
+        self._hovernet = HoVerNet
+        self._np = maps[layout.NP, ..., None] / np.float32(256)
+        self._hv = np.stack([maps[layout.H], maps[layout.V]], -1).view(np.int8).astype(np.float32) / 127
+        self._types = maps[layout.tp].argmax(axis=0).astype(np.uint8)
+
+    def instances(self) -> NDArray[np.int32]:
+        return np.asarray(self._hovernet._proc_np_hv(self._np, self._hv), np.int32)
+
+    def nuclei(self, instances: NDArray[np.int32]) -> dict[int, dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = self._hovernet.get_instance_info(instances, self._types, verbose=False)
+        return found
+
+    def all(self) -> dict[int, dict[str, Any]]:
+        """Its complete post-processing: these two steps."""
+        return self.nuclei(self.instances())
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far ours, in window mode, equals the reference."""
+
+    nuclei: int
+    other_instances: int
+    """Instances of either side that are not, pixel for pixel, one of the other."""
+    other_types: int
+    other_places: int
+    """Pairs whose bounding boxes differ, or whose centroids by more than 1e-9 pixels."""
+    other_contours: int
+    """Pairs whose contours differ though the reference's is a valid polygon."""
+    mended_contours: int
+    """Pairs whose reference contour is no valid polygon; ours always is."""
+
+    @property
+    def identical(self) -> bool:
+        return not (self.other_instances or self.other_types or self.other_places or self.other_contours)
+
+
+def compare(maps: Maps, layout: MapLayout) -> Agreement:
+    reference = Reference(maps, layout)
+    theirs = reference.instances()
+    info = reference.nuclei(theirs)
+    mine, (anchor, bounds, centroids, types, contours) = ours(maps, layout, None)
+    wide = int(theirs.max()) + 1
+    pairs, overlap = np.unique(mine.astype(np.int64) * wide + theirs, return_counts=True)
+    i, j = pairs // wide, pairs % wide
+    same = (i > 0) & (j > 0) & (overlap == np.bincount(mine.ravel())[i]) & (overlap == np.bincount(theirs.ravel())[j])
+    n_same = int(same.sum())
+    other_types = other_places = other_contours = mended = 0
+    for row, k in zip((i[same] - 1).tolist(), j[same].tolist(), strict=True):
+        nucleus = info.get(k)
+        if nucleus is None:  # the reference drops what has fewer than three contour points
+            mended += 1
+            continue
+        other_types += int(nucleus["type"] != types[row])
+        close = np.abs(nucleus["centroid"] - centroids[row]).max() <= 1e-9
+        other_places += int(not close or (nucleus["box"] != bounds[row]).any())
+        contour = nucleus["contours"] + 0.5
+        if shapely.Polygon(contour).is_valid:
+            other_contours += int(not np.array_equal(contours[row], [*contour, contour[0]]))
+        else:
+            mended += 1
+    return Agreement(
+        nuclei=int(mine.max()),
+        other_instances=(int(mine.max()) - n_same) + (len(np.unique(theirs)) - 1 - n_same),
+        other_types=other_types,
+        other_places=other_places,
+        other_contours=other_contours,
+        mended_contours=mended,
+    )
+
+
+def medians(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median CPU seconds of each, one after the other in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            started = time.process_time()
+            work()
+            seconds[name].append(time.process_time() - started)
+    return {name: statistics.median(of) for name, of in seconds.items()}
+
+
+def steps(maps: Maps, layout: MapLayout) -> dict[str, Callable[[], Any]]:
+    """Ours, step by step, in window mode, each on what the one before gives."""
+    np_map, h, v = maps[layout.NP], maps[layout.H], maps[layout.V]
+    components = Components.of(np_map)
+    labels, bounds, kept = components.labels, components.bounds, components.kept
+    constants = SobelConstants.of_window(h, v)
+    energy = energy_of(h, v, kept, labels, *constants.scaling)
+    markers, owners = markers_of(labels, bounds, kept, energy)
+    instances = flooded(components, energy, markers, owners)
+    n = int(instances.max())
+    anchor, box, _, area, _ = measuring._places(instances, maps[layout.tp], n)
+    return {
+        "components": lambda: Components.of(np_map),
+        "extremes of the Sobel maps": lambda: SobelConstants.of_window(h, v),
+        "energy": lambda: energy_of(h, v, kept, labels, *constants.scaling),
+        "markers": lambda: markers_of(labels, bounds, kept, energy),
+        "filling and flooding": lambda: flooded(components, energy, markers, owners),
+        "area, centroid, box, type": lambda: measuring._places(instances, maps[layout.tp], n),
+        "contours": lambda: outlines(instances, box, anchor[:, 0], area, (0, 0)),
+        "extra: probabilities, stain, moments": lambda: sums(instances, maps, layout, anchor),
+        "extra: perimeter, convex hull": lambda: shapes(instances, box),
+    }
+
+
+def measure_field(maps: Maps, layout: MapLayout, repeats: int) -> dict[str, Any]:
+    """Everything about one field, as the JSON file has it. Times are seconds per million pixels."""
+    mpx = maps[0].size / 1e6
+    fixed = SobelConstants(**find_package("starter").card.sobel)
+    reference = Reference(maps, layout)
+    instances = reference.instances()
+    for constants in (None, fixed):  # compiled and warm
+        extras(ours(maps, layout, constants)[0], maps, layout)
+    seconds = medians(
+        {
+            "ours": lambda: ours(maps, layout, None),
+            "ours_fixed": lambda: ours(maps, layout, fixed),
+            "ours_whole_table": lambda: measuring.measure(
+                instance_map(maps[layout.NP], maps[layout.H], maps[layout.V], fixed), maps, layout
+            ),
+            "tiatoolbox_instances": reference.instances,
+            "tiatoolbox_nuclei": lambda: reference.nuclei(instances),
+        },
+        repeats,
+    )
+    seconds["tiatoolbox"] = seconds["tiatoolbox_instances"] + seconds["tiatoolbox_nuclei"]
+    per_mpx = {name: of / mpx for name, of in seconds.items()}
+    agreement = compare(maps, layout)
+    return {
+        "pixels": maps[0].size,
+        "identical": agreement.identical,
+        "agreement": asdict(agreement),
+        "ratio_tiatoolbox": per_mpx["tiatoolbox"] / per_mpx["ours"],
+        "ratio_tiatoolbox_fixed": per_mpx["tiatoolbox"] / per_mpx["ours_fixed"],
+        "seconds_per_mpx": per_mpx,
+        "steps_seconds_per_mpx": {name: of / mpx for name, of in medians(steps(maps, layout), repeats).items()},
+        "peak_bytes_per_pixel": {
+            who: peak_bytes(maps, layout, who) / maps[0].size for who in ("ours", "ours_whole_table", "tiatoolbox")
+        },
+    }
+
+
+def peak_bytes(maps: Maps, layout: MapLayout, who: str) -> int:
+    """Resident memory at the peak above that before, in a process of its own that holds the maps already."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "maps.npy", maps)
+        file = Path(folder) / "maps.npy"
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(_peak_in_this_process, file, layout, who).result()
+
+
+def _peak_in_this_process(file: Path, layout: MapLayout, who: str) -> int:
+    cv2.setNumThreads(1)
+    maps: Maps = np.load(file)
+    small = np.ascontiguousarray(maps[:, :256, :256])
+
+    def work(of: Maps) -> Callable[[], Any]:
+        if who == "tiatoolbox":
+            return Reference(of, layout).all
+        if who == "ours":
+            return lambda: ours(of, layout, None)
+        planes = of[layout.NP], of[layout.H], of[layout.V]
+        fixed = SobelConstants(**find_package("starter").card.sobel)
+        return lambda: measuring.measure(instance_map(*planes, fixed), of, layout)
+
+    work(small)()
+    ready = work(maps)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _resident("VmRSS")
+    kept = ready()
+    after = _resident("VmHWM")
+    del kept
+    return after - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def table(fields: dict[str, dict[str, Any]]) -> str:
+    """The results as a Markdown table, a column a field."""
+
+    def row(title: str, value: Callable[[dict[str, Any]], str]) -> str:
+        return f"| {title} | " + " | ".join(value(field) for field in fields.values()) + " |"
+
+    def ms(kind: str, name: str) -> Callable[[dict[str, Any]], str]:
+        return lambda field: f"{1000 * field[kind][name]:.1f}"
+
+    some = next(iter(fields.values()))
+    return "\n".join(
+        [
+            f"| | {' | '.join(fields)} |",
+            "|---|" + "---|" * len(fields),
+            row("nuclei", lambda field: str(field["agreement"]["nuclei"])),
+            row("identical to tiatoolbox's", lambda field: "yes" if field["identical"] else "**no**"),
+            row("tiatoolbox, ms/Mpx", ms("seconds_per_mpx", "tiatoolbox")),
+            row("– instances", ms("seconds_per_mpx", "tiatoolbox_instances")),
+            row("– type, contour, centroid, box", ms("seconds_per_mpx", "tiatoolbox_nuclei")),
+            row("ours, equal outputs, ms/Mpx", ms("seconds_per_mpx", "ours")),
+            row("**times faster**", lambda field: f"**{field['ratio_tiatoolbox']:.1f}**"),
+            *(row(f"– {name}", ms("steps_seconds_per_mpx", name)) for name in some["steps_seconds_per_mpx"]),
+            row("ours with `fixed` constants, ms/Mpx", ms("seconds_per_mpx", "ours_fixed")),
+            row("the same and all columns of the table, ms/Mpx", ms("seconds_per_mpx", "ours_whole_table")),
+            row("peak memory, ours, bytes a pixel", lambda field: f"{field['peak_bytes_per_pixel']['ours']:.0f}"),
+            row(
+                "peak memory, `fixed` and all columns, bytes a pixel",
+                lambda field: f"{field['peak_bytes_per_pixel']['ours_whole_table']:.0f}",
+            ),
+            row(
+                "peak memory, tiatoolbox, bytes a pixel",
+                lambda field: f"{field['peak_bytes_per_pixel']['tiatoolbox']:.0f}",
+            ),
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.postprocess", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds whose median is taken")
+    arguments = parser.parse_args()
+    cv2.setNumThreads(1)
+    fields: dict[str, dict[str, Any]] = {}
+    if SLIDE.is_file():
+        fields["TCGA, 2048², starter's maps"] = measure_field(*real_maps(), arguments.repeats)
+    else:
+        print(f"{SLIDE.name} is not in ../shared/data: the synthetic field only", file=sys.stderr)
+    fields["synthetic, 2048², crowded"] = measure_field(*synthetic_maps(), arguments.repeats)
+    print(table(fields))
+    if arguments.json:
+        result = {
+            "identical": all(field["identical"] for field in fields.values()),
+            "ratio_tiatoolbox": min(field["ratio_tiatoolbox"] for field in fields.values()),
+            "fields": fields,
+        }
+        arguments.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

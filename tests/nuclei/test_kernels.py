@@ -1,0 +1,115 @@
+"""The kernels against the library functions that they stand for, ties, edges and tiny windows among the inputs."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+from skimage.measure import label
+from skimage.segmentation import watershed
+from synthetic_maps import LAYOUT, random_canvas
+
+from hover_batch.nuclei.energy import HV_STEPS, energy_of, sobel_extremes
+from hover_batch.nuclei.flood import fill_and_flood
+from hover_batch.nuclei.measure import measure
+from hover_batch.nuclei.outlines import _mended, outlines
+from hover_batch.nuclei.watershed import Components, SobelConstants, split
+
+SIDES = st.tuples(st.integers(1, 40), st.integers(1, 40))
+
+
+def sobel(plane: NDArray[np.uint8], dx: int, dy: int) -> NDArray[np.float64]:
+    return np.asarray(cv2.Sobel(plane.view(np.int8).astype(np.int16), cv2.CV_64F, dx, dy, ksize=21))
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), shape=SIDES, largest=st.sampled_from([1, 127]))
+def test_sobel_rows_are_opencv_s(seed: int, shape: tuple[int, int], largest: int) -> None:
+    rng = np.random.default_rng(seed)
+    h, v = rng.integers(-largest, largest + 1, (2, *shape)).astype(np.int8).view(np.uint8)
+    x, y = sobel(h, 1, 0), sobel(v, 0, 1)
+    np.testing.assert_array_equal(sobel_extremes(h, v), [x.min(), x.max(), y.min(), y.max()])
+    labels = rng.integers(0, 2, shape).astype(np.int32)
+    scales, lows = (1e-11 / HV_STEPS, 1.1e-11 / HV_STEPS), (-0.4, -0.5)
+    slopes = [np.float32(1) - (s * k - low).astype(np.float32) for s, k, low in zip((x, y), scales, lows, strict=True)]
+    expected = np.where(labels > 0, np.maximum(np.maximum(*slopes), 0), 1)
+    np.testing.assert_array_equal(energy_of(h, v, np.array([False, True]), labels, scales, lows), expected)
+
+
+def test_the_steepest_maps_overflow_nothing() -> None:
+    steep = np.where(np.arange(60) < 30, -127, 127).astype(np.int8).view(np.uint8)
+    h, v = np.tile(steep, (60, 1)), np.tile(steep[:, None], (1, 60))
+    x, y = sobel(h, 1, 0), sobel(v, 0, 1)
+    np.testing.assert_array_equal(sobel_extremes(h, v), [x.min(), x.max(), y.min(), y.max()])
+
+
+@settings(deadline=None, max_examples=150)
+@given(seed=st.integers(0, 10**6), shape=SIDES, values=st.sampled_from([2, 5, 50, 2**24]))
+def test_flooding_is_scikit_image_s(seed: int, shape: tuple[int, int], values: int) -> None:
+    """Few values make many ties, on which the order of the heap decides."""
+    rng = np.random.default_rng(seed)
+    height, width = shape
+    components = Components.of(np.where(rng.random(shape) < 0.9, 255, 0).astype(np.uint8))
+    foreground = components.labels > 0
+    energy = (rng.integers(0, values + 1, shape) / values).astype(np.float32)
+    energy = np.where(foreground, (energy * 2**24).round() / 2**24, 1).astype(np.float32)
+    markers = np.zeros(shape, np.int32)
+    for k in range(1, 6):
+        y, x = rng.integers(0, height), rng.integers(0, width)
+        markers[y : y + 4, x : x + 4] = k
+    markers[~foreground] = 0
+    # A marker of its own for each component that it lies in.
+    pairs, inverse = np.unique(components.labels * 6 + markers, return_inverse=True)
+    ids = np.where(pairs % 6 > 0, np.cumsum(pairs % 6 > 0), 0).astype(np.int32)
+    markers = ids[inverse.reshape(shape)]
+    counts = np.bincount((pairs // 6)[pairs % 6 > 0], minlength=len(components.bounds))
+    only = (np.cumsum(counts) - counts + 1).astype(np.int32)
+    numbers = np.arange(ids.max() + 1, dtype=np.int32)
+    found = fill_and_flood(
+        components.labels, components.bounds, components.pixels, energy, markers, numbers, counts, only
+    )
+    landscape = -cv2.GaussianBlur(1.0 - energy.astype(np.float64), (3, 3), 0)
+    np.testing.assert_array_equal(found, watershed(landscape, markers, mask=foreground))
+
+
+@settings(deadline=None, max_examples=200)
+@given(arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))).filter(np.any))
+def test_a_border_that_is_followed_is_the_mended_one(mask: NDArray[np.bool_]) -> None:
+    y, x = np.nonzero(mask)
+    bounds = np.array([[x.min(), y.min(), x.max() + 1, y.max() + 1]])
+    found = outlines(mask.astype(np.int32), bounds, x[:1], np.array([len(x)]), (7, -3))[0]
+    crop = mask[y.min() : y.max() + 1, x.min() : x.max() + 1].copy()
+    np.testing.assert_array_equal(found, _mended([crop])[0] + bounds[0, :2] + (7, -3))
+
+
+def test_borders_of_round_instances_are_followed_not_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, x = np.mgrid[:40, :40]
+    disc = np.hypot(x - 20, y - 20) < 15
+    disc[18:22, 18:22] = False  # a hole does not matter
+    instances = label(disc).astype(np.int32)
+    monkeypatch.setattr("hover_batch.nuclei.outlines.cv2", None)
+    ring = measure(instances, np.zeros((LAYOUT.planes, 40, 40), np.uint8), LAYOUT).contours[0]
+    assert len(ring) > 20
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_all_components_at_once_are_each_by_itself(seed: int) -> None:
+    """Rings, nested blobs and diagonal chains among them: no component's instances depend on which others are done."""
+    maps = random_canvas(seed, 200, 170).maps
+    np_map, h, v = maps[LAYOUT.NP], maps[LAYOUT.H], maps[LAYOUT.V]
+    constants = SobelConstants(-1.8e10, 1.3e10, -1.7e10, 1.3e10)
+    components = Components.of(np_map)
+    together = split(np_map, h, v, components, components.kept, constants)
+    last = 0
+    for component in np.flatnonzero(components.kept):
+        chosen = np.arange(len(components.kept)) == component
+        alone = split(np_map, h, v, components, chosen, constants)
+        np.testing.assert_array_equal(
+            np.where(alone > 0, alone + last, 0), np.where(components.labels == component, together, 0)
+        )
+        last += int(alone.max())
+    assert last == together.max() > 0
