@@ -58,6 +58,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
         training={
             "steps": saved["step"],
             "settings": config,
+            "before": saved.get("before", {}),
             "data": {split: _contents(samples) for split, samples in splits.items()},
             "note": "CoNSeP's tiles are split by tile: patients may be shared between splits. MoNuSeg and TNBC have "
             "no types, so the type branch saw CoNSeP alone.",

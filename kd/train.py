@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hover_batch.errors import InputError
 from hover_batch.model.heads import Heads
-from hover_batch.model.package import find_package, load_network
+from hover_batch.model.package import Package, find_package, load_network
 from hover_batch.model.student import StudentArch, build_student
 from hover_batch.taxonomy import CONSEP
 from kd.augment import LABEL_MARGIN, random_view
@@ -81,8 +82,11 @@ def train(config: TrainConfig) -> nn.Module:
     arch = StudentArch(config.encoder, len(CONSEP.classes))
     heads = Heads(arch.n_types)
     model = build_student(arch)
+    before: dict[str, Any] = {}
     if config.init is not None:
-        model.load_state_dict(_weights(config.init, config))
+        package = _start(config.init, config)
+        model.load_state_dict(load_network(package).state_dict())
+        before = dict(package.card.training)
     model.to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -118,19 +122,19 @@ def train(config: TrainConfig) -> nn.Module:
             row = {"step": done, "s_per_step": (time.monotonic() - started) / n}
             row |= {name: total / n for name, total in sums.items()}
             # Saved first: whatever befalls the validation, the steps are kept.
-            _save(config, done, model, average, optimizer)
+            _save(config, done, model, average, optimizer, before)
             row |= validate(average, validation, device, CONSEP)
             _log(config.out / LOG, row)
             started, since, sums = time.monotonic(), done, {}
     return average
 
 
-def _weights(init: Path, config: TrainConfig) -> dict[str, Tensor]:
-    """The weights of the package that training starts from. InputError where it is of another encoder or classes."""
+def _start(init: Path, config: TrainConfig) -> Package:
+    """The package that training starts from. InputError where it is of another encoder or other classes."""
     package = find_package(str(init))
     if (package.card.encoder, package.card.taxonomy) != (config.encoder, CONSEP):
         raise InputError(f"--init {init}: its encoder or classes are others than those to be trained")
-    return load_network(package).state_dict()
+    return package
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -182,14 +186,21 @@ def _resume(config: TrainConfig, model: nn.Module, average: nn.Module, optimizer
 
 
 def _save(
-    config: TrainConfig, step: int, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+    config: TrainConfig,
+    step: int,
+    model: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    before: dict[str, Any],
 ) -> None:
+    """Write the checkpoint. `before`: the training that made the weights which this one started from, for the card."""
     path = config.out / CHECKPOINT
     temporary = path.with_suffix(".tmp")
     torch.save(
         {
             "config": config.to_json(),
             "step": step,
+            "before": before,
             "model": model.state_dict(),
             "average": average.state_dict(),
             "optimizer": optimizer.state_dict(),

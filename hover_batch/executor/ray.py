@@ -45,11 +45,12 @@ _POLL_S = 0.25
 
 @dataclass(eq=False)
 class _Actor:
-    """One network. `load`: units under way in it; `alone`: the one under way must have no company."""
+    """One network. `load`: units under way in it; `alone`: the one under way must have no company; `killed`: by us."""
 
     handle: Any
     started: bool = False
     dead: bool = False
+    killed: bool = False
     load: int = 0
     alone: bool = False
 
@@ -300,6 +301,7 @@ class RayExecutor:
             self._strike(call, f"its reader died ({cause})")
         elif isinstance(cause, NetworkFailed):
             if call.actor and not call.actor.dead:
+                call.actor.killed = True
                 ray.kill(call.actor.handle)
                 self._replace(call.actor)
             self._strike(call, f"its network failed ({cause})")
@@ -320,7 +322,9 @@ class RayExecutor:
                         "--gpus"
                     )
             self._replace(call.actor)
-        if call.stage != START:
+        if call.actor and call.actor.killed and call.slide:
+            call.slide.to_infer.appendleft(call.index)
+        elif call.stage != START:
             self._strike(call, f"its process died ({kind})")
 
     def _replace(self, actor: _Actor) -> None:

@@ -16,7 +16,7 @@ import kd.train
 from hover_batch.errors import InputError
 from hover_batch.model.package import find_package, load_network
 from kd.config import TrainConfig
-from kd.train import LOG, learning_rate, train
+from kd.train import CHECKPOINT, LOG, learning_rate, train
 
 
 def write_folder(folder: Path) -> Path:
@@ -145,6 +145,9 @@ def test_training_starts_from_a_packages_weights(config, tmp_path):
     for name, tensor in load_network(starter).state_dict().items():
         if tensor.is_floating_point() and "running" not in name:
             assert torch.allclose(begun[name], tensor, atol=1e-4), name
+    # What made the weights that it began with stays on record.
+    saved = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert saved["before"]["steps"] == starter.card.training["steps"]
 
 
 def test_a_package_of_another_encoder_is_no_start(config, tmp_path):
