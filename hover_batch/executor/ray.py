@@ -40,6 +40,8 @@ MAX_FAILED_STARTS = 3
 MAX_RETRIES = 120
 """Times that a region is tried whose units are done, by the driver's books, and whose markers are not seen: network
 file systems show new files late, a minute as a rule."""
+PATIENCE_S = 120.0
+"""Before the user is told that no network has loaded yet."""
 _POLL_S = 0.25
 
 
@@ -79,7 +81,8 @@ class RayExecutor:
         self._actors: list[_Actor] = []
         self._running: dict[Any, _Call] = {}
         self._failed_starts = 0
-        self._draining = self._announced = False
+        self._draining = False
+        self._said: set[str] = set()
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
         """Every slide to its end, into the ledger. One that fails costs itself only.
@@ -89,15 +92,20 @@ class RayExecutor:
         what was under way has ended; at once after a second one.
         """
         self._waiting = deque(slides)
+        patience = time.monotonic() + PATIENCE_S
         try:
             with self._draining_on_ctrl_c():
                 for _ in range(self.plan.actors):
                     self._start_actor()
                 while True:
                     if self._draining:
-                        self._announce_drain()
+                        self._say_once(
+                            f"Finishing the {len(self._running)} pieces under way; Ctrl-C again stops at once."
+                        )
                     else:
                         self._submit()
+                    if time.monotonic() > patience and not any(actor.started for actor in self._actors):
+                        self._say_once("Still waiting for the first network: are its cores or GPUs held by others?")
                     if not self._under_way():
                         break
                     self._settle()
@@ -106,8 +114,6 @@ class RayExecutor:
                 ray.kill(actor.handle)
         if self._draining:
             raise KeyboardInterrupt
-        if self._open or self._waiting:
-            raise RuntimeError(f"nothing is under way, yet {len(self._open) + len(self._waiting)} slides are not done")
 
     @contextlib.contextmanager
     def _draining_on_ctrl_c(self) -> Iterator[None]:
@@ -125,10 +131,11 @@ class RayExecutor:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def _announce_drain(self) -> None:
-        if not self._announced:
-            self._announced = True
-            self.books.progress.say(f"Finishing the {len(self._running)} pieces under way; Ctrl-C again stops at once.")
+    def _say_once(self, line: str) -> None:
+        topic = line.split()[0]
+        if topic not in self._said:
+            self._said.add(topic)
+            self.books.progress.say(line)
 
     def _under_way(self) -> bool:
         """Whether anything may still come back that matters: networks that load for nobody do not."""
@@ -226,7 +233,9 @@ class RayExecutor:
 
     def _settle(self) -> None:
         running = list(self._running)
-        if not running:  # only regions that wait for their time
+        if not running:
+            if not any(slide.retry_at for slide in self._open):
+                raise RuntimeError(f"nothing is under way, yet {len(self._open) + len(self._waiting)} slides are left")
             time.sleep(_POLL_S)
             return
         ready, _ = ray.wait(running, num_returns=1, timeout=_POLL_S)
