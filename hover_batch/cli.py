@@ -112,9 +112,13 @@ PrecisionOption = Annotated[
     _option("--precision", "auto: bf16 where the hardware computes it natively.", InferSettings.precision, _MODEL),
 ]
 ThreadsOption = Annotated[
-    int | None, _option("--threads", "CPU threads of the network; 0 = all cores.", InferSettings.threads, _MODEL)
+    int | None,
+    _option("--threads", "Threads of a network on the CPU; 0 = as fits the cores.", InferSettings.threads, _MODEL),
 ]
-DeviceOption = Annotated[str | None, _option("--device", "auto, cpu, cuda, cuda:1 …", InferSettings.device, _MODEL)]
+DeviceOption = Annotated[
+    str | None,
+    _option("--device", "auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses GPUs.", InferSettings.device, _MODEL),
+]
 TissueOption = Annotated[
     Tissue | None,
     _option("--tissue", "auto: find the tissue; all: the whole canvas. A mask_path goes before.", "auto", _POST),
