@@ -36,10 +36,12 @@ from hover_batch.pipeline import (
     infer,
     inferred,
     open_store,
+    opened,
     post,
     posted,
     survey,
 )
+from hover_batch.plan import PlannedSlide
 from hover_batch.slide.reader import SlideReader, open_slide
 from hover_batch.slide.tiles import Unit
 
@@ -101,13 +103,13 @@ def _forget_reader() -> None:
 
 @ray.remote(num_cpus=1, max_retries=0)
 def survey_slide(
-    record: SlideRecord, package: Package, settings: Settings, layout: SlideLayout
+    slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout
 ) -> tuple[Surveyed, SlideWork]:
     """Find the tissue, and what an earlier run left. Call it while nobody writes the slide's store."""
     hold_threads()
     seconds = Seconds()
-    with seconds.of("tissue"), open_slide(record) as reader:
-        work = survey(reader, record, package, settings, layout)
+    with seconds.of("tissue"), opened(slide) as reader:
+        work = survey(reader, slide, package, settings, layout)
     store = open_store(work)
     numbered = list(enumerate(work.units))
     return Surveyed(
@@ -148,7 +150,7 @@ def post_region(work: SlideWork, index: int) -> Seconds | UnitsMissing:
 def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any]:
     """Tables and pictures."""
     hold_threads()
-    with open_slide(work.record) as reader:
+    with opened(work) as reader:
         return finalize(work, reader, seconds)
 
 

@@ -11,7 +11,7 @@ from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.executor.books import CohortBooks
 from hover_batch.executor.local import LocalExecutor
-from hover_batch.executor.resources import Resources, engine_plan
+from hover_batch.executor.resources import EnginePlan, Resources, engine_plan
 from hover_batch.plan import PlannedSlide
 
 
@@ -25,24 +25,33 @@ class Engine:
 
 
 @contextlib.contextmanager
-def engine(settings: Settings, layout: RunLayout) -> Iterator[Engine]:
+def engine(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[Engine]:
     """The engine for `--backend`. A named cluster is joined at once, one of our own starts with the first slide.
+
+    A run that `predicts` nothing has no networks, and `auto` is left as it is.
 
     InputError where more is asked for than there is, or no cluster answers.
     """
     if settings.engine.gpus == 0 and settings.infer.device == "auto":
         settings = replace(settings, infer=replace(settings.infer, device="cpu"))
     if settings.engine.backend == "local":
-        yield Engine(_settled_here(settings), lambda books, slides: LocalExecutor(books).run(slides))
+        settings = _settled_here(settings) if predicts else settings
+        yield Engine(settings, lambda books, slides: LocalExecutor(books).run(slides))
     elif settings.engine.address:
         from hover_batch.executor.cluster import joined, settled
 
         with joined(settings.engine.address, layout.ray_log) as resources:
-            settings = replace(settings, infer=settled(settings.infer, resources))
+            if predicts:
+                settings = replace(settings, infer=settled(settings.infer, resources))
             resources = resources.limited(settings)
-            yield Engine(settings, lambda books, slides: _run_on_ray(books, slides, resources))
+            yield Engine(
+                settings,
+                lambda books, slides: _run_on_ray(
+                    books, slides, engine_plan(resources, books.settings, books.package.card, predicts=predicts)
+                ),
+            )
     else:
-        settings = _settled_here(settings)
+        settings = _settled_here(settings) if predicts else settings
         resources = Resources.here().limited(settings)
 
         def run(books: CohortBooks, slides: Sequence[PlannedSlide]) -> None:
@@ -50,10 +59,10 @@ def engine(settings: Settings, layout: RunLayout) -> Iterator[Engine]:
                 return
             from hover_batch.executor.cluster import started
 
-            plan = engine_plan(resources, settings, books.package.card)
+            plan = engine_plan(resources, settings, books.package.card, predicts=predicts)
             books.progress.say("starting Ray on this machine, for this run alone, its token made for it")
             with started(plan, layout.ray_log):
-                _run_on_ray(books, slides, resources)
+                _run_on_ray(books, slides, plan)
 
         yield Engine(settings, run)
 
@@ -67,10 +76,9 @@ def _settled_here(settings: Settings) -> Settings:
     return replace(settings, infer=infer)
 
 
-def _run_on_ray(books: CohortBooks, slides: Sequence[PlannedSlide], resources: Resources) -> None:
+def _run_on_ray(books: CohortBooks, slides: Sequence[PlannedSlide], plan: EnginePlan) -> None:
     from hover_batch.executor.ray import RayExecutor
 
-    plan = engine_plan(resources, books.settings, books.package.card)
     for line in plan.lines():
         books.progress.say(line)
     books.networks = plan.actors

@@ -57,7 +57,8 @@ class EnginePlan:
 
     `actors` networks, each on a GPU of its own or on the CPU with `threads` threads and `actor_cpus` reserved for it.
     `units_at_once` for each of them; `slots` cores that read, post-process and finalize, of which post-processing and
-    finalizing take `posts` at most, so that readers always have one where there are two.
+    finalizing take `posts` at most, so that readers always have one where there are two. A run that makes new tables of
+    kept predictions has no actors.
     """
 
     resources: Resources
@@ -76,6 +77,8 @@ class EnginePlan:
 
     def lines(self) -> list[str]:
         """The plan in words."""
+        if not self.actors:
+            return [f"resources: no network; {self.slots} cores, at most {self.posts} of them post-processing"]
         on = "GPU" if self.actor_gpus else f"CPU, {self.threads} threads each"
         return [
             f"resources: {self.resources.cpus} cores, {self.resources.gpus} GPUs, "
@@ -85,14 +88,16 @@ class EnginePlan:
         ]
 
 
-def engine_plan(resources: Resources, settings: Settings, card: Card) -> EnginePlan:
-    """Share out `resources`.
+def engine_plan(resources: Resources, settings: Settings, card: Card, *, predicts: bool = True) -> EnginePlan:
+    """Share out `resources`; among networks too, where the run `predicts`.
 
     A network on the CPU reserves its threads, but never the last core: it would wait for readers for ever. Where
     there is one core only, it reserves none and takes turns with them.
     """
     cpus, threads = resources.cpus, settings.infer.network_threads
-    if resources.gpus:
+    if not predicts:
+        actors, actor_cpus = 0, 0
+    elif resources.gpus:
         actors, actor_cpus = resources.gpus, 0
     else:
         actor_cpus = min(threads, cpus - 1)
@@ -102,8 +107,8 @@ def engine_plan(resources: Resources, settings: Settings, card: Card) -> EngineP
     unit = card.layout.planes * side**2 + BLOCKS_AHEAD * _BLOCK_BYTES
     region = (card.layout.planes + _POST_BYTES_PER_PIXEL) * (side + 2 * settings.post.halo) ** 2
     budget = int(resources.memory * _MEMORY_SHARE)
-    units_at_once = max(1, min(UNITS_AT_ONCE, budget // 2 // (actors * unit)))
-    posts = max(1, min(slots - 1, budget // 2 // region))
+    units_at_once = max(1, min(UNITS_AT_ONCE, budget // 2 // (max(1, actors) * unit)))
+    posts = max(1, min(slots - 1 if predicts else slots, budget // 2 // region))
     return EnginePlan(
         resources=resources,
         actors=actors,
