@@ -178,7 +178,11 @@ def survey(
 def open_store(work: SlideWork) -> PredictionStore:
     """The slide's store, made where it is not there yet; that of a run which kept it is opened for reading."""
     if work.kept is not None:
-        return PredictionStore.open(work.maps.predictions_zarr, read_only=True)
+        store = PredictionStore.open(work.maps.predictions_zarr, read_only=True)
+        planes, unit = work.card.layout.planes, work.settings.infer.unit
+        if store.canvas != work.grid.size.box or store.array.shards != (planes, unit, unit):
+            raise SlideError(f"{store.path}: is not laid out as its run's settings and survey.json say; run it anew")
+        return store
     card = work.card
     return PredictionStore.create(
         work.layout.predictions_zarr,

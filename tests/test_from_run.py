@@ -75,6 +75,18 @@ def test_unchanged_settings_give_the_same_bytes(real: Path, tmp_path: Path) -> N
     assert "done before" in run("--from", real, "-o", out).stderr
 
 
+def test_a_run_of_another_device_needs_none_of_it(real: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(real, elsewhere)
+    settings = elsewhere / "settings.toml"
+    settings.write_text(settings.read_text().replace('device = "cpu"', 'device = "cuda:7"'))
+    assert run("--from", elsewhere, "-o", tmp_path / "out").exit_code == 0
+    # A store that is laid out otherwise than the settings say fails its slide, as any harm does.
+    settings.write_text(settings.read_text().replace("unit = 256", "unit = 512"))
+    assert run("--from", elsewhere, "-o", tmp_path / "other").exit_code == 4
+    assert "is not laid out" in failures(tmp_path / "other")["field"]
+
+
 def test_classes_are_merged(real: Path, tmp_path: Path) -> None:
     class_map, out = tmp_path / "map.toml", tmp_path / "out"
     class_map.write_text(
