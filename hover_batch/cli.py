@@ -184,7 +184,7 @@ def segment(
         typer.Option(
             "--from",
             metavar="RUN",
-            help="Make new tables of the predictions that the run in this folder kept, by other settings of [post] "
+            help="Make new tables of the predictions that the run in this folder kept, by other settings "
             "(--sobel-norm, --halo, --min-area-px, --class-map): needs no slides, no GPU and no weights.",
         ),
     ] = None,
