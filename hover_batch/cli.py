@@ -147,6 +147,15 @@ MinAreaOption = Annotated[
     int | None,
     _option("--min-area-px", "Drop nuclei of fewer inference pixels.", PostSettings.min_area_px, _POST),
 ]
+ClassMapOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--class-map",
+        help='TOML that merges or renames classes, each named once: neoplastic = ["epithelial"]',
+        envvar="HOVER_BATCH_CLASS_MAP",
+        rich_help_panel=_POST,
+    ),
+]
 BackendOption = Annotated[
     Backend | None,
     _option(
@@ -185,6 +194,15 @@ def segment(
     example: Annotated[
         bool, typer.Option("--example", help="Run on real H&E that ships inside a dependency: needs no data.")
     ] = False,
+    from_run: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Make new tables of the predictions that the run in this folder kept, by other settings "
+            "(--sobel-norm, --halo, --min-area-px, --class-map): needs no slides, no GPU and no weights.",
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the run; the same command again goes on where it stopped.")
     ] = Path("hover-batch-out"),
@@ -200,6 +218,7 @@ def segment(
     sobel_norm: SobelOption = None,
     halo: HaloOption = None,
     min_area_px: MinAreaOption = None,
+    class_map: ClassMapOption = None,
     discard_predictions: Annotated[
         bool | None,
         typer.Option(
@@ -227,21 +246,29 @@ def segment(
     hover-batch segment cohort.csv -o out/
 
     hover-batch segment --example -o example-run
+
+    hover-batch segment --from out/ -o stricter/ --min-area-px 120
     """
-    if (cohort is None) == (not example):
-        raise InputError("give exactly one of COHORT and --example")
+    if sum((cohort is not None, example, from_run is not None)) != 1:
+        raise InputError("give exactly one of COHORT, --example and --from")
+    kept = None
+    if from_run is not None:
+        from hover_batch.kept import KeptRun
+
+        kept = KeptRun.open(from_run)
     settings = _settings(
         config,
+        kept.settings.to_dict() if kept else {},
         model=model,
         tissue={"tissue": tissue, "mask_mpp": mask_mpp, "min_tissue_um2": min_tissue_um2},
         infer={"unit": unit, "batch": batch, "precision": precision, "threads": threads, "device": device},
-        post={"sobel_norm": sobel_norm, "halo": halo, "min_area_px": min_area_px},
+        post={"sobel_norm": sobel_norm, "halo": halo, "min_area_px": min_area_px, "class_map": _class_map(class_map)},
         output={"discard_predictions": discard_predictions},
         engine={"backend": backend, "cpus": cpus, "gpus": gpus, "address": address},
     )
     from hover_batch.segment import run_segment
 
-    source = cohort if cohort is not None else str(_example(output))
+    source = kept or cohort or str(_example(output))
     outcome = run_segment(source, output, settings, skip_invalid=skip_invalid, force=force, command=sys.argv[1:])
     for line in outcome.closing_lines():
         typer.echo(line)
@@ -266,7 +293,7 @@ def plan(
     if cohort is None:
         raise InputError("give a COHORT: a CSV, a folder of slides or a glob")
     settings = _settings(
-        config, model=model, engine={"backend": backend, "cpus": cpus, "gpus": gpus, "address": address}
+        config, {}, model=model, engine={"backend": backend, "cpus": cpus, "gpus": gpus, "address": address}
     )
     from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
     from hover_batch.executor.resources import resource_lines
@@ -308,14 +335,29 @@ def _example(output: Path) -> Path:
         return write_example(layout.example)
 
 
-def _settings(config: Path | None, **given: Any) -> Settings:
-    """Flag or environment (typer has settled which) > --config > default."""
-    data: dict[str, Any] = {}
+def _toml(flag: str, path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {path}: {error}") from error
+
+
+def _class_map(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    class_map = _toml("--class-map", path)
+    if not class_map:
+        raise InputError(f'--class-map {path}: is empty; write lines as neoplastic = ["epithelial"]')
+    return class_map
+
+
+def _settings(config: Path | None, base: dict[str, Any], **given: Any) -> Settings:
+    """Flag or environment (typer has settled which) > --config > `base` > default."""
+    data = base
     if config is not None:
-        try:
-            data = tomllib.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"--config {config}: {error}") from error
+        for key, value in _toml("--config", config).items():
+            held = data.get(key)
+            data[key] = {**held, **value} if isinstance(held, dict) and isinstance(value, dict) else value
     for section, values in given.items():
         if isinstance(values, dict):
             set_ones = {k: str(v) if isinstance(v, StrEnum) else v for k, v in values.items() if v is not None}

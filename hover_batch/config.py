@@ -6,7 +6,7 @@ Each station takes its own section. Those fields that change results are part of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 from hover_batch.errors import InputError
@@ -33,7 +33,13 @@ def _typed(name: str, value: object, kind: type) -> Any:
         return value
     if kind is float and type(value) is int:
         return float(value)
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text in quotes"}
+    words = {
+        dict: "a section",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a text in quotes",
+    }
     raise InputError(f"setting {name} = {value!r}: must be {words[kind]}")
 
 
@@ -90,6 +96,8 @@ class PostSettings:
     reference keeps all from 10 pixels on; this gave a better PQ on every validation source of the starter."""
     max_component: int = 4096
     """Side in inference pixels beyond which a connected component is not chased further but flagged."""
+    class_map: dict[str, Any] = field(default_factory=dict)
+    """New class → classes of the model that it stands for (see `Taxonomy.merged`); empty: the model's own."""
 
     def __post_init__(self) -> None:
         _check(self.sobel_norm in ("fixed", "window"), "sobel-norm", self.sobel_norm, "fixed or window")
@@ -164,7 +172,7 @@ class Settings:
                     raise InputError(
                         f"setting {key} = {value!r}: {key} is a section, write [{key}] and its settings below"
                     )
-                defaults = {f.name: f.default for f in fields(sections[key])}
+                defaults = vars(sections[key]())
                 names = set(defaults)
                 unknown = sorted(set(value) - names)
                 if unknown:
@@ -182,4 +190,7 @@ class Settings:
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # one GPU of a node is as good as the next
         del infer["threads"]  # shown by tests/test_precision.py: the maps are the same, bit for bit
-        return {"tissue": asdict(self.tissue), "infer": infer, "post": asdict(self.post)}
+        post = asdict(self.post)
+        if not self.post.class_map:
+            del post["class_map"]
+        return {"tissue": asdict(self.tissue), "infer": infer, "post": post}

@@ -1,5 +1,7 @@
 """One slide's whole way, on one page: infer(unit) → post(unit) → finalize(slide).
 
+Where another run kept the slide's maps, there is nothing to infer, and no pixels to draw on: post(unit) → finalize.
+
 Nothing here knows who calls it: the executors decide where and when. Each step leaves its result on disk whole or not
 at all, and is not done again where its result lies: a unit's shard and marker, a region's part, the slide's slide.json.
 """
@@ -23,17 +25,22 @@ from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.ledger import run_key
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
+from hover_batch.errors import SlideError
 from hover_batch.export.pictures import View, densest_field, write_overlay, write_thumbnail
 from hover_batch.export.summary import slide_summary
 from hover_batch.geometry import Box, Grid
+from hover_batch.model.heads import MapLayout
 from hover_batch.model.package import Card, Package
 from hover_batch.nuclei.stitch import nuclei_of_region
 from hover_batch.nuclei.table import SCHEMA_VERSION, TableContext, merge_parts, to_arrow, write_part
 from hover_batch.nuclei.watershed import SobelConstants
-from hover_batch.slide.reader import SlideInfo, SlideReader
+from hover_batch.plan import Kept, PlannedSlide
+from hover_batch.slide.reader import SlideInfo, SlideReader, open_slide
+from hover_batch.slide.survey import read_info, read_tissue, write_survey
 from hover_batch.slide.tiles import Unit, plan_units
 from hover_batch.slide.tissue import TissueMask, tissue_mask
 from hover_batch.store import PredictionStore
+from hover_batch.taxonomy import Taxonomy
 
 if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
     from hover_batch.model.predict import Predictor
@@ -104,16 +111,27 @@ class SlideWork:
     package: Package
     settings: Settings
     layout: SlideLayout
+    kept: Kept | None = None
 
     @property
     def card(self) -> Card:
         return self.package.card
 
     @property
+    def maps(self) -> SlideLayout:
+        """Where the store and the units' markers lie: here, or in the run that kept them, which is only read."""
+        return self.layout if self.kept is None else self.kept.layout
+
+    @property
+    def taxonomy(self) -> Taxonomy:
+        """The classes of the tables: the model's, or what the class map makes of them."""
+        return self.card.taxonomy.merged(self.settings.post.class_map)[0]
+
+    @property
     def context(self) -> TableContext:
         return TableContext(
             slide_id=self.record.slide_id,
-            taxonomy=self.card.taxonomy,
+            taxonomy=self.taxonomy,
             grid=self.grid,
             slide_mpp=self.info.mpp,
             mpp_source=self.info.mpp_source,
@@ -124,24 +142,51 @@ class SlideWork:
         )
 
 
-def result_key(record: SlideRecord, info: SlideInfo, package: Package, settings: Settings) -> str:
-    """The slide's run key: a hash of all that its results depend on, its own mask among it."""
-    mask = "" if record.mask_path is None else sha256_file(record.mask_path)
-    return run_key(package.sha256, settings.results_key(), info.fingerprint + mask, SCHEMA_VERSION)
+def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str:
+    """The slide's run key: a hash of all that its results depend on, its own mask among it; or the run key of the
+    maps that are kept."""
+    mask = slide.record.mask_path
+    if slide.kept is not None:
+        source = slide.kept.run_key
+    else:
+        source = slide.info.fingerprint + ("" if mask is None else sha256_file(mask))
+    return run_key(package.sha256, settings.results_key(), source, SCHEMA_VERSION)
+
+
+@contextmanager
+def opened(slide: PlannedSlide | SlideWork) -> Iterator[SlideReader | None]:
+    """The slide, open; None where its maps are kept, for then it need not be there."""
+    if slide.kept is not None:
+        yield None
+        return
+    with open_slide(slide.record) as reader:
+        yield reader
 
 
 def survey(
-    reader: SlideReader, record: SlideRecord, package: Package, settings: Settings, layout: SlideLayout
+    reader: SlideReader | None, slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout
 ) -> SlideWork:
-    """Lay the grid, find the tissue and cut it into units."""
-    grid = Grid.over(reader.info.level0, reader.info.mpp, package.card.mpp)
-    mask = tissue_mask(reader, record, settings.tissue)
+    """Lay the grid, find the tissue and cut it into units; without a reader, as the run did that kept the maps."""
+    if slide.kept is not None:
+        path = slide.kept.layout.survey_json
+        info, mask = read_info(path), read_tissue(path)
+    else:
+        assert reader is not None
+        info, mask = reader.info, tissue_mask(reader, slide.record, settings.tissue)
+    write_survey(layout.survey_json, info, mask)
+    grid = Grid.over(info.level0, info.mpp, package.card.mpp)
     units = plan_units(grid, mask, settings.infer.unit, package.card.tile_out)
-    return SlideWork(record, reader.info, grid, mask, units, package, settings, layout)
+    return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, slide.kept)
 
 
 def open_store(work: SlideWork) -> PredictionStore:
-    """The slide's store, made where it is not there yet."""
+    """The slide's store, made where it is not there yet; that of a run which kept it is opened for reading."""
+    if work.kept is not None:
+        store = PredictionStore.open(work.maps.predictions_zarr, read_only=True)
+        planes, unit = work.card.layout.planes, work.settings.infer.unit
+        if store.canvas != work.grid.size.box or store.array.shards != (planes, unit, unit):
+            raise SlideError(f"{store.path}: is not laid out as its run's settings and survey.json say; run it anew")
+        return store
     card = work.card
     return PredictionStore.create(
         work.layout.predictions_zarr,
@@ -160,21 +205,37 @@ def open_store(work: SlideWork) -> PredictionStore:
     )
 
 
+def swept_store(work: SlideWork) -> PredictionStore:
+    """`open_store`, with what killed writes left behind removed, unless another run keeps it. While nobody writes."""
+    store = open_store(work)
+    if work.kept is None:
+        store.sweep()
+    return store
+
+
 def inferred(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
     """Whether the unit's maps are in the store, unharmed: its marker is there and tells the hash of the shard.
 
     A shard that is not what its marker says is removed with it, to be predicted again, and so are the parts of the
-    regions that may have looked at it. Call it while nobody writes.
+    regions that may have looked at it; in the store that another run kept, it is a SlideError. Call it while nobody
+    writes.
     """
-    path = work.layout.marker(unit.column, unit.row)
+    path = work.maps.marker(unit.column, unit.row)
     try:
         marker = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return False
+        marker = None
     except ValueError:
         marker = {}
-    if "shard_sha256" in marker and marker["shard_sha256"] == store.shard_sha256(unit.box):
+    if marker and "shard_sha256" in marker and marker["shard_sha256"] == store.shard_sha256(unit.box):
         return True
+    if work.kept is not None:
+        raise SlideError(
+            f"{work.maps.predictions_zarr}: unit {unit.unit_id} is not as it was predicted; remove "
+            f"{work.maps.slide_json} and run that folder's own command again, which mends it"
+        )
+    if marker is None:
+        return False
     for cell in neighbours(unit):
         work.layout.part(*cell).unlink(missing_ok=True)
     path.unlink()
@@ -251,10 +312,11 @@ def _hull(tiles: list[Box]) -> Box:
     return Box(min(t.x0 for t in tiles), min(t.y0 for t in tiles), max(t.x1 for t in tiles), max(t.y1 for t in tiles))
 
 
-def reading(reader: SlideReader, work: SlideWork) -> ReadBlocks:
+def reading(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
     """Blocks read by an open reader, here and now."""
 
     def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
+        assert reader is not None
         for box in boxes:
             with seconds.of("read"):
                 image = reader.read(box, work.grid)
@@ -279,35 +341,45 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     settings = work.settings.post
     constants = SobelConstants(**work.card.sobel) if settings.sobel_norm == "fixed" else None
     with seconds.of("post"):
-        nuclei = nuclei_of_region(_complete(store, work), unit.box, work.card.layout, settings, constants)
+        layout = MapLayout(len(work.taxonomy.classes))
+        nuclei = nuclei_of_region(_complete(store, work), unit.box, layout, settings, constants)
         write_part(work.layout.part(unit.column, unit.row), to_arrow(nuclei, work.context))
     return seconds
 
 
 def _complete(store: PredictionStore, work: SlideWork) -> Callable[[Box], NDArray[np.uint8]]:
-    """`store.read`, but never of a unit that is still to be predicted."""
+    """`store.read` in the tables' classes, but never of a unit that is still to be predicted."""
+    class_map = work.settings.post.class_map
+    _, ids = work.card.taxonomy.merged(class_map)
     waiting = {(unit.column, unit.row) for unit in work.units}
 
     def read(box: Box) -> NDArray[np.uint8]:
         needed = waiting.intersection(box.intersect(store.canvas).cells(work.settings.infer.unit))
-        there = {cell for cell in needed if work.layout.marker(*cell).exists()}
+        there = {cell for cell in needed if work.maps.marker(*cell).exists()}
         if missing := needed - there:
             raise UnitsMissing(tuple(sorted(missing)))
         waiting.difference_update(there)
-        return store.read(box)
+        maps = store.read(box)
+        return work.card.layout.merge(maps, ids) if class_map else maps
 
     return read
 
 
-def finalize(work: SlideWork, reader: SlideReader, seconds: Seconds) -> dict[str, Any]:
-    """Merge the parts into nuclei.parquet and draw the pictures. Returns what slide.json says, the summary among it."""
+def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dict[str, Any]:
+    """Merge the parts into nuclei.parquet and draw the pictures. Returns what slide.json says, the summary among it.
+
+    Without a reader there are no pixels to draw on: the thumbnail is that of the run which kept the maps.
+    """
     layout, record = work.layout, work.record
     with seconds.of("finalize"):
         keep = work.mask.contains if work.mask.given else None
         parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]
         merged = merge_parts(parts, layout.nuclei_parquet, work.context, keep)
         work.mask.write_geojson(layout.tissue_geojson)
-        _draw(work, reader)
+        if reader is not None:
+            _draw(work, reader)
+        elif work.maps.thumbnail_jpg.is_file():
+            shutil.copyfile(work.maps.thumbnail_jpg, layout.thumbnail_jpg)
     write_atomically(layout.timings_json, to_json(seconds.totals))
     return {
         "nuclei": merged.nuclei,
@@ -320,7 +392,7 @@ def finalize(work: SlideWork, reader: SlideReader, seconds: Seconds) -> dict[str
         "warnings": list(work.info.warnings),
         "summary": slide_summary(
             record,
-            work.card.taxonomy,
+            work.taxonomy,
             status="done",
             nuclei=layout.nuclei_parquet,
             tissue_mm2=work.mask.area_mm2(work.info.mpp),
@@ -339,7 +411,7 @@ def _draw(work: SlideWork, reader: SlideReader) -> None:
     field = densest_field(layout.nuclei_parquet, OVERLAY_SIDE, canvas)
     level0 = Grid(canvas, 1.0, 1.0, work.info.mpp, canvas)
     close = View(reader.read(field, level0), field.x0, field.y0, 1.0, 1.0)
-    write_overlay(layout.overlay_jpg, close, layout.nuclei_parquet, work.card.taxonomy)
+    write_overlay(layout.overlay_jpg, close, layout.nuclei_parquet, work.taxonomy)
 
 
 def discard_predictions(layout: SlideLayout) -> None:

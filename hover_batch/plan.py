@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.manifest import Cohort, Fault
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import Settings
@@ -24,6 +25,14 @@ MPX_PER_CORE_SECOND = 0.5
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Maps that another run predicted and kept: the slide's `layout` there, and the `run_key` of its results."""
+
+    layout: SlideLayout
+    run_key: str
+
+
+@dataclass(frozen=True)
 class PlannedSlide:
     """A slide whose header could be read: the whole canvas is the upper bound of what will be predicted."""
 
@@ -31,6 +40,8 @@ class PlannedSlide:
     info: SlideInfo
     grid: Grid
     tiles: int
+    kept: Kept | None = None
+    """Where nothing is to be predicted: new tables are made of these maps, and the slide itself is not opened."""
 
     @property
     def pixels(self) -> int:

@@ -20,6 +20,7 @@ from hover_batch.executor.books import CohortBooks
 from hover_batch.executor.engine import engine, settled_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
+from hover_batch.kept import KeptRun
 from hover_batch.model.package import find_package
 from hover_batch.nuclei.table import SCHEMA_VERSION
 from hover_batch.plan import plan_cohort
@@ -58,7 +59,8 @@ class Outcome:
             paths = self.layout.slide(slide["slide_id"])
             lines.append(f"{slide['slide_id']}: {slide['nuclei']:,} nuclei")
             lines.append(f"  table    {paths.nuclei_parquet}")
-            lines.append(f"  overlay  {paths.overlay_jpg}")
+            drawn = paths.overlay_jpg.exists()
+            lines.append(f"  overlay  {paths.overlay_jpg if drawn else 'none: --from reads no slides to draw on'}")
             if paths.predictions_zarr.exists():
                 lines.append(f"  store    {paths.predictions_zarr}")
         if len(self.slides) > LISTED:
@@ -70,26 +72,36 @@ class Outcome:
 
 
 def run_segment(
-    source: str, output: Path, settings: Settings, *, skip_invalid: bool, force: bool, command: Sequence[str]
+    source: str | KeptRun, output: Path, settings: Settings, *, skip_invalid: bool, force: bool, command: Sequence[str]
 ) -> Outcome:
-    """Run the cohort `source` into `output`, or go on with what lies there.
+    """Run the cohort `source` into `output`, or go on with what lies there; or make new tables of a run's predictions.
 
     Raises InputError before anything runs where the cohort, a header, a setting or the output folder is faulty.
     """
-    package = find_package(settings.model)
-    if settings.infer.unit % package.card.tile_out:
-        raise InputError(
-            f"--unit {settings.infer.unit}: must be a multiple of {package.card.tile_out}, "
-            f"what the model {package.card.name} keeps of a tile"
-        )
-    settings = settled_here(settings)
-    plan = plan_cohort(read_cohort(source), package.card)
+    predicts = not isinstance(source, KeptRun)
+    if isinstance(source, KeptRun):
+        source.check(settings, output, force=force)
+        package, plan = source.package, source.plan
+    else:
+        package = find_package(settings.model)
+        if settings.infer.unit % package.card.tile_out:
+            raise InputError(
+                f"--unit {settings.infer.unit}: must be a multiple of {package.card.tile_out}, "
+                f"what the model {package.card.name} keeps of a tile"
+            )
+        settings = settled_here(settings)
+        plan = plan_cohort(read_cohort(source), package.card)
+    taxonomy, _ = package.card.taxonomy.merged(settings.post.class_map)
     if not skip_invalid:
         raise_if_faulty(plan.cohort)
     layout = RunLayout(output)
     versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED}}
     records = plan.cohort.records
-    with Ledger(layout) as ledger, engine(settings, layout) as found, CohortProgress(len(records)) as progress:
+    with (
+        Ledger(layout) as ledger,
+        engine(settings, layout, predicts=predicts) as found,
+        CohortProgress(len(records)) as progress,
+    ):
         settings = found.settings
         ledger.start(
             settings=settings,
@@ -119,7 +131,7 @@ def run_segment(
         done = [record for record in records if record.row not in failed]
         slides = tuple(json.loads(layout.slide(record.slide_id).slide_json.read_bytes()) for record in done)
         left_out = [record for record in records if record.row in failed]
-        _summarise(layout, package.card.taxonomy, done, slides, left_out, books.model_busy)
+        _summarise(layout, taxonomy, done, slides, left_out, books.model_busy)
     return Outcome(layout, slides, failures, books.model_busy)
 
 

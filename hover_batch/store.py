@@ -77,10 +77,10 @@ class PredictionStore:
         return cls(array, path)
 
     @classmethod
-    def open(cls, path: Path) -> PredictionStore:
-        """Open a store for reading and writing of units."""
-        store: Store = _FirstWriterWins(path)
-        return cls(zarr.open_array(store, mode="r+"), path)
+    def open(cls, path: Path, *, read_only: bool = False) -> PredictionStore:
+        """Open a store for reading and, unless `read_only`, writing of units."""
+        store: Store = _FirstWriterWins(path, read_only=read_only)
+        return cls(zarr.open_array(store, mode="r" if read_only else "r+"), path)
 
     def write(self, box: Box, maps: NDArray[np.uint8]) -> str | None:
         """Write a whole unit: `box` clipped to the canvas, `maps` (plane, y, x) of that shape.

@@ -12,7 +12,12 @@ inflammatory, spindle, miscellaneous; what was trained decides, so that list is 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from hover_batch.errors import InputError
 
 Rgb = tuple[int, int, int]
 
@@ -44,6 +49,35 @@ class Taxonomy:
         """The classes without the background."""
         return self.classes[1:]
 
+    def merged(self, class_map: Mapping[str, Any]) -> tuple[Taxonomy, tuple[int, ...]]:
+        """The classes that a class map makes of these, and the id among them of each of these.
+
+        `class_map`: new name → the names of the classes that it stands for, or a table of these (`classes`) and its
+        `color`; an empty one changes nothing. Ids follow the model's order, whatever the map's. InputError where it is
+        not of this form, or a class other than the background is not named exactly once.
+        """
+        if not class_map:
+            return self, tuple(c.id for c in self.classes)
+        by_name = {c.name: c for c in self.nuclei}
+        new: list[tuple[int, str, Rgb]] = []
+        name_of: dict[str, str] = {}
+        for name, value in class_map.items():
+            members, color = _members_and_color(name, value)
+            for member in members:
+                if member not in by_name:
+                    raise InputError(f"class map: {name}: {member} is no class of the model; it has {_list(by_name)}")
+                if member in name_of:
+                    raise InputError(f"class map: {member} is named twice, in {name_of[member]} and in {name}")
+                name_of[member] = name
+            new.append((min(by_name[m].id for m in members), name, color or by_name[members[0]].color))
+        if missing := [name for name in by_name if name not in name_of]:
+            raise InputError(f"class map: {_list(missing)} not mapped; name each class once: {_list(by_name)}")
+        background = self.classes[0]
+        listed = [(name, color) for _, name, color in sorted(new)]
+        classes = (background, *(NucleusClass(i, name, color) for i, (name, color) in enumerate(listed, start=1)))
+        ids = {c.name: c.id for c in classes}
+        return Taxonomy(f"{self.name}, mapped", classes), (0, *(ids[name_of[name]] for name in by_name))
+
     def to_json(self) -> dict[str, object]:
         """For model cards and store attributes; `from_json` reads it back."""
         return {
@@ -59,6 +93,34 @@ class Taxonomy:
             str(data["name"]),
             tuple(NucleusClass(int(c["id"]), str(c["name"]), tuple(c["color"])) for c in classes),
         )
+
+
+def _members_and_color(name: str, value: Any) -> tuple[list[str], Rgb | None]:
+    """One line of a class map."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == "background":
+        raise InputError(f"class map: {name!r} cannot name a class; use letters, digits, `.`, `_`, `-`")
+    table = value if isinstance(value, Mapping) else {"classes": value}
+    members, color = table.get("classes"), table.get("color")
+    if (
+        not isinstance(members, list)
+        or not members
+        or not all(isinstance(member, str) for member in members)
+        or not table.keys() <= {"classes", "color"}
+    ):
+        raise InputError(
+            f'class map: {name}: write {name} = ["class", …], '
+            f'or {name} = {{ classes = ["class", …], color = [red, green, blue] }}'
+        )
+    if color is None:
+        return members, None
+    if not isinstance(color, list) or len(color) != 3 or not all(type(c) is int and 0 <= c <= 255 for c in color):
+        raise InputError(f"class map: {name}: color {color!r} must be [r, g, b], each 0 to 255")
+    red, green, blue = color
+    return members, (red, green, blue)
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)
 
 
 def _taxonomy(name: str, *classes: tuple[str, Rgb]) -> Taxonomy:

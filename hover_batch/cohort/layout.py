@@ -9,6 +9,7 @@
         key.json            the run key that this slide's unfinished work belongs to
         markers/            one file a unit: its shard is complete
         parts/              one parquet a region: its nuclei
+        survey.json         the slide's header and tissue: with the store, all that new tables need
         predictions.zarr  tissue.geojson  nuclei.parquet  thumbnail.jpg  overlay.jpg  timings.json
         slide.json          written last = done
 """
@@ -58,6 +59,11 @@ class SlideLayout:
         return self.parts / f"{column}_{row}.parquet"
 
     @property
+    def survey_json(self) -> Path:
+        """What was known of the slide before its first pixel was predicted."""
+        return self.folder / "survey.json"
+
+    @property
     def predictions_zarr(self) -> Path:
         return self.folder / "predictions.zarr"
 
@@ -94,6 +100,7 @@ class SlideLayout:
             self.parts,
             self.markers,
             self.predictions_zarr,
+            self.survey_json,
             self.tissue_geojson,
             self.nuclei_parquet,
             self.thumbnail_jpg,

@@ -36,10 +36,13 @@ from hover_batch.pipeline import (
     infer,
     inferred,
     open_store,
+    opened,
     post,
     posted,
     survey,
+    swept_store,
 )
+from hover_batch.plan import PlannedSlide
 from hover_batch.slide.reader import SlideReader, open_slide
 
 if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
@@ -89,15 +92,14 @@ def _forget_reader() -> None:
 
 @ray.remote(num_cpus=1, max_retries=0)
 def survey_slide(
-    record: SlideRecord, package: Package, settings: Settings, layout: SlideLayout
+    slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout
 ) -> tuple[Surveyed, SlideWork]:
     """Find the tissue, and what an earlier run left. Call it while nobody writes the slide's store."""
     hold_threads()
     seconds = Seconds()
-    with seconds.of("tissue"), open_slide(record) as reader:
-        work = survey(reader, record, package, settings, layout)
-    store = open_store(work)
-    store.sweep()
+    with seconds.of("tissue"), opened(slide) as reader:
+        work = survey(reader, slide, package, settings, layout)
+    store = swept_store(work)
     numbered = list(enumerate(work.units))
     return Surveyed(
         work.units,
@@ -137,7 +139,7 @@ def post_region(work: SlideWork, index: int) -> Seconds | UnitsMissing:
 def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any]:
     """Tables and pictures."""
     hold_threads()
-    with open_slide(work.record) as reader:
+    with opened(work) as reader:
         return finalize(work, reader, seconds)
 
 

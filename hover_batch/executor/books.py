@@ -72,7 +72,7 @@ class CohortBooks:
     def _key(self, slide: PlannedSlide) -> str:
         slide_id = slide.record.slide_id
         if slide_id not in self._keys:
-            self._keys[slide_id] = result_key(slide.record, slide.info, self.package, self.settings)
+            self._keys[slide_id] = result_key(slide, self.package, self.settings)
         return self._keys[slide_id]
 
     def surveyed(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:

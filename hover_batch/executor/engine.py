@@ -11,7 +11,7 @@ from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.executor.books import CohortBooks
 from hover_batch.executor.local import LocalExecutor
-from hover_batch.executor.resources import Node, Resources, engine_plan
+from hover_batch.executor.resources import EnginePlan, Node, Resources, engine_plan
 from hover_batch.plan import PlannedSlide
 
 
@@ -42,9 +42,11 @@ def settled_here(settings: Settings) -> Settings:
 
 
 @contextlib.contextmanager
-def engine(settings: Settings, layout: RunLayout) -> Iterator[Engine]:
+def engine(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[Engine]:
     """The engine for settings that are `settled_here`. A named cluster is joined at once, one of our own starts with
     the first slide.
+
+    A run that `predicts` nothing has no networks, and `auto` is left as it is.
 
     InputError where more is asked for than there is, or no cluster answers.
     """
@@ -54,9 +56,15 @@ def engine(settings: Settings, layout: RunLayout) -> Iterator[Engine]:
         from hover_batch.executor.cluster import joined, settled
 
         with joined(settings.engine.address, layout.ray_log) as resources:
-            settings = replace(settings, infer=settled(settings.infer, resources))
+            if predicts:
+                settings = replace(settings, infer=settled(settings.infer, resources))
             resources = resources.limited(settings)
-            yield Engine(settings, lambda books, slides: _run_on_ray(books, slides, resources))
+            yield Engine(
+                settings,
+                lambda books, slides: _run_on_ray(
+                    books, slides, engine_plan(resources, books.settings, books.package.card, predicts=predicts)
+                ),
+            )
     else:
         resources = Resources((_this_node(settings),)).limited(settings)
 
@@ -65,10 +73,10 @@ def engine(settings: Settings, layout: RunLayout) -> Iterator[Engine]:
                 return
             from hover_batch.executor.cluster import started
 
-            plan = engine_plan(resources, settings, books.package.card)
+            plan = engine_plan(resources, settings, books.package.card, predicts=predicts)
             books.progress.say("starting Ray on this machine, for this run alone, its token made for it")
             with started(plan, layout.ray_log):
-                _run_on_ray(books, slides, resources)
+                _run_on_ray(books, slides, plan)
 
         yield Engine(settings, run)
 
@@ -82,10 +90,9 @@ def _this_node(settings: Settings) -> Node:
     return node
 
 
-def _run_on_ray(books: CohortBooks, slides: Sequence[PlannedSlide], resources: Resources) -> None:
+def _run_on_ray(books: CohortBooks, slides: Sequence[PlannedSlide], plan: EnginePlan) -> None:
     from hover_batch.executor.ray import RayExecutor
 
-    plan = engine_plan(resources, books.settings, books.package.card)
     for line in plan.lines():
         books.progress.say(line)
     RayExecutor(books, plan).run(slides)

@@ -7,9 +7,8 @@ from functools import cached_property
 
 from hover_batch.executor.books import CohortBooks, Load
 from hover_batch.model.predict import Predictor, load_predictor
-from hover_batch.pipeline import Seconds, finalize, infer, inferred, open_store, post, posted, reading, survey
+from hover_batch.pipeline import Seconds, finalize, infer, inferred, opened, post, posted, reading, survey, swept_store
 from hover_batch.plan import PlannedSlide
-from hover_batch.slide.reader import open_slide
 
 
 class LocalExecutor:
@@ -41,12 +40,11 @@ class LocalExecutor:
         books, slide_id = self.books, slide.record.slide_id
         layout = books.begin(slide)
         seconds = Seconds()
-        with open_slide(slide.record) as reader:
+        with opened(slide) as reader:
             self._stage = "tissue"
             with seconds.of("tissue"):
-                work = survey(reader, slide.record, books.package, books.settings, layout)
-            store = open_store(work)
-            store.sweep()
+                work = survey(reader, slide, books.package, books.settings, layout)
+            store = swept_store(work)
             there = [unit for unit in work.units if inferred(unit, work, store)]
             done = [unit for unit in work.units if posted(unit, work)]
             books.surveyed(slide_id, work.units, there, len(done))

@@ -104,7 +104,7 @@ class RayExecutor:
                         )
                     else:
                         self._submit()
-                    if time.monotonic() > patience and not any(actor.started for actor in self._actors):
+                    if self._actors and time.monotonic() > patience and not any(a.started for a in self._actors):
                         self._say_once("Still waiting for the first network: are its cores or GPUs held by others?")
                     if not self._under_way():
                         break
@@ -150,12 +150,14 @@ class RayExecutor:
         self._feed_slots()
 
     def _open_slides(self) -> None:
-        """Open slides ahead by what the networks can eat, and no further than post-processing follows."""
+        """Open slides ahead by what the networks can eat, and no further than post-processing follows. Without networks
+        post-processing alone decides."""
         appetite = len(self._actors) * self.plan.units_at_once
+        ahead = 2 * (appetite or self.plan.posts)
         most = 2 * (appetite + self.plan.posts)
         ready = sum(len(s.to_infer) for s in self._open)
         surveys = sum(not s.surveyed for s in self._open)
-        while self._waiting and ready + surveys < 2 * appetite and len(self._open) < most:
+        while self._waiting and ready + surveys < ahead and len(self._open) < most:
             planned = self._waiting.popleft()
             try:
                 layout = self.books.begin(planned)
@@ -195,15 +197,14 @@ class RayExecutor:
     def _feed_slots(self) -> None:
         """Tables first, for they end a slide; then regions, the oldest slide's first. Tissue is found beside them."""
         running = Counter(call.stage for call in self._running.values())
+        at_once = len(self._actors) or self.plan.posts
         surveys, posts = running[SURVEY], running[POST] + running[FINALIZE]
         for slide in self._open:
-            if slide.next_task == SURVEY and surveys < len(self._actors):
+            if slide.next_task == SURVEY and surveys < at_once:
                 surveys += 1
                 slide.next_task = None
-                settings = self.books.settings
-                record, package = slide.planned.record, self.books.package
                 task = survey_slide.options(num_returns=2)
-                references: Any = task.remote(record, package, settings, slide.layout)
+                references: Any = task.remote(slide.planned, self.books.package, self.books.settings, slide.layout)
                 found, slide.work = references
                 self._running[found] = _Call(SURVEY, slide)
             elif slide.next_task == FINALIZE and posts < self.plan.posts:

@@ -81,7 +81,8 @@ class EnginePlan:
 
     `actors` networks, each on a GPU of its own or on the CPU with `threads` threads and `actor_cpus` reserved for it.
     `units_at_once` for each of them; `slots` cores that read, post-process and finalize, of which post-processing and
-    finalizing take `posts` at most, so that readers always have one where there are two.
+    finalizing take `posts` at most, so that readers always have one where there are two. A run that makes new tables of
+    kept predictions has no actors.
     """
 
     resources: Resources
@@ -102,17 +103,22 @@ class EnginePlan:
         """The plan in words."""
         machines = len(self.resources.nodes)
         memory = min(node.memory for node in self.resources.nodes) / 2**30
+        there = (
+            f"resources: {machines} machine{'s' if machines > 1 else ''}, cores: {self.resources.cpus}, "
+            f"GPUs: {self.resources.gpus}, memory: {memory:.0f} GiB"
+        )
+        if not self.actors:
+            return [there, f"  no network; cores that post-process: {self.posts}"]
         on = "a GPU each" if self.actor_gpus else f"on the CPU, threads each: {self.threads}"
         return [
-            f"resources: {machines} machine{'s' if machines > 1 else ''}, cores: {self.resources.cpus}, "
-            f"GPUs: {self.resources.gpus}, memory: {memory:.0f} GiB",
+            there,
             f"  networks: {self.actors} ({on}), units at once for each: {self.units_at_once}; "
             f"cores that read and post-process: {self.slots}, of them post-processing at most: {self.posts}",
         ]
 
 
-def engine_plan(resources: Resources, settings: Settings, card: Card) -> EnginePlan:
-    """Share out `resources`, each machine by itself.
+def engine_plan(resources: Resources, settings: Settings, card: Card, *, predicts: bool = True) -> EnginePlan:
+    """Share out `resources`, each machine by itself; among networks too, where the run `predicts`.
 
     A network on the CPU reserves its threads, but never the last core of a machine: it would wait for readers for
     ever. On a single core it reserves none, and they take turns. Half of a machine's memory is for the units under way
@@ -129,14 +135,16 @@ def engine_plan(resources: Resources, settings: Settings, card: Card) -> EngineP
     actors = posts = slots = 0
     units_at_once = UNITS_AT_ONCE
     for node in resources.nodes:
-        if on_gpus:
+        if not predicts:
+            networks = 0
+        elif on_gpus:
             networks = node.gpus
         else:
             fit = max(1, node.memory // 2 // _NETWORK_BYTES)
             networks = min(fit, max(1, (node.cpus - 1) // max(1, actor_cpus)))
         free = node.cpus - networks * actor_cpus
         actors, slots = actors + networks, slots + free
-        posts += max(1, min(free - 1, node.memory // 4 // region))
+        posts += max(1, min(free - 1 if predicts else free, node.memory // 4 // region))
         if networks:
             units_at_once = max(1, min(units_at_once, node.memory // 4 // (networks * unit)))
     return EnginePlan(

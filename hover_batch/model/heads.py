@@ -15,6 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 NP = slice(0, 2)
 HV = slice(2, 4)
 _TP_START = 4
@@ -76,6 +79,15 @@ class MapLayout:
     @property
     def planes(self) -> int:
         return 5 + self.n_types
+
+    def merge(self, maps: NDArray[np.uint8], ids: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Maps (plane, y, x) uint8 of this layout as those of MapLayout(max(ids) + 1): each class's softmax is added
+        to that of its id in `ids` (n_types). What rounding brings above 1 is cut."""
+        sums = np.zeros((max(ids) + 1, *maps.shape[1:]), np.uint16)
+        for plane, merged in zip(maps[self.tp], ids, strict=True):
+            sums[merged] += plane
+        merged_planes = np.minimum(sums, 255).astype(np.uint8)
+        return np.concatenate([maps[: self.tp.start], merged_planes, maps[self.tp.stop :]])
 
     def names(self, classes: tuple[str, ...]) -> list[str]:
         """Plane names in order, for the store's attributes."""

@@ -19,6 +19,7 @@ from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSe
 from hover_batch.executor.engine import Engine
 from hover_batch.executor.local import LocalExecutor
 from hover_batch.executor.resources import EnginePlan, Node, Resources
+from hover_batch.kept import KeptRun
 from hover_batch.model.predict import load_predictor
 from hover_batch.segment import Outcome, run_segment
 
@@ -99,7 +100,7 @@ def run_on_ray(ray_cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def runner(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     def run(
-        cohort: Path,
+        cohort: Path | KeptRun,
         out: Path,
         load: Any = load_predictor,
         plan: EnginePlan | None = None,
@@ -111,14 +112,16 @@ def runner(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
             else:
                 from hover_batch.executor.ray import RayExecutor
 
-                RayExecutor(books, plan or engine_of(), load).run(slides)
+                settled = plan or engine_of(0 if isinstance(cohort, KeptRun) else 1)
+                RayExecutor(books, settled, load).run(slides)
 
         @contextlib.contextmanager
-        def engine(settings: Settings, layout: RunLayout) -> Iterator[Engine]:
+        def engine(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[Engine]:
             yield Engine(settings, executor)
 
         monkeypatch.setattr(hover_batch.segment, "engine", engine)
-        return run_segment(str(cohort), out, settings, skip_invalid=False, force=False, command=["test"])
+        source = cohort if isinstance(cohort, KeptRun) else str(cohort)
+        return run_segment(source, out, settings, skip_invalid=False, force=False, command=["test"])
 
     return run
 

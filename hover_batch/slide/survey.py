@@ -1,0 +1,74 @@
+"""What is known of a slide before its first pixel is predicted, in one file: survey.json.
+
+With it and the prediction store, new tables can be made where the slide itself is not at hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hover_batch.cohort.durable import to_json, write_atomically
+from hover_batch.errors import SlideError
+from hover_batch.geometry import Box, Mpp, Size
+from hover_batch.slide.headers import SlideInfo
+from hover_batch.slide.tissue import TissueMask
+
+
+def write_survey(path: Path, info: SlideInfo, mask: TissueMask) -> None:
+    """Write the header and the mask, whole or not at all.
+
+    `runs` of the mask are the lengths of its runs of equal pixels in raster order, the first one being background.
+    """
+    flat = mask.array.ravel()
+    turns = np.flatnonzero(np.diff(flat, prepend=False))
+    runs = np.diff(turns, prepend=0, append=len(flat))
+    tissue = {
+        "shape": list(mask.array.shape),
+        "runs": " ".join(map(str, runs.tolist())),
+        "level0_per_pixel": list(mask.level0_per_pixel),
+        "given": mask.given,
+    }
+    write_atomically(path, to_json({"slide": asdict(info), "tissue": tissue}))
+
+
+def read_info(path: Path) -> SlideInfo:
+    """The header. SlideError where the file is harmed."""
+    with _held(path) as held:
+        values = held["slide"]
+        bounds = values["bounds"]
+        return SlideInfo(
+            **values
+            | {
+                "level0": Size(**values["level0"]),
+                "mpp": Mpp(**values["mpp"]),
+                "bounds": None if bounds is None else Box(**bounds),
+                "downsamples": tuple(values["downsamples"]),
+                "warnings": tuple(values["warnings"]),
+            }
+        )
+
+
+def read_tissue(path: Path) -> TissueMask:
+    """The mask. SlideError where the file is harmed."""
+    with _held(path) as held:
+        values = held["tissue"]
+        runs = np.array(values["runs"].split(), np.int64)
+        flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+        x, y = values["level0_per_pixel"]
+        return TissueMask(flat.reshape(values["shape"]), (x, y), values["given"])
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[dict[str, Any]]:
+    """What the file holds; what the block makes of a harmed one becomes a SlideError."""
+    try:
+        yield json.loads(path.read_bytes())
+    except (LookupError, TypeError, ValueError) as error:
+        raise SlideError(f"{path}: cannot be read ({error!r}); run the slide anew") from error
