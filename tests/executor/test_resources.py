@@ -38,9 +38,9 @@ def test_readers_always_find_a_core(nodes: list[Node], threads: int, unit: int) 
 
 @given(cpus=st.integers(1, 256), gpus=st.integers(0, 16), memory=st.integers(1 << 30, 1 << 40))
 def test_without_predictions_all_cores_post_process(cpus: int, gpus: int, memory: int) -> None:
-    plan = engine_plan(Resources(cpus, gpus, memory), Settings(), CARD, predicts=False)
+    plan = engine_plan(Resources((Node(cpus, gpus, memory),)), Settings(), CARD, predicts=False)
     assert (plan.actors, plan.actor_cpus, plan.slots) == (0, 0, cpus)
-    assert 1 <= plan.posts <= cpus and "no network" in plan.lines()[0]
+    assert 1 <= plan.posts <= cpus and "no network" in plan.lines()[1]
 
 
 def test_little_memory_means_little_at_once() -> None:
