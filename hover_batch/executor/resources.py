@@ -131,7 +131,7 @@ def engine_plan(resources: Resources, settings: Settings, card: Card, *, predict
     smallest = min(node.cpus for node in resources.nodes)
     threads = settings.infer.threads or max(1, min(CPU_THREADS, smallest - 1))
     # What one network reserves is the same on all machines, hence what the smallest can spare.
-    actor_cpus = 0 if on_gpus else min(threads, smallest - 1)
+    actor_cpus = 0 if on_gpus or not predicts else min(threads, smallest - 1)
     actors = posts = slots = 0
     units_at_once = UNITS_AT_ONCE
     for node in resources.nodes:
