@@ -86,7 +86,8 @@ class Plan:
         store = 0.0 if settings.output.discard_predictions else pixels * STORE_BYTES_PER_PIXEL
         lines.append(
             f"at most: {sum(slide.tiles for slide in self.slides):,} tiles, {pixels / 1e6:,.0f} Mpx, "
-            f"{store / 1e9:.1f} GB of prediction stores, about {seconds / 60:.0f} min on {cores} cores"
+            f"{store / 1e9:.1f} GB of prediction stores, "
+            f"{f'about {seconds / 60:.0f} min' if seconds >= 60 else 'under a minute'} on {cores} idle cores"
         )
         return lines
 

@@ -23,6 +23,7 @@ from hover_batch.export.summary import cohort_summary, relabelled, slide_summary
 from hover_batch.kept import KeptRun
 from hover_batch.model.package import find_package
 from hover_batch.nuclei.table import SCHEMA_VERSION
+from hover_batch.pipeline import result_key
 from hover_batch.plan import plan_cohort
 from hover_batch.taxonomy import Taxonomy
 
@@ -111,9 +112,15 @@ def run_segment(
             versions=versions,
             command=command,
             force=force,
+            keys={slide.record.slide_id: result_key(slide, package, settings) for slide in plan.slides},
         )
         for warning in plan.cohort.warnings:
             progress.say(warning)
+        if left := ledger.orphans(plan.cohort):
+            progress.say(
+                f"{output} holds {len(left)} finished slides that are not in this cohort ({', '.join(left[:LISTED])}); "
+                "they stay, but slides.csv and the summary tell of this cohort only"
+            )
         for fault in plan.cohort.faults:
             ledger.record_failure(fault.slide_id_or_path, fault.row, "", "check", fault.message)
         books = CohortBooks(package, settings, ledger, progress)

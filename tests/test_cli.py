@@ -210,7 +210,7 @@ def test_a_row_left_out_for_its_slide_id_does_not_fail_the_one_that_has_it(tile:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("nuclei.parquet", None), ("slide.json", b""), ("slide.json", b"[]"), ("slide.json", b'{"run_key": "other"}')],
+    [("nuclei.parquet", None), ("slide.json", b""), ("slide.json", b"[]"), ("slide.json", b'{"run_key": null}')],
 )
 def test_a_finished_slide_that_was_harmed_is_finished_again(
     tile: Path, tmp_path: Path, name: str, content: bytes | None
@@ -351,3 +351,31 @@ def test_an_output_whose_name_is_not_utf8(tile: Path, tmp_path: Path) -> None:
 def test_a_device_that_computes_nothing(tile: Path, tmp_path: Path) -> None:
     result = run("segment", cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), "-o", tmp_path / "out", "--device", "meta")
     assert result.exit_code == 2 and "--device meta" in result.stderr
+
+
+def test_another_picture_under_the_id_of_a_finished_slide_is_refused(tile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rows = cohort(tmp_path, "path,slide_id,mpp\ntile.png,a,0.25\n")
+    assert run("segment", rows, "-o", out, "--unit", "256").exit_code == 0
+    before = (out / "slides" / "a" / "slide.json").read_bytes()
+    for changed in ("path,slide_id,mpp\nother.png,a,0.25\n", "path,slide_id,mpp\ntile.png,a,0.5\n"):
+        Image.fromarray(np.full((200, 300, 3), 200, np.uint8)).save(tmp_path / "other.png")
+        result = run("segment", cohort(tmp_path, changed), "-o", out, "--unit", "256")
+        assert result.exit_code == 2 and ": a: finished there from another file" in result.stderr
+        assert (out / "slides" / "a" / "slide.json").read_bytes() == before
+    assert run("segment", rows, "-o", out, "--unit", "256", "--force").exit_code == 0
+
+
+def test_finished_slides_that_are_not_in_the_cohort_are_told_of(tile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    both = cohort(tmp_path, "path,slide_id,mpp\ntile.png,a,0.25\ntile.png,b,0.25\n")
+    assert run("segment", both, "-o", out, "--unit", "256").exit_code == 0
+    result = run("segment", cohort(tmp_path, "path,slide_id,mpp\ntile.png,b,0.25\n"), "-o", out, "--unit", "256")
+    assert result.exit_code == 0 and "holds 1 finished slides that are not in this cohort (a)" in result.stderr
+    assert (out / "slides" / "a" / "slide.json").is_file()
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(tile: Path, tmp_path: Path) -> None:
+    rows = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    result = run("segment", rows, "-o", tmp_path / "out", "--backend", "ray", "--address", "127.0.0.1:1")
+    assert result.exit_code == 2 and "--address 127.0.0.1:1: nobody answers there" in result.stderr

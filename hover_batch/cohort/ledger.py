@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import tomli_w
@@ -37,6 +37,8 @@ from hover_batch.errors import InputError, SettingsChanged
 RUN_FORMAT = "hover-batch run"
 """Stands in run.json, so that another program's run.json is not taken for ours."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+_LISTED = 10
 
 _log = logging.getLogger(__name__)
 
@@ -140,8 +142,10 @@ class Ledger:
         versions: Mapping[str, str],
         command: Sequence[str],
         force: bool = False,
+        keys: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Begin the run, or go on with the one that is here; `settings` are those in effect, with "auto" resolved.
+        `keys`: the run key of each slide_id.
 
         Writes run.json (when the run is new), settings.toml, versions.json and slides.csv. SettingsChanged where the
         folder holds a run whose results would differ; `force` removes that run's results first.
@@ -162,6 +166,7 @@ class Ledger:
             self.clear()
         elif held is not None:
             _refuse_changes(self.layout.root, held, identity)
+            self._refuse_other_slides(keys)
         if held is None or force:
             run = {
                 **identity,
@@ -183,6 +188,36 @@ class Ledger:
             slides=len(cohort.records),
             versions=dict(versions),
         )
+
+    def _refuse_other_slides(self, keys: Mapping[str, str]) -> None:
+        """SettingsChanged where a finished slide's id now stands for another file, pixel size or mask."""
+        other = []
+        for slide_id, key in keys.items():
+            held = self._slide_json(slide_id)
+            if held is not None and held.get("run_key") not in (None, key):
+                other.append(slide_id)
+        if other:
+            listed = ", ".join(other[:_LISTED]) + (" …" if len(other) > _LISTED else "")
+            raise SettingsChanged(
+                f"--output {self.layout.root}: {listed}: finished there from another file, mpp or mask than the cohort "
+                "now gives. Give such slides another slide_id or name another --output; --force removes all results "
+                "there and starts anew."
+            )
+
+    def orphans(self, cohort: Cohort) -> list[str]:
+        """Finished slides in the folder that this cohort does not have."""
+        known = {record.slide_id for record in cohort.records}
+        folders = sorted(self.layout.slides.iterdir()) if self.layout.slides.is_dir() else []
+        return [
+            f.name for f in folders if f.name not in known and (f / self.layout.slide("x").slide_json.name).is_file()
+        ]
+
+    def _slide_json(self, slide_id: str) -> dict[str, Any] | None:
+        try:
+            held = json.loads(self.layout.slide(slide_id).slide_json.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        return held if isinstance(held, dict) else None
 
     def _read_run(self) -> dict[str, Any] | None:
         """run.json; None in a folder where nothing is; InputError where something is that is no run of ours."""
@@ -255,12 +290,9 @@ class Ledger:
 
     def slide_done(self, slide_id: str, key: str) -> bool:
         """Whether slide.json is there and tells of this run key, and the table beside it."""
-        slide = self.layout.slide(slide_id)
-        try:
-            held = json.loads(slide.slide_json.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return False
-        done = isinstance(held, dict) and held.get("run_key") == key and slide.nuclei_parquet.is_file()
+        held = self._slide_json(slide_id)
+        there = self.layout.slide(slide_id).nuclei_parquet.is_file()
+        done = held is not None and held.get("run_key") == key and there
         if done:
             self._done.add(slide_id)
         return done

@@ -11,6 +11,7 @@ import io
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ _ENVIRONMENT = {
 """Ray reads its environment when it is imported: hence every `import ray` here stands below `_prepare`."""
 _TOKEN = secrets.token_hex(32)
 """Of this process's own clusters; Ray keeps the first that it sees."""
+CONNECT_S = 5.0
 START_ATTEMPTS = 3
 """Ray gives its own processes 30 s to come up, which a busy machine may overrun."""
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
@@ -84,8 +86,10 @@ def _start(plan: EnginePlan, folder: Path) -> None:
         except Exception as error:  # Ray raises plain Exception here
             ray.shutdown()
             if attempt == START_ATTEMPTS:
+                reason = str(error).strip().splitlines()[0]
                 raise HoverBatchError(
-                    f"Ray did not start on this machine ({error}); --backend local does without"
+                    f"Ray did not start on this machine in {START_ATTEMPTS} attempts ({reason}); try again when it is "
+                    "less busy, or --backend local, which does without"
                 ) from error
             time.sleep(2)
 
@@ -93,6 +97,7 @@ def _start(plan: EnginePlan, folder: Path) -> None:
 @contextlib.contextmanager
 def joined(address: str, log: Path) -> Iterator[Resources]:
     """Join the cluster at `address`; yields what it has. InputError where none answers."""
+    _answers(address)
     _prepare()
     import ray
 
@@ -108,6 +113,17 @@ def joined(address: str, log: Path) -> Iterator[Resources]:
             yield _cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """InputError where nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in host or not port.isdigit():  # auto, local, ray://…: Ray's to understand
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--address {address}: nobody answers there ({error}); is the cluster up?") from error
 
 
 def settled(settings: InferSettings, resources: Resources) -> InferSettings:

@@ -74,7 +74,7 @@ def engine(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> I
             from hover_batch.executor.cluster import started
 
             plan = engine_plan(resources, settings, books.package.card, predicts=predicts)
-            books.progress.say("starting Ray on this machine, for this run alone, its token made for it")
+            books.progress.say("starting Ray on this machine, for this run alone, its token made for it …")
             with started(plan, layout.ray_log):
                 _run_on_ray(books, slides, plan)
 
@@ -95,4 +95,5 @@ def _run_on_ray(books: CohortBooks, slides: Sequence[PlannedSlide], plan: Engine
 
     for line in plan.lines():
         books.progress.say(line)
+    books.progress.say("loading libraries and the network, finding tissue: the first slide takes a while to begin …")
     RayExecutor(books, plan).run(slides)

@@ -100,7 +100,7 @@ class RayExecutor:
                 while True:
                     if self._draining:
                         self._say_once(
-                            f"Finishing the {len(self._running)} pieces under way; Ctrl-C again stops at once."
+                            f"Finishing what is under way ({len(self._running)}); Ctrl-C again stops at once."
                         )
                     else:
                         self._submit()
