@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from hover_batch.executor.books import CohortBooks, Load
+from hover_batch.executor.interrupts import on_ctrl_c
 from hover_batch.model.predict import Predictor, load_predictor
 from hover_batch.pipeline import Seconds, finalize, infer, inferred, opened, post, posted, reading, survey, swept_store
 from hover_batch.plan import PlannedSlide
@@ -18,6 +19,7 @@ class LocalExecutor:
         self.books = books
         self.load = load
         self._stage = "open"
+        self._interrupted = False
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -29,12 +31,27 @@ class LocalExecutor:
         Raises HoverBatchError where the disk is full, PackageError where the model cannot be loaded: these stop the
         cohort and blame no slide.
         """
-        for slide in slides:
-            self._stage = "open"
-            try:
-                self._slide(slide)
-            except Exception as error:
-                self.books.fail(slide, self._stage, error)
+        with on_ctrl_c(self._interrupt):
+            for slide in slides:
+                self._stage = "open"
+                try:
+                    self._slide(slide)
+                except Exception as error:
+                    self.books.fail(slide, self._stage, error)
+
+    def _interrupt(self) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def _go_on(self) -> None:
+        """KeyboardInterrupt after a Ctrl-C that did not come through: what is raised while a compiler or a destructor
+        runs is lost."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    def _advance(self, tiles: int) -> None:
+        self._go_on()
+        self.books.progress.tiles(tiles)
 
     def _slide(self, slide: PlannedSlide) -> None:
         books, slide_id = self.books, slide.record.slide_id
@@ -52,16 +69,18 @@ class LocalExecutor:
             self._stage = "inference"
             for unit in work.units:
                 if unit not in there:
-                    spent = infer(unit, work, reading(reader, work), self.predictor, store, books.progress.tiles)
+                    spent = infer(unit, work, reading(reader, work), self.predictor, store, self._advance)
                     seconds.add(spent)
                     books.unit_done(slide_id, unit, spent)
 
             self._stage = "post-processing"
             for unit in work.units:
+                self._go_on()
                 if unit not in done:
                     spent = post(unit, work, store)
                     seconds.add(spent)
                     books.region_done(slide_id, unit, spent)
 
+            self._go_on()
             self._stage = "tables"
             books.end(slide_id, finalize(work, reader, seconds))

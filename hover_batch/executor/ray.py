@@ -7,14 +7,10 @@ actor; a second strike is the slide's end, and the cohort goes on.
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import ray
@@ -29,6 +25,7 @@ from hover_batch.executor.actors import (
     survey_slide,
 )
 from hover_batch.executor.books import CohortBooks, Load
+from hover_batch.executor.interrupts import on_ctrl_c
 from hover_batch.executor.resources import MAX_STRIKES, EnginePlan
 from hover_batch.executor.underway import FINALIZE, INFER, POST, START, SURVEY, SlideUnderWay
 from hover_batch.model.predict import load_predictor
@@ -94,7 +91,7 @@ class RayExecutor:
         self._waiting = deque(slides)
         patience = time.monotonic() + PATIENCE_S
         try:
-            with self._draining_on_ctrl_c():
+            with on_ctrl_c(self._drain):
                 for _ in range(self.plan.actors):
                     self._start_actor()
                 while True:
@@ -115,21 +112,10 @@ class RayExecutor:
         if self._draining:
             raise KeyboardInterrupt
 
-    @contextlib.contextmanager
-    def _draining_on_ctrl_c(self) -> Iterator[None]:
-        def drain(_signal: int, _frame: FrameType | None) -> None:
-            if self._draining:
-                raise KeyboardInterrupt
-            self._draining = True  # said by the loop: a handler must not print in the middle of a print
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGINT, drain)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def _drain(self) -> None:
+        if self._draining:
+            raise KeyboardInterrupt
+        self._draining = True  # said by the loop: a handler must not print in the middle of a print
 
     def _say_once(self, line: str) -> None:
         topic = line.split()[0]
