@@ -108,13 +108,13 @@ def test_centroids_agree_with_another_models(out: Path, data: Path) -> None:
 
 
 def test_units_of_1024_pixels_give_the_same_nuclei(out: Path, data: Path, tmp_path: Path) -> None:
-    """The other run had units of 4096 pixels: four of them, against some fifty."""
+    """The other run had units of 4096 pixels: six of them, against some forty."""
     arguments = ["segment", str(data / "slides" / f"{TCGA}.tif"), "-o", str(tmp_path), "--unit", "1024"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     slides = [folder / "slides" / TCGA for folder in (out, tmp_path)]
     units = [json.loads((slide / "slide.json").read_text())["units"] for slide in slides]
-    assert units[1] > 8 * units[0]
+    assert units[1] > 5 * units[0]
     tables = [(slide / "nuclei.parquet").read_bytes() for slide in slides]
     assert tables[0] == tables[1]
 
