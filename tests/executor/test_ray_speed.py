@@ -6,6 +6,7 @@ The accelerator is simulated: a network that holds its device by sleeping, as a 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,11 @@ Fields = Callable[..., Path]
 BATCH_S = 0.5
 """Time of a batch of 8 tiles; a unit of 1024² pixels has two: one second."""
 FAST = replace(SETTINGS, infer=replace(SETTINGS.infer, unit=1024, batch=8))
+
+
+def say(line: str) -> None:
+    """A figure for whoever runs this with -s; stdout is diverted while a cluster is up."""
+    print(f"\n{line}", file=sys.stderr)
 
 
 def large_fields(folder: Path, n: int) -> Path:
@@ -62,7 +68,7 @@ def test_one_slide_is_post_processed_while_the_next_is_predicted(run_on_ray: Run
         for other, units in predictions.items()
         if slide < other and any(a < d and c < b for a, b in regions for c, d in units)  # type: ignore[operator]
     ]
-    print(f"\npost-processed while another was predicted: {sorted(set(overlaps))}")
+    say(f"post-processed while another was predicted: {sorted(set(overlaps))}")
     assert overlaps
 
 
@@ -77,7 +83,7 @@ def test_networks_are_busy(run_on_ray: Run, tmp_path: Path, networks: int) -> No
         FAST,
     )
     assert outcome.exit_code == 0 and outcome.model_busy is not None
-    print(f"\n{networks} networks: busy {outcome.model_busy:.3f}")
+    say(f"{networks} networks: busy {outcome.model_busy:.3f}")
     assert outcome.model_busy >= 0.9
 
 
@@ -94,7 +100,7 @@ def test_ray_costs_little_beside_a_unit_of_a_second(
         ends = [span for units in spans(tmp_path / backend, "unit_done", "infer").values() for span in units]
         took[backend] = max(b for _, b in ends) - min(a for a, _ in ends)
     ratio = took["ray"] / took["local"]
-    print(f"\n24 units of one second: Ray {took['ray']:.1f} s, local {took['local']:.1f} s, ratio {ratio:.3f}")
+    say(f"24 units of one second: Ray {took['ray']:.1f} s, local {took['local']:.1f} s, ratio {ratio:.3f}")
     assert ratio <= 1.05
 
 
@@ -133,8 +139,8 @@ def test_memory_is_flat_over_a_long_cohort(run_on_ray: Run, tmp_path: Path) -> N
     last = [s for s in samples if s[0] >= 150]
     rss = [float(np.median([s[1] for s in part])) / 2**20 for part in (second, last)]
     store = [max(s[2] for s in part) for part in (second, last)]
-    print(
-        f"\n200 slides in {time.monotonic() - started:.0f} s; driver {rss[0]:.0f} → {rss[1]:.0f} MiB; "
+    say(
+        f"200 slides in {time.monotonic() - started:.0f} s; driver {rss[0]:.0f} → {rss[1]:.0f} MiB; "
         f"object store at most {store[0]:.1f} → {store[1]:.1f} MiB"
     )
     assert rss[1] <= 1.02 * rss[0]
