@@ -25,7 +25,7 @@ from hover_batch.nuclei.stitch import nuclei_of_region
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.store import PredictionStore
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 TCGA, CMU = "TCGA-V5-A7RE_40x_colsW", "CMU-1-Small-Region"
 TILES = ("consep_train_03", "consep_train_09")
