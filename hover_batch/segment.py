@@ -104,6 +104,7 @@ def run_segment(
         CohortProgress(len(records)) as progress,
     ):
         settings = found.settings
+        keys = {slide.record.slide_id: result_key(slide, package, settings) for slide in plan.slides}
         ledger.start(
             settings=settings,
             model=ModelId(package.card.name, package.sha256),
@@ -112,7 +113,7 @@ def run_segment(
             versions=versions,
             command=command,
             force=force,
-            keys={slide.record.slide_id: result_key(slide, package, settings) for slide in plan.slides},
+            keys=keys,
         )
         for warning in plan.cohort.warnings:
             progress.say(warning)
@@ -123,7 +124,7 @@ def run_segment(
             )
         for fault in plan.cohort.faults:
             ledger.record_failure(fault.slide_id_or_path, fault.row, "", "check", fault.message)
-        books = CohortBooks(package, settings, ledger, progress)
+        books = CohortBooks(package, settings, ledger, progress, keys)
         stopped = True
         try:
             for record, reason in plan.unreadable:

@@ -6,6 +6,7 @@ at a time. A slide's work belongs to one run key; work of another key is removed
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import fcntl
@@ -17,7 +18,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -207,10 +208,13 @@ class Ledger:
     def orphans(self, cohort: Cohort) -> list[str]:
         """Finished slides in the folder that this cohort does not have."""
         known = {record.slide_id for record in cohort.records}
-        folders = sorted(self.layout.slides.iterdir()) if self.layout.slides.is_dir() else []
-        return [
-            f.name for f in folders if f.name not in known and (f / self.layout.slide("x").slide_json.name).is_file()
-        ]
+        return [s.slide_id for s in self._slides() if s.slide_id not in known and s.slide_json.is_file()]
+
+    def _slides(self) -> Iterator[SlideLayout]:
+        """The slides that have a folder here, by name; folders of other names are none of ours."""
+        for folder in sorted(self.layout.slides.iterdir()) if self.layout.slides.is_dir() else []:
+            with contextlib.suppress(InputError):
+                yield self.layout.slide(folder.name)
 
     def _slide_json(self, slide_id: str) -> dict[str, Any] | None:
         try:
@@ -243,14 +247,9 @@ class Ledger:
         """Remove all results that the layout names, and nothing else; run.json stays until `start` replaces it, so
         that a removal cut short leaves a folder that is still known as a run."""
         layout = self.layout
-        if layout.slides.is_dir():
-            for folder in layout.slides.iterdir():
-                try:
-                    slide = layout.slide(folder.name)
-                except InputError:  # no name of ours
-                    continue
-                self._clear_slide(slide)
-            _remove_empty(layout.slides)
+        for slide in self._slides():
+            self._clear_slide(slide)
+        _remove_empty(layout.slides)
         for path in (
             layout.summary_csv,
             layout.summary_parquet,

@@ -17,7 +17,7 @@ from hover_batch.config import InferSettings, Settings
 from hover_batch.errors import DISK_FULL, HoverBatchError, PackageError
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.model.package import Package
-from hover_batch.pipeline import Seconds, discard_predictions, result_key
+from hover_batch.pipeline import Seconds, discard_predictions
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.tiles import Unit
 
@@ -29,16 +29,24 @@ Load = Callable[[Package, InferSettings], "Predictor"]
 
 
 class CohortBooks:
-    """The books of one run, kept by one thread; so many `networks` are at work in it."""
+    """The books of one run, kept by one thread; so many `networks` are at work in it. `keys`: the run key of each
+    slide_id."""
 
-    def __init__(self, package: Package, settings: Settings, ledger: Ledger, progress: CohortProgress) -> None:
+    def __init__(
+        self,
+        package: Package,
+        settings: Settings,
+        ledger: Ledger,
+        progress: CohortProgress,
+        keys: Mapping[str, str],
+    ) -> None:
         self.package = package
         self.settings = settings
         self.ledger = ledger
         self.progress = progress
         self.networks = 1
         self._model = Seconds()
-        self._keys: dict[str, str] = {}
+        self._keys = keys
         self._started: dict[str, float] = {}
         self._left: dict[str, tuple[int, int]] = {}
         """Tiles and regions still to be done, by slide."""
@@ -50,8 +58,8 @@ class CohortBooks:
 
     def done_before(self, slide: PlannedSlide) -> bool:
         """Whether an earlier run finished the slide, with the same key."""
-        slide_id, key = slide.record.slide_id, self._key(slide)
-        if not self.ledger.slide_done(slide_id, key):
+        slide_id = slide.record.slide_id
+        if not self.ledger.slide_done(slide_id, self._keys[slide_id]):
             return False
         # Asked for since, or the run that wrote the table died before.
         if self.settings.output.discard_predictions:
@@ -61,19 +69,13 @@ class CohortBooks:
 
     def begin(self, slide: PlannedSlide) -> SlideLayout:
         """Open the slide's folder, with unfinished work of the same key in it."""
-        slide_id, key = slide.record.slide_id, self._key(slide)
+        slide_id = slide.record.slide_id
         self._started[slide_id] = time.monotonic()
-        layout = self.ledger.open_slide(slide_id, key)
+        layout = self.ledger.open_slide(slide_id, self._keys[slide_id])
         self.ledger.events.append("slide_started", slide_id=slide_id)
         for warning in slide.info.warnings:
             self.progress.say(f"{slide_id}: {warning}")
         return layout
-
-    def _key(self, slide: PlannedSlide) -> str:
-        slide_id = slide.record.slide_id
-        if slide_id not in self._keys:
-            self._keys[slide_id] = result_key(slide, self.package, self.settings)
-        return self._keys[slide_id]
 
     def surveyed(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:
         """The slide's tissue is found: `units` are to be predicted and post-processed; the units `inferred`, and
@@ -125,7 +127,7 @@ class CohortBooks:
 
     def end(self, slide_id: str, values: Mapping[str, Any]) -> None:
         """The slide's tables and pictures are on disk: declare it done. `values` are those of `finalize`."""
-        self.ledger.write_slide_json(slide_id, self._keys.pop(slide_id), values)
+        self.ledger.write_slide_json(slide_id, self._keys[slide_id], values)
         del self._left[slide_id]
         if self.settings.output.discard_predictions:
             discard_predictions(self.ledger.layout.slide(slide_id))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -212,7 +212,9 @@ class RayExecutor:
             max_concurrency=plan.units_at_once,
             scheduling_strategy="SPREAD",
         )
-        actor = _Actor(options.remote(self.books.package, self.books.settings.infer, self.load))
+        # Said to torch, since an OMP_NUM_THREADS of the user's would hold instead of what is reserved.
+        settings = replace(self.books.settings.infer, threads=plan.threads)
+        actor = _Actor(options.remote(self.books.package, settings, self.load))
         self._actors.append(actor)
         self._running[actor.handle.start.remote()] = _Call(START, actor=actor)
 
