@@ -3,6 +3,11 @@
 The flooding is that of `skimage.segmentation.watershed`, which the reference calls for the whole window at once. It
 never crosses from one component into another (its neighbourhood is 4-connected, and so are they), so each is flooded
 by itself, and one that holds a single marker becomes that marker's instance as a whole, without any flooding.
+
+One thing does cross in the reference: markers that lie equally low come out of its one heap as the swaps of all that
+is in it leave them, other components' markers too, so that a pixel half-way between two such markers falls to the one
+or the other by what else the window holds. Here a component has a heap of its own, and the tie is the same in every
+window. On equal floats alone does this show.
 """
 
 from __future__ import annotations
