@@ -7,8 +7,10 @@ class codes, or empty), source, split (train/val/test). Paths are relative to th
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import cv2
@@ -16,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.errors import InputError
+from hover_batch.taxonomy import CONSEP, Taxonomy
 
 MPP = 0.25
 """Pixel size of the images in µm (40×)."""
@@ -33,7 +36,7 @@ class Sample:
     """One annotated image.
 
     image (y, x, 3) uint8 RGB · instances (y, x) int32, 0 = background · types (y, x) uint8 class ids of the
-    taxonomy, or None where the source annotates none.
+    data's taxonomy, or None where the source annotates none. `group`: patient or slide, as far as known.
     """
 
     id: str
@@ -42,6 +45,35 @@ class Sample:
     image: NDArray[np.uint8]
     instances: NDArray[np.int32]
     types: NDArray[np.uint8] | None
+    tissue: str = ""
+    fold: str = ""
+    """What it is for: train, val, test, or the number of a published fold."""
+
+    @cached_property
+    def image_sha256(self) -> str:
+        """Of the shape and the pixels: what knows an image again, whatever it is called and however it is stored."""
+        digest = hashlib.sha256(f"{self.image.shape}".encode())
+        digest.update(np.ascontiguousarray(self.image).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Annotated images, and the classes that their types are ids of."""
+
+    taxonomy: Taxonomy
+    samples: list[Sample]
+
+
+def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = None) -> Data:
+    """Read the images of the given folds and of the named sources (None: of all), in the order of the data.
+
+    `path`: an instance folder, whose splits are the folds; its types are those of CoNSeP, merged.
+    Raises InputError where something is missing, cannot be read, or does not fit together.
+    """
+    wanted = list(folds)
+    samples = [sample for fold in wanted for sample in read_instance_folder(path, fold, sources)]
+    return Data(CONSEP, samples)
 
 
 def read_instance_folder(folder: Path, split: str, sources: Iterable[str] | None) -> list[Sample]:
@@ -78,6 +110,8 @@ def _read_sample(folder: Path, row: dict[str, str]) -> Sample:
         image=np.ascontiguousarray(image[..., ::-1]),  # OpenCV reads BGR
         instances=instances.astype(np.int32),
         types=types,
+        tissue=row.get("tissue") or "",
+        fold=row["split"],
     )
 
 

@@ -42,7 +42,7 @@ OPEN_TO_STATIONS = (
     "hover_batch.cohort.durable",
 )
 """What a station may import from another one and from the cohort: words that all share, and no work."""
-OPEN_TO_KD = ("errors", "geometry", "taxonomy", "config", "model", "nuclei", "metrics")
+OPEN_TO_KD = ("errors", "geometry", "taxonomy", "config", "model", "nuclei", "metrics", "executor")
 
 
 @dataclass(frozen=True)
