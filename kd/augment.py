@@ -88,7 +88,8 @@ def random_geometry(
     if kind in ("full", "turns"):
         flip = 1 if rng.random() < 0.5 else -1
     height, width = sample.instances.shape
-    if 2 * _reach(size, angle, scale) > min(height, width):
+    small = 2 * _reach(size, angle, scale) > min(height, width)
+    if small:
         # A small image, such as PanNuke's: what lies beyond it is not known, so the view is kept inside.
         angle = round(angle / RIGHT) * RIGHT
         if kind == "full":
@@ -98,6 +99,8 @@ def random_geometry(
     step = np.array([[cos, -sin * flip], [sin, cos * flip]])
     reach = _reach(size, angle, scale)
     centre = np.array([_uniform_inside(width, reach, rng), _uniform_inside(height, reach, rng)])
+    if small or kind != "full":
+        centre -= 0.5  # from edges to the centres of pixels, lest what just fits is missed by half a pixel
     if kind != "full":  # pixels fall on pixels
         step = np.rint(step)
         half = step @ np.array([size / 2 - 0.5, size / 2 - 0.5])
