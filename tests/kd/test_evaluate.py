@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+import kd.validate
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
 from hover_batch.model.package import Card
+from hover_batch.model.teacher import TeacherArch
 from hover_batch.taxonomy import CONSEP
 from kd.datasets import Sample, read_instance_folder
 from kd.evaluate import evaluate, predict_image, true_nuclei
@@ -219,3 +221,23 @@ def test_validation_looks_at_the_centre():
     blind.image[:40, :40] = (0, 128, 128)
     for sample in (large, blind):
         assert validate(Reader(), [sample], torch.device("cpu"), CONSEP)["val_pq_consep"] == 1
+
+
+class Tight(Reader):
+    """As a HoVerNet, it takes certain sides only, and its output is narrower."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.arch = TeacherArch(form, LAYOUT.n_types)
+
+    def forward(self, image):
+        assert all(side % 8 == self.arch.excess for side in image.shape[2:])
+        cut = self.arch.shrink // 2
+        return super().forward(image[..., cut:-cut, cut:-cut])
+
+
+@pytest.mark.parametrize("form", ["fast", "original"])
+def test_validation_of_a_teacher_that_knows(form, monkeypatch):
+    monkeypatch.setattr(kd.validate, "HoVerNet", Tight)
+    row = validate(Tight(form), [drawn(discs(PLACES, [2] * 5, side=200))], torch.device("cpu"), CONSEP)
+    assert row["val_pq_consep"] == row["val_f_d_consep"] == 1

@@ -115,6 +115,8 @@ def test_evaluate_refuses_classes_that_the_annotations_do_not_have(folder, tmp_p
         (["--source", "consep=much"], "--source consep=much: give NAME=SHARE"),
         (["--source", "consep=-1"], "each with a share above 0"),
         (["--size", "100"], "--size 100"),
+        (["--preset", "best"], "--preset best"),
+        (["--preset", "paper"], "--teacher, a folder written by `hover-batch kd teach`"),
     ],
 )
 def test_train_says_what_is_wrong(folder, tmp_path, flags, message):
@@ -135,6 +137,23 @@ def test_train_makes_a_package(folder, tmp_path, monkeypatch):
     assert "packaged student.safetensors" in result.stdout
     (config,) = seen
     assert (config.steps, config.lr, config.sources) == (9, 0.01, {"consep": 1.0})
+    assert (config.preset, config.train_folds, config.val_folds) == ("quick", ("train",), ("val",))
+
+
+def test_train_takes_a_preset_folds_and_a_teachers_form(folder, tmp_path, monkeypatch):
+    import kd.package
+    import kd.train
+
+    seen = []
+    monkeypatch.setattr(kd.train, "train", lambda config: seen.append(config))
+    monkeypatch.setattr(kd.package, "make_package", lambda *paths: f"packaged {paths[2].name}")
+    flags = ["--model", "hovernet-fast", "--width", 8, "--alpha", 1, "--fold", 1, "--fold", 2, "--val-fold", 3]
+    result = run("train", "--data", folder, "--out", tmp_path, "--preset", "paper", *flags)
+    assert result.exit_code == 0, result.exception
+    assert "packaged teacher.safetensors" in result.stdout
+    (config,) = seen
+    assert (config.train_folds, config.val_folds, config.width) == (("1", "2"), ("3",), 8)
+    assert (config.optimizer, config.loss_shares) == ("adam", (1, 0))
 
 
 def test_help_needs_no_torch():

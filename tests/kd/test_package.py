@@ -1,0 +1,100 @@
+"""From a checkpoint to a package that runs: of students and of teachers, with and without images to calibrate on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_folder import Knows, write_folder
+
+import kd.train
+from hover_batch.config import InferSettings
+from hover_batch.errors import InputError, PackageError
+from hover_batch.model.package import find_package, load_network
+from hover_batch.model.predict import load_predictor
+from kd.config import TrainConfig
+from kd.datasets import Sample, read_data
+from kd.package import NOT_CALIBRATED, _licence, make_package
+from kd.train import train
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> TrainConfig:
+    folder = write_folder(tmp_path_factory.mktemp("folder"))
+    common = {"size": 64, "batch": 2, "steps": 1, "epoch_steps": 1, "threads": 1}
+    return TrainConfig(data=folder, out=tmp_path_factory.mktemp("out"), **common)
+
+
+@pytest.fixture(scope="module")
+def package(config):
+    """Of a distilled student."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kd.train, "open_teacher", lambda path, taxonomy: Knows())
+        train(replace(config, teacher=Path("taught"), alpha=0.5))
+    lines = make_package(config.out / "checkpoint.pt", config.data, config.out / "student.safetensors", threads=1)
+    return find_package(str(config.out / "student.safetensors")), lines
+
+
+def test_the_card_says_what_was_seen_and_what_was_learnt_from(package, config):
+    found, lines = package
+    training = found.card.training
+    assert "val consep: PQ" in lines and "calibration" not in lines
+    assert (found.card.architecture, found.card.encoder, found.card.tile_in) == ("unet", "mit_b0", 320)
+    for part in ("train", "val"):
+        samples: list[Sample] = read_data(config.data, [part]).samples
+        assert training["saw"][part] == sorted(s.image_sha256[:16] for s in samples)
+        assert training["data"][part]["consep"]["images"] == sum(s.source == "consep" for s in samples)
+    assert training["teacher"] == {"sha256": "0123", **Knows.card}
+    settings = training["settings"]
+    assert (settings["preset"], settings["alpha"], settings["temperature"]) == ("quick", 0.5, 1)
+    assert found.card.licence == (
+        "CC BY-NC-SA 4.0, research only: trained on CoNSeP and TNBC; distilled from knows (none)"
+    )
+    assert training["note"].endswith("TNBC has no types, so the type branch saw CoNSeP alone.")
+
+
+def test_the_weights_are_those_of_the_checkpoint_in_float16(package, config):
+    shipped = torch.load(config.out / "checkpoint.pt", weights_only=True)["shipped"]
+    for name, tensor in load_network(package[0]).state_dict().items():
+        expected = shipped[name].half().float() if tensor.is_floating_point() else shipped[name]
+        assert torch.equal(tensor, expected), name
+
+
+def test_a_trained_teacher_becomes_a_package_that_predicts(config, tmp_path):
+    small = replace(config, model="hovernet-fast", width=8, size=128, val_folds=("none",), out=tmp_path)
+    train(small)
+    lines = make_package(tmp_path / "checkpoint.pt", config.data, tmp_path / "teacher.safetensors", threads=1)
+    assert f"calibration: {NOT_CALIBRATED}" in lines
+    found = find_package(str(tmp_path / "teacher.safetensors"))
+    assert (found.card.architecture, found.card.encoder) == ("hovernet-fast", "")
+    assert (found.card.tile_in, found.card.tile_out) == (352, 256)
+    assert found.card.sobel == find_package("starter").card.sobel
+    assert found.card.metrics["calibration"] == NOT_CALIBRATED
+    shipped = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["shipped"]
+    assert all(torch.equal(tensor, shipped[name]) for name, tensor in load_network(found).state_dict().items())
+    maps = load_predictor(found, InferSettings(threads=1, batch=1)).predict(np.zeros((1, 352, 352, 3), np.uint8))
+    assert maps.shape == (1, found.card.layout.planes, 256, 256)
+
+
+def test_sources_that_are_not_known_leave_the_licence_to_their_own():
+    assert _licence({"ours": {}, "consep": {}}, None) == (
+        "as its data's: trained on consep and ours; see their licences before giving it away"
+    )
+    known = {"consep": {}, "monuseg": {}, "tnbc": {}}
+    assert _licence(known, None) == "CC BY-NC-SA 4.0, research only: trained on CoNSeP, MoNuSeg and TNBC"
+
+
+def test_what_is_no_checkpoint_is_refused(package, config, tmp_path):
+    with pytest.raises(InputError, match="no such checkpoint"):
+        make_package(tmp_path / "checkpoint.pt", config.data, tmp_path / "a.safetensors")
+    torch.save({"config": {}, "step": 3}, tmp_path / "old.pt")
+    with pytest.raises(InputError, match="older version"):
+        make_package(tmp_path / "old.pt", config.data, tmp_path / "a.safetensors")
+    saved = torch.load(config.out / "checkpoint.pt", weights_only=True)
+    saved["shipped"]["segmentation_head.0.bias"][0] = 1e6
+    torch.save(saved, tmp_path / "large.pt")
+    with pytest.raises(PackageError, match="too large for float16"):
+        make_package(tmp_path / "large.pt", config.data, tmp_path / "a.safetensors")
