@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from kd.commands.calibrate import calibrate
 from kd.commands.evaluate import evaluate
 from kd.commands.package import package
 from kd.commands.train import train
@@ -14,5 +15,5 @@ kd_app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, package, evaluate):
+for command in (train, package, calibrate, evaluate):
     kd_app.command()(command)

@@ -59,7 +59,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
             "steps": saved["step"],
             "settings": config,
             "before": saved.get("before", {}),
-            "data": {split: _contents(samples) for split, samples in splits.items()},
+            "data": {split: contents(samples) for split, samples in splits.items()},
             "note": "CoNSeP's tiles are split by tile: patients may be shared between splits. MoNuSeg and TNBC have "
             "no types, so the type branch saw CoNSeP alone.",
         },
@@ -94,11 +94,11 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
         raise InputError(f"--calibrate {data}: dataset.csv has no image of the split val")
     predictor = Predictor(network, card, InferSettings(batch=2))  # a HoVerNet's features are large
     found = calibrate(lambda image: predict_image(predictor, image), samples)
-    how = {**found.to_json(), "data": _contents(samples), "precision": predictor.precision}
+    how = {**found.to_json(), "data": contents(samples), "precision": predictor.precision}
     return replace(card, sobel=found.constants.to_json(), metrics={**card.metrics, "calibration": how})
 
 
-def _contents(samples: list[Sample]) -> dict[str, dict[str, int]]:
+def contents(samples: list[Sample]) -> dict[str, dict[str, int]]:
     """Images and nuclei by source."""
     contents: dict[str, dict[str, int]] = {}
     for sample in samples:
