@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import CONSEP
-from kd.cache import is_cache, open_cache
+from kd.cache import Cache, is_cache, open_cache
 from kd.layouts.folder import TABLE, InstanceFolder
 from kd.samples import MPP, Data, Sample
 
@@ -15,6 +15,7 @@ __all__ = ["MPP", "Data", "Sample", "folds_of", "read_data", "read_instance_fold
 
 
 MAY_BE_EMPTY = ("train", "val", "test")
+"""Folds that may be asked for, whether the data has them or not."""
 
 
 def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = None) -> Data:
@@ -26,19 +27,17 @@ def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = 
     together or was damaged.
     """
     wanted, named = list(folds), None if sources is None else set(sources)
-    there = folds_of(path)
-    if unknown := [fold for fold in wanted if fold not in there and fold not in MAY_BE_EMPTY]:
-        raise InputError(f"{path} has no fold {', '.join(unknown)}; its folds are {', '.join(there)}")
-    if is_cache(path):
-        cache = open_cache(path)
-        return Data(cache.taxonomy, [sample for fold in wanted for sample in cache.samples(fold, named)])
-    folder = _instance_folder(path)
-    return Data(CONSEP, [sample for fold in wanted for sample in folder.samples(CONSEP, fold, named)])
+    data = _open(path)
+    if unknown := [fold for fold in wanted if fold not in data.folds and fold not in MAY_BE_EMPTY]:
+        raise InputError(f"{path} has no fold {', '.join(unknown)}; its folds are {', '.join(data.folds)}")
+    if isinstance(data, Cache):
+        return Data(data.taxonomy, [sample for fold in wanted for sample in data.samples(fold, named)])
+    return Data(CONSEP, [sample for fold in wanted for sample in data.samples(CONSEP, fold, named)])
 
 
 def folds_of(path: Path) -> list[str]:
     """The folds that the data at `path` (as for `read_data`) has, in the order in which they appear."""
-    return open_cache(path).folds if is_cache(path) else _instance_folder(path).folds
+    return _open(path).folds
 
 
 def read_instance_folder(folder: Path, split: str, sources: Iterable[str] | None) -> list[Sample]:
@@ -48,6 +47,10 @@ def read_instance_folder(folder: Path, split: str, sources: Iterable[str] | None
     """
     named = None if sources is None else set(sources)
     return list(_instance_folder(folder).samples(CONSEP, split, named))
+
+
+def _open(path: Path) -> Cache | InstanceFolder:
+    return open_cache(path) if is_cache(path) else _instance_folder(path)
 
 
 def _instance_folder(path: Path) -> InstanceFolder:

@@ -80,7 +80,7 @@ class Findings:
 
 def pieces_of(instances: NDArray[np.int32]) -> NDArray[np.int64]:
     """Pieces (n,) of each nucleus in (y, x), corners connecting, in the order of their ids."""
-    components, n = label(instances, background=0, connectivity=2, return_num=True)  # type: ignore[no-untyped-call]  # skimage has none
+    components, n = label(instances, connectivity=2, return_num=True)  # type: ignore[no-untyped-call]  # skimage's
     id_of = np.zeros(n + 1, np.int32)
     id_of[components] = instances
     return np.unique(id_of[1:], return_counts=True)[1]

@@ -66,13 +66,13 @@ def _print(findings: Findings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    classes = findings.taxonomy.nuclei
-    table = Table(title=f"Annotated images, classes of {findings.taxonomy.name}")
-    for name in ("source", "fold"):
-        table.add_column(name)
-    for name in ("images", "nuclei", *(c.name for c in classes)):
-        table.add_column(name, justify="right", overflow="fold")
+    table = Table("source", "fold", title=f"Annotated images, classes of {findings.taxonomy.name}")
+    for name in ("images", "nuclei"):
+        table.add_column(name, justify="right")
+    table.add_column("by class")
+    for column in table.columns[:-1]:
+        column.no_wrap = True
     for (source, fold), part in findings.parts.items():
-        counts = [f"{part.by_class[c.id]:,}" if part.by_class else "–" for c in classes]
-        table.add_row(source, fold, f"{part.images:,}", f"{part.nuclei:,}", *counts)
+        counts = ", ".join(f"{c.name} {part.by_class[c.id]:,}" for c in findings.taxonomy.nuclei)
+        table.add_row(source, fold, f"{part.images:,}", f"{part.nuclei:,}", counts if part.by_class else "no types")
     Console().print(table)
