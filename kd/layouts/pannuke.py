@@ -41,11 +41,11 @@ class PanNuke:
         return bool(_folds(folder))
 
     def __len__(self) -> int:
-        return sum(len(fold.images) for fold in self._folds.values())
+        return sum(len(fold) for fold in self._folds.values())
 
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
         for fold in self._folds.values():
-            for i in range(len(fold.images)):
+            for i in range(len(fold)):
                 yield fold.read(i, taxonomy)
 
 
@@ -62,26 +62,29 @@ def _folds(folder: Path) -> dict[str, Path]:
 
 
 class _Fold:
-    """The mapped arrays of one fold."""
+    """The patches of one fold. Files are mapped anew for each: else what was read stays in memory as long as it can."""
 
     def __init__(self, fold: str, root: Path) -> None:
         self.fold = fold
         images, masks = root / "images" / f"fold{fold}", root / "masks" / f"fold{fold}"
         self.images_file, self.masks_file = images / "images.npy", masks / "masks.npy"
-        self.images, self.masks = _map(self.images_file, 3), _map(self.masks_file, CHANNELS)
+        shape, masks_shape = _map(self.images_file, 3).shape, _map(self.masks_file, CHANNELS).shape
         self.tissues = _load(images / "types.npy")
-        for name, array in (("masks.npy", self.masks), ("types.npy", self.tissues)):
-            if len(array) != len(self.images):
+        for name, n in (("masks.npy", masks_shape[0]), ("types.npy", len(self.tissues))):
+            if n != shape[0]:
                 raise InputError(
-                    f"{root}: {name} has {len(array)} entries, but images.npy {len(self.images)}; they are not of one "
-                    "fold, or a download was cut short"
+                    f"{root}: {name} has {n} entries, but images.npy {shape[0]}; they are not of one fold, or a "
+                    "download was cut short"
                 )
-        if self.images.shape[1:3] != self.masks.shape[1:3]:
-            raise InputError(f"{root}: images are {self.images.shape[1:3]}, but masks {self.masks.shape[1:3]}")
+        if shape[1:3] != masks_shape[1:3]:
+            raise InputError(f"{root}: images are {shape[1:3]}, but masks {masks_shape[1:3]}")
+
+    def __len__(self) -> int:
+        return len(self.tissues)
 
     def read(self, i: int, taxonomy: Taxonomy) -> Sample:
-        image = _whole(self.images[i], f"{self.images_file}: image {i}", 255)
-        mask = _whole(self.masks[i], f"{self.masks_file}: mask {i}", np.iinfo(np.int32).max)
+        image = _whole(_map(self.images_file, 3)[i], f"{self.images_file}: image {i}", 255)
+        mask = _whole(_map(self.masks_file, CHANNELS)[i], f"{self.masks_file}: mask {i}", np.iinfo(np.int32).max)
         instances, codes = merge_channels(mask)
         return Sample(
             id=f"pannuke_{self.fold}_{i:04d}",
