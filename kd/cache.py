@@ -13,7 +13,6 @@ removes. Every image is compared with its hash when it is read: a zarr chunk tha
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import zipfile
@@ -21,26 +20,17 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hover_batch.errors import DISK_FULL, InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.samples import Sample
+from kd.stores import ARRAYS, Arrays, NpzStore, Store, ZarrStore
 
 FORMAT = "hover-batch annotated images"
 VERSION = 1
 SUFFIXES = (".zarr", ".npz")
-CHUNK = 1 << 20
-"""Pixels in a chunk of the zarr arrays."""
-
-ARRAYS = {"image": (np.uint8, (3,)), "instances": (np.int32, ()), "types": (np.uint8, ())}
-"""Name → dtype, and shape after that of the pixels."""
-
-Arrays = dict[str, NDArray[Any]]
-"""What is stored of one image, by the names of ARRAYS; y and x are still two axes."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class CacheWriter:
     """Takes images one by one; ids must differ."""
 
     def __init__(self, path: Path) -> None:
-        self._store: _Store = _ZarrStore.create(path) if path.suffix == ".zarr" else _NpzStore.create(path)
+        self._store: Store = ZarrStore.create(path) if path.suffix == ".zarr" else NpzStore.create(path)
         self._entries: dict[str, Entry] = {}
 
     def add(self, sample: Sample) -> None:
@@ -114,7 +104,10 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
     if not path.parent.is_dir():
         raise InputError(f"--out {path}: the folder {path.parent} does not exist; make it first")
     if path.exists():
-        open_cache(path)  # replaces nothing but a cache
+        try:
+            open_cache(path)
+        except InputError as error:
+            raise InputError(f"--out {path}: what is there is no cache of this format; remove it first") from error
     temporary = path.with_name(f".partial.{path.name}")
     _remove(temporary)
     try:
@@ -135,7 +128,7 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
 class Cache:
     """A cache that is there."""
 
-    def __init__(self, path: Path, store: _Store) -> None:
+    def __init__(self, path: Path, store: Store) -> None:
         self._path, self._store = path, store
         header = store.header
         if header.get("format") != FORMAT:
@@ -162,7 +155,7 @@ class Cache:
 
     def _read(self, i: int, entry: Entry, offset: int) -> Sample:
         try:
-            arrays = self._store.read(i, entry, offset)
+            arrays = self._store.read(i, (entry.height, entry.width), offset)
             whole = _sha256(arrays) == entry.sha256
         except Exception as error:  # whatever a damaged file makes of zarr, its codecs, zip and numpy
             raise self._damaged(entry) from error
@@ -191,136 +184,9 @@ def open_cache(path: Path) -> Cache:
     if not path.exists():
         raise InputError(f"{path}: no such cache; `hover-batch kd prepare` makes one")
     try:
-        return Cache(path, _ZarrStore.open(path) if path.suffix == ".zarr" else _NpzStore.open(path))
+        return Cache(path, ZarrStore.open(path) if path.suffix == ".zarr" else NpzStore.open(path))
     except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as a cache; run `hover-batch kd prepare` again ({error})") from error
-
-
-class _Store(Protocol):
-    """How the content is put into files."""
-
-    @property
-    def header(self) -> dict[str, Any]: ...
-
-    def append(self, i: int, arrays: Arrays) -> None: ...
-
-    def finish(self, header: dict[str, Any]) -> None: ...
-
-    def read(self, i: int, entry: Entry, offset: int) -> Arrays: ...
-
-
-class _ZarrStore:
-    """A zarr group. What is appended is held until it fills whole chunks; the chunk read last is kept, since patches
-    are smaller than chunks and are read one after the other."""
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
-        self._held: list[Arrays] = []
-        self._pixels = 0
-        self._last: dict[str, tuple[int, NDArray[Any]]] = {}
-
-    @classmethod
-    def create(cls, path: Path) -> _ZarrStore:
-        import zarr
-        from zarr.codecs import ZstdCodec
-
-        group = zarr.open_group(path, mode="w", zarr_format=3)
-        for name, (dtype, rest) in ARRAYS.items():
-            group.create_array(
-                name,
-                shape=(0, *rest),
-                chunks=(CHUNK, *rest),
-                dtype=dtype,
-                compressors=ZstdCodec(level=3),
-                dimension_names=("pixel", "channel")[: 1 + len(rest)],
-            )
-        return cls(group)
-
-    @classmethod
-    def open(cls, path: Path) -> _ZarrStore:
-        import zarr
-
-        return cls(zarr.open_group(path, mode="r"))
-
-    @property
-    def header(self) -> dict[str, Any]:
-        return dict(self._group.attrs)
-
-    def append(self, i: int, arrays: Arrays) -> None:
-        self._held.append({name: a.reshape(-1, *ARRAYS[name][1]) for name, a in arrays.items()})
-        if sum(len(a["instances"]) for a in self._held) >= CHUNK:
-            self._write(whole_chunks=True)
-
-    def _write(self, whole_chunks: bool) -> None:
-        joined = {name: np.concatenate([a[name] for a in self._held]) for name in ARRAYS}
-        held = len(joined["instances"])
-        n = held // CHUNK * CHUNK if whole_chunks else held
-        for name, values in joined.items():
-            array = self._group[name]
-            array.resize((self._pixels + n, *ARRAYS[name][1]))
-            array[self._pixels :] = values[:n]
-        self._pixels += n
-        self._held = [{name: values[n:] for name, values in joined.items()}]
-
-    def finish(self, header: dict[str, Any]) -> None:
-        if self._held:
-            self._write(whole_chunks=False)
-        self._group.attrs.put(header)
-
-    def read(self, i: int, entry: Entry, offset: int) -> Arrays:
-        stop = offset + entry.area
-        return {
-            name: np.concatenate(
-                [
-                    self._chunk(name, k)[max(0, offset - k * CHUNK) : stop - k * CHUNK]
-                    for k in range(offset // CHUNK, -(-stop // CHUNK))
-                ]
-            ).reshape(entry.height, entry.width, *ARRAYS[name][1])
-            for name in ARRAYS
-        }
-
-    def _chunk(self, name: str, k: int) -> NDArray[Any]:
-        if name not in self._last or self._last[name][0] != k:
-            self._last[name] = k, np.asarray(self._group[name][k * CHUNK : (k + 1) * CHUNK])
-        return self._last[name][1]
-
-
-class _NpzStore:
-    """A zip of .npy files, which `np.load` opens."""
-
-    def __init__(self, zip: zipfile.ZipFile) -> None:
-        self._zip = zip
-
-    @classmethod
-    def create(cls, path: Path) -> _NpzStore:
-        return cls(zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1))
-
-    @classmethod
-    def open(cls, path: Path) -> _NpzStore:
-        return cls(zipfile.ZipFile(path))
-
-    @property
-    def header(self) -> dict[str, Any]:
-        return dict(json.loads(self._load("header").tobytes()))
-
-    def append(self, i: int, arrays: Arrays) -> None:
-        for name, array in arrays.items():
-            self._save(f"{name}/{i}", array)
-
-    def finish(self, header: dict[str, Any]) -> None:
-        self._save("header", np.frombuffer(json.dumps(header).encode(), np.uint8))
-        self._zip.close()
-
-    def read(self, i: int, entry: Entry, offset: int) -> Arrays:
-        return {name: self._load(f"{name}/{i}") for name in ARRAYS}
-
-    def _save(self, name: str, array: NDArray[Any]) -> None:
-        with self._zip.open(f"{name}.npy", "w", force_zip64=True) as f:
-            np.save(f, array, allow_pickle=False)
-
-    def _load(self, name: str) -> NDArray[Any]:
-        with self._zip.open(f"{name}.npy") as f:
-            return np.asarray(np.load(f, allow_pickle=False))
 
 
 def _sha256(arrays: Arrays) -> str:
