@@ -7,6 +7,7 @@ import typer
 from kd.commands.calibrate import calibrate
 from kd.commands.evaluate import evaluate
 from kd.commands.package import package
+from kd.commands.prepare import prepare
 from kd.commands.train import train
 
 kd_app = typer.Typer(
@@ -15,5 +16,5 @@ kd_app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, package, calibrate, evaluate):
+for command in (prepare, train, package, calibrate, evaluate):
     kd_app.command()(command)
