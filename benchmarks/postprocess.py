@@ -222,6 +222,10 @@ def measure_field(maps: Maps, layout: MapLayout, repeats: int) -> dict[str, Any]
     }
 
 
+_start: Any = None
+"""In a worker: the barrier that all pass together."""
+
+
 def throughput(maps: Maps, layout: MapLayout, rounds: int = 4) -> dict[str, float]:
     """Mpx a second of the whole table by one process and by two side by side, and the CPU seconds that each second of
     a process takes: 1 where it keeps to one thread."""

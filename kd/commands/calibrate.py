@@ -44,7 +44,7 @@ def calibrate(
     from kd.calibrate import predict_all, search, trial, try_others
     from kd.datasets import read_data
     from kd.evaluate import predict_image
-    from kd.package import contents
+    from kd.state import contents
 
     if out.suffix != ".safetensors":
         raise InputError(f"-o {out}: a package is a .safetensors file")

@@ -10,12 +10,12 @@ import typer
 
 from hover_batch.errors import InputError
 from kd.commands.options import Data
-from kd.config import TrainConfig
+from kd.config import STARTER_SHARES
 
 if TYPE_CHECKING:
     from kd.evaluate import SourceScores
 
-_SOURCES = TrainConfig(data=Path(), out=Path()).sources
+_SOURCES = STARTER_SHARES
 
 
 def evaluate(

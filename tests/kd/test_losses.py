@@ -1,15 +1,29 @@
-"""The student loss against closed forms, and its gradients against differences."""
+"""The losses against closed forms and limits, and their gradients against differences."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from hover_batch.model.heads import HV, NP, Heads
-from kd.losses import Targets, dice_loss, gradient_kernels, msge_loss, student_loss
+from kd.config import TrainConfig
+from kd.losses import (
+    BranchWeights,
+    Loss,
+    Targets,
+    dice_loss,
+    distill_loss,
+    gradient_kernels,
+    kl_loss,
+    msge_loss,
+    student_loss,
+    weighted_ce,
+)
 
 HEADS = Heads(3)
 
@@ -124,3 +138,121 @@ def test_gradients(name):
     small = Targets(targets.np[:, :5, :5], targets.hv[..., :5, :5], targets.tp[:, :5, :5], targets.has_types)
     output = some_output()[..., :5, :5].contiguous().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: student_loss(x, small, HEADS)[name], output)
+
+
+def some_teacher(seed=6) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, HEADS.channels, 8, 8, generator=generator, dtype=torch.float64)
+
+
+def test_weighted_cross_entropy_by_hand():
+    # two pixels, of class 0 with p .8 and of class 1 with p .4, weights 1 and 3
+    p = torch.tensor([[0.8, 0.6], [0.2, 0.4]], dtype=torch.float64).reshape(1, 2, 1, 2)
+    truth = torch.tensor([0, 1]).reshape(1, 1, 2)
+    expected = -(math.log(0.8) + 3 * math.log(0.4)) / 4
+    weight = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    assert weighted_ce(p.log(), truth, weight).item() == pytest.approx(expected)
+    plain = weighted_ce(p.log(), truth).item()
+    assert plain == pytest.approx(-(math.log(0.8) + math.log(0.4)) / 2)
+    # only ratios of weights count
+    assert weighted_ce(p.log(), truth, 7 * weight).item() == pytest.approx(expected)
+
+
+def test_kl_by_hand():
+    p = torch.tensor([0.7, 0.3], dtype=torch.float64).reshape(1, 2, 1, 1)
+    q = torch.tensor([0.4, 0.6], dtype=torch.float64).reshape(1, 2, 1, 1)
+    expected = 0.7 * math.log(0.7 / 0.4) + 0.3 * math.log(0.3 / 0.6)
+    assert kl_loss(q.log(), p.log()).item() == pytest.approx(expected)
+    assert kl_loss(q.log(), p.log(), mean="elements").item() == pytest.approx(expected / 2)
+    # T = 2 takes the root of the probabilities, up to their sum
+    roots = [[math.sqrt(a) / (math.sqrt(a) + math.sqrt(1 - a)) for a in (x, 1 - x)] for x in (0.7, 0.4)]
+    expected = sum(a * math.log(a / b) for a, b in zip(*roots, strict=True))
+    assert kl_loss(q.log(), p.log(), 2).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1, 3])
+def test_kl_of_the_teacher_itself_is_zero_and_so_is_its_gradient(temperature):
+    teacher = some_teacher()
+    student = teacher.clone().requires_grad_()
+    loss = kl_loss(student, teacher, temperature)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert student.grad.abs().max() < 1e-12
+    assert kl_loss(some_output(), teacher, temperature) > 0.01
+
+
+def test_kl_at_high_temperature_is_the_squared_distance_of_the_logits():
+    """T²·KL → Σ_c (Δ_c - mean Δ)² / 2C, Δ being the difference of the logits (Hinton et al. 2015, section 2.1)."""
+    z, teacher = some_output()[:, :3], some_teacher()[:, :3]
+    difference = z - teacher
+    centred = difference - difference.mean(1, keepdim=True)
+    limit = (centred.square().sum(1) / 6).mean().item()
+    assert (1e4**2 * kl_loss(z, teacher, 1e4)).item() == pytest.approx(limit, rel=1e-3)
+    assert kl_loss(z, teacher, 1e4).item() == pytest.approx(0, abs=1e-7)  # without the factor it vanishes
+
+
+def test_distillation_from_oneself_costs_only_the_doubt():
+    """With the student as its own teacher, KL, MSE and MSGE are zero; CE is that of its own preference."""
+    teacher = some_teacher()
+    terms = distill_loss(teacher, teacher, HEADS, temperature=3)
+    assert set(terms) == {f"{b}_{t}" for b in ("np", "tp") for t in ("ce", "kl")} | {"hv_mse", "hv_msge"}
+    for name in ("np_kl", "tp_kl", "hv_mse", "hv_msge"):
+        assert terms[name].item() == pytest.approx(0, abs=1e-12)
+    sure = teacher[:, NP].softmax(1).amax(1).log().mean()
+    assert terms["np_ce"].item() == pytest.approx(-sure.item())
+
+
+def test_the_papers_factor_and_the_released_ones():
+    output, teacher = some_output(), some_teacher()
+    paper = distill_loss(output, teacher, HEADS, temperature=3)
+    released = distill_loss(output, teacher, HEADS, None, 3, "T²", "elements")
+    assert released["np_kl"].item() == pytest.approx(81 / 2 * paper["np_kl"].item())
+    assert released["tp_kl"].item() == pytest.approx(81 / 3 * paper["tp_kl"].item())
+    same = {name for name in paper if torch.equal(paper[name], released[name])}
+    assert same == {"np_ce", "tp_ce", "hv_mse", "hv_msge"}
+    # equal at T = 1
+    by_kind = [distill_loss(output, teacher, HEADS, kl_scale=k)["np_kl"] for k in ("T²", "1/T²")]
+    assert torch.equal(*by_kind)
+
+
+def config_with(alpha, preset="paper", **changed) -> TrainConfig:
+    given = {"data": Path(), "out": Path(), "teacher": Path("taught"), "alpha": alpha, "temperature": 3.0}
+    return TrainConfig.of(preset, **given | changed)
+
+
+def taught(targets: Targets) -> Targets:
+    return replace(targets, teacher=some_teacher())
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_the_sum_is_equation_1(preset, alpha):
+    output, targets = some_output(), taught(some_targets())
+    config = config_with(alpha, preset)
+    weights = BranchWeights(*(torch.tensor(w, dtype=torch.float64) for w in ([0.5, 1.5], [0.2, 1.0, 1.8])))
+    terms = Loss(HEADS, config, weights, weights)(output, targets)
+    student = sum(student_loss(output, targets, HEADS, weights).values())
+    distill = sum(distill_loss(output, targets.teacher, HEADS, weights, 3, config.kl_scale, config.kl_mean).values())
+    share = alpha if preset == "paper" else 1 - alpha
+    assert terms["loss"].item() == pytest.approx((share * student + (1 - share) * distill).item())
+
+
+def test_where_alpha_is_1_no_teacher_is_asked():
+    output, targets = some_output(), some_targets()
+    terms = Loss(HEADS, config_with(1.0))(output, targets)
+    assert terms["loss"].item() == pytest.approx(sum(student_loss(output, targets, HEADS).values()).item())
+    assert not any(name.startswith("kd_") for name in terms)
+
+
+def test_a_teacher_has_types_where_the_annotations_have_none():
+    output = some_output(requires_grad=True)
+    targets = taught(some_targets(has_types=(False, False)))
+    Loss(HEADS, config_with(0.5))(output, targets)["loss"].backward()
+    assert output.grad[:, HEADS.tp].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["np_ce", "np_kl", "hv_mse", "hv_msge", "tp_ce", "tp_kl"])
+def test_gradients_of_distillation(name):
+    teacher = some_teacher()[..., :5, :5].contiguous()
+    output = some_output()[..., :5, :5].contiguous().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: distill_loss(x, teacher, HEADS, temperature=2)[name], output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +11,23 @@ import numpy as np
 import pytest
 import torch
 
+import kd.crops
+import kd.schedule
 import kd.train
-from hover_batch.errors import InputError
+import kd.validate
+from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.model.package import find_package, load_network
+from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.config import TrainConfig
-from kd.train import CHECKPOINT, LOG, learning_rate, train
+from kd.datasets import read_data
+from kd.logs import LOG, read_log
+from kd.targets import hv_targets
+from kd.train import train
 
 
-def write_folder(folder: Path) -> Path:
+def write_folder(folder: Path, seed: int = 0) -> Path:
     """Dark discs on pink, typed by their colour, in two images of each split and of two sources."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     rows = []
     for i, (source, split) in enumerate([(s, t) for s in ("consep", "tnbc") for t in ("train", "train", "val")]):
         image = np.full((160, 160, 3), (200, 180, 230), np.uint8)
@@ -42,9 +48,14 @@ def write_folder(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> TrainConfig:
+def folder(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("folder"))
+
+
+@pytest.fixture(scope="module")
+def config(folder, tmp_path_factory) -> TrainConfig:
     return TrainConfig(
-        data=write_folder(tmp_path_factory.mktemp("folder")),
+        data=folder,
         out=tmp_path_factory.mktemp("undisturbed"),
         size=64,
         batch=2,
@@ -62,49 +73,194 @@ def undisturbed(config):
     return train(config).state_dict()
 
 
-def read_log(out: Path) -> list[dict[str, float]]:
-    with (out / LOG).open(newline="") as f:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+class Knows:
+    """A teacher that knows the truth, and types for all nuclei. In place of what `kd teach` writes."""
+
+    taxonomy = CONSEP
+    sha256 = "0123"
+    card = {"name": "knows", "licence": "none", "training": {"saw": {"train": ["beef"]}}}
+
+    def logits(self, sample):
+        nuclei = sample.instances > 0
+        types = np.where(nuclei, sample.instances % 4 + 1, 0)
+        hv = hv_targets(sample.instances)
+        planes = [~nuclei, nuclei, *hv / 3, *(types == i for i in range(5))]
+        return np.stack([3 * p.astype(np.float16) for p in planes])
+
+
+@pytest.fixture
+def taught(monkeypatch):
+    """`--teacher` names Knows."""
+    monkeypatch.setattr(kd.train, "open_teacher", lambda path, taxonomy: Knows())
+
+
+@pytest.fixture(scope="module")
+def paper(folder, tmp_path_factory) -> TrainConfig:
+    """The paper's training with the smallest encoder, so hasty that the plateau is reached and training stops."""
+    return replace(
+        TrainConfig.of("paper", data=folder, out=tmp_path_factory.mktemp("paper"), teacher=Path("taught")),
+        encoder="mit_b0",
+        encoder_weights="random",
+        temperature=2.0,
+        size=64,
+        batch=2,
+        epochs=9,
+        epoch_steps=2,
+        lr=1e-3,
+        plateau_patience=0,
+        plateau_delta=3.0,
+        early_stop=3,
+        threads=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def papers(paper):
+    """The weights of an undisturbed run, and its log."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kd.train, "open_teacher", lambda path, taxonomy: Knows())
+        return train(paper).state_dict(), log_of(paper.out)
+
+
+def log_of(out: Path) -> list[dict[str, float]]:
+    """Without the times."""
+    rows = [{k: float(v) for k, v in row.items()} for row in read_log(out / LOG)]
+    return [{k: v for k, v in row.items() if k != "s_per_step"} for row in rows]
+
+
+def same(weights, others) -> bool:
+    return all(torch.equal(weights[name], tensor) for name, tensor in others.items())
+
+
+def interrupt(monkeypatch, module: object, name: str, n: int) -> None:
+    """The n-th call of the function is where somebody presses Ctrl-C."""
+    real, calls = getattr(module, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
 
 
 def test_the_loss_falls(undisturbed, config):
-    rows = read_log(config.out)
+    rows = log_of(config.out)
     assert [r["step"] for r in rows] == [4, 8, 12]
-    for term in ("np_ce", "np_dice", "hv_mse"):
+    for term in ("np_ce", "np_dice", "hv_mse", "loss"):
         assert rows[-1][term] < rows[0][term]
+    assert len(list((config.out / "panels").glob("epoch_000[123].jpg"))) == 3
+    picture = cv2.imread(str(config.out / "panels" / "epoch_0003.jpg"))
+    assert picture.shape[1] == 3 * 160 + 2 * 6  # image, annotated, network
 
 
 def test_interrupted_and_resumed_gives_the_same_weights(undisturbed, config, tmp_path, monkeypatch):
     config = replace(config, out=tmp_path)
-
-    def stop_at_step_6(config, step):
-        if step == 6:
-            raise KeyboardInterrupt
-        return learning_rate(config, step)
-
-    monkeypatch.setattr(kd.train, "learning_rate", stop_at_step_6)
+    interrupt(monkeypatch, kd.schedule, "learning_rate", 7)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
     resumed = train(config).state_dict()
-    assert [r["step"] for r in read_log(tmp_path)] == [4, 8, 12]
-    different = [name for name, tensor in resumed.items() if not torch.equal(tensor, undisturbed[name])]
-    assert different == []
+    assert [r["step"] for r in log_of(tmp_path)] == [4, 8, 12]
+    assert same(resumed, undisturbed)
+
+
+def test_the_papers_training_ends_early_and_ships_its_best_epoch(papers, paper):
+    weights, rows = papers
+    losses = [r["val_loss"] for r in rows]
+    rates = [r["lr"] for r in rows]
+    assert 4 <= len(rows) < 9  # of nine epochs
+    assert rates[0] > rates[-1]
+    assert {"kd_np_kl", "kd_tp_kl", "kd_hv_msge"} <= set(rows[0])
+    saved = torch.load(paper.out / "checkpoint.pt", weights_only=True)
+    assert saved["ended"] and saved["best"] == pytest.approx(min(losses), rel=1e-5)
+    assert same(saved["shipped"], weights)
+    assert same(saved["model"], weights) == (losses[-1] == min(losses))
+    assert saved["record"]["teacher"]["sha256"] == "0123"
+    picture = cv2.imread(str(paper.out / "panels" / "epoch_0001.jpg"))
+    assert picture.shape[1] == 4 * 160 + 3 * 6  # the teacher's, too
+
+
+@pytest.mark.parametrize(
+    ("place", "n"),
+    [
+        ("validation_loss", 2),  # after the second epoch's steps, before it is validated
+        ("_optimizer", 0),  # nowhere, but by --max-steps in the middle of an epoch
+    ],
+)
+def test_the_papers_training_resumes_to_the_same_weights(papers, paper, tmp_path, monkeypatch, taught, place, n):
+    config = replace(paper, out=tmp_path)
+    if n:
+        interrupt(monkeypatch, kd.train, place, n)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+        monkeypatch.setattr(kd.train, place, getattr(kd.validate, place))
+    else:
+        train(replace(config, max_steps=3))
+    weights, rows = papers
+    assert same(train(config).state_dict(), weights)
+    assert [r["step"] for r in log_of(tmp_path) if r["step"] % 2 == 0] == [r["step"] for r in rows]
+    assert log_of(tmp_path)[-1]["val_loss"] == rows[-1]["val_loss"]
+
+
+def test_a_run_that_ended_early_is_not_trained_again(papers, paper, taught):
+    weights, rows = papers
+    assert same(train(paper).state_dict(), weights)
+    assert log_of(paper.out) == rows
+
+
+def test_another_teacher_and_other_images_are_refused(papers, paper, tmp_path, monkeypatch, taught):
+    monkeypatch.setattr(Knows, "sha256", "other")
+    with pytest.raises(InputError, match="--teacher"):
+        train(paper)
+    monkeypatch.undo()
+    monkeypatch.setattr(kd.train, "open_teacher", lambda path, taxonomy: Knows())
+    with pytest.raises(InputError, match="--data"):
+        train(replace(paper, data=write_folder(tmp_path, seed=1)))
+
+
+def test_a_teacher_of_other_classes_is_refused(monkeypatch):
+    class Cache:
+        @staticmethod
+        def open(path):
+            return Knows()
+
+    class Teach:
+        TeacherCache = Cache
+
+    monkeypatch.setattr(kd.crops.importlib, "import_module", lambda name: Teach)
+    assert isinstance(kd.crops.open_teacher(Path("taught"), CONSEP), Knows)
+    with pytest.raises(InputError, match="--teacher taught: its classes are those of consep-merged"):
+        kd.crops.open_teacher(Path("taught"), PANNUKE)
+
+
+def test_a_teacher_has_said_nothing_of_what_lies_beyond_its_images(paper, tmp_path, taught):
+    with pytest.raises(InputError, match="--size 192"):
+        train(replace(paper, out=tmp_path, size=192))
+
+
+@pytest.mark.parametrize(("model", "size"), [("hovernet-fast", 128), ("hovernet-original", 222)])
+def test_the_same_loop_trains_a_teacher(config, tmp_path, model, size):
+    small = replace(config, model=model, width=8, size=size, steps=2, epoch_steps=2, out=tmp_path)
+    network = train(small)
+    (row,) = log_of(tmp_path)
+    assert {"tp_dice", "hv_msge", "val_loss", "val_pq_tnbc"} <= set(row)
+    assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
+    assert len(list((tmp_path / "panels").iterdir())) == 1
 
 
 def test_training_starts_after_opencv_has_used_its_threads(undisturbed, config, tmp_path):
     """As calibration and validation do, in the same process."""
     cv2.setNumThreads(4)
     cv2.GaussianBlur(np.zeros((4000, 4000), np.float32), (0, 0), 5)
-    again = train(replace(config, out=tmp_path)).state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in undisturbed.items())
+    assert same(train(replace(config, out=tmp_path)).state_dict(), undisturbed)
 
 
 def test_a_finished_run_is_not_trained_again(undisturbed, config):
-    before = read_log(config.out)
-    again = train(config).state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in undisturbed.items())
-    assert read_log(config.out) == before
+    before = log_of(config.out)
+    assert same(train(config).state_dict(), undisturbed)
+    assert log_of(config.out) == before
 
 
 @pytest.mark.parametrize("changed", [{"lr": 1e-3}, {"size": 96}, {"sources": {"consep": 1.0}}, {"steps": 16}])
@@ -118,25 +274,38 @@ def test_a_source_without_training_images_is_refused(config, tmp_path):
         train(replace(config, out=tmp_path, sources={"consep": 0.5, "monuseg": 0.5}))
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "flag"),
-    [
-        ("size", 100, "--size"),
-        ("steps", 0, "--steps"),
-        ("epoch_steps", 0, "--epoch-steps"),
-        ("sources", {}, "--source"),
-    ],
-)
-def test_faulty_settings_name_the_flag(config, field, value, flag):
-    with pytest.raises(InputError, match=flag):
-        replace(config, **{field: value})
+def test_a_fold_without_images_is_refused(config, paper, tmp_path, taught):
+    with pytest.raises(InputError, match="--fold test"):
+        train(replace(config, out=tmp_path, sources=None, train_folds=("test",)))
+    with pytest.raises(InputError, match="--val-fold test"):
+        train(replace(paper, out=tmp_path, val_folds=("test",)))
 
 
-def test_the_learning_rate_rises_then_falls_to_zero(config):
-    config = replace(config, steps=102, warmup=2, lr=1e-3)
-    assert [learning_rate(config, i) for i in range(3)] == pytest.approx([5e-4, 1e-3, 1e-3])
-    assert learning_rate(config, 52) == pytest.approx(5e-4)
-    assert learning_rate(config, 101) < 1e-6 * (1 + math.pi**2 / 4)
+def test_without_validation_images_training_goes_by_its_own_loss(config, tmp_path):
+    train(replace(config, out=tmp_path, val_folds=("test",), steps=2, epoch_steps=1))
+    rows = log_of(tmp_path)
+    assert [r["step"] for r in rows] == [1, 2] and not any(name.startswith("val_") for r in rows for name in r)
+
+
+def test_training_that_diverges_says_so_and_keeps_the_checkpoint(config, tmp_path, monkeypatch):
+    config = replace(config, out=tmp_path, steps=2, epoch_steps=1)
+    train(replace(config, max_steps=1))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(kd.schedule, "learning_rate", lambda *args: float("nan"))
+    monkeypatch.setattr("kd.losses.mse_loss", lambda hv, truth: hv.sum() * float("nan"))
+    with pytest.raises(HoverBatchError, match="give a lower --lr"):
+        train(config)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_shares_without_any_given(folder, config):
+    """By area, unless the data hold the starter's three sources."""
+    samples = read_data(folder, ["train"]).samples
+    plain = replace(config, sources=None)
+    assert kd.crops.source_shares(plain, samples) == {"consep": 0.5, "tnbc": 0.5}
+    more = [replace(samples[0], source=source) for source in ("monuseg", "nucls")]
+    shares = kd.crops.source_shares(plain, [*samples, *more])
+    assert shares == pytest.approx({"consep": 0.5, "monuseg": 0.35, "tnbc": 0.15})
 
 
 def test_training_starts_from_a_packages_weights(config, tmp_path):
@@ -146,10 +315,5 @@ def test_training_starts_from_a_packages_weights(config, tmp_path):
         if tensor.is_floating_point() and "running" not in name:
             assert torch.allclose(begun[name], tensor, atol=1e-4), name
     # What made the weights that it began with stays on record.
-    saved = torch.load(tmp_path / CHECKPOINT, weights_only=True)
-    assert saved["before"]["steps"] == starter.card.training["steps"]
-
-
-def test_a_package_of_another_encoder_is_no_start(config, tmp_path):
-    with pytest.raises(InputError, match="--init"):
-        train(replace(config, out=tmp_path, init=find_package("starter").path, encoder="mit_b1"))
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["record"]["before"]["steps"] == starter.card.training["steps"]
