@@ -198,9 +198,7 @@ def measure_field(maps: Maps, layout: MapLayout, repeats: int) -> dict[str, Any]
         {
             "ours": lambda: ours(maps, layout, None),
             "ours_fixed": lambda: ours(maps, layout, fixed),
-            "ours_whole_table": lambda: measuring.measure(
-                instance_map(maps[layout.NP], maps[layout.H], maps[layout.V], fixed), maps, layout
-            ),
+            "ours_whole_table": lambda: _whole_table(maps, layout),
             "tiatoolbox_instances": reference.instances,
             "tiatoolbox_nuclei": lambda: reference.nuclei(instances),
         },
@@ -217,10 +215,57 @@ def measure_field(maps: Maps, layout: MapLayout, repeats: int) -> dict[str, Any]
         "ratio_tiatoolbox_fixed": per_mpx["tiatoolbox"] / per_mpx["ours_fixed"],
         "seconds_per_mpx": per_mpx,
         "steps_seconds_per_mpx": {name: of / mpx for name, of in medians(steps(maps, layout), repeats).items()},
+        "throughput_mpx_per_second": throughput(maps, layout),
         "peak_bytes_per_pixel": {
             who: peak_bytes(maps, layout, who) / maps[0].size for who in ("ours", "ours_whole_table", "tiatoolbox")
         },
     }
+
+
+_start: Any = None
+"""In a worker: the barrier that all pass together."""
+
+
+def throughput(maps: Maps, layout: MapLayout, rounds: int = 4) -> dict[str, float]:
+    """Mpx a second of the whole table by one process and by two side by side, and the CPU seconds that each second of
+    a process takes: 1 where it keeps to one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "maps.npy"
+        np.save(file, maps)
+        results: dict[str, float] = {}
+        for workers in (1, 2):
+            context = multiprocessing.get_context("spawn")
+            start = context.Barrier(workers)
+            with ProcessPoolExecutor(workers, context, _share_barrier, (start,)) as pool:
+                jobs = [pool.submit(_tables_in_this_process, file, layout, rounds) for _ in range(workers)]
+                times = [job.result() for job in jobs]
+            wall, cpu = (max(of) for of in zip(*times, strict=True))
+            results[f"{workers}"] = workers * rounds * maps[0].size / 1e6 / wall
+            if workers == 1:
+                results["threads"] = cpu / wall
+    return results
+
+
+def _share_barrier(barrier: Any) -> None:
+    global _start
+    _start = barrier
+
+
+def _tables_in_this_process(file: Path, layout: MapLayout, rounds: int) -> tuple[float, float]:
+    """Wall and CPU seconds of `rounds` tables, begun when all processes are warm."""
+    cv2.setNumThreads(1)  # as tasks do; OpenMP follows OMP_NUM_THREADS, and no kernel here uses it
+    maps: Maps = np.load(file)
+    _whole_table(np.ascontiguousarray(maps[:, :256, :256]), layout)
+    _start.wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(rounds):
+        _whole_table(maps, layout)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _whole_table(maps: Maps, layout: MapLayout) -> None:
+    fixed = SobelConstants(**find_package("starter").card.sobel)
+    measuring.measure(instance_map(maps[layout.NP], maps[layout.H], maps[layout.V], fixed), maps, layout)
 
 
 def peak_bytes(maps: Maps, layout: MapLayout, who: str) -> int:
@@ -242,9 +287,7 @@ def _peak_in_this_process(file: Path, layout: MapLayout, who: str) -> int:
             return Reference(of, layout).all
         if who == "ours":
             return lambda: ours(of, layout, None)
-        planes = of[layout.NP], of[layout.H], of[layout.V]
-        fixed = SobelConstants(**find_package("starter").card.sobel)
-        return lambda: measuring.measure(instance_map(*planes, fixed), of, layout)
+        return lambda: _whole_table(of, layout)
 
     work(small)()
     ready = work(maps)
@@ -285,6 +328,12 @@ def table(fields: dict[str, dict[str, Any]]) -> str:
             *(row(f"– {name}", ms("steps_seconds_per_mpx", name)) for name in some["steps_seconds_per_mpx"]),
             row("ours with `fixed` constants, ms/Mpx", ms("seconds_per_mpx", "ours_fixed")),
             row("the same and all columns of the table, ms/Mpx", ms("seconds_per_mpx", "ours_whole_table")),
+            row("Mpx a second, one process", lambda field: f"{field['throughput_mpx_per_second']['1']:.1f}"),
+            row("Mpx a second, two processes", lambda field: f"{field['throughput_mpx_per_second']['2']:.1f}"),
+            row(
+                "CPU seconds a second, one process",
+                lambda field: f"{field['throughput_mpx_per_second']['threads']:.2f}",
+            ),
             row("peak memory, ours, bytes a pixel", lambda field: f"{field['peak_bytes_per_pixel']['ours']:.0f}"),
             row(
                 "peak memory, `fixed` and all columns, bytes a pixel",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from kd.commands.calibrate import calibrate
 from kd.commands.evaluate import evaluate
 from kd.commands.package import package
+from kd.commands.prepare import prepare
 from kd.commands.train import train
 
 kd_app = typer.Typer(
@@ -14,5 +16,5 @@ kd_app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, package, evaluate):
+for command in (prepare, train, package, calibrate, evaluate):
     kd_app.command()(command)

@@ -1,79 +1,43 @@
-"""Images with annotated nuclei: an instance folder, described by its dataset.csv.
-
-One row an image: sample_id, image (RGB PNG), labels (uint16 PNG of instance ids, 0 = background), types (uint8 PNG of
-class codes, or empty), source, split (train/val/test). Paths are relative to the folder. Images are at 40× (0.25 µm).
-"""
+"""Reads annotated images for training and evaluation: from a cache that `kd prepare` wrote, or an instance folder."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
-
 from hover_batch.errors import InputError
-from hover_batch.taxonomy import CONSEP, Taxonomy
+from hover_batch.taxonomy import CONSEP
+from kd.cache import Cache, is_cache, open_cache
+from kd.layouts.folder import TABLE, InstanceFolder
+from kd.samples import MPP, Data, Sample
 
-MPP = 0.25
-"""Pixel size of the images in µm (40×)."""
-
-CONSEP_MERGED = np.array([0, 1, 2, 3, 3, 4, 4, 4], np.uint8)
-"""CoNSeP's codes (1 other, 2 inflammatory, 3 healthy and 4 malignant epithelial, 5 fibroblast, 6 muscle,
-7 endothelial) → the ids of `hover_batch.taxonomy.CONSEP`, merged as HoVerNet does."""
-
-TYPE_CODES = {"consep": CONSEP_MERGED}
-"""Sources whose type codes are known; the types of others are not read."""
+__all__ = ["MPP", "Data", "Sample", "folds_of", "read_data", "read_instance_folder"]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One annotated image.
-
-    image (y, x, 3) uint8 RGB · instances (y, x) int32, 0 = background · types (y, x) uint8 class ids of the
-    data's taxonomy, or None where the source annotates none. `group`: patient or slide, as far as known.
-    """
-
-    id: str
-    source: str
-    group: str
-    image: NDArray[np.uint8]
-    instances: NDArray[np.int32]
-    types: NDArray[np.uint8] | None
-    tissue: str = ""
-    fold: str = ""
-    """What it is for: train, val, test, or the number of a published fold."""
-
-    @cached_property
-    def image_sha256(self) -> str:
-        """Of the shape and the pixels: what knows an image again, whatever it is called and however it is stored."""
-        digest = hashlib.sha256(f"{self.image.shape}".encode())
-        digest.update(np.ascontiguousarray(self.image).tobytes())
-        return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Data:
-    """Annotated images, and the classes that their types are ids of."""
-
-    taxonomy: Taxonomy
-    samples: list[Sample]
+MAY_BE_EMPTY = ("train", "val", "test")
+"""Folds that may be asked for, whether the data has them or not."""
 
 
 def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = None) -> Data:
-    """Read the images of the given folds and of the named sources (None: of all), in the order of the data.
+    """Read the images of the given folds and of the named sources (None: of all), fold by fold in the data's order.
 
-    `path`: an instance folder, whose splits are the folds; its types are those of CoNSeP, merged.
-    Raises InputError where something is missing, cannot be read, or does not fit together.
+    `path`: a cache (.zarr or .npz), or an instance folder, whose splits are the folds and whose types are those of
+    CoNSeP, merged. Of the folds train, val and test any may have no image.
+    Raises InputError where there is no fold of another name, or something is missing, cannot be read, does not fit
+    together or was damaged.
     """
-    wanted = list(folds)
-    samples = [sample for fold in wanted for sample in read_instance_folder(path, fold, sources)]
-    return Data(CONSEP, samples)
+    wanted, named = list(folds), None if sources is None else set(sources)
+    data = _open(path)
+    if unknown := [fold for fold in wanted if fold not in data.folds and fold not in MAY_BE_EMPTY]:
+        raise InputError(f"{path} has no fold {', '.join(unknown)}; its folds are {', '.join(data.folds)}")
+    if isinstance(data, Cache):
+        return Data(data.taxonomy, [sample for fold in wanted for sample in data.samples(fold, named)])
+    return Data(CONSEP, [sample for fold in wanted for sample in data.samples(CONSEP, fold, named)])
+
+
+def folds_of(path: Path) -> list[str]:
+    """The folds that the data at `path` (as for `read_data`) has, in the order in which they appear."""
+    return _open(path).folds
 
 
 def read_instance_folder(folder: Path, split: str, sources: Iterable[str] | None) -> list[Sample]:
@@ -81,42 +45,18 @@ def read_instance_folder(folder: Path, split: str, sources: Iterable[str] | None
 
     Raises InputError where dataset.csv is missing, a file cannot be read or the shapes of a row disagree.
     """
-    table = folder / "dataset.csv"
-    if not table.is_file():
-        raise InputError(f"{table} is missing; --data names a folder with dataset.csv, images and labels")
-    wanted = None if sources is None else set(sources)
-    with table.open(newline="") as f:
-        rows = [r for r in csv.DictReader(f) if r["split"] == split and (wanted is None or r["source"] in wanted)]
-    return [_read_sample(folder, row) for row in rows]
+    named = None if sources is None else set(sources)
+    return list(_instance_folder(folder).samples(CONSEP, split, named))
 
 
-def _read_sample(folder: Path, row: dict[str, str]) -> Sample:
-    image = _read_png(folder / row["image"], cv2.IMREAD_COLOR)
-    instances = _read_png(folder / row["labels"], cv2.IMREAD_UNCHANGED)
-    types = None
-    if row["types"] and row["source"] in TYPE_CODES:
-        codes = _read_png(folder / row["types"], cv2.IMREAD_UNCHANGED)
-        table = TYPE_CODES[row["source"]]
-        if codes.max() >= len(table):
-            raise InputError(f"{row['types']}: class code {codes.max()} is not one of {row['source']}'s")
-        types = table[codes]
-    for name, array in (("labels", instances), ("types", types)):
-        if array is not None and array.shape != image.shape[:2]:
-            raise InputError(f"{row[name]}: shape {array.shape}, but its image has {image.shape[:2]}")
-    return Sample(
-        id=row["sample_id"],
-        source=row["source"],
-        group=row["group"],
-        image=np.ascontiguousarray(image[..., ::-1]),  # OpenCV reads BGR
-        instances=instances.astype(np.int32),
-        types=types,
-        tissue=row.get("tissue") or "",
-        fold=row["split"],
-    )
+def _open(path: Path) -> Cache | InstanceFolder:
+    return open_cache(path) if is_cache(path) else _instance_folder(path)
 
 
-def _read_png(path: Path, flags: int) -> NDArray[np.uint8]:
-    array = cv2.imread(str(path), flags)
-    if array is None:
-        raise InputError(f"{path} cannot be read as an image")
-    return np.asarray(array)
+def _instance_folder(path: Path) -> InstanceFolder:
+    if not (path / TABLE).is_file():
+        raise InputError(
+            f"{path / TABLE} is missing; --data names a folder with dataset.csv, images and labels, or what "
+            "`hover-batch kd prepare` makes of other data, a .zarr or .npz"
+        )
+    return InstanceFolder(path)

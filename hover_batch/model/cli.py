@@ -116,7 +116,7 @@ def describe(card: Card) -> list[str]:
     """The card in words."""
     calibration: Any = card.metrics.get("calibration", "not recorded")
     if not isinstance(calibration, str):
-        calibration = f"found on annotated images, {calibration.get('scale')} × the medians of their extremes"
+        calibration = f"found on annotated images: cut at {calibration.get('cut')} of their median minimum"
     rows = {
         "architecture": _architecture(card),
         "classes": f"{', '.join(c.name for c in card.taxonomy.nuclei)} ({card.taxonomy.name})",

@@ -177,15 +177,34 @@ def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = Tru
     import dataclasses
 
     import torch
-    from safetensors.torch import save_file
 
     tensors = {
         name: (t.to(torch.float16) if half and t.is_floating_point() else t).contiguous().cpu()
         for name, t in network.state_dict().items()
     }
-    card = dataclasses.replace(card, weights_sha256=tensors_sha256(tensors))
+    _write(path, tensors, dataclasses.replace(card, weights_sha256=tensors_sha256(tensors)))
+
+
+def with_card(package: Package, card: Card, path: Path) -> None:
+    """Write the weights of `package`, as they are, with another card to `path`, whole or not at all.
+
+    Raises PackageError where the weights do not match the package's own card.
+    """
+    import dataclasses
+
+    from safetensors.torch import load_file
+
+    tensors = load_file(package.path)
+    if package.card.weights_sha256 != tensors_sha256(tensors):
+        raise PackageError(f"package {package.path}: the weights do not match their card; fetch the file again")
+    _write(path, tensors, dataclasses.replace(card, weights_sha256=package.card.weights_sha256))
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor], card: Card) -> None:
+    from safetensors.torch import save_file
+
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={CARD_KEY: json.dumps(card.to_json(), sort_keys=True)})
+    save_file(dict(tensors), temporary, metadata={CARD_KEY: json.dumps(card.to_json(), sort_keys=True)})
     os.replace(temporary, path)
 
 

@@ -12,14 +12,14 @@ import pytest
 from hover_batch.errors import InputError
 from hover_batch.metrics import panoptic_quality
 from hover_batch.model.heads import MapLayout
-from hover_batch.nuclei.watershed import SobelConstants, instance_map
+from hover_batch.nuclei.markers import MARKER_ENERGY
+from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_debris
 from hover_batch.taxonomy import CONSEP
-from kd.calibrate import calibrate, scaled
+from kd.calibrate import CUTS, F_D_MARGIN, OTHERS, calibrate, placed, trial, try_others
 from kd.datasets import Sample, read_instance_folder
 from kd.targets import hv_targets
 
 LAYOUT = MapLayout(len(CONSEP.classes))
-SCALES = (1.0, 0.3, 0.1)
 
 
 def blurred_maps(sample: Sample, seed: int) -> np.ndarray:
@@ -46,67 +46,114 @@ def predicted(data: Path):
     return pairs
 
 
-def run(pairs, scales=SCALES):
+def run(pairs, cuts=CUTS):
     queue = [maps for _, maps in pairs]
-    return calibrate(lambda image: queue.pop(0), [s for s, _ in pairs], scales)
+    return calibrate(lambda image: queue.pop(0), [s for s, _ in pairs], cuts)
 
 
-def test_the_best_scale_of_the_medians_is_chosen(predicted):
+def test_the_best_pq_among_the_cuts_that_find_as_many(predicted):
     found = run(predicted)
+    fixed = {t.cut: t for t in found.trials if t.norm == "fixed"}
+    assert set(fixed) == set(CUTS)
+    able = [t for t in fixed.values() if t.mean_f_d >= max(t.mean_f_d for t in fixed.values()) - F_D_MARGIN]
+    assert fixed[found.cut] in able
+    assert fixed[found.cut].mean_pq == max(t.mean_pq for t in able)
     windows = [SobelConstants.of_window(maps[LAYOUT.H], maps[LAYOUT.V]) for _, maps in predicted]
-    trials = {t.scale: t for t in found.trials if t.norm == "fixed"}
-    assert set(trials) == set(SCALES)
-    assert trials[found.scale].mean == max(t.mean for t in trials.values())
     for name in ("h_min", "h_max", "v_min", "v_max"):
-        median = np.median([getattr(w, name) for w in windows])
-        assert getattr(found.constants, name) == pytest.approx(found.scale * median)
+        assert getattr(found.medians, name) == np.median([getattr(w, name) for w in windows])
+    assert found.constants == placed(found.medians, found.cut)
 
 
-def test_a_trial_says_the_mean_over_images_by_source_and_over_sources(predicted):
+def test_counts_go_before_pq():
+    """Merging touching pairs may raise PQ, never by more than a little of F_d."""
+    instances = np.zeros((64, 600), np.int32)
+    for k in range(10):
+        cv2.ellipse(instances, (30 + 58 * k, 32), (14, 10), 0, 0, 360, (k + 1,), -1)
+    sample = Sample("row", "consep", "", np.zeros((64, 600, 3), np.uint8), instances, None)
+    found = run([(sample, blurred_maps(sample, 0))])
+    chosen = next(t for t in found.trials if t.cut == found.cut)
+    assert chosen.f_d["consep"] >= max(t.f_d["consep"] for t in found.trials if t.norm == "fixed") - F_D_MARGIN
+
+
+def test_a_trial_says_pq_f_d_and_counts_by_source(predicted):
     found = run(predicted)
-    chosen = next(t for t in found.trials if t.scale == found.scale)
+    chosen = next(t for t in found.trials if t.cut == found.cut)
     window = next(t for t in found.trials if t.norm == "window")
-    for trial, constants in ((chosen, found.constants), (window, None)):
-        by_source: dict[str, list[float]] = {}
+    for found_by, constants in ((chosen, found.constants), (window, None)):
+        pq: dict[str, list[float]] = {}
+        counts: dict[str, list[int]] = {}
         for sample, maps in predicted:
             instances = instance_map(maps[LAYOUT.NP], maps[LAYOUT.H], maps[LAYOUT.V], constants)
-            by_source.setdefault(sample.source, []).append(panoptic_quality(sample.instances, instances).pq)
-        assert trial.pq == pytest.approx({s: np.mean(v) for s, v in by_source.items()})
-        assert trial.mean == pytest.approx(np.mean(list(trial.pq.values())))
-        assert 0.3 < trial.mean < 1
+            instances = without_debris(instances, 64)
+            pq.setdefault(sample.source, []).append(panoptic_quality(sample.instances, instances).pq)
+            counts.setdefault(sample.source, []).append(
+                instances.max() / len(np.unique(sample.instances[sample.instances > 0]))
+            )
+        assert found_by.pq == pytest.approx({s: np.mean(v) for s, v in pq.items()})
+        assert found_by.mean_pq == pytest.approx(np.mean(list(found_by.pq.values())))
+        assert 0.3 < found_by.mean_pq < 1
+        for source, ratios in counts.items():
+            assert min(ratios) <= found_by.count[source] <= max(ratios)
+            assert 0.3 < found_by.f_d[source] <= 1
 
 
-def test_the_constants_matter(predicted):
-    means = [t.mean for t in run(predicted).trials]
-    assert len(set(means)) > 1
+def test_a_higher_cut_divides_less():
+    """Two touching discs: only a fall as deep as their seam divides them at last."""
+    instances = np.zeros((80, 100), np.int32)
+    cv2.circle(instances, (35, 40), 14, 1, -1)
+    cv2.circle(instances, (64, 40), 14, 2, -1)
+    sample = Sample("pair", "consep", "", np.zeros((80, 100, 3), np.uint8), instances, None)
+    counts = {t.cut: t.count["consep"] for t in run([(sample, blurred_maps(sample, 0))], (0.0, 0.95)).trials}
+    assert counts[0.0] == 1.0
+    assert counts[0.95] == 0.5
 
 
-def test_at_equal_quality_the_larger_scale(predicted):
-    """One lone disc: every scale finds it."""
-    instances = np.zeros((80, 80), np.int32)
-    cv2.circle(instances, (40, 40), 10, 1, -1)
-    sample = Sample("disc", "consep", "", np.zeros((80, 80, 3), np.uint8), instances, None)
-    maps = np.zeros((LAYOUT.planes, 80, 80), np.uint8)
-    maps[LAYOUT.NP] = instances * 255
-    maps[LAYOUT.H : LAYOUT.V + 1] = np.round(127 * hv_targets(instances)).astype(np.int8).view(np.uint8)
-    found = run([(sample, maps)], (0.2, 1.0, 0.5))
-    assert {t.mean for t in found.trials} == {1.0}
-    assert found.scale == 1.0
+def test_at_equal_quality_the_lower_cut():
+    """One lone disc: every cut finds it."""
+    sample, maps = disc()
+    found = run([(sample, maps)], (0.05, 0.0, 0.1))
+    assert {t.mean_pq for t in found.trials} == {1.0}
+    assert found.cut == 0.0
 
 
-def test_scaled():
-    got = scaled(SobelConstants(h_min=-4, h_max=3, v_min=-2, v_max=1), 0.5)
-    assert got == SobelConstants(h_min=-2, h_max=1.5, v_min=-1, v_max=0.5)
+@pytest.mark.parametrize("cut", [-0.1, 0.0, 0.1])
+def test_placed(cut):
+    """The marker threshold lies at the cut; the extremes are as far apart as before."""
+    medians = SobelConstants(h_min=-4, h_max=3, v_min=-2, v_max=1)
+    got = placed(medians, cut)
+    assert got.h_max - got.h_min == pytest.approx(7)
+    assert got.v_max - got.v_min == pytest.approx(3)
+    assert got.h_min + (1 - MARKER_ENERGY) * 7 == pytest.approx(cut * -4)
+    assert got.v_min + (1 - MARKER_ENERGY) * 3 == pytest.approx(cut * -2)
 
 
 def test_the_search_goes_into_the_card_as_json(predicted):
-    data = run(predicted).to_json()
-    assert data["scale"] in SCALES
-    assert [t["scale"] for t in data["trials"]] == [None, 1.0, 0.3, 0.1]
+    data = run(predicted, (0.0, 0.1)).to_json()
+    assert data["cut"] in (0.0, 0.1)
+    assert [t["cut"] for t in data["trials"]] == [None, 0.0, 0.1]
     assert set(data["trials"][0]["pq"]) == {"consep", "tnbc"}
+
+
+def test_other_numbers_are_tried_at_the_same_cut(predicted):
+    some = [(s, np.ascontiguousarray(maps[:3])) for s, maps in predicted[:1]]
+    found = try_others(some, 0.05)
+    assert len(found) == len(OTHERS) + 1
+    alike = trial(some, 0.05, placed(SobelConstants.of_window(*some[0][1][1:]), 0.05))
+    assert found["as they are"].mean_pq == pytest.approx(alike.mean_pq, abs=0.01)  # nested components, image borders
+    assert found["nucleus 0.6"].mean_pq != found["nucleus 0.4"].mean_pq
 
 
 def test_without_any_nucleus_nothing_can_be_calibrated():
     empty = Sample("empty", "consep", "", np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.int32), None)
     with pytest.raises(InputError, match="needs annotated nuclei"):
         run([(empty, np.zeros((LAYOUT.planes, 64, 64), np.uint8))])
+
+
+def disc() -> tuple[Sample, np.ndarray]:
+    instances = np.zeros((80, 80), np.int32)
+    cv2.circle(instances, (40, 40), 10, 1, -1)
+    sample = Sample("disc", "consep", "", np.zeros((80, 80, 3), np.uint8), instances, None)
+    maps = np.zeros((LAYOUT.planes, 80, 80), np.uint8)
+    maps[LAYOUT.NP] = instances * 255
+    maps[LAYOUT.H : LAYOUT.V + 1] = np.round(127 * hv_targets(instances)).astype(np.int8).view(np.uint8)
+    return sample, maps

@@ -1,0 +1,58 @@
+"""From the class codes of published annotations to the ids of one taxonomy.
+
+Names are mapped, not cells: what one data set calls epithelial may be neoplastic in the other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch.errors import InputError
+from hover_batch.taxonomy import CONSEP, PANNUKE, Taxonomy
+
+TAXONOMIES = {"consep": CONSEP, "pannuke": PANNUKE}
+"""What annotations can be mapped to, by the name that `kd prepare --classes` has for it."""
+
+CODES: dict[str, dict[str, tuple[str, str]]] = {
+    "consep": {
+        "other": ("miscellaneous", ""),
+        "inflammatory": ("inflammatory", "inflammatory"),
+        "healthy epithelial": ("epithelial", "epithelial"),
+        "malignant epithelial": ("epithelial", "neoplastic"),
+        "fibroblast": ("spindle", "connective"),
+        "muscle": ("spindle", "connective"),
+        "endothelial": ("spindle", "connective"),
+    },
+    "pannuke": {
+        "neoplastic": ("epithelial", "neoplastic"),
+        "inflammatory": ("inflammatory", "inflammatory"),
+        "connective": ("spindle", "connective"),
+        "dead": ("miscellaneous", "dead"),
+        "epithelial": ("epithelial", "epithelial"),
+    },
+}
+"""Source → its classes in the order of their codes from 1 → the name among CONSEP's and among PANNUKE's classes.
+
+To CONSEP as HoVerNet merges (Graham et al. 2019, section 4.1). CoNSeP's `other` (dead, dividing, unclear) is none of
+PANNUKE's classes: such nuclei are nuclei without a class. Types of sources that are not listed are not read."""
+
+
+def class_ids(codes: NDArray[np.integer], source: str, taxonomy: Taxonomy, where: str) -> NDArray[np.uint8] | None:
+    """Class codes (y, x) of a source, 0 = background → ids (y, x) uint8 of `taxonomy`, one of TAXONOMIES.
+
+    None where the source's codes are not known. Raises InputError, naming `where`, for a code that is none of them.
+    """
+    names = CODES.get(source)
+    if names is None:
+        return None
+    low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
+    if low < 0 or high > len(names):
+        raise InputError(
+            f"{where}: class code {high if low >= 0 else low} is not one of {source}'s, which are 1 to {len(names)} "
+            f"({', '.join(names)})"
+        )
+    column = list(TAXONOMIES.values()).index(taxonomy)
+    ids = {c.name: c.id for c in taxonomy.nuclei} | {"": 0}
+    table = np.array([0, *(ids[name[column]] for name in names.values())], np.uint8)
+    return np.asarray(table[codes])

@@ -1,0 +1,117 @@
+"""`kd calibrate`: a package and annotated images → the package with the Sobel constants that are best there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hover_batch.errors import InputError
+from kd.commands.options import Data
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kd.calibrate import Trial
+
+REPAYS = 0.003
+"""Gain in mean PQ that a number must bring on both folds to be worth changing."""
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A package: `starter`, a .safetensors file or its folder.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.", show_default=False)],
+    source: Annotated[
+        list[str] | None, typer.Option(help="A source of the data; repeat for several.", show_default="all")
+    ] = None,
+    fold: Annotated[str, typer.Option(help="Images to search on.")] = "val",
+    check: Annotated[str, typer.Option(help="Images to report on, which the search has not seen.")] = "test",
+    threads: Annotated[int, typer.Option(help="Threads of the network on the CPU; 0 = all cores.")] = 0,
+) -> None:
+    """Search the four Sobel constants by PQ, and write a package with them; its weights stay as they are.
+
+    It prints PQ, F_d and nuclei found for each one annotated, beside those of the reference's way (`window`), on both
+    folds, and whether the other numbers of HoVerNet's post-processing (nucleus threshold, Sobel kernel, opening) would
+    repay a search.
+    """
+    import dataclasses
+
+    from hover_batch.config import InferSettings
+    from hover_batch.model.package import find_package, load_network, with_card
+    from hover_batch.model.predict import Predictor
+    from kd.calibrate import predict_all, search, trial, try_others
+    from kd.datasets import read_data
+    from kd.evaluate import predict_image
+    from kd.state import contents
+
+    if out.suffix != ".safetensors":
+        raise InputError(f"-o {out}: a package is a .safetensors file")
+    package = find_package(model)
+    samples = {name: read_data(data, [name], source).samples for name in (fold, check)}
+    if not samples[fold]:
+        raise InputError(f"--fold {fold}: {data} has no such image{' of ' + ', '.join(source) if source else ''}")
+    predictor = Predictor(load_network(package), package.card, InferSettings(threads=threads))
+    predicted = {}
+    for name, some in samples.items():
+        typer.echo(f"predicting {len(some)} images of {name}", err=True)
+        predicted[name] = predict_all(lambda image: predict_image(predictor, image), some)
+    found = search(predicted[fold])
+    typer.echo("searched; trying other numbers", err=True)
+    trials = {name: (trial(p, None, None), trial(p, found.cut, found.constants)) for name, p in predicted.items() if p}
+    others = {name: try_others(p, found.cut) for name, p in predicted.items() if p}
+
+    _print(f"{package.card.name}, cut by cut on {fold}", {_cut(t): t for t in found.trials})
+    if check in trials:
+        window, fixed = trials[check]
+        _print(f"the same, on {check}", {_cut(window): window, _cut(fixed): fixed})
+    gains = {
+        number: {name: t[number].mean_pq - t["as they are"].mean_pq for name, t in others.items()}
+        for number in next(iter(others.values()))
+        if number != "as they are"
+    }
+    for number, by_fold in gains.items():
+        repays = all(gain >= REPAYS for gain in by_fold.values())
+        listed = ", ".join(f"{gain:+.4f} on {name}" for name, gain in by_fold.items())
+        typer.echo(f"{number}: PQ {listed}: {'repays a search' if repays else 'does not repay a search'}")
+    metrics = {
+        **package.card.metrics,
+        "calibration": {
+            **found.to_json(),
+            "data": contents(samples[fold]),
+            "precision": predictor.precision,
+            "gain_over_window": {n: _gain(fixed, window) for n, (window, fixed) in trials.items()},
+            "other_numbers": gains,
+        },
+    }
+    card = dataclasses.replace(package.card, name=out.stem, sobel=found.constants.to_json(), metrics=metrics)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with_card(package, card, out)
+    typer.echo(str(out))
+
+
+def _cut(t: Trial) -> str:
+    return t.norm if t.cut is None else f"{t.norm}, cut {t.cut:g}"
+
+
+def _gain(fixed: Trial, window: Trial) -> dict[str, float]:
+    return {source: fixed.pq[source] - window.pq[source] for source in fixed.pq}
+
+
+def _print(title: str, trials: dict[str, Trial]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    sources = list(next(iter(trials.values())).pq)
+    table = Table(title=title, caption="PQ / F_d / nuclei found for each one annotated")
+    for column in ("", *sources, "mean"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, t in trials.items():
+        cells = (f"{t.pq[s]:.4f} / {t.f_d[s]:.4f} / {t.count[s]:.2f}" for s in sources)
+        table.add_row(name, *cells, _means((t.mean_pq, t.mean_f_d)))
+    Console(width=max(80, 24 * (len(sources) + 2))).print(table)
+
+
+def _means(values: Iterable[float]) -> str:
+    return " / ".join(f"{v:.4f}" for v in values)

@@ -1,0 +1,50 @@
+"""What annotated images are, wherever they come from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch.taxonomy import Taxonomy
+
+MPP = 0.25
+"""Pixel size of the images in µm (40×)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One annotated image.
+
+    image (y, x, 3) uint8 RGB · instances (y, x) int32, 0 = background · types (y, x) uint8 class ids of the
+    data's taxonomy, or None where the source annotates none; 0 on a nucleus says that the taxonomy has no class for
+    it. `group`: patient or slide, as far as known.
+    """
+
+    id: str
+    source: str
+    group: str
+    image: NDArray[np.uint8]
+    instances: NDArray[np.int32]
+    types: NDArray[np.uint8] | None
+    tissue: str = ""
+    fold: str = ""
+    """What it is for: train, val, test, or the number of a published fold."""
+
+    @cached_property
+    def image_sha256(self) -> str:
+        """Of the shape and the pixels: what knows an image again, whatever it is called and however it is stored."""
+        digest = hashlib.sha256(f"{self.image.shape}".encode())
+        digest.update(np.ascontiguousarray(self.image).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Annotated images, and the classes that their types are ids of."""
+
+    taxonomy: Taxonomy
+    samples: list[Sample]

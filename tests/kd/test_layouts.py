@@ -1,0 +1,234 @@
+"""Published layouts are read for what they are, and what is wrong with a copy of one is said."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+from published import CHANNEL, tiles, write_consep, write_folder, write_pannuke
+from scipy.io import savemat
+
+from hover_batch.errors import InputError
+from hover_batch.taxonomy import CONSEP, PANNUKE
+from kd.layouts import recognise
+from kd.layouts.pannuke import merge_channels
+
+TO_PANNUKE = np.array([0, 0, 2, 5, 1, 3, 3, 3])
+"""CoNSeP's codes → PANNUKE's ids, `other` having none."""
+TO_CONSEP = np.array([0, 1, 2, 3, 3, 4, 4, 4])
+
+
+def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
+    """The same nuclei, whatever their ids."""
+    pairs = np.unique(np.stack([a.ravel(), b.ravel()]), axis=1)
+    return len(np.unique(pairs[0])) == len(np.unique(pairs[1])) == pairs.shape[1]
+
+
+@pytest.mark.parametrize("name", ["Fold *", "Fold*", "fold_*/Fold *"])
+def test_pannuke_in_every_spelling(tmp_path, name):
+    cut = tiles(4, 256)
+    folder = write_pannuke(tmp_path, {"2": cut[:1], "1": cut[1:3], "3": cut[3:]}, name)
+    layout = recognise(folder)
+    samples = list(layout.samples(PANNUKE))
+    assert len(layout) == len(samples) == 4
+    assert [s.fold for s in samples] == ["1", "1", "2", "3"]
+    assert [s.tissue for s in samples] == ["Breast", "Bile-duct", "Breast", "Breast"]
+    assert {(s.source, s.group) for s in samples} == {("pannuke", "")}
+    assert len({s.id for s in samples}) == 4
+    for sample, (image, instances, types) in zip(samples, [*cut[1:3], cut[0], cut[3]], strict=True):
+        assert np.array_equal(sample.image, image)
+        assert sample.image.dtype == np.uint8 and sample.instances.dtype == np.int32
+        assert same_partition(sample.instances, instances)
+        assert np.array_equal(sample.types, np.array([0, *(CHANNEL[c] + 1 for c in range(1, 8))])[types])
+
+
+def test_one_fold_of_pannuke(tmp_path):
+    folder = write_pannuke(tmp_path, {"1": tiles(1, 64), "2": tiles(1, 64)})
+    assert {s.fold for s in recognise(folder / "Fold 2").samples(PANNUKE)} == {"2"}
+
+
+def test_pannuke_with_consep_classes(tmp_path):
+    (cut,) = tiles(1, 256)
+    (sample,) = recognise(write_pannuke(tmp_path, {"1": [cut]})).samples(CONSEP)
+    assert np.array_equal(sample.types, TO_CONSEP[cut[2]])
+
+
+@given(
+    st_numpy.arrays(
+        np.int32,
+        st_numpy.array_shapes(min_dims=2, max_dims=2, max_side=8).map(lambda s: (*s, 6)),
+        elements=st.integers(0, 3),
+    )
+)
+def test_channels_are_merged_the_later_above(mask):
+    instances, codes = merge_channels(mask)
+    claimed = mask[..., :5] > 0
+    assert np.array_equal(instances > 0, claimed.any(axis=2))
+    assert np.array_equal(codes > 0, instances > 0)
+    for (y, x), code in np.ndenumerate(codes):
+        if code:
+            assert claimed[y, x, code - 1] and not claimed[y, x, code:].any()
+    # A nucleus is an id in a channel, or what is left of it.
+    for instance in np.unique(instances[instances > 0]):
+        (channel,) = np.unique(codes[instances == instance]) - 1
+        assert len(np.unique(mask[..., channel][instances == instance])) == 1
+    shown = {(int(c), int(mask[y, x, c - 1])) for (y, x), c in np.ndenumerate(codes) if c}
+    assert len(np.unique(instances[instances > 0])) == len(shown)
+
+
+@pytest.fixture(scope="module")
+def pannuke_folder(tmp_path_factory) -> Path:
+    return write_pannuke(tmp_path_factory.mktemp("pannuke"), {"1": tiles(2, 64), "2": tiles(2, 64)})
+
+
+def _change(path: Path, change):
+    array = np.load(path)
+    np.save(path, change(array))
+
+
+def _set(value):
+    def change(array):
+        array[1, 3, 4, 0] = value
+        return array
+
+    return change
+
+
+def _cut(path: Path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+MASKS, IMAGES, TYPES = "Fold 2/masks/fold2/masks.npy", "Fold 2/images/fold2/images.npy", "Fold 2/images/fold2/types.npy"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda f: (f / MASKS).unlink(), r"masks\.npy is missing"),
+        (lambda f: shutil.rmtree(f / "Fold 2" / "masks"), r"masks\.npy is missing"),
+        (lambda f: (f / TYPES).unlink(), r"types\.npy is missing"),
+        (lambda f: shutil.copytree(f / "Fold 1", f / "Fold1"), "fold 1 is there twice"),
+        (lambda f: _change(f / MASKS, lambda a: a[:1]), r"masks\.npy has 1 entries, but images\.npy 2"),
+        (lambda f: _change(f / TYPES, lambda a: a[:1]), r"types\.npy has 1 entries, but images\.npy 2"),
+        (lambda f: _change(f / MASKS, lambda a: a[..., :5]), r"should be numbers \(n, y, x, 6\)"),
+        (lambda f: _change(f / MASKS, lambda a: a[:, :32]), r"images are \(64, 64\), but masks \(32, 64\)"),
+        (lambda f: _change(f / MASKS, _set(0.5)), "mask 1 holds values that are no whole numbers"),
+        (lambda f: _change(f / MASKS, _set(np.nan)), "mask 1 holds values"),
+        (lambda f: _change(f / MASKS, _set(-1)), "mask 1 holds values"),
+        (lambda f: _change(f / IMAGES, _set(256)), "image 1 holds values .* from 0 to 255"),
+        (lambda f: _cut(f / MASKS), r"masks\.npy cannot be read as a \.npy array"),
+        (lambda f: (f / IMAGES).write_bytes(b"<html>"), r"images\.npy cannot be read"),
+        (lambda f: np.save(f / TYPES, np.array([{}, {}], object)), r"types\.npy cannot be read"),
+    ],
+)
+def test_faults_of_pannuke(pannuke_folder, tmp_path, fault, message):
+    folder = tmp_path / "copy"
+    shutil.copytree(pannuke_folder, folder)
+    fault(folder)
+    with pytest.raises(InputError, match=message):
+        list(recognise(folder).samples(PANNUKE))
+
+
+@pytest.fixture(scope="module")
+def consep_folder(tmp_path_factory) -> Path:
+    cut = tiles(13, 64)
+    return write_consep(tmp_path_factory.mktemp("consep"), cut[:11], cut[11:])
+
+
+@pytest.mark.parametrize(("taxonomy", "ids"), [(CONSEP, TO_CONSEP), (PANNUKE, TO_PANNUKE)])
+def test_consep(consep_folder, taxonomy, ids):
+    cut = tiles(13, 64)
+    layout = recognise(consep_folder)
+    samples = list(layout.samples(taxonomy))
+    assert len(layout) == len(samples) == 13
+    assert [s.fold for s in samples] == ["train"] * 11 + ["test"] * 2
+    for sample, (image, instances, types) in zip(samples, cut, strict=True):
+        assert np.array_equal(sample.image, image)
+        assert np.array_equal(sample.instances, instances)
+        assert np.array_equal(sample.types, ids[types])
+
+
+def test_the_last_training_tiles_of_consep_become_val(consep_folder):
+    folds = {s.id: s.fold for s in recognise(consep_folder, val=2).samples(CONSEP)}
+    assert [name for name, fold in folds.items() if fold == "val"] == ["consep_train_10", "consep_train_11"]
+    assert list(folds.values()).count("test") == 2
+    with pytest.raises(InputError, match="--val 11"):
+        recognise(consep_folder, val=11)
+
+
+def _mat(folder: Path, **content):
+    whole = {"inst_map": np.zeros((64, 64)), "type_map": np.zeros((64, 64))} | content
+    savemat(folder / "Train/Labels/train_2.mat", {k: v for k, v in whole.items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda f: (f / "Train/Labels/train_2.mat").unlink(), r"train_2\.png: no labels of it in"),
+        (lambda f: (f / "Train/Images/train_2.png").unlink(), r"train_2\.mat: no image of it in"),
+        (lambda f: (f / "Train/Images/train_2.png").write_bytes(b""), r"train_2\.png cannot be read"),
+        (lambda f: (f / "Train/Labels/train_2.mat").write_bytes(b"<html>" * 99), r"train_2\.mat cannot be read"),
+        (lambda f: _cut(f / "Train/Labels/train_2.mat"), r"train_2\.mat cannot be read"),
+        (lambda f: _mat(f, type_map=None), "no type_map in it"),
+        (
+            lambda f: _mat(f, inst_map=np.zeros((64, 32))),
+            r"inst_map has shape \(64, 32\), but its image has \(64, 64\)",
+        ),
+        (lambda f: _mat(f, inst_map=np.full((64, 64), 0.5)), "inst_map holds values that are no ids"),
+        (
+            lambda f: _mat(f, type_map=np.full((64, 64), 8)),
+            "train_2.mat: class code 8 is not one of consep's, .* 1 to 7",
+        ),
+    ],
+)
+def test_faults_of_consep(consep_folder, tmp_path, fault, message):
+    folder = tmp_path / "copy"
+    shutil.copytree(consep_folder, folder)
+    fault(folder)
+    with pytest.raises(InputError, match=message):
+        list(recognise(folder).samples(CONSEP))
+
+
+def test_a_folder_with_types_of_known_codes(tmp_path):
+    (cut,) = tiles(1, 64)
+    (sample,) = recognise(write_folder(tmp_path / "a", {"x": cut})).samples(PANNUKE)
+    assert np.array_equal(sample.types, TO_PANNUKE[cut[2]])
+    (sample,) = recognise(write_folder(tmp_path / "b", {"x": cut}, source="nucls")).samples(PANNUKE)
+    assert sample.types is None
+    assert recognise(write_folder(tmp_path / "c", {"x": cut}, source="pannuke")).classes == "pannuke"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda f: (f / "x_labels.png").unlink(), r"x_labels\.png cannot be read as an image"),
+        (
+            lambda f: cv2.imwrite(str(f / "x_labels.png"), np.zeros((64, 60), np.uint16)),
+            r"x_labels\.png: shape \(64, 60\)",
+        ),
+        (lambda f: cv2.imwrite(str(f / "x_types.png"), np.full((64, 64), 9, np.uint8)), r"x_types\.png: class code 9"),
+        (lambda f: (f / "dataset.csv").write_text("sample_id,image\n"), "no column labels, types, source, split"),
+        (
+            lambda f: (f / "dataset.csv").write_text("sample_id,image,labels,types,source,split\nx,x_image.png\n"),
+            "row 2 has no labels, source, split",
+        ),
+    ],
+)
+def test_faults_of_a_folder(tmp_path, fault, message):
+    folder = write_folder(tmp_path, {"x": tiles(1, 64)[0]})
+    fault(folder)
+    with pytest.raises(InputError, match=message):
+        list(recognise(folder).samples(CONSEP))
+
+
+def test_what_is_no_layout(tmp_path):
+    with pytest.raises(InputError, match="not a layout that is known"):
+        recognise(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        recognise(tmp_path / "absent")

@@ -1,0 +1,156 @@
+"""`kd prepare`, from published folders to a cache, its table, its notes and its contact sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from published import tiles, write_consep, write_folder, write_pannuke
+from typer.testing import CliRunner
+
+from hover_batch.errors import InputError
+from hover_batch.taxonomy import CONSEP, PANNUKE
+from kd.cli import kd_app
+from kd.contact import COLUMNS, PICTURES, SIDE, UNTYPED, ZOOM, ContactSheet, draw
+from kd.datasets import read_data, read_instance_folder
+from kd.findings import pieces_of
+from kd.samples import Sample
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(kd_app, ["prepare", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("published")
+    cut = tiles(8, 128)
+    return {
+        "pannuke": write_pannuke(root / "pannuke", {"1": cut[:2], "2": cut[2:3]}),
+        "consep": write_consep(root / "consep", cut[3:6], cut[6:7]),
+        "folder": write_folder(root / "folder", {"x": cut[7]}),
+    }
+
+
+@pytest.mark.parametrize("form", ["data.zarr", "data.npz"])
+def test_all_layouts_into_one_cache(folders, tmp_path, form):
+    result = run(*folders.values(), "-o", tmp_path / form, "--val", 1)
+    assert result.exit_code == 0, result.exception
+    data = read_data(tmp_path / form, ["1", "2", "train", "val", "test"])
+    assert data.taxonomy == PANNUKE
+    assert [(s.source, s.fold) for s in data.samples] == [
+        *[("pannuke", fold) for fold in "112"],
+        *[("consep", fold) for fold in ("train", "train", "train", "val", "test")],
+    ]
+    nuclei = sum(len(np.unique(s.instances[s.instances > 0])) for s in data.samples if s.fold == "1")
+    row = next(line for line in result.stdout.splitlines() if line.startswith("│ pannuke │ 1 "))
+    assert [cell.strip() for cell in row.strip("│").split("│")][:4] == ["pannuke", "1", "2", str(nuclei)]
+    assert "look at" in result.stdout
+    assert "pannuke has no fold 3" in result.stderr
+    sheet = cv2.imread(str(tmp_path / "data.png"))
+    assert sheet.shape[1] == COLUMNS * (SIDE * ZOOM + 4)
+
+
+def test_consep_alone_has_its_own_classes(folders, tmp_path):
+    result = run(folders["consep"], "-o", tmp_path / "data.npz", "--sheet", tmp_path / "look.png")
+    assert result.exit_code == 0, result.exception
+    assert read_data(tmp_path / "data.npz", []).taxonomy == CONSEP
+    assert "no fold val" in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"data.npz", "look.png"}
+    run(folders["pannuke"], "-o", tmp_path / "data.npz", "--classes", "consep")
+    assert read_data(tmp_path / "data.npz", []).taxonomy == CONSEP
+
+
+def test_what_is_odd_is_noted(folders, tmp_path):
+    image, instances, types = (array.copy() for array in tiles(1, 64)[0])
+    instances[:], types[:] = 0, 0
+    instances[2:4, 2:4], types[2:4, 2:4] = 1, 1  # CoNSeP's `other`: PanNuke has no class for it
+    instances[10:12, 10:12], instances[20:22, 20:22] = 7, 7
+    types[10:12, 10:12], types[20:22, 20:22] = 2, 5
+    types[40, 40] = 2
+    a = write_folder(tmp_path / "a", {"x": (image, instances, types)}, fold="train")
+    b = write_folder(tmp_path / "b", {"y": (image, instances, types)}, fold="test")
+    result = run(a, b, "-o", tmp_path / "data.npz", "--classes", "pannuke")
+    assert result.exit_code == 0, result.exception
+    for note in (
+        "2 nuclei are in several pieces",
+        "2 nuclei have pixels of several classes",
+        "2 typed pixels are on no nucleus",
+        "2 nuclei are of none of the classes of pannuke",
+        "the same picture is in several folds (train: x, test: y)",
+    ):
+        assert note in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["consep", "-o", "data.h5"], "give it the ending .zarr or .npz"),
+        (["consep", "-o", "absent/data.npz"], "the folder .*absent does not exist"),
+        (["consep", "-o", "data.npz", "--classes", "kumar"], "--classes kumar: give one of consep, pannuke"),
+        (["pannuke", "-o", "data.npz", "--val", "2"], "--val 2"),
+        (["consep", "consep", "-o", "data.npz"], "two images have this id"),
+        (["empty", "-o", "data.npz"], "there is no image"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_left(folders, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    empty = write_folder(tmp_path / "empty", {})
+    known = folders | {"empty": empty}
+    result = run(*(known.get(a, a) for a in arguments))
+    with pytest.raises(InputError, match=message):
+        raise result.exception
+    assert list(tmp_path.iterdir()) == [empty]
+
+
+def test_real_annotations_come_back(data, tmp_path):
+    """A few of the real tiles, as they are read without a cache."""
+    source = data / "nuclei"
+    lines = (source / "dataset.csv").read_text().splitlines()
+    few = [
+        line for name in ("tnbc", "consep", "monuseg", "nucls") for line in [x for x in lines if f",{name}," in x][:2]
+    ]
+    for kind in ("images", "labels", "types"):
+        (tmp_path / kind).symlink_to(source / kind)
+    (tmp_path / "dataset.csv").write_text("\n".join([lines[0], *few]) + "\n")
+    result = run(tmp_path, "-o", tmp_path / "data.zarr")
+    assert result.exit_code == 0, result.exception
+    splits = ("train", "val", "test")
+    expected = [s for split in splits for s in read_instance_folder(tmp_path, split, None)]
+    for a, b in zip(read_data(tmp_path / "data.zarr", splits).samples, expected, strict=True):
+        assert (a.id, a.image_sha256, a.group) == (b.id, b.image_sha256, b.group)
+        assert np.array_equal(a.instances, b.instances)
+        assert (a.types is None) == (b.types is None)
+        assert a.types is None or np.array_equal(a.types, b.types)
+
+
+def blob(types: np.ndarray | None) -> Sample:
+    instances = np.zeros((40, 60), np.int32)
+    instances[10:20, 30:45] = 3
+    return Sample("name", "source", "", np.full((40, 60, 3), 255, np.uint8), instances, types, fold="1")
+
+
+@pytest.mark.parametrize("kind", [0, 1, 4])
+def test_contours_lie_on_the_nucleus_in_the_colour_of_its_class(kind):
+    sample = blob(np.full((40, 60), kind, np.uint8) if kind else None)
+    color = PANNUKE.classes[kind].color if kind else UNTYPED
+    ys, xs = np.nonzero((draw(sample, PANNUKE) == color).all(axis=2))
+    box = ys.min() / ZOOM, (ys.max() + 1) / ZOOM, xs.min() / ZOOM, (xs.max() + 1) / ZOOM
+    assert box == pytest.approx((10, 20, 30, 45), abs=1)
+
+
+def test_the_sheet_shows_the_same_samples_again(tmp_path):
+    for name in ("a.png", "b.png"):
+        sheet = ContactSheet(PANNUKE)
+        for i in range(PICTURES + 9):
+            sheet.add(Sample(str(i), "s", "", np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.int32), None))
+        sheet.write(tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_pieces():
+    instances = np.array([[5, 5, 0, 2], [0, 0, 5, 0], [5, 0, 0, 2]], np.int32)
+    assert pieces_of(instances).tolist() == [2, 2]
+    assert pieces_of(np.zeros((2, 2), np.int32)).tolist() == []
