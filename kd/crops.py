@@ -160,7 +160,15 @@ def batches(crops: Crops, batch: int, device: torch.device, first: int = 0) -> I
         num_workers=1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) - 1)),
         prefetch_factor=4,
     )
-    for image, *targets in loader:
+    crops_of = iter(loader)
+    while True:
+        try:
+            image, *targets = next(crops_of)
+        except StopIteration:
+            return
+        except InputError as error:  # torch puts the worker's traceback into the message: its last line is ours
+            said = str(error).strip().splitlines()[-1]
+            raise InputError(said.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from None
         scaled = image.to(device, memory_format=torch.channels_last).float() / 255
         yield scaled, Targets(*(t.to(device) for t in targets))
 

@@ -189,6 +189,17 @@ def test_a_teacher_of_other_classes_is_refused(monkeypatch):
         kd.crops.open_teacher(Path("taught"), PANNUKE)
 
 
+def test_an_image_that_was_not_taught_is_told_in_one_line(paper, tmp_path, monkeypatch, taught):
+    def absent(self, sample):
+        raise InputError(f"{sample.id}: run `hover-batch kd teach` on it")
+
+    monkeypatch.setattr(Knows, "logits", absent)
+    with pytest.raises(InputError) as error:
+        train(replace(paper, out=tmp_path, class_weights=False))
+    assert "\n" not in str(error.value) and "run `hover-batch kd teach` on it" in str(error.value)
+    assert not str(error.value).startswith("Caught")
+
+
 def test_a_teacher_has_said_nothing_of_what_lies_beyond_its_images(paper, tmp_path, taught):
     with pytest.raises(InputError, match="--size 192"):
         train(replace(paper, out=tmp_path, size=192))
