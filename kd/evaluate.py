@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,36 +33,8 @@ from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_d
 from hover_batch.taxonomy import Taxonomy
 from kd.datasets import MPP, Sample
 
-if TYPE_CHECKING:
-    from hover_batch.model.predict import Predictor
-
 MapsOf = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """RGB (y, x, 3) uint8 → the stored maps (plane, y, x) uint8 of the same pixels."""
-
-
-def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The maps (plane, y, x) uint8 of a whole image (y, x, 3) uint8.
-
-    Tiles lie on the grid of `tile_out` from (0, 0), each read wider by the model's margin; beyond its border the
-    image is mirrored.
-    """
-    card = predictor.card
-    keep, margin = card.tile_out, card.margin
-    height, width = image.shape[:2]
-    rows, columns = -(-height // keep), -(-width // keep)
-    padded = np.pad(
-        image,
-        ((margin, rows * keep - height + margin), (margin, columns * keep - width + margin), (0, 0)),
-        mode="reflect",
-    )
-    maps = np.empty((card.layout.planes, rows * keep, columns * keep), np.uint8)
-    corners = [(r * keep, c * keep) for r in range(rows) for c in range(columns)]
-    for first in range(0, len(corners), predictor.batch):
-        some = corners[first : first + predictor.batch]
-        tiles = np.stack([padded[y : y + card.tile_in, x : x + card.tile_in] for y, x in some])
-        for (y, x), tile in zip(some, predictor.predict(tiles), strict=True):
-            maps[:, y : y + keep, x : x + keep] = tile
-    return maps[:, :height, :width]
 
 
 @dataclass(frozen=True)

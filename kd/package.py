@@ -20,7 +20,8 @@ from hover_batch.model.student import StudentArch, build_student
 from hover_batch.taxonomy import CONSEP
 from kd.calibrate import calibrate
 from kd.datasets import MPP, Sample, read_instance_folder
-from kd.evaluate import evaluate, predict_image
+from kd.evaluate import evaluate
+from kd.predict import predict_image
 
 LICENCE = "CC BY-NC-SA 4.0, research only: trained on CoNSeP, MoNuSeg and TNBC"
 TILE_IN, TILE_OUT = 320, 256

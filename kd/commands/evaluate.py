@@ -40,7 +40,7 @@ def evaluate(
     from hover_batch.taxonomy import CONSEP
     from kd.datasets import read_instance_folder
     from kd.evaluate import evaluate as score
-    from kd.evaluate import predict_image
+    from kd.predict import predict_image
 
     norm = PostSettings(sobel_norm=sobel_norm).sobel_norm  # type: ignore[arg-type]  # PostSettings checks it
     settings = InferSettings(threads=threads)
