@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,10 +25,11 @@ from hover_batch.metrics import (
     panoptic_quality,
 )
 from hover_batch.model.heads import MapLayout
-from hover_batch.nuclei.measure import measure
+from hover_batch.nuclei.measure import Nuclei, measure
 from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_debris
 from hover_batch.taxonomy import Taxonomy
-from kd.datasets import MPP, Sample
+from kd.datasets import MPP, Data, Sample
+from kd.remap import Remap, remaps_of
 from kd.scores import ImageScores, SourceScores, pooled
 
 if TYPE_CHECKING:
@@ -76,26 +78,53 @@ def evaluate(
     return [pooled(source, images, taxonomy) for source, images in by_source.items()]
 
 
+def evaluate_data(maps_of: MapsOf, data: Data, constants: SobelConstants | None, model: Taxonomy) -> list[SourceScores]:
+    """As `evaluate`, for a model whose classes may be others than the data's: each source is scored by the classes that
+    both have (`kd.remap`). Raises InputError, before anything is predicted, where these are not known.
+    """
+    remaps = remaps_of(data, model)
+    scores = []
+    for source, remap in remaps.items():
+        samples = (remap.sample(s) for s in data.samples if s.source == source)
+        scores += evaluate(partial(_remapped, maps_of, remap), samples, constants, remap.taxonomy)
+    return scores
+
+
+def _remapped(maps_of: MapsOf, remap: Remap, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return remap.maps(maps_of(image))
+
+
 def instances_of(planes: NDArray[np.uint8], constants: SobelConstants | None) -> NDArray[np.int32]:
     """The instances (y, x) of stored np, h and v (3, y, x) that a run with default settings reports."""
     return without_debris(instance_map(planes[0], planes[1], planes[2], constants), PostSettings.min_area_px)
+
+
+def nuclei_of(
+    maps: NDArray[np.uint8], constants: SobelConstants | None, layout: MapLayout
+) -> tuple[NDArray[np.int32], Nuclei]:
+    """The instances (y, x) in stored maps (plane, y, x), and what is measured of them."""
+    found = instances_of(maps[[layout.NP, layout.H, layout.V]], constants)
+    return found, measure(found, maps, layout)
+
+
+def types_by_id(found: NDArray[np.int32], nuclei: Nuclei) -> NDArray[np.uint8]:
+    """Class ids (n,) of the instances in the order of their ids; `nuclei` are in the order of their anchors."""
+    return nuclei.type_id[np.argsort(found[nuclei.anchor_y, nuclei.anchor_x])]
 
 
 def _score(
     sample: Sample, maps: NDArray[np.uint8], constants: SobelConstants | None, taxonomy: Taxonomy
 ) -> ImageScores:
     layout = MapLayout(len(taxonomy.classes))
-    found = instances_of(maps[[layout.NP, layout.H, layout.V]], constants)
-    nuclei = measure(found, maps, layout)
+    found, nuclei = nuclei_of(maps, constants, layout)
     true_xy, true_types = true_nuclei(sample, layout.n_types)
     pred_xy = np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1)
     pairs = match_as_hovernet(true_xy, pred_xy, DETECTION_RADIUS_UM / MPP)
     quality = panoptic_quality(sample.instances, found)
     pq_c = None
     if sample.types is not None:
-        pq_c = tuple(
-            class_quality(sample.instances, found, true_types, nuclei.type_id, c.id) for c in taxonomy.nuclei
-        )
+        types = types_by_id(found, nuclei)
+        pq_c = tuple(class_quality(sample.instances, found, true_types, types, c.id) for c in taxonomy.nuclei)
     return ImageScores(
         tissue=sample.tissue,
         dice=dice(sample.instances, found),

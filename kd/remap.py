@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hover_batch.errors import InputError
 from hover_batch.model.heads import MapLayout
 from hover_batch.taxonomy import CONSEP, NUCLEI, PANNUKE, NucleusClass, Taxonomy
-from kd.datasets import Sample
+from kd.datasets import Data, Sample
 
 Ids = tuple[int, ...]
 """By class id of one taxonomy, the background's first: the id in another one."""
@@ -90,6 +90,12 @@ def remap_of(data: Taxonomy, model: Taxonomy, source: str, typed: bool = True) -
         f"source {source}: its classes are {', '.join(kinds[0])}, the model's {', '.join(kinds[1])}, and which of them "
         "are the same is not known; choose other sources by --source, or a model of the same classes"
     )
+
+
+def remaps_of(data: Data, model: Taxonomy) -> dict[str, Remap]:
+    """`remap_of` each source of the data, in the order of appearance."""
+    typed = {s.source: False for s in data.samples} | {s.source: True for s in data.samples if s.types is not None}
+    return {source: remap_of(data.taxonomy, model, source, typed[source]) for source in typed}
 
 
 def _names(taxonomy: Taxonomy) -> tuple[str, ...]:

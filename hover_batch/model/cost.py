@@ -59,7 +59,7 @@ def patch_of(card: Card) -> int:
 def _macs(hollow: nn.Module, side: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         hollow(torch.empty(1, 3, side, side, device="meta"))
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 @torch.inference_mode()

@@ -98,9 +98,7 @@ def find_package(name_or_path: str, said: str = "--model") -> Package:
             raise PackageError(f"{said} {path}: the folder holds {len(found)} .safetensors files, not one")
         path = found[0]
     if not path.is_file():
-        raise PackageError(
-            f"{said} {name_or_path}: no such package; give `starter` or the path of a .safetensors file"
-        )
+        raise PackageError(f"{said} {name_or_path}: no such package; give `starter` or the path of a .safetensors file")
     from safetensors import SafetensorError, safe_open
 
     try:
