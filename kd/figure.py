@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.model.heads import MapLayout
 from hover_batch.nuclei.watershed import SobelConstants
-from hover_batch.taxonomy import NucleusClass, Taxonomy
+from hover_batch.taxonomy import NUCLEI, Rgb, Taxonomy
 from kd.datasets import Data, Sample
 from kd.evaluate import MapsOf, nuclei_of, types_by_id
-from kd.panels import outlined, panel
-from kd.remap import remaps_of
+from kd.panels import GAP, UNTYPED, outlined, panel
+from kd.remap import Remap, remaps_of
 
 SIDE = 256
 """Side in pixels of the crops that are shown, from the middle of the images."""
+SCALE = 2
+"""Crops are shown this much larger, so that an outline of one pixel covers little of the nucleus."""
 ROWS = 4
 
 
@@ -31,23 +35,23 @@ class Shown:
     taxonomy: Taxonomy
 
 
-def figure(data: Data, models: Sequence[Shown], rows: int = ROWS) -> NDArray[np.uint8]:
-    """The panel (y, x, 3) uint8 RGB of the fullest images of `data`, each source in turn; a row an image.
+def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uint8]:
+    """The picture (y, x, 3) uint8 RGB: a row for each of the `n` fullest images of `data`, and the classes' colours.
 
     Each model is shown in the classes that it and the data have in common, the truth in those of the last one.
     """
     remaps = [remaps_of(data, model.taxonomy) for model in models]
-    pictures = []
-    for sample in fullest(data.samples, rows):
-        nothing = np.zeros_like(sample.instances)
-        truth = remaps[-1][sample.source].sample(sample)
-        views = [replace(truth, instances=nothing), truth]
-        for model, remap in zip(models, remaps, strict=True):
-            views.append(_predicted(sample, model, remap[sample.source].maps(model.maps_of(sample.image))))
-        shown = [remaps[-1][sample.source].taxonomy] * 2 + [r[sample.source].taxonomy for r in remaps]
-        pictures.append([_drawn(view, taxonomy) for view, taxonomy in zip(views, shown, strict=True)])
-    columns = ["image", "truth", *(model.name for model in models)]
-    return panel(columns, pictures, _key([r.taxonomy for remap in remaps for r in remap.values()]))
+    rows, shown = [], list[Taxonomy]()
+    for sample in fullest(data.samples, n):
+        commons = [remap[sample.source] for remap in remaps]
+        truth = commons[-1].sample(sample)
+        bare = replace(truth, instances=np.zeros_like(truth.instances))
+        predicted = [_predicted(sample, model, common) for model, common in zip(models, commons, strict=True)]
+        classes = [commons[-1].taxonomy] * 2 + [common.taxonomy for common in commons]
+        rows.append([_drawn(view, kinds) for view, kinds in zip((bare, truth, *predicted), classes, strict=True)])
+        shown += classes
+    picture = panel(["image", "truth", *(model.name for model in models)], rows)
+    return np.vstack([picture, _key(shown, picture.shape[1])])
 
 
 def fullest(samples: Sequence[Sample], n: int) -> list[Sample]:
@@ -70,25 +74,47 @@ def _middle(sample: Sample) -> tuple[slice, slice]:
     return slice(top, top + SIDE), slice(left, left + SIDE)
 
 
-def _predicted(sample: Sample, model: Shown, maps: NDArray[np.uint8]) -> Sample:
-    """The sample with the model's nuclei in place of the true ones; without types where the sample has none."""
-    found, nuclei = nuclei_of(maps, model.constants, MapLayout(len(maps) - MapLayout(0).planes))
+def _predicted(sample: Sample, model: Shown, common: Remap) -> Sample:
+    """The sample with the model's nuclei in place of the true ones; without types where only nuclei are common."""
+    maps = common.maps(model.maps_of(sample.image))
+    found, nuclei = nuclei_of(maps, model.constants, MapLayout(len(common.taxonomy.classes)))
     types = None
-    if sample.types is not None:
+    if common.taxonomy is not NUCLEI:
         types = np.concatenate([np.zeros(1, np.uint8), types_by_id(found, nuclei)])[found]
     return replace(sample, instances=found, types=types)
 
 
 def _drawn(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
-    """The middle of the sample with its nuclei outlined; what a smaller image lacks is white."""
+    """The middle of the sample, enlarged, with its nuclei outlined; what a smaller image lacks is white."""
     part = _middle(sample)
     height, width = sample.instances[part].shape
     lacking = ((0, SIDE - height), (0, SIDE - width))
+
+    def large(labels: NDArray[Any]) -> NDArray[Any]:
+        return np.pad(labels, lacking).repeat(SCALE, 0).repeat(SCALE, 1)
+
     image = np.pad(sample.image[part], (*lacking, (0, 0)), constant_values=255)
-    types = None if sample.types is None else np.pad(sample.types[part], lacking)
-    return outlined(image, np.pad(sample.instances[part], lacking), types, taxonomy)
+    image = np.asarray(cv2.resize(image, None, fx=SCALE, fy=SCALE, interpolation=cv2.INTER_CUBIC), np.uint8)
+    types = None if sample.types is None else large(sample.types[part])
+    return outlined(image, large(sample.instances[part]), types, taxonomy)
 
 
-def _key(taxonomies: Sequence[Taxonomy]) -> list[NucleusClass]:
-    """Each class once."""
-    return list({(c.name, c.color): c for taxonomy in taxonomies for c in taxonomy.nuclei}.values())
+def _key(taxonomies: Sequence[Taxonomy], width: int) -> NDArray[np.uint8]:
+    """A strip (y, width, 3) with the name of each class beside its colour, in as many lines as it takes."""
+    colors: dict[str, Rgb] = {}
+    for taxonomy in taxonomies:
+        colors |= {"no class": UNTYPED} if taxonomy is NUCLEI else {c.name: c.color for c in taxonomy.nuclei}
+    lines, x = [_line(width)], GAP
+    for name, color in colors.items():
+        (length, _), _ = cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)
+        if x > GAP and x + 20 + length > width:
+            lines.append(_line(width))
+            x = GAP
+        lines[-1][4:18, x : x + 14] = color
+        cv2.putText(lines[-1], name, (x + 20, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        x += length + 40
+    return np.vstack(lines)
+
+
+def _line(width: int) -> NDArray[np.uint8]:
+    return np.full((22, width, 3), 255, np.uint8)

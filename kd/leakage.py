@@ -1,10 +1,10 @@
 """Whether a model has seen the images it is judged on.
 
-A card's `training` says what was seen: `saw` (fold → first hexadecimal digits of `Sample.image_sha256`) and `saw_groups`
+A card's `training` says what was seen: `saw` (fold → first hexadecimal digits of `Sample.image_sha256`), `saw_groups`
 (fold → `source/group`); in older cards `data` (fold → source → counts) alone, so that images are known by their fold
-and source; `seen`, in words, for published models. `before` is the training of the model that this one started from, and
-`teacher` holds that of its teacher: what these have seen counts, too. A fold that is not `train` was chosen on:
-checkpoints or the Sobel constants.
+and source; `seen`, in words, for published models. `before` is the training of the model that this one started from,
+and `teacher` holds that of its teacher: what these have seen counts, too. On a fold other than `train` something was
+chosen: the checkpoint, or the Sobel constants.
 """
 
 from __future__ import annotations
@@ -51,29 +51,31 @@ class Leak:
 def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
     """Where the scores of this model on these images are too good, source by source, the certain ones first.
 
-    An image that was certainly seen does not count among those whose patient may have been.
+    An image that was seen itself does not count among those whose patient was.
     """
     records = [*_records("the model", card.training), *_calibration(card)]
     found: list[Leak] = []
     for source in dict.fromkeys(s.source for s in samples):
         ours = [s for s in samples if s.source == source]
-        known: set[str] = set()
-        for certain in (True, False):
-            for record in records:
-                if record.certain is certain:
-                    hit = tuple(s.id for s in ours if s.id not in known and record.holds(s))
-                    if hit:
-                        found.append(Leak(source, record.how, certain, hit, len(ours)))
-            known |= {i for leak in found if leak.source == source for i in leak.samples}
+        told: set[str] = set()
+        for what in (_IMAGE, _PATIENT, _DOUBT):
+            hits = [
+                (r, tuple(s.id for s in ours if s.id not in told and r.holds(s))) for r in records if r.what is what
+            ]
+            found += [Leak(source, r.how, what is not _DOUBT, ids, len(ours)) for r, ids in hits if ids]
+            told.update(*(ids for _, ids in hits))
     return found
+
+
+_IMAGE, _PATIENT, _DOUBT = "image", "patient", "doubt"
 
 
 @dataclass(frozen=True)
 class _Record:
-    """One thing that a card says was seen."""
+    """One thing that a card says was seen: images, their patients, or perhaps one or the other."""
 
+    what: str
     how: str
-    certain: bool
     holds: Callable[[Sample], bool]
 
 
@@ -82,35 +84,25 @@ def _records(who: str, training: Training) -> Iterator[_Record]:
     saw: Mapping[str, Sequence[str]] = training.get("saw") or {}
     by_name: Mapping[str, Mapping[str, Any]] = training.get("data") or {}
     for fold, hashes in saw.items():
-        yield _Record(f"{who} was {_verb(fold)} them", True, _one_of(hashes))
+        yield _Record(_IMAGE, f"{who} was {_verb(fold)} them", _one_of(hashes))
     if not saw:
         for fold in by_name:
             if fold != "test":
                 how = f"{who} was {_verb(fold)} the {fold} images of this source, by their names"
-                yield _Record(how, True, _in_fold(fold, by_name[fold]))
+                yield _Record(_IMAGE, how, _in_fold(fold, by_name[fold]))
     for fold, groups in (training.get("saw_groups") or {}).items():
-        yield _Record(f"{who} was {_verb(fold)} other images of the same patients", True, _of_group(groups))
+        yield _Record(_PATIENT, f"{who} was {_verb(fold)} other images of their patients", _of_group(groups))
     if trained_on := by_name.get("train"):
         how = f"{who} was trained on other images of this source; patients, which are not recorded, may be shared"
-        yield _Record(how, False, _of_unknown_patient(trained_on))
+        yield _Record(_DOUBT, how, _of_unknown_patient(trained_on))
     if seen := training.get("seen"):
-        yield from _published(who, str(seen))
+        # Certain only where the published model has seen all of the source.
+        what = _IMAGE if "whole data set" in seen or "seen all of it" in seen else _DOUBT
+        yield _Record(what, f"{who} has seen: {seen}", _named_in(seen))
     if before := training.get("before"):
         yield from _records(f"what {who} started from", before)
     if teacher := training.get("teacher"):
         yield from _records("the teacher" if who == "the model" else f"{who}'s teacher", teacher.get("training") or {})
-
-
-def _published(who: str, seen: str) -> Iterator[_Record]:
-    """What a published model's card says in words: certain where it is all of the source."""
-    whole = "whole data set" in seen or "seen all of it" in seen
-    words = set(re.findall(r"[a-z0-9]+", seen.lower()))
-
-    def named(sample: Sample) -> bool:
-        source = sample.source.lower()
-        return source in words or SAME_IMAGES.get(source, source) in words
-
-    yield _Record(f"{who} has seen: {seen}", whole, named)
 
 
 def _calibration(card: Card) -> Iterator[_Record]:
@@ -118,11 +110,21 @@ def _calibration(card: Card) -> Iterator[_Record]:
     calibration = card.metrics.get("calibration")
     if isinstance(calibration, Mapping) and "data" in calibration:
         how = "the model's Sobel constants were chosen on the val images of this source, by their names"
-        yield _Record(how, True, _in_fold("val", calibration["data"]))
+        yield _Record(_IMAGE, how, _in_fold("val", calibration["data"]))
 
 
 def _verb(fold: str) -> str:
     return "trained on" if fold == "train" else "chosen on"
+
+
+def _named_in(seen: str) -> Callable[[Sample], bool]:
+    words = set(re.findall(r"[a-z0-9]+", seen.lower()))
+
+    def holds(sample: Sample) -> bool:
+        source = sample.source.lower()
+        return source in words or SAME_IMAGES.get(source, source) in words
+
+    return holds
 
 
 def _one_of(hashes: Sequence[str]) -> Callable[[Sample], bool]:

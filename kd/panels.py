@@ -1,93 +1,72 @@
-"""Pictures of nuclei side by side: crops with outlines in the colours of their classes, captions above the columns."""
+"""Pictures side by side: what was annotated, what a teacher says, what a student says."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from hover_batch.taxonomy import NUCLEI, NucleusClass, Taxonomy
+from hover_batch.taxonomy import Rgb, Taxonomy
 
-SCALE = 2
-"""Crops are shown this much larger, so that an outline of one pixel covers little of the nucleus."""
-GAP = 8
-STRIP = 28
-"""Height in pixels of the captions and of the key."""
-NO_CLASS = (60, 60, 60)
+UNTYPED: Rgb = (0, 220, 255)
+"""Colour of contours whose class is not known."""
+GAP = 6
+HEADING = 22
+
+Image = NDArray[np.uint8]
 
 
-def outlined(
-    image: NDArray[np.uint8],
-    instances: NDArray[np.integer],
-    types: NDArray[np.integer] | None,
-    taxonomy: Taxonomy,
-) -> NDArray[np.uint8]:
-    """The image (y, x, 3) uint8 RGB, SCALE times as large, with the outermost pixels of each instance coloured.
+def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8] | None, taxonomy: Taxonomy) -> Image:
+    """The image (y, x, 3) with the nuclei's outlines, one pixel wide and inside them, in the colours of their classes.
 
-    instances (y, x), 0 = background; types (y, x): class ids of `taxonomy`, or None where there are none.
+    instances (y, x) int32, 0 = background; types (y, x) uint8 class ids, of which a nucleus has that of most of its
+    pixels, or None where none are known.
     """
-    height, width = instances.shape
-    large = np.asarray(
-        cv2.resize(image, (width * SCALE, height * SCALE), interpolation=cv2.INTER_CUBIC), np.uint8
-    ).copy()
-    labels = instances.repeat(SCALE, 0).repeat(SCALE, 1)
-    around = np.pad(labels, 1, mode="edge")
-    same = (
-        (around[:-2, 1:-1] == labels)
-        & (around[2:, 1:-1] == labels)
-        & (around[1:-1, :-2] == labels)
-        & (around[1:-1, 2:] == labels)
-    )
-    edge = (labels > 0) & ~same
+    edge = np.zeros(instances.shape, bool)
+    for axis in (0, 1):
+        differs = np.diff(instances, axis=axis) != 0
+        low = (slice(None, -1), slice(None)) if axis == 0 else (slice(None), slice(None, -1))
+        high = (slice(1, None), slice(None)) if axis == 0 else (slice(None), slice(1, None))
+        edge[low] |= differs
+        edge[high] |= differs
+    edge &= instances > 0
+    colors = np.array([UNTYPED, *(c.color for c in taxonomy.nuclei)], np.uint8)
     if types is None:
-        large[edge] = NUCLEI.classes[1].color
+        kinds = np.zeros(int(instances.max()) + 1, np.int64)
     else:
-        colors = np.array([NO_CLASS, *(c.color for c in taxonomy.nuclei)], np.uint8)
-        large[edge] = colors[types.repeat(SCALE, 0).repeat(SCALE, 1)[edge]]
-    return large
+        # Background pixels vote for nothing; a nucleus that has no others stays without a class.
+        n = len(colors)
+        votes = np.bincount(
+            (instances.astype(np.int64) * n + types).ravel(), minlength=(int(instances.max()) + 1) * n
+        ).reshape(-1, n)
+        votes[:, 0] = 0
+        kinds = votes.argmax(1)
+    drawn = image.copy()
+    drawn[edge] = colors[kinds[instances[edge]]]
+    return drawn
 
 
-def panel(
-    columns: list[str], rows: list[list[NDArray[np.uint8]]], key: Sequence[NucleusClass] = ()
-) -> NDArray[np.uint8]:
-    """One picture (y, x, 3) uint8 RGB: a caption above each column, the cells of each row side by side, all of one
-    size, and below them the key: the names of the classes in their colours."""
-    height, width = rows[0][0].shape[:2]
-    lines = [_row([_caption(name, width) for name in columns])]
-    lines += [_row(cells) for cells in rows]
-    if key:
-        lines.append(_key(key, lines[0].shape[1]))
-    gap = np.full((GAP, lines[0].shape[1], 3), 255, np.uint8)
-    return np.vstack([part for line in lines for part in (line, gap)])
+def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
+    """The images (y, x, 3) uint8 in rows under the columns' names, on white. Those of a row have one height, those of a
+    column one width."""
+    widths = [max(image.shape[1] for image in column) for column in zip(*rows, strict=True)]
+    heights = [max(image.shape[0] for image in row) for row in rows]
+    sheet = np.full((HEADING + sum(heights) + GAP * len(rows), sum(widths) + GAP * (len(widths) - 1), 3), 255, np.uint8)
+    lefts = [sum(widths[:i]) + GAP * i for i in range(len(widths))]
+    for name, left in zip(columns, lefts, strict=True):
+        cv2.putText(sheet, name, (left + 2, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+    top = HEADING
+    for row, height in zip(rows, heights, strict=True):
+        for image, left in zip(row, lefts, strict=True):
+            sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+        top += height + GAP
+    return sheet
 
 
-def _row(cells: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    gap = np.full((cells[0].shape[0], GAP, 3), 255, np.uint8)
-    return np.hstack([gap, *(part for cell in cells for part in (cell, gap))])
-
-
-def _caption(text: str, width: int) -> NDArray[np.uint8]:
-    strip = np.full((STRIP, width, 3), 255, np.uint8)
-    (length, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.6, 1)
-    _write(strip, text, max(0, (width - length) // 2))
-    return strip
-
-
-def _key(classes: Sequence[NucleusClass], width: int) -> NDArray[np.uint8]:
-    """As many lines as it takes."""
-    lines, x = [np.full((STRIP, width, 3), 255, np.uint8)], GAP
-    for kind in classes:
-        (length, _), _ = cv2.getTextSize(kind.name, cv2.FONT_HERSHEY_SIMPLEX, 0.6, 1)
-        if x + 20 + length > width and x > GAP:
-            lines.append(np.full((STRIP, width, 3), 255, np.uint8))
-            x = GAP
-        lines[-1][7:21, x : x + 14] = kind.color
-        _write(lines[-1], kind.name, x + 20)
-        x += length + 44
-    return np.vstack(lines)
-
-
-def _write(strip: NDArray[np.uint8], text: str, x: int) -> None:
-    cv2.putText(strip, text, (x, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+def write_panel(path: Path, picture: Image) -> None:
+    """Write it as the path's ending says, into a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), picture[..., ::-1])  # OpenCV writes BGR

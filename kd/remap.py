@@ -51,12 +51,16 @@ class Remap:
     taxonomy: Taxonomy
     data: Ids
     model: Ids
+    unnamed: int = 0
+    """The id of nuclei for which the data's taxonomy has no class; 0 where the common one has none, either."""
 
     def sample(self, sample: Sample) -> Sample:
         """The sample with types of the common classes; without any where only nuclei are common."""
         if sample.types is None or self.taxonomy is NUCLEI:
             return replace(sample, types=None)
-        return replace(sample, types=np.array(self.data, np.uint8)[sample.types])
+        types = np.array(self.data, np.uint8)[sample.types]
+        types[(sample.types == 0) & (sample.instances > 0)] = self.unnamed
+        return replace(sample, types=types)
 
     def maps(self, maps: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The model's maps (plane, y, x) uint8 as those of a model of the common classes."""
@@ -66,7 +70,8 @@ class Remap:
 def remap_of(data: Taxonomy, model: Taxonomy, source: str, typed: bool = True) -> Remap:
     """How a model of these classes is judged on annotations of those.
 
-    Equal classes stay as they are; but PanNuke's on the source `consep` become the paper's four. `typed`: whether the
+    Equal classes stay as they are; but PanNuke's on the source `consep` become the paper's four, and what PanNuke has
+    no class for (CoNSeP's "other") is miscellaneous. `typed`: whether the
     source annotates types; without them, or with a model that has none, only nuclei are common. Raises InputError where
     no common classes are known.
     """
@@ -74,9 +79,10 @@ def remap_of(data: Taxonomy, model: Taxonomy, source: str, typed: bool = True) -
     pannuke, consep = _names(PANNUKE), _names(CONSEP)
     if not typed or _names(NUCLEI) in kinds:
         return Remap(NUCLEI, _all_nuclei(data), _all_nuclei(model))
-    if kinds == (pannuke, pannuke) and source == "consep":
+    from_consep = kinds[0] == pannuke and source == "consep"
+    if from_consep and kinds[1] == pannuke:
         ids = _ids(PANNUKE, PAPER_CONSEP, _PAPER_OF_PANNUKE)
-        return Remap(PAPER_CONSEP, ids, ids)
+        return Remap(PAPER_CONSEP, ids, ids, unnamed=_id_in(PAPER_CONSEP, "miscellaneous"))
     if kinds[0] == kinds[1]:
         same = tuple(c.id for c in model.classes)
         return Remap(model, same, same)
@@ -85,7 +91,8 @@ def remap_of(data: Taxonomy, model: Taxonomy, source: str, typed: bool = True) -
         consep: _ids(CONSEP, THREE, _THREE_OF_CONSEP),
     }
     if kinds[0] in three and kinds[1] in three:
-        return Remap(THREE, three[kinds[0]], three[kinds[1]])
+        unnamed = _id_in(THREE, "miscellaneous") if from_consep else 0
+        return Remap(THREE, three[kinds[0]], three[kinds[1]], unnamed)
     raise InputError(
         f"source {source}: its classes are {', '.join(kinds[0])}, the model's {', '.join(kinds[1])}, and which of them "
         "are the same is not known; choose other sources by --source, or a model of the same classes"
@@ -108,5 +115,8 @@ def _all_nuclei(taxonomy: Taxonomy) -> Ids:
 
 def _ids(taxonomy: Taxonomy, common: Taxonomy, renamed: Mapping[str, str]) -> Ids:
     """Of each class of `taxonomy` the id in `common`, where it has the name that `renamed` gives it, or its own."""
-    id_of = {c.name: c.id for c in common.classes}
-    return tuple(id_of[renamed.get(c.name, c.name)] for c in taxonomy.classes)
+    return tuple(_id_in(common, renamed.get(c.name, c.name)) for c in taxonomy.classes)
+
+
+def _id_in(taxonomy: Taxonomy, name: str) -> int:
+    return next(c.id for c in taxonomy.classes if c.name == name)

@@ -74,7 +74,7 @@ class SourceScores:
     recall: float
     f_c: dict[str, float]
     type_accuracy: float
-    """Share of the paired nuclei whose type is right."""
+    """Share of the paired nuclei of known type whose type is right."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for cards and reports; what is undefined becomes None."""
@@ -99,8 +99,8 @@ def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> So
         types = sum((i.pairs for i in typed[1:]), typed[0].pairs)
         f_c = {c.name: class_scores(types, c.id).f1 for c in taxonomy.nuclei}
         pq_c = {c.name: mean_defined(i.pq_c[c.id - 1] for i in typed if i.pq_c) for c in taxonomy.nuclei}
-        paired = types.table[:-1, :-1]
-        accuracy = float(np.trace(paired) / paired.sum()) if paired.any() else math.nan
+        paired = types.table[1:-1, :-1]  # without those for which the taxonomy has no class
+        accuracy = float(np.trace(paired[:, 1:]) / paired.sum()) if paired.any() else math.nan
     by_tissue = {
         tissue: _tissue([i for i in images if i.tissue == tissue]) for tissue in sorted({i.tissue for i in images})
     }
