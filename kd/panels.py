@@ -1,0 +1,72 @@
+"""Pictures side by side: what was annotated, what a teacher says, what a student says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch.taxonomy import Rgb, Taxonomy
+
+UNTYPED: Rgb = (0, 220, 255)
+"""Colour of contours whose class is not known."""
+GAP = 6
+HEADING = 22
+
+Image = NDArray[np.uint8]
+
+
+def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8] | None, taxonomy: Taxonomy) -> Image:
+    """The image (y, x, 3) with the nuclei's outlines, one pixel wide and inside them, in the colours of their classes.
+
+    instances (y, x) int32, 0 = background; types (y, x) uint8 class ids, of which a nucleus has that of most of its
+    pixels, or None where none are known.
+    """
+    edge = np.zeros(instances.shape, bool)
+    for axis in (0, 1):
+        differs = np.diff(instances, axis=axis) != 0
+        low = (slice(None, -1), slice(None)) if axis == 0 else (slice(None), slice(None, -1))
+        high = (slice(1, None), slice(None)) if axis == 0 else (slice(None), slice(1, None))
+        edge[low] |= differs
+        edge[high] |= differs
+    edge &= instances > 0
+    colors = np.array([UNTYPED, *(c.color for c in taxonomy.nuclei)], np.uint8)
+    if types is None:
+        kinds = np.zeros(int(instances.max()) + 1, np.int64)
+    else:
+        # Background pixels vote for nothing; a nucleus that has no others stays without a class.
+        n = len(colors)
+        votes = np.bincount(
+            (instances.astype(np.int64) * n + types).ravel(), minlength=(int(instances.max()) + 1) * n
+        ).reshape(-1, n)
+        votes[:, 0] = 0
+        kinds = votes.argmax(1)
+    drawn = image.copy()
+    drawn[edge] = colors[kinds[instances[edge]]]
+    return drawn
+
+
+def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
+    """The images (y, x, 3) uint8 in rows under the columns' names, on white. Those of a row have one height, those of a
+    column one width."""
+    widths = [max(image.shape[1] for image in column) for column in zip(*rows, strict=True)]
+    heights = [max(image.shape[0] for image in row) for row in rows]
+    sheet = np.full((HEADING + sum(heights) + GAP * len(rows), sum(widths) + GAP * (len(widths) - 1), 3), 255, np.uint8)
+    lefts = [sum(widths[:i]) + GAP * i for i in range(len(widths))]
+    for name, left in zip(columns, lefts, strict=True):
+        cv2.putText(sheet, name, (left + 2, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+    top = HEADING
+    for row, height in zip(rows, heights, strict=True):
+        for image, left in zip(row, lefts, strict=True):
+            sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+        top += height + GAP
+    return sheet
+
+
+def write_panel(path: Path, picture: Image) -> None:
+    """Write it as the path's ending says, into a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), picture[..., ::-1])  # OpenCV writes BGR
