@@ -1,20 +1,34 @@
-"""Random views of an annotated image: geometry on image and labels alike, appearance on the image alone.
+"""Random views of an annotated image: geometry on image, labels and a teacher's output alike, appearance on the image.
+
+========== ============================================== ===========================================
+kind       geometry                                       appearance
+========== ============================================== ===========================================
+full       place, any turn, flip, scale                   stain, color, tone, sharpness, noise, JPEG
+turns      place, right-angle turn, flip                  color and blur
+color      place                                          color and blur
+none       place                                          as it is
+========== ============================================== ===========================================
 
 The ranges are meant to cover scanners and stains: 20× slides are seen upsampled (hence the loss of resolution), JPEG
 tiles are common (hence recompression), H and E vary independently between laboratories (hence stain jitter), and
 some scanners sharpen and darken until nuclei are black (hence gamma and unsharp masks).
+
+A teacher's h and v cannot be turned by any angle: each is scaled by the nucleus's extents along its own axis, so that
+those of a turned nucleus are no mixture of them. Right-angle turns and flips swap and negate them, scaling leaves them
+as they are; with a teacher, `full` keeps to these.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from skimage.color import hed_from_rgb, rgb_from_hed
 
+from hover_batch.model.heads import HV
 from kd.datasets import Sample
 
 LABEL_MARGIN = 32
@@ -22,33 +36,72 @@ LABEL_MARGIN = 32
 the whole nucleus, as it will when tiles are predicted with a margin."""
 
 SCALE = (0.8, 1.25)
+RIGHT = math.pi / 2
 RGB_TO_HED: NDArray[np.float32] = hed_from_rgb.astype(np.float32)
 HED_TO_RGB: NDArray[np.float32] = rgb_from_hed.astype(np.float32)
 
-View = tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.uint8]]
+
+class View(NamedTuple):
+    """image (size, size, 3) uint8 · instances int32 and types uint8, both (size + 2·LABEL_MARGIN) square, types zero
+    where the sample has none · planes (c, size, size) float32, the teacher's output, or None."""
+
+    image: NDArray[np.uint8]
+    instances: NDArray[np.int32]
+    types: NDArray[np.uint8]
+    planes: NDArray[np.float32] | None
 
 
-def random_view(sample: Sample, size: int, rng: np.random.Generator) -> View:
-    """Cut, turn, flip, scale and recolour.
+def random_view(
+    sample: Sample,
+    size: int,
+    rng: np.random.Generator,
+    kind: str = "full",
+    planes: NDArray[np.float16] | None = None,
+) -> View:
+    """Cut, turn, flip, scale and recolour, as `kind` says.
 
-    Returns image (size, size, 3) uint8 and instances int32 and types uint8, both
-    (size + 2·LABEL_MARGIN) square; types are zero where the sample has none.
+    planes: (c, y, x), the teacher's output for the whole image, as `hover_batch.model.heads` lays it out.
     """
-    image, instances, types = random_geometry(sample, size, rng)
-    return random_appearance(image, rng), instances, types
+    view = random_geometry(sample, size, rng, kind, planes)
+    if kind == "full":
+        return view._replace(image=random_appearance(view.image, rng))
+    if kind != "none":
+        return view._replace(image=color_and_blur(view.image, rng))
+    return view
 
 
-def random_geometry(sample: Sample, size: int, rng: np.random.Generator) -> View:
-    """One affine map of the source onto the view, drawn so that the image part lies inside the source."""
-    scale = math.exp(rng.uniform(math.log(SCALE[0]), math.log(SCALE[1])))
-    angle = rng.uniform(0, 2 * math.pi) if rng.random() < 0.5 else rng.integers(4) * math.pi / 2
-    flip = 1 if rng.random() < 0.5 else -1
+def random_geometry(
+    sample: Sample,
+    size: int,
+    rng: np.random.Generator,
+    kind: str = "full",
+    planes: NDArray[np.float16] | None = None,
+) -> View:
+    """One affine map of the source onto the view, drawn so that the image part lies inside the source if it can."""
+    scale, angle, flip = 1.0, 0.0, 1
+    if kind == "full":
+        scale = math.exp(rng.uniform(math.log(SCALE[0]), math.log(SCALE[1])))
+        free = planes is None and rng.random() < 0.5
+        angle = rng.uniform(0, 2 * math.pi) if free else rng.integers(4) * RIGHT
+    elif kind == "turns":
+        angle = rng.integers(4) * RIGHT
+    if kind in ("full", "turns"):
+        flip = 1 if rng.random() < 0.5 else -1
+    height, width = sample.instances.shape
+    if 2 * _reach(size, angle, scale) > min(height, width):
+        # A small image, such as PanNuke's: what lies beyond it is not known, so the view is kept inside.
+        angle = round(angle / RIGHT) * RIGHT
+        if kind == "full":
+            scale = min(max(scale, size / min(height, width)), SCALE[1])
     # Source offset of a step of one view pixel along x and along y.
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     step = np.array([[cos, -sin * flip], [sin, cos * flip]])
-    reach = (abs(cos) + abs(sin)) * size / 2
-    height, width = sample.instances.shape
+    reach = _reach(size, angle, scale)
     centre = np.array([_uniform_inside(width, reach, rng), _uniform_inside(height, reach, rng)])
+    if kind != "full":  # pixels fall on pixels
+        step = np.rint(step)
+        half = step @ np.array([size / 2 - 0.5, size / 2 - 0.5])
+        centre = np.rint(centre - half) + half
 
     def warp(array: NDArray[Any], side: int, interpolation: int) -> NDArray[Any]:
         offset = centre - step @ np.array([side / 2 - 0.5, side / 2 - 0.5])
@@ -66,7 +119,24 @@ def random_geometry(sample: Sample, size: int, rng: np.random.Generator) -> View
         types = np.zeros((wide, wide), np.uint8)
     else:
         types = warp(sample.types, wide, cv2.INTER_NEAREST).astype(np.uint8)
-    return image.astype(np.uint8), instances, types
+    if planes is None:
+        return View(image.astype(np.uint8), instances, types, None)
+    # To the nearest, as labels: where nuclei touch, h and v jump from 1 to -1, and nothing in between is meant.
+    warped = np.stack([warp(plane.astype(np.float32), size, cv2.INTER_NEAREST) for plane in planes])
+    warped[HV] = turn_hv(warped[HV], np.rint(step * scale))
+    return View(image.astype(np.uint8), instances, types, warped)
+
+
+def turn_hv(hv: NDArray[np.float32], step: NDArray[np.float64]) -> NDArray[np.float32]:
+    """h and v (2, y, x) along the axes of a view. step (2, 2): the source's x and y (rows) of one pixel along the
+    view's x and y (columns), of right-angle turns and flips: one 1 or -1 in each row and column, else 0."""
+    h, v = (sum(step[axis, i] * hv[axis] for axis in range(2)) for i in range(2))
+    return np.stack([h, v]).astype(np.float32)
+
+
+def _reach(size: int, angle: float, scale: float) -> float:
+    """How far from its centre a view of `size` pixels reaches in the source, along either axis."""
+    return (abs(math.cos(angle) / scale) + abs(math.sin(angle) / scale)) * size / 2
 
 
 def _uniform_inside(extent: int, reach: float, rng: np.random.Generator) -> float:
@@ -95,6 +165,15 @@ def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDA
         quality = int(rng.integers(35, 90))
         encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
         image = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR), np.uint8)
+    return image
+
+
+def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The two changes that HoVer-UNet's released code makes, each with a chance of its own."""
+    if rng.random() < 0.5:
+        image = jitter_color(image, rng)
+    if rng.random() < 0.3:
+        image = np.asarray(cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.3)), np.uint8)
     return image
 
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model package: averaged weights in float16, calibrated, scored, and a card that says so."""
+"""From a checkpoint to a model package: the weights to be shipped, calibrated, scored, and a card that says so."""
 
 from __future__ import annotations
 
@@ -8,81 +8,95 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
-from hover_batch.model.package import Card, save_package
+from hover_batch.model.package import Card, find_package, save_package
 from hover_batch.model.predict import Predictor
-from hover_batch.model.student import StudentArch, build_student
-from hover_batch.taxonomy import CONSEP
+from hover_batch.model.teacher import HoVerNet
+from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.taxonomy import Taxonomy
 from kd.calibrate import calibrate
-from kd.datasets import MPP, Sample, read_instance_folder
+from kd.datasets import MPP, read_data
 from kd.evaluate import evaluate
 from kd.predict import predict_image
+from kd.start import build_network
+from kd.state import contents, read_checkpoint
 
-LICENCE = "CC BY-NC-SA 4.0, research only: trained on CoNSeP, MoNuSeg and TNBC"
-TILE_IN, TILE_OUT = 320, 256
-"""Sides of what a package reads and keeps: the margin of 32 px is one step of the deepest features."""
-SPLITS = ("train", "val", "test")
+NONCOMMERCIAL = {"consep": "CoNSeP", "monuseg": "MoNuSeg", "tnbc": "TNBC", "pannuke": "PanNuke"}
+"""Sources for which weights trained on them are given away under CC BY-NC-SA 4.0 here, and their proper names."""
+NOT_CALIBRATED = "none, for want of validation images: the Sobel constants are the starter's"
+TILE = (320, 256)
+"""Sides of what a student's package reads and keeps: the margin of 32 px is one step of the deepest features."""
 
 
 def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> str:
     """Write the package to `out`; returns lines that say how good it is.
 
-    The Sobel constants are searched on the validation split of `data`. The scores in the card are those of the
-    validation and the test split, computed with the weights as they are shipped.
-    Raises InputError where there is no checkpoint, PackageError where a weight does not fit into float16.
+    The Sobel constants are searched on the validation folds of `data`, if they hold images; else they are the
+    starter's, and the card says so. The scores in the card are those of the validation folds and, where `data` is
+    split into train, val and test, of test, computed with the weights as they are shipped.
+    Raises InputError where there is no checkpoint, PackageError where a weight cannot be shipped.
     """
-    if not checkpoint.is_file():
-        raise InputError(f"{checkpoint}: no such checkpoint; `hover-batch kd train` writes one")
-    saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    config = saved["config"]
-    network = build_student(StudentArch(config["encoder"], len(CONSEP.classes)))
-    network.load_state_dict(saved["average"])
-    network.half().float()  # what is scored is what is shipped
+    saved = read_checkpoint(checkpoint)
+    config, record = saved["config"], saved["record"]
+    taxonomy = Taxonomy.from_json(record["taxonomy"])
+    network = build_network(config, len(taxonomy.classes))
+    network.load_state_dict(saved["shipped"])
+    student = not isinstance(network, HoVerNet)
+    if student:
+        network.half().float()  # what is scored is what is shipped
     if not all(t.isfinite().all() for t in network.state_dict().values()):
-        raise PackageError(f"{checkpoint}: a weight is too large for float16; the training has diverged")
-    splits = {split: read_instance_folder(data, split, config["sources"]) for split in SPLITS}
+        too_large = " or too large for float16" if student else ""
+        raise PackageError(f"{checkpoint}: a weight is not finite{too_large}; the training has diverged")
+    folds = {"val": config["val_folds"]} | ({"test": ["test"]} if config["train_folds"] == ["train"] else {})
+    sources = record["data"]["train"]
+    splits = {part: [s for s in read_data(data, named).samples if s.source in sources] for part, named in folds.items()}
+    tile_in, tile_out = network.arch.tile if isinstance(network, HoVerNet) else TILE
     card = Card(
         name=out.stem,
-        architecture="unet",
-        encoder=config["encoder"],
-        taxonomy=CONSEP,
+        architecture=config["model"],
+        encoder=config["encoder"] if student else "",
+        taxonomy=taxonomy,
         mpp=MPP,
-        tile_in=TILE_IN,
-        tile_out=TILE_OUT,
+        tile_in=tile_in,
+        tile_out=tile_out,
         sobel={},
-        licence=LICENCE,
+        licence=_licence(sources, record["teacher"]),
         training={
             "steps": saved["step"],
             "settings": config,
-            "before": saved.get("before", {}),
-            "data": {split: _contents(samples) for split, samples in splits.items()},
-            "note": "CoNSeP's tiles are split by tile: patients may be shared between splits. MoNuSeg and TNBC have "
-            "no types, so the type branch saw CoNSeP alone.",
+            "before": record["before"],
+            "teacher": record["teacher"],
+            "saw": record["saw"],
+            "data": record["data"] | {part: contents(samples) for part, samples in splits.items()},
+            "note": _note(sources),
         },
     )
-    predictor = Predictor(network, card, InferSettings(threads=threads))
+    predictor = Predictor(network, card, InferSettings(threads=threads, batch=_batch(network)))
 
     def maps_of(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return predict_image(predictor, image)
 
-    found = calibrate(maps_of, splits["val"])
+    how: dict[str, Any] | str = NOT_CALIBRATED
+    constants = SobelConstants.from_json(find_package("starter").card.sobel)
+    if splits["val"]:
+        found = calibrate(maps_of, splits["val"])
+        constants, how = found.constants, found.to_json()
     scores = {
-        split: {s.source: s.to_json() for s in evaluate(maps_of, splits[split], found.constants, CONSEP)}
-        for split in ("val", "test")
+        part: {s.source: s.to_json() for s in evaluate(maps_of, samples, constants, taxonomy)}
+        for part, samples in splits.items()
     }
     card = replace(
         card,
-        sobel=found.constants.to_json(),
-        metrics={**scores, "calibration": found.to_json(), "precision": predictor.precision},
+        sobel=constants.to_json(),
+        metrics={**scores, "calibration": how, "precision": predictor.precision},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_package(out, network, card)
-    return "\n".join([str(out), *_lines(scores)])
+    save_package(out, network, card, half=student)
+    return "\n".join([str(out), *([] if splits["val"] else [f"calibration: {how}"]), *_lines(scores)])
 
 
 def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
@@ -90,28 +104,56 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
 
     Raises InputError where there is no such image.
     """
-    samples = read_instance_folder(data, "val", None)
+    samples = read_data(data, ["val"]).samples
     if not samples:
         raise InputError(f"--calibrate {data}: dataset.csv has no image of the split val")
-    predictor = Predictor(network, card, InferSettings(batch=2))  # a HoVerNet's features are large
+    predictor = Predictor(network, card, InferSettings(batch=_batch(network)))
     found = calibrate(lambda image: predict_image(predictor, image), samples)
-    how = {**found.to_json(), "data": _contents(samples), "precision": predictor.precision}
+    how = {**found.to_json(), "data": contents(samples), "precision": predictor.precision}
     return replace(card, sobel=found.constants.to_json(), metrics={**card.metrics, "calibration": how})
 
 
-def _contents(samples: list[Sample]) -> dict[str, dict[str, int]]:
-    """Images and nuclei by source."""
-    contents: dict[str, dict[str, int]] = {}
-    for sample in samples:
-        entry = contents.setdefault(sample.source, {"images": 0, "nuclei": 0})
-        entry["images"] += 1
-        entry["nuclei"] += len(np.unique(sample.instances)) - 1
-    return contents
+def _batch(network: nn.Module) -> int:
+    """A HoVerNet's features are large."""
+    return 2 if isinstance(network, HoVerNet) else InferSettings.batch
+
+
+def _licence(sources: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> str:
+    """What follows from the sources, and from the teacher if there is one."""
+    if sources.keys() <= NONCOMMERCIAL.keys():
+        names = [name for source, name in NONCOMMERCIAL.items() if source in sources]
+        terms = f"CC BY-NC-SA 4.0, research only: trained on {_list(names)}"
+    else:
+        terms = f"as its data's: trained on {_list(sorted(sources))}; see their licences before giving it away"
+    return terms if teacher is None else f"{terms}; distilled from {teacher['name']} ({teacher['licence']})"
+
+
+def _note(sources: Mapping[str, Mapping[str, int]]) -> str:
+    """What a reader of the scores should know."""
+    notes = []
+    if "consep" in sources:
+        notes.append("CoNSeP's tiles are split by tile: patients may be shared between splits.")
+    untyped = [NONCOMMERCIAL.get(s, s) for s, entry in sources.items() if not entry["typed"]]
+    typed = [NONCOMMERCIAL.get(s, s) for s, entry in sources.items() if entry["typed"]]
+    if untyped:
+        alone = (
+            f"the type branch saw {_list(typed)} alone" if typed else "the annotations taught the type branch nothing"
+        )
+        notes.append(f"{_list(untyped)} {'has' if len(untyped) == 1 else 'have'} no types, so {alone}.")
+    return " ".join(notes)
+
+
+def _list(names: list[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _lines(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    def cell(value: float | None) -> str:
+        return "–" if value is None else f"{value:.4f}"
+
     return [
-        f"{split} {source}: PQ {s['pq']:.4f}  AJI {s['aji']:.4f}  Dice {s['dice']:.4f}  F_d {s['f_d']:.4f}"
-        for split, by_source in scores.items()
+        f"{part} {source}: PQ {cell(s['pq'])}  AJI {cell(s['aji'])}  Dice {cell(s['dice'])}  F_d {cell(s['f_d'])}"
+        for part, by_source in scores.items()
         for source, s in by_source.items()
     ]

@@ -1,165 +1,140 @@
-"""The training loop, top to bottom: crops → student → loss → step; at each epoch a validation and a checkpoint.
+"""The training loop, top to bottom: crops → network → loss → step; at each epoch a validation and a checkpoint.
 
-Needs torch, OpenCV and numba, but neither ray, zarr nor tiatoolbox. Crop i of the run depends on (seed, i) alone, so a
-resumed run sees what an undisturbed one would have seen.
+One loop for students, distilled or not, and for teachers. Needs torch, OpenCV and numba, but neither ray, zarr nor
+tiatoolbox.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
 import math
-import os
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import cv2
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from hover_batch.errors import InputError
+from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.model.heads import Heads
-from hover_batch.model.package import Package, find_package, load_network
-from hover_batch.model.student import StudentArch, build_student
-from hover_batch.taxonomy import CONSEP
-from kd.augment import LABEL_MARGIN, random_view
+from kd.class_weights import class_weights
 from kd.config import TrainConfig
-from kd.datasets import Sample, read_instance_folder
-from kd.losses import Targets, student_loss
-from kd.targets import hv_targets
-from kd.validate import validate
+from kd.crops import batches, open_teacher, source_shares, training_crops, validation_crops
+from kd.datasets import read_data
+from kd.logs import Log
+from kd.losses import BranchWeights, Loss
+from kd.panels import write_panel
+from kd.schedule import build_schedule
+from kd.start import cut_of, starting_network
+from kd.state import State, record_of
+from kd.validate import examples, validate, validation_loss
 
-CHECKPOINT = "checkpoint.pt"
-LOG = "log.csv"
-
-
-class Crops(Dataset[tuple[Tensor, ...]]):
-    """Crop i, for every i: its source, image and augmentation are drawn from (seed, i)."""
-
-    def __init__(self, samples: list[Sample], config: TrainConfig) -> None:
-        self.by_source = {s: [x for x in samples if x.source == s] for s in config.sources}
-        for source, found in self.by_source.items():
-            if not found:
-                raise InputError(f"--source {source}: no training image of it in {config.data}/dataset.csv")
-        self.config = config
-        shares = np.array(list(config.sources.values()))
-        self.shares = shares / shares.sum()
-
-    def __len__(self) -> int:
-        return self.config.steps * self.config.batch
-
-    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
-        rng = np.random.default_rng((self.config.seed, i))
-        source = list(self.by_source)[rng.choice(len(self.shares), p=self.shares)]
-        samples = self.by_source[source]
-        # Larger images hold more distinct crops, and are drawn in proportion to their area.
-        areas = np.array([s.instances.size for s in samples], float)
-        sample = samples[rng.choice(len(samples), p=areas / areas.sum())]
-        image, instances, types = random_view(sample, self.config.size, rng)
-        inner = slice(LABEL_MARGIN, -LABEL_MARGIN)
-        hv = hv_targets(instances)[:, inner, inner]
-        return (
-            torch.from_numpy(image).permute(2, 0, 1),
-            torch.from_numpy((instances[inner, inner] > 0).astype(np.int64)),
-            torch.from_numpy(np.ascontiguousarray(hv)),
-            torch.from_numpy(types[inner, inner].astype(np.int64)),
-            torch.tensor(sample.types is not None),
-        )
+PANELS = "panels"
 
 
 def train(config: TrainConfig) -> nn.Module:
-    """Train, or go on where the checkpoint in `config.out` stands; returns the averaged weights in a module.
+    """Train, or go on where the checkpoint in `config.out` stands; returns the weights to be shipped in a module.
 
-    Raises InputError where the checkpoint there was made with other settings.
+    Raises InputError where the checkpoint there was made with other settings or data.
     """
     torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    arch = StudentArch(config.encoder, len(CONSEP.classes))
-    heads = Heads(arch.n_types)
-    model = build_student(arch)
-    before: dict[str, Any] = {}
-    if config.init is not None:
-        package = _start(config.init, config)
-        model.load_state_dict(load_network(package).state_dict())
-        before = dict(package.card.training)
+
+    data = read_data(config.data, config.train_folds)
+    shares = source_shares(config, data.samples)
+    samples = [s for s in data.samples if s.source in shares]
+    validation = [s for s in read_data(config.data, config.val_folds).samples if s.source in shares]
+    if config.schedule == "plateau" and not validation:
+        raise InputError(f"--val-fold {' '.join(config.val_folds)}: no image, and the preset needs a validation loss")
+    teacher = open_teacher(config.teacher, data.taxonomy) if config.distils and config.teacher else None
+    config.out.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(config.seed)
+    model, before = starting_network(config, data.taxonomy)
+    cut = cut_of(model)
     model.to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    config.out.mkdir(parents=True, exist_ok=True)
-    first = _resume(config, model, average, optimizer)
-    if first == config.steps:
-        return average
+    shipped = copy.deepcopy(model).eval().requires_grad_(False)
+    crops, epoch_steps = training_crops(samples, shares, config, cut, teacher)
+    steps = len(crops) // config.batch
+    fixed = validation_crops(validation, shares, config, cut, teacher) if validation else None
+    optimizer = _optimizer(config, model)
+    state = State(model, shipped, optimizer, build_schedule(config, optimizer, steps))
+    record = record_of(data.taxonomy, samples, validation, teacher, before)
+    state.resume(config, record)
+    loss_of = Loss(Heads(len(data.taxonomy.classes)), config)
+    if config.class_weights:
+        weights = class_weights(samples, len(data.taxonomy.classes), teacher, config.out)
+        loss_of = Loss(loss_of.heads, config, *(_branch_weights(w, device) for w in weights.values()))
+    log = Log(config.out)
 
-    samples = read_instance_folder(config.data, "train", config.sources)
-    crops = Crops(samples, config)
-    validation = read_instance_folder(config.data, "val", config.sources)
-    started, since, sums = time.monotonic(), first, dict[str, float]()
-    for step, (image, targets) in enumerate(_batches(crops, config, first, device), start=first):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+    def end_epoch(row: dict[str, float], whole: bool) -> None:
+        """Validate, and let the schedule see it. An epoch that --max-steps cut short leaves no trace in the state."""
+        looked_at = shipped if config.ema_decay else model.eval()
+        if fixed is not None:
+            row["val_loss"] = validation_loss(looked_at, fixed, loss_of, config.batch, device)
+            row |= validate(looked_at, validation, device, data.taxonomy)
+            picture = examples(looked_at, validation, device, data.taxonomy, teacher)
+            write_panel(config.out / PANELS / f"epoch_{math.ceil(state.step / epoch_steps):04d}.jpg", picture)
+        log.write(row)
+        reached = row.get("val_loss", -math.inf)
+        best_yet = fixed is None or state.best == math.inf or (whole and reached < state.best)
+        if not config.ema_decay and best_yet:
+            shipped.load_state_dict(model.state_dict())
+        if whole:
+            state.best = min(state.best, reached)
+            state.ended = not state.schedule.after(reached)
+            state.row = None
+        state.save(config, record)
+
+    if state.row is not None:  # interrupted after the epoch's steps
+        end_epoch(state.row, whole=True)
+    stop = min(steps, config.max_steps or steps)
+    if state.ended or state.step >= stop:
+        return shipped
+    started, since, sums = time.monotonic(), state.step, dict[str, Tensor]()
+    for step, (image, targets) in enumerate(batches(crops, config.batch, device, state.step), start=state.step):
+        state.schedule.before(step)
         model.train()
         torch.manual_seed((config.seed << 32) + step)  # the encoder drops paths: what it drops is the step's, too
         with torch.autocast(device.type, dtype=torch.bfloat16):
             output = model(image)
-        terms = student_loss(output.float(), targets, heads)
-        loss = torch.stack(list(terms.values())).sum()
+        terms = loss_of(output.float(), targets)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        terms["loss"].backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-        _average(average, model, min(config.ema_decay, (1 + step) / (10 + step)))
+        if config.ema_decay:
+            _average(shipped, model, min(config.ema_decay, (1 + step) / (10 + step)))
         for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + float(term.detach())
-        done = step + 1
-        if done % config.epoch_steps == 0 or done == config.steps:
+            sums[name] = sums.get(name, torch.zeros((), device=device)) + term.detach().double()
+        state.step = done = step + 1
+        whole = done % epoch_steps == 0 or done == steps
+        if whole or done == stop:
             n = done - since
-            row = {"step": done, "s_per_step": (time.monotonic() - started) / n}
-            row |= {name: total / n for name, total in sums.items()}
+            row = {"step": float(done), "lr": float(optimizer.param_groups[0]["lr"])}
+            row |= {"s_per_step": (time.monotonic() - started) / n}
+            row |= {name: float(total) / n for name, total in sums.items()}
+            if not math.isfinite(row["loss"]):
+                raise HoverBatchError(
+                    f"the loss is not finite after step {done}: training has diverged; give a lower --lr. "
+                    f"{config.out} holds the last checkpoint before"
+                )
             # Saved first: whatever befalls the validation, the steps are kept.
-            _save(config, done, model, average, optimizer, before)
-            row |= validate(average, validation, device, CONSEP)
-            _log(config.out / LOG, row)
+            state.row = dict(row) if whole else None
+            state.save(config, record)
+            end_epoch(row, whole)
             started, since, sums = time.monotonic(), done, {}
-    return average
+        if state.ended or done == stop:
+            break
+    return shipped
 
 
-def _start(init: Path, config: TrainConfig) -> Package:
-    """The package that training starts from. InputError where it is of another encoder or other classes."""
-    package = find_package(str(init))
-    if (package.card.encoder, package.card.taxonomy) != (config.encoder, CONSEP):
-        raise InputError(f"--init {init}: its encoder or classes are others than those to be trained")
-    return package
+def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then half a cosine to zero."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _batches(crops: Crops, config: TrainConfig, first: int, device: torch.device) -> Iterator[tuple[Tensor, Targets]]:
-    """Batches from step `first` on: image (b, 3, y, x) float32 in [0, 1] and its targets."""
-    start = first * config.batch
-    # The worker is forked: one that inherits a used pool of OpenCV's threads hangs as soon as it touches it.
-    cv2.setNumThreads(1)
-    loader = DataLoader(
-        crops,
-        batch_size=config.batch,
-        sampler=range(start, len(crops)),
-        num_workers=1,
-        prefetch_factor=4,
-    )
-    for image, np_map, hv, tp, has_types in loader:
-        scaled = image.to(device, memory_format=torch.channels_last).float() / 255
-        yield scaled, Targets(np_map.to(device), hv.to(device), tp.to(device), has_types.to(device))
+def _branch_weights(weights: dict[str, list[float]], device: torch.device) -> BranchWeights:
+    return BranchWeights(*(torch.tensor(weights[branch], device=device) for branch in ("np", "tp")))
 
 
 @torch.no_grad()
@@ -170,51 +145,3 @@ def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
             mean.lerp_(value, 1 - decay)
         else:
             mean.copy_(value)
-
-
-def _resume(config: TrainConfig, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    path = config.out / CHECKPOINT
-    if not path.exists():
-        return 0
-    saved = torch.load(path, weights_only=True, map_location="cpu")
-    if saved["config"] != config.to_json():
-        raise InputError(f"{path} was made with other settings; give another --out, or the same settings")
-    model.load_state_dict(saved["model"])
-    average.load_state_dict(saved["average"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return int(saved["step"])
-
-
-def _save(
-    config: TrainConfig,
-    step: int,
-    model: nn.Module,
-    average: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    before: dict[str, Any],
-) -> None:
-    """Write the checkpoint. `before`: the training that made the weights which this one started from, for the card."""
-    path = config.out / CHECKPOINT
-    temporary = path.with_suffix(".tmp")
-    torch.save(
-        {
-            "config": config.to_json(),
-            "step": step,
-            "before": before,
-            "model": model.state_dict(),
-            "average": average.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        },
-        temporary,
-    )
-    os.replace(temporary, path)
-
-
-def _log(path: Path, row: dict[str, float]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as f:
-        writer = csv.DictWriter(f, fieldnames=list(row), extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        writer.writerow({k: round(v, 5) for k, v in row.items()})
-    print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)

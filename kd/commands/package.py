@@ -15,7 +15,7 @@ def package(
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.", show_default=False)],
 ) -> None:
-    """Turn a checkpoint into a model package: averaged weights, calibrated on the validation split, and the card."""
+    """Turn a checkpoint into a model package: its best weights, calibrated on the validation folds, and the card."""
     from kd.package import make_package
 
     typer.echo(make_package(checkpoint, data, out))

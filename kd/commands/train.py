@@ -9,74 +9,140 @@ import typer
 
 from hover_batch.errors import InputError
 from kd.commands.options import Data
-from kd.config import TrainConfig
+from kd.config import PRESETS, SIDES, STARTER_SHARES, TrainConfig
 
-_DEFAULT = TrainConfig(data=Path(), out=Path())
-_SHARES = [f"{name}={share:g}" for name, share in _DEFAULT.sources.items()]
 PACKAGE = "student.safetensors"
+TEACHER_PACKAGE = "teacher.safetensors"
 """What `train` calls the package in its output folder."""
+
+_PRESET = "the preset's"
 
 
 def train(
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoint.pt, log.csv and the package.", show_default=False)],
-    init: Annotated[
-        Path | None, typer.Option(help="A package whose weights are the start, in place of random ones.")
+    out: Annotated[
+        Path, typer.Option(help="Folder for checkpoint.pt, the logs, the panels and the package.", show_default=False)
+    ],
+    preset: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}; see above.")] = "quick",
+    model: Annotated[
+        str | None, typer.Option(help=f"{', '.join(SIDES)}: a student, or one of the teachers.", show_default="unet")
     ] = None,
     encoder: Annotated[
-        str, typer.Option(help="Encoder of the U-Net, as segmentation-models-pytorch names it.")
-    ] = _DEFAULT.encoder,
-    size: Annotated[int, typer.Option(help="Side of the training crops in pixels at 0.25 µm.")] = _DEFAULT.size,
-    batch: Annotated[int, typer.Option(help="Crops a step.")] = _DEFAULT.batch,
+        str | None,
+        typer.Option(
+            help="Of the U-Net, as segmentation-models-pytorch names it: mit_b0 … mit_b3, or timm's as tu-resnet18.",
+            show_default=_PRESET,
+        ),
+    ] = None,
+    encoder_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Its start: random; imagenet, which is fetched; or a file with a state dict (.safetensors, .pth).",
+            show_default=_PRESET,
+        ),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            help="Channels of HoVerNet's first convolution; 8 trains on a CPU.", show_default="64, as published"
+        ),
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="A package whose weights are the start.", show_default=False)
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder written by `kd teach`: distil from it.", show_default=False)
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the annotations in the loss, the teacher having the rest; `released`: the reverse.",
+            show_default="quick: 0.5 with a teacher, 1 without; else 0.5",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="By which the logits are divided in the KL divergence.", show_default="1")
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(help="Side of the crops in pixels at 0.25 µm.", show_default="256; hovernet-original: 270"),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Crops a step.", show_default="8")] = None,
     steps: Annotated[
-        int, typer.Option(help="Optimiser steps in all; the learning rate falls to zero over them.")
-    ] = _DEFAULT.steps,
-    epoch_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = _DEFAULT.epoch_steps,
-    lr: Annotated[float, typer.Option(help="Learning rate after warm-up.")] = _DEFAULT.lr,
-    warmup: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = _DEFAULT.warmup,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = _DEFAULT.weight_decay,
-    ema_decay: Annotated[
-        float, typer.Option(help="Decay a step of the averaged weights, which are what is shipped.")
-    ] = _DEFAULT.ema_decay,
-    seed: Annotated[int, typer.Option(help="Of the crops and the weights.")] = _DEFAULT.seed,
-    threads: Annotated[int, typer.Option(help="Threads of the network on the CPU.")] = _DEFAULT.threads,
+        int | None, typer.Option(help="Optimiser steps in all.", show_default="quick: 4250; else 200 epochs")
+    ] = None,
+    epoch_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between validations and checkpoints; 0: as many as cover the images' area once.",
+            show_default="quick: 500; else 0",
+        ),
+    ] = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(help="Stop there, for a trial; the same command without it goes on.", show_default=False),
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate at its height.", show_default=_PRESET)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the crops and the weights.", show_default="7")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the network on the CPU.", show_default="2")] = None,
+    fold: Annotated[
+        list[str] | None, typer.Option(help="A fold to train on; repeat for several.", show_default="train")
+    ] = None,
+    val_fold: Annotated[
+        list[str] | None, typer.Option(help="A fold to validate on; repeat for several.", show_default="val")
+    ] = None,
     source: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=SHARE: a source of dataset.csv and its share of the crops; repeat for several.",
-            show_default=" ".join(_SHARES),
+            help="NAME=SHARE: a source of the data and its share of the crops; repeat for several.",
+            show_default=" ".join(f"{name}={share:g}" for name, share in STARTER_SHARES.items())
+            + " where the data hold these; else all by their area",
         ),
     ] = None,
 ) -> None:
-    """Train a student on annotated images, or go on where the checkpoint in OUT stands, then package it.
+    """Train a network on annotated images, or go on where the checkpoint in OUT stands, then package it.
 
     Interrupt it at any time: the same command resumes at the last checkpoint.
 
     What it then gives is what an undisturbed run gives.
+
+    Presets. quick: AdamW, warm-up, cosine, averaged weights, full augmentation; hours on a CPU.
+
+    paper: HoVer-UNet as published (arXiv 2311.12553): mit_b2 from ImageNet, weighted cross-entropies, Adam, the rate
+    lowered on plateaus of the validation loss, early stop, KL × 1/T².
+
+    released: as its released code: α weighs the distillation, KL × T², other betas, no early stop.
     """
-    config = TrainConfig(
+    config = TrainConfig.of(
+        preset,
         data=data,
         out=out,
-        init=init,
+        model=model,
         encoder=encoder,
+        encoder_weights=encoder_weights,
+        width=width,
+        init=init,
+        teacher=teacher,
+        alpha=alpha,
+        temperature=temperature,
         size=size,
         batch=batch,
         steps=steps,
         epoch_steps=epoch_steps,
+        max_steps=max_steps,
         lr=lr,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        ema_decay=ema_decay,
         seed=seed,
         threads=threads,
-        sources=_shares(source or _SHARES),
+        train_folds=tuple(fold) if fold else None,
+        val_folds=tuple(val_fold) if val_fold else None,
+        sources=_shares(source) if source else None,
     )
     from kd.package import make_package
-    from kd.train import CHECKPOINT
+    from kd.state import CHECKPOINT
     from kd.train import train as run
 
     run(config)
-    typer.echo(make_package(out / CHECKPOINT, data, out / PACKAGE))
+    typer.echo(make_package(out / CHECKPOINT, data, out / (PACKAGE if config.model == "unet" else TEACHER_PACKAGE)))
 
 
 def _shares(listed: list[str]) -> dict[str, float]:

@@ -1,0 +1,62 @@
+"""The log of a training run, a row an epoch: log.csv, TensorBoard where it is installed, and a line on the screen."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+LOG = "log.csv"
+EVENTS = "tensorboard"
+"""Folder of TensorBoard's files: `tensorboard --logdir OUT/tensorboard`."""
+
+
+class Log:
+    """Writes into the run's folder; says once where there is no TensorBoard."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / LOG
+        self.events = out / EVENTS
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            self.has_events = False
+            print(f"tensorboard is not installed: only {self.path} is written", flush=True)
+        else:
+            self.has_events = True
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append the row of an epoch, by its `step`; it takes the place of rows of the same and of later steps."""
+        rows = [r for r in read_log(self.path) if float(r["step"]) < row["step"]]
+        rows.append({name: f"{value:.6g}" for name, value in row.items()})
+        # Columns may come late: a first epoch need not have seen a typed image.
+        columns = list(dict.fromkeys(name for r in rows for name in r))
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as f:
+            writer = csv.DictWriter(f, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+        if self.has_events:
+            self._to_tensorboard(row)
+        print(" ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+
+    def _to_tensorboard(self, row: Mapping[str, float]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        step = int(row["step"])
+        # A file an epoch, closed at once: no run leaves one half written; those purged are an interrupted run's.
+        with SummaryWriter(str(self.events), purge_step=step) as writer:
+            for name, value in row.items():
+                if name != "step":
+                    group = "validation" if name.startswith("val_") else "training"
+                    writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    """The rows of a log.csv, empty cells left out; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as f:
+        return [{name: cell for name, cell in row.items() if cell} for row in csv.DictReader(f)]
