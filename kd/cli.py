@@ -6,6 +6,7 @@ import typer
 
 from kd.commands.evaluate import evaluate
 from kd.commands.package import package
+from kd.commands.sweep import sweep
 from kd.commands.teach import teach
 from kd.commands.train import train
 
@@ -15,5 +16,5 @@ kd_app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (teach, train, package, evaluate):
+for command in (teach, train, sweep, package, evaluate):
     kd_app.command()(command)
