@@ -136,8 +136,8 @@ def test_a_hovernet_sees_beyond_its_tiles(professor):
     whole = whole[:, left : left + 120, left : left + 60]
     for first in (0, 64):
         rows, columns = slice(first + 95 - card.margin, first + 224 - 103 - card.margin), slice(15, 41)
-        assert np.allclose(logits[:, rows, columns], whole[:, rows, columns], atol=1e-4)
-    assert np.std(logits) > 0
+        differences = np.abs(logits[:, rows, columns] - whole[:, rows, columns].numpy())
+        assert differences.max() < 1e-3 * logits.std(axis=(1, 2)).min()
 
 
 def test_what_is_kept_is_the_teachers(taught, samples, professor):
