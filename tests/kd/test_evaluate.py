@@ -17,7 +17,8 @@ from hover_batch.model.heads import HV, NP, Heads, MapLayout
 from hover_batch.model.package import Card
 from hover_batch.taxonomy import CONSEP
 from kd.datasets import Sample, read_instance_folder
-from kd.evaluate import evaluate, predict_image, true_nuclei
+from kd.evaluate import evaluate, true_nuclei
+from kd.predict import predict_image
 from kd.targets import hv_targets
 from kd.validate import TYPICAL, validate
 
