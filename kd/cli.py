@@ -6,6 +6,7 @@ import typer
 
 from kd.commands.evaluate import evaluate
 from kd.commands.package import package
+from kd.commands.tables import tables
 from kd.commands.train import train
 
 kd_app = typer.Typer(
@@ -14,5 +15,5 @@ kd_app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, package, evaluate):
+for command in (train, package, evaluate, tables):
     kd_app.command()(command)

@@ -122,13 +122,12 @@ def evaluate(
 
 
 def _timed(seconds: float) -> dict[str, Any]:
-    """What a time means nothing without: the machine."""
-    import platform
-
+    """With what a time means nothing without."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"seconds_per_patch": seconds, "timed_on": f"{device}, {torch.get_num_threads()} threads"}
+    cpu = f"a CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return {"seconds_per_patch": seconds, "timed_on": f"{device}, float32"}
 
 
 def _print(scores: list[SourceScores], seen: list[Leak], cost: Cost, title: str) -> None:
