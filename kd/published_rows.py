@@ -1,6 +1,6 @@
 """The published tables that ours stand beside, each cell as printed.
 
-Source: Tommasino et al., "HoVer-UNet", arXiv 2311.12553, Tables 1 to 3 and section 3, which quotes the rows of the other
+Source: Tommasino et al., "HoVer-UNet", arXiv 2311.12553, Tables 1 to 3 and section 3; it quotes the rows of the other
 models on PanNuke.
 """
 
