@@ -31,10 +31,10 @@ def crops(data: Path) -> list[Sample]:
     """Of two tissues, one of them with three images of four; and one of them without any nucleus."""
     tiles = read_data(data / "nuclei", ["val"], ["consep"]).samples
     found = [
-        crop(tiles[0], 0, 0, "b"),
-        crop(tiles[1], 500, 250, "a"),
-        crop(tiles[2], 250, 700, "b"),
-        crop(tiles[3], 600, 100, "b"),
+        crop(tiles[2], 0, 0, "b"),
+        crop(tiles[3], 500, 0, "a"),
+        crop(tiles[2], 500, 750, "b"),
+        crop(tiles[3], 250, 500, "b"),
     ]
     empty = {name: np.zeros_like(getattr(found[0], name)) for name in ("instances", "types")}
     return [*found, replace(found[0], tissue="a", **empty)]
@@ -79,7 +79,7 @@ def test_as_pannuke_metrics_has_it(crops: list[Sample]) -> None:
             true = masks(sample.instances, sample.types, kind)
             if true:  # an empty annotation does not count, whatever is predicted
                 quality[row, column] = slow_quality(true, masks(found, kinds, kind))
-    of_image = [np.nanmean(row[1:]) if not np.isnan(row[1:]).all() else math.nan for row in quality]
+    of_image = [np.nanmean(row[1:]) if not np.isnan(row).all() else math.nan for row in quality]
     tissues = {t: [i for i, s in enumerate(crops) if s.tissue == t] for t in "ab"}
     bpq = {t: np.nanmean(quality[rows, 0]) for t, rows in tissues.items()}
     mpq = {t: np.nanmean([of_image[i] for i in rows]) for t, rows in tissues.items()}
