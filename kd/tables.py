@@ -125,7 +125,7 @@ def tables(runs: Sequence[Run], out: Path) -> list[Table]:
 
 
 def write_tables(made: Sequence[Table], out: Path) -> None:
-    """`tables.md`, and a CSV for each table: numbers unrounded, a column more for each deviation."""
+    """`tables.md`, and a CSV for each table: numbers to eight digits, a column more for each deviation."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text("\n".join(line for table in made for line in _markdown(table)), "utf-8")
     for table in made:
@@ -228,5 +228,5 @@ def _plain(table: Table) -> Iterator[list[str]]:
     for row in table.ours:
         means = [row.means[title] for title in titles]
         spread = [row.deviations[title] for title in deviating]
-        numbers = ["" if number is None else repr(number) for number in (*means, *spread)]
+        numbers = ["" if number is None else f"{number:.8g}" for number in (*means, *spread)]
         yield [row.name, *numbers, row.run, "; ".join(f"{mark} {reason}" for mark, reason in row.leaks)]

@@ -62,6 +62,9 @@ def evaluate(
         raise InputError("--beside: is shown in the picture; give its file by --panel")
     if panel and panel.suffix != ".png":
         raise InputError(f"--panel {panel}: the picture is a .png file")
+    for flag, file in (("--json", json_file), ("--panel", panel)):
+        if file and not file.parent.is_dir():
+            raise InputError(f"{flag} {file}: the folder {file.parent} does not exist")
     from hover_batch.config import InferSettings, PostSettings
     from hover_batch.model.cost import cost_of, seconds_per_patch
     from hover_batch.model.package import Package, find_package
@@ -89,14 +92,14 @@ def evaluate(
     cost = cost_of(predictor.network, card)
     scores = evaluate_data(lambda image: predict_image(predictor, image), judged, constants(found), card.taxonomy)
     seen = leaks(card, judged.samples)
-    _print(scores, seen, cost, f"{card.name} on {data.name}, {' '.join(folds)}")
+    _print(scores, seen, cost, f"{card.name} on {data.resolve().name}, {' '.join(folds)}")
     if json_file:
         report = {
             "label": label or card.name,
             "model": card.name,
             "sha256": found.sha256,
             "architecture": f"{card.architecture} {card.encoder}".rstrip(),
-            "data": data.name,
+            "data": data.resolve().name,
             "folds": folds,
             "sobel_norm": norm,
             "precision": predictor.precision,

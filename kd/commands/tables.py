@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hover_batch.errors import InputError
+
 
 def tables(
     runs: Annotated[list[Path], typer.Argument(help="Files that `kd evaluate --json` wrote.", show_default=False)],
@@ -22,5 +24,9 @@ def tables(
     from kd.tables import read_runs, write_tables
     from kd.tables import tables as make
 
-    write_tables(make(read_runs(runs), out), out)
+    made = make(read_runs(runs), out)
+    try:
+        write_tables(made, out)
+    except OSError as error:
+        raise InputError(f"-o {out}: {error.strerror}; give a folder that can be written") from error
     typer.echo(out / "tables.md")

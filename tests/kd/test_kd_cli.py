@@ -102,6 +102,7 @@ def test_evaluate_one_source(folder, package, tmp_path):
         (["--fold", "val"], "--fold val"),
         (["--source", "monuseg"], "no such image of monuseg"),
         (["--beside", "starter"], "--beside: is shown in the picture"),
+        (["--json", "nowhere/scores.json"], "--json nowhere/scores.json: the folder nowhere does not exist"),
         (["--panel", "panel.jpg"], "--panel panel.jpg: the picture is a .png file"),
         (["--sobel-norm", "none"], "--sobel-norm none"),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 from truth_maps import maps_of_truth
 
 from hover_batch.metrics import count_pairs
@@ -100,6 +101,38 @@ def image_scores(tissue: str, bpq: float, pq_c: tuple[float, ...] | None, types:
     every = np.array(types)
     pairs = count_pairs(np.stack([np.arange(len(types))] * 2, axis=1), every, np.full(len(types), 1), N)
     return ImageScores(tissue, 1.0, 1.0, 1.0, 1.0, 1.0, bpq, pq_c, pairs)
+
+
+def test_f_as_hovernet_has_it(crops: list[Sample]) -> None:
+    """Counted nucleus by nucleus, over all images, from the definition in the paper (section 4.3)."""
+    maps = [predicted(s, seed) for seed, s in enumerate(crops)]
+    queue = list(maps)
+    (got,) = evaluate(lambda image: queue.pop(0), crops, TYPICAL, CONSEP)
+    paired, missed, invented = [], [], []
+    for sample, planes in zip(crops, maps, strict=True):
+        true = nuclei(sample.instances, sample.types)
+        pred = nuclei(instances_of(planes[:3], TYPICAL), planes[3 : 3 + N].argmax(0))
+        apart = np.array([[math.dist(t[0], p[0]) for p in pred] for t in true]).reshape(len(true), len(pred))
+        pairs = [(i, j) for i, j in zip(*linear_sum_assignment(apart), strict=True) if apart[i, j] <= 12]
+        paired += [(true[i][1], pred[j][1]) for i, j in pairs]
+        missed += [t[1] for i, t in enumerate(true) if i not in {p[0] for p in pairs}]
+        invented += [p[1] for j, p in enumerate(pred) if j not in {p[1] for p in pairs}]
+    assert got.f_d == pytest.approx(len(paired) / (len(paired) + len(missed) / 2 + len(invented) / 2))
+    assert len(paired) > 150 and len(missed) > 50 and len(invented) > 0
+    for c in CONSEP.nuclei:
+        right = sum(t == p == c.id for t, p in paired)
+        wrong = sum((t == c.id) != (p == c.id) for t, p in paired)
+        alone = missed.count(c.id) + invented.count(c.id)
+        assert got.f_c[c.name] == pytest.approx(2 * right / (2 * right + 2 * wrong + alone))
+
+
+def nuclei(instances: np.ndarray, types: np.ndarray) -> list[tuple[tuple[float, float], int]]:
+    """Centroid and class of each instance."""
+    found = []
+    for i in np.unique(instances)[1:]:
+        ys, xs = np.nonzero(instances == i)
+        found.append(((ys.mean(), xs.mean()), int(np.bincount(types[ys, xs]).argmax())))
+    return found
 
 
 def test_tissues_count_the_same_and_untyped_images_not_for_classes() -> None:
