@@ -68,7 +68,7 @@ def evaluate(
     from hover_batch.config import InferSettings, PostSettings
     from hover_batch.model.cost import cost_of, seconds_per_patch
     from hover_batch.model.package import Package, find_package
-    from hover_batch.model.predict import load_predictor
+    from hover_batch.model.predict import Predictor, load_predictor
     from hover_batch.nuclei.watershed import SobelConstants
     from kd.datasets import read_data
     from kd.evaluate import evaluate_data, predict_image
@@ -76,14 +76,18 @@ def evaluate(
     from kd.leakage import leaks
 
     norm = PostSettings(sobel_norm=sobel_norm).sobel_norm  # type: ignore[arg-type]  # PostSettings checks it
-    settings = InferSettings(threads=threads)
+
+    def predictor_of(package: Package) -> Predictor:
+        batch = 2 if package.card.architecture.startswith("hovernet") else InferSettings.batch  # large features
+        return load_predictor(package, InferSettings(threads=threads, batch=batch))
+
     found = find_package(model, "package")
     other = find_package(beside, "--beside") if beside else None
     judged = read_data(data, folds, source)
     if not judged.samples:
         of = f" of {', '.join(source)}" if source else ""
         raise InputError(f"--fold {' '.join(folds)}: {data} has no such image{of}")
-    predictor = load_predictor(found, settings)
+    predictor = predictor_of(found)
     card = found.card
 
     def constants(package: Package) -> SobelConstants | None:
@@ -113,7 +117,7 @@ def evaluate(
 
         shown = [Shown(card.name, lambda image: predict_image(predictor, image), constants(found), card.taxonomy)]
         if other:
-            second = load_predictor(other, settings)
+            second = predictor_of(other)
             classes = other.card.taxonomy
             shown.insert(
                 0, Shown(other.card.name, lambda image: predict_image(second, image), constants(other), classes)

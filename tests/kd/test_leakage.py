@@ -90,6 +90,8 @@ def test_a_published_teacher_that_has_seen_all_of_pannuke() -> None:
     ((certain, how, samples),) = told({"teacher": {"training": published}}, A, image("d", "consep"))
     assert certain and samples == ("a",)
     assert how.startswith("the teacher has seen: PanNuke") and "issue 275" in how
+    ((certain, _, samples),) = told({"seen": KINDS["hover-unet-pannuke"].seen}, A)
+    assert certain and samples == ("a",)
     ((certain, _, samples),) = told({"seen": KINDS["hovernet_original-consep"].seen}, A, image("d", "consep"))
     assert not certain and samples == ("d",)  # of CoNSeP it has seen a part
     ((certain, _, samples),) = told({"seen": KINDS["hovernet_original-kumar"].seen}, A, image("d", "monuseg"))
