@@ -5,7 +5,7 @@ joint histogram (how many pixels carry true id t and predicted id p), which one 
 
 Means are taken as the reference implementation of HoVerNet takes them: PQ, AJI and Dice are means over images,
 detections and classes are counted over all images together (`PairCounts` add up). A score of two maps without any
-nucleus is undefined and NaN; `mean_defined` leaves it out.
+nucleus is undefined and NaN; `mean_defined` leaves it out. PQ of a class follows PanNuke-metrics, which takes it.
 """
 
 from __future__ import annotations

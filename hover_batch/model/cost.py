@@ -64,13 +64,13 @@ def _macs(hollow: nn.Module, side: int) -> int:
 
 @torch.inference_mode()
 def seconds_per_patch(network: nn.Module, card: Card, batch: int = 16) -> float:
-    """Seconds of the network alone for one patch: the mean over one batch, after a patch to warm up.
+    """Seconds of the network alone for one patch: the mean over one batch, once it is warm.
 
     On the device and with the precision in which the network is. Good for ratios between networks on one idle machine.
     """
     weight = next(network.parameters())
     patches = torch.rand(batch, 3, patch_of(card), patch_of(card), device=weight.device, dtype=weight.dtype)
-    network(patches[:1])
+    network(patches if weight.is_cuda else patches[:1])  # a GPU chooses its kernels by the batch
     _wait(weight.device)
     started = time.perf_counter()
     network(patches)

@@ -62,10 +62,13 @@ def evaluate(
         raise InputError("--beside: is shown in the picture; give its file by --panel")
     if panel and panel.suffix != ".png":
         raise InputError(f"--panel {panel}: the picture is a .png file")
+    for flag, file in (("--json", json_file), ("--panel", panel)):
+        if file and not file.parent.is_dir():
+            raise InputError(f"{flag} {file}: the folder {file.parent} does not exist")
     from hover_batch.config import InferSettings, PostSettings
     from hover_batch.model.cost import cost_of, seconds_per_patch
     from hover_batch.model.package import Package, find_package
-    from hover_batch.model.predict import load_predictor
+    from hover_batch.model.predict import Predictor, load_predictor
     from hover_batch.nuclei.watershed import SobelConstants
     from kd.datasets import read_data
     from kd.evaluate import evaluate_data
@@ -74,14 +77,18 @@ def evaluate(
     from kd.predict import predict_image
 
     norm = PostSettings(sobel_norm=sobel_norm).sobel_norm  # type: ignore[arg-type]  # PostSettings checks it
-    settings = InferSettings(threads=threads)
+
+    def predictor_of(package: Package) -> Predictor:
+        batch = 2 if package.card.architecture.startswith("hovernet") else InferSettings.batch  # large features
+        return load_predictor(package, InferSettings(threads=threads, batch=batch))
+
     found = find_package(model, "package")
     other = find_package(beside, "--beside") if beside else None
     judged = read_data(data, folds, source)
     if not judged.samples:
         of = f" of {', '.join(source)}" if source else ""
         raise InputError(f"--fold {' '.join(folds)}: {data} has no such image{of}")
-    predictor = load_predictor(found, settings)
+    predictor = predictor_of(found)
     card = found.card
 
     def constants(package: Package) -> SobelConstants | None:
@@ -90,14 +97,14 @@ def evaluate(
     cost = cost_of(predictor.network, card)
     scores = evaluate_data(lambda image: predict_image(predictor, image), judged, constants(found), card.taxonomy)
     seen = leaks(card, judged.samples)
-    _print(scores, seen, cost, f"{card.name} on {data.name}, {' '.join(folds)}")
+    _print(scores, seen, cost, f"{card.name} on {data.resolve().name}, {' '.join(folds)}")
     if json_file:
         report = {
             "label": label or card.name,
             "model": card.name,
             "sha256": found.sha256,
             "architecture": f"{card.architecture} {card.encoder}".rstrip(),
-            "data": data.name,
+            "data": data.resolve().name,
             "folds": folds,
             "sobel_norm": norm,
             "precision": predictor.precision,
@@ -111,7 +118,7 @@ def evaluate(
 
         shown = [Shown(card.name, lambda image: predict_image(predictor, image), constants(found), card.taxonomy)]
         if other:
-            second = load_predictor(other, settings)
+            second = predictor_of(other)
             classes = other.card.taxonomy
             shown.insert(
                 0, Shown(other.card.name, lambda image: predict_image(second, image), constants(other), classes)
@@ -123,13 +130,12 @@ def evaluate(
 
 
 def _timed(seconds: float) -> dict[str, Any]:
-    """What a time means nothing without: the machine."""
-    import platform
-
+    """With what a time means nothing without."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"seconds_per_patch": seconds, "timed_on": f"{device}, {torch.get_num_threads()} threads"}
+    cpu = f"a CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return {"seconds_per_patch": seconds, "timed_on": f"{device}, float32"}
 
 
 def _print(scores: list[SourceScores], seen: list[Leak], cost: Cost, title: str) -> None:
