@@ -14,6 +14,7 @@
 #SBATCH --exclusive
 set -euo pipefail
 
+# shellcheck source=/dev/null
 source .venv/bin/activate
 
 # Known to this job alone, and handed to all nodes in their environment.
@@ -28,7 +29,6 @@ export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
 address=${HEAD_IP:-$(hostname -I | cut -d' ' -f1)}:6379
 
 exec srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none \
-    bash -c 'mkdir -p -m 700 "$RAY_TMPDIR" && exec "$@"' node \
     ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus "$SLURM_CPUS_ON_NODE" --dashboard-host 127.0.0.1 --disable-usage-stats \
     -- hover-batch segment "$@" --address "$address"
