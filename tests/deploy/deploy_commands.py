@@ -49,22 +49,32 @@ def commands(shell: str) -> Iterator[list[str]]:
     What follows the image of `docker run`, and `slurm.sh`, is hover-batch's.
     """
     for line in shell.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        for number, word in enumerate(words):
-            rest = _until_the_end(words[number + 1 :])
-            if " " in word:
-                yield from commands(word)
-            elif word.split("/")[-1] in ("hover-batch", "ray"):
-                yield [word.split("/")[-1], *rest]
-            elif word.startswith("hover-batch:") and "run" in words:
-                yield ["hover-batch", *rest]
-            elif word.endswith("/slurm.sh"):
-                yield ["hover-batch", "segment", *rest]
+        command: list[str] = []
+        for word in [*shlex.split(line, comments=True), "&&"]:
+            if word in ("&&", "&", "|", ">", ";"):
+                yield from _of_ours(command)
+                command = []
+            else:
+                command.append(word)
 
 
-def _until_the_end(words: list[str]) -> list[str]:
-    ends = [number for number, word in enumerate(words) if word in ("&&", "&", "|", ">", ";") or word.endswith(";")]
-    return words[: min(ends, default=len(words))]
+def _of_ours(command: list[str]) -> Iterator[list[str]]:
+    for number, word in enumerate(command):
+        before, after = command[:number], command[number + 1 :]
+        name = word.split("/")[-1]
+        if " " in word:
+            yield from commands(word)
+        elif name in ("hover-batch", "ray") and (before[-1:] == ["--"] or all(_leads_on(b) for b in before)):
+            yield [name, *after]
+        elif word.startswith("hover-batch:") and "run" in before:
+            yield ["hover-batch", *after]
+        elif name == "slurm.sh":
+            yield ["hover-batch", "segment", *after]
+
+
+def _leads_on(word: str) -> bool:
+    """Whether it may stand before a program's name."""
+    return "=" in word or word in ("uv", "run", "--with", "boto3")
 
 
 def blocks(markdown: str) -> list[str]:

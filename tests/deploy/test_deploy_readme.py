@@ -10,6 +10,7 @@ from deploy_commands import DEPLOY, blocks, check_shell, commands, options
 
 README = (DEPLOY / "README.md").read_text()
 SHELL = "".join(blocks(README))
+SECTIONS = re.split(r"^## ", README, flags=re.MULTILINE)
 TESTED_BY = {
     "Dockerfile": "test_dockerfile.py",
     "README.md": "test_deploy_readme.py",
@@ -30,10 +31,8 @@ def test_every_file_has_its_tests_and_its_place_in_the_readme() -> None:
 def test_all_commands_of_ours_and_of_rays_are_found() -> None:
     """So that the next test does not pass for want of commands."""
     found = [" ".join(words[:2]) for words in commands(SHELL)]
-    ray = {
-        f"ray {name}"
-        for name in ["up", "down", "exec", "dashboard", "job", "get-auth-token", "status", "rsync-up", "rsync-down"]
-    }
+    names = ["up", "down", "exec", "dashboard", "job", "get-auth-token", "status", "rsync-up", "rsync-down"]
+    ray = {f"ray {name}" for name in names}
     assert set(found) == ray | {"hover-batch segment", "hover-batch status"}
     assert found.count("hover-batch segment") == 4  # Docker, on-premises, cloud, SLURM; Kubernetes' is in its YAML
 
@@ -51,9 +50,9 @@ def test_a_flag_that_is_not_there_is_not_understood(words: list[str]) -> None:
         options(words)
 
 
-@pytest.mark.parametrize("block", blocks(README))
-def test_each_block_is_sound_shell(block: str) -> None:
-    check_shell(block)
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.splitlines()[0])
+def test_each_section_is_sound_shell(section: str) -> None:
+    check_shell("".join(blocks(section)))
 
 
 @pytest.mark.parametrize("name", ["ray-cluster.yaml", "ray-onprem.yaml"])
@@ -64,7 +63,7 @@ def test_every_blank_of_a_cluster_is_filled_in(name: str) -> None:
 
 
 def test_the_wheel_and_the_lock_are_laid_out_before_a_cluster_starts() -> None:
-    for section in re.split(r"^## ", README, flags=re.MULTILINE):
+    for section in SECTIONS:
         if " ray up " in section:
             laid = section.index("uv build --wheel -o dist && cp requirements.lock dist/")
             made = section.index("ray get-auth-token --generate")
