@@ -1,7 +1,8 @@
-"""A cluster started by the commands of ray-onprem.yaml, as two nodes of this machine, and a cohort sent to it as a job."""
+"""A cluster started by the commands of ray-onprem.yaml, two nodes on this machine, and a cohort sent to it as a job."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -64,13 +65,15 @@ def cluster(environment: dict[str, str]) -> Iterator[dict[str, Any]]:
         nodes.append(subprocess.Popen(["bash", "-c", command], env=environment))
         yield file
     finally:
-        ours = [process for node in nodes for process in psutil.Process(node.pid).children(recursive=True)]
-        for node in reversed(nodes):
-            for process in psutil.Process(node.pid).children():
-                process.terminate()  # `ray start --block`, which ends its node
-            node.wait(60)
-        for process in psutil.wait_procs(ours, timeout=20)[1]:
+        ours = [psutil.Process(node.pid) for node in nodes]
+        ours += [process for node in ours for process in node.children(recursive=True)]
+        for process in ours:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(ours, timeout=10)[1]:
             process.kill()
+        for node in nodes:
+            node.wait()
 
 
 def _wait_for(address: str) -> None:
@@ -112,16 +115,6 @@ def test_nobody_without_the_token_may_send_one(
     assert not (tmp_path / "was-here").exists()
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{DASHBOARD}/api/jobs/")
-
-
-def test_nobody_without_the_token_may_join(
-    cluster: dict[str, Any], environment: dict[str, str], tmp_path: Path
-) -> None:
-    program = f"import ray; ray.init('{HEAD}:6379', logging_level='error'); print(ray.nodes())"
-    stranger = environment | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
-    joined = subprocess.run([sys.executable, "-c", program], env=stranger, capture_output=True, text=True)
-    assert joined.returncode != 0
-    assert WORKER not in joined.stdout
 
 
 def test_the_dashboard_listens_on_loopback_alone(cluster: dict[str, Any]) -> None:
