@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,24 +50,31 @@ def export_run(
     for number, slide in enumerate(slides, start=1):
         label = f"[{number}/{len(slides)}] {slide.slide_id}"
         try:
-            if nuclei_if_done(slide) is None:
-                raise SlideError("is not done; segment's own command goes on with it")
-            nuclei = NucleiTable.open(slide.nuclei_parquet)
+            for line in _exported(slide, writers, output, files):
+                tell(f"{label}: {line}")
         except SlideError as error:
             skipped[slide.slide_id] = str(error)
             tell(f"{label}: skipped: {error}")
-            continue
-        for format, write in writers.items():
-            path = slide.exported(format) if output is None else output / f"{slide.slide_id}.{format.suffix}"
-            started = time.monotonic()
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write(nuclei, path)
-            except (PermissionError, FileExistsError, NotADirectoryError) as error:
-                raise InputError(f"{path}: cannot be written ({error.strerror}); name another folder by -o") from error
-            files.append(path)
-            tell(f"{label}: {nuclei.rows:,} nuclei to {format} in {time.monotonic() - started:.1f} s")
     return Exported(tuple(files), skipped)
+
+
+def _exported(
+    slide: SlideLayout, writers: Mapping[Format, Write], output: Path | None, files: list[Path]
+) -> Iterator[str]:
+    """Write one slide's files, add each to `files`, and say so. SlideError where there is no good table."""
+    if nuclei_if_done(slide) is None:
+        raise SlideError("is not done; segment's own command goes on with it")
+    nuclei = NucleiTable.open(slide.nuclei_parquet)
+    for format, write in writers.items():
+        path = slide.exported(format) if output is None else output / f"{slide.slide_id}.{format.suffix}"
+        started = time.monotonic()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(nuclei, path)
+        except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); name another folder by -o") from error
+        files.append(path)
+        yield f"{nuclei.rows:,} nuclei to {format} in {time.monotonic() - started:.1f} s"
 
 
 def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideLayout]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hover_batch.cohort.durable import replacing
 from hover_batch.errors import InputError
-from hover_batch.export.read import NucleiTable, polygons
+from hover_batch.export.read import NucleiTable
 
 
 def write_annotation_store(nuclei: NucleiTable, path: Path) -> None:
@@ -26,7 +26,7 @@ def write_annotation_store(nuclei: NucleiTable, path: Path) -> None:
             properties = zip(batch.select(others).to_pylist(), nuclei.measurements(batch), strict=True)
             annotations = [
                 Annotation(polygon, named | measured)
-                for polygon, (named, measured) in zip(polygons(batch), properties, strict=True)
+                for polygon, (named, measured) in zip(nuclei.polygons(batch), properties, strict=True)
             ]
             store.append_many(annotations, nuclei.uuids(batch))
         store.commit()

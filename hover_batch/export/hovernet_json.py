@@ -21,7 +21,7 @@ import shapely
 from numpy.typing import NDArray
 
 from hover_batch.cohort.durable import replacing
-from hover_batch.export.read import NucleiTable, polygons
+from hover_batch.export.read import NucleiTable
 
 _to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
@@ -37,7 +37,7 @@ def write_hovernet_json(nuclei: NucleiTable, path: Path) -> None:
         for batch in nuclei.batches(columns):
             xmin, ymin, xmax, ymax = (batch["bbox"].field(i).to_numpy() for i in range(4))
             low, high = np.floor([ymin, xmin]).astype(np.int64), np.ceil([ymax, xmax]).astype(np.int64)
-            points, ring_of_point = shapely.get_coordinates(polygons(batch), return_index=True)
+            points, ring_of_point = shapely.get_coordinates(nuclei.polygons(batch), return_index=True)
             rings = np.split(points - 0.5, np.flatnonzero(np.diff(ring_of_point)) + 1)
             centroids = np.column_stack([batch["centroid_x"], batch["centroid_y"]]) - 0.5
             rows = zip(
@@ -65,4 +65,5 @@ def write_hovernet_json(nuclei: NucleiTable, path: Path) -> None:
 def _whole(ring: NDArray[np.float64]) -> list[Any]:
     """(k, 2) as lists; of integers where all are whole."""
     rounded = ring.astype(np.int64)
-    return (rounded if (rounded == ring).all() else ring).tolist()
+    points: list[Any] = (rounded if (rounded == ring).all() else ring).tolist()
+    return points

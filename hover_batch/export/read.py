@@ -56,8 +56,8 @@ class NucleiTable:
                 rows=rows,
                 schema=schema,
             )
-        except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-            raise SlideError(f"{path}: is no table of nuclei that can be read ({error}); run the slide anew") from error
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise _unreadable(path, error) from error
 
     @property
     def measured(self) -> list[str]:
@@ -65,10 +65,20 @@ class NucleiTable:
         return [field.name for field in self.schema if field.type == pa.float32()]
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """All rows in order, of these columns or all, at most BATCH at a time."""
-        # Read ahead, a row group would lie in memory beside the one that is being worked on.
-        with pq.ParquetFile(self.path, pre_buffer=False) as file:
-            yield from file.iter_batches(BATCH, columns=columns)
+        """All rows in order, of these columns or all, at most BATCH at a time. SlideError where the file is harmed."""
+        try:
+            # Read ahead, a row group would lie in memory beside the one that is being worked on.
+            with pq.ParquetFile(self.path, pre_buffer=False) as file:
+                yield from file.iter_batches(BATCH, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise _unreadable(self.path, error) from error
+
+    def polygons(self, batch: pa.RecordBatch) -> NDArray[Any]:
+        """(n,) shapely polygons in level-0 pixels of the full canvas. SlideError where the file is harmed."""
+        try:
+            return np.asarray(shapely.from_wkb(batch["geometry"].to_numpy(zero_copy_only=False)))
+        except shapely.errors.ShapelyError as error:
+            raise _unreadable(self.path, error) from error
 
     def uuids(self, batch: pa.RecordBatch) -> list[str]:
         """One of each nucleus, by its slide and number: the same in every format and at every export."""
@@ -87,6 +97,5 @@ class NucleiTable:
         ]
 
 
-def polygons(batch: pa.RecordBatch) -> NDArray[Any]:
-    """(n,) shapely polygons in level-0 pixels of the full canvas."""
-    return np.asarray(shapely.from_wkb(batch["geometry"].to_numpy(zero_copy_only=False)))
+def _unreadable(path: Path, error: Exception) -> SlideError:
+    return SlideError(f"{path}: is no table of nuclei that can be read ({error}); remove it and run the slide anew")

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from hover_batch.cohort.durable import replacing, replacing_folder
 from hover_batch.errors import InputError
-from hover_batch.export.read import NucleiTable, polygons
+from hover_batch.export.read import NucleiTable
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -51,9 +51,12 @@ def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
 
     with replacing_folder(path) as temporary, _plain_strings():
         table = _anndata(nuclei)
-        table.obs["region"] = pd.Categorical.from_codes(np.zeros(nuclei.rows, np.int8), [_SHAPES])
-        geometry = [polygons(batch) for batch in nuclei.batches(["geometry"])]
-        shapes = geopandas.GeoDataFrame(geometry=np.concatenate(geometry), index=table.obs["nucleus_id"].to_numpy())
+        if nuclei.rows == 0:  # the library knows no shapes without a shape
+            SpatialData(tables={"table": TableModel.parse(table)}).write(temporary)
+            return
+        table.obs["region"] = pd.Categorical.from_codes(np.zeros(nuclei.rows, np.int8), pd.Index([_SHAPES]))
+        geometry = np.concatenate([nuclei.polygons(batch) for batch in nuclei.batches(["geometry"])])
+        shapes = geopandas.GeoDataFrame(geometry=geometry, index=table.obs["nucleus_id"].to_numpy())
         um = Scale([nuclei.mpp.x, nuclei.mpp.y], axes=("x", "y"))
         SpatialData(
             shapes={_SHAPES: ShapesModel.parse(shapes, transformations={"global": Identity(), "um": um})},
@@ -71,9 +74,9 @@ def _anndata(nuclei: NucleiTable) -> AnnData:
     classes = nuclei.taxonomy.nuclei
     obs = pd.DataFrame(
         {
-            "slide_id": pd.Categorical.from_codes(np.zeros(nuclei.rows, np.int8), [nuclei.slide_id]),
+            "slide_id": pd.Categorical.from_codes(np.zeros(nuclei.rows, np.int8), pd.Index([nuclei.slide_id])),
             "nucleus_id": table["nucleus_id"].to_numpy(),
-            "type": pd.Categorical.from_codes(table["type_id"].to_numpy() - 1, [c.name for c in classes]),
+            "type": pd.Categorical.from_codes(table["type_id"].to_numpy() - 1, pd.Index([c.name for c in classes])),
             **{name: table[name].to_numpy() for name in ("type_id", "touches_border", "seam_uncertain")},
         },
         index=[identity for batch in batches for identity in nuclei.uuids(batch)],

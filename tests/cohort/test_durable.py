@@ -52,6 +52,21 @@ def test_a_failed_write_leaves_the_old_content_whole(
     assert list(leftovers(path)) == []
 
 
+@pytest.mark.parametrize("old", [True, False])
+def test_a_folder_is_replaced_whole(tmp_path: Path, old: bool) -> None:
+    path = tmp_path / "a.zarr"
+    for number in range(2 if old else 1):
+        with replacing_folder(path) as temporary:
+            (temporary / "inner").mkdir(parents=True)
+            (temporary / "inner" / str(number)).touch()
+        assert [file.name for file in path.rglob("*")] == ["inner", str(number)]
+    with pytest.raises(OSError, match="No space"), replacing_folder(path) as temporary:
+        temporary.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert [file.name for file in path.rglob("*")] == ["inner", str(number)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("step", ["fsync", "link"])
 def test_a_failed_first_write_leaves_the_place_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     path = tmp_path / "a.json"
