@@ -14,6 +14,8 @@ from hover_batch.cohort.durable import replacing
 from hover_batch.errors import InputError
 from hover_batch.export.read import NucleiTable
 
+_CACHE_KB = 64_000
+
 
 def write_annotation_store(nuclei: NucleiTable, path: Path) -> None:
     """Write `nuclei` to `path` (.db), as a stream."""
@@ -22,6 +24,10 @@ def write_annotation_store(nuclei: NucleiTable, path: Path) -> None:
     others = ["slide_id", "nucleus_id", "type_id", "type", "touches_border", "seam_uncertain"]
     with replacing(path) as temporary:
         store = sqlite_store()(temporary, auto_commit=False)
+        store.commit()
+        # The file has no name yet, so nothing is lost with it; and the index wants more than SQLite's 2 MB.
+        for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_CACHE_KB}"):
+            store.con.execute(f"PRAGMA {setting}")
         for batch in nuclei.batches():
             properties = zip(batch.select(others).to_pylist(), nuclei.measurements(batch), strict=True)
             annotations = [

@@ -13,7 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hover_batch.cohort.durable import leftovers, sha256_file, to_json, write_atomically, write_first
+from hover_batch.cohort.durable import (
+    leftovers,
+    replacing_folder,
+    sha256_file,
+    to_json,
+    write_atomically,
+    write_first,
+)
 
 
 def test_text_is_utf8_and_replaces(tmp_path: Path) -> None:
