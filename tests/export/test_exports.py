@@ -186,7 +186,7 @@ def test_qupath_gets_no_nan(tmp_path: Path) -> None:
     [
         (lambda f: f.update(id="1"), "no UUID"),
         (lambda f: f["properties"].pop("objectType"), "annotation"),
-        (lambda f: f["properties"]["classification"].update(color=-1234), "colour"),
+        (lambda f: f["properties"]["classification"].update(color=[-1, 0, 0]), "colour"),
         (lambda f: f["properties"]["measurements"].update(area_um2=None), "no numbers"),
         (lambda f: f["properties"]["measurements"].update(area_um2=math.nan), "no JSON"),
         (lambda f: f["geometry"]["coordinates"][0].pop(), "not closed"),
@@ -195,11 +195,7 @@ def test_qupath_gets_no_nan(tmp_path: Path) -> None:
 def test_the_judge_of_qupath_files_sees_faults(tmp_path: Path, harm: Any, fault: str) -> None:
     nuclei = write_table(tmp_path, *drawn())
     data = json.loads(gzip.decompress(exported(nuclei, Format.qupath, tmp_path).read_bytes()))
-    kind = data["features"][0]["properties"]["classification"]
-    if fault == "colour":
-        kind["color"] = [-1, 0, 0]
-    else:
-        harm(data["features"][0])
+    harm(data["features"][0])
     (found,) = qupath_faults(json.dumps(data).encode(), 400, 300)
     assert fault in found
 
