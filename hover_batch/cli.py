@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from hover_batch import __version__
+from hover_batch.cohort.layout import Format
 from hover_batch.config import EngineSettings, InferSettings, PostSettings, Settings, TissueSettings
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.model.cli import models_app
@@ -323,6 +324,29 @@ def status(
     stands = read_status(output)
     for line in [stands.to_json()] if as_json else stands.lines():
         typer.echo(line)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run: what segment was given as --output.")],
+    to: Annotated[list[Format], typer.Option("--to", help="What to write; may be given several times.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the files.", show_default="beside each table")
+    ] = None,
+    slide: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Only this slide; may be given several times.")
+    ] = None,
+) -> None:
+    """Write the tables of nuclei for other tools, and print the files' names. Files of an earlier export are replaced.
+
+    hover-batch export out/ --to qupath --to csv
+    """
+    from hover_batch.convert import export_run
+
+    exported = export_run(run, to, output, slide or (), lambda line: typer.echo(line, err=True))
+    for path in exported.files:
+        typer.echo(path)
+    raise typer.Exit(exported.exit_code)
 
 
 def _example(output: Path) -> Path:

@@ -5,7 +5,7 @@ joint histogram (how many pixels carry true id t and predicted id p), which one 
 
 Means are taken as the reference implementation of HoVerNet takes them: PQ, AJI and Dice are means over images,
 detections and classes are counted over all images together (`PairCounts` add up). A score of two maps without any
-nucleus is undefined and NaN; `mean_defined` leaves it out.
+nucleus is undefined and NaN; `mean_defined` leaves it out. PQ of a class follows PanNuke-metrics, which takes it.
 """
 
 from __future__ import annotations
@@ -55,6 +55,33 @@ def panoptic_quality(true: NDArray[np.integer], pred: NDArray[np.integer]) -> Pa
     dq = tp / (tp + 0.5 * fp + 0.5 * fn)
     sq = iou_sum / tp if tp else 0.0
     return PanopticQuality(dq, sq, dq * sq, tp, fp, fn, iou_sum)
+
+
+def class_quality(
+    true: NDArray[np.integer],
+    pred: NDArray[np.integer],
+    true_types: NDArray[np.integer],
+    pred_types: NDArray[np.integer],
+    type_id: int,
+) -> float:
+    """PQ of the instances of one class, the others taken for background.
+
+    true, pred: instance maps (y, x); true_types (n,), pred_types (m,): class ids of their instances, in the order of
+    the instances' ids. NaN where no true instance is of the class, whatever is predicted: so PanNuke-metrics has it,
+    where class PQ comes from, so that a false alarm counts against a class only in images that hold it.
+    """
+    ours = _only(true, true_types == type_id)
+    return panoptic_quality(ours, _only(pred, pred_types == type_id)).pq if ours.any() else math.nan
+
+
+def _only(instances: NDArray[np.integer], chosen: NDArray[np.bool_]) -> NDArray[np.integer]:
+    """The map with the `chosen` (n,) instances alone, in the order of their ids."""
+    ids = np.unique(instances[instances > 0])
+    if len(ids) != len(chosen):
+        raise ValueError(f"types of {len(chosen)} instances, but the map holds {len(ids)}")
+    kept = np.zeros(int(instances.max(initial=0)) + 1, bool)
+    kept[ids[chosen]] = True
+    return np.where(kept[instances], instances, 0)
 
 
 def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:

@@ -270,7 +270,7 @@ def read_status(folder: Path) -> Status:
     """Read the run in `folder`. InputError where that is no run's folder, or cannot be read."""
     layout = RunLayout(folder)
     try:
-        run = _run_json(layout, folder)
+        run = read_run(layout, folder)
         # The lock before the log: a run that ends in between is then one that ended, not one that was killed.
         locked, holder = is_locked(layout.lock), (_read(layout.lock) or b"").decode(errors="replace").strip()
         log = Log()
@@ -288,12 +288,12 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
     if locked is False and log.started and not log.finished and host not in ("", socket.gethostname()):
         locked, unknown = None, f"a lock that {host} holds may not be seen from here"
 
-    cohort = _cohort(layout)
+    cohort = read_slides(layout)
     failed_at: dict[int | None, datetime] = {failure.row: time for failure, time in log.failures}
     done, nuclei, mended, failed = 0, 0, set(), set()
     under_way: list[Open] = []
     for row, slide in (cohort or {}).items():
-        held = _finished(slide, failed_at.get(row))
+        held = nuclei_if_done(slide, failed_at.get(row))
         if held is not None:
             done += 1
             nuclei += held
@@ -322,7 +322,8 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
     )
 
 
-def _run_json(layout: RunLayout, folder: Path) -> dict[str, Any]:
+def read_run(layout: RunLayout, folder: Path) -> dict[str, Any]:
+    """What run.json says. InputError where `folder`, as the user named it, is no run's."""
     try:
         run = json.loads(_read(layout.run_json) or b"")
     except ValueError:
@@ -332,7 +333,7 @@ def _run_json(layout: RunLayout, folder: Path) -> dict[str, Any]:
     return run
 
 
-def _cohort(layout: RunLayout) -> dict[int, SlideLayout] | None:
+def read_slides(layout: RunLayout) -> dict[int, SlideLayout] | None:
     """The slides by their row in the cohort; None where no run has listed them yet."""
     content = _read(layout.slides_csv)
     if content is None:
@@ -346,7 +347,7 @@ def _cohort(layout: RunLayout) -> dict[int, SlideLayout] | None:
     return slides
 
 
-def _finished(slide: SlideLayout, failed_at: datetime | None) -> int | None:
+def nuclei_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> int | None:
     """The nuclei of a slide that is done, else None. A slide.json older than the slide's failure in the last start is
     of an earlier one: the run did not find it good."""
     try:

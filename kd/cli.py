@@ -8,13 +8,16 @@ from kd.commands.calibrate import calibrate
 from kd.commands.evaluate import evaluate
 from kd.commands.package import package
 from kd.commands.prepare import prepare
+from kd.commands.sweep import sweep
+from kd.commands.tables import tables
+from kd.commands.teach import teach
 from kd.commands.train import train
 
 kd_app = typer.Typer(
     name="kd",
-    help="Train, package and evaluate the student network.",
+    help="Distil a student from a HoVerNet: annotated images → packages, scores, tables.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (prepare, train, package, calibrate, evaluate):
+for command in (prepare, teach, train, package, calibrate, sweep, evaluate, tables):
     kd_app.command()(command)

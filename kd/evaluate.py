@@ -1,4 +1,4 @@
-"""Scores of a network on annotated images, by source: Dice, AJI, PQ, detection and class F1.
+"""From a network and annotated images to scores, by source: Dice, AJI, PQ, detection and class F1.
 
 Everything is computed from stored maps (`hover_batch.model.heads.MapLayout`), by the post-processing that slides go
 through, so that these are the scores of what users get.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,87 +16,23 @@ from numpy.typing import NDArray
 from hover_batch.config import PostSettings
 from hover_batch.metrics import (
     DETECTION_RADIUS_UM,
-    PairCounts,
     aji,
-    class_scores,
+    class_quality,
     count_pairs,
-    detection_scores,
     dice,
     match_as_hovernet,
-    mean_defined,
     panoptic_quality,
 )
 from hover_batch.model.heads import MapLayout
-from hover_batch.nuclei.measure import measure
+from hover_batch.nuclei.measure import Nuclei, measure
 from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_debris
 from hover_batch.taxonomy import Taxonomy
-from kd.datasets import MPP, Sample
-
-if TYPE_CHECKING:
-    from hover_batch.model.predict import Predictor
+from kd.datasets import MPP, Data, Sample
+from kd.remap import Remap, remaps_of
+from kd.scores import ImageScores, SourceScores, pooled
 
 MapsOf = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """RGB (y, x, 3) uint8 → the stored maps (plane, y, x) uint8 of the same pixels."""
-
-
-def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The maps (plane, y, x) uint8 of a whole image (y, x, 3) uint8.
-
-    Tiles lie on the grid of `tile_out` from (0, 0), each read wider by the model's margin; beyond its border the
-    image is mirrored.
-    """
-    card = predictor.card
-    keep, margin = card.tile_out, card.margin
-    height, width = image.shape[:2]
-    rows, columns = -(-height // keep), -(-width // keep)
-    padded = np.pad(
-        image,
-        ((margin, rows * keep - height + margin), (margin, columns * keep - width + margin), (0, 0)),
-        mode="reflect",
-    )
-    maps = np.empty((card.layout.planes, rows * keep, columns * keep), np.uint8)
-    corners = [(r * keep, c * keep) for r in range(rows) for c in range(columns)]
-    for first in range(0, len(corners), predictor.batch):
-        some = corners[first : first + predictor.batch]
-        tiles = np.stack([padded[y : y + card.tile_in, x : x + card.tile_in] for y, x in some])
-        for (y, x), tile in zip(some, predictor.predict(tiles), strict=True):
-            maps[:, y : y + keep, x : x + keep] = tile
-    return maps[:, :height, :width]
-
-
-@dataclass(frozen=True)
-class SourceScores:
-    """Scores of one source. Dice, AJI, DQ, SQ, PQ: means over its images; F_d, F_c: all its nuclei counted together.
-
-    NaN where a score is undefined; `f_c` (by class name) and `type_accuracy` are of images with annotated types only,
-    `f_c` is empty and `type_accuracy` NaN where there are none.
-    """
-
-    source: str
-    images: int
-    nuclei: int
-    predicted: int
-    dice: float
-    aji: float
-    dq: float
-    sq: float
-    pq: float
-    f_d: float
-    precision: float
-    recall: float
-    f_c: dict[str, float]
-    type_accuracy: float
-    """Share of the paired nuclei whose type is right."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for cards and reports; what is undefined becomes None."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {k: plain(v) for k, v in value.items()}
-            return None if isinstance(value, float) and math.isnan(value) else value
-
-        return {name: plain(value) for name, value in asdict(self).items()}
 
 
 def evaluate(
@@ -107,11 +42,27 @@ def evaluate(
 
     `constants`: of the Sobel maps, or None to normalise each image by its own extremes, as the reference does.
     """
-    by_source: dict[str, list[_ImageScores]] = {}
+    by_source: dict[str, list[ImageScores]] = {}
     for sample in samples:
         scores = _score(sample, maps_of(sample.image), constants, taxonomy)
         by_source.setdefault(sample.source, []).append(scores)
-    return [_pool(source, images, taxonomy) for source, images in by_source.items()]
+    return [pooled(source, images, taxonomy) for source, images in by_source.items()]
+
+
+def evaluate_data(maps_of: MapsOf, data: Data, constants: SobelConstants | None, model: Taxonomy) -> list[SourceScores]:
+    """As `evaluate`, for a model whose classes may be others than the data's: each source is scored by the classes that
+    both have (`kd.remap`). Raises InputError, before anything is predicted, where these are not known.
+    """
+    remaps = remaps_of(data, model)
+    scores = []
+    for source, remap in remaps.items():
+        samples = (remap.sample(s) for s in data.samples if s.source == source)
+        scores += evaluate(partial(_remapped, maps_of, remap), samples, constants, remap.taxonomy)
+    return scores
+
+
+def _remapped(maps_of: MapsOf, remap: Remap, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return remap.maps(maps_of(image))
 
 
 def instances_of(planes: NDArray[np.uint8], constants: SobelConstants | None) -> NDArray[np.int32]:
@@ -119,35 +70,42 @@ def instances_of(planes: NDArray[np.uint8], constants: SobelConstants | None) ->
     return without_debris(instance_map(planes[0], planes[1], planes[2], constants), PostSettings.min_area_px)
 
 
-@dataclass(frozen=True)
-class _ImageScores:
-    dice: float
-    aji: float
-    dq: float
-    sq: float
-    pq: float
-    pairs: PairCounts
-    typed: bool
+def nuclei_of(
+    maps: NDArray[np.uint8], constants: SobelConstants | None, layout: MapLayout
+) -> tuple[NDArray[np.int32], Nuclei]:
+    """The instances (y, x) in stored maps (plane, y, x), and what is measured of them."""
+    found = instances_of(maps[[layout.NP, layout.H, layout.V]], constants)
+    return found, measure(found, maps, layout)
+
+
+def types_by_id(found: NDArray[np.int32], nuclei: Nuclei) -> NDArray[np.uint8]:
+    """Class ids (n,) of the instances in the order of their ids; `nuclei` are in the order of their anchors."""
+    return nuclei.type_id[np.argsort(found[nuclei.anchor_y, nuclei.anchor_x])]
 
 
 def _score(
     sample: Sample, maps: NDArray[np.uint8], constants: SobelConstants | None, taxonomy: Taxonomy
-) -> _ImageScores:
+) -> ImageScores:
     layout = MapLayout(len(taxonomy.classes))
-    found = instances_of(maps[[layout.NP, layout.H, layout.V]], constants)
-    nuclei = measure(found, maps, layout)
+    found, nuclei = nuclei_of(maps, constants, layout)
     true_xy, true_types = true_nuclei(sample, layout.n_types)
     pred_xy = np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1)
     pairs = match_as_hovernet(true_xy, pred_xy, DETECTION_RADIUS_UM / MPP)
     quality = panoptic_quality(sample.instances, found)
-    return _ImageScores(
+    pq_c = None
+    if sample.types is not None:
+        types = types_by_id(found, nuclei)
+        pq_c = tuple(class_quality(sample.instances, found, true_types, types, c.id) for c in taxonomy.nuclei)
+    return ImageScores(
+        tissue=sample.tissue,
         dice=dice(sample.instances, found),
         aji=aji(sample.instances, found),
         dq=quality.dq,
         sq=quality.sq,
         pq=quality.pq,
+        bpq=quality.pq if len(true_xy) else math.nan,
+        pq_c=pq_c,
         pairs=count_pairs(pairs, true_types, nuclei.type_id, layout.n_types),
-        typed=sample.types is not None,
     )
 
 
@@ -164,31 +122,3 @@ def true_nuclei(sample: Sample, n_types: int) -> tuple[NDArray[np.float64], NDAr
         return xy, np.zeros(len(ids), np.int64)
     votes = np.bincount(row * n_types + sample.types[ys, xs], minlength=len(ids) * n_types)
     return xy, votes.reshape(len(ids), n_types).argmax(axis=1)
-
-
-def _pool(source: str, images: list[_ImageScores], taxonomy: Taxonomy) -> SourceScores:
-    counts = sum((i.pairs for i in images[1:]), images[0].pairs)
-    detection = detection_scores(counts)
-    typed = [i.pairs for i in images if i.typed]
-    f_c, accuracy = {}, math.nan
-    if typed:
-        types = sum(typed[1:], typed[0])
-        f_c = {c.name: class_scores(types, c.id).f1 for c in taxonomy.nuclei}
-        paired = types.table[:-1, :-1]
-        accuracy = float(np.trace(paired) / paired.sum()) if paired.any() else math.nan
-    return SourceScores(
-        source=source,
-        images=len(images),
-        nuclei=detection.tp + detection.fn,
-        predicted=detection.tp + detection.fp,
-        dice=mean_defined(i.dice for i in images),
-        aji=mean_defined(i.aji for i in images),
-        dq=mean_defined(i.dq for i in images),
-        sq=mean_defined(i.sq for i in images),
-        pq=mean_defined(i.pq for i in images),
-        f_d=detection.f1,
-        precision=detection.precision,
-        recall=detection.recall,
-        f_c=f_c,
-        type_accuracy=accuracy,
-    )

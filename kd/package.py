@@ -20,7 +20,8 @@ from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import Taxonomy
 from kd.calibrate import calibrate
 from kd.datasets import MPP, read_data
-from kd.evaluate import evaluate, predict_image
+from kd.evaluate import evaluate
+from kd.predict import predict_image
 from kd.start import build_network
 from kd.state import contents, read_checkpoint
 

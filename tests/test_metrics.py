@@ -17,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from hover_batch.metrics import (
     PairCounts,
     aji,
+    class_quality,
     class_scores,
     count_pairs,
     detection_scores,
@@ -119,6 +120,40 @@ def test_real_tiles_agree_with_the_definitions(true_map, seed):
     assert aji(true_map, pred) == pytest.approx(slow_aji(true_map, pred), abs=1e-12)
     a, b = true_map > 0, pred > 0
     assert dice(true_map, pred) == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_quality_of_a_class_is_that_of_its_instances_alone(data: Path, name):
+    """Types as annotated; of the damaged ones a fifth is drawn anew."""
+    true, types = (
+        cv2.imread(str(data / "nuclei" / kind / f"{name}.png"), cv2.IMREAD_UNCHANGED)[300:600, 300:600].astype(np.int32)
+        for kind in ("labels", "types")
+    )
+    rng = np.random.default_rng(4)
+    pred = damage(true, rng)
+    true_ids, pred_ids = np.setdiff1d(np.unique(true), [0]), np.setdiff1d(np.unique(pred), [0])
+    true_types = np.array([np.bincount(types[true == i]).argmax() for i in true_ids])
+    pred_types = np.array([np.bincount(types[pred == i], minlength=8).argmax() for i in pred_ids])
+    pred_types = np.where(rng.random(len(pred_ids)) < 0.2, rng.integers(1, 8, len(pred_ids)), pred_types)
+    seen = 0
+    for c in range(1, 8):
+        ours = np.zeros_like(true), np.zeros_like(pred)
+        for instances, ids, kinds, alone in ((true, true_ids, true_types, 0), (pred, pred_ids, pred_types, 1)):
+            for i, kind in zip(ids, kinds, strict=True):
+                if kind == c:
+                    ours[alone][instances == i] = i
+        got = class_quality(true, pred, true_types, pred_types, c)
+        if ours[0].any():
+            assert got == pytest.approx(slow_pq(*ours)[2], abs=1e-12)
+            seen += got > 0
+        else:  # even where it is predicted
+            assert math.isnan(got)
+    assert seen >= 2
+
+
+def test_types_of_other_instances_are_refused():
+    with pytest.raises(ValueError, match="types of 1 instances, but the map holds 2"):
+        class_quality(np.array([[3, 0, 9]]), np.array([[0, 0, 0]]), np.array([1]), np.array([], int), 1)
 
 
 small_maps = arrays(np.uint16, (6, 7), elements=st.sampled_from([0, 0, 1, 2, 5]))

@@ -14,7 +14,7 @@ from hover_batch.metrics import panoptic_quality
 from hover_batch.model.package import find_package, load_network
 from hover_batch.model.predict import Predictor
 from hover_batch.nuclei.watershed import SobelConstants, instance_map
-from kd.evaluate import predict_image
+from kd.predict import predict_image
 
 
 @pytest.mark.skipif(

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,25 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """`replacing` for whatever writes a folder. Only its name is forced to disk, and between the removal of an old
+    folder and the new one's taking its name there is a moment with neither: for what can be made again."""
+    temporary = _hidden_name(path)
+    try:
+        yield temporary
+        if path.exists():
+            old = _hidden_name(path)
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     _sync(path.parent)
 
 
@@ -61,11 +81,15 @@ def leftovers(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """A hidden name beside `path`, which is free; what lies there afterwards is removed."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    temporary = _hidden_name(path)
     try:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _hidden_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
 def _sync(path: Path) -> None:

@@ -12,15 +12,43 @@
         survey.json         the slide's header and tissue: with the store, all that new tables need
         predictions.zarr  tissue.geojson  nuclei.parquet  thumbnail.jpg  overlay.jpg  timings.json
         slide.json          written last = done
+        nuclei.*            the table in other formats, by `export`
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from hover_batch.cohort.slide_id import fault_in
 from hover_batch.errors import InputError
+
+
+class Format(StrEnum):
+    """What a table of nuclei can be exported to, by the name that the command line has for it."""
+
+    qupath = "qupath"
+    annotation_store = "annotation-store"
+    hovernet = "hovernet"
+    spatialdata = "spatialdata"
+    anndata = "anndata"
+    csv = "csv"
+
+    @property
+    def suffix(self) -> str:
+        """Of the file's name, behind the dot."""
+        return _SUFFIXES[self]
+
+
+_SUFFIXES = {
+    Format.qupath: "geojson.gz",
+    Format.annotation_store: "db",
+    Format.hovernet: "json",
+    Format.spatialdata: "spatialdata.zarr",
+    Format.anndata: "h5ad",
+    Format.csv: "csv",
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +103,10 @@ class SlideLayout:
     def nuclei_parquet(self) -> Path:
         return self.folder / "nuclei.parquet"
 
+    def exported(self, format: Format) -> Path:
+        """The table in another format."""
+        return self.folder / f"nuclei.{format.suffix}"
+
     @property
     def thumbnail_jpg(self) -> Path:
         return self.folder / "thumbnail.jpg"
@@ -102,6 +134,7 @@ class SlideLayout:
             self.predictions_zarr,
             self.survey_json,
             self.tissue_geojson,
+            *map(self.exported, Format),
             self.nuclei_parquet,
             self.thumbnail_jpg,
             self.overlay_jpg,

@@ -20,7 +20,7 @@ from typing import Any
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import HoverBatchError, InputError
-from hover_batch.executor.resources import EnginePlan, Node, Resources
+from hover_batch.executor.resources import Node, Resources
 
 _ENVIRONMENT = {
     # `uv run` would have each worker make an environment of its own.
@@ -36,12 +36,14 @@ _TOKEN = secrets.token_hex(32)
 CONNECT_S = 5.0
 START_ATTEMPTS = 3
 """Ray gives its own processes 30 s to come up, which a busy machine may overrun."""
+OBJECT_STORE_BYTES = 512 << 20
+"""Where the work says nothing else: room for small messages."""
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 
 
 @contextlib.contextmanager
-def started(plan: EnginePlan, log: Path) -> Iterator[None]:
-    """A cluster on this machine of the plan's cores and GPUs, gone with all its processes when the block ends.
+def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[None]:
+    """A cluster on this machine of these cores and GPUs, gone with all its processes when the block ends.
 
     `log`: the file for what Ray has to say meanwhile; stdout is for results. Raises HoverBatchError where Ray does not
     come up.
@@ -54,7 +56,7 @@ def started(plan: EnginePlan, log: Path) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
     try:
         with _talking_to(log):
-            _start(plan, folder)
+            _start(resources, object_store_bytes, folder)
             yield
     finally:
         ray.shutdown()
@@ -67,16 +69,16 @@ def _prepare() -> None:
         os.environ.setdefault(name, value)
 
 
-def _start(plan: EnginePlan, folder: Path) -> None:
+def _start(resources: Resources, object_store_bytes: int, folder: Path) -> None:
     import ray
 
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             ray.init(
                 address="local",  # else it joins whatever cluster it finds
-                num_cpus=plan.resources.cpus,
-                num_gpus=plan.resources.gpus,
-                object_store_memory=plan.object_store_bytes,
+                num_cpus=resources.cpus,
+                num_gpus=resources.gpus,
+                object_store_memory=object_store_bytes,
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder),

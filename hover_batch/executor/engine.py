@@ -75,7 +75,7 @@ def engine(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> I
 
             plan = engine_plan(resources, settings, books.package.card, predicts=predicts)
             books.progress.say("starting Ray on this machine, for this run alone, its token made for it …")
-            with started(plan, layout.ray_log):
+            with started(resources, layout.ray_log, plan.object_store_bytes):
                 _run_on_ray(books, slides, plan)
 
         yield Engine(settings, run)

@@ -103,7 +103,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="The whole card.")] = False,
 ) -> None:
     """Show what a package is, what it has seen and under which licence it comes."""
-    package = find_package(model)
+    package = find_package(model, "package")
     if as_json:
         typer.echo(json.dumps({**package.card.to_json(), "sha256": package.sha256}, indent=2, ensure_ascii=False))
         return

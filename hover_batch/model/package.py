@@ -84,8 +84,10 @@ class Package:
     sha256: str
 
 
-def find_package(name_or_path: str) -> Package:
+def find_package(name_or_path: str, said: str = "--model") -> Package:
     """The package that a user names: `starter`, a .safetensors file, or a folder with one such file.
+
+    `said`: what it is called where the user named it; messages begin with it.
 
     Raises PackageError where there is none, or it has no card.
     """
@@ -93,12 +95,10 @@ def find_package(name_or_path: str) -> Package:
     if path.is_dir():
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:
-            raise PackageError(f"--model {path}: the folder holds {len(found)} .safetensors files, not one")
+            raise PackageError(f"{said} {path}: the folder holds {len(found)} .safetensors files, not one")
         path = found[0]
     if not path.is_file():
-        raise PackageError(
-            f"--model {name_or_path}: no such package; give `starter` or the path of a .safetensors file"
-        )
+        raise PackageError(f"{said} {name_or_path}: no such package; give `starter` or the path of a .safetensors file")
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -106,17 +106,17 @@ def find_package(name_or_path: str) -> Package:
             metadata = f.metadata() or {}
     except SafetensorError as error:
         raise PackageError(
-            f"--model {path}: not a safetensors file ({error}); `hover-batch models import` turns published "
+            f"{said} {path}: not a safetensors file ({error}); `hover-batch models import` turns published "
             "checkpoints into packages"
         ) from error
     if CARD_KEY not in metadata:
         raise PackageError(
-            f"--model {path}: no hover-batch card inside; make one with `hover-batch kd package` or `models import`"
+            f"{said} {path}: no hover-batch card inside; make one with `hover-batch kd package` or `models import`"
         )
     try:
         card = Card.from_json(json.loads(metadata[CARD_KEY]))
     except (ValueError, KeyError, TypeError) as error:
-        raise PackageError(f"--model {path}: the card inside cannot be read ({error})") from error
+        raise PackageError(f"{said} {path}: the card inside cannot be read ({error})") from error
     with path.open("rb") as whole:
         return Package(path, card, hashlib.file_digest(whole, "sha256").hexdigest())
 

@@ -46,16 +46,30 @@ class Predictor:
 
         tiles: (n, tile_in, tile_in, 3) uint8 RGB. Returns (n, planes, tile_out, tile_out) uint8 as MapLayout says.
         """
-        n = len(tiles)
-        if n < self.batch:
-            tiles = np.concatenate([tiles, np.zeros((self.batch - n, *tiles.shape[1:]), np.uint8)])
-        rgb = torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2)
+        rgb = self._whole_batch(tiles)
+        maps = quantise(self._output(rgb), _centre(rgb, self.card.tile_out), self.card.layout)
+        return maps[: len(tiles)].cpu().numpy()
+
+    @torch.inference_mode()
+    def logits(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The network's output for up to `batch` tiles, as it is.
+
+        tiles: (n, tile_in, tile_in, 3) uint8 RGB. Returns (n, channels, tile_out, tile_out) float32 as Heads says.
+        """
+        return self._output(self._whole_batch(tiles))[: len(tiles)].cpu().numpy()
+
+    def _whole_batch(self, tiles: NDArray[np.uint8]) -> Tensor:
+        """The tiles, and black ones up to the constant shape: (batch, 3, tile_in, tile_in) uint8 on the device."""
+        if (missing := self.batch - len(tiles)) > 0:
+            tiles = np.concatenate([tiles, np.zeros((missing, *tiles.shape[1:]), np.uint8)])
+        return torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2)
+
+    def _output(self, rgb: Tensor) -> Tensor:
+        """RGB (batch, 3, tile_in, tile_in) uint8 → the network's (batch, channels, tile_out, tile_out) float32."""
         image = rgb.float().div(255).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             output = self.network(image)
-        output = _centre(output, self.card.tile_out)
-        maps = quantise(output.float(), _centre(rgb, self.card.tile_out), self.card.layout)
-        return maps[:n].cpu().numpy()
+        return _centre(output, self.card.tile_out).float()
 
 
 def load_predictor(package: Package, settings: InferSettings) -> Predictor:

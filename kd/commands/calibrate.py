@@ -43,7 +43,7 @@ def calibrate(
     from hover_batch.model.predict import Predictor
     from kd.calibrate import predict_all, search, trial, try_others
     from kd.datasets import read_data
-    from kd.evaluate import predict_image
+    from kd.predict import predict_image
     from kd.state import contents
 
     if out.suffix != ".safetensors":

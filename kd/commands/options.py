@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hover_batch.config import EngineSettings
+
 Data = Annotated[Path, typer.Option(help="Folder with dataset.csv, images and labels.", show_default=False)]
+
+
+class Backend(StrEnum):
+    ray = "ray"
+    local = "local"
+
+
+BackendOption = Annotated[
+    Backend,
+    typer.Option(
+        help="ray: tasks on all cores and GPUs, of this machine or a cluster; local: one process. Same results.",
+        envvar="HOVER_BATCH_BACKEND",
+    ),
+]
+Cpus = Annotated[int, typer.Option(help="Cores to use; 0 = all.")]
+Gpus = Annotated[int, typer.Option(help="GPUs to use; 0 = none, -1 = all.")]
+Address = Annotated[
+    str, typer.Option(help="Of a Ray cluster to join.", show_default="start Ray on this machine", metavar="HOST:PORT")
+]
+
+
+def engine_settings(backend: Backend, cpus: int, gpus: int, address: str) -> EngineSettings:
+    """InputError where they are out of range or do not go together."""
+    return EngineSettings(backend=backend.value, cpus=cpus, gpus=gpus, address=address)

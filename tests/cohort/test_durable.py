@@ -13,7 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hover_batch.cohort.durable import leftovers, sha256_file, to_json, write_atomically, write_first
+from hover_batch.cohort.durable import (
+    leftovers,
+    replacing_folder,
+    sha256_file,
+    to_json,
+    write_atomically,
+    write_first,
+)
 
 
 def test_text_is_utf8_and_replaces(tmp_path: Path) -> None:
@@ -50,6 +57,21 @@ def test_a_failed_write_leaves_the_old_content_whole(
         write_atomically(path, b"new" * 1000)
     assert (path.read_bytes() if path.exists() else None) == old
     assert list(leftovers(path)) == []
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_folder_is_replaced_whole(tmp_path: Path, old: bool) -> None:
+    path = tmp_path / "a.zarr"
+    for number in range(2 if old else 1):
+        with replacing_folder(path) as temporary:
+            (temporary / "inner").mkdir(parents=True)
+            (temporary / "inner" / str(number)).touch()
+        assert [file.name for file in path.rglob("*")] == ["inner", str(number)]
+    with pytest.raises(OSError, match="No space"), replacing_folder(path) as temporary:
+        temporary.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert [file.name for file in path.rglob("*")] == ["inner", str(number)]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("step", ["fsync", "link"])

@@ -66,7 +66,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ["PLANTED"] = str(folder)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "planted"), str(HERE), str(HERE.parents[1])])
     try:
-        with started(engine_of(), folder / "ray.log"):
+        plan = engine_of()
+        with started(plan.resources, folder / "ray.log", plan.object_store_bytes):
             yield folder
     finally:
         for name, value in before.items():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from truth_maps import maps_of_truth
 
 import kd.validate
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
@@ -19,7 +20,8 @@ from hover_batch.model.package import Card
 from hover_batch.model.teacher import TeacherArch
 from hover_batch.taxonomy import CONSEP
 from kd.datasets import Sample, read_instance_folder
-from kd.evaluate import evaluate, predict_image, true_nuclei
+from kd.evaluate import evaluate, true_nuclei
+from kd.predict import predict_image
 from kd.targets import hv_targets
 from kd.validate import TYPICAL, validate
 
@@ -74,16 +76,6 @@ def test_a_whole_image_is_cut_and_assembled(shape):
     assert max(predictor.sizes) <= 5 and sum(predictor.sizes) == -(-height // 64) * -(-width // 64)
 
 
-def maps_of_truth(instances, types) -> np.ndarray:
-    """What a perfect network would be stored as."""
-    maps = np.zeros((LAYOUT.planes, *instances.shape), np.uint8)
-    maps[LAYOUT.NP] = np.where(instances > 0, 255, 0)
-    maps[LAYOUT.H : LAYOUT.V + 1] = np.round(127 * hv_targets(instances)).astype(np.int8).view(np.uint8)
-    for i in range(LAYOUT.n_types):
-        maps[LAYOUT.tp.start + i] = np.where(types == i, 255, 0)
-    return maps
-
-
 def discs(centres, kinds, source="consep", typed=True, side=160) -> Sample:
     instances, types = np.zeros((side, side), np.int32), np.zeros((side, side), np.uint8)
     for i, (centre, kind) in enumerate(zip(centres, kinds, strict=True), start=1):
@@ -95,7 +87,7 @@ def discs(centres, kinds, source="consep", typed=True, side=160) -> Sample:
 
 def predictions(*pairs):
     """Samples and a `maps_of` that returns, for each sample in turn, the perfect maps of its partner."""
-    queue = [maps_of_truth(p.instances, p.types) for _, p in pairs]
+    queue = [maps_of_truth(p.instances, p.types, LAYOUT.n_types) for _, p in pairs]
     return [s for s, _ in pairs], lambda image: queue.pop(0)
 
 
@@ -109,7 +101,9 @@ def test_a_perfect_prediction():
     (scores,) = evaluate(maps_of, samples, TYPICAL, CONSEP)
     assert (scores.source, scores.images, scores.nuclei, scores.predicted) == ("consep", 1, 5, 5)
     assert (scores.dice, scores.aji, scores.dq, scores.sq, scores.pq) == (1, 1, 1, 1, 1)
-    assert (scores.f_d, scores.precision, scores.recall, scores.type_accuracy) == (1, 1, 1, 1)
+    assert (scores.bpq, scores.mpq, scores.f_d, scores.precision, scores.recall, scores.type_accuracy) == (1,) * 6
+    assert [scores.pq_c[n] for n in ("miscellaneous", "inflammatory", "epithelial")] == [1, 1, 1]
+    assert math.isnan(scores.pq_c["spindle"])
     assert [scores.f_c[n] for n in ("miscellaneous", "inflammatory", "epithelial")] == [1, 1, 1]
     assert math.isnan(scores.f_c["spindle"])
     plain = scores.to_json()

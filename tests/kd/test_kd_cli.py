@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,11 +15,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hover_batch.errors import InputError
+from hover_batch.errors import InputError, PackageError
 from hover_batch.model.package import Card, save_package
 from hover_batch.model.student import StudentArch, build_student
-from hover_batch.taxonomy import CONSEP, PANNUKE, Taxonomy
+from hover_batch.taxonomy import CONSEP, MONUSAC, PANNUKE, Taxonomy
 from kd.cli import kd_app
+from kd.datasets import read_data
 from kd.validate import TYPICAL
 
 
@@ -44,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def write_package(path: Path, taxonomy: Taxonomy) -> Path:
+def write_package(path: Path, taxonomy: Taxonomy, training: dict[str, Any] | None = None) -> Path:
     torch.manual_seed(0)
     card = Card(
         name="untaught",
@@ -56,6 +58,7 @@ def write_package(path: Path, taxonomy: Taxonomy) -> Path:
         tile_out=64,
         sobel=TYPICAL.to_json(),
         licence="none",
+        training=training or {},
     )
     save_package(path, build_student(StudentArch("mit_b0", len(taxonomy.classes))), card)
     return path
@@ -71,10 +74,15 @@ def test_evaluate_prints_a_table_and_writes_json(folder, package, tmp_path, norm
     out = tmp_path / "scores.json"
     result = run("evaluate", package, "--data", folder, "--sobel-norm", norm, "--json", out, "--threads", 1)
     assert result.exit_code == 0, result.exception
-    for text in ("untaught on the test images", "consep", "tnbc", "pq", "f_d", "f_epithelial"):
+    for text in ("untaught on ", ", test", "consep", "tnbc", "mpq", "f_d", "f epithelial", "GMac a patch of 256 px"):
         assert text in result.stdout
     report = json.loads(out.read_text())
-    assert (report["model"], report["split"], report["sobel_norm"]) == ("untaught", "test", norm)
+    assert (report["model"], report["label"], report["folds"], report["sobel_norm"]) == (
+        *("untaught", "untaught"),
+        ["test"],
+        norm,
+    )
+    assert report["leakage"] == [] and report["cost"]["macs_per_patch"] > 3e9
     assert len(report["sha256"]) == 64
     assert set(report["sources"]) == {"consep", "tnbc"}
     assert report["sources"]["consep"]["nuclei"] == 1
@@ -91,8 +99,11 @@ def test_evaluate_one_source(folder, package, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--split", "val"], "--split val"),
+        (["--fold", "val"], "--fold val"),
         (["--source", "monuseg"], "no such image of monuseg"),
+        (["--beside", "starter"], "--beside: is shown in the picture"),
+        (["--json", "nowhere/scores.json"], "--json nowhere/scores.json: the folder nowhere does not exist"),
+        (["--panel", "panel.jpg"], "--panel panel.jpg: the picture is a .png file"),
         (["--sobel-norm", "none"], "--sobel-norm none"),
     ],
 )
@@ -102,10 +113,46 @@ def test_evaluate_says_what_is_wrong(folder, package, flags, message):
     assert message in str(result.exception)
 
 
-def test_evaluate_refuses_classes_that_the_annotations_do_not_have(folder, tmp_path):
-    result = run("evaluate", write_package(tmp_path / "other.safetensors", PANNUKE), "--data", folder)
+def test_evaluate_calls_a_missing_package_by_the_words_of_its_user(folder, tmp_path):
+    result = run("evaluate", tmp_path / "none.safetensors", "--data", folder)
+    assert isinstance(result.exception, PackageError)
+    assert str(result.exception).startswith(f"package {tmp_path}")
+
+
+def test_evaluate_refuses_classes_that_have_nothing_in_common_with_the_annotations(folder, tmp_path):
+    result = run("evaluate", write_package(tmp_path / "other.safetensors", MONUSAC), "--data", folder)
     assert isinstance(result.exception, InputError)
-    assert "its classes are pannuke's" in str(result.exception)
+    assert "the model's epithelial, lymphocyte, macrophage, neutrophil" in str(result.exception)
+
+
+def test_evaluate_by_the_classes_in_common_with_a_picture_and_the_time(folder, package, tmp_path):
+    out, picture = tmp_path / "scores.json", tmp_path / "panel.png"
+    other = write_package(tmp_path / "other.safetensors", PANNUKE)
+    flags = ("--json", out, "--panel", picture, "--beside", package, "--time", "--label", "mine", "--threads", 1)
+    result = run("evaluate", other, "--data", folder, "--fold", "test", "--fold", "val", *flags)
+    assert result.exit_code == 0, result.exception
+    report = json.loads(out.read_text())
+    assert report["sources"]["consep"]["classes"] == ["epithelial", "inflammatory", "miscellaneous"]
+    assert report["sources"]["tnbc"]["classes"] == ["nucleus"]
+    assert (report["label"], report["folds"]) == ("mine", ["test", "val"])
+    assert report["cost"]["seconds_per_patch"] > 0 and "1 threads" in report["cost"]["timed_on"]
+    assert cv2.imread(str(picture)).shape[1] > 4 * 512
+    tables = run("tables", out, "-o", tmp_path / "tables")
+    assert tables.exit_code == 0 and "| mine |" in (tmp_path / "tables" / "tables.md").read_text()
+
+
+def test_evaluate_warns_in_the_table_of_what_the_model_has_seen(folder, tmp_path):
+    out = tmp_path / "scores.json"
+    (sample,) = read_data(folder, ["test"], ["tnbc"]).samples
+    seen = {"saw": {"train": [sample.image_sha256[:16]]}}
+    teacher = {"teacher": {"name": "old", "sha256": "0", "training": seen}}
+    package = write_package(tmp_path / "taught.safetensors", CONSEP, teacher)
+    result = run("evaluate", package, "--data", folder, "--json", out, "--threads", 1)
+    assert result.exit_code == 0, result.exception
+    table = result.stdout
+    assert "tnbc †" in table and "consep †" in table  # both rows of the folder show one image
+    assert "† tnbc, 1 of 1 images: the teacher was trained on them" in table
+    assert [leak["source"] for leak in json.loads(out.read_text())["leakage"]] == ["consep", "tnbc"]
 
 
 @pytest.mark.parametrize(

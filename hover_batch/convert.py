@@ -1,0 +1,117 @@
+"""`export`: a run's tables of nuclei, written again in the formats of other tools."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hover_batch.cohort.layout import Format, RunLayout, SlideLayout
+from hover_batch.errors import InputError, SlideError
+from hover_batch.export.read import NucleiTable
+from hover_batch.status import nuclei_if_done, read_run, read_slides
+
+Write = Callable[[NucleiTable, Path], None]
+Tell = Callable[[str], None]
+
+_LISTED = 10
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote: the files, and why slides were passed over, by slide_id."""
+
+    files: tuple[Path, ...]
+    skipped: dict[str, str]
+
+    @property
+    def exit_code(self) -> int:
+        if not self.files:
+            return 4
+        return 3 if self.skipped else 0
+
+
+def export_run(
+    folder: Path, formats: Sequence[Format], output: Path | None, slide_ids: Sequence[str], tell: Tell
+) -> Exported:
+    """Write the tables of the run in `folder`, of the slides `slide_ids` or all, in each of `formats`.
+
+    A file lies beside its table, or as SLIDE_ID.suffix in the folder `output`; one that is there already is replaced. A
+    slide that is not done, or whose table cannot be read, is passed over. `tell` gets a line about each file and slide.
+    InputError where the folder is no run's, a slide is not in it, a format cannot be written here, or a file not there.
+    """
+    layout = RunLayout(folder)
+    read_run(layout, folder)
+    slides = _chosen(layout, slide_ids)
+    writers = {format: writer(format) for format in dict.fromkeys(formats)}
+    files: list[Path] = []
+    skipped: dict[str, str] = {}
+    for number, slide in enumerate(slides, start=1):
+        label = f"[{number}/{len(slides)}] {slide.slide_id}"
+        try:
+            for line in _exported(slide, writers, output, files):
+                tell(f"{label}: {line}")
+        except SlideError as error:
+            skipped[slide.slide_id] = str(error)
+            tell(f"{label}: skipped: {error}")
+    return Exported(tuple(files), skipped)
+
+
+def _exported(
+    slide: SlideLayout, writers: Mapping[Format, Write], output: Path | None, files: list[Path]
+) -> Iterator[str]:
+    """Write one slide's files, add each to `files`, and say so. SlideError where there is no good table."""
+    if nuclei_if_done(slide) is None:
+        raise SlideError("is not done; segment's own command goes on with it")
+    nuclei = NucleiTable.open(slide.nuclei_parquet)
+    for format, write in writers.items():
+        path = slide.exported(format) if output is None else output / f"{slide.slide_id}.{format.suffix}"
+        started = time.monotonic()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(nuclei, path)
+        except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); name another folder by -o") from error
+        files.append(path)
+        yield f"{nuclei.rows:,} nuclei to {format} in {time.monotonic() - started:.1f} s"
+
+
+def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideLayout]:
+    slides = {slide.slide_id: slide for slide in (read_slides(layout) or {}).values()}
+    if unknown := [name for name in slide_ids if name not in slides]:
+        some = ", ".join(list(slides)[:_LISTED]) + (", …" if len(slides) > _LISTED else "")
+        raise InputError(f"--slide {unknown[0]}: is no slide of this run; {layout.slides_csv} lists them: {some}")
+    return [slides[name] for name in dict.fromkeys(slide_ids)] if slide_ids else list(slides.values())
+
+
+def writer(format: Format) -> Write:
+    """What writes `format`. InputError where it cannot, before anything is written."""
+    match format:
+        case Format.qupath:
+            from hover_batch.export.qupath import write_qupath
+
+            return write_qupath
+        case Format.annotation_store:
+            from hover_batch.export.annotation_store import sqlite_store, write_annotation_store
+
+            sqlite_store()
+            return write_annotation_store
+        case Format.hovernet:
+            from hover_batch.export.hovernet_json import write_hovernet_json
+
+            return write_hovernet_json
+        case Format.spatialdata:
+            from hover_batch.export.spatial import require_extra, write_spatialdata
+
+            require_extra()
+            return write_spatialdata
+        case Format.anndata:
+            from hover_batch.export.spatial import require_extra, write_anndata
+
+            require_extra()
+            return write_anndata
+        case Format.csv:
+            from hover_batch.export.flat_csv import write_csv
+
+            return write_csv

@@ -1,0 +1,69 @@
+"""The JSON of hover_net's own inference: {"mag": …, "nuc": {"1": {bbox, centroid, contour, type_prob, type}, …}}.
+
+All positions are level-0 pixels of the full canvas, and `mag` is the magnification that the size of these pixels stands
+for (10 µm / mpp). As hover_net has them, x and y of `centroid` and `contour` count pixels by their centres, half a
+pixel less than our tables do; `bbox` is [[first row, first column], [last row + 1, last column + 1]] (hover_net's mode
+for whole slides adds x to rows and y to columns there, which is not followed). `contour` is not closed; it is of
+integers where all are whole. `type_prob` is the class's mean probability, where hover_net's is a share of pixels.
+
+Names and colours of the types stand beside, under `type_info`, in the form of hover_net's type_info.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from hover_batch.cohort.durable import replacing
+from hover_batch.export.read import NucleiTable
+
+_to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+
+def write_hovernet_json(nuclei: NucleiTable, path: Path) -> None:
+    """Write `nuclei` to `path` (.json), as a stream."""
+    mag = round(10 / math.sqrt(nuclei.mpp.x * nuclei.mpp.y))
+    info = {str(c.id): [c.name, list(c.color)] for c in nuclei.taxonomy.classes}
+    columns = ["nucleus_id", "centroid_x", "centroid_y", "bbox", "type_id", "type_prob", "geometry"]
+    separator = ""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(f'{{"mag": {mag}, "type_info": {json.dumps(info)}, "nuc": {{')
+        for batch in nuclei.batches(columns):
+            xmin, ymin, xmax, ymax = (batch["bbox"].field(i).to_numpy() for i in range(4))
+            low, high = np.floor([ymin, xmin]).astype(np.int64), np.ceil([ymax, xmax]).astype(np.int64)
+            points, ring_of_point = shapely.get_coordinates(nuclei.polygons(batch), return_index=True)
+            rings = np.split(points - 0.5, np.flatnonzero(np.diff(ring_of_point)) + 1)
+            centroids = np.column_stack([batch["centroid_x"], batch["centroid_y"]]) - 0.5
+            rows = zip(
+                batch["nucleus_id"].to_pylist(),
+                np.stack([low.T, high.T], axis=1).tolist(),
+                centroids.tolist(),
+                rings,
+                batch["type_prob"].cast("string").to_pylist(),  # the shortest that is the same float32
+                batch["type_id"].to_pylist(),
+                strict=True,
+            )
+            for number, bbox, centroid, ring, prob, kind in rows:
+                nucleus = {
+                    "bbox": bbox,
+                    "centroid": centroid,
+                    "contour": _whole(ring[:-1]),
+                    "type_prob": float(prob),
+                    "type": kind,
+                }
+                file.write(f'{separator}\n"{number}": {_to_json(nucleus)}')
+                separator = ","
+        file.write("\n}}\n")
+
+
+def _whole(ring: NDArray[np.float64]) -> list[Any]:
+    """(k, 2) as lists; of integers where all are whole."""
+    rounded = ring.astype(np.int64)
+    points: list[Any] = (rounded if (rounded == ring).all() else ring).tolist()
+    return points

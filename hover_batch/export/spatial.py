@@ -1,0 +1,100 @@
+"""AnnData (.h5ad) and SpatialData (a zarr folder), for scanpy, squidpy, napari-spatialdata and their kin.
+
+Both are written by the libraries of these names, from the extra `spatialdata`, which hold a slide's nuclei in memory as
+a whole. A nucleus is an observation, named by its UUID; its measurements (the table's float32 columns) are the
+variables; `obs` has its class and the other columns, `obsm["spatial"]` its centroid, `uns` the classes' colours as
+scanpy has them, and the slide's pixel size. SpatialData has the same table beside the polygons, which it annotates.
+Positions are level-0 pixels of the full canvas; the coordinate system `um` of SpatialData is the same in µm.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from hover_batch.cohort.durable import replacing, replacing_folder
+from hover_batch.errors import InputError
+from hover_batch.export.read import NucleiTable
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_SHAPES = "nuclei"
+
+
+def require_extra() -> None:
+    """InputError where the libraries are not installed."""
+    if not (find_spec("anndata") and find_spec("spatialdata")):
+        raise InputError("--to spatialdata and --to anndata need more packages: pip install 'hover-batch[spatialdata]'")
+
+
+def write_anndata(nuclei: NucleiTable, path: Path) -> None:
+    """Write `nuclei` to `path` (.h5ad)."""
+    with replacing(path) as temporary, _plain_strings():
+        _anndata(nuclei).write_h5ad(temporary, compression="gzip", compression_opts=1)
+
+
+def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
+    """Write `nuclei` to the folder `path` (.zarr)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what its dependencies warn of at import is not the user's to mend
+        from spatialdata import SpatialData
+    import geopandas
+    import pandas as pd
+    from spatialdata.models import ShapesModel, TableModel
+    from spatialdata.transformations import Identity, Scale
+
+    with replacing_folder(path) as temporary, _plain_strings():
+        table = _anndata(nuclei)
+        if nuclei.rows == 0:  # the library knows no shapes without a shape
+            SpatialData(tables={"table": TableModel.parse(table)}).write(temporary)
+            return
+        table.obs["region"] = pd.Categorical.from_codes(np.zeros(nuclei.rows, np.int8), pd.Index([_SHAPES]))
+        geometry = np.concatenate([nuclei.polygons(batch) for batch in nuclei.batches(["geometry"])])
+        shapes = geopandas.GeoDataFrame(geometry=geometry, index=table.obs["nucleus_id"].to_numpy())
+        um = Scale([nuclei.mpp.x, nuclei.mpp.y], axes=("x", "y"))
+        SpatialData(
+            shapes={_SHAPES: ShapesModel.parse(shapes, transformations={"global": Identity(), "um": um})},
+            tables={"table": TableModel.parse(table, region=_SHAPES, region_key="region", instance_key="nucleus_id")},
+        ).write(temporary)
+
+
+def _anndata(nuclei: NucleiTable) -> AnnData:
+    import pandas as pd
+    from anndata import AnnData
+
+    names = [name for name in nuclei.schema.names if name not in ("bbox", "geometry")]
+    batches = list(nuclei.batches(names))
+    table = pa.Table.from_batches(batches, pa.schema([nuclei.schema.field(name) for name in names]))
+    classes = nuclei.taxonomy.nuclei
+    obs = pd.DataFrame(
+        {
+            "slide_id": pd.Categorical.from_codes(np.zeros(nuclei.rows, np.int8), pd.Index([nuclei.slide_id])),
+            "nucleus_id": table["nucleus_id"].to_numpy(),
+            "type": pd.Categorical.from_codes(table["type_id"].to_numpy() - 1, pd.Index([c.name for c in classes])),
+            **{name: table[name].to_numpy() for name in ("type_id", "touches_border", "seam_uncertain")},
+        },
+        index=[identity for batch in batches for identity in nuclei.uuids(batch)],
+    )
+    return AnnData(
+        np.column_stack([table[name].to_numpy() for name in nuclei.measured]),
+        obs,
+        pd.DataFrame(index=nuclei.measured),
+        uns={
+            "type_colors": np.array(["#{:02x}{:02x}{:02x}".format(*c.color) for c in classes]),
+            "mpp": np.array([nuclei.mpp.x, nuclei.mpp.y]),
+        },
+        obsm={"spatial": np.column_stack([table["centroid_x"], table["centroid_y"]])},
+    )
+
+
+def _plain_strings() -> Any:
+    """While it lasts, pandas 3 makes strings as pandas 2 does: anndata before 0.13 cannot write the new ones."""
+    import pandas as pd
+
+    return pd.option_context("future.infer_string", False)

@@ -1,0 +1,104 @@
+"""`kd sweep`: α × T × encoder → a trained and scored student for each, and one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hover_batch.errors import InputError
+from kd.commands.options import Address, Backend, BackendOption, Cpus, Data, Gpus, engine_settings
+from kd.config import PRESETS
+
+if TYPE_CHECKING:
+    from kd.sweep import Ended
+
+EXIT_SOME_FAILED, EXIT_NONE = 3, 4
+
+
+def sweep(
+    data: Data,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder with a folder for each run, and sweep.csv.", show_default=False)
+    ],
+    encoder: Annotated[list[str] | None, typer.Option(help="Repeat for several.", show_default="the preset's")] = None,
+    alpha: Annotated[
+        list[float] | None, typer.Option(help="As of `kd train`; repeat for several.", show_default="the preset's")
+    ] = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="Repeat for several.", show_default="1")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Repeat for several.", show_default="7")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder written by `kd teach`.", show_default="none: α of 1 only")
+    ] = None,
+    preset: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}; see `kd train`.")] = "quick",
+    test_fold: Annotated[
+        list[str] | None, typer.Option(help="A fold to score on; repeat for several.", show_default="test")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Cores of each run.")] = 2,
+    gpus_per_run: Annotated[float, typer.Option(help="Share of a GPU that each run has, where there are GPUs.")] = 1.0,
+    backend: BackendOption = Backend.ray,
+    cpus: Cpus = 0,
+    gpus: Gpus = -1,
+    address: Address = "",
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- TRAIN OPTIONS]", help="Further options of `kd train`.")
+    ] = None,
+) -> None:
+    """Train and score a student for every combination of the values given.
+
+    Interrupt it at any time: the same command skips what is done and goes on where the others stopped.
+
+    hover-batch kd sweep --data annotated/ --teacher taught/ -o runs/ --alpha 0 --alpha 0.5 -- --steps 900
+    """
+    if not 0 < gpus_per_run <= 1:
+        raise InputError(f"--gpus-per-run {gpus_per_run}: must be above 0 and at most 1; a run computes on one GPU")
+    if threads < 1:
+        raise InputError(f"--threads {threads}: must be at least 1")
+    from kd.sweep import REPORT, Grid, runs_of
+    from kd.sweep import sweep as run
+
+    runs = runs_of(
+        Grid(encoders=encoder or (), alphas=alpha or (), temperatures=temperature or (), seeds=seed or ()),
+        out,
+        data=data,
+        teacher=teacher,
+        preset=preset,
+        test_folds=test_fold or ["test"],
+        threads=threads,
+        more=more or (),
+    )
+    ended = run(
+        runs,
+        out,
+        gpus_per_run=gpus_per_run,
+        engine=engine_settings(backend, cpus, gpus, address),
+        say=lambda line: typer.echo(line, err=True),
+    )
+    _print(ended)
+    typer.echo(out / REPORT)
+    failed = sum(e.scores is None for e in ended)
+    raise typer.Exit(0 if not failed else EXIT_SOME_FAILED if failed < len(ended) else EXIT_NONE)
+
+
+def _print(ended: list[Ended]) -> None:
+    """The report as a table, without what the runs' names tell."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from kd.sweep import report
+
+    rows = [{k: v for k, v in r.items() if k not in ("encoder", "alpha", "temperature", "seed")} for r in report(ended)]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = Table(title="sweep")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("run", "failed") else "right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else f"{value:.4f}"

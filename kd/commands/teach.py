@@ -1,0 +1,56 @@
+"""`kd teach`: images and a teacher → its outputs, for students to learn from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kd.commands.options import Address, Backend, BackendOption, Cpus, Gpus, engine_settings
+
+
+def teach(
+    data: Annotated[Path, typer.Argument(help="Annotated images, as `kd train` takes them.", show_default=False)],
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="The teacher's package; `models import` makes one of a published checkpoint.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Folder for the outputs; it grows, also by other data.", show_default=False),
+    ],
+    fold: Annotated[
+        list[str] | None,
+        typer.Option(help="A fold or split of the data; repeat for several.", show_default="train val"),
+    ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="A source of the data; repeat for several.", show_default="all")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Tiles a batch.")] = 4,
+    backend: BackendOption = Backend.local,
+    cpus: Cpus = 0,
+    gpus: Gpus = -1,
+    address: Address = "",
+) -> None:
+    """Run the teacher once over the images and keep its outputs, every pixel predicted from its real surroundings.
+
+    Interrupt it at any time: the same command goes on where it stopped.
+
+    hover-batch kd teach annotated/ --teacher hovernet.safetensors -o taught/
+    """
+    from kd.teach import teach as run
+
+    cache = run(
+        data,
+        teacher,
+        out,
+        fold or ["train", "val"],
+        source,
+        batch=batch,
+        engine=engine_settings(backend, cpus, gpus, address),
+        say=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(cache.path)

@@ -1,0 +1,122 @@
+"""A cluster started by the commands of ray-onprem.yaml, two nodes on this machine, and a cohort sent to it as a job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from deploy_commands import DEPLOY
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+HEAD, WORKER, DASHBOARD = "127.0.0.1", "127.0.0.2", "http://127.0.0.1:8265"
+UP_S = 120
+"""A head is up in some 20 s, and later on a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Path]:
+    """Of the cluster's user, with the token where Ray looks for it; short, since Ray's sockets lie in it."""
+    folder = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp"))
+    (folder / ".ray").mkdir()
+    (folder / ".ray/auth_token").write_text(secrets.token_hex(32))
+    (folder / "venv-hover-batch").symlink_to(Path(sys.executable).parents[1])
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def environment(home: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {"PATH": path, "HOME": str(home), "RAY_TMPDIR": str(home), "RAY_HEAD_IP": HEAD, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def cluster(environment: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The file, its cluster being up: a head without cores and a node with two."""
+    if [name for _, name in socket.if_nameindex()] != ["lo"]:
+        pytest.skip("other interfaces than loopback are up: run `scripts/loopback uv run pytest -m slow`")
+    file: dict[str, Any] = yaml.safe_load((DEPLOY / "ray-onprem.yaml").read_text())
+    head, worker = (file[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))
+    # No autoscaler here, which would start the other node by SSH.
+    head = re.sub(r" --autoscaling-config=\S+", "", head.replace("HEAD-IP", HEAD))
+    nodes = [subprocess.Popen(["bash", "-c", f"{head} --num-cpus=0 --block"], env=environment)]
+    try:
+        _wait_for(f"{DASHBOARD}/api/gcs_healthz")
+        command = f"{worker} --node-ip-address={WORKER} --num-cpus=2 --block"
+        nodes.append(subprocess.Popen(["bash", "-c", command], env=environment))
+        yield file
+    finally:
+        ours = [psutil.Process(node.pid) for node in nodes]
+        ours += [process for node in ours for process in node.children(recursive=True)]
+        for process in ours:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(ours, timeout=10)[1]:
+            process.kill()
+        for node in nodes:
+            node.wait()
+
+
+def _wait_for(address: str) -> None:
+    until = time.monotonic() + UP_S
+    while True:
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:
+            assert time.monotonic() < until, f"{address} does not answer"
+            time.sleep(1)
+
+
+def submit(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    command = ["ray", "job", "submit", "--address", DASHBOARD, "--", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_a_cohort_is_done_by_a_job(cluster: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
+    Image.fromarray(np.full((64, 64, 3), 230, np.uint8)).save(tmp_path / "field.png")
+    (tmp_path / "cohort.csv").write_text("path,mpp\nfield.png,0.25\n")
+    out = tmp_path / "out"
+    words = ["segment", str(tmp_path / "cohort.csv"), "-o", str(out), "--address", "auto", "--tissue", "all"]
+    job = submit(environment | {"RAY_AUTH_MODE": "token"}, "hover-batch", *words)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert (out / "slides/field/slide.json").exists()
+
+
+@pytest.mark.parametrize("token", [None, "f" * 64])
+def test_nobody_without_the_token_may_send_one(
+    cluster: dict[str, Any], environment: dict[str, str], tmp_path: Path, token: str | None
+) -> None:
+    stranger = environment | {"HOME": str(tmp_path)}
+    if token:
+        stranger |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    job = submit(stranger, "touch", str(tmp_path / "was-here"))
+    assert job.returncode != 0
+    assert "Authentication" in job.stderr
+    assert not (tmp_path / "was-here").exists()
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{DASHBOARD}/api/jobs/")
+
+
+def test_the_dashboard_listens_on_loopback_alone(cluster: dict[str, Any]) -> None:
+    listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == 8265}
+    assert listening == {HEAD}

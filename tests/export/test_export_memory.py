@@ -1,0 +1,37 @@
+"""A million nuclei are exported in the memory that a hundred thousand take; by the libraries that hold a slide as a
+whole, in proportion to the nuclei."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.exports import annotated_parts, cost_of, replicated_table
+from hover_batch.cohort.layout import Format
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+WHOLE = (Format.spatialdata, Format.anndata)
+GROWTH_MB = 64
+MB_PER_MILLION = 4000
+
+
+@pytest.fixture(scope="module")
+def tables(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Tables of 1,000, 100,000 and 1,000,000 annotated nuclei."""
+    folder, parts = tmp_path_factory.mktemp("tables"), annotated_parts(data / "nuclei")
+    return [replicated_table(folder / f"{n}.parquet", n, parts).path for n in (1_000, 100_000, 1_000_000)]
+
+
+@pytest.mark.parametrize("format", Format)
+def test_memory(format: Format, tables: list[Path]) -> None:
+    if format in WHOLE:
+        pytest.importorskip("spatialdata")
+    warm, small, large = tables
+    costs = [cost_of(format, table, warm) for table in (small, large)]
+    print("\n", format, costs)
+    if format in WHOLE:
+        assert costs[1].peak_mb < MB_PER_MILLION
+    else:
+        assert costs[1].peak_mb < costs[0].peak_mb + GROWTH_MB

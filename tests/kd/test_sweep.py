@@ -1,0 +1,218 @@
+"""A grid of trainings: each in its folder, those done skipped, those that fail alone in their failure."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Annotated
+
+import cv2
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import kd.sweep
+from hover_batch.errors import InputError
+from hover_batch.model.package import find_package
+from kd.cli import kd_app
+from kd.commands.evaluate import evaluate
+from kd.commands.train import train
+from kd.sweep import Grid, _context, runs_of
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(kd_app, ["sweep", *(str(a) for a in arguments)])
+
+
+def report_of(out: Path) -> dict[str, dict[str, str]]:
+    with (out / "sweep.csv").open(newline="") as f:
+        return {row["run"]: row for row in csv.DictReader(f)}
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[Path]:
+    """Trainings and evaluations that only say what they were told; those of the encoder `bad` fail."""
+    folders: list[Path] = []
+
+    def train(
+        data: Annotated[Path, typer.Option()],
+        out: Annotated[Path, typer.Option()],
+        preset: str = "",
+        encoder: str = "",
+        alpha: float = -1,
+        temperature: float = -1,
+        seed: int = -1,
+        teacher: str = "",
+        threads: int = -1,
+        steps: int = -1,
+    ) -> None:
+        folders.append(out)
+        told = (preset, encoder, alpha, temperature, seed, Path(teacher).name, threads, steps)
+        (out / "told.json").write_text(json.dumps(told))
+        print("a line")
+        if encoder == "bad":
+            raise RuntimeError("it diverged\nfar below")
+        if encoder == "interrupted":
+            raise KeyboardInterrupt
+
+    def evaluate(
+        model: str,
+        data: Annotated[Path, typer.Option()],
+        json_file: Annotated[Path, typer.Option("--json")],
+        fold: Annotated[list[str], typer.Option()],
+        label: str = "",
+        threads: int = 0,
+    ) -> None:
+        assert Path(model).name == "student.safetensors"
+        scores = {"tnbc": {"pq": 0.5, "aji": 0.25, "dice": None, "f_d": 0.125, "sq": 0.7}}
+        json_file.write_text(json.dumps({"label": label, "folds": fold, "sources": scores}))
+
+    monkeypatch.setattr(kd.sweep, "train", train)
+    monkeypatch.setattr(kd.sweep, "evaluate", evaluate)
+    return folders
+
+
+def grid(out: Path, *more: object):
+    axes = ["--alpha", 1, "--alpha", 0.5, "--temperature", 1, "--temperature", 5, "--encoder", "mit_b0"]
+    return run("--data", "d", "--teacher", "cache", "-o", out, *axes, *more)
+
+
+def test_every_point_is_a_run_and_those_that_mean_the_same_are_one(tmp_path, trained):
+    result = grid(tmp_path, "--seed", 3, "--test-fold", "3", "--threads", 1, "--", "--steps", 9)
+    assert result.exit_code == 0, result.exception
+    told = {folder.name: json.loads((folder / "told.json").read_text()) for folder in trained}
+    assert told == {
+        "mit_b0_a1_s3": ["quick", "mit_b0", 1, -1, 3, "", 1, 9],
+        "mit_b0_a0.5_t1_s3": ["quick", "mit_b0", 0.5, 1, 3, "cache", 1, 9],
+        "mit_b0_a0.5_t5_s3": ["quick", "mit_b0", 0.5, 5, 3, "cache", 1, 9],
+    }
+    rows = report_of(tmp_path)
+    assert list(rows) == list(told)
+    row = rows["mit_b0_a0.5_t5_s3"]
+    assert (row["encoder"], row["alpha"], row["temperature"], row["seed"]) == ("mit_b0", "0.5", "5.0", "3")
+    assert (row["tnbc_pq"], row["tnbc_dice"], row["tnbc_f_d"], row["failed"]) == ("0.5", "", "0.125", "")
+    assert rows["mit_b0_a1_s3"]["temperature"] == ""
+    assert "0.5000" in result.stdout and str(tmp_path / "sweep.csv") in result.stdout.replace("\n", "")
+    scores = json.loads((tmp_path / "mit_b0_a1_s3" / "scores.json").read_text())
+    assert (scores["label"], scores["folds"]) == ("mit_b0_a1_s3", ["3"])
+    assert (tmp_path / "mit_b0_a1_s3" / "train.txt").read_text() == "a line\n"
+
+
+def test_the_released_alpha_weighs_the_other_loss(tmp_path, trained):
+    assert grid(tmp_path, "--preset", "released", "--alpha", 0).exit_code == 0
+    assert {folder.name for folder in trained} == {
+        "mit_b0_a0", "mit_b0_a0.5_t1", "mit_b0_a0.5_t5", "mit_b0_a1_t1", "mit_b0_a1_t5",
+    }  # fmt: skip
+
+
+def test_a_failure_costs_its_run_only_and_what_is_done_is_skipped(tmp_path, trained):
+    result = grid(tmp_path, "--encoder", "bad")
+    assert result.exit_code == 3
+    assert len(trained) == 6
+    row = report_of(tmp_path)["bad_a1"]
+    assert (row["failed"], row["tnbc_pq"]) == ("it diverged", "")
+    assert "RuntimeError: it diverged\nfar below" in (tmp_path / "bad_a1" / "train.txt").read_text()
+    assert "bad_a1: FAILED: it diverged" in result.stderr
+    trained.clear()
+    again = grid(tmp_path, "--encoder", "bad")
+    assert again.exit_code == 3 and "6 runs, 3 of them done before" in again.stderr
+    assert {folder.name for folder in trained} == {"bad_a1", "bad_a0.5_t1", "bad_a0.5_t5"}
+    # Another grid in the same folder adds its runs to what is there.
+    assert run("--data", "d", "--teacher", "cache", "-o", tmp_path, "--encoder", "bad").exit_code == 4
+
+
+def test_an_interrupt_is_no_failure(tmp_path, trained):
+    result = run(
+        "--data", "d", "-o", tmp_path, "--encoder", "mit_b0", "--encoder", "interrupted", "--encoder", "mit_b1"
+    )
+    assert result.exit_code not in (0, 3)
+    assert [folder.name for folder in trained] == ["mit_b0_a1", "interrupted_a1"]
+    assert (tmp_path / "mit_b0_a1" / "scores.json").is_file() and not (tmp_path / "sweep.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--alpha", "0"], "--alpha 0.0: distils, which needs --teacher"),
+        (["--alpha", "2"], "--alpha 2.0"),
+        (["--preset", "none"], "--preset none"),
+        (["--threads", "0"], "--threads 0"),
+        (["--gpus-per-run", "0"], "--gpus-per-run 0.0"),
+        (["--gpus-per-run", "1.5"], "--gpus-per-run 1.5"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(tmp_path, trained, arguments, message):
+    result = run("--data", "d", "-o", tmp_path / "runs", *arguments)
+    assert isinstance(result.exception, InputError) and message in str(result.exception)
+    assert not trained and not (tmp_path / "runs").exists()
+
+
+def test_options_that_train_does_not_have(tmp_path, trained):
+    result = run("--data", "d", "-o", tmp_path / "runs", "--", "--stepps", 9)
+    assert result.exit_code == 2 and "--stepps" in result.stderr
+    assert not trained and not (tmp_path / "runs").exists()
+
+
+def test_a_folder_of_other_arguments_is_refused(tmp_path, trained):
+    assert grid(tmp_path, "--", "--steps", 9).exit_code == 0
+    result = grid(tmp_path, "--", "--steps", 10)
+    assert isinstance(result.exception, InputError)
+    assert "mit_b0_a1 was begun with other arguments" in str(result.exception)
+    assert len(trained) == 3
+
+
+def write_images(folder: Path) -> Path:
+    """An image of dark discs for each split."""
+    rows = []
+    for i, split in enumerate(("train", "val", "test")):
+        image, labels = np.full((96, 96, 3), (200, 180, 230), np.uint8), np.zeros((96, 96), np.uint16)
+        for n, centre in enumerate([(20, 20), (60, 30), (40, 70)], start=1):
+            cv2.circle(image, centre, 9, (90, 30, 80), -1)
+            cv2.circle(labels, centre, 9, n, -1)
+        cv2.imwrite(str(folder / f"{i}.png"), image)
+        cv2.imwrite(str(folder / f"{i}_labels.png"), labels)
+        rows.append((f"image {i}", f"{i}.png", f"{i}_labels.png", "", "tnbc", "", split))
+    with (folder / "dataset.csv").open("w", newline="") as f:
+        csv.writer(f).writerows([("sample_id", "image", "labels", "types", "source", "group", "split"), *rows])
+    return folder
+
+
+def test_the_real_commands_understand_what_they_are_told(tmp_path):
+    cache, axes = tmp_path / "cache", Grid(encoders=["mit_b0"], alphas=[0.5, 1])
+    runs = runs_of(
+        axes,
+        tmp_path,
+        data=tmp_path,
+        teacher=cache,
+        preset="paper",
+        test_folds=["1", "2"],
+        threads=3,
+        more=["--steps", "9"],
+    )
+    for run in runs:
+        trained = _context(train, run.train_arguments).params
+        assert (trained["out"], trained["encoder"], trained["alpha"]) == (
+            str(run.folder),
+            "mit_b0",
+            run.settings["alpha"],
+        )
+        assert (trained["preset"], trained["threads"], trained["steps"]) == ("paper", 3, 9)
+        judged = _context(evaluate, ["student.safetensors", *run.judged]).params
+        assert (list(judged["fold"]), judged["label"], judged["threads"]) == (["1", "2"], run.name, 3)
+
+
+@pytest.mark.slow
+def test_real_trainings(tmp_path):
+    """One that ends, and one whose encoder nobody knows."""
+    out = tmp_path / "runs"
+    small = ["--size", 64, "--batch", 1, "--steps", 2, "--epoch-steps", 2]
+    data = write_images(tmp_path)
+    result = run("--data", data, "-o", out, "--encoder", "mit_b0", "--encoder", "mit_b9", "--threads", 1, "--", *small)
+    assert result.exit_code == 3, result.exception
+    package = find_package(str(out / "mit_b0_a1" / "student.safetensors"))
+    assert package.card.training["steps"] == 2
+    rows = report_of(out)
+    assert float(rows["mit_b0_a1"]["tnbc_pq"]) >= 0
+    assert "mit_b9" in rows["mit_b9_a1"]["failed"]

@@ -1,0 +1,70 @@
+"""Costs against those that are published and those counted by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from hover_batch.model.cost import cost_of, seconds_per_patch
+from hover_batch.model.package import Card, find_package, load_network
+from hover_batch.model.student import StudentArch, build_student
+from hover_batch.model.teacher import TeacherArch, build_teacher
+from hover_batch.taxonomy import PANNUKE
+
+STUDENT = Card(
+    name="student",
+    architecture="unet",
+    encoder="mit_b0",
+    taxonomy=PANNUKE,
+    mpp=0.25,
+    tile_in=320,
+    tile_out=256,
+    sobel={},
+    licence="",
+)
+TEACHER = dataclasses.replace(STUDENT, name="teacher", architecture="hovernet-fast", tile_in=352)
+
+
+def test_of_the_published_networks() -> None:
+    """149.73 and 10.63 GMac in the paper, which does not say how they were counted."""
+    with torch.device("meta"):  # weights do not matter, and drawing them takes long
+        fast, wide = build_teacher(TeacherArch("fast", 6)), build_teacher(TeacherArch("original", 5))
+    teacher = cost_of(fast, TEACHER)
+    student = cost_of(build_student(StudentArch("mit_b3", 6)), dataclasses.replace(STUDENT, encoder="mit_b3"))
+    assert teacher.macs_per_patch / 1e9 == pytest.approx(149.73, rel=0.01)
+    assert student.macs_per_patch / 1e9 == pytest.approx(10.63, rel=0.04)
+    assert teacher.macs_per_kept_pixel > 15 * student.macs_per_kept_pixel
+    original = cost_of(wide, dataclasses.replace(TEACHER, architecture="hovernet-original", tile_in=446))
+    assert (teacher.patch, original.patch) == (256, 270)
+
+
+def test_by_hand() -> None:
+    convolution = torch.nn.Conv2d(3, 5, 3, padding=1)
+    cost = cost_of(convolution, STUDENT)
+    a_pixel = 3 * 5 * 9
+    assert cost.parameters == a_pixel + 5
+    assert cost.macs_per_patch == 256 * 256 * a_pixel
+    assert cost.macs_per_kept_pixel == 320 * 320 * a_pixel / 256**2
+    assert cost.to_json()["tile_in"] == 320
+    assert convolution.weight.device.type == "cpu"  # as it was
+
+
+def test_the_starter_costs_what_its_encoder_does() -> None:
+    package = find_package("starter")
+    cost = cost_of(load_network(package), package.card)
+    assert cost.macs_per_patch / 1e9 == pytest.approx(3.06, abs=0.02)
+    assert cost.parameters == sum(p.numel() for p in load_network(package).parameters())
+
+
+def test_time_is_measured_on_the_batch() -> None:
+    sizes = []
+
+    class Network(torch.nn.Conv2d):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            sizes.append(tuple(image.shape))
+            return super().forward(image)
+
+    assert seconds_per_patch(Network(3, 2, 1), STUDENT, batch=4) > 0
+    assert sizes == [(1, 3, 256, 256), (4, 3, 256, 256)]
