@@ -3,7 +3,6 @@ undisturbed one would have seen, whatever the number of workers."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -47,7 +46,9 @@ class Teacher(Protocol):
 
 def open_teacher(path: Path, taxonomy: Taxonomy) -> Teacher:
     """The teacher's outputs in a folder. InputError where its classes are others than the data's."""
-    cache: Teacher = importlib.import_module("kd.teach").TeacherCache.open(path)  # needs zarr, which training does not
+    from kd.teach import TeacherCache  # needs zarr, which training without a teacher does not
+
+    cache = TeacherCache.open(path)
     if cache.taxonomy.classes != taxonomy.classes:
         raise InputError(
             f"--teacher {path}: its classes are those of {cache.taxonomy.name}, the data's those of {taxonomy.name}; "

@@ -21,6 +21,7 @@ from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.config import TrainConfig
 from kd.datasets import read_data
 from kd.logs import LOG, read_log
+from kd.teach import TeacherCache
 from kd.train import train
 
 
@@ -174,19 +175,23 @@ def test_another_teacher_and_other_images_are_refused(papers, paper, tmp_path, m
         train(replace(paper, data=write_folder(tmp_path, seed=1)))
 
 
-def test_a_teacher_of_other_classes_is_refused(monkeypatch):
-    class Cache:
-        @staticmethod
-        def open(path):
-            return Knows()
+def test_a_student_learns_from_what_kd_teach_keeps(config, tmp_path):
+    cache = TeacherCache.create(tmp_path / "taught", find_package("starter"))
+    distilling = replace(config, teacher=cache.path, alpha=0.5, steps=2, epoch_steps=2, out=tmp_path / "out")
+    for sample in read_data(config.data, ["train", "val"]).samples:
+        cache.keep(sample, Knows().logits(sample))
+    train(distilling)
+    (row,) = log_of(distilling.out)
+    assert {"kd_np_kl", "kd_tp_kl", "val_loss"} <= set(row)
+    saved = torch.load(distilling.out / "checkpoint.pt", weights_only=True)
+    assert saved["record"]["teacher"]["name"] == find_package("starter").card.name
 
-    class Teach:
-        TeacherCache = Cache
 
-    monkeypatch.setattr(kd.crops.importlib, "import_module", lambda name: Teach)
-    assert isinstance(kd.crops.open_teacher(Path("taught"), CONSEP), Knows)
-    with pytest.raises(InputError, match="--teacher taught: its classes are those of consep-merged"):
-        kd.crops.open_teacher(Path("taught"), PANNUKE)
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    cache = TeacherCache.create(tmp_path, find_package("starter"))
+    assert kd.crops.open_teacher(tmp_path, CONSEP) == cache
+    with pytest.raises(InputError, match="its classes are those of consep-merged, the data's those of pannuke"):
+        kd.crops.open_teacher(tmp_path, PANNUKE)
 
 
 def test_an_image_that_was_not_taught_is_told_in_one_line(paper, tmp_path, monkeypatch, taught):
