@@ -18,12 +18,16 @@ from torch import Tensor
 from hover_batch.model.heads import HV, NP, Heads
 from kd.config import TrainConfig
 
+UNKNOWN = -1
+"""In place of a class: nothing is to be learnt from the pixel."""
+
 
 @dataclass(frozen=True)
 class Targets:
     """One batch of targets.
 
-    np: (b, y, x) int64, 1 on nuclei · hv: (b, 2, y, x) float32 · tp: (b, y, x) int64 class ids ·
+    np: (b, y, x) int64, 1 on nuclei · hv: (b, 2, y, x) float32 · tp: (b, y, x) int64 class ids, 0 on nuclei that the
+    classes have no name for, from which the type branch learns nothing ·
     has_types: (b,) bool, False where the source annotates no types, so that the branch learns nothing from it ·
     teacher: (b, c, y, x) float32, the teacher's output as `hover_batch.model.heads` lays it out, or None.
     """
@@ -44,19 +48,22 @@ class BranchWeights:
 
 
 def weighted_ce(logits: Tensor, truth: Tensor, weight: Tensor | None = None) -> Tensor:
-    """CE = -Σ_i w_{t_i} log p_i(t_i) / Σ_i w_{t_i} (HoVer-Net eq. 5, weighted).
+    """CE = -Σ_i w_{t_i} log p_i(t_i) / Σ_i w_{t_i} (HoVer-Net eq. 5, weighted), over pixels that are not UNKNOWN.
 
     logits: (b, c, y, x); truth: (b, y, x) int64; weight: (c,), or None for 1.
     """
-    return F.cross_entropy(logits, truth, weight)
+    return F.cross_entropy(logits, truth, weight, ignore_index=UNKNOWN)
 
 
 def dice_loss(probabilities: Tensor, truth: Tensor, eps: float = 1e-3) -> Tensor:
-    """Dice = Σ_c 1 - (2·Σ_i p_ic t_ic + ε) / (Σ_i p_ic + Σ_i t_ic + ε) (HoVer-Net eq. 6, for each class).
+    """Dice = Σ_c 1 - (2·Σ_i p_ic t_ic + ε) / (Σ_i p_ic + Σ_i t_ic + ε) (HoVer-Net eq. 6, for each class), over
+    pixels that are not UNKNOWN.
 
     probabilities: (b, c, y, x); truth: (b, y, x) int64.
     """
-    one_hot = F.one_hot(truth, probabilities.shape[1]).movedim(-1, 1).to(probabilities.dtype)
+    known = (truth != UNKNOWN).unsqueeze(1).to(probabilities.dtype)
+    one_hot = F.one_hot(truth.clamp(min=0), probabilities.shape[1]).movedim(-1, 1).to(probabilities.dtype) * known
+    probabilities = probabilities * known
     overlap = (probabilities * one_hot).sum((0, 2, 3))
     total = probabilities.sum((0, 2, 3)) + one_hot.sum((0, 2, 3))
     return (1 - (2 * overlap + eps) / (total + eps)).sum()
@@ -114,6 +121,8 @@ def student_loss(
     }
     if targets.has_types.any():
         tp_logits, tp = tp_logits[targets.has_types], targets.tp[targets.has_types]
+        nameless = (targets.np[targets.has_types] == 1) & (tp == 0)
+        tp = tp.masked_fill(nameless, UNKNOWN)
         terms["tp_ce"] = weighted_ce(tp_logits, tp, weights.tp)
         terms["tp_dice"] = dice_loss(tp_logits.softmax(1), tp)
     return terms

@@ -244,6 +244,20 @@ def test_where_alpha_is_1_no_teacher_is_asked():
     assert not any(name.startswith("kd_") for name in terms)
 
 
+def test_nuclei_without_a_class_teach_the_type_branch_nothing():
+    """In another place than background: what the network says there changes nothing, and its gradient is zero."""
+    targets = some_targets()
+    nameless = (targets.np == 1) & (targets.tp == 0)
+    assert nameless.any()
+    output = some_output(requires_grad=True)
+    terms = student_loss(output, targets, HEADS)
+    (terms["tp_ce"] + terms["tp_dice"]).backward()
+    assert output.grad is not None
+    gradient = output.grad[:, HEADS.tp].abs().sum(1)
+    assert (gradient[nameless] == 0).all()
+    assert (gradient[~nameless] > 0).all()
+
+
 def test_a_teacher_has_types_where_the_annotations_have_none():
     output = some_output(requires_grad=True)
     targets = taught(some_targets(has_types=(False, False)))

@@ -193,7 +193,7 @@ def test_the_real_commands_understand_what_they_are_told(tmp_path):
     )
     for run in runs:
         trained = _context(train, run.train_arguments).params
-        assert (trained["out"], trained["encoder"], trained["alpha"]) == (
+        assert (str(trained["out"]), trained["encoder"], trained["alpha"]) == (
             str(run.folder),
             "mit_b0",
             run.settings["alpha"],
