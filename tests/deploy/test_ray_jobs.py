@@ -63,6 +63,8 @@ def cluster(environment: dict[str, str]) -> Iterator[dict[str, Any]]:
         _wait_for(f"{DASHBOARD}/api/gcs_healthz")
         command = f"{worker} --node-ip-address={WORKER} --num-cpus=2 --block"
         nodes.append(subprocess.Popen(["bash", "-c", command], env=environment))
+        for node in (HEAD, WORKER):  # its agent, which takes the jobs
+            _wait_for(f"http://{node}:52365/api/local_raylet_healthz")
         yield file
     finally:
         ours = [psutil.Process(node.pid) for node in nodes]
