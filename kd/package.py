@@ -71,6 +71,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
             "before": record["before"],
             "teacher": record["teacher"],
             "saw": record["saw"],
+            "saw_groups": record["saw_groups"],
             "data": record["data"] | {part: contents(samples) for part, samples in splits.items()},
             "note": _note(sources),
         },

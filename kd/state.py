@@ -88,7 +88,8 @@ def record_of(
     teacher: Teacher | None,
     before: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the card will say of the training. `saw`: the images, by the first 16 digits of their sha256.
+    """What the card will say of the training. `saw`: the images, by the first 16 digits of their sha256, and
+    `saw_groups` their patients, as source/group, as far as these are known.
     `before`: the training of the weights that this one started from."""
     parts = {"train": training, "val": validation}
     taught = None
@@ -98,6 +99,9 @@ def record_of(
     return {
         "taxonomy": taxonomy.to_json(),
         "saw": {part: sorted({s.image_sha256[:16] for s in samples}) for part, samples in parts.items()},
+        "saw_groups": {
+            part: sorted({f"{s.source}/{s.group}" for s in samples if s.group}) for part, samples in parts.items()
+        },
         "data": {part: contents(samples) for part, samples in parts.items()},
         "teacher": taught,
         "before": before,
