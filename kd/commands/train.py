@@ -108,8 +108,7 @@ def train(
 
     Presets. quick: AdamW, warm-up, cosine, averaged weights, full augmentation; hours on a CPU.
 
-    paper: HoVer-UNet as published (arXiv 2311.12553): mit_b2 from ImageNet, weighted cross-entropies, Adam, the rate
-    lowered on plateaus of the validation loss, early stop, KL × 1/T².
+    paper: as HoVer-UNet (arXiv 2311.12553): mit_b2 from ImageNet, weighted CE, Adam, plateaus, early stop, KL × 1/T².
 
     released: as its released code: α weighs the distillation, KL × T², other betas, no early stop.
     """
