@@ -33,12 +33,24 @@ def cohort(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def whole(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing has disturbed."""
     out = tmp_path_factory.mktemp("undisturbed")
     assert CliRunner().invoke(app, ["segment", str(cohort), "-o", str(out), *SETTINGS]).exit_code == 0
-    table = out / "slides" / "field" / "nuclei.parquet"
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(whole: Path) -> bytes:
+    table = whole / "slides" / "field" / "nuclei.parquet"
     assert pq.read_metadata(table).num_rows > 50
     return table.read_bytes()
+
+
+@pytest.fixture
+def finished(whole: Path, tmp_path: Path) -> Path:
+    """A run of one's own that has ended."""
+    return Path(shutil.copytree(whole, tmp_path / "out"))
 
 
 def start(cohort: Path, out: Path) -> subprocess.Popen[str]:
@@ -97,22 +109,18 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     assert len({(e["column"], e["row"]) for e in predicted}) >= UNITS - 1
 
 
-def test_a_finished_run_is_not_run_again(cohort: Path, undisturbed: bytes, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = ["segment", str(cohort), "-o", str(out), *SETTINGS]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
-    table = out / "slides" / "field" / "nuclei.parquet"
+def test_a_finished_run_is_not_run_again(cohort: Path, undisturbed: bytes, finished: Path) -> None:
+    arguments = ["segment", str(cohort), "-o", str(finished), *SETTINGS]
+    table = finished / "slides" / "field" / "nuclei.parquet"
     before = table.stat().st_mtime_ns
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0 and "done before" in result.stderr
     assert table.stat().st_mtime_ns == before and table.read_bytes() == undisturbed
 
 
-def test_a_shard_without_its_marker_is_adopted(cohort: Path, undisturbed: bytes, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = ["segment", str(cohort), "-o", str(out), *SETTINGS]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
-    slide = out / "slides" / "field"
+def test_a_shard_without_its_marker_is_adopted(cohort: Path, undisturbed: bytes, finished: Path) -> None:
+    arguments = ["segment", str(cohort), "-o", str(finished), *SETTINGS]
+    slide = finished / "slides" / "field"
     for path in (slide / "slide.json", slide / "markers" / "1_1.json", slide / "parts" / "1_1.parquet"):
         path.unlink()
     (slide / "nuclei.parquet").unlink()
@@ -124,11 +132,9 @@ def test_a_shard_without_its_marker_is_adopted(cohort: Path, undisturbed: bytes,
 
 
 @pytest.mark.parametrize("harm", ["shard gone", "shard damaged", "marker damaged"])
-def test_a_harmed_unit_is_predicted_again(cohort: Path, undisturbed: bytes, tmp_path: Path, harm: str) -> None:
-    out = tmp_path / "out"
-    arguments = ["segment", str(cohort), "-o", str(out), *SETTINGS]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
-    slide = out / "slides" / "field"
+def test_a_harmed_unit_is_predicted_again(cohort: Path, undisturbed: bytes, finished: Path, harm: str) -> None:
+    arguments = ["segment", str(cohort), "-o", str(finished), *SETTINGS]
+    slide = finished / "slides" / "field"
     shard, marker = slide / "predictions.zarr" / "c" / "0" / "1" / "1", slide / "markers" / "1_1.json"
     if harm == "shard gone":
         shard.unlink()

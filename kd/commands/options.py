@@ -10,7 +10,10 @@ import typer
 
 from hover_batch.config import EngineSettings
 
-Data = Annotated[Path, typer.Option(help="Folder with dataset.csv, images and labels.", show_default=False)]
+Data = Annotated[
+    Path,
+    typer.Option(help="What `kd prepare` wrote (.zarr, .npz), or a folder with dataset.csv.", show_default=False),
+]
 
 
 class Backend(StrEnum):

@@ -37,9 +37,10 @@ def test_a_ctrl_c_that_is_lost_on_its_way_still_stops_the_run(
     fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, out = runner("local", monkeypatch), tmp_path / "out"
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run(fields("a"), out, load_deaf)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert not events(out, "unit_done") and events(out, "run_stopped")
     assert run(fields("a"), out, LoadQuick()).exit_code == 0
     run(fields("a"), tmp_path / "reference", LoadQuick())
