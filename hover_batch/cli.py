@@ -171,6 +171,10 @@ GpusOption = Annotated[int | None, _option("--gpus", "GPUs to use; 0 = none.", "
 AddressOption = Annotated[
     str | None, _option("--address", "Of a Ray cluster to join.", "start Ray on this machine", _ENGINE)
 ]
+MaxFailuresOption = Annotated[
+    int | None,
+    _option("--max-failures", "Stop when more slides than this have failed.", "never", _ENGINE),
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", help="TOML with settings, as settings.toml of a run.", envvar="HOVER_BATCH_CONFIG"),
@@ -233,6 +237,11 @@ def segment(
     force: Annotated[
         bool, typer.Option("--force", help="Remove the results that lie in the output folder, and start anew.")
     ] = False,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Try again also the slides of which processes died, time and again."),
+    ] = False,
+    max_failures: MaxFailuresOption = None,
     backend: BackendOption = None,
     cpus: CpusOption = None,
     gpus: GpusOption = None,
@@ -265,12 +274,20 @@ def segment(
         infer={"unit": unit, "batch": batch, "precision": precision, "threads": threads, "device": device},
         post={"sobel_norm": sobel_norm, "halo": halo, "min_area_px": min_area_px, "class_map": _class_map(class_map)},
         output={"discard_predictions": discard_predictions},
-        engine={"backend": backend, "cpus": cpus, "gpus": gpus, "address": address},
+        engine={"backend": backend, "cpus": cpus, "gpus": gpus, "address": address, "max_failures": max_failures},
     )
     from hover_batch.segment import run_segment
 
     source = kept or cohort or str(_example(output))
-    outcome = run_segment(source, output, settings, skip_invalid=skip_invalid, force=force, command=sys.argv[1:])
+    outcome = run_segment(
+        source,
+        output,
+        settings,
+        skip_invalid=skip_invalid,
+        force=force,
+        command=sys.argv[1:],
+        retry_failed=retry_failed,
+    )
     for line in outcome.closing_lines():
         typer.echo(line)
     raise typer.Exit(outcome.exit_code)

@@ -128,11 +128,14 @@ class EngineSettings:
     """GPUs to use; -1 = all that there are."""
     address: str = ""
     """Of a Ray cluster to join; empty: start one on this machine for the time of the run."""
+    max_failures: int = -1
+    """Stop when more slides than this have failed; -1 = never."""
 
     def __post_init__(self) -> None:
         _check(self.backend in ("ray", "local"), "backend", self.backend, "ray or local")
         _check(0 <= self.cpus <= MAX_WORKERS, "cpus", self.cpus, "0 (all) or a number of cores")
         _check(-1 <= self.gpus <= MAX_WORKERS, "gpus", self.gpus, "a number of GPUs, or -1 for all")
+        _check(self.max_failures >= -1, "max-failures", self.max_failures, "a number of slides, or -1 for never")
         if self.address and self.backend == "local":
             raise InputError(f"--address {self.address}: only --backend ray joins a cluster")
 

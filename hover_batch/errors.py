@@ -6,6 +6,8 @@
     ├── InputError             2: seen before anything ran: CSV, settings, paths, headers; the message names the remedy
     │   └── SettingsChanged    2: the output folder holds results of other settings
     ├── SlideError             3: one slide cannot be opened or processed; the cohort goes on
+    │   └── SlideQuarantined   3: processes died of it, time and again; it is left alone until told otherwise
+    ├── TooManyFailures        3: more slides failed than were allowed; the cohort stops
     └── PackageError           2: a model package or checkpoint cannot be used
 
 Exit code 4 (nothing could be processed) and 130 (interrupted) are decided by the commands, not by an exception.
@@ -37,6 +39,16 @@ class SettingsChanged(InputError):
 
 class SlideError(HoverBatchError):
     """A slide cannot be opened, read or processed."""
+
+    exit_code = 3
+
+
+class SlideQuarantined(SlideError):
+    """Processes died of a slide, time and again: it is not tried again unless the user says so."""
+
+
+class TooManyFailures(HoverBatchError):
+    """More slides failed than --max-failures allows."""
 
     exit_code = 3
 

@@ -73,7 +73,14 @@ class Outcome:
 
 
 def run_segment(
-    source: str | KeptRun, output: Path, settings: Settings, *, skip_invalid: bool, force: bool, command: Sequence[str]
+    source: str | KeptRun,
+    output: Path,
+    settings: Settings,
+    *,
+    skip_invalid: bool,
+    force: bool,
+    command: Sequence[str],
+    retry_failed: bool = False,
 ) -> Outcome:
     """Run the cohort `source` into `output`, or go on with what lies there; or make new tables of a run's predictions.
 
@@ -129,7 +136,8 @@ def run_segment(
         try:
             for record, reason in plan.unreadable:
                 books.refuse(record, reason)
-            found.run(books, [slide for slide in plan.slides if not books.done_before(slide)])
+            todo = [slide for slide in plan.slides if not books.done_before(slide)]
+            found.run(books, [slide for slide in todo if not books.quarantined_before(slide, retry=retry_failed)])
             stopped = False
         finally:
             ledger.finish(plan.cohort, books.model_busy, stopped=stopped)

@@ -7,6 +7,7 @@
       logs/events.jsonl  logs/ray.log   example/ (with --example)
       slides/<slide_id>/
         key.json            the run key that this slide's unfinished work belongs to
+        quarantine.json     why the slide is left alone, if it is
         markers/            one file a unit: its shard is complete
         parts/              one parquet a region: its nuclei
         survey.json         the slide's header and tissue: with the store, all that new tables need
@@ -69,6 +70,11 @@ class SlideLayout:
     @property
     def key_json(self) -> Path:
         return self.folder / "key.json"
+
+    @property
+    def quarantine_json(self) -> Path:
+        """Says of which run key's work processes died, time and again."""
+        return self.folder / "quarantine.json"
 
     @property
     def markers(self) -> Path:
@@ -139,6 +145,7 @@ class SlideLayout:
             self.thumbnail_jpg,
             self.overlay_jpg,
             self.timings_json,
+            self.quarantine_json,
             self.key_json,
         )
 

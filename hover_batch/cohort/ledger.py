@@ -310,6 +310,23 @@ class Ledger:
         self._failures.append(Failure(slide_id, row, str(path), stage, reason))
         self.events.append("slide_failed", slide_id=slide_id, row=row, path=str(path), stage=stage, reason=reason)
 
+    def quarantine(self, slide_id: str, key: str, stage: str, reason: str) -> None:
+        """Remember that processes die of this slide, under this run key: another file or model is another matter."""
+        held = to_json({"run_key": key, "stage": stage, "reason": reason})
+        write_atomically(self.layout.slide(slide_id).quarantine_json, held)
+
+    def quarantined(self, slide_id: str, key: str) -> tuple[str, str] | None:
+        """At which stage and why an earlier start of the run put the slide aside; None where it did not."""
+        try:
+            held = json.loads(self.layout.slide(slide_id).quarantine_json.read_bytes())
+            return (held["stage"], held["reason"]) if held["run_key"] == key else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def release(self, slide_id: str) -> None:
+        """Forget that the slide was put aside."""
+        _remove(self.layout.slide(slide_id).quarantine_json)
+
     def failures(self) -> tuple[Failure, ...]:
         """Those of this start of the run, by row."""
         return tuple(sorted(self._failures, key=lambda failure: failure.row))

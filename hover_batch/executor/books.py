@@ -14,7 +14,7 @@ from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.ledger import Ledger
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import InferSettings, Settings
-from hover_batch.errors import DISK_FULL, HoverBatchError, PackageError
+from hover_batch.errors import DISK_FULL, HoverBatchError, PackageError, SlideQuarantined, TooManyFailures
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.model.package import Package
 from hover_batch.pipeline import Seconds, discard_predictions
@@ -53,8 +53,7 @@ class CohortBooks:
 
     def refuse(self, record: SlideRecord, reason: str) -> None:
         """A slide that cannot be opened, as its header told before the run."""
-        self.ledger.record_failure(record.slide_id, record.row, record.path, "open", reason)
-        self.progress.slide_failed(record.slide_id, reason)
+        self._note(record, "open", reason)
 
     def done_before(self, slide: PlannedSlide) -> bool:
         """Whether an earlier run finished the slide, with the same key."""
@@ -65,6 +64,20 @@ class CohortBooks:
         if self.settings.output.discard_predictions:
             discard_predictions(self.ledger.layout.slide(slide_id))
         self.progress.slide_skipped(slide_id)
+        return True
+
+    def quarantined_before(self, slide: PlannedSlide, *, retry: bool) -> bool:
+        """Whether an earlier start put the slide aside, which is its failure of this start, too; with `retry` that is
+        forgotten."""
+        record = slide.record
+        held = self.ledger.quarantined(record.slide_id, self._keys[record.slide_id])
+        if held is None:
+            return False
+        if retry:
+            self.ledger.release(record.slide_id)
+            return False
+        stage, reason = held
+        self._note(record, stage, f"{reason} (put aside by an earlier start; --retry-failed tries it again)")
         return True
 
     def begin(self, slide: PlannedSlide) -> SlideLayout:
@@ -137,7 +150,7 @@ class CohortBooks:
         """Note that the slide failed at `stage`; `trace` is where, if not here.
 
         Raises instead what stops the cohort and blames no slide: PackageError where the model cannot be loaded,
-        HoverBatchError where the disk is full.
+        HoverBatchError where the disk is full. Raises TooManyFailures after it where the settings allow no more.
         """
         record = slide.record
         if isinstance(error, PackageError):
@@ -148,10 +161,21 @@ class CohortBooks:
             ) from error
         expected = isinstance(error, HoverBatchError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
-        self.ledger.record_failure(record.slide_id, record.row, record.path, stage, reason)
+        if isinstance(error, SlideQuarantined):
+            self.ledger.quarantine(record.slide_id, self._keys[record.slide_id], stage, reason)
         tiles, regions = self._left.pop(record.slide_id, (0, 0))
         self.progress.expect(-tiles, -regions)
         if not expected:
             text = trace or "".join(traceback.format_exception(error))
             self.ledger.events.append("traceback", slide_id=record.slide_id, text=text)
+        self._note(record, stage, reason)
+
+    def _note(self, record: SlideRecord, stage: str, reason: str) -> None:
+        self.ledger.record_failure(record.slide_id, record.row, record.path, stage, reason)
         self.progress.slide_failed(record.slide_id, reason)
+        most, failed = self.settings.engine.max_failures, len(self.ledger.failures())
+        if 0 <= most < failed:
+            raise TooManyFailures(
+                f"{failed} slides failed, more than --max-failures {most}: stopped. The reasons are in "
+                f"{self.ledger.layout.failures_csv}; nothing done is lost, and the same command goes on"
+            )

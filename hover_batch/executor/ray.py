@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfDiskError, RayActorError, RayError, RayTaskError, UnserializableException
 
-from hover_batch.errors import HoverBatchError, PackageError, SlideError
+from hover_batch.errors import HoverBatchError, PackageError, SlideError, SlideQuarantined
 from hover_batch.executor.actors import (
     InferActor,
     ReaderDied,
@@ -347,7 +347,7 @@ class RayExecutor:
             self._fail(
                 slide,
                 call.stage,
-                SlideError(
+                SlideQuarantined(
                     f"{call.stage}{where}: {reason}, {strikes} times{alone}; the file may be damaged, or memory too "
                     "small"
                 ),

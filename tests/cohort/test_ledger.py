@@ -417,3 +417,21 @@ def test_a_file_system_without_locks_only_warns(
     monkeypatch.setattr(fcntl, "flock", fail)
     run_once(layout, cohort)
     assert "has no locks" in caplog.text
+
+
+def test_a_quarantine_is_remembered_for_its_run_key_until_released(layout: RunLayout, cohort: Cohort) -> None:
+    with Ledger(layout) as ledger:
+        start(ledger, cohort)
+        ledger.open_slide("a", "key")
+        ledger.quarantine("a", "key", "inference", "its reader died")
+        assert ledger.quarantined("a", "key") == ("inference", "its reader died")
+        assert ledger.quarantined("a", "another file's key") is None
+        assert ledger.quarantined("b", "key") is None
+    with Ledger(layout) as ledger:
+        start(ledger, cohort)
+        assert ledger.quarantined("a", "key") is not None
+        ledger.release("a")
+        assert ledger.quarantined("a", "key") is None
+        ledger.quarantine("a", "key", "inference", "its reader died")
+        layout.slide("a").quarantine_json.write_text("{")
+        assert ledger.quarantined("a", "key") is None

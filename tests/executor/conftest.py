@@ -106,6 +106,7 @@ def runner(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
         load: Any = load_predictor,
         plan: EnginePlan | None = None,
         settings: Settings = SETTINGS,
+        retry_failed: bool = False,
     ) -> Outcome:
         def executor(books: Any, slides: Any) -> None:
             if backend == "local":
@@ -122,7 +123,9 @@ def runner(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
 
         monkeypatch.setattr(hover_batch.segment, "engine", engine)
         source = cohort if isinstance(cohort, KeptRun) else str(cohort)
-        return run_segment(source, out, settings, skip_invalid=False, force=False, command=["test"])
+        return run_segment(
+            source, out, settings, skip_invalid=False, force=False, command=["test"], retry_failed=retry_failed
+        )
 
     return run
 

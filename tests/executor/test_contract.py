@@ -15,8 +15,8 @@ from conftest import SETTINGS, Run, runner
 from PIL import Image
 
 from hover_batch.cohort.events import read_events
-from hover_batch.config import OutputSettings, TissueSettings
-from hover_batch.errors import PackageError
+from hover_batch.config import EngineSettings, OutputSettings, TissueSettings
+from hover_batch.errors import PackageError, TooManyFailures
 
 Fields = Callable[..., Path]
 
@@ -105,6 +105,24 @@ def test_a_slide_that_cannot_be_processed_costs_itself_only(
     assert outcome.exit_code == 3 and tables(out) == reference
     failures = pd.read_csv(out / "failures.csv")
     assert list(failures.slide_id) == ["cut"] and "cut.png" in failures.reason[0]
+
+
+def test_more_failures_than_allowed_stop_the_cohort(
+    fields: Fields, run: Run, reference: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Three pictures that cannot be read come first, one may fail; then the same cohort without a limit."""
+    cohort = fields("a", "b", "cut", "cut-2", "cut-3")
+    for path in cohort.parent.glob("cut*.png"):
+        path.write_bytes(path.read_bytes()[:3000])
+    names = ("cut", "cut-2", "cut-3", "a", "b")
+    cohort.write_text("path,mpp\n" + "".join(f"{name}.png,0.25\n" for name in names))
+    out = tmp_path / "out"
+    with pytest.raises(TooManyFailures, match="2 slides failed, more than --max-failures 1") as stopped:
+        run(cohort, out, LoadQuick(), settings=replace(SETTINGS, engine=EngineSettings(max_failures=1)))
+    assert stopped.value.exit_code == 3
+    assert len(pd.read_csv(out / "failures.csv")) == 2 and events(out, "run_stopped")
+    assert run(cohort, out, LoadQuick()).exit_code == 3
+    assert len(pd.read_csv(out / "failures.csv")) == 3 and tables(out) == reference
 
 
 def test_a_network_that_cannot_be_loaded_stops_the_cohort(fields: Fields, run: Run, tmp_path: Path) -> None:

@@ -31,9 +31,19 @@ def test_a_slide_that_kills_its_readers_is_quarantined(
     assert list(failures.slide_id) == ["sigsegv"]
     assert "died" in failures.reason[0] and "2 times" in failures.reason[0]
     assert {slide for slide, _ in strikes(out)} == {"sigsegv"}
-    runner("local", monkeypatch)(fields("a", "sigsegv", "b"), tmp_path / "reference", LoadQuick())
+    here = runner("local", monkeypatch)  # the fault is planted in the cluster's processes alone
+    here(fields("a", "sigsegv", "b"), tmp_path / "reference", LoadQuick())
     reference = tables(tmp_path / "reference")
     assert tables(out) == {name: reference[name] for name in ("a", "b")}
+
+    # It is left alone from then on, and is the run's failure all the same, until somebody asks for it.
+    again = here(fields("a", "sigsegv", "b"), out, LoadQuick())
+    assert again.exit_code == 3 and "--retry-failed" in again.failures[0].reason
+    assert again.failures[0].reason.startswith(failures.reason[0])
+    assert len([e for e in events(out, "slide_started") if e["slide_id"] == "sigsegv"]) == 1
+    assert here(fields("a", "sigsegv", "b"), out, LoadQuick(), retry_failed=True).exit_code == 0
+    assert tables(out) == reference
+    assert here(fields("a", "sigsegv", "b"), out, LoadQuick()).exit_code == 0
 
 
 @pytest.mark.parametrize(
