@@ -111,6 +111,8 @@ class SlideWork:
     package: Package
     settings: Settings
     layout: SlideLayout
+    key_mark: bytes
+    """Content of the slide's key.json when the work began: see `stand_aside`."""
     kept: Kept | None = None
 
     @property
@@ -176,7 +178,19 @@ def survey(
     write_survey(layout.survey_json, info, mask)
     grid = Grid.over(info.level0, info.mpp, package.card.mpp)
     units = plan_units(grid, mask, settings.infer.unit, package.card.tile_out)
-    return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, slide.kept)
+    mark = layout.key_json.read_bytes()
+    return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, mark, slide.kept)
+
+
+def stand_aside(work: SlideWork) -> None:
+    """SlideError where the slide's folder has passed to a run of another key: a process that was thought dead, on a
+    machine that was lost, must not mix its results into that run's. Asked before each write."""
+    try:
+        ours = work.layout.key_json.read_bytes() == work.key_mark
+    except FileNotFoundError:
+        ours = False
+    if not ours:
+        raise SlideError(f"{work.layout.folder}: another run has taken over; nothing was written")
 
 
 def open_store(work: SlideWork) -> PredictionStore:
@@ -259,7 +273,8 @@ def infer(
     """Predict a unit's tiles, write its shard, then its marker; `advance` is told the number of tiles as they are done.
     Several threads may share one predictor: they take turns. NetworkFailed where it raises.
 
-    A shard found without a marker was written by a run that died in between: it is adopted.
+    A shard found without a marker was written by a run that died in between: it is adopted. Where the device ran out
+    of memory, the marker tells of the smaller batch, which may have moved the last bits of the maps.
     """
     seconds = Seconds()
     digest = store.shard_sha256(unit.box)
@@ -279,9 +294,13 @@ def infer(
                 tile_rows, tile_columns = inside.slices_in(tile)
                 maps[:, rows, columns] = tile_maps[:, tile_rows, tile_columns]
             advance(len(tiles))
+        stand_aside(work)
         with seconds.of("write"):
             digest = store.write(unit.box, maps)
-    marker = {"unit": unit.unit_id, "tiles": len(unit.cells), "shard_sha256": digest}
+    marker: dict[str, Any] = {"unit": unit.unit_id, "tiles": len(unit.cells), "shard_sha256": digest}
+    if predictor.at_once < predictor.batch:
+        marker["batch"] = predictor.at_once
+    stand_aside(work)
     write_first(work.layout.marker(unit.column, unit.row), to_json(marker))
     return seconds
 
@@ -343,6 +362,7 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     with seconds.of("post"):
         layout = MapLayout(len(work.taxonomy.classes))
         nuclei = nuclei_of_region(_complete(store, work), unit.box, layout, settings, constants)
+        stand_aside(work)
         write_part(work.layout.part(unit.column, unit.row), to_arrow(nuclei, work.context))
     return seconds
 
@@ -374,6 +394,7 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     with seconds.of("finalize"):
         keep = work.mask.contains if work.mask.given else None
         parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]
+        stand_aside(work)
         merged = merge_parts(parts, layout.nuclei_parquet, work.context, keep)
         work.mask.write_geojson(layout.tissue_geojson)
         if reader is not None:
@@ -389,7 +410,7 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
         "tiles": sum(len(u.cells) for u in work.units),
         "mpp": [work.info.mpp.x, work.info.mpp.y],
         "inference_mpp": [work.grid.mpp.x, work.grid.mpp.y],
-        "warnings": list(work.info.warnings),
+        "warnings": [*work.info.warnings, *_smaller_batches(work)],
         "summary": slide_summary(
             record,
             work.taxonomy,
@@ -399,6 +420,17 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
             seconds=seconds.totals,
         ),
     }
+
+
+def _smaller_batches(work: SlideWork) -> list[str]:
+    """What the markers tell of devices that ran out of memory, as one warning or none."""
+    markers = [json.loads(work.maps.marker(unit.column, unit.row).read_bytes()) for unit in work.units]
+    if halved := [marker["batch"] for marker in markers if "batch" in marker]:
+        return [
+            f"{len(halved)} of {len(markers)} units were predicted in batches of {min(halved)}, for want of memory on "
+            "the device: another run may differ in the last bits; give a smaller --batch"
+        ]
+    return []
 
 
 def _draw(work: SlideWork, reader: SlideReader) -> None:

@@ -7,7 +7,9 @@ bits on the batch's shape: equal settings must give equal bytes.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +32,8 @@ class Predictor:
     def __init__(self, network: nn.Module, card: Card, settings: InferSettings) -> None:
         self.card = card
         self.batch = settings.batch
+        self.at_once = settings.batch
+        """Tiles that the device takes: `batch`, or the half, or the half of that …, once its memory has run out."""
         settled = resolve(settings)
         self.device = torch.device(settled.device)
         self.precision = settled.precision
@@ -46,9 +50,9 @@ class Predictor:
 
         tiles: (n, tile_in, tile_in, 3) uint8 RGB. Returns (n, planes, tile_out, tile_out) uint8 as MapLayout says.
         """
-        rgb = self._whole_batch(tiles)
-        maps = quantise(self._output(rgb), _centre(rgb, self.card.tile_out), self.card.layout)
-        return maps[: len(tiles)].cpu().numpy()
+        return self._as_fits(
+            tiles, lambda rgb: quantise(self._output(rgb), _centre(rgb, self.card.tile_out), self.card.layout)
+        )
 
     @torch.inference_mode()
     def logits(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -56,16 +60,29 @@ class Predictor:
 
         tiles: (n, tile_in, tile_in, 3) uint8 RGB. Returns (n, channels, tile_out, tile_out) float32 as Heads says.
         """
-        return self._output(self._whole_batch(tiles))[: len(tiles)].cpu().numpy()
+        return self._as_fits(tiles, self._output)
+
+    def _as_fits(self, tiles: NDArray[np.uint8], work: Callable[[Tensor], Tensor]) -> NDArray[Any]:
+        """What `work` makes of the tiles, `at_once` of them at a time; fewer, where the device is out of memory."""
+        while True:
+            try:
+                parts = [tiles[i : i + self.at_once] for i in range(0, len(tiles), self.at_once)]
+                return np.concatenate([work(self._whole_batch(part))[: len(part)].cpu().numpy() for part in parts])
+            except torch.OutOfMemoryError:
+                if self.at_once == 1:
+                    raise
+                self.at_once //= 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # outside the except: its traceback holds what is to be freed
 
     def _whole_batch(self, tiles: NDArray[np.uint8]) -> Tensor:
-        """The tiles, and black ones up to the constant shape: (batch, 3, tile_in, tile_in) uint8 on the device."""
-        if (missing := self.batch - len(tiles)) > 0:
+        """The tiles, and black ones up to the constant shape: (at_once, 3, tile_in, tile_in) uint8 on the device."""
+        if (missing := self.at_once - len(tiles)) > 0:
             tiles = np.concatenate([tiles, np.zeros((missing, *tiles.shape[1:]), np.uint8)])
         return torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2)
 
     def _output(self, rgb: Tensor) -> Tensor:
-        """RGB (batch, 3, tile_in, tile_in) uint8 → the network's (batch, channels, tile_out, tile_out) float32."""
+        """RGB (at_once, 3, tile_in, tile_in) uint8 → the network's (at_once, channels, tile_out, tile_out) float32."""
         image = rgb.float().div(255).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             output = self.network(image)

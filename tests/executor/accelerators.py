@@ -29,6 +29,10 @@ class Quick:
     seconds: float = 0.0
     turn: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def at_once(self) -> int:
+        return self.batch
+
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
         started = time.monotonic()
         side, margin, layout = self.card.tile_out, self.card.margin, self.card.layout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -44,4 +45,49 @@ def test_a_ctrl_c_that_is_lost_on_its_way_still_stops_the_run(
     assert not events(out, "unit_done") and events(out, "run_stopped")
     assert run(fields("a"), out, LoadQuick()).exit_code == 0
     run(fields("a"), tmp_path / "reference", LoadQuick())
+    assert tables(out) == tables(tmp_path / "reference")
+
+
+class Tight(Quick):
+    """Its device took but one tile at a time."""
+
+    @property
+    def at_once(self) -> int:
+        return 1
+
+
+def test_smaller_batches_are_told_of(
+    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = runner("local", monkeypatch), tmp_path / "out"
+    outcome = run(fields("a"), out, lambda package, settings: Tight(package.card, settings.batch))
+    (warning,) = outcome.slides[0]["warnings"]
+    assert warning.startswith("9 of 9 units were predicted in batches of 1")
+    assert json.loads((out / "slides" / "a" / "markers" / "0_0.json").read_text())["batch"] == 1
+    whole = run(fields("a"), tmp_path / "whole", LoadQuick())
+    assert whole.slides[0]["warnings"] == []
+
+
+def test_what_was_thought_dead_does_not_write_into_another_runs_folder(
+    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its third unit is predicted the folder passes to a run of another key, as after --force elsewhere."""
+    run, out = runner("local", monkeypatch), tmp_path / "out"
+    slide = out / "slides" / "a"
+
+    class Usurped(Quick):
+        batches = 0
+
+        def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            Usurped.batches += 1
+            if Usurped.batches == 3:
+                (slide / "key.json").write_text('{"run_key": "another"}')
+            return super().predict(tiles)
+
+    outcome = run(fields("a"), out, lambda package, settings: Usurped(package.card, settings.batch))
+    assert outcome.exit_code == 4 and "another run has taken over" in outcome.failures[0].reason
+    assert len(list((slide / "markers").glob("*.json"))) == 2
+    assert len([p for p in (slide / "predictions.zarr" / "c").rglob("*") if p.is_file()]) == 2
+    run(fields("a"), tmp_path / "reference", LoadQuick())
+    assert run(fields("a"), out, LoadQuick()).exit_code == 0
     assert tables(out) == tables(tmp_path / "reference")

@@ -78,6 +78,38 @@ def test_a_short_batch_is_padded_and_tiles_do_not_see_each_other() -> None:
     assert np.array_equal(predictor.predict(tiles[:1])[0], both[0])
 
 
+def test_out_of_memory_halves_the_batch_and_loses_no_tile() -> None:
+    """A device that holds two tiles, asked for eight at a time."""
+    torch.manual_seed(0)
+    card = Card(
+        name="tiny", architecture="unet", encoder="mit_b0", taxonomy=CONSEP, mpp=0.25, tile_in=64, tile_out=32,
+        sobel={}, licence="test",
+    )  # fmt: skip
+
+    class Holds(nn.Module):
+        def __init__(self, most: int) -> None:
+            super().__init__()
+            self.most, self.network = most, build_student(StudentArch("mit_b0", 5))
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            if len(image) > self.most:
+                raise torch.OutOfMemoryError("out of memory")
+            output: torch.Tensor = self.network(image)
+            return output
+
+    settings = InferSettings(batch=8, precision="fp32", device="cpu")
+    tiles = np.random.default_rng(0).integers(0, 256, (7, 64, 64, 3), dtype=np.uint8)
+    network = Holds(2)
+    predictor = Predictor(network, card, settings)
+    found = predictor.predict(tiles)
+    assert predictor.at_once == 2 and predictor.batch == 8 and len(found) == 7
+    by_two = Predictor(network, card, InferSettings(batch=2, precision="fp32", device="cpu"))
+    assert np.array_equal(found, np.concatenate([by_two.predict(tiles[i : i + 2]) for i in range(0, 7, 2)]))
+    network.most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        predictor.predict(tiles)
+
+
 def test_auto_is_settled_before_a_run_and_the_rest_kept() -> None:
     settled = resolve(InferSettings(batch=3))
     assert settled.precision in ("fp32", "bf16") and settled.device.split(":")[0] in ("cpu", "cuda")
