@@ -31,9 +31,8 @@ SCORED = 64
 EXAMPLES, EXAMPLE_SIDE = 4, 256
 """Rows of the picture, and their side in pixels."""
 
-TYPICAL = SobelConstants(h_min=-1.785e10, h_max=1.33e10, v_min=-1.68e10, v_max=1.3125e10)
-"""What calibration of a briefly trained student gave: 0.15 times the medians over real tiles. Those of a package are
-found by `kd.calibrate` once training has ended."""
+TYPICAL = SobelConstants(h_min=-1.191e11, h_max=7.051e10, v_min=-1.17e11, v_max=6.913e10)
+"""What calibration of the starter gave. Those of a package are found by `kd.calibrate` once training has ended."""
 
 
 @torch.inference_mode()
