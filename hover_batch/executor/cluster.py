@@ -34,6 +34,8 @@ _ENVIRONMENT = {
 _TOKEN = secrets.token_hex(32)
 """Of this process's own clusters; Ray keeps the first that it sees."""
 CONNECT_S = 5.0
+SHARED_S = 10.0
+"""Within which a network file system shows a new file to other machines."""
 START_ATTEMPTS = 3
 """Ray gives its own processes 30 s to come up, which a busy machine may overrun."""
 OBJECT_STORE_BYTES = 512 << 20
@@ -147,6 +149,41 @@ def settled(settings: InferSettings, resources: Resources) -> InferSettings:
     except RayTaskError as error:
         raise error.cause from None
     return found
+
+
+def refuse_unshared(folder: Path) -> None:
+    """InputError where a machine of the joined cluster does not see what this process writes into `folder`."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    alive = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]  # type: ignore[no-untyped-call]
+    others = [n for n in alive if n["NodeID"] != here]
+    probe = folder / f".probe-{secrets.token_hex(8)}"
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def sees() -> bool:
+        deadline = time.monotonic() + SHARED_S
+        while not probe.is_file():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        return True
+
+    probe.touch()
+    try:
+        tasks = [
+            sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote()
+            for n in others
+        ]
+        blind = [n["NodeManagerAddress"] for n, seen in zip(others, ray.get(tasks), strict=True) if not seen]
+    finally:
+        probe.unlink()
+    if blind:
+        raise InputError(
+            f"--output {folder}: {', '.join(blind[:5])}{' …' if len(blind) > 5 else ''} cannot see what is written there; "
+            "name a folder on a file system that all machines of the cluster share"
+        )
 
 
 def _cluster_resources() -> Resources:

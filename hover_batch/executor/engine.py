@@ -48,14 +48,15 @@ def engine(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> I
 
     A run that `predicts` nothing has no networks, and `auto` is left as it is.
 
-    InputError where more is asked for than there is, or no cluster answers.
+    InputError where more is asked for than there is, no cluster answers, or the output is not seen by all of it.
     """
     if settings.engine.backend == "local":
         yield Engine(settings, lambda books, slides: LocalExecutor(books).run(slides))
     elif settings.engine.address:
-        from hover_batch.executor.cluster import joined, settled
+        from hover_batch.executor.cluster import joined, refuse_unshared, settled
 
         with joined(settings.engine.address, layout.ray_log) as resources:
+            refuse_unshared(layout.root)
             if predicts:
                 settings = replace(settings, infer=settled(settings.infer, resources))
             resources = resources.limited(settings)

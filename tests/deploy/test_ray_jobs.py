@@ -50,7 +50,13 @@ def environment(home: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cluster(environment: dict[str, str]) -> Iterator[dict[str, Any]]:
+def own_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is another one on each node."""
+    return tmp_path_factory.mktemp("own-disk")
+
+
+@pytest.fixture(scope="module")
+def cluster(environment: dict[str, str], own_disk: Path) -> Iterator[dict[str, Any]]:
     """The file, its cluster being up: a head without cores and a node with two."""
     if [name for _, name in socket.if_nameindex()] != ["lo"]:
         pytest.skip("other interfaces than loopback are up: run `scripts/loopback uv run pytest -m slow`")
@@ -61,8 +67,9 @@ def cluster(environment: dict[str, str]) -> Iterator[dict[str, Any]]:
     nodes = [subprocess.Popen(["bash", "-c", f"{head} --num-cpus=0 --block"], env=environment)]
     try:
         _wait_for(f"{DASHBOARD}/api/gcs_healthz")
-        command = f"{worker} --node-ip-address={WORKER} --num-cpus=2 --block"
-        nodes.append(subprocess.Popen(["bash", "-c", command], env=environment))
+        # What it sees in `own_disk` is a disk of its own, as on another machine.
+        command = f"mount -t tmpfs none {own_disk} && {worker} --node-ip-address={WORKER} --num-cpus=2 --block"
+        nodes.append(subprocess.Popen(["unshare", "--mount", "bash", "-c", command], env=environment))
         for node in (HEAD, WORKER):  # its agent, which takes the jobs
             _wait_for(f"http://{node}:52365/api/local_raylet_healthz")
         yield file
@@ -102,6 +109,18 @@ def test_a_cohort_is_done_by_a_job(cluster: dict[str, Any], environment: dict[st
     job = submit(environment | {"RAY_AUTH_MODE": "token"}, "hover-batch", *words)
     assert job.returncode == 0, job.stdout + job.stderr
     assert (out / "slides/field/slide.json").exists()
+
+
+def test_an_output_that_a_node_does_not_see_is_refused(
+    cluster: dict[str, Any], environment: dict[str, str], own_disk: Path, tmp_path: Path
+) -> None:
+    Image.fromarray(np.full((64, 64, 3), 230, np.uint8)).save(tmp_path / "field.png")
+    (tmp_path / "cohort.csv").write_text("path,mpp\nfield.png,0.25\n")
+    words = ["segment", str(tmp_path / "cohort.csv"), "-o", str(own_disk / "out"), "--address", "auto"]
+    job = submit(environment | {"RAY_AUTH_MODE": "token"}, "hover-batch", *words)
+    assert job.returncode != 0
+    assert f"{WORKER} cannot see what is written there" in job.stdout + job.stderr
+    assert not (own_disk / "out" / "run.json").exists()
 
 
 @pytest.mark.parametrize("token", [None, "f" * 64])
