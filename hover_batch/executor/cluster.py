@@ -180,9 +180,10 @@ def refuse_unshared(folder: Path) -> None:
     finally:
         probe.unlink()
     if blind:
+        listed = ", ".join(blind[:5]) + (" …" if len(blind) > 5 else "")
         raise InputError(
-            f"--output {folder}: {', '.join(blind[:5])}{' …' if len(blind) > 5 else ''} cannot see what is written there; "
-            "name a folder on a file system that all machines of the cluster share"
+            f"--output {folder}: {listed} cannot see what is written there; name a folder on a file system that "
+            "all machines of the cluster share"
         )
 
 
