@@ -108,3 +108,12 @@ def test_shared_words_import_nothing_heavy(module: str) -> None:
         check=True,
     )
     assert HEAVY & set(ended.stdout.split()) == set()
+
+
+def test_training_and_packaging_do_without_ray_zarr_and_tiatoolbox() -> None:
+    """They are to run on machines with torch and little else, from an .npz."""
+    probe = (
+        "import sys; sys.modules |= dict.fromkeys(('ray', 'zarr', 'tiatoolbox'))  # an import of these fails\n"
+        "import kd.train, kd.package, kd.commands.train"
+    )
+    subprocess.run([sys.executable, "-c", probe], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
