@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import math
@@ -276,6 +277,23 @@ def test_without_a_spatial_index_the_annotation_store_is_refused(monkeypatch: py
     monkeypatch.setattr(annotation_store, "_compile_options", lambda: ["ENABLE_JSON1"])
     with pytest.raises(InputError, match=r"--to annotation-store: .*R\*Tree.*use a Python"):
         writer(Format.annotation_store)
+
+
+def test_an_annotation_store_that_does_not_fit_on_the_disk(
+    nuclei: NucleiTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Small(sqlite_store()):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            self.con.execute("PRAGMA max_page_count = 20")  # to SQLite, as a full disk
+
+    monkeypatch.setattr(annotation_store, "sqlite_store", lambda: Small)
+    with pytest.raises(OSError) as raised:
+        exported(nuclei, Format.annotation_store, tmp_path)
+    assert raised.value.errno == errno.ENOSPC
+    assert not list(tmp_path.glob("*.db")) and not list(tmp_path.glob(".*"))
+    with pytest.raises(OSError, match="unable to open"):
+        exported(nuclei, Format.annotation_store, tmp_path / "absent")
 
 
 def test_csv(nuclei: NucleiTable, tmp_path: Path) -> None:
