@@ -27,7 +27,7 @@ COLUMNS = ("sample_id", "image", "labels", "types", "source", "split")
 
 
 class InstanceFolder:
-    """The images of `folder` / dataset.csv. InputError where it is not UTF-8, or a column is missing or a field empty."""
+    """The images of `folder` / dataset.csv. InputError where it is not UTF-8, or lacks a column or field."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
