@@ -152,7 +152,7 @@ def test_calibration_on_annotated_images(data: Path, tmp_path: Path) -> None:
     card = find_package(str(out)).card
     assert "found on annotated images" in result.output and card.sobel != STARTER.sobel
     assert len(card.metrics["calibration"]["trials"]) == 10
-    assert card.metrics["calibration"]["data"]["consep"]["images"] == 1
+    assert card.metrics["calibration"]["data"]["consep"]["images"] == len(card.metrics["calibration"]["saw"]) == 1
     (folder / "dataset.csv").write_text(f"{rows[0]}\n")
     assert "no image of the split val" in run("models", "import", source, "-o", out, "--calibrate", folder).stderr
 
