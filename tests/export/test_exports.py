@@ -6,6 +6,7 @@ import errno
 import gzip
 import json
 import math
+import resource
 import sqlite3
 import uuid
 import warnings
@@ -373,6 +374,25 @@ def test_a_slide_without_nuclei(format: Format, tmp_path: Path, request: pytest.
             store.close()
         case _:
             assert path.exists()
+
+
+@pytest.mark.parametrize("format", Format)
+def test_what_does_not_fit_on_the_disk_leaves_nothing(
+    format: Format, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if format in (Format.anndata, Format.spatialdata):
+        request.getfixturevalue("scverse")
+    nuclei, out = write_table(tmp_path, *drawn()), tmp_path / "out"
+    out.mkdir()
+    write = writer(format)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # no file may be longer
+    try:
+        with pytest.raises(OSError):
+            write(nuclei, out / f"nuclei.{format.suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(out.iterdir())
 
 
 def test_a_harmed_table_leaves_the_earlier_export(nuclei: NucleiTable, tmp_path: Path) -> None:
