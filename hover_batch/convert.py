@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hover_batch.cohort.layout import Format, RunLayout, SlideLayout
-from hover_batch.errors import InputError, SlideError
+from hover_batch.errors import DISK_FULL, InputError, SlideError
 from hover_batch.export.read import NucleiTable
 from hover_batch.status import nuclei_if_done, read_run, read_slides
 
@@ -44,6 +44,8 @@ def export_run(
     layout = RunLayout(folder)
     read_run(layout, folder)
     slides = _chosen(layout, slide_ids)
+    if not slides:
+        tell(f"{layout.slides_csv}: no slide is listed yet; segment's own command goes on with the run")
     writers = {format: writer(format) for format in dict.fromkeys(formats)}
     files: list[Path] = []
     skipped: dict[str, str] = {}
@@ -71,8 +73,11 @@ def _exported(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(nuclei, path)
-        except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); name another folder by -o") from error
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            why = error.strerror or error
+            raise InputError(f"{path}: cannot be written ({why}); name another folder by -o") from error
         files.append(path)
         yield f"{nuclei.rows:,} nuclei to {format} in {time.monotonic() - started:.1f} s"
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -185,7 +184,9 @@ def open_cache(path: Path) -> Cache:
         raise InputError(f"{path}: no such cache; `hover-batch kd prepare` makes one")
     try:
         return Cache(path, ZarrStore.open(path) if path.suffix == ".zarr" else NpzStore.open(path))
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except InputError:
+        raise
+    except Exception as error:  # as in Cache._read
         raise InputError(f"{path} cannot be read as a cache; run `hover-batch kd prepare` again ({error})") from error
 
 

@@ -11,8 +11,7 @@ from kd.cache import Cache, is_cache, open_cache
 from kd.layouts.folder import TABLE, InstanceFolder
 from kd.samples import MPP, Data, Sample
 
-__all__ = ["MPP", "Data", "Sample", "folds_of", "read_data", "read_instance_folder"]
-
+__all__ = ["MPP", "Data", "Sample", "folds_of", "read_data"]
 
 MAY_BE_EMPTY = ("train", "val", "test")
 """Folds that may be asked for, whether the data has them or not."""
@@ -40,20 +39,9 @@ def folds_of(path: Path) -> list[str]:
     return _open(path).folds
 
 
-def read_instance_folder(folder: Path, split: str, sources: Iterable[str] | None) -> list[Sample]:
-    """Read the images of one split and of the named sources (None: of all), in the order of dataset.csv.
-
-    Raises InputError where dataset.csv is missing, a file cannot be read or the shapes of a row disagree.
-    """
-    named = None if sources is None else set(sources)
-    return list(_instance_folder(folder).samples(CONSEP, split, named))
-
-
 def _open(path: Path) -> Cache | InstanceFolder:
-    return open_cache(path) if is_cache(path) else _instance_folder(path)
-
-
-def _instance_folder(path: Path) -> InstanceFolder:
+    if is_cache(path):
+        return open_cache(path)
     if not (path / TABLE).is_file():
         raise InputError(
             f"{path / TABLE} is missing; --data names a folder with dataset.csv, images and labels, or what "

@@ -4,7 +4,8 @@ A card's `training` says what was seen: `saw` (fold → first hexadecimal digits
 (fold → `source/group`); in older cards `data` (fold → source → counts) alone, so that images are known by their fold
 and source; `seen`, in words, for published models. `before` is the training of the model that this one started from,
 and `teacher` holds that of its teacher: what these have seen counts, too. On a fold other than `train` something was
-chosen: the checkpoint, or the Sobel constants.
+chosen: the checkpoint, or the Sobel constants. Constants that were found later were found on the images of `saw` in the
+card's `metrics["calibration"]`; in older cards on the fold val of the sources in its `data`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hover_batch.model.package import Card
-from kd.datasets import Sample
+from kd.samples import SHA_DIGITS, Sample
 
 SAME_IMAGES = {"monuseg": "kumar", "kumar": "monuseg"}
 """Sources that share images under two names."""
-SHA_DIGITS = 16
-"""How many hexadecimal digits of an image's hash a card records."""
 
 Training = Mapping[str, Any]
 
@@ -51,14 +50,14 @@ class Leak:
 def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
     """Where the scores of this model on these images are too good, source by source, the certain ones first.
 
-    An image that was seen itself does not count among those whose patient was.
+    An image that was seen itself does not count among those that the constants were found on, or whose patient was.
     """
     records = [*_records("the model", card.training), *_calibration(card)]
     found: list[Leak] = []
     for source in dict.fromkeys(s.source for s in samples):
         ours = [s for s in samples if s.source == source]
         told: set[str] = set()
-        for what in (_IMAGE, _PATIENT, _DOUBT):
+        for what in (_IMAGE, _CONSTANTS, _PATIENT, _DOUBT):
             hits = [
                 (r, tuple(s.id for s in ours if s.id not in told and r.holds(s))) for r in records if r.what is what
             ]
@@ -67,12 +66,12 @@ def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
     return found
 
 
-_IMAGE, _PATIENT, _DOUBT = "image", "patient", "doubt"
+_IMAGE, _CONSTANTS, _PATIENT, _DOUBT = "image", "constants", "patient", "doubt"
 
 
 @dataclass(frozen=True)
 class _Record:
-    """One thing that a card says was seen: images, their patients, or perhaps one or the other."""
+    """One thing that a card says was seen: images, also for the constants alone, their patients, or perhaps either."""
 
     what: str
     how: str
@@ -106,11 +105,15 @@ def _records(who: str, training: Training) -> Iterator[_Record]:
 
 
 def _calibration(card: Card) -> Iterator[_Record]:
-    """The images that an imported model's Sobel constants were found on."""
+    """The images that the model's Sobel constants were found on."""
     calibration = card.metrics.get("calibration")
-    if isinstance(calibration, Mapping) and "data" in calibration:
+    if not isinstance(calibration, Mapping):
+        return
+    if "saw" in calibration:
+        yield _Record(_CONSTANTS, "the model's Sobel constants were chosen on them", _one_of(calibration["saw"]))
+    elif "data" in calibration:
         how = "the model's Sobel constants were chosen on the val images of this source, by their names"
-        yield _Record(_IMAGE, how, _in_fold("val", calibration["data"]))
+        yield _Record(_CONSTANTS, how, _in_fold("val", calibration["data"]))
 
 
 def _verb(fold: str) -> str:

@@ -22,6 +22,7 @@ from kd.calibrate import calibrate
 from kd.datasets import MPP, read_data
 from kd.evaluate import evaluate
 from kd.predict import predict_image
+from kd.samples import hashes_of
 from kd.start import build_network
 from kd.state import contents, read_checkpoint
 
@@ -85,7 +86,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     constants = SobelConstants.from_json(find_package("starter").card.sobel)
     if splits["val"]:
         found = calibrate(maps_of, splits["val"])
-        constants, how = found.constants, found.to_json()
+        constants, how = found.constants, {**found.to_json(), "saw": hashes_of(splits["val"])}
     scores = {
         part: {s.source: s.to_json() for s in evaluate(maps_of, samples, constants, taxonomy)}
         for part, samples in splits.items()
@@ -110,7 +111,7 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
         raise InputError(f"--calibrate {data}: dataset.csv has no image of the split val")
     predictor = Predictor(network, card, InferSettings(batch=_batch(network)))
     found = calibrate(lambda image: predict_image(predictor, image), samples)
-    how = {**found.to_json(), "data": contents(samples), "precision": predictor.precision}
+    how = {**found.to_json(), "data": contents(samples), "saw": hashes_of(samples), "precision": predictor.precision}
     return replace(card, sobel=found.constants.to_json(), metrics={**card.metrics, "calibration": how})
 
 

@@ -29,6 +29,8 @@ def prepare(folders: Sequence[Path], out: Path, sheet: Path, classes: str | None
     layouts = [recognise(folder, val) for folder in folders]
     if val and not any(isinstance(layout, Consep) for layout in layouts):
         raise InputError(f"--val {val}: it is for CoNSeP's Train and Test, and none of the folders has these")
+    if not sheet.parent.is_dir():
+        raise InputError(f"--sheet {sheet}: the folder {sheet.parent} does not exist; make it first")
     taxonomy = _taxonomy(classes, layouts)
     findings, pictures = Findings(taxonomy), ContactSheet(taxonomy)
     with writing(out, taxonomy) as cache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,8 @@ from hover_batch.taxonomy import Taxonomy
 
 MPP = 0.25
 """Pixel size of the images in µm (40×)."""
+SHA_DIGITS = 16
+"""How many hexadecimal digits of an image's hash a card records."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Sample:
         digest = hashlib.sha256(f"{self.image.shape}".encode())
         digest.update(np.ascontiguousarray(self.image).tobytes())
         return digest.hexdigest()
+
+
+def hashes_of(samples: Iterable[Sample]) -> list[str]:
+    """By what a card knows the images again, sorted: the first SHA_DIGITS of each `image_sha256`."""
+    return sorted({sample.image_sha256[:SHA_DIGITS] for sample in samples})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.config import TrainConfig
 from kd.crops import Teacher
-from kd.datasets import Sample
+from kd.samples import Sample, hashes_of
 from kd.schedule import Schedule
 
 CHECKPOINT = "checkpoint.pt"
@@ -88,7 +88,7 @@ def record_of(
     teacher: Teacher | None,
     before: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the card will say of the training. `saw`: the images, by the first 16 digits of their sha256, and
+    """What the card will say of the training. `saw`: the images, by the first digits of their sha256, and
     `saw_groups` their patients, as source/group, as far as these are known.
     `before`: the training of the weights that this one started from."""
     parts = {"train": training, "val": validation}
@@ -98,7 +98,7 @@ def record_of(
         taught = {"sha256": teacher.sha256} | {name: card[name] for name in ("name", "licence", "training")}
     return {
         "taxonomy": taxonomy.to_json(),
-        "saw": {part: sorted({s.image_sha256[:16] for s in samples}) for part, samples in parts.items()},
+        "saw": {part: hashes_of(samples) for part, samples in parts.items()},
         "saw_groups": {
             part: sorted({f"{s.source}/{s.group}" for s in samples if s.group}) for part, samples in parts.items()
         },

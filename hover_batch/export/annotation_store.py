@@ -6,6 +6,7 @@ tiatoolbox counts them; its properties are the table's columns, `type` among the
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,15 @@ _CACHE_KB = 64_000
 
 
 def write_annotation_store(nuclei: NucleiTable, path: Path) -> None:
-    """Write `nuclei` to `path` (.db), as a stream."""
+    """Write `nuclei` to `path` (.db), as a stream. OSError where the disk is full or `path` cannot be written."""
+    try:
+        _write(nuclei, path)
+    except sqlite3.OperationalError as error:  # as the writers of other formats say it
+        full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+
+
+def _write(nuclei: NucleiTable, path: Path) -> None:
     from tiatoolbox.annotation.storage import Annotation
 
     others = ["slide_id", "nucleus_id", "type_id", "type", "touches_border", "seam_uncertain"]

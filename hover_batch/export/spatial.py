@@ -9,6 +9,7 @@ Positions are level-0 pixels of the full canvas; the coordinate system `um` of S
 
 from __future__ import annotations
 
+import io
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,9 +35,15 @@ def require_extra() -> None:
 
 
 def write_anndata(nuclei: NucleiTable, path: Path) -> None:
-    """Write `nuclei` to `path` (.h5ad)."""
-    with replacing(path) as temporary, _plain_strings():
-        _anndata(nuclei).write_h5ad(temporary, compression="gzip", compression_opts=1)
+    """Write `nuclei` to `path` (.h5ad), which is made in memory: on a full disk HDF5 crashes Python at its exit."""
+    import h5py
+    from anndata.io import write_elem
+
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file, _plain_strings():
+        write_elem(file, "/", _anndata(nuclei), dataset_kwargs={"compression": "gzip", "compression_opts": 1})
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:

@@ -44,6 +44,7 @@ def calibrate(
     from kd.calibrate import predict_all, search, trial, try_others
     from kd.datasets import read_data
     from kd.predict import predict_image
+    from kd.samples import hashes_of
     from kd.state import contents
 
     if out.suffix != ".safetensors":
@@ -80,6 +81,7 @@ def calibrate(
         "calibration": {
             **found.to_json(),
             "data": contents(samples[fold]),
+            "saw": hashes_of(samples[fold]),
             "precision": predictor.precision,
             "gain_over_window": {n: _gain(fixed, window) for n, (window, fixed) in trials.items()},
             "other_numbers": gains,

@@ -65,6 +65,8 @@ def evaluate(
     for flag, file in (("--json", json_file), ("--panel", panel)):
         if file and not file.parent.is_dir():
             raise InputError(f"{flag} {file}: the folder {file.parent} does not exist")
+        if file and file.is_dir():
+            raise InputError(f"{flag} {file}: is a folder; name a file")
     from hover_batch.config import InferSettings, PostSettings
     from hover_batch.model.cost import cost_of, seconds_per_patch
     from hover_batch.model.package import Package, find_package

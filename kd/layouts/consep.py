@@ -96,7 +96,10 @@ def _read_mat(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         if name not in content:
             raise InputError(f"{path}: no {name} in it")
         values = content[name]
-        whole = values.astype(np.int32)
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in "uif":
+            raise InputError(f"{path}: {name} holds no numbers")
+        with np.errstate(invalid="ignore"):
+            whole = values.astype(np.int32)
         if not np.array_equal(whole, values) or whole.min(initial=0) < 0:
             raise InputError(f"{path}: {name} holds values that are no ids")
         maps.append(whole)

@@ -8,6 +8,7 @@ tissue. Paths are relative to the folder. Images are at 40× (0.25 µm).
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -26,16 +27,19 @@ COLUMNS = ("sample_id", "image", "labels", "types", "source", "split")
 
 
 class InstanceFolder:
-    """The images of `folder` / dataset.csv. InputError where a column is missing or a field of it empty."""
+    """The images of `folder` / dataset.csv. InputError where it is not UTF-8, or lacks a column or field."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with (folder / TABLE).open(newline="") as f:
-            table = csv.DictReader(f)
-            missing = [c for c in COLUMNS if c not in (table.fieldnames or ())]
-            if missing:
-                raise InputError(f"{folder / TABLE}: no column {', '.join(missing)}")
-            self._rows = list(table)
+        try:
+            text = (folder / TABLE).read_bytes().decode("utf-8-sig")  # spreadsheets begin UTF-8 with a mark
+        except UnicodeDecodeError as error:
+            raise InputError(f"{folder / TABLE}: is not UTF-8; save it as CSV UTF-8") from error
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        missing = [c for c in COLUMNS if c not in (table.fieldnames or ())]
+        if missing:
+            raise InputError(f"{folder / TABLE}: no column {', '.join(missing)}")
+        self._rows = list(table)
         for line, row in enumerate(self._rows, start=2):
             if empty := [c for c in COLUMNS if not row[c] and c != "types"]:
                 raise InputError(f"{folder / TABLE}: row {line} has no {', '.join(empty)}")

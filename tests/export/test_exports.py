@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import math
+import resource
 import sqlite3
 import uuid
 import warnings
@@ -278,6 +280,23 @@ def test_without_a_spatial_index_the_annotation_store_is_refused(monkeypatch: py
         writer(Format.annotation_store)
 
 
+def test_an_annotation_store_that_does_not_fit_on_the_disk(
+    nuclei: NucleiTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Small(sqlite_store()):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            self.con.execute("PRAGMA max_page_count = 20")  # to SQLite, as a full disk
+
+    monkeypatch.setattr(annotation_store, "sqlite_store", lambda: Small)
+    with pytest.raises(OSError) as raised:
+        exported(nuclei, Format.annotation_store, tmp_path)
+    assert raised.value.errno == errno.ENOSPC
+    assert not list(tmp_path.glob("*.db")) and not list(tmp_path.glob(".*"))
+    with pytest.raises(OSError, match="unable to open"):
+        exported(nuclei, Format.annotation_store, tmp_path / "absent")
+
+
 def test_csv(nuclei: NucleiTable, tmp_path: Path) -> None:
     found = pd.read_csv(exported(nuclei, Format.csv, tmp_path), float_precision="round_trip")
     wanted = expected(nuclei)
@@ -355,6 +374,25 @@ def test_a_slide_without_nuclei(format: Format, tmp_path: Path, request: pytest.
             store.close()
         case _:
             assert path.exists()
+
+
+@pytest.mark.parametrize("format", Format)
+def test_what_does_not_fit_on_the_disk_leaves_nothing(
+    format: Format, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if format in (Format.anndata, Format.spatialdata):
+        request.getfixturevalue("scverse")
+    nuclei, out = write_table(tmp_path, *drawn()), tmp_path / "out"
+    out.mkdir()
+    write = writer(format)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # no file may be longer
+    try:
+        with pytest.raises(OSError):
+            write(nuclei, out / f"nuclei.{format.suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(out.iterdir())
 
 
 def test_a_harmed_table_leaves_the_earlier_export(nuclei: NucleiTable, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kd.augment import (
     random_view,
     turn_hv,
 )
-from kd.datasets import Sample, read_instance_folder
+from kd.datasets import Sample, read_data
 from kd.targets import hv_targets
 
 
@@ -90,7 +90,7 @@ def test_a_view_depends_on_its_generator_alone(sample):
 @pytest.fixture(scope="module")
 def tissue(data: Path):
     """A real H&E crop."""
-    return read_instance_folder(data / "nuclei", "test", ["tnbc"])[0].image[:256, :256]
+    return read_data(data / "nuclei", ["test"], ["tnbc"]).samples[0].image[:256, :256]
 
 
 @pytest.mark.parametrize("change", [random_appearance, jitter_stain, jitter_color])

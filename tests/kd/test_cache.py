@@ -119,6 +119,16 @@ def test_what_is_no_cache(tmp_path, form):
     assert path.is_dir()
 
 
+def test_a_npz_whose_header_is_damaged(tmp_path):
+    path = write(tmp_path / "data.npz", [sample("a", 5, 5)])
+    content = bytearray(path.read_bytes())
+    at = content.index(b"header.npy") + 40  # within what is deflated
+    content[at : at + 20] = b"\xff" * 20
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read as a cache"):
+        read_data(path, ["1"])
+
+
 def test_a_cut_npz_and_one_of_others(tmp_path):
     path = write(tmp_path / "data.npz", [sample("a", 50, 50)])
     path.write_bytes(path.read_bytes()[:-30])

@@ -16,7 +16,7 @@ from hover_batch.nuclei.markers import MARKER_ENERGY
 from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_debris
 from hover_batch.taxonomy import CONSEP
 from kd.calibrate import CUTS, F_D_MARGIN, OTHERS, calibrate, placed, trial, try_others
-from kd.datasets import Sample, read_instance_folder
+from kd.datasets import Sample, read_data
 from kd.targets import hv_targets
 
 LAYOUT = MapLayout(len(CONSEP.classes))
@@ -40,7 +40,7 @@ def predicted(data: Path):
     """Crops of two sources with their maps."""
     pairs = []
     for source in ("consep", "tnbc"):
-        for sample in read_instance_folder(data / "nuclei", "val", [source])[:2]:
+        for sample in read_data(data / "nuclei", ["val"], [source]).samples[:2]:
             part = replace(sample, image=sample.image[:300, :300], instances=sample.instances[:300, :300].copy())
             pairs.append((part, blurred_maps(part, len(pairs))))
     return pairs

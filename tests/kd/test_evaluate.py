@@ -19,7 +19,7 @@ from hover_batch.model.heads import HV, NP, Heads, MapLayout
 from hover_batch.model.package import Card
 from hover_batch.model.teacher import TeacherArch
 from hover_batch.taxonomy import CONSEP
-from kd.datasets import Sample, read_instance_folder
+from kd.datasets import Sample, read_data
 from kd.evaluate import evaluate, true_nuclei
 from kd.predict import predict_image
 from kd.targets import hv_targets
@@ -153,7 +153,7 @@ def test_an_image_without_nuclei_does_not_count_in_means_unless_some_are_predict
 
 
 def test_true_nuclei_one_by_one(data: Path):
-    sample = read_instance_folder(data / "nuclei", "val", ["consep"])[0]
+    sample = read_data(data / "nuclei", ["val"], ["consep"]).samples[0]
     xy, types = true_nuclei(sample, LAYOUT.n_types)
     ids = np.unique(sample.instances)[1:]
     assert xy.shape == (len(ids), 2)
@@ -167,7 +167,7 @@ def test_true_nuclei_one_by_one(data: Path):
 
 def test_the_truth_as_maps_comes_back_on_real_tiles(data: Path):
     """What post-processing alone costs: nuclei that touch or have odd shapes; it costs less with constants."""
-    tiles = read_instance_folder(data / "nuclei", "val", ["consep"])
+    tiles = read_data(data / "nuclei", ["val"], ["consep"]).samples
     pq = {}
     for constants in (TYPICAL, None):
         samples, maps_of = predictions(*((tile, tile) for tile in tiles))

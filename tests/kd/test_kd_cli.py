@@ -103,6 +103,7 @@ def test_evaluate_one_source(folder, package, tmp_path):
         (["--source", "monuseg"], "no such image of monuseg"),
         (["--beside", "starter"], "--beside: is shown in the picture"),
         (["--json", "nowhere/scores.json"], "--json nowhere/scores.json: the folder nowhere does not exist"),
+        (["--json", "."], "--json .: is a folder"),
         (["--panel", "panel.jpg"], "--panel panel.jpg: the picture is a .png file"),
         (["--sobel-norm", "none"], "--sobel-norm none"),
     ],

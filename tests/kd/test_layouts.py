@@ -181,6 +181,8 @@ def _mat(folder: Path, **content):
             r"inst_map has shape \(64, 32\), but its image has \(64, 64\)",
         ),
         (lambda f: _mat(f, inst_map=np.full((64, 64), 0.5)), "inst_map holds values that are no ids"),
+        (lambda f: _mat(f, inst_map=np.full((64, 64), np.nan)), "inst_map holds values that are no ids"),
+        (lambda f: _mat(f, inst_map={"ids": np.zeros((64, 64))}), "inst_map holds no numbers"),
         (
             lambda f: _mat(f, type_map=np.full((64, 64), 8)),
             "train_2.mat: class code 8 is not one of consep's, .* 1 to 7",
@@ -213,6 +215,7 @@ def test_a_folder_with_types_of_known_codes(tmp_path):
             r"x_labels\.png: shape \(64, 60\)",
         ),
         (lambda f: cv2.imwrite(str(f / "x_types.png"), np.full((64, 64), 9, np.uint8)), r"x_types\.png: class code 9"),
+        (lambda f: (f / "dataset.csv").write_bytes("Präparat".encode("cp1252")), "dataset.csv: is not UTF-8"),
         (lambda f: (f / "dataset.csv").write_text("sample_id,image\n"), "no column labels, types, source, split"),
         (
             lambda f: (f / "dataset.csv").write_text("sample_id,image,labels,types,source,split\nx,x_image.png\n"),
@@ -225,6 +228,12 @@ def test_faults_of_a_folder(tmp_path, fault, message):
     fault(folder)
     with pytest.raises(InputError, match=message):
         list(recognise(folder).samples(CONSEP))
+
+
+def test_a_table_that_a_spreadsheet_wrote(tmp_path):
+    folder = write_folder(tmp_path, {"x": tiles(1, 64)[0]})
+    (folder / "dataset.csv").write_text((folder / "dataset.csv").read_text(), "utf-8-sig")
+    assert [s.id for s in recognise(folder).samples(CONSEP)] == ["x"]
 
 
 def test_what_is_no_layout(tmp_path):

@@ -13,7 +13,8 @@ from hover_batch.model.package import Card, find_package
 from hover_batch.model.published import KINDS
 from hover_batch.taxonomy import CONSEP
 from kd.datasets import Sample, read_data
-from kd.leakage import SHA_DIGITS, leaks
+from kd.leakage import leaks
+from kd.samples import hashes_of
 
 
 def card(training: dict[str, Any], metrics: dict[str, Any] | None = None) -> Card:
@@ -41,7 +42,7 @@ A, B, C = image("a"), image("b"), image("c")
 
 
 def saw(**folds: list[Sample]) -> dict[str, Any]:
-    return {"saw": {fold: [s.image_sha256[:SHA_DIGITS] for s in samples] for fold, samples in folds.items()}}
+    return {"saw": {fold: hashes_of(samples) for fold, samples in folds.items()}}
 
 
 def told(training: dict[str, Any], *samples: Sample, **more: Any) -> list[tuple[bool, str, tuple[str, ...]]]:
@@ -99,6 +100,13 @@ def test_a_published_teacher_that_has_seen_all_of_pannuke() -> None:
 
 
 def test_constants_that_were_found_on_the_images() -> None:
+    """By their pixels, whatever their fold is called; in older cards by their names."""
+    metrics: dict[str, Any] = {"calibration": {"saw": hashes_of([A, B]), "data": {"pannuke": {"images": 2}}}}
+    second, third = replace(A, fold="2"), image("c", fold="val")
+    assert told({}, second, third, metrics=metrics) == [
+        (True, "the model's Sobel constants were chosen on them", ("a",))
+    ]
+    assert told(saw(val=[A]), second, third, metrics=metrics) == [(True, "the model was chosen on them", ("a",))]
     metrics = {"calibration": {"data": {"tnbc": {"images": 1}}}}
     found = told({}, image("d", "tnbc", "val"), image("e", "tnbc", "test"), metrics=metrics)
     assert [samples for _, _, samples in found] == [("d",)]
@@ -106,14 +114,19 @@ def test_constants_that_were_found_on_the_images() -> None:
 
 
 @pytest.mark.parametrize(("fold", "how"), [("train", "trained on"), ("val", "chosen on")])
-def test_the_starters_card_tells_by_name(data: Path, fold: str, how: str) -> None:
-    """It was written before cards recorded images."""
+def test_the_starter_on_what_it_has_seen(data: Path, fold: str, how: str) -> None:
     samples = read_data(data / "nuclei", [fold], ["tnbc"]).samples
     (leak,) = leaks(find_package("starter").card, samples)
     assert leak.certain and leak.of == len(leak.samples) == len(samples)
-    assert str(leak) == (
-        f"tnbc, {leak.of} of {leak.of} images: the model was {how} the {fold} images of this source, by their names"
-    )
+    assert str(leak) == f"tnbc, {leak.of} of {leak.of} images: the model was {how} them"
+
+
+@pytest.mark.parametrize(("fold", "how"), [("train", "trained on"), ("val", "chosen on")])
+def test_older_cards_tell_by_name(fold: str, how: str) -> None:
+    training = {"data": {part: {"tnbc": {"images": 1}} for part in ("train", "val", "test")}}
+    ((certain, said, samples),) = told(training, image("d", "tnbc", fold), image("e", "monuseg", fold))
+    assert (certain, samples) == (True, ("d",))
+    assert said == f"the model was {how} the {fold} images of this source, by their names"
 
 
 def test_the_starter_on_the_test_split(data: Path) -> None:

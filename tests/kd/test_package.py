@@ -47,6 +47,7 @@ def test_the_card_says_what_was_seen_and_what_was_learnt_from(package, config):
         samples: list[Sample] = read_data(config.data, [part]).samples
         assert training["saw"][part] == sorted(s.image_sha256[:16] for s in samples)
         assert training["data"][part]["consep"]["images"] == sum(s.source == "consep" for s in samples)
+    assert found.card.metrics["calibration"]["saw"] == training["saw"]["val"]
     assert training["teacher"] == {"sha256": "0123", **Knows.card}
     settings = training["settings"]
     assert (settings["preset"], settings["alpha"], settings["temperature"]) == ("quick", 0.5, 1)

@@ -14,7 +14,7 @@ from hover_batch.errors import InputError
 from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.cli import kd_app
 from kd.contact import COLUMNS, PICTURES, SIDE, UNTYPED, ZOOM, ContactSheet, draw
-from kd.datasets import read_data, read_instance_folder
+from kd.datasets import read_data
 from kd.findings import pieces_of
 from kd.samples import Sample
 
@@ -92,6 +92,7 @@ def test_what_is_odd_is_noted(folders, tmp_path):
         (["consep", "-o", "data.npz", "--classes", "kumar"], "--classes kumar: give one of consep, pannuke"),
         (["pannuke", "-o", "data.npz", "--val", "2"], "--val 2"),
         (["consep", "consep", "-o", "data.npz"], "two images have this id"),
+        (["consep", "-o", "data.npz", "--sheet", "absent/sheet.png"], "--sheet .*absent does not exist"),
         (["empty", "-o", "data.npz"], "there is no image"),
     ],
 )
@@ -118,7 +119,7 @@ def test_real_annotations_come_back(data, tmp_path):
     result = run(tmp_path, "-o", tmp_path / "data.zarr")
     assert result.exit_code == 0, result.exception
     splits = ("train", "val", "test")
-    expected = [s for split in splits for s in read_instance_folder(tmp_path, split, None)]
+    expected = read_data(tmp_path, splits).samples
     for a, b in zip(read_data(tmp_path / "data.zarr", splits).samples, expected, strict=True):
         assert (a.id, a.image_sha256, a.group) == (b.id, b.image_sha256, b.group)
         assert np.array_equal(a.instances, b.instances)

@@ -23,6 +23,7 @@ from hover_batch.model.checkpoint import read_checkpoint
 from hover_batch.model.package import find_package, load_network, save_package
 from hover_batch.model.teacher import Form, TeacherArch, build_teacher
 from hover_batch.taxonomy import CONSEP, MONUSAC, NUCLEI, PANNUKE, Taxonomy
+from kd.calibrate import CUTS
 
 STARTER = find_package("starter").card
 
@@ -151,8 +152,8 @@ def test_calibration_on_annotated_images(data: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     card = find_package(str(out)).card
     assert "found on annotated images" in result.output and card.sobel != STARTER.sobel
-    assert len(card.metrics["calibration"]["trials"]) == 10
-    assert card.metrics["calibration"]["data"]["consep"]["images"] == 1
+    assert len(card.metrics["calibration"]["trials"]) == 1 + len(CUTS)
+    assert card.metrics["calibration"]["data"]["consep"]["images"] == len(card.metrics["calibration"]["saw"]) == 1
     (folder / "dataset.csv").write_text(f"{rows[0]}\n")
     assert "no image of the split val" in run("models", "import", source, "-o", out, "--calibrate", folder).stderr
 
