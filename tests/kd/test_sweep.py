@@ -163,6 +163,19 @@ def test_a_folder_of_other_arguments_is_refused(tmp_path, trained):
     assert len(trained) == 3
 
 
+def test_other_test_folds_are_scored_anew(tmp_path, trained):
+    for fold in ("2", "3"):
+        assert grid(tmp_path, "--test-fold", fold).exit_code == 0
+        assert json.loads((tmp_path / "mit_b0_a1" / "scores.json").read_text())["folds"] == [fold]
+    assert "3 runs, 3 of them done before" in grid(tmp_path, "--test-fold", "3").stderr
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path, trained):
+    (tmp_path / "runs").write_text("")
+    result = grid(tmp_path / "runs")
+    assert isinstance(result.exception, InputError) and f"-o {tmp_path / 'runs'}: " in str(result.exception)
+
+
 def write_images(folder: Path) -> Path:
     """An image of dark discs for each split."""
     rows = []
