@@ -45,7 +45,10 @@ def train(config: TrainConfig) -> nn.Module:
     if config.schedule == "plateau" and not validation:
         raise InputError(f"--val-fold {' '.join(config.val_folds)}: no image, and the preset needs a validation loss")
     teacher = open_teacher(config.teacher, data.taxonomy) if config.distils and config.teacher else None
-    config.out.mkdir(parents=True, exist_ok=True)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {config.out}: {error.strerror}; give a folder that can be written") from error
 
     torch.manual_seed(config.seed)
     model, before = starting_network(config, data.taxonomy)
@@ -118,9 +121,9 @@ def train(config: TrainConfig) -> nn.Module:
                     f"the loss is not finite after step {done}: training has diverged; give a lower --lr. "
                     f"{config.out} holds the last checkpoint before"
                 )
-            # Saved first: whatever befalls the validation, the steps are kept.
-            state.row = dict(row) if whole else None
-            state.save(config, record)
+            if whole:  # saved first: whatever befalls the validation, the steps are kept
+                state.row = dict(row)
+                state.save(config, record)
             end_epoch(row, whole)
             started, since, sums = time.monotonic(), done, {}
         if state.ended or done == stop:

@@ -43,12 +43,13 @@ def calibrate(
     from hover_batch.model.predict import Predictor
     from kd.calibrate import predict_all, search, trial, try_others
     from kd.datasets import read_data
-    from kd.predict import predict_image
+    from kd.predict import check_pixel_size, predict_image
     from kd.state import contents
 
     if out.suffix != ".safetensors":
         raise InputError(f"-o {out}: a package is a .safetensors file")
-    package = find_package(model)
+    package = find_package(model, "package")
+    check_pixel_size(package.card, f"package {model}")
     samples = {name: read_data(data, [name], source).samples for name in (fold, check)}
     if not samples[fold]:
         raise InputError(f"--fold {fold}: {data} has no such image{' of ' + ', '.join(source) if source else ''}")

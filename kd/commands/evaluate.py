@@ -74,7 +74,7 @@ def evaluate(
     from kd.evaluate import evaluate_data
     from kd.figure import Shown, figure
     from kd.leakage import leaks
-    from kd.predict import predict_image
+    from kd.predict import check_pixel_size, predict_image
 
     norm = PostSettings(sobel_norm=sobel_norm).sobel_norm  # type: ignore[arg-type]  # PostSettings checks it
 
@@ -84,6 +84,9 @@ def evaluate(
 
     found = find_package(model, "package")
     other = find_package(beside, "--beside") if beside else None
+    check_pixel_size(found.card, f"package {model}")
+    if other:
+        check_pixel_size(other.card, f"--beside {beside}")
     judged = read_data(data, folds, source)
     if not judged.samples:
         of = f" of {', '.join(source)}" if source else ""

@@ -15,7 +15,7 @@ import kd.crops
 import kd.schedule
 import kd.train
 import kd.validate
-from hover_batch.errors import HoverBatchError, InputError
+from hover_batch.errors import HoverBatchError, InputError, PackageError
 from hover_batch.model.package import find_package, load_network
 from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.config import TrainConfig
@@ -205,6 +205,24 @@ def test_an_image_that_was_not_taught_is_told_in_one_line(paper, tmp_path, monke
     assert not str(error.value).startswith("Caught")
 
 
+def test_images_that_were_not_taught_are_told_before_training(paper, tmp_path, monkeypatch, taught):
+    monkeypatch.setattr(Knows, "covers", lambda self, sample: sample.fold != "val")
+    with pytest.raises(InputError, match=r"--teacher taught: no output for 2 of 2 images, the first consep_2; run"):
+        train(replace(paper, out=tmp_path))
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_file_in_the_place_of_the_folder(config, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(InputError, match="--out .*out: File exists; give a folder"):
+        train(replace(config, out=tmp_path / "out"))
+
+
+def test_a_package_to_start_from_that_is_not_there(config, tmp_path):
+    with pytest.raises(PackageError, match="--init none.safetensors: no such package"):
+        train(replace(config, out=tmp_path, init=Path("none.safetensors")))
+
+
 def test_a_teacher_has_said_nothing_of_what_lies_beyond_its_images(paper, tmp_path, taught):
     with pytest.raises(InputError, match="--size 192"):
         train(replace(paper, out=tmp_path, size=192))
@@ -244,7 +262,7 @@ def test_a_source_without_training_images_is_refused(config, tmp_path):
 
 
 def test_a_fold_without_images_is_refused(config, paper, tmp_path, taught):
-    with pytest.raises(InputError, match="--fold test"):
+    with pytest.raises(InputError, match="--fold test: .* has no such image; it has train, val"):
         train(replace(config, out=tmp_path, sources=None, train_folds=("test",)))
     with pytest.raises(InputError, match="--val-fold test"):
         train(replace(paper, out=tmp_path, val_folds=("test",)))
