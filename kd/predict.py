@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hover_batch.config import InferSettings
 from hover_batch.errors import InputError
 from kd.samples import MPP
 
@@ -28,6 +29,11 @@ def check_pixel_size(card: Card, said: str) -> None:
     """InputError where the model is for pixels of another size than the annotated images'."""
     if not math.isclose(card.mpp, MPP, rel_tol=0.02):
         raise InputError(f"{said}: is for pixels of {card.mpp:g} µm, the annotated images have {MPP} µm; take another")
+
+
+def batch_of(card: Card) -> int:
+    """Tiles a batch: a HoVerNet's features are large."""
+    return 2 if card.architecture.startswith("hovernet") else InferSettings.batch
 
 
 def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
