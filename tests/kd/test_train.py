@@ -159,6 +159,16 @@ def test_the_papers_training_resumes_to_the_same_weights(papers, paper, tmp_path
     assert [r["step"] for r in log_of(tmp_path)] == [1, *(r["step"] for r in rows)]
 
 
+def test_a_trial_killed_while_it_validates_ships_what_it_has_trained(paper, tmp_path, monkeypatch, taught):
+    trial = replace(paper, out=tmp_path, max_steps=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, kd.train, "validate", 1)
+        train(trial)
+    shipped = train(trial).state_dict()
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 1 and same(saved["model"], shipped)
+
+
 def test_a_run_that_ended_early_is_not_trained_again(papers, paper, taught):
     weights, rows = papers
     assert same(train(paper).state_dict(), weights)
