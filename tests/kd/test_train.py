@@ -284,6 +284,13 @@ def test_without_validation_images_training_goes_by_its_own_loss(config, tmp_pat
     assert [r["step"] for r in rows] == [1, 2] and not any(name.startswith("val_") for r in rows for name in r)
 
 
+def test_the_log_holds_means_over_the_steps_that_have_the_term(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("kd.losses.weighted_ce", lambda logits, truth, weight: 0 * logits.sum() + 2)
+    train(replace(config, out=tmp_path, val_folds=("test",), batch=1, steps=5, epoch_steps=5))
+    (row,) = log_of(tmp_path)
+    assert (row["np_ce"], row["tp_ce"]) == (2, 2)  # some of the steps see no typed image
+
+
 def test_training_that_diverges_says_so_and_keeps_the_checkpoint(config, tmp_path, monkeypatch):
     config = replace(config, out=tmp_path, steps=2, epoch_steps=1)
     train(replace(config, max_steps=1))
