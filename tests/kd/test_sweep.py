@@ -212,8 +212,9 @@ def test_the_real_commands_understand_what_they_are_told(tmp_path):
             run.settings["alpha"],
         )
         assert (trained["preset"], trained["threads"], trained["steps"]) == ("paper", 3, 9)
-        judged = _context(evaluate, ["student.safetensors", *run.judged]).params
+        judged = _context(evaluate, run.evaluate_arguments).params
         assert (list(judged["fold"]), judged["label"], judged["threads"]) == (["1", "2"], run.name, 3)
+        assert Path(judged["model"]) == run.folder / "student.safetensors"
 
 
 @pytest.mark.slow
