@@ -85,8 +85,8 @@ class Calibration:
 
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
     """The network, once for each image; 3 bytes a pixel are kept."""
-    layout = MapLayout
-    return [(s, np.ascontiguousarray(maps_of(s.image)[[layout.NP, layout.H, layout.V]])) for s in samples]
+    stored = [MapLayout.NP, MapLayout.H, MapLayout.V]
+    return [(s, np.ascontiguousarray(maps_of(s.image)[stored])) for s in samples]
 
 
 def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] = CUTS) -> Calibration:

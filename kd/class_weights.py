@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,8 @@ Weights = dict[str, dict[str, list[float]]]
 
 def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | None, folder: Path) -> Weights:
     """The weights for the annotations and for a teacher's preferred classes; kept in `folder`, since a teacher's
-    outputs take long to read. Types are counted where they are annotated."""
+    outputs take long to read. Types are counted where they are annotated; nuclei without a class count nowhere, as they
+    teach nothing."""
     digest = hashlib.sha256(f"{n_types} {teacher.sha256 if teacher else ''}".encode())
     for sample in samples:
         digest.update(sample.image_sha256.encode())
@@ -45,7 +47,9 @@ def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | No
     weights = {"annotated": _annotated(samples, n_types)}
     if teacher is not None:
         weights["taught"] = _taught(samples, n_types, teacher)
-    file.write_text(json.dumps({"data": key, "weights": weights}, indent=2) + "\n")
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"data": key, "weights": weights}, indent=2) + "\n")
+    os.replace(temporary, file)
     return weights
 
 
@@ -63,7 +67,8 @@ def _annotated(samples: Sequence[Sample], n_types: int) -> dict[str, list[float]
     for sample in samples:
         nuclei += np.bincount((sample.instances > 0).ravel(), minlength=2)
         if sample.types is not None:
-            types += np.bincount(sample.types.ravel(), minlength=n_types)
+            named = (sample.types > 0) | (sample.instances == 0)
+            types += np.bincount(sample.types[named], minlength=n_types)
     return {"np": by_rarity(nuclei), "tp": by_rarity(types)}
 
 

@@ -146,8 +146,10 @@ class TrainConfig:
             object.__setattr__(self, "alpha", 1.0 if self.teacher is None else 0.5)
         if not 0 <= self.alpha <= 1:
             raise InputError(f"--alpha {self.alpha}: must lie between 0 and 1")
-        if not self.temperature > 0:
-            raise InputError(f"--temperature {self.temperature}: must be above 0")
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"--temperature {self.temperature}: must be a number above 0")
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"--seed {self.seed}: must lie between 0 and {(1 << 32) - 1}")
         if self.distils and self.teacher is None:
             alone = 1 if self.alpha_of == "student" else 0
             raise InputError(
@@ -156,7 +158,7 @@ class TrainConfig:
             )
         if self.init is not None and self.encoder_weights not in ("random", "imagenet"):
             raise InputError("--encoder-weights: --init brings the encoder's weights, too; give one of the two")
-        if self.sources is not None and (not self.sources or min(self.sources.values()) <= 0):
+        if self.sources is not None and not (self.sources and all(0 < s < math.inf for s in self.sources.values())):
             raise InputError("--source: name at least one source, each with a share above 0")
         if both := set(self.train_folds) & set(self.val_folds):
             raise InputError(f"--val-fold {min(both)}: is trained on; validate on another")

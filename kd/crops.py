@@ -20,7 +20,7 @@ from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.augment import LABEL_MARGIN, random_view
 from kd.config import STARTER_SHARES, TrainConfig
-from kd.datasets import Sample
+from kd.datasets import Sample, folds_of
 from kd.losses import Targets
 from kd.targets import hv_targets
 
@@ -40,6 +40,9 @@ class Teacher(Protocol):
 
     @property
     def card(self) -> Mapping[str, Any]: ...
+    def covers(self, sample: Sample) -> bool:
+        """Whether there is an output for the image, sound or not."""
+
     def logits(self, sample: Sample) -> NDArray[np.float16]:
         """(c, y, x) of the whole image, as `hover_batch.model.heads` lays out; InputError where absent or harmed."""
 
@@ -71,7 +74,8 @@ def source_shares(config: TrainConfig, samples: Sequence[Sample]) -> dict[str, f
         if source not in areas:
             raise InputError(f"--source {source}: no training image of it in {config.data}")
     if not given:
-        raise InputError(f"--fold {' '.join(config.train_folds)}: {config.data} has no such image")
+        there = ", ".join(folds_of(config.data))
+        raise InputError(f"--fold {' '.join(config.train_folds)}: {config.data} has no such image; it has {there}")
     return {source: share / sum(given.values()) for source, share in given.items()}
 
 
@@ -96,12 +100,20 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         self.seed: tuple[int, ...] = (1,) if validation else ()
         self.kind = "none" if validation else config.augmentation
         rows = {source: [i for i, s in enumerate(samples) if s.source == source] for source in shares}
-        self.rows = {source: found for source, found in rows.items() if found}
-        held = np.array([shares[source] for source in self.rows])
+        self.rows = [found for found in rows.values() if found]
+        held = np.array([shares[source] for source, found in rows.items() if found])
         self.shares = held / held.sum()
+        # Larger images hold more distinct crops, and are drawn in proportion to their area.
+        areas = [np.array([samples[row].instances.size for row in rows], float) for rows in self.rows]
+        self.odds = [area / area.sum() for area in areas]
         if teacher is not None and (small := [s.id for s in samples if min(s.instances.shape) < config.size]):
             raise InputError(
                 f"--size {config.size}: {small[0]} is smaller, and the teacher has said nothing of what lies beyond"
+            )
+        if teacher is not None and (untaught := [s for s in samples if not teacher.covers(s)]):
+            raise InputError(
+                f"--teacher {config.teacher}: no output for {len(untaught)} of {len(samples)} images, the first "
+                f"{untaught[0].id}; run `hover-batch kd teach` on these images first"
             )
         self.outputs = None if teacher is None else lru_cache(OUTPUTS_KEPT)(lambda i: teacher.logits(samples[i]))
 
@@ -110,10 +122,8 @@ class Crops(Dataset[tuple[Tensor, ...]]):
 
     def __getitem__(self, i: int) -> tuple[Tensor, ...]:
         rng = np.random.default_rng((self.config.seed, i, *self.seed))
-        rows = self.rows[list(self.rows)[rng.choice(len(self.shares), p=self.shares)]]
-        # Larger images hold more distinct crops, and are drawn in proportion to their area.
-        areas = np.array([self.samples[row].instances.size for row in rows], float)
-        row = rows[rng.choice(len(rows), p=areas / areas.sum())]
+        k = rng.choice(len(self.shares), p=self.shares)
+        row = self.rows[k][rng.choice(len(self.rows[k]), p=self.odds[k])]
         sample = self.samples[row]
         outputs = None if self.outputs is None else self.outputs(row)
         view = random_view(sample, self.config.size, rng, self.kind, outputs)
@@ -157,6 +167,7 @@ def batches(crops: Crops, batch: int, device: torch.device, first: int = 0) -> I
         crops,
         batch_size=batch,
         sampler=range(first * batch, len(crops)),
+        multiprocessing_context="fork",  # the images are not copied
         # On the CPU the network wants the cores; a GPU wants to be fed.
         num_workers=1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) - 1)),
         prefetch_factor=4,

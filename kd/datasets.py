@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hover_batch.errors import InputError
-from hover_batch.taxonomy import CONSEP
+from hover_batch.taxonomy import CONSEP, Taxonomy
 from kd.cache import Cache, is_cache, open_cache
 from kd.layouts.folder import TABLE, InstanceFolder
 from kd.samples import MPP, Data, Sample
 
-__all__ = ["MPP", "Data", "Sample", "folds_of", "read_data"]
+__all__ = ["MPP", "Data", "Sample", "folds_of", "read_data", "taxonomy_of"]
 
 MAY_BE_EMPTY = ("train", "val", "test")
 """Folds that may be asked for, whether the data has them or not."""
@@ -37,6 +37,12 @@ def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = 
 def folds_of(path: Path) -> list[str]:
     """The folds that the data at `path` (as for `read_data`) has, in the order in which they appear."""
     return _open(path).folds
+
+
+def taxonomy_of(path: Path) -> Taxonomy:
+    """The classes of the data at `path` (as for `read_data`)."""
+    data = _open(path)
+    return data.taxonomy if isinstance(data, Cache) else CONSEP
 
 
 def _open(path: Path) -> Cache | InstanceFolder:

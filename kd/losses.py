@@ -75,7 +75,10 @@ def mse_loss(hv: Tensor, truth: Tensor) -> Tensor:
 
 
 def gradient_kernels(size: int, like: Tensor) -> Tensor:
-    """The derivative kernels (2, 1, size, size) along x and along y: i / (i² + j²), as the reference has them."""
+    """The derivative kernels (2, 1, size, size) along x and along y, with the reference's weights i / (i² + j²).
+
+    That of h runs along x and that of v along y, as eq. 4 says; the reference's meshgrid has them the other way.
+    """
     steps = torch.arange(-(size // 2), size // 2 + 1, dtype=like.dtype, device=like.device)
     v, h = torch.meshgrid(steps, steps, indexing="ij")
     norm = h * h + v * v + 1e-15

@@ -21,7 +21,7 @@ from hover_batch.taxonomy import Taxonomy
 from kd.calibrate import calibrate
 from kd.datasets import MPP, read_data
 from kd.evaluate import evaluate
-from kd.predict import predict_image
+from kd.predict import batch_of, predict_image
 from kd.samples import hashes_of
 from kd.start import build_network
 from kd.state import contents, read_checkpoint
@@ -77,7 +77,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
             "note": _note(sources),
         },
     )
-    predictor = Predictor(network, card, InferSettings(threads=threads, batch=_batch(network)))
+    predictor = Predictor(network, card, InferSettings(threads=threads, batch=batch_of(card)))
 
     def maps_of(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return predict_image(predictor, image)
@@ -109,15 +109,10 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
     samples = read_data(data, ["val"]).samples
     if not samples:
         raise InputError(f"--calibrate {data}: dataset.csv has no image of the split val")
-    predictor = Predictor(network, card, InferSettings(batch=_batch(network)))
+    predictor = Predictor(network, card, InferSettings(batch=batch_of(card)))
     found = calibrate(lambda image: predict_image(predictor, image), samples)
     how = {**found.to_json(), "data": contents(samples), "saw": hashes_of(samples), "precision": predictor.precision}
     return replace(card, sobel=found.constants.to_json(), metrics={**card.metrics, "calibration": how})
-
-
-def _batch(network: nn.Module) -> int:
-    """A HoVerNet's features are large."""
-    return 2 if isinstance(network, HoVerNet) else InferSettings.batch
 
 
 def _licence(sources: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> str:

@@ -62,7 +62,7 @@ def _build_student(encoder: str, n_types: int) -> nn.Module:
 
 
 def _load_package(init: Path, config: TrainConfig, taxonomy: Taxonomy, network: nn.Module) -> dict[str, Any]:
-    package = find_package(str(init))
+    package = find_package(str(init), "--init")
     card = package.card
     encoder = config.encoder if config.model == "unet" else ""
     if (card.architecture, card.encoder, card.taxonomy.classes) != (config.model, encoder, taxonomy.classes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +72,15 @@ class State:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What `State.save` wrote; unpickles nothing but tensors and plain values.
 
-    Raises InputError where there is no such file, or another version wrote it.
+    Raises InputError where there is no such file, it is no checkpoint, or another version wrote it.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; `hover-batch kd train` writes one")
-    saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    if "record" not in saved:
+    try:
+        saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: no checkpoint of `hover-batch kd train`, or a damaged one") from error
+    if not isinstance(saved, dict) or "record" not in saved:
         raise InputError(f"{path} is of an older version, which alone can go on; train anew into another --out")
     return saved
 

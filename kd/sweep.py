@@ -59,12 +59,13 @@ class Grid:
 @dataclass(frozen=True)
 class Run:
     """One training. `settings`: what of it varies, for the report. `arguments`: of `kd train`, without the folder and
-    the threads; `judged`: of `kd evaluate`, without the package and the file."""
+    the threads."""
 
     folder: Path
     settings: dict[str, Any]
     arguments: tuple[str, ...]
-    judged: tuple[str, ...]
+    data: Path
+    test_folds: tuple[str, ...]
     threads: int
 
     @property
@@ -76,13 +77,21 @@ class Run:
         return ["--out", str(self.folder), "--threads", str(self.threads), *self.arguments]
 
     @property
+    def evaluate_arguments(self) -> list[str]:
+        """Without the file."""
+        folds = [word for fold in self.test_folds for word in ("--fold", fold)]
+        package = str(self.folder / PACKAGE)
+        return [package, "--data", str(self.data), "--label", self.name, "--threads", str(self.threads), *folds]
+
+    @property
     def scores(self) -> dict[str, dict[str, Any]] | None:
-        """By source; None where the run is not done."""
+        """By source; None where the run is not done, or was scored on other folds."""
         try:
-            sources: dict[str, dict[str, Any]] = json.loads((self.folder / SCORES).read_bytes())["sources"]
+            held = json.loads((self.folder / SCORES).read_bytes())
         except FileNotFoundError:
             return None
-        return sources
+        sources: dict[str, dict[str, Any]] = held["sources"]
+        return sources if held["folds"] == list(self.test_folds) else None
 
 
 @dataclass(frozen=True)
@@ -124,9 +133,7 @@ def runs_of(
         if grid.seeds:
             name += f"_s{config.seed}"
         arguments += [word for key, value in settings.items() for word in (f"--{key}", f"{value}")]
-        judged = ["--data", str(data), "--label", name, "--threads", str(threads)]
-        judged += [word for fold in test_folds for word in ("--fold", fold)]
-        runs[name] = Run(out.resolve() / name, settings, (*arguments, *more), tuple(judged), threads)
+        runs[name] = Run(out.resolve() / name, settings, (*arguments, *more), data, tuple(test_folds), threads)
     for run in runs.values():
         _context(train, run.train_arguments)
         begun = run.folder / ARGUMENTS
@@ -141,7 +148,10 @@ def sweep(
     runs: Sequence[Run], out: Path, *, gpus_per_run: float, engine: EngineSettings, say: Callable[[str], None]
 ) -> list[Ended]:
     """Do what is left of the runs, and write `out`/sweep.csv; returns how all ended. A failure costs its run only."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"-o {out}: {error.strerror}; give a folder that can be written") from error
     left = [run for run in runs if run.scores is None]
     say(f"{len(runs)} runs, {len(runs) - len(left)} of them done before")
     reasons: dict[str, str] = {}
@@ -162,12 +172,14 @@ def sweep(
 def work(run: Run) -> None:
     """One run: train, package, score. What it prints goes to train.txt in its folder."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / ARGUMENTS).write_text(json.dumps(run.arguments) + "\n", "utf-8")
+    begun = run.folder / f".{ARGUMENTS}.partial"
+    begun.write_text(json.dumps(run.arguments) + "\n", "utf-8")
+    os.replace(begun, run.folder / ARGUMENTS)
     partial = run.folder / f".{SCORES}.partial"
     with (run.folder / "train.txt").open("a", encoding="utf-8") as printed, contextlib.redirect_stdout(printed):
         try:
             _call(train, run.train_arguments)
-            _call(evaluate, [str(run.folder / PACKAGE), *run.judged, "--json", str(partial)])
+            _call(evaluate, [*run.evaluate_arguments, "--json", str(partial)])
         except HoverBatchError:
             raise
         except Exception:

@@ -27,7 +27,8 @@ from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
 from hover_batch.model.heads import Heads
 from hover_batch.model.package import Card, Package, find_package
 from hover_batch.taxonomy import Taxonomy
-from kd.datasets import Sample, read_data
+from kd.datasets import Sample, folds_of, read_data, taxonomy_of
+from kd.predict import check_pixel_size
 
 if TYPE_CHECKING:
     from hover_batch.model.predict import Predictor
@@ -93,7 +94,7 @@ class TeacherCache:
         InputError where there is none, or it is not what was written.
         """
         path = self._array(sample)
-        if not path.is_dir():
+        if not self.covers(sample):
             raise InputError(
                 f"{self.path}: no output for the image {sample.id} of {sample.source}; run `hover-batch kd teach` on "
                 "these images first"
@@ -114,15 +115,18 @@ class TeacherCache:
             raise InputError(f"{path}: corrupt ({error}); delete it and run `hover-batch kd teach` again") from error
         return logits
 
+    def covers(self, sample: Sample) -> bool:
+        """Whether there is an output for this image, sound or not."""
+        return self._array(sample).is_dir()
+
     def has(self, sample: Sample) -> bool:
         """Whether the output for this image is there and sound; one that is not is deleted."""
-        path = self._array(sample)
-        if not path.exists():
+        if not self.covers(sample):
             return False
         try:
             self.logits(sample)
         except InputError:
-            shutil.rmtree(path)
+            shutil.rmtree(self._array(sample))
             return False
         return True
 
@@ -206,6 +210,14 @@ def teach(
             f"--teacher {teacher}: no such package; `hover-batch models import` makes one of a published checkpoint"
         )
     package = find_package(teacher, "--teacher")
+    check_pixel_size(package.card, f"--teacher {teacher}")
+    theirs, ours = package.card.taxonomy, taxonomy_of(data)
+    if theirs.classes != ours.classes:
+        raise InputError(
+            f"--teacher {teacher}: its classes are those of {theirs.name}, the data's those of {ours.name}, "
+            "and no student could learn both; take a teacher of the data's classes, or other --classes in "
+            "`hover-batch kd prepare`"
+        )
     kept = TeacherCache.create(cache, package)
     with machines(engine, cache / "ray.log") as found:
         on_gpu, ray = found.gpus > 0, engine.backend == "ray"
@@ -276,7 +288,8 @@ def _samples(teaching: Teaching, fold: str) -> list[Sample]:
     samples = read_data(teaching.data, [fold], teaching.sources).samples
     if not samples:
         of = f" of {', '.join(teaching.sources)}" if teaching.sources else ""
-        raise InputError(f"--fold {fold}: {teaching.data} has no such image{of}")
+        there = ", ".join(folds_of(teaching.data))
+        raise InputError(f"--fold {fold}: {teaching.data} has no such image{of}; it has {there}")
     return samples
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,10 @@ def train(config: TrainConfig) -> nn.Module:
     if config.schedule == "plateau" and not validation:
         raise InputError(f"--val-fold {' '.join(config.val_folds)}: no image, and the preset needs a validation loss")
     teacher = open_teacher(config.teacher, data.taxonomy) if config.distils and config.teacher else None
-    config.out.mkdir(parents=True, exist_ok=True)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {config.out}: {error.strerror}; give a folder that can be written") from error
 
     torch.manual_seed(config.seed)
     model, before = starting_network(config, data.taxonomy)
@@ -90,7 +94,7 @@ def train(config: TrainConfig) -> nn.Module:
     stop = min(steps, config.max_steps or steps)
     if state.ended or state.step >= stop:
         return shipped
-    started, since, sums = time.monotonic(), state.step, dict[str, Tensor]()
+    started, since, sums, counts = time.monotonic(), state.step, dict[str, Tensor](), Counter[str]()
     for step, (image, targets) in enumerate(batches(crops, config.batch, device, state.step), start=state.step):
         state.schedule.before(step)
         model.train()
@@ -106,23 +110,23 @@ def train(config: TrainConfig) -> nn.Module:
             _average(shipped, model, min(config.ema_decay, (1 + step) / (10 + step)))
         for name, term in terms.items():
             sums[name] = sums.get(name, torch.zeros((), device=device)) + term.detach().double()
+        counts.update(terms.keys())  # a batch without types lacks theirs
         state.step = done = step + 1
         whole = done % epoch_steps == 0 or done == steps
         if whole or done == stop:
-            n = done - since
             row = {"step": float(done), "lr": float(optimizer.param_groups[0]["lr"])}
-            row |= {"s_per_step": (time.monotonic() - started) / n}
-            row |= {name: float(total) / n for name, total in sums.items()}
+            row |= {"s_per_step": (time.monotonic() - started) / (done - since)}
+            row |= {name: float(total) / counts[name] for name, total in sums.items()}
             if not math.isfinite(row["loss"]):
                 raise HoverBatchError(
                     f"the loss is not finite after step {done}: training has diverged; give a lower --lr. "
                     f"{config.out} holds the last checkpoint before"
                 )
-            # Saved first: whatever befalls the validation, the steps are kept.
-            state.row = dict(row) if whole else None
-            state.save(config, record)
+            if whole:  # saved first: whatever befalls the validation, the steps are kept
+                state.row = dict(row)
+                state.save(config, record)
             end_epoch(row, whole)
-            started, since, sums = time.monotonic(), done, {}
+            started, since, sums, counts = time.monotonic(), done, {}, Counter()
         if state.ended or done == stop:
             break
     return shipped

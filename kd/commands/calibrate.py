@@ -39,21 +39,22 @@ def calibrate(
     import dataclasses
 
     from hover_batch.config import InferSettings
-    from hover_batch.model.package import find_package, load_network, with_card
-    from hover_batch.model.predict import Predictor
+    from hover_batch.model.package import find_package, with_card
+    from hover_batch.model.predict import load_predictor
     from kd.calibrate import predict_all, search, trial, try_others
     from kd.datasets import read_data
-    from kd.predict import predict_image
+    from kd.predict import batch_of, check_pixel_size, predict_image
     from kd.samples import hashes_of
     from kd.state import contents
 
     if out.suffix != ".safetensors":
         raise InputError(f"-o {out}: a package is a .safetensors file")
-    package = find_package(model)
+    package = find_package(model, "package")
+    check_pixel_size(package.card, f"package {model}")
     samples = {name: read_data(data, [name], source).samples for name in (fold, check)}
     if not samples[fold]:
         raise InputError(f"--fold {fold}: {data} has no such image{' of ' + ', '.join(source) if source else ''}")
-    predictor = Predictor(load_network(package), package.card, InferSettings(threads=threads))
+    predictor = load_predictor(package, InferSettings(threads=threads, batch=batch_of(package.card)))
     predicted = {}
     for name, some in samples.items():
         typer.echo(f"predicting {len(some)} images of {name}", err=True)

@@ -76,16 +76,18 @@ def evaluate(
     from kd.evaluate import evaluate_data
     from kd.figure import Shown, figure
     from kd.leakage import leaks
-    from kd.predict import predict_image
+    from kd.predict import batch_of, check_pixel_size, predict_image
 
     norm = PostSettings(sobel_norm=sobel_norm).sobel_norm  # type: ignore[arg-type]  # PostSettings checks it
 
     def predictor_of(package: Package) -> Predictor:
-        batch = 2 if package.card.architecture.startswith("hovernet") else InferSettings.batch  # large features
-        return load_predictor(package, InferSettings(threads=threads, batch=batch))
+        return load_predictor(package, InferSettings(threads=threads, batch=batch_of(package.card)))
 
     found = find_package(model, "package")
     other = find_package(beside, "--beside") if beside else None
+    check_pixel_size(found.card, f"package {model}")
+    if other:
+        check_pixel_size(other.card, f"--beside {beside}")
     judged = read_data(data, folds, source)
     if not judged.samples:
         of = f" of {', '.join(source)}" if source else ""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hover_batch.errors import InputError
 from kd.commands.options import Data
 
 
@@ -16,6 +17,8 @@ def package(
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.", show_default=False)],
 ) -> None:
     """Turn a checkpoint into a model package: its best weights, calibrated on the validation folds, and the card."""
+    if out.suffix != ".safetensors":
+        raise InputError(f"-o {out}: a package is a .safetensors file")
     from kd.package import make_package
 
     typer.echo(make_package(checkpoint, data, out))

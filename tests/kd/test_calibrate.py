@@ -8,14 +8,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from training_folder import write_folder
+from typer.testing import CliRunner
 
 from hover_batch.errors import InputError
 from hover_batch.metrics import panoptic_quality
 from hover_batch.model.heads import MapLayout
+from hover_batch.model.package import find_package, with_card
 from hover_batch.nuclei.markers import MARKER_ENERGY
 from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_debris
 from hover_batch.taxonomy import CONSEP
 from kd.calibrate import CUTS, F_D_MARGIN, OTHERS, calibrate, placed, trial, try_others
+from kd.cli import kd_app
 from kd.datasets import Sample, read_data
 from kd.targets import hv_targets
 
@@ -157,3 +161,24 @@ def disc() -> tuple[Sample, np.ndarray]:
     maps[LAYOUT.NP] = instances * 255
     maps[LAYOUT.H : LAYOUT.V + 1] = np.round(127 * hv_targets(instances)).astype(np.int8).view(np.uint8)
     return sample, maps
+
+
+def test_the_command_gives_a_package_other_constants_and_the_same_weights(tmp_path):
+    starter, out = find_package("starter"), tmp_path / "mine.safetensors"
+    data = ["--data", write_folder(tmp_path), "--source", "tnbc", "--check", "train", "--threads", 1]
+
+    def run(model: object, out: Path):
+        return CliRunner().invoke(kd_app, ["calibrate", *map(str, [model, *data, "-o", out])])
+
+    result = run("starter", out)
+    assert result.exit_code == 0, result.exception
+    assert str(out) in result.stdout and "the same, on train" in result.stdout and "sobel 15: PQ" in result.stdout
+    mine = find_package(str(out)).card
+    assert (mine.name, mine.weights_sha256) == ("mine", starter.card.weights_sha256)
+    assert mine.sobel == SobelConstants.from_json(mine.sobel).to_json() != starter.card.sobel
+    assert mine.metrics["calibration"]["data"]["tnbc"]["images"] == 1
+
+    other = tmp_path / "other.safetensors"
+    with_card(starter, replace(starter.card, mpp=0.5), other)
+    assert f"package {other}: is for pixels of 0.5 µm" in str(run(other, out).exception)
+    assert f"-o {tmp_path}: a package is a .safetensors file" in str(run("starter", tmp_path).exception)

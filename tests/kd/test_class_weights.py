@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,21 @@ def test_types_are_counted_where_they_are_annotated(tmp_path):
     assert set(weights) == {"annotated"}
     assert weights["annotated"]["np"] == pytest.approx(by_rarity(np.array([2, 6])))
     assert weights["annotated"]["tp"] == pytest.approx(by_rarity(np.array([2, 1, 1])))
+
+
+def test_nuclei_without_a_class_count_nowhere(tmp_path):
+    nameless = replace(sample("a", [[0, 0, 1, 2, 0, 0]]), instances=np.array([[0, 0, 1, 2, 3, 3]], np.int32))
+    weights = class_weights([nameless], 3, None, tmp_path)["annotated"]
+    assert weights["np"] == pytest.approx(by_rarity(np.array([2, 4])))
+    assert weights["tp"] == pytest.approx(by_rarity(np.array([2, 1, 1])))
+
+
+def test_a_kill_while_they_are_kept_costs_nothing(tmp_path, monkeypatch):
+    samples = [sample("a", [[0, 0, 1, 2]])]
+    monkeypatch.setattr("kd.class_weights.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        class_weights(samples, 3, None, tmp_path)
+    assert not (tmp_path / FILE).exists()
 
 
 def test_a_teacher_is_asked_once_until_the_data_change(tmp_path):

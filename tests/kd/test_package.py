@@ -15,6 +15,7 @@ from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.package import find_package, load_network
 from hover_batch.model.predict import load_predictor
+from kd.commands.package import package as package_command
 from kd.config import TrainConfig
 from kd.datasets import Sample, read_data
 from kd.package import NOT_CALIBRATED, _licence, make_package
@@ -92,6 +93,12 @@ def test_what_is_no_checkpoint_is_refused(package, config, tmp_path):
     with pytest.raises(InputError, match="no such checkpoint"):
         make_package(tmp_path / "checkpoint.pt", config.data, tmp_path / "a.safetensors")
     torch.save({"config": {}, "step": 3}, tmp_path / "old.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    for other in (tmp_path / "text.pt", config.out / "student.safetensors"):
+        with pytest.raises(InputError, match="no checkpoint of `hover-batch kd train`"):
+            make_package(other, config.data, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="-o .*: a package is a .safetensors file"):
+        package_command(config.out / "checkpoint.pt", config.data, tmp_path / "folder")
     with pytest.raises(InputError, match="older version"):
         make_package(tmp_path / "old.pt", config.data, tmp_path / "a.safetensors")
     saved = torch.load(config.out / "checkpoint.pt", weights_only=True)

@@ -163,6 +163,19 @@ def test_a_folder_of_other_arguments_is_refused(tmp_path, trained):
     assert len(trained) == 3
 
 
+def test_other_test_folds_are_scored_anew(tmp_path, trained):
+    for fold in ("2", "3"):
+        assert grid(tmp_path, "--test-fold", fold).exit_code == 0
+        assert json.loads((tmp_path / "mit_b0_a1" / "scores.json").read_text())["folds"] == [fold]
+    assert "3 runs, 3 of them done before" in grid(tmp_path, "--test-fold", "3").stderr
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path, trained):
+    (tmp_path / "runs").write_text("")
+    result = grid(tmp_path / "runs")
+    assert isinstance(result.exception, InputError) and f"-o {tmp_path / 'runs'}: " in str(result.exception)
+
+
 def write_images(folder: Path) -> Path:
     """An image of dark discs for each split."""
     rows = []
@@ -199,8 +212,9 @@ def test_the_real_commands_understand_what_they_are_told(tmp_path):
             run.settings["alpha"],
         )
         assert (trained["preset"], trained["threads"], trained["steps"]) == ("paper", 3, 9)
-        judged = _context(evaluate, ["student.safetensors", *run.judged]).params
+        judged = _context(evaluate, run.evaluate_arguments).params
         assert (list(judged["fold"]), judged["label"], judged["threads"]) == (["1", "2"], run.name, 3)
+        assert Path(judged["model"]) == run.folder / "student.safetensors"
 
 
 @pytest.mark.slow

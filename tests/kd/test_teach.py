@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 from hover_batch.config import EngineSettings, InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.heads import Heads
-from hover_batch.model.package import Card, find_package, load_network, save_package
+from hover_batch.model.package import Card, find_package, load_network, save_package, with_card
 from hover_batch.model.predict import Predictor
 from hover_batch.model.teacher import TeacherArch, build_teacher
-from hover_batch.taxonomy import CONSEP
+from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.cli import kd_app
 from kd.datasets import Sample, read_data
 from kd.predict import image_logits
@@ -285,7 +285,7 @@ def test_the_command_goes_on_with_a_cache(taught, images, professor):
     ("arguments", "message"),
     [
         (["--teacher", "hovernet.tar"], "--teacher hovernet.tar: no such package; `hover-batch models import`"),
-        (["--fold", "test"], "--fold test: .* has no such image"),
+        (["--fold", "test"], "--fold test: .* has no such image; it has train, val"),
         (["--source", "consep"], "--fold train: .* has no such image of consep"),
         (["--batch", "0"], "--batch 0"),
         (["--cpus", "100000"], "--cpus 100000: there are"),
@@ -295,6 +295,20 @@ def test_the_command_says_what_is_wrong(images, professor, tmp_path, arguments, 
     result = run(images, "--teacher", professor, "-o", tmp_path / "cache", *arguments)
     assert isinstance(result.exception, InputError | PackageError)
     assert re.search(message, str(result.exception))
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        (replace(CARD, mpp=0.5), "--teacher .*: is for pixels of 0.5 µm, the annotated images have 0.25 µm"),
+        (replace(CARD, taxonomy=PANNUKE), "--teacher .*: its classes are those of pannuke, .* those of consep-merged"),
+    ],
+)
+def test_a_teacher_that_could_not_teach_is_told_before_it_does(images, professor, tmp_path, card, message):
+    with_card(find_package(str(professor)), card, tmp_path / "other.safetensors")
+    result = run(images, "--teacher", tmp_path / "other.safetensors", "-o", tmp_path / "cache")
+    assert isinstance(result.exception, InputError) and re.search(message, str(result.exception))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_checkpoint_that_is_no_package(images, tmp_path):

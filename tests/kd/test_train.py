@@ -15,7 +15,7 @@ import kd.crops
 import kd.schedule
 import kd.train
 import kd.validate
-from hover_batch.errors import HoverBatchError, InputError
+from hover_batch.errors import HoverBatchError, InputError, PackageError
 from hover_batch.model.package import find_package, load_network
 from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.config import TrainConfig
@@ -159,6 +159,16 @@ def test_the_papers_training_resumes_to_the_same_weights(papers, paper, tmp_path
     assert [r["step"] for r in log_of(tmp_path)] == [1, *(r["step"] for r in rows)]
 
 
+def test_a_trial_killed_while_it_validates_ships_what_it_has_trained(paper, tmp_path, monkeypatch, taught):
+    trial = replace(paper, out=tmp_path, max_steps=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, kd.train, "validate", 1)
+        train(trial)
+    shipped = train(trial).state_dict()
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 1 and same(saved["model"], shipped)
+
+
 def test_a_run_that_ended_early_is_not_trained_again(papers, paper, taught):
     weights, rows = papers
     assert same(train(paper).state_dict(), weights)
@@ -205,6 +215,24 @@ def test_an_image_that_was_not_taught_is_told_in_one_line(paper, tmp_path, monke
     assert not str(error.value).startswith("Caught")
 
 
+def test_images_that_were_not_taught_are_told_before_training(paper, tmp_path, monkeypatch, taught):
+    monkeypatch.setattr(Knows, "covers", lambda self, sample: sample.fold != "val")
+    with pytest.raises(InputError, match=r"--teacher taught: no output for 2 of 2 images, the first consep_2; run"):
+        train(replace(paper, out=tmp_path))
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_file_in_the_place_of_the_folder(config, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(InputError, match="--out .*out: File exists; give a folder"):
+        train(replace(config, out=tmp_path / "out"))
+
+
+def test_a_package_to_start_from_that_is_not_there(config, tmp_path):
+    with pytest.raises(PackageError, match="--init none.safetensors: no such package"):
+        train(replace(config, out=tmp_path, init=Path("none.safetensors")))
+
+
 def test_a_teacher_has_said_nothing_of_what_lies_beyond_its_images(paper, tmp_path, taught):
     with pytest.raises(InputError, match="--size 192"):
         train(replace(paper, out=tmp_path, size=192))
@@ -244,7 +272,7 @@ def test_a_source_without_training_images_is_refused(config, tmp_path):
 
 
 def test_a_fold_without_images_is_refused(config, paper, tmp_path, taught):
-    with pytest.raises(InputError, match="--fold test"):
+    with pytest.raises(InputError, match="--fold test: .* has no such image; it has train, val"):
         train(replace(config, out=tmp_path, sources=None, train_folds=("test",)))
     with pytest.raises(InputError, match="--val-fold test"):
         train(replace(paper, out=tmp_path, val_folds=("test",)))
@@ -254,6 +282,13 @@ def test_without_validation_images_training_goes_by_its_own_loss(config, tmp_pat
     train(replace(config, out=tmp_path, val_folds=("test",), steps=2, epoch_steps=1))
     rows = log_of(tmp_path)
     assert [r["step"] for r in rows] == [1, 2] and not any(name.startswith("val_") for r in rows for name in r)
+
+
+def test_the_log_holds_means_over_the_steps_that_have_the_term(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("kd.losses.weighted_ce", lambda logits, truth, weight: 0 * logits.sum() + 2)
+    train(replace(config, out=tmp_path, val_folds=("test",), batch=1, steps=5, epoch_steps=5))
+    (row,) = log_of(tmp_path)
+    assert (row["np_ce"], row["tp_ce"]) == (2, 2)  # some of the steps see no typed image
 
 
 def test_training_that_diverges_says_so_and_keeps_the_checkpoint(config, tmp_path, monkeypatch):
