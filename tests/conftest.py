@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 
+from hover_batch.executor.cluster import ask_for_token
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Ray takes many seconds to start; what both backends must do is told by the suite in tests/executor.
 os.environ["HOVER_BATCH_BACKEND"] = "local"
+
+# Ray keeps the environment that it is imported with, and some tests import it that start no cluster.
+ask_for_token()
 
 
 @pytest.fixture(scope="session")

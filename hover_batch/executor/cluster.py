@@ -50,8 +50,7 @@ def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_ST
     `log`: the file for what Ray has to say meanwhile; stdout is for results. Raises HoverBatchError where Ray does not
     come up.
     """
-    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN})
-    _prepare()
+    ask_for_token()
     import ray
 
     # Short: sockets lie in it, and their paths have 107 bytes.
@@ -63,6 +62,12 @@ def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_ST
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def ask_for_token() -> None:
+    """Set the environment for clusters of this process, which must be done before anything imports Ray."""
+    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN})
+    _prepare()
 
 
 def _prepare() -> None:
