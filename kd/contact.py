@@ -5,15 +5,16 @@ A wrong axis order, a shifted mask or swapped classes show at a glance, and in n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.errors import InputError
-from hover_batch.taxonomy import Rgb, Taxonomy
+from hover_batch.taxonomy import Taxonomy
+from kd.panels import UNTYPED, outlined
 from kd.samples import Sample
 
 PICTURES, COLUMNS = 24, 6
@@ -21,9 +22,6 @@ SIDE = 256
 """Side in pixels of what is shown of each image: its centre."""
 ZOOM = 2
 """Contours are drawn on the magnified picture, where they hide less of the nuclei."""
-
-UNTYPED: Rgb = (0, 215, 230)
-"""Of nuclei without a class."""
 _FONT, _SIZE, _LINE = cv2.FONT_HERSHEY_SIMPLEX, 0.5, 22
 
 
@@ -83,14 +81,9 @@ def draw(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
     size = (width * ZOOM, height * ZOOM)
     canvas = np.asarray(cv2.resize(sample.image[part], size, interpolation=cv2.INTER_CUBIC), np.uint8)
     instances = sample.instances[part]
-    types = np.zeros(instances.shape, np.uint8) if sample.types is None else sample.types[part]
-    colors = [UNTYPED, *(c.color for c in taxonomy.nuclei)]
-    n = 0
-    for mask, kind in _nuclei(instances, types):
-        magnified = mask.astype(np.uint8).repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)
-        contours, _ = cv2.findContours(magnified, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-        cv2.drawContours(canvas, contours, -1, colors[kind], ZOOM)
-        n += 1
+    types = None if sample.types is None else _magnified(sample.types[part])
+    n = np.count_nonzero(np.unique(instances))
+    canvas = outlined(canvas, _magnified(instances), types, taxonomy)
     picture[: size[1], : size[0]] = canvas
     shown = len(np.unique(sample.instances[sample.instances > 0]))
     where = " | ".join(filter(None, (sample.source, sample.tissue, f"fold {sample.fold}")))
@@ -100,8 +93,5 @@ def draw(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
     return picture
 
 
-def _nuclei(instances: NDArray[np.int32], types: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.bool_], int]]:
-    """The mask (y, x) of each nucleus and the class of most of its pixels."""
-    for i in np.unique(instances[instances > 0]):
-        mask = instances == i
-        yield mask, int(np.bincount(types[mask]).argmax())
+def _magnified(labels: NDArray[Any]) -> NDArray[Any]:
+    return labels.repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)

@@ -102,13 +102,13 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
 
 
 def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
-    """The card with the Sobel constants that are best for `network` on the validation split of `data`, all sources.
+    """The card with the Sobel constants that are best for `network` on the validation fold of `data`, all sources.
 
     Raises InputError where there is no such image.
     """
     samples = read_data(data, ["val"]).samples
     if not samples:
-        raise InputError(f"--calibrate {data}: dataset.csv has no image of the split val")
+        raise InputError(f"--calibrate {data}: has no image of the fold val")
     predictor = Predictor(network, card, InferSettings(batch=batch_of(card)))
     found = calibrate(lambda image: predict_image(predictor, image), samples)
     how = {**found.to_json(), "data": contents(samples), "saw": hashes_of(samples), "precision": predictor.precision}
