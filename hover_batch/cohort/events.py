@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from hover_batch.errors import DISK_FULL
 
 
 class EventLog:
@@ -21,12 +24,21 @@ class EventLog:
         self._file.truncate(_whole_lines(self._file.read()))
 
     def append(self, event: str, **values: Any) -> None:
-        """One line: `time` (UTC, ISO 8601), `event`, then `values` in the order given."""
+        """One line: `time` (UTC, ISO 8601), `event`, then `values` in the order given. Where the disk is full it is
+        left out: a run waits for room, and its log is not worth its end."""
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "event": event, **values}) + "\n"
         # Unbuffered and in one call, so that a kill of the process loses nothing that was appended.
         with self._guard:
-            self._file.write(line.encode())
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                whole = self._file.write(line.encode()) == len(line.encode())
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+                whole = False
+            if not whole:
+                self._file.truncate(end)
 
     def close(self) -> None:
         self._file.close()

@@ -16,7 +16,14 @@ import numpy as np
 import ray
 import zarr
 from numpy.typing import NDArray
-from ray.exceptions import RayError, RayTaskError, UnserializableException
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    UnserializableException,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hover_batch.cohort.layout import SlideLayout
@@ -54,7 +61,11 @@ task do not show."""
 
 
 class ReaderDied(Exception):
-    """The process that read the slide's pixels died: a crash in a native library, or killed for its memory."""
+    """The process that read the slide's pixels died: a crash in a native library, as a rule."""
+
+
+class MachineLost(Exception):
+    """The machine is gone on which the slide's pixels were read: no fault of theirs."""
 
 
 def hold_threads() -> None:
@@ -91,9 +102,7 @@ def _forget_reader() -> None:
 
 
 @ray.remote(num_cpus=1, max_retries=0)
-def survey_slide(
-    slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout
-) -> tuple[Surveyed, SlideWork]:
+def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout) -> Surveyed:
     """Find the tissue, and what an earlier run left. Call it while nobody writes the slide's store."""
     hold_threads()
     seconds = Seconds()
@@ -102,11 +111,11 @@ def survey_slide(
     store = swept_store(work)
     numbered = list(enumerate(work.units))
     return Surveyed(
-        work.units,
+        work,
         tuple(i for i, unit in numbered if inferred(unit, work, store)),
         tuple(i for i, unit in numbered if posted(unit, work)),
         seconds,
-    ), work
+    )
 
 
 @ray.remote(num_cpus=1, max_retries=0)
@@ -157,13 +166,18 @@ class InferActor:
             ray.get_runtime_context().get_node_id(), soft=True, _spill_on_unavailable=True
         )
 
+    def where(self) -> str:
+        """The id of the machine."""
+        return ray.get_runtime_context().get_node_id()
+
     def start(self) -> None:
-        """Load the weights; once, before anything else."""
+        """Load the weights; once, before any unit."""
         _hold_libraries()
         self.predictor = self.load(self.package, self.settings)
 
     def infer(self, work: SlideWork, index: int) -> Seconds:
-        """Predict one unit into the slide's store. ReaderDied where its pixels killed their reader."""
+        """Predict one unit into the slide's store. ReaderDied where its pixels killed their reader, MachineLost where
+        that was not their doing, MemoryError where it was killed for want of memory."""
         return infer(work.units[index], work, self._reading(work), self.predictor, open_store(work), lambda _: None)
 
     def _reading(self, work: SlideWork) -> ReadBlocks:
@@ -189,5 +203,9 @@ def _result(reading: Any) -> tuple[list[NDArray[np.uint8]], Seconds]:
         raise error.cause from None
     except UnserializableException as error:
         raise RuntimeError(str(error)) from None
+    except (NodeDiedError, ObjectLostError) as error:
+        raise MachineLost(type(error).__name__) from None
+    except OutOfMemoryError as error:
+        raise MemoryError(str(error)) from None
     except RayError as error:
         raise ReaderDied(type(error).__name__) from None

@@ -14,8 +14,9 @@ from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.ledger import Ledger
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import InferSettings, Settings
-from hover_batch.errors import DISK_FULL, HoverBatchError, PackageError, SlideQuarantined, TooManyFailures
+from hover_batch.errors import HoverBatchError, PackageError, SlideQuarantined, TooManyFailures
 from hover_batch.executor.progress import CohortProgress
+from hover_batch.executor.room import Room
 from hover_batch.model.package import Package
 from hover_batch.pipeline import Seconds, discard_predictions
 from hover_batch.plan import PlannedSlide
@@ -44,6 +45,7 @@ class CohortBooks:
         self.settings = settings
         self.ledger = ledger
         self.progress = progress
+        self.room = Room(ledger.layout.root, progress.say, ledger.events.append)
         self.networks = 1
         self._model = Seconds()
         self._keys = keys
@@ -146,25 +148,25 @@ class CohortBooks:
             discard_predictions(self.ledger.layout.slide(slide_id))
         self.progress.slide_done(slide_id, values["nuclei"], time.monotonic() - self._started.pop(slide_id))
 
+    def put_back(self, slide: PlannedSlide) -> None:
+        """Expect no more of the slide: it failed, or is begun again."""
+        tiles, regions = self._left.pop(slide.record.slide_id, (0, 0))
+        self.progress.expect(-tiles, -regions)
+
     def fail(self, slide: PlannedSlide, stage: str, error: Exception, trace: str | None = None) -> None:
         """Note that the slide failed at `stage`; `trace` is where, if not here.
 
-        Raises instead what stops the cohort and blames no slide: PackageError where the model cannot be loaded,
-        HoverBatchError where the disk is full. Raises TooManyFailures after it where the settings allow no more.
+        Raises instead what stops the cohort and blames no slide: PackageError where the model cannot be loaded. Raises
+        TooManyFailures after it where the settings allow no more.
         """
         record = slide.record
         if isinstance(error, PackageError):
             raise error
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise HoverBatchError(
-                f"no space left on disk at {record.slide_id}; free some and run the same command again"
-            ) from error
         expected = isinstance(error, HoverBatchError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
         if isinstance(error, SlideQuarantined):
             self.ledger.quarantine(record.slide_id, self._keys[record.slide_id], stage, reason)
-        tiles, regions = self._left.pop(record.slide_id, (0, 0))
-        self.progress.expect(-tiles, -regions)
+        self.put_back(slide)
         if not expected:
             text = trace or "".join(traceback.format_exception(error))
             self.ledger.events.append("traceback", slide_id=record.slide_id, text=text)

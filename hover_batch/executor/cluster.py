@@ -20,7 +20,7 @@ from typing import Any
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import HoverBatchError, InputError
-from hover_batch.executor.resources import Node, Resources
+from hover_batch.executor.resources import Resources
 
 _ENVIRONMENT = {
     # `uv run` would have each worker make an environment of its own.
@@ -34,8 +34,6 @@ _ENVIRONMENT = {
 _TOKEN = secrets.token_hex(32)
 """Of this process's own clusters; Ray keeps the first that it sees."""
 CONNECT_S = 5.0
-SHARED_S = 10.0
-"""Within which a network file system shows a new file to other machines."""
 START_ATTEMPTS = 3
 """Ray gives its own processes 30 s to come up, which a busy machine may overrun."""
 OBJECT_STORE_BYTES = 512 << 20
@@ -104,8 +102,8 @@ def _start(resources: Resources, object_store_bytes: int, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def joined(address: str, log: Path) -> Iterator[Resources]:
-    """Join the cluster at `address`; yields what it has. InputError where none answers."""
+def joined(address: str, log: Path) -> Iterator[None]:
+    """Be part of the cluster at `address` while the block runs. InputError where none answers."""
     _answers(address)
     _prepare()
     import ray
@@ -119,7 +117,7 @@ def joined(address: str, log: Path) -> Iterator[Resources]:
                     f"--address {address}: no Ray cluster answers there ({error}); start one by `ray start --head`, "
                     "and give its token as RAY_AUTH_TOKEN where it asks for one"
                 ) from error
-            yield _cluster_resources()
+            yield
     finally:
         ray.shutdown()
 
@@ -135,15 +133,16 @@ def _answers(address: str) -> None:
         raise InputError(f"--address {address}: nobody answers there ({error}); is the cluster up?") from error
 
 
-def settled(settings: InferSettings, resources: Resources) -> InferSettings:
-    """The settings with `auto` settled where the networks will run: on a machine of the joined cluster, not here.
+def settled(settings: InferSettings, on_gpu: bool) -> InferSettings:
+    """The settings with `auto` settled where the networks will run: on a machine of the joined cluster, not here. Waits
+    for one where none is up yet.
 
     Raises what `hover_batch.model.predict.resolve` raises there.
     """
     import ray
     from ray.exceptions import RayTaskError
 
-    @ray.remote(num_cpus=1, num_gpus=min(1, resources.gpus), max_retries=0)
+    @ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_retries=0)
     def resolve_there() -> InferSettings:
         from hover_batch.model.predict import resolve
 
@@ -154,53 +153,6 @@ def settled(settings: InferSettings, resources: Resources) -> InferSettings:
     except RayTaskError as error:
         raise error.cause from None
     return found
-
-
-def refuse_unshared(folder: Path) -> None:
-    """InputError where a machine of the joined cluster does not see what this process writes into `folder`."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = ray.get_runtime_context().get_node_id()
-    alive = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]  # type: ignore[no-untyped-call]
-    others = [n for n in alive if n["NodeID"] != here]
-    probe = folder / f".probe-{secrets.token_hex(8)}"
-
-    @ray.remote(num_cpus=0, max_retries=0)
-    def sees() -> bool:
-        deadline = time.monotonic() + SHARED_S
-        while not probe.is_file():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.2)
-        return True
-
-    probe.touch()
-    try:
-        tasks = [
-            sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote()
-            for n in others
-        ]
-        blind = [n["NodeManagerAddress"] for n, seen in zip(others, ray.get(tasks), strict=True) if not seen]
-    finally:
-        probe.unlink()
-    if blind:
-        listed = ", ".join(blind[:5]) + (" …" if len(blind) > 5 else "")
-        raise InputError(
-            f"--output {folder}: {listed} cannot see what is written there; name a folder on a file system that "
-            "all machines of the cluster share"
-        )
-
-
-def _cluster_resources() -> Resources:
-    import ray
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    # A head that is told to do no work has no cores.
-    nodes = [Node(int(n.get("CPU", 0)), int(n.get("GPU", 0)), int(n.get("memory", 1 << 33))) for n in alive]
-    if not (useful := [node for node in nodes if node.cpus]):
-        raise InputError("--address: the cluster has no machine with a core to work on")
-    return Resources(tuple(useful))
 
 
 class _LateFile(io.TextIOBase):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.config import Settings
@@ -13,6 +15,9 @@ from hover_batch.executor.books import CohortBooks
 from hover_batch.executor.local import LocalExecutor
 from hover_batch.executor.resources import EnginePlan, Node, Resources, engine_plan
 from hover_batch.plan import PlannedSlide
+
+if TYPE_CHECKING:  # it imports Ray, which must wait until the environment is set
+    from hover_batch.executor.machines import Machines
 
 
 @dataclass(frozen=True)
@@ -53,19 +58,22 @@ def engine(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> I
     if settings.engine.backend == "local":
         yield Engine(settings, lambda books, slides: LocalExecutor(books).run(slides))
     elif settings.engine.address:
-        from hover_batch.executor.cluster import joined, refuse_unshared, settled
+        from hover_batch.executor.cluster import joined, settled
 
-        with joined(settings.engine.address, layout.ray_log) as resources:
-            refuse_unshared(layout.root)
+        with joined(settings.engine.address, layout.ray_log):
+            from hover_batch.executor.machines import Machines
+
+            machines = Machines()
+            wanted = settings.engine.gpus
+            if wanted <= 0 or not predicts:
+                wanted = min(1, machines.resources.at_most(settings).gpus)
             if predicts:
-                settings = replace(settings, infer=settled(settings.infer, resources))
-            resources = resources.limited(settings)
-            yield Engine(
-                settings,
-                lambda books, slides: _run_on_ray(
-                    books, slides, engine_plan(resources, books.settings, books.package.card, predicts=predicts)
-                ),
-            )
+                settings = replace(settings, infer=settled(settings.infer, on_gpu=wanted > 0))
+                machines.look()
+            machines.refuse_unshared(layout.root, wait=True)
+            there = machines.resources.at_most(settings)
+            plan = functools.partial(engine_plan, there, settings, predicts=predicts)
+            yield Engine(settings, lambda books, slides: _run_on_ray(books, slides, plan(books.package.card), machines))
     else:
         resources = Resources((_this_node(settings),)).limited(settings)
 
@@ -91,10 +99,12 @@ def _this_node(settings: Settings) -> Node:
     return node
 
 
-def _run_on_ray(books: CohortBooks, slides: Sequence[PlannedSlide], plan: EnginePlan) -> None:
+def _run_on_ray(
+    books: CohortBooks, slides: Sequence[PlannedSlide], plan: EnginePlan, machines: Machines | None = None
+) -> None:
     from hover_batch.executor.ray import RayExecutor
 
     for line in plan.lines():
         books.progress.say(line)
     books.progress.say("loading libraries and the network, finding tissue: the first slide takes a while to begin …")
-    RayExecutor(books, plan).run(slides)
+    RayExecutor(books, plan, machines=machines).run(slides)

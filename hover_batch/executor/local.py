@@ -7,6 +7,7 @@ from functools import cached_property
 
 from hover_batch.executor.books import CohortBooks, Load
 from hover_batch.executor.interrupts import on_ctrl_c
+from hover_batch.executor.room import is_disk_full
 from hover_batch.model.predict import Predictor, load_predictor
 from hover_batch.pipeline import Seconds, finalize, infer, inferred, opened, post, posted, reading, survey, swept_store
 from hover_batch.plan import PlannedSlide
@@ -28,16 +29,25 @@ class LocalExecutor:
     def run(self, slides: Sequence[PlannedSlide]) -> None:
         """Every slide to its end, into the ledger. One that fails costs itself only.
 
-        Raises HoverBatchError where the disk is full, PackageError where the model cannot be loaded: these stop the
-        cohort and blame no slide.
+        Raises PackageError where the model cannot be loaded: that stops the cohort and blames no slide.
         """
         with on_ctrl_c(self._interrupt):
             for slide in slides:
-                self._stage = "open"
-                try:
-                    self._slide(slide)
-                except Exception as error:
-                    self.books.fail(slide, self._stage, error)
+                while not self._ended(slide):
+                    self.books.room.wait()
+
+    def _ended(self, slide: PlannedSlide) -> bool:
+        """Take a slide to its end, good or bad. False where the disk is full before."""
+        self._stage = "open"
+        try:
+            self._slide(slide)
+        except Exception as error:
+            if is_disk_full(error):
+                self.books.put_back(slide)
+                self.books.room.ran_out(slide.record.slide_id)
+                return False
+            self.books.fail(slide, self._stage, error)
+        return True
 
     def _interrupt(self) -> None:
         self._interrupted = True

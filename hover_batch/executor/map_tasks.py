@@ -38,8 +38,10 @@ def machines(engine: EngineSettings, log: Path) -> Iterator[Resources]:
     elif engine.address:
         from hover_batch.executor.cluster import joined
 
-        with joined(engine.address, log) as found:
-            yield found.limited(settings)
+        with joined(engine.address, log):
+            from hover_batch.executor.machines import Machines
+
+            yield Machines().resources.limited(settings)
     else:
         from hover_batch.executor.cluster import started
 

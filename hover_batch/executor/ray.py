@@ -2,7 +2,8 @@
 
 The driver holds a few numbers for each unit and decides everything; pixels and maps never pass through it. Ray itself
 retries nothing: where a process dies, what it had begun gets a strike and is tried once more, a unit alone in its
-actor; a second strike is the slide's end, and the cohort goes on.
+actor; a second strike is the slide's end, and the cohort goes on. What is no slide's fault is done again without one: a
+machine that is lost, a disk that is full, too much at once for the memory.
 """
 
 from __future__ import annotations
@@ -14,19 +15,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfDiskError, RayActorError, RayError, RayTaskError, UnserializableException
-
-from hover_batch.errors import HoverBatchError, PackageError, SlideError, SlideQuarantined
-from hover_batch.executor.actors import (
-    InferActor,
-    ReaderDied,
-    finalize_slide,
-    post_region,
-    survey_slide,
+from ray.exceptions import (
+    ActorUnavailableError,
+    NodeDiedError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    UnserializableException,
 )
+
+from hover_batch.errors import HoverBatchError, InputError, PackageError, SlideError, SlideQuarantined
+from hover_batch.executor.actors import MachineLost, ReaderDied, finalize_slide, post_region, survey_slide
 from hover_batch.executor.books import CohortBooks, Load
+from hover_batch.executor.crew import Crew, Network
 from hover_batch.executor.interrupts import on_ctrl_c
-from hover_batch.executor.resources import MAX_STRIKES, EnginePlan
+from hover_batch.executor.machines import NOTICED_S, Machines
+from hover_batch.executor.resources import MAX_STRIKES, EnginePlan, engine_plan
+from hover_batch.executor.room import is_disk_full
 from hover_batch.executor.underway import FINALIZE, INFER, POST, START, SURVEY, SlideUnderWay
 from hover_batch.model.predict import load_predictor
 from hover_batch.pipeline import NetworkFailed, UnitsMissing
@@ -34,6 +41,8 @@ from hover_batch.plan import PlannedSlide
 
 MAX_FAILED_STARTS = 3
 """Times that networks may die while they load, one after the other, before the run gives up."""
+MAX_LOSSES = 5
+"""Machines that may be lost while one and the same piece of work is under way on them, before it is suspected."""
 MAX_RETRIES = 120
 """Times that a region is tried whose units are done, by the driver's books, and whose markers are not seen: network
 file systems show new files late, a minute as a rule."""
@@ -42,41 +51,33 @@ PATIENCE_S = 120.0
 _POLL_S = 0.25
 
 
-@dataclass(eq=False)
-class _Actor:
-    """One network. `load`: units under way in it; `alone`: the one under way must have no company; `killed`: by us."""
-
-    handle: Any
-    started: bool = False
-    dead: bool = False
-    killed: bool = False
-    load: int = 0
-    alone: bool = False
-
-
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One submitted call: of which stage, for which slide and unit, in which actor."""
+    """One submitted call: of which stage, for which slide and unit, in which network."""
 
     stage: str
     slide: SlideUnderWay | None = None
     index: int = 0
-    actor: _Actor | None = None
+    network: Network | None = None
 
 
 class RayExecutor:
-    """Runs a cohort on the Ray cluster that this process is connected to."""
+    """Runs a cohort on the Ray cluster that this process is connected to; `machines`: where that is not its own."""
 
-    def __init__(self, books: CohortBooks, plan: EnginePlan, load: Load = load_predictor) -> None:
+    def __init__(
+        self, books: CohortBooks, plan: EnginePlan, load: Load = load_predictor, machines: Machines | None = None
+    ) -> None:
         self.books = books
         self.books.networks = plan.actors
         self.plan = plan
-        self.load = load
+        self.machines = machines
+        self._crew = Crew(books, load)
         self._waiting: deque[PlannedSlide] = deque()
         self._open: list[SlideUnderWay] = []
         """Oldest first."""
-        self._actors: list[_Actor] = []
         self._running: dict[Any, _Call] = {}
+        self._doubts: list[tuple[float, _Call]] = []
+        """Calls whose network does not answer, and when (monotonic) to take it for dead, on a machine that is up."""
         self._failed_starts = 0
         self._draining = False
         self._said: set[str] = set()
@@ -84,31 +85,30 @@ class RayExecutor:
     def run(self, slides: Sequence[PlannedSlide]) -> None:
         """Every slide to its end, into the ledger. One that fails costs itself only.
 
-        Raises HoverBatchError where the disk is full or the model's process cannot be kept alive, PackageError where
-        the model cannot be loaded: these stop the cohort and blame no slide. KeyboardInterrupt after a Ctrl-C, when
-        what was under way has ended; at once after a second one.
+        Raises HoverBatchError where the model's process cannot be kept alive, PackageError where the model cannot be
+        loaded: these stop the cohort and blame no slide. KeyboardInterrupt after a Ctrl-C, when what was under way has
+        ended; at once after a second one.
         """
         self._waiting = deque(slides)
         patience = time.monotonic() + PATIENCE_S
         try:
             with on_ctrl_c(self._drain):
-                for _ in range(self.plan.actors):
-                    self._start_actor()
+                self._hire()
                 while True:
+                    self._follow_machines()
                     if self._draining:
                         self._say_once(
                             f"Finishing what is under way ({len(self._running)}); Ctrl-C again stops at once."
                         )
-                    else:
+                    elif self.books.room.there():
                         self._submit()
-                    if self._actors and time.monotonic() > patience and not any(a.started for a in self._actors):
+                    if len(self._crew) and time.monotonic() > patience and not self._crew.started:
                         self._say_once("Still waiting for the first network: are its cores or GPUs held by others?")
                     if not self._under_way():
                         break
                     self._settle()
         finally:
-            for actor in self._actors:
-                ray.kill(actor.handle)
+            self._crew.dismiss()
         if self._draining:
             raise KeyboardInterrupt
 
@@ -132,13 +132,13 @@ class RayExecutor:
 
     def _submit(self) -> None:
         self._open_slides()
-        self._feed_actors()
+        self._feed_networks()
         self._feed_slots()
 
     def _open_slides(self) -> None:
         """Open slides ahead by what the networks can eat, and no further than post-processing follows. Without networks
         post-processing alone decides."""
-        appetite = len(self._actors) * self.plan.units_at_once
+        appetite = len(self._crew) * self.plan.units_at_once
         ahead = 2 * (appetite or self.plan.posts)
         most = 2 * (appetite + self.plan.posts)
         ready = sum(len(s.to_infer) for s in self._open)
@@ -148,51 +148,45 @@ class RayExecutor:
             try:
                 layout = self.books.begin(planned)
             except Exception as error:
+                if is_disk_full(error):
+                    self._waiting.appendleft(planned)
+                    self.books.room.ran_out(planned.record.slide_id)
+                    return
                 self.books.fail(planned, "open", error)
                 continue
             self._open.append(SlideUnderWay(planned, layout))
             surveys += 1
 
-    def _feed_actors(self) -> None:
-        """The freest actor first; the oldest slide's units first; a unit with a strike alone."""
+    def _feed_networks(self) -> None:
+        """The freest network first; the oldest slide's units first; a unit with a strike alone."""
         for slide in self._open:
-            while slide.suspects:
-                idle = [a for a in self._actors if a.started and a.load == 0]
-                if not idle:
-                    break
-                self._infer(slide, slide.suspects.popleft(), idle[0], alone=True)
-        # An actor is left to run empty where somebody waits to be alone in one.
-        lonely = any(slide.suspects for slide in self._open)
-        spared = min((a for a in self._actors if a.started), key=lambda a: a.load, default=None) if lonely else None
+            while slide.suspects and (network := self._crew.idle()):
+                self._infer(slide, slide.suspects.popleft(), network, alone=True)
+        # One is left to run empty where somebody waits to be alone in one.
+        spared = self._crew.least_loaded() if any(slide.suspects for slide in self._open) else None
         for slide in self._open:
             while slide.to_infer:
-                free = [
-                    a
-                    for a in self._actors
-                    if a.started and not a.alone and a is not spared and a.load < self.plan.units_at_once
-                ]
-                if not free:
+                network = self._crew.freest(self.plan.units_at_once, spared)
+                if network is None:
                     return
-                self._infer(slide, slide.to_infer.popleft(), min(free, key=lambda a: a.load))
+                self._infer(slide, slide.to_infer.popleft(), network)
 
-    def _infer(self, slide: SlideUnderWay, index: int, actor: _Actor, alone: bool = False) -> None:
-        actor.load += 1
-        actor.alone = alone
-        self._running[actor.handle.infer.remote(slide.work, index)] = _Call(INFER, slide, index, actor)
+    def _infer(self, slide: SlideUnderWay, index: int, network: Network, alone: bool = False) -> None:
+        network.load += 1
+        network.alone = alone
+        self._running[network.handle.infer.remote(slide.work, index)] = _Call(INFER, slide, index, network)
 
     def _feed_slots(self) -> None:
         """Tables first, for they end a slide; then regions, the oldest slide's first. Tissue is found beside them."""
         running = Counter(call.stage for call in self._running.values())
-        at_once = len(self._actors) or self.plan.posts
+        at_once = len(self._crew) or self.plan.posts
         surveys, posts = running[SURVEY], running[POST] + running[FINALIZE]
         for slide in self._open:
             if slide.next_task == SURVEY and surveys < at_once:
                 surveys += 1
                 slide.next_task = None
-                task = survey_slide.options(num_returns=2)
-                references: Any = task.remote(slide.planned, self.books.package, self.books.settings, slide.layout)
-                found, slide.work = references
-                self._running[found] = _Call(SURVEY, slide)
+                task = survey_slide.remote(slide.planned, self.books.package, self.books.settings, slide.layout)
+                self._running[task] = _Call(SURVEY, slide)
             elif slide.next_task == FINALIZE and posts < self.plan.posts:
                 posts += 1
                 slide.next_task = None
@@ -204,26 +198,41 @@ class RayExecutor:
                 index = slide.to_post.popleft()
                 self._running[post_region.remote(slide.work, index)] = _Call(POST, slide, index)
 
-    def _start_actor(self) -> None:
-        plan = self.plan
-        options = InferActor.options(  # type: ignore[attr-defined]  # what ray.remote makes of a class
-            num_cpus=plan.actor_cpus,
-            num_gpus=plan.actor_gpus,
-            max_concurrency=plan.units_at_once,
-            scheduling_strategy="SPREAD",
-        )
-        # Said to torch, since an OMP_NUM_THREADS of the user's would hold instead of what is reserved.
-        settings = replace(self.books.settings.infer, threads=plan.threads)
-        actor = _Actor(options.remote(self.books.package, settings, self.load))
-        self._actors.append(actor)
-        self._running[actor.handle.start.remote()] = _Call(START, actor=actor)
+    def _hire(self) -> None:
+        while len(self._crew) < self.plan.actors and not self._draining:
+            network = self._crew.hire(self.plan)
+            self._running[network.handle.where.remote()] = _Call(START, network=network)
+
+    def _follow_machines(self) -> None:
+        """Where machines of the cluster came or went: as many networks and as much post-processing as now fit."""
+        if self.machines is None:
+            return
+        changed = self.machines.changed()
+        self.machines.refuse_unshared(self.books.ledger.layout.root)
+        if not changed:
+            return
+        books, before = self.books, self.plan
+        try:
+            there = self.machines.resources.at_most(books.settings)
+        except InputError:
+            self.books.progress.say("No machine of the cluster is left to work on: waiting for one")
+            return
+        predicts = before.actors > 0
+        self.plan = engine_plan(there, books.settings, books.package.card, predicts=predicts, begun=before)
+        books.networks = max(books.networks, self.plan.actors)
+        books.ledger.events.append("machines_changed", machines=len(there.nodes), networks=self.plan.actors)
+        for line in ("the machines of the cluster changed:", *self.plan.lines()):
+            books.progress.say(line)
+        self._crew.shrink(self.plan.actors)
+        self._hire()
 
     # What has come back.
 
     def _settle(self) -> None:
+        self._settle_doubts()
         running = list(self._running)
         if not running:
-            if not any(slide.retry_at for slide in self._open):
+            if not (self._doubts or any(slide.retry_at for slide in self._open) or not self.books.room.there()):
                 raise RuntimeError(f"nothing is under way, yet {len(self._open) + len(self._waiting)} slides are left")
             time.sleep(_POLL_S)
             return
@@ -232,25 +241,25 @@ class RayExecutor:
             ready, _ = ray.wait(running, num_returns=len(running), timeout=0)
         for reference in ready:
             call = self._running.pop(reference)
-            if call.stage == INFER and call.actor:
-                call.actor.load -= 1
-                call.actor.alone = False
+            if call.stage == INFER and call.network:
+                call.network.load -= 1
+                call.network.alone = False
             try:
                 self._ended(call, ray.get(reference))
             except RayTaskError as error:
                 self._raised(call, error.cause, str(error))
             except UnserializableException as error:
                 self._raised(call, RuntimeError(str(error).splitlines()[-1]), str(error))
-            except OutOfDiskError as error:
-                raise HoverBatchError(
-                    "no space left on disk for Ray's objects; free some and run the same command again"
-                ) from error
             except RayError as error:
                 self._died(call, error)
 
     def _ended(self, call: _Call, result: Any) -> None:
-        if call.stage == START and call.actor:
-            call.actor.started = True
+        if call.stage == START and call.network:
+            if not call.network.node:
+                call.network.node = result
+                self._running[call.network.handle.start.remote()] = call
+                return
+            call.network.started = True
             self._failed_starts = 0
             return
         slide = call.slide
@@ -259,6 +268,7 @@ class RayExecutor:
         if slide is None or slide.ended:
             return
         if call.stage == SURVEY:
+            slide.work = ray.put(result.work)
             slide.survey_done(result)
             done = [slide.units[i] for i in result.inferred]
             self.books.surveyed(slide.slide_id, slide.units, done, len(result.posted))
@@ -278,7 +288,10 @@ class RayExecutor:
             try:
                 self.books.end(slide.slide_id, result)
             except OSError as error:
-                self._fail(slide, FINALIZE, error)
+                if is_disk_full(error):
+                    self._disk_full(call)
+                else:
+                    self._fail(slide, FINALIZE, error)
             else:
                 self._close(slide)
 
@@ -297,11 +310,16 @@ class RayExecutor:
             raise HoverBatchError(f"the model cannot be loaded: {cause}\n{trace}") from cause
         if isinstance(cause, ReaderDied):
             self._strike(call, f"its reader died ({cause})")
+        elif isinstance(cause, MachineLost):
+            self._lost(call)
+        elif isinstance(cause, MemoryError):
+            self._short_of_memory(call)
+        elif is_disk_full(cause):
+            self._disk_full(call)
         elif isinstance(cause, NetworkFailed):
-            if call.actor and not call.actor.dead:
-                call.actor.killed = True
-                ray.kill(call.actor.handle)
-                self._replace(call.actor)
+            if call.network and not call.network.gone:
+                self._crew.let_go(call.network)
+                self._hire()
             self._strike(call, f"its network failed ({cause})")
         elif call.slide and not call.slide.ended:
             self._fail(call.slide, call.stage, cause, trace)
@@ -309,27 +327,103 @@ class RayExecutor:
     def _died(self, call: _Call, error: RayError) -> None:
         """The process of the call died, or its machine."""
         kind = type(error).__name__
-        if call.stage == START and not isinstance(error, RayActorError):
-            raise HoverBatchError(f"no process for the model can be had ({kind}: {error})") from error
-        if call.actor and not call.actor.dead and isinstance(error, RayActorError):
-            if call.stage == START:
-                self._failed_starts += 1
-                if self._failed_starts == MAX_FAILED_STARTS:
-                    raise HoverBatchError(
-                        f"the model's process dies while it loads ({kind}): too little memory? Try fewer --cpus or "
-                        "--gpus"
-                    )
-            self._replace(call.actor)
-        if call.actor and call.actor.killed and call.slide:
-            call.slide.to_infer.appendleft(call.index)
-        elif call.stage != START:
+        if call.network:
+            if not isinstance(error, RayActorError):
+                raise HoverBatchError(f"no process for the model can be had ({kind}: {error})") from error
+            if not call.network.gone:
+                self._crew.lost(call.network)
+            if call.network.let_go:
+                self._again(call)
+            elif isinstance(error, ActorUnavailableError) and self.machines:
+                self._doubts.append((time.monotonic() + NOTICED_S, call))
+            else:
+                if self.machines:
+                    self.machines.look()
+                self._network_died(call, kind)
+        elif isinstance(error, NodeDiedError):
+            self._lost(call)
+        elif isinstance(error, OutOfMemoryError):
+            self._short_of_memory(call)
+        elif isinstance(error, OutOfDiskError):
+            self._disk_full(call)
+        else:
             self._strike(call, f"its process died ({kind})")
 
-    def _replace(self, actor: _Actor) -> None:
-        actor.dead = True
-        self._actors.remove(actor)
-        if not self._draining:
-            self._start_actor()
+    def _settle_doubts(self) -> None:
+        """A network that does not answer has died, or its machine has: the cluster takes a while to tell."""
+        doubts, self._doubts = self._doubts, []
+        for until, call in doubts:
+            if time.monotonic() < until and self._machine_up(call.network):
+                self._doubts.append((until, call))
+            else:
+                if call.network:
+                    ray.kill(call.network.handle)  # should it live after all
+                self._network_died(call, ActorUnavailableError.__name__)
+
+    def _machine_up(self, network: Network | None) -> bool:
+        return not (self.machines and network and network.node) or self.machines.up(network.node)
+
+    def _network_died(self, call: _Call, kind: str) -> None:
+        up = self._machine_up(call.network)
+        if call.stage == START and up:
+            self._failed_starts += 1
+            if self._failed_starts == MAX_FAILED_STARTS:
+                raise HoverBatchError(
+                    f"the model's process dies while it loads ({kind}): too little memory? Try fewer --cpus or --gpus"
+                )
+        self._hire()
+        if call.stage == START:
+            return
+        if up:
+            self._strike(call, f"its process died ({kind})")
+        else:
+            self._lost(call)
+
+    def _again(self, call: _Call) -> None:
+        """Have it done again, before other work."""
+        slide = call.slide
+        if slide is None or slide.ended:
+            return
+        if call.stage == INFER:
+            slide.to_infer.appendleft(call.index)
+        elif call.stage == POST:
+            slide.to_post.appendleft(call.index)
+        else:
+            slide.next_task = call.stage
+
+    def _lost(self, call: _Call) -> None:
+        """Its machine is gone. That is no fault of the work, unless one machine after the other goes."""
+        slide = call.slide
+        if slide is None or slide.ended:
+            return
+        slide.losses[call.stage, call.index] += 1
+        self.books.ledger.events.append("lost", slide_id=slide.slide_id, stage=call.stage, index=call.index)
+        if slide.losses[call.stage, call.index] >= MAX_LOSSES:
+            reason = f"{call.stage}: {MAX_LOSSES} machines were lost while this was under way on them"
+            self._fail(slide, call.stage, SlideQuarantined(reason))
+        else:
+            self._again(call)
+
+    def _disk_full(self, call: _Call) -> None:
+        if call.slide and not call.slide.ended:
+            self.books.room.ran_out(call.slide.slide_id)
+            self._again(call)
+
+    def _short_of_memory(self, call: _Call) -> None:
+        """Less at once from now on; where it is one thing at a time already, it is a strike."""
+        plan, slide = self.plan, call.slide
+        if slide is None or slide.ended:
+            return
+        if plan.posts == plan.units_at_once == 1:
+            self._strike(call, "memory ran out")
+            return
+        self.plan = replace(plan, posts=-(-plan.posts // 2), units_at_once=-(-plan.units_at_once // 2))
+        self.books.ledger.events.append("memory_short", slide_id=slide.slide_id, stage=call.stage, index=call.index)
+        self.books.progress.say(
+            f"memory ran out in {call.stage} of {slide.slide_id}: from now on regions post-processed at once: "
+            f"{self.plan.posts}, units under way in a network: {self.plan.units_at_once}"
+        )
+        self._again(call)
 
     def _strike(self, call: _Call, reason: str) -> None:
         """One more for the unit or the stage; at MAX_STRIKES the slide fails, else it is tried again."""
@@ -354,12 +448,8 @@ class RayExecutor:
             )
         elif call.stage == INFER:
             slide.suspects.append(call.index)
-        elif call.stage == POST:
-            slide.to_post.appendleft(call.index)
         else:
-            slide.next_task = call.stage
-            if call.stage == SURVEY:
-                slide.work = None
+            self._again(call)
 
     def _fail(self, slide: SlideUnderWay, stage: str, error: Exception, trace: str | None = None) -> None:
         self._close(slide)

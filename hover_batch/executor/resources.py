@@ -63,6 +63,11 @@ class Resources:
             raise InputError(f"--cpus {engine.cpus}: there are {self.cpus}")
         if engine.gpus > self.gpus:
             raise InputError(f"--gpus {engine.gpus}: there are {self.gpus}; leave it out, or see that torch finds them")
+        return self.at_most(settings)
+
+    def at_most(self, settings: Settings) -> Resources:
+        """`limited` of a cluster that may grow: what is asked for beyond what is there may still come."""
+        engine = settings.engine
         on_cpu = settings.infer.device == "cpu"
         cpus_left = engine.cpus or self.cpus
         gpus_left = 0 if on_cpu else self.gpus if engine.gpus < 0 else engine.gpus
@@ -117,8 +122,12 @@ class EnginePlan:
         ]
 
 
-def engine_plan(resources: Resources, settings: Settings, card: Card, *, predicts: bool = True) -> EnginePlan:
-    """Share out `resources`, each machine by itself; among networks too, where the run `predicts`.
+def engine_plan(
+    resources: Resources, settings: Settings, card: Card, *, predicts: bool = True, begun: EnginePlan | None = None
+) -> EnginePlan:
+    """Share out `resources`, each machine by itself; among networks too, where the run `predicts`. Of GPUs as many as
+    the settings ask for, also those that a cluster has yet to bring. `begun`: the plan of a run that is under way, on
+    machines that came or went: its networks stay as they are, only their number changes.
 
     A network on the CPU reserves its threads, but never the last core of a machine: it would wait for readers for
     ever. On a single core it reserves none, and they take turns. Half of a machine's memory is for the units under way
@@ -127,13 +136,15 @@ def engine_plan(resources: Resources, settings: Settings, card: Card, *, predict
     side = settings.infer.unit
     unit = card.layout.planes * side**2 + BLOCKS_AHEAD * _BLOCK_BYTES
     region = (card.layout.planes + _POST_BYTES_PER_PIXEL) * (side + 2 * settings.post.halo) ** 2
-    on_gpus = resources.gpus > 0
+    on_gpus = begun.actor_gpus > 0 if begun else resources.gpus > 0
     smallest = min(node.cpus for node in resources.nodes)
     threads = settings.infer.threads or max(1, min(CPU_THREADS, smallest - 1))
     # What one network reserves is the same on all machines, hence what the smallest can spare.
     actor_cpus = 0 if on_gpus or not predicts else min(threads, smallest - 1)
-    actors = posts = slots = 0
     units_at_once = UNITS_AT_ONCE
+    if begun:
+        threads, actor_cpus, units_at_once = begun.threads, begun.actor_cpus, begun.units_at_once
+    actors = posts = slots = 0
     for node in resources.nodes:
         if not predicts:
             networks = 0
@@ -141,15 +152,18 @@ def engine_plan(resources: Resources, settings: Settings, card: Card, *, predict
             networks = node.gpus
         else:
             fit = max(1, node.memory // 2 // _NETWORK_BYTES)
-            networks = min(fit, max(1, (node.cpus - 1) // max(1, actor_cpus)))
+            spared = max(1, node.cpus - 1) if actor_cpus == 0 else (node.cpus - 1) // actor_cpus
+            networks = min(fit, spared)
         free = node.cpus - networks * actor_cpus
         actors, slots = actors + networks, slots + free
         posts += max(1, min(free - 1 if predicts else free, node.memory // 4 // region))
         if networks:
             units_at_once = max(1, min(units_at_once, node.memory // 4 // (networks * unit)))
+    # One at least: where no machine has room for it now, it waits for one.
+    wanted = max(1, settings.engine.gpus if on_gpus else 1)
     return EnginePlan(
         resources=resources,
-        actors=actors,
+        actors=max(actors, wanted) if predicts else 0,
         actor_gpus=int(on_gpus),
         actor_cpus=actor_cpus,
         threads=threads,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hover_batch.cohort.layout import SlideLayout
-from hover_batch.pipeline import Seconds, neighbours
+from hover_batch.pipeline import Seconds, SlideWork, neighbours
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.tiles import Unit
 
@@ -26,12 +26,16 @@ RETRY_S = 1.0
 @dataclass(frozen=True)
 class Surveyed:
     """What the driver needs to know of a slide: its units, and which of them an earlier run predicted (`inferred`)
-    and post-processed (`posted`), as indices into `units`."""
+    and post-processed (`posted`), as indices into `units`. `work`: what all its calls are given."""
 
-    units: tuple[Unit, ...]
+    work: SlideWork
     inferred: tuple[int, ...]
     posted: tuple[int, ...]
     seconds: Seconds
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return self.work.units
 
 
 @dataclass(eq=False)
@@ -42,7 +46,7 @@ class SlideUnderWay:
     layout: SlideLayout
     seconds: Seconds = field(default_factory=Seconds)
     work: Any = None
-    """Reference to its SlideWork in Ray's object store."""
+    """Reference to its SlideWork in Ray's object store: in the driver's own, whatever other machines are lost."""
     units: tuple[Unit, ...] = ()
     to_infer: deque[int] = field(default_factory=deque)
     suspects: deque[int] = field(default_factory=deque)
@@ -55,6 +59,8 @@ class SlideUnderWay:
     """Region → when (monotonic) to try it again, because markers of units that are done were not seen yet."""
     regions_left: int = 0
     strikes: Counter[tuple[str, int]] = field(default_factory=Counter)
+    losses: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """Machines that were lost while a unit or stage was under way on them."""
     surveyed: bool = False
     next_task: str | None = SURVEY
     """SURVEY or FINALIZE, when it can be submitted."""

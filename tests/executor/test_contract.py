@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +21,8 @@ from PIL import Image
 from hover_batch.cohort.events import read_events
 from hover_batch.config import EngineSettings, OutputSettings, TissueSettings
 from hover_batch.errors import PackageError, TooManyFailures
+from hover_batch.executor import room
+from hover_batch.executor.books import CohortBooks
 
 Fields = Callable[..., Path]
 
@@ -138,6 +144,58 @@ def test_stores_are_discarded_where_asked(
     out = tmp_path / "out"
     assert run(fields("a", "b"), out, LoadQuick(), settings=settings).exit_code == 0
     assert tables(out) == reference and not list(out.glob("slides/*/predictions.zarr"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 12 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", folder], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no file system can be mounted here: this needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 200_000], ids=["nothing left", "some left"])
+def test_a_full_disk_is_waited_for(
+    fields: Fields,
+    run: Run,
+    reference: dict[str, bytes],
+    small_disk: Path,
+    left: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It fills up when the first unit is done; no slide is blamed, nothing is lost, and there is room again later."""
+    monkeypatch.setattr(room, "ROOM_BYTES", 4 << 20)
+    monkeypatch.setattr(room, "ASK_EVERY_S", 0.5)
+    ballast, waited = small_disk / "ballast", []
+
+    def fill(books: CohortBooks, *values: Any) -> None:
+        done(books, *values)
+        if not ballast.exists():
+            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(1 << 20))
+                    file.truncate(max(0, file.tell()))
+            os.truncate(ballast, max(0, ballast.stat().st_size - left))
+
+    def clear(this: room.Room, where: str) -> None:
+        ran_out(this, where)
+        waited.append(where)
+        ballast.write_bytes(b"")
+
+    done, ran_out = CohortBooks.unit_done, room.Room.ran_out
+    monkeypatch.setattr(CohortBooks, "unit_done", fill)
+    monkeypatch.setattr(room.Room, "ran_out", clear)
+    outcome = run(fields("a", "b"), small_disk / "out", LoadQuick())
+    assert waited and outcome.exit_code == 0
+    assert tables(small_disk / "out") == reference
+    said = capfd.readouterr().err
+    assert "no space left on disk" in said and "there is room on disk again" in said
 
 
 def test_a_slide_without_tissue_has_an_empty_table(run: Run, tmp_path: Path) -> None:

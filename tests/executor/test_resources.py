@@ -60,6 +60,25 @@ def test_more_than_there_is_is_refused() -> None:
     assert there.limited(Settings(engine=EngineSettings(gpus=0))).gpus == 0
 
 
+def test_a_cluster_may_yet_bring_what_is_asked_for() -> None:
+    there = Resources((Node(4, 1, 1 << 34),))
+    asks = Settings(engine=EngineSettings(cpus=9, gpus=3))
+    assert there.at_most(asks) == there
+    assert engine_plan(there.at_most(asks), asks, CARD).actors == 3
+
+
+@given(before=nodes, after=nodes)
+def test_networks_stay_as_they_are_when_machines_come_and_go(before: list[Node], after: list[Node]) -> None:
+    begun = engine_plan(Resources(tuple(before)), Settings(), CARD)
+    now = engine_plan(Resources(tuple(after)), Settings(), CARD, begun=begun)
+    assert (now.threads, now.actor_cpus, now.actor_gpus) == (begun.threads, begun.actor_cpus, begun.actor_gpus)
+    assert now.actors >= 1 and now.posts >= 1
+    if begun.actor_gpus:
+        assert now.actors == max(1, now.resources.gpus)
+    elif now.actors * now.actor_cpus > now.resources.cpus:
+        assert now.actors == 1, "where no machine has room, one network waits for one that has"
+
+
 def test_gpus_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert Node.here().gpus == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -34,8 +36,8 @@ def slide() -> SlideUnderWay:
 
 def surveyed(cells: list[tuple[int, int]], inferred: set[int], posted: set[int]) -> SlideUnderWay:
     found = slide()
-    units = tuple(unit(*cell) for cell in cells)
-    found.survey_done(Surveyed(units, tuple(sorted(inferred)), tuple(sorted(posted)), Seconds()))
+    work: Any = SimpleNamespace(units=tuple(unit(*cell) for cell in cells))
+    found.survey_done(Surveyed(work, tuple(sorted(inferred)), tuple(sorted(posted)), Seconds()))
     return found
 
 

@@ -1,0 +1,101 @@
+"""A cohort on a cluster of several nodes on this machine, run as a program: `several_nodes.py PLAN.json`.
+
+A process has one cluster, so that tests which want their own start this one. The plan: `cohort`, `out`, `gpus` (logical
+ones of each node; without, networks are on the CPU), `cpus`, `nodes` (how many at first, beside a head that does no
+work), `seconds` (a batch takes), `unit`, `events` (list of [event of the run, how often it was seen, "remove" or
+"add"]). It prints JSON on its last line: the exit code, the seconds from the first unit to the last, the busy share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hover_batch.cohort.events import read_events
+from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
+from hover_batch.executor.cluster import ask_for_token
+
+ask_for_token()
+
+import ray  # noqa: E402  (its environment had to be set)
+from accelerators import LoadQuick  # noqa: E402
+from ray.cluster_utils import Cluster  # noqa: E402
+
+import hover_batch.executor.cluster  # noqa: E402
+import hover_batch.executor.ray  # noqa: E402
+from hover_batch.segment import run_segment  # noqa: E402
+
+STORE = 160 << 20
+
+
+def settings_of(plan: dict[str, Any], address: str) -> Settings:
+    return Settings(
+        tissue=TissueSettings(tissue="all"),
+        infer=InferSettings(
+            unit=plan["unit"], batch=2, precision="fp32", threads=1, device="cuda" if plan["gpus"] else "cpu"
+        ),
+        engine=EngineSettings(address=address, gpus=plan["gpus"] * plan["nodes"] or -1),
+    )
+
+
+def follow(plan: dict[str, Any], cluster: Any, nodes: list[Any], node: dict[str, Any], over: threading.Event) -> None:
+    """Take nodes away, and bring others, when so many events of a kind were seen."""
+    log = Path(plan["out"]) / "logs" / "events.jsonl"
+    for name, times, what in plan["events"]:
+        while sum(event["event"] == name for event in read_events(log)) < times:
+            if over.wait(0.05):
+                return
+        print(time.time(), what, flush=True)
+        if what == "remove":
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+        else:
+            nodes.append(cluster.add_node(**node))
+    over.wait()  # a node ends with the thread that started it
+
+
+def main(plan: dict[str, Any]) -> dict[str, Any]:
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE, "node_ip_address": "127.0.0.1"}
+    node = {"num_cpus": plan["cpus"], "num_gpus": plan["gpus"], "object_store_memory": STORE}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    nodes = [cluster.add_node(**node) for _ in range(plan["nodes"])]
+    hover_batch.executor.ray.RayExecutor = functools.partial(  # type: ignore[assignment,misc]
+        hover_batch.executor.ray.RayExecutor, load=LoadQuick(plan["seconds"])
+    )
+    # Where the accelerators are simulated, torch would find none.
+    hover_batch.executor.cluster.settled = lambda settings, on_gpu: replace(  # type: ignore[assignment]
+        settings, device="cuda" if on_gpu else "cpu"
+    )
+    # Ray would set it in the main thread alone; nodes come from another one here.
+    ray._private.utils.set_sigterm_handler = lambda handler: None  # type: ignore[attr-defined]
+    over = threading.Event()
+    follower = threading.Thread(target=follow, args=(plan, cluster, nodes, node, over))
+    follower.start()
+    try:
+        settings = settings_of(plan, cluster.address)
+        outcome = run_segment(
+            plan["cohort"], Path(plan["out"]), settings, skip_invalid=False, force=False, command=["test"]
+        )
+    finally:
+        over.set()
+        follower.join()
+        ray.shutdown()
+        with contextlib.suppress(Exception):
+            cluster.shutdown()
+    done = [e["spans"] for e in read_events(Path(plan["out"]) / "logs" / "events.jsonl") if e["event"] == "unit_done"]
+    spans = [span["infer"] for span in done]
+    return {
+        "exit_code": outcome.exit_code,
+        "seconds": max(end for _, end in spans) - min(start for start, _ in spans),
+        "busy": outcome.model_busy,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))

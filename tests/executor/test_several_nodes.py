@@ -1,0 +1,61 @@
+"""A cluster whose machines come and go under a run: nothing is lost, no slide is blamed, newcomers are put to work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerators import LoadQuick
+from conftest import on_loopback, runner
+from test_contract import events, tables
+
+pytestmark = pytest.mark.faults
+
+HERE = Path(__file__).parent
+
+
+def on_nodes(folder: Path, **plan: Any) -> dict[str, Any]:
+    """What several_nodes.py says of a run by this plan."""
+    on_loopback()
+    (folder / "plan.json").write_text(json.dumps(plan, default=str))
+    done = subprocess.run(
+        [sys.executable, HERE / "several_nodes.py", folder / "plan.json"],
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{HERE}:{HERE.parents[1]}", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_machine_is_lost_and_another_comes(
+    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
+    cohort, out = fields("a", "b", "c", "d"), tmp_path / "out"
+    wanted = [("unit_done", 6, "remove"), ("lost", 1, "add")]
+    found = on_nodes(tmp_path, cohort=cohort, out=out, gpus=gpus, cpus=2, nodes=2, seconds=1.0, unit=256, events=wanted)
+    assert found["exit_code"] == 0
+    assert events(out, "lost") and not events(out, "strike")
+    assert {e["machines"] for e in events(out, "machines_changed")} >= {2}
+    runner("local", monkeypatch)(cohort, tmp_path / "reference", LoadQuick())
+    assert tables(out) == tables(tmp_path / "reference")
+
+
+def test_the_last_machine_is_lost_and_another_comes(
+    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort, out = fields("a", "b"), tmp_path / "out"
+    wanted = [("unit_done", 3, "remove"), ("lost", 1, "add")]
+    found = on_nodes(tmp_path, cohort=cohort, out=out, gpus=0, cpus=2, nodes=1, seconds=1.0, unit=256, events=wanted)
+    assert found["exit_code"] == 0
+    assert events(out, "lost") and not events(out, "strike")
+    runner("local", monkeypatch)(cohort, tmp_path / "reference", LoadQuick())
+    assert tables(out) == tables(tmp_path / "reference")
