@@ -82,6 +82,11 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class Runtime(StrEnum):
+    torch = "torch"
+    openvino = "openvino"
+
+
 class SobelNorm(StrEnum):
     fixed = "fixed"
     window = "window"
@@ -111,6 +116,10 @@ BatchOption = Annotated[int | None, _option("--batch", "Tiles a batch.", InferSe
 PrecisionOption = Annotated[
     Precision | None,
     _option("--precision", "auto: bf16 where the hardware computes it natively.", InferSettings.precision, _MODEL),
+]
+RuntimeOption = Annotated[
+    Runtime | None,
+    _option("--runtime", "openvino: faster on a CPU; needs hover-batch[openvino].", InferSettings.runtime, _MODEL),
 ]
 ThreadsOption = Annotated[
     int | None,
@@ -215,6 +224,7 @@ def segment(
     unit: UnitOption = None,
     batch: BatchOption = None,
     precision: PrecisionOption = None,
+    runtime: RuntimeOption = None,
     threads: ThreadsOption = None,
     device: DeviceOption = None,
     tissue: TissueOption = None,
@@ -271,7 +281,14 @@ def segment(
         kept.settings.to_dict() if kept else {},
         model=model,
         tissue={"tissue": tissue, "mask_mpp": mask_mpp, "min_tissue_um2": min_tissue_um2},
-        infer={"unit": unit, "batch": batch, "precision": precision, "threads": threads, "device": device},
+        infer={
+            "unit": unit,
+            "batch": batch,
+            "precision": precision,
+            "runtime": runtime,
+            "threads": threads,
+            "device": device,
+        },
         post={"sobel_norm": sobel_norm, "halo": halo, "min_area_px": min_area_px, "class_map": _class_map(class_map)},
         output={"discard_predictions": discard_predictions},
         engine={"backend": backend, "cpus": cpus, "gpus": gpus, "address": address, "max_failures": max_failures},

@@ -13,6 +13,7 @@ from hover_batch.errors import InputError
 
 SobelNorm = Literal["fixed", "window"]
 Precision = Literal["auto", "fp32", "bf16"]
+Runtime = Literal["torch", "openvino"]
 Backend = Literal["ray", "local"]
 
 
@@ -70,6 +71,8 @@ class InferSettings:
     """Tiles a batch; batches never mix units and the last is padded, so the shape is constant."""
     precision: Precision = "auto"
     """auto: bf16 where the processor computes it natively, else fp32."""
+    runtime: Runtime = "torch"
+    """torch; or openvino, which is faster on a processor and rounds otherwise."""
     threads: int = 0
     """Threads of one copy of the network on the CPU; 0 = as the machine suggests. They change no result."""
     device: str = "auto"
@@ -80,6 +83,7 @@ class InferSettings:
         _check(fits, "unit", self.unit, f"a multiple of 256 up to {MAX_SIDE}")
         _check(1 <= self.batch <= 1024, "batch", self.batch, "between 1 and 1024")
         _check(self.precision in ("auto", "fp32", "bf16"), "precision", self.precision, "auto, fp32 or bf16")
+        _check(self.runtime in ("torch", "openvino"), "runtime", self.runtime, "torch or openvino")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
 
 
@@ -192,6 +196,8 @@ class Settings:
         """The settings that change results, for the run key (the model enters it by the hash of its weights)."""
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # one GPU of a node is as good as the next
+        if self.infer.runtime == "torch":
+            del infer["runtime"]
         del infer["threads"]  # shown by tests/test_precision.py: the maps are the same, bit for bit
         post = asdict(self.post)
         if not self.post.class_map:

@@ -37,7 +37,7 @@ def settled_here(settings: Settings) -> Settings:
     name = settings.infer.device
     if settings.engine.backend == "ray" and ":" in name:
         raise InputError(f"--device {name}: choose the GPU by CUDA_VISIBLE_DEVICES, and give --device cuda")
-    if settings.engine.gpus == 0 and name == "auto":
+    if name == "auto" and (settings.engine.gpus == 0 or settings.infer.runtime == "openvino"):
         settings = replace(settings, infer=replace(settings.infer, device="cpu"))
     if settings.engine.address:
         return settings

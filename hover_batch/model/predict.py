@@ -41,8 +41,14 @@ class Predictor:
         """Held by whoever predicts: one batch at a time, so that callers' threads share the device fairly."""
         if self.device.type == "cpu":
             torch.set_num_threads(settings.threads or torch.get_num_threads())
-        network.to(self.device)
-        self.network = network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's stub
+        self.network: nn.Module
+        if settled.runtime == "openvino":
+            from hover_batch.model.openvino import OpenVinoNetwork
+
+            self.network = OpenVinoNetwork(network, (self.batch, 3, card.tile_in, card.tile_in), settings.threads)
+        else:
+            network.to(self.device)
+            self.network = network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's stub
 
     @torch.inference_mode()
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -128,6 +134,13 @@ def resolve(settings: InferSettings) -> InferSettings:
 
     Raises InputError where the device cannot be used.
     """
+    if settings.runtime == "openvino":
+        device = _device("cpu" if settings.device == "auto" else settings.device)
+        if device.type != "cpu" or settings.precision == "bf16":
+            raise InputError(
+                "--runtime openvino: computes on the processor in fp32; leave --device and --precision out"
+            )
+        return replace(settings, device="cpu", precision="fp32")
     device = _device(settings.device)
     return replace(
         settings,

@@ -1,0 +1,204 @@
+"""The whole of `segment`, and tiatoolbox's engine over the same tissue of the same slide: with the same student, and
+with HoVerNet-fast.
+
+    python -m benchmarks.segment [--json FILE] [--repeats N] [--teacher-repeats N]
+
+Each side runs in processes of its own, in alternation; medians. `work` is the time from the slide's first pixel to its
+last result, `process` that of the whole command, with its imports and the loading of the weights. tiatoolbox's engine
+is given what it is best at: the batch of ours, as many workers as cores, QuPath's JSON as its result. HoVerNet's
+weights are random, which moves no time but that of its post-processing: where random maps hold no nuclei, that is in
+its favour. Work and process of ours hold the compilation by OpenVINO in process alone. Nothing here judges the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from benchmarks.maps import DENSE_FIELD, SLIDE
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.geometry import Grid
+from hover_batch.slide.example import write_pyramidal_tiff
+from hover_batch.slide.reader import open_slide
+
+REGION, MPP = "region.tif", 0.25
+BATCH = 8
+OURS, ON_RAY, BY_OPENVINO = "segment, local", "segment, ray", "segment, local, openvino"
+SAME, TEACHER = "tiatoolbox, student", "tiatoolbox, HoVerNet-fast"
+FLAGS = {
+    OURS: ["--backend", "local", "--precision", "fp32"],
+    ON_RAY: ["--backend", "ray", "--precision", "fp32"],
+    BY_OPENVINO: ["--backend", "local", "--runtime", "openvino"],
+}
+STAGES = ("tissue", "read", "infer", "write", "post", "finalize")
+
+
+def prepare(folder: Path) -> None:
+    """The densest field of the slide as a slide of its own, pyramidal, and the cohort of it."""
+    with open_slide(SlideRecord("benchmark", SLIDE, row=1)) as reader:
+        pixels = reader.read(DENSE_FIELD, Grid.over(reader.info.level0, reader.info.mpp, MPP))
+    write_pyramidal_tiff(folder / REGION, pixels, MPP)
+    (folder / "cohort.csv").write_text(f"path,slide_id\n{REGION},slide\n")
+
+
+def ours(folder: Path, side: str) -> dict[str, Any]:
+    out = folder / "out"
+    words = ["segment", str(folder / "cohort.csv"), "-o", str(out), *FLAGS[side]]
+    words += ["--batch", str(BATCH), "--unit", "1024", "--tissue", "all"]
+    _, process = _timed([sys.executable, "-c", "from hover_batch.cli import app; app()", *words])
+    events = [json.loads(line) for line in (out / "logs" / "events.jsonl").read_text().splitlines()]
+    done = json.loads((out / "slides" / "slide" / "slide.json").read_text())
+    stages = json.loads((out / "slides" / "slide" / "timings.json").read_text())
+    spans = [span for event in events for span in event.get("spans", {}).values()]
+    shutil.rmtree(out)
+    work = max(end for _, end in spans) - min(start for start, _ in spans)
+    return {"process": process, "work": work, "nuclei": done["nuclei"], "stages": stages}
+
+
+def tiatoolbox(folder: Path, which: str) -> dict[str, Any]:
+    printed, process = _timed([sys.executable, "-m", "benchmarks.segment", "--child", which, str(folder)])
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return {"process": process, **found}
+
+
+def _timed(command: list[str]) -> tuple[str, float]:
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    seconds = time.monotonic() - started
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout, seconds
+
+
+def child(which: str, folder: Path) -> dict[str, Any]:
+    """tiatoolbox's engine over the field, in this process."""
+    warnings.simplefilter("ignore")
+    from tiatoolbox.models.engine.io_config import IOInstanceSegmentorConfig
+    from tiatoolbox.models.engine.multi_task_segmentor import MultiTaskSegmentor
+    from tiatoolbox.wsicore.wsireader import OpenSlideWSIReader
+
+    model, tile_in, tile_out = _model(which)
+    mpp = {"units": "mpp", "resolution": MPP}
+    engine = MultiTaskSegmentor(
+        model=model, batch_size=BATCH, num_workers=len(os.sched_getaffinity(0)), device="cpu", verbose=False
+    )
+    shape = IOInstanceSegmentorConfig(
+        input_resolutions=[mpp],
+        output_resolutions=[mpp] * 3,
+        margin=128,
+        tile_shape=[1024, 1024],
+        patch_input_shape=[tile_in, tile_in],
+        patch_output_shape=[tile_out, tile_out],
+        stride_shape=[tile_out, tile_out],
+    )
+    # By path it would take the file for one picture, and read it whole.
+    reader = OpenSlideWSIReader(folder / REGION, mpp=(MPP, MPP))
+    started = time.monotonic()
+    engine.run(
+        [reader],
+        ioconfig=shape,
+        patch_mode=False,
+        save_dir=folder / "tiatoolbox",
+        overwrite=True,
+        output_type="qupath",
+        auto_get_mask=False,
+    )
+    work = time.monotonic() - started
+    nuclei = sum(len(json.loads(path.read_text())["features"]) for path in (folder / "tiatoolbox").glob("*.json"))
+    return {"work": work, "nuclei": nuclei}
+
+
+def _model(which: str) -> tuple[Any, int, int]:
+    """The engine's model, and the sides of a tile that goes in and of what is kept of it."""
+    from collections import OrderedDict
+
+    from tiatoolbox.models.architecture.hovernet import HoVerNet
+
+    if which == TEACHER:
+        return HoVerNet(num_types=6, mode="fast"), 256, 164
+
+    from hover_batch.model.heads import HV, NP, Heads
+    from hover_batch.model.package import find_package, load_network
+
+    package = find_package("starter")
+    card = package.card
+    types = Heads(len(card.taxonomy.classes)).tp
+    margin = card.margin
+
+    class Student(HoVerNet):  # type: ignore[misc]  # untyped
+        """HoVerNet's post-processing behind the student's network."""
+
+        def __init__(self) -> None:
+            super().__init__(num_types=len(card.taxonomy.classes), mode="fast")
+            for name in [name for name, _ in self.named_children()]:
+                delattr(self, name)
+            self.network = load_network(package)
+
+        def forward(self, images: Any) -> Any:
+            maps = self.network(images / 255)[:, :, margin:-margin, margin:-margin]
+            return OrderedDict(tp=maps[:, types], np=maps[:, NP], hv=maps[:, HV])
+
+    return Student(), card.tile_in, card.tile_out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--teacher-repeats", type=int, default=1, help="HoVerNet takes minutes on a CPU")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(child(arguments.child[0], Path(arguments.child[1]))))
+        return
+    if not SLIDE.exists():
+        raise SystemExit(f"{SLIDE} is not there")
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in (*FLAGS, SAME, TEACHER)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder)
+        for number in range(arguments.repeats):
+            for side in FLAGS:
+                runs[side].append(ours(folder, side))
+            runs[SAME].append(tiatoolbox(folder, SAME))
+            if number < arguments.teacher_repeats:
+                runs[TEACHER].append(tiatoolbox(folder, TEACHER))
+            print(f"{number + 1}/{arguments.repeats}", file=sys.stderr, flush=True)
+    found = {side: _median(of) for side, of in runs.items() if of}
+    _show(found)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"median": found, "runs": runs}, indent=2) + "\n")
+
+
+def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    middle: dict[str, Any] = {key: statistics.median(run[key] for run in runs) for key in ("process", "work", "nuclei")}
+    if "stages" in runs[0]:
+        middle["stages"] = {stage: statistics.median(run["stages"].get(stage, 0.0) for run in runs) for stage in STAGES}
+    return middle
+
+
+def _show(found: dict[str, dict[str, Any]]) -> None:
+    print(f"{'side':28} {'work s':>8} {'process s':>10} {'nuclei':>7} {'work ÷ local':>13} {'process ÷ local':>16}")
+    base = found[OURS]
+    for side, row in found.items():
+        print(
+            f"{side:28} {row['work']:8.1f} {row['process']:10.1f} {row['nuclei']:7.0f} "
+            f"{row['work'] / base['work']:13.2f} {row['process'] / base['process']:16.2f}"
+        )
+    stages = base["stages"]
+    print("stages of segment, local:", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in stages.items()))
+    print(f"  together {sum(stages.values()):.1f} s, {sum(stages.values()) / base['work']:.0%} of the work")
+
+
+if __name__ == "__main__":
+    main()
