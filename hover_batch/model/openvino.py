@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class OpenVinoNetwork(nn.Module):
             options["INFERENCE_NUM_THREADS"] = threads
         try:
             # Not by `openvino.convert_model`, which reports its use to OpenVINO's makers.
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch deprecates tracing, which OpenVINO builds on
                 decoder = TorchScriptPythonDecoder(network.eval().float(), example_input=torch.zeros(shape))
             frontend = FrontEndManager().load_by_framework("pytorch")
             model = frontend.convert(frontend.load(decoder))
