@@ -64,7 +64,9 @@ def let_in(address: str) -> None:
 
 
 def _post(address: str, name: str, body: bytes) -> None:
-    request = urllib.request.Request(f"http://{address}/moto-api/{name}", data=body, method="POST")
+    # As a text: of a form, moto sees no body.
+    url, headers = f"http://{address}/moto-api/{name}", {"Content-Type": "text/plain"}
+    request = urllib.request.Request(url, data=body, headers=headers, method="POST")
     urllib.request.urlopen(request).close()
 
 

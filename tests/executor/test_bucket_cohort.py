@@ -15,6 +15,7 @@ import pytest
 from accelerators import LoadQuick
 from conftest import SETTINGS, on_loopback, runner
 
+from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.executor import room
 from hover_batch.executor.local import LocalExecutor
@@ -28,13 +29,12 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     monkeypatch.setattr(staging, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     with bucket.s3_server(monkeypatch, tmp_path) as address:
         yield address
 
 
-def settings_with(scratch: Path) -> object:
+def settings_with(scratch: Path) -> Settings:
     return replace(SETTINGS, engine=replace(SETTINGS.engine, scratch=str(scratch)))
 
 
@@ -161,6 +161,7 @@ def test_plan_tells_of_it_and_copies_nothing(fields: Fields, server: str, tmp_pa
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_tables(
     fields: Fields, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
