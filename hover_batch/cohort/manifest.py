@@ -104,7 +104,8 @@ class _Row:
 
     @property
     def label(self) -> str:
-        return self.cells.get("slide_id") or self.cells.get("path", "")
+        path = self.cells.get("path", "")
+        return self.cells.get("slide_id") or str(Url.of(path) or path)
 
 
 # Folders and globs
