@@ -180,6 +180,10 @@ GpusOption = Annotated[int | None, _option("--gpus", "GPUs to use; 0 = none.", "
 AddressOption = Annotated[
     str | None, _option("--address", "Of a Ray cluster to join.", "start Ray on this machine", _ENGINE)
 ]
+ScratchOption = Annotated[
+    str | None,
+    _option("--scratch", "Folder on each machine for copies of slides that lie in buckets.", "temp folder", _ENGINE),
+]
 MaxFailuresOption = Annotated[
     int | None,
     _option("--max-failures", "Stop when more slides than this have failed.", "never", _ENGINE),
@@ -256,6 +260,7 @@ def segment(
     cpus: CpusOption = None,
     gpus: GpusOption = None,
     address: AddressOption = None,
+    scratch: ScratchOption = None,
 ) -> None:
     """Turn a cohort of slides into tables of nuclei.
 
@@ -291,7 +296,14 @@ def segment(
         },
         post={"sobel_norm": sobel_norm, "halo": halo, "min_area_px": min_area_px, "class_map": _class_map(class_map)},
         output={"discard_predictions": discard_predictions},
-        engine={"backend": backend, "cpus": cpus, "gpus": gpus, "address": address, "max_failures": max_failures},
+        engine={
+            "backend": backend,
+            "cpus": cpus,
+            "gpus": gpus,
+            "address": address,
+            "max_failures": max_failures,
+            "scratch": scratch,
+        },
     )
     from hover_batch.segment import run_segment
 

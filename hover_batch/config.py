@@ -132,6 +132,8 @@ class EngineSettings:
     """GPUs to use; -1 = all that there are."""
     address: str = ""
     """Of a Ray cluster to join; empty: start one on this machine for the time of the run."""
+    scratch: str = ""
+    """Folder on each machine for copies of slides that lie in other storage; empty: the one for temporary files."""
     max_failures: int = -1
     """Stop when more slides than this have failed; -1 = never."""
 

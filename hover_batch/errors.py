@@ -21,6 +21,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Numbers of the OSErrors that blame no slide: there is no space, or no more of it for this user."""
 
 
+class ScratchFull(OSError):
+    """ENOSPC where slides are copied to; `filename` is that folder."""
+
+
 class HoverBatchError(Exception):
     """Base of all errors raised on purpose. Its text is shown to the user as it is, without a traceback."""
 

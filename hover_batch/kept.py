@@ -16,7 +16,7 @@ from typing import Any, Self
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import RUN_FORMAT
 from hover_batch.cohort.manifest import COLUMNS, RUN_COLUMNS, Cohort
-from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, PackageError, SlideError
 from hover_batch.geometry import Grid, Mpp
@@ -125,7 +125,7 @@ def _records(slides_csv: Path) -> tuple[SlideRecord, ...]:
     return tuple(
         SlideRecord(
             slide_id=row["slide_id"],
-            path=Path(row["path"]),
+            path=Url.of(row["path"]) or Path(row["path"]),
             row=int(row["row"]),
             mpp=Mpp(float(row["mpp"]), float(row["mpp"])) if row["mpp"] else None,
             magnification=float(row["magnification"]) if row["magnification"] else None,

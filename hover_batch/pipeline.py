@@ -36,6 +36,7 @@ from hover_batch.nuclei.table import SCHEMA_VERSION, TableContext, merge_parts, 
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.plan import Kept, PlannedSlide
 from hover_batch.slide.reader import SlideInfo, SlideReader, open_slide
+from hover_batch.slide.staging import Copies
 from hover_batch.slide.survey import read_info, read_tissue, write_survey
 from hover_batch.slide.tiles import Unit, plan_units
 from hover_batch.slide.tissue import TissueMask, tissue_mask
@@ -156,12 +157,13 @@ def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str
 
 
 @contextmanager
-def opened(slide: PlannedSlide | SlideWork) -> Iterator[SlideReader | None]:
-    """The slide, open; None where its maps are kept, for then it need not be there."""
+def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideReader | None]:
+    """The slide, open, copied to this machine where it lies in other storage; None where its maps are kept, for then it
+    need not be there."""
     if slide.kept is not None:
         yield None
         return
-    with open_slide(slide.record) as reader:
+    with copies.staged(slide.record, slide.info.fingerprint) as record, open_slide(record) as reader:
         yield reader
 
 

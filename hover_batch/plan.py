@@ -6,22 +6,26 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.manifest import Cohort, Fault
-from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, SlideError
 from hover_batch.geometry import Grid
 from hover_batch.model.package import Card
 from hover_batch.slide.headers import PLAUSIBLE_MPP, SlideInfo, peek
+from hover_batch.slide.remote import RemoteInfo, ask, require_packages
 from hover_batch.slide.tissue import check_mask
 
 STORE_BYTES_PER_PIXEL = 4.0
 """Compressed size of all planes per predicted pixel of dense tissue (3.8 on the example)."""
 MPX_PER_CORE_SECOND = 0.5
 """Inference pixels that one core takes through the whole way, for the estimate only."""
+ASKED_AT_ONCE = 16
+"""Slides in other storage, each of which takes a few requests and 3 MiB."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,22 @@ class Kept:
 
 @dataclass(frozen=True)
 class PlannedSlide:
-    """A slide whose header could be read: the whole canvas is the upper bound of what will be predicted."""
+    """A slide whose header could be read: the whole canvas is the upper bound of what will be predicted.
+
+    The header of one in other storage is read once it is copied, when its turn comes: `info` is then what the storage
+    tells, and `grid` and `tiles` are not known.
+    """
 
     record: SlideRecord
-    info: SlideInfo
-    grid: Grid
+    info: SlideInfo | RemoteInfo
+    grid: Grid | None
     tiles: int
     kept: Kept | None = None
     """Where nothing is to be predicted: new tables are made of these maps, and the slide itself is not opened."""
 
     @property
     def pixels(self) -> int:
-        return self.grid.size.pixels
+        return self.grid.size.pixels if self.grid else 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,13 @@ class Plan:
         lines = [f"{self.cohort.source}: {len(self.slides)} slides to run with model {card.name}"]
         lines += [f"  warning: {w}" for w in self.cohort.warnings]
         for slide in self.slides:
+            if isinstance(slide.info, RemoteInfo):
+                lines.append(
+                    f"  {slide.record.slide_id}: {slide.info.size / 1e6:,.1f} MB at {slide.record.path}; its header is "
+                    "read when it is copied, and what it takes is not counted below"
+                )
+                continue
+            assert slide.grid is not None
             size, grid = slide.info.level0, slide.grid
             lines.append(
                 f"  {slide.record.slide_id}: {size.width} × {size.height} px at {slide.info.mpp.x:g} µm "
@@ -99,7 +114,19 @@ def _check_mpp(record: SlideRecord) -> None:
 
 
 def plan_cohort(cohort: Cohort, card: Card) -> Plan:
-    """Read every header and mask."""
+    """Read every header and mask; of slides in other storage, ask whether they are there and what their bytes are.
+
+    InputError where the package that reaches a storage is missing.
+    """
+    remote = [record for record in cohort.records if isinstance(record.path, Url)]
+    require_packages(record.path for record in remote if isinstance(record.path, Url))
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        asked = {r.row: pool.submit(ask, r.path, r.mpp) for r in remote if isinstance(r.path, Url)}
+        return _plan(cohort, card, asked)
+
+
+def _plan(cohort: Cohort, card: Card, asked: dict[int, Future[RemoteInfo]]) -> Plan:
+    """`asked`: what the storage tells, by row."""
     slides: list[PlannedSlide] = []
     unreadable: list[tuple[SlideRecord, str]] = []
     faults = list(cohort.faults)
@@ -108,6 +135,9 @@ def plan_cohort(cohort: Cohort, card: Card) -> Plan:
             if record.mask_path is not None:
                 check_mask(record.mask_path)
             _check_mpp(record)
+            if record.row in asked:
+                slides.append(PlannedSlide(record, asked[record.row].result(), None, 0))
+                continue
             info = peek(record)
         except InputError as error:
             faults.append(Fault(record.row, record.slide_id, str(error)))

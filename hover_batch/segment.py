@@ -13,7 +13,7 @@ from typing import Any
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import Failure, Ledger, ModelId
 from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
-from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.executor.books import CohortBooks
@@ -132,6 +132,9 @@ def run_segment(
         for fault in plan.cohort.faults:
             ledger.record_failure(fault.slide_id_or_path, fault.row, "", "check", fault.message)
         books = CohortBooks(package, settings, ledger, progress, keys)
+        copies = any(isinstance(slide.record.path, Url) and slide.kept is None for slide in plan.slides)
+        if copies:
+            books.copies.open()
         stopped = True
         try:
             for record, reason in plan.unreadable:
@@ -140,6 +143,8 @@ def run_segment(
             found.run(books, [slide for slide in todo if not books.quarantined_before(slide, retry=retry_failed)])
             stopped = False
         finally:
+            if copies:
+                books.copies.close()
             ledger.finish(plan.cohort, books.model_busy, stopped=stopped)
         failures = ledger.failures()
         # By row: a row that is left out may bear the slide_id of one that was run.

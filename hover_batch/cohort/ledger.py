@@ -31,7 +31,7 @@ from hover_batch.cohort.durable import leftovers, to_json, write_atomically, wri
 from hover_batch.cohort.events import EventLog
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.manifest import COLUMNS, RUN_COLUMNS, Cohort
-from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, SettingsChanged
 
@@ -305,7 +305,7 @@ class Ledger:
             self.events.append("slide_done", slide_id=slide_id)
         return first
 
-    def record_failure(self, slide_id: str, row: int, path: Path | str, stage: str, reason: str) -> None:
+    def record_failure(self, slide_id: str, row: int, path: Path | Url | str, stage: str, reason: str) -> None:
         """Note that a slide, or a row that never became one, failed; failures.csv is written by `finish`."""
         self._failures.append(Failure(slide_id, row, str(path), stage, reason))
         self.events.append("slide_failed", slide_id=slide_id, row=row, path=str(path), stage=stage, reason=reason)

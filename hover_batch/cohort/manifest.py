@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.cohort.slide_id import fault_in, fold, suggest
 from hover_batch.errors import InputError
 from hover_batch.geometry import Mpp
@@ -104,7 +104,8 @@ class _Row:
 
     @property
     def label(self) -> str:
-        return self.cells.get("slide_id") or self.cells.get("path", "")
+        path = self.cells.get("path", "")
+        return self.cells.get("slide_id") or str(Url.of(path) or path)
 
 
 # Folders and globs
@@ -230,7 +231,7 @@ def _check(source: str, rows: list[_Row], base: Path, warnings: list[str]) -> Co
     records, faults = [], []
     for row in rows:
         messages: list[str] = []
-        path = base / row.cells["path"] if "path" in row.cells else None
+        path = _location(row.cells["path"], base) if "path" in row.cells else None
         messages += [f"path {path}: {fault}" for fault in _faults_of_slide(path)] if path else ["path is empty"]
         slide_id = _slide_id(row, base)
         if slide_id:
@@ -247,7 +248,8 @@ def _check(source: str, rows: list[_Row], base: Path, warnings: list[str]) -> Co
         if messages or path is None:
             faults += [Fault(row.number, row.label, message) for message in messages]
             continue
-        same = first_with_file.setdefault(os.path.realpath(path), row.number)
+        place = path.text if isinstance(path, Url) else os.path.realpath(path)
+        same = first_with_file.setdefault(place, row.number)
         if same != row.number:
             warnings.append(f"row {row.number} ({slide_id}) is the same slide as row {same}")
         records.append(
@@ -266,13 +268,22 @@ def _check(source: str, rows: list[_Row], base: Path, warnings: list[str]) -> Co
     return Cohort(source, tuple(records), tuple(faults), tuple(warnings))
 
 
+def _location(cell: str, base: Path) -> Path | Url:
+    url = Url.of(cell)
+    if url is None or url.protocol in ("file", "local"):
+        return base / cell.split("://", 1)[-1]
+    return url
+
+
 def _slide_id(row: _Row, base: Path) -> str:
     """As given; else a file's stem or a folder's whole name; "" where there is no path either."""
     if "slide_id" in row.cells:
         return row.cells["slide_id"]
     if "path" not in row.cells:
         return ""
-    path = base / row.cells["path"]
+    path = _location(row.cells["path"], base)
+    if isinstance(path, Url):
+        return path.stem
     try:
         return path.name if path.is_dir() else path.stem
     except OSError:  # reported as the path's own fault
@@ -295,7 +306,9 @@ def _fault_of_id(row: _Row, slide_id: str, first_with_id: Mapping[str, int], tak
     return f"{reason}; {'use' if given else 'give it a slide_id,'} for example {remedy}"
 
 
-def _faults_of_slide(path: Path) -> list[str]:
+def _faults_of_slide(path: Path | Url) -> list[str]:
+    if isinstance(path, Url):  # whether it is there is asked of all such slides at once, by `plan`
+        return ["chained URLs (::) are not read; name the slide itself"] if "::" in path.text else []
     try:
         str(path).encode()
         if path.is_dir():

@@ -51,6 +51,7 @@ from hover_batch.pipeline import (
 )
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.reader import SlideReader, open_slide
+from hover_batch.slide.staging import Copies
 
 if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
     from hover_batch.model.predict import Predictor
@@ -101,12 +102,16 @@ def _forget_reader() -> None:
         _cached = None
 
 
+def _copies(layout: SlideLayout, settings: Settings) -> Copies:
+    return Copies.of_run(layout.root, settings.engine.scratch)
+
+
 @ray.remote(num_cpus=1, max_retries=0)
 def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout) -> Surveyed:
     """Find the tissue, and what an earlier run left. Call it while nobody writes the slide's store."""
     hold_threads()
     seconds = Seconds()
-    with seconds.of("tissue"), opened(slide) as reader:
+    with seconds.of("tissue"), opened(slide, _copies(layout, settings)) as reader:
         work = survey(reader, slide, package, settings, layout)
     store = swept_store(work)
     numbered = list(enumerate(work.units))
@@ -120,15 +125,16 @@ def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layo
 
 @ray.remote(num_cpus=1, max_retries=0)
 def read_blocks(
-    record: SlideRecord, fingerprint: str, grid: Grid, boxes: list[Box]
+    record: SlideRecord, fingerprint: str, copies: Copies, grid: Grid, boxes: list[Box]
 ) -> tuple[list[NDArray[np.uint8]], Seconds]:
     """RGB (h, w, 3) of each box."""
     hold_threads()
     seconds = Seconds()
     try:
-        reader = _reader(record, fingerprint)
-        with seconds.of("read"):
-            return [reader.read(box, grid) for box in boxes], seconds
+        with copies.staged(record, fingerprint) as here:
+            reader = _reader(here, fingerprint)
+            with seconds.of("read"):
+                return [reader.read(box, grid) for box in boxes], seconds
     except BaseException:
         _forget_reader()  # OpenSlide answers nothing more after an error
         raise
@@ -148,7 +154,7 @@ def post_region(work: SlideWork, index: int) -> Seconds | UnitsMissing:
 def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any]:
     """Tables and pictures."""
     hold_threads()
-    with opened(work) as reader:
+    with opened(work, _copies(work.layout, work.settings)) as reader:
         return finalize(work, reader, seconds)
 
 
@@ -185,9 +191,10 @@ class InferActor:
             groups = deque(boxes[i : i + BLOCKS_A_TASK] for i in range(0, len(boxes), BLOCKS_A_TASK))
             ahead: deque[Any] = deque()
             task = read_blocks.options(scheduling_strategy=self._here)
+            copies = _copies(work.layout, work.settings)
             while groups or ahead:
                 while groups and len(ahead) < BLOCKS_AHEAD // BLOCKS_A_TASK:
-                    ahead.append(task.remote(work.record, work.info.fingerprint, work.grid, groups.popleft()))
+                    ahead.append(task.remote(work.record, work.info.fingerprint, copies, work.grid, groups.popleft()))
                 images, spent = _result(ahead.popleft())
                 seconds.add(spent)
                 yield from images

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.ledger import Ledger
-from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import InferSettings, Settings
 from hover_batch.errors import HoverBatchError, PackageError, SlideQuarantined, TooManyFailures
 from hover_batch.executor.progress import CohortProgress
@@ -20,6 +20,7 @@ from hover_batch.executor.room import Room
 from hover_batch.model.package import Package
 from hover_batch.pipeline import Seconds, discard_predictions
 from hover_batch.plan import PlannedSlide
+from hover_batch.slide.staging import Copies
 from hover_batch.slide.tiles import Unit
 
 if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
@@ -47,6 +48,10 @@ class CohortBooks:
         self.progress = progress
         self.room = Room(ledger.layout.root, progress.say, ledger.events.append)
         self.networks = 1
+        self.copies = Copies.of_run(ledger.layout.root, settings.engine.scratch)
+        self.release: Callable[[str], None] = self.copies.release
+        """Removes the copies of a slide, by its id, on all machines of the run."""
+        self._copied: set[str] = set()
         self._model = Seconds()
         self._keys = keys
         self._started: dict[str, float] = {}
@@ -87,6 +92,8 @@ class CohortBooks:
         slide_id = slide.record.slide_id
         self._started[slide_id] = time.monotonic()
         layout = self.ledger.open_slide(slide_id, self._keys[slide_id])
+        if isinstance(slide.record.path, Url) and slide.kept is None:
+            self._copied.add(slide_id)
         self.ledger.events.append("slide_started", slide_id=slide_id)
         for warning in slide.info.warnings:
             self.progress.say(f"{slide_id}: {warning}")
@@ -144,9 +151,15 @@ class CohortBooks:
         """The slide's tables and pictures are on disk: declare it done. `values` are those of `finalize`."""
         self.ledger.write_slide_json(slide_id, self._keys[slide_id], values)
         del self._left[slide_id]
+        self._release(slide_id)
         if self.settings.output.discard_predictions:
             discard_predictions(self.ledger.layout.slide(slide_id))
         self.progress.slide_done(slide_id, values["nuclei"], time.monotonic() - self._started.pop(slide_id))
+
+    def _release(self, slide_id: str) -> None:
+        if slide_id in self._copied:
+            self._copied.remove(slide_id)
+            self.release(slide_id)
 
     def put_back(self, slide: PlannedSlide) -> None:
         """Expect no more of the slide: it failed, or is begun again."""
@@ -167,6 +180,7 @@ class CohortBooks:
         if isinstance(error, SlideQuarantined):
             self.ledger.quarantine(record.slide_id, self._keys[record.slide_id], stage, reason)
         self.put_back(slide)
+        self._release(record.slide_id)
         if not expected:
             text = trace or "".join(traceback.format_exception(error))
             self.ledger.events.append("traceback", slide_id=record.slide_id, text=text)

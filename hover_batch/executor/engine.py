@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hover_batch.cohort.layout import RunLayout
+from hover_batch.cohort.record import Url
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.executor.books import CohortBooks
@@ -18,6 +19,9 @@ from hover_batch.plan import PlannedSlide
 
 if TYPE_CHECKING:  # it imports Ray, which must wait until the environment is set
     from hover_batch.executor.machines import Machines
+
+CLEARED_S = 30.0
+"""Within which the machines of a cluster remove the copies of slides at the end of a run; the next run sweeps."""
 
 
 @dataclass(frozen=True)
@@ -107,4 +111,11 @@ def _run_on_ray(
     for line in plan.lines():
         books.progress.say(line)
     books.progress.say("loading libraries and the network, finding tissue: the first slide takes a while to begin …")
-    RayExecutor(books, plan, machines=machines).run(slides)
+    copies = books.copies
+    if machines:
+        books.release = lambda slide_id: machines.on_each(functools.partial(copies.release, slide_id))
+    try:
+        RayExecutor(books, plan, machines=machines).run(slides)
+    finally:
+        if machines and any(isinstance(slide.record.path, Url) for slide in slides):
+            machines.on_each(copies.close, wait_s=CLEARED_S)

@@ -44,7 +44,7 @@ class LocalExecutor:
         except Exception as error:
             if is_disk_full(error):
                 self.books.put_back(slide)
-                self.books.room.ran_out(slide.record.slide_id)
+                self.books.room.ran_out(slide.record.slide_id, error)
                 return False
             self.books.fail(slide, self._stage, error)
         return True
@@ -67,7 +67,7 @@ class LocalExecutor:
         books, slide_id = self.books, slide.record.slide_id
         layout = books.begin(slide)
         seconds = Seconds()
-        with opened(slide) as reader:
+        with opened(slide, books.copies) as reader:
             self._stage = "tissue"
             with seconds.of("tissue"):
                 work = survey(reader, slide, books.package, books.settings, layout)

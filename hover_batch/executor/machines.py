@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,15 @@ class Machines:
         """Whether the machine of this id was there at the last look."""
         return node in self._nodes
 
+    def on_each(self, do: Callable[[], object], wait_s: float = 0.0) -> None:
+        """Have something done on every machine that is up. What becomes of it is not asked."""
+        asked = [
+            _do.options(scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False)).remote(do)
+            for name in self._nodes
+        ]
+        if asked and wait_s:
+            ray.wait(asked, num_returns=len(asked), timeout=wait_s)
+
     def refuse_unshared(self, folder: Path, wait: bool = False) -> None:
         """InputError where a machine does not see what this process writes into `folder`. Each is asked once, and its
         answer heeded by a later call, unless this one is to `wait`."""
@@ -88,6 +98,11 @@ class Machines:
                 f"--output {folder}: {listed} cannot see what is written there; name a folder on a file system that "
                 "all machines of the cluster share"
             )
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _do(do: Callable[[], object]) -> None:
+    do()
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -315,7 +315,7 @@ class RayExecutor:
         elif isinstance(cause, MemoryError):
             self._short_of_memory(call)
         elif is_disk_full(cause):
-            self._disk_full(call)
+            self._disk_full(call, cause)
         elif isinstance(cause, NetworkFailed):
             if call.network and not call.network.gone:
                 self._crew.let_go(call.network)
@@ -404,9 +404,9 @@ class RayExecutor:
         else:
             self._again(call)
 
-    def _disk_full(self, call: _Call) -> None:
+    def _disk_full(self, call: _Call, error: Exception | None = None) -> None:
         if call.slide and not call.slide.ended:
-            self.books.room.ran_out(call.slide.slide_id)
+            self.books.room.ran_out(call.slide.slide_id, error)
             self._again(call)
 
     def _short_of_memory(self, call: _Call) -> None:

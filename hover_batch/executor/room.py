@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from hover_batch.errors import DISK_FULL
+from hover_batch.errors import DISK_FULL, ScratchFull
 
 ROOM_BYTES = 64 << 20
 """What must be free before a run goes on: some shards of units, and the tables of a slide."""
@@ -37,16 +37,17 @@ class Room:
         self._wait = ASK_EVERY_S
         self._back_at = -MAX_WAIT_S
 
-    def ran_out(self, where: str) -> None:
-        """A write failed for want of space, in the work on `where`."""
+    def ran_out(self, where: str, error: BaseException | None = None) -> None:
+        """A write failed for want of space, in the work on `where`; `error` tells where that was not in `folder`."""
         if self._full:
             return
         again = time.monotonic() - self._back_at < self._wait + ASK_EVERY_S
         self._wait = min(2 * self._wait, MAX_WAIT_S) if again else ASK_EVERY_S
         self._full, self._ask_at = True, time.monotonic() + self._wait
         self._log("disk_full", slide_id=where)
+        folder = error.filename if isinstance(error, ScratchFull) else self.folder
         self._say(
-            f"no space left on disk at {where}: waiting for room in {self.folder}. Free some and the run goes on by "
+            f"no space left on disk at {where}: waiting for room in {folder}. Free some and the run goes on by "
             "itself; Ctrl-C ends it, and the same command goes on later"
         )
 

@@ -8,7 +8,7 @@ SlideInfo from here too, so that a dry run and a run cannot disagree.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ class Header:
 
 def peek(record: SlideRecord) -> SlideInfo:
     """Read headers only. InputError where the pixel size is unknown, SlideError where the file cannot be read."""
-    return describe(record, read_header(record.path, kind_of(record.path)))
+    return describe(record, read_header(record.file, kind_of(record.file)))
 
 
 def describe(record: SlideRecord, header: Header) -> SlideInfo:
@@ -89,8 +89,8 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
                 f"{record.slide_id}: mpp {_text(record.mpp)} of the cohort is {off:.0%} off the file's "
                 f"{_text(header.mpp)}; the cohort's is used"
             )
-    with slide_errors(record.path):
-        print_ = fingerprint(record.path, record.mpp)
+    with slide_errors(record.file):
+        print_ = fingerprint(record.file, record.mpp)
     level0 = header.levels[0]
     return SlideInfo(
         level0=level0,
@@ -158,15 +158,31 @@ def slide_errors(path: Path) -> Iterator[None]:
 def fingerprint(path: Path, mpp: Mpp | None) -> str:
     """sha256 (hex) that names a slide's content wherever it lies: size, head, middle and tail (1 MiB each) of its
     files, and the pixel size that the cohort gives, if it does. Neither path nor host nor time enters."""
+
+    def parts(file: Path) -> ReadParts:
+        def read(ranges: list[tuple[int, int]]) -> Iterator[bytes]:
+            with file.open("rb") as stream:
+                for start, stop in ranges:
+                    stream.seek(start)
+                    yield stream.read(stop - start)
+
+        return read
+
+    return fingerprint_of(((file.stat().st_size, parts(file)) for file in _files(path)), mpp)
+
+
+ReadParts = Callable[[list[tuple[int, int]]], Iterable[bytes]]
+"""Ranges of a file, [start, stop) in bytes → their bytes."""
+
+
+def fingerprint_of(files: Iterable[tuple[int, ReadParts]], mpp: Mpp | None) -> str:
+    """`fingerprint` of files wherever they lie: the size of each in bytes, and how parts of it are read."""
     digest = hashlib.sha256()
-    for file in _files(path):
-        size = file.stat().st_size
+    for size, read in files:
         digest.update(size.to_bytes(8, "little"))
         last = max(0, size - _FINGERPRINT_BLOCK)
-        with file.open("rb") as stream:
-            for start in sorted({0, last // 2, last}):
-                stream.seek(start)
-                digest.update(stream.read(_FINGERPRINT_BLOCK))
+        for part in read([(start, min(start + _FINGERPRINT_BLOCK, size)) for start in sorted({0, last // 2, last})]):
+            digest.update(part)
     digest.update(f"mpp {mpp.x!r} {mpp.y!r}".encode() if mpp is not None else b"mpp of the file")
     return digest.hexdigest()
 

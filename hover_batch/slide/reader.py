@@ -56,10 +56,10 @@ class SlideReader(Protocol):
 
 def open_slide(record: SlideRecord) -> SlideReader:
     """Open for reading. InputError where the pixel size is unknown, SlideError where the file cannot be read."""
-    kind = kind_of(record.path)
-    info = describe(record, read_header(record.path, kind))
-    with slide_errors(record.path):
-        return GridReader(info, open_source(record.path, kind), record.path)
+    kind = kind_of(record.file)
+    info = describe(record, read_header(record.file, kind))
+    with slide_errors(record.file):
+        return GridReader(info, open_source(record.file, kind), record.file)
 
 
 class GridReader:

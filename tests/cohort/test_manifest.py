@@ -325,3 +325,22 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
         pytest.skip("this file system takes only UTF-8 names")
     texts = [fault.message for fault in read_cohort(tmp_path).faults]
     assert "rename it" in texts[0] and "for example Praparat" not in texts[0]
+
+
+def test_paths_may_be_urls(tmp_path: Path) -> None:
+    """A file: URL is a file; a chained one is a fault; what may be secret is not shown."""
+    (tmp_path / "c.svs").touch()
+    (tmp_path / "cohort.csv").write_text(
+        f"path\ns3://bucket/x/a.svs\ns3://bucket/scan.1/\nfile://{tmp_path}/c.svs\n"
+        "https://me:word@host/b.svs?key=word\nzip://me:word@d.svs::s3://bucket/x.zip\ns3://bucket/x/a.svs\n"
+    )
+    cohort = read_cohort(tmp_path / "cohort.csv")
+    assert [(r.slide_id, str(r.path)) for r in cohort.records] == [
+        ("a", "s3://bucket/x/a.svs"),
+        ("scan.1", "s3://bucket/scan.1/"),
+        ("c", f"{tmp_path}/c.svs"),
+        ("b", "https://host/b.svs"),
+    ]
+    assert [fault.row for fault in cohort.faults] == [6, 7]
+    assert "word" not in str(cohort)
+    assert "chained" in cohort.faults[0].message and "x-a" in cohort.faults[1].message

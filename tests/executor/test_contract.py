@@ -183,8 +183,8 @@ def test_a_full_disk_is_waited_for(
                     file.truncate(max(0, file.tell()))
             os.truncate(ballast, max(0, ballast.stat().st_size - left))
 
-    def clear(this: room.Room, where: str) -> None:
-        ran_out(this, where)
+    def clear(this: room.Room, where: str, error: BaseException | None = None) -> None:
+        ran_out(this, where, error)
         waited.append(where)
         ballast.write_bytes(b"")
 

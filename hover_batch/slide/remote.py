@@ -1,0 +1,125 @@
+"""A slide in storage that fsspec reaches (S3, GCS, Azure, HTTP …): its files, their sizes, and the fingerprint of their
+bytes, which is that of the same bytes on disk.
+
+Credentials are what the storage's own library finds in the environment. What is said of a URL leaves out what in it may
+be secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from hover_batch.cohort.record import Url
+from hover_batch.errors import DISK_FULL, HoverBatchError, InputError, SlideError
+from hover_batch.geometry import Mpp
+from hover_batch.slide.headers import ReadParts, fingerprint_of
+
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
+"""What botocore raises, by name: it need not be installed."""
+
+
+@dataclass(frozen=True)
+class RemoteInfo:
+    """What is known of a slide before it is copied. `size`: bytes of all its files; `fingerprint`: as
+    `hover_batch.slide.headers.fingerprint` of a copy."""
+
+    size: int
+    fingerprint: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a slide. `key`: its name in the storage; `name`: beside or below the slide's own."""
+
+    key: str
+    name: PurePosixPath
+    size: int
+
+
+def require_packages(urls: Iterable[Url]) -> None:
+    """InputError where the package that reaches one of these storages is missing, naming what to install."""
+    import fsspec
+
+    for protocol in sorted({url.protocol for url in urls}):
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except ImportError as error:
+            s3 = protocol in ("s3", "s3a")
+            remedy = "pip install 'hover-batch[s3]'" if s3 else "install it beside hover-batch"
+            raise InputError(f"slides at {protocol}://…: a package is missing ({error}); {remedy}") from error
+        except ValueError as error:
+            raise InputError(f"slides at {protocol}://…: fsspec knows no such storage") from error
+
+
+def ask(url: Url, mpp: Mpp | None) -> RemoteInfo:
+    """A few requests, and 3 MiB of each file. InputError where it is not there or may not be read, SlideError where the
+    storage cannot be reached or serves no parts of files."""
+    with storage_errors(url):
+        storage, files = files_of(url)
+        parts = ((file.size, _parts(url, storage, file)) for file in files)
+        return RemoteInfo(sum(file.size for file in files), fingerprint_of(parts, mpp))
+
+
+def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
+    """The file system, and the slide's files in the order of `headers.fingerprint`. Raises what fsspec raises."""
+    import fsspec
+
+    storage, path = fsspec.url_to_fs(url.text)
+    storage.invalidate_cache()
+    path = path.rstrip("/")
+    held = storage.info(path)
+    if held["type"] == "directory":
+        return storage, _inside(storage, path, url.name)
+    if held.get("size") is None:
+        raise SlideError(f"{url}: its storage does not tell its size")
+    files = [RemoteFile(path, PurePosixPath(url.name), held["size"])]
+    if url.name.lower().endswith(".mrxs"):
+        files += _inside(storage, path[: -len(".mrxs")], url.stem)
+    return storage, files
+
+
+def _inside(storage: Any, folder: str, name: str) -> list[RemoteFile]:
+    found = {
+        PurePosixPath(name) / PurePosixPath(key).relative_to(folder): held
+        for key, held in storage.find(folder, detail=True).items()
+    }
+    return [RemoteFile(held["name"], path, held["size"]) for path, held in sorted(found.items())]
+
+
+def _parts(url: Url, storage: Any, file: RemoteFile) -> ReadParts:
+    def read(ranges: list[tuple[int, int]]) -> list[bytes]:
+        wanted = [(start, stop) for start, stop in ranges if start < stop]
+        starts, stops = [start for start, _ in wanted], [stop for _, stop in wanted]
+        parts: list[bytes] = storage.cat_ranges([file.key] * len(wanted), starts, stops, on_error="raise")
+        if [len(part) for part in parts] != [stop - start for start, stop in wanted]:
+            raise SlideError(f"{url}: its storage does not serve parts of files; copy it to disk yourself")
+        return parts
+
+    return read
+
+
+@contextmanager
+def storage_errors(url: Url) -> Iterator[None]:
+    """Turn what the storage's library raises into one line. A full disk passes through."""
+    try:
+        yield
+    except HoverBatchError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{url}: no such file in that storage") from error
+    except Exception as error:  # each library has its own
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        reason = url.without_secrets(" ".join(str(error).split())) or type(error).__name__
+        denied = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
+        if denied or type(error).__name__ in _NO_CREDENTIALS:
+            raise InputError(
+                f"{url}: may not be read ({reason}); give credentials by the environment, for S3 AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, a profile or the machine's role"
+            ) from error
+        raise SlideError(f"{url}: cannot be had: {reason}") from error

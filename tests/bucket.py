@@ -1,0 +1,119 @@
+"""S3 on loopback: moto's server, and a line to it that breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import socketserver
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+SECRET, KEY_ID = "planted-secret-key", "planted-key-id"
+
+
+@contextlib.contextmanager
+def s3_server(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[str]:
+    """HOST:PORT. The environment tells it, and the credentials, as a user's would."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        settings = {
+            "AWS_ACCESS_KEY_ID": KEY_ID,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": str(home / "none"),
+            "AWS_SHARED_CREDENTIALS_FILE": str(home / "none"),
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        address = f"{host}:{port}"
+        use(monkeypatch, address)
+        reset(address)
+        yield address
+    finally:
+        server.stop()
+        fsspec.filesystem("s3").clear_instance_cache()
+
+
+def use(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """Reach S3 there from now on."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+def reset(address: str) -> None:
+    """Empty all buckets, which moto keeps as long as the process lives."""
+    _post(address, "reset", b"")
+
+
+def deny(address: str) -> None:
+    """From the next request on, ask for credentials that this server gave out."""
+    _post(address, "reset-auth", b"0")
+
+
+def let_in(address: str) -> None:
+    _post(address, "reset-auth", b"1000000")
+
+
+def _post(address: str, name: str, body: bytes) -> None:
+    # As a text: of a form, moto sees no body.
+    url, headers = f"http://{address}/moto-api/{name}", {"Content-Type": "text/plain"}
+    request = urllib.request.Request(url, data=body, headers=headers, method="POST")
+    urllib.request.urlopen(request).close()
+
+
+def put(bucket: str, files: dict[str, bytes]) -> None:
+    """These objects in the bucket, which is made."""
+    storage = fsspec.filesystem("s3")
+    if not storage.exists(bucket):
+        storage.mkdir(bucket)
+    for name, content in files.items():
+        storage.pipe_file(f"{bucket}/{name}", content)
+
+
+@contextlib.contextmanager
+def breaking_line(address: str, times: int, after: int) -> Iterator[tuple[str, list[int]]]:
+    """HOST:PORT of a proxy, and the lengths at which it broke: so many answers that are longer than `after` bytes."""
+    host, _, port = address.rpartition(":")
+    broke: list[int] = []
+
+    class Line(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection((host, int(port))) as there:
+                back = threading.Thread(target=self.pass_on, args=(self.request, there, False))
+                back.start()
+                self.pass_on(there, self.request, True)
+                back.join()
+
+        def pass_on(self, source: socket.socket, target: socket.socket, may_break: bool) -> None:
+            passed = 0
+            with contextlib.suppress(OSError):
+                while content := source.recv(1 << 16):
+                    passed += len(content)
+                    if may_break and passed > after and len(broke) < times:
+                        broke.append(passed)
+                        break
+                    target.sendall(content)
+            for end in (source, target):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    class Lines(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Lines(("127.0.0.1", 0), Line) as proxy:
+        serving = threading.Thread(target=proxy.serve_forever, args=(0.05,))
+        serving.start()
+        try:
+            yield f"127.0.0.1:{proxy.server_address[1]}", broke
+        finally:
+            proxy.shutdown()
+            serving.join()
