@@ -52,10 +52,10 @@ def report_run(folder: Path, output: Path | None, tell: Tell) -> Path:
         pages = Pages(path, number_done, title)
         to_run = pages.to_front if path.absolute().parent == layout.root else None
         for index, row in enumerate(rows):
-            if row.state == "done" and row.row is not None:
+            if row.state == "done":
                 tell(f"[{len(found.done) + 1}/{number_done}] {row.slide_id}")
                 rows[index] = row = replace(row, page=pages.next_page)
-                looked = look_at(layout.slide(row.slide_id), row, records[row.row], to_run)
+                looked = look_at(layout.slide(row.slide_id), row, records[row.slide_id], to_run)
                 found.add(row, looked.table, looked.measured)
                 pages.add(looked.detail)
         pages.close(_report(stands, rows, found, title))
@@ -89,25 +89,25 @@ class _Found:
         return self.tables[0].taxonomy.nuclei if self.tables else ()
 
 
-def _records(layout: RunLayout) -> dict[int, SlideRecord]:
-    """The cohort's slides by row; empty where no run has listed them yet."""
+def _records(layout: RunLayout) -> dict[str, SlideRecord]:
+    """The cohort's slides by their ids; empty where no run has listed them yet."""
     if read_slides(layout) is None:
         return {}
     try:
-        return {record.row: record for record in read_records(layout.slides_csv)}
+        return {record.slide_id: record for record in read_records(layout.slides_csv)}
     except (LookupError, ValueError) as error:
         raise InputError(f"{layout.slides_csv}: was changed by hand; segment writes it anew on resuming") from error
 
 
-def _rows(stands: Status, records: Mapping[int, SlideRecord]) -> list[SlideRow]:
+def _rows(stands: Status, records: Mapping[str, SlideRecord]) -> list[SlideRow]:
     """Every row of the cohort in order, those among them that never became a slide."""
     failures = {failure.row: failure for failure in stands.failures}
     open_slides = {slide.slide_id: slide for slide in stands.open}
     rows = []
-    for number, record in records.items():
+    for record in records.values():
         slide = stands.layout.slide(record.slide_id)
-        row = SlideRow(record.slide_id, number, "pending", patient_id=record.patient_id, group=record.group)
-        if failure := failures.pop(number, None):
+        row = SlideRow(record.slide_id, record.row, "pending", patient_id=record.patient_id, group=record.group)
+        if failure := failures.pop(record.row, None):
             row = replace(row, state="failed", note=_reason(failure.stage, failure.reason))
         elif begun := open_slides.get(record.slide_id):
             row = replace(row, state="begun" if stands.going_on is False else "under way", note=begun.line())

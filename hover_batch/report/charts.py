@@ -61,7 +61,10 @@ def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[Nuc
             curves.append(Curve(kind, " ".join(f"{a:.1f},{b:.1f}" for a, b in steps)))
     values = np.linspace(measure.low, measure.high, 5)
     ticks = {float(x): f"{value:.4g}" for x, value in zip(np.linspace(0, WIDTH, 5), values, strict=True)}
-    if measure.high > 1:  # a size: the outermost bin holds all that is larger
+    # Shares end at 0 and 1; elsewhere the outer bins hold what lies beyond.
+    if measure.low > 0:
+        ticks[0.0] = f"≤ {measure.low:.4g}"
+    if measure.high > 1:
         ticks[float(WIDTH)] = f"≥ {measure.high:.4g}"
     return Histogram(measure.label, curves, top, ticks)
 

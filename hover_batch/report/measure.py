@@ -14,7 +14,7 @@ from hover_batch.geometry import Mpp, Size
 
 CELLS = 96
 """Of a grid's longer side, at most."""
-MIN_CELL_UM = 32.0
+MIN_CELL_UM = 50.0
 """Side of a cell, at least: in smaller ones a nucleus more or less is all there is to see."""
 
 
@@ -64,7 +64,7 @@ class Cells:
 
 @dataclass(frozen=True)
 class Measured:
-    """`histograms`: column → (class, bin) nuclei; `counts`: (class, row, column) nuclei in each cell of `cells`; classes
+    """`histograms`: column → (class, bin) nuclei; `counts`: (class, row, column) nuclei in each of the `cells`; classes
     by their ids, the background first. `chosen`: (k, 2) centroids x, y, in level-0 pixels, of nuclei drawn at random.
     """
 

@@ -16,18 +16,17 @@ from hover_batch.report.measure import Measured
 from hover_batch.slide.tissue import TissueMask
 from hover_batch.taxonomy import NucleusClass
 
-_QUALITY = 82
+_QUALITY = 75
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """A class's density, None meaning all classes; `top` is what the brightest colour stands for, `highest` the densest
-    cell, both nuclei per mm²."""
+    """A class's density, None meaning all classes. The brightest colour stands for `top` nuclei per mm² and more;
+    None where there are none."""
 
     kind: NucleusClass | None
     picture: str
-    top: float
-    highest: float
+    top: float | None
 
 
 def heatmaps(measured: Measured, classes: Sequence[NucleusClass], tissue: TissueMask | None) -> list[Heatmap]:
@@ -41,11 +40,13 @@ def heatmaps(measured: Measured, classes: Sequence[NucleusClass], tissue: Tissue
 
 
 def _heatmap(kind: NucleusClass | None, density: NDArray[np.float64], shown: NDArray[np.bool_]) -> Heatmap:
-    top = nice_ceiling(float(density.max(initial=0)))
-    grey = np.rint(np.minimum(density / top, 1) * 255).astype(np.uint8)
+    taken = density[density > 0]
+    # A single crowded cell, or one that the canvas cuts to a sliver, would leave all others dark.
+    top = nice_ceiling(float(np.quantile(taken, 0.99))) if taken.size else None
+    grey = np.rint(np.minimum(density / (top or 1), 1) * 255).astype(np.uint8)
     bgr = cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)
     alpha = np.where(shown | (density > 0), 255, 0).astype(np.uint8)
-    return Heatmap(kind, data_uri(np.dstack([bgr, alpha]), ".png"), top, float(density.max(initial=0)))
+    return Heatmap(kind, data_uri(np.dstack([bgr, alpha]), ".png"), top)
 
 
 def _on_tissue(mask: TissueMask, shape: tuple[int, int], side: float) -> NDArray[np.bool_]:

@@ -22,8 +22,8 @@ from hover_batch.slide.tissue import TissueMask
 CROPS = 4
 CROP_UM = 64.0
 """Side of a crop: some ten nuclei across, and 256 pixels at 40×."""
-_THUMBNAIL, _OVERLAY = 460, 720
-"""Longer sides in pixels of a run's own pictures in the report: more than a page shows, for screens of fine pixels."""
+_THUMBNAIL, _OVERLAY = 320, 480
+"""Longer sides in pixels of a run's own pictures in the report: what a page shows, so that many slides fit into one."""
 
 
 @dataclass(frozen=True)
