@@ -57,7 +57,7 @@ def write_run(
     pending: Sequence[str] = (),
     group: str = "a",
 ) -> RunLayout:
-    """A run of the picture `image` (y, x) at 0.25 µm a pixel, under the slide_ids `done`, each with a random share of the
+    """A run of the picture `image` at 0.25 µm a pixel, under the slide_ids `done`, each with a random share of the
     annotated nuclei; of `failed` rows with their reasons, which may be no ids; and of slides `pending`, not begun."""
     layout = RunLayout(out)
     layout.slides.mkdir(parents=True)
@@ -78,7 +78,18 @@ def write_run(
     log.close()
     with layout.slides_csv.open("w", newline="") as file:
         writer = csv.writer(file)
-        names = ("path", "slide_id", "mpp", "magnification", "mask_path", "patient_id", "group", "site", "row", "status")
+        names = (
+            "path",
+            "slide_id",
+            "mpp",
+            "magnification",
+            "mask_path",
+            "patient_id",
+            "group",
+            "site",
+            "row",
+            "status",
+        )
         writer.writerow(names)
         for row, slide_id in enumerate([*done, *pending], start=2):
             writer.writerow([image, slide_id, MPP.x, "", "", f"P{row // 2}", group, "north", row, "pending"])

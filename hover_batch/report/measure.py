@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.export.read import NucleiTable
-from hover_batch.geometry import Mpp, Size
+from hover_batch.geometry import Grid, Mpp, Size
 
 CELLS = 96
 """Of a grid's longer side, at most."""
@@ -38,28 +39,42 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Cells:
-    """Square cells over a canvas in level-0 pixels, from its upper left corner; the last ones are cut by it."""
+    """Square cells of `side` level-0 pixels over a canvas from its upper left corner; the last ones are cut by it."""
 
     canvas: Size
     mpp: Mpp
-    side: float
+    side: int
 
     @classmethod
     def over(cls, canvas: Size, mpp: Mpp) -> Cells:
-        return cls(canvas, mpp, max(max(canvas.width, canvas.height) / CELLS, MIN_CELL_UM / mpp.x))
+        side = max(max(canvas.width, canvas.height) / CELLS, MIN_CELL_UM / mpp.x)
+        return cls(canvas, mpp, math.ceil(side))
+
+    @property
+    def spans(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """[start, stop) of every column and of every row."""
+        wide, high = (
+            [(start, min(start + self.side, extent)) for start in range(0, extent, self.side)]
+            for extent in (self.canvas.width, self.canvas.height)
+        )
+        return wide, high
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows, columns."""
-        return int(np.ceil(self.canvas.height / self.side)), int(np.ceil(self.canvas.width / self.side))
+        columns, rows = self.spans
+        return len(rows), len(columns)
 
     @property
     def mm2(self) -> NDArray[np.float64]:
         """(rows, columns): area of each cell inside the canvas."""
-        rows, columns = self.shape
-        high = np.diff(np.minimum(np.arange(rows + 1) * self.side, self.canvas.height)) * self.mpp.y
-        wide = np.diff(np.minimum(np.arange(columns + 1) * self.side, self.canvas.width)) * self.mpp.x
-        return np.outer(high, wide) / 1e6
+        wide, high = (np.array([stop - start for start, stop in spans]) for spans in self.spans)
+        return np.outer(high * self.mpp.y, wide * self.mpp.x) / 1e6
+
+    @property
+    def grid(self) -> Grid:
+        """Of level-0 pixels."""
+        return Grid(self.canvas, 1.0, 1.0, self.mpp, self.canvas)
 
 
 @dataclass(frozen=True)
@@ -95,8 +110,8 @@ def measure(table: NucleiTable, choose: int) -> Measured:
             bin = np.clip((share * m.bins).astype(np.int64), 0, m.bins - 1)
             histograms[m.column] += np.bincount(kind * m.bins + bin, minlength=classes * m.bins)
         x, y = values["centroid_x"], values["centroid_y"]
-        column = np.clip((x / cells.side).astype(np.int64), 0, columns - 1)
-        row = np.clip((y / cells.side).astype(np.int64), 0, rows - 1)
+        column = np.clip((x // cells.side).astype(np.int64), 0, columns - 1)
+        row = np.clip((y // cells.side).astype(np.int64), 0, rows - 1)
         counts += np.bincount((kind * rows + row) * columns + column, minlength=len(counts))
         here = picks[(picks >= start) & (picks < start + len(kind))] - start
         chosen.append(np.stack([x[here], y[here]], axis=1))

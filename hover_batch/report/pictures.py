@@ -32,7 +32,7 @@ class Heatmap:
 def heatmaps(measured: Measured, classes: Sequence[NucleusClass], tissue: TissueMask | None) -> list[Heatmap]:
     """One of all classes and one of each. Cells without tissue and without nuclei are transparent."""
     cells, mm2 = measured.cells, measured.cells.mm2
-    shown = np.ones(cells.shape, bool) if tissue is None else _on_tissue(tissue, cells.shape, cells.side)
+    shown = np.ones(cells.shape, bool) if tissue is None else tissue.meets_product(*cells.spans, cells.grid)
     return [
         _heatmap(kind, (measured.counts[kind.id] if kind else measured.counts.sum(axis=0)) / mm2, shown)
         for kind in (None, *classes)
@@ -47,20 +47,6 @@ def _heatmap(kind: NucleusClass | None, density: NDArray[np.float64], shown: NDA
     bgr = cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)
     alpha = np.where(shown | (density > 0), 255, 0).astype(np.uint8)
     return Heatmap(kind, data_uri(np.dstack([bgr, alpha]), ".png"), top)
-
-
-def _on_tissue(mask: TissueMask, shape: tuple[int, int], side: float) -> NDArray[np.bool_]:
-    """(rows, columns): has a cell of `side` level-0 pixels any tissue?"""
-    x, y = mask.level0_per_pixel
-    row, column = np.nonzero(mask.array)
-    on = np.zeros(shape, bool)
-    on[
-        np.minimum((row + 0.5) * y / side, shape[0] - 1).astype(int),
-        np.minimum((column + 0.5) * x / side, shape[1] - 1).astype(int),
-    ] = True
-    # A mask coarser than the cells leaves gaps between its pixels' centres.
-    reach = [max(1, int(np.ceil(v / side)) | 1) for v in (x, y)]
-    return cv2.morphologyEx(on.astype(np.uint8), cv2.MORPH_CLOSE, np.ones(reach[::-1], np.uint8)).astype(bool)
 
 
 def smaller(path: Path, max_side: int) -> str | None:

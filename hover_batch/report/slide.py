@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import HoverBatchError, SlideError
 from hover_batch.export.pictures import View, contoured
 from hover_batch.export.read import NucleiTable
-from hover_batch.geometry import Box, Grid
+from hover_batch.geometry import Box
 from hover_batch.report.content import Crop, SlideDetail, SlideRow
 from hover_batch.report.measure import Measured, measure
 from hover_batch.report.pictures import data_uri, heatmaps, smaller
@@ -48,7 +45,7 @@ def look_at(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str
     crops: list[Crop] = []
     if table is not None and measured is not None and len(measured.chosen):
         try:
-            crops = _crops(layout, record, table, measured.chosen)
+            crops = _crops(layout, record, table, measured)
         except (HoverBatchError, OSError) as error:
             missing.append(f"No crops, since the slide is not at hand: {error}")
     pictures = {
@@ -80,8 +77,8 @@ def _tissue(layout: SlideLayout) -> TissueMask | None:
         return None
 
 
-def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, centres: NDArray[np.float64]) -> list[Crop]:
-    """Fields round `centres` (k, 2), level-0 pixels, inside the canvas. SlideError where the slide is not the one that
+def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, measured: Measured) -> list[Crop]:
+    """Fields round the nuclei that were chosen, inside the canvas. SlideError where the slide is not the one that
     was segmented, or cannot be read."""
     if not record.path.exists():  # before the reader, whose import takes many seconds
         raise SlideError(f"{record.path} is not there")
@@ -91,16 +88,15 @@ def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, centres
     with open_slide(record) as reader:
         if reader.info.fingerprint != read_info(layout.survey_json).fingerprint:
             raise SlideError(f"{record.path} is another file than was segmented")
-        canvas = table.level0
-        grid = Grid(canvas, 1.0, 1.0, table.mpp, canvas)
+        canvas, cells = table.level0, measured.cells
         width, height = (
             min(round(CROP_UM / mpp), extent)
             for mpp, extent in ((table.mpp.x, canvas.width), (table.mpp.y, canvas.height))
         )
-        for x, y in centres:
+        for x, y in measured.chosen:
             x0 = int(min(max(0, x - width / 2), canvas.width - width))
             y0 = int(min(max(0, y - height / 2), canvas.height - height))
-            view = View(reader.read(Box(x0, y0, x0 + width, y0 + height), grid), x0, y0, 1.0, 1.0)
+            view = View(reader.read(Box(x0, y0, x0 + width, y0 + height), cells.grid), x0, y0, 1.0, 1.0)
             image, counts = contoured(view, layout.nuclei_parquet, table.taxonomy)
             picture = data_uri(image[:, :, ::-1], ".jpg")
             crops.append(Crop(picture, x0, y0, width * table.mpp.x, int(counts.sum())))
