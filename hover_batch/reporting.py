@@ -111,9 +111,8 @@ def _rows(stands: Status, records: Mapping[str, SlideRecord]) -> list[SlideRow]:
             row = replace(row, state="failed", note=_reason(failure.stage, failure.reason))
         elif begun := open_slides.get(record.slide_id):
             row = replace(row, state="begun" if stands.going_on is False else "under way", note=begun.line())
-        elif nuclei_if_done(slide) is not None:
-            held = read_json(slide.slide_json) or {}
-            row = replace(row, state="done", summary=held.get("summary", {}), warnings=held.get("warnings", ()))
+        elif nuclei_if_done(slide) is not None and "summary" in (held := read_json(slide.slide_json) or {}):
+            row = replace(row, state="done", summary=held["summary"], warnings=held.get("warnings", ()))
         rows.append(row)
     rows += [
         SlideRow(failure.slide_id, failure.row, "left out", _reason(failure.stage, failure.reason))

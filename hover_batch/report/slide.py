@@ -93,9 +93,14 @@ def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, measure
             min(round(CROP_UM / mpp), extent)
             for mpp, extent in ((table.mpp.x, canvas.width), (table.mpp.y, canvas.height))
         )
-        for x, y in measured.chosen:
-            x0 = int(min(max(0, x - width / 2), canvas.width - width))
-            y0 = int(min(max(0, y - height / 2), canvas.height - height))
+        places = {
+            (
+                int(min(max(0, x - width / 2), canvas.width - width)),
+                int(min(max(0, y - height / 2), canvas.height - height)),
+            )
+            for x, y in measured.chosen
+        }
+        for x0, y0 in sorted(places):
             view = View(reader.read(Box(x0, y0, x0 + width, y0 + height), cells.grid), x0, y0, 1.0, 1.0)
             image, counts = contoured(view, layout.nuclei_parquet, table.taxonomy)
             picture = data_uri(image[:, :, ::-1], ".jpg")
