@@ -195,7 +195,7 @@ def _missing(stands: Status, rows: Sequence[SlideRow], found: _Found) -> list[st
         )
     if bad := len(found.done) - len(found.good):
         missing.append(
-            f"The tables of {bad:,} finished slides cannot be read, and are not counted; see their pictures."
+            f"Tables that cannot be read, and are not counted: {bad:,}. The pictures of these slides say why."
         )
     return missing
 

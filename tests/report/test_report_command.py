@@ -176,7 +176,7 @@ def test_a_harmed_table_is_said_and_not_counted(tmp_path: Path, field: Field) ->
     layout.slide("a").overlay_jpg.write_bytes(b"no JPEG")
     text = shown(layout).text
     nuclei = json.loads(layout.slide("a").slide_json.read_text())["nuclei"]
-    assert f"{nuclei} nuclei" in text and "The tables of 1 finished slides cannot be read" in text
+    assert f"{nuclei} nuclei" in text and "Tables that cannot be read, and are not counted: 1." in text
     assert "is no table of nuclei that can be read" in text and "Not there: overlay.jpg." in text
 
 
