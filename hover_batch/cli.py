@@ -395,6 +395,24 @@ def export(
     raise typer.Exit(exported.exit_code)
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run: what segment was given as --output.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write.", show_default="OUT/report.html")
+    ] = None,
+) -> None:
+    """Write an HTML report of a run's cohort, finished or not, and print its name. It opens in any browser, offline.
+
+    Of more than 200 slides, the pictures are on pages beside it.
+
+    hover-batch report out/
+    """
+    from hover_batch.reporting import report_run
+
+    typer.echo(report_run(run, output, lambda line: typer.echo(line, err=True)))
+
+
 def _example(output: Path) -> Path:
     from hover_batch.cohort.layout import RunLayout
     from hover_batch.cohort.ledger import Ledger

@@ -41,13 +41,13 @@ class KeptRun:
     def open(cls, folder: Path) -> Self:
         """InputError where the folder is no run's, or none of its slides can be used."""
         layout = RunLayout(folder)
-        run = _json(layout.run_json)
+        run = read_json(layout.run_json)
         if run is None or run.get("format") != RUN_FORMAT:
             raise InputError(f"--from {folder}: is no folder of a run; name what segment was given as --output")
         try:
             held = tomllib.loads(layout.settings_toml.read_text(encoding="utf-8"))
             settings = Settings.from_dict({k: held[k] for k in ("model", "tissue", "infer", "post") if k in held})
-            records = _records(layout.slides_csv)
+            records = read_records(layout.slides_csv)
         except (OSError, LookupError, ValueError, InputError) as error:
             raise InputError(f"--from {folder}: its settings.toml or slides.csv cannot be read ({error})") from error
         slides: list[PlannedSlide] = []
@@ -86,7 +86,7 @@ class KeptRun:
         here, there = output.resolve(), self.layout.root.resolve()
         if here == there or there in here.parents:
             raise InputError(f"--output {output}: lies in the run that --from names, which is only read; name another")
-        held_run = _json(RunLayout(output).run_json)
+        held_run = read_json(RunLayout(output).run_json)
         if held_run is not None and held_run.get("cohort") != str(self.layout.root) and not force:
             raise InputError(
                 f"--output {output}: holds a run of {held_run.get('cohort')}, not new tables of {self.layout.root}; "
@@ -97,10 +97,10 @@ class KeptRun:
 def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple[PlannedSlide, Card]:
     """One slide and the card of the model that predicted it. SlideError where its predictions cannot be used."""
     slide = layout.slide(record.slide_id)
-    done = _json(slide.slide_json)
+    done = read_json(slide.slide_json)
     if done is None or "run_key" not in done:
         raise SlideError(f"is not done in {layout.root}; finish it there by that run's own command")
-    store = _json(slide.predictions_zarr / "zarr.json")
+    store = read_json(slide.predictions_zarr / "zarr.json")
     if store is None:
         raise SlideError(
             f"{slide.predictions_zarr}: is not there or harmed; stores are kept by runs without --discard-predictions, "
@@ -119,7 +119,7 @@ def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple
     return PlannedSlide(record, info, grid, tiles, Kept(slide, done["run_key"])), card
 
 
-def _records(slides_csv: Path) -> tuple[SlideRecord, ...]:
+def read_records(slides_csv: Path) -> tuple[SlideRecord, ...]:
     """The slides of a run, as its slides.csv has them."""
     rows = csv.DictReader(io.StringIO(slides_csv.read_bytes().decode(), newline=""))
     return tuple(
@@ -138,7 +138,7 @@ def _records(slides_csv: Path) -> tuple[SlideRecord, ...]:
     )
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None where there is none, or none that can be read."""
     try:
         held = json.loads(path.read_bytes())

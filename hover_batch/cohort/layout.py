@@ -4,6 +4,7 @@
 
     out/
       run.json  settings.toml  versions.json  slides.csv  failures.csv  summary.csv  summary.parquet
+      report.html  report-slides/  (by `report`)
       logs/events.jsonl  logs/ray.log   example/ (with --example)
       slides/<slide_id>/
         key.json            the run key that this slide's unfinished work belongs to
@@ -199,6 +200,15 @@ class RunLayout:
     @property
     def summary_parquet(self) -> Path:
         return self.root / "summary.parquet"
+
+    @property
+    def report_html(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def report_slides(self) -> Path:
+        """Pages of the report, where one would be too long."""
+        return self.root / "report-slides"
 
     @property
     def logs(self) -> Path:

@@ -253,6 +253,8 @@ class Ledger:
         for path in (
             layout.summary_csv,
             layout.summary_parquet,
+            layout.report_html,
+            layout.report_slides,
             layout.slides_csv,
             layout.failures_csv,
             layout.settings_toml,

@@ -69,6 +69,14 @@ def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> i
 
     Under the picture stands a legend with the number of nuclei of each class in it. Returns how many were drawn.
     """
+    canvas, counts = contoured(view, nuclei, taxonomy)
+    entries = [(f"{kind.name} {counts[kind.id]:,}", kind.color) for kind in taxonomy.nuclei]
+    _write_jpeg(path, np.concatenate([canvas, _legend(entries, canvas.shape[1])]))
+    return int(counts.sum())
+
+
+def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """A copy of the image of `view` with the contours in the table `nuclei`, and how many of each class, by id."""
     x0, y0, x1, y1 = view.extent
     meets = (
         (pc.field("bbox", "xmin") < x1)
@@ -85,10 +93,7 @@ def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> i
         points, ring_of_point = shapely.get_coordinates(polygons[types == kind.id], return_index=True)
         starts = np.flatnonzero(np.diff(ring_of_point)) + 1
         _draw(canvas, np.split(view.place(points), starts), kind.color, thickness=1)
-    counts = np.bincount(types, minlength=len(taxonomy.classes))
-    entries = [(f"{kind.name} {counts[kind.id]:,}", kind.color) for kind in taxonomy.nuclei]
-    _write_jpeg(path, np.concatenate([canvas, _legend(entries, canvas.shape[1])]))
-    return len(types)
+    return canvas, np.bincount(types, minlength=len(taxonomy.classes))
 
 
 def densest_field(nuclei: Path, side: int, canvas: Size) -> Box:

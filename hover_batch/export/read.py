@@ -17,7 +17,7 @@ import shapely
 from numpy.typing import NDArray
 
 from hover_batch.errors import SlideError
-from hover_batch.geometry import Box, Mpp
+from hover_batch.geometry import Box, Mpp, Size
 from hover_batch.taxonomy import Taxonomy
 
 BATCH = 10_000
@@ -29,12 +29,13 @@ _NAMESPACE = uuid.UUID("5f0c2f52-9a0b-5d0e-8f55-3c1f6f3f7c11")
 
 @dataclass(frozen=True)
 class NucleiTable:
-    """The table in the file `path`. `mpp`: of level 0. `bounds`: the scanned part of the canvas in level-0 pixels,
+    """The table in the file `path`. `level0`: the canvas; `mpp`: of it. `bounds`: its scanned part in level-0 pixels,
     where the slide names one. `schema`: of the rows."""
 
     path: Path
     slide_id: str
     taxonomy: Taxonomy
+    level0: Size
     mpp: Mpp
     bounds: Box | None
     rows: int
@@ -51,6 +52,7 @@ class NucleiTable:
                 path=path,
                 slide_id=held["slide_id"],
                 taxonomy=Taxonomy.from_json(held["taxonomy"]),
+                level0=Size(**held["level0"]),
                 mpp=Mpp(**held["mpp"]),
                 bounds=None if held["bounds"] is None else Box(**held["bounds"]),
                 rows=rows,

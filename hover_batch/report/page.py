@@ -1,0 +1,116 @@
+"""From what a report shows to its files: jinja2, everything escaped, nothing fetched.
+
+Up to SINGLE slides with pictures are one file. Of more, the pictures go to pages of PER_PAGE slides in a folder beside
+the front page, written as soon as they are full: a cohort of any size takes the memory of one page.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from hover_batch.cohort.durable import write_atomically
+from hover_batch.report.charts import HEIGHT, WIDTH
+from hover_batch.report.content import Report, SlideDetail
+
+SINGLE = 200
+PER_PAGE = 100
+
+
+class Pages:
+    """Writes the report of `slides` slides with pictures to `path` and the pages of these."""
+
+    def __init__(self, path: Path, slides: int, title: str) -> None:
+        self.path = path
+        self.folder = path.with_name(f"{path.stem}-slides")
+        self.count = 0 if slides <= SINGLE else -(-slides // PER_PAGE)
+        self._title = title
+        self._waiting: list[SlideDetail] = []
+        self._written = 0
+        self._environment = _environment()
+
+    @property
+    def next_page(self) -> str:
+        """Where the next slide's pictures will be, as the front page links to it; "" for the front page itself."""
+        return self._link(self._written) if self.count else ""
+
+    @property
+    def to_front(self) -> str:
+        """From the page with a slide's pictures to the folder of the front page, as a link has it."""
+        return "../" if self.count else ""
+
+    def add(self, detail: SlideDetail) -> None:
+        self._waiting.append(detail)
+        if self.count and len(self._waiting) == PER_PAGE:
+            self._write_page()
+
+    def close(self, report: Report) -> None:
+        """Write what waits and the front page, and remove pages of an earlier report."""
+        if self.count and self._waiting:
+            self._write_page()
+        links = [self._link(number) for number in range(self.count)]
+        self._write(self.path, "cohort.html", report=report, slides=self._waiting, pages=links)
+        pages = [self.path.parent / link for link in links]
+        if self.folder.is_dir():
+            for old in set(self.folder.glob("[0-9][0-9][0-9][0-9].html")) - set(pages):
+                old.unlink()
+            if not pages and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def _link(self, number: int) -> str:
+        return f"{self.folder.name}/{number + 1:04}.html"
+
+    def _write_page(self) -> None:
+        page = self._written + 1
+        values = {"front": self.path.name, "title": self._title, "page": page, "count": self.count}
+        self._write(self.path.parent / self._link(self._written), "slides.html", slides=self._waiting, **values)
+        self._waiting = []
+        self._written = page
+
+    def _write(self, path: Path, template: str, **values: object) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, self._environment.get_template(template).render(**values))
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hover_batch.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    ours = files("hover_batch.report") / "templates"
+    script = (ours / "table.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals |= {
+        "width": WIDTH,
+        "height": HEIGHT,
+        # Our own files: the only markup that is not escaped.
+        "style": Markup((ours / "style.css").read_text(encoding="utf-8")),
+        "script": Markup(script),
+        # The browser itself refuses whatever else there might be: any script but ours, anything from elsewhere.
+        "policy": f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+    }
+    environment.filters |= {"number": _number, "count": "{:,}".format, "percent": "{:.1%}".format, "span": _span}
+    return environment
+
+
+def _number(value: float | None) -> str:
+    """Three digits that count, thousands separated; a dash for what is not there."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _span(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

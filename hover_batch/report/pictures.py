@@ -1,0 +1,67 @@
+"""Pictures inside a page, as data URIs: heatmaps of density, smaller copies of a run's JPEGs, fields with contours."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch.report.charts import nice_ceiling
+from hover_batch.report.measure import Measured
+from hover_batch.slide.tissue import TissueMask
+from hover_batch.taxonomy import NucleusClass
+
+_QUALITY = 75
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """A class's density, None meaning all classes. The brightest colour stands for `top` nuclei per mm² and more;
+    None where there are none."""
+
+    kind: NucleusClass | None
+    picture: str
+    top: float | None
+
+
+def heatmaps(measured: Measured, classes: Sequence[NucleusClass], tissue: TissueMask | None) -> list[Heatmap]:
+    """One of all classes and one of each. Cells without tissue and without nuclei are transparent."""
+    cells, mm2 = measured.cells, measured.cells.mm2
+    shown = np.ones(cells.shape, bool) if tissue is None else tissue.meets_product(*cells.spans, cells.grid)
+    return [
+        _heatmap(kind, (measured.counts[kind.id] if kind else measured.counts.sum(axis=0)) / mm2, shown)
+        for kind in (None, *classes)
+    ]
+
+
+def _heatmap(kind: NucleusClass | None, density: NDArray[np.float64], shown: NDArray[np.bool_]) -> Heatmap:
+    taken = density[density > 0]
+    # A single crowded cell, or one that the canvas cuts to a sliver, would leave all others dark.
+    top = nice_ceiling(float(np.quantile(taken, 0.99))) if taken.size else None
+    grey = np.rint(np.minimum(density / (top or 1), 1) * 255).astype(np.uint8)
+    bgr = cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)
+    alpha = np.where(shown | (density > 0), 255, 0).astype(np.uint8)
+    return Heatmap(kind, data_uri(np.dstack([bgr, alpha]), ".png"), top)
+
+
+def smaller(path: Path, max_side: int) -> str | None:
+    """The picture in the file, its longer side at most `max_side`; None where there is none that can be read."""
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
+    if image is None:
+        return None
+    scale = max_side / max(image.shape[:2])
+    if scale < 1:
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return data_uri(np.asarray(image, np.uint8), ".jpg")
+
+
+def data_uri(image: NDArray[np.uint8], suffix: str) -> str:
+    """`image`: (y, x) BGR or BGRA, as OpenCV has it; `suffix`: .png or .jpg."""
+    _, encoded = cv2.imencode(suffix, image, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY] if suffix == ".jpg" else [])
+    kind = {".jpg": "jpeg", ".png": "png"}[suffix]
+    return f"data:image/{kind};base64,{base64.b64encode(encoded.tobytes()).decode()}"

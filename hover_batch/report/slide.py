@@ -1,0 +1,108 @@
+"""One slide's part of the report, from its folder; the crops from the slide itself, where it is at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hover_batch.cohort.layout import SlideLayout
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.errors import HoverBatchError, SlideError
+from hover_batch.export.pictures import View, contoured
+from hover_batch.export.read import NucleiTable
+from hover_batch.geometry import Box
+from hover_batch.report.content import Crop, SlideDetail, SlideRow
+from hover_batch.report.measure import Measured, measure
+from hover_batch.report.pictures import data_uri, heatmaps, smaller
+from hover_batch.slide.survey import read_info, read_tissue
+from hover_batch.slide.tissue import TissueMask
+
+CROPS = 4
+CROP_UM = 64.0
+"""Side of a crop: some ten nuclei across, and 256 pixels at 40×."""
+_THUMBNAIL, _OVERLAY = 320, 480
+"""Longer sides in pixels of a run's own pictures in the report: what a page shows, so that many slides fit into one."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """`table` and `measured`: None where the table cannot be read, as `detail` then says."""
+
+    detail: SlideDetail
+    table: NucleiTable | None
+    measured: Measured | None
+
+
+def look_at(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str | None) -> Looked:
+    """`to_run`: from the page to the run's folder, as a link has it; None where it is elsewhere."""
+    missing: list[str] = []
+    table = measured = None
+    try:
+        table = NucleiTable.open(layout.nuclei_parquet)
+        measured = measure(table, CROPS)
+    except SlideError as error:
+        missing.append(str(error))
+        table = None
+    crops: list[Crop] = []
+    if table is not None and measured is not None and len(measured.chosen):
+        try:
+            crops = _crops(layout, record, table, measured)
+        except (HoverBatchError, OSError) as error:
+            missing.append(f"No crops, since the slide is not at hand: {error}")
+    pictures = {
+        path.name: smaller(path, side)
+        for path, side in ((layout.thumbnail_jpg, _THUMBNAIL), (layout.overlay_jpg, _OVERLAY))
+    }
+    if without := [name for name, picture in pictures.items() if picture is None]:
+        missing.append(f"Not there: {', '.join(without)}.")
+    overlay = layout.overlay_jpg
+    detail = SlideDetail(
+        row=row,
+        extra=record.extra,
+        mpp=table.mpp.x if table else None,
+        thumbnail=pictures[layout.thumbnail_jpg.name],
+        overlay=pictures[overlay.name],
+        overlay_file=None if to_run is None else to_run + overlay.relative_to(layout.root).as_posix(),
+        heatmaps=heatmaps(measured, table.taxonomy.nuclei, _tissue(layout)) if table and measured else (),
+        crops=crops,
+        missing=missing,
+    )
+    return Looked(detail, table, measured)
+
+
+def _tissue(layout: SlideLayout) -> TissueMask | None:
+    """Where the run searched; None where that is not kept."""
+    try:
+        return read_tissue(layout.survey_json)
+    except (OSError, SlideError):
+        return None
+
+
+def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, measured: Measured) -> list[Crop]:
+    """Fields round the nuclei that were chosen, inside the canvas. SlideError where the slide is not the one that
+    was segmented, or cannot be read."""
+    if not record.path.exists():  # before the reader, whose import takes many seconds
+        raise SlideError(f"{record.path} is not there")
+    from hover_batch.slide.reader import open_slide
+
+    crops = []
+    with open_slide(record) as reader:
+        if reader.info.fingerprint != read_info(layout.survey_json).fingerprint:
+            raise SlideError(f"{record.path} is another file than was segmented")
+        canvas, cells = table.level0, measured.cells
+        width, height = (
+            min(round(CROP_UM / mpp), extent)
+            for mpp, extent in ((table.mpp.x, canvas.width), (table.mpp.y, canvas.height))
+        )
+        places = {
+            (
+                int(min(max(0, x - width / 2), canvas.width - width)),
+                int(min(max(0, y - height / 2), canvas.height - height)),
+            )
+            for x, y in measured.chosen
+        }
+        for x0, y0 in sorted(places):
+            view = View(reader.read(Box(x0, y0, x0 + width, y0 + height), cells.grid), x0, y0, 1.0, 1.0)
+            image, counts = contoured(view, layout.nuclei_parquet, table.taxonomy)
+            picture = data_uri(image[:, :, ::-1], ".jpg")
+            crops.append(Crop(picture, x0, y0, width * table.mpp.x, int(counts.sum())))
+    return crops

@@ -1,0 +1,229 @@
+"""`report`: what a run's files tell of its cohort, gathered for the pages that `hover_batch.report` lays out.
+
+Nothing is needed but the run's folder; only the crops are of the slides themselves. A run that is not finished is told
+of as it stands, and what is missing is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch import __version__
+from hover_batch.cohort.layout import RunLayout
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
+from hover_batch.export.read import NucleiTable
+from hover_batch.export.summary import cohort_summary
+from hover_batch.kept import read_json, read_records
+from hover_batch.model.package import find_package
+from hover_batch.report.charts import Strip, histogram, strips
+from hover_batch.report.content import Report, Share, SlideRow
+from hover_batch.report.measure import MEASURES, Measured
+from hover_batch.report.page import Pages
+from hover_batch.report.slide import look_at
+from hover_batch.status import Status, nuclei_if_done, read_run, read_slides, read_status
+from hover_batch.taxonomy import NucleusClass
+
+Tell = Callable[[str], None]
+
+
+def report_run(folder: Path, output: Path | None, tell: Tell) -> Path:
+    """Write the report of the run in `folder` to the file `output`, its report.html if None, with pages beside it where
+    there are many slides. `tell` gets a line about each slide. Returns the file.
+
+    InputError where the folder is no run's, or the report cannot be written.
+    """
+    stands = read_status(folder)
+    layout = stands.layout
+    path = output or layout.report_html
+    records = _records(layout)
+    rows = _rows(stands, records)
+    title = f"Cohort {layout.root.name}"
+    number_done = sum(row.state == "done" for row in rows)
+    found = _Found()
+    try:
+        pages = Pages(path, number_done, title)
+        to_run = pages.to_front if path.absolute().parent == layout.root else None
+        for index, row in enumerate(rows):
+            if row.state == "done":
+                tell(f"[{len(found.done) + 1}/{number_done}] {row.slide_id}")
+                rows[index] = row = replace(row, page=pages.next_page)
+                looked = look_at(layout.slide(row.slide_id), row, records[row.slide_id], to_run)
+                found.add(row, looked.table, looked.measured)
+                pages.add(looked.detail)
+        pages.close(_report(stands, rows, found, title))
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise InputError(f"{path}: cannot be written ({error}); name another file by -o") from error
+    return path
+
+
+@dataclass
+class _Found:
+    """What the slides' tables hold, as it adds up. `done`: the slides seen; `good`: those whose table can be read."""
+
+    done: list[SlideRow] = field(default_factory=list)
+    good: list[SlideRow] = field(default_factory=list)
+    tables: list[NucleiTable] = field(default_factory=list)
+    histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+
+    def add(self, row: SlideRow, table: NucleiTable | None, measured: Measured | None) -> None:
+        self.done.append(row)
+        if table is None or measured is None:
+            return
+        self.good.append(row)
+        self.tables.append(table)
+        for name, counts in measured.histograms.items():
+            self.histograms[name] = self.histograms.get(name, 0) + counts
+
+    @property
+    def classes(self) -> tuple[NucleusClass, ...]:
+        return self.tables[0].taxonomy.nuclei if self.tables else ()
+
+
+def _records(layout: RunLayout) -> dict[str, SlideRecord]:
+    """The cohort's slides by their ids; empty where no run has listed them yet."""
+    if read_slides(layout) is None:
+        return {}
+    try:
+        return {record.slide_id: record for record in read_records(layout.slides_csv)}
+    except (LookupError, ValueError) as error:
+        raise InputError(f"{layout.slides_csv}: was changed by hand; segment writes it anew on resuming") from error
+
+
+def _rows(stands: Status, records: Mapping[str, SlideRecord]) -> list[SlideRow]:
+    """Every row of the cohort in order, those among them that never became a slide."""
+    failures = {failure.row: failure for failure in stands.failures}
+    open_slides = {slide.slide_id: slide for slide in stands.open}
+    rows = []
+    for record in records.values():
+        slide = stands.layout.slide(record.slide_id)
+        row = SlideRow(record.slide_id, record.row, "pending", patient_id=record.patient_id, group=record.group)
+        if failure := failures.pop(record.row, None):
+            row = replace(row, state="failed", note=_reason(failure.stage, failure.reason))
+        elif begun := open_slides.get(record.slide_id):
+            row = replace(row, state="begun" if stands.going_on is False else "under way", note=begun.line())
+        elif nuclei_if_done(slide) is not None and "summary" in (held := read_json(slide.slide_json) or {}):
+            row = replace(row, state="done", summary=held["summary"], warnings=held.get("warnings", ()))
+        rows.append(row)
+    rows += [
+        SlideRow(failure.slide_id, failure.row, "left out", _reason(failure.stage, failure.reason))
+        for failure in failures.values()
+    ]
+    return sorted(rows, key=lambda row: row.row if row.row is not None else -1)
+
+
+def _reason(stage: str, reason: str) -> str:
+    return f"{stage}: {reason}" if stage else reason
+
+
+def _report(stands: Status, rows: Sequence[SlideRow], found: _Found, title: str) -> Report:
+    layout, classes = stands.layout, found.classes
+    cohort: dict[str, Any] = {}
+    if found.tables:
+        summaries = [dict(row.summary) for row in found.good]
+        paths, taxonomy = [table.path for table in found.tables], found.tables[0].taxonomy
+        cohort = cohort_summary(summaries, paths, taxonomy, stands.log.model_busy)
+    counts = dict.fromkeys(("done", "failed", "left out", "under way", "begun", "pending"), 0)
+    for row in rows:
+        counts[row.state] += 1
+    run = read_run(layout, layout.root)
+    return Report(
+        title=title,
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        version=__version__,
+        stands=stands.lines()[:2],
+        counts={name: n for name, n in counts.items() if n or name in ("done", "failed")},
+        facts=_facts(stands, cohort),
+        missing=_missing(stands, rows, found),
+        classes=classes,
+        shares=[_share(kind, cohort) for kind in classes],
+        rows=rows,
+        cohort=cohort,
+        densities=_densities(found),
+        histograms=[histogram(m, found.histograms[m.column], classes) for m in MEASURES if found.histograms],
+        failures=[row for row in rows if row.state in ("failed", "left out")],
+        card=_card(layout, found, run),
+        settings=layout.settings_toml.read_text(encoding="utf-8") if layout.settings_toml.is_file() else None,
+        versions=read_json(layout.versions_json),
+        run={"folder": layout.root, **run},
+    )
+
+
+def _share(kind: NucleusClass, cohort: Mapping[str, Any]) -> Share:
+    count, total = cohort[f"n_{kind.name}"], cohort["nuclei"]
+    return Share(kind, count, count / total if total else None, cohort.get(f"{kind.name}_per_mm2"))
+
+
+def _facts(stands: Status, cohort: Mapping[str, Any]) -> dict[str, str]:
+    """The cohort's figures in words; what is not known is not among them."""
+    facts: dict[str, str] = {}
+    if cohort:
+        facts["nuclei"] = f"{cohort['nuclei']:,}"
+        if cohort["tissue_mm2"] is not None:
+            facts["mm² of tissue"] = f"{cohort['tissue_mm2']:,.4g}"
+        if "nuclei_per_mm2" in cohort:
+            facts["nuclei per mm²"] = f"{cohort['nuclei_per_mm2']:,.0f}"
+    log = stands.log
+    if log.started and log.finished:
+        facts["minutes, the last start"] = f"{(log.finished - log.started).total_seconds() / 60:,.1f}"
+    if log.rate:
+        facts["tiles a second"] = f"{log.rate.tiles_per_s:.3g}"
+    if log.model_busy is not None:
+        facts["of the time networks busy"] = f"{log.model_busy:.0%}"
+    return facts
+
+
+def _missing(stands: Status, rows: Sequence[SlideRow], found: _Found) -> list[str]:
+    """What the report cannot tell, a sentence each."""
+    missing = []
+    if stands.slides is None:
+        missing.append("Not there yet: slides.csv. The run has not listed its slides.")
+    waiting = sum(row.state in ("under way", "begun", "pending") for row in rows)
+    if waiting:
+        missing.append(
+            f"The run is not finished: {len(found.done):,} of {len(rows):,} slides are done, and only they are counted "
+            f"here; {waiting:,} are to come."
+        )
+    if bad := len(found.done) - len(found.good):
+        missing.append(
+            f"Tables that cannot be read, and are not counted: {bad:,}. The pictures of these slides say why."
+        )
+    return missing
+
+
+def _densities(found: _Found) -> list[Strip]:
+    """Nuclei per mm² of tissue of each slide, of all classes together and of each."""
+    names: dict[NucleusClass | None, str] = {None: "nuclei_per_mm2"}
+    names |= {kind: f"{kind.name}_per_mm2" for kind in found.classes}
+    return strips(
+        {
+            kind: [
+                (row.summary[name], f"{row.slide_id}: {row.summary[name]:,.0f}")
+                for row in found.good
+                if name in row.summary
+            ]
+            for kind, name in names.items()
+        }
+    )
+
+
+def _card(layout: RunLayout, found: _Found, run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The model's card, from a prediction store or from the package, if that is still the one that ran."""
+    for table in found.tables:
+        store = read_json(layout.slide(table.slide_id).predictions_zarr / "zarr.json") or {}
+        if card := store.get("attributes", {}).get("model"):
+            return dict(card)
+    try:
+        package = find_package(str(run.get("model_id")))
+    except HoverBatchError:
+        return None
+    return package.card.to_json() if package.sha256 == run.get("model_sha256") else None
