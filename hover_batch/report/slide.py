@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hover_batch.cohort.layout import SlideLayout
-from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.errors import HoverBatchError, SlideError
 from hover_batch.export.pictures import View, contoured
 from hover_batch.export.read import NucleiTable
@@ -80,6 +80,8 @@ def _tissue(layout: SlideLayout) -> TissueMask | None:
 def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, measured: Measured) -> list[Crop]:
     """Fields round the nuclei that were chosen, inside the canvas. SlideError where the slide is not the one that
     was segmented, or cannot be read."""
+    if isinstance(record.path, Url):
+        raise SlideError(f"{record.path} is not fetched for a report")
     if not record.path.exists():  # before the reader, whose import takes many seconds
         raise SlideError(f"{record.path} is not there")
     from hover_batch.slide.reader import open_slide
