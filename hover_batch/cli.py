@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from hover_batch import __version__
 from hover_batch.cohort.layout import Format
+from hover_batch.compare.command import compare_command
 from hover_batch.config import EngineSettings, InferSettings, PostSettings, Settings, TissueSettings
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.model.cli import models_app
@@ -63,7 +64,21 @@ def _calibrated(network: Any, card: Any, data: Path) -> Any:
     return calibrated(network, card, data)
 
 
+def _judged(data: Path, side: Any) -> dict[str, Any]:
+    """kd's scores of one side of a comparison on annotated images."""
+    from kd.judge import judged
+
+    return judged(side.predictor, side.constants, data)
+
+
+def _example_in(folder: Path) -> Path:
+    from hover_batch.slide.example import write_example
+
+    return write_example(folder)
+
+
 app.add_typer(models_app(_calibrated), name="models")
+app.command("compare")(compare_command(_judged, _example_in))
 
 
 class Backend(StrEnum):

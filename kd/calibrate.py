@@ -22,8 +22,9 @@ from hover_batch.metrics import DETECTION_RADIUS_UM, match_centroids, mean_defin
 from hover_batch.model.heads import MapLayout
 from hover_batch.nuclei.markers import MARKER_ENERGY
 from hover_batch.nuclei.watershed import SobelConstants, without_debris
+from hover_batch.nuclei.whole import instances_of
 from kd.datasets import MPP, Sample
-from kd.evaluate import MapsOf, instances_of, true_nuclei
+from kd.evaluate import MapsOf, true_nuclei
 from kd.variants import Numbers, extremes, from_stored, instances_by
 
 CUTS = (-0.1, -0.05, 0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)

@@ -13,7 +13,6 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from hover_batch.config import PostSettings
 from hover_batch.metrics import (
     DETECTION_RADIUS_UM,
     aji,
@@ -24,8 +23,8 @@ from hover_batch.metrics import (
     panoptic_quality,
 )
 from hover_batch.model.heads import MapLayout
-from hover_batch.nuclei.measure import Nuclei, measure
-from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_debris
+from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.nuclei.whole import nuclei_of, types_by_id
 from hover_batch.taxonomy import Taxonomy
 from kd.datasets import MPP, Data, Sample
 from kd.remap import Remap, remaps_of
@@ -63,24 +62,6 @@ def evaluate_data(maps_of: MapsOf, data: Data, constants: SobelConstants | None,
 
 def _remapped(maps_of: MapsOf, remap: Remap, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return remap.maps(maps_of(image))
-
-
-def instances_of(planes: NDArray[np.uint8], constants: SobelConstants | None) -> NDArray[np.int32]:
-    """The instances (y, x) of stored np, h and v (3, y, x) that a run with default settings reports."""
-    return without_debris(instance_map(planes[0], planes[1], planes[2], constants), PostSettings.min_area_px)
-
-
-def nuclei_of(
-    maps: NDArray[np.uint8], constants: SobelConstants | None, layout: MapLayout
-) -> tuple[NDArray[np.int32], Nuclei]:
-    """The instances (y, x) in stored maps (plane, y, x), and what is measured of them."""
-    found = instances_of(maps[[layout.NP, layout.H, layout.V]], constants)
-    return found, measure(found, maps, layout)
-
-
-def types_by_id(found: NDArray[np.int32], nuclei: Nuclei) -> NDArray[np.uint8]:
-    """Class ids (n,) of the instances in the order of their ids; `nuclei` are in the order of their anchors."""
-    return nuclei.type_id[np.argsort(found[nuclei.anchor_y, nuclei.anchor_x])]
 
 
 def _score(

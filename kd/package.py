@@ -13,6 +13,7 @@ from torch import nn
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
+from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import Card, find_package, save_package
 from hover_batch.model.predict import Predictor
 from hover_batch.model.teacher import HoVerNet
@@ -21,7 +22,6 @@ from hover_batch.taxonomy import Taxonomy
 from kd.calibrate import calibrate
 from kd.datasets import MPP, read_data
 from kd.evaluate import evaluate
-from kd.predict import batch_of, predict_image
 from kd.samples import hashes_of
 from kd.start import build_network
 from kd.state import contents, read_checkpoint

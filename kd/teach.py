@@ -28,7 +28,7 @@ from hover_batch.model.heads import Heads
 from hover_batch.model.package import Card, Package, find_package
 from hover_batch.taxonomy import Taxonomy
 from kd.datasets import Sample, folds_of, read_data, taxonomy_of
-from kd.predict import check_pixel_size
+from kd.pixel_size import check_pixel_size
 
 if TYPE_CHECKING:
     from hover_batch.model.predict import Predictor
@@ -272,7 +272,7 @@ def _lessons(
 
 def take(lesson: Lesson) -> None:
     """One task: the teacher's outputs for a few images, kept."""
-    from kd.predict import image_logits
+    from hover_batch.model.images import image_logits
 
     cache = TeacherCache.open(lesson.teaching.cache)
     samples = [_samples(lesson.teaching, lesson.fold)[i] for i in lesson.places]

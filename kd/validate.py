@@ -16,11 +16,12 @@ from hover_batch.model.heads import MapLayout
 from hover_batch.model.predict import quantise
 from hover_batch.model.teacher import HoVerNet
 from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.nuclei.whole import instances_of
 from hover_batch.taxonomy import Taxonomy
 from kd.augment import LABEL_MARGIN
 from kd.crops import Crops, Teacher, batches
 from kd.datasets import Sample
-from kd.evaluate import MapsOf, evaluate, instances_of
+from kd.evaluate import MapsOf, evaluate
 from kd.losses import Targets
 from kd.panels import Image, outlined, panel
 

@@ -11,10 +11,10 @@ import torch
 
 from hover_batch.config import InferSettings, Precision, Runtime
 from hover_batch.metrics import panoptic_quality
+from hover_batch.model.images import predict_image
 from hover_batch.model.package import find_package, load_network
 from hover_batch.model.predict import Predictor
 from hover_batch.nuclei.watershed import SobelConstants, instance_map
-from kd.predict import predict_image
 
 
 @pytest.mark.skipif(

@@ -37,6 +37,7 @@ class Predictor:
         settled = resolve(settings)
         self.device = torch.device(settled.device)
         self.precision = settled.precision
+        self.runtime = settled.runtime
         self.turn = threading.Lock()
         """Held by whoever predicts: one batch at a time, so that callers' threads share the device fairly."""
         if self.device.type == "cpu":

@@ -39,11 +39,12 @@ def calibrate(
     import dataclasses
 
     from hover_batch.config import InferSettings
+    from hover_batch.model.images import batch_of, predict_image
     from hover_batch.model.package import find_package, with_card
     from hover_batch.model.predict import load_predictor
     from kd.calibrate import predict_all, search, trial, try_others
     from kd.datasets import read_data
-    from kd.predict import batch_of, check_pixel_size, predict_image
+    from kd.pixel_size import check_pixel_size
     from kd.samples import hashes_of
     from kd.state import contents
 

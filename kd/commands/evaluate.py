@@ -69,6 +69,7 @@ def evaluate(
             raise InputError(f"{flag} {file}: is a folder; name a file")
     from hover_batch.config import InferSettings, PostSettings
     from hover_batch.model.cost import cost_of, seconds_per_patch
+    from hover_batch.model.images import batch_of, predict_image
     from hover_batch.model.package import Package, find_package
     from hover_batch.model.predict import Predictor, load_predictor
     from hover_batch.nuclei.watershed import SobelConstants
@@ -76,7 +77,7 @@ def evaluate(
     from kd.evaluate import evaluate_data
     from kd.figure import Shown, figure
     from kd.leakage import leaks
-    from kd.predict import batch_of, check_pixel_size, predict_image
+    from kd.pixel_size import check_pixel_size
 
     norm = PostSettings(sobel_norm=sobel_norm).sobel_norm  # type: ignore[arg-type]  # PostSettings checks it
 

@@ -16,12 +16,12 @@ from truth_maps import maps_of_truth
 
 import kd.validate
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
+from hover_batch.model.images import predict_image
 from hover_batch.model.package import Card
 from hover_batch.model.teacher import TeacherArch
 from hover_batch.taxonomy import CONSEP
 from kd.datasets import Sample, read_data
 from kd.evaluate import evaluate, true_nuclei
-from kd.predict import predict_image
 from kd.targets import hv_targets
 from kd.validate import TYPICAL, validate
 

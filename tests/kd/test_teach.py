@@ -21,13 +21,13 @@ from typer.testing import CliRunner
 from hover_batch.config import EngineSettings, InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.heads import Heads
+from hover_batch.model.images import image_logits
 from hover_batch.model.package import Card, find_package, load_network, save_package, with_card
 from hover_batch.model.predict import Predictor
 from hover_batch.model.teacher import TeacherArch, build_teacher
 from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.cli import kd_app
 from kd.datasets import Sample, read_data
-from kd.predict import image_logits
 from kd.teach import TeacherCache, teach
 
 ROOT = Path(__file__).resolve().parents[2]

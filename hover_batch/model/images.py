@@ -6,7 +6,6 @@ are there no pixels: there it is mirrored about its outermost ones.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.config import InferSettings
-from hover_batch.errors import InputError
-from kd.samples import MPP
 
 if TYPE_CHECKING:
     from hover_batch.model.package import Card
@@ -23,12 +20,6 @@ if TYPE_CHECKING:
 
 OfTiles = Callable[[NDArray[np.uint8]], NDArray[Any]]
 """Tiles (n, tile_in, tile_in, 3) uint8 RGB → planes (n, plane, tile_out, tile_out)."""
-
-
-def check_pixel_size(card: Card, said: str) -> None:
-    """InputError where the model is for pixels of another size than the annotated images'."""
-    if not math.isclose(card.mpp, MPP, rel_tol=0.02):
-        raise InputError(f"{said}: is for pixels of {card.mpp:g} µm, the annotated images have {MPP} µm; take another")
 
 
 def batch_of(card: Card) -> int:

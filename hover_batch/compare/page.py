@@ -1,0 +1,103 @@
+"""compare.html: one file, everything escaped, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from skimage.segmentation import find_boundaries
+
+from hover_batch.compare.agreement import CELL, Dispute
+from hover_batch.compare.fields import Field
+from hover_batch.nuclei.measure import Nuclei
+from hover_batch.nuclei.whole import types_by_id
+from hover_batch.taxonomy import Taxonomy
+
+AROUND = 32
+"""Pixels that a panel shows round the cell."""
+ZOOM = 2
+WIDTH, HEIGHT = 420, 220
+"""Of the chart's field."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A place of disagreement, as data URIs: the pixels, and each side's contours in the colours of its classes."""
+
+    slide_id: str
+    x: int
+    y: int
+    alone: int
+    pictures: tuple[str, ...]
+
+    @classmethod
+    def of(cls, field: Field, dispute: Dispute, results: Sequence[tuple[NDArray[np.int32], Nuclei, Taxonomy]]) -> Panel:
+        height, width = field.image.shape[:2]
+        rows = slice(max(0, dispute.y - AROUND), min(height, dispute.y + CELL + AROUND))
+        columns = slice(max(0, dispute.x - AROUND), min(width, dispute.x + CELL + AROUND))
+        plain = _large(field.image[rows, columns])
+        pictures = [plain]
+        for instances, nuclei, taxonomy in results:
+            drawn = plain.copy()
+            if len(nuclei):
+                ids = np.unique(instances[instances > 0])
+                colors = np.zeros((int(ids[-1]) + 1, 3), np.uint8)
+                colors[ids] = [taxonomy.classes[t].color for t in types_by_id(instances, nuclei)]
+                shown = _large(instances[rows, columns])
+                edge = find_boundaries(shown, mode="inner")  # type: ignore[no-untyped-call]
+                drawn[edge] = colors[shown[edge]]
+            pictures.append(drawn)
+        return cls(
+            field.slide_id,
+            field.box.x0 + dispute.x,
+            field.box.y0 + dispute.y,
+            dispute.alone,
+            tuple(_uri(picture) for picture in pictures),
+        )
+
+
+def _large(image: NDArray[Any]) -> NDArray[Any]:
+    return np.repeat(np.repeat(image, ZOOM, axis=0), ZOOM, axis=1)
+
+
+def _uri(image: NDArray[np.uint8]) -> str:
+    _, encoded = cv2.imencode(".png", image[..., ::-1])
+    return "data:image/png;base64," + base64.b64encode(encoded.tobytes()).decode()
+
+
+def render(found: dict[str, Any], panels: Sequence[Panel]) -> str:
+    """`found`: what compare.json holds."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hover_batch.compare"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("compare.html").render(
+        found=found, panels=panels, chart=_chart(found["sides"]), width=WIDTH, height=HEIGHT
+    )
+
+
+def _chart(sides: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Lines of the seconds a patch over the batch size, both axes logarithmic; None without any."""
+    points = [{int(b): s for b, s in side["seconds_per_patch"].items()} for side in sides]
+    seconds = [s for of in points for s in of.values()]
+    if not seconds:
+        return None
+    batches = sorted({b for of in points for b in of})
+    low, high = math.log10(min(seconds)), math.log10(max(seconds))
+    span, widest = max(high - low, 1e-9), math.log2(batches[-1]) or 1.0
+
+    def place(batch: int, value: float) -> str:
+        return f"{math.log2(batch) / widest * WIDTH:.1f},{HEIGHT * (1 - (math.log10(value) - low) / span):.1f}"
+
+    return {
+        "lines": [" ".join(place(b, s) for b, s in sorted(of.items())) for of in points],
+        "ticks": [(math.log2(b) / widest * WIDTH, b) for b in batches],
+        "low": 10**low,
+        "high": 10**high,
+    }

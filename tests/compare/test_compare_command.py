@@ -1,0 +1,143 @@
+"""`hover-batch compare`: both sides over the same pixels, what is random marked so, a page that is safe to open."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from training_folder import write_folder
+from typer.testing import CliRunner
+
+from hover_batch.cli import app
+from hover_batch.model.package import Card, find_package, save_package
+from hover_batch.model.student import StudentArch, build_student
+from hover_batch.model.teacher import TeacherArch, build_teacher
+from hover_batch.taxonomy import CONSEP
+
+MARKUP = "<script>alert(1)</script>"
+QUICK = ["--side", "128", "--per-slide", "1", "--slides", "1", "--repeats", "1", "--batches", "1,2"]
+
+
+def compare(*words: object) -> Any:
+    return CliRunner().invoke(app, ["compare", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A narrow HoVerNet and a student that takes little, both of chance; they find something everywhere."""
+    folder = tmp_path_factory.mktemp("packages")
+    sobel = find_package("starter").card.sobel
+    torch.manual_seed(0)
+    teacher = build_teacher(TeacherArch("fast", len(CONSEP.classes), 8))
+    student = build_student(StudentArch("mit_b0", len(CONSEP.classes)))
+    found = {}
+    for name, network, architecture, encoder, tile_in in (
+        ("narrow", teacher, "hovernet-fast", "", 160),
+        ("small", student, "unet", "mit_b0", 96),
+    ):
+        found[name] = folder / f"{name}.safetensors"
+        card = Card(
+            name=name, architecture=architecture, encoder=encoder, taxonomy=CONSEP, mpp=0.25, tile_in=tile_in,
+            tile_out=64, sobel=sobel, licence="none", training={"seen": MARKUP},
+        )  # fmt: skip
+        save_package(found[name], network, card, half=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cohort")
+    image = np.full((300, 420, 3), 240, np.uint8)
+    image[150:, 200:] = (150, 60, 170)
+    cv2.imwrite(str(folder / "field.png"), image)
+    mask = np.zeros((30, 42), np.uint8)
+    mask[15:, 26:] = 255
+    cv2.imwrite(str(folder / "mask.png"), mask)
+    (folder / "cohort.csv").write_text("path,slide_id,mpp,mask_path\nfield.png,field,0.25,mask.png\n")
+    return folder / "cohort.csv"
+
+
+def test_two_packages_are_compared_on_the_same_pixels(packages: dict[str, Path], cohort: Path, tmp_path: Path) -> None:
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    csv = write_folder(truth) / "dataset.csv"
+    csv.write_text(csv.read_text().replace(",val", ",test"))
+    words = ["--teacher", "--teacher-weights", packages["narrow"], "--student", packages["small"]]
+    done = compare(cohort, *words, *QUICK, "--truth", truth, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    first, second = found["sides"]
+    assert (first["name"], second["name"]) == ("narrow", "small")
+    assert not first["random_weights"] and not second["random_weights"]
+    # The square with most of the mask.
+    assert [(f["x"], f["y"], f["shape"]) for f in found["fields"]] == [(256, 128, [128, 128])]
+    assert found["ratios"]["parameters"] == first["parameters"] / second["parameters"]
+    assert first["seconds_per_patch"].keys() == second["seconds_per_patch"].keys() == {"1", "2"}
+    agreed = found["agreement"]
+    counts = np.array(agreed["confusion"]["counts"])
+    assert agreed["confusion"]["rows"] == [*(c.name for c in CONSEP.nuclei), "none"]
+    assert counts[:-1].sum() == agreed["nuclei"][0] and counts[:, :-1].sum() == agreed["nuclei"][1]
+    assert [set(truth["sources"]) for truth in found["truth"]] == [{"consep", "tnbc"}] * 2
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert MARKUP not in page and "&lt;script&gt;" in page
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page) and "http" not in page.replace("http-equiv", "")
+
+
+def test_a_network_agrees_with_itself(packages: dict[str, Path], cohort: Path, tmp_path: Path) -> None:
+    words = ["--against", packages["small"], "--student", packages["small"], "--precision", "fp32"]
+    done = compare(cohort, *words, "--against-precision", "fp32", *QUICK, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    agreed = json.loads((tmp_path / "out" / "compare.json").read_text())["agreement"]
+    if agreed["nuclei"][0]:
+        assert agreed["pq"] == 1 and agreed["detection_f1"] == 1
+    assert agreed["nuclei"][0] == agreed["nuclei"][1]
+    assert "panel" not in (tmp_path / "out" / "compare.html").read_text().split("</style>")[1]
+
+
+def test_random_weights_are_marked_everywhere(
+    packages: dict[str, Path], cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hover_batch.compare.sides as sides
+
+    # The true width takes minutes on a CPU.
+    monkeypatch.setattr(sides, "TeacherArch", lambda form, types: TeacherArch(form, types, 8))
+    words = ["--teacher", "--timing-only", "--student", packages["small"]]
+    done = compare(cohort, *words, *QUICK, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert found["sides"][0]["random_weights"] and found["agreement"] is None and found["truth"] is None
+    page = (tmp_path / "out" / "compare.html").read_text()
+    for text in (done.stdout, page):
+        assert "random weights" in text and "nothing here tells of quality" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--example", "--teacher"], "--timing-only"),
+        (["--example"], "--teacher and --against"),
+        (["--teacher"], "COHORT and --example"),
+        (["--example", "--against", "starter", "--timing-only"], "--timing-only"),
+        (["--example", "--teacher", "--timing-only", "--teacher-weights", "nobody"], "hovernet_fast-pannuke"),
+        (["--example", "--teacher", "--timing-only", "--batches", "one"], "--batches one"),
+        (["--example", "--against", "nothing.safetensors"], "--against nothing.safetensors"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_in_one_line(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(name: str) -> Path:
+        from hover_batch.errors import PackageError
+
+        raise PackageError(f"{name}: cannot be fetched")
+
+    monkeypatch.setattr("hover_batch.model.checkpoint._fetch", unreachable)
+    done = compare(*words, "-o", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1
