@@ -3,7 +3,8 @@
 A process has one cluster, so that tests which want their own start this one. The plan: `cohort`, `out`, `gpus` (logical
 ones of each node; without, networks are on the CPU), `cpus`, `nodes` (how many at first, beside a head that does no
 work), `seconds` (a batch takes), `unit`, `events` (list of [event of the run, how often it was seen, "remove" or
-"add"]). It prints JSON on its last line: the exit code, the seconds from the first unit to the last, the busy share.
+"add"]). It prints JSON on its last line: the exit code, the seconds from the first unit to the last, the busy share, and
+what the driver held each second.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hover_batch.executor.cluster import ask_for_token
 ask_for_token()
 
 import ray  # noqa: E402  (its environment had to be set)
+import psutil  # noqa: E402
 from accelerators import LoadQuick  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
@@ -60,6 +62,16 @@ def follow(plan: dict[str, Any], cluster: Any, nodes: list[Any], node: dict[str,
     over.wait()  # a node ends with the thread that started it
 
 
+def watch(samples: list[dict[str, float]], over: threading.Event) -> None:
+    """Each second: the driver's memory in bytes, the CPU seconds that it has used, and bytes in the object store."""
+    driver, store = psutil.Process(), "object_store_memory"
+    while not over.wait(1.0):
+        with contextlib.suppress(Exception):  # not joined yet, or no longer
+            used = ray.cluster_resources()[store] - ray.available_resources().get(store, 0.0)
+            rss, cpu = driver.memory_info().rss, driver.cpu_times()
+            samples.append({"time": time.time(), "rss": rss, "cpu": cpu.user + cpu.system, "store": used})
+
+
 def main(plan: dict[str, Any]) -> dict[str, Any]:
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE, "node_ip_address": "127.0.0.1"}
     node = {"num_cpus": plan["cpus"], "num_gpus": plan["gpus"], "object_store_memory": STORE}
@@ -77,6 +89,9 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
     over = threading.Event()
     follower = threading.Thread(target=follow, args=(plan, cluster, nodes, node, over))
     follower.start()
+    samples: list[dict[str, float]] = []
+    watcher = threading.Thread(target=watch, args=(samples, over))
+    watcher.start()
     try:
         settings = settings_of(plan, cluster.address)
         outcome = run_segment(
@@ -85,6 +100,7 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
     finally:
         over.set()
         follower.join()
+        watcher.join()
         ray.shutdown()
         with contextlib.suppress(Exception):
             cluster.shutdown()
@@ -94,6 +110,7 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
         "exit_code": outcome.exit_code,
         "seconds": max(end for _, end in spans) - min(start for start, _ in spans),
         "busy": outcome.model_busy,
+        "samples": samples,
     }
 
 
