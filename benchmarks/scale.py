@@ -5,7 +5,8 @@
 A network is simulated: it holds its device by sleeping, as a GPU would while the cores are free. Machines are logical
 nodes of a Ray cluster on this one, started by tests/executor/several_nodes.py. Nothing here judges the numbers.
 
-`cohort`: slides of one unit of a second. Once whole; then with the driver killed (kill -9) in the middle, and resumed.
+`cohort`: slides of one unit of a second. Once whole; then, with units four times as quick, with the driver killed
+(kill -9) in the middle, and resumed.
 `networks`: 1, 2, 4 and 8 nodes with a GPU each, units of some seconds: so long that what the cores do for them (it is
 told beside the result) is little on a machine whose few cores stand for those of eight.
 """
@@ -217,7 +218,7 @@ def main() -> None:
             whole = whole_cohort(cohort, folder / "whole", seconds, n)
             print(json.dumps(whole), flush=True)
             reference = tables(folder / "whole")
-            killed = killed_and_resumed(cohort, folder / "killed", arguments.slides, seconds, n, reference)
+            killed = killed_and_resumed(cohort, folder / "killed", arguments.slides, seconds / 4, n, reference)
             result = {"whole": whole, "killed_and_resumed": killed}
     print(json.dumps(result, indent=2))
     if arguments.json:

@@ -3,8 +3,8 @@
 A process has one cluster, so that tests which want their own start this one. The plan: `cohort`, `out`, `gpus` (logical
 ones of each node; without, networks are on the CPU), `cpus`, `nodes` (how many at first, beside a head that does no
 work), `seconds` (a batch takes), `unit`, `events` (list of [event of the run, how often it was seen, "remove" or
-"add"]). It prints JSON on its last line: the exit code, the seconds from the first unit to the last, the busy share, and
-what the driver held each second.
+"add"]). It prints JSON on its last line: the exit code, the seconds from the first unit to the last, the busy share,
+and what the driver held each second.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hover_batch.cohort.events import read_events
 from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
 from hover_batch.executor.cluster import ask_for_token
@@ -26,7 +28,6 @@ from hover_batch.executor.cluster import ask_for_token
 ask_for_token()
 
 import ray  # noqa: E402  (its environment had to be set)
-import psutil  # noqa: E402
 from accelerators import LoadQuick  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
