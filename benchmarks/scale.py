@@ -129,7 +129,7 @@ def whole_cohort(cohort: Path, out: Path, seconds: float, networks: int) -> dict
 def cores_of(out: Path) -> float:
     """Seconds of all stages but the network's, told by the events, over the units."""
     told = [*events(out, "unit_done"), *events(out, "region_done")]
-    busy = sum(value for event in told for stage, value in event["seconds"].items() if stage != "infer")
+    busy: float = sum(value for event in told for stage, value in event["seconds"].items() if stage != "infer")
     return busy / len(predicted(out))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -75,6 +77,38 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def nuclei(out: Path) -> list[tuple[Any, ...]]:
+    """Which nuclei a run found: slide and anchor."""
+    named = [(path.parent.name, pq.read_table(path)) for path in sorted((out / "slides").glob("*/nuclei.parquet"))]
+    return [
+        (name, x, y)
+        for name, table in named
+        for x, y in zip(table["anchor_x"].to_pylist(), table["anchor_y"].to_pylist(), strict=True)
+    ]
+
+
+def note(fault: str, out: Path, reference: Path, attempts: int, recovery_s: float) -> None:
+    """Compare with a run that nothing has disturbed: the same tables, byte for byte; and write what the fault cost, a
+    line of JSON, into the file that the environment names as FAULT_REPORT. `attempts`: of the work that was struck."""
+    found, wanted = nuclei(out), nuclei(reference)
+    row = {
+        "fault": fault,
+        "attempts": attempts,
+        "recovery_s": round(recovery_s, 1),
+        "nuclei": len(wanted),
+        "lost": len(set(wanted) - set(found)),
+        "duplicate": len(found) - len(set(found)),
+    }
+    if report := os.environ.get("FAULT_REPORT"):
+        with open(report, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    assert len(wanted) > 30 and row["lost"] == row["duplicate"] == 0 and len(found) == len(wanted)
+    both = [
+        {p.parent.name: p.read_bytes() for p in (of / "slides").glob("*/nuclei.parquet")} for of in (out, reference)
+    ]
+    assert both[0] == both[1]
 
 
 Run = Callable[..., Outcome]

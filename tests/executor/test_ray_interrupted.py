@@ -39,12 +39,17 @@ def cohort(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The table as `--backend local` makes it."""
+def whole(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing has disturbed, by `--backend local`."""
     out = tmp_path_factory.mktemp("undisturbed")
     result = CliRunner().invoke(app, ["segment", str(cohort), "-o", str(out), "--backend", "local", *SETTINGS])
     assert result.exit_code == 0, result.output
-    return (out / "slides" / "field" / "nuclei.parquet").read_bytes()
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(whole: Path) -> bytes:
+    return (whole / "slides" / "field" / "nuclei.parquet").read_bytes()
 
 
 def start(
