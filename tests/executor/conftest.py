@@ -80,12 +80,12 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def nuclei(out: Path) -> list[tuple[Any, ...]]:
-    """Which nuclei a run found: slide and anchor."""
+    """Which nuclei a run found: slide and centroid."""
     named = [(path.parent.name, pq.read_table(path)) for path in sorted((out / "slides").glob("*/nuclei.parquet"))]
     return [
         (name, x, y)
         for name, table in named
-        for x, y in zip(table["anchor_x"].to_pylist(), table["anchor_y"].to_pylist(), strict=True)
+        for x, y in zip(table["centroid_x"].to_pylist(), table["centroid_y"].to_pylist(), strict=True)
     ]
 
 
