@@ -118,7 +118,7 @@ class Killer(threading.Thread):
 @pytest.mark.parametrize(
     ("title", "stage"),
     [
-        ("ray::InferActor", "inference"),
+        ("ray::InferActor.infer", "inference"),
         ("ray::read_blocks", "inference"),
         ("ray::post_region", "post-processing"),
         ("ray::finalize_slide", "tables"),
