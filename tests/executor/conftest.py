@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 import hover_batch.segment
+from hover_batch.cli import app
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
 from hover_batch.executor.engine import Engine
@@ -185,3 +189,27 @@ def fields(tmp_path: Path) -> Callable[..., Path]:
         return folder / "cohort.csv"
 
     return write
+
+
+@pytest.fixture(scope="session")
+def cohort(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One real field of 1000² pixels."""
+    on_loopback()
+    folder = tmp_path_factory.mktemp("cohort")
+    shutil.copy(data / "nuclei" / "images" / "consep_train_03.png", folder / "field.png")
+    (folder / "cohort.csv").write_text("path,mpp\nfield.png,0.25\n")
+    return folder / "cohort.csv"
+
+
+@pytest.fixture(scope="session")
+def whole(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing has disturbed, by `--backend local`."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    result = CliRunner().invoke(app, ["segment", str(cohort), "-o", str(out), "--backend", "local", *command.SETTINGS])
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="session")
+def undisturbed(whole: Path) -> bytes:
+    return (whole / "slides" / "field" / "nuclei.parquet").read_bytes()

@@ -15,10 +15,10 @@ import pandas as pd
 import psutil
 import pytest
 from accelerators import LoadQuick
+from command import UNITS, assert_all_gone, count, start
 from conftest import HERE, SETTINGS, Run, note, runner
 from test_contract import events, tables
 from test_kill_9 import at, recovery
-from test_ray_interrupted import UNITS, assert_all_gone, cohort, count, start, whole  # noqa: F401
 from test_several_nodes import on_nodes
 
 pytestmark = pytest.mark.faults
@@ -39,7 +39,7 @@ def kill_driver(process: subprocess.Popen[str], when: Callable[[], bool]) -> flo
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_the_driver_is_killed_at_a_random_moment(cohort: Path, whole: Path, tmp_path: Path, seed: int) -> None:  # noqa: F811
+def test_the_driver_is_killed_at_a_random_moment(cohort: Path, whole: Path, tmp_path: Path, seed: int) -> None:
     out = tmp_path / "out"
     slide, moments = out / "slides" / "field", random.Random(seed)
     process, stage = start(cohort, out), moments.choice(["markers", "parts"])
@@ -57,8 +57,8 @@ def test_the_driver_is_killed_at_a_random_moment(cohort: Path, whole: Path, tmp_
 
 
 def test_the_driver_is_killed_as_it_declares_a_slide_done(
-    cohort: Path,  # noqa: F811
-    whole: Path,  # noqa: F811
+    cohort: Path,
+    whole: Path,
     tmp_path: Path,
 ) -> None:
     """slide.json is written and has no name yet."""
@@ -99,7 +99,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_the_command_waits_for_room_on_its_disk(cohort: Path, whole: Path, disk: Path) -> None:  # noqa: F811
+def test_the_command_waits_for_room_on_its_disk(cohort: Path, whole: Path, disk: Path) -> None:
     """It fills up when three units are done, and has room when the command has said that it waits."""
     out, ballast = disk / "out", disk / "ballast"
     slide = out / "slides" / "field"
