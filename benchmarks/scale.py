@@ -1,12 +1,12 @@
 """How a cohort scales on Ray: a thousand slides through one driver, and one network to eight.
 
-    scripts/loopback uv run python -m benchmarks.scale {cohort,networks} --json FILE [--slides N] [--seconds S]
+    scripts/loopback uv run python -m benchmarks.scale {cohort,killed,networks} --json FILE [--slides N] [--seconds S]
 
 A network is simulated: it holds its device by sleeping, as a GPU would while the cores are free. Machines are logical
 nodes of a Ray cluster on this one, started by tests/executor/several_nodes.py. Nothing here judges the numbers.
 
-`cohort`: slides of one unit of a second. Once whole; then, with units four times as quick, with the driver killed
-(kill -9) in the middle, and resumed.
+`cohort`: slides of one unit of a second, on two networks.
+`killed`: slides of one quick unit. Once whole; then with the driver killed (kill -9) in the middle, and resumed.
 `networks`: 1, 2, 4 and 8 nodes with a GPU each, units of some seconds: so long that what the cores do for them (it is
 told beside the result) is little on a machine whose few cores stand for those of eight.
 """
@@ -99,8 +99,9 @@ def steady(units: list[dict[str, Any]], networks: int) -> dict[str, float]:
     return {"units_per_second": rate, "busy": busy, "overhead": 1 / busy - 1}
 
 
-def whole_cohort(cohort: Path, out: Path, seconds: float, networks: int) -> dict[str, Any]:
+def whole_cohort(cohort: Path, folder: Path, seconds: float, networks: int) -> dict[str, Any]:
     """The driver's memory and time, what Ray costs beside the networks' own time, and what is written."""
+    out = folder / "out"
     found = ended(start(cohort, out, gpus=networks, cpus=2, nodes=1, seconds=seconds))
     units, samples = predicted(out), found["samples"]
     done = [event["slide_id"] for event in events(out, "slide_done")]
@@ -133,11 +134,12 @@ def cores_of(out: Path) -> float:
     return busy / len(predicted(out))
 
 
-def killed_and_resumed(
-    cohort: Path, out: Path, slides: int, seconds: float, networks: int, reference: dict[str, bytes]
-) -> dict[str, Any]:
+def killed_and_resumed(cohort: Path, folder: Path, seconds: float, networks: int) -> dict[str, Any]:
     """kill -9 of the driver when half of the slides are done, and the same run again."""
     plan = {"gpus": networks, "cpus": 2, "nodes": 1, "seconds": seconds}
+    ended(start(cohort, folder / "whole", **plan))
+    reference, out = tables(folder / "whole"), folder / "killed"
+    slides = len(reference)
     run = start(cohort, out, **plan)
     while len(events(out, "slide_done")) < slides // 2:
         if run.poll() is not None:
@@ -198,9 +200,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["cohort", "networks"])
+    parser.add_argument("what", choices=["cohort", "killed", "networks"])
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--slides", type=int, default=1000, help="of `cohort`")
+    parser.add_argument("--slides", type=int, default=1000, help="of `cohort` and `killed`")
     parser.add_argument(
         "--seconds", type=float, help="of a unit in a network; default: 1 for `cohort`, 4 for `networks`"
     )
@@ -209,17 +211,14 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        folder = Path(name)
+        folder, seconds = Path(name), arguments.seconds
         if arguments.what == "networks":
-            result: dict[str, Any] = {"networks": networks(folder, arguments.seconds or 4.0, arguments.networks)}
+            result: dict[str, Any] = {"networks": networks(folder, seconds or 4.0, arguments.networks)}
         else:
-            seconds, n = arguments.seconds or 1.0, arguments.networks[1]
-            cohort = write_cohort(folder, arguments.slides, UNIT)
-            whole = whole_cohort(cohort, folder / "whole", seconds, n)
-            print(json.dumps(whole), flush=True)
-            reference = tables(folder / "whole")
-            killed = killed_and_resumed(cohort, folder / "killed", arguments.slides, seconds / 4, n, reference)
-            result = {"whole": whole, "killed_and_resumed": killed}
+            cohort, measure = write_cohort(folder, arguments.slides, UNIT), killed_and_resumed
+            if arguments.what == "cohort":
+                measure = whole_cohort
+            result = {arguments.what: measure(cohort, folder, seconds or 1.0, arguments.networks[1])}
     print(json.dumps(result, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", "utf-8")

@@ -23,7 +23,7 @@ import psutil
 
 from hover_batch.cohort.events import read_events
 from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
-from hover_batch.executor.cluster import ask_for_token
+from hover_batch.executor.cluster import START_ATTEMPTS, ask_for_token
 
 ask_for_token()
 
@@ -73,11 +73,23 @@ def watch(samples: list[dict[str, float]], over: threading.Event) -> None:
             samples.append({"time": time.time(), "rss": rss, "cpu": cpu.user + cpu.system, "store": used})
 
 
-def main(plan: dict[str, Any]) -> dict[str, Any]:
+def cluster_of(nodes: int, node: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """A head that does no work, and so many nodes. Ray gives its own processes 30 s, which a busy machine overruns."""
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE, "node_ip_address": "127.0.0.1"}
+    for attempts_left in reversed(range(START_ATTEMPTS)):
+        try:
+            cluster = Cluster(initialize_head=True, head_node_args=head)
+            return cluster, [cluster.add_node(**node) for _ in range(nodes)]
+        except Exception:  # Ray raises plain Exception here
+            if not attempts_left:
+                raise
+            time.sleep(5)
+    raise AssertionError
+
+
+def main(plan: dict[str, Any]) -> dict[str, Any]:
     node = {"num_cpus": plan["cpus"], "num_gpus": plan["gpus"], "object_store_memory": STORE}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    nodes = [cluster.add_node(**node) for _ in range(plan["nodes"])]
+    cluster, nodes = cluster_of(plan["nodes"], node)
     hover_batch.executor.ray.RayExecutor = functools.partial(  # type: ignore[assignment,misc]
         hover_batch.executor.ray.RayExecutor, load=LoadQuick(plan["seconds"])
     )
