@@ -167,14 +167,14 @@ def test_slides_that_are_cut_short_cost_themselves_only(
     (folder / "a.svs").write_bytes(intact)
     (folder / "b.svs").write_bytes(intact)
     names = ["a", "cut30", "cut60", "hole", "cut95", "b"]
-    (folder / "cohort.csv").write_text("path,slide_id\n" + "".join(f"{name}.svs,{name}\n" for name in names))
+    (folder / "cohort.csv").write_text("path,mpp\n" + "".join(f"{name}.svs,0.499\n" for name in names))
     settings = replace(SETTINGS, infer=replace(SETTINGS.infer, unit=1024, batch=8))
     out = tmp_path / "out"
     assert run_on_ray(folder / "cohort.csv", out, LoadQuick(), settings=settings).exit_code == 3
     failures = pd.read_csv(out / "failures.csv").set_index("slide_id").reason
     assert set(failures.index) == {"cut30", "cut60", "cut95", "hole"}
     assert all(f"{name}.svs" in reason for name, reason in failures.items()), list(failures)
-    (folder / "cohort.csv").write_text("path,slide_id\na.svs,a\nb.svs,b\n")
+    (folder / "cohort.csv").write_text("path,mpp\na.svs,0.499\nb.svs,0.499\n")
     runner("local", monkeypatch)(folder / "cohort.csv", tmp_path / "reference", LoadQuick(), settings=settings)
     assert set(tables(out)) == {"a", "b"}
     note("slides cut short: their neighbours", out, tmp_path / "reference", 1, 0.0)
