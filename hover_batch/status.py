@@ -12,8 +12,8 @@ import io
 import json
 import os
 import socket
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,8 @@ LISTED = 10
 """Failures and slides under way that are named; a cohort may have thousands."""
 RATE_WINDOW_S = 600.0
 """How far back the rate looks."""
+TROUBLES = {"strike": "a process died or failed", "lost": "a machine was lost", "memory_short": "memory ran out"}
+"""Events after which a piece of work is done again, in words."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class Open:
     tiles: int | None
 
     @property
+    def regions_left(self) -> float | None:
+        return None if self.units is None else max(0, self.units - self.posted)
+
+    @property
     def tiles_left(self) -> float | None:
         if self.units is None or self.tiles is None:
             return None
@@ -63,11 +69,32 @@ class Open:
 
 @dataclass(frozen=True)
 class Rate:
-    """Tiles predicted a second over the `seconds` of wall time that end with the last unit, at `until`."""
+    """Tiles predicted, or regions post-processed where nothing is, a second: over the `seconds` of wall time that end
+    with the last of them, at `until`."""
 
-    tiles_per_s: float
+    per_s: float
     seconds: float
     until: datetime
+
+
+class Window:
+    """Amounts and when they were done, of the last minutes."""
+
+    def __init__(self, begin: datetime) -> None:
+        self._held = deque([(begin, 0)])
+        """The first one only says when the window begins."""
+
+    def add(self, time: datetime, amount: int) -> None:
+        self._held.append((time, amount))
+        while len(self._held) > 2 and (time - self._held[1][0]).total_seconds() >= RATE_WINDOW_S:
+            self._held.popleft()
+
+    @property
+    def rate(self) -> Rate | None:
+        """None where nothing was done."""
+        (begin, _), (end, _) = self._held[0], self._held[-1]
+        seconds, amount = (end - begin).total_seconds(), sum(n for _, n in list(self._held)[1:])
+        return Rate(amount / seconds, seconds, end) if seconds > 0 and amount > 0 else None
 
 
 @dataclass
@@ -85,8 +112,14 @@ class Log:
     surveyed: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Units and tiles by slide_id."""
     model_busy: float | None = None
-    _units: deque[tuple[datetime, int]] = field(default_factory=deque)
-    """Time and tiles of the units in the window of the rate; the first one only says when the window begins."""
+    disk_full: datetime | None = None
+    """Since when the run waits for room on its disk."""
+    troubles: Counter[str] = field(default_factory=Counter)
+    """By kind of event: what was done again, and why."""
+    machines: tuple[int, int] | None = None
+    """And networks on them, where machines of the cluster came or went."""
+    _tiles: Window | None = None
+    _regions: Window | None = None
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Add the next event. One without a time, or of a kind not known here, is passed over."""
@@ -97,17 +130,26 @@ class Log:
             case {"event": "run_started" | "run_resumed"}:
                 self.started, self.finished, self.last_slide = time, None, None
                 self.failures, self.slides_done = [], 0
-                self._units = deque([(time, 0)])
+                self.disk_full, self.troubles, self.machines = None, Counter(), None
+                self._tiles, self._regions = Window(time), Window(time)
             case {"event": "run_finished" | "run_stopped" as ended}:
-                self.finished, self.stopped = time, ended == "run_stopped"
+                self.finished, self.stopped, self.disk_full = time, ended == "run_stopped", None
                 busy = event.get("model_busy")
                 self.model_busy = float(busy) if isinstance(busy, int | float) else None
             case {"event": "slide_surveyed", "slide_id": str(slide_id), "units": int(units), "tiles": int(tiles)}:
                 self.surveyed[slide_id] = units, tiles
-            case {"event": "unit_done", "tiles": int(tiles)}:
-                self._units.append((time, tiles))
-                while len(self._units) > 2 and (time - self._units[1][0]).total_seconds() >= RATE_WINDOW_S:
-                    self._units.popleft()
+            case {"event": "unit_done", "tiles": int(tiles)} if self._tiles:
+                self._tiles.add(time, tiles)
+            case {"event": "region_done"} if self._regions:
+                self._regions.add(time, 1)
+            case {"event": "disk_full"}:
+                self.disk_full = time
+            case {"event": "disk_has_room"}:
+                self.disk_full = None
+            case {"event": str(kind)} if kind in TROUBLES:
+                self.troubles[kind] += 1
+            case {"event": "machines_changed", "machines": int(machines), "networks": int(networks)}:
+                self.machines = machines, networks
             case {"event": "slide_done"}:
                 self.slides_done += 1
                 self.last_slide = time
@@ -117,13 +159,13 @@ class Log:
                 self.failures.append((Failed(slide_id, row if isinstance(row, int) else None, *words), time))
 
     @property
-    def rate(self) -> Rate | None:
+    def tile_rate(self) -> Rate | None:
         """None where no unit was predicted since the start, or the log does not say how many tiles it had."""
-        if len(self._units) < 2:
-            return None
-        (begin, _), (end, _) = self._units[0], self._units[-1]
-        seconds, tiles = (end - begin).total_seconds(), sum(n for _, n in list(self._units)[1:])
-        return Rate(tiles / seconds, seconds, end) if seconds > 0 and tiles > 0 else None
+        return self._tiles.rate if self._tiles else None
+
+    @property
+    def region_rate(self) -> Rate | None:
+        return self._regions.rate if self._regions else None
 
 
 @dataclass(frozen=True)
@@ -153,8 +195,8 @@ class Status:
 
     def seconds_left(self) -> tuple[float, str] | None:
         """An estimate and what it rests on; None where there is no base for one, or nothing goes on."""
-        log, rate = self.log, self.log.rate
-        if self.going_on is False or log.finished:
+        log = self.log
+        if self.going_on is False or log.finished or log.disk_full:
             return None
         left = self.pending + len(self.open)
         if self.pending and log.slides_done and log.started and log.last_slide:
@@ -162,15 +204,28 @@ class Status:
             return mean * left, (
                 f"if the {_count(left, 'slide')} left go as fast as the {log.slides_done:,} finished since the start"
             )
-        tiles = [slide.tiles_left for slide in self.open]
-        if rate and tiles and None not in tiles and (total := sum(n for n in tiles if n is not None)) > 0:
-            return total / rate.tiles_per_s, "to predict the rest of the slides under way"
+        tiles, regions = [slide.tiles_left for slide in self.open], [slide.regions_left for slide in self.open]
+        if rate := log.tile_rate:
+            return _time_for(tiles, rate, "to predict the rest of the slides under way")
+        if rate := log.region_rate:
+            return _time_for(regions, rate, "to post-process the rest of the slides under way")
         return None
 
     def lines(self) -> list[str]:
         """In words, for stdout."""
         made = f", begun {_clock(self.created)}" if self.created else ""
         lines = [f"{self.layout.root}: model {self.model}{made}", f"running: {self._running()}"]
+        if (full := self.log.disk_full) and self.going_on is not False:
+            lines.append(f"paused: the disk is full since {_clock(full)}; free some and the run goes on by itself")
+        if self.log.machines:
+            machines, networks = self.log.machines
+            lines.append(
+                f"cluster: {_count(machines, 'machine')}, {_count(networks, 'network')}, since some came or went"
+            )
+        if troubles := [
+            f"{words}: {self.log.troubles[kind]:,}" for kind, words in TROUBLES.items() if self.log.troubles[kind]
+        ]:
+            lines.append(f"tried again since the start: {', '.join(troubles)}")
         if self.slides is None:
             lines.append("slides: not known, slides.csv is not there")
         else:
@@ -184,10 +239,11 @@ class Status:
         if len(self.open) > LISTED:
             lines.append(f"  … and {len(self.open) - LISTED:,} more")
         lines.append(f"nuclei: {self.nuclei:,} in {_count(self.done, 'slide')}")
-        if rate := self.log.rate:
-            lines.append(
-                f"rate: about {rate.tiles_per_s:.3g} tiles/s in the {_span(rate.seconds)} up to {_clock(rate.until)}"
-            )
+        for rate, what in ((self.log.tile_rate, "tiles"), (self.log.region_rate, "regions")):
+            if rate:
+                until = f"in the {_span(rate.seconds)} up to {_clock(rate.until)}"
+                lines.append(f"rate: about {rate.per_s:.3g} {what}/s {until}")
+                break
         if estimate := self.seconds_left():
             lines.append(f"time left: about {_span(estimate[0])} {estimate[1]}")
         if self.log.model_busy is not None:
@@ -225,7 +281,9 @@ class Status:
 
     def to_json(self) -> str:
         """The same for machines: nothing is cut, and what is not known is null."""
-        log, rate, estimate = self.log, self.log.rate, self.seconds_left()
+        log, estimate = self.log, self.seconds_left()
+        tiles, regions = log.tile_rate, log.region_rate
+        last = tiles or regions
         value = {
             "folder": str(self.layout.root),
             "model": self.model,
@@ -235,6 +293,9 @@ class Status:
             "started": _iso(log.started),
             "last_event": _iso(log.last),
             "finished": _iso(log.finished),
+            "disk_full_since": _iso(log.disk_full),
+            "tried_again": {kind: log.troubles[kind] for kind in TROUBLES},
+            "machines": log.machines[0] if log.machines else None,
             "slides": None
             if self.slides is None
             else {
@@ -256,8 +317,9 @@ class Status:
                 for slide in self.open
             ],
             "nuclei": self.nuclei,
-            "tiles_per_s": rate.tiles_per_s if rate else None,
-            "rate_until": _iso(rate.until if rate else None),
+            "tiles_per_s": tiles.per_s if tiles else None,
+            "regions_per_s": regions.per_s if regions else None,
+            "rate_until": _iso(last.until if last else None),
             "seconds_left": estimate[0] if estimate else None,
             "seconds_left_base": estimate[1] if estimate else None,
             "model_busy": log.model_busy,
@@ -384,6 +446,12 @@ def _read(path: Path) -> bytes | None:
             if error.errno != errno.ESTALE:
                 raise
     return None
+
+
+def _time_for(left: Sequence[float | None], rate: Rate, what: str) -> tuple[float, str] | None:
+    """None where it is not known how much is left, or nothing is."""
+    known = [n for n in left if n is not None]
+    return (total / rate.per_s, what) if len(known) == len(left) and (total := sum(known)) > 0 else None
 
 
 def _utc(time: object) -> datetime | None:

@@ -264,6 +264,48 @@ def test_the_rate_looks_ten_minutes_back_over_whole_units(tmp_path: Path) -> Non
         assert status(out)["seconds_left"] == pytest.approx(240 / 0.2)
 
 
+def test_where_nothing_is_predicted_the_rate_is_of_regions(tmp_path: Path) -> None:
+    """As in a run of --from, which has no unit_done."""
+    regions = [(float(at), "region_done", {"slide_id": "a"}) for at in (10, 20, 30, 40)]
+    out = made(
+        tmp_path / "out",
+        ["a"],
+        [(0, "run_started", {}), (1, "slide_surveyed", {"slide_id": "a", "tiles": 600, "units": 10}), *regions],
+    )
+    opened(out, "a", parts=4)
+    assert "rate: about 0.1 regions/s in the 40 s up to 2026-03-01 12:00:40 UTC" in lines(out)
+    with held(out):
+        told = status(out)
+        assert told["tiles_per_s"] is None and told["regions_per_s"] == pytest.approx(0.1)
+        assert told["seconds_left"] == pytest.approx(60)
+        assert "time left: about 60 s to post-process the rest of the slides under way" in lines(out)
+
+
+def test_a_full_disk_and_what_was_tried_again_are_told(tmp_path: Path) -> None:
+    before = [(1.0, "strike", {}), (2.0, "lost", {}), (3.0, "disk_full", {"slide_id": "a"}), (9.0, "run_resumed", {})]
+    since = [(11.0, "strike", {}), (12.0, "strike", {}), (13.0, "memory_short", {})]
+    changed = (14.0, "machines_changed", {"machines": 3, "networks": 5})
+    full = (15.0, "disk_full", {"slide_id": "a"})
+    units = [(float(at), "unit_done", {"slide_id": "a", "tiles": 60}) for at in (10, 12)]
+    surveyed = (9.5, "slide_surveyed", {"slide_id": "a", "tiles": 600, "units": 10})
+    so_far = [(0.0, "run_started", {}), *before, surveyed, *units, *since, changed, full]
+    out = made(tmp_path / "out", ["a"], so_far)
+    opened(out, "a", markers=2)
+    with held(out):
+        told, text = status(out), lines(out)
+        assert told["disk_full_since"] == "2026-03-01T12:00:15.000+00:00" and told["seconds_left"] is None
+        assert told["tried_again"] == {"strike": 2, "lost": 0, "memory_short": 1} and told["machines"] == 3
+        paused = "paused: the disk is full since 2026-03-01 12:00:15 UTC; free some and the run goes on by itself"
+        assert paused in text
+        assert "cluster: 3 machines, 5 networks, since some came or went" in text
+        assert "tried again since the start: a process died or failed: 2, memory ran out: 1" in text
+    assert not any(line.startswith("paused") for line in lines(out))  # nobody waits any more
+    room = made(tmp_path / "room", ["a"], [*so_far, (20.0, "disk_has_room", {})])
+    opened(room, "a", markers=2)
+    with held(room):
+        assert status(room)["disk_full_since"] is None and status(room)["seconds_left"] is not None
+
+
 def test_time_left_by_the_slides_finished_since_the_start(tmp_path: Path) -> None:
     events = [
         (0.0, "run_resumed", {}),

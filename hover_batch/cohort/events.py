@@ -8,9 +8,11 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hover_batch.errors import DISK_FULL
+
+_BLOCK = 1 << 16
 
 
 class EventLog:
@@ -20,8 +22,7 @@ class EventLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  (closed by close())
         self._guard = threading.Lock()
-        self._file.seek(0)
-        self._file.truncate(_whole_lines(self._file.read()))
+        self._file.truncate(_end_of_whole_lines(self._file))
 
     def append(self, event: str, **values: Any) -> None:
         """One line: `time` (UTC, ISO 8601), `event`, then `values` in the order given. Where the disk is full it is
@@ -68,6 +69,13 @@ def stream_events(path: Path) -> Iterator[dict[str, Any]]:
                 yield event
 
 
-def _whole_lines(data: bytes) -> int:
-    """Length of `data` up to its last line end."""
-    return data.rfind(b"\n") + 1
+def _end_of_whole_lines(file: BinaryIO) -> int:
+    """Where the last line end is over; looked for from the end, for the log of a large cohort has gigabytes."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        begin = max(0, end - _BLOCK)
+        file.seek(begin)
+        if (found := file.read(end - begin).rfind(b"\n")) >= 0:
+            return begin + found + 1
+        end = begin
+    return 0

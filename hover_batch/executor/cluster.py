@@ -7,6 +7,7 @@ is made anew for each run.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import secrets
@@ -38,6 +39,8 @@ START_ATTEMPTS = 3
 """Ray gives its own processes 30 s to come up, which a busy machine may overrun."""
 OBJECT_STORE_BYTES = 512 << 20
 """Where the work says nothing else: room for small messages."""
+_PREFIX, _OWNER = "hb-", "owner"
+"""Of the folders for Ray's files, and the file in them that is locked while their owner lives."""
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 
 
@@ -51,15 +54,45 @@ def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_ST
     ask_for_token()
     import ray
 
+    with own_folder(Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())) as folder:
+        try:
+            with _talking_to(log):
+                _start(resources, object_store_bytes, folder)
+                yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def own_folder(parent: Path) -> Iterator[Path]:
+    """A new folder for Ray, removed when the block ends; those that killed processes left in `parent` are removed, too.
+
+    Who lives holds a lock on a file in it, which the system lets go of at his death, however that comes.
+    """
+    for left in parent.glob(f"{_PREFIX}*"):
+        if _owner_is_dead(left):
+            shutil.rmtree(left, ignore_errors=True)
     # Short: sockets lie in it, and their paths have 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     try:
-        with _talking_to(log):
-            _start(resources, object_store_bytes, folder)
-            yield
+        with open(folder / "new", "xb") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX)
+            os.rename(folder / "new", folder / _OWNER)  # locked before anyone can look for it
+            yield folder
     finally:
-        ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _owner_is_dead(folder: Path) -> bool:
+    """False where there is doubt: another user's folder, or one without an owner's file."""
+    try:
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            return False
+        with open(folder / _OWNER, "rb") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def ask_for_token() -> None:

@@ -27,7 +27,9 @@ def test_no_file_no_events(tmp_path: Path) -> None:
     assert read_events(tmp_path / "none") == []
 
 
-@pytest.mark.parametrize("torn", [b"{", b'{"time": "2026', b'{"event": "whole but unfinished"}', b"\xc2"])
+@pytest.mark.parametrize(
+    "torn", [b"{", b'{"time": "2026', b'{"event": "whole but unfinished"}', b"\xc2", b"x" * 200_000]
+)
 def test_a_torn_last_line_is_passed_over_and_cut_off(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "events.jsonl"
     log = EventLog(path)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 import hover_batch.segment
+from hover_batch.cli import app
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
 from hover_batch.executor.engine import Engine
@@ -75,6 +81,38 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def nuclei(out: Path) -> list[tuple[Any, ...]]:
+    """Which nuclei a run found: slide and centroid."""
+    named = [(path.parent.name, pq.read_table(path)) for path in sorted((out / "slides").glob("*/nuclei.parquet"))]
+    return [
+        (name, x, y)
+        for name, table in named
+        for x, y in zip(table["centroid_x"].to_pylist(), table["centroid_y"].to_pylist(), strict=True)
+    ]
+
+
+def note(fault: str, out: Path, reference: Path, attempts: int, recovery_s: float) -> None:
+    """Compare with a run that nothing has disturbed: the same tables, byte for byte; and write what the fault cost, a
+    line of JSON, into the file that the environment names as FAULT_REPORT. `attempts`: of the work that was struck."""
+    found, wanted = nuclei(out), nuclei(reference)
+    row = {
+        "fault": fault,
+        "attempts": attempts,
+        "recovery_s": round(recovery_s, 1),
+        "nuclei": len(wanted),
+        "lost": len(set(wanted) - set(found)),
+        "duplicate": len(found) - len(set(found)),
+    }
+    if report := os.environ.get("FAULT_REPORT"):
+        with open(report, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    assert len(wanted) > 30 and row["lost"] == row["duplicate"] == 0 and len(found) == len(wanted)
+    both = [
+        {p.parent.name: p.read_bytes() for p in (of / "slides").glob("*/nuclei.parquet")} for of in (out, reference)
+    ]
+    assert both[0] == both[1]
 
 
 Run = Callable[..., Outcome]
@@ -151,3 +189,27 @@ def fields(tmp_path: Path) -> Callable[..., Path]:
         return folder / "cohort.csv"
 
     return write
+
+
+@pytest.fixture(scope="session")
+def cohort(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One real field of 1000² pixels."""
+    on_loopback()
+    folder = tmp_path_factory.mktemp("cohort")
+    shutil.copy(data / "nuclei" / "images" / "consep_train_03.png", folder / "field.png")
+    (folder / "cohort.csv").write_text("path,mpp\nfield.png,0.25\n")
+    return folder / "cohort.csv"
+
+
+@pytest.fixture(scope="session")
+def whole(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing has disturbed, by `--backend local`."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    result = CliRunner().invoke(app, ["segment", str(cohort), "-o", str(out), "--backend", "local", *command.SETTINGS])
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="session")
+def undisturbed(whole: Path) -> bytes:
+    return (whole / "slides" / "field" / "nuclei.parquet").read_bytes()

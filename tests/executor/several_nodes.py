@@ -3,7 +3,8 @@
 A process has one cluster, so that tests which want their own start this one. The plan: `cohort`, `out`, `gpus` (logical
 ones of each node; without, networks are on the CPU), `cpus`, `nodes` (how many at first, beside a head that does no
 work), `seconds` (a batch takes), `unit`, `events` (list of [event of the run, how often it was seen, "remove" or
-"add"]). It prints JSON on its last line: the exit code, the seconds from the first unit to the last, the busy share.
+"add"]). It prints JSON on its last line: the exit code, the seconds from the first unit to the last, the busy share,
+and what the driver held each second.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hover_batch.cohort.events import read_events
 from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
-from hover_batch.executor.cluster import ask_for_token
+from hover_batch.executor.cluster import START_ATTEMPTS, ask_for_token
 
 ask_for_token()
 
@@ -60,11 +63,33 @@ def follow(plan: dict[str, Any], cluster: Any, nodes: list[Any], node: dict[str,
     over.wait()  # a node ends with the thread that started it
 
 
-def main(plan: dict[str, Any]) -> dict[str, Any]:
+def watch(samples: list[dict[str, float]], over: threading.Event) -> None:
+    """Each second: the driver's memory in bytes, the CPU seconds that it has used, and bytes in the object store."""
+    driver, store = psutil.Process(), "object_store_memory"
+    while not over.wait(1.0):
+        with contextlib.suppress(Exception):  # not joined yet, or no longer
+            used = ray.cluster_resources()[store] - ray.available_resources().get(store, 0.0)
+            rss, cpu = driver.memory_info().rss, driver.cpu_times()
+            samples.append({"time": time.time(), "rss": rss, "cpu": cpu.user + cpu.system, "store": used})
+
+
+def cluster_of(nodes: int, node: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """A head that does no work, and so many nodes. Ray gives its own processes 30 s, which a busy machine overruns."""
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE, "node_ip_address": "127.0.0.1"}
+    for attempts_left in reversed(range(START_ATTEMPTS)):
+        try:
+            cluster = Cluster(initialize_head=True, head_node_args=head)
+            return cluster, [cluster.add_node(**node) for _ in range(nodes)]
+        except Exception:  # Ray raises plain Exception here
+            if not attempts_left:
+                raise
+            time.sleep(5)
+    raise AssertionError
+
+
+def main(plan: dict[str, Any]) -> dict[str, Any]:
     node = {"num_cpus": plan["cpus"], "num_gpus": plan["gpus"], "object_store_memory": STORE}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    nodes = [cluster.add_node(**node) for _ in range(plan["nodes"])]
+    cluster, nodes = cluster_of(plan["nodes"], node)
     hover_batch.executor.ray.RayExecutor = functools.partial(  # type: ignore[assignment,misc]
         hover_batch.executor.ray.RayExecutor, load=LoadQuick(plan["seconds"])
     )
@@ -77,6 +102,9 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
     over = threading.Event()
     follower = threading.Thread(target=follow, args=(plan, cluster, nodes, node, over))
     follower.start()
+    samples: list[dict[str, float]] = []
+    watcher = threading.Thread(target=watch, args=(samples, over))
+    watcher.start()
     try:
         settings = settings_of(plan, cluster.address)
         outcome = run_segment(
@@ -85,6 +113,7 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
     finally:
         over.set()
         follower.join()
+        watcher.join()
         ray.shutdown()
         with contextlib.suppress(Exception):
             cluster.shutdown()
@@ -94,6 +123,7 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
         "exit_code": outcome.exit_code,
         "seconds": max(end for _, end in spans) - min(start for start, _ in spans),
         "busy": outcome.model_busy,
+        "samples": samples,
     }
 
 

@@ -4,82 +4,14 @@ and no process stays behind."""
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
-import psutil
 import pytest
-from conftest import on_loopback
-from typer.testing import CliRunner
+from command import UNITS, assert_all_gone, count, start
 
-from hover_batch.cli import app
 from hover_batch.cohort.events import read_events
-
-ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = ["--unit", "256", "--tissue", "all", "--threads", "1"]
-UNITS = 16
-GONE_S = 120
-"""Ray's helpers notice the death of their driver within a minute."""
-
-
-@pytest.fixture(scope="module")
-def cohort(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One real field of 1000² pixels."""
-    on_loopback()
-    folder = tmp_path_factory.mktemp("cohort")
-    shutil.copy(data / "nuclei" / "images" / "consep_train_03.png", folder / "field.png")
-    (folder / "cohort.csv").write_text("path,mpp\nfield.png,0.25\n")
-    return folder / "cohort.csv"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The table as `--backend local` makes it."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    result = CliRunner().invoke(app, ["segment", str(cohort), "-o", str(out), "--backend", "local", *SETTINGS])
-    assert result.exit_code == 0, result.output
-    return (out / "slides" / "field" / "nuclei.parquet").read_bytes()
-
-
-def start(
-    cohort: Path, out: Path, *flags: str, more: Mapping[str, str] = MappingProxyType({})
-) -> subprocess.Popen[str]:
-    """The command in a session of its own, as a terminal would have it."""
-    return subprocess.Popen(
-        [sys.executable, "-c", "from hover_batch.cli import app; app()", "segment", str(cohort), "-o", str(out)]
-        + ["--backend", "ray", *SETTINGS, *flags],
-        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT), **more},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def of_session(session: int) -> Iterator[psutil.Process]:
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-
-
-def assert_all_gone(session: int) -> None:
-    deadline = time.monotonic() + GONE_S
-    while left := [" ".join(p.cmdline())[:80] for p in of_session(session)]:
-        assert time.monotonic() < deadline, f"still there: {left}"
-        time.sleep(0.5)
-
-
-def count(folder: Path) -> int:
-    return sum(1 for p in folder.glob("*") if not p.name.startswith(".")) if folder.is_dir() else 0
 
 
 def test_a_cluster_that_is_up_is_joined(cohort: Path, undisturbed: bytes, ray_cluster: Path, tmp_path: Path) -> None:

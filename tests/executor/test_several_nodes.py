@@ -5,27 +5,29 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from accelerators import LoadQuick
-from conftest import on_loopback, runner
-from test_contract import events, tables
+from conftest import note, on_loopback, runner
+from test_contract import events
+from test_kill_9 import recovery
 
 pytestmark = pytest.mark.faults
 
 HERE = Path(__file__).parent
 
 
-def on_nodes(folder: Path, **plan: Any) -> dict[str, Any]:
-    """What several_nodes.py says of a run by this plan."""
+def on_nodes(folder: Path, environment: Mapping[str, str] = MappingProxyType({}), **plan: Any) -> dict[str, Any]:
+    """What several_nodes.py says of a run by this plan; `environment`: more of it."""
     on_loopback()
     (folder / "plan.json").write_text(json.dumps(plan, default=str))
     done = subprocess.run(
         [sys.executable, HERE / "several_nodes.py", folder / "plan.json"],
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{HERE}:{HERE.parents[1]}", "HOME": str(folder)},
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{HERE}:{HERE.parents[1]}", "HOME": str(folder), **environment},
         capture_output=True,
         text=True,
         timeout=500,
@@ -46,7 +48,8 @@ def test_a_machine_is_lost_and_another_comes(
     assert events(out, "lost") and not events(out, "strike")
     assert {e["machines"] for e in events(out, "machines_changed")} >= {2}
     runner("local", monkeypatch)(cohort, tmp_path / "reference", LoadQuick())
-    assert tables(out) == tables(tmp_path / "reference")
+    on = "a GPU" if gpus else "the CPU"
+    note(f"a machine of two is lost, networks on {on}", out, tmp_path / "reference", 2, recovery(out, "lost"))
 
 
 def test_the_last_machine_is_lost_and_another_comes(
@@ -58,4 +61,4 @@ def test_the_last_machine_is_lost_and_another_comes(
     assert found["exit_code"] == 0
     assert events(out, "lost") and not events(out, "strike")
     runner("local", monkeypatch)(cohort, tmp_path / "reference", LoadQuick())
-    assert tables(out) == tables(tmp_path / "reference")
+    note("the last machine is lost", out, tmp_path / "reference", 2, recovery(out, "lost"))

@@ -2,7 +2,9 @@
 folder and this one stands on PYTHONPATH.
 
 A fault strikes a slide whose id has its name in it: `sigsegv` kills whoever reads it, `sigsegv-once` the first time
-only; `post-once`, `post` and `finalize-once` kill the process that post-processes or finalizes it. `slow-read` sleeps.
+only; `post-once`, `post` and `finalize-once` kill the process that post-processes or finalizes it; `torn-shard-once`,
+`torn-marker-once`, `torn-part-once`, `torn-table-once` and `torn-done-once` kill who has that file written and has not
+named it yet. `slow` sleeps at each step, `memory-once` raises MemoryError, `hog-once` takes memory until it is killed.
 """
 
 import importlib.abc
@@ -16,17 +18,27 @@ from pathlib import Path
 FOLDER = os.environ.get("PLANTED")
 
 
-def strike(fault, name):
-    """Die by SIGSEGV, as libopenslide does, if `name` asks for `fault`; with -once if no one has died of it before."""
+def asked(fault, name):
+    """Whether `name` asks for `fault`; with -once if it has not had it before, which a file in FOLDER tells."""
     if f"{fault}-once" in name:
         try:
             os.close(os.open(Path(FOLDER) / f"{fault}-{name}", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
-            return
-    elif fault not in name:
-        return
-    os.kill(os.getpid(), signal.SIGSEGV)
-    time.sleep(60)
+            return False
+        return True
+    return fault in name
+
+
+def strike(fault, name, how=signal.SIGSEGV):
+    """Die of `fault`, as libopenslide does, if `name` asks for it."""
+    if asked(fault, name):
+        os.kill(os.getpid(), how)
+        time.sleep(60)
+
+
+def dawdle(name):
+    if "slow" in name:
+        time.sleep(0.3)
 
 
 def plant_reader(module):
@@ -34,8 +46,7 @@ def plant_reader(module):
 
     def planted(self, box, grid):
         strike("sigsegv", self._path.stem)
-        if "slow-read" in self._path.stem:
-            time.sleep(0.2)
+        dawdle(self._path.stem)
         return read(self, box, grid)
 
     module.GridReader.read = planted
@@ -45,17 +56,60 @@ def plant_pipeline(module):
     post, finalize = module.post, module.finalize
 
     def planted_post(unit, work, store):
-        strike("post", work.record.slide_id)
+        name = work.record.slide_id
+        strike("post", name)
+        dawdle(name)
+        if asked("memory", name):
+            raise MemoryError("planted")
+        if asked("hog", name):
+            take_memory()
         return post(unit, work, store)
 
     def planted_finalize(work, reader, seconds):
         strike("finalize", work.record.slide_id)
+        dawdle(work.record.slide_id)
         return finalize(work, reader, seconds)
 
     module.post, module.finalize = planted_post, planted_finalize
 
 
-PLANTS = {"hover_batch.slide.reader": plant_reader, "hover_batch.pipeline": plant_pipeline}
+def take_memory():
+    """More and more, up to 12 GB in a minute, unless it is ended before."""
+    held = []
+    for _ in range(48):
+        held.append(bytearray(b"x") * (256 << 20))
+        time.sleep(1.25)
+    raise RuntimeError("nobody has ended what took 12 GB")
+
+
+FILES = {
+    "torn-shard": "/predictions.zarr/c/",
+    "torn-marker": "/markers/.",
+    "torn-part": "/parts/.",
+    "torn-table": "/.nuclei.parquet.",
+    "torn-done": "/.slide.json.",
+}
+
+
+def plant_durable(module):
+    sync = module._sync
+
+    def planted_sync(path):
+        if path.suffix == ".partial" and (parts := path.parts).count("slides"):
+            name = parts[len(parts) - parts[::-1].index("slides")]
+            for fault, where in FILES.items():
+                if where in str(path):
+                    strike(fault, name, signal.SIGKILL)
+        sync(path)
+
+    module._sync = planted_sync
+
+
+PLANTS = {
+    "hover_batch.slide.reader": plant_reader,
+    "hover_batch.pipeline": plant_pipeline,
+    "hover_batch.cohort.durable": plant_durable,
+}
 
 
 class Planter(importlib.abc.MetaPathFinder, importlib.abc.Loader):

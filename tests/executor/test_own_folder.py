@@ -1,0 +1,39 @@
+"""Ray's folder of a process that was killed goes with the next start, and nobody else's does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from hover_batch.executor.cluster import own_folder
+
+HOLD = """
+import sys
+from pathlib import Path
+from hover_batch.executor.cluster import own_folder
+with own_folder(Path(sys.argv[1])) as folder:
+    (folder / "session").mkdir()
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_is_swept_and_what_lives_is_not(tmp_path: Path) -> None:
+    others = tmp_path / "hb-other"  # has no owner that could be asked
+    others.mkdir()
+    (tmp_path / "hb-link").symlink_to(tmp_path / "elsewhere")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout and holder.stdin
+    held = Path(holder.stdout.readline().strip())
+    with own_folder(tmp_path) as mine:
+        assert held.is_dir() and mine.is_dir() and mine != held
+    assert not mine.exists()
+    holder.kill()
+    holder.communicate()
+    assert (held / "session").is_dir()
+    with own_folder(tmp_path):
+        assert not held.exists()
+    assert others.is_dir() and (tmp_path / "hb-link").is_symlink()

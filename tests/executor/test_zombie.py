@@ -1,0 +1,145 @@
+"""A process that was thought dead comes back with other bytes: who was first has written, and it changes nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerators import LoadQuick, Quick
+from conftest import Run, note, runner
+from numpy.typing import NDArray
+from test_contract import tables
+
+from hover_batch.errors import SlideError
+from hover_batch.executor.underway import SlideUnderWay, Surveyed
+from hover_batch.geometry import Box
+from hover_batch.pipeline import Seconds, SlideWork, infer, open_store
+from hover_batch.slide.reader import open_slide
+
+pytestmark = pytest.mark.faults
+
+Fields = Callable[..., Path]
+
+
+@dataclass
+class Other(Quick):
+    """Predicts other maps, and only when it is told to go on."""
+
+    begun: threading.Event = field(default_factory=threading.Event)
+    go_on: Callable[[], bool] = lambda: True
+
+    def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        self.begun.set()
+        while not self.go_on():
+            time.sleep(0.01)
+        return 255 - super().predict(tiles)
+
+
+class Zombie(threading.Thread):
+    """Predicts the slide's last unit beside the run, from before the run has done it."""
+
+    def __init__(self, work: SlideWork, go_on: Callable[[], bool]) -> None:
+        super().__init__()
+        self.work, self.unit = work, work.units[-1]
+        self.marker = work.layout.marker(self.unit.column, self.unit.row)
+        self.network = Other(work.card, 2, go_on=lambda: self.marker.exists() and go_on())
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
+            with open_slide(self.work.record) as reader:
+                for box in boxes:
+                    yield reader.read(box, self.work.grid)
+
+        try:
+            infer(self.unit, self.work, read, self.network, open_store(self.work), lambda _: None)
+        except SlideError as error:
+            self.error = error
+
+
+@pytest.fixture
+def zombies(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], bool]], list[Zombie]]]:
+    """`zombies(go_on)`: of each slide that is surveyed from now on there is one; they write when `go_on` holds."""
+    started: list[Zombie] = []
+
+    def haunt(go_on: Callable[[], bool]) -> list[Zombie]:
+        survey_done = SlideUnderWay.survey_done
+
+        def haunted(slide: SlideUnderWay, found: Surveyed) -> None:
+            zombie = Zombie(found.work, go_on)
+            zombie.start()
+            started.append(zombie)
+            assert zombie.network.begun.wait(60) and not zombie.marker.exists()
+            survey_done(slide, found)
+
+        monkeypatch.setattr(SlideUnderWay, "survey_done", haunted)
+        return started
+
+    yield haunt
+    for zombie in started:
+        zombie.join(60)
+
+
+def test_the_first_writer_wins(
+    fields: Fields,
+    run_on_ray: Run,
+    tmp_path: Path,
+    zombies: Callable[..., list[Zombie]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends its unit when the run has committed it: shard, marker and table are the run's."""
+    out, cohort = tmp_path / "out", fields("a")
+    written: dict[str, bytes] = {}
+
+    def go_on() -> bool:
+        (slide,) = (out / "slides").iterdir()
+        if not written:
+            files = [*(slide / "predictions.zarr" / "c").rglob("*"), *(slide / "markers").glob("*.json")]
+            written.update({str(path): path.read_bytes() for path in files if path.is_file()})
+        return True
+
+    started = zombies(go_on)
+    assert run_on_ray(cohort, out, LoadQuick(0.1)).exit_code == 0
+    (zombie,) = started
+    zombie.join(60)
+    assert zombie.error is None and str(zombie.marker) in written
+    assert {path: Path(path).read_bytes() for path in written} == written
+    runner("local", monkeypatch)(cohort, tmp_path / "reference", LoadQuick())
+    note("a zombie with other bytes", out, tmp_path / "reference", 2, 0.0)
+    # What the run did after the zombie had written rests on the same maps.
+    (out / "slides" / "a" / "slide.json").unlink()
+    for part in (out / "slides" / "a" / "parts").iterdir():
+        part.unlink()
+    monkeypatch.undo()
+    assert runner("local", monkeypatch)(cohort, out, LoadQuick()).exit_code == 0
+    assert tables(out) == tables(tmp_path / "reference")
+
+
+def test_one_of_another_run_key_stands_aside(
+    fields: Fields,
+    run_on_ray: Run,
+    tmp_path: Path,
+    zombies: Callable[..., list[Zombie]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends its unit when the folder has long been that of a slide with another pixel size."""
+    out, cohort = tmp_path / "out", fields("a")
+    released = threading.Event()
+    started = zombies(released.is_set)
+    assert run_on_ray(cohort, out, LoadQuick()).exit_code == 0
+    monkeypatch.undo()
+    local = runner("local", monkeypatch)
+    (out / "slides" / "a" / "slide.json").unlink()
+    cohort.write_text("path,mpp\na.png,0.26\n")
+    assert local(cohort, out, LoadQuick()).exit_code == 0
+    released.set()
+    (zombie,) = started
+    zombie.join(60)
+    assert "another run has taken over" in str(zombie.error)
+    local(cohort, tmp_path / "reference", LoadQuick())
+    note("a zombie of another run key", out, tmp_path / "reference", 1, 0.0)
