@@ -175,8 +175,8 @@ def _facts(stands: Status, cohort: Mapping[str, Any]) -> dict[str, str]:
     log = stands.log
     if log.started and log.finished:
         facts["minutes, the last start"] = f"{(log.finished - log.started).total_seconds() / 60:,.1f}"
-    if log.rate:
-        facts["tiles a second"] = f"{log.rate.tiles_per_s:.3g}"
+    if log.tile_rate:
+        facts["tiles a second"] = f"{log.tile_rate.per_s:.3g}"
     if log.model_busy is not None:
         facts["of the time networks busy"] = f"{log.model_busy:.0%}"
     return facts
