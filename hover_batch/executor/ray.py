@@ -232,7 +232,7 @@ class RayExecutor:
         self._settle_doubts()
         running = list(self._running)
         if not running:
-            if not (self._doubts or any(slide.retry_at for slide in self._open) or not self.books.room.there()):
+            if not (self._doubts or any(slide.retry_at for slide in self._open) or self.books.room.full):
                 raise RuntimeError(f"nothing is under way, yet {len(self._open) + len(self._waiting)} slides are left")
             time.sleep(_POLL_S)
             return
@@ -327,9 +327,9 @@ class RayExecutor:
     def _died(self, call: _Call, error: RayError) -> None:
         """The process of the call died, or its machine."""
         kind = type(error).__name__
-        if call.network:
-            if not isinstance(error, RayActorError):
-                raise HoverBatchError(f"no process for the model can be had ({kind}: {error})") from error
+        if call.stage == START and not isinstance(error, RayActorError):
+            raise HoverBatchError(f"no process for the model can be had ({kind}: {error})") from error
+        if call.network and isinstance(error, RayActorError):
             if not call.network.gone:
                 self._crew.lost(call.network)
             if call.network.let_go:

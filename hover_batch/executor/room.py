@@ -32,18 +32,19 @@ class Room:
         self.folder = folder
         self._say = say
         self._log = log
-        self._full = False
+        self.full = False
+        """Whether somebody said so, and there was no room when it was last asked."""
         self._ask_at = 0.0
         self._wait = ASK_EVERY_S
         self._back_at = -MAX_WAIT_S
 
     def ran_out(self, where: str, error: BaseException | None = None) -> None:
         """A write failed for want of space, in the work on `where`; `error` tells where that was not in `folder`."""
-        if self._full:
+        if self.full:
             return
         again = time.monotonic() - self._back_at < self._wait + ASK_EVERY_S
         self._wait = min(2 * self._wait, MAX_WAIT_S) if again else ASK_EVERY_S
-        self._full, self._ask_at = True, time.monotonic() + self._wait
+        self.full, self._ask_at = True, time.monotonic() + self._wait
         self._log("disk_full", slide_id=where)
         folder = error.filename if isinstance(error, ScratchFull) else self.folder
         self._say(
@@ -53,13 +54,13 @@ class Room:
 
     def there(self) -> bool:
         """Whether work may go on. Asks the file system every few seconds, quotas included."""
-        if self._full and time.monotonic() >= self._ask_at:
+        if self.full and time.monotonic() >= self._ask_at:
             self._ask_at = time.monotonic() + self._wait
             if _fits(self.folder, ROOM_BYTES):
-                self._full, self._back_at = False, time.monotonic()
+                self.full, self._back_at = False, time.monotonic()
                 self._log("disk_has_room")
                 self._say("there is room on disk again: going on")
-        return not self._full
+        return not self.full
 
     def wait(self) -> None:
         """Return when there is room."""
