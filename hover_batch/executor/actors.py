@@ -6,6 +6,7 @@ a reader and not the model. Ray retries nothing: whoever calls decides. Import t
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
+    OutOfDiskError,
     OutOfMemoryError,
     RayError,
     RayTaskError,
@@ -210,6 +212,8 @@ def _result(reading: Any) -> tuple[list[NDArray[np.uint8]], Seconds]:
         raise error.cause from None
     except UnserializableException as error:
         raise RuntimeError(str(error)) from None
+    except OutOfDiskError as error:
+        raise OSError(errno.ENOSPC, str(error)) from None
     except (NodeDiedError, ObjectLostError) as error:
         raise MachineLost(type(error).__name__) from None
     except OutOfMemoryError as error:

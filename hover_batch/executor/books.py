@@ -16,7 +16,7 @@ from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import InferSettings, Settings
 from hover_batch.errors import HoverBatchError, PackageError, SlideQuarantined, TooManyFailures
 from hover_batch.executor.progress import CohortProgress
-from hover_batch.executor.room import Room
+from hover_batch.executor.room import Room, is_disk_full
 from hover_batch.model.package import Package
 from hover_batch.pipeline import Seconds, discard_predictions
 from hover_batch.plan import PlannedSlide
@@ -178,7 +178,11 @@ class CohortBooks:
         expected = isinstance(error, HoverBatchError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
         if isinstance(error, SlideQuarantined):
-            self.ledger.quarantine(record.slide_id, self._keys[record.slide_id], stage, reason)
+            try:
+                self.ledger.quarantine(record.slide_id, self._keys[record.slide_id], stage, reason)
+            except OSError as full:  # then the next start tries the slide again
+                if not is_disk_full(full):
+                    raise
         self.put_back(slide)
         self._release(record.slide_id)
         if not expected:

@@ -5,7 +5,6 @@ Import this after `hover_batch.executor.cluster` has been entered.
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hover_batch.errors import InputError
@@ -86,9 +85,14 @@ class Machines:
         blind = []
         for answer in answers:
             self._asked[asked[answer]] = None
-            with contextlib.suppress(RayError):  # gone meanwhile: it will write nothing
+            try:
                 if not ray.get(answer):
                     blind.append(asked[answer])
+            except RayTaskError as error:
+                address = self._nodes[asked[answer]]["NodeManagerAddress"]
+                raise InputError(f"--address: {address} cannot work for this run ({error.cause})") from error
+            except RayError:  # gone meanwhile: it will write nothing
+                continue
         if blind or not pending:
             probe.unlink(missing_ok=True)
         if blind:

@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import (
     ActorUnavailableError,
     NodeDiedError,
+    ObjectLostError,
     OutOfDiskError,
     OutOfMemoryError,
     RayActorError,
@@ -223,6 +224,8 @@ class RayExecutor:
         books.ledger.events.append("machines_changed", machines=len(there.nodes), networks=self.plan.actors)
         for line in ("the machines of the cluster changed:", *self.plan.lines()):
             books.progress.say(line)
+        for network in [n for n in self._crew.networks if not self._machine_up(n)]:
+            self._crew.lost(network)  # its units come back by themselves
         self._crew.shrink(self.plan.actors)
         self._hire()
 
@@ -263,9 +266,9 @@ class RayExecutor:
             self._failed_starts = 0
             return
         slide = call.slide
-        if call.stage == INFER:
-            self.books.model_worked(result)
         if slide is None or slide.ended:
+            if call.stage == INFER:
+                self.books.model_worked(result)
             return
         if call.stage == SURVEY:
             slide.work = ray.put(result.work)
@@ -327,20 +330,26 @@ class RayExecutor:
     def _died(self, call: _Call, error: RayError) -> None:
         """The process of the call died, or its machine."""
         kind = type(error).__name__
-        if call.stage == START and not isinstance(error, RayActorError):
+        # Of a network that was killed for want of memory Ray says so, and it is dead all the same.
+        network_gone = isinstance(error, RayActorError | OutOfMemoryError)
+        if call.stage == START and not network_gone:
             raise HoverBatchError(f"no process for the model can be had ({kind}: {error})") from error
-        if call.network and isinstance(error, RayActorError):
+        if call.network and network_gone:
             if not call.network.gone:
                 self._crew.lost(call.network)
             if call.network.let_go:
                 self._again(call)
+            elif isinstance(error, OutOfMemoryError) and call.stage == INFER:
+                self._hire()
+                self._short_of_memory(call)
             elif isinstance(error, ActorUnavailableError) and self.machines:
                 self._doubts.append((time.monotonic() + NOTICED_S, call))
             else:
+                ray.kill(call.network.handle)  # should it live after all
                 if self.machines:
                     self.machines.look()
                 self._network_died(call, kind)
-        elif isinstance(error, NodeDiedError):
+        elif isinstance(error, NodeDiedError | ObjectLostError):
             self._lost(call)
         elif isinstance(error, OutOfMemoryError):
             self._short_of_memory(call)
@@ -384,8 +393,8 @@ class RayExecutor:
         slide = call.slide
         if slide is None or slide.ended:
             return
-        if call.stage == INFER:
-            slide.to_infer.appendleft(call.index)
+        if call.stage == INFER:  # a suspect remains one
+            (slide.suspects if slide.strikes[INFER, call.index] else slide.to_infer).appendleft(call.index)
         elif call.stage == POST:
             slide.to_post.appendleft(call.index)
         else:
