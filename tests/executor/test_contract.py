@@ -159,7 +159,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.parametrize("left", [0, 200_000], ids=["nothing left", "some left"])
+@pytest.mark.parametrize(
+    "left", [pytest.param(0, id="nothing left"), pytest.param(200_000, id="some left", marks=pytest.mark.slow)]
+)
 def test_a_full_disk_is_waited_for(
     fields: Fields,
     run: Run,
