@@ -21,8 +21,6 @@ from hover_batch.model.cost import cost_of
 
 PANELS = 8
 """Places of disagreement that the page shows."""
-PAPERS_BATCH = 16
-"""At which the paper gives its times (Tommasino et al. 2024, table 3)."""
 
 Judge = Callable[[Side], dict[str, Any]]
 """A side's scores on annotated images, by source, and what of these images it has seen."""
@@ -137,9 +135,8 @@ def _notes(sides: Sequence[Side], told: bool) -> list[str]:
 def _panel(
     dispute: Dispute, fields: Sequence[Field], pairs: Sequence[tuple[Seen, Seen]], sides: Sequence[Side]
 ) -> Panel:
-    field = fields[dispute.field]
     return Panel.of(
-        field,
+        fields[dispute.field],
         dispute,
         [
             (seen.instances, seen.nuclei, side.card.taxonomy)
