@@ -174,7 +174,7 @@ def _print(found: dict[str, Any]) -> None:
             f"correlation of densities {r}",
             soft_wrap=True,
         )
-    for side, truth in zip(found["sides"], found["truth"] or [], strict=bool(found["truth"])):
+    for side, truth in zip(found["sides"], found["truth"] or [], strict=False):
         for source, scores in truth["sources"].items():
             told = ", ".join(f"{key} {_told(scores[key])}" for key in ("pq", "aji", "dice", "f_d"))
             console.print(f"{side['name']} on {source}: {told}", soft_wrap=True)
