@@ -16,6 +16,7 @@ from hover_batch import __version__
 from hover_batch.cohort.layout import Format
 from hover_batch.compare.command import compare_command
 from hover_batch.config import EngineSettings, InferSettings, PostSettings, Settings, TissueSettings
+from hover_batch.doctor import doctor
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.model.cli import models_app
 from kd.cli import kd_app
@@ -79,6 +80,7 @@ def _example_in(folder: Path) -> Path:
 
 app.add_typer(models_app(_calibrated), name="models")
 app.command("compare")(compare_command(_judged, _example_in))
+app.command()(doctor)
 
 
 class Backend(StrEnum):

@@ -27,7 +27,7 @@ FLOORS = (
     ("export", "report"),
     ("pipeline", "plan", "kept", "status", "convert", "compare", "reporting"),
     ("executor",),
-    ("segment",),
+    ("segment", "doctor"),
     ("cli",),
 )
 """The rooms of hover_batch, ground up. A room imports from its own floor and from those below."""
