@@ -16,7 +16,7 @@ import psutil
 import pytest
 from accelerators import LoadQuick
 from command import UNITS, assert_all_gone, count, start
-from conftest import HERE, SETTINGS, Run, note, runner
+from conftest import HERE, SETTINGS, Run, file_system, note, runner
 from test_contract import events, tables
 from test_kill_9 import at, recovery
 from test_several_nodes import on_nodes
@@ -89,14 +89,8 @@ def test_the_driver_is_killed_as_it_declares_a_slide_done(
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 160 MB, more than the room that a run waits for."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m", "none", folder], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no file system can be mounted here: this needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    with file_system(tmp_path / "disk", "160m") as folder:
+        yield folder
 
 
 def test_the_command_waits_for_room_on_its_disk(cohort: Path, whole: Path, disk: Path) -> None:
@@ -130,13 +124,17 @@ def test_the_command_waits_for_room_on_its_disk(cohort: Path, whole: Path, disk:
     note("disk full (ENOSPC)", out, whole, 2, min(later) - freed)
 
 
-def test_the_machine_runs_out_of_memory(fields: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", ["hog", "gorge"])
+def test_the_machine_runs_out_of_memory(
+    fields: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     """Ray's monitor kills what takes more than is left: done again, less at once, and no slide is blamed."""
     memory = psutil.virtual_memory()
     if memory.available < 6 << 30:
         pytest.skip("less than 6 GiB of memory are free")
     threshold = 1 - (memory.available - (3 << 30)) / memory.total
-    fault, out, folder = fields("a", "hog-once"), tmp_path / "out", tmp_path / "planted"
+    name = f"{fault}-once"
+    cohort, out, folder = fields("a", name), tmp_path / "out", tmp_path / "planted"
     folder.mkdir()
     more = {
         "PLANTED": str(folder),
@@ -145,12 +143,18 @@ def test_the_machine_runs_out_of_memory(fields: Fields, tmp_path: Path, monkeypa
         "RAY_memory_monitor_refresh_ms": "100",
     }
     found = on_nodes(
-        tmp_path, cohort=fault, out=out, gpus=1, cpus=2, nodes=1, seconds=0.2, unit=256, events=[], environment=more
+        tmp_path, cohort=cohort, out=out, gpus=1, cpus=2, nodes=1, seconds=0.2, unit=256, events=[], environment=more
     )
-    assert found["exit_code"] == 0 and (folder / "hog-hog-once").exists()
-    assert {e["slide_id"] for e in events(out, "memory_short")} == {"hog-once"} and not events(out, "strike")
-    runner("local", monkeypatch)(fault, tmp_path / "reference", LoadQuick())
-    note("the machine's memory runs out", out, tmp_path / "reference", 2, recovery(out, "memory_short"))
+    assert found["exit_code"] == 0 and (folder / f"{fault}-{name}").exists()
+    assert {e["slide_id"] for e in events(out, "memory_short")} == {name} and not events(out, "strike")
+    runner("local", monkeypatch)(cohort, tmp_path / "reference", LoadQuick())
+    note(
+        f"the machine's memory runs out in {'inference' if fault == 'gorge' else 'post-processing'}",
+        out,
+        tmp_path / "reference",
+        2,
+        recovery(out, "memory_short"),
+    )
 
 
 def test_slides_that_are_cut_short_cost_themselves_only(
