@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import tomllib
 from enum import StrEnum
@@ -18,12 +19,21 @@ from hover_batch.compare.command import compare_command
 from hover_batch.config import EngineSettings, InferSettings, PostSettings, Settings, TissueSettings
 from hover_batch.doctor import doctor
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
+from hover_batch.logs import LogFormat, json_line
 from hover_batch.model.cli import models_app
 from kd.cli import kd_app
 
 
 class _Commands(TyperGroup):
     """All commands, kd's among them: what is raised on purpose becomes one clear message and its exit code."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        if os.environ.get(
+            "NO_COLOR"
+        ):  # rich leaves out colours alone, and would still print in bold and move the cursor
+            os.environ["TERM"] = "dumb"
+            extra["color"] = False
+        return super().main(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
@@ -32,16 +42,23 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except HoverBatchError as error:
-            typer.echo(f"Error: {error}", err=True)
+            _say(ctx, f"Error: {error}", error.exit_code)
             raise typer.Exit(error.exit_code) from error
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            typer.echo("Error: no space left on disk; free some and run the same command again", err=True)
+            message = "Error: no space left on disk; free some and run the same command again"
+            _say(ctx, message, HoverBatchError.exit_code)
             raise typer.Exit(HoverBatchError.exit_code) from error
         except KeyboardInterrupt as error:
-            typer.echo("Interrupted. Nothing done is lost: the same command goes on from here.", err=True)
+            _say(ctx, "Interrupted. Nothing done is lost: the same command goes on from here.", 130)
             raise typer.Exit(130) from error
+
+
+def _say(ctx: Any, message: str, exit_code: int) -> None:
+    """How a command ended, in its log format, if it has one."""
+    line = json_line("error", message.removeprefix("Error: "), exit_code=exit_code)
+    typer.echo(line if ctx.obj is LogFormat.json else message, err=True)
 
 
 app = typer.Typer(
@@ -51,7 +68,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 all done · 1 internal error · 2 faulty input, nothing was run · 3 some slides failed · "
     "4 nothing could be processed · 130 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -225,6 +241,7 @@ def main(
 
 @app.command()
 def segment(
+    ctx: typer.Context,
     cohort: CohortArgument = None,
     example: Annotated[
         bool, typer.Option("--example", help="Run on real H&E that ships inside a dependency: needs no data.")
@@ -278,6 +295,9 @@ def segment(
     gpus: GpusOption = None,
     address: AddressOption = None,
     scratch: ScratchOption = None,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Of stderr; json: one object a line.", envvar="HOVER_BATCH_LOG_FORMAT")
+    ] = LogFormat.text,
 ) -> None:
     """Turn a cohort of slides into tables of nuclei.
 
@@ -291,6 +311,7 @@ def segment(
 
     hover-batch segment --from out/ -o stricter/ --min-area-px 120
     """
+    ctx.find_root().obj = log_format
     if sum((cohort is not None, example, from_run is not None)) != 1:
         raise InputError("give exactly one of COHORT, --example and --from")
     kept = None
@@ -333,6 +354,7 @@ def segment(
         force=force,
         command=sys.argv[1:],
         retry_failed=retry_failed,
+        log_format=log_format,
     )
     for line in outcome.closing_lines():
         typer.echo(line)

@@ -21,6 +21,7 @@ from hover_batch.executor.engine import engine, settled_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
 from hover_batch.kept import KeptRun
+from hover_batch.logs import LogFormat
 from hover_batch.model.package import find_package
 from hover_batch.nuclei.table import SCHEMA_VERSION
 from hover_batch.pipeline import result_key
@@ -81,6 +82,7 @@ def run_segment(
     force: bool,
     command: Sequence[str],
     retry_failed: bool = False,
+    log_format: LogFormat = LogFormat.text,
 ) -> Outcome:
     """Run the cohort `source` into `output`, or go on with what lies there; or make new tables of a run's predictions.
 
@@ -108,7 +110,7 @@ def run_segment(
     with (
         Ledger(layout) as ledger,
         engine(settings, layout, predicts=predicts) as found,
-        CohortProgress(len(records)) as progress,
+        CohortProgress(len(records), log_format) as progress,
     ):
         settings = found.settings
         keys = {slide.record.slide_id: result_key(slide, package, settings) for slide in plan.slides}
@@ -123,9 +125,9 @@ def run_segment(
             keys=keys,
         )
         for warning in plan.cohort.warnings:
-            progress.say(warning)
+            progress.warn(warning)
         if left := ledger.orphans(plan.cohort):
-            progress.say(
+            progress.warn(
                 f"{output} holds {len(left)} finished slides that are not in this cohort ({', '.join(left[:LISTED])}); "
                 "they stay, but slides.csv and the summary tell of this cohort only"
             )

@@ -21,7 +21,7 @@ PACKAGES = ("hover_batch", "kd")
 MAX_LINES = 500
 
 FLOORS = (
-    ("errors", "geometry", "taxonomy"),
+    ("errors", "geometry", "taxonomy", "logs"),
     ("config", "cohort", "model"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report"),
