@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hover_batch import __version__
 from hover_batch.cohort.layout import Format
 from hover_batch.compare.command import compare_command
 from hover_batch.config import EngineSettings, InferSettings, PostSettings, Settings, TissueSettings
@@ -21,6 +20,7 @@ from hover_batch.doctor import doctor
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.logs import LogFormat, json_line
 from hover_batch.model.cli import models_app
+from hover_batch.version import __version__
 from kd.cli import kd_app
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import Failure, Ledger, ModelId
-from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
+from hover_batch.cohort.manifest import Cohort, raise_if_faulty, read_cohort
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
 from hover_batch.errors import DISK_FULL, InputError
@@ -74,7 +74,7 @@ class Outcome:
 
 
 def run_segment(
-    source: str | KeptRun,
+    source: str | Cohort | KeptRun,
     output: Path,
     settings: Settings,
     *,
@@ -100,7 +100,7 @@ def run_segment(
                 f"what the model {package.card.name} keeps of a tile"
             )
         settings = settled_here(settings)
-        plan = plan_cohort(read_cohort(source), package.card)
+        plan = plan_cohort(read_cohort(source) if isinstance(source, str) else source, package.card)
     taxonomy, _ = package.card.taxonomy.merged(settings.post.class_map)
     if not skip_invalid:
         raise_if_faulty(plan.cohort)
