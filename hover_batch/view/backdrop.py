@@ -66,7 +66,7 @@ def open_backdrop(slide: SlideLayout, record: SlideRecord, table: NucleiTable) -
         missing = str(error)
         if not slide.thumbnail_jpg.is_file():
             raise InputError(
-                f"{missing}, nor is its thumbnail {slide.thumbnail_jpg}; bring the slide back to its place, or run it anew"
+                f"{missing}, and there is no {slide.thumbnail_jpg} either; bring the slide back, or run it anew"
             ) from error
     return _thumbnail(slide.thumbnail_jpg, table, missing)
 

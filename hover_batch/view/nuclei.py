@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
-from numpy.typing import NDArray
 
 from hover_batch.export.read import NucleiTable, unreadable
 
@@ -78,18 +77,19 @@ class NucleiTiles:
         self.peaks = by_tile.max(axis=1, initial=0) / self.tile**2
 
     def _read_contours(self) -> None:
-        points: list[NDArray[np.uint16]] = []
+        self._points = np.empty((0, 2), np.uint16)
         lengths = np.empty(self.table.rows, np.int64)
         at = 0
         for batch in self.table.batches(["geometry"]):
             polygons = self.table.polygons(batch)
-            coordinates, owner = shapely.get_coordinates(shapely.get_exterior_ring(polygons), return_index=True)
+            coordinates, owner = shapely.get_coordinates(polygons, return_index=True)
             corners = self._corner[at : at + len(batch)].astype(np.float64)
             steps = np.rint((coordinates - corners[owner]) / self.step)
-            points.append(np.clip(steps, 0, 65535).astype(np.uint16))
+            known = len(self._points)
+            self._points.resize((known + len(steps), 2), refcheck=False)  # in place, where a list would be held twice
+            self._points[known:] = np.clip(steps, 0, 65535)
             lengths[at : at + len(batch)] = np.bincount(owner, minlength=len(batch))
             at += len(batch)
-        self._points = np.concatenate(points) if points else np.empty((0, 2), np.uint16)
         self._ends = np.concatenate([[0], lengths.cumsum()])
 
     def contours(self, column: int, row: int) -> bytes | None:
@@ -139,13 +139,13 @@ class NucleiTiles:
         return np.bincount(cells[inside], minlength=self._classes * CELLS**2).astype("<u4").tobytes()
 
     def row(self, nucleus_id: int) -> dict[str, Any] | None:
-        """The nucleus's columns but for slide and geometry, without what is not a number; None where there is none."""
+        """The nucleus's columns but for slide and geometry, None for what is not a number; None where there is none."""
         if not 1 <= nucleus_id <= self.table.rows:
             return None
         group = int(np.searchsorted(self._first_rows, nucleus_id - 1, side="right")) - 1
         one = self._group(group).slice(nucleus_id - 1 - int(self._first_rows[group]), 1)
         [held], [measured] = one.to_pylist(), self.table.measurements(one)
-        return {name: value for name, value in held.items() if name not in self.table.measured} | measured
+        return {name: measured.get(name) if name in self.table.measured else held[name] for name in held}
 
     def _read_group(self, number: int) -> pa.RecordBatch:
         left_out = ("slide_id", "type_id", "bbox", "geometry")

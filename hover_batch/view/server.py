@@ -30,10 +30,13 @@ PAGE = {
     "LICENSE-openseadragon.txt": ("LICENSE-openseadragon.txt", "text/plain; charset=utf-8"),
 }
 """The page's own files by their paths, and their types."""
+_OPENSEADRAGON_RULE = "'sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE='"
+"""The one rule of style that OpenSeadragon puts into the page: no outline where there is no mouse."""
 HEADERS = {
     # The browser itself refuses whatever else there might be: scripts but ours, anything from elsewhere, other pages'
     # frames. And nothing of a slide stays in its cache on disk.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "Content-Security-Policy": f"default-src 'none'; script-src 'self'; style-src 'self' {_OPENSEADRAGON_RULE}; "
+    "img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",

@@ -282,9 +282,12 @@ class Layer {
       for (const [kind, path] of tile.paths(detail)) {
         if (!this.shown.has(kind)) continue;
         this.context.strokeStyle = this.context.fillStyle = `rgb(${this.info.classes[kind].color})`;
-        this.context.globalAlpha = 0.15;
-        this.context.fill(path);
-        this.context.globalAlpha = 1;
+        if (detail > 0) {
+          // Small on the screen: colour helps. Large, it would hide the stain.
+          this.context.globalAlpha = 0.25;
+          this.context.fill(path);
+          this.context.globalAlpha = 1;
+        }
         this.context.stroke(path);
       }
       count += tile.inWindow(place, this.shown);
