@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,21 @@ def costs(path: Path) -> dict[str, Any]:
         "peak_mb": (resident("VmHWM") - before) / 1e6,
     }
     places = [(column, row) for row in range(view.rows) for column in range(view.columns)]
-    result["contours"] = measured(lambda place=place: view.contours(*place) for place in places)
+    result["contours"] = measured(partial(view.contours, *place) for place in places)
     whole = max(0, math.ceil(math.log2(table.level0.width / CELLS)))
     for level in range(5, whole + 1):
         side = -(-table.level0.width // (CELLS << level))
         places = [(column, row) for row in range(side) for column in range(side)]
         result[f"density, cells of {1 << level} px"] = measured(
-            lambda place=place, level=level: view.density(level, *place) for place in places
+            partial(view.density, level, *place) for place in places
         )
     ids = np.random.default_rng(0).integers(1, table.rows, 200)
-    result["a row"] = measured(lambda i=i: json.dumps(view.row(int(i))).encode() for i in ids)
+    result["a row"] = measured(partial(_row, view, int(i)) for i in ids)
     return result
+
+
+def _row(view: NucleiTiles, nucleus_id: int) -> bytes:
+    return json.dumps(view.row(nucleus_id)).encode()
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ function start(info) {
   canvas.className = "nuclei";
   viewer.canvas.append(canvas);
   const layer = new Layer(info, shown, canvas);
-  const tiles = new Tiles(() => draw(true));
+  const tiles = new Tiles(() => soon());
   const pointer = { at: null, hit: null };
   let last = "";
 
@@ -47,19 +47,30 @@ function start(info) {
     pointer.hit = hit;
   }
 
-  viewer.addHandler("update-viewport", () => draw(false));
+  // What does not move the slide is drawn once a frame, however much of it there is.
+  let due = false;
+  function soon() {
+    if (due) return;
+    due = true;
+    requestAnimationFrame(() => {
+      due = false;
+      draw(true);
+    });
+  }
+
+  viewer.addHandler("update-viewport", () => draw(false)); // at once, or nuclei would trail the slide
   viewer.addHandler("tile-load-failed", (event) => event.message && say(`A tile of the slide is missing: ${event.message}`));
   viewer.canvas.addEventListener("pointermove", (event) => {
     const frame = viewer.canvas.getBoundingClientRect();
     pointer.at = [event.clientX - frame.left, event.clientY - frame.top];
-    requestAnimationFrame(() => draw(true));
+    soon();
   });
   viewer.canvas.addEventListener("pointerleave", () => {
     pointer.at = null;
-    draw(true);
+    soon();
   });
-  listClasses(info, shown, () => draw(true));
-  $("opacity").addEventListener("input", () => draw(true));
+  listClasses(info, shown, soon);
+  $("opacity").addEventListener("input", soon);
   $("in").addEventListener("click", () => viewer.viewport.zoomBy(2).applyConstraints());
   $("out").addEventListener("click", () => viewer.viewport.zoomBy(0.5).applyConstraints());
   $("home").addEventListener("click", () => viewer.viewport.goHome());
@@ -274,23 +285,14 @@ class Layer {
       ]),
     );
     this.near = tiles.get(paths);
-    const detail = Math.max(0, Math.floor(Math.log2(1 / place.scale)));
+    const detail = Math.floor(Math.log2(1 / place.scale));
     let count = 0;
     for (const tile of this.near.values()) {
       this.at(tile, place);
-      this.context.lineWidth = 1.5 / place.scale;
-      for (const [kind, path] of tile.paths(detail)) {
-        if (!this.shown.has(kind)) continue;
-        this.context.strokeStyle = this.context.fillStyle = `rgb(${this.info.classes[kind].color})`;
-        if (detail > 0) {
-          // Small on the screen: colour helps. Large, it would hide the stain.
-          this.context.globalAlpha = 0.25;
-          this.context.fill(path);
-          this.context.globalAlpha = 1;
-        }
-        this.context.stroke(path);
-      }
-      count += tile.inWindow(place, this.shown);
+      const indices = tile.inWindow(place, this.shown);
+      if (detail < 0) tile.draw(this.context, indices, 1.5 / place.scale, 0, this.info.classes);
+      else tile.show(this.context, detail, this.dense, this.shown, this.info);
+      count += indices.length;
     }
     return count;
   }
@@ -394,27 +396,54 @@ class NucleiTile {
     return path;
   }
 
-  // Class → path; at `detail` d, points are 2^d level-0 pixels apart, which is a pixel on the screen.
-  paths(detail) {
-    if (this.detail !== detail) {
-      const indices = new Map();
-      this.types.forEach((type, i) => (indices.get(type) ?? indices.set(type, []).get(type)).push(i));
-      this.drawn = new Map([...indices].map(([type, list]) => [type, this.path(list, detail ? 2 ** detail : 0)]));
-      this.detail = detail;
+  // These contours, into a context whose unit is a level-0 pixel and whose origin is the tile's corner.
+  draw(context, indices, width, apart, classes) {
+    const byType = new Map();
+    for (const i of indices) (byType.get(this.types[i]) ?? byType.set(this.types[i], []).get(this.types[i])).push(i);
+    context.lineWidth = width;
+    for (const [type, list] of byType) {
+      const path = this.path(list, apart);
+      context.strokeStyle = context.fillStyle = `rgb(${classes[type].color})`;
+      if (apart > 1) {
+        // Small on the screen: colour helps. Large, it would hide the stain.
+        context.globalAlpha = 0.25;
+        context.fill(path);
+        context.globalAlpha = 1;
+      }
+      context.stroke(path);
     }
-    return this.drawn;
   }
 
+  // The same by way of a picture, which many nuclei want: at `detail` d it has a pixel for 2^d level-0 pixels, at most
+  // twice what the screen has, and is drawn anew only when that or the classes change.
+  show(context, detail, dense, shown, info) {
+    const unit = dense / 2 ** detail;
+    const margin = Math.ceil(info.nuclei.tile / 8);
+    const extent = info.nuclei.tile + 2 * margin;
+    const key = `${unit} ${[...shown].sort()}`;
+    if (this.key !== key) {
+      this.key = key;
+      this.canvas ??= document.createElement("canvas");
+      this.canvas.width = this.canvas.height = Math.ceil(extent * unit);
+      const inner = this.canvas.getContext("2d");
+      inner.setTransform(unit, 0, 0, unit, margin * unit, margin * unit);
+      const indices = [...this.types.keys()].filter((i) => shown.has(this.types[i]));
+      this.draw(inner, indices, 2 / unit, 2 ** detail, info.classes);
+    }
+    context.drawImage(this.canvas, -margin, -margin, this.canvas.width / unit, this.canvas.height / unit);
+  }
+
+  // Indices of the nuclei of these classes that the window shows some of.
   inWindow(place, shown) {
     const [x0, y0] = [-place.x / place.scale - this.x, -place.y / place.scale - this.y];
     const [x1, y1] = [x0 + place.width / place.scale, y0 + place.height / place.scale];
-    let count = 0;
+    const found = [];
     for (let i = 0; i < this.types.length; i++) {
       const b = 4 * i;
       const meets = this.boxes[b] < x1 && this.boxes[b + 2] > x0 && this.boxes[b + 1] < y1 && this.boxes[b + 3] > y0;
-      if (meets && shown.has(this.types[i])) count++;
+      if (meets && shown.has(this.types[i])) found.push(i);
     }
-    return count;
+    return found;
   }
 
   find(x, y, shown, context) {
