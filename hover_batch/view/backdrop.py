@@ -51,7 +51,9 @@ class Backdrop:
         pixels = self._reader.read(
             box, Grid(info.level0, scale, scale, Mpp(info.mpp.x * scale, info.mpp.y * scale), size)
         )
-        _, encoded = cv2.imencode(".jpg", pixels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
+        # Full chroma: stain is colour, and is looked at eight times enlarged.
+        sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+        _, encoded = cv2.imencode(".jpg", pixels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY, *sampling])
         return encoded.tobytes()
 
     def close(self) -> None:

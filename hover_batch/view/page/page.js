@@ -9,7 +9,17 @@ const KEPT = 400; // tiles of either kind in memory
 const AT_ONCE = 4; // requests
 const $ = (id) => document.getElementById(id);
 
-fetch("info.json").then((answer) => answer.json()).then(start);
+ask("info.json").then((answer) => answer.json()).then(start);
+
+// An answer that may say no, or an error that says so to the user.
+async function ask(path) {
+  try {
+    return await fetch(path);
+  } catch (error) {
+    say("hover-batch view has ended. Start it again, and open the address that it prints.");
+    throw error;
+  }
+}
 
 function start(info) {
   document.title = `${info.slide_id} – hover-batch`;
@@ -60,6 +70,10 @@ function start(info) {
 
   viewer.addHandler("update-viewport", () => draw(false)); // at once, or nuclei would trail the slide
   viewer.addHandler("tile-load-failed", (event) => event.message && say(`A tile of the slide is missing: ${event.message}`));
+  // OpenSeadragon's keys that turn and mirror the slide: nuclei are not turned with it.
+  viewer.addHandler("canvas-key", (event) => {
+    if (/^[rf]$/i.test(event.originalEvent.key)) event.preventDefaultAction = true;
+  });
   viewer.canvas.addEventListener("pointermove", (event) => {
     const frame = viewer.canvas.getBoundingClientRect();
     pointer.at = [event.clientX - frame.left, event.clientY - frame.top];
@@ -159,7 +173,7 @@ function listClasses(info, shown, changed) {
 }
 
 async function rowOf(id) {
-  const answer = await fetch(`nucleus/${id}`);
+  const answer = await ask(`nucleus/${id}`);
   return answer.ok ? answer.json() : null;
 }
 
@@ -176,7 +190,7 @@ function tell(nucleus, info) {
         const line = document.createElement("tr");
         const [head, cell] = [document.createElement("th"), document.createElement("td")];
         head.textContent = name;
-        cell.textContent = typeof value === "number" && !Number.isInteger(value) ? String(Number(value.toPrecision(4))) : value;
+        cell.textContent = Number.isInteger(value) || typeof value !== "number" ? (value ?? "–") : Number(value.toPrecision(4));
         line.append(head, cell);
         return line;
       }),
@@ -184,7 +198,7 @@ function tell(nucleus, info) {
   list({ nucleus_id: nucleus.id, type: info.classes[nucleus.type].name });
   setTimeout(async () => {
     if (turn !== told) return;
-    const row = await rowOf(nucleus.id);
+    const row = await rowOf(nucleus.id).catch(() => null);
     if (turn === told && row) list(row);
   }, 40);
 }
@@ -224,12 +238,13 @@ class Tiles {
     while (this.under.size < AT_ONCE && this.wanted.length) {
       const [path, make] = this.wanted.shift();
       this.under.add(path);
-      fetch(path)
+      ask(path)
         .then(async (answer) => {
-          if (!answer.ok) throw new Error(await answer.text());
-          return make(await answer.arrayBuffer());
+          if (answer.ok) return make(await answer.arrayBuffer());
+          say(`Nuclei are missing: ${await answer.text()}`);
+          return null;
         })
-        .catch((error) => (say(`Nuclei are missing: ${error.message}`), null))
+        .catch(() => null) // said already
         .then((tile) => {
           this.under.delete(path);
           this.held.set(path, tile);
