@@ -180,7 +180,9 @@ def test_tiles_are_the_slides_own_pixels(viewed: Viewed) -> None:
     """At the finest level; and a level above, each the mean of four."""
     whole = np.vstack([np.hstack([viewed.tile(2, column, row) for column in range(3)]) for row in range(3)])
     assert whole.shape == viewed.image.shape
-    assert np.abs(whole.astype(int) - viewed.image).mean() < 2, "but for what JPEG loses"
+    here = np.abs(whole.astype(int) - viewed.image).mean()
+    moved = np.abs(whole[:, 1:].astype(int) - viewed.image[:, :-1]).mean()
+    assert here < 4 and here < moved / 2, "but for what JPEG loses"
     half = np.vstack([np.hstack([viewed.tile(1, column, row) for column in range(2)]) for row in range(2)])
     expected = cv2.resize(viewed.image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     here = np.abs(half.astype(int) - expected).mean()
