@@ -18,6 +18,7 @@ from hover_batch.compare.command import compare_command
 from hover_batch.config import EngineSettings, InferSettings, PostSettings, Settings, TissueSettings
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.model.cli import models_app
+from hover_batch.view.command import view
 from kd.cli import kd_app
 
 
@@ -428,6 +429,9 @@ def report(
     from hover_batch.reporting import report_run
 
     typer.echo(report_run(run, output, lambda line: typer.echo(line, err=True)))
+
+
+app.command()(view)
 
 
 def _example(output: Path) -> Path:

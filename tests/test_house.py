@@ -25,7 +25,7 @@ FLOORS = (
     ("config", "cohort", "model"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report"),
-    ("pipeline", "plan", "kept", "status", "convert", "compare", "reporting"),
+    ("pipeline", "plan", "kept", "status", "convert", "compare", "reporting", "view"),
     ("executor",),
     ("segment",),
     ("cli",),

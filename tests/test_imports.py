@@ -50,7 +50,18 @@ def empty(tmp_path: Path) -> Path:
     return folder
 
 
-COMMANDS = [[], ["segment"], ["plan"], ["status"], ["export"], ["report"], ["kd"], ["models"], ["models", "import"]]
+COMMANDS = [
+    [],
+    ["segment"],
+    ["plan"],
+    ["status"],
+    ["export"],
+    ["report"],
+    ["view"],
+    ["kd"],
+    ["models"],
+    ["models", "import"],
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
