@@ -140,15 +140,15 @@ def _cost_in_this_process(format: Format, table: Path, small: Path) -> Cost:
         nuclei, path = NucleiTable.open(table), Path(folder) / f"large.{format.suffix}"
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        before, started, computed = _resident("VmRSS"), time.perf_counter(), time.process_time()
+        before, started, computed = resident("VmRSS"), time.perf_counter(), time.process_time()
         write(nuclei, path)
         seconds, computed = time.perf_counter() - started, time.process_time() - computed
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         disk = sum(file.stat().st_size for file in files)
-        return Cost(nuclei.rows, seconds, computed, disk / 1e6, (_resident("VmHWM") - before) / 1e6)
+        return Cost(nuclei.rows, seconds, computed, disk / 1e6, (resident("VmHWM") - before) / 1e6)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 

@@ -1,9 +1,7 @@
-"""The command line: flags to settings, errors to exit codes. Heavy imports stand inside the commands."""
+"""The command line: flags to settings. Heavy imports stand inside the commands."""
 
 from __future__ import annotations
 
-import io
-import os
 import sys
 import tomllib
 from enum import StrEnum
@@ -11,59 +9,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from hover_batch.cohort.layout import Format
+from hover_batch.commands import Commands
 from hover_batch.compare.command import compare_command
 from hover_batch.config import EngineSettings, InferSettings, PostSettings, Settings, TissueSettings
 from hover_batch.doctor import doctor
-from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
-from hover_batch.logs import LogFormat, json_line
+from hover_batch.errors import InputError
+from hover_batch.logs import LogFormat
 from hover_batch.model.cli import models_app
 from hover_batch.version import __version__
+from hover_batch.view.command import view
 from kd.cli import kd_app
-
-
-class _Commands(TyperGroup):
-    """All commands, kd's among them: what is raised on purpose becomes one clear message and its exit code."""
-
-    def main(self, *args: Any, **extra: Any) -> Any:
-        if os.environ.get(
-            "NO_COLOR"
-        ):  # rich leaves out colours alone, and would still print in bold and move the cursor
-            os.environ["TERM"] = "dumb"
-            extra["color"] = False
-        return super().main(*args, **extra)
-
-    def invoke(self, ctx: Any) -> Any:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # else µ and → would end a run where the terminal is not UTF-8
-                stream.reconfigure(errors="backslashreplace")
-        try:
-            return super().invoke(ctx)
-        except HoverBatchError as error:
-            _say(ctx, f"Error: {error}", error.exit_code)
-            raise typer.Exit(error.exit_code) from error
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            message = "Error: no space left on disk; free some and run the same command again"
-            _say(ctx, message, HoverBatchError.exit_code)
-            raise typer.Exit(HoverBatchError.exit_code) from error
-        except KeyboardInterrupt as error:
-            _say(ctx, "Interrupted. Nothing done is lost: the same command goes on from here.", 130)
-            raise typer.Exit(130) from error
-
-
-def _say(ctx: Any, message: str, exit_code: int) -> None:
-    """How a command ended, in its log format, if it has one."""
-    line = json_line("error", message.removeprefix("Error: "), exit_code=exit_code)
-    typer.echo(line if ctx.obj is LogFormat.json else message, err=True)
-
 
 app = typer.Typer(
     name="hover-batch",
-    cls=_Commands,
+    cls=Commands,
     help="Segment and classify every nucleus in cohorts of H&E whole-slide images.",
     epilog="Exit codes: 0 all done · 1 internal error · 2 faulty input, nothing was run · 3 some slides failed · "
     "4 nothing could be processed · 130 interrupted.",
@@ -136,7 +97,9 @@ _POST = "Tissue and post-processing"
 _ENGINE = "Machines"
 CohortArgument = Annotated[
     str | None,
-    typer.Argument(metavar="COHORT", help="CSV with a column `path` (see README), a folder of slides, or a glob."),
+    typer.Argument(
+        metavar="COHORT", help="CSV with a column `path` (see docs/first-cohort.md), a folder of slides, or a glob."
+    ),
 ]
 ModelOption = Annotated[
     str | None, _option("--model", "Model package: `starter` or a .safetensors file.", Settings.model, _MODEL)
@@ -450,6 +413,9 @@ def report(
     from hover_batch.reporting import report_run
 
     typer.echo(report_run(run, output, lambda line: typer.echo(line, err=True)))
+
+
+app.command()(view)
 
 
 def _example(output: Path) -> Path:

@@ -25,9 +25,9 @@ FLOORS = (
     ("config", "cohort", "model"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report"),
-    ("pipeline", "plan", "kept", "status", "convert", "compare", "reporting"),
+    ("pipeline", "plan", "kept", "status", "convert", "compare", "reporting", "view"),
     ("executor",),
-    ("segment", "doctor"),
+    ("segment", "doctor", "commands"),
     ("api",),
     ("cli",),
 )

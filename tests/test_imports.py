@@ -57,6 +57,7 @@ COMMANDS = [
     ["status"],
     ["export"],
     ["report"],
+    ["view"],
     ["kd"],
     ["models"],
     ["models", "import"],

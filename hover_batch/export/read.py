@@ -59,7 +59,7 @@ class NucleiTable:
                 schema=schema,
             )
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
 
     @property
     def measured(self) -> list[str]:
@@ -73,14 +73,14 @@ class NucleiTable:
             with pq.ParquetFile(self.path, pre_buffer=False) as file:
                 yield from file.iter_batches(BATCH, columns=columns)
         except (OSError, pa.ArrowException) as error:
-            raise _unreadable(self.path, error) from error
+            raise unreadable(self.path, error) from error
 
     def polygons(self, batch: pa.RecordBatch) -> NDArray[Any]:
         """(n,) shapely polygons in level-0 pixels of the full canvas. SlideError where the file is harmed."""
         try:
             return np.asarray(shapely.from_wkb(batch["geometry"].to_numpy(zero_copy_only=False)))
         except shapely.errors.ShapelyError as error:
-            raise _unreadable(self.path, error) from error
+            raise unreadable(self.path, error) from error
 
     def uuids(self, batch: pa.RecordBatch) -> list[str]:
         """One of each nucleus, by its slide and number: the same in every format and at every export."""
@@ -99,5 +99,6 @@ class NucleiTable:
         ]
 
 
-def _unreadable(path: Path, error: Exception) -> SlideError:
+def unreadable(path: Path, error: Exception) -> SlideError:
+    """What to raise where the table in `path` turns out to be harmed."""
     return SlideError(f"{path}: is no table of nuclei that can be read ({error}); remove it and run the slide anew")

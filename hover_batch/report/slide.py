@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hover_batch.cohort.layout import SlideLayout
-from hover_batch.cohort.record import SlideRecord, Url
+from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import HoverBatchError, SlideError
 from hover_batch.export.pictures import View, contoured
 from hover_batch.export.read import NucleiTable
@@ -13,7 +13,8 @@ from hover_batch.geometry import Box
 from hover_batch.report.content import Crop, SlideDetail, SlideRow
 from hover_batch.report.measure import Measured, measure
 from hover_batch.report.pictures import data_uri, heatmaps, smaller
-from hover_batch.slide.survey import read_info, read_tissue
+from hover_batch.slide.again import open_again
+from hover_batch.slide.survey import read_tissue
 from hover_batch.slide.tissue import TissueMask
 
 CROPS = 4
@@ -80,16 +81,8 @@ def _tissue(layout: SlideLayout) -> TissueMask | None:
 def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, measured: Measured) -> list[Crop]:
     """Fields round the nuclei that were chosen, inside the canvas. SlideError where the slide is not the one that
     was segmented, or cannot be read."""
-    if isinstance(record.path, Url):
-        raise SlideError(f"{record.path} is not fetched for a report")
-    if not record.path.exists():  # before the reader, whose import takes many seconds
-        raise SlideError(f"{record.path} is not there")
-    from hover_batch.slide.reader import open_slide
-
     crops = []
-    with open_slide(record) as reader:
-        if reader.info.fingerprint != read_info(layout.survey_json).fingerprint:
-            raise SlideError(f"{record.path} is another file than was segmented")
+    with open_again(record, layout.survey_json) as reader:
         canvas, cells = table.level0, measured.cells
         width, height = (
             min(round(CROP_UM / mpp), extent)

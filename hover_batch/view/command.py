@@ -1,0 +1,103 @@
+"""`hover-batch view`. Heavy imports stand inside, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import threading
+import webbrowser
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hover_batch.errors import InputError
+
+if TYPE_CHECKING:
+    from hover_batch.cohort.layout import SlideLayout
+    from hover_batch.view.server import Server
+
+Tell = Callable[[str], None]
+
+_LISTED = 10
+
+
+def view(
+    run: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run: what segment was given as --output.")],
+    slide: Annotated[
+        str | None, typer.Option(metavar="ID", help="The slide to look at.", show_default="the run's only one")
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of this machine to listen at.", show_default="any that is free")
+    ] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address, and open no browser.")] = False,
+) -> None:
+    """Look at one slide and its nuclei in the browser. Ctrl-C ends it, with exit code 0.
+
+    From afar the nuclei's density is drawn, near by their outlines; one that is pointed at tells its row of the table.
+
+    The address that is printed holds a secret and is for this machine alone.
+
+    From another machine: ssh -L 8000:localhost:8000 HOST, and --port 8000 there.
+
+    hover-batch view out/ --slide case-01
+    """
+    with serve(run, slide, port, lambda line: typer.echo(line, err=True)) as server:
+        typer.echo(server.url)
+        if not no_browser:
+            # In a thread, since a browser in a terminal holds this call, and asks for the page meanwhile.
+            threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return
+
+
+def serve(folder: Path, slide_id: str | None, port: int, tell: Tell) -> Server:
+    """A server of one slide of the run in `folder`, which listens and does not answer yet. `tell` gets what there is
+    to say. InputError where the slide cannot be chosen or shown, or the port is taken; SlideError where its table is
+    harmed."""
+    slide = _chosen(folder, slide_id)
+    from hover_batch.export.read import NucleiTable
+    from hover_batch.kept import read_records
+    from hover_batch.view.backdrop import open_backdrop
+    from hover_batch.view.nuclei import NucleiTiles
+    from hover_batch.view.server import Server, Site
+
+    tell(f"{slide.slide_id}: opening")
+    table = NucleiTable.open(slide.nuclei_parquet)
+    records = {record.slide_id: record for record in read_records(slide.root / "slides.csv")}
+    backdrop = open_backdrop(slide, records[slide.slide_id], table)
+    if backdrop.missing:
+        tell(f"{slide.slide_id}: shown on its thumbnail, since {backdrop.missing}")
+    server = Server(Site(backdrop, NucleiTiles(table)), port)
+    tell(f"{slide.slide_id}: {table.rows:,} nuclei. Ctrl-C ends this.")
+    return server
+
+
+def _chosen(folder: Path, slide_id: str | None) -> SlideLayout:
+    """The slide that was asked for, or the run's only one. InputError where it is not done or not to be told."""
+    from hover_batch.cohort.layout import RunLayout
+    from hover_batch.status import nuclei_if_done, read_run, read_slides
+
+    layout = RunLayout(folder)
+    read_run(layout, folder)
+    slides = {slide.slide_id: slide for slide in (read_slides(layout) or {}).values()}
+    if slide_id is None and len(slides) == 1:
+        slide_id = next(iter(slides))
+    chosen = slides.get(slide_id or "")
+    if chosen is not None and nuclei_if_done(chosen) is not None:
+        return chosen
+    done = _some(name for name, slide in slides.items() if nuclei_if_done(slide) is not None)
+    can = f"done are: {done}" if done else "none of the run's is done yet"
+    if chosen is not None:
+        raise InputError(f"--slide {slide_id}: is not done; segment's own command goes on with it; {can}")
+    if slide_id is not None:
+        raise InputError(f"--slide {slide_id}: is no slide of this run; {can}")
+    raise InputError(f"--slide ID must say which of the run's {len(slides):,} slides to look at; {can}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first ten of them, for people to read."""
+    first = list(islice(names, _LISTED + 1))
+    return ", ".join(first[:_LISTED]) + (", …" if len(first) > _LISTED else "")

@@ -1,0 +1,160 @@
+"""The nuclei of one slide as a page asks for them: contours and densities by tile, and the whole row of one nucleus.
+
+The table is read once. A nucleus belongs to the tile that holds its centroid, so the tiles' nuclei are the table's,
+each once. What stays in memory is what is drawn: some 200 bytes a nucleus. All other columns are read again, a row
+group at a time, when a nucleus is pointed at.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+
+from hover_batch.export.read import NucleiTable, unreadable
+
+TILE_UM = 256.0
+"""About the side of a tile of contours: some hundreds of nuclei, as many KB."""
+CELLS = 128
+"""Cells along the side of a tile of densities."""
+_STEP = 1 / 16
+"""Of a contour's points in level-0 pixels, unless a nucleus is 4096 pixels long: they are sent as uint16."""
+_GROUPS = 4
+"""Row groups of which the columns are kept: some 15 MB each."""
+
+
+class NucleiTiles:
+    """Answers may be asked for by several threads. `tile`: side in level-0 pixels of a tile of contours, a power of 2.
+    `counts`: nuclei of each class, by id. `peaks`: of each class, most nuclei per level-0 pixel in a tile."""
+
+    def __init__(self, table: NucleiTable) -> None:
+        """SlideError where the file is harmed."""
+        self.table = table
+        self._classes = len(table.taxonomy.classes)
+        self.tile = 2 ** max(5, round(math.log2(TILE_UM / math.sqrt(table.mpp.x * table.mpp.y))))
+        self.columns = -(-table.level0.width // self.tile)
+        self.rows = -(-table.level0.height // self.tile)
+        self._read_places()
+        self._read_contours()
+        self._lock = threading.Lock()
+        self._file = pq.ParquetFile(table.path)
+        self._first_rows = np.cumsum(
+            [0, *(self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups))]
+        )
+        self._group = lru_cache(_GROUPS)(self._read_group)
+
+    def _read_places(self) -> None:
+        n = self.table.rows
+        self._x, self._y = np.empty(n), np.empty(n)
+        self._type = np.empty(n, np.uint8)
+        self._corner = np.empty((n, 2), np.float32)
+        longest, at = 0.0, 0
+        for batch in self.table.batches(["centroid_x", "centroid_y", "type_id", "bbox"]):
+            part = slice(at, at + len(batch))
+            # The inference grid may reach a pixel over the canvas; what is drawn does not.
+            self._x[part] = np.minimum(batch["centroid_x"].to_numpy(), np.nextafter(self.table.level0.width, 0))
+            self._y[part] = np.minimum(batch["centroid_y"].to_numpy(), np.nextafter(self.table.level0.height, 0))
+            self._type[part] = batch["type_id"].to_numpy()
+            x0, y0, x1, y1 = (batch["bbox"].field(name).to_numpy() for name in ("xmin", "ymin", "xmax", "ymax"))
+            self._corner[part, 0], self._corner[part, 1] = x0, y0
+            if len(batch):
+                longest = max(longest, float((x1 - x0).max()), float((y1 - y0).max()))
+            at = part.stop
+        # The whole pixel more is for the corner's rounding to float32.
+        self.step = max(_STEP, (longest + 1) / 65535)
+        tiles = (self._y // self.tile).astype(np.int64) * self.columns + (self._x // self.tile).astype(np.int64)
+        self._order = np.argsort(tiles, kind="stable").astype(np.uint32)
+        self._starts = np.searchsorted(tiles[self._order], np.arange(self.columns * self.rows + 1))
+        self.counts = np.bincount(self._type, minlength=self._classes)
+        by_tile = np.zeros((self._classes, self.columns * self.rows), np.uint32)
+        np.add.at(by_tile, (self._type, tiles), 1)
+        self.peaks = by_tile.max(axis=1, initial=0) / self.tile**2
+
+    def _read_contours(self) -> None:
+        self._points = np.empty((0, 2), np.uint16)
+        lengths = np.empty(self.table.rows, np.int64)
+        at = 0
+        for batch in self.table.batches(["geometry"]):
+            polygons = self.table.polygons(batch)
+            coordinates, owner = shapely.get_coordinates(polygons, return_index=True)
+            corners = self._corner[at : at + len(batch)].astype(np.float64)
+            steps = np.rint((coordinates - corners[owner]) / self.step)
+            known = len(self._points)
+            self._points.resize((known + len(steps), 2), refcheck=False)  # in place, where a list would be held twice
+            self._points[known:] = np.clip(steps, 0, 65535)
+            lengths[at : at + len(batch)] = np.bincount(owner, minlength=len(batch))
+            at += len(batch)
+        self._ends = np.concatenate([[0], lengths.cumsum()])
+
+    def contours(self, column: int, row: int) -> bytes | None:
+        """The nuclei of one tile, little-endian; None where there is no such tile.
+
+        n uint32 · nucleus_id n × uint32 · ends n × uint32: of each contour in the points · corner n × (x, y) float32 in
+        level-0 pixels · points (x, y) uint16, in `step` level-0 pixels from the corner · type_id n × uint8.
+        """
+        if not (0 <= column < self.columns and 0 <= row < self.rows):
+            return None
+        tile = row * self.columns + column
+        chosen = np.sort(self._order[self._starts[tile] : self._starts[tile + 1]]).astype(np.int64)
+        first, lengths = self._ends[chosen], np.diff(self._ends)[chosen]
+        ends = lengths.cumsum()
+        points = self._points[np.repeat(first - (ends - lengths), lengths) + np.arange(lengths.sum())]
+        parts: list[tuple[Any, str]] = [
+            ([len(chosen)], "<u4"),
+            (chosen + 1, "<u4"),
+            (ends, "<u4"),
+            (self._corner[chosen], "<f4"),
+            (points, "<u2"),
+            (self._type[chosen], "u1"),
+        ]
+        return b"".join(np.asarray(values).astype(kind).tobytes() for values, kind in parts)
+
+    def density(self, level: int, column: int, row: int) -> bytes | None:
+        """Nuclei in each cell of one tile of CELLS × CELLS cells, each 2^level level-0 pixels wide: (classes, y, x)
+        uint32, little-endian. None where there is no such tile."""
+        side = CELLS << min(level, 32)
+        x0, y0 = column * side, row * side
+        if not (0 <= x0 < self.table.level0.width and 0 <= y0 < self.table.level0.height):
+            return None
+        first, last = x0 // self.tile, min((x0 + side - 1) // self.tile, self.columns - 1)
+        ranges = [
+            (self._starts[line + first], self._starts[line + last + 1])
+            for line in range(
+                y0 // self.tile * self.columns,
+                (min((y0 + side - 1) // self.tile, self.rows - 1) + 1) * self.columns,
+                self.columns,
+            )
+        ]
+        chosen = np.concatenate([self._order[start:stop] for start, stop in ranges])
+        x = np.floor((self._x[chosen] - x0) / (side / CELLS)).astype(np.int64)
+        y = np.floor((self._y[chosen] - y0) / (side / CELLS)).astype(np.int64)
+        inside = (x >= 0) & (x < CELLS) & (y >= 0) & (y < CELLS)
+        cells = (self._type[chosen].astype(np.int64) * CELLS + y) * CELLS + x
+        return np.bincount(cells[inside], minlength=self._classes * CELLS**2).astype("<u4").tobytes()
+
+    def row(self, nucleus_id: int) -> dict[str, Any] | None:
+        """The nucleus's columns but for slide and geometry, None for what is not a number; None where there is none."""
+        if not 1 <= nucleus_id <= self.table.rows:
+            return None
+        group = int(np.searchsorted(self._first_rows, nucleus_id - 1, side="right")) - 1
+        one = self._group(group).slice(nucleus_id - 1 - int(self._first_rows[group]), 1)
+        [held], [measured] = one.to_pylist(), self.table.measurements(one)
+        return {name: measured.get(name) if name in self.table.measured else held[name] for name in held}
+
+    def _read_group(self, number: int) -> pa.RecordBatch:
+        left_out = ("slide_id", "type_id", "bbox", "geometry")
+        try:
+            with self._lock:  # an open file may be read by one thread at a time
+                columns = [name for name in self.table.schema.names if name not in left_out]
+                return self._file.read_row_group(number, columns=columns).combine_chunks().to_batches()[0]
+        except (OSError, pa.ArrowException) as error:
+            raise unreadable(self.table.path, error) from error
+
+    def close(self) -> None:
+        self._file.close()
