@@ -91,7 +91,8 @@ class Taxonomy:
     def from_json(cls, data: Any) -> Taxonomy:
         """The inverse of `to_json`. KeyError, TypeError or ValueError where `data` are no taxonomy's."""
         name, listed = data["name"], data["classes"]
-        if not isinstance(name, str) or not isinstance(listed, list) or len(listed) > MAX_CLASSES:
+        named = isinstance(name, str) and name.isprintable()
+        if not named or not isinstance(listed, list) or len(listed) > MAX_CLASSES:
             raise ValueError(f"taxonomy: needs a name and a list of at most {MAX_CLASSES} classes")
         classes = []
         for held in listed:

@@ -93,13 +93,14 @@ def models_app(calibrate: Calibrate) -> typer.Typer:
 
         hover-batch models import hovernet_fast_pannuke_type_tf2pytorch.tar -o teacher.safetensors
 
-        What is fetched, and packages without -o, lie in HOVER_BATCH_CACHE (default ~/.cache/hover-batch). Without a
-        network, the message says which file to bring where.
+        What is fetched, and packages without -o, lie in HOVER_BATCH_CACHE (default ~/.cache/hover-batch).
+
+        Without a network, the message says which file to bring where.
         """
         target = _target(source, out)
         if calibrate_on is not None and not (calibrate_on / "dataset.csv").is_file():
             raise InputError(f"--calibrate {calibrate_on}: no dataset.csv there; give a folder of annotated images")
-        ready = source.endswith(".safetensors")
+        ready = _source_file(source).suffix == ".safetensors"
         if ready and (kind is not None or calibrate_on is not None):
             raise InputError(
                 f"{source}: is a package, not a checkpoint: leave out --kind and --calibrate (`hover-batch kd "
@@ -137,10 +138,15 @@ def _target(source: str, out: Path | None) -> Path:
         if out.suffix != ".safetensors":
             raise InputError(f"-o {out}: a package is a .safetensors file")
         return out
-    name = source if source in KINDS else download_path(source).stem if "://" in source else Path(source).stem
+    name = source if source in KINDS else _source_file(source).stem
     if not is_name(name):
         raise InputError(f"{source}: {name!r} cannot be a name in the cache; give -o FILE.safetensors")
     return cached_package(name)
+
+
+def _source_file(source: str) -> Path:
+    """The file, or what it will be called when it is fetched."""
+    return download_path(source) if "://" in source else Path(source)
 
 
 def _copy(source: str, sha256: str | None, target: Path, *, replaceable: bool) -> None:

@@ -102,7 +102,6 @@ def whole_files(folder: Path) -> list[str]:
 
 
 def test_a_url_becomes_a_package_that_is_found_by_its_name(server: Server, checkpoint: bytes, cache: Path) -> None:
-    server.files["/weights/nine%20lives.v2.pth"] = checkpoint
     url = f"{server.url}/weights/nine%20lives.v2.pth?download=true"
     server.files["/weights/nine%20lives.v2.pth?download=true"] = checkpoint
     result = run("import", url, "--sha256", hashlib.sha256(checkpoint).hexdigest())
@@ -124,6 +123,9 @@ def test_a_package_is_fetched_as_it_is(server: Server, tmp_path: Path) -> None:
     server.files["/tiny.safetensors"] = STARTER.read_bytes()
     assert run("import", f"{server.url}/tiny.safetensors").exit_code == 0
     assert find_package("tiny").sha256 == find_package("starter").sha256
+    server.files["/a/b/small.safetensors?download=true"] = STARTER.read_bytes()
+    assert run("import", f"{server.url}/a/b/small.safetensors?download=true").exit_code == 0
+    assert find_package("small").sha256 == find_package("starter").sha256
     server.files["/other/tiny.safetensors"] = STARTER.read_bytes()[:-1]
     result = run("import", f"{server.url}/other/tiny.safetensors")
     assert result.exit_code == 2 and "not a safetensors file" in result.stderr
