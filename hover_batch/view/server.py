@@ -106,14 +106,15 @@ def _json(value: dict[str, Any] | None) -> Answer | None:
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """`port` 0: any that is free. InputError where it is taken."""
+    """Listens from the start, and answers once it has a `site` and serves. `port` 0: any that is free. InputError where
+    it is taken."""
 
+    site: Site
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, site: Site, port: int) -> None:
-        self.site = site
+    def __init__(self, port: int) -> None:
         self.token = secrets.token_urlsafe(24)
         try:
             super().__init__((ADDRESS, port), _Handler)
@@ -135,6 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # connections are kept
     timeout = 60
     server: Server
+    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         if self.headers.get("Host") not in self.server.hosts:

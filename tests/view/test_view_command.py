@@ -51,6 +51,12 @@ def test_a_run_of_which_nothing_is_done_is_refused(tmp_path: Path, field: Field)
     assert "later: is not done" in refused(run) and "none of the run's is done yet" in refused(run)
 
 
+def test_a_list_of_slides_that_was_changed_is_refused(tmp_path: Path, field: Field) -> None:
+    layout = write_run(tmp_path / "out", *field, done=["a"])
+    layout.slides_csv.write_text(layout.slides_csv.read_text().replace("0.25", "a quarter"))
+    assert f"{layout.slides_csv}: was changed by hand" in refused(layout.root)
+
+
 def test_a_slide_without_pixels_is_refused(tmp_path: Path, field: Field) -> None:
     image = tmp_path / "moved.png"
     image.write_bytes(field[0].read_bytes())

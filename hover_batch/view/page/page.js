@@ -15,7 +15,7 @@ ask("info.json").then((answer) => answer.json()).then(start);
 // An answer that may say no, or an error that says so to the user.
 async function ask(path) {
   try {
-    return await fetch(path);
+    return await window.fetch(path);
   } catch (error) {
     say("hover-batch view has ended. Start it again, and open the address that it prints.");
     throw error;
@@ -235,11 +235,11 @@ class Tiles {
       this.held.set(path, tile);
       if (tile) there.set(path, tile);
     }
-    this.ask();
+    this.fetch();
     return there;
   }
 
-  ask() {
+  fetch() {
     while (this.under.size < AT_ONCE && this.wanted.length) {
       const [path, make] = this.wanted.shift();
       this.under.add(path);
@@ -257,7 +257,7 @@ class Tiles {
             if (this.held.size <= KEPT) break;
             this.held.delete(old);
           }
-          this.ask();
+          this.fetch();
           this.arrived();
         });
     }
