@@ -48,6 +48,7 @@ function start(info) {
     const there = near ? layer.contours(place, tiles) : layer.density(place, tiles);
     $("state").textContent = near ? `${there.toLocaleString("en")} nuclei in view` : "Density of nuclei";
     $("scale").firstChild.textContent = scaleBar($("scale").firstChild, info.mpp[0] / place.scale);
+    // For those who wait for it.
     document.body.dataset.drawn = near ? "contours" : "density";
     document.body.dataset.waiting = tiles.waiting;
     const at = near && pointer.at && [(pointer.at[0] - place.x) / place.scale, (pointer.at[1] - place.y) / place.scale];
@@ -195,7 +196,8 @@ function tell(nucleus, info) {
         const line = document.createElement("tr");
         const [head, cell] = [document.createElement("th"), document.createElement("td")];
         head.textContent = name;
-        cell.textContent = Number.isInteger(value) || typeof value !== "number" ? (value ?? "–") : Number(value.toPrecision(4));
+        const rounded = () => Number(value >= 1000 ? value.toFixed(1) : value.toPrecision(4));
+        cell.textContent = typeof value === "number" && !Number.isInteger(value) ? rounded() : (value ?? "–");
         line.append(head, cell);
         return line;
       }),
