@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 import socketserver
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -125,7 +126,9 @@ class Server(socketserver.ThreadingTCPServer):
         return f"http://{ADDRESS}:{self.server_address[1]}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser hangs up on what it needs no more; what went wrong otherwise was answered with 500."""
+        """A browser that hangs up on what it needs no more is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

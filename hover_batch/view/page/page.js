@@ -4,6 +4,7 @@
 
 const NUCLEUS_UM = 10;
 const SEEN_AT = 8; // pixels on the screen that a nucleus of that size takes when contours are drawn
+const LINE = 1.5; // pixels on the screen, about
 const CELL = 4; // pixels on the screen, at the least, of a cell of density
 const KEPT = 400; // tiles of either kind in memory
 const AT_ONCE = 4; // requests
@@ -50,7 +51,7 @@ function start(info) {
     document.body.dataset.drawn = near ? "contours" : "density";
     document.body.dataset.waiting = tiles.waiting;
     const at = near && pointer.at && [(pointer.at[0] - place.x) / place.scale, (pointer.at[1] - place.y) / place.scale];
-    const hit = at ? layer.hit(at, tiles) : null;
+    const hit = at ? layer.hit(at) : null;
     if (hit) layer.highlight(hit, place);
     if (hit?.id !== pointer.hit?.id) tell(hit, info);
     if (!hit) $("hint").textContent = near ? "Point at a nucleus." : "Zoom in until nuclei are outlined.";
@@ -69,7 +70,11 @@ function start(info) {
   }
 
   viewer.addHandler("update-viewport", () => draw(false)); // at once, or nuclei would trail the slide
-  viewer.addHandler("tile-load-failed", (event) => event.message && say(`A tile of the slide is missing: ${event.message}`));
+  // OpenSeadragon does not say why; the server does.
+  viewer.addHandler("tile-load-failed", async (event) => {
+    const answer = await ask(event.tile.getUrl());
+    if (!answer.ok) say(`The slide cannot be read: ${await answer.text()}`);
+  });
   // OpenSeadragon's keys that turn and mirror the slide: nuclei are not turned with it.
   viewer.addHandler("canvas-key", (event) => {
     if (/^[rf]$/i.test(event.originalEvent.key)) event.preventDefaultAction = true;
@@ -264,7 +269,8 @@ class Layer {
   constructor(info, shown, canvas) {
     Object.assign(this, { info, shown, canvas });
     this.context = canvas.getContext("2d");
-    this.before = new Map();
+    this.near = new Map(); // tiles of contours that are drawn
+    this.before = new Map(); // tiles of density that were all there
   }
 
   clear(place, opacity) {
@@ -299,14 +305,15 @@ class Layer {
         (bytes) => new NucleiTile(bytes, column * side, row * side, this.info.nuclei.step),
       ]),
     );
+    const before = this.near;
     this.near = tiles.get(paths);
-    const detail = Math.floor(Math.log2(1 / place.scale));
+    for (const [path, tile] of before) if (!this.near.has(path)) tile.forget();
     let count = 0;
     for (const tile of this.near.values()) {
       this.at(tile, place);
       const indices = tile.inWindow(place, this.shown);
-      if (detail < 0) tile.draw(this.context, indices, 1.5 / place.scale, 0, this.info.classes);
-      else tile.show(this.context, detail, this.dense, this.shown, this.info);
+      if (place.scale >= 1) tile.draw(this.context, indices, LINE / place.scale, 0, this.info.classes);
+      else tile.show(this.context, Math.round(Math.log2(1 / place.scale)), this.dense, this.shown, this.info);
       count += indices.length;
     }
     return count;
@@ -339,6 +346,8 @@ class Layer {
   }
 
   density(place, tiles) {
+    for (const tile of this.near.values()) tile.forget();
+    this.near = new Map();
     const level = Math.max(0, Math.ceil(Math.log2(CELL / place.scale)));
     const side = this.info.nuclei.cells * 2 ** level;
     const paths = new Map(
@@ -429,8 +438,8 @@ class NucleiTile {
     }
   }
 
-  // The same by way of a picture, which many nuclei want: at `detail` d it has a pixel for 2^d level-0 pixels, at most
-  // twice what the screen has, and is drawn anew only when that or the classes change.
+  // All of them by way of a picture, which many nuclei want: at `detail` d it has a pixel for 2^d level-0 pixels, within
+  // a factor of √2 as the screen has, and is drawn anew only when that or the classes change.
   show(context, detail, dense, shown, info) {
     const unit = dense / 2 ** detail;
     const margin = Math.ceil(info.nuclei.tile / 8);
@@ -443,9 +452,15 @@ class NucleiTile {
       const inner = this.canvas.getContext("2d");
       inner.setTransform(unit, 0, 0, unit, margin * unit, margin * unit);
       const indices = [...this.types.keys()].filter((i) => shown.has(this.types[i]));
-      this.draw(inner, indices, 2 / unit, 2 ** detail, info.classes);
+      this.draw(inner, indices, LINE * 2 ** detail, 2 ** detail, info.classes);
     }
     context.drawImage(this.canvas, -margin, -margin, this.canvas.width / unit, this.canvas.height / unit);
+  }
+
+  // The picture is many times the size of what it shows.
+  forget() {
+    if (this.canvas) this.canvas.width = this.canvas.height = 0;
+    this.key = null;
   }
 
   // Indices of the nuclei of these classes that the window shows some of.
