@@ -119,7 +119,9 @@ _POST = "Tissue and post-processing"
 _ENGINE = "Machines"
 CohortArgument = Annotated[
     str | None,
-    typer.Argument(metavar="COHORT", help="CSV with a column `path` (see README), a folder of slides, or a glob."),
+    typer.Argument(
+        metavar="COHORT", help="CSV with a column `path` (see docs/first-cohort.md), a folder of slides, or a glob."
+    ),
 ]
 ModelOption = Annotated[
     str | None, _option("--model", "Model package: `starter` or a .safetensors file.", Settings.model, _MODEL)

@@ -93,7 +93,8 @@ class NetworkFailed(Exception):
 
 
 class UnitsMissing(Exception):
-    """A region's nuclei reach into units, named by (column, row), whose maps are not there yet."""
+    """Nuclei reach into units, named by (column, row), whose maps are not there yet; or of a whole slide, the units'
+    results are not seen here yet."""
 
     def __init__(self, cells: tuple[tuple[int, int], ...]) -> None:
         super().__init__(cells)
@@ -369,18 +370,28 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     return seconds
 
 
+def _seen(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
+    """Whether the unit's maps can be read here. A network file system may show the marker before the shard, which a
+    read would take for zeros."""
+    try:
+        marker = json.loads(work.maps.marker(unit.column, unit.row).read_bytes())
+    except FileNotFoundError:
+        return False
+    return marker["shard_sha256"] is None or store.has_shard(unit.box)
+
+
 def _complete(store: PredictionStore, work: SlideWork) -> Callable[[Box], NDArray[np.uint8]]:
     """`store.read` in the tables' classes, but never of a unit that is still to be predicted."""
     class_map = work.settings.post.class_map
     _, ids = work.card.taxonomy.merged(class_map)
-    waiting = {(unit.column, unit.row) for unit in work.units}
+    waiting = {(unit.column, unit.row): unit for unit in work.units}
 
     def read(box: Box) -> NDArray[np.uint8]:
-        needed = waiting.intersection(box.intersect(store.canvas).cells(work.settings.infer.unit))
-        there = {cell for cell in needed if work.maps.marker(*cell).exists()}
-        if missing := needed - there:
+        needed = waiting.keys() & set(box.intersect(store.canvas).cells(work.settings.infer.unit))
+        if missing := [cell for cell in needed if not _seen(waiting[cell], work, store)]:
             raise UnitsMissing(tuple(sorted(missing)))
-        waiting.difference_update(there)
+        for cell in needed:
+            del waiting[cell]
         maps = store.read(box)
         return work.card.layout.merge(maps, ids) if class_map else maps
 
@@ -391,8 +402,13 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     """Merge the parts into nuclei.parquet and draw the pictures. Returns what slide.json says, the summary among it.
 
     Without a reader there are no pixels to draw on: the thumbnail is that of the run which kept the maps.
+
+    Raises UnitsMissing where parts or markers, written elsewhere, are not seen here yet.
     """
     layout, record = work.layout, work.record
+    cells = [(unit.column, unit.row) for unit in work.units]
+    if unseen := [c for c in cells if not (layout.part(*c).exists() and work.maps.marker(*c).exists())]:
+        raise UnitsMissing(tuple(unseen))
     with seconds.of("finalize"):
         keep = work.mask.contains if work.mask.given else None
         parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]

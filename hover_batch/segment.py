@@ -15,7 +15,7 @@ from hover_batch.cohort.ledger import Failure, Ledger, ModelId
 from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
-from hover_batch.errors import InputError
+from hover_batch.errors import DISK_FULL, InputError
 from hover_batch.executor.books import CohortBooks
 from hover_batch.executor.engine import engine, settled_here
 from hover_batch.executor.progress import CohortProgress
@@ -145,7 +145,11 @@ def run_segment(
         finally:
             if copies:
                 books.copies.close()
-            ledger.finish(plan.cohort, books.model_busy, stopped=stopped)
+            try:
+                ledger.finish(plan.cohort, books.model_busy, stopped=stopped)
+            except OSError as error:  # what stopped the run is told, rather than this
+                if not (stopped and error.errno in DISK_FULL):
+                    raise
         failures = ledger.failures()
         # By row: a row that is left out may bear the slide_id of one that was run.
         failed = {failure.row for failure in failures}

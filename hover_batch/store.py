@@ -98,6 +98,10 @@ class PredictionStore:
         except FileNotFoundError:
             return None
 
+    def has_shard(self, box: Box) -> bool:
+        """Whether the shard of the unit at `box` is there; where it holds only zeros, there is none."""
+        return self._shard(box).exists()
+
     def sweep(self) -> None:
         """Remove what killed writes left behind. While nobody writes."""
         for leftover in self.path.rglob(".*.partial"):

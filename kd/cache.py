@@ -144,6 +144,11 @@ class Cache:
         """In the order in which they appear."""
         return list(dict.fromkeys(entry.fold for entry in self.entries))
 
+    @property
+    def sources(self) -> list[str]:
+        """In the order in which they appear."""
+        return list(dict.fromkeys(entry.source for entry in self.entries))
+
     def samples(self, fold: str, sources: Collection[str] | None) -> Iterator[Sample]:
         """The images of one fold and of the named sources (None: of all), in order. InputError where one is damaged."""
         offset = 0

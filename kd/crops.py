@@ -69,7 +69,8 @@ def source_shares(config: TrainConfig, samples: Sequence[Sample]) -> dict[str, f
     areas: dict[str, float] = {}
     for sample in samples:
         areas[sample.source] = areas.get(sample.source, 0.0) + sample.instances.size
-    given = config.sources or (STARTER_SHARES if STARTER_SHARES.keys() <= areas.keys() else areas)
+    configured = dict(sorted((config.sources or {}).items()))  # crops must not depend on the order of --source
+    given = configured or (STARTER_SHARES if STARTER_SHARES.keys() <= areas.keys() else areas)
     for source in given:
         if source not in areas:
             raise InputError(f"--source {source}: no training image of it in {config.data}")

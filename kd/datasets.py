@@ -22,13 +22,15 @@ def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = 
 
     `path`: a cache (.zarr or .npz), or an instance folder, whose splits are the folds and whose types are those of
     CoNSeP, merged. Of the folds train, val and test any may have no image.
-    Raises InputError where there is no fold of another name, or something is missing, cannot be read, does not fit
-    together or was damaged.
+    Raises InputError where there is no fold of another name or no such source, or something is missing, cannot be
+    read, does not fit together or was damaged.
     """
     wanted, named = list(folds), None if sources is None else set(sources)
     data = _open(path)
     if unknown := [fold for fold in wanted if fold not in data.folds and fold not in MAY_BE_EMPTY]:
         raise InputError(f"{path} has no fold {', '.join(unknown)}; its folds are {', '.join(data.folds)}")
+    if unknown := sorted((named or set()) - set(data.sources)):
+        raise InputError(f"{path} has no source {', '.join(unknown)}; its sources are {', '.join(data.sources)}")
     if isinstance(data, Cache):
         return Data(data.taxonomy, [sample for fold in wanted for sample in data.samples(fold, named)])
     return Data(CONSEP, [sample for fold in wanted for sample in data.samples(CONSEP, fold, named)])

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from skimage.measure import label
 
 from hover_batch.taxonomy import Taxonomy
+from kd.classes import CODES
 from kd.samples import Sample
 
 PUBLISHED_FOLDS = {"pannuke": ("1", "2", "3")}
@@ -34,6 +35,8 @@ class Findings:
         self.taxonomy = taxonomy
         self.parts: dict[tuple[str, str], Part] = defaultdict(Part)
         """By source and fold."""
+        self.unread_types: list[str] = []
+        """Sources whose types were left out."""
         self._odd: Counter[str] = Counter()
         self._folds_of_image: dict[str, dict[str, str]] = defaultdict(dict)
         """image_sha256 → the folds that it is in → its id there."""
@@ -58,6 +61,11 @@ class Findings:
     def warnings(self) -> list[str]:
         """Sentences on what a user may want to mend; nothing of it is an error."""
         lines = [f"{n:,} {what}; kept as they are" for what, n in self._odd.items() if n]
+        if self.unread_types:
+            lines.append(
+                f"the types of {', '.join(self.unread_types)} are left out, for what their codes mean is not known; "
+                f"those of {', '.join(CODES)} are"
+            )
         if unclassed := sum(part.by_class[0] for part in self.parts.values()):
             lines.append(f"{unclassed:,} nuclei are of none of the classes of {self.taxonomy.name}; their type is 0")
         shared = [folds for folds in self._folds_of_image.values() if len(folds) > 1]

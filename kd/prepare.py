@@ -13,6 +13,7 @@ from kd.contact import ContactSheet
 from kd.findings import Findings
 from kd.layouts import Layout, recognise
 from kd.layouts.consep import Consep
+from kd.layouts.folder import InstanceFolder
 from kd.samples import Sample
 
 Watch = Callable[[Iterable[Sample], int], Iterable[Sample]]
@@ -40,6 +41,7 @@ def prepare(folders: Sequence[Path], out: Path, sheet: Path, classes: str | None
             pictures.add(sample)
         if not findings.parts:
             raise InputError(f"{', '.join(map(str, folders))}: there is no image")
+    findings.unread_types = [s for layout in layouts if isinstance(layout, InstanceFolder) for s in layout.unread_types]
     pictures.write(sheet)
     return findings
 

@@ -45,6 +45,15 @@ class Sample:
         return digest.hexdigest()
 
 
+def truth_sha256(samples: Iterable[Sample]) -> str:
+    """Of instances and types of all samples, in their order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(np.ascontiguousarray(sample.instances).tobytes())
+        digest.update(b"none" if sample.types is None else np.ascontiguousarray(sample.types).tobytes())
+    return digest.hexdigest()
+
+
 def hashes_of(samples: Iterable[Sample]) -> list[str]:
     """By what a card knows the images again, sorted: the first SHA_DIGITS of each `image_sha256`."""
     return sorted({sample.image_sha256[:SHA_DIGITS] for sample in samples})

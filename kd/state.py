@@ -18,7 +18,7 @@ from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.config import TrainConfig
 from kd.crops import Teacher
-from kd.samples import Sample, hashes_of
+from kd.samples import Sample, hashes_of, truth_sha256
 from kd.schedule import Schedule
 
 CHECKPOINT = "checkpoint.pt"
@@ -53,7 +53,7 @@ class State:
     def resume(self, config: TrainConfig, record: dict[str, Any]) -> None:
         """Take over what the checkpoint holds, if there is one.
 
-        Raises InputError where it was made with other settings, other images or another teacher.
+        Raises InputError where it was made with other settings, other images or annotations, or another teacher.
         """
         path = config.out / CHECKPOINT
         if not path.exists():
@@ -61,8 +61,8 @@ class State:
         saved = read_checkpoint(path)
         if saved["config"] != config.to_json():
             raise InputError(f"{path} was made with other settings; give another --out, or the same settings")
-        for what, flag in (("saw", "--data"), ("teacher", "--teacher")):
-            if saved["record"][what] != record[what]:
+        for what, flag in (("saw", "--data"), ("truth_sha256", "--data"), ("teacher", "--teacher")):
+            if saved["record"].get(what) != record[what]:
                 raise InputError(f"{flag}: {path} was made with another; give another --out, or the same {flag}")
         for name in ("model", "shipped", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(saved[name])
@@ -93,7 +93,7 @@ def record_of(
     before: dict[str, Any],
 ) -> dict[str, Any]:
     """What the card will say of the training. `saw`: the images, by the first digits of their sha256, and
-    `saw_groups` their patients, as source/group, as far as these are known.
+    `saw_groups` their patients, as source/group, as far as these are known; `truth_sha256`: of their annotations.
     `before`: the training of the weights that this one started from."""
     parts = {"train": training, "val": validation}
     taught = None
@@ -106,6 +106,7 @@ def record_of(
         "saw_groups": {
             part: sorted({f"{s.source}/{s.group}" for s in samples if s.group}) for part, samples in parts.items()
         },
+        "truth_sha256": {part: truth_sha256(samples) for part, samples in parts.items()},
         "data": {part: contents(samples) for part, samples in parts.items()},
         "teacher": taught,
         "before": before,

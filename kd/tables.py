@@ -70,6 +70,14 @@ class Table:
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Raises InputError where a file is no evaluation, or two share a label and cannot share a row."""
     runs = [Run(path, _read(path)) for path in paths]
+    for run in runs:
+        try:
+            tables([run], Path())
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{run.path}: no evaluation of this version ({type(error).__name__}: {error}); run `kd evaluate "
+                "--json` again"
+            ) from error
     seen: dict[tuple[str, ...], Run] = {}
     for run in runs:
         first = next(r for r in runs if r.label == run.label)
@@ -94,11 +102,13 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise InputError(f"{path}: {error.strerror}; give files that `kd evaluate --json` wrote") from error
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); give files that `kd evaluate --json` wrote") from error
-    needed = {"label", "sha256", "architecture", "data", "folds", "sobel_norm", "sources", "leakage", "cost"}
-    if not isinstance(report, Mapping) or (missing := needed - report.keys()):
-        lacking = ", ".join(sorted(missing)) if isinstance(report, Mapping) else "everything"
+    texts = dict.fromkeys(("label", "sha256", "architecture", "data", "sobel_norm"), str)
+    needed: dict[str, type] = texts | {"folds": list, "sources": dict, "leakage": list, "cost": dict}
+    held = report if isinstance(report, dict) else {}
+    if missing := [name for name, kind in sorted(needed.items()) if not isinstance(held.get(name), kind)]:
+        lacking = ", ".join(missing) if held else "everything"
         raise InputError(f"{path}: no evaluation of this version, it lacks {lacking}; run `kd evaluate --json` again")
-    return report
+    return held
 
 
 def tables(runs: Sequence[Run], out: Path) -> list[Table]:

@@ -25,9 +25,13 @@ def _pinned() -> dict[str, tuple[str, int]]:
 
 
 def test_every_dependency_is_pinned_within_its_bounds() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    left_out = {Requirement(text).name for text in settings["tool"]["uv"]["override-dependencies"]}
+    assert left_out == {"opencv-python-headless"}  # by a marker that never holds
     pinned = _pinned()
-    for requirement in map(Requirement, project["dependencies"]):
+    for requirement in map(Requirement, settings["project"]["dependencies"]):
+        if requirement.name in left_out:
+            continue
         assert canonicalize_name(requirement.name) in pinned, f"{requirement} is not locked; {REMAKE}"
         version, _ = pinned[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version, prereleases=True), f"{requirement}: {version}; {REMAKE}"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +16,7 @@ from hover_batch.compare.agreement import CELL, Dispute
 from hover_batch.compare.fields import Field
 from hover_batch.nuclei.measure import Nuclei
 from hover_batch.nuclei.whole import types_by_id
+from hover_batch.report.pictures import data_uri
 from hover_batch.taxonomy import Taxonomy
 
 AROUND = 32
@@ -59,17 +58,12 @@ class Panel:
             field.box.x0 + dispute.x,
             field.box.y0 + dispute.y,
             dispute.alone,
-            tuple(_uri(picture) for picture in pictures),
+            tuple(data_uri(picture[..., ::-1], ".png") for picture in pictures),
         )
 
 
 def _large(image: NDArray[Any]) -> NDArray[Any]:
     return np.repeat(np.repeat(image, ZOOM, axis=0), ZOOM, axis=1)
-
-
-def _uri(image: NDArray[np.uint8]) -> str:
-    _, encoded = cv2.imencode(".png", image[..., ::-1])
-    return "data:image/png;base64," + base64.b64encode(encoded.tobytes()).decode()
 
 
 def render(found: dict[str, Any], panels: Sequence[Panel]) -> str:

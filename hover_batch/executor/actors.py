@@ -153,11 +153,14 @@ def post_region(work: SlideWork, index: int) -> Seconds | UnitsMissing:
 
 
 @ray.remote(num_cpus=1, max_retries=0)
-def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any]:
-    """Tables and pictures."""
+def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any] | UnitsMissing:
+    """Tables and pictures; or the units of which this machine does not see all results yet."""
     hold_threads()
-    with opened(work, _copies(work.layout, work.settings)) as reader:
-        return finalize(work, reader, seconds)
+    try:
+        with opened(work, _copies(work.layout, work.settings)) as reader:
+            return finalize(work, reader, seconds)
+    except UnitsMissing as missing:
+        return missing
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)

@@ -17,11 +17,13 @@ from hover_batch.executor.resources import EnginePlan
 
 @dataclass(eq=False)
 class Network:
-    """One network. `node`: the machine it is on, once known; `load`: units under way in it; `alone`: the one under way
+    """One network. `node`: the machine it is on, once known; `lost_before`: machines that had gone when it was hired;
+    `load`: units under way in it; `alone`: the one under way
     must have no company; `gone`: dead, or let go by us, which is no fault of the units in it (`let_go`)."""
 
     handle: Any
     node: str = ""
+    lost_before: int = 0
     started: bool = False
     gone: bool = False
     let_go: bool = False
@@ -44,8 +46,8 @@ class Crew:
     def started(self) -> list[Network]:
         return [network for network in self.networks if network.started]
 
-    def hire(self, plan: EnginePlan) -> Network:
-        """One more, on its way: Ray makes it where there is room."""
+    def hire(self, plan: EnginePlan, lost_before: int) -> Network:
+        """One more, on its way: Ray makes it where there is room. `lost_before`: machines that have gone so far."""
         options = InferActor.options(  # type: ignore[attr-defined]  # what ray.remote makes of a class
             num_cpus=plan.actor_cpus,
             num_gpus=plan.actor_gpus,
@@ -54,7 +56,8 @@ class Crew:
         )
         # Said to torch, since an OMP_NUM_THREADS of the user's would hold instead of what is reserved.
         settings = replace(self._books.settings.infer, threads=plan.threads)
-        network = Network(options.remote(self._books.package, settings, self._load))
+        handle = options.remote(self._books.package, settings, self._load)
+        network = Network(handle, lost_before=lost_before)
         self.networks.append(network)
         return network
 

@@ -30,6 +30,8 @@ class Machines:
 
     def __init__(self) -> None:
         self._nodes = _alive()
+        self.lost = 0
+        """Machines that were seen to go, so far."""
         self._changed = False
         self._look_at = time.monotonic() + LOOK_EVERY_S
         self._asked: dict[str, Any] = {}
@@ -52,6 +54,7 @@ class Machines:
         """Ask the cluster now."""
         self._look_at = time.monotonic() + LOOK_EVERY_S
         nodes = _alive()
+        self.lost += len(self._nodes.keys() - nodes.keys())
         self._changed |= nodes.keys() != self._nodes.keys()
         self._nodes = nodes
 

@@ -27,7 +27,7 @@ from ray.exceptions import (
     UnserializableException,
 )
 
-from hover_batch.errors import HoverBatchError, InputError, PackageError, SlideError, SlideQuarantined
+from hover_batch.errors import HoverBatchError, InputError, PackageError, ScratchFull, SlideError, SlideQuarantined
 from hover_batch.executor.actors import MachineLost, ReaderDied, finalize_slide, post_region, survey_slide
 from hover_batch.executor.books import CohortBooks, Load
 from hover_batch.executor.crew import Crew, Network
@@ -45,8 +45,8 @@ MAX_FAILED_STARTS = 3
 MAX_LOSSES = 5
 """Machines that may be lost while one and the same piece of work is under way on them, before it is suspected."""
 MAX_RETRIES = 120
-"""Times that a region is tried whose units are done, by the driver's books, and whose markers are not seen: network
-file systems show new files late, a minute as a rule."""
+"""Times that a region is tried, or a slide's tables, for which all is done, by the driver's books, and not seen:
+network file systems show new files late, a minute as a rule."""
 PATIENCE_S = 120.0
 """Before the user is told that no network has loaded yet."""
 _POLL_S = 0.25
@@ -144,7 +144,7 @@ class RayExecutor:
         most = 2 * (appetite + self.plan.posts)
         ready = sum(len(s.to_infer) for s in self._open)
         surveys = sum(not s.surveyed for s in self._open)
-        while self._waiting and ready + surveys < ahead and len(self._open) < most:
+        while self._waiting and ready + surveys < ahead and len(self._open) < most and not self._held():
             planned = self._waiting.popleft()
             try:
                 layout = self.books.begin(planned)
@@ -158,14 +158,18 @@ class RayExecutor:
             self._open.append(SlideUnderWay(planned, layout))
             surveys += 1
 
+    def _held(self) -> bool:
+        return any(slide.held for slide in self._open)
+
     def _feed_networks(self) -> None:
         """The freest network first; the oldest slide's units first; a unit with a strike alone."""
-        for slide in self._open:
+        fed = [slide for slide in self._open if not slide.held]
+        for slide in fed:
             while slide.suspects and (network := self._crew.idle()):
                 self._infer(slide, slide.suspects.popleft(), network, alone=True)
         # One is left to run empty where somebody waits to be alone in one.
-        spared = self._crew.least_loaded() if any(slide.suspects for slide in self._open) else None
-        for slide in self._open:
+        spared = self._crew.least_loaded() if any(slide.suspects for slide in fed) else None
+        for slide in fed:
             while slide.to_infer:
                 network = self._crew.freest(self.plan.units_at_once, spared)
                 if network is None:
@@ -183,6 +187,8 @@ class RayExecutor:
         at_once = len(self._crew) or self.plan.posts
         surveys, posts = running[SURVEY], running[POST] + running[FINALIZE]
         for slide in self._open:
+            if slide.held:
+                continue
             if slide.next_task == SURVEY and surveys < at_once:
                 surveys += 1
                 slide.next_task = None
@@ -201,18 +207,23 @@ class RayExecutor:
 
     def _hire(self) -> None:
         while len(self._crew) < self.plan.actors and not self._draining:
-            network = self._crew.hire(self.plan)
+            network = self._crew.hire(self.plan, self.machines.lost if self.machines else 0)
             self._running[network.handle.where.remote()] = _Call(START, network=network)
 
     def _follow_machines(self) -> None:
         """Where machines of the cluster came or went: as many networks and as much post-processing as now fit."""
         if self.machines is None:
             return
+        books, before, root = self.books, self.plan, self.books.ledger.layout.root
         changed = self.machines.changed()
-        self.machines.refuse_unshared(self.books.ledger.layout.root)
+        try:
+            self.machines.refuse_unshared(root)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            books.room.ran_out(str(root))
         if not changed:
             return
-        books, before = self.books, self.plan
         try:
             there = self.machines.resources.at_most(books.settings)
         except InputError:
@@ -282,11 +293,14 @@ class RayExecutor:
             self.books.unit_done(slide.slide_id, slide.units[call.index], result)
         elif call.stage == POST and isinstance(result, UnitsMissing):
             if not slide.region_needs(call.index, result.cells):
-                self._count_retry(slide, call.index, result)
+                self._count_retry(call, slide, result)
         elif call.stage == POST:
             slide.seconds.add(result)
             slide.region_posted()
             self.books.region_done(slide.slide_id, slide.units[call.index], result)
+        elif isinstance(result, UnitsMissing):
+            slide.tables_need()
+            self._count_retry(call, slide, result)
         else:
             try:
                 self.books.end(slide.slide_id, result)
@@ -298,11 +312,11 @@ class RayExecutor:
             else:
                 self._close(slide)
 
-    def _count_retry(self, slide: SlideUnderWay, index: int, missing: UnitsMissing) -> None:
-        slide.strikes["markers", index] += 1
-        if slide.strikes["markers", index] == MAX_RETRIES:
-            error = SlideError(f"{POST}: the markers of units {missing.cells} are gone; run the same command again")
-            self._fail(slide, POST, error)
+    def _count_retry(self, call: _Call, slide: SlideUnderWay, missing: UnitsMissing) -> None:
+        slide.strikes["unseen " + call.stage, call.index] += 1
+        if slide.strikes["unseen " + call.stage, call.index] == MAX_RETRIES:
+            error = SlideError(f"{call.stage}: results of units {missing.cells} are gone; run the same command again")
+            self._fail(slide, call.stage, error)
 
     def _raised(self, call: _Call, cause: Exception, trace: str) -> None:
         """The call ran and raised. What raises once raises again, so the slide ends; but a reader's death is a strike,
@@ -370,7 +384,11 @@ class RayExecutor:
                 self._network_died(call, ActorUnavailableError.__name__)
 
     def _machine_up(self, network: Network | None) -> bool:
-        return not (self.machines and network and network.node) or self.machines.up(network.node)
+        if not (self.machines and network):
+            return True
+        if not network.node:  # it has not told yet: any that went since may have been its own
+            return self.machines.lost == network.lost_before
+        return self.machines.up(network.node)
 
     def _network_died(self, call: _Call, kind: str) -> None:
         up = self._machine_up(call.network)
@@ -414,9 +432,14 @@ class RayExecutor:
             self._again(call)
 
     def _disk_full(self, call: _Call, error: Exception | None = None) -> None:
-        if call.slide and not call.slide.ended:
-            self.books.room.ran_out(call.slide.slide_id, error)
-            self._again(call)
+        slide = call.slide
+        if slide is None or slide.ended:
+            return
+        if isinstance(error, ScratchFull) and any(not s.held for s in self._open if s is not slide):
+            slide.held = True
+        else:
+            self.books.room.ran_out(slide.slide_id, error)
+        self._again(call)
 
     def _short_of_memory(self, call: _Call) -> None:
         """Less at once from now on; where it is one thing at a time already, it is a strike."""
@@ -467,3 +490,5 @@ class RayExecutor:
     def _close(self, slide: SlideUnderWay) -> None:
         slide.ended = True
         self._open.remove(slide)
+        for other in self._open:
+            other.held = False

@@ -20,7 +20,9 @@ from hover_batch.slide.tiles import Unit
 SURVEY, INFER, POST, FINALIZE, START = "tissue", "inference", "post-processing", "tables", "start"
 """Stages of a slide, as failures name them; START is a network's."""
 RETRY_S = 1.0
-"""Before a region is tried again whose units are done but not seen."""
+"""Before a region is tried again whose units are done but not seen, or the tables."""
+TABLES = -1
+"""Stands for a slide's tables among the indices of its regions."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,13 @@ class SlideUnderWay:
     to_post: deque[int] = field(default_factory=deque)
     inferred: set[int] = field(default_factory=set)
     retry_at: dict[int, float] = field(default_factory=dict)
-    """Region → when (monotonic) to try it again, because markers of units that are done were not seen yet."""
+    """Region, or TABLES → when (monotonic) to try again, because results of units that are done were not seen yet."""
     regions_left: int = 0
     strikes: Counter[tuple[str, int]] = field(default_factory=Counter)
     losses: Counter[tuple[str, int]] = field(default_factory=Counter)
     """Machines that were lost while a unit or stage was under way on them."""
+    held: bool = False
+    """There was no room for a copy of it beside those of other slides: it waits until one of them ends."""
     surveyed: bool = False
     next_task: str | None = SURVEY
     """SURVEY or FINALIZE, when it can be submitted."""
@@ -105,12 +109,19 @@ class SlideUnderWay:
         self._wait(i, needed)
         return True
 
+    def tables_need(self) -> None:
+        """Tables could not be made: results are on a file system that does not show them yet."""
+        self.retry_at[TABLES] = time.monotonic() + RETRY_S
+
     def due_again(self) -> None:
-        """Let regions whose time has come be submitted again."""
+        """Let what was not seen be submitted again, where its time has come."""
         now = time.monotonic()
         for i in [i for i, at in self.retry_at.items() if at <= now]:
             del self.retry_at[i]
-            self.to_post.append(i)
+            if i == TABLES:
+                self.next_task = FINALIZE
+            else:
+                self.to_post.append(i)
 
     def region_posted(self) -> None:
         self.regions_left -= 1

@@ -6,7 +6,7 @@ are there no pixels: there it is mirrored about its outermost ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,9 +22,12 @@ OfTiles = Callable[[NDArray[np.uint8]], NDArray[Any]]
 """Tiles (n, tile_in, tile_in, 3) uint8 RGB → planes (n, plane, tile_out, tile_out)."""
 
 
-def batch_of(card: Card) -> int:
-    """Tiles a batch: a HoVerNet's features are large."""
-    return 2 if card.architecture.startswith("hovernet") else InferSettings.batch
+def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
+    """Tiles a batch: a HoVerNet's features are large. Where images of these shapes (y, x, …) are all there is, and go
+    one by one, no more than the largest has."""
+    tiles = [-(-shape[0] // card.tile_out) * -(-shape[1] // card.tile_out) for shape in shapes]
+    most = 2 if card.architecture.startswith("hovernet") else InferSettings.batch
+    return min(most, max(tiles, default=most))
 
 
 def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -113,7 +113,13 @@ class Copies:
 
     def _download(self, url: Url, folder: Path) -> None:
         storage, files = files_of(url)
-        if shutil.disk_usage(folder).free < sum(file.size for file in files) + SPARED_BYTES:
+        needed, disk = sum(file.size for file in files) + SPARED_BYTES, shutil.disk_usage(folder)
+        if disk.total < needed:
+            raise InputError(
+                f"{url}: its {needed / 1e9:.1f} GB do not fit on the disk of {self._base}, were it empty; name a "
+                "larger one by --scratch"
+            )
+        if disk.free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for file in files:
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,8 @@ def evaluate(
     norm = PostSettings(sobel_norm=sobel_norm).sobel_norm  # type: ignore[arg-type]  # PostSettings checks it
 
     def predictor_of(package: Package) -> Predictor:
-        return load_predictor(package, InferSettings(threads=threads, batch=batch_of(package.card)))
+        batch = batch_of(package.card, (sample.image.shape for sample in judged.samples))
+        return load_predictor(package, InferSettings(threads=threads, batch=batch))
 
     found = find_package(model, "package")
     other = find_package(beside, "--beside") if beside else None

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
-from kd.classes import class_ids
+from kd.classes import CODES, class_ids
 from kd.samples import Sample
 
 TABLE = "dataset.csv"
@@ -53,8 +53,18 @@ class InstanceFolder:
         return "pannuke" if any(row["source"] == "pannuke" and row["types"] for row in self._rows) else "consep"
 
     @property
+    def unread_types(self) -> list[str]:
+        """Sources that have types whose codes are not known here, so that they are not read."""
+        return [s for s in self.sources if s not in CODES and any(r["types"] for r in self._rows if r["source"] == s)]
+
+    @property
     def folds(self) -> list[str]:
         return list(dict.fromkeys(row["split"] for row in self._rows))
+
+    @property
+    def sources(self) -> list[str]:
+        """In the order in which they appear."""
+        return list(dict.fromkeys(row["source"] for row in self._rows))
 
     def samples(
         self, taxonomy: Taxonomy, fold: str | None = None, sources: Collection[str] | None = None

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,20 @@ def on_loopback() -> None:
     """Skip where Ray's servers, which listen on all interfaces, could be seen by others."""
     if [name for _, name in socket.if_nameindex()] != ["lo"]:
         pytest.skip("other interfaces than loopback are up: run `scripts/loopback uv run pytest`, as the CI does")
+
+
+@contextlib.contextmanager
+def file_system(folder: Path, size: str) -> Iterator[Path]:
+    """A disk of that size, mounted at `folder`."""
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no file system can be mounted here: this needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def engine_of(networks: int = 1, gpus: bool = False, units_at_once: int = 2) -> EnginePlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import bucket
 import pandas as pd
 import pytest
 from accelerators import LoadQuick
-from conftest import SETTINGS, on_loopback, runner
+from conftest import SETTINGS, file_system, on_loopback, runner
 
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
@@ -126,7 +127,7 @@ def test_a_full_scratch_disk_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(staging, "SPARED_BYTES", 1 << 60)
+    monkeypatch.setattr(staging, "SPARED_BYTES", shutil.disk_usage(tmp_path).total - (1 << 20))
     monkeypatch.setattr(room, "ASK_EVERY_S", 0.2)
     ran_out = room.Room.ran_out
 
@@ -159,6 +160,42 @@ def test_plan_tells_of_it_and_copies_nothing(fields: Fields, server: str, tmp_pa
     assert "at s3://slides/a.png; its header is read when it is copied" in ended.stdout
     assert "  b: 700 × 600 px" in ended.stdout
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_slide_larger_than_the_scratch_disk_fails_alone(
+    fields: Fields, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "SPARED_BYTES", 1 << 60)
+    settings = settings_with(tmp_path / "scratch")
+    outcome = runner("local", monkeypatch)(
+        in_a_bucket(fields("a", "b"), "a"), tmp_path / "out", LoadQuick(), settings=settings
+    )
+    assert outcome.exit_code == 3
+    assert [f.slide_id for f in outcome.failures] == ["a"] and "--scratch" in outcome.failures[0].reason
+
+
+@pytest.mark.faults
+def test_slides_take_turns_on_a_scratch_disk_that_holds_one(
+    fields: Fields, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second waits for the end of the first, and nobody for room."""
+    on_loopback()
+    cohort, padded = fields("a", "b", "c"), 20 << 20
+    for name in ("a", "b", "c"):  # what follows a PNG's end is not looked at
+        path = cohort.parent / f"{name}.png"
+        path.write_bytes(path.read_bytes().ljust(padded, b"\0"))
+    out = tmp_path / "out"
+    with file_system(tmp_path / "small", str(staging.SPARED_BYTES + 3 * padded // 2)) as scratch:
+        settings = settings_with(scratch)
+        assert runner("local", monkeypatch)(cohort, tmp_path / "disk", settings=settings).exit_code == 0
+        flags = ["--unit", "256", "--batch", "2", "--precision", "fp32", "--threads", "1", "--tissue", "all"]
+        ended = command(
+            *("segment", str(in_a_bucket(cohort, "a", "b", "c")), "-o", str(out), "--backend", "ray", "--cpus", "2"),
+            *("--device", "cpu", "--gpus", "0", "--scratch", str(scratch), *flags),
+        )
+    assert ended.returncode == 0, ended.stderr
+    assert "no space left" not in ended.stderr
+    assert tables(out) == tables(tmp_path / "disk")
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from accelerators import LoadQuick, load_nothing
-from conftest import SETTINGS, Run, runner
+from conftest import SETTINGS, Run, file_system, runner
 from PIL import Image
 
 from hover_batch.cohort.events import read_events
@@ -149,14 +148,8 @@ def test_stores_are_discarded_where_asked(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 12 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", folder], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no file system can be mounted here: this needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    with file_system(tmp_path / "disk", "12m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize(

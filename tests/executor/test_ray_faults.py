@@ -46,6 +46,18 @@ def test_a_slide_that_kills_its_readers_is_quarantined(
     assert here(fields("a", "sigsegv", "b"), out, LoadQuick()).exit_code == 0
 
 
+def test_results_that_are_seen_late_are_waited_for(
+    fields: Fields, run_on_ray: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Path
+) -> None:
+    """As network file systems show them: a marker before its shard, and the parts of a slide after its tables began."""
+    out, names = tmp_path / "out", ("late-shard-once", "late-part-once")
+    assert run_on_ray(fields(*names), out, LoadQuick()).exit_code == 0
+    assert all((ray_cluster / f"{name.removesuffix('-once')}-{name}").exists() for name in names), "it was not planted"
+    assert not strikes(out)
+    runner("local", monkeypatch)(fields(*names), tmp_path / "reference", LoadQuick())
+    assert tables(out) == tables(tmp_path / "reference")
+
+
 @pytest.mark.parametrize(
     ("name", "stage"),
     [("sigsegv-once", "inference"), ("post-once", "post-processing"), ("finalize-once", "tables")],

@@ -104,5 +104,16 @@ def test_markers_that_are_not_seen_yet_are_waited_for(monkeypatch: pytest.Monkey
     assert list(work.to_post) == [0]
 
 
+def test_tables_wait_for_parts_that_are_not_seen_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = surveyed([(0, 0)], inferred={0}, posted={0})
+    work.next_task = None  # as when it is submitted
+    work.tables_need()
+    work.due_again()
+    assert work.next_task is None
+    monkeypatch.setattr(underway.time, "monotonic", lambda: 1e12)
+    work.due_again()
+    assert work.next_task == FINALIZE and not work.to_post
+
+
 def test_a_slide_without_units_goes_to_its_table_at_once() -> None:
     assert surveyed([], set(), set()).next_task == FINALIZE

@@ -100,7 +100,7 @@ def test_evaluate_one_source(folder, package, tmp_path):
     ("flags", "message"),
     [
         (["--fold", "val"], "--fold val"),
-        (["--source", "monuseg"], "no such image of monuseg"),
+        (["--source", "monuseg"], "has no source monuseg; its sources are"),
         (["--beside", "starter"], "--beside: is shown in the picture"),
         (["--json", "nowhere/scores.json"], "--json nowhere/scores.json: the folder nowhere does not exist"),
         (["--json", "."], "--json .: is a folder"),

@@ -19,6 +19,7 @@ from training_folder import write_folder
 
 from kd.datasets import read_data
 from kd.logs import LOG, read_log
+from kd.samples import truth_sha256
 
 pytestmark = pytest.mark.faults
 
@@ -118,7 +119,7 @@ def test_a_sweep(tmp_path: Path, backend: str, request: pytest.FixtureRequest) -
 def test_a_teachers_cache(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
-    words = ["teach", "--data", write_images(images), "--teacher", write_teacher(tmp_path / "professor.safetensors")]
+    words = ["teach", write_images(images), "--teacher", write_teacher(tmp_path / "professor.safetensors")]
     more = ["--backend", "local", "--cpus", 1]
     finish(*words, "-o", tmp_path / "undisturbed", *more)
     out = tmp_path / "out"
@@ -141,5 +142,7 @@ def test_what_is_prepared(tmp_path: Path, name: str) -> None:
     finish("prepare", folder, "-o", tmp_path / name)
     killed(lambda: any(out.iterdir()), (out / name).exists, 0.05, 5, "prepare", folder, "-o", out / name)
     finish("prepare", folder, "-o", out / name)
-    ours, theirs = read_data(out / name), read_data(tmp_path / name)
+    ours, theirs = (read_data(of / name, ["train", "val"]).samples for of in (out, tmp_path))
+    assert len(ours) == 6
     assert [sample.image_sha256 for sample in ours] == [sample.image_sha256 for sample in theirs]
+    assert truth_sha256(ours) == truth_sha256(theirs)

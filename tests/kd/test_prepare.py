@@ -84,6 +84,16 @@ def test_what_is_odd_is_noted(folders, tmp_path):
         assert note in result.stderr
 
 
+def test_types_whose_codes_are_not_known_are_told_of(folders, tmp_path):
+    folder = write_folder(tmp_path / "a", {"x": tiles(1, 64)[0]}, fold="train")
+    table = folder / "dataset.csv"
+    table.write_text(table.read_text().replace(",consep,", ",lizard,"))
+    result = run(folder, "-o", tmp_path / "data.npz")
+    assert result.exit_code == 0, result.exception
+    assert "the types of lizard are left out" in result.stderr
+    assert read_data(tmp_path / "data.npz", ["train"]).samples[0].types is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

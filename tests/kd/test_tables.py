@@ -152,6 +152,24 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path, text: str, message: st
         read_runs([tmp_path / "x.json"])
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sources": 5},
+        {"sources": {"pannuke": None}},
+        {"sources": {"pannuke": {"classes": 1}}},
+        {"cost": []},
+        {"leakage": [1]},
+        {"folds": 3},
+        {"label": ["b2"], "sources": {"pannuke": {}}},
+    ],
+)
+def test_what_looks_like_an_evaluation_and_is_none_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
+    path = write(tmp_path / "x.json", **{"sources": {"pannuke": scores(PANNUKE, 0.4)}} | changed)
+    with pytest.raises(InputError, match="x.json: no evaluation of this version"):
+        read_runs([path])
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none.json: No such file or directory"):
         read_runs([tmp_path / "none.json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,6 +184,12 @@ def test_another_teacher_and_other_images_are_refused(papers, paper, tmp_path, m
     monkeypatch.setattr(kd.train, "open_teacher", lambda path, taxonomy: Knows())
     with pytest.raises(InputError, match="--data"):
         train(replace(paper, data=write_folder(tmp_path, seed=1)))
+    again = shutil.copytree(paper.data, tmp_path / "annotated again")
+    labels = sorted((again).rglob("*label*.png"))[0]
+    instances = cv2.imread(str(labels), cv2.IMREAD_UNCHANGED)
+    cv2.imwrite(str(labels), np.where(instances == instances.max(), 0, instances))
+    with pytest.raises(InputError, match="--data"):
+        train(replace(paper, data=again))
 
 
 def test_a_student_learns_from_what_kd_teach_keeps(config, tmp_path):

@@ -4,7 +4,9 @@ folder and this one stands on PYTHONPATH.
 A fault strikes a slide whose id has its name in it: `sigsegv` kills whoever reads it, `sigsegv-once` the first time
 only; `post-once`, `post` and `finalize-once` kill the process that post-processes or finalizes it; `torn-shard-once`,
 `torn-marker-once`, `torn-part-once`, `torn-table-once` and `torn-done-once` kill who has that file written and has not
-named it yet. `slow` sleeps at each step, `memory-once` raises MemoryError, `hog-once` takes memory until it is killed.
+named it yet. `slow` sleeps at each step, `memory-once` raises MemoryError, `hog-once` takes memory in post-processing
+until it is killed, `gorge-once` in inference. As a network file system does, `late-shard-once` shows a shard after its
+marker, `late-part-once` a part after the next stage has begun.
 """
 
 import importlib.abc
@@ -12,6 +14,7 @@ import importlib.machinery
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -53,7 +56,15 @@ def plant_reader(module):
 
 
 def plant_pipeline(module):
-    post, finalize = module.post, module.finalize
+    post, finalize, infer, seen = module.post, module.finalize, module.infer, module._seen
+
+    def planted_seen(unit, work, store):
+        return seen(unit, work, store) and not asked("late-shard", work.record.slide_id)
+
+    def planted_infer(unit, work, *rest):
+        if asked("gorge", work.record.slide_id):
+            take_memory()
+        return infer(unit, work, *rest)
 
     def planted_post(unit, work, store):
         name = work.record.slide_id
@@ -68,9 +79,22 @@ def plant_pipeline(module):
     def planted_finalize(work, reader, seconds):
         strike("finalize", work.record.slide_id)
         dawdle(work.record.slide_id)
+        if asked("late-part", work.record.slide_id):
+            hide_for_a_while(work.layout.part(work.units[0].column, work.units[0].row))
         return finalize(work, reader, seconds)
 
-    module.post, module.finalize = planted_post, planted_finalize
+    module.post, module.finalize, module.infer, module._seen = (
+        planted_post,
+        planted_finalize,
+        planted_infer,
+        planted_seen,
+    )
+
+
+def hide_for_a_while(path):
+    hidden = path.with_name(f".{path.name}.hidden")
+    path.rename(hidden)
+    threading.Timer(1.5, hidden.rename, [path]).start()
 
 
 def take_memory():
