@@ -1,8 +1,7 @@
-"""The command line: flags to settings, errors to exit codes. Heavy imports stand inside the commands."""
+"""The command line: flags to settings. Heavy imports stand inside the commands."""
 
 from __future__ import annotations
 
-import io
 import sys
 import tomllib
 from enum import StrEnum
@@ -10,48 +9,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from hover_batch import __version__
 from hover_batch.cohort.layout import Format
+from hover_batch.commands import Commands
 from hover_batch.compare.command import compare_command
 from hover_batch.config import EngineSettings, InferSettings, PostSettings, Settings, TissueSettings
-from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
+from hover_batch.doctor import doctor
+from hover_batch.errors import InputError
+from hover_batch.logs import LogFormat
 from hover_batch.model.cli import models_app
+from hover_batch.version import __version__
 from hover_batch.view.command import view
 from kd.cli import kd_app
 
-
-class _Commands(TyperGroup):
-    """All commands, kd's among them: what is raised on purpose becomes one clear message and its exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # else µ and → would end a run where the terminal is not UTF-8
-                stream.reconfigure(errors="backslashreplace")
-        try:
-            return super().invoke(ctx)
-        except HoverBatchError as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(error.exit_code) from error
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            typer.echo("Error: no space left on disk; free some and run the same command again", err=True)
-            raise typer.Exit(HoverBatchError.exit_code) from error
-        except KeyboardInterrupt as error:
-            typer.echo("Interrupted. Nothing done is lost: the same command goes on from here.", err=True)
-            raise typer.Exit(130) from error
-
-
 app = typer.Typer(
     name="hover-batch",
-    cls=_Commands,
+    cls=Commands,
     help="Segment and classify every nucleus in cohorts of H&E whole-slide images.",
     epilog="Exit codes: 0 all done · 1 internal error · 2 faulty input, nothing was run · 3 some slides failed · "
     "4 nothing could be processed · 130 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -80,6 +57,7 @@ def _example_in(folder: Path) -> Path:
 
 app.add_typer(models_app(_calibrated), name="models")
 app.command("compare")(compare_command(_judged, _example_in))
+app.command()(doctor)
 
 
 class Backend(StrEnum):
@@ -226,6 +204,7 @@ def main(
 
 @app.command()
 def segment(
+    ctx: typer.Context,
     cohort: CohortArgument = None,
     example: Annotated[
         bool, typer.Option("--example", help="Run on real H&E that ships inside a dependency: needs no data.")
@@ -279,6 +258,9 @@ def segment(
     gpus: GpusOption = None,
     address: AddressOption = None,
     scratch: ScratchOption = None,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Of stderr; json: one object a line.", envvar="HOVER_BATCH_LOG_FORMAT")
+    ] = LogFormat.text,
 ) -> None:
     """Turn a cohort of slides into tables of nuclei.
 
@@ -292,6 +274,7 @@ def segment(
 
     hover-batch segment --from out/ -o stricter/ --min-area-px 120
     """
+    ctx.find_root().obj = log_format
     if sum((cohort is not None, example, from_run is not None)) != 1:
         raise InputError("give exactly one of COHORT, --example and --from")
     kept = None
@@ -334,6 +317,7 @@ def segment(
         force=force,
         command=sys.argv[1:],
         retry_failed=retry_failed,
+        log_format=log_format,
     )
     for line in outcome.closing_lines():
         typer.echo(line)

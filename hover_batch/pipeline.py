@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hover_batch import __version__
 from hover_batch.cohort.durable import sha256_file, to_json, write_atomically, write_first
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.ledger import run_key
@@ -42,6 +41,7 @@ from hover_batch.slide.tiles import Unit, plan_units
 from hover_batch.slide.tissue import TissueMask, tissue_mask
 from hover_batch.store import PredictionStore
 from hover_batch.taxonomy import Taxonomy
+from hover_batch.version import __version__
 
 if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
     from hover_batch.model.predict import Predictor

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hover_batch import __version__
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
@@ -30,6 +29,7 @@ from hover_batch.report.page import Pages
 from hover_batch.report.slide import look_at
 from hover_batch.status import Status, nuclei_if_done, read_run, read_slides, read_status
 from hover_batch.taxonomy import NucleusClass
+from hover_batch.version import __version__
 
 Tell = Callable[[str], None]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import Failure, Ledger, ModelId
-from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
+from hover_batch.cohort.manifest import Cohort, raise_if_faulty, read_cohort
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
 from hover_batch.errors import DISK_FULL, InputError
@@ -21,6 +21,7 @@ from hover_batch.executor.engine import engine, settled_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
 from hover_batch.kept import KeptRun
+from hover_batch.logs import LogFormat
 from hover_batch.model.package import find_package
 from hover_batch.nuclei.table import SCHEMA_VERSION
 from hover_batch.pipeline import result_key
@@ -73,7 +74,7 @@ class Outcome:
 
 
 def run_segment(
-    source: str | KeptRun,
+    source: str | Cohort | KeptRun,
     output: Path,
     settings: Settings,
     *,
@@ -81,6 +82,7 @@ def run_segment(
     force: bool,
     command: Sequence[str],
     retry_failed: bool = False,
+    log_format: LogFormat = LogFormat.text,
 ) -> Outcome:
     """Run the cohort `source` into `output`, or go on with what lies there; or make new tables of a run's predictions.
 
@@ -98,7 +100,7 @@ def run_segment(
                 f"what the model {package.card.name} keeps of a tile"
             )
         settings = settled_here(settings)
-        plan = plan_cohort(read_cohort(source), package.card)
+        plan = plan_cohort(read_cohort(source) if isinstance(source, str) else source, package.card)
     taxonomy, _ = package.card.taxonomy.merged(settings.post.class_map)
     if not skip_invalid:
         raise_if_faulty(plan.cohort)
@@ -108,7 +110,7 @@ def run_segment(
     with (
         Ledger(layout) as ledger,
         engine(settings, layout, predicts=predicts) as found,
-        CohortProgress(len(records)) as progress,
+        CohortProgress(len(records), log_format) as progress,
     ):
         settings = found.settings
         keys = {slide.record.slide_id: result_key(slide, package, settings) for slide in plan.slides}
@@ -123,9 +125,9 @@ def run_segment(
             keys=keys,
         )
         for warning in plan.cohort.warnings:
-            progress.say(warning)
+            progress.warn(warning)
         if left := ledger.orphans(plan.cohort):
-            progress.say(
+            progress.warn(
                 f"{output} holds {len(left)} finished slides that are not in this cohort ({', '.join(left[:LISTED])}); "
                 "they stay, but slides.csv and the summary tell of this cohort only"
             )

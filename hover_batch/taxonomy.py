@@ -20,6 +20,8 @@ from typing import Any
 from hover_batch.errors import InputError
 
 Rgb = tuple[int, int, int]
+MAX_CLASSES = 256
+"""Of a taxonomy, background included: an id is a byte in the tables."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Taxonomy:
     def __post_init__(self) -> None:
         if [c.id for c in self.classes] != list(range(len(self.classes))):
             raise ValueError(f"taxonomy {self.name}: class ids must be 0, 1, 2, … in order")
-        if len(self.classes) < 2 or len(self.classes) > 256:
+        if len(self.classes) < 2 or len(self.classes) > MAX_CLASSES:
             raise ValueError(f"taxonomy {self.name}: needs the background and 1 to 255 classes of nuclei")
 
     @property
@@ -86,13 +88,24 @@ class Taxonomy:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, object]) -> Taxonomy:
-        classes = data["classes"]
-        assert isinstance(classes, list)
-        return cls(
-            str(data["name"]),
-            tuple(NucleusClass(int(c["id"]), str(c["name"]), tuple(c["color"])) for c in classes),
-        )
+    def from_json(cls, data: Any) -> Taxonomy:
+        """The inverse of `to_json`. KeyError, TypeError or ValueError where `data` are no taxonomy's."""
+        name, listed = data["name"], data["classes"]
+        named = isinstance(name, str) and name.isprintable()
+        if not named or not isinstance(listed, list) or len(listed) > MAX_CLASSES:
+            raise ValueError(f"taxonomy: needs a name and a list of at most {MAX_CLASSES} classes")
+        classes = []
+        for held in listed:
+            number, called, color = held["id"], held["name"], held["color"]
+            if type(number) is not int or not isinstance(called, str) or not called or not called.isprintable():
+                raise ValueError(f"taxonomy: a class has the id {number!r:.40} and the name {called!r:.40}")
+            levels = [c for c in color if type(c) is int and 0 <= c <= 255] if isinstance(color, list) else []
+            if len(levels) != 3 or len(color) != 3:
+                raise ValueError(f"taxonomy: class {called:.40} has the colour {color!r:.40}")
+            classes.append(NucleusClass(number, called, (levels[0], levels[1], levels[2])))
+        if len({c.name for c in classes}) < len(classes):
+            raise ValueError("taxonomy: two classes have one name")
+        return cls(name, tuple(classes))
 
 
 def _members_and_color(name: str, value: Any) -> tuple[list[str], Rgb | None]:

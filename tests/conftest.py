@@ -17,6 +17,9 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Ray takes many seconds to start; what both backends must do is told by the suite in tests/executor.
 os.environ["HOVER_BATCH_BACKEND"] = "local"
 
+# What whoever runs the tests has fetched is no part of them.
+os.environ["HOVER_BATCH_CACHE"] = "/dev/null/cache"
+
 # Ray keeps the environment that it is imported with, and some tests import it that start no cluster.
 ask_for_token()
 

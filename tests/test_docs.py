@@ -113,7 +113,9 @@ def write_world(folder: Path) -> None:
         shutil.copyfile(STARTER, folder / f"{name}.safetensors")
     network = randomise(build_teacher(TeacherArch("fast", 6, width=8)))
     torch.save({"desc": network.state_dict()}, folder / "hovernet_fast_pannuke_type_tf2pytorch.tar")
-    torch.save(network.state_dict(), folder / "fetched.pth")
+    fetched = folder / "cache" / "downloads" / "hovernet_fast-pannuke.pth"
+    fetched.parent.mkdir(parents=True)
+    torch.save(network.state_dict(), fetched)
 
 
 def annotate(folder: Path, some: list[Any]) -> None:

@@ -21,13 +21,14 @@ PACKAGES = ("hover_batch", "kd")
 MAX_LINES = 500
 
 FLOORS = (
-    ("errors", "geometry", "taxonomy"),
+    ("errors", "geometry", "taxonomy", "logs", "version"),
     ("config", "cohort", "model"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report"),
     ("pipeline", "plan", "kept", "status", "convert", "compare", "reporting", "view"),
     ("executor",),
-    ("segment",),
+    ("segment", "doctor", "commands"),
+    ("api",),
     ("cli",),
 )
 """The rooms of hover_batch, ground up. A room imports from its own floor and from those below."""

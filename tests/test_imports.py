@@ -61,6 +61,7 @@ COMMANDS = [
     ["kd"],
     ["models"],
     ["models", "import"],
+    ["doctor"],
 ]
 
 
@@ -128,3 +129,15 @@ def test_training_and_packaging_do_without_ray_zarr_and_tiatoolbox() -> None:
         "import kd.train, kd.package, kd.commands.train"
     )
     subprocess.run([sys.executable, "-c", probe], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
+def test_the_package_and_its_names_are_there_at_once() -> None:
+    """`import hover_batch` brings nothing but itself; its functions come when they are asked for."""
+    probe = (
+        "import sys; before = set(sys.modules); import hover_batch; dir(hover_batch); hover_batch.__version__\n"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})\n"
+        "assert all(hasattr(hover_batch, name) for name in hover_batch.__all__)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
+    assert not (HEAVY | {"numpy", "pandas", "pyarrow", "typer"}) & set(ended.stdout.split())

@@ -77,6 +77,16 @@ def read_cohort(source: str | Path) -> Cohort:
     return _check(str(path.absolute()), rows, base.absolute(), warnings)
 
 
+def one_slide(path: str | Path, mpp: float | None = None, slide_id: str | None = None) -> Cohort:
+    """A cohort of one slide, checked as a row of a CSV is. InputError where it has a fault."""
+    cells = {"path": str(path), "mpp": "" if mpp is None else str(mpp), "slide_id": slide_id or ""}
+    row = _Row(1, {name: cell for name, cell in cells.items() if cell})
+    cohort = _check(str(path), [row], Path().absolute(), [])
+    if cohort.faults:
+        raise InputError("; ".join(fault.message for fault in cohort.faults))
+    return cohort
+
+
 def raise_if_faulty(cohort: Cohort) -> None:
     """InputError with every fault, one line each, and what to do about them."""
     if not cohort.faults:

@@ -10,6 +10,7 @@ from torch import nn
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import PackageError
+from hover_batch.model.cache import cached_package
 from hover_batch.model.checkpoint import read_checkpoint
 from hover_batch.model.images import batch_of
 from hover_batch.model.package import STARTER, Card, find_package, load_network
@@ -46,7 +47,7 @@ def side_of(name: str, said: str, settings: InferSettings) -> Side:
     Raises PackageError where it cannot be had; `said` is what the message begins with.
     """
     path = Path(name)
-    published = name in KINDS and not path.exists()
+    published = name in KINDS and not path.exists() and not cached_package(name).exists()
     if published or (path.is_file() and path.suffix in (".tar", ".pth")):
         try:
             network, card = read_checkpoint(name)

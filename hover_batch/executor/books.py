@@ -46,7 +46,7 @@ class CohortBooks:
         self.settings = settings
         self.ledger = ledger
         self.progress = progress
-        self.room = Room(ledger.layout.root, progress.say, ledger.events.append)
+        self.room = Room(ledger.layout.root, progress.warn, ledger.events.append)
         self.networks = 1
         self.copies = Copies.of_run(ledger.layout.root, settings.engine.scratch)
         self.release: Callable[[str], None] = self.copies.release
@@ -96,7 +96,7 @@ class CohortBooks:
             self._copied.add(slide_id)
         self.ledger.events.append("slide_started", slide_id=slide_id)
         for warning in slide.info.warnings:
-            self.progress.say(f"{slide_id}: {warning}")
+            self.progress.warn(f"{slide_id}: {warning}")
         return layout
 
     def surveyed(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:

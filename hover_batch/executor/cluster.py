@@ -107,6 +107,14 @@ def _prepare() -> None:
         os.environ.setdefault(name, value)
 
 
+def ray_version() -> str:
+    """Of the Ray that is installed; whatever its import raises, where it cannot be imported."""
+    _prepare()
+    import ray
+
+    return str(ray.__version__)
+
+
 def _start(resources: Resources, object_store_bytes: int, folder: Path) -> None:
     import ray
 

@@ -1,4 +1,5 @@
-"""Progress of a cohort on stderr: bars for the slides and the two long stages, plain lines where no terminal is."""
+"""Progress of a cohort on stderr: bars for the slides and the two long stages, plain lines where no terminal is, and
+lines of JSON where these are asked for."""
 
 from __future__ import annotations
 
@@ -11,8 +12,13 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hover_batch.logs import LogFormat, json_line
+
 LINE_EVERY_S = 10.0
-"""Seconds between two plain lines."""
+"""Seconds between two plain lines at first; later a twentieth of what the run has taken, so that a day of it leaves
+some hundred lines."""
+MAX_LINE_EVERY_S = 600.0
+"""And no longer than that, so that whoever looks sees it alive."""
 
 
 class _Console(Console):
@@ -63,14 +69,15 @@ class CohortProgress:
     """`expect` when a slide's tissue is found, `tiles` and `regions` as they are done; `slide_done`, `slide_skipped`
     or `slide_failed` at the end of each slide. Totals are those of the slides begun so far."""
 
-    def __init__(self, slides: int) -> None:
+    def __init__(self, slides: int, log_format: LogFormat = LogFormat.text) -> None:
         self._console = _Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
+        self._json = log_format is LogFormat.json
         self._slides = slides
         self._finished = 0
         self._counts = {"inference": _Count("inference: tiles"), "post": _Count("post-processing: regions")}
-        self._printed = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self._bars: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_interactive and not self._json:  # a terminal, and no dumb one
             self._bars = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -96,9 +103,12 @@ class CohortProgress:
         if self._bars:
             self._bars.stop()
 
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        self._console.print(line, soft_wrap=True)
+    def say(self, line: str, level: str = "info", **fields: object) -> None:
+        """A line that stays. `level` (info, warning or error) and `fields` are for machines."""
+        self._console.print(json_line(level, line.strip(), **fields) if self._json else line, soft_wrap=True)
+
+    def warn(self, line: str) -> None:
+        self.say(line, "warning")
 
     def expect(self, tiles: int, regions: int, tiles_before: int = 0, regions_before: int = 0) -> None:
         """A slide has so many tiles and regions, of which those `before` were done by an earlier run."""
@@ -121,25 +131,36 @@ class CohortProgress:
             for stage, count in self._counts.items():
                 rate = f"{count.rate:.1f}/s" if count.total else ""
                 self._bars.update(self._stage_bars[stage], total=count.total, completed=count.done, rate=rate)
-        elif (now := time.monotonic()) - self._printed >= LINE_EVERY_S:
+            return
+        now = time.monotonic()
+        if now - self._printed >= min(MAX_LINE_EVERY_S, max(LINE_EVERY_S, (now - self._began) / 20)):
             self._printed = now
-            counts = " · ".join(count.line for count in self._counts.values())
-            self.say(f"  slides {self._finished}/{self._slides} · {counts}")
+            tiles, regions = self._counts.values()
+            self.say(
+                f"  slides {self._finished}/{self._slides} · {tiles.line} · {regions.line}",
+                event="progress",
+                slides=[self._finished, self._slides],
+                tiles=[tiles.done, tiles.total],
+                regions=[regions.done, regions.total],
+                tiles_per_second=round(tiles.rate, 2),
+            )
 
     def slide_done(self, slide_id: str, nuclei: int, seconds: float) -> None:
-        self._finish(f"{slide_id}: {nuclei:,} nuclei in {_clock(seconds)}")
+        line = f"{slide_id}: {nuclei:,} nuclei in {_clock(seconds)}"
+        self._finish(line, event="slide_done", slide_id=slide_id, nuclei=nuclei, seconds=round(seconds, 2))
 
     def slide_skipped(self, slide_id: str) -> None:
-        self._finish(f"{slide_id}: done before")
+        self._finish(f"{slide_id}: done before", event="slide_skipped", slide_id=slide_id)
 
     def slide_failed(self, slide_id: str, reason: str) -> None:
-        self._finish(f"{slide_id}: FAILED: {reason}")
+        line = f"{slide_id}: FAILED: {reason}"
+        self._finish(line, "error", event="slide_failed", slide_id=slide_id, reason=reason)
 
-    def _finish(self, line: str) -> None:
+    def _finish(self, line: str, level: str = "info", **fields: object) -> None:
         self._finished += 1
         if self._bars:
             self._bars.update(self._cohort_bar, advance=1)
-        self.say(f"[{self._finished}/{self._slides}] {line}")
+        self.say(f"[{self._finished}/{self._slides}] {line}", level, **fields)
 
 
 def _clock(seconds: float) -> str:

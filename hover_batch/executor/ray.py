@@ -227,7 +227,7 @@ class RayExecutor:
         try:
             there = self.machines.resources.at_most(books.settings)
         except InputError:
-            self.books.progress.say("No machine of the cluster is left to work on: waiting for one")
+            self.books.progress.warn("No machine of the cluster is left to work on: waiting for one")
             return
         predicts = before.actors > 0
         self.plan = engine_plan(there, books.settings, books.package.card, predicts=predicts, begun=before)
@@ -451,7 +451,7 @@ class RayExecutor:
             return
         self.plan = replace(plan, posts=-(-plan.posts // 2), units_at_once=-(-plan.units_at_once // 2))
         self.books.ledger.events.append("memory_short", slide_id=slide.slide_id, stage=call.stage, index=call.index)
-        self.books.progress.say(
+        self.books.progress.warn(
             f"memory ran out in {call.stage} of {slide.slide_id}: from now on regions post-processed at once: "
             f"{self.plan.posts}, units under way in a network: {self.plan.units_at_once}"
         )

@@ -7,16 +7,16 @@ does not; `hover_batch.model.published` knows those.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from hover_batch.cohort.durable import sha256_file
 from hover_batch.errors import PackageError
+from hover_batch.model.fetch import fetched
 from hover_batch.model.package import Card, find_package
 from hover_batch.model.published import KINDS, MPP
 from hover_batch.model.student import StudentArch, build_student
@@ -26,17 +26,17 @@ from hover_batch.model.teacher import TeacherArch, arch_of, build_teacher
 def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = None) -> tuple[nn.Module, Card]:
     """The network in a checkpoint and its card, with the starter's Sobel constants and saying so.
 
-    `source`: a file, or a name that tiatoolbox fetches. `kind`: of KINDS; by default what the shapes fit.
+    `source`: a file, a URL, or a name that tiatoolbox fetches. `kind`: of KINDS; by default what the shapes fit.
     `sha256`: what the file's must be. Raises PackageError where it cannot be had, read, or is of no known kind.
     """
     if kind is not None and kind not in KINDS:
         raise PackageError(f"--kind {kind}: not known; known are {', '.join(KINDS)}")
     named = source in KINDS and not Path(source).exists()
-    path = _fetch(source) if named else Path(source)
+    path = fetched(source, sha256) if named or "://" in source else Path(source)
     if not path.is_file():
         names = ", ".join(name for name, k in KINDS.items() if k.by_name)
         raise PackageError(f"{source}: no such file; give a checkpoint, or one of the names {names}")
-    found = _sha256(path)
+    found = sha256_file(path)
     if sha256 is not None and found != sha256.lower():
         raise PackageError(f"{path}: its sha256 is {found}, not {sha256}; delete the file and fetch it again")
     weights = _tensors(path)
@@ -66,31 +66,6 @@ def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = N
         metrics={"calibration": "none for this model: the Sobel constants are the starter's"},
     )
     return network.eval().requires_grad_(False), card
-
-
-def _fetch(name: str) -> Path:
-    """Through tiatoolbox, which keeps what it has fetched."""
-    if not KINDS[name].by_name:
-        raise PackageError(f"{name}: not among tiatoolbox's models; download the authors' .pth and import the file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what tiatoolbox's import warns of concerns nobody here
-        from tiatoolbox.models import architecture
-    try:
-        return Path(architecture.fetch_pretrained_weights(name))
-    except Exception as error:  # whatever the hub's client and the network raise
-        first: BaseException = error
-        while first.__context__ is not None:  # what went wrong before the client's retries did
-            first = first.__context__
-        reason = (str(first).strip() or type(first).__name__).splitlines()[0]
-        raise PackageError(
-            f"{name}: cannot be fetched ({reason}); download {name}.pth from tiatoolbox's pretrained models where "
-            "there is a network, and import the file"
-        ) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

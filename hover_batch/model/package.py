@@ -7,24 +7,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hover_batch.errors import PackageError
-from hover_batch.model.heads import MapLayout
+from hover_batch.model.cache import cached_package, is_name
 from hover_batch.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from hover_batch.model.heads import MapLayout
+
 CARD_KEY = "hover_batch"
 FORMAT = 1
 ARCHITECTURES = ("unet", "hovernet-fast", "hovernet-original")
 STARTER = Path(__file__).parent.parent / "assets" / "starter.safetensors"
+MAX_TILE = 4096
+"""Pixels a side that a card may ask for: beyond it a single tile of a HoVerNet takes tens of GB."""
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "architecture", "encoder", "licence", "input_scaling", "weights_sha256"), (str,)),
+    **dict.fromkeys(("tile_in", "tile_out"), (int,)),
+    **dict.fromkeys(("taxonomy", "sobel", "training", "metrics"), (dict,)),
+    "mpp": (int, float),
+}
+"""Of the card's values as JSON has them. Packages come from anywhere: nothing of a card is taken for granted."""
+_SOBEL = {"h_min", "h_max", "v_min", "v_max"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +66,7 @@ class Card:
 
     def __post_init__(self) -> None:
         margin = self.tile_in - self.tile_out
-        if margin < 0 or margin % 2 or self.tile_out < 32:
+        if margin < 0 or margin % 2 or self.tile_out < 32 or self.tile_in > MAX_TILE:
             raise PackageError(f"package {self.name}: tile_in {self.tile_in} and tile_out {self.tile_out} do not fit")
 
     @property
@@ -61,18 +75,52 @@ class Card:
 
     @property
     def layout(self) -> MapLayout:
+        from hover_batch.model.heads import MapLayout  # it brings numpy, which --help does without
+
         return MapLayout(len(self.taxonomy.classes))
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self), "taxonomy": self.taxonomy.to_json()}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Card:
+    def from_json(cls, data: Any) -> Card:
+        """The inverse of `to_json`. PackageError, naming what is wrong, where `data` are no card's."""
+        if not isinstance(data, Mapping):
+            raise PackageError("the card is no JSON object")
         values = dict(data)
         if values.pop("format", None) != FORMAT:
             raise PackageError("the package was written by another version of hover-batch; export it anew")
-        values["taxonomy"] = Taxonomy.from_json(values["taxonomy"])
-        return cls(**values)
+        for name, value in values.items():
+            if name not in _TYPES:
+                raise PackageError(f"the card has an entry {name[:40]!r}, which is not known")
+            if type(value) not in _TYPES[name]:
+                words = " or ".join(kind.__name__ for kind in _TYPES[name])
+                raise PackageError(f"the card's {name} is {_short(value)}, not of the type {words}")
+        try:
+            card = cls(**(values | {"taxonomy": Taxonomy.from_json(values["taxonomy"])}))
+        except (KeyError, TypeError, ValueError) as error:  # an entry is missing, or the classes are none
+            raise PackageError(f"the card is not complete: {_short(str(error))}") from error
+        card._check_values()
+        return card
+
+    def _check_values(self) -> None:
+        if not self.name or len(self.name) > 200 or not self.name.isprintable():
+            raise PackageError(f"the card's name is {_short(self.name)}: must be a line of text")
+        if self.input_scaling != "RGB / 255":
+            raise PackageError(f"the card's input_scaling is {_short(self.input_scaling)}; RGB / 255 is what is done")
+        if not re.fullmatch(r"[\w.-]*", self.encoder, re.ASCII):  # timm would fetch those of some other forms
+            raise PackageError(f"the card's encoder is {_short(self.encoder)}: must be a name")
+        if not 0.01 <= self.mpp <= 100:
+            raise PackageError(f"the card's mpp is {self.mpp}: must be µm a pixel, 0.01 to 100")
+        numbers = [v for v in self.sobel.values() if type(v) in (int, float) and math.isfinite(v)]
+        if self.sobel.keys() != _SOBEL or len(numbers) != len(_SOBEL):
+            raise PackageError(f"the card's sobel is {_short(self.sobel)}: must be {', '.join(sorted(_SOBEL))}")
+
+
+def _short(value: object) -> str:
+    """A value of whatever kind, for a message."""
+    text = value if isinstance(value, str) else repr(value)
+    return ascii(text if len(text) <= 100 else f"{text[:100]}…")
 
 
 @dataclass(frozen=True)
@@ -85,20 +133,33 @@ class Package:
 
 
 def find_package(name_or_path: str, said: str = "--model") -> Package:
-    """The package that a user names: `starter`, a .safetensors file, or a folder with one such file.
+    """The package that a user names: `starter`, a .safetensors file, a folder with one such file, or the name of a
+    package in the cache.
 
     `said`: what it is called where the user named it; messages begin with it.
 
     Raises PackageError where there is none, or it has no card.
     """
     path = STARTER if name_or_path == "starter" else Path(name_or_path)
+    if is_name(name_or_path) and not path.exists():
+        path = cached_package(name_or_path)
+    try:
+        return _read(path, name_or_path, said)
+    except OSError as error:
+        raise PackageError(f"{said} {path}: cannot be read ({error.strerror or error})") from error
+
+
+def _read(path: Path, named: str, said: str) -> Package:
     if path.is_dir():
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             raise PackageError(f"{said} {path}: the folder holds {len(found)} .safetensors files, not one")
         path = found[0]
     if not path.is_file():
-        raise PackageError(f"{said} {name_or_path}: no such package; give `starter` or the path of a .safetensors file")
+        raise PackageError(
+            f"{said} {named}: no such package; give `starter`, the path of a .safetensors file, or a name that "
+            "`hover-batch models list` shows (published ones are fetched by `models import NAME`)"
+        )
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -115,7 +176,7 @@ def find_package(name_or_path: str, said: str = "--model") -> Package:
         )
     try:
         card = Card.from_json(json.loads(metadata[CARD_KEY]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, PackageError) as error:
         raise PackageError(f"{said} {path}: the card inside cannot be read ({error})") from error
     with path.open("rb") as whole:
         return Package(path, card, hashlib.file_digest(whole, "sha256").hexdigest())
@@ -126,18 +187,30 @@ def load_network(package: Package) -> nn.Module:
 
     Raises PackageError where tensors do not fit the architecture or do not match the card's hash.
     """
+    tensors = load_tensors(package)
+    try:
+        network = _build(package.card, tensors)
+        network.load_state_dict(tensors)
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        # Whatever the libraries raise of an encoder that they do not know, or of tensors of odd shapes.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PackageError(f"package {package.path}: the weights do not fit its card: {reason}") from error
+    return network.eval().requires_grad_(False)
+
+
+def load_tensors(package: Package) -> dict[str, torch.Tensor]:
+    """The package's weights as they are stored. PackageError where they do not match the card's hash."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    card = package.card
-    tensors = load_file(package.path)
-    if card.weights_sha256 != tensors_sha256(tensors):
-        raise PackageError(f"package {package.path}: the weights do not match their card; fetch the file again")
-    network = _build(card, tensors)
     try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise PackageError(f"package {package.path}: {str(error).splitlines()[0]}") from error
-    return network.eval().requires_grad_(False)
+        tensors: dict[str, torch.Tensor] = load_file(package.path)
+        matches = package.card.weights_sha256 == tensors_sha256(tensors)
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: of a kind that numpy does not have
+        raise PackageError(f"package {package.path}: the weights cannot be read ({error}); fetch it again") from error
+    if not matches:
+        raise PackageError(f"package {package.path}: the weights do not match their card; fetch the file again")
+    return tensors
 
 
 def _build(card: Card, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -174,15 +247,13 @@ def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = Tru
     `half`: floating weights as float16, for students, whose training sees to it that they bear it; else as they are,
     since the statistics of a network from elsewhere may lie beyond float16's range.
     """
-    import dataclasses
-
     import torch
 
     tensors = {
         name: (t.to(torch.float16) if half and t.is_floating_point() else t).contiguous().cpu()
         for name, t in network.state_dict().items()
     }
-    _write(path, tensors, dataclasses.replace(card, weights_sha256=tensors_sha256(tensors)))
+    _write(path, tensors, replace(card, weights_sha256=tensors_sha256(tensors)))
 
 
 def with_card(package: Package, card: Card, path: Path) -> None:
@@ -190,14 +261,7 @@ def with_card(package: Package, card: Card, path: Path) -> None:
 
     Raises PackageError where the weights do not match the package's own card.
     """
-    import dataclasses
-
-    from safetensors.torch import load_file
-
-    tensors = load_file(package.path)
-    if package.card.weights_sha256 != tensors_sha256(tensors):
-        raise PackageError(f"package {package.path}: the weights do not match their card; fetch the file again")
-    _write(path, tensors, dataclasses.replace(card, weights_sha256=package.card.weights_sha256))
+    _write(path, load_tensors(package), replace(card, weights_sha256=package.card.weights_sha256))
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], card: Card) -> None:

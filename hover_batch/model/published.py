@@ -8,6 +8,8 @@ from hover_batch.taxonomy import CONSEP, MONUSAC, NUCLEI, PANNUKE, Taxonomy
 
 MPP = 0.25
 """Pixel size in µm at which all of them were trained (40×)."""
+HUB = "https://huggingface.co/TIACentre/TIAToolbox_pretrained_weights"
+"""Whence tiatoolbox fetches them, each as NAME.pth."""
 
 
 @dataclass(frozen=True)

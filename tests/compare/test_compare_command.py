@@ -132,12 +132,8 @@ def test_random_weights_are_marked_everywhere(
 def test_what_cannot_be_compared_is_told_in_one_line(
     words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unreachable(name: str) -> Path:
-        from hover_batch.errors import PackageError
-
-        raise PackageError(f"{name}: cannot be fetched")
-
-    monkeypatch.setattr("hover_batch.model.checkpoint._fetch", unreachable)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HOVER_BATCH_CACHE", str(tmp_path / "cache"))
     done = compare(*words, "-o", tmp_path / "out")
     assert done.exit_code == 2, done.output
     assert said in done.stderr and len(done.stderr.splitlines()) == 1

@@ -105,24 +105,6 @@ def test_the_card_and_the_message_say_where_all_comes_from(tmp_path: Path) -> No
     assert "its sha256 is" in run(*again, "0" * 64).stderr
 
 
-def test_a_name_goes_through_tiatoolbox(hovernet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiatoolbox.models import architecture
-
-    network = teacher("fast", 6)
-    torch.save(network.state_dict(), tmp_path / "fetched.pth")
-    monkeypatch.setattr(architecture, "fetch_pretrained_weights", lambda name: str(tmp_path / "fetched.pth"))
-    loaded, card = read_checkpoint("hovernet_fast-pannuke")
-    assert card.name == "hovernet_fast-pannuke" and card.training["recognised"] == "by the name given"
-    same(loaded, network, 96)
-
-    def offline(name: str) -> str:
-        raise ConnectionError("no route to host\nand much more")
-
-    monkeypatch.setattr(architecture, "fetch_pretrained_weights", offline)
-    with pytest.raises(PackageError, match=r"\(no route to host\); download hovernet_fast-pannuke.pth .* import"):
-        read_checkpoint("hovernet_fast-pannuke")
-
-
 @pytest.mark.parametrize(("form", "n_types"), [("fast", 6), ("original", None)])
 def test_segment_runs_what_was_imported(tmp_path: Path, form: Form, n_types: int | None) -> None:
     network, card = read_checkpoint(str(tar(tmp_path / "x.tar", teacher(form, n_types))))

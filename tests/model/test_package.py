@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hover_batch.errors import PackageError
-from hover_batch.model.package import CARD_KEY, Card, find_package, load_network, save_package
+from hover_batch.model.cli import describe
+from hover_batch.model.hub_card import hub_card
+from hover_batch.model.package import CARD_KEY, Card, find_package, load_network, save_package, tensors_sha256
 from hover_batch.model.student import StudentArch, build_student
 from hover_batch.taxonomy import CONSEP
 
@@ -84,3 +93,95 @@ def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
 def test_a_missing_package_names_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(PackageError, match="starter"):
         find_package(str(tmp_path / "none"))
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands in a JSON value: the keys and indices that lead there."""
+    if path:
+        yield path
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, held in entries:
+        yield from _paths(held, (*path, key))
+
+
+CARD_JSON = {
+    **dataclasses.replace(CARD, weights_sha256="0" * 64).to_json(),
+    "training": {"data": {"train": {"consep": {"images": 3}}}, "source": {"file": "a", "sha256": "0"}, "seen": ""},
+    "metrics": {"calibration": {"cut": 0.05}, "test": {"consep": {"pq": 0.5}}},
+}
+HUGE_CLASSES = [{"id": i, "name": str(i), "color": [0, 0, 0]} for i in range(5000)]
+ODD = st.one_of(
+    st.sampled_from(
+        [HUGE_CLASSES, HUGE_CLASSES[:250], 10**30, -1, float("nan"), float("inf"), "", "\x1b[31m", "x" * 9999]
+    ),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=5,
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=st.sampled_from(list(_paths(CARD_JSON))), odd=ODD, remove=st.booleans())
+def test_an_odd_card_is_refused_or_means_what_it_says(tmp_path: Path, path: Any, odd: Any, remove: bool) -> None:
+    held = copy.deepcopy(CARD_JSON)
+    *way, last = path
+    parent: Any = held
+    for key in way:
+        parent = parent[key]
+    if remove:
+        del parent[last]
+    else:
+        parent[last] = odd
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(1)}, file, metadata={CARD_KEY: json.dumps(held)})
+    try:
+        package = find_package(str(file))
+    except PackageError as error:
+        assert len(str(error)) < 1000 and "\x1b" not in str(error)
+        return
+    card = package.card
+    assert 0 < card.mpp <= 100 and card.layout.planes < 300 and card.margin >= 0
+    assert all(math.isfinite(value) for value in card.sobel.values()) and len(card.sobel) == 4
+    assert all("\x1b" not in line and "\n" not in line for line in describe(card))
+    assert hub_card(package)
+    assert Card.from_json(json.loads(json.dumps(card.to_json()))) == card or held != CARD_JSON
+    with pytest.raises(PackageError):  # the one tensor is nobody's
+        load_network(package)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes"),
+    [
+        ({"a": torch.zeros(1, dtype=torch.bfloat16)}, {}),
+        ({"a": torch.zeros(1)}, {"encoder": "resnet_of_nobody"}),
+        ({"a": torch.zeros(1)}, {"encoder": "tu-nobody"}),
+        ({"a": torch.zeros(1)}, {"architecture": "cellvit"}),
+        ({"a": torch.zeros(1)}, {"architecture": "hovernet-fast"}),
+        ({"decoder.np.u3.conva.weight": torch.zeros(())}, {"architecture": "hovernet-fast"}),
+        (
+            {"decoder.np.u3.conva.weight": torch.zeros(3), "conv0.bn.bias": torch.zeros(())},
+            {"architecture": "hovernet-fast"},
+        ),
+        (
+            {"decoder.np.u3.conva.weight": torch.zeros(3, 3), "conv0.bn.bias": torch.zeros(0)},
+            {"architecture": "hovernet-fast"},
+        ),
+    ],
+)
+def test_odd_weights_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], changes: dict[str, str]) -> None:
+    digest = "" if tensors.get("a", torch.zeros(1)).dtype == torch.bfloat16 else tensors_sha256(tensors)
+    card = dataclasses.replace(CARD, weights_sha256=digest, **changes)  # type: ignore[arg-type]
+    file = tmp_path / "x.safetensors"
+    save_file(tensors, file, metadata={CARD_KEY: json.dumps(card.to_json())})
+    with pytest.raises(PackageError):
+        load_network(find_package(str(file)))
+
+
+def test_an_encoder_that_would_be_fetched_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    card = dataclasses.replace(CARD, encoder="tu-hf-hub:somebody/net")
+    save_file({"a": torch.zeros(1)}, file, metadata={CARD_KEY: json.dumps(card.to_json())})
+    with pytest.raises(PackageError, match="must be a name"):
+        find_package(str(file))

@@ -1,0 +1,251 @@
+"""The Python API: one slide, its table, its maps, and a network for pictures in memory. It joins what others do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+from numpy.typing import NDArray
+
+from hover_batch.cohort.layout import SlideLayout
+from hover_batch.cohort.manifest import one_slide
+from hover_batch.config import Settings
+from hover_batch.errors import InputError, SlideError
+from hover_batch.export.read import NucleiTable
+from hover_batch.geometry import Box, Grid, Mpp, Size
+from hover_batch.model.images import batch_of, predict_image
+from hover_batch.model.package import Card, find_package
+from hover_batch.nuclei.table import TableContext, to_arrow
+from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.slide.survey import read_info
+from hover_batch.store import PredictionStore
+from hover_batch.version import __version__
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hover_batch.model.predict import Predictor
+
+CATEGORIES = ["slide_id", "type"]
+"""Columns of few values."""
+
+
+def segment_slide(
+    path: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path = "starter",
+    mpp: float | None = None,
+    slide_id: str | None = None,
+    **settings: Any,
+) -> Path:
+    """Find the nuclei of one slide, as `hover-batch segment` does; the same call again goes on where it was stopped.
+
+    `path`: a slide file, a DICOM folder or a URL. `output`: the run's folder; several slides may share one, if their
+    settings are the same. `mpp`: µm a pixel at level 0, where the file does not say, or is wrong. `slide_id`: by
+    default the file's stem. `settings`: those of the command, by their names in settings.toml (`batch=4`,
+    `backend="local"`, `class_map={"stroma": ["spindle"], …}`).
+
+    Returns the table's path, for `load_nuclei`. Raises InputError where something given is wrong, PackageError where
+    the model cannot be used, SlideError where the slide cannot be processed.
+    """
+    from hover_batch.segment import run_segment
+
+    cohort = one_slide(path, mpp, slide_id)
+    given = _settings(settings, model=str(model))
+    outcome = run_segment(
+        cohort, Path(output), given, skip_invalid=False, force=False, command=["hover_batch.segment_slide", str(path)]
+    )
+    if outcome.failures:
+        raise SlideError(outcome.failures[0].reason)
+    return outcome.layout.slide(cohort.records[0].slide_id).nuclei_parquet
+
+
+def load_nuclei(path: str | Path) -> pd.DataFrame:
+    """The nuclei of one slide: its nuclei.parquet, or the slide's folder.
+
+    One row a nucleus, with the columns of the table; `geometry` holds shapely polygons in level-0 pixels (its `bbox` is
+    left out), `slide_id` and `type` are categories. `attrs["hover_batch"]` is what the file's metadata say: pixel size,
+    classes with colours, model. `geopandas.GeoDataFrame(nuclei)` makes a GeoDataFrame of it.
+
+    Raises SlideError where there is no such table, or it is harmed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "nuclei.parquet"
+    NucleiTable.open(path)
+    with pq.ParquetFile(path) as file:
+        return _frame(file.read(), json.loads(file.metadata.metadata[b"hover_batch"]))
+
+
+def _frame(table: pa.Table, about: Mapping[str, Any]) -> pd.DataFrame:
+    frame: pd.DataFrame = table.drop_columns("bbox").to_pandas(categories=CATEGORIES)
+    frame["geometry"] = shapely.from_wkb(frame["geometry"].to_numpy())
+    frame.attrs["hover_batch"] = dict(about)
+    return frame
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One channel of a prediction store, read when it is indexed: `plane[y0:y1, x0:x1]`, `plane[:]` or `numpy.asarray`.
+
+    Values are float32 in the channel's own unit; outside of tissue they are 0.
+    """
+
+    array: Any
+    index: int
+    steps: float
+    """Stored steps for one unit."""
+    signed: bool = False
+    """Whether stored bytes are two's-complement."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns, in inference pixels."""
+        return self.array.shape[1], self.array.shape[2]
+
+    def __getitem__(self, window: Any) -> NDArray[np.float32]:
+        """Rows and columns, as numpy takes numbers and slices."""
+        window = window if isinstance(window, tuple) else (window,)
+        stored = np.asarray(self.array[(self.index, *window)], np.uint8)
+        return (stored.view(np.int8) if self.signed else stored).astype(np.float32) / np.float32(self.steps)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return self[:].astype(dtype or np.float32, copy=False)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the network said of a slide, on the inference grid, whose pixel (0, 0) begins at that of level 0.
+
+    `np`: probability of a nucleus, 0 to 1. `h`, `v`: signed distances to the nucleus's centroid along x and y, -1 to 1.
+    `classes`: probability of each class by its name, background among them, where a nucleus is not unlikely
+    (np ≥ 0.25). `hematoxylin`, `eosin`: optical density there. `mpp`: µm of an inference pixel; `level0_per_pixel`:
+    level-0 pixels along x and y in one; `level0`: the canvas; `bounds`: its scanned part in level-0 pixels, where the
+    slide names one.
+    """
+
+    np: Plane
+    h: Plane
+    v: Plane
+    classes: Mapping[str, Plane]
+    hematoxylin: Plane
+    eosin: Plane
+    card: Card
+    mpp: Mpp
+    level0_per_pixel: tuple[float, float]
+    level0: Size
+    bounds: Box | None
+
+
+def load_predictions(slide_folder: str | Path) -> Predictions:
+    """The prediction store of a slide whose run kept it, by the slide's folder (out/slides/ID). Nothing is read yet.
+
+    Raises InputError where it is not there, SlideError or PackageError where it is harmed.
+    """
+    folder = Path(slide_folder).absolute()
+    layout = SlideLayout(folder.parent.parent, folder.name)
+    path = layout.predictions_zarr
+    if not (path / "zarr.json").is_file():
+        raise InputError(f"{path}: is not there; give a slide's folder (out/slides/ID) of a run that kept predictions")
+    try:
+        array = PredictionStore.open(path, read_only=True).array
+        about = array.attrs
+        card = Card.from_json(about["model"])
+        mpp, scale, level0 = (tuple(map(float, about[name])) for name in ("mpp", "level0_per_pixel", "level0_size"))  # type: ignore[arg-type]
+        if array.shape[0] != card.layout.planes:
+            raise ValueError(f"{array.shape[0]} planes")
+    except (LookupError, TypeError, ValueError) as error:
+        raise SlideError(f"{path}: cannot be read ({error!r}); run the slide anew") from error
+    planes = card.layout
+    return Predictions(
+        np=Plane(array, planes.NP, 256),
+        h=Plane(array, planes.H, 127, signed=True),
+        v=Plane(array, planes.V, 127, signed=True),
+        classes={c.name: Plane(array, planes.tp.start + c.id, 255) for c in card.taxonomy.classes},
+        hematoxylin=Plane(array, planes.hematoxylin, planes.OD_SCALE),
+        eosin=Plane(array, planes.eosin, planes.OD_SCALE),
+        card=card,
+        mpp=Mpp(*mpp),
+        level0_per_pixel=(scale[0], scale[1]),
+        level0=Size(int(level0[0]), int(level0[1])),
+        bounds=read_info(layout.survey_json).bounds if layout.survey_json.is_file() else None,
+    )
+
+
+class Model:
+    """A network that is ready to predict. `card`: what it is; pictures must have pixels of `card.mpp` µm."""
+
+    def __init__(self, predictor: Predictor, sha256: str) -> None:
+        self.card = predictor.card
+        self.predictor = predictor
+        self.sha256 = sha256
+
+    def predict(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Maps (plane, y, x) uint8 of a picture (y, x, 3) uint8 RGB, as `hover_batch.model.heads.MapLayout` has them.
+
+        Beyond the border the picture is mirrored. Raises InputError where it is no such array.
+        """
+        if (
+            not isinstance(rgb, np.ndarray)
+            or rgb.dtype != np.uint8
+            or rgb.ndim != 3
+            or rgb.shape[2] != 3
+            or not rgb.size
+        ):
+            what = f"{rgb.dtype} {rgb.shape}" if isinstance(rgb, np.ndarray) else type(rgb).__name__
+            raise InputError(f"a picture must be an array (y, x, 3) of uint8, RGB, not {what}")
+        return predict_image(self.predictor, rgb)
+
+    def nuclei(self, rgb: NDArray[np.uint8]) -> tuple[NDArray[np.int32], pd.DataFrame]:
+        """Instances (y, x) int32 of a picture (y, x, 3) uint8 RGB, 0 being background, and a row for each as
+        `load_nuclei` has them, in the picture's pixels: `nucleus_id` is the number in the instances. As a run with
+        default settings finds them."""
+        from hover_batch.nuclei.whole import nuclei_of
+
+        maps = self.predict(rgb)
+        card = self.card
+        found, nuclei = nuclei_of(maps, SobelConstants.from_json(card.sobel), card.layout)
+        numbers = np.arange(1, len(nuclei) + 1, dtype=np.uint32)
+        by_label = np.zeros(len(nuclei) + 1, np.int32)
+        by_label[found[nuclei.anchor_y, nuclei.anchor_x]] = numbers
+        mpp, size = Mpp(card.mpp, card.mpp), Size(rgb.shape[1], rgb.shape[0])
+        grid = Grid.over(size, mpp, card.mpp)
+        context = TableContext("", card.taxonomy, grid, mpp, "model", None, card.name, self.sha256, __version__)
+        table = to_arrow(nuclei, context).drop_columns(["anchor_y", "anchor_x"])
+        return by_label[found], _frame(table.add_column(1, "nucleus_id", pa.array(numbers)), context.to_json())
+
+
+def load_model(name_or_path: str | Path = "starter", **settings: Any) -> Model:
+    """The network of a package, on a GPU if there is one. `settings`: those of inference (`device`, `precision`,
+    `batch`, `runtime`, `threads`).
+
+    Raises PackageError where it cannot be loaded, InputError where a setting is wrong or the device cannot be used.
+    """
+    from hover_batch.model.predict import load_predictor
+
+    package = find_package(str(name_or_path), "model")
+    infer = _settings(settings).infer
+    if "batch" not in settings:
+        infer = replace(infer, batch=batch_of(package.card))
+    return Model(load_predictor(package, infer), package.sha256)
+
+
+def _settings(given: Mapping[str, Any], **top: Any) -> Settings:
+    """Settings from their bare names, which differ between the sections. InputError where one is not known."""
+    sections = {name: values for name, values in Settings().to_dict().items() if isinstance(values, dict)}
+    data: dict[str, Any] = dict(top)
+    for name, value in given.items():
+        home = next((section for section, values in sections.items() if name in values), None)
+        if home is None:
+            known = ", ".join(sorted(name for values in sections.values() for name in values))
+            raise InputError(f"setting {name} is not known; known are {known}")
+        data.setdefault(home, {})[name] = value
+    return Settings.from_dict(data)

@@ -1,0 +1,340 @@
+"""Whether this machine has what a run needs: one line a check, PASS, WARN or FAIL, and what mends it.
+
+A check looks at one thing and does no real work; one that raises is a FAIL with what it said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import sqlite3
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hover_batch.config import EngineSettings, Settings
+from hover_batch.errors import HoverBatchError, InputError
+from hover_batch.executor.resources import Node, Resources, engine_plan
+from hover_batch.executor.room import ROOM_BYTES
+from hover_batch.model.package import find_package, load_tensors
+
+GIB = 2**30
+LOW_MEMORY = 4 * GIB
+"""Below it a network, a reader and a region in post-processing hardly fit beside each other."""
+LOW_DISK = 10 * GIB
+"""Below it a prediction store or two of large slides fill the disk."""
+RAY_FULL = 0.95
+"""Of its disk; beyond it Ray puts nothing aside there any more."""
+LOW_FILES = 4096
+"""Ray's processes hold a few hundred connections on a machine of many cores."""
+_OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
+_EXTRAS = {
+    "openvino": ("openvino", "--runtime openvino"),
+    "spatialdata": ("spatialdata", "export --to spatialdata and anndata"),
+    "s3fs": ("s3", "slides at s3://…"),
+    "tensorboard": ("train", "kd train's curves"),
+}
+"""Package → the extra of hover-batch that brings it, and what for."""
+
+
+class Status(StrEnum):
+    PASS = "PASS"
+    WARN = "WARN"
+    FAIL = "FAIL"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found, and what mends it (empty where nothing is amiss)."""
+
+    status: Status
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """`look` does it; `fix` mends it where `look` raises."""
+
+    name: str
+    look: Callable[[], Finding]
+    fix: str
+
+    def run(self) -> Finding:
+        """Never raises; a library's warnings are no news here."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self.look()
+        except Exception as error:
+            words = (str(error).strip() or "no message").splitlines()[0]
+            told = words if isinstance(error, HoverBatchError) else f"{type(error).__name__}: {words}"
+            return Finding(Status.FAIL, told, self.fix)
+
+
+def checks(output: Path, *, start_ray: bool = False) -> list[Check]:
+    """All of them, in the order in which they are told. `output`: where a run is to write."""
+    anew = "install hover-batch anew"
+    temporary = Path(tempfile.gettempdir())
+    return [
+        Check("python", _python, "install Python 3.11 or newer"),
+        Check("torch", _torch, f"{anew}: torch is broken"),
+        Check("gpu", _gpu, "see that the NVIDIA driver works (nvidia-smi), or run with --device cpu"),
+        Check("openslide", _openslide, "pip install --force-reinstall openslide-bin openslide-python"),
+        Check("token", _token, "see deploy/README.md"),
+        Check(
+            "ray",
+            _ray_starts if start_ray else _ray,
+            "pip install --force-reinstall 'ray[default]', or run with --backend local",
+        ),
+        Check("/dev/shm", _shared_memory, "give the container --shm-size=2g"),
+        Check("open files", _open_files, "ulimit -n 65536"),
+        Check("output", lambda: _disk(output), "give another folder as --output"),
+        Check("temporary", lambda: _disk(temporary), "set TMPDIR to another folder"),
+        Check("memory", _memory, "give the process more memory"),
+        Check("weights", _weights, anew),
+        Check("numba", _numba, "set NUMBA_CACHE_DIR to a folder that can be written"),
+        Check("opencv", _opencv, "install libgl1 (apt-get install libgl1), or opencv-python anew"),
+        Check("text", _text, "export LC_ALL=C.UTF-8"),
+        Check("sqlite", _sqlite, "use a Python that is built with SQLite"),
+        Check("extras", _extras, anew),
+    ]
+
+
+def doctor(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where a run is to write: is there room, and may it?")
+    ] = Path("hover-batch-out"),
+    start_ray: Annotated[
+        bool, typer.Option("--ray", help="Start Ray, too, as a run would, for one task: a minute at most.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
+) -> None:
+    """Check that this machine has what a run needs: PASS, WARN or FAIL, and what mends it.
+
+    Exit codes: 0 nothing fails (there may be warnings), 2 something does.
+
+    hover-batch doctor -o /data/out --ray
+    """
+    told = []
+    for check in checks(output, start_ray=start_ray):
+        finding = check.run()
+        told.append((check.name, finding))
+        if not as_json:
+            fix = f" → {finding.fix}" if finding.fix else ""
+            typer.echo(f"{finding.status}  {check.name:<10}  {finding.found}{fix}")
+    fails = any(finding.status is Status.FAIL for _, finding in told)
+    if as_json:
+        listed = [{"check": name, **asdict(finding)} for name, finding in told]
+        typer.echo(json.dumps({"ok": not fails, "checks": listed}, indent=2, ensure_ascii=False))
+    if fails:
+        raise typer.Exit(InputError.exit_code)
+
+
+def _passed(found: str) -> Finding:
+    return Finding(Status.PASS, found)
+
+
+def _warned(found: str, fix: str) -> Finding:
+    return Finding(Status.WARN, found, fix)
+
+
+def _python() -> Finding:
+    return _passed(f"{sys.version.split()[0]} at {sys.executable}")  # an older one imports nothing of this
+
+
+def _torch() -> Finding:
+    import torch
+
+    torch.zeros(1) + 1
+    return _passed(
+        f"{torch.__version__}, {f'for CUDA {cuda}' if (cuda := torch.version.cuda) else 'for the CPU alone'}"
+    )
+
+
+def _gpu() -> Finding:
+    import torch
+
+    there = Node.here().gpus
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if not usable and not there:
+        return _warned("none is seen: runs on CPU", "fine for a few fields; for cohorts use a machine with a GPU")
+    if not usable:
+        reason = str(said[0].message).splitlines()[0] if said else "torch does not say why"
+        built = torch.version.cuda
+        if built is None:
+            reason, mend = "this torch is for the CPU alone", "install torch's build for CUDA"
+        else:
+            mend = f"install a driver for CUDA {built} or newer (nvidia-smi shows what it has), or give --device cpu"
+        return Finding(Status.FAIL, f"{there} seen, but torch cannot use them: {reason}", mend)
+    names = []
+    for number in range(torch.cuda.device_count()):
+        torch.zeros(1, device=f"cuda:{number}").add_(1).cpu()  # has this build code for it?
+        card = torch.cuda.get_device_properties(number)
+        names.append(f"{card.name}, {card.total_memory / GIB:.0f} GiB")
+    return _passed("; ".join(names))
+
+
+def _openslide() -> Finding:
+    import openslide
+
+    return _passed(f"library {openslide.__library_version__}, openslide-python {openslide.__version__}")
+
+
+def _ray() -> Finding:
+    from hover_batch.executor.cluster import ray_version
+
+    return _passed(ray_version())
+
+
+def _ray_starts() -> Finding:
+    """The first import of Ray must be by who starts it: its token is read then."""
+    from hover_batch.executor.cluster import ray_version
+    from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
+
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, machines(EngineSettings(cpus=1, gpus=0), Path(folder, "ray.log")):
+        ((_, result),) = map_tasks(_cores, [None], backend="ray")
+    if isinstance(result, TaskFailed):
+        raise result.error
+    return _passed(f"{ray_version()}, started and did a task in {time.monotonic() - started:.0f} s")
+
+
+def _token() -> Finding:
+    """Who joins a cluster needs its token; a cluster of our own makes one."""
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if os.environ.get("RAY_AUTH_TOKEN") or path.is_file():
+        if mode != "token":
+            return _warned("there is one, which Ray does not ask for", "export RAY_AUTH_MODE=token")
+        return _passed("there is one for clusters that are joined; runs on this machine make their own")
+    if mode == "token" or os.environ.get("RAY_ADDRESS"):
+        return _warned("none, to join a cluster with", "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…")
+    return _passed("made anew by each run on this machine; to join a cluster, RAY_AUTH_TOKEN must hold its own")
+
+
+def _shared_memory() -> Finding:
+    wanted = engine_plan(Resources((Node.here(),)), Settings(), find_package("starter").card).object_store_bytes
+    free = shutil.disk_usage("/dev/shm").free
+    told = f"{free / GIB:.1f} GiB free, {wanted / GIB:.1f} wanted"
+    if free < wanted:
+        return _warned(f"{told}: Ray uses the disk instead, slowly", f"docker run --shm-size={-(-wanted // GIB) + 1}g")
+    return _passed(told)
+
+
+def _open_files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < LOW_FILES:
+        return _warned(f"{soft} at once", f"ulimit -n {max(hard, LOW_FILES) if hard > 0 else 65536}")
+    return _passed("any number" if soft == resource.RLIM_INFINITY else f"{soft} at once")
+
+
+def _disk(folder: Path) -> Finding:
+    """Of the folder, or of the one in which it would be made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return Finding(Status.FAIL, f"{there} cannot be written", "name another folder, or have it given to you")
+    disk = shutil.disk_usage(there)
+    told = f"{disk.free / GIB:.1f} GiB free at {there}"
+    if disk.free < ROOM_BYTES:
+        return Finding(Status.FAIL, told, "free some, or name a folder on another disk")
+    if disk.free < LOW_DISK or disk.free < (1 - RAY_FULL) * disk.total:
+        return _warned(f"{told}, {disk.free / disk.total:.0%} of the disk", "free some, or name a folder elsewhere")
+    return _passed(told)
+
+
+def _memory() -> Finding:
+    here, cores = Node.here(), os.cpu_count() or 1
+    told = f"cores: {here.cpus}{f' of {cores}' if here.cpus < cores else ''}, memory: {here.memory / GIB:.1f} GiB"
+    free = here.memory
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = min(free, int(line.split()[1]) * 1024)
+    told += f", {free / GIB:.1f} free"
+    if free < LOW_MEMORY:
+        return _warned(told, f"free some, or give the process {LOW_MEMORY // GIB} GiB or more")
+    if here.cpus < 2:
+        return _warned(told, "give it two cores or more: the network and the readers take turns on one")
+    return _passed(told)
+
+
+def _weights() -> Finding:
+    starter = find_package("starter")
+    load_tensors(starter)
+    return _passed(f"starter is whole, sha256 {starter.sha256[:16]}…")
+
+
+def _numba() -> Finding:
+    """Compiled code is kept, else each process of a run compiles for seconds. Raises where no folder can be written."""
+    from numba import njit
+
+    return _passed(f"{version('numba')} keeps compiled code in {njit(cache=True)(_cores).stats.cache_path}")
+
+
+def _opencv() -> Finding:
+    import cv2
+
+    installed = {name: found for name in _OPENCV if (found := _version(name))}
+    if len(installed) > 1:
+        both = ", ".join(f"{name} {found}" for name, found in installed.items())
+        keep = f"opencv-python=={installed.get('opencv-python', cv2.__version__)}"
+        return _warned(
+            f"{both} share one folder; {cv2.__version__} is what is imported",
+            f"pip uninstall -y {' '.join(installed)} && pip install --no-deps {keep}",
+        )
+    return _passed(cv2.__version__)
+
+
+def _text() -> Finding:
+    encodings = {"file names": sys.getfilesystemencoding(), "stdout": sys.stdout.encoding or "utf-8"}
+    odd = [f"{name} {code}" for name, code in encodings.items() if code.lower().replace("-", "") != "utf8"]
+    if odd:
+        return _warned(f"not UTF-8: {', '.join(odd)}", "export LC_ALL=C.UTF-8, and unset PYTHONIOENCODING")
+    return _passed("UTF-8")
+
+
+def _sqlite() -> Finding:
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        try:
+            database.enable_load_extension(True)
+        except (AttributeError, sqlite3.Error):
+            return _warned(
+                "this Python loads no extensions: an exported AnnotationStore cannot be read by it",
+                "read it by a Python built with --enable-loadable-sqlite-extensions (uv's and conda's are)",
+            )
+    return _passed(f"{sqlite3.sqlite_version}, loads extensions (to read an AnnotationStore)")
+
+
+def _extras() -> Finding:
+    there = [f"{name} {found}" for name in _EXTRAS if (found := _version(name))]
+    absent = [(extra, use) for name, (extra, use) in _EXTRAS.items() if _version(name) is None]
+    told = ", ".join(there) or "none"
+    if not absent:
+        return _passed(told)
+    uses = "; ".join(f"{extra} for {use}" for extra, use in absent)
+    return _passed(f"{told}. If wanted, pip install 'hover-batch[{','.join(extra for extra, _ in absent)}]': {uses}")
+
+
+def _cores(_: None) -> int:
+    return os.cpu_count() or 1
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

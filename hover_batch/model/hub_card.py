@@ -1,0 +1,137 @@
+"""A package's card as the README.md of a Hugging Face repository: YAML for its search, Markdown for people."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hover_batch.model.package import Card, Package
+
+_SCORES = {
+    "pq": "PQ",
+    "dq": "DQ",
+    "sq": "SQ",
+    "aji": "AJI",
+    "dice": "Dice",
+    "f_d": "F1 of detections",
+    "mpq": "mPQ",
+    "bpq": "bPQ",
+}
+"""Of a card's scores those that are one number for all classes."""
+_LICENCES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "CC BY 4.0": "cc-by-4.0", "Apache-2.0": "apache-2.0", "MIT": "mit"}
+"""How a card's licence begins → what Hugging Face calls it."""
+
+
+def hub_card(package: Package) -> str:
+    """The whole README.md. The licence is what the card says, never what a library would write by itself."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    card = package.card
+    scores = list(_scores(card))
+    known = next((code for words, code in _LICENCES.items() if re.match(rf"{re.escape(words)}\b", card.licence)), None)
+    data = ModelCardData(
+        model_name=_flat(card.name),
+        license=known or "other",
+        license_name=None if known else "see-below",
+        library_name="hover-batch",
+        pipeline_tag="image-segmentation",
+        tags=["computational-pathology", "nucleus-segmentation", "histology", card.architecture],
+        datasets=sorted(map(_flat, entry(card.training, "data", "train"))) or None,
+        metrics=sorted({metric for _, _, metric, _ in scores}) or None,
+        eval_results=[
+            EvalResult(
+                task_type="image-segmentation",
+                dataset_type=_flat(source),
+                dataset_name=_flat(source),
+                dataset_split=split,
+                metric_type=metric,
+                metric_name=_SCORES[metric],
+                metric_value=value,
+            )
+            for split, source, metric, value in scores
+        ]
+        or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(package, scores)}"
+
+
+def _body(package: Package, scores: list[tuple[str, str, str, float]]) -> str:
+    card = package.card
+    seen = card.training.get("seen") or listed(entry(card.training, "data", "train")) or "not recorded"
+    rows = {
+        "architecture": f"{card.architecture} {card.encoder}".rstrip(),
+        "pixels": f"{card.mpp:g} µm; tiles of {card.tile_in} pixels, of which {card.tile_out} are kept",
+        "input": card.input_scaling,
+        "classes": ", ".join(c.name for c in card.taxonomy.nuclei),
+        "trained on": seen,
+        "note": card.training.get("note"),
+        "sha256 of the file": package.sha256,
+        "sha256 of the weights": card.weights_sha256,
+    }
+    lines = [
+        f"# {_text(card.name)}",
+        "",
+        "Finds, outlines and classifies nuclei in H&E whole-slide images. For research only: not a medical device.",
+        "",
+        f"**Licence**: {_text(card.licence)}",
+        "",
+        "```sh",
+        "hover-batch segment cohort.csv -o out/ --model FILE.safetensors",
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {_text(value)} |" for name, value in rows.items() if value),
+        "",
+    ]
+    if scores:
+        lines += [
+            "| split | data | score | value |",
+            "|---|---|---|---|",
+            *(
+                f"| {_text(split)} | {_text(source)} | {_SCORES[m]} | {value:.4f} |"
+                for split, source, m, value in scores
+            ),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _scores(card: Card) -> Iterator[tuple[str, str, str, float]]:
+    """(split, source, score, value) of the numbers that the card has."""
+    for split in ("test", "val"):
+        for source, scores in entry(card.metrics, split).items():
+            for metric in _SCORES if isinstance(scores, Mapping) else ():
+                value = scores.get(metric)
+                if type(value) in (int, float) and math.isfinite(value):
+                    yield split, source, metric, float(value)
+
+
+def entry(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
+    """What a card holds at the end of the path; nothing where that is not there or of another kind."""
+    for name in path:
+        held = values.get(name)
+        if not isinstance(held, Mapping):
+            return {}
+        values = held
+    return values
+
+
+def listed(values: Mapping[str, Any]) -> str:
+    """`a: 1, b: 2`; of sources their images."""
+    return ", ".join(
+        f"{k} {v['images']} images" if isinstance(v, Mapping) and "images" in v else f"{k} {v}"
+        for k, v in values.items()
+    )
+
+
+def _text(value: object) -> str:
+    """For one line or cell of Markdown: without markup of its own."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", _flat(value))
+
+
+def _flat(value: object) -> str:
+    """One line: a line `---` would end the YAML."""
+    return re.sub(r"\s+", " ", str(value))

@@ -1,0 +1,136 @@
+"""The Python API on real H&E: what it gives is what the command gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import geopandas
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import shapely
+from PIL import Image
+
+import hover_batch
+from hover_batch.errors import InputError, PackageError, SlideError
+from hover_batch.model.heads import MapLayout
+from hover_batch.slide.example import _field, write_example, write_pyramidal_tiff
+from hover_batch.store import PredictionStore
+
+SETTINGS = {"backend": "local", "unit": 512, "tissue": "all"}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nuclei.parquet of the real field at 0.5 µm, so that the slide's pixels are not the network's."""
+    folder = tmp_path_factory.mktemp("api")
+    write_example(folder)
+    return hover_batch.segment_slide(folder / "he_0.5.tif", folder / "out", slide_id="he", **SETTINGS)
+
+
+def test_a_slide_and_its_table(table: Path) -> None:
+    assert table == table.parents[2] / "slides" / "he" / "nuclei.parquet"
+    nuclei = hover_batch.load_nuclei(table)
+    assert len(nuclei) == pq.read_metadata(table).num_rows > 300
+    assert hover_batch.load_nuclei(table.parent).equals(nuclei)
+    read = geopandas.read_parquet(table)
+    assert set(nuclei.columns) == set(read.columns)
+    assert np.array_equal(shapely.to_wkb(nuclei["geometry"]), shapely.to_wkb(read["geometry"]))
+    ours = geopandas.GeoDataFrame(nuclei)
+    assert ours.geometry.is_valid.all() and ours.total_bounds[2] <= 500
+    assert nuclei.groupby("type", observed=True).area_um2.median().between(5, 100).all()
+    about = nuclei.attrs["hover_batch"]
+    assert about["mpp"] == {"x": 0.5, "y": 0.5} and about["model"]["id"] == "starter"
+
+
+def test_the_same_call_finds_it_done(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = table.stat().st_mtime_ns
+    slide, out = table.parents[3] / "he_0.5.tif", table.parents[2]
+    assert hover_batch.segment_slide(slide, out, slide_id="he", **SETTINGS) == table
+    assert table.stat().st_mtime_ns == before and "done before" in capsys.readouterr().err
+    with pytest.raises(InputError, match="halo: 64 → 32"):
+        hover_batch.segment_slide(slide, out, slide_id="he", halo=32, **SETTINGS)
+
+
+def test_maps_by_their_names(table: Path) -> None:
+    maps = hover_batch.load_predictions(table.parent)
+    stored = PredictionStore.open(table.parent / "predictions.zarr", read_only=True).array
+    assert maps.np.shape == stored.shape[1:] == (1000, 1000)
+    assert (maps.mpp.x, maps.level0_per_pixel, maps.level0.width, maps.bounds) == (0.25, (0.5, 0.5), 500, None)
+    layout = MapLayout(5)
+    window = np.s_[100:300, 640:700]
+    assert maps.np[window].dtype == np.float32 and maps.np[window].shape == (200, 60)
+    assert np.array_equal(maps.np[window] >= 0.5, stored[layout.NP][window] >= layout.NP_NUCLEUS)
+    h = maps.h[window]
+    assert h.min() < -0.5 and h.max() > 0.5 and np.abs(h).max() <= 1.01
+    assert np.array_equal(np.asarray(maps.v), np.asarray(stored[layout.V]).view(np.int8) / np.float32(127))
+    assert list(maps.classes) == ["background", "miscellaneous", "inflammatory", "epithelial", "spindle"]
+    near = maps.np[window] >= 0.25
+    total = sum(plane[window] for plane in maps.classes.values())
+    assert np.allclose(total[near], 1, atol=0.02) and not total[~near].any()
+    # A nucleus is dark in hematoxylin, and lies where the table says.
+    nucleus = hover_batch.load_nuclei(table).nlargest(1, "seg_score").iloc[0]
+    x, y = (int(nucleus[f"centroid_{axis}"] / maps.level0_per_pixel[0]) for axis in "xy")
+    assert maps.np[y, x] > 0.5 and maps.hematoxylin[y, x] > 0
+    assert maps.eosin[y, :].shape == (1000,)
+
+
+def test_a_model_finds_in_a_picture_what_the_run_found(table: Path) -> None:
+    field = _field()[200:800, 100:900]
+    model = hover_batch.load_model("starter")
+    instances, nuclei = model.nuclei(field)
+    assert instances.shape == (600, 800) and len(nuclei) == instances.max() > 100
+    assert list(nuclei["nucleus_id"]) == list(range(1, len(nuclei) + 1))
+    assert list(nuclei.columns) == list(hover_batch.load_nuclei(table).columns)
+    for row in nuclei.iloc[:: len(nuclei) // 20].itertuples():
+        pixels = np.argwhere(instances == row.nucleus_id)
+        assert np.allclose(pixels.mean(0) + 0.5, [row.centroid_y, row.centroid_x])
+        assert np.isclose(len(pixels) * model.card.mpp**2, row.area_um2)
+        assert row.geometry.bounds[0] >= pixels[:, 1].min()
+
+
+def test_maps_of_a_picture_are_those_of_a_slide(tmp_path: Path) -> None:
+    """Where the network sees the same surroundings, byte for byte: the border is mirrored otherwise in a slide."""
+    field = _field()[:600, :600]
+    write_pyramidal_tiff(tmp_path / "he.tif", field, 0.25)
+    table = hover_batch.segment_slide(tmp_path / "he.tif", tmp_path / "out", **SETTINGS)
+    stored = PredictionStore.open(table.parent / "predictions.zarr", read_only=True).array
+    maps = hover_batch.load_model().predict(field)
+    assert maps.shape == stored.shape
+    inner = np.s_[:, 256:512, 256:512]
+    assert maps[inner].any() and np.array_equal(maps[inner], stored[inner])
+
+
+def test_a_picture_without_nuclei() -> None:
+    instances, nuclei = hover_batch.load_model().nuclei(np.full((100, 130, 3), 245, np.uint8))
+    assert not instances.any() and len(nuclei) == 0 and "area_um2" in nuclei
+
+
+def test_what_is_wrong_is_told(tmp_path: Path) -> None:
+    picture = tmp_path / "tile.png"
+    Image.fromarray(np.full((64, 64, 3), 245, np.uint8)).save(picture)
+    with pytest.raises(InputError, match="mpp"):
+        hover_batch.segment_slide(picture, tmp_path / "out", backend="local")
+    with pytest.raises(InputError, match="none.svs"):
+        hover_batch.segment_slide(tmp_path / "none.svs", tmp_path / "out", backend="local")
+    with pytest.raises(InputError, match="setting bach is not known; known are .*batch"):
+        hover_batch.segment_slide(picture, tmp_path / "out", mpp=0.25, bach=3)
+    with pytest.raises(PackageError, match="no such package"):
+        hover_batch.segment_slide(picture, tmp_path / "out", mpp=0.25, model="nobodys", backend="local")
+    (tmp_path / "broken.svs").write_bytes(b"no slide")
+    with pytest.raises(SlideError, match="broken"):
+        hover_batch.segment_slide(tmp_path / "broken.svs", tmp_path / "other", backend="local")
+    assert hover_batch.segment_slide(picture, tmp_path / "out", mpp=0.25, backend="local").is_file()
+    for wrong in (np.zeros((9, 9)), np.zeros((9, 9, 4), np.uint8), np.zeros((0, 9, 3), np.uint8), [1]):
+        with pytest.raises(InputError, match="uint8"):
+            hover_batch.load_model().predict(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="kept predictions"):
+        hover_batch.load_predictions(tmp_path)
+    with pytest.raises(SlideError, match="no table of nuclei"):
+        hover_batch.load_nuclei(tmp_path)
+    store = tmp_path / "out" / "slides" / "tile" / "predictions.zarr" / "zarr.json"
+    store.write_text(store.read_text().replace('"od_scale"', '"od"').replace('"mpp"', '"pixel"'))
+    with pytest.raises((SlideError, PackageError), match="pixel"):
+        hover_batch.load_predictions(store.parent.parent)
+    with pytest.raises(AttributeError, match="no attribute 'segment_slides'"):
+        hover_batch.segment_slides  # noqa: B018
