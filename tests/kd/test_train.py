@@ -240,9 +240,11 @@ def test_a_package_to_start_from_that_is_not_there(config, tmp_path):
         train(replace(config, out=tmp_path, init=Path("none.safetensors")))
 
 
-def test_a_teacher_has_said_nothing_of_what_lies_beyond_its_images(paper, tmp_path, taught):
-    with pytest.raises(InputError, match="--size 192"):
-        train(replace(paper, out=tmp_path, size=192))
+def test_nothing_is_known_of_what_lies_beyond_an_image(config, paper, tmp_path, taught):
+    """Mirrored, its nuclei would be taught to be background."""
+    for one in (config, paper):
+        with pytest.raises(InputError, match="--size 192: 4 of 4 images are smaller, the first consep_0 of consep"):
+            train(replace(one, out=tmp_path, size=192))
 
 
 def test_the_same_loop_trains_a_teacher(config, tmp_path):
