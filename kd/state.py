@@ -80,7 +80,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise InputError(f"{path}: no checkpoint of `hover-batch kd train`, or a damaged one") from error
-    if not isinstance(saved, dict) or "record" not in saved:
+    if not isinstance(saved, dict) or not saved.keys() >= {"config", "record", "shipped", "step"}:
         raise InputError(f"{path} is of an older version, which alone can go on; train anew into another --out")
     return saved
 

@@ -72,6 +72,9 @@ class Card:
         if values.pop("format", None) != FORMAT:
             raise PackageError("the package was written by another version of hover-batch; export it anew")
         values["taxonomy"] = Taxonomy.from_json(values["taxonomy"])
+        for name in ("training", "metrics"):
+            if not isinstance(values.get(name, {}), Mapping):
+                raise TypeError(f"{name} is no object")
         return cls(**values)
 
 

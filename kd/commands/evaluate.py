@@ -101,8 +101,8 @@ def evaluate(
         return SobelConstants.from_json(package.card.sobel) if norm == "fixed" else None
 
     cost = cost_of(predictor.network, card)
-    scores = evaluate_data(lambda image: predict_image(predictor, image), judged, constants(found), card.taxonomy)
     seen = leaks(card, judged.samples)
+    scores = evaluate_data(lambda image: predict_image(predictor, image), judged, constants(found), card.taxonomy)
     _print(scores, seen, cost, f"{card.name} on {data.resolve().name}, {' '.join(folds)}")
     if json_file:
         report = {

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.classes import CODES, class_ids
-from kd.samples import Sample
+from kd.samples import Sample, renumbered
 
 TABLE = "dataset.csv"
 COLUMNS = ("sample_id", "image", "labels", "types", "source", "split")
@@ -106,7 +106,7 @@ class InstanceFolder:
             source=row["source"],
             group=row.get("group") or "",
             image=np.ascontiguousarray(image[..., ::-1]),  # OpenCV reads BGR
-            instances=instances,
+            instances=renumbered(instances),
             types=types,
             tissue=row.get("tissue") or "",
             fold=row["split"],

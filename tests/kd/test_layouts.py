@@ -267,6 +267,16 @@ def test_a_table_that_a_spreadsheet_wrote(tmp_path):
     assert [s.id for s in recognise(folder).samples(CONSEP)] == ["x"]
 
 
+def test_ids_past_16_bits_are_renumbered(tmp_path):
+    """As float32, in which labels are warped, 2^30 and 2^30 + 1 are one nucleus."""
+    image, instances, types = tiles(1, 64)[0]
+    folder = write_folder(tmp_path, {"x": (image, instances, types)})
+    as_tiff(folder, "labels", np.where(instances > 0, instances.astype(np.int32) + (1 << 30), 0))
+    (sample,) = recognise(folder).samples(CONSEP)
+    assert same_partition(sample.instances, instances)
+    assert sample.instances.max() == len(np.unique(instances)) - 1
+
+
 def test_what_is_no_layout(tmp_path):
     with pytest.raises(InputError, match="not a layout that is known"):
         recognise(tmp_path)
