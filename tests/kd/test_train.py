@@ -311,6 +311,22 @@ def test_training_that_diverges_says_so_and_keeps_the_checkpoint(config, tmp_pat
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_checkpoint_that_cannot_be_written_is_told_of_and_the_last_one_stays(config, tmp_path, monkeypatch):
+    config = replace(config, out=tmp_path, steps=2, epoch_steps=1)
+    train(replace(config, max_steps=1))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def on_a_full_disk(saved, path):
+        path.write_bytes(b"PK")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2093440 vs 2093328")
+
+    monkeypatch.setattr(torch, "save", on_a_full_disk)
+    with pytest.raises(HoverBatchError, match="checkpoint.pt cannot be written; see that its disk has space"):
+        train(config)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "log.csv", "panels", "tensorboard"}
+
+
 def test_shares_without_any_given(folder, config):
     """By area, unless the data hold the starter's three sources."""
     samples = read_data(folder, ["train"]).samples
