@@ -77,7 +77,7 @@ def random_geometry(
     kind: str = "full",
     planes: NDArray[np.float16] | None = None,
 ) -> View:
-    """One affine map of the source onto the view, drawn so that the image part lies inside the source if it can."""
+    """One affine map of the source, at least `size` on each side, onto the view; the image part lies inside it."""
     scale, angle, flip = 1.0, 0.0, 1
     if kind == "full":
         scale = math.exp(rng.uniform(math.log(SCALE[0]), math.log(SCALE[1])))
@@ -90,10 +90,10 @@ def random_geometry(
     height, width = sample.instances.shape
     small = 2 * _reach(size, angle, scale) > min(height, width)
     if small:
-        # A small image, such as PanNuke's: what lies beyond it is not known, so the view is kept inside.
+        # An image hardly larger than the view, such as PanNuke's: what lies beyond is not known, so it is kept inside.
         angle = round(angle / RIGHT) * RIGHT
         if kind == "full":
-            scale = min(max(scale, size / min(height, width)), SCALE[1])
+            scale = max(scale, size / min(height, width))
     # Source offset of a step of one view pixel along x and along y.
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     step = np.array([[cos, -sin * flip], [sin, cos * flip]])

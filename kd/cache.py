@@ -95,8 +95,8 @@ class CacheWriter:
 def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
     """Write a cache, which takes the place of one at `path` when the block succeeds, and is removed when it fails.
 
-    Raises InputError where `path` is named like no cache, its folder is missing, something else lies there, or the
-    disk is full.
+    Raises InputError where `path` is named like no cache, its folder is missing, something else lies there, it cannot
+    be written, or the disk is full.
     """
     if not is_cache(path):
         raise InputError(f"--out {path}: give it the ending .zarr or .npz")
@@ -118,7 +118,7 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
         os.replace(temporary, path)
     except OSError as error:
         if error.errno not in DISK_FULL:
-            raise
+            raise InputError(f"--out {path}: cannot be written ({error}); give another place") from error
         raise InputError(f"--out {path}: the disk is full; free some space and run the same command again") from error
     finally:
         _remove(temporary)

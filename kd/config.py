@@ -169,6 +169,8 @@ class TrainConfig:
         if preset not in PRESETS:
             raise InputError(f"--preset {preset}: not known; known are {', '.join(PRESETS)}")
         values = {name: value for name, value in given.items() if value is not None}
+        if math.isnan(values.get("alpha", 0.0)):  # which would stand for the default
+            raise InputError("--alpha nan: must lie between 0 and 1")
         return cls(preset=preset, **(PRESETS[preset] | values))
 
     @property

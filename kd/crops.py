@@ -107,9 +107,12 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         # Larger images hold more distinct crops, and are drawn in proportion to their area.
         areas = [np.array([samples[row].instances.size for row in rows], float) for rows in self.rows]
         self.odds = [area / area.sum() for area in areas]
-        if teacher is not None and (small := [s.id for s in samples if min(s.instances.shape) < config.size]):
+        if small := [s for s in samples if min(s.instances.shape) < config.size]:
+            height, width = small[0].instances.shape
             raise InputError(
-                f"--size {config.size}: {small[0]} is smaller, and the teacher has said nothing of what lies beyond"
+                f"--size {config.size}: {len(small)} of {len(samples)} images are smaller, the first {small[0].id} of "
+                f"{small[0].source} with {height} × {width} px, and what lies beyond is not annotated; give a smaller "
+                "--size, or other sources by --source"
             )
         if teacher is not None and (untaught := [s for s in samples if not teacher.covers(s)]):
             raise InputError(

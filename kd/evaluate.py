@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from hover_batch.errors import InputError
 from hover_batch.metrics import (
     DETECTION_RADIUS_UM,
     aji,
@@ -33,6 +34,9 @@ from kd.scores import ImageScores, SourceScores, pooled
 MapsOf = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """RGB (y, x, 3) uint8 → the stored maps (plane, y, x) uint8 of the same pixels."""
 
+MOST_DISTANCES = 10**8
+"""Between annotated and predicted nuclei of an image; these take 3 GB, and minutes to assign."""
+
 
 def evaluate(
     maps_of: MapsOf, samples: Iterable[Sample], constants: SobelConstants | None, taxonomy: Taxonomy
@@ -40,6 +44,7 @@ def evaluate(
     """Score the maps that `maps_of` gives for each sample's image, source by source in the order of appearance.
 
     `constants`: of the Sobel maps, or None to normalise each image by its own extremes, as the reference does.
+    Raises InputError where an image holds too many nuclei.
     """
     by_source: dict[str, list[ImageScores]] = {}
     for sample in samples:
@@ -71,6 +76,11 @@ def _score(
     found, nuclei = nuclei_of(maps, constants, layout)
     true_xy, true_types = true_nuclei(sample, layout.n_types)
     pred_xy = np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1)
+    if len(true_xy) * len(pred_xy) > MOST_DISTANCES:
+        raise InputError(
+            f"{sample.id} of {sample.source}: {len(true_xy):,} annotated nuclei and {len(pred_xy):,} predicted ones "
+            "are too many for HoVerNet's pairing, which looks at all distances at once; cut the image into tiles"
+        )
     pairs = match_as_hovernet(true_xy, pred_xy, DETECTION_RADIUS_UM / MPP)
     quality = panoptic_quality(sample.instances, found)
     pq_c = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 LOG = "log.csv"
 EVENTS = "tensorboard"
 """Folder of TensorBoard's files: `tensorboard --logdir OUT/tensorboard`."""
+SAY_EVERY_S = 30.0
 
 
 class Log:
@@ -18,6 +20,7 @@ class Log:
     def __init__(self, out: Path) -> None:
         self.path = out / LOG
         self.events = out / EVENTS
+        self._said = time.monotonic()
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError:
@@ -25,6 +28,13 @@ class Log:
             print(f"tensorboard is not installed: only {self.path} is written", flush=True)
         else:
             self.has_events = True
+
+    def step(self, done: int, steps: int, s_per_step: float) -> None:
+        """Say now and then how far the training is; an epoch may take hours."""
+        if (now := time.monotonic()) - self._said >= SAY_EVERY_S:
+            self._said = now
+            left = s_per_step * (steps - done)
+            print(f"  step {done} of {steps}, {s_per_step:.2g} s each, {left / 60:.0f} min left", flush=True)
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append the row of an epoch, by its `step`; it takes the place of rows of the same and of later steps."""

@@ -34,7 +34,7 @@ TILE = (320, 256)
 
 
 def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> str:
-    """Write the package to `out`; returns lines that say how good it is.
+    """Write the package to `out`; returns lines that say how good it is, and prints what it is at, which takes minutes.
 
     The Sobel constants are searched on the validation folds of `data`, if they hold images; else they are the
     starter's, and the card says so. The scores in the card are those of the validation folds and, where `data` is
@@ -85,12 +85,13 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     how: dict[str, Any] | str = NOT_CALIBRATED
     constants = SobelConstants.from_json(find_package("starter").card.sobel)
     if splits["val"]:
+        print(f"calibrating on {len(splits['val'])} images of {', '.join(folds['val'])}", flush=True)
         found = calibrate(maps_of, splits["val"])
         constants, how = found.constants, {**found.to_json(), "saw": hashes_of(splits["val"])}
-    scores = {
-        part: {s.source: s.to_json() for s in evaluate(maps_of, samples, constants, taxonomy)}
-        for part, samples in splits.items()
-    }
+    scores = {}
+    for part, samples in splits.items():
+        print(f"scoring {len(samples)} images of {', '.join(folds[part])}", flush=True)
+        scores[part] = {s.source: s.to_json() for s in evaluate(maps_of, samples, constants, taxonomy)}
     card = replace(
         card,
         sobel=constants.to_json(),

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from skimage.segmentation import relabel_sequential
 
 from hover_batch.taxonomy import Taxonomy
 
@@ -43,6 +44,14 @@ class Sample:
         digest = hashlib.sha256(f"{self.image.shape}".encode())
         digest.update(np.ascontiguousarray(self.image).tobytes())
         return digest.hexdigest()
+
+
+def renumbered(instances: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Instances (y, x) as they are, or from 1 on where an id is past 16 bits: what looks at a crop has a row for every
+    id up to the largest, and the float32 that labels are warped in tells ids apart up to 2^24."""
+    if instances.max(initial=0) <= np.iinfo(np.uint16).max:
+        return instances
+    return np.asarray(relabel_sequential(instances)[0], np.int32)  # type: ignore[no-untyped-call]  # skimage's
 
 
 def truth_sha256(samples: Iterable[Sample]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hover_batch.errors import InputError
+from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.config import TrainConfig
 from kd.crops import Teacher
@@ -42,12 +42,19 @@ class State:
     """The log's row of an epoch that has been trained and not yet been validated."""
 
     def save(self, config: TrainConfig, record: dict[str, Any]) -> None:
-        """Write the checkpoint, whole or not at all. `record`: see `record_of`."""
+        """Write the checkpoint, whole or not at all. `record`: see `record_of`. HoverBatchError where it cannot be."""
         path = config.out / CHECKPOINT
         temporary = path.with_suffix(".tmp")
         held = {name: getattr(self, name).state_dict() for name in ("model", "shipped", "optimizer", "schedule")}
         held |= {name: getattr(self, name) for name in ("step", "best", "ended", "row")}
-        torch.save({"config": config.to_json(), "record": record, **held}, temporary)
+        try:
+            torch.save({"config": config.to_json(), "record": record, **held}, temporary)
+        except RuntimeError as error:  # torch's own writer says of a full disk that a position is unexpected
+            temporary.unlink(missing_ok=True)
+            raise HoverBatchError(
+                f"{path} cannot be written; see that its disk has space and run the same command again: it goes on "
+                f"from the last one written ({str(error).splitlines()[0]})"
+            ) from error
         os.replace(temporary, path)
 
     def resume(self, config: TrainConfig, record: dict[str, Any]) -> None:
@@ -80,7 +87,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise InputError(f"{path}: no checkpoint of `hover-batch kd train`, or a damaged one") from error
-    if not isinstance(saved, dict) or "record" not in saved:
+    if not isinstance(saved, dict) or not saved.keys() >= {"config", "record", "shipped", "step"}:
         raise InputError(f"{path} is of an older version, which alone can go on; train anew into another --out")
     return saved
 

@@ -116,8 +116,8 @@ def runs_of(
 ) -> list[Run]:
     """The runs of a grid, in order; points that mean the same, as any T where nothing is distilled, are one run.
 
-    `more`: further arguments of `kd train`. Raises InputError, or typer's usage error, where one is wrong, and
-    InputError where a run's folder was begun with other arguments.
+    `more`: further arguments of `kd train`. Raises InputError, or typer's usage error, where one is wrong or is the
+    sweep's to give, and InputError where a run's folder was begun with other arguments.
     """
     data, teacher = data.resolve(), teacher and teacher.resolve()
     runs: dict[str, Run] = {}
@@ -135,13 +135,27 @@ def runs_of(
         arguments += [word for key, value in settings.items() for word in (f"--{key}", f"{value}")]
         runs[name] = Run(out.resolve() / name, settings, (*arguments, *more), data, tuple(test_folds), threads)
     for run in runs.values():
-        _context(train, run.train_arguments)
+        _check_more(run, more)
         begun = run.folder / ARGUMENTS
         if begun.exists() and tuple(json.loads(begun.read_bytes())) != run.arguments:
             raise InputError(
                 f"{run.folder} was begun with other arguments (see {ARGUMENTS} in it); give another folder"
             )
     return list(runs.values())
+
+
+def _check_more(run: Run, more: Sequence[str]) -> None:
+    """InputError where `more` undoes what the run's name and report say of it."""
+    words = run.train_arguments
+    own = words[: len(words) - len(more)]  # flag, value, flag, …
+    given, without = (_context(train, w).params for w in (words, own))
+    for flag in own[::2]:
+        if given[flag[2:]] != without[flag[2:]]:
+            raise InputError(f"-- {flag}: the sweep gives it to each run; give it before the --")
+    if given["model"] not in (None, "unet"):
+        raise InputError(
+            f"-- --model {given['model']}: a sweep is of students; train a teacher by `hover-batch kd train`"
+        )
 
 
 def sweep(

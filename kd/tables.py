@@ -100,7 +100,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         report = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give files that `kd evaluate --json` wrote") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); give files that `kd evaluate --json` wrote") from error
     texts = dict.fromkeys(("label", "sha256", "architecture", "data", "sobel_norm"), str)
     needed: dict[str, type] = texts | {"folds": list, "sources": dict, "leakage": list, "cost": dict}

@@ -75,7 +75,7 @@ class TeacherCache:
             try:
                 path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise InputError(f"-o {path}: {error.strerror}") from error
+                raise InputError(f"-o {path}: {error.strerror}; give a folder that can be written") from error
             about = {"format": FORMAT, "sha256": teacher.sha256, "card": teacher.card.to_json()}
             temporary = path / ".teacher.json.partial"
             temporary.write_text(json.dumps(about, indent=2) + "\n", "utf-8")

@@ -94,6 +94,11 @@ def train(config: TrainConfig) -> nn.Module:
     stop = min(steps, config.max_steps or steps)
     if state.ended or state.step >= stop:
         return shipped
+    listed = ", ".join(f"{source} {share:.0%}" for source, share in shares.items())
+    print(
+        f"training on {len(samples)} images ({listed}), steps {state.step} to {stop}, epochs of {epoch_steps}",
+        flush=True,
+    )
     started, since, sums, counts = time.monotonic(), state.step, dict[str, Tensor](), Counter[str]()
     for step, (image, targets) in enumerate(batches(crops, config.batch, device, state.step), start=state.step):
         state.schedule.before(step)
@@ -112,6 +117,7 @@ def train(config: TrainConfig) -> nn.Module:
             sums[name] = sums.get(name, torch.zeros((), device=device)) + term.detach().double()
         counts.update(terms.keys())  # a batch without types lacks theirs
         state.step = done = step + 1
+        log.step(done, stop, (time.monotonic() - started) / (done - since))
         whole = done % epoch_steps == 0 or done == steps
         if whole or done == stop:
             row = {"step": float(done), "lr": float(optimizer.param_groups[0]["lr"])}

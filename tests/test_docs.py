@@ -25,6 +25,7 @@ from hover_batch.cli import app
 from hover_batch.model.package import STARTER
 from hover_batch.model.teacher import TeacherArch, build_teacher
 from hover_batch.slide.example import write_example, write_pyramidal_tiff
+from hover_batch.view.server import Server
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -138,10 +139,17 @@ def test_the_commands_do_what_they_say(name: str, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOVER_BATCH_BACKEND", "local")
     monkeypatch.setenv("HOVER_BATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("webbrowser.open", lambda url: True)
+    monkeypatch.setattr(Server, "serve_forever", interrupted)
     if name != "first-cohort.md":
         run(["hover-batch", "segment", "slides/", "-o", "out/"])
     for words in commands(ROOT / "docs" / name):
         run(words)
+
+
+def interrupted(*_: object) -> None:
+    """In place of what `view` does until Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def run(words: list[str]) -> None:

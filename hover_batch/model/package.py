@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hover_batch.cohort.durable import write_atomically
 from hover_batch.errors import PackageError
 from hover_batch.model.cache import cached_package, is_name
 from hover_batch.taxonomy import Taxonomy
@@ -265,11 +265,10 @@ def with_card(package: Package, card: Card, path: Path) -> None:
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], card: Card) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    temporary = path.with_suffix(".tmp")
-    save_file(dict(tensors), temporary, metadata={CARD_KEY: json.dumps(card.to_json(), sort_keys=True)})
-    os.replace(temporary, path)
+    # Not by safetensors' own file: others may not read it, and of a full disk it tells as of a fault of the tensors.
+    write_atomically(path, save(dict(tensors), metadata={CARD_KEY: json.dumps(card.to_json(), sort_keys=True)}))
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:

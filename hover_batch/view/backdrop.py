@@ -56,9 +56,6 @@ class Backdrop:
         _, encoded = cv2.imencode(".jpg", pixels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY, *sampling])
         return encoded.tobytes()
 
-    def close(self) -> None:
-        self._reader.close()
-
 
 def open_backdrop(slide: SlideLayout, record: SlideRecord, table: NucleiTable) -> Backdrop:
     """The slide's own pixels or, where it is not at hand, its thumbnail's. InputError where there is neither."""
@@ -76,6 +73,16 @@ def open_backdrop(slide: SlideLayout, record: SlideRecord, table: NucleiTable) -
 def _thumbnail(path: Path, table: NucleiTable, missing: str) -> Backdrop:
     """The thumbnail as a slide of one level: of the size in the table, to whose pixels the nuclei's positions refer."""
     source = open_source(path, kind_of(path))
-    info = SlideInfo(table.level0, table.mpp, "file", table.bounds, (1.0,), "", None, "", ())
+    info = SlideInfo(
+        level0=table.level0,
+        mpp=table.mpp,
+        mpp_source="file",
+        bounds=table.bounds,
+        downsamples=(1.0,),
+        vendor="",
+        magnification=None,
+        fingerprint="",
+        warnings=(),
+    )
     ratio = min(level_ratios(table.level0, source.levels[0]))
     return Backdrop(GridReader(info, source, path), 2 ** max(0, math.floor(math.log2(ratio))), missing)

@@ -14,7 +14,8 @@ import typer
 from hover_batch.errors import InputError
 
 if TYPE_CHECKING:
-    from hover_batch.cohort.layout import SlideLayout
+    from hover_batch.cohort.layout import RunLayout, SlideLayout
+    from hover_batch.cohort.record import SlideRecord
     from hover_batch.view.server import Server
 
 Tell = Callable[[str], None]
@@ -57,31 +58,47 @@ def serve(folder: Path, slide_id: str | None, port: int, tell: Tell) -> Server:
     """A server of one slide of the run in `folder`, which listens and does not answer yet. `tell` gets what there is
     to say. InputError where the slide cannot be chosen or shown, or the port is taken; SlideError where its table is
     harmed."""
-    slide = _chosen(folder, slide_id)
+    from hover_batch.cohort.layout import RunLayout
+    from hover_batch.status import read_run
+
+    layout = RunLayout(folder)
+    read_run(layout, folder)
+    slide = _chosen(layout, slide_id)
+    record = _record(layout, slide.slide_id)
     from hover_batch.export.read import NucleiTable
-    from hover_batch.kept import read_records
     from hover_batch.view.backdrop import open_backdrop
     from hover_batch.view.nuclei import NucleiTiles
     from hover_batch.view.server import Server, Site
 
-    tell(f"{slide.slide_id}: opening")
-    table = NucleiTable.open(slide.nuclei_parquet)
-    records = {record.slide_id: record for record in read_records(slide.root / "slides.csv")}
-    backdrop = open_backdrop(slide, records[slide.slide_id], table)
-    if backdrop.missing:
-        tell(f"{slide.slide_id}: shown on its thumbnail, since {backdrop.missing}")
-    server = Server(Site(backdrop, NucleiTiles(table)), port)
+    server = Server(port)  # before what takes time: the port may be taken
+    try:
+        tell(f"{slide.slide_id}: opening")
+        table = NucleiTable.open(slide.nuclei_parquet)
+        backdrop = open_backdrop(slide, record, table)
+        if backdrop.missing:
+            tell(f"{slide.slide_id}: shown on its thumbnail, since {backdrop.missing}")
+        server.site = Site(backdrop, NucleiTiles(table))
+    except BaseException:
+        server.server_close()
+        raise
     tell(f"{slide.slide_id}: {table.rows:,} nuclei. Ctrl-C ends this.")
     return server
 
 
-def _chosen(folder: Path, slide_id: str | None) -> SlideLayout:
-    """The slide that was asked for, or the run's only one. InputError where it is not done or not to be told."""
-    from hover_batch.cohort.layout import RunLayout
-    from hover_batch.status import nuclei_if_done, read_run, read_slides
+def _record(layout: RunLayout, slide_id: str) -> SlideRecord:
+    """The slide's row of the cohort."""
+    from hover_batch.kept import read_records
 
-    layout = RunLayout(folder)
-    read_run(layout, folder)
+    try:
+        return next(record for record in read_records(layout.slides_csv) if record.slide_id == slide_id)
+    except (LookupError, ValueError) as error:
+        raise InputError(f"{layout.slides_csv}: was changed by hand; segment writes it anew on resuming") from error
+
+
+def _chosen(layout: RunLayout, slide_id: str | None) -> SlideLayout:
+    """The slide that was asked for, or the run's only one. InputError where it is not done or not to be told."""
+    from hover_batch.status import nuclei_if_done, read_slides
+
     slides = {slide.slide_id: slide for slide in (read_slides(layout) or {}).values()}
     if slide_id is None and len(slides) == 1:
         slide_id = next(iter(slides))

@@ -155,6 +155,3 @@ class NucleiTiles:
                 return self._file.read_row_group(number, columns=columns).combine_chunks().to_batches()[0]
         except (OSError, pa.ArrowException) as error:
             raise unreadable(self.table.path, error) from error
-
-    def close(self) -> None:
-        self._file.close()

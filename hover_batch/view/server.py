@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 import socketserver
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -105,14 +106,15 @@ def _json(value: dict[str, Any] | None) -> Answer | None:
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """`port` 0: any that is free. InputError where it is taken."""
+    """Listens from the start, and answers once it has a `site` and serves. `port` 0: any that is free. InputError where
+    it is taken."""
 
+    site: Site
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, site: Site, port: int) -> None:
-        self.site = site
+    def __init__(self, port: int) -> None:
         self.token = secrets.token_urlsafe(24)
         try:
             super().__init__((ADDRESS, port), _Handler)
@@ -125,13 +127,16 @@ class Server(socketserver.ThreadingTCPServer):
         return f"http://{ADDRESS}:{self.server_address[1]}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser hangs up on what it needs no more; what went wrong otherwise was answered with 500."""
+        """A browser that hangs up on what it needs no more is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # connections are kept
     timeout = 60
     server: Server
+    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         if self.headers.get("Host") not in self.server.hosts:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hover_batch.errors import InputError
-from kd.commands.options import Data
+from kd.commands.options import Data, check_package_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,8 +48,7 @@ def calibrate(
     from kd.samples import hashes_of
     from kd.state import contents
 
-    if out.suffix != ".safetensors":
-        raise InputError(f"-o {out}: a package is a .safetensors file")
+    check_package_file(out)
     package = find_package(model, "package")
     check_pixel_size(package.card, f"package {model}")
     samples = {name: read_data(data, [name], source).samples for name in (fold, check)}
@@ -90,7 +89,6 @@ def calibrate(
         },
     }
     card = dataclasses.replace(package.card, name=out.stem, sobel=found.constants.to_json(), metrics=metrics)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with_card(package, card, out)
     typer.echo(str(out))
 

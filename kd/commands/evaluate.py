@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,8 +102,8 @@ def evaluate(
         return SobelConstants.from_json(package.card.sobel) if norm == "fixed" else None
 
     cost = cost_of(predictor.network, card)
-    scores = evaluate_data(lambda image: predict_image(predictor, image), judged, constants(found), card.taxonomy)
     seen = leaks(card, judged.samples)
+    scores = evaluate_data(lambda image: predict_image(predictor, image), judged, constants(found), card.taxonomy)
     _print(scores, seen, cost, f"{card.name} on {data.resolve().name}, {' '.join(folds)}")
     if json_file:
         report = {
@@ -118,7 +119,9 @@ def evaluate(
             "leakage": [leak.to_json() for leak in seen],
             "cost": cost.to_json() | (_timed(seconds_per_patch(predictor.network, card)) if clock else {}),
         }
-        json_file.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+        temporary = json_file.with_name(f".{json_file.name}.partial")
+        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
+        os.replace(temporary, json_file)
     if panel:
         import cv2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hover_batch.config import EngineSettings
+from hover_batch.errors import InputError
 
 Data = Annotated[
     Path,
@@ -33,6 +35,18 @@ Gpus = Annotated[int, typer.Option(help="GPUs to use; 0 = none, -1 = all.")]
 Address = Annotated[
     str, typer.Option(help="Of a Ray cluster to join.", show_default="start Ray on this machine", metavar="HOST:PORT")
 ]
+
+
+def check_package_file(out: Path) -> None:
+    """Make the folder of a package that is to be written. InputError where that cannot be, before minutes of work."""
+    if out.suffix != ".safetensors":
+        raise InputError(f"-o {out}: a package is a .safetensors file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"-o {out}: {error.strerror}; give a folder that can be written") from error
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise InputError(f"-o {out}: cannot be written; give a file in a folder that can be")
 
 
 def engine_settings(backend: Backend, cpus: int, gpus: int, address: str) -> EngineSettings:

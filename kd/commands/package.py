@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hover_batch.errors import InputError
-from kd.commands.options import Data
+from kd.commands.options import Data, check_package_file
 
 
 def package(
@@ -17,8 +16,7 @@ def package(
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.", show_default=False)],
 ) -> None:
     """Turn a checkpoint into a model package: its best weights, calibrated on the validation folds, and the card."""
-    if out.suffix != ".safetensors":
-        raise InputError(f"-o {out}: a package is a .safetensors file")
+    check_package_file(out)
     from kd.package import make_package
 
     typer.echo(make_package(checkpoint, data, out))

@@ -18,7 +18,7 @@ from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.classes import class_ids
 from kd.layouts.folder import read_picture
-from kd.samples import Sample
+from kd.samples import Sample, renumbered
 
 PARTS = {"train": "Train", "test": "Test"}
 
@@ -76,7 +76,7 @@ def _read(fold: str, picture: Path, labels: Path, taxonomy: Taxonomy) -> Sample:
         source="consep",
         group="",
         image=np.ascontiguousarray(image[..., ::-1]),  # OpenCV reads BGR
-        instances=instances,
+        instances=renumbered(instances),
         types=class_ids(codes, "consep", taxonomy, str(labels)),
         tissue="Colon",
         fold=fold,

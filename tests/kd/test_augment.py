@@ -73,11 +73,13 @@ def test_geometry_covers_turns_flips_and_scales():
     assert 1.4 < max(areas) < 1.25**2 * 1.05
 
 
-def test_an_image_smaller_than_the_view_is_mirrored_and_unlabelled_beyond_its_edge():
-    sample = painted(np.ones((100, 100), np.int32))
-    image, instances, *_ = random_geometry(sample, 192, np.random.default_rng(0))
-    assert (image[..., 0] == 1).all()
-    assert (instances == 0).any() and (instances == 1).any()
+@pytest.mark.parametrize("kind", ["full", "turns", "none"])
+def test_a_view_as_large_as_its_image_lies_inside_it(kind):
+    for seed in range(20):
+        _, instances, *_ = random_geometry(
+            painted(np.ones((100, 130), np.int32)), 100, np.random.default_rng(seed), kind
+        )
+        assert (instances[LABEL_MARGIN:-LABEL_MARGIN, LABEL_MARGIN:-LABEL_MARGIN] == 1).all()
 
 
 def test_a_view_depends_on_its_generator_alone(sample):

@@ -56,6 +56,7 @@ def test_with_a_teacher_quick_distils_by_half():
         ("released", {}, "--alpha 0 trains without"),
         ("quick", {"alpha": 0.5}, "kd teach"),
         ("quick", {"alpha": 1.5}, "--alpha 1.5"),
+        ("quick", {"alpha": float("nan")}, "--alpha nan"),
         ("quick", {"temperature": 0.0}, "--temperature 0"),
         ("quick", {"model": "resnet"}, "--model resnet: not known; known are unet, hovernet-fast"),
         ("quick", {"size": 100}, "--size 100: must be a multiple of 32"),

@@ -15,6 +15,7 @@ from torch import nn
 from truth_maps import maps_of_truth
 
 import kd.validate
+from hover_batch.errors import InputError
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
 from hover_batch.model.images import predict_image
 from hover_batch.model.package import Card
@@ -109,6 +110,14 @@ def test_a_perfect_prediction():
     plain = scores.to_json()
     assert plain["f_c"]["spindle"] is None and plain["pq"] == 1
     json.dumps(plain, allow_nan=False)
+
+
+def test_too_many_nuclei_for_the_pairing_are_refused_before_memory_is(monkeypatch):
+    monkeypatch.setattr("kd.evaluate.MOST_DISTANCES", 24)
+    true = discs(PLACES, KINDS)
+    samples, maps_of = predictions((true, true))
+    with pytest.raises(InputError, match="5 annotated nuclei and 5 predicted ones are too many"):
+        evaluate(maps_of, samples, TYPICAL, CONSEP)
 
 
 def test_scores_by_hand():

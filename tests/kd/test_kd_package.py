@@ -99,6 +99,8 @@ def test_what_is_no_checkpoint_is_refused(package, config, tmp_path):
             make_package(other, config.data, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="-o .*: a package is a .safetensors file"):
         package_command(config.out / "checkpoint.pt", config.data, tmp_path / "folder")
+    with pytest.raises(InputError, match="-o /proc/a/b.safetensors: .*; give a folder that can be written"):
+        package_command(config.out / "checkpoint.pt", config.data, Path("/proc/a/b.safetensors"))
     with pytest.raises(InputError, match="older version"):
         make_package(tmp_path / "old.pt", config.data, tmp_path / "a.safetensors")
     saved = torch.load(config.out / "checkpoint.pt", weights_only=True)

@@ -197,6 +197,17 @@ def test_faults_of_consep(consep_folder, tmp_path, fault, message):
         list(recognise(folder).samples(CONSEP))
 
 
+HEADER = "sample_id,image,labels,types,source,split"
+ROW = "x,x_image.png,x_labels.png,x_types.png,consep,val\n"
+
+
+def as_tiff(folder: Path, kind: str, array: np.ndarray) -> None:
+    """An image's labels or types in a TIFF, which holds other numbers than a PNG."""
+    cv2.imwrite(str(folder / f"x_{kind}.tif"), array)
+    table = folder / "dataset.csv"
+    table.write_text(table.read_text().replace(f"x_{kind}.png", f"x_{kind}.tif"))
+
+
 def test_a_folder_with_types_of_known_codes(tmp_path):
     (cut,) = tiles(1, 64)
     (sample,) = recognise(write_folder(tmp_path / "a", {"x": cut})).samples(PANNUKE)
@@ -215,10 +226,30 @@ def test_a_folder_with_types_of_known_codes(tmp_path):
             r"x_labels\.png: shape \(64, 60\)",
         ),
         (lambda f: cv2.imwrite(str(f / "x_types.png"), np.full((64, 64), 9, np.uint8)), r"x_types\.png: class code 9"),
+        (
+            lambda f: cv2.imwrite(str(f / "x_labels.png"), np.zeros((64, 64, 3), np.uint8)),
+            r"x_labels\.png: uint8 of shape \(64, 64, 3\), but should be ids",
+        ),
+        (
+            lambda f: as_tiff(f, "labels", np.full((64, 64), 1.5, np.float32)),
+            r"x_labels\.tif: float32 .* but should be",
+        ),
+        (lambda f: as_tiff(f, "labels", np.full((64, 64), -1, np.int16)), r"x_labels\.tif: int16 .* ids from 0 on"),
+        (lambda f: as_tiff(f, "types", np.ones((64, 64), np.float32)), r"x_types\.tif: float32 .* but should be"),
+        (
+            lambda f: (f / "dataset.csv").write_text((f / "dataset.csv").read_text() + ROW),
+            "rows 2 and 3 have the sample_id x; ids must differ",
+        ),
+        (lambda f: (f / "dataset.csv").write_text(f"{HEADER}\n"), "there is no image in it"),
+        (
+            lambda f: (f / "dataset.csv").write_text(f"{HEADER},magnification\n{ROW.strip()},20x\n"),
+            "row 2 is of magnification 20; bring images and labels to 40",
+        ),
+        (lambda f: (f / "dataset.csv").write_text(f"{HEADER}\n{'x' * 200_000}\n"), "dataset.csv cannot be read as CSV"),
         (lambda f: (f / "dataset.csv").write_bytes("Präparat".encode("cp1252")), "dataset.csv: is not UTF-8"),
         (lambda f: (f / "dataset.csv").write_text("sample_id,image\n"), "no column labels, types, source, split"),
         (
-            lambda f: (f / "dataset.csv").write_text("sample_id,image,labels,types,source,split\nx,x_image.png\n"),
+            lambda f: (f / "dataset.csv").write_text(f"{HEADER}\nx,x_image.png\n"),
             "row 2 has no labels, source, split",
         ),
     ],
@@ -234,6 +265,16 @@ def test_a_table_that_a_spreadsheet_wrote(tmp_path):
     folder = write_folder(tmp_path, {"x": tiles(1, 64)[0]})
     (folder / "dataset.csv").write_text((folder / "dataset.csv").read_text(), "utf-8-sig")
     assert [s.id for s in recognise(folder).samples(CONSEP)] == ["x"]
+
+
+def test_ids_past_16_bits_are_renumbered(tmp_path):
+    """As float32, in which labels are warped, 2^30 and 2^30 + 1 are one nucleus."""
+    image, instances, types = tiles(1, 64)[0]
+    folder = write_folder(tmp_path, {"x": (image, instances, types)})
+    as_tiff(folder, "labels", np.where(instances > 0, instances.astype(np.int32) + (1 << 30), 0))
+    (sample,) = recognise(folder).samples(CONSEP)
+    assert same_partition(sample.instances, instances)
+    assert sample.instances.max() == len(np.unique(instances)) - 1
 
 
 def test_what_is_no_layout(tmp_path):

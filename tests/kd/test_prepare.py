@@ -101,6 +101,7 @@ def test_types_whose_codes_are_not_known_are_told_of(folders, tmp_path):
         (["consep", "-o", "absent/data.npz"], "the folder .*absent does not exist"),
         (["consep", "-o", "data.npz", "--classes", "kumar"], "--classes kumar: give one of consep, pannuke"),
         (["pannuke", "-o", "data.npz", "--val", "2"], "--val 2"),
+        (["consep", "-o", "/proc/data.zarr"], "--out /proc/data.zarr: cannot be written"),
         (["consep", "consep", "-o", "data.npz"], "two images have this id"),
         (["consep", "-o", "data.npz", "--sheet", "absent/sheet.png"], "--sheet .*absent does not exist"),
         (["empty", "-o", "data.npz"], "there is no image"),

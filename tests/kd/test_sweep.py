@@ -47,6 +47,7 @@ def trained(monkeypatch) -> list[Path]:
         teacher: str = "",
         threads: int = -1,
         steps: int = -1,
+        model: str | None = None,
     ) -> None:
         folders.append(out)
         told = (preset, encoder, alpha, temperature, seed, Path(teacher).name, threads, steps)
@@ -147,6 +148,21 @@ def test_what_is_wrong_is_said_before_anything_runs(tmp_path, trained, arguments
     result = run("--data", "d", "-o", tmp_path / "runs", *arguments)
     assert isinstance(result.exception, InputError) and message in str(result.exception)
     assert not trained and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--alpha", 0.3], "-- --alpha: the sweep gives it to each run"),
+        (["--data", "other"], "-- --data"),
+        (["--model", "hovernet-fast"], "-- --model hovernet-fast: a sweep is of students"),
+    ],
+)
+def test_options_that_are_the_sweeps_to_give(tmp_path, more, message):
+    """The report would say of a run what is not so."""
+    result = run("--data", "d", "-o", tmp_path / "runs", "--alpha", 1, "--", *more)
+    assert isinstance(result.exception, InputError) and message in str(result.exception)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_options_that_train_does_not_have(tmp_path, trained):

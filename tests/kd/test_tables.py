@@ -144,7 +144,12 @@ def test_what_cannot_share_a_row_is_refused(tmp_path: Path, changed: dict[str, A
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not JSON"), ("[]", "lacks everything"), ('{"split": "test"}', "it lacks architecture, cost")],
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "lacks everything"),
+        ('{"split": "test"}', "it lacks architecture, cost"),
+    ],
 )
 def test_what_is_no_evaluation_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.json").write_text(text)

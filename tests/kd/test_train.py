@@ -240,9 +240,11 @@ def test_a_package_to_start_from_that_is_not_there(config, tmp_path):
         train(replace(config, out=tmp_path, init=Path("none.safetensors")))
 
 
-def test_a_teacher_has_said_nothing_of_what_lies_beyond_its_images(paper, tmp_path, taught):
-    with pytest.raises(InputError, match="--size 192"):
-        train(replace(paper, out=tmp_path, size=192))
+def test_nothing_is_known_of_what_lies_beyond_an_image(config, paper, tmp_path, taught):
+    """Mirrored, its nuclei would be taught to be background."""
+    for one in (config, paper):
+        with pytest.raises(InputError, match="--size 192: 4 of 4 images are smaller, the first consep_0 of consep"):
+            train(replace(one, out=tmp_path, size=192))
 
 
 def test_the_same_loop_trains_a_teacher(config, tmp_path):
@@ -307,6 +309,22 @@ def test_training_that_diverges_says_so_and_keeps_the_checkpoint(config, tmp_pat
     with pytest.raises(HoverBatchError, match="give a lower --lr"):
         train(config)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_of_and_the_last_one_stays(config, tmp_path, monkeypatch):
+    config = replace(config, out=tmp_path, steps=2, epoch_steps=1)
+    train(replace(config, max_steps=1))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def on_a_full_disk(saved, path):
+        path.write_bytes(b"PK")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2093440 vs 2093328")
+
+    monkeypatch.setattr(torch, "save", on_a_full_disk)
+    with pytest.raises(HoverBatchError, match="checkpoint.pt cannot be written; see that its disk has space"):
+        train(config)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "log.csv", "panels", "tensorboard"}
 
 
 def test_shares_without_any_given(folder, config):

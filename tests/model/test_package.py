@@ -72,9 +72,22 @@ def test_other_weights_under_the_same_card_are_refused(saved: Path, tmp_path: Pa
         load_network(find_package(str(changed)))
 
 
+def test_a_package_is_for_all_whom_the_umask_lets_read(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    assert saved.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
-    [(None, "no hover-batch card"), ({CARD_KEY: "{"}, "cannot be read"), ({CARD_KEY: "{}"}, "another version")],
+    [
+        (None, "no hover-batch card"),
+        ({CARD_KEY: "{"}, "cannot be read"),
+        ({CARD_KEY: "{}"}, "another version"),
+        (
+            {CARD_KEY: json.dumps(find_package("starter").card.to_json() | {"training": []})},
+            "the card's training is",
+        ),
+    ],
 )
 def test_files_without_a_usable_card_are_refused(tmp_path: Path, metadata: dict[str, str] | None, message: str) -> None:
     path = tmp_path / "x.safetensors"

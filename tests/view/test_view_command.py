@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import pytest
 from made_run import write_field, write_run
 from numpy.typing import NDArray
 from typer.testing import CliRunner
+from viewed import command
 
 from hover_batch.cli import app
 
@@ -53,6 +51,12 @@ def test_a_run_of_which_nothing_is_done_is_refused(tmp_path: Path, field: Field)
     assert "later: is not done" in refused(run) and "none of the run's is done yet" in refused(run)
 
 
+def test_a_list_of_slides_that_was_changed_is_refused(tmp_path: Path, field: Field) -> None:
+    layout = write_run(tmp_path / "out", *field, done=["a"])
+    layout.slides_csv.write_text(layout.slides_csv.read_text().replace("0.25", "a quarter"))
+    assert f"{layout.slides_csv}: was changed by hand" in refused(layout.root)
+
+
 def test_a_slide_without_pixels_is_refused(tmp_path: Path, field: Field) -> None:
     image = tmp_path / "moved.png"
     image.write_bytes(field[0].read_bytes())
@@ -77,13 +81,7 @@ def test_it_opens_the_browser_and_ends_by_ctrl_c(tmp_path: Path, field: Field) -
     browser = tmp_path / "browser"
     browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened\n')
     browser.chmod(0o755)
-    command = [sys.executable, "-c", "from hover_batch.cli import app; app()", "view", str(run)]
-    environment = os.environ | {"BROWSER": str(browser), "PYTHONUNBUFFERED": ""}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
+    with command(run, BROWSER=str(browser)) as (process, url):
         with urllib.request.urlopen(f"{url}info.json", timeout=60) as answer:
             assert json.load(answer)["slide_id"] == "a"
         while not (tmp_path / "opened").is_file() or not (tmp_path / "opened").read_text():

@@ -16,7 +16,10 @@ import pytest
 from browser import CHROMIUM, NO_CHROMIUM, Browser, chromium
 from made_run import write_field, write_run
 from numpy.typing import NDArray
-from viewed import viewing
+from viewed import command, viewing
+
+from hover_batch.errors import SlideError
+from hover_batch.view.backdrop import Backdrop
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
@@ -32,6 +35,7 @@ VIEWER = "OpenSeadragon.getViewer(document.getElementById('slide'))"
 class Viewed:
     browser: Browser
     url: str
+    run: Path
     table: pd.DataFrame
     image: NDArray[np.uint8]
 
@@ -106,7 +110,7 @@ def viewed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Viewed]:
         viewing(layout.root, SLIDE_ID) as (server, _),
         chromium(tmp_path_factory.mktemp("profile")) as browser,
     ):
-        yield Viewed(browser, server.url, table, np.asarray(image, np.uint8))
+        yield Viewed(browser, server.url, layout.root, table, np.asarray(image, np.uint8))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1920, 1080), (1366, 768), (WIDTH, HEIGHT)])
@@ -247,3 +251,22 @@ def test_a_nucleus_that_is_not_there_is_said_to_be(viewed: Viewed) -> None:
     browser.wait_for("!document.getElementById('note').hidden")
     told = browser.evaluate("document.getElementById('note').textContent")
     assert told == f"There is no nucleus 0; they are numbered 1 to {len(viewed.table)}."
+
+
+def test_a_server_that_has_ended_is_said_to_have(viewed: Viewed) -> None:
+    with command(viewed.run, "--slide", SLIDE_ID, "--no-browser") as (_, url):
+        viewed.browser.open(url)
+        viewed.browser.wait_for("document.body.dataset.waiting === '0'")
+    viewed.browser.evaluate("document.getElementById('in').click()")
+    viewed.browser.wait_for("document.getElementById('note').textContent.startsWith('hover-batch view has ended.')")
+
+
+def test_what_cannot_be_read_is_said_to_be(viewed: Viewed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def harmed(*_: object) -> None:
+        raise SlideError("<b>slide.svs</b>: cannot be read")
+
+    monkeypatch.setattr(Backdrop, "tile", harmed)
+    viewed.browser.open(viewed.url)
+    viewed.browser.wait_for("!document.getElementById('note').hidden")
+    told = viewed.browser.evaluate("document.getElementById('note').textContent")
+    assert told.strip() == "The slide cannot be read: <b>slide.svs</b>: cannot be read"

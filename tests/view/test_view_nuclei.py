@@ -135,7 +135,6 @@ def test_tiles_hold_the_nuclei_of_the_table_each_once(
                         np.add.at(expected, tuple(at), 1)
                         np.testing.assert_array_equal(cells[kind], expected)
             assert total.tolist() == np.bincount(rows.type_id, minlength=CLASSES).tolist() == view.counts.tolist()
-        view.close()
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from made_run import write_field, write_run
 from numpy.typing import NDArray
 from viewed import viewing
 
+from hover_batch.errors import SlideError
 from hover_batch.view import backdrop
 from hover_batch.view.server import PAGE, Server
 
@@ -160,6 +161,15 @@ def test_every_answer_forbids_what_the_page_does_not_need(viewed: Viewed) -> Non
         assert headers["Referrer-Policy"] == "no-referrer"
         assert "Access-Control-Allow-Origin" not in headers
         assert "Python" not in headers["Server"]
+
+
+def test_a_slide_that_cannot_be_read_any_more_is_said_to_be(viewed: Viewed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def harmed(*_: object) -> None:
+        raise SlideError("slide.svs: cannot be read")
+
+    monkeypatch.setattr(backdrop.Backdrop, "tile", harmed)
+    answer = viewed.ask("/TOKEN/slide/0/0/0")
+    assert (answer.status, answer.content) == (500, b"slide.svs: cannot be read\n")
 
 
 def test_the_page_says_what_is_to_be_seen(viewed: Viewed) -> None:

@@ -1,7 +1,10 @@
-"""A run of `view` that answers in a thread of the test."""
+"""`view` at work: in a thread of the test, or as the command that a user gives."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,3 +27,20 @@ def viewing(run: Path, slide_id: str | None = None) -> Iterator[tuple[Server, li
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def command(run: Path, *arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process, and the address that it printed."""
+    with subprocess.Popen(
+        [sys.executable, "-c", "from hover_batch.cli import app; app()", "view", str(run), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()

@@ -4,6 +4,7 @@
 
 const NUCLEUS_UM = 10;
 const SEEN_AT = 8; // pixels on the screen that a nucleus of that size takes when contours are drawn
+const LINE = 1.5; // pixels on the screen, about
 const CELL = 4; // pixels on the screen, at the least, of a cell of density
 const KEPT = 400; // tiles of either kind in memory
 const AT_ONCE = 4; // requests
@@ -14,7 +15,7 @@ ask("info.json").then((answer) => answer.json()).then(start);
 // An answer that may say no, or an error that says so to the user.
 async function ask(path) {
   try {
-    return await fetch(path);
+    return await window.fetch(path);
   } catch (error) {
     say("hover-batch view has ended. Start it again, and open the address that it prints.");
     throw error;
@@ -47,10 +48,11 @@ function start(info) {
     const there = near ? layer.contours(place, tiles) : layer.density(place, tiles);
     $("state").textContent = near ? `${there.toLocaleString("en")} nuclei in view` : "Density of nuclei";
     $("scale").firstChild.textContent = scaleBar($("scale").firstChild, info.mpp[0] / place.scale);
+    // For those who wait for it.
     document.body.dataset.drawn = near ? "contours" : "density";
     document.body.dataset.waiting = tiles.waiting;
     const at = near && pointer.at && [(pointer.at[0] - place.x) / place.scale, (pointer.at[1] - place.y) / place.scale];
-    const hit = at ? layer.hit(at, tiles) : null;
+    const hit = at ? layer.hit(at) : null;
     if (hit) layer.highlight(hit, place);
     if (hit?.id !== pointer.hit?.id) tell(hit, info);
     if (!hit) $("hint").textContent = near ? "Point at a nucleus." : "Zoom in until nuclei are outlined.";
@@ -69,7 +71,11 @@ function start(info) {
   }
 
   viewer.addHandler("update-viewport", () => draw(false)); // at once, or nuclei would trail the slide
-  viewer.addHandler("tile-load-failed", (event) => event.message && say(`A tile of the slide is missing: ${event.message}`));
+  // OpenSeadragon does not say why; the server does.
+  viewer.addHandler("tile-load-failed", async (event) => {
+    const answer = await ask(event.tile.getUrl());
+    if (!answer.ok) say(`The slide cannot be read: ${await answer.text()}`);
+  });
   // OpenSeadragon's keys that turn and mirror the slide: nuclei are not turned with it.
   viewer.addHandler("canvas-key", (event) => {
     if (/^[rf]$/i.test(event.originalEvent.key)) event.preventDefaultAction = true;
@@ -190,7 +196,8 @@ function tell(nucleus, info) {
         const line = document.createElement("tr");
         const [head, cell] = [document.createElement("th"), document.createElement("td")];
         head.textContent = name;
-        cell.textContent = Number.isInteger(value) || typeof value !== "number" ? (value ?? "–") : Number(value.toPrecision(4));
+        const rounded = () => Number(value >= 1000 ? value.toFixed(1) : value.toPrecision(4));
+        cell.textContent = typeof value === "number" && !Number.isInteger(value) ? rounded() : (value ?? "–");
         line.append(head, cell);
         return line;
       }),
@@ -230,11 +237,11 @@ class Tiles {
       this.held.set(path, tile);
       if (tile) there.set(path, tile);
     }
-    this.ask();
+    this.fetch();
     return there;
   }
 
-  ask() {
+  fetch() {
     while (this.under.size < AT_ONCE && this.wanted.length) {
       const [path, make] = this.wanted.shift();
       this.under.add(path);
@@ -252,7 +259,7 @@ class Tiles {
             if (this.held.size <= KEPT) break;
             this.held.delete(old);
           }
-          this.ask();
+          this.fetch();
           this.arrived();
         });
     }
@@ -264,7 +271,8 @@ class Layer {
   constructor(info, shown, canvas) {
     Object.assign(this, { info, shown, canvas });
     this.context = canvas.getContext("2d");
-    this.before = new Map();
+    this.near = new Map(); // tiles of contours that are drawn
+    this.before = new Map(); // tiles of density that were all there
   }
 
   clear(place, opacity) {
@@ -299,14 +307,15 @@ class Layer {
         (bytes) => new NucleiTile(bytes, column * side, row * side, this.info.nuclei.step),
       ]),
     );
+    const before = this.near;
     this.near = tiles.get(paths);
-    const detail = Math.floor(Math.log2(1 / place.scale));
+    for (const [path, tile] of before) if (!this.near.has(path)) tile.forget();
     let count = 0;
     for (const tile of this.near.values()) {
       this.at(tile, place);
       const indices = tile.inWindow(place, this.shown);
-      if (detail < 0) tile.draw(this.context, indices, 1.5 / place.scale, 0, this.info.classes);
-      else tile.show(this.context, detail, this.dense, this.shown, this.info);
+      if (place.scale >= 1) tile.draw(this.context, indices, LINE / place.scale, 0, this.info.classes);
+      else tile.show(this.context, Math.round(Math.log2(1 / place.scale)), this.dense, this.shown, this.info);
       count += indices.length;
     }
     return count;
@@ -339,6 +348,8 @@ class Layer {
   }
 
   density(place, tiles) {
+    for (const tile of this.near.values()) tile.forget();
+    this.near = new Map();
     const level = Math.max(0, Math.ceil(Math.log2(CELL / place.scale)));
     const side = this.info.nuclei.cells * 2 ** level;
     const paths = new Map(
@@ -429,8 +440,8 @@ class NucleiTile {
     }
   }
 
-  // The same by way of a picture, which many nuclei want: at `detail` d it has a pixel for 2^d level-0 pixels, at most
-  // twice what the screen has, and is drawn anew only when that or the classes change.
+  // All of them by way of a picture, which many nuclei want: at `detail` d it has a pixel for 2^d level-0 pixels, within
+  // a factor of √2 as the screen has, and is drawn anew only when that or the classes change.
   show(context, detail, dense, shown, info) {
     const unit = dense / 2 ** detail;
     const margin = Math.ceil(info.nuclei.tile / 8);
@@ -443,9 +454,15 @@ class NucleiTile {
       const inner = this.canvas.getContext("2d");
       inner.setTransform(unit, 0, 0, unit, margin * unit, margin * unit);
       const indices = [...this.types.keys()].filter((i) => shown.has(this.types[i]));
-      this.draw(inner, indices, 2 / unit, 2 ** detail, info.classes);
+      this.draw(inner, indices, LINE * 2 ** detail, 2 ** detail, info.classes);
     }
     context.drawImage(this.canvas, -margin, -margin, this.canvas.width / unit, this.canvas.height / unit);
+  }
+
+  // The picture is many times the size of what it shows.
+  forget() {
+    if (this.canvas) this.canvas.width = this.canvas.height = 0;
+    this.key = null;
   }
 
   // Indices of the nuclei of these classes that the window shows some of.
