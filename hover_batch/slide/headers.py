@@ -22,6 +22,8 @@ from hover_batch.errors import HoverBatchError, InputError, SlideError
 from hover_batch.geometry import Box, Mpp, Size
 
 Kind = Literal["openslide", "ome-tiff", "dicom", "picture"]
+_SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
+"""How files end that OpenSlide reads or nobody does."""
 
 MAX_PICTURE_PIXELS = 400_000_000
 """A plain picture is held in memory whole: 1.2 GB at this size."""
@@ -121,7 +123,7 @@ def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
 
 
 def kind_of(path: Path) -> Kind:
-    """Which library reads this file or folder."""
+    """Which library reads this file or folder. SlideError where a scanner's file is none."""
     if path.is_dir():
         return "dicom"
     if not path.is_file():
@@ -133,6 +135,9 @@ def kind_of(path: Path) -> Kind:
         # OpenSlide takes any tiled TIFF for a generic one and then overlooks the levels that OME keeps in sub-IFDs.
         if vendor in (None, "generic-tiff") and _is_ome(path):
             return "ome-tiff"
+    if vendor is None and path.suffix.lower() in _SCANNERS:
+        # Some library may still find a picture in it, without its pixel size, and never say that the file is harmed.
+        raise SlideError(f"{path}: cannot be read: OpenSlide does not know it as a slide; cut short, or damaged?")
     return "picture" if vendor is None else "openslide"
 
 
