@@ -40,7 +40,7 @@ class Commands(TyperGroup):
             _say(ctx, message, HoverBatchError.exit_code)
             raise typer.Exit(HoverBatchError.exit_code) from error
         except KeyboardInterrupt as error:
-            _say(ctx, "Interrupted. Nothing done is lost: the same command goes on from here.", 130)
+            _say(ctx, "Interrupted. Nothing done is lost: give the same command again.", 130)
             raise typer.Exit(130) from error
 
 

@@ -40,10 +40,10 @@ def compare_command(judge: JudgeOn, example: Callable[[Path], Path]) -> Callable
         against: Annotated[
             str | None, typer.Option(help="Against another package, or the same at another precision or runtime.")
         ] = None,
-        against_precision: Annotated[str, typer.Option(help="Of the other side: auto, fp32 or bf16.")] = "auto",
+        against_precision: Annotated[str, typer.Option(help="Of the other side: auto, fp32, fp16 or bf16.")] = "auto",
         against_runtime: Annotated[str, typer.Option(help="Of the other side: torch or openvino.")] = "torch",
         student: Annotated[str, typer.Option(help="The package that is to replace the other side.")] = "starter",
-        precision: Annotated[str, typer.Option(help="Of the student: auto, fp32 or bf16.")] = "auto",
+        precision: Annotated[str, typer.Option(help="Of the student: auto, fp32, fp16 or bf16.")] = "auto",
         runtime: Annotated[str, typer.Option(help="Of the student: torch or openvino.")] = "torch",
         device: Annotated[str, typer.Option(help="Of both: auto, cpu or cuda.")] = "auto",
         timing_only: Annotated[

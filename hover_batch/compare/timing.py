@@ -32,7 +32,7 @@ def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, tell:
             for number, side in enumerate(sides):
                 predictor = side.predictor
                 if predictor.runtime == "torch":
-                    with torch.autocast(predictor.device.type, torch.bfloat16, enabled=predictor.precision == "bf16"):
+                    with predictor.autocast():
                         seconds[number].append(seconds_per_patch(predictor.network, side.card, batch))
         for number, of in enumerate(seconds):
             if of:

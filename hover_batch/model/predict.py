@@ -26,6 +26,9 @@ STAIN_FROM_OD = torch.tensor(hed_from_rgb[:, :2], dtype=torch.float32)
 """Optical densities of R, G, B → hematoxylin and eosin (Ruifrok and Johnston 2001, as scikit-image has them)."""
 
 
+_SHORT = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 class Predictor:
     """A network on its device, with its precision and batch shape settled."""
 
@@ -91,9 +94,16 @@ class Predictor:
     def _output(self, rgb: Tensor) -> Tensor:
         """RGB (at_once, 3, tile_in, tile_in) uint8 → the network's (at_once, channels, tile_out, tile_out) float32."""
         image = rgb.float().div(255).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            output = self.network(image)
-        return _centre(output, self.card.tile_out).float()
+        with self.autocast():
+            output = _centre(self.network(image), self.card.tile_out).float()
+        if self.precision == "fp16" and not output.isfinite().all():  # beyond 65504 somewhere inside
+            output = _centre(self.network(image), self.card.tile_out).float()
+        return output
+
+    def autocast(self) -> torch.autocast:
+        """Within it the network computes in its `precision`."""
+        short = _SHORT.get(self.precision)
+        return torch.autocast(self.device.type, short or torch.bfloat16, enabled=short is not None)
 
 
 def load_predictor(package: Package, settings: InferSettings) -> Predictor:
@@ -137,7 +147,7 @@ def resolve(settings: InferSettings) -> InferSettings:
     """
     if settings.runtime == "openvino":
         device = _device("cpu" if settings.device == "auto" else settings.device)
-        if device.type != "cpu" or settings.precision == "bf16":
+        if device.type != "cpu" or settings.precision in _SHORT:
             raise InputError(
                 "--runtime openvino: computes on the processor in fp32; leave --device and --precision out"
             )
@@ -151,15 +161,10 @@ def resolve(settings: InferSettings) -> InferSettings:
 
 
 def _precision(wanted: Precision, device: torch.device) -> Precision:
-    """What `auto` means here: bf16 where the hardware computes it natively, else fp32."""
+    """What `auto` means here: fp16 where there are tensor cores (Volta and later), else fp32."""
     if wanted != "auto":
         return wanted
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
-    return "fp32"
+    return "fp16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
 
 
 def _device(name: str) -> torch.device:

@@ -112,7 +112,7 @@ def test_out_of_memory_halves_the_batch_and_loses_no_tile() -> None:
 
 def test_auto_is_settled_before_a_run_and_the_rest_kept() -> None:
     settled = resolve(InferSettings(batch=3))
-    assert settled.precision in ("fp32", "bf16") and settled.device.split(":")[0] in ("cpu", "cuda")
+    assert settled.precision in ("fp32", "fp16") and settled.device.split(":")[0] in ("cpu", "cuda")
     assert settled.batch == 3
     assert resolve(InferSettings(precision="fp32", device="cpu")) == InferSettings(precision="fp32", device="cpu")
 
