@@ -48,7 +48,9 @@ def test_post_processing_is_many_times_faster_than_the_reference() -> None:
 def test_a_prediction_costs_little_more_than_its_network() -> None:
     """Scaling, cropping, softmax, stains and quantisation are beside the network's work."""
     package = find_package("starter")
-    predictor = Predictor(load_network(package), package.card, InferSettings(batch=4, device="cpu", precision="fp32"))
+    predictor = Predictor(
+        load_network(package), package.card, InferSettings(batch=4, device="cpu", precision="fp32", threads=1)
+    )
     tiles = np.random.default_rng(0).integers(0, 256, (4, 320, 320, 3), np.uint8)
     image = torch.from_numpy(tiles).permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=torch.channels_last)
 

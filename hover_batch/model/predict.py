@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hover_batch.config import InferSettings, Precision
 from hover_batch.errors import InputError
+from hover_batch.model.fold import folded
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
 from hover_batch.model.package import Card, Package, load_network
 
@@ -51,8 +52,8 @@ class Predictor:
 
             self.network = OpenVinoNetwork(network, (self.batch, 3, card.tile_in, card.tile_in), settings.threads)
         else:
-            network.to(self.device)
-            self.network = network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's stub
+            network = folded(network).to(self.device)
+            self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
 
     @torch.inference_mode()
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -71,7 +71,7 @@ def evaluate(
     from hover_batch.config import InferSettings, PostSettings
     from hover_batch.model.cost import cost_of, seconds_per_patch
     from hover_batch.model.images import batch_of, predict_image
-    from hover_batch.model.package import Package, find_package
+    from hover_batch.model.package import Package, find_package, load_network
     from hover_batch.model.predict import Predictor, load_predictor
     from hover_batch.nuclei.watershed import SobelConstants
     from kd.datasets import read_data
@@ -101,7 +101,7 @@ def evaluate(
     def constants(package: Package) -> SobelConstants | None:
         return SobelConstants.from_json(package.card.sobel) if norm == "fixed" else None
 
-    cost = cost_of(predictor.network, card)
+    cost = cost_of(load_network(found), card)
     seen = leaks(card, judged.samples)
     scores = evaluate_data(lambda image: predict_image(predictor, image), judged, constants(found), card.taxonomy)
     _print(scores, seen, cost, f"{card.name} on {data.resolve().name}, {' '.join(folds)}")

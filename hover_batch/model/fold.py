@@ -1,0 +1,33 @@
+"""Batch normalisations taken into the convolutions before them: a pass over each map less, a tenth of a student's time
+on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """The network for inference: a copy in which each convolution that a normalisation follows in its Sequential does
+    both, so that outputs differ in their last bits; the network itself, in eval mode, where there is none."""
+    network = network.eval()
+    if next(_pairs(network), None) is None:
+        return network
+    network = copy.deepcopy(network)
+    for parts, i in list(_pairs(network)):
+        convolution, normalisation = parts[i], parts[i + 1]
+        assert isinstance(convolution, nn.Conv2d) and isinstance(normalisation, nn.BatchNorm2d)
+        parts[i], parts[i + 1] = fuse_conv_bn_eval(convolution, normalisation), nn.Identity()
+    return network
+
+
+def _pairs(network: nn.Module) -> Iterator[tuple[nn.Sequential, int]]:
+    """Where a convolution stands before a normalisation."""
+    for module in network.modules():
+        if isinstance(module, nn.Sequential):
+            for i in range(len(module) - 1):
+                if isinstance(module[i], nn.Conv2d) and isinstance(module[i + 1], nn.BatchNorm2d):
+                    yield module, i
