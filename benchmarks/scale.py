@@ -1,12 +1,13 @@
 """How a cohort scales on Ray: a thousand slides through one driver, and one network to eight.
 
-    scripts/loopback uv run python -m benchmarks.scale {cohort,killed,networks} --json FILE [--slides N] [--seconds S]
+    scripts/loopback uv run python -m benchmarks.scale {cohort,killed,headers,networks} --json FILE [--slides N]
 
 A network is simulated: it holds its device by sleeping, as a GPU would while the cores are free. Machines are logical
 nodes of a Ray cluster on this one, started by tests/executor/several_nodes.py. Nothing here judges the numbers.
 
 `cohort`: slides of one unit of a second, on two networks.
 `killed`: slides of one quick unit. Once whole; then with the driver killed (kill -9) in the middle, and resumed.
+`headers`: what planning takes of the driver for each slide; without Ray.
 `networks`: 1, 2, 4 and 8 nodes with a GPU each, units of some seconds: so long that what the cores do for them (it is
 told beside the result) is little on a machine whose few cores stand for those of eight.
 """
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +33,10 @@ import cv2
 import numpy as np
 
 from hover_batch.cohort.events import read_events
+from hover_batch.cohort.manifest import read_cohort
+from hover_batch.model.package import find_package
+from hover_batch.plan import plan_cohort
+from hover_batch.slide.example import write_example
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = ROOT / "tests" / "executor"
@@ -171,6 +177,26 @@ def killed_and_resumed(cohort: Path, folder: Path, seconds: float, networks: int
     }
 
 
+def headers(folder: Path, slides: int) -> dict[str, Any]:
+    """CPU milliseconds for each slide, a pyramidal TIFF of 1000² pixels, before anything runs, and bytes kept of it."""
+    slide, card = write_example(folder).parent / "he_0.25.tif", find_package("starter").card
+    for number in range(slides):
+        (folder / f"s{number:06d}.tif").hardlink_to(slide)
+    cohort = str(folder / "many.csv")
+    (folder / "many.csv").write_text("path\n" + "".join(f"s{number:06d}.tif\n" for number in range(slides)))
+    plan_cohort(read_cohort(cohort), card)  # what is imported and cached
+    started = time.process_time()
+    planned = plan_cohort(read_cohort(cohort), card)
+    spent = time.process_time() - started
+    del planned
+    tracemalloc.start()
+    planned = plan_cohort(read_cohort(cohort), card)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(planned.slides) == slides
+    return {"slides": slides, "core_ms_per_slide": 1000 * spent / slides, "bytes_per_slide": held / slides}
+
+
 def networks(folder: Path, seconds: float, counts: Sequence[int]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for count in counts:
@@ -200,9 +226,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["cohort", "killed", "networks"])
+    parser.add_argument("what", choices=["cohort", "killed", "networks", "headers"])
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--slides", type=int, default=1000, help="of `cohort` and `killed`")
+    parser.add_argument("--slides", type=int, default=1000, help="of all but `networks`")
     parser.add_argument(
         "--seconds", type=float, help="of a unit in a network; default: 1 for `cohort`, 4 for `networks`"
     )
@@ -214,6 +240,8 @@ def main() -> None:
         folder, seconds = Path(name), arguments.seconds
         if arguments.what == "networks":
             result: dict[str, Any] = {"networks": networks(folder, seconds or 4.0, arguments.networks)}
+        elif arguments.what == "headers":
+            result = {"headers": headers(folder, arguments.slides)}
         else:
             cohort, measure = write_cohort(folder, arguments.slides, UNIT), killed_and_resumed
             if arguments.what == "cohort":
