@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ import yaml
 from deploy_commands import DEPLOY
 from PIL import Image
 
+from hover_batch.cohort.events import read_events
+
 pytestmark = pytest.mark.slow
 
-HEAD, WORKER, DASHBOARD = "127.0.0.1", "127.0.0.2", "http://127.0.0.1:8265"
+HEAD, WORKER, ANOTHER, DASHBOARD = "127.0.0.1", "127.0.0.2", "127.0.0.3", "http://127.0.0.1:8265"
 UP_S = 120
 """A head is up in some 20 s, and later on a busy machine."""
 
@@ -55,34 +58,57 @@ def own_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("own-disk")
 
 
-@pytest.fixture(scope="module")
-def cluster(environment: dict[str, str], own_disk: Path) -> Iterator[dict[str, Any]]:
-    """The file, its cluster being up: a head without cores and a node with two."""
-    if [name for _, name in socket.if_nameindex()] != ["lo"]:
-        pytest.skip("other interfaces than loopback are up: run `scripts/loopback uv run pytest -m slow`")
-    file: dict[str, Any] = yaml.safe_load((DEPLOY / "ray-onprem.yaml").read_text())
-    head, worker = (file[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))
-    # No autoscaler here, which would start the other node by SSH.
-    head = re.sub(r" --autoscaling-config=\S+", "", head.replace("HEAD-IP", HEAD))
-    nodes = [subprocess.Popen(["bash", "-c", f"{head} --num-cpus=0 --block"], env=environment)]
-    try:
+class Site:
+    """The cluster of ray-onprem.yaml: its nodes are processes of this machine, by their addresses."""
+
+    def __init__(self, environment: dict[str, str], own_disk: Path) -> None:
+        file: dict[str, Any] = yaml.safe_load((DEPLOY / "ray-onprem.yaml").read_text())
+        head, self._worker = (file[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))
+        # No autoscaler here, which would start the other node by SSH.
+        self._head = re.sub(r" --autoscaling-config=\S+", "", head.replace("HEAD-IP", HEAD))
+        self._environment, self._own_disk = environment, own_disk
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start_head(self) -> None:
+        """Without cores."""
+        command = ["bash", "-c", f"{self._head} --num-cpus=0 --block"]
+        self._nodes[HEAD] = subprocess.Popen(command, env=self._environment)
         _wait_for(f"{DASHBOARD}/api/gcs_healthz")
-        # What it sees in `own_disk` is a disk of its own, as on another machine.
-        command = f"mount -t tmpfs none {own_disk} && {worker} --node-ip-address={WORKER} --num-cpus=2 --block"
-        nodes.append(subprocess.Popen(["unshare", "--mount", "bash", "-c", command], env=environment))
-        for node in (HEAD, WORKER):  # its agent, which takes the jobs
-            _wait_for(f"http://{node}:52365/api/local_raylet_healthz")
-        yield file
-    finally:
-        ours = [psutil.Process(node.pid) for node in nodes]
+        _wait_for(f"http://{HEAD}:52365/api/local_raylet_healthz")  # its agent, which takes the jobs
+
+    def start_worker(self, address: str) -> None:
+        """With two cores. What it sees in `own_disk` is a disk of its own, as on another machine."""
+        worker = f"{self._worker} --node-ip-address={address} --num-cpus=2 --block"
+        command = ["unshare", "--mount", "bash", "-c", f"mount -t tmpfs none {self._own_disk} && {worker}"]
+        self._nodes[address] = subprocess.Popen(command, env=self._environment)
+        _wait_for(f"http://{address}:52365/api/local_raylet_healthz")
+
+    def end(self, *addresses: str, at_once: bool = False) -> None:
+        """By kill -9 where `at_once`."""
+        ended = [self._nodes.pop(address) for address in addresses or tuple(self._nodes)]
+        ours = [psutil.Process(node.pid) for node in ended]
         ours += [process for node in ours for process in node.children(recursive=True)]
         for process in ours:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
+                process.kill() if at_once else process.terminate()
         for process in psutil.wait_procs(ours, timeout=10)[1]:
             process.kill()
-        for node in nodes:
+        for node in ended:
             node.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster(environment: dict[str, str], own_disk: Path) -> Iterator[Site]:
+    """It is up: a head and a node."""
+    if [name for _, name in socket.if_nameindex()] != ["lo"]:
+        pytest.skip("other interfaces than loopback are up: run `scripts/loopback uv run pytest -m slow`")
+    site = Site(environment, own_disk)
+    try:
+        site.start_head()
+        site.start_worker(WORKER)
+        yield site
+    finally:
+        site.end()
 
 
 def _wait_for(address: str) -> None:
@@ -98,10 +124,16 @@ def _wait_for(address: str) -> None:
 
 def submit(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     command = ["ray", "job", "submit", "--address", DASHBOARD, "--", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    until = time.monotonic() + UP_S
+    while True:
+        job = subprocess.run(command, env=environment, capture_output=True, text=True)
+        # The head hears of its own agent some seconds after the agent answers.
+        if "No available agent" not in job.stderr or time.monotonic() > until:
+            return job
+        time.sleep(2)
 
 
-def test_a_cohort_is_done_by_a_job(cluster: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_cohort_is_done_by_a_job(cluster: Site, environment: dict[str, str], tmp_path: Path) -> None:
     Image.fromarray(np.full((64, 64, 3), 230, np.uint8)).save(tmp_path / "field.png")
     (tmp_path / "cohort.csv").write_text("path,mpp\nfield.png,0.25\n")
     out = tmp_path / "out"
@@ -112,7 +144,7 @@ def test_a_cohort_is_done_by_a_job(cluster: dict[str, Any], environment: dict[st
 
 
 def test_an_output_that_a_node_does_not_see_is_refused(
-    cluster: dict[str, Any], environment: dict[str, str], own_disk: Path, tmp_path: Path
+    cluster: Site, environment: dict[str, str], own_disk: Path, tmp_path: Path
 ) -> None:
     Image.fromarray(np.full((64, 64, 3), 230, np.uint8)).save(tmp_path / "field.png")
     (tmp_path / "cohort.csv").write_text("path,mpp\nfield.png,0.25\n")
@@ -123,9 +155,36 @@ def test_an_output_that_a_node_does_not_see_is_refused(
     assert not (own_disk / "out" / "run.json").exists()
 
 
+def test_a_job_survives_the_loss_of_a_node(cluster: Site, environment: dict[str, str], tmp_path: Path) -> None:
+    """kill -9 of all processes of one of two, when it has work under way."""
+    cluster.start_worker(ANOTHER)
+    noise = np.random.default_rng(0).integers(90, 240, (4, 512, 512, 3), np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(tmp_path / f"s{number}.png")
+    (tmp_path / "cohort.csv").write_text("path,mpp\n" + "".join(f"s{number}.png,0.25\n" for number in range(4)))
+    out = tmp_path / "out"
+    words = ["segment", str(tmp_path / "cohort.csv"), "-o", str(out), "--address", "auto"]
+    words += ["--tissue", "all", "--unit", "256", "--threads", "1"]
+    with ThreadPoolExecutor() as pool:
+        job = pool.submit(submit, environment | {"RAY_AUTH_MODE": "token"}, "hover-batch", *words)
+        until = time.monotonic() + 2 * UP_S
+        while told(out, "unit_done") < 2:
+            assert time.monotonic() < until and not job.done(), job.result()
+            time.sleep(0.1)
+        cluster.end(ANOTHER, at_once=True)
+        done = job.result()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(out.glob("slides/*/slide.json"))) == 4
+    assert told(out, "machines_changed") and not told(out, "strike")
+
+
+def told(out: Path, name: str) -> int:
+    return sum(event["event"] == name for event in read_events(out / "logs" / "events.jsonl"))
+
+
 @pytest.mark.parametrize("token", [None, "f" * 64])
 def test_nobody_without_the_token_may_send_one(
-    cluster: dict[str, Any], environment: dict[str, str], tmp_path: Path, token: str | None
+    cluster: Site, environment: dict[str, str], tmp_path: Path, token: str | None
 ) -> None:
     stranger = environment | {"HOME": str(tmp_path)}
     if token:
@@ -138,6 +197,6 @@ def test_nobody_without_the_token_may_send_one(
         urllib.request.urlopen(f"{DASHBOARD}/api/jobs/")
 
 
-def test_the_dashboard_listens_on_loopback_alone(cluster: dict[str, Any]) -> None:
+def test_the_dashboard_listens_on_loopback_alone(cluster: Site) -> None:
     listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == 8265}
     assert listening == {HEAD}
