@@ -49,7 +49,16 @@ def home() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def environment(home: Path) -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {"PATH": path, "HOME": str(home), "RAY_TMPDIR": str(home), "RAY_HEAD_IP": HEAD, "OMP_NUM_THREADS": "1"}
+    return {
+        "PATH": path,
+        "HOME": str(home),
+        "RAY_TMPDIR": str(home),
+        "RAY_HEAD_IP": HEAD,
+        "OMP_NUM_THREADS": "1",
+        # The nodes are no machines of their own: Ray would see that the tests were started by `uv run`, and start its
+        # workers so.
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }
 
 
 @pytest.fixture(scope="module")
