@@ -243,10 +243,10 @@ class RayExecutor:
     # What has come back.
 
     def _settle(self) -> None:
-        self._settle_doubts()
+        settled = self._settle_doubts()
         running = list(self._running)
         if not running:
-            if not (self._doubts or any(slide.retry_at for slide in self._open) or self.books.room.full):
+            if not (settled or self._doubts or any(slide.retry_at for slide in self._open) or self.books.room.full):
                 raise RuntimeError(f"nothing is under way, yet {len(self._open) + len(self._waiting)} slides are left")
             time.sleep(_POLL_S)
             return
@@ -372,8 +372,9 @@ class RayExecutor:
         else:
             self._strike(call, f"its process died ({kind})")
 
-    def _settle_doubts(self) -> None:
-        """A network that does not answer has died, or its machine has: the cluster takes a while to tell."""
+    def _settle_doubts(self) -> bool:
+        """A network that does not answer has died, or its machine has: the cluster takes a while to tell. Whether that
+        was found of one, so that there is work to submit again."""
         doubts, self._doubts = self._doubts, []
         for until, call in doubts:
             if time.monotonic() < until and self._machine_up(call.network):
@@ -382,6 +383,7 @@ class RayExecutor:
                 if call.network:
                     ray.kill(call.network.handle)  # should it live after all
                 self._network_died(call, ActorUnavailableError.__name__)
+        return len(self._doubts) < len(doubts)
 
     def _machine_up(self, network: Network | None) -> bool:
         if not (self.machines and network):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -56,6 +58,23 @@ def test_results_that_are_seen_late_are_waited_for(
     assert not strikes(out)
     runner("local", monkeypatch)(fields(*names), tmp_path / "reference", LoadQuick())
     assert tables(out) == tables(tmp_path / "reference")
+
+
+def test_the_last_work_under_way_may_be_given_back_by_a_network_that_is_silent(
+    ray_cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is then to be submitted again, which is no reason to miss it."""
+    from hover_batch.executor.ray import INFER, RayExecutor, _Call
+
+    books: Any = SimpleNamespace(room=SimpleNamespace(full=False))
+    executor = RayExecutor(books, engine_of(0))
+    given_back: list[object] = []
+    monkeypatch.setattr(executor, "_network_died", lambda call, kind: given_back.append(call))
+    executor._doubts.append((0.0, _Call(INFER)))
+    executor._settle()
+    assert len(given_back) == 1
+    with pytest.raises(RuntimeError, match="nothing is under way"):
+        executor._settle()
 
 
 @pytest.mark.parametrize(
