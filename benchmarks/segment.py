@@ -6,7 +6,8 @@ with HoVerNet-fast.
 Each side runs in processes of its own, in alternation; medians. `work` is the time from the slide's first pixel to its
 last result, `process` that of the whole command, with its imports and the loading of the weights. tiatoolbox's engine
 is given what it is best at: the batch of ours, as many workers as cores, QuPath's JSON as its result. HoVerNet's
-weights are random, and what is dark is taken for its nuclei, so that its post-processing has some. Work and process of ours hold the compilation by OpenVINO in process alone. Nothing here judges the times.
+weights are random, and what is dark is taken for its nuclei, so that its post-processing has some. Of ours, the
+compilation by OpenVINO is in `process` alone. Nothing here judges the times.
 """
 
 from __future__ import annotations
