@@ -14,13 +14,13 @@ import torch
 import kd.teach
 from hover_batch.config import EngineSettings
 from hover_batch.executor.resources import Node, Resources
-from hover_batch.model.package import Card, save_package
+from hover_batch.model.package import Card, find_package, save_package
 from hover_batch.model.teacher import TeacherArch, build_teacher
 from hover_batch.taxonomy import CONSEP
 
 CARD = Card(
     name="professor", architecture="hovernet-fast", encoder="", taxonomy=CONSEP, mpp=0.25, tile_in=160, tile_out=64,
-    sobel={}, licence="none",
+    sobel=find_package("starter").card.sobel, licence="none",
 )  # fmt: skip
 
 

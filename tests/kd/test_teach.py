@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHANNELS = Heads(len(CONSEP.classes)).channels
 CARD = Card(
     name="professor", architecture="hovernet-fast", encoder="", taxonomy=CONSEP, mpp=0.25, tile_in=160, tile_out=64,
-    sobel={}, licence="none",
+    sobel=find_package("starter").card.sobel, licence="none",
 )  # fmt: skip
 LOCAL = EngineSettings(backend="local", cpus=1)
 
@@ -286,7 +286,7 @@ def test_the_command_goes_on_with_a_cache(taught, images, professor):
     [
         (["--teacher", "hovernet.tar"], "--teacher hovernet.tar: no such package; `hover-batch models import`"),
         (["--fold", "test"], "--fold test: .* has no such image; it has train, val"),
-        (["--source", "consep"], "--fold train: .* has no such image of consep"),
+        (["--source", "consep"], "has no source consep; its sources are tnbc"),
         (["--batch", "0"], "--batch 0"),
         (["--cpus", "100000"], "--cpus 100000: there are"),
     ],
