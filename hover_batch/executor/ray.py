@@ -187,6 +187,7 @@ class RayExecutor:
         at_once = len(self._crew) or self.plan.posts
         surveys, posts = running[SURVEY], running[POST] + running[FINALIZE]
         for slide in self._open:
+            slide.due_again()
             if slide.held:
                 continue
             if slide.next_task == SURVEY and surveys < at_once:
@@ -199,7 +200,6 @@ class RayExecutor:
                 slide.next_task = None
                 self._running[finalize_slide.remote(slide.work, slide.seconds)] = _Call(FINALIZE, slide)
         for slide in self._open:
-            slide.due_again()
             while slide.to_post and posts < self.plan.posts:
                 posts += 1
                 index = slide.to_post.popleft()
