@@ -33,6 +33,10 @@ def fetched(source: str, sha256: str | None = None) -> Path:
     path = download_path(source)
     there = path.is_file()
     if not there:
+        if "://" not in source and not KINDS[source].by_name:
+            raise PackageError(
+                f"{source}: not among tiatoolbox's models; download the authors' .pth and import the file"
+            )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if "://" in source:
@@ -89,8 +93,6 @@ def _download(url: str, path: Path) -> None:
 
 def _through_tiatoolbox(name: str, path: Path) -> None:
     """OSError where it cannot be had."""
-    if not KINDS[name].by_name:
-        raise PackageError(f"{name}: not among tiatoolbox's models; download the authors' .pth and import the file")
     if _offline():
         raise OSError("HF_HUB_OFFLINE is set")
     with warnings.catch_warnings():

@@ -30,9 +30,8 @@ def test_a_cluster_that_is_up_is_joined(cohort: Path, undisturbed: bytes, ray_cl
     assert refused.returncode == 2 and "--address" in printed, printed
 
 
-@pytest.mark.parametrize(
-    "how", [*(pytest.param(how, marks=pytest.mark.faults) for how in ("Ctrl-C once", "Ctrl-C twice")), "kill -9"]
-)
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["Ctrl-C once", "Ctrl-C twice", "kill -9"])
 def test_an_interrupted_run_ends_like_an_undisturbed_one(
     cohort: Path, undisturbed: bytes, tmp_path: Path, how: str
 ) -> None:
