@@ -1,5 +1,4 @@
-"""Batch normalisations taken into the convolutions before them: a pass over each map less, a tenth of a student's time
-on a CPU."""
+"""Batch normalisations taken into the convolutions before them: a pass over each map less."""
 
 from __future__ import annotations
 
