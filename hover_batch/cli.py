@@ -79,6 +79,7 @@ class Precision(StrEnum):
 
 class Runtime(StrEnum):
     torch = "torch"
+    compile = "compile"
     openvino = "openvino"
 
 
@@ -121,7 +122,12 @@ PrecisionOption = Annotated[
 ]
 RuntimeOption = Annotated[
     Runtime | None,
-    _option("--runtime", "openvino: faster on a CPU; needs hover-batch[openvino].", InferSettings.runtime, _MODEL),
+    _option(
+        "--runtime",
+        "openvino: faster on a CPU; needs hover-batch[openvino]. compile: torch.compile, minutes at the start.",
+        InferSettings.runtime,
+        _MODEL,
+    ),
 ]
 ThreadsOption = Annotated[
     int | None,

@@ -13,7 +13,7 @@ from hover_batch.errors import InputError
 
 SobelNorm = Literal["fixed", "window"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
-Runtime = Literal["torch", "openvino"]
+Runtime = Literal["torch", "compile", "openvino"]
 Backend = Literal["ray", "local"]
 
 
@@ -73,7 +73,7 @@ class InferSettings:
     """auto: fp16 on a GPU that is made for it, else fp32; both find the same nuclei. bf16, of fewer digits, moves
     outlines."""
     runtime: Runtime = "torch"
-    """torch; or openvino, which is faster on a processor and rounds otherwise."""
+    """torch; compile, the same after torch.compile; or openvino, for processors. Each rounds otherwise."""
     threads: int = 0
     """Threads of one copy of the network on the CPU; 0 = as the machine suggests. They change no result."""
     device: str = "auto"
@@ -84,7 +84,7 @@ class InferSettings:
         _check(fits, "unit", self.unit, f"a multiple of 256 up to {MAX_SIDE}")
         _check(1 <= self.batch <= 1024, "batch", self.batch, "between 1 and 1024")
         _check(self.precision in get_args(Precision), "precision", self.precision, "auto, fp32, fp16 or bf16")
-        _check(self.runtime in ("torch", "openvino"), "runtime", self.runtime, "torch or openvino")
+        _check(self.runtime in get_args(Runtime), "runtime", self.runtime, "torch, compile or openvino")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
 
 

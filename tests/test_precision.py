@@ -1,4 +1,5 @@
-"""Short numbers and OpenVINO find the nuclei that fp32 finds; threads change nothing. Real tiles, the starter."""
+"""Short numbers and other runtimes find the nuclei that fp32 and torch find; threads change nothing. Real tiles, the
+starter."""
 
 from __future__ import annotations
 
@@ -62,22 +63,32 @@ def test_what_fp16_cannot_hold_is_computed_in_fp32() -> None:
     assert np.isfinite(found[0]).all() and (found[0] == found[1]).all()
 
 
-def test_openvino_finds_the_nuclei_of_torch(data: Path) -> None:
-    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+@pytest.mark.parametrize("other", ["openvino", pytest.param("compile", marks=pytest.mark.slow)])
+def test_other_runtimes_find_the_nuclei_of_torch(data: Path, other: Runtime) -> None:
+    if other == "openvino":
+        pytest.importorskip("openvino", reason="OpenVINO is not installed")
     package = find_package("starter")
     constants = SobelConstants.from_json(package.card.sobel)
     image = np.ascontiguousarray(cv2.imread(str(data / "nuclei" / "images" / "consep_train_09.png"))[..., ::-1])
     found = []
-    runtimes: tuple[Runtime, ...] = ("torch", "openvino")
+    runtimes: tuple[Runtime, ...] = ("torch", other)
     for runtime in runtimes:
-        settings = InferSettings(runtime=runtime, precision="fp32" if runtime == "torch" else "auto", device="cpu")
+        settings = InferSettings(runtime=runtime, device="cpu")
         maps = predict_image(Predictor(load_network(package), package.card, settings), image)
-        found.append((maps, instance_map(maps[0], maps[1], maps[2], constants)))
-    (maps, torchs), (others, openvinos) = found
-    assert torchs.max() > 100 and panoptic_quality(torchs, openvinos).pq >= 0.999
+        found.append(instance_map(maps[0], maps[1], maps[2], constants))
+    torchs, others = found
+    assert torchs.max() > 100 and panoptic_quality(torchs, others).pq >= 0.999
 
 
-@pytest.mark.parametrize(("precision", "runtime"), [("fp32", "torch"), ("bf16", "torch"), ("auto", "openvino")])
+@pytest.mark.parametrize(
+    ("precision", "runtime"),
+    [
+        ("fp32", "torch"),
+        ("bf16", "torch"),
+        ("auto", "openvino"),
+        pytest.param("auto", "compile", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+)
 def test_threads_change_no_bit(data: Path, precision: Precision, runtime: Runtime) -> None:
     """So they are no part of the run key, and a run may go on where there are more cores or fewer."""
     if runtime == "openvino":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +12,7 @@ import openslide
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from real_slides import CMU, COMPLETE, TCGA, write_real_cohort
 from typer.testing import CliRunner
 
 from hover_batch.cli import app
@@ -27,8 +27,6 @@ from hover_batch.store import PredictionStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-TCGA, CMU = "TCGA-V5-A7RE_40x_colsW", "CMU-1-Small-Region"
-TILES = ("consep_train_03", "consep_train_09")
 RADIUS_UM = 3.0
 OTHERS_OFFSET = 32
 
@@ -37,12 +35,7 @@ OTHERS_OFFSET = 32
 def out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished run."""
     folder = tmp_path_factory.mktemp("real")
-    rows = [(data / "slides" / f"{CMU}.svs", ""), (data / "slides" / f"{TCGA}.tif", "")]
-    rows += [(data / "nuclei" / "images" / f"{tile}.png", "0.25") for tile in TILES]
-    rows += [(data / "slides" / "broken.svs", "0.25")]
-    cohort = folder / "cohort.csv"
-    with cohort.open("w", newline="") as f:
-        csv.writer(f).writerows([("path", "mpp"), *rows])
+    cohort = write_real_cohort(data, folder)
     result = CliRunner().invoke(app, ["segment", str(cohort), "-o", str(folder / "out")])
     assert result.exit_code == 3, result.output
     return folder / "out"
@@ -56,7 +49,7 @@ def test_broken_is_listed_with_its_reason_and_the_others_are_complete(out: Path)
     assert list(slides.status) == ["done", "done", "done", "done", "failed"]
     summary = pd.read_csv(out / "summary.csv")
     assert (summary[summary.level == "cohort"].failed == 1).all()
-    for slide_id in (CMU, TCGA, *TILES):
+    for slide_id in COMPLETE:
         slide = out / "slides" / slide_id
         for name in ("slide.json", "tissue.geojson", "thumbnail.jpg", "overlay.jpg", "timings.json"):
             assert (slide / name).stat().st_size > 0

@@ -41,10 +41,10 @@ def compare_command(judge: JudgeOn, example: Callable[[Path], Path]) -> Callable
             str | None, typer.Option(help="Against another package, or the same at another precision or runtime.")
         ] = None,
         against_precision: Annotated[str, typer.Option(help="Of the other side: auto, fp32, fp16 or bf16.")] = "auto",
-        against_runtime: Annotated[str, typer.Option(help="Of the other side: torch or openvino.")] = "torch",
+        against_runtime: Annotated[str, typer.Option(help="Of the other side: torch, compile or openvino.")] = "torch",
         student: Annotated[str, typer.Option(help="The package that is to replace the other side.")] = "starter",
         precision: Annotated[str, typer.Option(help="Of the student: auto, fp32, fp16 or bf16.")] = "auto",
-        runtime: Annotated[str, typer.Option(help="Of the student: torch or openvino.")] = "torch",
+        runtime: Annotated[str, typer.Option(help="Of the student: torch, compile or openvino.")] = "torch",
         device: Annotated[str, typer.Option(help="Of both: auto, cpu or cuda.")] = "auto",
         timing_only: Annotated[
             bool, typer.Option("--timing-only", help="Costs alone, the teacher with random weights: needs none.")
@@ -84,7 +84,7 @@ def compare_command(judge: JudgeOn, example: Callable[[Path], Path]) -> Callable
         from dataclasses import replace
 
         from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
-        from hover_batch.compare.fields import fields_of
+        from hover_batch.compare.fields import places_of
         from hover_batch.compare.run import Wanted
         from hover_batch.compare.run import compare as run
         from hover_batch.compare.sides import random_teacher, side_of
@@ -116,11 +116,11 @@ def compare_command(judge: JudgeOn, example: Callable[[Path], Path]) -> Callable
         records = read_cohort(cohort if cohort is not None else str(example(output / "example")))
         raise_if_faulty(records)
         chosen = list(records.records if full else records.records[:slides])
-        fields = list(fields_of(chosen, ours.card.mpp, side, 0 if full else per_slide))
+        places = list(places_of(chosen, ours.card.mpp, side, 0 if full else per_slide))
         found = run(
             theirs,
             ours,
-            fields,
+            places,
             Wanted(sizes, repeats, timing_only),
             output,
             lambda line: typer.echo(line, err=True),
@@ -156,7 +156,9 @@ def _print(found: dict[str, Any]) -> None:
         ("kMAC a kept pixel", "macs_per_kept_pixel", 1e-3, ratios["macs_per_kept_pixel"]),
         ("network, µs a kept pixel", "infer_us_per_pixel", 1, ratios["infer_us_per_pixel"]),
         ("mm² a second, network", "mm2_per_second", 1, None),
-        ("mm² a second, with post-processing", "mm2_per_second_with_post", 1, ratios["both_steps"]),
+        ("post-processing of all fields, s", "post_seconds", 1, ratios["post_seconds"]),
+        ("reading, network and post-processing, s", "end_to_end_seconds", 1, ratios["end_to_end_seconds"]),
+        ("mm² a second, end to end", "mm2_per_second_end_to_end", 1, None),
     ]
     for label, key, scale, ratio in rows:
         cells = [f"{side[key] * scale:.4g}" for side in (first, second)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,17 +26,31 @@ class Field:
     box: Box
     image: NDArray[np.uint8]
     mpp: float
+    read_s: float
+    """Seconds that reading it took."""
 
     @property
     def pixels(self) -> int:
         return self.box.width * self.box.height
 
-    @property
-    def mm2(self) -> float:
-        return self.pixels * (self.mpp / 1000) ** 2
+
+@dataclass(frozen=True)
+class Place:
+    """Where a field lies: its pixels are read when their turn comes, and never all of a slide's at once."""
+
+    record: SlideRecord
+    box: Box
+    mpp: float
+
+    def read(self) -> Field:
+        """SlideError where the slide cannot be read."""
+        with open_slide(self.record) as reader:
+            started = time.perf_counter()
+            image = reader.read(self.box, Grid.over(reader.info.level0, reader.info.mpp, self.mpp))
+            return Field(self.record.slide_id, self.box, image, self.mpp, time.perf_counter() - started)
 
 
-def fields_of(records: list[SlideRecord], mpp: float, side: int, per_slide: int) -> Iterator[Field]:
+def places_of(records: Sequence[SlideRecord], mpp: float, side: int, per_slide: int) -> Iterator[Place]:
     """The `per_slide` squares with most tissue of each slide, those that come first in raster order where several have
     as much; 0 = all that have tissue. Squares are cut off at the canvas.
 
@@ -48,7 +63,7 @@ def fields_of(records: list[SlideRecord], mpp: float, side: int, per_slide: int)
             yield from _of_slide(reader, record, mpp, side, per_slide)
 
 
-def _of_slide(reader: SlideReader, record: SlideRecord, mpp: float, side: int, per_slide: int) -> Iterator[Field]:
+def _of_slide(reader: SlideReader, record: SlideRecord, mpp: float, side: int, per_slide: int) -> Iterator[Place]:
     grid = Grid.over(reader.info.level0, reader.info.mpp, mpp)
     mask = tissue_mask(reader, record, TissueSettings())
     boxes = [
@@ -58,7 +73,7 @@ def _of_slide(reader: SlideReader, record: SlideRecord, mpp: float, side: int, p
     shares = [_tissue_pixels(mask, box, grid) for box in boxes]
     best = [i for i in np.argsort(-np.array(shares), kind="stable") if shares[i] > 0]
     for i in best[:per_slide] if per_slide else sorted(best):
-        yield Field(record.slide_id, boxes[i], reader.read(boxes[i], grid), mpp)
+        yield Place(record, boxes[i], mpp)
 
 
 def _tissue_pixels(mask: TissueMask, box: Box, grid: Grid) -> float:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from hover_batch.cohort.durable import to_json, write_atomically
-from hover_batch.compare.agreement import Dispute, agreement, disputes
-from hover_batch.compare.fields import Field
+from hover_batch.compare.agreement import Agreement, Dispute
+from hover_batch.compare.fields import Field, Place
 from hover_batch.compare.page import Panel, render
 from hover_batch.compare.sides import Side
 from hover_batch.compare.timing import Seen, Tell, latencies, see, warm
@@ -37,52 +37,73 @@ class Wanted:
 
 
 def compare(
-    first: Side, second: Side, fields: Sequence[Field], wanted: Wanted, out: Path, tell: Tell, judge: Judge | None
+    first: Side, second: Side, places: Sequence[Place], wanted: Wanted, out: Path, tell: Tell, judge: Judge | None
 ) -> dict[str, Any]:
     """Measure `first`, the one that is to be replaced, and `second`, which is to replace it, and write both files to
-    `out`. Returns what compare.json holds. InputError where no field has any tissue."""
-    if not fields:
+    `out`. Returns what compare.json holds. InputError where no place has any tissue."""
+    if not places:
         raise InputError("no tissue was found in these slides; give others, or masks by the column mask_path")
     sides = (first, second)
-    tell("warming up …")
-    peaks = warm(sides, fields[0])
-    by_batch = latencies(sides, wanted.batches, wanted.repeats, tell)
-    pairs: list[tuple[Seen, Seen]] = []
-    for number, field in enumerate(fields):
-        tell(f"field {number + 1} of {len(fields)}: {field.slide_id} at {field.box.x0}, {field.box.y0} …")
-        one, other = see(sides, field, wanted.repeats)
-        pairs.append((one, other))
-    rows = [_row(side, [pair[n] for pair in pairs], fields, by_batch[n], peaks[n]) for n, side in enumerate(sides)]
     told = not wanted.timing_only and not any(side.random for side in sides)
+    tell("warming up …")
+    peaks = warm(sides, places[0].read())
+    by_batch = latencies(sides, wanted.batches, wanted.repeats, tell)
+    agreed = Agreement([side.card.taxonomy for side in sides])
+    panels: list[Panel] = []
+    spent = [Spent(side.card.tile_out) for side in sides]
+    for number, place in enumerate(places):
+        tell(f"field {number + 1} of {len(places)}: {place.record.slide_id} at {place.box.x0}, {place.box.y0} …")
+        field = place.read()
+        one, other = see(sides, field, wanted.repeats)
+        spent[0].add(field, one)
+        spent[1].add(field, other)
+        if told:
+            panels += _panels(field, agreed.add(one, other, field.mpp), (one, other), sides)
+            panels = sorted(panels, key=lambda panel: -panel.alone)[:PANELS]
+    rows = [_row(side, spent[n], by_batch[n], peaks[n]) for n, side in enumerate(sides)]
     found: dict[str, Any] = {
         "format": "hover-batch compare",
         "device": _device(first),
         "fields": [
-            {"slide_id": f.slide_id, "x": f.box.x0, "y": f.box.y0, "shape": list(f.image.shape[:2]), "mpp": f.mpp}
-            for f in fields
+            {"slide_id": p.record.slide_id, "x": p.box.x0, "y": p.box.y0, "shape": [p.box.height, p.box.width]}
+            | {"mpp": p.mpp}
+            for p in places
         ],
         "repeats": wanted.repeats,
         "sides": rows,
         "ratios": _ratios(*rows),
-        "agreement": agreement(fields, pairs, [side.card.taxonomy for side in sides]) if told else None,
+        "agreement": agreed.to_json() if told else None,
         "truth": [judge(side) for side in sides] if judge and told else None,
         "notes": _notes(sides, told),
     }
-    panels = [_panel(d, fields, pairs, sides) for d in disputes(pairs, fields[0].mpp, PANELS)] if told else []
     write_atomically(out / "compare.json", to_json(found))
     write_atomically(out / "compare.html", render(found, panels))
     return found
 
 
-def _row(
-    side: Side, seen: Sequence[Seen], fields: Sequence[Field], by_batch: dict[int, float], peak: int | None
-) -> dict[str, Any]:
-    cost = cost_of(side.network, side.card)
-    pixels = sum(field.pixels for field in fields)
-    infer_s, post_s = sum(s.infer_s for s in seen), sum(s.post_s for s in seen)
-    keep = side.card.tile_out
-    tiles = sum(-(-f.image.shape[0] // keep) * -(-f.image.shape[1] // keep) for f in fields)
-    mm2 = sum(field.mm2 for field in fields)
+@dataclass
+class Spent:
+    """Seconds of one side, which keeps `keep` × `keep` pixels of a tile, over all fields; and what they went into."""
+
+    keep: int
+    pixels: int = 0
+    mm2: float = 0.0
+    tiles: int = 0
+    read_s: float = 0.0
+    infer_s: float = 0.0
+    post_s: float = 0.0
+
+    def add(self, field: Field, seen: Seen) -> None:
+        self.pixels += field.pixels
+        self.mm2 += field.pixels * (field.mpp / 1000) ** 2
+        self.tiles += -(-field.box.height // self.keep) * -(-field.box.width // self.keep)
+        self.read_s += field.read_s
+        self.infer_s += seen.infer_s
+        self.post_s += seen.post_s
+
+
+def _row(side: Side, spent: Spent, by_batch: dict[int, float], peak: int | None) -> dict[str, Any]:
+    whole_s = spent.read_s + spent.infer_s + spent.post_s
     return {
         "name": side.name,
         "architecture": f"{side.card.architecture} {side.card.encoder}".rstrip(),
@@ -90,14 +111,16 @@ def _row(
         "precision": side.predictor.precision,
         "runtime": side.predictor.runtime,
         "batch": side.predictor.batch,
-        **cost.to_json(),
+        **cost_of(side.network, side.card).to_json(),
         "seconds_per_patch": {str(batch): seconds for batch, seconds in by_batch.items()},
-        "infer_seconds": infer_s,
-        "post_seconds": post_s,
-        "infer_us_per_pixel": infer_s / pixels * 1e6,
-        "tiles_per_second": tiles / infer_s,
-        "mm2_per_second": mm2 / infer_s,
-        "mm2_per_second_with_post": mm2 / (infer_s + post_s),
+        "read_seconds": spent.read_s,
+        "infer_seconds": spent.infer_s,
+        "post_seconds": spent.post_s,
+        "end_to_end_seconds": whole_s,
+        "infer_us_per_pixel": spent.infer_s / spent.pixels * 1e6,
+        "tiles_per_second": spent.tiles / spent.infer_s,
+        "mm2_per_second": spent.mm2 / spent.infer_s,
+        "mm2_per_second_end_to_end": spent.mm2 / whole_s,
         "peak_device_bytes": peak,
     }
 
@@ -105,8 +128,7 @@ def _row(
 def _ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """How many times as much the first takes."""
     names = ("parameters", "macs_per_patch", "macs_per_kept_pixel", "infer_us_per_pixel", "post_seconds")
-    ratios = {name: first[name] / second[name] for name in names}
-    ratios["both_steps"] = second["mm2_per_second_with_post"] / first["mm2_per_second_with_post"]
+    ratios = {name: first[name] / second[name] for name in (*names, "end_to_end_seconds")}
     common = first["seconds_per_patch"].keys() & second["seconds_per_patch"].keys()
     ratios["seconds_per_patch"] = {
         batch: first["seconds_per_patch"][batch] / second["seconds_per_patch"][batch]
@@ -132,14 +154,8 @@ def _notes(sides: Sequence[Side], told: bool) -> list[str]:
     return notes
 
 
-def _panel(
-    dispute: Dispute, fields: Sequence[Field], pairs: Sequence[tuple[Seen, Seen]], sides: Sequence[Side]
-) -> Panel:
-    return Panel.of(
-        fields[dispute.field],
-        dispute,
-        [
-            (seen.instances, seen.nuclei, side.card.taxonomy)
-            for seen, side in zip(pairs[dispute.field], sides, strict=True)
-        ],
-    )
+def _panels(field: Field, disputes: list[Dispute], seen: Sequence[Seen], sides: Sequence[Side]) -> list[Panel]:
+    """Of the cells of a field in which most nuclei are one side's alone."""
+    most = sorted(disputes, key=lambda dispute: (-dispute.alone, dispute.y, dispute.x))[:PANELS]
+    results = [(by.instances, by.nuclei, side.card.taxonomy) for by, side in zip(seen, sides, strict=True)]
+    return [Panel.of(field, dispute, results) for dispute in most]

@@ -23,7 +23,7 @@ Tell = Callable[[str], None]
 
 def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, tell: Tell) -> list[dict[int, float]]:
     """Of each side: batch size → seconds of the network alone for one patch, as the paper compares them. None of a
-    side that OpenVINO runs, which is made for one shape of input."""
+    side that is compiled for one shape of input."""
     found: list[dict[int, float]] = [{} for _ in sides]
     for batch in batches:
         tell(f"seconds a patch, {batch} at once …")

@@ -54,6 +54,11 @@ class Predictor:
         else:
             network = folded(network).to(self.device)
             self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+        if settled.runtime == "compile":
+            from hover_batch.model.compiled import CompiledNetwork
+
+            self.network = CompiledNetwork(self.network)
+            self.predict(np.zeros((1, card.tile_in, card.tile_in, 3), np.uint8))  # so that it is compiled by now
 
     @torch.inference_mode()
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -1,0 +1,205 @@
+"""What a network does in a second, by batch, precision, runtime and tile; and what `segment` makes of it.
+
+    python -m benchmarks.throughput [--json FILE] network [--device cuda] [--batches 1,8,64] [--precisions fp32,fp16]
+    scripts/loopback uv run python -m benchmarks.throughput [--json FILE] slide [--side 20000] [-- --batch 64 …]
+
+`network`: the starter, and HoVerNet-fast with random weights, as `segment` calls them: tiles in as bytes, maps out as
+bytes, copies and quantisation included. Every batch with every precision; at the first batch and precision also the
+other runtimes, larger tiles with the same margin, and normalisations that are not folded into their convolutions. All
+in alternation; medians. `--networks starter` leaves HoVerNet out, which is slow on a CPU.
+
+`slide`: a synthetic slide of side² pixels, tissue on a quarter of it, by `segment` with the flags behind `--`: seconds
+a mm² of tissue, and the share of the time in which the networks computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import nn
+
+from hover_batch.compare.sides import Side, random_teacher, side_of
+from hover_batch.config import InferSettings
+from hover_batch.model import predict
+from hover_batch.model.package import STARTER
+
+TEACHER = "hovernet_fast-pannuke"
+TISSUE = 0.25
+MPP = 0.25
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute one network."""
+
+    network: str
+    batch: int
+    precision: str
+    runtime: str = "torch"
+    tile: int = 0
+    """Side of the tiles that go in; 0: the card's."""
+    folded: bool = True
+
+
+def ways(
+    networks: list[str], batches: list[int], precisions: list[str], runtimes: list[str], tiles: list[int]
+) -> Iterator[Way]:
+    for network in networks:
+        for precision in precisions:
+            for batch in batches:
+                yield Way(network, batch, precision)
+        first = Way(network, batches[0], precisions[0])
+        yield replace(first, folded=False)
+        for runtime in runtimes:
+            yield replace(first, runtime=runtime)
+        for tile in tiles:
+            yield replace(first, tile=tile)
+
+
+def predictor_of(way: Way, sides: dict[str, Side], device: str) -> predict.Predictor:
+    side = sides[way.network]
+    card = side.card
+    if way.tile:
+        card = replace(card, tile_in=way.tile, tile_out=way.tile - (card.tile_in - card.tile_out))
+    settings = InferSettings(
+        device="cpu" if way.runtime == "openvino" else device,
+        precision="auto" if way.runtime == "openvino" else way.precision,  # type: ignore[arg-type]  # a flag's text
+        runtime=way.runtime,  # type: ignore[arg-type]
+        batch=way.batch,
+    )
+    if way.folded:
+        return predict.Predictor(side.network, card, settings)
+    with patch.object(predict, "folded", nn.Module.eval):
+        return predict.Predictor(side.network, card, settings)
+
+
+def network(arguments: argparse.Namespace) -> dict[str, Any]:
+    plain = InferSettings(device=arguments.device)
+    sides = {"starter": side_of(str(STARTER), "", plain), "hovernet-fast": random_teacher(TEACHER, plain)}
+    todo = list(ways(arguments.networks, arguments.batches, arguments.precisions, arguments.runtimes, arguments.tiles))
+    predictors = [predictor_of(way, sides, arguments.device) for way in todo]
+    tiles = [
+        np.random.default_rng(0).integers(0, 256, (way.batch, p.card.tile_in, p.card.tile_in, 3), np.uint8)
+        for way, p in zip(todo, predictors, strict=True)
+    ]
+    seconds: list[list[float]] = [[] for _ in todo]
+    for turn in range(arguments.repeats + 1):
+        for n, predictor in enumerate(predictors):
+            started = time.perf_counter()
+            predictor.predict(tiles[n])
+            if turn:  # the first is for warming up
+                seconds[n].append(time.perf_counter() - started)
+        print(f"{turn} of {arguments.repeats}", file=sys.stderr, flush=True)
+    rows = []
+    for way, predictor, taken in zip(todo, predictors, seconds, strict=True):
+        second, kept = statistics.median(taken), way.batch * predictor.card.tile_out**2
+        rows.append(
+            {
+                "network": way.network,
+                "batch": way.batch,
+                "precision": predictor.precision,
+                "runtime": way.runtime,
+                "tile": predictor.card.tile_in,
+                "folded": way.folded,
+                "tiles_per_second": way.batch / second,
+                "us_per_kept_pixel": second / kept * 1e6,
+                "mm2_per_second": kept * (predictor.card.mpp / 1000) ** 2 / second,
+            }
+        )
+    firsts = {row["network"]: row["us_per_kept_pixel"] for row in reversed(rows) if row["folded"]}
+    print(f"{'':60} {'tiles/s':>9} {'µs/px':>8} {'mm²/s':>8} {'÷ first':>8}")
+    for row in rows:
+        says = f"{row['network']}, {row['batch']} tiles of {row['tile']}, {row['precision']} by {row['runtime']}"
+        says += "" if row["folded"] else ", not folded"
+        print(
+            f"{says:60} {row['tiles_per_second']:9.2f} {row['us_per_kept_pixel']:8.3f} {row['mm2_per_second']:8.4f} "
+            f"{row['us_per_kept_pixel'] / firsts[row['network']]:8.2f}"
+        )
+    return {"device": device_name(arguments.device), "ways": rows}
+
+
+def slide(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tests.synthetic_slide import write_synthetic_slide
+
+    with tempfile.TemporaryDirectory() as name:
+        path, out = Path(name) / "slide.tif", Path(name) / "out"
+        write_synthetic_slide(path, (arguments.side, arguments.side), MPP, TISSUE)
+        words = [sys.executable, "-c", "from hover_batch.cli import app; app()", "segment", str(path), "-o", str(out)]
+        started = time.monotonic()
+        subprocess.run([*words, *arguments.flags], check=True)
+        process_s = time.monotonic() - started
+        with (out / "summary.csv").open() as f:
+            row = next(row for row in csv.DictReader(f) if row["level"] == "cohort")
+        timings = json.loads((out / "slides" / "slide" / "timings.json").read_text())
+        done = json.loads((out / "slides" / "slide" / "slide.json").read_text())
+    mm2 = float(row["tissue_mm2"])
+    found = {
+        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
+        "side": arguments.side,
+        "flags": arguments.flags,
+        "tissue_mm2": mm2,
+        "nuclei": done["nuclei"],
+        "process_seconds": process_s,
+        "seconds_per_mm2": process_s / mm2,
+        "model_busy": float(row["model_busy"]),
+        "timings": timings,
+    }
+    print(
+        f"{mm2:.1f} mm² of tissue, {done['nuclei']} nuclei: {found['seconds_per_mm2']:.2f} s a mm² with start and end, "
+        f"networks busy {found['model_busy']:.0%}"
+    )
+    return found
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    of = parser.add_subparsers(required=True)
+    cuda = torch.cuda.is_available()
+    one = of.add_parser("network")
+    one.set_defaults(run=network)
+    one.add_argument("--device", default="cuda" if cuda else "cpu")
+    one.add_argument("--networks", type=_words, default=["starter", "hovernet-fast"])
+    one.add_argument("--batches", type=_numbers, default=[1, 4, 16, 64] if cuda else [8])
+    one.add_argument("--precisions", type=_words, default=["fp32", "fp16", "bf16"] if cuda else ["fp32", "bf16"])
+    one.add_argument("--runtimes", type=_words, default=["compile"] if cuda else ["openvino", "compile"])
+    one.add_argument("--tiles", type=_numbers, default=[576, 1088])
+    one.add_argument("--repeats", type=int, default=5)
+    other = of.add_parser("slide")
+    other.set_defaults(run=slide)
+    other.add_argument("--side", type=int, default=20_000)
+    other.add_argument("flags", nargs="*")
+    arguments = parser.parse_args()
+    found = arguments.run(arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in _words(text)]
+
+
+if __name__ == "__main__":
+    main()
