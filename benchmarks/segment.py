@@ -35,12 +35,12 @@ REGION, MPP = "region.tif", 0.25
 BATCH = 8
 DARK = 130
 """Mean of red, green and blue below which a pixel is nucleus for a HoVerNet of random weights."""
-OURS, ON_RAY, BY_OPENVINO = "segment, local", "segment, ray", "segment, local, openvino"
+OURS, ON_RAY, BY_TORCH = "segment, local", "segment, ray", "segment, local, torch"
 SAME, TEACHER = "tiatoolbox, student", "tiatoolbox, HoVerNet-fast"
 FLAGS = {
-    OURS: ["--backend", "local", "--precision", "fp32"],
-    ON_RAY: ["--backend", "ray", "--precision", "fp32"],
-    BY_OPENVINO: ["--backend", "local", "--runtime", "openvino"],
+    OURS: ["--backend", "local"],
+    ON_RAY: ["--backend", "ray"],
+    BY_TORCH: ["--backend", "local", "--runtime", "torch"],
 }
 STAGES = ("tissue", "read", "infer", "write", "post", "finalize")
 

@@ -104,7 +104,7 @@ def network(arguments: argparse.Namespace) -> dict[str, Any]:
             if turn:  # the first is for warming up
                 seconds[n].append(time.perf_counter() - started)
         print(f"{turn} of {arguments.repeats}", file=sys.stderr, flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for way, predictor, taken in zip(todo, predictors, seconds, strict=True):
         second, kept = statistics.median(taken), way.batch * predictor.card.tile_out**2
         rows.append(

@@ -78,6 +78,7 @@ class Precision(StrEnum):
 
 
 class Runtime(StrEnum):
+    auto = "auto"
     torch = "torch"
     compile = "compile"
     openvino = "openvino"
@@ -124,7 +125,7 @@ RuntimeOption = Annotated[
     Runtime | None,
     _option(
         "--runtime",
-        "openvino: faster on a CPU; needs hover-batch[openvino]. compile: torch.compile, minutes at the start.",
+        "auto: openvino on a CPU, torch on a GPU. compile: torch.compile, minutes at the start.",
         InferSettings.runtime,
         _MODEL,
     ),

@@ -13,7 +13,7 @@ from hover_batch.errors import InputError
 
 SobelNorm = Literal["fixed", "window"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
-Runtime = Literal["torch", "compile", "openvino"]
+Runtime = Literal["auto", "torch", "compile", "openvino"]
 Backend = Literal["ray", "local"]
 
 
@@ -72,8 +72,9 @@ class InferSettings:
     precision: Precision = "auto"
     """auto: fp16 on a GPU that is made for it, else fp32; both find the same nuclei. bf16, of fewer digits, moves
     outlines."""
-    runtime: Runtime = "torch"
-    """torch; compile, the same after torch.compile; or openvino, for processors. Each rounds otherwise."""
+    runtime: Runtime = "auto"
+    """auto: openvino on a processor, where it is installed and the precision is fp32; else torch. compile: torch after
+    torch.compile. Each rounds otherwise, and finds the same nuclei."""
     threads: int = 0
     """Threads of one copy of the network on the CPU; 0 = as the machine suggests. They change no result."""
     device: str = "auto"
@@ -84,7 +85,7 @@ class InferSettings:
         _check(fits, "unit", self.unit, f"a multiple of 256 up to {MAX_SIDE}")
         _check(1 <= self.batch <= 1024, "batch", self.batch, "between 1 and 1024")
         _check(self.precision in get_args(Precision), "precision", self.precision, "auto, fp32, fp16 or bf16")
-        _check(self.runtime in get_args(Runtime), "runtime", self.runtime, "torch, compile or openvino")
+        _check(self.runtime in get_args(Runtime), "runtime", self.runtime, "auto, torch, compile or openvino")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
 
 
@@ -199,8 +200,6 @@ class Settings:
         """The settings that change results, for the run key (the model enters it by the hash of its weights)."""
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # one GPU of a node is as good as the next
-        if self.infer.runtime == "torch":
-            del infer["runtime"]
         del infer["threads"]  # shown by tests/test_precision.py: the maps are the same, bit for bit
         post = asdict(self.post)
         if not self.post.class_map:

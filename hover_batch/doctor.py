@@ -41,7 +41,6 @@ LOW_FILES = 4096
 """Ray's processes hold a few hundred connections on a machine of many cores."""
 _OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 _EXTRAS = {
-    "openvino": ("openvino", "--runtime openvino"),
     "spatialdata": ("spatialdata", "export --to spatialdata and anndata"),
     "s3fs": ("s3", "slides at s3://…"),
     "tensorboard": ("train", "kd train's curves"),

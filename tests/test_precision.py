@@ -58,15 +58,13 @@ def test_what_fp16_cannot_hold_is_computed_in_fp32() -> None:
     network = Large()
     found = []
     for precision in ("fp16", "fp32"):
-        settings = InferSettings(precision=precision, device="cpu", threads=1, batch=2)  # type: ignore[arg-type]
+        settings = InferSettings(precision=precision, runtime="torch", device="cpu", threads=1, batch=2)  # type: ignore[arg-type]
         found.append(Predictor(network, package.card, settings).logits(tiles))
     assert np.isfinite(found[0]).all() and (found[0] == found[1]).all()
 
 
 @pytest.mark.parametrize("other", ["openvino", pytest.param("compile", marks=pytest.mark.slow)])
 def test_other_runtimes_find_the_nuclei_of_torch(data: Path, other: Runtime) -> None:
-    if other == "openvino":
-        pytest.importorskip("openvino", reason="OpenVINO is not installed")
     package = find_package("starter")
     constants = SobelConstants.from_json(package.card.sobel)
     image = np.ascontiguousarray(cv2.imread(str(data / "nuclei" / "images" / "consep_train_09.png"))[..., ::-1])
@@ -91,8 +89,6 @@ def test_other_runtimes_find_the_nuclei_of_torch(data: Path, other: Runtime) -> 
 )
 def test_threads_change_no_bit(data: Path, precision: Precision, runtime: Runtime) -> None:
     """So they are no part of the run key, and a run may go on where there are more cores or fewer."""
-    if runtime == "openvino":
-        pytest.importorskip("openvino", reason="OpenVINO is not installed")
     package = find_package("starter")
     image = cv2.imread(str(data / "nuclei" / "images" / "consep_train_09.png"))[:512, :512, ::-1]
     maps = []

@@ -26,7 +26,7 @@ class OpenVinoNetwork(nn.Module):
             from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
         except ImportError as error:
             raise InputError(
-                "--runtime openvino: OpenVINO is not installed; pip install 'hover-batch[openvino]', or --runtime torch"
+                "--runtime openvino: OpenVINO is not installed; pip install openvino, or leave --runtime out"
             ) from error
         options: dict[str, Any] = {
             # What is faster and less exact it would choose by itself.
@@ -41,7 +41,8 @@ class OpenVinoNetwork(nn.Module):
             # Not by `openvino.convert_model`, which reports its use to OpenVINO's makers.
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch deprecates tracing, which OpenVINO builds on
-                decoder = TorchScriptPythonDecoder(network.eval().float(), example_input=torch.zeros(shape))
+                # It runs the network several times: on one image, whatever the batch.
+                decoder = TorchScriptPythonDecoder(network.eval().float(), example_input=torch.zeros((1, *shape[1:])))
             frontend = FrontEndManager().load_by_framework("pytorch")
             model = frontend.convert(frontend.load(decoder))
             model.reshape(shape)

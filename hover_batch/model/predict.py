@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from skimage.color import hed_from_rgb
 from torch import Tensor, nn
 
-from hover_batch.config import InferSettings, Precision
+from hover_batch.config import InferSettings, Precision, Runtime
 from hover_batch.errors import InputError
 from hover_batch.model.fold import folded
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
@@ -159,11 +160,12 @@ def resolve(settings: InferSettings) -> InferSettings:
             )
         return replace(settings, device="cpu", precision="fp32")
     device = _device(settings.device)
-    return replace(
-        settings,
-        device=str(device),
-        precision=_precision(settings.precision, device),
-    )
+    precision = _precision(settings.precision, device)
+    runtime: Runtime = settings.runtime
+    if runtime == "auto":
+        fits = device.type == "cpu" and precision == "fp32" and find_spec("openvino") is not None
+        runtime = "openvino" if fits else "torch"
+    return replace(settings, device=str(device), precision=precision, runtime=runtime)
 
 
 def _precision(wanted: Precision, device: torch.device) -> Precision:

@@ -15,7 +15,7 @@ from real_slides import COMPLETE, write_real_cohort
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
-FLAGS = ["--unit", "1024", "--tissue", "auto"]
+FLAGS = ["--unit", "1024", "--tissue", "auto", "--runtime", "auto"]
 STRUCK_AT = {"Ctrl-C once": 3, "Ctrl-C twice": 12, "kill -9": 24}
 """Units that are predicted by then, of some fifty."""
 

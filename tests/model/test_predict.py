@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -100,13 +102,13 @@ def test_out_of_memory_halves_the_batch_and_loses_no_tile() -> None:
             output: torch.Tensor = self.network(image)
             return output
 
-    settings = InferSettings(batch=8, precision="fp32", device="cpu")
+    settings = InferSettings(batch=8, precision="fp32", device="cpu", runtime="torch")
     tiles = np.random.default_rng(0).integers(0, 256, (7, 64, 64, 3), dtype=np.uint8)
     network = Holds(2)
     predictor = Predictor(network, card, settings)
     found = predictor.predict(tiles)
     assert predictor.at_once == 2 and predictor.batch == 8 and len(found) == 7
-    by_two = Predictor(network, card, InferSettings(batch=2, precision="fp32", device="cpu"))
+    by_two = Predictor(network, card, replace(settings, batch=2))
     assert np.array_equal(found, np.concatenate([by_two.predict(tiles[i : i + 2]) for i in range(0, 7, 2)]))
     predictor.network.most = 0  # type: ignore[assignment]  # folded, a copy
     with pytest.raises(torch.OutOfMemoryError):
@@ -117,7 +119,10 @@ def test_auto_is_settled_before_a_run_and_the_rest_kept() -> None:
     settled = resolve(InferSettings(batch=3))
     assert settled.precision in ("fp32", "fp16") and settled.device.split(":")[0] in ("cpu", "cuda")
     assert settled.batch == 3
-    assert resolve(InferSettings(precision="fp32", device="cpu")) == InferSettings(precision="fp32", device="cpu")
+    plain = InferSettings(device="cpu")
+    assert resolve(plain) == replace(plain, precision="fp32", runtime="openvino")
+    assert resolve(replace(plain, precision="bf16")) == replace(plain, precision="bf16", runtime="torch")
+    assert resolve(replace(plain, runtime="torch")) == replace(plain, precision="fp32", runtime="torch")
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
