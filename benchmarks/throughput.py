@@ -5,8 +5,9 @@
 
 `network`: the starter, and HoVerNet-fast with random weights, as `segment` calls them: tiles in as bytes, maps out as
 bytes, copies and quantisation included. Every batch with every precision; at the first batch and precision also the
-other runtimes, larger tiles with the same margin, and normalisations that are not folded into their convolutions. All
-in alternation; medians. `--networks starter` leaves HoVerNet out, which is slow on a CPU.
+other runtimes, larger tiles with the same margin, and what it would take without two savings: normalisations that are
+not folded into convolutions, margins that are computed in full. All in alternation; medians. `--networks starter`
+leaves HoVerNet out, which is slow on a CPU.
 
 `slide`: a synthetic slide of side² pixels, tissue on a quarter of it, by `segment` with the flags behind `--`: seconds
 a mm² of tissue, and the share of the time in which the networks computed.
@@ -15,6 +16,7 @@ a mm² of tissue, and the share of the time in which the networks computed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import statistics
@@ -53,6 +55,9 @@ class Way:
     tile: int = 0
     """Side of the tiles that go in; 0: the card's."""
     folded: bool = True
+    """Normalisations in their convolutions."""
+    margins: bool = False
+    """Computed in full, though they are thrown away."""
 
 
 def ways(
@@ -64,6 +69,7 @@ def ways(
                 yield Way(network, batch, precision)
         first = Way(network, batches[0], precisions[0])
         yield replace(first, folded=False)
+        yield replace(first, margins=True)
         for runtime in runtimes:
             yield replace(first, runtime=runtime)
         for tile in tiles:
@@ -81,9 +87,11 @@ def predictor_of(way: Way, sides: dict[str, Side], device: str) -> predict.Predi
         runtime=way.runtime,  # type: ignore[arg-type]
         batch=way.batch,
     )
-    if way.folded:
-        return predict.Predictor(side.network, card, settings)
-    with patch.object(predict, "folded", nn.Module.eval):
+    with contextlib.ExitStack() as without:
+        if not way.folded:
+            without.enter_context(patch.object(predict, "folded", nn.Module.eval))
+        if way.margins:
+            without.enter_context(patch.object(predict, "without_margin", lambda network, *_: network))
         return predict.Predictor(side.network, card, settings)
 
 
@@ -115,16 +123,17 @@ def network(arguments: argparse.Namespace) -> dict[str, Any]:
                 "runtime": way.runtime,
                 "tile": predictor.card.tile_in,
                 "folded": way.folded,
+                "margins": way.margins,
                 "tiles_per_second": way.batch / second,
                 "us_per_kept_pixel": second / kept * 1e6,
                 "mm2_per_second": kept * (predictor.card.mpp / 1000) ** 2 / second,
             }
         )
-    firsts = {row["network"]: row["us_per_kept_pixel"] for row in reversed(rows) if row["folded"]}
+    firsts = {row["network"]: row["us_per_kept_pixel"] for row in reversed(rows)}
     print(f"{'':60} {'tiles/s':>9} {'µs/px':>8} {'mm²/s':>8} {'÷ first':>8}")
     for row in rows:
         says = f"{row['network']}, {row['batch']} tiles of {row['tile']}, {row['precision']} by {row['runtime']}"
-        says += "" if row["folded"] else ", not folded"
+        says += ("" if row["folded"] else ", not folded") + (", with margins" if row["margins"] else "")
         print(
             f"{says:60} {row['tiles_per_second']:9.2f} {row['us_per_kept_pixel']:8.3f} {row['mm2_per_second']:8.4f} "
             f"{row['us_per_kept_pixel'] / firsts[row['network']]:8.2f}"

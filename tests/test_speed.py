@@ -81,7 +81,7 @@ def test_the_stages_are_all_there_is(tmp_path: Path) -> None:
     """What no stage counts is little: from a slide's first pixel to its last result."""
     cohort = write_example(tmp_path / "example")
     settings = Settings(
-        infer=InferSettings(unit=512, batch=4, device="cpu", precision="fp32"), engine=EngineSettings(backend="local")
+        infer=InferSettings(unit=512, batch=4, device="cpu", runtime="torch"), engine=EngineSettings(backend="local")
     )
     shares = []
     for number in range(2):

@@ -15,6 +15,7 @@ from hover_batch.compare.fields import Field
 from hover_batch.compare.sides import Side
 from hover_batch.model.cost import seconds_per_patch
 from hover_batch.model.images import predict_image
+from hover_batch.model.predict import on_device
 from hover_batch.nuclei.measure import Nuclei
 from hover_batch.nuclei.whole import nuclei_of
 
@@ -25,6 +26,8 @@ def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, tell:
     """Of each side: batch size → seconds of the network alone for one patch, as the paper compares them. None of a
     side that is compiled for one shape of input."""
     found: list[dict[int, float]] = [{} for _ in sides]
+    # Whole patches, of which the paper's networks give every pixel.
+    networks = [on_device(side.network, side.predictor.device) for side in sides]
     for batch in batches:
         tell(f"seconds a patch, {batch} at once …")
         seconds: list[list[float]] = [[] for _ in sides]
@@ -33,7 +36,7 @@ def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, tell:
                 predictor = side.predictor
                 if predictor.runtime == "torch":
                     with predictor.autocast():
-                        seconds[number].append(seconds_per_patch(predictor.network, side.card, batch))
+                        seconds[number].append(seconds_per_patch(networks[number], side.card, batch))
         for number, of in enumerate(seconds):
             if of:
                 found[number][batch] = statistics.median(of)

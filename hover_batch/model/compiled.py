@@ -26,7 +26,9 @@ class CompiledNetwork(nn.Module):
 
     def forward(self, image: torch.Tensor) -> Any:
         try:
-            return self._call(image)
+            # tiatoolbox has it go on without, and say so in a log.
+            with torch._dynamo.config.patch(suppress_errors=False):
+                return self._call(image)
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise PackageError(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hover_batch.model.margins import without_margin
 from hover_batch.model.package import Card
 
 PATCH = {"hovernet-original": 270}
@@ -45,7 +46,7 @@ def cost_of(network: nn.Module, card: Card) -> Cost:
         parameters=sum(p.numel() for p in network.parameters()),
         patch=patch,
         macs_per_patch=_macs(hollow, patch),
-        macs_per_kept_pixel=_macs(hollow, card.tile_in) / card.tile_out**2,
+        macs_per_kept_pixel=_macs(without_margin(hollow, card.tile_in, card.tile_out), card.tile_in) / card.tile_out**2,
         tile_in=card.tile_in,
         tile_out=card.tile_out,
     )

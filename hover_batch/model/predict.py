@@ -22,6 +22,7 @@ from hover_batch.config import InferSettings, Precision, Runtime
 from hover_batch.errors import InputError
 from hover_batch.model.fold import folded
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
+from hover_batch.model.margins import without_margin
 from hover_batch.model.package import Card, Package, load_network
 
 STAIN_FROM_OD = torch.tensor(hed_from_rgb[:, :2], dtype=torch.float32)
@@ -47,14 +48,12 @@ class Predictor:
         """Held by whoever predicts: one batch at a time, so that callers' threads share the device fairly."""
         if self.device.type == "cpu":
             torch.set_num_threads(settings.threads or torch.get_num_threads())
-        self.network: nn.Module
+        self.network: nn.Module = without_margin(on_device(network, self.device), card.tile_in, card.tile_out)
         if settled.runtime == "openvino":
             from hover_batch.model.openvino import OpenVinoNetwork
 
-            self.network = OpenVinoNetwork(network, (self.batch, 3, card.tile_in, card.tile_in), settings.threads)
-        else:
-            network = folded(network).to(self.device)
-            self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+            shape = (self.batch, 3, card.tile_in, card.tile_in)
+            self.network = OpenVinoNetwork(self.network, shape, settings.threads)
         if settled.runtime == "compile":
             from hover_batch.model.compiled import CompiledNetwork
 
@@ -111,6 +110,13 @@ class Predictor:
         """Within it the network computes in its `precision`."""
         short = _SHORT.get(self.precision)
         return torch.autocast(self.device.type, short or torch.bfloat16, enabled=short is not None)
+
+
+def on_device(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network for inference on that device: folded, and laid out as its convolutions like it."""
+    network = folded(network).to(device)
+    laid_out: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+    return laid_out
 
 
 def load_predictor(package: Package, settings: InferSettings) -> Predictor:

@@ -72,7 +72,7 @@ def evaluate(
     from hover_batch.model.cost import cost_of, seconds_per_patch
     from hover_batch.model.images import batch_of, predict_image
     from hover_batch.model.package import Package, find_package, load_network
-    from hover_batch.model.predict import Predictor, load_predictor
+    from hover_batch.model.predict import Predictor, load_predictor, on_device
     from hover_batch.nuclei.watershed import SobelConstants
     from kd.datasets import read_data
     from kd.evaluate import evaluate_data
@@ -101,7 +101,8 @@ def evaluate(
     def constants(package: Package) -> SobelConstants | None:
         return SobelConstants.from_json(package.card.sobel) if norm == "fixed" else None
 
-    cost = cost_of(load_network(found), card)
+    network = load_network(found)
+    cost = cost_of(network, card)
     seen = leaks(card, judged.samples)
     scores = evaluate_data(lambda image: predict_image(predictor, image), judged, constants(found), card.taxonomy)
     _print(scores, seen, cost, f"{card.name} on {data.resolve().name}, {' '.join(folds)}")
@@ -117,7 +118,8 @@ def evaluate(
             "precision": predictor.precision,
             "sources": {s.source: s.to_json() for s in scores},
             "leakage": [leak.to_json() for leak in seen],
-            "cost": cost.to_json() | (_timed(seconds_per_patch(predictor.network, card)) if clock else {}),
+            "cost": cost.to_json()
+            | (_timed(seconds_per_patch(on_device(network, predictor.device), card)) if clock else {}),
         }
         temporary = json_file.with_name(f".{json_file.name}.partial")
         temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
