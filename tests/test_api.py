@@ -128,6 +128,12 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
         hover_batch.load_predictions(tmp_path)
     with pytest.raises(SlideError, match="no table of nuclei"):
         hover_batch.load_nuclei(tmp_path)
+    store = tmp_path / "out" / "slides" / "tile" / "predictions.zarr" / "zarr.json"
+    store.write_text(store.read_text().replace('"od_scale"', '"od"').replace('"mpp"', '"pixel"'))
+    with pytest.raises((SlideError, PackageError), match="pixel"):
+        hover_batch.load_predictions(store.parent.parent)
+    with pytest.raises(AttributeError, match="no attribute 'segment_slides'"):
+        hover_batch.segment_slides  # noqa: B018
 
 
 def test_a_harmed_table_is_told(table: Path, tmp_path: Path) -> None:
@@ -138,9 +144,3 @@ def test_a_harmed_table_is_told(table: Path, tmp_path: Path) -> None:
     (tmp_path / "nuclei.parquet").write_bytes(content)
     with pytest.raises(SlideError, match="no table of nuclei"):
         hover_batch.load_nuclei(tmp_path)
-    store = tmp_path / "out" / "slides" / "tile" / "predictions.zarr" / "zarr.json"
-    store.write_text(store.read_text().replace('"od_scale"', '"od"').replace('"mpp"', '"pixel"'))
-    with pytest.raises((SlideError, PackageError), match="pixel"):
-        hover_batch.load_predictions(store.parent.parent)
-    with pytest.raises(AttributeError, match="no attribute 'segment_slides'"):
-        hover_batch.segment_slides  # noqa: B018
