@@ -18,7 +18,7 @@ from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.manifest import one_slide
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, SlideError
-from hover_batch.export.read import NucleiTable
+from hover_batch.export.read import NucleiTable, unreadable
 from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import Card, find_package
@@ -81,8 +81,11 @@ def load_nuclei(path: str | Path) -> pd.DataFrame:
     if path.is_dir():
         path = path / "nuclei.parquet"
     NucleiTable.open(path)
-    with pq.ParquetFile(path) as file:
-        return _frame(file.read(), json.loads(file.metadata.metadata[b"hover_batch"]))
+    try:
+        with pq.ParquetFile(path) as file:
+            return _frame(file.read(), json.loads(file.metadata.metadata[b"hover_batch"]))
+    except (OSError, pa.ArrowException, shapely.errors.ShapelyError) as error:
+        raise unreadable(path, error) from error
 
 
 def _frame(table: pa.Table, about: Mapping[str, Any]) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hover_batch.cohort.durable import sweeping
 from hover_batch.cohort.layout import Format, RunLayout, SlideLayout
 from hover_batch.errors import DISK_FULL, InputError, SlideError
 from hover_batch.export.read import NucleiTable
@@ -72,7 +73,8 @@ def _exported(
         started = time.monotonic()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(nuclei, path)
+            with sweeping(path):
+                write(nuclei, path)
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise

@@ -43,6 +43,8 @@ def report_run(folder: Path, output: Path | None, tell: Tell) -> Path:
     stands = read_status(folder)
     layout = stands.layout
     path = output or layout.report_html
+    if path.is_dir():
+        raise InputError(f"-o {path}: is a folder; name a file in it")
     records = _records(layout)
     rows = _rows(stands, records)
     title = f"Cohort {layout.root.name}"

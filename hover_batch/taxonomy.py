@@ -20,6 +20,8 @@ from typing import Any
 from hover_batch.errors import InputError
 
 Rgb = tuple[int, int, int]
+TAKEN = ("background", "nuclei")
+"""Names that no class of nuclei may have: a summary's column nuclei_per_mm2 is of all classes together."""
 MAX_CLASSES = 256
 """Of a taxonomy, background included: an id is a byte in the tables."""
 
@@ -103,15 +105,19 @@ class Taxonomy:
             if len(levels) != 3 or len(color) != 3:
                 raise ValueError(f"taxonomy: class {called:.40} has the colour {color!r:.40}")
             classes.append(NucleusClass(number, called, (levels[0], levels[1], levels[2])))
-        if len({c.name for c in classes}) < len(classes):
-            raise ValueError("taxonomy: two classes have one name")
+        names = [c.name for c in classes]
+        if len(set(names)) < len(names) or "nuclei" in names:
+            raise ValueError("taxonomy: two classes have one name, or one is called nuclei, as all together are")
         return cls(name, tuple(classes))
 
 
 def _members_and_color(name: str, value: Any) -> tuple[list[str], Rgb | None]:
     """One line of a class map."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == "background":
-        raise InputError(f"class map: {name!r} cannot name a class; use letters, digits, `.`, `_`, `-`")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in TAKEN:
+        raise InputError(
+            f"class map: {name!r} cannot name a class; use letters, digits, `.`, `_`, `-`, and neither of "
+            f"{_list(TAKEN)}"
+        )
     table = value if isinstance(value, Mapping) else {"classes": value}
     members, color = table.get("classes"), table.get("color")
     if (

@@ -134,3 +134,13 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
         hover_batch.load_predictions(store.parent.parent)
     with pytest.raises(AttributeError, match="no attribute 'segment_slides'"):
         hover_batch.segment_slides  # noqa: B018
+
+
+def test_a_harmed_table_is_told(table: Path, tmp_path: Path) -> None:
+    content = bytearray(table.read_bytes())
+    with pq.ParquetFile(table) as file:
+        start = file.metadata.row_group(0).column(3).data_page_offset
+    content[start : start + 40] = b"\xff" * 40
+    (tmp_path / "nuclei.parquet").write_bytes(content)
+    with pytest.raises(SlideError, match="no table of nuclei"):
+        hover_batch.load_nuclei(tmp_path)

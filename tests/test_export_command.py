@@ -103,3 +103,11 @@ def test_a_run_started_anew_loses_its_old_exports(finished: Path, out: Path) -> 
     assert len(list(out.rglob("nuclei.csv"))) == 2
     assert run("segment", finished.parent / "cohort.csv", "-o", out, "--force").exit_code == 3
     assert len(list(out.rglob("nuclei.parquet"))) == 2 and not list(out.rglob("nuclei.csv"))
+
+
+def test_what_a_killed_export_left_is_swept(out: Path) -> None:
+    table = RunLayout(out).slide("a").exported(Format.csv)
+    left = table.with_name(f".{table.name}.0123.partial")
+    left.write_bytes(b"half")
+    assert run("export", out, "--to", "csv").exit_code == 3
+    assert table.is_file() and not left.exists()

@@ -199,6 +199,7 @@ ALL = ["miscellaneous", "inflammatory", "epithelial", "spindle"]
         ({"a": [*ALL, "dead"]}, "dead is no class of the model; it has miscellaneous"),
         ({"a": [*ALL, "background"]}, "background is no class"),
         ({"background": ALL}, "'background' cannot name a class"),
+        ({"nuclei": ALL}, "'nuclei' cannot name a class"),
         ({"a b": ALL}, "'a b' cannot name a class"),
         ({"a": "spindle"}, "write a ="),
         ({"a": []}, "write a ="),

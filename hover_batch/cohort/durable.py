@@ -1,13 +1,15 @@
 """Files that are there whole or not at all, also after a kill or a power cut.
 
 A write goes to a temporary file in the same folder, is forced to disk, takes its name in one step, and the folder is
-forced to disk too, so that the name survives. The temporary file of a killed write stays behind, hidden.
+forced to disk too, so that the name survives. The temporary file of a killed write stays behind, hidden, until the
+next one under `sweeping`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -74,8 +76,34 @@ def write_first(path: Path, data: bytes) -> bool:
 
 
 def leftovers(path: Path) -> Iterator[Path]:
-    """Temporary files that killed writes of `path` left behind."""
+    """Temporary files and folders that killed writes of `path` left behind."""
     return path.parent.glob(f".{path.name}.*.partial")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove all of them."""
+    for leftover in leftovers(path):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def sweeping(path: Path) -> Iterator[None]:
+    """For the block that writes `path`: removes first what killed writes of it left behind, unless another such block
+    is at work in the same folder, on this machine or wherever the file system tells of locks."""
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        # Some network file systems lock no folders: there, leftovers stay.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_leftovers(path)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from typing import Any, Self
 
 import tomli_w
 
-from hover_batch.cohort.durable import leftovers, to_json, write_atomically, write_first
+from hover_batch.cohort.durable import remove_leftovers, to_json, write_atomically, write_first
 from hover_batch.cohort.events import EventLog
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.manifest import COLUMNS, RUN_COLUMNS, Cohort
@@ -463,8 +463,7 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _remove(path: Path) -> None:
     """A file, a link (never what it points to) or a folder with all in it; and what killed writes of it left."""
-    for leftover in leftovers(path):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

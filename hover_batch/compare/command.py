@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,6 +82,8 @@ def compare_command(judge: JudgeOn, example: Callable[[Path], Path]) -> Callable
             raise InputError("give exactly one of --teacher and --against")
         if timing_only and not teacher:
             raise InputError("--timing-only: is for --teacher")
+        if timing_only and truth is not None:
+            raise InputError("--truth: random weights score nothing; leave it or --timing-only out")
         from dataclasses import replace
 
         from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
@@ -113,6 +116,8 @@ def compare_command(judge: JudgeOn, example: Callable[[Path], Path]) -> Callable
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--output {output}: {error.strerror}") from error
+        if not os.access(output, os.W_OK):
+            raise InputError(f"--output {output}: cannot be written; name another folder")
         records = read_cohort(cohort if cohort is not None else str(example(output / "example")))
         raise_if_faulty(records)
         chosen = list(records.records if full else records.records[:slides])

@@ -47,6 +47,10 @@ def compare(
     told = not wanted.timing_only and not any(side.random for side in sides)
     tell("warming up …")
     peaks = warm(sides, places[0].read())
+    truth = None
+    if judge:  # before what takes long: the images may not be there
+        tell("scores on annotated images …")
+        truth = [judge(side) for side in sides]
     by_batch = latencies(sides, wanted.batches, wanted.repeats, tell)
     agreed = Agreement([side.card.taxonomy for side in sides])
     panels: list[Panel] = []
@@ -73,7 +77,7 @@ def compare(
         "sides": rows,
         "ratios": _ratios(*rows),
         "agreement": agreed.to_json() if told else None,
-        "truth": [judge(side) for side in sides] if judge and told else None,
+        "truth": truth,
         "notes": _notes(sides, told),
     }
     write_atomically(out / "compare.json", to_json(found))

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
+from hover_batch.export.read import unreadable
 from hover_batch.geometry import Box, Size
 from hover_batch.taxonomy import Rgb, Taxonomy
 
@@ -76,7 +78,10 @@ def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> i
 
 
 def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A copy of the image of `view` with the contours in the table `nuclei`, and how many of each class, by id."""
+    """A copy of the image of `view` with the contours in the table `nuclei`, and how many of each class, by id.
+
+    SlideError where the file is harmed.
+    """
     x0, y0, x1, y1 = view.extent
     meets = (
         (pc.field("bbox", "xmin") < x1)
@@ -85,9 +90,12 @@ def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.
         & (pc.field("bbox", "ymax") > y0)
     )
     # No partitioning: a folder named key=value would be taken for a column.
-    table = pq.read_table(nuclei, columns=["type_id", "geometry"], filters=meets, partitioning=None)
+    try:
+        table = pq.read_table(nuclei, columns=["type_id", "geometry"], filters=meets, partitioning=None)
+        polygons = shapely.from_wkb(table["geometry"].to_numpy())
+    except (pa.ArrowException, shapely.errors.ShapelyError) as error:
+        raise unreadable(nuclei, error) from error
     types = table["type_id"].to_numpy()
-    polygons = shapely.from_wkb(table["geometry"].to_numpy())
     canvas = view.image.copy()
     for kind in taxonomy.nuclei:
         points, ring_of_point = shapely.get_coordinates(polygons[types == kind.id], return_index=True)

@@ -23,6 +23,12 @@ from hover_batch.taxonomy import Taxonomy
 BATCH = 10_000
 """Rows of a batch: as Python objects some 50 MB at most, whatever the table's length."""
 
+_COLUMNS = frozenset(
+    ["slide_id", "nucleus_id", "centroid_x", "centroid_y", "bbox", "type_id", "type", "type_prob", "area_um2"]
+    + ["eccentricity", "solidity", "touches_border", "seam_uncertain", "geometry"]
+)
+"""What is asked for by name; a table may hold more."""
+
 _NAMESPACE = uuid.UUID("5f0c2f52-9a0b-5d0e-8f55-3c1f6f3f7c11")
 """Of the nuclei's UUIDs: any constant will do, so long as it stays."""
 
@@ -46,8 +52,13 @@ class NucleiTable:
         """SlideError where the file is missing, harmed, or no table of nuclei."""
         try:
             with pq.ParquetFile(path) as file:
-                held = json.loads(file.metadata.metadata[b"hover_batch"])
+                about = (file.metadata.metadata or {}).get(b"hover_batch")
                 schema, rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
+            if about is None:
+                raise ValueError("another program wrote it")
+            if missing := sorted(_COLUMNS.difference(schema.names)):
+                raise ValueError(f"it has no column {', '.join(missing)}")
+            held = json.loads(about)
             return cls(
                 path=path,
                 slide_id=held["slide_id"],
@@ -71,9 +82,18 @@ class NucleiTable:
         try:
             # Read ahead, a row group would lie in memory beside the one that is being worked on.
             with pq.ParquetFile(self.path, pre_buffer=False) as file:
-                yield from file.iter_batches(BATCH, columns=columns)
+                for batch in file.iter_batches(BATCH, columns=columns):
+                    if "type_id" in batch.schema.names:
+                        self._check_types(batch)
+                    yield batch
         except (OSError, pa.ArrowException) as error:
             raise unreadable(self.path, error) from error
+
+    def _check_types(self, batch: pa.RecordBatch) -> None:
+        """Damage that Parquet does not notice would be counted in classes that there are not."""
+        known = len(self.taxonomy.classes)
+        if (batch["type_id"].to_numpy() >= known).any():
+            raise unreadable(self.path, ValueError(f"it has a type_id beyond its {known} classes"))
 
     def polygons(self, batch: pa.RecordBatch) -> NDArray[Any]:
         """(n,) shapely polygons in level-0 pixels of the full canvas. SlideError where the file is harmed."""

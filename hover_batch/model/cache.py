@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from hover_batch.cohort.durable import sha256_file, write_atomically
-from hover_batch.errors import PackageError
+from hover_batch.errors import DISK_FULL, PackageError
 
 VARIABLE = "HOVER_BATCH_CACHE"
 
@@ -64,10 +64,15 @@ def download_path(source: str) -> Path:
 def check_download(path: Path, demanded: str | None = None) -> None:
     """Compare the file's hash with what was demanded, or was recorded at its first use; record it where it is new.
 
-    Raises PackageError where it differs.
+    Raises PackageError where it differs, cannot be read, or its hash cannot be recorded.
     """
-    found, record = sha256_file(path), path.with_name(f"{path.name}.sha256")
-    recorded = record.read_text("utf-8").split()[0] if record.is_file() and record.stat().st_size else None
+    record = path.with_name(f"{path.name}.sha256")
+    try:
+        found = sha256_file(path)
+        held = record.read_text("utf-8", "replace").split() if record.is_file() else []
+    except OSError as error:
+        raise PackageError(f"{path}: cannot be read ({error.strerror}); fetch it again, or remove {record}") from error
+    recorded = held[0] if held else None
     if demanded is not None and demanded.lower() != found:
         raise PackageError(f"{path}: its sha256 is {found}, not {demanded}; remove the file and fetch it again")
     if demanded is None and recorded not in (None, found):
@@ -76,4 +81,11 @@ def check_download(path: Path, demanded: str | None = None) -> None:
             f"again. Where its authors have replaced it, and you trust the new one: --sha256 {found}"
         )
     if recorded != found:
-        write_atomically(record, f"{found}  {path.name}\n")
+        try:
+            write_atomically(record, f"{found}  {path.name}\n")
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            raise PackageError(
+                f"{record}: cannot be written ({error.strerror}); name a cache that can be by {VARIABLE}"
+            ) from error

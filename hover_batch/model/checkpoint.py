@@ -8,6 +8,7 @@ does not; `hover_batch.model.published` knows those.
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,12 @@ from hover_batch.model.package import Card, find_package
 from hover_batch.model.published import KINDS, MPP
 from hover_batch.model.student import StudentArch, build_student
 from hover_batch.model.teacher import TeacherArch, arch_of, build_teacher
+
+_DAMAGED = (
+    *(RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError),
+    *(AssertionError, struct.error),
+)
+"""What torch.load raises of files that are no checkpoints, or harmed ones."""
 
 
 def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = None) -> tuple[nn.Module, Card]:
@@ -79,7 +86,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             f"{path}: no checkpoint of tensors alone, and nothing else is unpickled; where you trust it, save its "
             "state dict by itself: torch.save(state_dict, path)"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except _DAMAGED as error:
         raise PackageError(f"{path}: not a checkpoint of torch, or a damaged one; fetch it again") from error
     for key in ("desc", "model_state_dict"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
@@ -89,6 +96,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             f"{path}: holds no state dict; expected are tensors by name, bare or under `desc` or `model_state_dict`"
         )
     weights = {str(name).removeprefix("module."): tensor for name, tensor in held.items()}
+    if odd := [n for n, t in weights.items() if t.layout is not torch.strided or t.device.type != "cpu"]:
+        raise PackageError(f"{path}: {odd[0]} is no plain tensor, sparse or without values; save it as one")
     if broken := [n for n, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]:
         raise PackageError(f"{path}: {broken[0]} is not finite; the training has diverged, or the file is damaged")
     return weights
@@ -106,7 +115,7 @@ def _network(weights: Mapping[str, Tensor], path: Path) -> tuple[nn.Module, str,
             types = len(weights["segmentation_head.0.bias"]) - 4
             encoder = _encoder(weights)
             return build_student(StudentArch(encoder, types)), "unet", encoder, types
-    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+    except (KeyError, IndexError, ValueError, RuntimeError, TypeError) as error:
         raise PackageError(
             f"{path}: a part of the network is missing or misshapen ({error}); fetch it again"
         ) from error

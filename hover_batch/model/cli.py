@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -110,6 +111,8 @@ def models_app(calibrate: Calibrate) -> typer.Typer:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"-o {target}: {error.strerror}") from error
+        if target.is_dir() or not os.access(target.parent, os.W_OK):
+            raise InputError(f"-o {target}: cannot be written; name another file")
         if ready:
             _copy(source, sha256, target, replaceable=out is not None)
         else:
@@ -138,7 +141,10 @@ def _target(source: str, out: Path | None) -> Path:
         if out.suffix != ".safetensors":
             raise InputError(f"-o {out}: a package is a .safetensors file")
         return out
-    name = source if source in KINDS else _source_file(source).stem
+    try:
+        name = source if source in KINDS else _source_file(source).stem
+    except ValueError as error:
+        raise InputError(f"{source}: is no URL ({error})") from error
     if not is_name(name):
         raise InputError(f"{source}: {name!r} cannot be a name in the cache; give -o FILE.safetensors")
     return cached_package(name)

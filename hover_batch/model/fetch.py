@@ -13,9 +13,10 @@ import urllib.error
 import urllib.request
 import warnings
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from hover_batch.cohort.durable import replacing
+from hover_batch.cohort.durable import replacing, sweeping
 from hover_batch.errors import DISK_FULL, PackageError
 from hover_batch.model.cache import check_download, download_path
 from hover_batch.model.published import HUB, KINDS
@@ -64,6 +65,18 @@ def _check_url(url: str) -> None:
         raise PackageError(f"{url}: weights are fetched from https://… only")
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Whoever may change one answer on the way could send on to wherever he likes: so every stop is checked."""
+
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
+        try:
+            _check_url(newurl)
+        except PackageError:
+            fp.close()
+            raise
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _offline() -> bool:
     """As Hugging Face's client takes it."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
@@ -75,11 +88,13 @@ def _download(url: str, path: Path) -> None:
         raise OSError("HF_HUB_OFFLINE is set")
     try:
         with (
-            urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer,
+            urllib.request.build_opener(_Redirects).open(url, timeout=_TIMEOUT_S) as answer,
+            sweeping(path),
             replacing(path) as temporary,
             temporary.open("wb") as file,
         ):
-            _check_url(answer.url)  # where it was sent on to
+            if answer.headers.get_content_type() == "text/html":  # to log in, or to say that it has moved
+                raise OSError("a web page came in its place")
             promised = answer.headers.get("Content-Length", "")
             shutil.copyfileobj(answer, file, 1 << 20)
             if promised.isdigit() and file.tell() != int(promised):

@@ -141,9 +141,9 @@ def find_package(name_or_path: str, said: str = "--model") -> Package:
     Raises PackageError where there is none, or it has no card.
     """
     path = STARTER if name_or_path == "starter" else Path(name_or_path)
-    if is_name(name_or_path) and not path.exists():
-        path = cached_package(name_or_path)
     try:
+        if is_name(name_or_path) and not path.exists():
+            path = cached_package(name_or_path)
         return _read(path, name_or_path, said)
     except OSError as error:
         raise PackageError(f"{said} {path}: cannot be read ({error.strerror or error})") from error

@@ -44,11 +44,11 @@ def view(
     hover-batch view out/ --slide case-01
     """
     with serve(run, slide, port, lambda line: typer.echo(line, err=True)) as server:
-        typer.echo(server.url)
-        if not no_browser:
-            # In a thread, since a browser in a terminal holds this call, and asks for the page meanwhile.
-            threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
         try:
+            typer.echo(server.url)
+            if not no_browser:
+                # In a thread, since a browser in a terminal holds this call, and asks for the page meanwhile.
+                threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
             server.serve_forever()
         except KeyboardInterrupt:
             return

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from hover_batch.cohort.durable import (
     leftovers,
+    replacing,
     replacing_folder,
     sha256_file,
+    sweeping,
     to_json,
     write_atomically,
     write_first,
@@ -174,3 +176,19 @@ def test_sha256_of_a_file_larger_than_a_buffer(tmp_path: Path) -> None:
     content = bytes(range(256)) * 5000
     (tmp_path / "a").write_bytes(content)
     assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_what_killed_writes_left_is_swept_unless_another_writes_there(tmp_path: Path) -> None:
+    path, others = tmp_path / "a", tmp_path / ".b.0.partial"
+    others.touch()
+    (tmp_path / ".a.0.partial").touch()
+    (tmp_path / ".a.1.partial" / "deep").mkdir(parents=True)
+    with sweeping(path):
+        assert list(leftovers(path)) == []
+        with replacing(path) as mine:
+            mine.write_bytes(b"1")
+            with sweeping(path), replacing(path) as theirs:
+                theirs.write_bytes(b"2")
+            assert mine.exists()
+    assert path.read_bytes() == b"1"
+    assert sorted(tmp_path.iterdir()) == [others, path]

@@ -210,6 +210,7 @@ def test_force_starts_anew_and_leaves_what_is_not_ours(layout: RunLayout, cohort
         (slide.predictions_zarr / "c" / "0").write_bytes(b"old")
         slide.marker(0, 0).write_bytes(b"old")
         (slide.folder / ".slide.json.0123.partial").write_bytes(b"killed")
+        (slide.folder / ".nuclei.spatialdata.zarr.0123.partial" / "c").mkdir(parents=True)
         for path in (layout.summary_csv, layout.summary_parquet):
             path.write_bytes(b"old")
         ledger.finish(cohort)

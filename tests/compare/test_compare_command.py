@@ -127,6 +127,7 @@ def test_random_weights_are_marked_everywhere(
         (["--example", "--teacher", "--timing-only", "--teacher-weights", "nobody"], "hovernet_fast-pannuke"),
         (["--example", "--teacher", "--timing-only", "--batches", "one"], "--batches one"),
         (["--example", "--against", "nothing.safetensors"], "--against nothing.safetensors"),
+        (["--example", "--teacher", "--timing-only", "--truth", "x"], "--truth: random weights score nothing"),
     ],
 )
 def test_what_cannot_be_compared_is_told_in_one_line(
@@ -137,3 +138,22 @@ def test_what_cannot_be_compared_is_told_in_one_line(
     done = compare(*words, "-o", tmp_path / "out")
     assert done.exit_code == 2, done.output
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_annotated_images_that_are_not_there_are_told_before_the_work(
+    packages: dict[str, Path], cohort: Path, tmp_path: Path
+) -> None:
+    done = compare(
+        cohort,
+        "--against",
+        packages["narrow"],
+        "--student",
+        packages["small"],
+        *QUICK,
+        "--truth",
+        tmp_path,
+        "-o",
+        tmp_path / "out",
+    )
+    assert done.exit_code == 2 and "dataset.csv is missing" in done.stderr
+    assert "at once …" not in done.stderr and "field 1" not in done.stderr

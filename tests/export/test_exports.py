@@ -17,6 +17,7 @@ import cv2
 import geopandas
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shapely
@@ -418,6 +419,28 @@ def test_what_is_no_table_is_refused(content: bytes | None, tmp_path: Path) -> N
         (tmp_path / "nuclei.parquet").write_bytes(content)
     with pytest.raises(SlideError, match=r"nuclei\.parquet: is no table of nuclei"):
         NucleiTable.open(tmp_path / "nuclei.parquet")
+
+
+def rewritten(nuclei: NucleiTable, change: Any) -> NucleiTable:
+    """The table with other rows and columns, and what its metadata say."""
+    with pq.ParquetFile(nuclei.path) as file:
+        table, about = change(file.read()), file.metadata.metadata
+    pq.write_table(table.replace_schema_metadata({b"hover_batch": about[b"hover_batch"]}), nuclei.path)
+    return NucleiTable.open(nuclei.path)
+
+
+def test_a_table_of_other_columns_or_classes_is_refused(tmp_path: Path) -> None:
+    nuclei = write_table(tmp_path, *drawn())
+    where = nuclei.schema.get_field_index("type_id")
+    beyond = pa.array([9] * nuclei.rows, pa.uint8())
+    harmed = rewritten(nuclei, lambda t: t.set_column(where, t.schema.field("type_id"), beyond))
+    with pytest.raises(SlideError, match="type_id beyond its 5 classes"):
+        list(harmed.batches(["type_id"]))
+    with pytest.raises(SlideError, match="no column geometry, solidity"):
+        rewritten(nuclei, lambda t: t.drop_columns(["solidity", "geometry"]))
+    pq.write_table(pa.table({"a": [1]}), nuclei.path)
+    with pytest.raises(SlideError, match="another program wrote it"):
+        NucleiTable.open(nuclei.path)
 
 
 def test_numbers_are_short_and_bring_back_the_same(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ class Server:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.redirects: dict[str, str] = {}
+        self.kind = "application/octet-stream"
         self.cut = 0
         """Bytes that are promised and not sent."""
         self.asked: list[str] = []
@@ -71,6 +72,7 @@ class Server:
                 self.send_response(404 if content is None else 200)
                 content = content or b""
                 self.send_header("Content-Length", str(len(content)))
+                self.send_header("Content-Type", ours.kind)
                 self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
                 self.send_header("X-Repo-Commit", "0" * 40)
                 self.end_headers()
@@ -214,6 +216,35 @@ def test_only_https_is_trusted(server: Server) -> None:
     assert result.exit_code == 2 and "Not Found" in result.stderr
 
 
+def test_nothing_is_asked_of_a_server_that_is_not_trusted_on_the_way_to_one_that_is(
+    server: Server, checkpoint: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files["/b.pth"] = checkpoint
+    port = server.http.server_port
+    server.redirects = {"/a.pth": f"http://127.0.0.2:{port}/hop", "/hop": f"{server.url}/b.pth"}
+    result = run("import", f"{server.url}/a.pth")
+    assert result.exit_code == 2 and "https" in result.stderr
+    assert server.asked == ["GET /a.pth"]
+
+
+def test_a_web_page_is_no_weights_and_is_not_kept(server: Server, checkpoint: bytes, cache: Path) -> None:
+    server.files["/net.pth"], server.kind = b"<html>log in</html>", "text/html; charset=utf-8"
+    result = run("import", f"{server.url}/net.pth")
+    assert result.exit_code == 2 and "a web page came in its place" in result.stderr
+    assert whole_files(cache) == []
+    server.files["/net.pth"], server.kind = checkpoint, "application/octet-stream"
+    assert run("import", f"{server.url}/net.pth").exit_code == 0
+
+
+def test_what_is_no_url_and_no_place_is_told(server: Server, tmp_path: Path) -> None:
+    result = run("import", "https://[models/net.pth")
+    assert result.exit_code == 2 and "is no URL" in result.stderr
+    (tmp_path / "d.safetensors").mkdir()
+    result = run("import", STARTER, "-o", tmp_path / "d.safetensors")
+    assert result.exit_code == 2 and "cannot be written" in result.stderr
+    assert run("show", "x" * 5000).exit_code == 2
+
+
 def test_a_name_is_not_taken_from_somebody_else(server: Server, checkpoint: bytes, tmp_path: Path) -> None:
     server.files["/a/net.pth"] = checkpoint
     assert run("import", f"{server.url}/a/net.pth").exit_code == 0
@@ -247,6 +278,11 @@ def test_verify_finds_harm(server: Server, checkpoint: bytes) -> None:
     result = run("verify", "net")
     assert result.exit_code == 2 and "do not match their card" in result.stdout
     assert run("verify", "none").exit_code == 2
+    download.with_name(f"{download.name}.sha256").write_bytes(b"\xff\n")
+    assert run("verify").exit_code == 2
+    download.unlink()
+    result = run("verify")
+    assert result.exit_code == 2 and f"HARMED  {download}: {download}: cannot be read" in result.stdout
 
 
 @pytest.mark.parametrize("find", [find_package, lambda name: side_of(name, "--teacher", InferSettings())])

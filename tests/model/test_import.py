@@ -187,6 +187,12 @@ def _bad(kind: str, path: Path) -> None:
             torch.save(weights, path)
         case "shape":
             torch.save({**weights, "d2.units.3.conv2.weight": torch.zeros(3)}, path)
+        case "without values":
+            torch.save({"desc": {"a": torch.ones(3, device="meta")}}, path)
+        case "no size":
+            torch.save(
+                {n: torch.ones(()) for n in ("encoder.patch_embed1.proj.weight", "segmentation_head.0.bias")}, path
+            )
         case "nan":
             torch.save({**weights, "conv_bot.weight": weights["conv_bot.weight"] * float("nan")}, path)
 
@@ -210,6 +216,8 @@ def _bad(kind: str, path: Path) -> None:
         ("seven classes", "none of the published"),
         ("missing", "d2.units.3.conv2.weight"),
         ("shape", "d2.units.3.conv2.weight"),
+        ("without values", "no plain tensor"),
+        ("no size", "missing or misshapen"),
         ("nan", "not finite"),
     ],
 )

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from made_run import write_field, write_run
 from numpy.typing import NDArray
@@ -144,7 +146,7 @@ def test_without_the_slide_the_crops_are_left_out(tmp_path: Path, field: Field) 
     assert f"{image} is another file than was segmented" in shown(layout).text
     image.unlink()
     page = shown(layout)
-    assert f"No crops, since the slide is not at hand: {image} is not there" in page.text
+    assert f"No crops: {image} is not there" in page.text
     assert "crop" not in page.all("alt") and {"thumbnail", "overlay", "density"} <= set(page.all("alt"))
 
 
@@ -178,6 +180,17 @@ def test_a_harmed_table_is_said_and_not_counted(tmp_path: Path, field: Field) ->
     nuclei = json.loads(layout.slide("a").slide_json.read_text())["nuclei"]
     assert f"{nuclei} nuclei" in text and "Tables that cannot be read, and are not counted: 1." in text
     assert "is no table of nuclei that can be read" in text and "Not there: overlay.jpg." in text
+
+
+def test_a_harmed_contour_costs_the_crops_alone(tmp_path: Path, field: Field) -> None:
+    layout = write_run(tmp_path / "out", *field, done=["a"])
+    path = layout.slide("a").nuclei_parquet
+    with pq.ParquetFile(path) as file:
+        table, about = file.read(), file.metadata.metadata
+    where = table.schema.get_field_index("geometry")
+    table = table.set_column(where, table.schema.field(where), pa.array([b"?"] * len(table), pa.binary()))
+    pq.write_table(table.replace_schema_metadata({b"hover_batch": about[b"hover_batch"]}), path)
+    assert f"No crops: {path}: is no table of nuclei that can be read" in shown(layout).text
 
 
 def test_many_slides_have_pages(tmp_path: Path, field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +232,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, field: Field) -> None:
     for arguments, message in [
         ((tmp_path / "empty",), "no run's folder"),
         ((layout.root, "-o", tmp_path / "file" / "x.html"), "name another file by -o"),
-        ((layout.root, "-o", tmp_path / "empty"), "name another file by -o"),
+        ((layout.root, "-o", tmp_path / "empty"), "is a folder; name a file in it"),
     ]:
         result, _ = report(*arguments)
         assert result.exit_code == 2, result.output
