@@ -24,8 +24,15 @@ from hover_batch.model.student import StudentArch, build_student
 from hover_batch.model.teacher import TeacherArch, arch_of, build_teacher
 
 _DAMAGED = (
-    *(RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError),
-    *(AssertionError, struct.error),
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    struct.error,
 )
 """What torch.load raises of files that are no checkpoints, or harmed ones."""
 
