@@ -107,6 +107,7 @@ def compare_command(judge: JudgeOn, example: Callable[[Path], Path]) -> Callable
                 replace(of, name=f"{of.name}, {of.predictor.precision} by {of.predictor.runtime}")
                 for of in (ours, theirs)
             )
+        ours, theirs = ours.for_fields(side), theirs.for_fields(side)
         if theirs.card.mpp != ours.card.mpp:
             raise InputError(
                 f"{theirs.name} is for pixels of {theirs.card.mpp:g} µm, {ours.name} for {ours.card.mpp:g} µm: they "

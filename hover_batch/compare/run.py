@@ -112,6 +112,7 @@ def _row(side: Side, spent: Spent, by_batch: dict[int, float], peak: int | None)
         "name": side.name,
         "architecture": f"{side.card.architecture} {side.card.encoder}".rstrip(),
         "random_weights": side.random,
+        "classes": {c.name: "#{:02x}{:02x}{:02x}".format(*c.color) for c in side.card.taxonomy.nuclei},
         "precision": side.predictor.precision,
         "runtime": side.predictor.runtime,
         "batch": side.predictor.batch,
@@ -153,6 +154,8 @@ def _notes(sides: Sequence[Side], told: bool) -> list[str]:
     if not told:
         notes.append("costs alone were compared: nothing here tells of quality")
     for side in sides:
+        if steps := side.card.training.get("steps"):
+            notes.append(f"{side.name} was trained for {steps} steps")
         if seen := side.card.training.get("seen"):
             notes.append(f"{side.name} has seen: {seen}")
     return notes

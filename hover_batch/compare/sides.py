@@ -33,8 +33,11 @@ class Side:
 
     @cached_property
     def predictor(self) -> Predictor:
-        batch = min(self.settings.batch, batch_of(self.card))
-        return Predictor(self.network, self.card, replace(self.settings, batch=batch))
+        return Predictor(self.network, self.card, self.settings)
+
+    def for_fields(self, side: int) -> Side:
+        """The same for squares of `side` pixels that go one by one: a batch with no more tiles than they have."""
+        return replace(self, settings=replace(self.settings, batch=batch_of(self.card, [(side, side)])))
 
     @property
     def constants(self) -> SobelConstants:

@@ -130,15 +130,16 @@ def engine_plan(
     machines that came or went: its networks stay as they are, only their number changes.
 
     A network on the CPU reserves its threads, but never the last core of a machine: it would wait for readers for
-    ever. On a single core it reserves none, and they take turns. Half of a machine's memory is for the units under way
-    and the regions in post-processing; networks, tables and the system have the rest.
+    ever. It may compute on that one, too, for they leave most of it; on a single core they take turns. Half of a
+    machine's memory is for the units under way and the regions in post-processing; networks, tables and the system
+    have the rest.
     """
     side = settings.infer.unit
     unit = card.layout.planes * side**2 + BLOCKS_AHEAD * _BLOCK_BYTES
     region = (card.layout.planes + _POST_BYTES_PER_PIXEL) * (side + 2 * settings.post.halo) ** 2
     on_gpus = begun.actor_gpus > 0 if begun else resources.gpus > 0
     smallest = min(node.cpus for node in resources.nodes)
-    threads = settings.infer.threads or max(1, min(CPU_THREADS, smallest - 1))
+    threads = settings.infer.threads or max(1, min(CPU_THREADS, smallest))
     # What one network reserves is the same on all machines, hence what the smallest can spare.
     actor_cpus = 0 if on_gpus or not predicts else min(threads, smallest - 1)
     units_at_once = UNITS_AT_ONCE
