@@ -56,7 +56,7 @@ def prepare(folder: Path) -> None:
 def ours(folder: Path, side: str) -> dict[str, Any]:
     out = folder / "out"
     words = ["segment", str(folder / "cohort.csv"), "-o", str(out), *FLAGS[side]]
-    words += ["--batch", str(BATCH), "--unit", "1024", "--tissue", "all"]
+    words += ["--batch", str(BATCH), "--tissue", "all"]
     _, process = _timed([sys.executable, "-c", "from hover_batch.cli import app; app()", *words])
     events = [json.loads(line) for line in (out / "logs" / "events.jsonl").read_text().splitlines()]
     done = json.loads((out / "slides" / "slide" / "slide.json").read_text())
