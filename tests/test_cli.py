@@ -81,6 +81,18 @@ def test_all_faults_of_all_rows_come_at_once(tile: Path, tmp_path: Path) -> None
         assert f"row {row}" in result.stderr
 
 
+@pytest.mark.parametrize("typed", [("segmnt",), ("models", "shwo"), ("kd", "trian")], ids=" ".join)
+def test_a_misspelt_command_is_guessed_once(typed: tuple[str, ...]) -> None:
+    result = run(*typed, env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and result.stderr.count("Did you mean") == 1
+
+
+def test_models_are_listed_of_a_folder_that_is_there(tmp_path: Path) -> None:
+    result = run("models", "list", tmp_path / "none")
+    assert result.exit_code == 2 and not result.stdout
+    assert "no such folder" in result.stderr
+
+
 def test_exactly_one_of_cohort_and_example(tmp_path: Path) -> None:
     for arguments in (["segment"], ["segment", "x.csv", "--example"]):
         result = run(*arguments, "-o", tmp_path / "out")
