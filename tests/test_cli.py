@@ -215,7 +215,7 @@ def test_a_row_left_out_for_its_slide_id_does_not_fail_the_one_that_has_it(tile:
     out = tmp_path / "out"
     result = run("segment", csv, "-o", out, "--skip-invalid")
     assert result.exit_code == 3
-    assert "1 slides done, 1 failed" in result.stdout
+    assert "1 slide done, 1 failed" in result.stdout
     assert [row["status"] for row in table(out / "summary.csv")] == ["done", ""]
     assert [row["status"] for row in table(out / "slides.csv")] == ["done"]
 
@@ -350,7 +350,7 @@ def test_a_run_goes_on_when_nobody_reads_its_progress(tile: Path, tmp_path: Path
     arguments = [*COMMAND, "segment", csv, "-o", tmp_path / "out"]
     done = subprocess.run(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=writer, text=True)
     os.close(writer)
-    assert done.returncode == 0 and "1 slides done, 0 failed" in done.stdout
+    assert done.returncode == 0 and "1 slide done, 0 failed" in done.stdout
 
 
 def test_an_output_whose_name_is_not_utf8(tile: Path, tmp_path: Path) -> None:
