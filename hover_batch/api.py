@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,8 @@ def load_nuclei(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     if path.is_dir():
         path = path / "nuclei.parquet"
+    if not path.exists():
+        raise SlideError(f"{path}: is not there; give a finished slide's folder (out/slides/ID) or its nuclei.parquet")
     NucleiTable.open(path)
     try:
         with pq.ParquetFile(path) as file:
@@ -102,7 +104,7 @@ class Plane:
     Values are float32 in the channel's own unit; outside of tissue they are 0.
     """
 
-    array: Any
+    array: Any = field(repr=False)
     index: int
     steps: float
     """Stored steps for one unit."""
@@ -141,7 +143,7 @@ class Predictions:
     classes: Mapping[str, Plane]
     hematoxylin: Plane
     eosin: Plane
-    card: Card
+    card: Card = field(repr=False)
     mpp: Mpp
     level0_per_pixel: tuple[float, float]
     level0: Size
@@ -157,7 +159,7 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
     layout = SlideLayout(folder.parent.parent, folder.name)
     path = layout.predictions_zarr
     if not (path / "zarr.json").is_file():
-        raise InputError(f"{path}: is not there; give a slide's folder (out/slides/ID) of a run that kept predictions")
+        raise InputError(f"{folder}: holds no predictions; give out/slides/ID of a run that kept predictions")
     try:
         array = PredictionStore.open(path, read_only=True).array
         about = array.attrs

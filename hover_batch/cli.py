@@ -29,6 +29,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 all done · 1 internal error · 2 faulty input, nothing was run · 3 some slides failed · "
     "4 nothing could be processed · 130 interrupted.",
     no_args_is_help=True,
+    suggest_commands=False,  # click does, and typer would say it again
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -56,7 +57,6 @@ def _example_in(folder: Path) -> Path:
 
 
 app.add_typer(models_app(_calibrated), name="models")
-app.command("compare")(compare_command(_judged, _example_in))
 app.command()(doctor)
 
 
@@ -105,7 +105,8 @@ CohortArgument = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    str | None, _option("--model", "Model package: `starter` or a .safetensors file.", Settings.model, _MODEL)
+    str | None,
+    _option("--model", "`starter`, a name that `models list` shows, or a .safetensors file.", Settings.model, _MODEL),
 ]
 UnitOption = Annotated[
     int | None,
@@ -429,6 +430,7 @@ def report(
 
 
 app.command()(view)
+app.command("compare")(compare_command(_judged, _example_in))
 
 
 def _example(output: Path) -> Path:

@@ -66,7 +66,7 @@ def _exported(
 ) -> Iterator[str]:
     """Write one slide's files, add each to `files`, and say so. SlideError where there is no good table."""
     if nuclei_if_done(slide) is None:
-        raise SlideError("is not done; segment's own command goes on with it")
+        raise SlideError("is not done; see failures.csv, or give segment's command again")
     nuclei = NucleiTable.open(slide.nuclei_parquet)
     for format, write in writers.items():
         path = slide.exported(format) if output is None else output / f"{slide.slide_id}.{format.suffix}"

@@ -99,7 +99,9 @@ def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple
     slide = layout.slide(record.slide_id)
     done = read_json(slide.slide_json)
     if done is None or "run_key" not in done:
-        raise SlideError(f"is not done in {layout.root}; finish it there by that run's own command")
+        raise SlideError(
+            f"is not done in {layout.root}; see failures.csv there, or finish it by that run's own command"
+        )
     store = read_json(slide.predictions_zarr / "zarr.json")
     if store is None:
         raise SlideError(

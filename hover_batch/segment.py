@@ -54,7 +54,8 @@ class Outcome:
     def closing_lines(self) -> list[str]:
         """Where the results lie, for stdout."""
         failed = len({failure.row for failure in self.failures})  # a faulty row may have several faults
-        lines = [f"{len(self.slides)} slides done, {failed} failed; summary: {self.layout.summary_csv}"]
+        done = len(self.slides)
+        lines = [f"{done} slide{'s' * (done != 1)} done, {failed} failed; summary: {self.layout.summary_csv}"]
         if self.model_busy is not None:
             lines.append(f"networks busy {self.model_busy:.0%} of the time from the first tile to the last")
         for slide in self.slides[:LISTED]:

@@ -391,7 +391,9 @@ def read_run(layout: RunLayout, folder: Path) -> dict[str, Any]:
     except ValueError:
         run = None
     if not isinstance(run, dict) or run.get("format") != RUN_FORMAT:
-        raise InputError(f"{folder}: no run's folder, it has no run.json of this program; give segment's --output")
+        raise InputError(
+            f"{folder}: no run's folder, it has no run.json of hover-batch; give the --output of `segment`"
+        )
     return run
 
 

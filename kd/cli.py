@@ -17,6 +17,7 @@ kd_app = typer.Typer(
     name="kd",
     help="Distil a student from a HoVerNet: annotated images → packages, scores, tables.",
     no_args_is_help=True,
+    suggest_commands=False,
     pretty_exceptions_enable=False,
 )
 for command in (prepare, teach, train, package, calibrate, sweep, evaluate, tables):

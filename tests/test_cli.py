@@ -81,6 +81,18 @@ def test_all_faults_of_all_rows_come_at_once(tile: Path, tmp_path: Path) -> None
         assert f"row {row}" in result.stderr
 
 
+@pytest.mark.parametrize("typed", [("segmnt",), ("models", "shwo"), ("kd", "trian")], ids=" ".join)
+def test_a_misspelt_command_is_guessed_once(typed: tuple[str, ...]) -> None:
+    result = run(*typed, env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and result.stderr.count("Did you mean") == 1
+
+
+def test_models_are_listed_of_a_folder_that_is_there(tmp_path: Path) -> None:
+    result = run("models", "list", tmp_path / "none")
+    assert result.exit_code == 2 and not result.stdout
+    assert "no such folder" in result.stderr
+
+
 def test_exactly_one_of_cohort_and_example(tmp_path: Path) -> None:
     for arguments in (["segment"], ["segment", "x.csv", "--example"]):
         result = run(*arguments, "-o", tmp_path / "out")
@@ -203,7 +215,7 @@ def test_a_row_left_out_for_its_slide_id_does_not_fail_the_one_that_has_it(tile:
     out = tmp_path / "out"
     result = run("segment", csv, "-o", out, "--skip-invalid")
     assert result.exit_code == 3
-    assert "1 slides done, 1 failed" in result.stdout
+    assert "1 slide done, 1 failed" in result.stdout
     assert [row["status"] for row in table(out / "summary.csv")] == ["done", ""]
     assert [row["status"] for row in table(out / "slides.csv")] == ["done"]
 
@@ -338,7 +350,7 @@ def test_a_run_goes_on_when_nobody_reads_its_progress(tile: Path, tmp_path: Path
     arguments = [*COMMAND, "segment", csv, "-o", tmp_path / "out"]
     done = subprocess.run(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=writer, text=True)
     os.close(writer)
-    assert done.returncode == 0 and "1 slides done, 0 failed" in done.stdout
+    assert done.returncode == 0 and "1 slide done, 0 failed" in done.stdout
 
 
 def test_an_output_whose_name_is_not_utf8(tile: Path, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_no_runs_folder(tmp_path: Path, kind: str) -> None:
     assert result.exit_code == 2 and not result.stdout
     assert (
         result.stderr
-        == f"Error: {folder}: no run's folder, it has no run.json of this program; give segment's --output\n"
+        == f"Error: {folder}: no run's folder, it has no run.json of hover-batch; give the --output of `segment`\n"
     )
 
 

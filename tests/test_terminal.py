@@ -106,7 +106,7 @@ def test_json_lines_for_schedulers(cohort: Path, tmp_path: Path) -> None:
     finished, failed = by_event["slide_done"], by_event["slide_failed"]
     assert (finished["level"], finished["slide_id"], finished["nuclei"]) == ("info", "tile", 0)
     assert (failed["level"], failed["slide_id"]) == ("error", "broken") and failed["reason"] in failed["message"]
-    assert "1 slides done, 1 failed" in done.stdout  # results stay as they are
+    assert "1 slide done, 1 failed" in done.stdout  # results stay as they are
     # What ends a run is a line, too, and the flag goes before the environment.
     arguments[3:] = ["segment", str(tmp_path / "none.csv"), "-o", str(tmp_path / "other"), "--log-format", "json"]
     ended = subprocess.run(

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -57,7 +58,8 @@ def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_ST
     with own_folder(Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())) as folder:
         try:
             with _talking_to(log):
-                _start(resources, object_store_bytes, folder)
+                with _coming_up(log):
+                    _start(resources, object_store_bytes, folder)
                 yield
         finally:
             ray.shutdown()
@@ -152,7 +154,8 @@ def joined(address: str, log: Path) -> Iterator[None]:
     try:
         with _talking_to(log):
             try:
-                ray.init(address=address, **_QUIET)
+                with _coming_up(log):
+                    ray.init(address=address, **_QUIET)
             except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and more
                 raise InputError(
                     f"--address {address}: no Ray cluster answers there ({error}); start one by `ray start --head`, "
@@ -211,3 +214,21 @@ class _LateFile(io.TextIOBase):
 def _talking_to(log: Path) -> contextlib.redirect_stdout[_LateFile]:
     """Ray's background thread prints what befalls its workers on stdout."""
     return contextlib.redirect_stdout(_LateFile(log))
+
+
+@contextlib.contextmanager
+def _coming_up(log: Path) -> Iterator[None]:
+    """Until its level is set, Ray's core writes past Python to descriptor 2. That goes to `log`, as lines of JSON may
+    be wanted on stderr; but not from a terminal, where bars are drawn meanwhile."""
+    if sys.stderr is None or os.isatty(2):
+        yield
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    stderr = os.dup(2)
+    try:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)

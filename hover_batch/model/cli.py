@@ -45,6 +45,7 @@ def models_app(calibrate: Calibrate) -> typer.Typer:
         name="models",
         help="List, import, check and describe model packages.",
         no_args_is_help=True,
+        suggest_commands=False,
         pretty_exceptions_enable=False,
     )
     app.command("list")(list_models)
@@ -182,6 +183,8 @@ def list_models(
     folder: Annotated[Path, typer.Argument(help="Where else to look for packages.")] = Path("."),
 ) -> None:
     """List the packages at hand and the published models that can be imported."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name one that holds .safetensors files")
     cached = [path.stem for path in cached_packages()]
     for name in ("starter", *cached, *map(str, sorted(folder.glob("*.safetensors")))):
         try:
@@ -241,7 +244,7 @@ def verify(
 def card(model: PackageArgument) -> None:
     """Print a package's card as Hugging Face has it: Markdown with YAML at its head.
 
-    hover-batch models card my-student.safetensors > README.md
+    hover-batch models card my-student.safetensors > my-repository/README.md
     """
     from hover_batch.model.hub_card import hub_card
 

@@ -108,7 +108,7 @@ def _chosen(layout: RunLayout, slide_id: str | None) -> SlideLayout:
     done = _some(name for name, slide in slides.items() if nuclei_if_done(slide) is not None)
     can = f"done are: {done}" if done else "none of the run's is done yet"
     if chosen is not None:
-        raise InputError(f"--slide {slide_id}: is not done; segment's own command goes on with it; {can}")
+        raise InputError(f"--slide {slide_id}: is not done; see failures.csv, or give segment's command again; {can}")
     if slide_id is not None:
         raise InputError(f"--slide {slide_id}: is no slide of this run; {can}")
     raise InputError(f"--slide ID must say which of the run's {len(slides):,} slides to look at; {can}")

@@ -55,8 +55,9 @@ def evaluate(
 ) -> None:
     """Score a package on annotated images.
 
-    Dice, AJI, DQ, SQ, PQ: means over images. bPQ, mPQ: means over tissues, as PanNuke-metrics has them. F_d and F_c:
-    over all nuclei. Where the classes of data and model differ, those that both have.
+    Dice, AJI, DQ, SQ, PQ: means over images. bPQ, mPQ: means over tissues, as PanNuke-metrics has them.
+
+    F_d and F_c: over all nuclei. Where the classes of data and model differ, those that both have.
     """
     folds = fold or ["test"]
     if beside and not panel:

@@ -1,12 +1,16 @@
-"""Ray's folder of a process that was killed goes with the next start, and nobody else's does."""
+"""Ray's folder of a process that was killed goes with the next start, and nobody else's does; what Ray says while it
+starts is no line of the run's."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-from hover_batch.executor.cluster import own_folder
+import pytest
+
+from hover_batch.executor.cluster import _coming_up, own_folder
 
 HOLD = """
 import sys
@@ -37,3 +41,15 @@ def test_what_a_killed_process_left_is_swept_and_what_lives_is_not(tmp_path: Pat
     with own_folder(tmp_path):
         assert not held.exists()
     assert others.is_dir() and (tmp_path / "hb-link").is_symlink()
+
+
+def test_what_ray_says_past_python_while_it_comes_up_goes_to_its_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "logs" / "ray.log"
+    for attempt in ("first", "second"):
+        with _coming_up(log):
+            os.write(2, f"{attempt}, of its core\n".encode())
+        os.write(2, f"{attempt}, of the run\n".encode())
+    assert log.read_text() == "first, of its core\nsecond, of its core\n"
+    assert capfd.readouterr().err == "first, of the run\nsecond, of the run\n"

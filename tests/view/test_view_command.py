@@ -43,7 +43,10 @@ def test_which_slide_must_be_said_and_known(tmp_path: Path, field: Field) -> Non
     assert f"--slide ID must say which of the run's 13 slides to look at; done are: {ten}\n" in refused(run)
     assert f"--slide ../s1: is no slide of this run; done are: {ten}\n" in refused(run, "--slide", "../s1")
     unfinished = refused(run, "--slide", "later")
-    assert f"--slide later: is not done; segment's own command goes on with it; done are: {ten}\n" in unfinished
+    assert (
+        f"--slide later: is not done; see failures.csv, or give segment's command again; done are: {ten}\n"
+        in unfinished
+    )
 
 
 def test_a_run_of_which_nothing_is_done_is_refused(tmp_path: Path, field: Field) -> None:

@@ -175,6 +175,8 @@ def test_contours_lie_on_the_slides_nuclei(viewed: Viewed, tmp_path: Path) -> No
 def test_a_nucleus_that_is_pointed_at_tells_its_row(viewed: Viewed) -> None:
     viewed.open()
     viewed.go_to(NUCLEUS)
+    viewed.browser.wait_for("document.querySelectorAll('#nucleus tr').length > 10")
+    assert viewed.row()["nucleus_id"] == str(NUCLEUS), "one that was gone to is marked"
     nucleus = viewed.table.iloc[NUCLEUS - 1]
     x, y = viewed.on_screen(nucleus.centroid_x, nucleus.centroid_y)
     viewed.point_at(x, y)

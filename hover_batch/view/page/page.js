@@ -35,7 +35,7 @@ function start(info) {
   viewer.canvas.append(canvas);
   const layer = new Layer(info, shown, canvas);
   const tiles = new Tiles(() => soon());
-  const pointer = { at: null, hit: null };
+  const pointer = { at: null, sought: null, hit: null }; // `sought`: what one went to, in level-0 pixels
   let last = "";
 
   function draw(changed) {
@@ -51,7 +51,8 @@ function start(info) {
     // For those who wait for it.
     document.body.dataset.drawn = near ? "contours" : "density";
     document.body.dataset.waiting = tiles.waiting;
-    const at = near && pointer.at && [(pointer.at[0] - place.x) / place.scale, (pointer.at[1] - place.y) / place.scale];
+    const under = pointer.at && [(pointer.at[0] - place.x) / place.scale, (pointer.at[1] - place.y) / place.scale];
+    const at = near && (pointer.sought ?? under);
     const hit = at ? layer.hit(at) : null;
     if (hit) layer.highlight(hit, place);
     if (hit?.id !== pointer.hit?.id) tell(hit, info);
@@ -82,6 +83,7 @@ function start(info) {
   });
   viewer.canvas.addEventListener("pointermove", (event) => {
     const frame = viewer.canvas.getBoundingClientRect();
+    pointer.sought = null;
     pointer.at = [event.clientX - frame.left, event.clientY - frame.top];
     soon();
   });
@@ -101,6 +103,8 @@ function start(info) {
     const wide = viewer.container.clientWidth / info.width; // pixels on the screen per level-0 pixel at zoom 1
     viewer.viewport.zoomTo(Math.max(viewer.viewport.getZoom(), (6 * SEEN_AT * info.mpp[0]) / NUCLEUS_UM / wide));
     viewer.viewport.panTo(new OpenSeadragon.Point(row.centroid_x / info.width, row.centroid_y / info.width));
+    pointer.sought = [row.centroid_x, row.centroid_y];
+    soon();
   });
 }
 
