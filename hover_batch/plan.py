@@ -77,9 +77,8 @@ class Plan:
 
     def lines(self, settings: Settings, card: Card) -> list[str]:
         """The plan in words. Tissue is found in the run, so that all figures are upper bounds: the whole canvas."""
-        lines = [
-            f"{self.cohort.source}: {len(self.slides)} slide{'s' * (len(self.slides) != 1)} to run with model {card.name}"
-        ]
+        count = len(self.slides)
+        lines = [f"{self.cohort.source}: {count} slide{'s' * (count != 1)} to run with model {card.name}"]
         lines += [f"  warning: {w}" for w in self.cohort.warnings]
         for slide in self.slides:
             if isinstance(slide.info, RemoteInfo):
