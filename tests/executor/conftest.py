@@ -36,7 +36,7 @@ CPUS, GPUS = 3, 4
 
 SETTINGS = Settings(
     tissue=TissueSettings(tissue="all"),
-    infer=InferSettings(unit=256, batch=2, precision="fp32", threads=1, device="cpu"),
+    infer=InferSettings(unit=256, batch=2, precision="fp32", runtime="torch", threads=1, device="cpu"),
     engine=EngineSettings(backend="local"),
 )
 """Of the small cohorts: 16 units for a field of 1000² pixels."""
