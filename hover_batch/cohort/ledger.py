@@ -230,9 +230,10 @@ class Ledger:
             run = json.loads(self.layout.run_json.read_bytes())
         except FileNotFoundError:
             # Hidden files do not count: our lock, a killed write, or what a desktop leaves in any folder. The slides of
-            # --example are written before the run begins.
+            # --example are written before the run begins, and a cluster that is joined may have talked already.
             names = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
-            if names := [name for name in names if name != self.layout.example.name]:
+            before = (self.layout.example.name, self.layout.logs.name)
+            if names := [name for name in names if name not in before]:
                 raise InputError(
                     f"--output {root}: holds {names[0]} but no run.json, so it is no run's folder; name a new folder"
                 ) from None

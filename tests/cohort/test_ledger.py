@@ -363,11 +363,14 @@ def test_a_folder_that_is_no_run(tmp_path: Path, cohort: Cohort) -> None:
     assert tree(folder) == before
 
 
-def test_an_empty_folder_and_one_with_hidden_files_will_do(tmp_path: Path, cohort: Cohort) -> None:
-    (tmp_path / "out").mkdir()
+def test_a_folder_of_hidden_files_and_of_what_comes_before_a_run_will_do(tmp_path: Path, cohort: Cohort) -> None:
+    layout = RunLayout(tmp_path / "out")
+    layout.example.mkdir(parents=True)
+    layout.logs.mkdir()
+    layout.ray_log.write_bytes(b"said while its cluster was joined")
     (tmp_path / "out" / ".DS_Store").write_bytes(b"")
     (tmp_path / "out" / ".run.json.0123.partial").write_bytes(b"killed while it started")
-    run_once(RunLayout(tmp_path / "out"), cohort)
+    run_once(layout, cohort)
 
 
 # One process at a time
