@@ -24,6 +24,7 @@ from hover_batch.model.fold import folded
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
 from hover_batch.model.margins import without_margin
 from hover_batch.model.package import Card, Package, load_network
+from hover_batch.model.upsampling import upsampling_merged
 
 STAIN_FROM_OD = torch.tensor(hed_from_rgb[:, :2], dtype=torch.float32)
 """Optical densities of R, G, B → hematoxylin and eosin (Ruifrok and Johnston 2001, as scikit-image has them)."""
@@ -48,7 +49,10 @@ class Predictor:
         """Held by whoever predicts: one batch at a time, so that callers' threads share the device fairly."""
         if self.device.type == "cpu":
             torch.set_num_threads(settings.threads or torch.get_num_threads())
-        self.network: nn.Module = without_margin(on_device(network, self.device), card.tile_in, card.tile_out)
+        network = on_device(network, self.device)
+        if settled.runtime == "openvino":  # torch's transposed convolutions round by the number of threads
+            network = upsampling_merged(network)
+        self.network: nn.Module = without_margin(network, card.tile_in, card.tile_out)
         if settled.runtime == "openvino":
             from hover_batch.model.openvino import OpenVinoNetwork
 
