@@ -5,9 +5,9 @@
 
 `network`: the starter, and HoVerNet-fast with random weights, as `segment` calls them: tiles in as bytes, maps out as
 bytes, copies and quantisation included. Every batch with every precision; at the first batch and precision also the
-other runtimes, larger tiles with the same margin, and what it would take without two savings: normalisations that are
-not folded into convolutions, margins that are computed in full. All in alternation; medians. `--networks starter`
-leaves HoVerNet out, which is slow on a CPU.
+other runtimes, larger tiles with the same margin, and what it would take without one of the savings: normalisations
+taken into convolutions, margins left out, upsampling done by the convolution behind it. All in alternation; medians.
+`--networks starter` leaves HoVerNet out, which is slow on a CPU.
 
 `slide`: a synthetic slide of side² pixels, tissue on a quarter of it, by `segment` with the flags behind `--`: seconds
 a mm² of tissue, and the share of the time in which the networks computed.
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,14 @@ TISSUE = 0.25
 MPP = 0.25
 
 
+SAVINGS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
+    "folding": ("folded", nn.Module.eval),
+    "leaving the margin out": ("without_margin", lambda network, *_: network),
+    "merged upsampling": ("upsampling_merged", lambda network: network),
+}
+"""What each is called in `predict`, and what does without it."""
+
+
 @dataclass(frozen=True)
 class Way:
     """One way to compute one network."""
@@ -54,10 +62,8 @@ class Way:
     runtime: str = "torch"
     tile: int = 0
     """Side of the tiles that go in; 0: the card's."""
-    folded: bool = True
-    """Normalisations in their convolutions."""
-    margins: bool = False
-    """Computed in full, though they are thrown away."""
+    without: str = ""
+    """The saving that is not made, of SAVINGS."""
 
 
 def ways(
@@ -68,12 +74,20 @@ def ways(
             for batch in batches:
                 yield Way(network, batch, precision)
         first = Way(network, batches[0], precisions[0])
-        yield replace(first, folded=False)
-        yield replace(first, margins=True)
-        for runtime in runtimes:
-            yield replace(first, runtime=runtime)
+        for runtime in ("torch", *runtimes):
+            if runtime != "torch":
+                yield replace(first, runtime=runtime)
+            if runtime != "compile":
+                yield from (replace(first, runtime=runtime, without=saving) for saving in savings(network, runtime))
         for tile in tiles:
             yield replace(first, tile=tile)
+
+
+def savings(network: str, runtime: str) -> Iterator[str]:
+    """Those that are made for this network with this runtime."""
+    for saving in SAVINGS:
+        if saving == "folding" or (network == "starter" and (saving != "merged upsampling" or runtime == "openvino")):
+            yield saving
 
 
 def predictor_of(way: Way, sides: dict[str, Side], device: str) -> predict.Predictor:
@@ -88,10 +102,8 @@ def predictor_of(way: Way, sides: dict[str, Side], device: str) -> predict.Predi
         batch=way.batch,
     )
     with contextlib.ExitStack() as without:
-        if not way.folded:
-            without.enter_context(patch.object(predict, "folded", nn.Module.eval))
-        if way.margins:
-            without.enter_context(patch.object(predict, "without_margin", lambda network, *_: network))
+        if way.without:
+            without.enter_context(patch.object(predict, *SAVINGS[way.without]))
         return predict.Predictor(side.network, card, settings)
 
 
@@ -122,20 +134,19 @@ def network(arguments: argparse.Namespace) -> dict[str, Any]:
                 "precision": predictor.precision,
                 "runtime": way.runtime,
                 "tile": predictor.card.tile_in,
-                "folded": way.folded,
-                "margins": way.margins,
+                "without": way.without,
                 "tiles_per_second": way.batch / second,
                 "us_per_kept_pixel": second / kept * 1e6,
                 "mm2_per_second": kept * (predictor.card.mpp / 1000) ** 2 / second,
             }
         )
     firsts = {row["network"]: row["us_per_kept_pixel"] for row in reversed(rows)}
-    print(f"{'':60} {'tiles/s':>9} {'µs/px':>8} {'mm²/s':>8} {'÷ first':>8}")
+    print(f"{'':80} {'tiles/s':>9} {'µs/px':>8} {'mm²/s':>8} {'÷ first':>8}")
     for row in rows:
         says = f"{row['network']}, {row['batch']} tiles of {row['tile']}, {row['precision']} by {row['runtime']}"
-        says += ("" if row["folded"] else ", not folded") + (", with margins" if row["margins"] else "")
+        says += f", without {row['without']}" if row["without"] else ""
         print(
-            f"{says:60} {row['tiles_per_second']:9.2f} {row['us_per_kept_pixel']:8.3f} {row['mm2_per_second']:8.4f} "
+            f"{says:80} {row['tiles_per_second']:9.2f} {row['us_per_kept_pixel']:8.3f} {row['mm2_per_second']:8.4f} "
             f"{row['us_per_kept_pixel'] / firsts[row['network']]:8.2f}"
         )
     return {"device": device_name(arguments.device), "ways": rows}
