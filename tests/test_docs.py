@@ -30,22 +30,12 @@ from hover_batch.view.server import Server
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = [page.name for page in PAGES if page.parent.name == "docs"]
+RANDOM = ("--encoder-weights", "random")
 QUICK = {
     "kd train": ["--max-steps", "1", "--size", "64", "--batch", "2", "--threads", "1"],
-    "kd train --preset": ["--encoder", "mit_b0", "--encoder-weights", "random"],
-    "kd sweep": [
-        "--",
-        "--max-steps",
-        "1",
-        "--size",
-        "64",
-        "--batch",
-        "2",
-        "--threads",
-        "1",
-        "--encoder-weights",
-        "random",
-    ],
+    "kd train --preset": ["--encoder", "mit_b0", *RANDOM],
+    "kd train --model": ["--size", "128", "--width", "8"],
+    "kd sweep": [*("--threads", "1", "--", "--max-steps", "1", "--size", "64", "--batch", "2"), *RANDOM],
     "kd evaluate": ["--threads", "1"],
     "compare": ["--side", "128", "--per-slide", "1", "--repeats", "1", "--batches", "1"],
 }
