@@ -231,9 +231,9 @@ class Ledger:
         except FileNotFoundError:
             # Hidden files do not count: our lock, a killed write, or what a desktop leaves in any folder. The slides of
             # --example are written before the run begins, and a cluster that is joined may have talked already.
-            names = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
-            before = (self.layout.example.name, self.layout.logs.name)
-            if names := [name for name in names if name not in before]:
+            before = [path for path in (self.layout.example, self.layout.logs) if path.is_dir()]
+            there = (entry for entry in root.iterdir() if not entry.name.startswith(".") and entry not in before)
+            if names := sorted(entry.name for entry in there):
                 raise InputError(
                     f"--output {root}: holds {names[0]} but no run.json, so it is no run's folder; name a new folder"
                 ) from None

@@ -1,4 +1,4 @@
-"""A decoder's upsampling and the convolution behind it, as one: a quarter of a student's work less.
+"""A decoder's upsampling and the convolution behind it, as one: of the starter's products a quarter less.
 
 Where each pixel is doubled along both axes, the nine taps of a 3 × 3 convolution fall on four different pixels. With
 the weights of those that fall together added up, the two are a transposed convolution of 4 × 4 at stride 2, which has

@@ -7,6 +7,8 @@ import segmentation_models_pytorch as smp
 import torch
 from random_weights import randomise
 
+from hover_batch.model.cost import cost_of
+from hover_batch.model.package import find_package, load_network
 from hover_batch.model.student import StudentArch, build_student
 from hover_batch.model.teacher import TeacherArch, build_teacher
 from hover_batch.model.upsampling import upsampling_merged
@@ -22,6 +24,13 @@ def test_the_output_is_the_same(encoder: str) -> None:
     wanted = network(image)
     assert wanted.std() > 0.01
     torch.testing.assert_close(merged(image), wanted)
+
+
+def test_a_quarter_of_the_starters_products_are_not_made() -> None:
+    starter = find_package("starter")
+    network = load_network(starter)
+    plain, merged = (cost_of(n, starter.card).macs_per_kept_pixel for n in (network, upsampling_merged(network)))
+    assert merged / plain == pytest.approx(0.77, abs=0.01)
 
 
 def test_other_networks_stay_as_they_are() -> None:
