@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.model.heads import NP, Heads
-from kd.crops import Teacher
+from kd.crops import Teacher, targets_of
 from kd.datasets import Sample
+from kd.losses import UNKNOWN
 
 FILE = "class_weights.json"
 
@@ -31,8 +32,7 @@ Weights = dict[str, dict[str, list[float]]]
 
 def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | None, folder: Path) -> Weights:
     """The weights for the annotations and for a teacher's preferred classes; kept in `folder`, since a teacher's
-    outputs take long to read. Types are counted where they are annotated; nuclei without a class count nowhere, as they
-    teach nothing."""
+    outputs take long to read. Pixels from which a branch learns nothing do not count."""
     digest = hashlib.sha256(f"{n_types} {teacher.sha256 if teacher else ''}".encode())
     for sample in samples:
         digest.update(sample.image_sha256.encode())
@@ -65,10 +65,9 @@ def by_rarity(counts: NDArray[np.int64]) -> list[float]:
 def _annotated(samples: Sequence[Sample], n_types: int) -> dict[str, list[float]]:
     nuclei, types = np.zeros(2, np.int64), np.zeros(n_types, np.int64)
     for sample in samples:
-        nuclei += np.bincount((sample.instances > 0).ravel(), minlength=2)
-        if sample.types is not None:
-            named = (sample.types > 0) | (sample.instances == 0)
-            types += np.bincount(sample.types[named], minlength=n_types)
+        has_nucleus, type_ids = targets_of(sample.instances, sample.types, sample.source)
+        nuclei += np.bincount(has_nucleus[has_nucleus != UNKNOWN], minlength=2)
+        types += np.bincount(type_ids[type_ids != UNKNOWN], minlength=n_types)
     return {"np": by_rarity(nuclei), "tp": by_rarity(types)}
 
 

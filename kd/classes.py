@@ -24,6 +24,12 @@ CODES: dict[str, dict[str, tuple[str, str]]] = {
         "muscle": ("spindle", "connective"),
         "endothelial": ("spindle", "connective"),
     },
+    "monusac": {
+        "epithelial": ("epithelial", ""),
+        "lymphocyte": ("inflammatory", "inflammatory"),
+        "macrophage": ("", ""),
+        "neutrophil": ("inflammatory", "inflammatory"),
+    },
     "pannuke": {
         "neoplastic": ("epithelial", "neoplastic"),
         "inflammatory": ("inflammatory", "inflammatory"),
@@ -34,8 +40,15 @@ CODES: dict[str, dict[str, tuple[str, str]]] = {
 }
 """Source → its classes in the order of their codes from 1 → the name among CONSEP's and among PANNUKE's classes.
 
-To CONSEP as HoVerNet merges (Graham et al. 2019, section 4.1). CoNSeP's `other` (dead, dividing, unclear) is none of
-PANNUKE's classes: such nuclei are nuclei without a class. Types of sources that are not listed are not read."""
+To CONSEP as HoVerNet merges (Graham et al. 2019, section 4.1). An empty name: the taxonomy has no class for it, so such
+nuclei teach no class. CoNSeP's `other` (dead, dividing, unclear) is none of PANNUKE's classes. MoNuSAC's epithelial
+nuclei are benign and malignant alike, which PANNUKE tells apart; its macrophages are outlined as whole cells. Types of
+sources that are not listed are not read."""
+
+PARTIAL = frozenset({"monusac", "nucls"})
+"""Sources that outline only some of the nuclei: what they leave out is not background, so they teach classes alone, and
+neither PQ nor precision can be measured on them. MoNuSAC outlines four types of cells; NuCLS some, often
+by rectangles."""
 
 
 def class_ids(codes: NDArray[np.integer], source: str, taxonomy: Taxonomy, where: str) -> NDArray[np.uint8] | None:

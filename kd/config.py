@@ -10,8 +10,18 @@ from typing import Any, Literal
 
 from hover_batch.errors import InputError
 
-STARTER_SHARES = {"consep": 0.5, "monuseg": 0.35, "tnbc": 0.15}
-"""Share of the crops that each source gives where the data hold these three and no shares are given."""
+STARTER_SHARES = {
+    "consep": 0.29,
+    "monuseg": 0.27,
+    "nuinsseg": 0.19,
+    "monusac": 0.07,
+    "tnbc": 0.06,
+    "gbm40": 0.04,
+    "lgg_tcga": 0.04,
+    "cpm15": 0.03,
+    "dsb2018": 0.01,
+}
+"""Share of the crops that each source gives to the starter."""
 
 SIDES = {"unet": (256, 64, 32, 0), "hovernet-fast": (256, 128, 8, 0), "hovernet-original": (270, 222, 8, 6)}
 """By model: the crops' default side, the smallest, and what a side leaves (last) when divided by the third."""
@@ -19,6 +29,14 @@ SIDES = {"unet": (256, 64, 32, 0), "hovernet-fast": (256, 128, 8, 0), "hovernet-
 PRESETS: dict[str, dict[str, Any]] = {
     # This project's recipe, for hours on a CPU; the defaults of TrainConfig.
     "quick": {},
+    # The same as the packaged starter was trained: from ImageNet weights, on nine sources, for most of a day on a CPU.
+    "starter": {
+        "encoder": "tu-tf_efficientnet_lite0",
+        "encoder_weights": "imagenet",
+        "encoder_lr": 3e-4,
+        "steps": 20_000,
+        "sources": STARTER_SHARES,
+    },
     # HoVer-UNet (arXiv 2311.12553), with its best student. What the paper does not state as far as we know (batch,
     # epochs, clipping, turns and flips) is ours.
     "paper": {
@@ -36,6 +54,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "plateau",
         "early_stop": 10,
         "class_weights": True,
+        "dice_over": "sum",
+        "np_weight": 1.0,
+        "tp_weight": 1.0,
         "augmentation": "turns",
     },
 }
@@ -84,6 +105,13 @@ class TrainConfig:
     """elements: the mean over pixels and classes, which divides by the number of classes once more."""
     class_weights: bool = False
     """Whether cross-entropies are weighted by the rarity of the classes in the training data."""
+    dice_over: Literal["present", "sum"] = "present"
+    """The Dice loss: mean over the classes that a batch holds, or sum over all classes, as HoVerNet has it."""
+    np_weight: float = 3.0
+    """Weight of the terms of the branch np in the loss, likewise hv and tp. Summed plainly, np has a twentieth of the
+    gradient at the decoder's output, although the foreground is what students find hardest."""
+    hv_weight: float = 1.0
+    tp_weight: float = 0.5
     size: int = 0
     """Side of the training crops in pixels at 0.25 µm; 0: the model's own."""
     batch: int = 8
@@ -96,11 +124,14 @@ class TrainConfig:
     """Stop there, for a trial; the same settings without it go on. 0: never."""
     optimizer: Literal["adamw", "adam"] = "adamw"
     lr: float = 8e-4
+    encoder_lr: float | None = None
+    """Learning rate of the U-Net's encoder; None: `lr`. Lower for an encoder that has been trained before."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     schedule: Literal["cosine", "plateau"] = "cosine"
     """cosine: warm-up, then down to zero at the last step · plateau: by the validation loss."""
-    warmup: int = 300
+    warmup: int | None = None
+    """Steps over which the rate rises to `lr`; None: a tenth of all, at most 300."""
     plateau_patience: int = 5
     plateau_factor: float = 0.1
     plateau_delta: float = 1e-4
@@ -138,8 +169,17 @@ class TrainConfig:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if not self.steps and not self.epochs:
             raise InputError(f"--steps 0: the preset {self.preset} counts steps, not epochs; give at least 1")
-        if not 0 < self.lr < 1:
-            raise InputError(f"--lr {self.lr}: must lie between 0 and 1")
+        for name in ("lr", "encoder_lr"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < 1:
+                raise InputError(f"--{name.replace('_', '-')} {rate}: must lie between 0 and 1")
+        if self.encoder_lr is not None and self.model != "unet":
+            raise InputError(f"--encoder-lr: {self.model} is trained at one rate; give --lr alone")
+        if self.warmup is not None and self.warmup < 0:
+            raise InputError(f"--warmup {self.warmup}: must not be negative")
+        for name in ("np_weight", "hv_weight", "tp_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a number from 0 on")
         if self.width < 8 or self.width % 8:
             raise InputError(f"--width {self.width}: must be a multiple of 8")
         if math.isnan(self.alpha):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.augment import LABEL_MARGIN, random_view
-from kd.config import STARTER_SHARES, TrainConfig
+from kd.classes import PARTIAL
+from kd.config import TrainConfig
 from kd.datasets import Sample, folds_of
-from kd.losses import Targets
+from kd.losses import UNKNOWN, Targets
 from kd.targets import hv_targets
 
 OUTPUTS_KEPT = 32
@@ -63,14 +65,13 @@ def open_teacher(path: Path, taxonomy: Taxonomy) -> Teacher:
 def source_shares(config: TrainConfig, samples: Sequence[Sample]) -> dict[str, float]:
     """Share of the crops that each source gives, in their order, with a sum of 1.
 
-    As configured; else, where the data hold the starter's three sources, these alone in the starter's shares; else
-    all in proportion to their area. InputError where a source has no image.
+    As configured, else all in proportion to their area. InputError where a source has no image.
     """
     areas: dict[str, float] = {}
     for sample in samples:
         areas[sample.source] = areas.get(sample.source, 0.0) + sample.instances.size
     configured = dict(sorted((config.sources or {}).items()))  # crops must not depend on the order of --source
-    given = configured or (STARTER_SHARES if STARTER_SHARES.keys() <= areas.keys() else areas)
+    given = configured or areas
     for source in given:
         if source not in areas:
             raise InputError(f"--source {source}: no training image of it in {config.data}")
@@ -83,8 +84,9 @@ def source_shares(config: TrainConfig, samples: Sequence[Sample]) -> dict[str, f
 class Crops(Dataset[tuple[Tensor, ...]]):
     """Crop i, for every i below `n`: its source, image and view are drawn from (seed, i, …).
 
-    An item: image (3, y, x) uint8 and, of its central part `cut` pixels narrower on each side, np, hv, tp, has_types
-    as in `Targets`, and with a teacher its output (c, y, x).
+    An item: image (3, y, x) uint8 and, of its central part `cut` pixels narrower on each side, np, hv, tp as in
+    `Targets`, and with a teacher its output (c, y, x). An image smaller than a crop is mirrored beyond its edges, and
+    nothing is learnt there.
     """
 
     def __init__(
@@ -107,19 +109,13 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         # Larger images hold more distinct crops, and are drawn in proportion to their area.
         areas = [np.array([samples[row].instances.size for row in rows], float) for rows in self.rows]
         self.odds = [area / area.sum() for area in areas]
-        if small := [s for s in samples if min(s.instances.shape) < config.size]:
-            height, width = small[0].instances.shape
-            raise InputError(
-                f"--size {config.size}: {len(small)} of {len(samples)} images are smaller, the first {small[0].id} of "
-                f"{small[0].source} with {height} × {width} px, and what lies beyond is not annotated; give a smaller "
-                "--size, or other sources by --source"
-            )
         if teacher is not None and (untaught := [s for s in samples if not teacher.covers(s)]):
             raise InputError(
                 f"--teacher {config.teacher}: no output for {len(untaught)} of {len(samples)} images, the first "
                 f"{untaught[0].id}; run `hover-batch kd teach` on these images first"
             )
         self.outputs = None if teacher is None else lru_cache(OUTPUTS_KEPT)(lambda i: teacher.logits(samples[i]))
+        self.padded = [_padded(sample, config.size) for sample in samples]
 
     def __len__(self) -> int:
         return self.n
@@ -128,20 +124,39 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         rng = np.random.default_rng((self.config.seed, i, *self.seed))
         k = rng.choice(len(self.shares), p=self.shares)
         row = self.rows[k][rng.choice(len(self.rows[k]), p=self.odds[k])]
-        sample = self.samples[row]
-        outputs = None if self.outputs is None else self.outputs(row)
+        sample = self.padded[row]
+        outputs = None if self.outputs is None else _padded_planes(self.outputs(row), self.config.size)
         view = random_view(sample, self.config.size, rng, self.kind, outputs)
-        hv = _inner(hv_targets(view.instances), LABEL_MARGIN + self.cut)
+        margin = LABEL_MARGIN + self.cut
+        instances = _inner(view.instances, margin)
+        nuclei, types = targets_of(
+            instances, None if sample.types is None else _inner(view.types, margin), sample.source
+        )
         item = (
             torch.from_numpy(view.image).permute(2, 0, 1),
-            torch.from_numpy((_inner(view.instances, LABEL_MARGIN + self.cut) > 0).astype(np.int64)),
-            torch.from_numpy(np.ascontiguousarray(hv)),
-            torch.from_numpy(_inner(view.types, LABEL_MARGIN + self.cut).astype(np.int64)),
-            torch.tensor(sample.types is not None),
+            torch.from_numpy(nuclei),
+            torch.from_numpy(np.ascontiguousarray(_inner(hv_targets(view.instances), margin))),
+            torch.from_numpy(types),
         )
         if view.planes is None:
             return item
         return (*item, torch.from_numpy(np.ascontiguousarray(_inner(view.planes, self.cut))))
+
+
+def targets_of(
+    instances: NDArray[np.int32], types: NDArray[np.uint8] | None, source: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What the branches np and tp can learn from annotations, both (y, x): as `Targets` has them.
+
+    instances (y, x), UNKNOWN beyond the image; types (y, x), 0 on nuclei without a class, or None. Where a source
+    outlines only some of the nuclei, the rest of its pixels is not background: it teaches the classes of those alone.
+    """
+    partial = source in PARTIAL
+    nuclei = np.full(instances.shape, UNKNOWN, np.int64) if partial else np.sign(instances).astype(np.int64)
+    if types is None:
+        return nuclei, np.full(instances.shape, UNKNOWN, np.int64)
+    typed = (types > 0) if partial else (types > 0) | (instances == 0)
+    return nuclei, np.where(typed & (instances != UNKNOWN), types, UNKNOWN).astype(np.int64)
 
 
 def training_crops(
@@ -187,6 +202,31 @@ def batches(crops: Crops, batch: int, device: torch.device, first: int = 0) -> I
             raise InputError(said.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from None
         scaled = image.to(device, memory_format=torch.channels_last).float() / 255
         yield scaled, Targets(*(t.to(device) for t in targets))
+
+
+def _padding(height: int, width: int, size: int) -> list[tuple[int, int]]:
+    """By how many pixels an image is to be padded at its ends, along y and x, to be as large as a crop."""
+    missing = (max(0, size - height), max(0, size - width))
+    return [(n // 2, n - n // 2) for n in missing]
+
+
+def _padded(sample: Sample, size: int) -> Sample:
+    """The image mirrored beyond its edges to at least `size` pixels a side, its instances UNKNOWN there."""
+    padding = _padding(*sample.instances.shape, size)
+    if not np.any(padding):
+        return sample
+    return replace(
+        sample,
+        image=np.pad(sample.image, [*padding, (0, 0)], mode="symmetric"),
+        instances=np.pad(sample.instances, padding, constant_values=UNKNOWN),
+        types=None if sample.types is None else np.pad(sample.types, padding),
+    )
+
+
+def _padded_planes(planes: NDArray[np.float16], size: int) -> NDArray[np.float16]:
+    """A teacher's output (c, y, x), NaN beyond its edges, as `_padded` pads its image."""
+    padding = _padding(*planes.shape[1:], size)
+    return np.pad(planes, [(0, 0), *padding], constant_values=np.nan) if np.any(padding) else planes
 
 
 def _inner(planes: NDArray[Any], margin: int) -> NDArray[Any]:

@@ -20,14 +20,26 @@ from hover_batch.model.teacher import HoVerNet
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import Taxonomy
 from kd.calibrate import calibrate
+from kd.classes import PARTIAL
 from kd.datasets import MPP, read_data
 from kd.evaluate import evaluate
 from kd.samples import hashes_of
 from kd.start import build_network
 from kd.state import contents, read_checkpoint
 
-NONCOMMERCIAL = {"consep": "CoNSeP", "monuseg": "MoNuSeg", "tnbc": "TNBC", "pannuke": "PanNuke"}
-"""Sources for which weights trained on them are given away under CC BY-NC-SA 4.0 here, and their proper names."""
+OPEN = {"tnbc": "TNBC", "nuinsseg": "NuInsSeg", "dsb2018": "DSB 2018"}
+"""Sources under CC BY 4.0 or CC0, and their proper names: weights trained on these alone are under CC BY 4.0."""
+KNOWN = OPEN | {
+    "consep": "CoNSeP",
+    "monuseg": "MoNuSeg",
+    "pannuke": "PanNuke",
+    "monusac": "MoNuSAC",
+    "gbm40": "GBM40",
+    "lgg_tcga": "LGG-TCGA",
+    "cpm15": "CPM-15",
+}
+"""Sources for which weights trained on them are under CC BY-NC-SA 4.0 here: with those of OPEN some that say so, and
+some that state no licence but are given for research."""
 NOT_CALIBRATED = "none, for want of validation images: the Sobel constants are the starter's"
 TILE = (320, 256)
 """Sides of what a student's package reads and keeps: the margin of 32 px is one step of the deepest features."""
@@ -84,10 +96,10 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
 
     how: dict[str, Any] | str = NOT_CALIBRATED
     constants = SobelConstants.from_json(find_package("starter").card.sobel)
-    if splits["val"]:
-        print(f"calibrating on {len(splits['val'])} images of {', '.join(folds['val'])}", flush=True)
-        found = calibrate(maps_of, splits["val"])
-        constants, how = found.constants, {**found.to_json(), "saw": hashes_of(splits["val"])}
+    if whole := [s for s in splits["val"] if s.source not in PARTIAL]:
+        print(f"calibrating on {len(whole)} images of {', '.join(folds['val'])}", flush=True)
+        found = calibrate(maps_of, whole)
+        constants, how = found.constants, {**found.to_json(), "saw": hashes_of(whole)}
     scores = {}
     for part, samples in splits.items():
         print(f"scoring {len(samples)} images of {', '.join(folds[part])}", flush=True)
@@ -99,7 +111,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     save_package(out, network, card, half=student)
-    return "\n".join([str(out), *([] if splits["val"] else [f"calibration: {how}"]), *_lines(scores)])
+    return "\n".join([str(out), *([] if whole else [f"calibration: {how}"]), *_lines(scores)])
 
 
 def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
@@ -107,9 +119,9 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
 
     Raises InputError where there is no such image.
     """
-    samples = read_data(data, ["val"]).samples
+    samples = [s for s in read_data(data, ["val"]).samples if s.source not in PARTIAL]
     if not samples:
-        raise InputError(f"--calibrate {data}: has no image of the fold val")
+        raise InputError(f"--calibrate {data}: has no image of the fold val whose nuclei are all outlined")
     predictor = Predictor(network, card, InferSettings(batch=batch_of(card)))
     found = calibrate(lambda image: predict_image(predictor, image), samples)
     how = {**found.to_json(), "data": contents(samples), "saw": hashes_of(samples), "precision": predictor.precision}
@@ -118,9 +130,10 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
 
 def _licence(sources: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> str:
     """What follows from the sources, and from the teacher if there is one."""
-    if sources.keys() <= NONCOMMERCIAL.keys():
-        names = [name for source, name in NONCOMMERCIAL.items() if source in sources]
-        terms = f"CC BY-NC-SA 4.0, research only: trained on {_list(names)}"
+    if sources.keys() <= KNOWN.keys():
+        names = _list([KNOWN[source] for source in sorted(sources)])
+        free = sources.keys() <= OPEN.keys()
+        terms = f"{'CC BY 4.0' if free else 'CC BY-NC-SA 4.0, research only'}: trained on {names}"
     else:
         terms = f"as its data's: trained on {_list(sorted(sources))}; see their licences before giving it away"
     return terms if teacher is None else f"{terms}; distilled from {teacher['name']} ({teacher['licence']})"
@@ -131,8 +144,8 @@ def _note(sources: Mapping[str, Mapping[str, int]]) -> str:
     notes = []
     if "consep" in sources:
         notes.append("CoNSeP's tiles are split by tile: patients may be shared between splits.")
-    untyped = [NONCOMMERCIAL.get(s, s) for s, entry in sources.items() if not entry["typed"]]
-    typed = [NONCOMMERCIAL.get(s, s) for s, entry in sources.items() if entry["typed"]]
+    untyped = [KNOWN.get(s, s) for s, entry in sources.items() if not entry["typed"]]
+    typed = [KNOWN.get(s, s) for s, entry in sources.items() if entry["typed"]]
     if untyped:
         alone = (
             f"the type branch saw {_list(typed)} alone" if typed else "the annotations taught the type branch nothing"

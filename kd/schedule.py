@@ -27,21 +27,24 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps:
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """Linear warm-up, then half a cosine to zero at step `steps`."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, steps - config.warmup)
+    warmup = min(300, steps // 10) if config.warmup is None else config.warmup
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Cosine:
-    """The rate is a function of the step; training ends with the last one."""
+    """The rate is a function of the step, in the proportions that the groups begin with; training ends with the last
+    step."""
 
     def __init__(self, config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> None:
         self.config, self.optimizer, self.steps = config, optimizer, steps
+        self.shares = [group["lr"] / config.lr for group in optimizer.param_groups]
 
     def before(self, step: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step, self.steps)
+        for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
+            group["lr"] = learning_rate(self.config, step, self.steps) * share
 
     def after(self, loss: float) -> bool:
         return True

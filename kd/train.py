@@ -120,7 +120,7 @@ def train(config: TrainConfig) -> nn.Module:
         log.step(done, stop, (time.monotonic() - started) / (done - since))
         whole = done % epoch_steps == 0 or done == steps
         if whole or done == stop:
-            row = {"step": float(done), "lr": float(optimizer.param_groups[0]["lr"])}
+            row = {"step": float(done), "lr": float(optimizer.param_groups[-1]["lr"])}
             row |= {"s_per_step": (time.monotonic() - started) / (done - since)}
             row |= {name: float(total) / counts[name] for name, total in sums.items()}
             if not math.isfinite(row["loss"]):
@@ -140,7 +140,11 @@ def train(config: TrainConfig) -> nn.Module:
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    encoder = set(model.encoder.parameters()) if config.encoder_lr else set()  # type: ignore[arg-type]  # smp.Unet's
+    groups = [{"params": [p for p in model.parameters() if p not in encoder], "lr": config.lr}]
+    if encoder:
+        groups.insert(0, {"params": list(model.encoder.parameters()), "lr": config.encoder_lr})  # type: ignore[union-attr, operator]
+    return kind(groups, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def _branch_weights(weights: dict[str, list[float]], device: torch.device) -> BranchWeights:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hover_batch.model.heads import HV, NP, Heads
 from kd.config import TrainConfig
 from kd.losses import (
+    UNKNOWN,
     BranchWeights,
     Loss,
     Targets,
@@ -26,14 +29,19 @@ from kd.losses import (
 )
 
 HEADS = Heads(3)
+ALL = torch.ones(2, 8, 8, dtype=torch.bool)
+"""Pixels that are known, of two images of 8 × 8."""
 
 
-def some_targets(dtype=torch.float64, has_types=(True, True)) -> Targets:
+def some_targets(dtype=torch.float64, typed=(True, True)) -> Targets:
+    """Targets of two images of 8 × 8; those that are not `typed` have no classes, and some other nuclei neither."""
     generator = torch.Generator().manual_seed(4)
     np_map = torch.randint(0, 2, (2, 8, 8), generator=generator)
     hv = torch.rand(2, 2, 8, 8, generator=generator, dtype=dtype) * 2 - 1
     tp = torch.randint(0, 3, (2, 8, 8), generator=generator)
-    return Targets(np_map, hv, tp, torch.tensor(has_types))
+    tp[(np_map == 1) & (tp == 0)] = UNKNOWN
+    tp[~torch.tensor(typed)] = UNKNOWN
+    return Targets(np_map, hv, tp)
 
 
 def some_output(requires_grad=False) -> Tensor:
@@ -46,7 +54,7 @@ def perfect_output(targets: Targets) -> Tensor:
     output = torch.zeros(2, HEADS.channels, 8, 8, dtype=torch.float64)
     output[:, NP] = 50.0 * torch.nn.functional.one_hot(targets.np, 2).movedim(-1, 1)
     output[:, HV] = targets.hv
-    output[:, HEADS.tp] = 50.0 * torch.nn.functional.one_hot(targets.tp, 3).movedim(-1, 1)
+    output[:, HEADS.tp] = 50.0 * torch.nn.functional.one_hot(targets.tp.clamp(min=0), 3).movedim(-1, 1)
     return output
 
 
@@ -71,6 +79,13 @@ def test_dice_counts_a_class_that_is_absent_as_won_if_it_is_not_predicted():
     assert dice_loss(p, truth).item() == pytest.approx(0, abs=1e-12)
 
 
+def test_dice_over_the_classes_that_are_present():
+    truth = torch.tensor([0, 0, 1, UNKNOWN]).reshape(1, 1, 4)
+    p = torch.tensor([[0.6, 0.7, 0.2, 0.1], [0.3, 0.1, 0.7, 0.1], [0.1, 0.2, 0.1, 0.8]], dtype=torch.float64)
+    by_class = [1 - (2 * 1.3 + 1e-3) / (1.5 + 2 + 1e-3), 1 - (2 * 0.7 + 1e-3) / (1.1 + 1 + 1e-3)]
+    assert dice_loss(p.reshape(1, 3, 1, 4), truth, "present").item() == pytest.approx(sum(by_class) / 2)
+
+
 def test_kernels_are_odd_and_each_others_transpose():
     along_x, along_y = gradient_kernels(5, torch.zeros((), dtype=torch.float64))[:, 0]
     assert torch.equal(along_x, along_y.T)
@@ -84,22 +99,24 @@ def test_msge_of_a_ramp():
     slope = 0.05
     ramp = (slope * torch.arange(12, dtype=torch.float64)).expand(12, 12)
     hv = torch.stack([ramp, torch.zeros(12, 12, dtype=torch.float64)])[None]
-    nuclei = torch.zeros(1, 12, 12, dtype=torch.int64)
-    nuclei[:, 3:9, 4:8] = 1  # the kernel stays inside
-    loss = msge_loss(hv, torch.zeros_like(hv), nuclei)
+    nuclei = torch.zeros(1, 12, 12, dtype=torch.bool)
+    nuclei[:, 3:9, 4:8] = True  # the kernel stays inside
+    known = torch.ones_like(nuclei)
+    loss = msge_loss(hv, torch.zeros_like(hv), nuclei, known)
     assert loss.item() == pytest.approx((12 * slope) ** 2 / 2, rel=1e-6)
-    across = msge_loss(hv.transpose(2, 3), torch.zeros_like(hv), nuclei)  # h changing along y is not looked at
+    across = msge_loss(hv.transpose(2, 3), torch.zeros_like(hv), nuclei, known)  # h changing along y is not looked at
     assert across.item() == pytest.approx(0, abs=1e-12)
-    v = msge_loss(hv.transpose(2, 3).flip(1), torch.zeros_like(hv), nuclei.transpose(1, 2))
+    v = msge_loss(hv.transpose(2, 3).flip(1), torch.zeros_like(hv), nuclei.transpose(1, 2), known)
     assert v.item() == pytest.approx(loss.item())
 
 
 def test_msge_sees_neither_a_constant_error_nor_the_background():
     targets = some_targets()
-    nuclei = torch.zeros(2, 8, 8, dtype=torch.int64)
-    nuclei[:, 2:6, 2:6] = 1
-    assert msge_loss(targets.hv + 0.3, targets.hv, nuclei).item() == pytest.approx(0, abs=1e-12)
-    assert msge_loss(some_output()[:, HV], targets.hv, torch.zeros_like(nuclei)).item() == 0
+    nuclei = torch.zeros(2, 8, 8, dtype=torch.bool)
+    nuclei[:, 2:6, 2:6] = True
+    known = torch.ones_like(nuclei)
+    assert msge_loss(targets.hv + 0.3, targets.hv, nuclei, known).item() == pytest.approx(0, abs=1e-12)
+    assert msge_loss(some_output()[:, HV], targets.hv, ~known, known).item() == 0
 
 
 def test_a_perfect_output_costs_nothing():
@@ -119,7 +136,7 @@ def test_terms_of_an_output_without_opinion():
 
 def test_images_without_types_teach_the_type_branch_nothing():
     output = some_output(requires_grad=True)
-    terms = student_loss(output, some_targets(has_types=(False, True)), HEADS)
+    terms = student_loss(output, some_targets(typed=(False, True)), HEADS)
     torch.stack(list(terms.values())).sum().backward()
     assert output.grad is not None
     assert not output.grad[0, HEADS.tp].any()
@@ -128,14 +145,66 @@ def test_images_without_types_teach_the_type_branch_nothing():
 
 
 def test_a_batch_without_types_has_no_type_terms():
-    terms = student_loss(some_output(), some_targets(has_types=(False, False)), HEADS)
+    terms = student_loss(some_output(), some_targets(typed=(False, False)), HEADS)
     assert set(terms) == {"np_ce", "np_dice", "hv_mse", "hv_msge"}
+
+
+def test_a_batch_without_annotations_has_no_terms_and_a_loss_of_zero():
+    targets = some_targets(typed=(False, False))
+    targets.np.fill_(UNKNOWN)
+    output = some_output(requires_grad=True)
+    terms = Loss(HEADS, config_with(1.0))(output, targets)
+    terms["loss"].backward()
+    assert set(terms) == {"loss"} and terms["loss"] == 0
+    assert not output.grad.any()
+
+
+@pytest.mark.parametrize("dice_over", ["sum", "present"])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**16), share=st.floats(0.05, 0.95))
+def test_masked_pixels_change_no_gradient(dice_over, seed, share):
+    """What is drawn under the masks, in targets or in the network's own output, changes no other pixel's gradient, and
+    the masked pixels have none."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = taught(some_targets())
+    masked_np, masked_tp, masked_kd = torch.rand(3, 2, 8, 8, generator=generator) < share
+    masked = Targets(
+        targets.np.masked_fill(masked_np, UNKNOWN),
+        targets.hv,
+        targets.tp.masked_fill(masked_tp, UNKNOWN),
+        targets.teacher.masked_fill(masked_kd.unsqueeze(1), math.nan),
+    )
+    noise = torch.randn(2, HEADS.channels, 8, 8, generator=generator, dtype=torch.float64)
+    redrawn = replace(masked, hv=torch.where(masked_np.unsqueeze(1), noise[:, HV], masked.hv))
+    config = config_with(0.5, dice_over=dice_over)
+
+    def gradient(output: Tensor, of: Targets) -> Tensor:
+        output = output.clone().requires_grad_()
+        Loss(HEADS, config)(output, of)["loss"].backward()
+        assert output.grad is not None
+        return output.grad
+
+    output = some_output()
+    expected = gradient(output, masked)
+    assert torch.equal(gradient(output, redrawn), expected)
+    free = torch.zeros(2, HEADS.channels, 8, 8, dtype=torch.bool)  # masked in the student's loss and in the teacher's
+    free[:, :4], free[:, HEADS.tp] = (m[:, None] & masked_kd[:, None] for m in (masked_np, masked_tp))
+    assert not expected[free].any()
+    assert torch.allclose(gradient(torch.where(free, noise, output), masked), expected, atol=1e-12, rtol=0)
+
+
+def test_weights_of_the_branches():
+    output, targets = some_output(), some_targets()
+    terms = Loss(HEADS, config_with(1.0, np_weight=2.0, hv_weight=3.0, tp_weight=0.5))(output, targets)
+    by_branch = {b: sum(t for name, t in terms.items() if name.startswith(b)) for b in ("np_", "hv_", "tp_")}
+    expected = 2 * by_branch["np_"] + 3 * by_branch["hv_"] + 0.5 * by_branch["tp_"]
+    assert terms["loss"].item() == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize("name", ["np_ce", "np_dice", "hv_mse", "hv_msge", "tp_ce", "tp_dice"])
 def test_gradients(name):
     targets = some_targets()
-    small = Targets(targets.np[:, :5, :5], targets.hv[..., :5, :5], targets.tp[:, :5, :5], targets.has_types)
+    small = Targets(targets.np[:, :5, :5], targets.hv[..., :5, :5], targets.tp[:, :5, :5])
     output = some_output()[..., :5, :5].contiguous().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: student_loss(x, small, HEADS)[name], output)
 
@@ -162,23 +231,24 @@ def test_kl_by_hand():
     p = torch.tensor([0.7, 0.3], dtype=torch.float64).reshape(1, 2, 1, 1)
     q = torch.tensor([0.4, 0.6], dtype=torch.float64).reshape(1, 2, 1, 1)
     expected = 0.7 * math.log(0.7 / 0.4) + 0.3 * math.log(0.3 / 0.6)
-    assert kl_loss(q.log(), p.log()).item() == pytest.approx(expected)
-    assert kl_loss(q.log(), p.log(), mean="elements").item() == pytest.approx(expected / 2)
+    one = torch.ones(1, 1, 1, dtype=torch.bool)
+    assert kl_loss(q.log(), p.log(), one).item() == pytest.approx(expected)
+    assert kl_loss(q.log(), p.log(), one, mean="elements").item() == pytest.approx(expected / 2)
     # T = 2 takes the root of the probabilities, up to their sum
     roots = [[math.sqrt(a) / (math.sqrt(a) + math.sqrt(1 - a)) for a in (x, 1 - x)] for x in (0.7, 0.4)]
     expected = sum(a * math.log(a / b) for a, b in zip(*roots, strict=True))
-    assert kl_loss(q.log(), p.log(), 2).item() == pytest.approx(expected)
+    assert kl_loss(q.log(), p.log(), one, 2).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1, 3])
 def test_kl_of_the_teacher_itself_is_zero_and_so_is_its_gradient(temperature):
     teacher = some_teacher()
     student = teacher.clone().requires_grad_()
-    loss = kl_loss(student, teacher, temperature)
+    loss = kl_loss(student, teacher, ALL, temperature)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-12)
     assert student.grad.abs().max() < 1e-12
-    assert kl_loss(some_output(), teacher, temperature) > 0.01
+    assert kl_loss(some_output(), teacher, ALL, temperature) > 0.01
 
 
 def test_kl_at_high_temperature_is_the_squared_distance_of_the_logits():
@@ -187,8 +257,8 @@ def test_kl_at_high_temperature_is_the_squared_distance_of_the_logits():
     difference = z - teacher
     centred = difference - difference.mean(1, keepdim=True)
     limit = (centred.square().sum(1) / 6).mean().item()
-    assert (1e4**2 * kl_loss(z, teacher, 1e4)).item() == pytest.approx(limit, rel=1e-3)
-    assert kl_loss(z, teacher, 1e4).item() == pytest.approx(0, abs=1e-7)  # without the factor it vanishes
+    assert (1e4**2 * kl_loss(z, teacher, ALL, 1e4)).item() == pytest.approx(limit, rel=1e-3)
+    assert kl_loss(z, teacher, ALL, 1e4).item() == pytest.approx(0, abs=1e-7)  # without the factor it vanishes
 
 
 def test_distillation_from_oneself_costs_only_the_doubt():
@@ -247,7 +317,7 @@ def test_where_alpha_is_1_no_teacher_is_asked():
 def test_nuclei_without_a_class_teach_the_type_branch_nothing():
     """In another place than background: what the network says there changes nothing, and its gradient is zero."""
     targets = some_targets()
-    nameless = (targets.np == 1) & (targets.tp == 0)
+    nameless = targets.tp == UNKNOWN
     assert nameless.any()
     output = some_output(requires_grad=True)
     terms = student_loss(output, targets, HEADS)
@@ -260,7 +330,7 @@ def test_nuclei_without_a_class_teach_the_type_branch_nothing():
 
 def test_a_teacher_has_types_where_the_annotations_have_none():
     output = some_output(requires_grad=True)
-    targets = taught(some_targets(has_types=(False, False)))
+    targets = taught(some_targets(typed=(False, False)))
     Loss(HEADS, config_with(0.5))(output, targets)["loss"].backward()
     assert output.grad[:, HEADS.tp].abs().sum() > 0
 

@@ -27,10 +27,11 @@ def test_the_learning_rate_rises_then_falls_to_zero():
 
 
 def test_cosine_sets_the_optimisers_rate_and_never_stops():
-    held = optimizer(1.0)
+    held = optimizer(QUICK.lr)
+    held.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": QUICK.lr / 4})
     schedule = build_schedule(QUICK, held, 102)
     schedule.before(52)
-    assert held.param_groups[0]["lr"] == pytest.approx(5e-4)
+    assert [group["lr"] for group in held.param_groups] == pytest.approx([5e-4, 1.25e-4])
     assert all(schedule.after(loss) for loss in [1.0] * 50)
 
 

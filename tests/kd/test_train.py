@@ -22,6 +22,8 @@ from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.config import TrainConfig
 from kd.datasets import read_data
 from kd.logs import LOG, read_log
+from kd.losses import UNKNOWN
+from kd.start import starting_network
 from kd.teach import TeacherCache
 from kd.train import train
 
@@ -240,11 +242,45 @@ def test_a_package_to_start_from_that_is_not_there(config, tmp_path):
         train(replace(config, out=tmp_path, init=Path("none.safetensors")))
 
 
-def test_nothing_is_known_of_what_lies_beyond_an_image(config, paper, tmp_path, taught):
-    """Mirrored, its nuclei would be taught to be background."""
-    for one in (config, paper):
-        with pytest.raises(InputError, match="--size 192: 4 of 4 images are smaller, the first consep_0 of consep"):
-            train(replace(one, out=tmp_path, size=192))
+def test_images_smaller_than_a_crop_are_padded_and_the_padding_teaches_nothing(config, folder, taught):
+    samples = read_data(folder, ["train"]).samples
+    wide = replace(config, size=192)
+    for crops in (
+        kd.crops.training_crops(samples, {"consep": 1.0}, wide, 0, Knows())[0],
+        kd.crops.validation_crops(samples, {"consep": 1.0}, wide, 0, Knows()),
+    ):
+        for i in range(len(crops)):
+            image, nuclei, _, types, planes = crops[i]
+            assert image.shape == (3, 192, 192)
+            padding = nuclei == UNKNOWN
+            assert padding.sum() == 192**2 - 160**2 or crops.kind == "full"
+            assert padding.any() and not padding.all()
+            assert (types[padding] == UNKNOWN).all()
+            assert planes.isnan().any(0).equal(padding)
+
+
+def test_where_only_some_nuclei_are_outlined_the_rest_is_not_background():
+    instances = np.array([[0, 1, 2, -1]], np.int32)
+    types = np.array([[0, 3, 0, 0]], np.uint8)
+    nuclei, classes = kd.crops.targets_of(instances, types, "monusac")
+    assert (nuclei.tolist(), classes.tolist()) == ([[-1, -1, -1, -1]], [[-1, 3, -1, -1]])
+    nuclei, classes = kd.crops.targets_of(instances, types, "consep")
+    assert (nuclei.tolist(), classes.tolist()) == ([[0, 1, 1, -1]], [[0, 3, -1, -1]])
+    assert kd.crops.targets_of(instances, None, "tnbc")[1].tolist() == [[-1, -1, -1, -1]]
+
+
+def test_the_encoder_has_its_own_learning_rate(config, tmp_path):
+    slow = replace(config, out=tmp_path, encoder_lr=1e-12, steps=2, epoch_steps=2)
+    train(slow)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.manual_seed(slow.seed)
+    begun = starting_network(slow, CONSEP)[0].state_dict()
+    moved = {n.split(".")[0]: 0.0 for n in begun}
+    for name, tensor in begun.items():
+        if tensor.is_floating_point() and "running" not in name:
+            part = name.split(".")[0]
+            moved[part] = max(moved[part], (saved["model"][name] - tensor).abs().max().item())
+    assert moved["encoder"] < 1e-9 < 1e-5 < moved["decoder"]
 
 
 def test_the_same_loop_trains_a_teacher(config, tmp_path):
@@ -328,13 +364,9 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of_and_the_last_one_stays(c
 
 
 def test_shares_without_any_given(folder, config):
-    """By area, unless the data hold the starter's three sources."""
     samples = read_data(folder, ["train"]).samples
     plain = replace(config, sources=None)
     assert kd.crops.source_shares(plain, samples) == {"consep": 0.5, "tnbc": 0.5}
-    more = [replace(samples[0], source=source) for source in ("monuseg", "nucls")]
-    shares = kd.crops.source_shares(plain, [*samples, *more])
-    assert shares == pytest.approx({"consep": 0.5, "monuseg": 0.35, "tnbc": 0.15})
 
 
 def test_training_starts_from_a_packages_weights(config, tmp_path):
