@@ -15,6 +15,7 @@ from hover_batch.model.student import StudentArch, build_student
 from hover_batch.model.teacher import Form, HoVerNet, TeacherArch, build_teacher
 from hover_batch.taxonomy import Taxonomy
 from kd.config import TrainConfig
+from kd.efficientnet_lite import PACKAGES, imagenet_weights
 
 
 def build_network(settings: Mapping[str, Any], n_types: int) -> nn.Module:
@@ -39,9 +40,15 @@ def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module
     if config.init is not None:
         return network, _load_package(config.init, config, taxonomy, network)
     if config.model == "unet" and config.encoder_weights != "random":
-        imagenet = config.encoder_weights == "imagenet"
-        weights = _imagenet(config.encoder) if imagenet else _read(Path(config.encoder_weights))
+        before: dict[str, Any] = {}
+        if config.encoder_weights != "imagenet":
+            weights = _read(Path(config.encoder_weights))
+        elif config.encoder in PACKAGES:
+            weights, before["encoder"] = imagenet_weights(config.encoder)
+        else:
+            weights = _imagenet(config.encoder)
         _load_encoder(network.encoder, weights, config.encoder_weights)  # type: ignore[arg-type]  # smp.Unet's
+        return network, before
     return network, {}
 
 
