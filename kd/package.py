@@ -19,12 +19,12 @@ from hover_batch.model.predict import Predictor
 from hover_batch.model.teacher import HoVerNet
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import Taxonomy
-from kd.calibrate import calibrate
-from kd.datasets import MPP, read_data
-from kd.evaluate import evaluate
-from kd.samples import hashes_of
-from kd.start import build_network
-from kd.state import contents, read_checkpoint
+from kd.data.datasets import MPP, read_data
+from kd.data.samples import hashes_of
+from kd.evaluation.calibrate import calibrate
+from kd.evaluation.evaluate import evaluate
+from kd.training.initial_weights import build_network
+from kd.training.state import contents, read_checkpoint
 
 NONCOMMERCIAL = {"consep": "CoNSeP", "monuseg": "MoNuSeg", "tnbc": "TNBC", "pannuke": "PanNuke"}
 """Sources for which weights trained on them are given away under CC BY-NC-SA 4.0 here, and their proper names."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hover_batch.model.heads import HV, NP, Heads
-from kd.config import TrainConfig
-from kd.losses import (
+from kd.training.config import TrainConfig
+from kd.training.losses import (
     BranchWeights,
     Loss,
     Targets,
