@@ -49,7 +49,7 @@ class Teacher(Protocol):
 
 def open_teacher(path: Path, taxonomy: Taxonomy) -> Teacher:
     """The teacher's outputs in a folder. InputError where its classes are others than the data's."""
-    from kd.teaching.teach import TeacherCache  # needs zarr, which training without a teacher does not
+    from kd.teaching.teacher_cache import TeacherCache  # needs zarr, which training without a teacher does not
 
     cache = TeacherCache.open(path)
     if cache.taxonomy.classes != taxonomy.classes:

@@ -20,7 +20,7 @@ from hover_batch.errors import HoverBatchError, InputError, PackageError
 from hover_batch.model.package import find_package, load_network
 from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.data.datasets import read_data
-from kd.teaching.teach import TeacherCache
+from kd.teaching.teacher_cache import TeacherCache
 from kd.training.config import TrainConfig
 from kd.training.logs import LOG, read_log
 from kd.training.train import train
