@@ -6,11 +6,10 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
-from skimage.measure import label
 
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import CODES
+from kd.data.pieces import pieces_of
 from kd.data.samples import Sample
 
 PUBLISHED_FOLDS = {"pannuke": ("1", "2", "3")}
@@ -84,11 +83,3 @@ class Findings:
                 "there is no fold val, on which training calibrates; --val makes one of CoNSeP's training tiles"
             )
         return lines
-
-
-def pieces_of(instances: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Pieces (n,) of each nucleus in (y, x), corners connecting, in the order of their ids."""
-    components, n = label(instances, connectivity=2, return_num=True)  # type: ignore[no-untyped-call]  # skimage's
-    id_of = np.zeros(n + 1, np.int32)
-    id_of[components] = instances
-    return np.unique(id_of[1:], return_counts=True)[1]

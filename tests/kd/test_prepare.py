@@ -15,7 +15,7 @@ from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.cli import kd_app
 from kd.data.contact_sheet import COLUMNS, PICTURES, SIDE, UNTYPED, ZOOM, ContactSheet, draw
 from kd.data.datasets import read_data
-from kd.data.findings import pieces_of
+from kd.data.pieces import pieces_of
 from kd.data.samples import Sample
 
 

@@ -10,14 +10,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import class_ids
-from kd.data.layouts.folder import read_picture
+from kd.data.layouts.pictures import read_image, refuse_semantic
 from kd.data.samples import Sample, renumbered
 
 PARTS = {"train": "Train", "test": "Test"}
@@ -66,16 +65,17 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 
 
 def _read(fold: str, picture: Path, labels: Path, taxonomy: Taxonomy) -> Sample:
-    image = read_picture(picture, cv2.IMREAD_COLOR)
+    image = read_image(picture)
     instances, codes = _read_mat(labels)
     for name, array in (("inst_map", instances), ("type_map", codes)):
         if array.shape != image.shape[:2]:
             raise InputError(f"{labels}: {name} has shape {array.shape}, but its image has {image.shape[:2]}")
+    refuse_semantic(instances, f"{labels}: inst_map")
     return Sample(
         id=f"consep_{picture.stem}",
         source="consep",
         group="",
-        image=np.ascontiguousarray(image[..., ::-1]),  # OpenCV reads BGR
+        image=image,
         instances=renumbered(instances),
         types=class_ids(codes, "consep", taxonomy, str(labels)),
         tissue="Colon",

@@ -11,16 +11,13 @@ import csv
 import io
 import re
 from collections.abc import Collection, Iterator
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
-
-import cv2
-import numpy as np
-from numpy.typing import NDArray
 
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import CODES, class_ids
+from kd.data.layouts.pictures import read_codes, read_image, read_instances
 from kd.data.samples import Sample, renumbered
 
 TABLE = "dataset.csv"
@@ -39,14 +36,14 @@ class InstanceFolder:
             text = (folder / TABLE).read_bytes().decode("utf-8-sig")  # spreadsheets begin UTF-8 with a mark
         except UnicodeDecodeError as error:
             raise InputError(f"{folder / TABLE}: is not UTF-8; save it as CSV UTF-8") from error
-        table = csv.DictReader(io.StringIO(text, newline=""))
+        cells = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
         try:
-            missing = [c for c in COLUMNS if c not in (table.fieldnames or ())]
-            self._rows = list(table)
+            header, *rows = [[cell.strip() for cell in row] for row in cells if row] or [[]]
         except csv.Error as error:
             raise InputError(f"{folder / TABLE} cannot be read as CSV ({error})") from error
-        if missing:
+        if missing := [c for c in COLUMNS if c not in header]:
             raise InputError(f"{folder / TABLE}: no column {', '.join(missing)}; its columns are split by commas")
+        self._rows = [dict(zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
         if not self._rows:
             raise InputError(f"{folder / TABLE}: there is no image in it; give each a row")
         lines: dict[str, int] = {}
@@ -95,40 +92,19 @@ class InstanceFolder:
                 yield self._read(row, taxonomy)
 
     def _read(self, row: dict[str, str], taxonomy: Taxonomy) -> Sample:
-        image = read_picture(self.folder / row["image"], cv2.IMREAD_COLOR)
-        instances = self._ids(row["labels"], image.shape[:2])
+        image = read_image(self.folder / row["image"])
+        instances = read_instances(self.folder / row["labels"], image.shape[:2])
         types = None
         if row["types"]:
-            codes = self._ids(row["types"], image.shape[:2])
+            codes = read_codes(self.folder / row["types"], image.shape[:2])
             types = class_ids(codes, row["source"], taxonomy, str(self.folder / row["types"]))
         return Sample(
             id=row["sample_id"],
             source=row["source"],
             group=row.get("group") or "",
-            image=np.ascontiguousarray(image[..., ::-1]),  # OpenCV reads BGR
+            image=image,
             instances=renumbered(instances),
             types=types,
             tissue=row.get("tissue") or "",
             fold=row["split"],
         )
-
-    def _ids(self, name: str, shape: tuple[int, ...]) -> NDArray[np.int32]:
-        """Instance ids or class codes (y, x) of an image of this shape."""
-        path = self.folder / name
-        ids = read_picture(path, cv2.IMREAD_UNCHANGED)
-        if ids.ndim != 2 or ids.dtype.kind not in "ui" or ids.min(initial=0) < 0:
-            raise InputError(
-                f"{path}: {ids.dtype} of shape {ids.shape}, but should be ids from 0 on, (y, x); save it as a grey PNG "
-                "of 8 or 16 bits"
-            )
-        if ids.shape != shape:
-            raise InputError(f"{path}: shape {ids.shape}, but its image has {shape}")
-        return ids.astype(np.int32)
-
-
-def read_picture(path: Path, flags: int) -> NDArray[Any]:
-    """What OpenCV makes of the file with `flags`, in its order of colours. InputError where it cannot."""
-    array = cv2.imread(str(path), flags)
-    if array is None:
-        raise InputError(f"{path} cannot be read as an image")
-    return np.asarray(array)
