@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hover_batch.config import InferSettings
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.heads import MapLayout
-from kd.targets import hv_targets
+from kd.training.targets import hv_targets
 
 SLIDE = Path(__file__).resolve().parents[2] / "shared" / "data" / "slides" / "TCGA-V5-A7RE_40x_colsW.tif"
 """A 40× TCGA slide; not part of the repository."""

@@ -45,7 +45,7 @@ def _calibrated(network: Any, card: Any, data: Path) -> Any:
 
 def _judged(data: Path, side: Any) -> dict[str, Any]:
     """kd's scores of one side of a comparison on annotated images."""
-    from kd.judge import judged
+    from kd.evaluation.evaluate_package import judged
 
     return judged(side.predictor, side.constants, data)
 

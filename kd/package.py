@@ -19,13 +19,13 @@ from hover_batch.model.predict import Predictor
 from hover_batch.model.teacher import HoVerNet
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import Taxonomy
-from kd.calibrate import calibrate
-from kd.classes import PARTIAL
-from kd.datasets import MPP, read_data
-from kd.evaluate import evaluate
-from kd.samples import hashes_of
-from kd.start import build_network
-from kd.state import contents, read_checkpoint
+from kd.data.classes import PARTIAL
+from kd.data.datasets import MPP, read_data
+from kd.data.samples import hashes_of
+from kd.evaluation.calibrate import calibrate
+from kd.evaluation.evaluate import evaluate
+from kd.training.initial_weights import build_network
+from kd.training.state import contents, read_checkpoint
 
 OPEN = {"tnbc": "TNBC", "nuinsseg": "NuInsSeg", "dsb2018": "DSB 2018"}
 """Sources under CC BY 4.0 or CC0, and their proper names: weights trained on these alone are under CC BY 4.0."""

@@ -21,7 +21,7 @@ from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
 from kd.commands.evaluate import evaluate
 from kd.commands.train import PACKAGE, train
-from kd.config import TrainConfig
+from kd.training.config import TrainConfig
 
 SCORES = "scores.json"
 ARGUMENTS = "arguments.json"

@@ -107,7 +107,7 @@ def test_plan_of_real_slides_imports_nothing_heavy(data: Path, empty: Path, tmp_
 
 @pytest.mark.parametrize(
     "module",
-    ["hover_batch.config", "hover_batch.model.heads", "hover_batch.cohort.record", "kd.config"],
+    ["hover_batch.config", "hover_batch.model.heads", "hover_batch.cohort.record", "kd.training.config"],
 )
 def test_shared_words_import_nothing_heavy(module: str) -> None:
     """These are imported by every command and every station."""
@@ -126,7 +126,7 @@ def test_training_and_packaging_do_without_ray_zarr_and_tiatoolbox() -> None:
     """They are to run on machines with torch and little else, from an .npz."""
     probe = (
         "import sys; sys.modules |= dict.fromkeys(('ray', 'zarr', 'tiatoolbox'))  # an import of these fails\n"
-        "import kd.train, kd.package, kd.commands.train"
+        "import kd.training.train, kd.package, kd.commands.train"
     )
     subprocess.run([sys.executable, "-c", probe], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from hover_batch.taxonomy import CONSEP
-from kd.targets import hv_targets
+from kd.training.targets import hv_targets
 
 
 def write_folder(folder: Path, seed: int = 0) -> Path:

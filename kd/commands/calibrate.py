@@ -13,7 +13,7 @@ from kd.commands.options import Data, check_package_file
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kd.calibrate import Trial
+    from kd.evaluation.calibrate import Trial
 
 REPAYS = 0.003
 """Gain in mean PQ that a number must bring on both folds to be worth changing."""
@@ -42,11 +42,11 @@ def calibrate(
     from hover_batch.model.images import batch_of, predict_image
     from hover_batch.model.package import find_package, with_card
     from hover_batch.model.predict import load_predictor
-    from kd.calibrate import predict_all, search, trial, try_others
-    from kd.datasets import read_data
-    from kd.pixel_size import check_pixel_size
-    from kd.samples import hashes_of
-    from kd.state import contents
+    from kd.data.datasets import read_data
+    from kd.data.pixel_size import check_pixel_size
+    from kd.data.samples import hashes_of
+    from kd.evaluation.calibrate import predict_all, search, trial, try_others
+    from kd.training.state import contents
 
     check_package_file(out)
     package = find_package(model, "package")

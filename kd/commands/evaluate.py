@@ -14,8 +14,8 @@ from kd.commands.options import Data
 
 if TYPE_CHECKING:
     from hover_batch.model.cost import Cost
-    from kd.leakage import Leak
-    from kd.scores import SourceScores
+    from kd.evaluation.leakage import Leak
+    from kd.evaluation.scores import SourceScores
 
 
 def evaluate(
@@ -75,11 +75,11 @@ def evaluate(
     from hover_batch.model.package import Package, find_package, load_network
     from hover_batch.model.predict import Predictor, load_predictor, on_device
     from hover_batch.nuclei.watershed import SobelConstants
-    from kd.datasets import read_data
-    from kd.evaluate import evaluate_data
-    from kd.figure import Shown, figure
-    from kd.leakage import leaks
-    from kd.pixel_size import check_pixel_size
+    from kd.data.datasets import read_data
+    from kd.data.pixel_size import check_pixel_size
+    from kd.evaluation.evaluate import evaluate_data
+    from kd.evaluation.figure import Shown, figure
+    from kd.evaluation.leakage import leaks
 
     norm = PostSettings(sobel_norm=sobel_norm).sobel_norm  # type: ignore[arg-type]  # PostSettings checks it
 

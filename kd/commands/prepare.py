@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from kd.findings import Findings
-    from kd.samples import Sample
+    from kd.data.findings import Findings
+    from kd.data.samples import Sample
 
 
 def prepare(
@@ -43,7 +43,7 @@ def prepare(
 
     Give it to the other commands as --data. The folds are those published: train, val, test, or 1, 2, 3.
     """
-    from kd.prepare import prepare as run
+    from kd.data.prepare import prepare as run
 
     sheet = sheet or out.with_suffix(".png")
     findings = run(source, out, sheet, classes, val, _watch)

@@ -9,7 +9,7 @@ import typer
 
 from hover_batch.errors import InputError
 from kd.commands.options import Address, Backend, BackendOption, Cpus, Data, Gpus, engine_settings
-from kd.config import PRESETS
+from kd.training.config import PRESETS
 
 if TYPE_CHECKING:
     from kd.sweep import Ended

@@ -21,8 +21,8 @@ def tables(
     Evaluations of one label share a row: their mean ± standard deviation. Each row names its files and models; what a
     model has seen is marked in it.
     """
-    from kd.tables import read_runs, write_tables
-    from kd.tables import tables as make
+    from kd.evaluation.tables import read_runs, write_tables
+    from kd.evaluation.tables import tables as make
 
     made = make(read_runs(runs), out)
     try:

@@ -41,7 +41,7 @@ def teach(
 
     hover-batch kd teach annotated/ --teacher hovernet.safetensors -o taught/
     """
-    from kd.teach import teach as run
+    from kd.teaching.teach import teach as run
 
     cache = run(
         data,

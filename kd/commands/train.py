@@ -9,7 +9,7 @@ import typer
 
 from hover_batch.errors import InputError
 from kd.commands.options import Data
-from kd.config import PRESETS, SIDES, TrainConfig
+from kd.training.config import PRESETS, SIDES, TrainConfig
 
 PACKAGE = "student.safetensors"
 TEACHER_PACKAGE = "teacher.safetensors"
@@ -166,8 +166,8 @@ def train(
         sources=_shares(source) if source else None,
     )
     from kd.package import make_package
-    from kd.state import CHECKPOINT
-    from kd.train import train as run
+    from kd.training.state import CHECKPOINT
+    from kd.training.train import train as run
 
     run(config)
     typer.echo(make_package(out / CHECKPOINT, data, out / (PACKAGE if config.model == "unet" else TEACHER_PACKAGE)))

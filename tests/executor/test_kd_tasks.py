@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import kd.teach
+import kd.teaching.teach
 from hover_batch.config import EngineSettings
 from hover_batch.executor.resources import Node, Resources
 from hover_batch.model.package import Card, find_package, save_package
@@ -45,13 +45,13 @@ def test_both_backends_teach_the_same(
 ) -> None:
     # The tests' cluster is up; the machines of a run would start one more.
     there = Resources((Node(2, 0, 1 << 33),))
-    monkeypatch.setattr(kd.teach, "machines", lambda engine, log: contextlib.nullcontext(there))
-    monkeypatch.setattr(kd.teach, "TILES_A_TASK", 1)
+    monkeypatch.setattr(kd.teaching.teach, "machines", lambda engine, log: contextlib.nullcontext(there))
+    monkeypatch.setattr(kd.teaching.teach, "TILES_A_TASK", 1)
     kept = {}
     for backend in ("local", "ray"):
         out = tmp_path / backend
         teacher = str(images / "professor.safetensors")
-        kd.teach.teach(
+        kd.teaching.teach.teach(
             images, teacher, out, ["train"], engine=EngineSettings(backend=backend, cpus=2), say=lambda line: None
         )
         kept[backend] = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}

@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from kd.augment import (
+from kd.data.datasets import Sample, read_data
+from kd.training.augment import (
     LABEL_MARGIN,
     jitter_color,
     jitter_stain,
@@ -18,8 +19,7 @@ from kd.augment import (
     random_view,
     turn_hv,
 )
-from kd.datasets import Sample, read_data
-from kd.targets import hv_targets
+from kd.training.targets import hv_targets
 
 
 def painted(instances) -> Sample:

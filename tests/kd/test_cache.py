@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import kd.stores
+import kd.data.stores
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import PANNUKE
-from kd.cache import open_cache, writing
-from kd.datasets import folds_of, read_data
-from kd.samples import Sample
+from kd.data.cache import open_cache, writing
+from kd.data.datasets import folds_of, read_data
+from kd.data.samples import Sample
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMS = ["data.zarr", "data.npz"]
@@ -55,7 +55,7 @@ def assert_same(a: Sample, b: Sample) -> None:
     sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20), st.sampled_from("12"), st.booleans()), max_size=6)
 )
 def test_what_is_written_is_read(tmp_path, monkeypatch, form, sizes):
-    monkeypatch.setattr(kd.stores, "CHUNK", 100)  # images end within chunks, at their ends, and span several
+    monkeypatch.setattr(kd.data.stores, "CHUNK", 100)  # images end within chunks, at their ends, and span several
     samples = [sample(f"s{i}", h, w, fold, typed) for i, (h, w, fold, typed) in enumerate(sizes)]
     path = write(tmp_path / form, samples)
     there = list(dict.fromkeys(s.fold for s in samples))
@@ -80,7 +80,7 @@ def test_folds_and_sources(tmp_path, form):
 @pytest.mark.parametrize("part", ["image", "instances", "types"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
 def test_a_damaged_chunk_names_cache_and_image(tmp_path, monkeypatch, part, damage):
-    monkeypatch.setattr(kd.stores, "CHUNK", 100)
+    monkeypatch.setattr(kd.data.stores, "CHUNK", 100)
     path = write(tmp_path / "data.zarr", [sample("sound", 10, 10), sample("damaged", 10, 10)])
     (chunk,) = path.glob(f"{part}/c/1*/0") if part == "image" else path.glob(f"{part}/c/1")
     content = bytearray(chunk.read_bytes())
@@ -163,7 +163,7 @@ def test_a_killed_write_looks_like_none(tmp_path, form):
     code = f"""
         import os, signal
         from test_cache import sample, PANNUKE, Path, kd, writing
-        kd.stores.CHUNK = 100
+        kd.data.stores.CHUNK = 100
         with writing(Path({str(path)!r}), PANNUKE) as cache:
             for i in range(9):
                 cache.add(sample(str(i), 20, 20))
@@ -182,7 +182,7 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kd.stores.NpzStore, "append", full)
+    monkeypatch.setattr(kd.data.stores.NpzStore, "append", full)
     with pytest.raises(InputError, match="the disk is full"):
         write(tmp_path / "data.npz", [sample("a", 5, 4)])
     assert list(tmp_path.iterdir()) == []
@@ -194,7 +194,7 @@ def test_npz_needs_no_zarr_ray_tiatoolbox_or_torch(tmp_path):
         import sys
         from pathlib import Path
         sys.modules |= dict.fromkeys(("zarr", "ray", "tiatoolbox", "torch"))  # an import of these fails
-        from kd.datasets import read_data
+        from kd.data.datasets import read_data
         print(read_data(Path({str(path)!r}), ["1"]).samples[0].id)
     """
     ended = subprocess.run(

@@ -18,10 +18,10 @@ from hover_batch.model.package import find_package, with_card
 from hover_batch.nuclei.markers import MARKER_ENERGY
 from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_debris
 from hover_batch.taxonomy import CONSEP
-from kd.calibrate import CUTS, F_D_MARGIN, OTHERS, calibrate, placed, trial, try_others
 from kd.cli import kd_app
-from kd.datasets import Sample, read_data
-from kd.targets import hv_targets
+from kd.data.datasets import Sample, read_data
+from kd.evaluation.calibrate import CUTS, F_D_MARGIN, OTHERS, calibrate, placed, trial, try_others
+from kd.training.targets import hv_targets
 
 LAYOUT = MapLayout(len(CONSEP.classes))
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kd.class_weights import FILE, by_rarity, class_weights
-from kd.datasets import Sample
+from kd.data.datasets import Sample
+from kd.training.class_weights import FILE, by_rarity, class_weights
 
 
 def sample(name: str, types, typed=True) -> Sample:
@@ -77,7 +77,7 @@ def test_nuclei_without_a_class_count_nowhere(tmp_path):
 
 def test_a_kill_while_they_are_kept_costs_nothing(tmp_path, monkeypatch):
     samples = [sample("a", [[0, 0, 1, 2]])]
-    monkeypatch.setattr("kd.class_weights.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("kd.training.class_weights.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         class_weights(samples, 3, None, tmp_path)
     assert not (tmp_path / FILE).exists()

@@ -9,7 +9,7 @@ import pytest
 
 from hover_batch.errors import InputError
 from hover_batch.model.teacher import TeacherArch
-from kd.config import PRESETS, SIDES, TrainConfig
+from kd.training.config import PRESETS, SIDES, TrainConfig
 
 PLACES = {"data": Path("data"), "out": Path("out")}
 

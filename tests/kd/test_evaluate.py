@@ -14,17 +14,17 @@ import torch
 from torch import nn
 from truth_maps import maps_of_truth
 
-import kd.validate
+import kd.training.validate
 from hover_batch.errors import InputError
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
 from hover_batch.model.images import predict_image
 from hover_batch.model.package import Card
 from hover_batch.model.teacher import TeacherArch
 from hover_batch.taxonomy import CONSEP
-from kd.datasets import Sample, read_data
-from kd.evaluate import evaluate, true_nuclei
-from kd.targets import hv_targets
-from kd.validate import TYPICAL, validate
+from kd.data.datasets import Sample, read_data
+from kd.evaluation.evaluate import evaluate, true_nuclei
+from kd.training.targets import hv_targets
+from kd.training.validate import TYPICAL, validate
 
 LAYOUT = MapLayout(len(CONSEP.classes))
 CARD = Card(
@@ -113,7 +113,7 @@ def test_a_perfect_prediction():
 
 
 def test_too_many_nuclei_for_the_pairing_are_refused_before_memory_is(monkeypatch):
-    monkeypatch.setattr("kd.evaluate.MOST_DISTANCES", 24)
+    monkeypatch.setattr("kd.evaluation.evaluate.MOST_DISTANCES", 24)
     true = discs(PLACES, KINDS)
     samples, maps_of = predictions((true, true))
     with pytest.raises(InputError, match="5 annotated nuclei and 5 predicted ones are too many"):
@@ -241,6 +241,6 @@ class Tight(Reader):
 
 @pytest.mark.parametrize("form", ["fast", "original"])
 def test_validation_of_a_teacher_that_knows(form, monkeypatch):
-    monkeypatch.setattr(kd.validate, "HoVerNet", Tight)
+    monkeypatch.setattr(kd.training.validate, "HoVerNet", Tight)
     row = validate(Tight(form), [drawn(discs(PLACES, [2] * 5, side=200))], torch.device("cpu"), CONSEP)
     assert row["val_pq_consep"] == row["val_f_d_consep"] == 1

@@ -10,10 +10,10 @@ import pytest
 from truth_maps import maps_of_truth
 
 from hover_batch.taxonomy import CONSEP, PANNUKE
-from kd.datasets import Data, Sample, read_data
-from kd.figure import SCALE, SIDE, Shown, figure, fullest
+from kd.data.datasets import Data, Sample, read_data
+from kd.evaluation.figure import SCALE, SIDE, Shown, figure, fullest
 from kd.panels import GAP, UNTYPED
-from kd.validate import TYPICAL
+from kd.training.validate import TYPICAL
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from hover_batch.model.package import Card, save_package
 from hover_batch.model.student import StudentArch, build_student
 from hover_batch.taxonomy import CONSEP, MONUSAC, PANNUKE, Taxonomy
 from kd.cli import kd_app
-from kd.datasets import read_data
-from kd.validate import TYPICAL
+from kd.data.datasets import read_data
+from kd.training.validate import TYPICAL
 
 
 def run(*arguments: object):
@@ -175,10 +175,10 @@ def test_train_says_what_is_wrong(folder, tmp_path, flags, message):
 
 def test_train_makes_a_package(folder, tmp_path, monkeypatch):
     import kd.package
-    import kd.train
+    import kd.training.train
 
     seen = []
-    monkeypatch.setattr(kd.train, "train", lambda config: seen.append(config))
+    monkeypatch.setattr(kd.training.train, "train", lambda config: seen.append(config))
     monkeypatch.setattr(kd.package, "make_package", lambda *paths: f"packaged {paths[2].name}")
     result = run("train", "--data", folder, "--out", tmp_path, "--steps", 9, "--source", "consep=1", "--lr", 0.01)
     assert result.exit_code == 0, result.exception
@@ -190,10 +190,10 @@ def test_train_makes_a_package(folder, tmp_path, monkeypatch):
 
 def test_train_takes_a_preset_folds_and_a_teachers_form(folder, tmp_path, monkeypatch):
     import kd.package
-    import kd.train
+    import kd.training.train
 
     seen = []
-    monkeypatch.setattr(kd.train, "train", lambda config: seen.append(config))
+    monkeypatch.setattr(kd.training.train, "train", lambda config: seen.append(config))
     monkeypatch.setattr(kd.package, "make_package", lambda *paths: f"packaged {paths[2].name}")
     flags = ["--model", "hovernet-fast", "--width", 8, "--alpha", 1, "--fold", 1, "--fold", 2, "--val-fold", 3]
     result = run("train", "--data", folder, "--out", tmp_path, "--preset", "paper", *flags)

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from test_teach import write_images, write_teacher
 from training_folder import write_folder
 
-from kd.datasets import read_data
-from kd.logs import LOG, read_log
-from kd.samples import truth_sha256
+from kd.data.datasets import read_data
+from kd.data.samples import truth_sha256
+from kd.training.logs import LOG, read_log
 
 pytestmark = pytest.mark.faults
 

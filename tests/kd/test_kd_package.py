@@ -10,16 +10,16 @@ import pytest
 import torch
 from training_folder import Knows, write_folder
 
-import kd.train
+import kd.training.train
 from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.package import find_package, load_network
 from hover_batch.model.predict import load_predictor
 from kd.commands.package import package as package_command
-from kd.config import TrainConfig
-from kd.datasets import Sample, read_data
+from kd.data.datasets import Sample, read_data
 from kd.package import NOT_CALIBRATED, _licence, make_package
-from kd.train import train
+from kd.training.config import TrainConfig
+from kd.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def config(tmp_path_factory) -> TrainConfig:
 def package(config):
     """Of a distilled student."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kd.train, "open_teacher", lambda path, taxonomy: Knows())
+        patch.setattr(kd.training.train, "open_teacher", lambda path, taxonomy: Knows())
         train(replace(config, teacher=Path("taught"), alpha=0.5))
     lines = make_package(config.out / "checkpoint.pt", config.data, config.out / "student.safetensors", threads=1)
     return find_package(str(config.out / "student.safetensors")), lines

@@ -16,8 +16,8 @@ from scipy.io import savemat
 
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import CONSEP, PANNUKE
-from kd.layouts import recognise
-from kd.layouts.pannuke import merge_channels
+from kd.data.layouts import recognise
+from kd.data.layouts.pannuke import merge_channels
 
 TO_PANNUKE = np.array([0, 0, 2, 5, 1, 3, 3, 3])
 """CoNSeP's codes → PANNUKE's ids, `other` having none."""

@@ -12,9 +12,9 @@ import pytest
 from hover_batch.model.package import Card, find_package
 from hover_batch.model.published import KINDS
 from hover_batch.taxonomy import CONSEP
-from kd.datasets import Sample, read_data
-from kd.leakage import leaks
-from kd.samples import hashes_of
+from kd.data.datasets import Sample, read_data
+from kd.data.samples import hashes_of
+from kd.evaluation.leakage import leaks
 
 
 def card(training: dict[str, Any], metrics: dict[str, Any] | None = None) -> Card:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hover_batch.model.heads import HV, NP, Heads
-from kd.config import TrainConfig
-from kd.losses import (
+from kd.training.config import TrainConfig
+from kd.training.losses import (
     UNKNOWN,
     BranchWeights,
     Loss,

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.cli import kd_app
-from kd.contact import COLUMNS, PICTURES, SIDE, UNTYPED, ZOOM, ContactSheet, draw
-from kd.datasets import read_data
-from kd.findings import pieces_of
-from kd.samples import Sample
+from kd.data.contact_sheet import COLUMNS, PICTURES, SIDE, UNTYPED, ZOOM, ContactSheet, draw
+from kd.data.datasets import read_data
+from kd.data.pieces import pieces_of
+from kd.data.samples import Sample
 
 
 def run(*arguments: object):

@@ -12,10 +12,10 @@ from truth_maps import maps_of_truth
 from hover_batch.errors import InputError
 from hover_batch.model.heads import MapLayout
 from hover_batch.taxonomy import CONSEP, MONUSAC, NUCLEI, PANNUKE, Taxonomy
-from kd.datasets import Data, Sample, read_data
-from kd.evaluate import evaluate_data
-from kd.remap import PAPER_CONSEP, remap_of, remaps_of
-from kd.validate import TYPICAL
+from kd.data.datasets import Data, Sample, read_data
+from kd.evaluation.evaluate import evaluate_data
+from kd.evaluation.remap import PAPER_CONSEP, remap_of, remaps_of
+from kd.training.validate import TYPICAL
 
 
 def names(taxonomy: Taxonomy, ids: tuple[int, ...], common: Taxonomy) -> dict[str, str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd.config import TrainConfig
-from kd.schedule import build_schedule, learning_rate
+from kd.training.config import TrainConfig
+from kd.training.schedule import build_schedule, learning_rate
 
 QUICK = TrainConfig(data=Path(), out=Path(), warmup=2, lr=1e-3)
 PAPER = TrainConfig.of("paper", data=Path(), out=Path(), alpha=1.0)

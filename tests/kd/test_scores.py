@@ -14,10 +14,10 @@ from truth_maps import maps_of_truth
 from hover_batch.metrics import count_pairs
 from hover_batch.nuclei.whole import instances_of
 from hover_batch.taxonomy import CONSEP
-from kd.datasets import Sample, read_data
-from kd.evaluate import evaluate
-from kd.scores import ImageScores, pooled
-from kd.validate import TYPICAL
+from kd.data.datasets import Sample, read_data
+from kd.evaluation.evaluate import evaluate
+from kd.evaluation.scores import ImageScores, pooled
+from kd.training.validate import TYPICAL
 
 N = len(CONSEP.classes)
 

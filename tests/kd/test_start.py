@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from hover_batch.errors import InputError
 from hover_batch.model.package import find_package
 from hover_batch.taxonomy import CONSEP, PANNUKE
-from kd.config import TrainConfig
-from kd.start import build_network, cut_of, starting_network
+from kd.training.config import TrainConfig
+from kd.training.initial_weights import build_network, cut_of, starting_network
 
 
 def config(**given) -> TrainConfig:

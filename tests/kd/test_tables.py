@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import CONSEP, PANNUKE, Taxonomy
 from kd.cli import kd_app
-from kd.published_rows import COST_COLUMNS, COST_ROWS, TABLES
-from kd.remap import PAPER_CONSEP
-from kd.tables import read_runs, tables, write_tables
+from kd.evaluation.published_rows import COST_COLUMNS, COST_ROWS, TABLES
+from kd.evaluation.remap import PAPER_CONSEP
+from kd.evaluation.tables import read_runs, tables, write_tables
 
 LEAK = {"source": "pannuke", "certain": True, "text": "pannuke, 9 of 9 images: the teacher has seen PanNuke"}
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kd.targets import hv_targets
+from kd.training.targets import hv_targets
 
 
 def scaled(distance):

@@ -27,8 +27,9 @@ from hover_batch.model.predict import Predictor
 from hover_batch.model.teacher import TeacherArch, build_teacher
 from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.cli import kd_app
-from kd.datasets import Sample, read_data
-from kd.teach import TeacherCache, teach
+from kd.data.datasets import Sample, read_data
+from kd.teaching.teach import teach
+from kd.teaching.teacher_cache import TeacherCache
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANNELS = Heads(len(CONSEP.classes)).channels
@@ -158,13 +159,13 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-import kd.teach
+import kd.teaching.teacher_cache
 from hover_batch.model.package import find_package
-from kd.datasets import read_data
+from kd.data.datasets import read_data
 
 images, teacher, cache = sys.argv[1:]
-kept = kd.teach.TeacherCache.create(Path(cache), find_package(teacher))
-kd.teach.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
+kept = kd.teaching.teacher_cache.TeacherCache.create(Path(cache), find_package(teacher))
+kd.teaching.teacher_cache.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
 sample = read_data(Path(images), ["train"]).samples[0]
 kept.keep(sample, np.zeros((9, *sample.image.shape[:2]), np.float32))
 """

@@ -12,20 +12,20 @@ import pytest
 import torch
 from training_folder import Knows, write_folder
 
-import kd.crops
-import kd.schedule
-import kd.train
-import kd.validate
+import kd.training.crops
+import kd.training.schedule
+import kd.training.train
+import kd.training.validate
 from hover_batch.errors import HoverBatchError, InputError, PackageError
 from hover_batch.model.package import find_package, load_network
 from hover_batch.taxonomy import CONSEP, PANNUKE
-from kd.config import TrainConfig
-from kd.datasets import read_data
-from kd.logs import LOG, read_log
-from kd.losses import UNKNOWN
-from kd.start import starting_network
-from kd.teach import TeacherCache
-from kd.train import train
+from kd.data.datasets import read_data
+from kd.teaching.teach import TeacherCache
+from kd.training.config import TrainConfig
+from kd.training.initial_weights import starting_network
+from kd.training.logs import LOG, read_log
+from kd.training.losses import UNKNOWN
+from kd.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def undisturbed(config):
 @pytest.fixture
 def taught(monkeypatch):
     """`--teacher` names Knows."""
-    monkeypatch.setattr(kd.train, "open_teacher", lambda path, taxonomy: Knows())
+    monkeypatch.setattr(kd.training.train, "open_teacher", lambda path, taxonomy: Knows())
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def paper(folder, tmp_path_factory) -> TrainConfig:
 def papers(paper):
     """The weights of an undisturbed run, and its log."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kd.train, "open_teacher", lambda path, taxonomy: Knows())
+        patch.setattr(kd.training.train, "open_teacher", lambda path, taxonomy: Knows())
         return train(paper).state_dict(), log_of(paper.out)
 
 
@@ -123,7 +123,7 @@ def test_the_loss_falls(undisturbed, config):
 
 def test_interrupted_and_resumed_gives_the_same_weights(undisturbed, config, tmp_path, monkeypatch):
     config = replace(config, out=tmp_path)
-    interrupt(monkeypatch, kd.schedule, "learning_rate", 7)
+    interrupt(monkeypatch, kd.training.schedule, "learning_rate", 7)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
@@ -152,10 +152,10 @@ def test_the_papers_training_resumes_to_the_same_weights(papers, paper, tmp_path
     """Stopped in the middle of an epoch for a trial, and later between an epoch's steps and its validation."""
     config = replace(paper, out=tmp_path)
     train(replace(config, max_steps=1))
-    interrupt(monkeypatch, kd.train, "validation_loss", 2)
+    interrupt(monkeypatch, kd.training.train, "validation_loss", 2)
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.setattr(kd.train, "validation_loss", kd.validate.validation_loss)
+    monkeypatch.setattr(kd.training.train, "validation_loss", kd.training.validate.validation_loss)
     weights, rows = papers
     assert same(train(config).state_dict(), weights)
     assert log_of(tmp_path)[-1] == rows[-1]
@@ -165,7 +165,7 @@ def test_the_papers_training_resumes_to_the_same_weights(papers, paper, tmp_path
 def test_a_trial_killed_while_it_validates_ships_what_it_has_trained(paper, tmp_path, monkeypatch, taught):
     trial = replace(paper, out=tmp_path, max_steps=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, kd.train, "validate", 1)
+        interrupt(patch, kd.training.train, "validate", 1)
         train(trial)
     shipped = train(trial).state_dict()
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -183,7 +183,7 @@ def test_another_teacher_and_other_images_are_refused(papers, paper, tmp_path, m
     with pytest.raises(InputError, match="--teacher"):
         train(paper)
     monkeypatch.undo()
-    monkeypatch.setattr(kd.train, "open_teacher", lambda path, taxonomy: Knows())
+    monkeypatch.setattr(kd.training.train, "open_teacher", lambda path, taxonomy: Knows())
     with pytest.raises(InputError, match="--data"):
         train(replace(paper, data=write_folder(tmp_path, seed=1)))
     again = shutil.copytree(paper.data, tmp_path / "annotated again")
@@ -208,9 +208,9 @@ def test_a_student_learns_from_what_kd_teach_keeps(config, tmp_path):
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path):
     cache = TeacherCache.create(tmp_path, find_package("starter"))
-    assert kd.crops.open_teacher(tmp_path, CONSEP) == cache
+    assert kd.training.crops.open_teacher(tmp_path, CONSEP) == cache
     with pytest.raises(InputError, match="its classes are those of consep-merged, the data's those of pannuke"):
-        kd.crops.open_teacher(tmp_path, PANNUKE)
+        kd.training.crops.open_teacher(tmp_path, PANNUKE)
 
 
 def test_an_image_that_was_not_taught_is_told_in_one_line(paper, tmp_path, monkeypatch, taught):
@@ -330,7 +330,7 @@ def test_without_validation_images_training_goes_by_its_own_loss(config, tmp_pat
 
 
 def test_the_log_holds_means_over_the_steps_that_have_the_term(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("kd.losses.weighted_ce", lambda logits, truth, weight: 0 * logits.sum() + 2)
+    monkeypatch.setattr("kd.training.losses.weighted_ce", lambda logits, truth, weight: 0 * logits.sum() + 2)
     train(replace(config, out=tmp_path, val_folds=("test",), batch=1, steps=5, epoch_steps=5))
     (row,) = log_of(tmp_path)
     assert (row["np_ce"], row["tp_ce"]) == (2, 2)  # some of the steps see no typed image
@@ -340,8 +340,8 @@ def test_training_that_diverges_says_so_and_keeps_the_checkpoint(config, tmp_pat
     config = replace(config, out=tmp_path, steps=2, epoch_steps=1)
     train(replace(config, max_steps=1))
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    monkeypatch.setattr(kd.schedule, "learning_rate", lambda *args: float("nan"))
-    monkeypatch.setattr("kd.losses.mse_loss", lambda hv, truth: hv.sum() * float("nan"))
+    monkeypatch.setattr(kd.training.schedule, "learning_rate", lambda *args: float("nan"))
+    monkeypatch.setattr("kd.training.losses.mse_loss", lambda hv, truth: hv.sum() * float("nan"))
     with pytest.raises(HoverBatchError, match="give a lower --lr"):
         train(config)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before

@@ -17,8 +17,8 @@ from hover_batch.model.heads import HV, NP, MapLayout
 from hover_batch.model.package import find_package, load_network
 from hover_batch.model.predict import quantise
 from hover_batch.nuclei.watershed import SobelConstants, instance_map
-from kd.datasets import read_data
-from kd.variants import Maps, Numbers, extremes, from_stored, instances_by
+from kd.data.datasets import read_data
+from kd.evaluation.variants import Maps, Numbers, extremes, from_stored, instances_by
 
 
 def test_with_the_references_numbers_they_are_the_steps_of_the_kernels() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.model.heads import MapLayout
-from kd.targets import hv_targets
+from kd.training.targets import hv_targets
 
 
 def maps_of_truth(instances: NDArray[np.int32], types: NDArray[np.uint8], n_types: int) -> NDArray[np.uint8]:

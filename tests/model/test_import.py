@@ -23,7 +23,7 @@ from hover_batch.model.checkpoint import read_checkpoint
 from hover_batch.model.package import find_package, load_network, save_package
 from hover_batch.model.teacher import Form, TeacherArch, build_teacher
 from hover_batch.taxonomy import CONSEP, MONUSAC, NUCLEI, PANNUKE, Taxonomy
-from kd.calibrate import CUTS
+from kd.evaluation.calibrate import CUTS
 
 STARTER = find_package("starter").card
 

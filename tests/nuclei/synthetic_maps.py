@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from hover_batch.geometry import Box
 from hover_batch.model.heads import MapLayout
-from kd.targets import hv_targets
+from kd.training.targets import hv_targets
 
 LAYOUT = MapLayout(5)
 

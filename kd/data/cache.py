@@ -1,0 +1,211 @@
+"""The cache of annotated images that `kd prepare` writes: a zarr group, or the same content in one .npz file.
+
+Both hold a header: format, taxonomy, and for each image its id, source, tissue, group, fold, height, width, whether its
+types are annotated, and the sha256 of its content. Images differ in size, so in the zarr (v3) group the pixels of all
+of them stand one after the other in raster order: `image` (pixel, 3) uint8, `instances` (pixel,) int32, `types`
+(pixel,) uint8, where image i begins at the sum of the areas before it; the header is the group's attributes. The .npz
+has `image/<i>` (y, x, 3), `instances/<i>` and `types/<i>` (y, x) for each image, and `header`, JSON as bytes.
+
+A cache is there whole or not at all: it is written under a hidden name, which a killed run leaves behind and the next
+removes. Every image is compared with its hash when it is read: a zarr chunk that is missing reads as zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hover_batch.errors import DISK_FULL, InputError
+from hover_batch.taxonomy import Taxonomy
+from kd.data.samples import Sample
+from kd.data.stores import ARRAYS, Arrays, NpzStore, Store, ZarrStore
+
+FORMAT = "hover-batch annotated images"
+VERSION = 1
+SUFFIXES = (".zarr", ".npz")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image in the header."""
+
+    id: str
+    source: str
+    tissue: str
+    group: str
+    fold: str
+    height: int
+    width: int
+    typed: bool
+    sha256: str
+
+    @property
+    def area(self) -> int:
+        return self.height * self.width
+
+
+def is_cache(path: Path) -> bool:
+    return path.suffix in SUFFIXES
+
+
+class CacheWriter:
+    """Takes images one by one; ids must differ."""
+
+    def __init__(self, path: Path) -> None:
+        self._store: Store = ZarrStore.create(path) if path.suffix == ".zarr" else NpzStore.create(path)
+        self._entries: dict[str, Entry] = {}
+
+    def add(self, sample: Sample) -> None:
+        """Raises InputError where there is an image of this id already."""
+        height, width = sample.instances.shape
+        if sample.id in self._entries:
+            raise InputError(
+                f"{sample.id}: two images have this id, one of {self._entries[sample.id].source} and one of "
+                f"{sample.source}; give each folder once, and ids that differ"
+            )
+        typed = sample.types is not None
+        types = np.zeros((height, width), np.uint8) if sample.types is None else sample.types
+        arrays: Arrays = {"image": sample.image, "instances": sample.instances, "types": types}
+        self._entries[sample.id] = Entry(
+            id=sample.id,
+            source=sample.source,
+            tissue=sample.tissue,
+            group=sample.group,
+            fold=sample.fold,
+            height=height,
+            width=width,
+            typed=typed,
+            sha256=_sha256(arrays),
+        )
+        self._store.append(len(self._entries) - 1, arrays)
+
+    def finish(self, taxonomy: Taxonomy) -> None:
+        listed = [asdict(e) for e in self._entries.values()]
+        self._store.finish({"format": FORMAT, "version": VERSION, "taxonomy": taxonomy.to_json(), "images": listed})
+
+
+@contextmanager
+def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
+    """Write a cache, which takes the place of one at `path` when the block succeeds, and is removed when it fails.
+
+    Raises InputError where `path` is named like no cache, its folder is missing, something else lies there, it cannot
+    be written, or the disk is full.
+    """
+    if not is_cache(path):
+        raise InputError(f"--out {path}: give it the ending .zarr or .npz")
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: the folder {path.parent} does not exist; make it first")
+    if path.exists():
+        try:
+            open_cache(path)
+        except InputError as error:
+            raise InputError(f"--out {path}: what is there is no cache of this format; remove it first") from error
+    temporary = path.with_name(f".partial.{path.name}")
+    _remove(temporary)
+    try:
+        writer = CacheWriter(temporary)
+        yield writer
+        writer.finish(taxonomy)
+        if path.is_dir():
+            _remove(path)  # no folder takes the name of another that is not empty
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise InputError(f"--out {path}: cannot be written ({error}); give another place") from error
+        raise InputError(f"--out {path}: the disk is full; free some space and run the same command again") from error
+    finally:
+        _remove(temporary)
+
+
+class Cache:
+    """A cache that is there."""
+
+    def __init__(self, path: Path, store: Store) -> None:
+        self._path, self._store = path, store
+        header = store.header
+        if header.get("format") != FORMAT:
+            raise InputError(f"{path} is no cache of annotated images; `hover-batch kd prepare` makes one")
+        if header["version"] != VERSION:
+            raise InputError(
+                f"{path} is of format {header['version']}, not {VERSION}; run `hover-batch kd prepare` again"
+            )
+        self.taxonomy = Taxonomy.from_json(header["taxonomy"])
+        self.entries = [Entry(**entry) for entry in header["images"]]
+
+    @property
+    def folds(self) -> list[str]:
+        """In the order in which they appear."""
+        return list(dict.fromkeys(entry.fold for entry in self.entries))
+
+    @property
+    def sources(self) -> list[str]:
+        """In the order in which they appear."""
+        return list(dict.fromkeys(entry.source for entry in self.entries))
+
+    def samples(self, fold: str, sources: Collection[str] | None) -> Iterator[Sample]:
+        """The images of one fold and of the named sources (None: of all), in order. InputError where one is damaged."""
+        offset = 0
+        for i, entry in enumerate(self.entries):
+            if entry.fold == fold and (sources is None or entry.source in sources):
+                yield self._read(i, entry, offset)
+            offset += entry.area
+
+    def _read(self, i: int, entry: Entry, offset: int) -> Sample:
+        try:
+            arrays = self._store.read(i, (entry.height, entry.width), offset)
+            whole = _sha256(arrays) == entry.sha256
+        except Exception as error:  # whatever a damaged file makes of zarr, its codecs, zip and numpy
+            raise self._damaged(entry) from error
+        if not whole:
+            raise self._damaged(entry)
+        types = arrays["types"] if entry.typed else None
+        return Sample(
+            id=entry.id,
+            source=entry.source,
+            group=entry.group,
+            image=arrays["image"],
+            instances=arrays["instances"],
+            types=types,
+            tissue=entry.tissue,
+            fold=entry.fold,
+        )
+
+    def _damaged(self, entry: Entry) -> InputError:
+        return InputError(
+            f"{self._path}: the image {entry.id} is damaged; run `hover-batch kd prepare` again, it replaces the cache"
+        )
+
+
+def open_cache(path: Path) -> Cache:
+    """Raises InputError where there is none at `path`, or one that cannot be read."""
+    if not path.exists():
+        raise InputError(f"{path}: no such cache; `hover-batch kd prepare` makes one")
+    try:
+        return Cache(path, ZarrStore.open(path) if path.suffix == ".zarr" else NpzStore.open(path))
+    except InputError:
+        raise
+    except Exception as error:  # as in Cache._read
+        raise InputError(f"{path} cannot be read as a cache; run `hover-batch kd prepare` again ({error})") from error
+
+
+def _sha256(arrays: Arrays) -> str:
+    """Of shapes and bytes, in the order of ARRAYS."""
+    digest = hashlib.sha256()
+    for name in ARRAYS:
+        digest.update(f"{arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

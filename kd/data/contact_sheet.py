@@ -1,0 +1,97 @@
+"""A contact sheet: some of the images with their annotations drawn on them, to see whether the two fit.
+
+A wrong axis order, a shifted mask or swapped classes show at a glance, and in no number.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch.errors import InputError
+from hover_batch.taxonomy import Taxonomy
+from kd.data.samples import Sample
+from kd.panels import UNTYPED, outlined
+
+PICTURES, COLUMNS = 24, 6
+SIDE = 256
+"""Side in pixels of what is shown of each image: its centre."""
+ZOOM = 2
+"""Contours are drawn on the magnified picture, where they hide less of the nuclei."""
+_FONT, _SIZE, _LINE = cv2.FONT_HERSHEY_SIMPLEX, 0.5, 22
+
+
+class ContactSheet:
+    """Keeps PICTURES of the samples that it is shown, each with equal chance; the same samples, the same ones."""
+
+    def __init__(self, taxonomy: Taxonomy) -> None:
+        self._taxonomy = taxonomy
+        self._kept: dict[int, NDArray[np.uint8]] = {}
+        """Place in the order of the samples → the picture."""
+        self._seen = 0
+        self._random = np.random.default_rng(0)
+
+    def add(self, sample: Sample) -> None:
+        index, self._seen = self._seen, self._seen + 1
+        if index >= PICTURES:
+            drawn = int(self._random.integers(index + 1))
+            if drawn >= PICTURES:
+                return
+            del self._kept[list(self._kept)[drawn]]
+        self._kept[index] = draw(sample, self._taxonomy)
+
+    def write(self, path: Path) -> None:
+        """Write the sheet in the order of the samples. Raises InputError where that cannot be done."""
+        pictures = [self._kept[index] for index in sorted(self._kept)]
+        columns = min(COLUMNS, len(pictures))
+        blank = np.full_like(pictures[0], 255)
+        pictures += [blank] * (-len(pictures) % columns)
+        rows = [np.concatenate(pictures[i : i + columns], axis=1) for i in range(0, len(pictures), columns)]
+        sheet = np.concatenate([*rows, self._legend(rows[0].shape[1])])
+        written, encoded = cv2.imencode(".png", sheet[..., ::-1])
+        assert written
+        try:
+            path.write_bytes(encoded.tobytes())
+        except OSError as error:
+            raise InputError(f"--sheet {path}: it cannot be written ({error.strerror})") from error
+
+    def _legend(self, width: int) -> NDArray[np.uint8]:
+        strip = np.full((_LINE + 8, width, 3), 255, np.uint8)
+        x = 8
+        for text, color in [*((c.name, c.color) for c in self._taxonomy.nuclei), ("without a class", UNTYPED)]:
+            cv2.rectangle(strip, (x, 9), (x + 12, 21), color, cv2.FILLED)
+            cv2.putText(strip, text, (x + 18, 20), _FONT, _SIZE, (0, 0, 0), 1, cv2.LINE_AA)
+            x += 18 + cv2.getTextSize(text, _FONT, _SIZE, 1)[0][0] + 20
+        return strip
+
+
+def draw(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
+    """The centre of a sample, magnified, contours in the colours of the classes and a caption of two lines under it.
+
+    Returns (y, x, 3) uint8 RGB of one size, whatever the sample's.
+    """
+    height, width = (min(SIDE, extent) for extent in sample.instances.shape)
+    y, x = (sample.instances.shape[0] - height) // 2, (sample.instances.shape[1] - width) // 2
+    part = slice(y, y + height), slice(x, x + width)
+    picture = np.full((SIDE * ZOOM + 2 * _LINE + 4, SIDE * ZOOM + 4, 3), 255, np.uint8)
+    size = (width * ZOOM, height * ZOOM)
+    canvas = np.asarray(cv2.resize(sample.image[part], size, interpolation=cv2.INTER_CUBIC), np.uint8)
+    instances = sample.instances[part]
+    types = None if sample.types is None else _magnified(sample.types[part])
+    n = np.count_nonzero(np.unique(instances))
+    canvas = outlined(canvas, _magnified(instances), types, taxonomy)
+    picture[: size[1], : size[0]] = canvas
+    shown = len(np.unique(sample.instances[sample.instances > 0]))
+    where = " | ".join(filter(None, (sample.source, sample.tissue, f"fold {sample.fold}")))
+    for line, text in enumerate([sample.id, f"{where} | {shown} nuclei, {n} here"]):
+        place = (4, SIDE * ZOOM + (line + 1) * _LINE - 6)
+        cv2.putText(picture, text, place, _FONT, _SIZE, (0, 0, 0), 1, cv2.LINE_AA)
+    return picture
+
+
+def _magnified(labels: NDArray[Any]) -> NDArray[Any]:
+    return labels.repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)

@@ -1,0 +1,58 @@
+"""Reads annotated images for training and evaluation: from a cache that `kd prepare` wrote, or an instance folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from hover_batch.errors import InputError
+from hover_batch.taxonomy import CONSEP, Taxonomy
+from kd.data.cache import Cache, is_cache, open_cache
+from kd.data.layouts.folder import TABLE, InstanceFolder
+from kd.data.samples import MPP, Data, Sample
+
+__all__ = ["MPP", "Data", "Sample", "folds_of", "read_data", "taxonomy_of"]
+
+MAY_BE_EMPTY = ("train", "val", "test")
+"""Folds that may be asked for, whether the data has them or not."""
+
+
+def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = None) -> Data:
+    """Read the images of the given folds and of the named sources (None: of all), fold by fold in the data's order.
+
+    `path`: a cache (.zarr or .npz), or an instance folder, whose splits are the folds and whose types are those of
+    CoNSeP, merged. Of the folds train, val and test any may have no image.
+    Raises InputError where there is no fold of another name or no such source, or something is missing, cannot be
+    read, does not fit together or was damaged.
+    """
+    wanted, named = list(folds), None if sources is None else set(sources)
+    data = _open(path)
+    if unknown := [fold for fold in wanted if fold not in data.folds and fold not in MAY_BE_EMPTY]:
+        raise InputError(f"{path} has no fold {', '.join(unknown)}; its folds are {', '.join(data.folds)}")
+    if unknown := sorted((named or set()) - set(data.sources)):
+        raise InputError(f"{path} has no source {', '.join(unknown)}; its sources are {', '.join(data.sources)}")
+    if isinstance(data, Cache):
+        return Data(data.taxonomy, [sample for fold in wanted for sample in data.samples(fold, named)])
+    return Data(CONSEP, [sample for fold in wanted for sample in data.samples(CONSEP, fold, named)])
+
+
+def folds_of(path: Path) -> list[str]:
+    """The folds that the data at `path` (as for `read_data`) has, in the order in which they appear."""
+    return _open(path).folds
+
+
+def taxonomy_of(path: Path) -> Taxonomy:
+    """The classes of the data at `path` (as for `read_data`)."""
+    data = _open(path)
+    return data.taxonomy if isinstance(data, Cache) else CONSEP
+
+
+def _open(path: Path) -> Cache | InstanceFolder:
+    if is_cache(path):
+        return open_cache(path)
+    if not (path / TABLE).is_file():
+        raise InputError(
+            f"{path / TABLE} is missing; --data names a folder with dataset.csv, images and labels, or what "
+            "`hover-batch kd prepare` makes of other data, a .zarr or .npz"
+        )
+    return InstanceFolder(path)

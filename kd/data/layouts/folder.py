@@ -1,0 +1,110 @@
+"""An instance folder: images with label images, described by a table.
+
+dataset.csv has a row for each image: sample_id, image (RGB PNG), labels (uint16 PNG of instance ids, 0 = background),
+types (uint8 PNG of class codes, or empty), source, split (train/val/test); where known, group (patient or slide) and
+tissue. Paths are relative to the folder. Images are at 40× (0.25 µm), and a column magnification must say so.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Collection, Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+from hover_batch.errors import InputError
+from hover_batch.taxonomy import Taxonomy
+from kd.data.classes import CODES, class_ids
+from kd.data.layouts.pictures import read_codes, read_image, read_instances
+from kd.data.samples import Sample, renumbered
+
+TABLE = "dataset.csv"
+COLUMNS = ("sample_id", "image", "labels", "types", "source", "split")
+"""Those that every table has."""
+MAGNIFICATION = 40
+
+
+class InstanceFolder:
+    """The images of `folder` / dataset.csv. InputError where it is no CSV in UTF-8, lacks rows, a column or a field,
+    names an image twice, or one of another magnification."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            text = (folder / TABLE).read_bytes().decode("utf-8-sig")  # spreadsheets begin UTF-8 with a mark
+        except UnicodeDecodeError as error:
+            raise InputError(f"{folder / TABLE}: is not UTF-8; save it as CSV UTF-8") from error
+        cells = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+        try:
+            header, *rows = [[cell.strip() for cell in row] for row in cells if row] or [[]]
+        except csv.Error as error:
+            raise InputError(f"{folder / TABLE} cannot be read as CSV ({error})") from error
+        if missing := [c for c in COLUMNS if c not in header]:
+            raise InputError(f"{folder / TABLE}: no column {', '.join(missing)}; its columns are split by commas")
+        self._rows = [dict(zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
+        if not self._rows:
+            raise InputError(f"{folder / TABLE}: there is no image in it; give each a row")
+        lines: dict[str, int] = {}
+        for line, row in enumerate(self._rows, start=2):
+            if empty := [c for c in COLUMNS if not row[c] and c != "types"]:
+                raise InputError(f"{folder / TABLE}: row {line} has no {', '.join(empty)}")
+            if (first := lines.setdefault(row["sample_id"], line)) != line:
+                raise InputError(
+                    f"{folder / TABLE}: rows {first} and {line} have the sample_id {row['sample_id']}; ids must differ"
+                )
+            scanned = re.match(r"\d+(\.\d+)?", row.get("magnification") or "")
+            if scanned and float(scanned[0]) != MAGNIFICATION:
+                raise InputError(
+                    f"{folder / TABLE}: row {line} is of magnification {scanned[0]}; bring images and labels to "
+                    f"{MAGNIFICATION} (0.25 µm a pixel)"
+                )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def classes(self) -> str:
+        """The taxonomy of `kd.data.classes.TAXONOMIES` that is nearest to its types."""
+        return "pannuke" if any(row["source"] == "pannuke" and row["types"] for row in self._rows) else "consep"
+
+    @property
+    def unread_types(self) -> list[str]:
+        """Sources that have types whose codes are not known here, so that they are not read."""
+        return [s for s in self.sources if s not in CODES and any(r["types"] for r in self._rows if r["source"] == s)]
+
+    @property
+    def folds(self) -> list[str]:
+        return list(dict.fromkeys(row["split"] for row in self._rows))
+
+    @property
+    def sources(self) -> list[str]:
+        """In the order in which they appear."""
+        return list(dict.fromkeys(row["source"] for row in self._rows))
+
+    def samples(
+        self, taxonomy: Taxonomy, fold: str | None = None, sources: Collection[str] | None = None
+    ) -> Iterator[Sample]:
+        """The images of one fold (None: of all) and of the named sources (None: of all), in the table's order."""
+        for row in self._rows:
+            if fold in (None, row["split"]) and (sources is None or row["source"] in sources):
+                yield self._read(row, taxonomy)
+
+    def _read(self, row: dict[str, str], taxonomy: Taxonomy) -> Sample:
+        image = read_image(self.folder / row["image"])
+        instances = read_instances(self.folder / row["labels"], image.shape[:2])
+        types = None
+        if row["types"]:
+            codes = read_codes(self.folder / row["types"], image.shape[:2])
+            types = class_ids(codes, row["source"], taxonomy, str(self.folder / row["types"]))
+        return Sample(
+            id=row["sample_id"],
+            source=row["source"],
+            group=row.get("group") or "",
+            image=image,
+            instances=renumbered(instances),
+            types=types,
+            tissue=row.get("tissue") or "",
+            fold=row["split"],
+        )

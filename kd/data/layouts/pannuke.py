@@ -1,0 +1,143 @@
+"""PanNuke as its authors publish it: three folds of 256 × 256 px patches at 40×, each fold in three arrays.
+
+`Fold 1/images/fold1/images.npy` (n, y, x, 3) RGB, `Fold 1/images/fold1/types.npy` (n,) names of tissues,
+`Fold 1/masks/fold1/masks.npy` (n, y, x, 6) instance ids in a channel for each class and, last, the background. They are
+stored as float64, up to 8 GB a file, so they are mapped, and one patch at a time is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch.errors import InputError
+from hover_batch.taxonomy import Taxonomy
+from kd.data.classes import CODES, class_ids
+from kd.data.samples import Sample
+
+CHANNELS = len(CODES["pannuke"]) + 1
+
+
+class PanNuke:
+    """The folds in `folder`, or the one that it is. The folds are "1", "2" and "3", after fold1, fold2 and fold3.
+
+    Raises InputError where a file of a fold is missing, cannot be read, is there twice, or has another length or form
+    than its neighbours.
+    """
+
+    classes = "pannuke"
+
+    def __init__(self, folder: Path) -> None:
+        self._folds = {}
+        for fold, root in _folds(folder).items():
+            self._folds[fold] = _Fold(fold, root)
+
+    @staticmethod
+    def recognises(folder: Path) -> bool:
+        return bool(_folds(folder))
+
+    def __len__(self) -> int:
+        return sum(len(fold) for fold in self._folds.values())
+
+    def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
+        for fold in self._folds.values():
+            for i in range(len(fold)):
+                yield fold.read(i, taxonomy)
+
+
+def _folds(folder: Path) -> dict[str, Path]:
+    """Number of each fold → the folder with its `images` and `masks`; with or without a space in the name."""
+    found: dict[str, Path] = {}
+    for depth in ("", "*/", "*/*/"):
+        for path in sorted(folder.glob(f"{depth}*/fold[0-9]")):
+            if path.parent.name in ("images", "masks") and path.is_dir():
+                fold, root = path.name.removeprefix("fold"), path.parent.parent
+                if found.setdefault(fold, root) != root:
+                    raise InputError(f"{folder}: fold {fold} is there twice, in {found[fold]} and in {root}")
+    return dict(sorted(found.items()))
+
+
+class _Fold:
+    """The patches of one fold. Files are mapped anew for each: else what was read stays in memory as long as it can."""
+
+    def __init__(self, fold: str, root: Path) -> None:
+        self.fold = fold
+        images, masks = root / "images" / f"fold{fold}", root / "masks" / f"fold{fold}"
+        self.images_file, self.masks_file = images / "images.npy", masks / "masks.npy"
+        shape, masks_shape = _map(self.images_file, 3).shape, _map(self.masks_file, CHANNELS).shape
+        self.tissues = _load(images / "types.npy")
+        for name, n in (("masks.npy", masks_shape[0]), ("types.npy", len(self.tissues))):
+            if n != shape[0]:
+                raise InputError(
+                    f"{root}: {name} has {n} entries, but images.npy {shape[0]}; they are not of one fold, or a "
+                    "download was cut short"
+                )
+        if shape[1:3] != masks_shape[1:3]:
+            raise InputError(f"{root}: images are {shape[1:3]}, but masks {masks_shape[1:3]}")
+
+    def __len__(self) -> int:
+        return len(self.tissues)
+
+    def read(self, i: int, taxonomy: Taxonomy) -> Sample:
+        image = _whole(_map(self.images_file, 3)[i], f"{self.images_file}: image {i}", 255)
+        mask = _whole(_map(self.masks_file, CHANNELS)[i], f"{self.masks_file}: mask {i}", np.iinfo(np.int32).max)
+        instances, codes = merge_channels(mask)
+        return Sample(
+            id=f"pannuke_{self.fold}_{i:04d}",
+            source="pannuke",
+            group="",
+            image=image.astype(np.uint8),
+            instances=instances,
+            types=class_ids(codes, "pannuke", taxonomy, str(self.masks_file)),
+            tissue=str(self.tissues[i]),
+            fold=self.fold,
+        )
+
+
+def merge_channels(mask: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """Ids (y, x, 6) in a channel for each class → instances (y, x) from 1 on, and class codes (y, x).
+
+    The same id in two channels is two nuclei. A pixel that two channels claim is the later one's, as in the
+    authors' metrics (Gamper et al. 2020).
+    """
+    instances = np.zeros(mask.shape[:2], np.int32)
+    codes = np.zeros(mask.shape[:2], np.uint8)
+    nuclei = 0
+    for channel in range(CHANNELS - 1):
+        there = mask[..., channel] > 0
+        ids, rank = np.unique(mask[..., channel][there], return_inverse=True)
+        instances[there] = nuclei + 1 + rank
+        codes[there] = channel + 1
+        nuclei += len(ids)
+    return instances, codes
+
+
+def _map(path: Path, channels: int) -> NDArray[Any]:
+    array = _load(path)
+    if array.ndim != 4 or array.shape[3] != channels or array.dtype.kind not in "uif":
+        raise InputError(f"{path}: {array.dtype} of shape {array.shape}, but should be numbers (n, y, x, {channels})")
+    return array
+
+
+def _load(path: Path) -> NDArray[Any]:
+    if not path.is_file():
+        raise InputError(
+            f"{path} is missing; a PanNuke fold has images.npy and types.npy in images, masks.npy in masks"
+        )
+    try:
+        return np.asanyarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path} cannot be read as a .npy array; download it again ({error})") from error
+
+
+def _whole(values: NDArray[Any], where: str, highest: int) -> NDArray[np.int32]:
+    """Whole numbers from 0 to `highest`, which the files hold as float64."""
+    with np.errstate(invalid="ignore"):
+        whole = values.astype(np.int64)
+    if not np.array_equal(whole, values) or whole.min(initial=0) < 0 or whole.max(initial=0) > highest:
+        raise InputError(f"{where} holds values that are no whole numbers from 0 to {highest}")
+    return whole.astype(np.int32)

@@ -1,0 +1,115 @@
+"""From a network and annotated images to scores, by source: Dice, AJI, PQ, detection and class F1.
+
+Everything is computed from stored maps (`hover_batch.model.heads.MapLayout`), by the post-processing that slides go
+through, so that these are the scores of what users get.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch.errors import InputError
+from hover_batch.metrics import (
+    DETECTION_RADIUS_UM,
+    aji,
+    class_quality,
+    count_pairs,
+    dice,
+    match_as_hovernet,
+    panoptic_quality,
+)
+from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.nuclei.whole import nuclei_of, types_by_id
+from hover_batch.taxonomy import Taxonomy
+from kd.data.datasets import MPP, Data, Sample
+from kd.evaluation.remap import Remap, remaps_of
+from kd.evaluation.scores import ImageScores, SourceScores, pooled
+
+MapsOf = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+"""RGB (y, x, 3) uint8 → the stored maps (plane, y, x) uint8 of the same pixels."""
+
+MOST_DISTANCES = 10**8
+"""Between annotated and predicted nuclei of an image; these take 3 GB, and minutes to assign."""
+
+
+def evaluate(
+    maps_of: MapsOf, samples: Iterable[Sample], constants: SobelConstants | None, taxonomy: Taxonomy
+) -> list[SourceScores]:
+    """Score the maps that `maps_of` gives for each sample's image, source by source in the order of appearance.
+
+    `constants`: of the Sobel maps, or None to normalise each image by its own extremes, as the reference does.
+    Raises InputError where an image holds too many nuclei.
+    """
+    by_source: dict[str, list[ImageScores]] = {}
+    for sample in samples:
+        scores = _score(sample, maps_of(sample.image), constants, taxonomy)
+        by_source.setdefault(sample.source, []).append(scores)
+    return [pooled(source, images, taxonomy) for source, images in by_source.items()]
+
+
+def evaluate_data(maps_of: MapsOf, data: Data, constants: SobelConstants | None, model: Taxonomy) -> list[SourceScores]:
+    """As `evaluate`, for a model whose classes may be others than the data's: each source is scored by the classes that
+    both have (`kd.evaluation.remap`). Raises InputError, before anything is predicted, where these are not known.
+    """
+    remaps = remaps_of(data, model)
+    scores = []
+    for source, remap in remaps.items():
+        samples = (remap.sample(s) for s in data.samples if s.source == source)
+        scores += evaluate(partial(_remapped, maps_of, remap), samples, constants, remap.taxonomy)
+    return scores
+
+
+def _remapped(maps_of: MapsOf, remap: Remap, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return remap.maps(maps_of(image))
+
+
+def _score(
+    sample: Sample, maps: NDArray[np.uint8], constants: SobelConstants | None, taxonomy: Taxonomy
+) -> ImageScores:
+    layout = MapLayout(len(taxonomy.classes))
+    found, nuclei = nuclei_of(maps, constants, layout)
+    true_xy, true_types = true_nuclei(sample, layout.n_types)
+    pred_xy = np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1)
+    if len(true_xy) * len(pred_xy) > MOST_DISTANCES:
+        raise InputError(
+            f"{sample.id} of {sample.source}: {len(true_xy):,} annotated nuclei and {len(pred_xy):,} predicted ones "
+            "are too many for HoVerNet's pairing, which looks at all distances at once; cut the image into tiles"
+        )
+    pairs = match_as_hovernet(true_xy, pred_xy, DETECTION_RADIUS_UM / MPP)
+    quality = panoptic_quality(sample.instances, found)
+    pq_c = None
+    if sample.types is not None:
+        types = types_by_id(found, nuclei)
+        pq_c = tuple(class_quality(sample.instances, found, true_types, types, c.id) for c in taxonomy.nuclei)
+    return ImageScores(
+        tissue=sample.tissue,
+        dice=dice(sample.instances, found),
+        aji=aji(sample.instances, found),
+        dq=quality.dq,
+        sq=quality.sq,
+        pq=quality.pq,
+        bpq=quality.pq if len(true_xy) else math.nan,
+        pq_c=pq_c,
+        pairs=count_pairs(pairs, true_types, nuclei.type_id, layout.n_types),
+    )
+
+
+def true_nuclei(sample: Sample, n_types: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Centroids (n, 2) x, y, pixel centres at +0.5, and types (n,) of the annotated nuclei, in the order of their ids.
+
+    The type is that of most pixels, the lower among equals; 0 where the sample annotates none.
+    """
+    ys, xs = np.nonzero(sample.instances)
+    ids, row = np.unique(sample.instances[ys, xs], return_inverse=True)
+    area = np.bincount(row)
+    xy = np.stack([np.bincount(row, xs) / area, np.bincount(row, ys) / area], axis=1) + 0.5
+    if sample.types is None:
+        return xy, np.zeros(len(ids), np.int64)
+    votes = np.bincount(row * n_types + sample.types[ys, xs], minlength=len(ids) * n_types)
+    return xy, votes.reshape(len(ids), n_types).argmax(axis=1)

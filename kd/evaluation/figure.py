@@ -1,0 +1,121 @@
+"""The paper's Figure 2: image, truth, and what models make of it, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.nuclei.whole import nuclei_of, types_by_id
+from hover_batch.taxonomy import NUCLEI, Rgb, Taxonomy
+from kd.data.datasets import Data, Sample
+from kd.evaluation.evaluate import MapsOf
+from kd.evaluation.remap import Remap, remaps_of
+from kd.panels import GAP, UNTYPED, outlined, panel
+
+SIDE = 256
+"""Side in pixels of the crops that are shown, from the middle of the images."""
+SCALE = 2
+"""Crops are shown this much larger, so that an outline of one pixel covers little of the nucleus."""
+ROWS = 4
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A model in the figure: its name, its maps of an image, the Sobel constants, and its classes."""
+
+    name: str
+    maps_of: MapsOf
+    constants: SobelConstants | None
+    taxonomy: Taxonomy
+
+
+def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uint8]:
+    """The picture (y, x, 3) uint8 RGB: a row for each of the `n` fullest images of `data`, and the classes' colours.
+
+    Each model is shown in the classes that it and the data have in common, the truth in those of the last one.
+    """
+    remaps = [remaps_of(data, model.taxonomy) for model in models]
+    rows, shown = [], list[Taxonomy]()
+    for sample in fullest(data.samples, n):
+        commons = [remap[sample.source] for remap in remaps]
+        truth = commons[-1].sample(sample)
+        bare = replace(truth, instances=np.zeros_like(truth.instances))
+        predicted = [_predicted(sample, model, common) for model, common in zip(models, commons, strict=True)]
+        classes = [commons[-1].taxonomy] * 2 + [common.taxonomy for common in commons]
+        rows.append([_drawn(view, kinds) for view, kinds in zip((bare, truth, *predicted), classes, strict=True)])
+        shown += classes
+    picture = panel(["image", "truth", *(model.name for model in models)], rows)
+    return np.vstack([picture, _key(shown, picture.shape[1])])
+
+
+def fullest(samples: Sequence[Sample], n: int) -> list[Sample]:
+    """The n images with most nuclei in their middle, taken from each source in turn."""
+    ranked: list[tuple[int, int, int]] = []
+    for source in {s.source for s in samples}:
+        counts = [(_count(s), i) for i, s in enumerate(samples) if s.source == source]
+        counts.sort(key=lambda found: (-found[0], found[1]))
+        ranked += [(turn, -count, i) for turn, (count, i) in enumerate(counts)]
+    return [samples[i] for _, _, i in sorted(ranked)[:n]]
+
+
+def _count(sample: Sample) -> int:
+    return len(np.unique(sample.instances[_middle(sample)]))
+
+
+def _middle(sample: Sample) -> tuple[slice, slice]:
+    height, width = sample.instances.shape
+    top, left = max(0, height - SIDE) // 2, max(0, width - SIDE) // 2
+    return slice(top, top + SIDE), slice(left, left + SIDE)
+
+
+def _predicted(sample: Sample, model: Shown, common: Remap) -> Sample:
+    """The sample with the model's nuclei in place of the true ones; without types where only nuclei are common."""
+    maps = common.maps(model.maps_of(sample.image))
+    found, nuclei = nuclei_of(maps, model.constants, MapLayout(len(common.taxonomy.classes)))
+    types = None
+    if common.taxonomy is not NUCLEI:
+        types = np.concatenate([np.zeros(1, np.uint8), types_by_id(found, nuclei)])[found]
+    return replace(sample, instances=found, types=types)
+
+
+def _drawn(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
+    """The middle of the sample, enlarged, with its nuclei outlined; what a smaller image lacks is white."""
+    part = _middle(sample)
+    height, width = sample.instances[part].shape
+    lacking = ((0, SIDE - height), (0, SIDE - width))
+
+    def large(labels: NDArray[Any]) -> NDArray[Any]:
+        return np.pad(labels, lacking).repeat(SCALE, 0).repeat(SCALE, 1)
+
+    image = np.pad(sample.image[part], (*lacking, (0, 0)), constant_values=255)
+    image = np.asarray(cv2.resize(image, None, fx=SCALE, fy=SCALE, interpolation=cv2.INTER_CUBIC), np.uint8)
+    types = None if sample.types is None else large(sample.types[part])
+    return outlined(image, large(sample.instances[part]), types, taxonomy)
+
+
+def _key(taxonomies: Sequence[Taxonomy], width: int) -> NDArray[np.uint8]:
+    """A strip (y, width, 3) with the name of each class beside its colour, in as many lines as it takes."""
+    colors: dict[str, Rgb] = {}
+    for taxonomy in taxonomies:
+        colors |= {"no class": UNTYPED} if taxonomy is NUCLEI else {c.name: c.color for c in taxonomy.nuclei}
+    lines, x = [_line(width)], GAP
+    for name, color in colors.items():
+        (length, _), _ = cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)
+        if x > GAP and x + 20 + length > width:
+            lines.append(_line(width))
+            x = GAP
+        lines[-1][4:18, x : x + 14] = color
+        cv2.putText(lines[-1], name, (x + 20, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        x += length + 40
+    return np.vstack(lines)
+
+
+def _line(width: int) -> NDArray[np.uint8]:
+    return np.full((22, width, 3), 255, np.uint8)

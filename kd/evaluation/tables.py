@@ -1,0 +1,242 @@
+"""The paper's tables: its rows and ours, each of ours traced to the evaluations that it comes from.
+
+Evaluations of one label (the folds of one setting) share a row: their mean, and the standard deviation between them. A
+model that has seen what it was judged on is marked in its row; below the table stands why.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hover_batch.errors import InputError
+from kd.evaluation.published_rows import COST_COLUMNS, COST_NOTES, COST_ORIGIN, COST_ROWS, TABLES, Column
+
+GENERAL = ("images", "nuclei", "dice", "aji", "dq", "sq", "pq", "bpq", "mpq", "f_d", "precision", "recall")
+"""Scores that every source has, in the order of our own tables."""
+RUN = "run"
+"""What the column is called that says where a row comes from."""
+MARKS = {True: "†", False: "‡"}
+"""By whether it is certain that images were seen."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """An evaluation: what `kd evaluate --json` wrote, and its file."""
+
+    path: Path
+    report: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        return str(self.report["label"])
+
+    @property
+    def sources(self) -> Mapping[str, Any]:
+        sources: Mapping[str, Any] = self.report["sources"]
+        return sources
+
+
+@dataclass(frozen=True)
+class Row:
+    """`means`, `deviations`: by title; None where there is none. `leaks`: mark and reason."""
+
+    name: str
+    means: dict[str, float | None]
+    deviations: dict[str, float | None]
+    run: str
+    leaks: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Published rows, cells as printed, then ours."""
+
+    name: str
+    title: str
+    columns: Sequence[Column]
+    published: Mapping[str, Sequence[str]]
+    origin: str
+    ours: Sequence[Row]
+    notes: Sequence[str] = ()
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Raises InputError where a file is no evaluation, or two share a label and cannot share a row."""
+    runs = [Run(path, _read(path)) for path in paths]
+    for run in runs:
+        try:
+            tables([run], Path())
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{run.path}: no evaluation of this version ({type(error).__name__}: {error}); run `kd evaluate "
+                "--json` again"
+            ) from error
+    seen: dict[tuple[str, ...], Run] = {}
+    for run in runs:
+        first = next(r for r in runs if r.label == run.label)
+        for what in ("architecture", "sobel_norm"):
+            if run.report[what] != first.report[what]:
+                raise InputError(
+                    f"{run.path}: its {what} is {run.report[what]}, that of {first.path} {first.report[what]}, "
+                    f"and both are called {run.label}; evaluate one of them with another --label"
+                )
+        for source in run.sources:
+            what_was_done = (run.label, source, run.report["sha256"], str(run.report["folds"]), run.report["data"])
+            if other := seen.get(what_was_done):
+                raise InputError(f"{run.path} and {other.path}: the same model on the same {source}; give one of them")
+            seen[what_was_done] = run
+    return runs
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        report = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give files that `kd evaluate --json` wrote") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); give files that `kd evaluate --json` wrote") from error
+    texts = dict.fromkeys(("label", "sha256", "architecture", "data", "sobel_norm"), str)
+    needed: dict[str, type] = texts | {"folds": list, "sources": dict, "leakage": list, "cost": dict}
+    held = report if isinstance(report, dict) else {}
+    if missing := [name for name, kind in sorted(needed.items()) if not isinstance(held.get(name), kind)]:
+        lacking = ", ".join(missing) if held else "everything"
+        raise InputError(f"{path}: no evaluation of this version, it lacks {lacking}; run `kd evaluate --json` again")
+    return held
+
+
+def tables(runs: Sequence[Run], out: Path) -> list[Table]:
+    """The paper's three, the cost, and one for each source with all that was measured. `out`: where they will lie, so
+    that files of runs are named relative to it."""
+    made = []
+    for paper in TABLES:
+        classes = [c.name for c in paper.taxonomy.nuclei]
+        fitting = [r for r in runs if paper.source in r.sources and r.sources[paper.source]["classes"] == classes]
+        ours = _rows(fitting, paper.columns, _scores_on(paper.source), paper.source, out)
+        made.append(Table(paper.name, paper.title, paper.columns, paper.rows, paper.origin, ours, paper.notes))
+    cost = _rows(runs, COST_COLUMNS, lambda run: run.report["cost"], None, out)
+    machines = [
+        f"{r.label} was timed on {r.report['cost']['timed_on']}." for r in runs if "timed_on" in r.report["cost"]
+    ]
+    notes = (*COST_NOTES, *dict.fromkeys(machines))
+    made.append(Table("cost", "Cost", COST_COLUMNS, COST_ROWS, COST_ORIGIN, cost, notes))
+    for source in dict.fromkeys(s for run in runs for s in run.sources):
+        judged = [run for run in runs if source in run.sources]
+        columns = _all_columns([run.sources[source] for run in judged])
+        rows = _rows(judged, columns, _scores_on(source), source, out)
+        made.append(Table(f"ours_{source}", f"Ours: {source}", columns, {}, "", rows))
+    return made
+
+
+def write_tables(made: Sequence[Table], out: Path) -> None:
+    """`tables.md`, and a CSV for each table: numbers to eight digits, a column more for each deviation."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tables.md").write_text("\n".join(line for table in made for line in _markdown(table)), "utf-8")
+    for table in made:
+        with (out / f"{table.name}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(_plain(table))
+
+
+def _scores_on(source: str) -> Callable[[Run], Mapping[str, Any]]:
+    def scores(run: Run) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = run.sources[source]
+        return found
+
+    return scores
+
+
+def _all_columns(scores: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The general ones, then those of all classes that occur."""
+    columns = [Column(name, (name,), digits=0 if name in ("images", "nuclei") else 4) for name in GENERAL]
+    for kind in ("pq_c", "f_c"):
+        names = dict.fromkeys(name for s in scores for name in s[kind])
+        columns += [Column(f"{kind[:-2]} {name}", (kind, name)) for name in names]
+    return columns
+
+
+def _rows(
+    runs: Sequence[Run],
+    columns: Sequence[Column],
+    values_of: Callable[[Run], Mapping[str, Any]],
+    source: str | None,
+    out: Path,
+) -> list[Row]:
+    """A row for each label. `source`: what the values are scores on; None where they are none."""
+    rows = []
+    for label in dict.fromkeys(run.label for run in runs):
+        group = [run for run in runs if run.label == label]
+        means: dict[str, float | None] = {}
+        deviations: dict[str, float | None] = {}
+        for column in columns:
+            found = [_at(values_of(run), column.path) for run in group]
+            values = [value * column.scale for value in found if value is not None]
+            means[column.title] = statistics.mean(values) if values else None
+            deviations[column.title] = statistics.stdev(values) if len(values) > 1 else None
+        rows.append(Row(label, means, deviations, "; ".join(_trace(run, out) for run in group), _leaks(group, source)))
+    return rows
+
+
+def _at(values: Any, path: Sequence[str]) -> float | None:
+    for key in path:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return None if values is None else float(values)
+
+
+def _trace(run: Run, out: Path) -> str:
+    """The file and the model's hash."""
+    return f"{Path(os.path.relpath(run.path, out)).as_posix()} ({run.report['sha256'][:12]})"
+
+
+def _leaks(group: Sequence[Run], source: str | None) -> tuple[tuple[str, str], ...]:
+    found = [
+        (MARKS[leak["certain"]], leak["text"])
+        for r in group
+        for leak in r.report["leakage"]
+        if leak["source"] == source
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def _markdown(table: Table) -> Iterator[str]:
+    titles = [column.title for column in table.columns]
+    yield f"## {table.title}\n"
+    yield f"| | {' | '.join(titles)} | {RUN} |"
+    yield f"|---|{'---|' * len(titles)}---|"
+    for name, cells in table.published.items():
+        yield f"| {name} | {' | '.join(cell or '–' for cell in cells)} | {table.origin} |"
+    for row in table.ours:
+        marks = "".join(sorted({mark for mark, _ in row.leaks}))
+        yield f"| {f'{row.name} {marks}'.strip()} | {' | '.join(_cell(row, c) for c in table.columns)} | {row.run} |"
+    if not table.ours:
+        yield "\nNone of the evaluations given belongs here.\n"
+    yield ""
+    for row in table.ours:
+        yield from (f"{mark} {row.name}: {reason}\n" for mark, reason in row.leaks)
+    yield from (f"{note}\n" for note in table.notes)
+
+
+def _cell(row: Row, column: Column) -> str:
+    mean, deviation = row.means[column.title], row.deviations[column.title]
+    if mean is None:
+        return "–"
+    shown = f"{mean:.{column.digits}f}"
+    return shown if deviation is None else f"{shown} ± {deviation:.{column.digits}f}"
+
+
+def _plain(table: Table) -> Iterator[list[str]]:
+    titles = [column.title for column in table.columns]
+    deviating = [t for t in titles if any(row.deviations[t] is not None for row in table.ours)]
+    yield ["model", *titles, *(f"{title} sd" for title in deviating), RUN, "seen"]
+    for name, cells in table.published.items():
+        yield [name, *cells, *("" for _ in deviating), table.origin, ""]
+    for row in table.ours:
+        means = [row.means[title] for title in titles]
+        spread = [row.deviations[title] for title in deviating]
+        numbers = ["" if number is None else f"{number:.8g}" for number in (*means, *spread)]
+        yield [row.name, *numbers, row.run, "; ".join(f"{mark} {reason}" for mark, reason in row.leaks)]

@@ -1,0 +1,187 @@
+"""Run a teacher once over the training images and keep its outputs in a cache.
+
+The teacher computes in float32 on every machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hover_batch.config import EngineSettings, InferSettings
+from hover_batch.errors import InputError, PackageError
+from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
+from hover_batch.model.package import Card, find_package
+from kd.data.datasets import Sample, folds_of, read_data, taxonomy_of
+from kd.data.pixel_size import check_pixel_size
+from kd.teaching.teacher_cache import TeacherCache
+
+if TYPE_CHECKING:
+    from hover_batch.model.predict import Predictor
+
+TILES_A_TASK = 16
+THREADS = 4
+"""Of a teacher on the CPU, where Ray runs several."""
+SAY_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What all tasks share: which images, which teacher, where its outputs go, and how it computes."""
+
+    data: Path
+    teacher: Path
+    cache: Path
+    sources: tuple[str, ...] | None
+    infer: InferSettings
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A few images of a fold, by their places in it: a task's message holds no pixels."""
+
+    teaching: Teaching
+    fold: str
+    places: tuple[int, ...]
+
+
+def teach(
+    data: Path,
+    teacher: str,
+    cache: Path,
+    folds: Sequence[str],
+    sources: Sequence[str] | None = None,
+    *,
+    batch: int = 4,
+    engine: EngineSettings,
+    say: Callable[[str], None],
+) -> TeacherCache:
+    """Keep the teacher's output for every image of the folds in `cache`, or go on with what lies there.
+
+    Sound outputs are not made again, corrupt ones are. One run at a time writes a cache. Raises InputError and
+    PackageError; whatever is raised, what is kept stays.
+    """
+    if teacher != "starter" and not Path(teacher).exists():
+        raise PackageError(
+            f"--teacher {teacher}: no such package; `hover-batch models import` makes one of a published checkpoint"
+        )
+    package = find_package(teacher, "--teacher")
+    check_pixel_size(package.card, f"--teacher {teacher}")
+    theirs, ours = package.card.taxonomy, taxonomy_of(data)
+    if theirs.classes != ours.classes:
+        raise InputError(
+            f"--teacher {teacher}: its classes are those of {theirs.name}, the data's those of {ours.name}, "
+            "and no student could learn both; take a teacher of the data's classes, or other --classes in "
+            "`hover-batch kd prepare`"
+        )
+    kept = TeacherCache.create(cache, package)
+    with machines(engine, cache / "ray.log") as found:
+        on_gpu, ray = found.gpus > 0, engine.backend == "ray"
+        threads = 0 if on_gpu else min(THREADS, found.cpus) if ray else engine.cpus
+        device = ("cuda" if on_gpu else "cpu") if ray else "cpu" if engine.gpus == 0 else "auto"
+        infer = InferSettings(batch=batch, precision="fp32", threads=threads, device=device)
+        # A cluster's processes may start in other folders than this one.
+        teaching = Teaching(
+            data=data.resolve(),
+            teacher=package.path.resolve(),
+            cache=cache.resolve(),
+            sources=None if sources is None else tuple(sources),
+            infer=infer,
+        )
+        progress = _Progress(say)
+        results = map_tasks(
+            take,
+            _lessons(teaching, folds, kept, package.card, progress),
+            backend=engine.backend,
+            cpus=max(1, threads),
+            gpus=int(on_gpu),
+            at_once=found.gpus or max(1, found.cpus // max(1, threads)),
+            stay=True,
+        )
+        for lesson, result in results:
+            if isinstance(result, TaskFailed):
+                raise result.error
+            progress.advance(len(lesson.places))
+    progress.close()
+    return kept
+
+
+def _lessons(
+    teaching: Teaching, folds: Sequence[str], cache: TeacherCache, card: Card, progress: _Progress
+) -> Iterator[Lesson]:
+    """What is left to do, fold by fold; an image that comes twice is taught once."""
+    seen: set[str] = set()
+    for fold in folds:
+        samples = _samples(teaching, fold)
+        new = {s.image_sha256: i for i, s in enumerate(samples) if s.image_sha256 not in seen}
+        seen |= new.keys()
+        left = [i for i in new.values() if not cache.has(samples[i])]
+        progress.expect(fold, len(new), len(new) - len(left))
+        while left:
+            some, tiles = [], 0
+            while left and tiles < TILES_A_TASK:
+                some.append(left.pop(0))
+                height, width = samples[some[-1]].image.shape[:2]
+                tiles += -(-height // card.tile_out) * -(-width // card.tile_out)
+            yield Lesson(teaching, fold, tuple(some))
+
+
+def take(lesson: Lesson) -> None:
+    """One task: the teacher's outputs for a few images, kept."""
+    from hover_batch.model.images import image_logits
+
+    cache = TeacherCache.open(lesson.teaching.cache)
+    samples = [_samples(lesson.teaching, lesson.fold)[i] for i in lesson.places]
+    samples = [s for s in samples if not cache.has(s)]  # a process that died may have kept some
+    outputs = image_logits(_predictor(lesson.teaching), [s.image for s in samples])
+    for sample, logits in zip(samples, outputs, strict=True):
+        cache.keep(sample, logits)
+
+
+@lru_cache(maxsize=1)
+def _samples(teaching: Teaching, fold: str) -> list[Sample]:
+    """The images of a fold, read once by each process."""
+    samples = read_data(teaching.data, [fold], teaching.sources).samples
+    if not samples:
+        of = f" of {', '.join(teaching.sources)}" if teaching.sources else ""
+        there = ", ".join(folds_of(teaching.data))
+        raise InputError(f"--fold {fold}: {teaching.data} has no such image{of}; it has {there}")
+    return samples
+
+
+@lru_cache(maxsize=1)
+def _predictor(teaching: Teaching) -> Predictor:
+    """The teacher, loaded once by each process."""
+    from hover_batch.model.predict import load_predictor
+
+    return load_predictor(find_package(str(teaching.teacher), "--teacher"), teaching.infer)
+
+
+class _Progress:
+    """Plain lines: how many images are taught, how fast, how long still."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._total = self._done = self._before = 0
+        self._started = self._said = time.monotonic()
+
+    def expect(self, fold: str, images: int, before: int) -> None:
+        if not self._total:
+            self._started = time.monotonic()
+        self._total, self._done, self._before = self._total + images, self._done + before, self._before + before
+        self._say(f"fold {fold}: {images} images, {before} of them taught before")
+
+    def advance(self, images: int) -> None:
+        self._done += images
+        if (now := time.monotonic()) - self._said >= SAY_EVERY_S:
+            self._said = now
+            each = (now - self._started) / (self._done - self._before)
+            left = each * (self._total - self._done)
+            self._say(f"  {self._done}/{self._total} images, {each:.2g} s each, {left / 60:.1f} min left")
+
+    def close(self) -> None:
+        self._say(f"{self._done} images taught, {self._done - self._before} of them now")

@@ -1,0 +1,224 @@
+"""Random views of an annotated image: geometry on image, labels and a teacher's output alike, appearance on the image.
+
+========== ============================================== ===========================================
+kind       geometry                                       appearance
+========== ============================================== ===========================================
+full       place, any turn, flip, scale                   stain, color, tone, sharpness, noise, JPEG
+turns      place, right-angle turn, flip                  color and blur
+color      place                                          color and blur
+none       place                                          as it is
+========== ============================================== ===========================================
+
+The ranges are meant to cover scanners and stains: 20× slides are seen upsampled (hence the loss of resolution), JPEG
+tiles are common (hence recompression), H and E vary independently between laboratories (hence stain jitter), and
+some scanners sharpen and darken until nuclei are black (hence gamma and unsharp masks).
+
+A teacher's h and v cannot be turned by any angle: each is scaled by the nucleus's extents along its own axis, so that
+those of a turned nucleus are no mixture of them. Right-angle turns and flips swap and negate them, scaling leaves them
+as they are; with a teacher, `full` keeps to these.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from skimage.color import hed_from_rgb, rgb_from_hed
+
+from hover_batch.model.heads import HV
+from kd.data.datasets import Sample
+
+LABEL_MARGIN = 32
+"""Labels are cut this much wider than the image (pixels), so that a nucleus at the crop's edge has the distances of
+the whole nucleus, as it will when tiles are predicted with a margin."""
+
+SCALE = (0.8, 1.25)
+RIGHT = math.pi / 2
+RGB_TO_HED: NDArray[np.float32] = hed_from_rgb.astype(np.float32)
+HED_TO_RGB: NDArray[np.float32] = rgb_from_hed.astype(np.float32)
+
+
+class View(NamedTuple):
+    """image (size, size, 3) uint8 · instances int32 and types uint8, both (size + 2·LABEL_MARGIN) square, types zero
+    where the sample has none · planes (c, size, size) float32, the teacher's output, or None."""
+
+    image: NDArray[np.uint8]
+    instances: NDArray[np.int32]
+    types: NDArray[np.uint8]
+    planes: NDArray[np.float32] | None
+
+
+def random_view(
+    sample: Sample,
+    size: int,
+    rng: np.random.Generator,
+    kind: str = "full",
+    planes: NDArray[np.float16] | None = None,
+) -> View:
+    """Cut, turn, flip, scale and recolour, as `kind` says.
+
+    planes: (c, y, x), the teacher's output for the whole image, as `hover_batch.model.heads` lays it out.
+    """
+    view = random_geometry(sample, size, rng, kind, planes)
+    if kind == "full":
+        return view._replace(image=random_appearance(view.image, rng))
+    if kind != "none":
+        return view._replace(image=color_and_blur(view.image, rng))
+    return view
+
+
+def random_geometry(
+    sample: Sample,
+    size: int,
+    rng: np.random.Generator,
+    kind: str = "full",
+    planes: NDArray[np.float16] | None = None,
+) -> View:
+    """One affine map of the source, at least `size` on each side, onto the view; the image part lies inside it."""
+    scale, angle, flip = 1.0, 0.0, 1
+    if kind == "full":
+        scale = math.exp(rng.uniform(math.log(SCALE[0]), math.log(SCALE[1])))
+        free = planes is None and rng.random() < 0.5
+        angle = rng.uniform(0, 2 * math.pi) if free else rng.integers(4) * RIGHT
+    elif kind == "turns":
+        angle = rng.integers(4) * RIGHT
+    if kind in ("full", "turns"):
+        flip = 1 if rng.random() < 0.5 else -1
+    height, width = sample.instances.shape
+    small = 2 * _reach(size, angle, scale) > min(height, width)
+    if small:
+        # An image hardly larger than the view, such as PanNuke's: what lies beyond is not known, so it is kept inside.
+        angle = round(angle / RIGHT) * RIGHT
+        if kind == "full":
+            scale = max(scale, size / min(height, width))
+    # Source offset of a step of one view pixel along x and along y.
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    step = np.array([[cos, -sin * flip], [sin, cos * flip]])
+    reach = _reach(size, angle, scale)
+    centre = np.array([_uniform_inside(width, reach, rng), _uniform_inside(height, reach, rng)])
+    if small or kind != "full":
+        centre -= 0.5  # from edges to the centres of pixels, lest what just fits is missed by half a pixel
+    if kind != "full":  # pixels fall on pixels
+        step = np.rint(step)
+        half = step @ np.array([size / 2 - 0.5, size / 2 - 0.5])
+        centre = np.rint(centre - half) + half
+
+    def warp(array: NDArray[Any], side: int, interpolation: int) -> NDArray[Any]:
+        offset = centre - step @ np.array([side / 2 - 0.5, side / 2 - 0.5])
+        matrix = np.hstack([step, offset[:, None]])
+        border = cv2.BORDER_REFLECT_101 if interpolation != cv2.INTER_NEAREST else cv2.BORDER_CONSTANT
+        return np.asarray(
+            cv2.warpAffine(array, matrix, (side, side), flags=interpolation | cv2.WARP_INVERSE_MAP, borderMode=border)
+        )
+
+    image = warp(sample.image, size, cv2.INTER_LINEAR)
+    wide = size + 2 * LABEL_MARGIN
+    # OpenCV warps no int32; float32 holds ids up to 2^24 exactly.
+    instances = warp(sample.instances.astype(np.float32), wide, cv2.INTER_NEAREST).astype(np.int32)
+    if sample.types is None:
+        types = np.zeros((wide, wide), np.uint8)
+    else:
+        types = warp(sample.types, wide, cv2.INTER_NEAREST).astype(np.uint8)
+    if planes is None:
+        return View(image.astype(np.uint8), instances, types, None)
+    # To the nearest, as labels: where nuclei touch, h and v jump from 1 to -1, and nothing in between is meant.
+    warped = np.stack([warp(plane.astype(np.float32), size, cv2.INTER_NEAREST) for plane in planes])
+    warped[HV] = turn_hv(warped[HV], np.rint(step * scale))
+    return View(image.astype(np.uint8), instances, types, warped)
+
+
+def turn_hv(hv: NDArray[np.float32], step: NDArray[np.float64]) -> NDArray[np.float32]:
+    """h and v (2, y, x) along the axes of a view. step (2, 2): the source's x and y (rows) of one pixel along the
+    view's x and y (columns), of right-angle turns and flips: one 1 or -1 in each row and column, else 0."""
+    h, v = (sum(step[axis, i] * hv[axis] for axis in range(2)) for i in range(2))
+    return np.stack([h, v]).astype(np.float32)
+
+
+def _reach(size: int, angle: float, scale: float) -> float:
+    """How far from its centre a view of `size` pixels reaches in the source, along either axis."""
+    return (abs(math.cos(angle) / scale) + abs(math.sin(angle) / scale)) * size / 2
+
+
+def _uniform_inside(extent: int, reach: float, rng: np.random.Generator) -> float:
+    low, high = reach, extent - reach
+    return rng.uniform(low, high) if low < high else extent / 2
+
+
+def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Stain, colour, tone, sharpness, resolution, noise, JPEG, each with its own chance. (y, x, 3) uint8 in and out."""
+    if rng.random() < 0.7:
+        image = jitter_stain(image, rng)
+    if rng.random() < 0.5:
+        image = jitter_color(image, rng)
+    if rng.random() < 0.5:
+        image = jitter_gamma(image, rng)
+    if rng.random() < 0.15:
+        image = sharpen(image, rng)
+    if rng.random() < 0.25:
+        image = lose_resolution(image, rng)
+    if rng.random() < 0.15:
+        image = np.asarray(cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.3)), np.uint8)
+    if rng.random() < 0.15:
+        noise = rng.normal(0, rng.uniform(2, 8), image.shape)
+        image = np.clip(image + noise, 0, 255).astype(np.uint8)
+    if rng.random() < 0.2:
+        quality = int(rng.integers(35, 90))
+        encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        image = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR), np.uint8)
+    return image
+
+
+def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The two changes that HoVer-UNet's released code makes, each with a chance of its own."""
+    if rng.random() < 0.5:
+        image = jitter_color(image, rng)
+    if rng.random() < 0.3:
+        image = np.asarray(cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.3)), np.uint8)
+    return image
+
+
+def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Scale and shift hematoxylin, eosin and the residual apart (Tellez et al. 2018; stain vectors of Ruifrok)."""
+    density = -np.log((image.astype(np.float32) + 1) / 256)
+    stains: NDArray[np.float32] = density @ RGB_TO_HED
+    stains = stains * rng.uniform(0.65, 1.6, 3).astype(np.float32) + rng.uniform(-0.03, 0.03, 3).astype(np.float32)
+    rgb: NDArray[np.float32] = np.exp(-(stains @ HED_TO_RGB)) * 256 - 1
+    return np.clip(rgb, 0, 255).astype(np.uint8)
+
+
+def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Contrast about the mean, brightness, saturation and hue."""
+    pixels = image.astype(np.float32)
+    pixels = (pixels - pixels.mean()) * rng.uniform(0.8, 1.25) + pixels.mean() + rng.uniform(-20, 20)
+    grey = pixels.mean(axis=2, keepdims=True)
+    pixels = grey + (pixels - grey) * rng.uniform(0.75, 1.25)
+    hsv = cv2.cvtColor(np.clip(pixels, 0, 255).astype(np.uint8), cv2.COLOR_RGB2HSV)
+    shift = int(rng.integers(-6, 7))  # OpenCV's hue has 180 steps
+    hsv[..., 0] = (hsv[..., 0].astype(np.int16) + shift) % 180
+    return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.uint8)
+
+
+def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Darker or lighter midtones, the exponent from 0.6 to 2.5: old scanners and thick sections show black nuclei."""
+    exponent = math.exp(rng.uniform(math.log(0.6), math.log(2.5)))
+    table = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(np.uint8)
+    return table[image]
+
+
+def sharpen(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """An unsharp mask, as some scanners apply before they save."""
+    amount = rng.uniform(0.3, 1.5)
+    soft = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 2.0))
+    return np.asarray(cv2.addWeighted(image, 1 + amount, soft, -amount, 0), np.uint8)
+
+
+def lose_resolution(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """What a slide scanned at 1.3 to 2.2 times the pixel size looks like at this one."""
+    side = image.shape[0]
+    small = int(side / rng.uniform(1.3, 2.2))
+    reduced = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)
+    up = cv2.INTER_LINEAR if rng.random() < 0.5 else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(reduced, (side, side), interpolation=up), np.uint8)

@@ -1,0 +1,131 @@
+"""What a training run stands on, as kept in its checkpoint: what it needs to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hover_batch.errors import HoverBatchError, InputError
+from hover_batch.taxonomy import Taxonomy
+from kd.data.samples import Sample, hashes_of, truth_sha256
+from kd.training.config import TrainConfig
+from kd.training.crops import Teacher
+from kd.training.schedule import Schedule
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass
+class State:
+    """Changes as training goes on. `shipped`: the weights that are packaged, the average or those of the best epoch."""
+
+    model: nn.Module
+    shipped: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    step: int = 0
+    """Steps done."""
+    best: float = math.inf
+    """The least validation loss of an epoch."""
+    ended: bool = False
+    """Whether the schedule has ended the training."""
+    row: dict[str, float] | None = None
+    """The log's row of an epoch that has been trained and not yet been validated."""
+
+    def save(self, config: TrainConfig, record: dict[str, Any]) -> None:
+        """Write the checkpoint, whole or not at all. `record`: see `record_of`. HoverBatchError where it cannot be."""
+        path = config.out / CHECKPOINT
+        temporary = path.with_suffix(".tmp")
+        held = {name: getattr(self, name).state_dict() for name in ("model", "shipped", "optimizer", "schedule")}
+        held |= {name: getattr(self, name) for name in ("step", "best", "ended", "row")}
+        try:
+            torch.save({"config": config.to_json(), "record": record, **held}, temporary)
+        except RuntimeError as error:  # torch's own writer says of a full disk that a position is unexpected
+            temporary.unlink(missing_ok=True)
+            raise HoverBatchError(
+                f"{path} cannot be written; see that its disk has space and run the same command again: it goes on "
+                f"from the last one written ({str(error).splitlines()[0]})"
+            ) from error
+        os.replace(temporary, path)
+
+    def resume(self, config: TrainConfig, record: dict[str, Any]) -> None:
+        """Take over what the checkpoint holds, if there is one.
+
+        Raises InputError where it was made with other settings, other images or annotations, or another teacher.
+        """
+        path = config.out / CHECKPOINT
+        if not path.exists():
+            return
+        saved = read_checkpoint(path)
+        if saved["config"] != config.to_json():
+            raise InputError(f"{path} was made with other settings; give another --out, or the same settings")
+        for what, flag in (("saw", "--data"), ("truth_sha256", "--data"), ("teacher", "--teacher")):
+            if saved["record"].get(what) != record[what]:
+                raise InputError(f"{flag}: {path} was made with another; give another --out, or the same {flag}")
+        for name in ("model", "shipped", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.step, self.best, self.ended, self.row = (saved[name] for name in ("step", "best", "ended", "row"))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `State.save` wrote; unpickles nothing but tensors and plain values.
+
+    Raises InputError where there is no such file, it is no checkpoint, or another version wrote it.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; `hover-batch kd train` writes one")
+    try:
+        saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: no checkpoint of `hover-batch kd train`, or a damaged one") from error
+    if not isinstance(saved, dict) or not saved.keys() >= {"config", "record", "shipped", "step"}:
+        raise InputError(f"{path} is of an older version, which alone can go on; train anew into another --out")
+    return saved
+
+
+def record_of(
+    taxonomy: Taxonomy,
+    training: Sequence[Sample],
+    validation: Sequence[Sample],
+    teacher: Teacher | None,
+    before: dict[str, Any],
+) -> dict[str, Any]:
+    """What the card will say of the training. `saw`: the images, by the first digits of their sha256, and
+    `saw_groups` their patients, as source/group, as far as these are known; `truth_sha256`: of their annotations.
+    `before`: the training of the weights that this one started from."""
+    parts = {"train": training, "val": validation}
+    taught = None
+    if teacher is not None:
+        card = teacher.card
+        taught = {"sha256": teacher.sha256} | {name: card[name] for name in ("name", "licence", "training")}
+    return {
+        "taxonomy": taxonomy.to_json(),
+        "saw": {part: hashes_of(samples) for part, samples in parts.items()},
+        "saw_groups": {
+            part: sorted({f"{s.source}/{s.group}" for s in samples if s.group}) for part, samples in parts.items()
+        },
+        "truth_sha256": {part: truth_sha256(samples) for part, samples in parts.items()},
+        "data": {part: contents(samples) for part, samples in parts.items()},
+        "teacher": taught,
+        "before": before,
+    }
+
+
+def contents(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
+    """Images and nuclei by source, and how many of the images have types."""
+    found: dict[str, dict[str, int]] = {}
+    for sample in samples:
+        entry = found.setdefault(sample.source, {"images": 0, "nuclei": 0, "typed": 0})
+        entry["images"] += 1
+        entry["nuclei"] += len(np.unique(sample.instances)) - 1
+        entry["typed"] += sample.types is not None
+    return found

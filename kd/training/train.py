@@ -1,0 +1,161 @@
+"""The training loop, top to bottom: crops → network → loss → step; at each epoch a validation and a checkpoint.
+
+One loop for students, distilled or not, and for teachers. Needs torch, OpenCV and numba, but neither ray, zarr nor
+tiatoolbox.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+
+from hover_batch.errors import HoverBatchError, InputError
+from hover_batch.model.heads import Heads
+from kd.data.datasets import read_data
+from kd.panels import write_panel
+from kd.training.class_weights import class_weights
+from kd.training.config import TrainConfig
+from kd.training.crops import batches, open_teacher, source_shares, training_crops, validation_crops
+from kd.training.initial_weights import cut_of, starting_network
+from kd.training.logs import Log
+from kd.training.losses import BranchWeights, Loss
+from kd.training.schedule import build_schedule
+from kd.training.state import State, record_of
+from kd.training.validate import examples, validate, validation_loss
+
+PANELS = "panels"
+
+
+def train(config: TrainConfig) -> nn.Module:
+    """Train, or go on where the checkpoint in `config.out` stands; returns the weights to be shipped in a module.
+
+    Raises InputError where the checkpoint there was made with other settings or data.
+    """
+    torch.set_num_threads(config.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    data = read_data(config.data, config.train_folds)
+    shares = source_shares(config, data.samples)
+    samples = [s for s in data.samples if s.source in shares]
+    validation = [s for s in read_data(config.data, config.val_folds).samples if s.source in shares]
+    if config.schedule == "plateau" and not validation:
+        raise InputError(f"--val-fold {' '.join(config.val_folds)}: no image, and the preset needs a validation loss")
+    teacher = open_teacher(config.teacher, data.taxonomy) if config.distils and config.teacher else None
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {config.out}: {error.strerror}; give a folder that can be written") from error
+
+    torch.manual_seed(config.seed)
+    model, before = starting_network(config, data.taxonomy)
+    cut = cut_of(model)
+    model.to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
+    shipped = copy.deepcopy(model).eval().requires_grad_(False)
+    crops, epoch_steps = training_crops(samples, shares, config, cut, teacher)
+    steps = len(crops) // config.batch
+    fixed = validation_crops(validation, shares, config, cut, teacher) if validation else None
+    optimizer = _optimizer(config, model)
+    state = State(model, shipped, optimizer, build_schedule(config, optimizer, steps))
+    record = record_of(data.taxonomy, samples, validation, teacher, before)
+    state.resume(config, record)
+    loss_of = Loss(Heads(len(data.taxonomy.classes)), config)
+    if config.class_weights:
+        weights = class_weights(samples, len(data.taxonomy.classes), teacher, config.out)
+        loss_of = Loss(loss_of.heads, config, *(_branch_weights(w, device) for w in weights.values()))
+    log = Log(config.out)
+
+    def end_epoch(row: dict[str, float], whole: bool) -> None:
+        """Validate, and let the schedule see it. An epoch that --max-steps cut short leaves no trace in the state."""
+        looked_at = shipped if config.ema_decay else model.eval()
+        if fixed is not None:
+            row["val_loss"] = validation_loss(looked_at, fixed, loss_of, config.batch, device)
+            row |= validate(looked_at, validation, device, data.taxonomy)
+            picture = examples(looked_at, validation, device, data.taxonomy, teacher)
+            write_panel(config.out / PANELS / f"epoch_{math.ceil(state.step / epoch_steps):04d}.jpg", picture)
+        log.write(row)
+        reached = row.get("val_loss", -math.inf)
+        best_yet = fixed is None or state.best == math.inf or (whole and reached < state.best)
+        if not config.ema_decay and best_yet:
+            shipped.load_state_dict(model.state_dict())
+        if whole:
+            state.best = min(state.best, reached)
+            state.ended = not state.schedule.after(reached)
+            state.row = None
+        state.save(config, record)
+
+    if state.row is not None:  # interrupted after the epoch's steps
+        end_epoch(state.row, whole=True)
+    stop = min(steps, config.max_steps or steps)
+    if state.ended or state.step >= stop:
+        return shipped
+    listed = ", ".join(f"{source} {share:.0%}" for source, share in shares.items())
+    print(
+        f"training on {len(samples)} images ({listed}), steps {state.step} to {stop}, epochs of {epoch_steps}",
+        flush=True,
+    )
+    started, since, sums, counts = time.monotonic(), state.step, dict[str, Tensor](), Counter[str]()
+    for step, (image, targets) in enumerate(batches(crops, config.batch, device, state.step), start=state.step):
+        state.schedule.before(step)
+        model.train()
+        torch.manual_seed((config.seed << 32) + step)  # the encoder drops paths: what it drops is the step's, too
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            output = model(image)
+        terms = loss_of(output.float(), targets)
+        optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        if config.ema_decay:
+            _average(shipped, model, min(config.ema_decay, (1 + step) / (10 + step)))
+        for name, term in terms.items():
+            sums[name] = sums.get(name, torch.zeros((), device=device)) + term.detach().double()
+        counts.update(terms.keys())  # a batch without types lacks theirs
+        state.step = done = step + 1
+        log.step(done, stop, (time.monotonic() - started) / (done - since))
+        whole = done % epoch_steps == 0 or done == steps
+        if whole or done == stop:
+            row = {"step": float(done), "lr": float(optimizer.param_groups[-1]["lr"])}
+            row |= {"s_per_step": (time.monotonic() - started) / (done - since)}
+            row |= {name: float(total) / counts[name] for name, total in sums.items()}
+            if not math.isfinite(row["loss"]):
+                raise HoverBatchError(
+                    f"the loss is not finite after step {done}: training has diverged; give a lower --lr. "
+                    f"{config.out} holds the last checkpoint before"
+                )
+            if whole:  # saved first: whatever befalls the validation, the steps are kept
+                state.row = dict(row)
+                state.save(config, record)
+            end_epoch(row, whole)
+            started, since, sums, counts = time.monotonic(), done, {}, Counter()
+        if state.ended or done == stop:
+            break
+    return shipped
+
+
+def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    encoder = set(model.encoder.parameters()) if config.encoder_lr else set()  # type: ignore[arg-type]  # smp.Unet's
+    groups = [{"params": [p for p in model.parameters() if p not in encoder], "lr": config.lr}]
+    if encoder:
+        groups.insert(0, {"params": list(model.encoder.parameters()), "lr": config.encoder_lr})  # type: ignore[union-attr, operator]
+    return kind(groups, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def _branch_weights(weights: dict[str, list[float]], device: torch.device) -> BranchWeights:
+    return BranchWeights(*(torch.tensor(weights[branch], device=device) for branch in ("np", "tp")))
+
+
+@torch.no_grad()
+def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the averaged weights towards the model's; counters and running statistics are averaged alike."""
+    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)

@@ -1,0 +1,147 @@
+"""A quick look at the network while it trains: its loss on crops that stay the same, scores of the central part of
+each validation image by source, and a picture of some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hover_batch.metrics import mean_defined
+from hover_batch.model.heads import MapLayout
+from hover_batch.model.predict import quantise
+from hover_batch.model.teacher import HoVerNet
+from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.nuclei.whole import instances_of
+from hover_batch.taxonomy import Taxonomy
+from kd.data.classes import PARTIAL
+from kd.data.datasets import Sample
+from kd.evaluation.evaluate import MapsOf, evaluate
+from kd.panels import Image, outlined, panel
+from kd.training.augment import LABEL_MARGIN
+from kd.training.crops import Crops, Teacher, batches
+from kd.training.losses import Targets
+
+SIDE = 512
+"""Side in pixels of what is scored of each image."""
+SCORED = 64
+"""Images of a source that are scored, evenly spaced among all."""
+EXAMPLES, EXAMPLE_SIDE = 4, 256
+"""Rows of the picture, and their side in pixels."""
+
+TYPICAL = SobelConstants(h_min=-1.191e11, h_max=7.051e10, v_min=-1.17e11, v_max=6.913e10)
+"""Numbers that calibration of the starter gave. `kd.evaluation.calibrate` finds those of a package after training."""
+
+
+@torch.inference_mode()
+def validation_loss(
+    model: nn.Module,
+    crops: Crops,
+    loss: Callable[[Tensor, Targets], dict[str, Tensor]],
+    batch: int,
+    device: torch.device,
+) -> float:
+    """The mean of the training loss over the batches of `crops`. `model` must be in evaluation mode."""
+    losses = []
+    for image, targets in batches(crops, batch, device):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            output = model(image)
+        losses.append(loss(output.float(), targets)["loss"])
+    return float(torch.stack(losses).double().mean())
+
+
+def validate(model: nn.Module, samples: Sequence[Sample], device: torch.device, taxonomy: Taxonomy) -> dict[str, float]:
+    """Return scores `val_pq_<source>`, `val_dice_<source>`, `val_f_d_<source>` and, where types are annotated,
+    `val_f_c_<source>`: the mean F_c over the classes. Sources that outline only some of the nuclei have none.
+
+    `model` must be in evaluation mode. The central SIDE × SIDE pixels of each image are looked at, or what the image
+    has of them in steps of 32, with mirrored pixels around them.
+    """
+    maps_of = maps_by(model, device, taxonomy)
+    chosen: list[Sample] = []
+    for source in dict.fromkeys(s.source for s in samples if s.source not in PARTIAL):
+        chosen += _spread([s for s in samples if s.source == source], SCORED)
+    row: dict[str, float] = {}
+    for scores in evaluate(maps_of, [_central(s, SIDE) for s in chosen], TYPICAL, taxonomy):
+        row |= {f"val_{name}_{scores.source}": getattr(scores, name) for name in ("pq", "dice", "f_d")}
+        if scores.f_c:
+            row[f"val_f_c_{scores.source}"] = mean_defined(scores.f_c.values())
+    return row
+
+
+def examples(
+    model: nn.Module, samples: Sequence[Sample], device: torch.device, taxonomy: Taxonomy, teacher: Teacher | None
+) -> Image:
+    """A picture (y, x, 3) of up to EXAMPLES images: as they are, annotated, by the teacher if there is one, and by
+    `model`, which must be in evaluation mode."""
+    maps_of = maps_by(model, device, taxonomy)
+    layout = MapLayout(len(taxonomy.classes))
+
+    def drawn(image: Image, maps: NDArray[np.uint8]) -> Image:
+        found = instances_of(maps[[layout.NP, layout.H, layout.V]], TYPICAL)
+        return outlined(image, found, maps[layout.tp].argmax(0).astype(np.uint8), taxonomy)
+
+    rows = []
+    for sample in _spread(samples, EXAMPLES):
+        part = _central(sample, EXAMPLE_SIDE)
+        row = [part.image, outlined(part.image, part.instances, part.types, taxonomy)]
+        if teacher is not None:
+            output = torch.from_numpy(teacher.logits(sample)[(..., *_centre(sample, EXAMPLE_SIDE))].astype(np.float32))
+            rgb = torch.from_numpy(part.image).permute(2, 0, 1)
+            row.append(drawn(part.image, quantise(output[None], rgb[None], layout)[0].numpy()))
+        rows.append([*row, drawn(part.image, maps_of(part.image))])
+    return panel(["image", "annotated", *(["teacher"] if teacher else []), "network"], rows)
+
+
+def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsOf:
+    """What gives a network's stored maps of an image whose sides are multiples of 32, with mirrored pixels around."""
+    layout = MapLayout(len(taxonomy.classes))
+
+    @torch.inference_mode()
+    def maps_of(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        margins = [_margin(model, side) for side in image.shape[:2]]
+        around = np.pad(image, [(margin, margin) for margin in margins] + [(0, 0)], mode="reflect")
+        rgb, wide = (torch.from_numpy(a).to(device).permute(2, 0, 1).unsqueeze(0) for a in (image, around))
+        with torch.autocast(device.type, torch.bfloat16):
+            output = model(wide.float().div(255).contiguous(memory_format=torch.channels_last)).float()
+        height, width = image.shape[:2]
+        top, left = (output.shape[2] - height) // 2, (output.shape[3] - width) // 2
+        return quantise(output[..., top : top + height, left : left + width], rgb, layout)[0].cpu().numpy()
+
+    return maps_of
+
+
+def _margin(model: nn.Module, side: int) -> int:
+    """How many pixels a network wants around a part of `side`, a multiple of 32."""
+    if not isinstance(model, HoVerNet):
+        return LABEL_MARGIN
+    arch = model.arch
+    wide = side + arch.shrink
+    return (wide + (arch.excess - wide) % 8 - side) // 2
+
+
+def _spread(samples: Sequence[Sample], n: int) -> list[Sample]:
+    """Up to n of them, evenly spaced."""
+    if len(samples) <= n:
+        return list(samples)
+    return [samples[i * len(samples) // n] for i in range(n)]
+
+
+def _centre(sample: Sample, side: int) -> tuple[slice, slice]:
+    height, width = (min(side, extent // 32 * 32) for extent in sample.instances.shape)
+    y, x = (sample.instances.shape[0] - height) // 2, (sample.instances.shape[1] - width) // 2
+    return slice(y, y + height), slice(x, x + width)
+
+
+def _central(sample: Sample, side: int) -> Sample:
+    part = _centre(sample, side)
+    return replace(
+        sample,
+        image=np.ascontiguousarray(sample.image[part]),
+        instances=np.ascontiguousarray(sample.instances[part]),
+        types=None if sample.types is None else np.ascontiguousarray(sample.types[part]),
+    )
