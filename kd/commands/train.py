@@ -37,7 +37,8 @@ def train(
     encoder_weights: Annotated[
         str | None,
         typer.Option(
-            help="Its start: random; imagenet, which is fetched; or a file with a state dict (.safetensors, .pth).",
+            help="Its start: random; imagenet, which is fetched, or for tu-tf_efficientnet_lite0 … 2 read from the "
+            "packages of the extra `imagenet`; or a file with a state dict (.safetensors, .pth).",
             show_default=_PRESET,
         ),
     ] = None,

@@ -32,7 +32,7 @@ def cut_of(network: nn.Module) -> int:
 
 
 def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module, dict[str, Any]]:
-    """The network that training begins with, and what its card says of the training that it has had.
+    """The network that training begins with, and what its card says of the training, or the source, of its weights.
 
     Raises InputError where weights cannot be had, or do not fit.
     """

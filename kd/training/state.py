@@ -101,7 +101,7 @@ def record_of(
 ) -> dict[str, Any]:
     """What the card will say of the training. `saw`: the images, by the first digits of their sha256, and
     `saw_groups` their patients, as source/group, as far as these are known; `truth_sha256`: of their annotations.
-    `before`: the training of the weights that this one started from."""
+    `before`: the training, or the source, of the weights that this one started from."""
     parts = {"train": training, "val": validation}
     taught = None
     if teacher is not None:
