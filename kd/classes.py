@@ -38,9 +38,9 @@ To CONSEP as HoVerNet merges (Graham et al. 2019, section 4.1). CoNSeP's `other`
 PANNUKE's classes: such nuclei are nuclei without a class. Types of sources that are not listed are not read."""
 
 PARTIAL = frozenset({"monusac", "nucls"})
-"""Sources that outline only some of the nuclei: MoNuSAC four cell types and nothing else, NuCLS those that its annotators
-agreed on, many as rectangles. A prediction without a partner may be right there, so that Dice, AJI, PQ, F_d and precision
-have no meaning; the recall of the outlined nuclei and the accuracy of their types have."""
+"""Sources that outline only some of the nuclei: MoNuSAC four cell types and nothing else, NuCLS not all, and many as
+rectangles. A prediction without a partner may be right there, so that Dice, AJI, PQ, F_d and precision have no meaning;
+the recall of the outlined nuclei and the accuracy of their types do."""
 
 
 def class_ids(codes: NDArray[np.integer], source: str, taxonomy: Taxonomy, where: str) -> NDArray[np.uint8] | None:
