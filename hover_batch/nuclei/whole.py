@@ -1,4 +1,4 @@
-"""The nuclei of a whole image, whose maps fit into memory, as a run with default settings reports them."""
+"""The nuclei of a whole image, whose maps fit into memory, as a run reports them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from hover_batch.nuclei.measure import Nuclei, measure
 from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_debris
 
 
-def instances_of(planes: NDArray[np.uint8], constants: SobelConstants | None) -> NDArray[np.int32]:
-    """The instances (y, x) of stored np, h and v (3, y, x) that a run with default settings reports."""
-    return without_debris(instance_map(planes[0], planes[1], planes[2], constants), PostSettings.min_area_px)
+def instances_of(
+    planes: NDArray[np.uint8], constants: SobelConstants | None, min_area_px: int = PostSettings.min_area_px
+) -> NDArray[np.int32]:
+    """The instances (y, x) of stored np, h and v (3, y, x); those of fewer pixels than `min_area_px` are dropped."""
+    return without_debris(instance_map(planes[0], planes[1], planes[2], constants), min_area_px)
 
 
 def nuclei_of(
-    maps: NDArray[np.uint8], constants: SobelConstants | None, layout: MapLayout
+    maps: NDArray[np.uint8],
+    constants: SobelConstants | None,
+    layout: MapLayout,
+    min_area_px: int = PostSettings.min_area_px,
 ) -> tuple[NDArray[np.int32], Nuclei]:
     """The instances (y, x) in stored maps (plane, y, x), and what is measured of them."""
-    found = instances_of(maps[[layout.NP, layout.H, layout.V]], constants)
+    found = instances_of(maps[[layout.NP, layout.H, layout.V]], constants, min_area_px)
     return found, measure(found, maps, layout)
 
 

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from hover_batch.config import PostSettings
 from hover_batch.errors import InputError
 from hover_batch.metrics import (
     DETECTION_RADIUS_UM,
@@ -24,12 +25,14 @@ from hover_batch.metrics import (
     panoptic_quality,
 )
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.measure import Nuclei
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.nuclei.whole import nuclei_of, types_by_id
 from hover_batch.taxonomy import Taxonomy
-from kd.data.datasets import MPP, Data, Sample
+from kd.data.datasets import Data, Sample
 from kd.evaluation.remap import Remap, remaps_of
 from kd.evaluation.scores import ImageScores, SourceScores, pooled
+from kd.evaluation.shifts import UNCHANGED, Shift
 
 MapsOf = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """RGB (y, x, 3) uint8 → the stored maps (plane, y, x) uint8 of the same pixels."""
@@ -39,21 +42,37 @@ MOST_DISTANCES = 10**8
 
 
 def evaluate(
-    maps_of: MapsOf, samples: Iterable[Sample], constants: SobelConstants | None, taxonomy: Taxonomy
+    maps_of: MapsOf,
+    samples: Iterable[Sample],
+    constants: SobelConstants | None,
+    taxonomy: Taxonomy,
+    *,
+    min_area_px: int = PostSettings.min_area_px,
+    shift: Shift = UNCHANGED,
 ) -> list[SourceScores]:
     """Score the maps that `maps_of` gives for each sample's image, source by source in the order of appearance.
 
     `constants`: of the Sobel maps, or None to normalise each image by its own extremes, as the reference does.
+    `min_area_px`: predicted nuclei of fewer pixels are dropped. `shift`: a change of each sample before it is scored.
     Raises InputError where an image holds too many nuclei.
     """
     by_source: dict[str, list[ImageScores]] = {}
     for sample in samples:
-        scores = _score(sample, maps_of(sample.image), constants, taxonomy)
-        by_source.setdefault(sample.source, []).append(scores)
+        changed = shift.of(sample)
+        found, nuclei = nuclei_of(maps_of(changed.image), constants, MapLayout(len(taxonomy.classes)), min_area_px)
+        by_source.setdefault(sample.source, []).append(_score(changed, found, nuclei, taxonomy, shift.mpp))
     return [pooled(source, images, taxonomy) for source, images in by_source.items()]
 
 
-def evaluate_data(maps_of: MapsOf, data: Data, constants: SobelConstants | None, model: Taxonomy) -> list[SourceScores]:
+def evaluate_data(
+    maps_of: MapsOf,
+    data: Data,
+    constants: SobelConstants | None,
+    model: Taxonomy,
+    *,
+    min_area_px: int = PostSettings.min_area_px,
+    shift: Shift = UNCHANGED,
+) -> list[SourceScores]:
     """As `evaluate`, for a model whose classes may be others than the data's: each source is scored by the classes that
     both have (`kd.evaluation.remap`). Raises InputError, before anything is predicted, where these are not known.
     """
@@ -61,7 +80,14 @@ def evaluate_data(maps_of: MapsOf, data: Data, constants: SobelConstants | None,
     scores = []
     for source, remap in remaps.items():
         samples = (remap.sample(s) for s in data.samples if s.source == source)
-        scores += evaluate(partial(_remapped, maps_of, remap), samples, constants, remap.taxonomy)
+        scores += evaluate(
+            partial(_remapped, maps_of, remap),
+            samples,
+            constants,
+            remap.taxonomy,
+            min_area_px=min_area_px,
+            shift=shift,
+        )
     return scores
 
 
@@ -69,25 +95,25 @@ def _remapped(maps_of: MapsOf, remap: Remap, image: NDArray[np.uint8]) -> NDArra
     return remap.maps(maps_of(image))
 
 
-def _score(
-    sample: Sample, maps: NDArray[np.uint8], constants: SobelConstants | None, taxonomy: Taxonomy
-) -> ImageScores:
-    layout = MapLayout(len(taxonomy.classes))
-    found, nuclei = nuclei_of(maps, constants, layout)
-    true_xy, true_types = true_nuclei(sample, layout.n_types)
+def _score(sample: Sample, found: NDArray[np.int32], nuclei: Nuclei, taxonomy: Taxonomy, mpp: float) -> ImageScores:
+    """`found` (y, x), `nuclei`: the predicted ones; `mpp`: pixel size in µm of the sample."""
+    n_types = len(taxonomy.classes)
+    true_xy, true_types = true_nuclei(sample, n_types)
     pred_xy = np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1)
     if len(true_xy) * len(pred_xy) > MOST_DISTANCES:
         raise InputError(
             f"{sample.id} of {sample.source}: {len(true_xy):,} annotated nuclei and {len(pred_xy):,} predicted ones "
             "are too many for HoVerNet's pairing, which looks at all distances at once; cut the image into tiles"
         )
-    pairs = match_as_hovernet(true_xy, pred_xy, DETECTION_RADIUS_UM / MPP)
+    pairs = match_as_hovernet(true_xy, pred_xy, DETECTION_RADIUS_UM / mpp)
     quality = panoptic_quality(sample.instances, found)
     pq_c = None
     if sample.types is not None:
         types = types_by_id(found, nuclei)
         pq_c = tuple(class_quality(sample.instances, found, true_types, types, c.id) for c in taxonomy.nuclei)
     return ImageScores(
+        id=sample.id,
+        sha256=sample.image_sha256,
         tissue=sample.tissue,
         dice=dice(sample.instances, found),
         aji=aji(sample.instances, found),
@@ -96,7 +122,7 @@ def _score(
         pq=quality.pq,
         bpq=quality.pq if len(true_xy) else math.nan,
         pq_c=pq_c,
-        pairs=count_pairs(pairs, true_types, nuclei.type_id, layout.n_types),
+        pairs=count_pairs(pairs, true_types, nuclei.type_id, n_types),
     )
 
 

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from hover_batch.config import PostSettings
 from hover_batch.model.heads import MapLayout
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.nuclei.whole import nuclei_of, types_by_id
@@ -28,12 +29,14 @@ ROWS = 4
 
 @dataclass(frozen=True)
 class Shown:
-    """A model in the figure: its name, its maps of an image, the Sobel constants, and its classes."""
+    """A model in the figure: its name, its maps of an image, the Sobel constants, its classes, and the area in pixels
+    below which its nuclei are dropped."""
 
     name: str
     maps_of: MapsOf
     constants: SobelConstants | None
     taxonomy: Taxonomy
+    min_area_px: int = PostSettings.min_area_px
 
 
 def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uint8]:
@@ -78,7 +81,8 @@ def _middle(sample: Sample) -> tuple[slice, slice]:
 def _predicted(sample: Sample, model: Shown, common: Remap) -> Sample:
     """The sample with the model's nuclei in place of the true ones; without types where only nuclei are common."""
     maps = common.maps(model.maps_of(sample.image))
-    found, nuclei = nuclei_of(maps, model.constants, MapLayout(len(common.taxonomy.classes)))
+    layout = MapLayout(len(common.taxonomy.classes))
+    found, nuclei = nuclei_of(maps, model.constants, layout, model.min_area_px)
     types = None
     if common.taxonomy is not NUCLEI:
         types = np.concatenate([np.zeros(1, np.uint8), types_by_id(found, nuclei)])[found]

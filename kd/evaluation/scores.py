@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from hover_batch.metrics import PairCounts, class_scores, detection_scores, mean_defined
 from hover_batch.taxonomy import Taxonomy
+from kd.data.classes import PARTIAL
 
 
 @dataclass(frozen=True)
 class ImageScores:
     """Of one image. `pq_c`: by class in the order of their ids from 1 on, NaN where the image has none of the class;
-    None where its types are not annotated."""
+    None where its types are not annotated. `sha256`: of the image, by which another evaluation knows it again."""
 
+    id: str
+    sha256: str
     tissue: str
     dice: float
     aji: float
@@ -49,7 +52,7 @@ class SourceScores:
     """Scores of one source; NaN where a score is undefined.
 
     Those of classes (`mpq`; `pq_c`, `f_c` by class name; `type_accuracy`) are of images with annotated types only, and
-    NaN or empty where there are none.
+    NaN or empty where there are none. Of a source in PARTIAL only `recall` and `type_accuracy` are defined.
     """
 
     source: str
@@ -75,16 +78,35 @@ class SourceScores:
     f_c: dict[str, float]
     type_accuracy: float
     """Share of the paired nuclei of known type whose type is right."""
+    by_image: tuple[ImageScores, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for cards and reports; what is undefined becomes None."""
+        """Plain values for cards and reports, without those of images; what is undefined becomes None."""
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "by_image"}
 
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {k: plain(v) for k, v in value.items()}
-            return None if isinstance(value, float) and math.isnan(value) else value
+    def images_to_json(self) -> list[dict[str, Any]]:
+        """Rows with the id, hash, number of annotated nuclei, PQ, Dice and F_d of each image; None where undefined."""
+        defined = self.source not in PARTIAL
+        rows = []
+        for image in self.by_image:
+            counts = detection_scores(image.pairs)
+            scores = {"pq": image.pq, "dice": image.dice, "f_d": counts.f1}
+            rows.append(
+                {"id": image.id, "sha256": image.sha256, "nuclei": counts.tp + counts.fn}
+                | {name: plain(value) if defined else None for name, value in scores.items()}
+            )
+        return rows
 
-        return {name: plain(value) for name, value in asdict(self).items()} | {"classes": list(self.classes)}
+
+def plain(value: Any) -> Any:
+    """The value as JSON holds it; NaN becomes None."""
+    if isinstance(value, dict):
+        return {key: plain(held) for key, held in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, TissueScores):
+        return plain(asdict(value))
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> SourceScores:
@@ -104,7 +126,7 @@ def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> So
     by_tissue = {
         tissue: _tissue([i for i in images if i.tissue == tissue]) for tissue in sorted({i.tissue for i in images})
     }
-    return SourceScores(
+    scores = SourceScores(
         source=source,
         classes=tuple(c.name for c in taxonomy.nuclei),
         images=len(images),
@@ -124,7 +146,17 @@ def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> So
         recall=detection.recall,
         f_c=f_c,
         type_accuracy=accuracy,
+        by_image=tuple(images),
     )
+    return scores if source not in PARTIAL else _of_partial(scores)
+
+
+def _of_partial(scores: SourceScores) -> SourceScores:
+    nan = math.nan
+    return replace(
+        scores, dice=nan, aji=nan, dq=nan, sq=nan, pq=nan, bpq=nan, mpq=nan, f_d=nan, precision=nan,
+        pq_c={}, f_c={}, by_tissue={},
+    )  # fmt: skip
 
 
 def _tissue(images: Sequence[ImageScores]) -> TissueScores:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from skimage.color import hed_from_rgb, rgb_from_hed
 
 from hover_batch.model.heads import HV
@@ -160,14 +160,12 @@ def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDA
     if rng.random() < 0.25:
         image = lose_resolution(image, rng)
     if rng.random() < 0.15:
-        image = np.asarray(cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.3)), np.uint8)
+        image = blur(image, rng.uniform(0.4, 1.3))
     if rng.random() < 0.15:
         noise = rng.normal(0, rng.uniform(2, 8), image.shape)
         image = np.clip(image + noise, 0, 255).astype(np.uint8)
     if rng.random() < 0.2:
-        quality = int(rng.integers(35, 90))
-        encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-        image = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR), np.uint8)
+        image = jpeg(image, int(rng.integers(35, 90)))
     return image
 
 
@@ -176,15 +174,31 @@ def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArra
     if rng.random() < 0.5:
         image = jitter_color(image, rng)
     if rng.random() < 0.3:
-        image = np.asarray(cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.3)), np.uint8)
+        image = blur(image, rng.uniform(0.4, 1.3))
     return image
 
 
+def blur(image: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
+    """Blur by a Gaussian of `sigma` pixels. (y, x, 3) uint8 in and out, as are all that follow."""
+    return np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), np.uint8)
+
+
+def jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    """Compress as JPEG and decompress; OpenCV takes BGR."""
+    encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1], np.uint8)
+
+
 def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Scale and shift hematoxylin, eosin and the residual apart (Tellez et al. 2018; stain vectors of Ruifrok)."""
+    """Scale and shift hematoxylin, eosin and the residual apart (Tellez et al. 2018)."""
+    return change_stain(image, rng.uniform(0.65, 1.6, 3), rng.uniform(-0.03, 0.03, 3))
+
+
+def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLike = (0, 0, 0)) -> NDArray[np.uint8]:
+    """Scale and shift the optical densities of hematoxylin, eosin and the residual (stain vectors of Ruifrok)."""
     density = -np.log((image.astype(np.float32) + 1) / 256)
     stains: NDArray[np.float32] = density @ RGB_TO_HED
-    stains = stains * rng.uniform(0.65, 1.6, 3).astype(np.float32) + rng.uniform(-0.03, 0.03, 3).astype(np.float32)
+    stains = stains * np.asarray(factors, np.float32) + np.asarray(offsets, np.float32)
     rgb: NDArray[np.float32] = np.exp(-(stains @ HED_TO_RGB)) * 256 - 1
     return np.clip(rgb, 0, 255).astype(np.uint8)
 
@@ -203,7 +217,11 @@ def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 
 def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Darker or lighter midtones, the exponent from 0.6 to 2.5: old scanners and thick sections show black nuclei."""
-    exponent = math.exp(rng.uniform(math.log(0.6), math.log(2.5)))
+    return change_gamma(image, math.exp(rng.uniform(math.log(0.6), math.log(2.5))))
+
+
+def change_gamma(image: NDArray[np.uint8], exponent: float) -> NDArray[np.uint8]:
+    """Darken the midtones by an exponent above 1, lighten them by one below."""
     table = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(np.uint8)
     return table[image]
 

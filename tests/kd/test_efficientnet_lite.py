@@ -13,9 +13,9 @@ from torch.nn.functional import interpolate, pad
 
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import CONSEP
-from kd.config import TrainConfig
-from kd.efficientnet_lite import PACKAGES, imagenet_weights
-from kd.start import starting_network
+from kd.training.config import TrainConfig
+from kd.training.efficientnet_lite import PACKAGES, imagenet_weights
+from kd.training.initial_weights import starting_network
 
 LITE0 = "tu-tf_efficientnet_lite0"
 # Class numbers of ImageNet-1k.

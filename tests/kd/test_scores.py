@@ -101,7 +101,7 @@ def test_as_pannuke_metrics_has_it(crops: list[Sample]) -> None:
 def image_scores(tissue: str, bpq: float, pq_c: tuple[float, ...] | None, types: list[int]) -> ImageScores:
     every = np.array(types)
     pairs = count_pairs(np.stack([np.arange(len(types))] * 2, axis=1), every, np.full(len(types), 1), N)
-    return ImageScores(tissue, 1.0, 1.0, 1.0, 1.0, 1.0, bpq, pq_c, pairs)
+    return ImageScores("x", "0", tissue, 1.0, 1.0, 1.0, 1.0, 1.0, bpq, pq_c, pairs)
 
 
 def test_f_as_hovernet_has_it(crops: list[Sample]) -> None:

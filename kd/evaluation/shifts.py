@@ -1,0 +1,70 @@
+"""Fixed changes of annotated images, which show what a model tolerates: other stains, scanners, pixel sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kd.data.samples import MPP, Sample
+from kd.training.augment import blur, change_gamma, change_stain, jpeg
+
+Image = NDArray[np.uint8]
+
+
+def _as_it_is(image: Image) -> Image:
+    return image
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A change of appearance, or of the pixel size `mpp` in µm, of which the model is not told."""
+
+    name: str
+    what: str
+    change: Callable[[Image], Image] = _as_it_is
+    """Image (y, x, 3) uint8 → the changed image, of the same size."""
+    mpp: float = MPP
+
+    def of(self, sample: Sample) -> Sample:
+        """The changed image, with its labels."""
+        image = self.change(sample.image)
+        if self.mpp == MPP:
+            return replace(sample, image=image)
+        height, width = (round(side * MPP / self.mpp) for side in sample.instances.shape)
+        interpolation = cv2.INTER_AREA if self.mpp > MPP else cv2.INTER_CUBIC
+        return replace(
+            sample,
+            image=np.asarray(cv2.resize(image, (width, height), interpolation=interpolation), np.uint8),
+            instances=_nearest(sample.instances, height, width),
+            types=None if sample.types is None else _nearest(sample.types, height, width),
+        )
+
+
+UNCHANGED = Shift("unchanged", "")
+SHIFTS = (
+    Shift("gamma 1.6", "darkened", partial(change_gamma, exponent=1.6)),
+    Shift("gamma 2.5", "darkened until nuclei are black", partial(change_gamma, exponent=2.5)),
+    Shift("gamma 0.6", "lightened", partial(change_gamma, exponent=0.6)),
+    Shift("hematoxylin × 1.4", "nuclei stained darker", partial(change_stain, factors=(1.4, 1, 1))),
+    Shift("hematoxylin × 0.7", "nuclei stained paler", partial(change_stain, factors=(0.7, 1, 1))),
+    Shift("eosin × 1.5", "pinker", partial(change_stain, factors=(1, 1.5, 1))),
+    Shift("blur 1 px", "slightly out of focus", partial(blur, sigma=1)),
+    Shift("blur 2 px", "out of focus", partial(blur, sigma=2)),
+    Shift("JPEG 30", "strongly compressed", partial(jpeg, quality=30)),
+    Shift("0.20 µm", "nuclei 25 % larger in pixels", mpp=0.2),
+    Shift("0.30 µm", "nuclei 17 % smaller in pixels", mpp=0.3),
+)
+
+
+def _nearest(labels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
+    """Labels (y, x) at another size, each pixel that of the nearest centre; OpenCV's nearest is half a pixel off."""
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip((height, width), labels.shape, strict=True)
+    )
+    return labels[rows[:, None], columns]
