@@ -20,12 +20,12 @@ from hover_batch.executor.books import CohortBooks
 from hover_batch.executor.engine import engine, settled_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
-from hover_batch.kept import KeptRun
 from hover_batch.logs import LogFormat
 from hover_batch.model.package import find_package
 from hover_batch.nuclei.table import SCHEMA_VERSION
 from hover_batch.pipeline import result_key
 from hover_batch.plan import plan_cohort
+from hover_batch.stored_run import KeptRun
 from hover_batch.taxonomy import Taxonomy
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_NONE = 0, 3, 4

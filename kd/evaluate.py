@@ -24,8 +24,8 @@ from hover_batch.metrics import (
     panoptic_quality,
 )
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.image import nuclei_of, types_by_id
 from hover_batch.nuclei.watershed import SobelConstants
-from hover_batch.nuclei.whole import nuclei_of, types_by_id
 from hover_batch.taxonomy import Taxonomy
 from kd.datasets import MPP, Data, Sample
 from kd.remap import Remap, remaps_of

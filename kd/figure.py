@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.image import nuclei_of, types_by_id
 from hover_batch.nuclei.watershed import SobelConstants
-from hover_batch.nuclei.whole import nuclei_of, types_by_id
 from hover_batch.taxonomy import NUCLEI, Rgb, Taxonomy
 from kd.datasets import Data, Sample
 from kd.evaluate import MapsOf

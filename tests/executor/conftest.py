@@ -26,9 +26,9 @@ from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSe
 from hover_batch.executor.engine import Engine
 from hover_batch.executor.local import LocalExecutor
 from hover_batch.executor.resources import EnginePlan, Node, Resources
-from hover_batch.kept import KeptRun
 from hover_batch.model.predict import load_predictor
 from hover_batch.segment import Outcome, run_segment
+from hover_batch.stored_run import KeptRun
 
 HERE = Path(__file__).parent
 CPUS, GPUS = 3, 4
