@@ -21,7 +21,7 @@ PACKAGES = ("hover_batch", "kd")
 MAX_LINES = 500
 
 FLOORS = (
-    ("errors", "files", "geometry", "taxonomy", "logs", "version"),
+    ("errors", "files", "formatting", "progress", "geometry", "taxonomy", "logs", "version"),
     ("config", "cohort", "model"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report"),
@@ -42,7 +42,18 @@ OPEN_TO_STATIONS = (
     "hover_batch.cohort.layout",
 )
 """What a station may import from another one and from the cohort: words that all share, and no work."""
-OPEN_TO_KD = ("errors", "files", "geometry", "taxonomy", "config", "model", "nuclei", "metrics")
+OPEN_TO_KD = (
+    "errors",
+    "files",
+    "formatting",
+    "progress",
+    "geometry",
+    "taxonomy",
+    "config",
+    "model",
+    "nuclei",
+    "metrics",
+)
 EXECUTOR_OPEN_TO_KD = "hover_batch.executor.map_tasks"
 """The one thing that kd may ask of the executor: to do a function's work over many items."""
 
