@@ -213,7 +213,7 @@ class Model:
         """Instances (y, x) int32 of a picture (y, x, 3) uint8 RGB, 0 being background, and a row for each as
         `load_nuclei` has them, in the picture's pixels: `nucleus_id` is the number in the instances. As a run with
         default settings finds them."""
-        from hover_batch.nuclei.whole import nuclei_of
+        from hover_batch.nuclei.image import nuclei_of
 
         maps = self.predict(rgb)
         card = self.card

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hover_batch.cli_errors import Commands
 from hover_batch.cohort.layout import Format
-from hover_batch.commands import Commands
 from hover_batch.compare.command import compare_command
 from hover_batch.config import EngineSettings, InferSettings, PostSettings, Settings, TissueSettings
 from hover_batch.doctor import doctor
@@ -293,7 +293,7 @@ def segment(
         raise InputError("give exactly one of COHORT, --example and --from")
     kept = None
     if from_run is not None:
-        from hover_batch.kept import KeptRun
+        from hover_batch.stored_run import KeptRun
 
         kept = KeptRun.open(from_run)
     settings = _settings(

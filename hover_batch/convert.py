@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hover_batch.cohort.durable import sweeping
 from hover_batch.cohort.layout import Format, RunLayout, SlideLayout
 from hover_batch.errors import DISK_FULL, InputError, SlideError
 from hover_batch.export.read import NucleiTable
+from hover_batch.files import sweeping
 from hover_batch.status import nuclei_if_done, read_run, read_slides
 
 Write = Callable[[NucleiTable, Path], None]

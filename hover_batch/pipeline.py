@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hover_batch.cohort.durable import sha256_file, to_json, write_atomically, write_first
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.ledger import run_key
 from hover_batch.cohort.record import SlideRecord
@@ -27,6 +26,7 @@ from hover_batch.config import Settings
 from hover_batch.errors import SlideError
 from hover_batch.export.pictures import View, densest_field, write_overlay, write_thumbnail
 from hover_batch.export.summary import slide_summary
+from hover_batch.files import sha256_file, to_json, write_atomically, write_first
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.heads import MapLayout
 from hover_batch.model.package import Card, Package

@@ -20,7 +20,6 @@ from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.export.read import NucleiTable
 from hover_batch.export.summary import cohort_summary
-from hover_batch.kept import read_json, read_records
 from hover_batch.model.package import find_package
 from hover_batch.report.charts import Strip, histogram, strips
 from hover_batch.report.content import Report, Share, SlideRow
@@ -28,6 +27,7 @@ from hover_batch.report.measure import MEASURES, Measured
 from hover_batch.report.page import Pages
 from hover_batch.report.slide import look_at
 from hover_batch.status import Status, nuclei_if_done, read_run, read_slides, read_status
+from hover_batch.stored_run import read_json, read_records
 from hover_batch.taxonomy import NucleusClass
 from hover_batch.version import __version__
 

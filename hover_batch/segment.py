@@ -16,16 +16,16 @@ from hover_batch.cohort.manifest import Cohort, raise_if_faulty, read_cohort
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
 from hover_batch.errors import DISK_FULL, InputError
-from hover_batch.executor.books import CohortBooks
-from hover_batch.executor.engine import engine, settled_here
+from hover_batch.executor.backend import engine, settled_here
 from hover_batch.executor.progress import CohortProgress
+from hover_batch.executor.run_recorder import CohortBooks
 from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
-from hover_batch.kept import KeptRun
 from hover_batch.logs import LogFormat
 from hover_batch.model.package import find_package
 from hover_batch.nuclei.table import SCHEMA_VERSION
 from hover_batch.pipeline import result_key
 from hover_batch.plan import plan_cohort
+from hover_batch.stored_run import KeptRun
 from hover_batch.taxonomy import Taxonomy
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_NONE = 0, 3, 4

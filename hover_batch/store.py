@@ -21,7 +21,7 @@ from zarr.codecs import ZstdCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from hover_batch.cohort.durable import write_first
+from hover_batch.files import write_first
 from hover_batch.geometry import Box, Size
 
 CHUNK = 512

@@ -21,13 +21,13 @@ PACKAGES = ("hover_batch", "kd")
 MAX_LINES = 500
 
 FLOORS = (
-    ("errors", "geometry", "taxonomy", "logs", "version"),
+    ("errors", "files", "formatting", "progress", "geometry", "taxonomy", "logs", "version"),
     ("config", "cohort", "model"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report"),
-    ("pipeline", "plan", "kept", "status", "convert", "compare", "reporting", "view"),
+    ("pipeline", "plan", "stored_run", "status", "convert", "compare", "reporting", "view"),
     ("executor",),
-    ("segment", "doctor", "commands"),
+    ("segment", "doctor", "cli_errors"),
     ("api",),
     ("cli",),
 )
@@ -40,10 +40,20 @@ OPEN_TO_STATIONS = (
     "hover_batch.model.heads",
     "hover_batch.cohort.record",
     "hover_batch.cohort.layout",
-    "hover_batch.cohort.durable",
 )
 """What a station may import from another one and from the cohort: words that all share, and no work."""
-OPEN_TO_KD = ("errors", "geometry", "taxonomy", "config", "model", "nuclei", "metrics")
+OPEN_TO_KD = (
+    "errors",
+    "files",
+    "formatting",
+    "progress",
+    "geometry",
+    "taxonomy",
+    "config",
+    "model",
+    "nuclei",
+    "metrics",
+)
 EXECUTOR_OPEN_TO_KD = "hover_batch.executor.map_tasks"
 """The one thing that kd may ask of the executor: to do a function's work over many items."""
 
@@ -101,7 +111,7 @@ def _fault(i: Import) -> str | None:
         if target_room in STATIONS:
             return f"station {source_room} imports {i.target}; stations are joined by hover_batch.pipeline"
         if target_room == "cohort":
-            return f"station {source_room} imports {i.target}; of the cohort it may import record, layout and durable"
+            return f"station {source_room} imports {i.target}; of the cohort it may import record and layout"
     return None
 
 
@@ -209,7 +219,7 @@ def test_a_sound_house_has_no_faults(tmp_path: Path) -> None:
         ("hover_batch/store.py", "from hover_batch.nuclei.stitch import stitch", "station store imports .*stitch"),
         ("hover_batch/store.py", "from hover_batch.model import predict", "station store imports .*predict"),
         ("hover_batch/store.py", "import importlib\nimportlib.import_module('hover_batch.model')", "station store"),
-        ("hover_batch/nuclei/stitch.py", "from hover_batch.cohort.manifest import read", "record, layout and durable"),
+        ("hover_batch/nuclei/stitch.py", "from hover_batch.cohort.manifest import read", "record and layout"),
         ("hover_batch/pipeline.py", "from kd.losses import student_loss", "only hover_batch.cli does"),
         ("kd/losses.py", "from hover_batch import store", "kd imports hover_batch.store"),
         ("kd/teach.py", "from hover_batch.executor import ray", "kd imports hover_batch.executor.ray"),

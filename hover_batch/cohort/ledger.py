@@ -27,13 +27,13 @@ from typing import Any, Self
 
 import tomli_w
 
-from hover_batch.cohort.durable import remove_leftovers, to_json, write_atomically, write_first
 from hover_batch.cohort.events import EventLog
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.manifest import COLUMNS, RUN_COLUMNS, Cohort
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, SettingsChanged
+from hover_batch.files import remove_leftovers, to_json, write_atomically, write_first
 
 RUN_FORMAT = "hover-batch run"
 """Stands in run.json, so that another program's run.json is not taken for ours."""

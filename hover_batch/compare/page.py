@@ -14,8 +14,8 @@ from skimage.segmentation import find_boundaries
 
 from hover_batch.compare.agreement import CELL, Dispute
 from hover_batch.compare.fields import Field
+from hover_batch.nuclei.image import types_by_id
 from hover_batch.nuclei.measure import Nuclei
-from hover_batch.nuclei.whole import types_by_id
 from hover_batch.report.pictures import data_uri
 from hover_batch.taxonomy import Taxonomy
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from hover_batch.cohort.durable import to_json, write_atomically
 from hover_batch.compare.agreement import Agreement, Dispute
 from hover_batch.compare.fields import Field, Place
 from hover_batch.compare.page import Panel, render
 from hover_batch.compare.sides import Side
 from hover_batch.compare.timing import Seen, Tell, latencies, see, warm
 from hover_batch.errors import InputError
+from hover_batch.files import to_json, write_atomically
 from hover_batch.model.cost import cost_of
 
 PANELS = 8

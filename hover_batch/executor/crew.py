@@ -10,9 +10,9 @@ from typing import Any
 
 import ray
 
-from hover_batch.executor.actors import InferActor
-from hover_batch.executor.books import CohortBooks, Load
 from hover_batch.executor.resources import EnginePlan
+from hover_batch.executor.run_recorder import CohortBooks, Load
+from hover_batch.executor.workers import InferActor
 
 
 @dataclass(eq=False)

@@ -28,14 +28,14 @@ from ray.exceptions import (
 )
 
 from hover_batch.errors import HoverBatchError, InputError, PackageError, ScratchFull, SlideError, SlideQuarantined
-from hover_batch.executor.actors import MachineLost, ReaderDied, finalize_slide, post_region, survey_slide
-from hover_batch.executor.books import CohortBooks, Load
-from hover_batch.executor.crew import Crew, Network
+from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.interrupts import on_ctrl_c
-from hover_batch.executor.machines import NOTICED_S, Machines
+from hover_batch.executor.network_pool import Crew, Network
+from hover_batch.executor.nodes import NOTICED_S, Machines
 from hover_batch.executor.resources import MAX_STRIKES, EnginePlan, engine_plan
-from hover_batch.executor.room import is_disk_full
-from hover_batch.executor.underway import FINALIZE, INFER, POST, START, SURVEY, SlideUnderWay
+from hover_batch.executor.run_recorder import CohortBooks, Load
+from hover_batch.executor.slide_state import FINALIZE, INFER, POST, START, SURVEY, SlideUnderWay
+from hover_batch.executor.workers import MachineLost, ReaderDied, finalize_slide, post_region, survey_slide
 from hover_batch.model.predict import load_predictor
 from hover_batch.pipeline import NetworkFailed, UnitsMissing
 from hover_batch.plan import PlannedSlide

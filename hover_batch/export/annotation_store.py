@@ -11,9 +11,9 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from hover_batch.cohort.durable import replacing
 from hover_batch.errors import InputError
 from hover_batch.export.read import NucleiTable
+from hover_batch.files import replacing
 
 _CACHE_KB = 64_000
 

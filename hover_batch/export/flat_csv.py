@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv
 
-from hover_batch.cohort.durable import replacing
 from hover_batch.export.read import NucleiTable
+from hover_batch.files import replacing
 
 
 def write_csv(nuclei: NucleiTable, path: Path) -> None:

@@ -20,8 +20,8 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from hover_batch.cohort.durable import replacing
 from hover_batch.export.read import NucleiTable
+from hover_batch.files import replacing
 
 _to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import shapely
 
-from hover_batch.cohort.durable import replacing
 from hover_batch.export.read import NucleiTable
+from hover_batch.files import replacing
 
 _LEVEL = 4
 """Of gzip: 6, the usual, makes the export take 1.6 times as long for files an eighth smaller."""

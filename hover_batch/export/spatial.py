@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from hover_batch.cohort.durable import replacing, replacing_folder
 from hover_batch.errors import InputError
 from hover_batch.export.read import NucleiTable
+from hover_batch.files import replacing, replacing_folder
 
 if TYPE_CHECKING:
     from anndata import AnnData

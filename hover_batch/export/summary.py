@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hover_batch.cohort.durable import replacing
 from hover_batch.cohort.record import SlideRecord
+from hover_batch.files import replacing
 from hover_batch.taxonomy import Taxonomy
 
 Row = dict[str, Any]

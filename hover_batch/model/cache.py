@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from hover_batch.cohort.durable import sha256_file, write_atomically
 from hover_batch.errors import DISK_FULL, PackageError
+from hover_batch.files import sha256_file, write_atomically
 
 VARIABLE = "HOVER_BATCH_CACHE"
 

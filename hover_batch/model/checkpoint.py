@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hover_batch.cohort.durable import sha256_file
 from hover_batch.errors import PackageError
+from hover_batch.files import sha256_file
 from hover_batch.model.fetch import fetched
 from hover_batch.model.package import Card, find_package
 from hover_batch.model.published import KINDS, MPP

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hover_batch.cohort.durable import replacing
 from hover_batch.errors import InputError, PackageError
+from hover_batch.files import replacing
 from hover_batch.model.cache import (
     cached_downloads,
     cached_package,

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hover_batch.cohort.durable import replacing, sweeping
 from hover_batch.errors import DISK_FULL, PackageError
+from hover_batch.files import replacing, sweeping
 from hover_batch.model.cache import check_download, download_path
 from hover_batch.model.published import HUB, KINDS
 

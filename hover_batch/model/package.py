@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hover_batch.cohort.durable import write_atomically
 from hover_batch.errors import PackageError
+from hover_batch.files import write_atomically
 from hover_batch.model.cache import cached_package, is_name
 from hover_batch.taxonomy import Taxonomy
 

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
-from hover_batch.cohort.durable import replacing
 from hover_batch.errors import SlideError
+from hover_batch.files import replacing
 from hover_batch.geometry import Box, Grid, Mpp
 from hover_batch.taxonomy import Taxonomy
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from hover_batch.cohort.durable import write_atomically
+from hover_batch.files import write_atomically
 from hover_batch.report.charts import HEIGHT, WIDTH
 from hover_batch.report.content import Report, SlideDetail
 

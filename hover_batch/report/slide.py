@@ -13,7 +13,7 @@ from hover_batch.geometry import Box
 from hover_batch.report.content import Crop, SlideDetail, SlideRow
 from hover_batch.report.measure import Measured, measure
 from hover_batch.report.pictures import data_uri, heatmaps, smaller
-from hover_batch.slide.again import open_again
+from hover_batch.slide.reopen import open_again
 from hover_batch.slide.survey import read_tissue
 from hover_batch.slide.tissue import TissueMask
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from hover_batch.cohort.durable import replacing_folder
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError, ScratchFull, SlideError
+from hover_batch.files import replacing_folder
 from hover_batch.slide.headers import fingerprint
 from hover_batch.slide.remote import files_of, storage_errors
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from hover_batch.cohort.durable import to_json, write_atomically
 from hover_batch.errors import SlideError
+from hover_batch.files import to_json, write_atomically
 from hover_batch.geometry import Box, Mpp, Size
 from hover_batch.slide.headers import SlideInfo
 from hover_batch.slide.tissue import TissueMask

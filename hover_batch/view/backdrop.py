@@ -17,9 +17,9 @@ from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.export.read import NucleiTable
 from hover_batch.geometry import Grid, Mpp, Size, cell_box
-from hover_batch.slide.again import open_again
 from hover_batch.slide.headers import SlideInfo, kind_of, level_ratios
 from hover_batch.slide.reader import GridReader, SlideReader
+from hover_batch.slide.reopen import open_again
 from hover_batch.slide.sources import open_source
 
 TILE = 512

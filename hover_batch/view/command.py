@@ -87,7 +87,7 @@ def serve(folder: Path, slide_id: str | None, port: int, tell: Tell) -> Server:
 
 def _record(layout: RunLayout, slide_id: str) -> SlideRecord:
     """The slide's row of the cohort."""
-    from hover_batch.kept import read_records
+    from hover_batch.stored_run import read_records
 
     try:
         return next(record for record in read_records(layout.slides_csv) if record.slide_id == slide_id)

@@ -20,9 +20,9 @@ from hover_batch.config import PostSettings
 from hover_batch.errors import InputError
 from hover_batch.metrics import DETECTION_RADIUS_UM, match_centroids, mean_defined, panoptic_quality
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.image import instances_of
 from hover_batch.nuclei.markers import MARKER_ENERGY
 from hover_batch.nuclei.watershed import SobelConstants, without_debris
-from hover_batch.nuclei.whole import instances_of
 from kd.data.datasets import MPP, Sample
 from kd.evaluation.evaluate import MapsOf, true_nuclei
 from kd.evaluation.variants import Numbers, extremes, from_stored, instances_by

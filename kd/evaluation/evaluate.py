@@ -25,9 +25,9 @@ from hover_batch.metrics import (
     panoptic_quality,
 )
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.image import nuclei_of, types_by_id
 from hover_batch.nuclei.measure import Nuclei
 from hover_batch.nuclei.watershed import SobelConstants
-from hover_batch.nuclei.whole import nuclei_of, types_by_id
 from hover_batch.taxonomy import Taxonomy
 from kd.data.datasets import Data, Sample
 from kd.evaluation.remap import Remap, remaps_of

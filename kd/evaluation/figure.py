@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from hover_batch.config import PostSettings
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.image import nuclei_of, types_by_id
 from hover_batch.nuclei.watershed import SobelConstants
-from hover_batch.nuclei.whole import nuclei_of, types_by_id
 from hover_batch.taxonomy import NUCLEI, Rgb, Taxonomy
 from kd.data.datasets import Data, Sample
 from kd.evaluation.evaluate import MapsOf

@@ -15,8 +15,8 @@ from hover_batch.metrics import mean_defined
 from hover_batch.model.heads import MapLayout
 from hover_batch.model.predict import quantise
 from hover_batch.model.teacher import HoVerNet
+from hover_batch.nuclei.image import instances_of
 from hover_batch.nuclei.watershed import SobelConstants
-from hover_batch.nuclei.whole import instances_of
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import PARTIAL
 from kd.data.datasets import Sample

@@ -20,8 +20,8 @@ from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.executor import room
 from hover_batch.executor.local import LocalExecutor
-from hover_batch.kept import KeptRun
 from hover_batch.slide import staging
+from hover_batch.stored_run import KeptRun
 
 Fields = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from accelerators import LoadQuick, load_nothing
 from conftest import SETTINGS, Run, file_system, runner
+from hover_batch.executor.run_recorder import CohortBooks
 from PIL import Image
 
 from hover_batch.cohort.events import read_events
 from hover_batch.config import EngineSettings, OutputSettings, TissueSettings
 from hover_batch.errors import PackageError, TooManyFailures
 from hover_batch.executor import room
-from hover_batch.executor.books import CohortBooks
 
 Fields = Callable[..., Path]
 

@@ -15,7 +15,7 @@ from conftest import SETTINGS, Run, runner
 from test_contract import events, tables
 
 from hover_batch.config import PostSettings
-from hover_batch.kept import KeptRun
+from hover_batch.stored_run import KeptRun
 
 OTHER = PostSettings(
     min_area_px=150, class_map={"round": ["spindle"], "other": ["inflammatory", "epithelial", "miscellaneous"]}

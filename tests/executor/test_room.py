@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hover_batch.executor.disk_space import ASK_EVERY_S, MAX_WAIT_S, Room
 
 from hover_batch.executor import room
-from hover_batch.executor.room import ASK_EVERY_S, MAX_WAIT_S, Room
 
 
 class Clock:

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hover_batch.executor.slide_state import FINALIZE, SlideUnderWay, Surveyed
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.executor import underway
-from hover_batch.executor.underway import FINALIZE, SlideUnderWay, Surveyed
 from hover_batch.geometry import Grid, Mpp, Size, cell_box
 from hover_batch.pipeline import Seconds, neighbours
 from hover_batch.plan import PlannedSlide

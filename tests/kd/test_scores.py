@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from truth_maps import maps_of_truth
 
 from hover_batch.metrics import count_pairs
-from hover_batch.nuclei.whole import instances_of
+from hover_batch.nuclei.image import instances_of
 from hover_batch.taxonomy import CONSEP
 from kd.data.datasets import Sample, read_data
 from kd.evaluation.evaluate import evaluate

@@ -116,7 +116,7 @@ FILES = {
 }
 
 
-def plant_durable(module):
+def plant_files(module):
     sync = module._sync
 
     def planted_sync(path):
@@ -133,7 +133,7 @@ def plant_durable(module):
 PLANTS = {
     "hover_batch.slide.reader": plant_reader,
     "hover_batch.pipeline": plant_pipeline,
-    "hover_batch.cohort.durable": plant_durable,
+    "hover_batch.files": plant_files,
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hover_batch.cohort.durable import (
+from hover_batch.files import (
     leftovers,
     replacing,
     replacing_folder,
@@ -94,7 +94,7 @@ def test_a_failed_first_write_leaves_the_place_free(tmp_path: Path, monkeypatch:
 KILLED_WRITE = """
 import os, signal, sys
 from pathlib import Path
-from hover_batch.cohort.durable import write_atomically, write_first
+from hover_batch.files import write_atomically, write_first
 step, call, path = sys.argv[1:]
 setattr(os, step, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
 {"atomically": write_atomically, "first": write_first}[call](Path(path), b"new" * 1000)

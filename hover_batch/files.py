@@ -1,8 +1,7 @@
-"""Files that are there whole or not at all, also after a kill or a power cut.
+"""Write files atomically and durably: a reader sees the old file or the new one, also after a kill or a power cut.
 
-A write goes to a temporary file in the same folder, is forced to disk, takes its name in one step, and the folder is
-forced to disk too, so that the name survives. The temporary file of a killed write stays behind, hidden, until the
-next one under `sweeping`.
+A write goes to a hidden temporary file in the same folder, which is synced to disk and renamed; then the folder is
+synced, so that the new name survives too. A killed write leaves its temporary file behind, until `sweeping` removes it.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """For whatever writes a file by its name: yields a hidden name beside `path`; when the block succeeds, the file
-    there is forced to disk and takes the place of `path`, when it fails it is removed.
+    """Yield a temporary name beside `path` for the block to write to. On success the file there replaces `path`; on an
+    error it is removed, and `path` stays as it was.
 
-    The name is of this call alone: of two writers of one file neither renames what the other has half written.
+    The name is unique to the call, so that two writers of one file cannot rename each other's half-written one.
     """
     with _temporary(path) as temporary:
         yield temporary
@@ -36,8 +35,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """`replacing` for whatever writes a folder. Only its name is forced to disk, and between the removal of an old
-    folder and the new one's taking its name there is a moment with neither: for what can be made again."""
+    """`replacing` for a folder that can be made again: its files are not synced, and while an old folder is replaced,
+    neither the old nor the new one exists for a moment."""
     temporary = _hidden_name(path)
     try:
         yield temporary
@@ -54,13 +53,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write or replace `path`; a reader sees the old content or the new, never a part. Text is stored as UTF-8."""
+    """Write or replace `path` in one step. Text is stored as UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_first(path: Path, data: bytes) -> bool:
-    """Write `path` unless it exists. True where this call wrote it, False where another was first."""
+    """Write `path` unless it exists. Return False if another writer was first."""
     with _temporary(path) as temporary:
         temporary.write_bytes(data)
         _sync(temporary)
@@ -68,20 +67,20 @@ def write_first(path: Path, data: bytes) -> bool:
             os.link(temporary, path)
             won = True
         except FileExistsError:
-            # Over NFS the link may be made, the answer lost and the request repeated: the count of names tells.
+            # NFS may make the link, lose the answer and repeat the request: then the file has two names.
             won = os.stat(temporary).st_nlink > 1
-    # The loser also waits for the disk: it goes on as if the file were there for good.
+    # The second writer syncs too, since it goes on as if the file were durable.
     _sync(path.parent)
     return won
 
 
 def leftovers(path: Path) -> Iterator[Path]:
-    """Temporary files and folders that killed writes of `path` left behind."""
+    """Return the temporary files and folders that killed writes of `path` left behind."""
     return path.parent.glob(f".{path.name}.*.partial")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove all of them."""
+    """Remove the `leftovers` of `path`."""
     for leftover in leftovers(path):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
@@ -91,11 +90,11 @@ def remove_leftovers(path: Path) -> None:
 
 @contextlib.contextmanager
 def sweeping(path: Path) -> Iterator[None]:
-    """For the block that writes `path`: removes first what killed writes of it left behind, unless another such block
-    is at work in the same folder, on this machine or wherever the file system tells of locks."""
+    """Remove the `leftovers` of `path` before the block writes it, unless another such block is writing in the folder,
+    on this machine or on one that shares the file system's locks."""
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
-        # Some network file systems lock no folders: there, leftovers stay.
+        # Some network file systems cannot lock folders: leftovers stay there.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove_leftovers(path)
@@ -108,7 +107,7 @@ def sweeping(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A hidden name beside `path`, which is free; what lies there afterwards is removed."""
+    """Yield an unused hidden name beside `path`; remove what is there afterwards."""
     temporary = _hidden_name(path)
     try:
         yield temporary
@@ -121,12 +120,12 @@ def _hidden_name(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Force a file's content, or a folder's names, to disk."""
+    """Sync a file's content, or a folder's names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems know no fsync of folders; they write names through.
+        # Some network file systems do not support fsync on folders; they write names through.
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -134,11 +133,11 @@ def _sync(path: Path) -> None:
 
 
 def to_json(value: Any) -> bytes:
-    """JSON for people and for comparing bytes: sorted keys, indented, no NaN."""
+    """Return indented JSON with sorted keys: equal values give equal bytes. ValueError for NaN."""
     return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file, read as a stream."""
+    """Return the hex SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,28 @@
+"""Counts, durations and lists of names as messages have them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import islice
+
+LISTED = 10
+"""Items that a message names; a cohort may have thousands."""
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 slide`, `1,200 slides`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Two digits in the unit that fits: `3.4 s`, `12 min`, `1.5 h`, `2.1 days`."""
+    for unit, length, limit in (("s", 1, 90), ("min", 60, 90 * 60), ("h", 3600, 48 * 3600), ("days", 86400, None)):
+        if limit is None or seconds < limit:
+            break
+    value = seconds / length
+    return f"{value:.1f}".removesuffix(".0") + f" {unit}" if value < 9.95 else f"{value:,.0f} {unit}"
+
+
+def listed(names: Collection[str]) -> str:
+    """The first ten names, and an ellipsis where there are more."""
+    return ", ".join(islice(names, LISTED)) + (", …" if len(names) > LISTED else "")
