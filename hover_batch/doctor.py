@@ -26,8 +26,8 @@ import typer
 
 from hover_batch.config import EngineSettings, Settings
 from hover_batch.errors import HoverBatchError, InputError
+from hover_batch.executor.disk_space import ROOM_BYTES
 from hover_batch.executor.resources import Node, Resources, engine_plan
-from hover_batch.executor.room import ROOM_BYTES
 from hover_batch.model.package import find_package, load_tensors
 
 GIB = 2**30

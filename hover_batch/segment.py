@@ -16,9 +16,9 @@ from hover_batch.cohort.manifest import Cohort, raise_if_faulty, read_cohort
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
 from hover_batch.errors import DISK_FULL, InputError
-from hover_batch.executor.books import CohortBooks
-from hover_batch.executor.engine import engine, settled_here
+from hover_batch.executor.backend import engine, settled_here
 from hover_batch.executor.progress import CohortProgress
+from hover_batch.executor.run_recorder import CohortBooks
 from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
 from hover_batch.kept import KeptRun
 from hover_batch.logs import LogFormat

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from hover_batch.executor.books import CohortBooks, Load
+from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.interrupts import on_ctrl_c
-from hover_batch.executor.room import is_disk_full
+from hover_batch.executor.run_recorder import CohortBooks, Load
 from hover_batch.model.predict import Predictor, load_predictor
 from hover_batch.pipeline import Seconds, finalize, infer, inferred, opened, post, posted, reading, survey, swept_store
 from hover_batch.plan import PlannedSlide

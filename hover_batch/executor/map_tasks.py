@@ -39,7 +39,7 @@ def machines(engine: EngineSettings, log: Path) -> Iterator[Resources]:
         from hover_batch.executor.cluster import joined
 
         with joined(engine.address, log):
-            from hover_batch.executor.machines import Machines
+            from hover_batch.executor.nodes import Machines
 
             yield Machines().resources.limited(settings)
     else:

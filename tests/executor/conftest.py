@@ -23,7 +23,7 @@ import hover_batch.segment
 from hover_batch.cli import app
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
-from hover_batch.executor.engine import Engine
+from hover_batch.executor.backend import Engine
 from hover_batch.executor.local import LocalExecutor
 from hover_batch.executor.resources import EnginePlan, Node, Resources
 from hover_batch.kept import KeptRun

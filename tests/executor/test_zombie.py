@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from test_contract import tables
 
 from hover_batch.errors import SlideError
-from hover_batch.executor.underway import SlideUnderWay, Surveyed
+from hover_batch.executor.slide_state import SlideUnderWay, Surveyed
 from hover_batch.geometry import Box
 from hover_batch.pipeline import Seconds, SlideWork, infer, open_store
 from hover_batch.slide.reader import open_slide

@@ -12,13 +12,13 @@ from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import Url
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
-from hover_batch.executor.books import CohortBooks
 from hover_batch.executor.local import LocalExecutor
 from hover_batch.executor.resources import EnginePlan, Node, Resources, engine_plan
+from hover_batch.executor.run_recorder import CohortBooks
 from hover_batch.plan import PlannedSlide
 
 if TYPE_CHECKING:  # it imports Ray, which must wait until the environment is set
-    from hover_batch.executor.machines import Machines
+    from hover_batch.executor.nodes import Machines
 
 CLEARED_S = 30.0
 """Within which the machines of a cluster remove the copies of slides at the end of a run; the next run sweeps."""
@@ -65,7 +65,7 @@ def engine(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> I
         from hover_batch.executor.cluster import joined, settled
 
         with joined(settings.engine.address, layout.ray_log):
-            from hover_batch.executor.machines import Machines
+            from hover_batch.executor.nodes import Machines
 
             machines = Machines()
             wanted = settings.engine.gpus

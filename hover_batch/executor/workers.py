@@ -31,9 +31,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import InferSettings, Settings
-from hover_batch.executor.books import Load
 from hover_batch.executor.resources import BLOCKS_AHEAD
-from hover_batch.executor.underway import Surveyed
+from hover_batch.executor.run_recorder import Load
+from hover_batch.executor.slide_state import Surveyed
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.package import Package
 from hover_batch.pipeline import (

@@ -15,8 +15,8 @@ from hover_batch.cohort.ledger import Ledger
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import InferSettings, Settings
 from hover_batch.errors import HoverBatchError, PackageError, SlideQuarantined, TooManyFailures
+from hover_batch.executor.disk_space import Room, is_disk_full
 from hover_batch.executor.progress import CohortProgress
-from hover_batch.executor.room import Room, is_disk_full
 from hover_batch.model.package import Package
 from hover_batch.pipeline import Seconds, discard_predictions
 from hover_batch.plan import PlannedSlide
