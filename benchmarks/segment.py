@@ -43,7 +43,7 @@ FLAGS = {
     ON_RAY: ["--backend", "ray"],
     BY_TORCH: ["--backend", "local", "--runtime", "torch"],
 }
-STAGES = ("tissue", "read", "infer", "write", "post", "finalize")
+STAGES = ("survey", "read", "infer", "write", "post", "finalize")
 
 
 def prepare(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
@@ -54,6 +55,22 @@ class Url:
     def stem(self) -> str:
         """The name without its suffix; whole where it is a folder's."""
         return self.name if str(self).endswith("/") else PurePosixPath(self.name).stem
+
+
+class Stage(StrEnum):
+    """Stages of a slide, as failures.csv, the event log and timings.json name them."""
+
+    CHECK = "check"
+    """Its row of the cohort."""
+    OPEN = "open"
+    SURVEY = "survey"
+    """Find the tissue and cut it into units."""
+    READ = "read"
+    INFER = "infer"
+    WRITE = "write"
+    POST = "post"
+    FINALIZE = "finalize"
+    """Merge the tables and draw the pictures."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from ray.exceptions import (
 from hover_batch.errors import HoverBatchError, InputError, PackageError, ScratchFull, SlideError, SlideQuarantined
 from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.interrupts import on_ctrl_c
-from hover_batch.executor.network_pool import Crew, Network
+from hover_batch.executor.network_pool import Network, NetworkPool
 from hover_batch.executor.nodes import NOTICED_S, Machines
 from hover_batch.executor.resources import MAX_STRIKES, EnginePlan, engine_plan
 from hover_batch.executor.run_recorder import CohortBooks, Load
@@ -72,7 +72,7 @@ class RayExecutor:
         self.books.networks = plan.actors
         self.plan = plan
         self.machines = machines
-        self._crew = Crew(books, load)
+        self._pool = NetworkPool(books, load)
         self._waiting: deque[PlannedSlide] = deque()
         self._open: list[SlideUnderWay] = []
         """Oldest first."""
@@ -94,7 +94,7 @@ class RayExecutor:
         patience = time.monotonic() + PATIENCE_S
         try:
             with on_ctrl_c(self._drain):
-                self._hire()
+                self._start_networks()
                 while True:
                     self._follow_machines()
                     if self._draining:
@@ -103,13 +103,13 @@ class RayExecutor:
                         )
                     elif self.books.room.there():
                         self._submit()
-                    if len(self._crew) and time.monotonic() > patience and not self._crew.started:
+                    if len(self._pool) and time.monotonic() > patience and not self._pool.started:
                         self._say_once("Still waiting for the first network: are its cores or GPUs held by others?")
                     if not self._under_way():
                         break
                     self._settle()
         finally:
-            self._crew.dismiss()
+            self._pool.close()
         if self._draining:
             raise KeyboardInterrupt
 
@@ -139,7 +139,7 @@ class RayExecutor:
     def _open_slides(self) -> None:
         """Open slides ahead by what the networks can eat, and no further than post-processing follows. Without networks
         post-processing alone decides."""
-        appetite = len(self._crew) * self.plan.units_at_once
+        appetite = len(self._pool) * self.plan.units_at_once
         ahead = 2 * (appetite or self.plan.posts)
         most = 2 * (appetite + self.plan.posts)
         ready = sum(len(s.to_infer) for s in self._open)
@@ -165,13 +165,13 @@ class RayExecutor:
         """The freest network first; the oldest slide's units first; a unit with a strike alone."""
         fed = [slide for slide in self._open if not slide.held]
         for slide in fed:
-            while slide.suspects and (network := self._crew.idle()):
+            while slide.suspects and (network := self._pool.idle()):
                 self._infer(slide, slide.suspects.popleft(), network, alone=True)
         # One is left to run empty where somebody waits to be alone in one.
-        spared = self._crew.least_loaded() if any(slide.suspects for slide in fed) else None
+        spared = self._pool.least_loaded() if any(slide.suspects for slide in fed) else None
         for slide in fed:
             while slide.to_infer:
-                network = self._crew.freest(self.plan.units_at_once, spared)
+                network = self._pool.freest(self.plan.units_at_once, spared)
                 if network is None:
                     return
                 self._infer(slide, slide.to_infer.popleft(), network)
@@ -184,7 +184,7 @@ class RayExecutor:
     def _feed_slots(self) -> None:
         """Tables first, for they end a slide; then regions, the oldest slide's first. Tissue is found beside them."""
         running = Counter(call.stage for call in self._running.values())
-        at_once = len(self._crew) or self.plan.posts
+        at_once = len(self._pool) or self.plan.posts
         surveys, posts = running[SURVEY], running[POST] + running[FINALIZE]
         for slide in self._open:
             slide.due_again()
@@ -205,9 +205,9 @@ class RayExecutor:
                 index = slide.to_post.popleft()
                 self._running[post_region.remote(slide.work, index)] = _Call(POST, slide, index)
 
-    def _hire(self) -> None:
-        while len(self._crew) < self.plan.actors and not self._draining:
-            network = self._crew.hire(self.plan, self.machines.lost if self.machines else 0)
+    def _start_networks(self) -> None:
+        while len(self._pool) < self.plan.actors and not self._draining:
+            network = self._pool.start(self.plan, self.machines.lost if self.machines else 0)
             self._running[network.handle.where.remote()] = _Call(START, network=network)
 
     def _follow_machines(self) -> None:
@@ -235,10 +235,10 @@ class RayExecutor:
         books.ledger.events.append("machines_changed", machines=len(there.nodes), networks=self.plan.actors)
         for line in ("the machines of the cluster changed:", *self.plan.lines()):
             books.progress.say(line)
-        for network in [n for n in self._crew.networks if not self._machine_up(n)]:
-            self._crew.lost(network)  # its units come back by themselves
-        self._crew.shrink(self.plan.actors)
-        self._hire()
+        for network in [n for n in self._pool.networks if not self._machine_up(n)]:
+            self._pool.lost(network)  # its units come back by themselves
+        self._pool.shrink(self.plan.actors)
+        self._start_networks()
 
     # What has come back.
 
@@ -335,8 +335,8 @@ class RayExecutor:
             self._disk_full(call, cause)
         elif isinstance(cause, NetworkFailed):
             if call.network and not call.network.gone:
-                self._crew.let_go(call.network)
-                self._hire()
+                self._pool.stop(call.network)
+                self._start_networks()
             self._strike(call, f"its network failed ({cause})")
         elif call.slide and not call.slide.ended:
             self._fail(call.slide, call.stage, cause, trace)
@@ -350,11 +350,11 @@ class RayExecutor:
             raise HoverBatchError(f"no process for the model can be had ({kind}: {error})") from error
         if call.network and network_gone:
             if not call.network.gone:
-                self._crew.lost(call.network)
+                self._pool.lost(call.network)
             if call.network.let_go:
                 self._again(call)
             elif isinstance(error, OutOfMemoryError) and call.stage == INFER:
-                self._hire()
+                self._start_networks()
                 self._short_of_memory(call)
             elif isinstance(error, ActorUnavailableError) and self.machines:
                 self._doubts.append((time.monotonic() + NOTICED_S, call))
@@ -400,7 +400,7 @@ class RayExecutor:
                 raise HoverBatchError(
                     f"the model's process dies while it loads ({kind}): too little memory? Try fewer --cpus or --gpus"
                 )
-        self._hire()
+        self._start_networks()
         if call.stage == START:
             return
         if up:

@@ -16,7 +16,6 @@ import command
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hover_batch.executor.backend import Engine
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -24,6 +23,7 @@ import hover_batch.segment
 from hover_batch.cli import app
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
+from hover_batch.executor.backend import Engine
 from hover_batch.executor.local import LocalExecutor
 from hover_batch.executor.resources import EnginePlan, Node, Resources
 from hover_batch.model.predict import load_predictor

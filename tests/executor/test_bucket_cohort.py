@@ -18,7 +18,7 @@ from conftest import SETTINGS, file_system, on_loopback, runner
 
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
-from hover_batch.executor import room
+from hover_batch.executor import disk_space
 from hover_batch.executor.local import LocalExecutor
 from hover_batch.slide import staging
 from hover_batch.stored_run import KeptRun
@@ -128,14 +128,14 @@ def test_a_full_scratch_disk_is_waited_for(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(staging, "SPARED_BYTES", shutil.disk_usage(tmp_path).total - (1 << 20))
-    monkeypatch.setattr(room, "ASK_EVERY_S", 0.2)
-    ran_out = room.Room.ran_out
+    monkeypatch.setattr(disk_space, "ASK_EVERY_S", 0.2)
+    ran_out = disk_space.Room.ran_out
 
-    def clear(this: room.Room, where: str, error: BaseException | None = None) -> None:
+    def clear(this: disk_space.Room, where: str, error: BaseException | None = None) -> None:
         ran_out(this, where, error)
         monkeypatch.setattr(staging, "SPARED_BYTES", 0)
 
-    monkeypatch.setattr(room.Room, "ran_out", clear)
+    monkeypatch.setattr(disk_space.Room, "ran_out", clear)
     scratch = tmp_path / "scratch"
     run = runner("local", monkeypatch)
     outcome = run(in_a_bucket(fields("a"), "a"), tmp_path / "out", LoadQuick(), settings=settings_with(scratch))

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from accelerators import LoadQuick, load_nothing
 from conftest import SETTINGS, Run, file_system, runner
-from hover_batch.executor.run_recorder import CohortBooks
 from PIL import Image
 
 from hover_batch.cohort.events import read_events
 from hover_batch.config import EngineSettings, OutputSettings, TissueSettings
 from hover_batch.errors import PackageError, TooManyFailures
-from hover_batch.executor import room
+from hover_batch.executor import disk_space
+from hover_batch.executor.run_recorder import CohortBooks
 
 Fields = Callable[..., Path]
 
@@ -165,8 +165,8 @@ def test_a_full_disk_is_waited_for(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """It fills up when the first unit is done; no slide is blamed, nothing is lost, and there is room again later."""
-    monkeypatch.setattr(room, "ROOM_BYTES", 4 << 20)
-    monkeypatch.setattr(room, "ASK_EVERY_S", 0.5)
+    monkeypatch.setattr(disk_space, "ROOM_BYTES", 4 << 20)
+    monkeypatch.setattr(disk_space, "ASK_EVERY_S", 0.5)
     ballast, waited = small_disk / "ballast", []
 
     def fill(books: CohortBooks, *values: Any) -> None:
@@ -178,14 +178,14 @@ def test_a_full_disk_is_waited_for(
                     file.truncate(max(0, file.tell()))
             os.truncate(ballast, max(0, ballast.stat().st_size - left))
 
-    def clear(this: room.Room, where: str, error: BaseException | None = None) -> None:
+    def clear(this: disk_space.Room, where: str, error: BaseException | None = None) -> None:
         ran_out(this, where, error)
         waited.append(where)
         ballast.write_bytes(b"")
 
-    done, ran_out = CohortBooks.unit_done, room.Room.ran_out
+    done, ran_out = CohortBooks.unit_done, disk_space.Room.ran_out
     monkeypatch.setattr(CohortBooks, "unit_done", fill)
-    monkeypatch.setattr(room.Room, "ran_out", clear)
+    monkeypatch.setattr(disk_space.Room, "ran_out", clear)
     outcome = run(fields("a", "b"), small_disk / "out", LoadQuick())
     assert waited and outcome.exit_code == 0
     assert tables(small_disk / "out") == reference

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from accelerators import LoadQuick, Quick
 from conftest import Run, note, runner
-from hover_batch.executor.slide_state import SlideUnderWay, Surveyed
 from numpy.typing import NDArray
 from test_contract import tables
 
 from hover_batch.errors import SlideError
+from hover_batch.executor.slide_state import SlideUnderWay, Surveyed
 from hover_batch.geometry import Box
 from hover_batch.pipeline import Seconds, SlideWork, infer, open_store
 from hover_batch.slide.reader import open_slide

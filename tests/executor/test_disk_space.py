@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hover_batch.executor.disk_space import ASK_EVERY_S, MAX_WAIT_S, Room
 
-from hover_batch.executor import room
+from hover_batch.executor import disk_space
+from hover_batch.executor.disk_space import ASK_EVERY_S, MAX_WAIT_S, Room
 
 
 class Clock:
@@ -20,7 +20,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     ticking = Clock()
-    monkeypatch.setattr(room, "time", ticking)
+    monkeypatch.setattr(disk_space, "time", ticking)
     return ticking
 
 
@@ -31,7 +31,7 @@ def test_it_is_full_until_it_was_asked_and_there_is_room(
     logged: list[str] = []
     asked: list[int] = []
     there = False
-    monkeypatch.setattr(room, "_fits", lambda folder, n: asked.append(n) or there)
+    monkeypatch.setattr(disk_space, "_fits", lambda folder, n: asked.append(n) or there)
     disk = Room(tmp_path, said.append, lambda event, **values: logged.append(event))
     assert disk.there() and not asked
     disk.ran_out("slide")
@@ -48,7 +48,7 @@ def test_it_is_full_until_it_was_asked_and_there_is_room(
 
 
 def test_waits_grow_where_it_runs_out_again(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_fits", lambda folder, n: True)
+    monkeypatch.setattr(disk_space, "_fits", lambda folder, n: True)
     disk = Room(tmp_path, lambda line: None, lambda event, **values: None)
     waits = []
     for _ in range(10):
@@ -65,5 +65,5 @@ def test_waits_grow_where_it_runs_out_again(tmp_path: Path, clock: Clock, monkey
 
 
 def test_room_is_asked_of_the_file_system(tmp_path: Path) -> None:
-    assert room._fits(tmp_path, 1 << 20)
+    assert disk_space._fits(tmp_path, 1 << 20)
     assert not any(tmp_path.iterdir())

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hover_batch.executor.slide_state import FINALIZE, SlideUnderWay, Surveyed
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import SlideRecord
-from hover_batch.executor import underway
+from hover_batch.executor import slide_state
+from hover_batch.executor.slide_state import FINALIZE, SlideUnderWay, Surveyed
 from hover_batch.geometry import Grid, Mpp, Size, cell_box
 from hover_batch.pipeline import Seconds, neighbours
 from hover_batch.plan import PlannedSlide
@@ -99,7 +99,7 @@ def test_markers_that_are_not_seen_yet_are_waited_for(monkeypatch: pytest.Monkey
     assert not work.region_needs(0, [(0, 0)])
     work.due_again()
     assert not work.to_post
-    monkeypatch.setattr(underway.time, "monotonic", lambda: 1e12)
+    monkeypatch.setattr(slide_state.time, "monotonic", lambda: 1e12)
     work.due_again()
     assert list(work.to_post) == [0]
 
@@ -110,7 +110,7 @@ def test_tables_wait_for_parts_that_are_not_seen_yet(monkeypatch: pytest.MonkeyP
     work.tables_need()
     work.due_again()
     assert work.next_task is None
-    monkeypatch.setattr(underway.time, "monotonic", lambda: 1e12)
+    monkeypatch.setattr(slide_state.time, "monotonic", lambda: 1e12)
     work.due_again()
     assert work.next_task == FINALIZE and not work.to_post
 

@@ -31,7 +31,7 @@ class Network:
     alone: bool = False
 
 
-class Crew:
+class NetworkPool:
     """The networks, and who is free."""
 
     def __init__(self, books: CohortBooks, load: Load) -> None:
@@ -46,7 +46,7 @@ class Crew:
     def started(self) -> list[Network]:
         return [network for network in self.networks if network.started]
 
-    def hire(self, plan: EnginePlan, lost_before: int) -> Network:
+    def start(self, plan: EnginePlan, lost_before: int) -> Network:
         """One more, on its way: Ray makes it where there is room. `lost_before`: machines that have gone so far."""
         options = InferActor.options(  # type: ignore[attr-defined]  # what ray.remote makes of a class
             num_cpus=plan.actor_cpus,
@@ -80,7 +80,7 @@ class Crew:
         if network in self.networks:
             self.networks.remove(network)
 
-    def let_go(self, network: Network) -> None:
+    def stop(self, network: Network) -> None:
         """End it. What was under way in it comes back as dead, and is done by another."""
         network.let_go = True
         self.lost(network)
@@ -90,9 +90,9 @@ class Crew:
         """Let go of those beyond `most`: first who has not started, then who has least to do."""
         by_use = sorted(self.networks, key=lambda network: (network.started, network.load))
         for network in by_use[: max(0, len(by_use) - most)]:
-            self.let_go(network)
+            self.stop(network)
 
-    def dismiss(self) -> None:
+    def close(self) -> None:
         """The run is over."""
         for network in self.networks:
             ray.kill(network.handle)
