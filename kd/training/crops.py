@@ -204,15 +204,15 @@ def batches(crops: Crops, batch: int, device: torch.device, first: int = 0) -> I
         yield scaled, Targets(*(t.to(device) for t in targets))
 
 
-def _padding(height: int, width: int, size: int) -> list[tuple[int, int]]:
-    """By how many pixels an image is to be padded at its ends, along y and x, to be as large as a crop."""
-    missing = (max(0, size - height), max(0, size - width))
+def _padding(shape: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Return by how many pixels an image of this shape (y, x) is padded at its ends to be as large as a crop."""
+    missing = (max(0, size - side) for side in shape)
     return [(n // 2, n - n // 2) for n in missing]
 
 
 def _padded(sample: Sample, size: int) -> Sample:
     """The image mirrored beyond its edges to at least `size` pixels a side, its instances UNKNOWN there."""
-    padding = _padding(*sample.instances.shape, size)
+    padding = _padding(sample.instances.shape, size)
     if not np.any(padding):
         return sample
     return replace(
@@ -225,7 +225,7 @@ def _padded(sample: Sample, size: int) -> Sample:
 
 def _padded_planes(planes: NDArray[np.float16], size: int) -> NDArray[np.float16]:
     """A teacher's output (c, y, x), NaN beyond its edges, as `_padded` pads its image."""
-    padding = _padding(*planes.shape[1:], size)
+    padding = _padding(planes.shape[1:], size)
     return np.pad(planes, [(0, 0), *padding], constant_values=np.nan) if np.any(padding) else planes
 
 

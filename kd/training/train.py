@@ -140,10 +140,10 @@ def train(config: TrainConfig) -> nn.Module:
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    encoder = set(model.encoder.parameters()) if config.encoder_lr else set()  # type: ignore[arg-type]  # smp.Unet's
-    groups = [{"params": [p for p in model.parameters() if p not in encoder], "lr": config.lr}]
-    if encoder:
-        groups.insert(0, {"params": list(model.encoder.parameters()), "lr": config.encoder_lr})  # type: ignore[union-attr, operator]
+    encoder = list(model.get_submodule("encoder").parameters()) if config.encoder_lr else []
+    rest = [p for p in model.parameters() if not any(p is e for e in encoder)]
+    groups = [{"params": encoder, "lr": config.encoder_lr}] if encoder else []
+    groups.append({"params": rest, "lr": config.lr})
     return kind(groups, betas=config.betas, weight_decay=config.weight_decay)
 
 

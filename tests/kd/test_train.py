@@ -246,8 +246,8 @@ def test_images_smaller_than_a_crop_are_padded_and_the_padding_teaches_nothing(c
     samples = read_data(folder, ["train"]).samples
     wide = replace(config, size=192)
     for crops in (
-        kd.crops.training_crops(samples, {"consep": 1.0}, wide, 0, Knows())[0],
-        kd.crops.validation_crops(samples, {"consep": 1.0}, wide, 0, Knows()),
+        kd.training.crops.training_crops(samples, {"consep": 1.0}, wide, 0, Knows())[0],
+        kd.training.crops.validation_crops(samples, {"consep": 1.0}, wide, 0, Knows()),
     ):
         for i in range(len(crops)):
             image, nuclei, _, types, planes = crops[i]
@@ -262,11 +262,11 @@ def test_images_smaller_than_a_crop_are_padded_and_the_padding_teaches_nothing(c
 def test_where_only_some_nuclei_are_outlined_the_rest_is_not_background():
     instances = np.array([[0, 1, 2, -1]], np.int32)
     types = np.array([[0, 3, 0, 0]], np.uint8)
-    nuclei, classes = kd.crops.targets_of(instances, types, "monusac")
+    nuclei, classes = kd.training.crops.targets_of(instances, types, "monusac")
     assert (nuclei.tolist(), classes.tolist()) == ([[-1, -1, -1, -1]], [[-1, 3, -1, -1]])
-    nuclei, classes = kd.crops.targets_of(instances, types, "consep")
+    nuclei, classes = kd.training.crops.targets_of(instances, types, "consep")
     assert (nuclei.tolist(), classes.tolist()) == ([[0, 1, 1, -1]], [[0, 3, -1, -1]])
-    assert kd.crops.targets_of(instances, None, "tnbc")[1].tolist() == [[-1, -1, -1, -1]]
+    assert kd.training.crops.targets_of(instances, None, "tnbc")[1].tolist() == [[-1, -1, -1, -1]]
 
 
 def test_the_encoder_has_its_own_learning_rate(config, tmp_path):
@@ -341,7 +341,7 @@ def test_training_that_diverges_says_so_and_keeps_the_checkpoint(config, tmp_pat
     train(replace(config, max_steps=1))
     before = (tmp_path / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(kd.training.schedule, "learning_rate", lambda *args: float("nan"))
-    monkeypatch.setattr("kd.training.losses.mse_loss", lambda hv, truth: hv.sum() * float("nan"))
+    monkeypatch.setattr("kd.training.losses.mse_loss", lambda hv, truth, known: hv.sum() * float("nan"))
     with pytest.raises(HoverBatchError, match="give a lower --lr"):
         train(config)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
@@ -366,7 +366,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of_and_the_last_one_stays(c
 def test_shares_without_any_given(folder, config):
     samples = read_data(folder, ["train"]).samples
     plain = replace(config, sources=None)
-    assert kd.crops.source_shares(plain, samples) == {"consep": 0.5, "tnbc": 0.5}
+    assert kd.training.crops.source_shares(plain, samples) == {"consep": 0.5, "tnbc": 0.5}
 
 
 def test_training_starts_from_a_packages_weights(config, tmp_path):
