@@ -67,4 +67,4 @@ def _nearest(labels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip((height, width), labels.shape, strict=True)
     )
-    return labels[rows[:, None], columns]
+    return np.asarray(labels[rows[:, None], columns])
