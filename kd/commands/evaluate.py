@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from hover_batch.config import PostSettings
 from hover_batch.errors import InputError
 from kd.commands.options import Data
-
-if TYPE_CHECKING:
-    from hover_batch.model.cost import Cost
-    from kd.evaluation.leakage import Leak
-    from kd.evaluation.scores import SourceScores
 
 
 def evaluate(
@@ -32,6 +27,26 @@ def evaluate(
     sobel_norm: Annotated[
         str, typer.Option(help="fixed: the card's Sobel constants; window: each image's own, as the reference does.")
     ] = "fixed",
+    min_area_px: Annotated[
+        int,
+        typer.Option(
+            "--min-area-px",
+            help="Drop predicted nuclei of fewer pixels. Published figures were found with 10, the reference's value.",
+        ),
+    ] = PostSettings.min_area_px,
+    shift: Annotated[
+        bool,
+        typer.Option(
+            "--shift", help="Also score the images darkened, restained, blurred, compressed, and at other pixel sizes."
+        ),
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Another package, or the --json file of an earlier evaluation: PQ compared image by image.",
+            show_default=False,
+        ),
+    ] = None,
     label: Annotated[
         str | None,
         typer.Option(
@@ -40,7 +55,8 @@ def evaluate(
         ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write everything to this file, for `kd tables`.")
+        Path | None,
+        typer.Option("--json", help="Write everything to this file, for `kd tables` and for a later --against."),
     ] = None,
     panel: Annotated[
         Path | None, typer.Option(help="Write a picture (.png): image, truth and prediction side by side.")
@@ -58,8 +74,9 @@ def evaluate(
     Dice, AJI, DQ, SQ, PQ: means over images. bPQ, mPQ: means over tissues, as PanNuke-metrics has them.
 
     F_d and F_c: over all nuclei. Where the classes of data and model differ, those that both have.
+
+    Of sources that outline only some of the nuclei (monusac, nucls): the recall of these and the accuracy of types.
     """
-    folds = fold or ["test"]
     if beside and not panel:
         raise InputError("--beside: is shown in the picture; give its file by --panel")
     if panel and panel.suffix != ".png":
@@ -69,117 +86,32 @@ def evaluate(
             raise InputError(f"{flag} {file}: the folder {file.parent} does not exist")
         if file and file.is_dir():
             raise InputError(f"{flag} {file}: is a folder; name a file")
-    from hover_batch.config import InferSettings, PostSettings
-    from hover_batch.model.cost import cost_of, seconds_per_patch
-    from hover_batch.model.images import batch_of, predict_image
-    from hover_batch.model.package import Package, find_package, load_network
-    from hover_batch.model.predict import Predictor, load_predictor, on_device
-    from hover_batch.nuclei.watershed import SobelConstants
-    from kd.data.datasets import read_data
-    from kd.data.pixel_size import check_pixel_size
-    from kd.evaluation.evaluate import evaluate_data
-    from kd.evaluation.figure import Shown, figure
-    from kd.evaluation.leakage import leaks
+    post = PostSettings(sobel_norm=sobel_norm, min_area_px=min_area_px)  # type: ignore[arg-type]  # it checks both
 
-    norm = PostSettings(sobel_norm=sobel_norm).sobel_norm  # type: ignore[arg-type]  # PostSettings checks it
+    from kd.commands.score_tables import show
+    from kd.evaluation.evaluate_package import evaluate_package
 
-    def predictor_of(package: Package) -> Predictor:
-        batch = batch_of(package.card, (sample.image.shape for sample in judged.samples))
-        return load_predictor(package, InferSettings(threads=threads, batch=batch))
-
-    found = find_package(model, "package")
-    other = find_package(beside, "--beside") if beside else None
-    check_pixel_size(found.card, f"package {model}")
-    if other:
-        check_pixel_size(other.card, f"--beside {beside}")
-    judged = read_data(data, folds, source)
-    if not judged.samples:
-        of = f" of {', '.join(source)}" if source else ""
-        raise InputError(f"--fold {' '.join(folds)}: {data} has no such image{of}")
-    predictor = predictor_of(found)
-    card = found.card
-
-    def constants(package: Package) -> SobelConstants | None:
-        return SobelConstants.from_json(package.card.sobel) if norm == "fixed" else None
-
-    network = load_network(found)
-    cost = cost_of(network, card)
-    seen = leaks(card, judged.samples)
-    scores = evaluate_data(lambda image: predict_image(predictor, image), judged, constants(found), card.taxonomy)
-    _print(scores, seen, cost, f"{card.name} on {data.resolve().name}, {' '.join(folds)}")
+    evaluation = evaluate_package(
+        model,
+        data,
+        folds=fold or ["test"],
+        sources=source,
+        post=post,
+        label=label,
+        shift=shift,
+        against=against,
+        picture=panel is not None,
+        beside=beside,
+        clock=clock,
+        threads=threads,
+        say=partial(typer.echo, err=True),
+    )
+    show(evaluation)
     if json_file:
-        report = {
-            "label": label or card.name,
-            "model": card.name,
-            "sha256": found.sha256,
-            "architecture": f"{card.architecture} {card.encoder}".rstrip(),
-            "data": data.resolve().name,
-            "folds": folds,
-            "sobel_norm": norm,
-            "precision": predictor.precision,
-            "sources": {s.source: s.to_json() for s in scores},
-            "leakage": [leak.to_json() for leak in seen],
-            "cost": cost.to_json()
-            | (_timed(seconds_per_patch(on_device(network, predictor.device), card)) if clock else {}),
-        }
-        temporary = json_file.with_name(f".{json_file.name}.partial")
-        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
-        os.replace(temporary, json_file)
-    if panel:
+        evaluation.write(json_file)
+    if panel and evaluation.picture is not None:
         import cv2
 
-        shown = [Shown(card.name, lambda image: predict_image(predictor, image), constants(found), card.taxonomy)]
-        if other:
-            second = predictor_of(other)
-            classes = other.card.taxonomy
-            shown.insert(
-                0, Shown(other.card.name, lambda image: predict_image(second, image), constants(other), classes)
-            )
-        picture = figure(judged, shown)
-        if not cv2.imwrite(str(panel), picture[..., ::-1]):
+        if not cv2.imwrite(str(panel), evaluation.picture[..., ::-1]):
             raise InputError(f"--panel {panel}: cannot be written")
         typer.echo(panel)
-
-
-def _timed(seconds: float) -> dict[str, Any]:
-    """With what a time means nothing without."""
-    import torch
-
-    cpu = f"a CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {"seconds_per_patch": seconds, "timed_on": f"{device}, float32"}
-
-
-def _print(scores: list[SourceScores], seen: list[Leak], cost: Cost, title: str) -> None:
-    """A table with a row for each score and a column for each source; what the model has seen stands below it."""
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = [s.to_json() for s in scores]
-    table = Table(
-        title=title,
-        caption="\n".join(f"{leak.mark} {leak}" for leak in seen),
-        caption_justify="left",
-        min_width=72 if seen else None,
-    )
-    table.add_column("")
-    for s in scores:
-        marks = sorted({leak.mark for leak in seen if leak.source == s.source})
-        table.add_column(" ".join([s.source, *marks]), justify="right")
-    for name, value in columns[0].items():
-        if isinstance(value, int | float) or value is None:
-            table.add_row(name, *(_cell(c[name]) for c in columns))
-    for kind in ("pq_c", "f_c"):
-        for name in dict.fromkeys(n for c in columns for n in c[kind]):
-            table.add_row(f"{kind[:-2]} {name}", *(_cell(c[kind].get(name)) for c in columns))
-    Console().print(table)
-    typer.echo(
-        f"{cost.parameters / 1e6:.1f} M parameters, {cost.macs_per_patch / 1e9:.2f} GMac a patch of {cost.patch} px, "
-        f"{cost.macs_per_kept_pixel / 1e3:.0f} kMac a kept pixel"
-    )
-
-
-def _cell(value: float | int | None) -> str:
-    if value is None:
-        return "–"
-    return str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -1,24 +1,176 @@
-"""A network on annotated images, for a comparison of two: its scores, and what of these images it has seen."""
+"""A package on annotated images: its scores, what of the images it has seen, its cost."""
 
 from __future__ import annotations
 
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hover_batch.config import InferSettings, PostSettings
 from hover_batch.errors import InputError
-from hover_batch.model.images import predict_image
-from hover_batch.model.predict import Predictor
+from hover_batch.model.cost import Cost, cost_of, seconds_per_patch
+from hover_batch.model.images import batch_of, predict_image
+from hover_batch.model.package import Package, find_package, load_network
+from hover_batch.model.predict import Predictor, load_predictor, on_device
 from hover_batch.nuclei.watershed import SobelConstants
-from kd.data.datasets import read_data
+from kd.data.datasets import Data, read_data
 from kd.data.pixel_size import check_pixel_size
-from kd.evaluation.evaluate import evaluate_data
-from kd.evaluation.leakage import leaks
+from kd.evaluation.evaluate import MapsOf, evaluate_data
+from kd.evaluation.figure import Shown, figure
+from kd.evaluation.leakage import Leak, leaks
+from kd.evaluation.paired import Baseline, Paired, compared
+from kd.evaluation.scores import SourceScores
+from kd.evaluation.shift_scores import ShiftScores, score_shifts
+from kd.evaluation.shifts import UNCHANGED, Shift
+from kd.training.logs import SAY_EVERY_S
 
 FOLD = "test"
 
+Say = Callable[[str], object]
+Image = NDArray[np.uint8]
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `evaluate_package` found."""
+
+    label: str
+    package: Package
+    data: str
+    """Name of the folder or cache."""
+    folds: tuple[str, ...]
+    post: PostSettings
+    precision: str
+    scores: list[SourceScores]
+    leaks: list[Leak]
+    cost: Cost
+    timed: dict[str, Any]
+    """Seconds a patch, and on what; empty where nothing was timed."""
+    shifts: list[ShiftScores]
+    baseline: Baseline | None
+    paired: list[Paired]
+    """The comparison with the baseline."""
+    picture: Image | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the picture, as `kd tables` and later comparisons read it."""
+        card = self.package.card
+        report = {
+            "label": self.label,
+            "model": card.name,
+            "sha256": self.package.sha256,
+            "architecture": f"{card.architecture} {card.encoder}".rstrip(),
+            "data": self.data,
+            "folds": list(self.folds),
+            "sobel_norm": self.post.sobel_norm,
+            "min_area_px": self.post.min_area_px,
+            "precision": self.precision,
+            "sources": {s.source: s.to_json() for s in self.scores},
+            "by_image": by_image(self.scores),
+            "leakage": [leak.to_json() for leak in self.leaks],
+            "cost": self.cost.to_json() | self.timed,
+        }
+        if self.shifts:
+            report["shifts"] = [row.to_json() for row in self.shifts]
+        if old := self.baseline:
+            report["against"] = {
+                "label": old.name,
+                "sha256": old.sha256,
+                "sobel_norm": old.sobel_norm,
+                "min_area_px": old.min_area_px,
+                "sources": {pair.source: pair.to_json() for pair in self.paired},
+            }
+        return report
+
+    def write(self, path: Path) -> None:
+        """Write `to_json` to a file, which is there whole or not at all."""
+        temporary = path.with_name(f".{path.name}.partial")
+        temporary.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", "utf-8")
+        os.replace(temporary, path)
+
+
+def by_image(scores: Sequence[SourceScores]) -> dict[str, list[dict[str, Any]]]:
+    """By source: a row for each image."""
+    return {s.source: s.images_to_json() for s in scores}
+
+
+def evaluate_package(
+    model: str,
+    data: Path,
+    *,
+    folds: Sequence[str] = (FOLD,),
+    sources: Sequence[str] | None = None,
+    post: PostSettings | None = None,
+    label: str | None = None,
+    shift: bool = False,
+    against: str | None = None,
+    picture: bool = False,
+    beside: str | None = None,
+    clock: bool = False,
+    threads: int = 0,
+    say: Say = _silent,
+) -> Evaluation:
+    """Score the package `model` on the images of `data` (as for `read_data`).
+
+    `post`: its `sobel_norm` and `min_area_px` are used; None: the defaults. `shift`: also score the images after each
+    of SHIFTS. `against`: a package, or a .json of an earlier evaluation, to compare with. `picture`: draw what the
+    model finds beside the annotations, and beside what the package `beside` finds. `clock`: time the network. `say`:
+    called with lines on the progress. Raises InputError or PackageError for a faulty argument, before anything is
+    predicted.
+    """
+    post = post or PostSettings()
+    package = _package(model, "package")
+    other = _package(beside, "--beside") if beside else None
+    old = Baseline.read(Path(against)) if against and against.endswith(".json") else None
+    rival = _package(against, "--against") if against and not old else None
+    found = read_data(data, folds, sources)
+    if not found.samples:
+        of = f" of {', '.join(sources)}" if sources else ""
+        raise InputError(f"--fold {' '.join(folds)}: {data} has no such image{of}")
+    if old:
+        old.check(found.samples)
+    ready = _Ready.of(package, found, post, threads, say)
+    network = load_network(package)
+    scores = ready.scores(found, UNCHANGED)
+    if rival:
+        theirs = _Ready.of(rival, found, post, threads, say).scores(found, UNCHANGED)
+        old = Baseline(rival.card.name, rival.sha256, post.sobel_norm, post.min_area_px, by_image(theirs))
+    drawn = None
+    if picture:
+        second = [_Ready.of(other, found, post, threads, say).shown] if other else []
+        drawn = figure(found, [*second, ready.shown])
+    return Evaluation(
+        label=label or package.card.name,
+        package=package,
+        data=data.resolve().name,
+        folds=tuple(folds),
+        post=post,
+        precision=ready.predictor.precision,
+        scores=scores,
+        leaks=leaks(package.card, found.samples),
+        cost=cost_of(network, package.card),
+        timed=_timed(network, ready.predictor) if clock else {},
+        baseline=old,
+        paired=compared(by_image(scores), old) if old else [],
+        shifts=score_shifts(ready.scores, found, scores) if shift else [],
+        picture=drawn,
+    )
+
 
 def judged(predictor: Predictor, constants: SobelConstants, data: Path) -> dict[str, Any]:
-    """`sources`: the scores of each, as `kd evaluate --json` has them; `leakage`: what was seen, in words.
+    """`sources`: the scores of a network on each, as `kd evaluate --json` has them; `leakage`: what was seen, in words.
 
     InputError where there are no images of the fold, or their pixels are not the network's.
     """
@@ -32,3 +184,67 @@ def judged(predictor: Predictor, constants: SobelConstants, data: Path) -> dict[
         "sources": {s.source: s.to_json() for s in scores},
         "leakage": [{"text": str(leak)} for leak in leaks(card, found.samples)],
     }
+
+
+def _package(name: str, said: str) -> Package:
+    package = find_package(name, said)
+    check_pixel_size(package.card, f"{said} {name}")
+    return package
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A package whose network is loaded."""
+
+    package: Package
+    predictor: Predictor
+    post: PostSettings
+    say: Say
+
+    @classmethod
+    def of(cls, package: Package, data: Data, post: PostSettings, threads: int, say: Say) -> _Ready:
+        batch = batch_of(package.card, (sample.image.shape for sample in data.samples))
+        return cls(package, load_predictor(package, InferSettings(threads=threads, batch=batch)), post, say)
+
+    @property
+    def shown(self) -> Shown:
+        card = self.package.card
+        constants = SobelConstants.from_json(card.sobel) if self.post.sobel_norm == "fixed" else None
+        return Shown(
+            card.name,
+            lambda image: predict_image(self.predictor, image),
+            constants,
+            card.taxonomy,
+            self.post.min_area_px,
+        )
+
+    def scores(self, data: Data, shift: Shift) -> list[SourceScores]:
+        shown = self.shown
+        what = f"{shown.name}, {shift.name}"
+        self.say(what)
+        maps_of = _reporting(shown.maps_of, what, len(data.samples), self.say)
+        return evaluate_data(maps_of, data, shown.constants, shown.taxonomy, min_area_px=shown.min_area_px, shift=shift)
+
+
+def _reporting(maps_of: MapsOf, what: str, images: int, say: Say) -> MapsOf:
+    """`maps_of`, which says once every SAY_EVERY_S seconds how many of the `images` are predicted."""
+    done, said = 0, time.monotonic()
+
+    def reporting(image: Image) -> Image:
+        nonlocal done, said
+        maps = maps_of(image)
+        done += 1
+        if (now := time.monotonic()) - said >= SAY_EVERY_S:
+            said = now
+            say(f"{what}: {done} of {images} images")
+        return maps
+
+    return reporting
+
+
+def _timed(network: torch.nn.Module, predictor: Predictor) -> dict[str, Any]:
+    """Seconds a patch, and the hardware, without which a time means nothing."""
+    seconds = seconds_per_patch(on_device(network, predictor.device), predictor.card)
+    cpu = f"a CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return {"seconds_per_patch": seconds, "timed_on": f"{device}, float32"}

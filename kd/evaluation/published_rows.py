@@ -22,6 +22,14 @@ class Column:
     path: tuple[str, ...]
     scale: float = 1.0
     digits: int = 4
+    setting: bool = False
+    """The same number for all runs that share a row, so that it has no standard deviation."""
+
+
+MIN_AREA = Column("min px", ("min_area_px",), digits=0, setting=True)
+"""Predicted nuclei of fewer pixels were dropped."""
+REFERENCE_MIN_AREA = "10"
+"""Of HoVerNet's post-processing, which the published rows went through."""
 
 
 @dataclass(frozen=True)

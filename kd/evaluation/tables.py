@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from hover_batch.errors import InputError
-from kd.evaluation.published_rows import COST_COLUMNS, COST_NOTES, COST_ORIGIN, COST_ROWS, TABLES, Column
+from kd.evaluation.published_rows import (
+    COST_COLUMNS,
+    COST_NOTES,
+    COST_ORIGIN,
+    COST_ROWS,
+    MIN_AREA,
+    REFERENCE_MIN_AREA,
+    TABLES,
+    Column,
+)
 
 GENERAL = ("images", "nuclei", "dice", "aji", "dq", "sq", "pq", "bpq", "mpq", "f_d", "precision", "recall")
 """Scores that every source has, in the order of our own tables."""
@@ -81,7 +90,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     seen: dict[tuple[str, ...], Run] = {}
     for run in runs:
         first = next(r for r in runs if r.label == run.label)
-        for what in ("architecture", "sobel_norm"):
+        for what in ("architecture", "sobel_norm", "min_area_px"):
             if run.report[what] != first.report[what]:
                 raise InputError(
                     f"{run.path}: its {what} is {run.report[what]}, that of {first.path} {first.report[what]}, "
@@ -103,7 +112,14 @@ def _read(path: Path) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); give files that `kd evaluate --json` wrote") from error
     texts = dict.fromkeys(("label", "sha256", "architecture", "data", "sobel_norm"), str)
-    needed: dict[str, type] = texts | {"folds": list, "sources": dict, "leakage": list, "cost": dict}
+    needed: dict[str, type] = texts | {
+        "folds": list,
+        "min_area_px": int,
+        "sources": dict,
+        "by_image": dict,
+        "leakage": list,
+        "cost": dict,
+    }
     held = report if isinstance(report, dict) else {}
     if missing := [name for name, kind in sorted(needed.items()) if not isinstance(held.get(name), kind)]:
         lacking = ", ".join(missing) if held else "everything"
@@ -118,8 +134,10 @@ def tables(runs: Sequence[Run], out: Path) -> list[Table]:
     for paper in TABLES:
         classes = [c.name for c in paper.taxonomy.nuclei]
         fitting = [r for r in runs if paper.source in r.sources and r.sources[paper.source]["classes"] == classes]
-        ours = _rows(fitting, paper.columns, _scores_on(paper.source), paper.source, out)
-        made.append(Table(paper.name, paper.title, paper.columns, paper.rows, paper.origin, ours, paper.notes))
+        shown = (*paper.columns, MIN_AREA)
+        published = {name: (*cells, REFERENCE_MIN_AREA) for name, cells in paper.rows.items()}
+        ours = _rows(fitting, shown, _scores_on(paper.source), paper.source, out)
+        made.append(Table(paper.name, paper.title, shown, published, paper.origin, ours, paper.notes))
     cost = _rows(runs, COST_COLUMNS, lambda run: run.report["cost"], None, out)
     machines = [
         f"{r.label} was timed on {r.report['cost']['timed_on']}." for r in runs if "timed_on" in r.report["cost"]
@@ -145,8 +163,7 @@ def write_tables(made: Sequence[Table], out: Path) -> None:
 
 def _scores_on(source: str) -> Callable[[Run], Mapping[str, Any]]:
     def scores(run: Run) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = run.sources[source]
-        return found
+        return {**run.sources[source], "min_area_px": run.report["min_area_px"]}
 
     return scores
 
@@ -157,7 +174,7 @@ def _all_columns(scores: Sequence[Mapping[str, Any]]) -> list[Column]:
     for kind in ("pq_c", "f_c"):
         names = dict.fromkeys(name for s in scores for name in s[kind])
         columns += [Column(f"{kind[:-2]} {name}", (kind, name)) for name in names]
-    return columns
+    return [*columns, MIN_AREA]
 
 
 def _rows(
@@ -177,7 +194,8 @@ def _rows(
             found = [_at(values_of(run), column.path) for run in group]
             values = [value * column.scale for value in found if value is not None]
             means[column.title] = statistics.mean(values) if values else None
-            deviations[column.title] = statistics.stdev(values) if len(values) > 1 else None
+            varies = len(values) > 1 and not column.setting
+            deviations[column.title] = statistics.stdev(values) if varies else None
         rows.append(Row(label, means, deviations, "; ".join(_trace(run, out) for run in group), _leaks(group, source)))
     return rows
 

@@ -161,6 +161,41 @@ def test_an_image_without_nuclei_does_not_count_in_means_unless_some_are_predict
     assert (scores.pq, scores.dice, scores.aji) == (0.5, 0.5, 0.5)
 
 
+def test_nuclei_below_the_minimum_area_are_not_found():
+    true = discs(PLACES, KINDS)
+    area = int((true.instances == 3).sum())
+    for least, found in ((area, 5), (area + 1, 0)):
+        samples, maps_of = predictions((true, true))
+        (scores,) = evaluate(maps_of, samples, TYPICAL, CONSEP, min_area_px=least)
+        assert (scores.nuclei, scores.predicted, scores.recall) == (5, found, found / 5)
+
+
+def test_where_only_some_nuclei_are_outlined_recall_and_types_remain():
+    """One of four outlined nuclei is missed, another's type wrong; two that are found are not outlined."""
+    outlined = discs(PLACES[:4], KINDS[:4], source="monusac")
+    found = discs([*PLACES[1:], (110, 110), (140, 140)], [3, *KINDS[2:], 1, 1])
+    samples, maps_of = predictions((outlined, found))
+    (scores,) = evaluate(maps_of, samples, TYPICAL, CONSEP)
+    assert (scores.recall, scores.type_accuracy) == pytest.approx((3 / 4, 2 / 3))
+    assert (scores.images, scores.nuclei, scores.pq_c, scores.f_c, scores.by_tissue) == (1, 4, {}, {}, {})
+    plain = scores.to_json()
+    undefined = {name for name, value in plain.items() if value is None}
+    assert undefined == {"dice", "aji", "dq", "sq", "pq", "bpq", "mpq", "f_d", "precision"}
+    (row,) = scores.images_to_json()
+    assert (row["nuclei"], row["pq"], row["dice"], row["f_d"]) == (4, None, None, None)
+
+
+def test_the_scores_of_each_image():
+    true, half = discs(PLACES, KINDS), discs(PLACES[:1], KINDS[:1])
+    samples, maps_of = predictions((true, true), (replace(true, id="other"), half))
+    (scores,) = evaluate(maps_of, samples, TYPICAL, CONSEP)
+    first, second = scores.images_to_json()
+    assert first == {"id": "made-up", "sha256": true.image_sha256, "nuclei": 5, "pq": 1, "dice": 1, "f_d": 1}
+    assert (second["id"], second["pq"], second["f_d"]) == ("other", pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert scores.pq == pytest.approx((first["pq"] + second["pq"]) / 2)
+    assert "by_image" not in scores.to_json()
+
+
 def test_true_nuclei_one_by_one(data: Path):
     sample = read_data(data / "nuclei", ["val"], ["consep"]).samples[0]
     xy, types = true_nuclei(sample, LAYOUT.n_types)

@@ -21,6 +21,7 @@ from hover_batch.model.student import StudentArch, build_student
 from hover_batch.taxonomy import CONSEP, MONUSAC, PANNUKE, Taxonomy
 from kd.cli import kd_app
 from kd.data.datasets import read_data
+from kd.evaluation.shifts import SHIFTS
 from kd.training.validate import TYPICAL
 
 
@@ -106,6 +107,8 @@ def test_evaluate_one_source(folder, package, tmp_path):
         (["--json", "."], "--json .: is a folder"),
         (["--panel", "panel.jpg"], "--panel panel.jpg: the picture is a .png file"),
         (["--sobel-norm", "none"], "--sobel-norm none"),
+        (["--min-area-px", "-1"], "--min-area-px -1"),
+        (["--against", "nowhere.json"], "nowhere.json: No such file"),
     ],
 )
 def test_evaluate_says_what_is_wrong(folder, package, flags, message):
@@ -140,6 +143,46 @@ def test_evaluate_by_the_classes_in_common_with_a_picture_and_the_time(folder, p
     assert cv2.imread(str(picture)).shape[1] > 4 * 512
     tables = run("tables", out, "-o", tmp_path / "tables")
     assert tables.exit_code == 0 and "| mine |" in (tmp_path / "tables" / "tables.md").read_text()
+
+
+def test_evaluate_on_changed_images(folder, package, tmp_path):
+    out = tmp_path / "scores.json"
+    flags = ("--source", "consep", "--shift", "--min-area-px", 10, "--json", out, "--threads", 1)
+    result = run("evaluate", package, "--data", folder, *flags)
+    assert result.exit_code == 0, result.exception
+    assert "nuclei from 10 px" in result.stdout and "untaught on changed images" in result.stdout
+    report = json.loads(out.read_text())
+    assert report["min_area_px"] == 10
+    names = [shift.name for shift in SHIFTS]
+    assert [(row["source"], row["shift"]) for row in report["shifts"]] == [("consep", name) for name in names]
+    assert all(name in result.stdout for name in names)
+    assert "untaught, JPEG 30" in result.stderr
+    for row in report["shifts"]:
+        unchanged = report["sources"]["consep"]["dice"]
+        assert row["changes"]["dice"] == pytest.approx(row["scores"]["dice"] - unchanged)
+
+
+def test_evaluate_against_another_package_and_against_an_earlier_evaluation(folder, package, tmp_path):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    other = write_package(tmp_path / "other.safetensors", PANNUKE)
+    flags = ("--data", folder, "--threads", 1)
+    result = run("evaluate", other, *flags, "--against", package, "--json", old)
+    assert result.exit_code == 0, result.exception
+    first = json.loads(old.read_text())
+    assert [row["id"] for row in first["by_image"]["consep"]] == ["a"]
+    assert first["against"]["label"] == "untaught" and set(first["against"]["sources"]) == {"consep", "tnbc"}
+    pair = first["against"]["sources"]["tnbc"]
+    assert pair["images"] == 1 and pair["low"] is None and pair["new"] == first["sources"]["tnbc"]["pq"]
+
+    result = run("evaluate", package, *flags, "--source", "tnbc", "--against", old, "--json", new)
+    assert result.exit_code == 0, result.exception
+    assert "PQ of untaught against untaught on the same images" in " ".join(result.stdout.split())
+    back = json.loads(new.read_text())["against"]
+    assert back["sha256"] == first["sha256"] and back["sources"]["tnbc"]["difference"] == -pair["difference"]
+
+    result = run("evaluate", package, *flags, "--against", new)
+    assert "--against untaught: was scored on other images or annotations of consep (1 are not" in str(result.exception)
+    assert "untaught, unchanged" not in result.stderr, "nothing is predicted in vain"
 
 
 def test_evaluate_warns_in_the_table_of_what_the_model_has_seen(folder, tmp_path):

@@ -36,7 +36,9 @@ def write(path: Path, sources: dict[str, Any], **changed: Any) -> Path:
         "data": "cache",
         "folds": ["3"],
         "sobel_norm": "fixed",
+        "min_area_px": 64,
         "sources": sources,
+        "by_image": {},
         "leakage": [],
         "cost": {
             "parameters": 27_478_314,
@@ -81,11 +83,11 @@ def test_ours_beside_the_papers(runs: list[Path], tmp_path: Path) -> None:
     trace = "../runs/abc (abcabcabcabc); ../runs/def (defdefdefdef)"
     assert (
         "| b2 † | 0.4200 ± 0.0283 | – | 0.4300 ± 0.0283 | 0.4400 ± 0.0283 | 0.4500 ± 0.0283 | 0.4600 ± 0.0283 "
-        f"| 0.4700 ± 0.0283 | {trace} |" in text
+        f"| 0.4700 ± 0.0283 | 64 | {trace} |" in text
     )
     assert "† b2: pannuke, 9 of 9 images: the teacher has seen PanNuke" in text
     assert (
-        "| HoVer-UNet | 0.6286 | 0.4475 | 0.5239 | 0.4009 | 0.3794 | 0.0762 | 0.4779 | arXiv 2311.12553, Table 1 |"
+        "| HoVer-UNet | 0.6286 | 0.4475 | 0.5239 | 0.4009 | 0.3794 | 0.0762 | 0.4779 | 10 | arXiv 2311.12553, Table 1 |"
         in text
     )
     assert "| starter | 0.00 | 256 | 0.00 | 0.0 | 0.2500 | ../runs/123 (123123123123) |" in text
@@ -96,6 +98,7 @@ def test_ours_beside_the_papers(runs: list[Path], tmp_path: Path) -> None:
         0.04 / 2**0.5, rel=1e-6
     )
     assert (pq["b2"]["PQ_M"], pq["b2"]["run"]) == ("", trace)
+    assert (pq["b2"]["min px"], pq["HoVerNet"]["min px"]) == ("64", "10") and "min px sd" not in pq["b2"]
     assert pq["b2"]["seen"].startswith("† pannuke")
     assert (pq["HoVerNet"]["Dead"], pq["HoVerNet"]["run"]) == ("0.1390", "arXiv 2311.12553, Table 1")
     # of the three evaluations on CoNSeP's images or PanNuke's, one is by the paper's classes
@@ -133,6 +136,7 @@ def test_a_table_of_published_rows_alone_says_so(runs: list[Path], tmp_path: Pat
         ({}, "the same model on the same pannuke"),
         ({"architecture": "unet mit_b0", "folds": ["1"]}, "its architecture is unet mit_b0, .* another --label"),
         ({"sobel_norm": "window", "folds": ["1"]}, "its sobel_norm is window"),
+        ({"min_area_px": 10, "folds": ["1"]}, "its min_area_px is 10, that of .* 64, .* another --label"),
     ],
 )
 def test_what_cannot_share_a_row_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -148,7 +152,7 @@ def test_what_cannot_share_a_row_is_refused(tmp_path: Path, changed: dict[str, A
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("[]", "lacks everything"),
-        ('{"split": "test"}', "it lacks architecture, cost"),
+        ('{"split": "test"}', "it lacks architecture, by_image, cost"),
     ],
 )
 def test_what_is_no_evaluation_is_refused(tmp_path: Path, text: str, message: str) -> None:

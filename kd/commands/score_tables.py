@@ -1,0 +1,113 @@
+"""An evaluation as tables in the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hover_batch.model.cost import Cost
+from kd.data.classes import PARTIAL
+from kd.evaluation.evaluate_package import Evaluation
+from kd.evaluation.paired import Baseline, Paired
+from kd.evaluation.shift_scores import SCORES, ShiftScores
+
+SHOWN = {"pq": "PQ", "dice": "Dice", "f_d": "F_d"}
+
+
+def show(evaluation: Evaluation) -> None:
+    """Print the scores, the model's cost, and where they were asked for, the shifts and the comparison."""
+    console = Console()
+    name = evaluation.package.card.name
+    console.print(_scores(evaluation))
+    typer.echo(_cost(evaluation.cost))
+    if evaluation.shifts:
+        console.print(_shifts(evaluation.shifts, f"{name} on changed images"))
+    if evaluation.baseline:
+        console.print(_paired(evaluation.paired, evaluation.baseline, name))
+
+
+def _scores(evaluation: Evaluation) -> Table:
+    """A row for each score and a column for each source; what the model has seen stands below."""
+    columns = [s.to_json() for s in evaluation.scores]
+    partial = [s.source for s in evaluation.scores if s.source in PARTIAL]
+    notes = [f"{leak.mark} {leak}" for leak in evaluation.leaks]
+    notes += [
+        f"{source}: only some nuclei are outlined, so that only recall and types are scored" for source in partial
+    ]
+    title = f"{evaluation.package.card.name} on {evaluation.data}, {' '.join(evaluation.folds)}"
+    table = Table(
+        title=f"{title}, nuclei from {evaluation.post.min_area_px} px",
+        caption="\n".join(notes),
+        caption_justify="left",
+        min_width=72 if notes else None,
+    )
+    table.add_column("")
+    for s in evaluation.scores:
+        marks = sorted({leak.mark for leak in evaluation.leaks if leak.source == s.source})
+        table.add_column(" ".join([s.source, *marks]), justify="right")
+    for name, value in columns[0].items():
+        if isinstance(value, int | float) or value is None:
+            table.add_row(name, *(_cell(c[name]) for c in columns))
+    for kind in ("pq_c", "f_c"):
+        for name in dict.fromkeys(n for c in columns for n in c[kind]):
+            table.add_row(f"{kind[:-2]} {name}", *(_cell(c[kind].get(name)) for c in columns))
+    return table
+
+
+def _cost(cost: Cost) -> str:
+    return (
+        f"{cost.parameters / 1e6:.1f} M parameters, {cost.macs_per_patch / 1e9:.2f} GMac a patch of {cost.patch} px, "
+        f"{cost.macs_per_kept_pixel / 1e3:.0f} kMac a kept pixel"
+    )
+
+
+def _shifts(rows: Sequence[ShiftScores], title: str) -> Table:
+    """A row for each source and shift, a collapse in red with an arrow."""
+    collapsed = any(row.collapsed for row in rows)
+    table = Table(title=title, caption="◀ PQ is halved or worse" if collapsed else None, caption_justify="left")
+    table.add_column("")
+    for name in SCORES:
+        table.add_column(SHOWN[name], justify="right")
+        table.add_column("±", justify="right")
+    source = None
+    for row in rows:
+        if row.source != source:
+            source = row.source
+            table.add_section()
+            table.add_row(source, style="bold")
+        cells = [cell for name in SCORES for cell in (_cell(row.scores[name]), _signed(row.changes[name]))]
+        mark = " ◀" if row.collapsed else ""
+        table.add_row(f"{row.shift}{mark}", *cells, style="bold red" if row.collapsed else None)
+    return table
+
+
+def _paired(rows: Sequence[Paired], old: Baseline, name: str) -> Table:
+    """A row for each source."""
+    table = Table(
+        title=f"PQ of {name} against {old.name} on the same images",
+        caption=f"{old.name}: {old.sha256[:12]}, --sobel-norm {old.sobel_norm}, --min-area-px {old.min_area_px}; "
+        "95 % interval of the difference by resampling images",
+        caption_justify="left",
+        min_width=72,
+    )
+    for column in ("", "images", "PQ", "against", "difference", "95 % interval", "better", "worse"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        interval = "–" if math.isnan(row.low) else f"{row.low:+.4f} to {row.high:+.4f}"
+        numbers = (_cell(row.new), _cell(row.old), _signed(row.difference), interval)
+        table.add_row(row.source, str(row.images), *numbers, str(row.better), str(row.worse))
+    return table
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None or math.isnan(value):
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _signed(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:+.4f}"
