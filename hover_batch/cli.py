@@ -293,9 +293,9 @@ def segment(
         raise InputError("give exactly one of COHORT, --example and --from")
     kept = None
     if from_run is not None:
-        from hover_batch.stored_run import KeptRun
+        from hover_batch.stored_run import StoredRun
 
-        kept = KeptRun.open(from_run)
+        kept = StoredRun.open(from_run)
     settings = _settings(
         config,
         kept.settings.to_dict() if kept else {},

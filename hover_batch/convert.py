@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hover_batch.cohort.layout import Format, RunLayout, SlideLayout
+from hover_batch.cohort.run_folder import nuclei_if_done, require_run, slide_layouts
 from hover_batch.errors import DISK_FULL, InputError, SlideError
 from hover_batch.export.read import NucleiTable
 from hover_batch.files import sweeping
-from hover_batch.status import nuclei_if_done, read_run, read_slides
+from hover_batch.formatting import listed
 
 Write = Callable[[NucleiTable, Path], None]
 Tell = Callable[[str], None]
-
-_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def export_run(
     InputError where the folder is no run's, a slide is not in it, a format cannot be written here, or a file not there.
     """
     layout = RunLayout(folder)
-    read_run(layout, folder)
+    require_run(layout)
     slides = _chosen(layout, slide_ids)
     if not slides:
         tell(f"{layout.slides_csv}: no slide is listed yet; segment's own command goes on with the run")
@@ -85,10 +84,11 @@ def _exported(
 
 
 def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideLayout]:
-    slides = {slide.slide_id: slide for slide in (read_slides(layout) or {}).values()}
+    slides = slide_layouts(layout)
     if unknown := [name for name in slide_ids if name not in slides]:
-        some = ", ".join(list(slides)[:_LISTED]) + (", …" if len(slides) > _LISTED else "")
-        raise InputError(f"--slide {unknown[0]}: is no slide of this run; {layout.slides_csv} lists them: {some}")
+        raise InputError(
+            f"--slide {unknown[0]}: is no slide of this run; {layout.slides_csv} lists them: {listed(slides)}"
+        )
     return [slides[name] for name in dict.fromkeys(slide_ids)] if slide_ids else list(slides.values())
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from itertools import islice
 
 LISTED = 10
 """Items that a message names; a cohort may have thousands."""
+_UNITS = (("s", 1, 90), ("min", 60, 90 * 60), ("h", 3600, 48 * 3600), ("days", 86400, math.inf))
+"""Unit, its seconds, and the seconds from which a longer unit is used."""
 
 
 def counted(number: int, noun: str) -> str:
@@ -16,9 +19,7 @@ def counted(number: int, noun: str) -> str:
 
 def duration(seconds: float) -> str:
     """Two digits in the unit that fits: `3.4 s`, `12 min`, `1.5 h`, `2.1 days`."""
-    for unit, length, limit in (("s", 1, 90), ("min", 60, 90 * 60), ("h", 3600, 48 * 3600), ("days", 86400, None)):
-        if limit is None or seconds < limit:
-            break
+    unit, length = next((unit, length) for unit, length, below in _UNITS if seconds < below)
     value = seconds / length
     return f"{value:.1f}".removesuffix(".0") + f" {unit}" if value < 9.95 else f"{value:,.0f} {unit}"
 

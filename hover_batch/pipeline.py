@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import SlideLayout
-from hover_batch.cohort.ledger import run_key
 from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.run_key import run_key
 from hover_batch.config import Settings
 from hover_batch.errors import SlideError
 from hover_batch.export.pictures import View, densest_field, write_overlay, write_thumbnail
@@ -33,7 +33,7 @@ from hover_batch.model.package import Card, Package
 from hover_batch.nuclei.stitch import nuclei_of_region
 from hover_batch.nuclei.table import SCHEMA_VERSION, TableContext, merge_parts, to_arrow, write_part
 from hover_batch.nuclei.watershed import SobelConstants
-from hover_batch.plan import Kept, PlannedSlide
+from hover_batch.plan import PlannedSlide, StoredMaps
 from hover_batch.slide.reader import SlideInfo, SlideReader, open_slide
 from hover_batch.slide.staging import Copies
 from hover_batch.slide.survey import read_info, read_tissue, write_survey
@@ -115,7 +115,7 @@ class SlideWork:
     layout: SlideLayout
     key_mark: bytes
     """Content of the slide's key.json when the work began: see `stand_aside`."""
-    kept: Kept | None = None
+    kept: StoredMaps | None = None
 
     @property
     def card(self) -> Card:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from hover_batch.cohort.layout import SlideLayout
-from hover_batch.cohort.manifest import Cohort, Fault
+from hover_batch.cohort.manifest import Cohort, RowFault
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, SlideError
@@ -29,7 +29,7 @@ ASKED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredMaps:
     """Maps that another run predicted and kept: the slide's `layout` there, and the `run_key` of its results."""
 
     layout: SlideLayout
@@ -48,7 +48,7 @@ class PlannedSlide:
     info: SlideInfo | RemoteInfo
     grid: Grid | None
     tiles: int
-    kept: Kept | None = None
+    kept: StoredMaps | None = None
     """Where nothing is to be predicted: new tables are made of these maps, and the slide itself is not opened."""
 
     @property
@@ -141,7 +141,7 @@ def _plan(cohort: Cohort, card: Card, asked: dict[int, Future[RemoteInfo]]) -> P
                 continue
             info = peek(record)
         except InputError as error:
-            faults.append(Fault(record.row, record.slide_id, str(error)))
+            faults.append(RowFault(record.row, record.slide_id, str(error)))
             continue
         except SlideError as error:
             unreadable.append((record, str(error)))

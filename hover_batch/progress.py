@@ -47,5 +47,5 @@ class ProgressCounter:
         """`NAME DONE/TOTAL`, with the rate and the time left where they are known."""
         words, rate = f"{self.name} {self.done}/{self.total}", self.rate
         if rate > 0 and self.done < self.total:
-            words += f", {rate:.2g}/s, {duration((self.total - self.done) / rate)} left"
+            words += f", {rate:.1f}/s, {duration((self.total - self.done) / rate)} left"
         return words

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.run_folder import nuclei_if_done, read_json, read_slides, require_run
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.export.read import NucleiTable
 from hover_batch.export.summary import cohort_summary
@@ -26,8 +27,7 @@ from hover_batch.report.content import Report, Share, SlideRow
 from hover_batch.report.measure import MEASURES, Measured
 from hover_batch.report.page import Pages
 from hover_batch.report.slide import look_at
-from hover_batch.status import Status, nuclei_if_done, read_run, read_slides, read_status
-from hover_batch.stored_run import read_json, read_records
+from hover_batch.status import RunStatus, read_status
 from hover_batch.taxonomy import NucleusClass
 from hover_batch.version import __version__
 
@@ -45,7 +45,7 @@ def report_run(folder: Path, output: Path | None, tell: Tell) -> Path:
     path = output or layout.report_html
     if path.is_dir():
         raise InputError(f"-o {path}: is a folder; name a file in it")
-    records = _records(layout)
+    records = {record.slide_id: record for record in read_slides(layout) or ()}
     rows = _rows(stands, records)
     title = f"Cohort {layout.root.name}"
     number_done = sum(row.state == "done" for row in rows)
@@ -91,17 +91,7 @@ class _Found:
         return self.tables[0].taxonomy.nuclei if self.tables else ()
 
 
-def _records(layout: RunLayout) -> dict[str, SlideRecord]:
-    """The cohort's slides by their ids; empty where no run has listed them yet."""
-    if read_slides(layout) is None:
-        return {}
-    try:
-        return {record.slide_id: record for record in read_records(layout.slides_csv)}
-    except (LookupError, ValueError) as error:
-        raise InputError(f"{layout.slides_csv}: was changed by hand; segment writes it anew on resuming") from error
-
-
-def _rows(stands: Status, records: Mapping[str, SlideRecord]) -> list[SlideRow]:
+def _rows(stands: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRow]:
     """Every row of the cohort in order, those among them that never became a slide."""
     failures = {failure.row: failure for failure in stands.failures}
     open_slides = {slide.slide_id: slide for slide in stands.open}
@@ -127,7 +117,7 @@ def _reason(stage: str, reason: str) -> str:
     return f"{stage}: {reason}" if stage else reason
 
 
-def _report(stands: Status, rows: Sequence[SlideRow], found: _Found, title: str) -> Report:
+def _report(stands: RunStatus, rows: Sequence[SlideRow], found: _Found, title: str) -> Report:
     layout, classes = stands.layout, found.classes
     cohort: dict[str, Any] = {}
     if found.tables:
@@ -137,7 +127,7 @@ def _report(stands: Status, rows: Sequence[SlideRow], found: _Found, title: str)
     counts = dict.fromkeys(("done", "failed", "left out", "under way", "begun", "pending"), 0)
     for row in rows:
         counts[row.state] += 1
-    run = read_run(layout, layout.root)
+    run = require_run(layout)
     return Report(
         title=title,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -165,7 +155,7 @@ def _share(kind: NucleusClass, cohort: Mapping[str, Any]) -> Share:
     return Share(kind, count, count / total if total else None, cohort.get(f"{kind.name}_per_mm2"))
 
 
-def _facts(stands: Status, cohort: Mapping[str, Any]) -> dict[str, str]:
+def _facts(stands: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
     """The cohort's figures in words; what is not known is not among them."""
     facts: dict[str, str] = {}
     if cohort:
@@ -184,7 +174,7 @@ def _facts(stands: Status, cohort: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
-def _missing(stands: Status, rows: Sequence[SlideRow], found: _Found) -> list[str]:
+def _missing(stands: RunStatus, rows: Sequence[SlideRow], found: _Found) -> list[str]:
     """What the report cannot tell, a sentence each."""
     missing = []
     if stands.slides is None:

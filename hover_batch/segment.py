@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hover_batch.cohort.layout import RunLayout
-from hover_batch.cohort.ledger import Failure, Ledger, ModelId
+from hover_batch.cohort.ledger import Ledger, SlideFailure
 from hover_batch.cohort.manifest import Cohort, raise_if_faulty, read_cohort
 from hover_batch.cohort.record import SlideRecord, Url
+from hover_batch.cohort.run_key import ModelId
 from hover_batch.config import Settings
 from hover_batch.errors import DISK_FULL, InputError
 from hover_batch.executor.backend import engine, settled_here
@@ -25,7 +26,7 @@ from hover_batch.model.package import find_package
 from hover_batch.nuclei.table import SCHEMA_VERSION
 from hover_batch.pipeline import result_key
 from hover_batch.plan import plan_cohort
-from hover_batch.stored_run import KeptRun
+from hover_batch.stored_run import StoredRun
 from hover_batch.taxonomy import Taxonomy
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_NONE = 0, 3, 4
@@ -41,7 +42,7 @@ class Outcome:
 
     layout: RunLayout
     slides: tuple[dict[str, Any], ...]
-    failures: tuple[Failure, ...]
+    failures: tuple[SlideFailure, ...]
     model_busy: float | None
     """Share of the time in which the networks computed; None where this run predicted nothing."""
 
@@ -75,7 +76,7 @@ class Outcome:
 
 
 def run_segment(
-    source: str | Cohort | KeptRun,
+    source: str | Cohort | StoredRun,
     output: Path,
     settings: Settings,
     *,
@@ -89,8 +90,8 @@ def run_segment(
 
     Raises InputError before anything runs where the cohort, a header, a setting or the output folder is faulty.
     """
-    predicts = not isinstance(source, KeptRun)
-    if isinstance(source, KeptRun):
+    predicts = not isinstance(source, StoredRun)
+    if isinstance(source, StoredRun):
         source.check(settings, output, force=force)
         package, plan = source.package, source.plan
     else:

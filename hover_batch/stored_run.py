@@ -1,36 +1,32 @@
-"""A run whose predictions were kept, as the source of new tables: its settings, its model's card, its slides.
+"""Open a finished run as the source of new tables: its settings, its model's card and its slides.
 
-All of it is read from the run's folder, and nothing is written there: neither slides nor weights need to be at hand.
+Everything is read from the run's folder, and nothing is written there. Neither slides nor weights are needed.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from hover_batch.cohort.layout import RunLayout
-from hover_batch.cohort.ledger import RUN_FORMAT
-from hover_batch.cohort.manifest import COLUMNS, RUN_COLUMNS, Cohort
-from hover_batch.cohort.record import SlideRecord, Url
+from hover_batch.cohort.manifest import Cohort
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.run_folder import read_json, read_run, read_slides, require_run
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, PackageError, SlideError
-from hover_batch.geometry import Grid, Mpp
+from hover_batch.formatting import LISTED
+from hover_batch.geometry import Grid
 from hover_batch.model.package import Card, Package
-from hover_batch.plan import Kept, Plan, PlannedSlide
+from hover_batch.plan import Plan, PlannedSlide, StoredMaps
 from hover_batch.slide.survey import read_info
-
-_LISTED = 10
 
 
 @dataclass(frozen=True)
-class KeptRun:
-    """The run at `layout`. `settings`: those that gave its tables, the rest defaults. `package`: its model's card and
-    hash, without weights. `plan`: its slides; those without usable predictions are `unreadable`."""
+class StoredRun:
+    """The run at `layout`. `settings`: those that its tables depend on, the rest defaults. `package`: its model's card
+    and hash, without weights. `plan`: its slides; those without usable predictions are `unreadable`."""
 
     layout: RunLayout
     settings: Settings
@@ -39,16 +35,14 @@ class KeptRun:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """InputError where the folder is no run's, or none of its slides can be used."""
+        """Read the run. InputError where the folder holds none, or none of its slides can be used."""
         layout = RunLayout(folder)
-        run = read_json(layout.run_json)
-        if run is None or run.get("format") != RUN_FORMAT:
-            raise InputError(f"--from {folder}: is no folder of a run; name what segment was given as --output")
         try:
-            held = tomllib.loads(layout.settings_toml.read_text(encoding="utf-8"))
-            settings = Settings.from_dict({k: held[k] for k in ("model", "tissue", "infer", "post") if k in held})
-            records = read_records(layout.slides_csv)
-        except (OSError, LookupError, ValueError, InputError) as error:
+            run = require_run(layout, "--from")
+            stored = tomllib.loads(layout.settings_toml.read_text(encoding="utf-8"))
+            settings = Settings.from_dict({k: stored[k] for k in ("model", "tissue", "infer", "post") if k in stored})
+            records = read_slides(layout) or ()
+        except (OSError, ValueError) as error:
             raise InputError(f"--from {folder}: its settings.toml or slides.csv cannot be read ({error})") from error
         slides: list[PlannedSlide] = []
         unusable: list[tuple[SlideRecord, str]] = []
@@ -57,10 +51,10 @@ class KeptRun:
             try:
                 slide, card = _planned(layout, record, str(run.get("model_sha256")))
                 slides.append(slide)
-            except (SlideError, PackageError) as error:
+            except (OSError, SlideError, PackageError) as error:
                 unusable.append((record, str(error)))
         if card is None:
-            lines = [f"  {record.slide_id}: {reason}" for record, reason in unusable[:_LISTED]]
+            lines = [f"  {record.slide_id}: {reason}" for record, reason in unusable[:LISTED]]
             raise InputError("\n".join([f"--from {folder}: none of its slides can be used", *lines]))
         return cls(
             layout,
@@ -70,13 +64,13 @@ class KeptRun:
         )
 
     def check(self, settings: Settings, output: Path, *, force: bool) -> None:
-        """InputError where `settings` ask for other predictions, or `output` is not for new tables of this run."""
+        """InputError where `settings` need other predictions, or `output` holds anything but new tables of this run."""
         wanted = {"model": settings.model, "tissue": asdict(settings.tissue), "infer": asdict(settings.infer)}
         for section, value in wanted.items():
-            held = getattr(self.settings, section)
-            pairs = [(section, held, value)]
+            stored = getattr(self.settings, section)
+            pairs = [(section, stored, value)]
             if isinstance(value, dict):
-                pairs = [(f"{section}.{name}", getattr(held, name), new) for name, new in value.items()]
+                pairs = [(f"{section}.{name}", getattr(stored, name), new) for name, new in value.items()]
             for name, old, new in pairs:
                 if old != new:
                     raise InputError(
@@ -85,17 +79,17 @@ class KeptRun:
                     )
         here, there = output.resolve(), self.layout.root.resolve()
         if here == there or there in here.parents:
-            raise InputError(f"--output {output}: lies in the run that --from names, which is only read; name another")
-        held_run = read_json(RunLayout(output).run_json)
-        if held_run is not None and held_run.get("cohort") != str(self.layout.root) and not force:
+            raise InputError(f"--output {output}: lies in the run of --from, which is only read; name another folder")
+        held = read_run(RunLayout(output), "--output")
+        if held is not None and held.get("cohort") != str(self.layout.root) and not force:
             raise InputError(
-                f"--output {output}: holds a run of {held_run.get('cohort')}, not new tables of {self.layout.root}; "
+                f"--output {output}: holds a run of {held.get('cohort')}, not new tables of {self.layout.root}; "
                 "name a new folder, or --force to remove the results there"
             )
 
 
 def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple[PlannedSlide, Card]:
-    """One slide and the card of the model that predicted it. SlideError where its predictions cannot be used."""
+    """Return one slide and the card of the model that predicted it. SlideError where its predictions are unusable."""
     slide = layout.slide(record.slide_id)
     done = read_json(slide.slide_json)
     if done is None or "run_key" not in done:
@@ -105,8 +99,8 @@ def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple
     store = read_json(slide.predictions_zarr / "zarr.json")
     if store is None:
         raise SlideError(
-            f"{slide.predictions_zarr}: is not there or harmed; stores are kept by runs without --discard-predictions, "
-            "and not made by --from"
+            f"{slide.predictions_zarr}: is missing or corrupted; only runs without --discard-predictions and without "
+            "--from keep their predictions"
         )
     attributes = store.get("attributes", {})
     if attributes.get("model_sha256") != model_sha256 or "model" not in attributes:
@@ -118,32 +112,4 @@ def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple
     card, info = Card.from_json(attributes["model"]), read_info(slide.survey_json)
     grid = Grid.over(info.level0, info.mpp, card.mpp)
     tiles = sum(1 for _ in grid.size.box.cells(card.tile_out))
-    return PlannedSlide(record, info, grid, tiles, Kept(slide, done["run_key"])), card
-
-
-def read_records(slides_csv: Path) -> tuple[SlideRecord, ...]:
-    """The slides of a run, as its slides.csv has them."""
-    rows = csv.DictReader(io.StringIO(slides_csv.read_bytes().decode(), newline=""))
-    return tuple(
-        SlideRecord(
-            slide_id=row["slide_id"],
-            path=Url.of(row["path"]) or Path(row["path"]),
-            row=int(row["row"]),
-            mpp=Mpp(float(row["mpp"]), float(row["mpp"])) if row["mpp"] else None,
-            magnification=float(row["magnification"]) if row["magnification"] else None,
-            mask_path=Path(row["mask_path"]) if row["mask_path"] else None,
-            patient_id=row["patient_id"] or None,
-            group=row["group"] or None,
-            extra={name: value for name, value in row.items() if name not in (*COLUMNS, *RUN_COLUMNS)},
-        )
-        for row in rows
-    )
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is none, or none that can be read."""
-    try:
-        held = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return held if isinstance(held, dict) else None
+    return PlannedSlide(record, info, grid, tiles, StoredMaps(slide, done["run_key"])), card

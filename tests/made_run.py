@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from hover_batch import __version__
 from hover_batch.cohort.events import EventLog
 from hover_batch.cohort.layout import RunLayout
-from hover_batch.cohort.ledger import RUN_FORMAT
 from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.run_folder import RUN_FORMAT
 from hover_batch.export.pictures import View, write_overlay, write_thumbnail
 from hover_batch.export.summary import slide_summary
 from hover_batch.geometry import Grid, Mpp

@@ -85,7 +85,7 @@ def test_what_cannot_be_is_refused(out: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(spatial, "find_spec", lambda name: None)
     refused = [
         (("export", out, "--to", "csv", "--slide", "d"), "--slide d: is no slide of this run"),
-        (("export", tmp_path, "--to", "csv"), "no run's folder"),
+        (("export", tmp_path, "--to", "csv"), "holds no run"),
         (("export", out, "--to", "csv", "-o", tmp_path / "file"), "another folder by -o"),
         (("export", out, "--to", "csv", "--to", "anndata"), "pip install 'hover-batch[spatialdata]'"),
         (("export", out, "--to", "word"), "'word' is not one of"),

@@ -167,7 +167,7 @@ def test_the_output_is_no_run_of_something_else(tmp_path: Path) -> None:
     assert run("--from", source, "-o", source, "--force").exit_code == 2
     assert (other / "slides" / "a" / "predictions.zarr" / "zarr.json").exists()
     result = run("--from", tmp_path, "-o", tmp_path / "new")
-    assert result.exit_code == 2 and "is no folder of a run" in result.stderr
+    assert result.exit_code == 2 and f"--from {tmp_path}: holds no run" in result.stderr
 
 
 @pytest.mark.parametrize(

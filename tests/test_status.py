@@ -157,7 +157,7 @@ def test_no_locks_here(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fcntl, "flock", none)
     assert status(out)["going_on"] is None
-    assert lines(out)[1].startswith("running: not known, this file system does not tell locks; the last start ended")
+    assert lines(out)[1].startswith("running: not known, this file system does not show locks; the last start ended")
 
 
 def test_a_lock_of_another_machine_may_not_be_seen(tmp_path: Path) -> None:
@@ -178,10 +178,26 @@ def test_no_runs_folder(tmp_path: Path, kind: str) -> None:
         (folder / "run.json").write_text('{"format": "other"}')
     result = run("status", folder)
     assert result.exit_code == 2 and not result.stdout
-    assert (
-        result.stderr
-        == f"Error: {folder}: no run's folder, it has no run.json of hover-batch; give the --output of `segment`\n"
-    )
+    absent, foreign = "holds no run; give the --output of `segment`", "its run.json is not one of this program"
+    assert result.stderr.startswith(f"Error: {folder}: {foreign if kind == 'foreign' else absent}")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "hover-batch run"'])
+def test_a_corrupted_run_json_is_named(tmp_path: Path, content: str) -> None:
+    """It is not taken for a folder without a run: that would send the user elsewhere."""
+    run_json = made(tmp_path / "out", ["a"], []) / "run.json"
+    run_json.write_text(content)
+    for command in (
+        ["status", run_json.parent],
+        ["report", run_json.parent],
+        ["view", run_json.parent],
+        ["export", run_json.parent, "--to", "csv"],
+        ["segment", "--from", run_json.parent, "-o", tmp_path / "new"],
+        ["segment", "--example", "-o", run_json.parent],
+    ):
+        result = run(*command)
+        assert result.exit_code == 2 and not result.stdout
+        assert f"{run_json.parent}: its run.json is corrupted; restore it from a backup" in result.stderr
 
 
 def test_units_of_open_slides_with_their_totals_where_the_log_has_them(tmp_path: Path) -> None:

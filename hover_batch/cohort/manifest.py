@@ -34,7 +34,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
-class Fault:
+class RowFault:
     """One thing wrong with one row. `row` is the line of the CSV (header: line 1) or the place in the listing."""
 
     row: int
@@ -48,7 +48,7 @@ class Cohort:
 
     source: str
     records: tuple[SlideRecord, ...]
-    faults: tuple[Fault, ...]
+    faults: tuple[RowFault, ...]
     warnings: tuple[str, ...]
 
 
@@ -256,7 +256,7 @@ def _check(source: str, rows: list[_Row], base: Path, warnings: list[str]) -> Co
         if row.surplus:
             messages.append(f"has {row.surplus} more cells than the header; a cell with a comma needs quotes")
         if messages or path is None:
-            faults += [Fault(row.number, row.label, message) for message in messages]
+            faults += [RowFault(row.number, row.label, message) for message in messages]
             continue
         place = path.text if isinstance(path, Url) else os.path.realpath(path)
         same = first_with_file.setdefault(place, row.number)

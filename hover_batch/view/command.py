@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import webbrowser
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hover_batch.errors import InputError
+from hover_batch.formatting import LISTED, listed
 
 if TYPE_CHECKING:
     from hover_batch.cohort.layout import RunLayout, SlideLayout
-    from hover_batch.cohort.record import SlideRecord
     from hover_batch.view.server import Server
 
 Tell = Callable[[str], None]
-
-_LISTED = 10
 
 
 def view(
@@ -59,12 +57,12 @@ def serve(folder: Path, slide_id: str | None, port: int, tell: Tell) -> Server:
     to say. InputError where the slide cannot be chosen or shown, or the port is taken; SlideError where its table is
     harmed."""
     from hover_batch.cohort.layout import RunLayout
-    from hover_batch.status import read_run
+    from hover_batch.cohort.run_folder import read_slides, require_run
 
     layout = RunLayout(folder)
-    read_run(layout, folder)
-    slide = _chosen(layout, slide_id)
-    record = _record(layout, slide.slide_id)
+    require_run(layout)
+    records = {record.slide_id: record for record in read_slides(layout) or ()}
+    slide = _chosen(layout, list(records), slide_id)
     from hover_batch.export.read import NucleiTable
     from hover_batch.view.backdrop import open_backdrop
     from hover_batch.view.nuclei import NucleiTiles
@@ -74,7 +72,7 @@ def serve(folder: Path, slide_id: str | None, port: int, tell: Tell) -> Server:
     try:
         tell(f"{slide.slide_id}: opening")
         table = NucleiTable.open(slide.nuclei_parquet)
-        backdrop = open_backdrop(slide, record, table)
+        backdrop = open_backdrop(slide, records[slide.slide_id], table)
         if backdrop.missing:
             tell(f"{slide.slide_id}: shown on its thumbnail, since {backdrop.missing}")
         server.site = Site(backdrop, NucleiTiles(table))
@@ -85,36 +83,20 @@ def serve(folder: Path, slide_id: str | None, port: int, tell: Tell) -> Server:
     return server
 
 
-def _record(layout: RunLayout, slide_id: str) -> SlideRecord:
-    """The slide's row of the cohort."""
-    from hover_batch.stored_run import read_records
+def _chosen(layout: RunLayout, slide_ids: Sequence[str], wanted: str | None) -> SlideLayout:
+    """Return the slide `wanted`, or the run's only one. InputError where it is not done or not one of the run's."""
+    from hover_batch.cohort.run_folder import nuclei_if_done
 
-    try:
-        return next(record for record in read_records(layout.slides_csv) if record.slide_id == slide_id)
-    except (LookupError, ValueError) as error:
-        raise InputError(f"{layout.slides_csv}: was changed by hand; segment writes it anew on resuming") from error
-
-
-def _chosen(layout: RunLayout, slide_id: str | None) -> SlideLayout:
-    """The slide that was asked for, or the run's only one. InputError where it is not done or not to be told."""
-    from hover_batch.status import nuclei_if_done, read_slides
-
-    slides = {slide.slide_id: slide for slide in (read_slides(layout) or {}).values()}
-    if slide_id is None and len(slides) == 1:
-        slide_id = next(iter(slides))
-    chosen = slides.get(slide_id or "")
-    if chosen is not None and nuclei_if_done(chosen) is not None:
-        return chosen
-    done = _some(name for name, slide in slides.items() if nuclei_if_done(slide) is not None)
-    can = f"done are: {done}" if done else "none of the run's is done yet"
-    if chosen is not None:
-        raise InputError(f"--slide {slide_id}: is not done; see failures.csv, or give segment's command again; {can}")
-    if slide_id is not None:
-        raise InputError(f"--slide {slide_id}: is no slide of this run; {can}")
-    raise InputError(f"--slide ID must say which of the run's {len(slides):,} slides to look at; {can}")
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first ten of them, for people to read."""
-    first = list(islice(names, _LISTED + 1))
-    return ", ".join(first[:_LISTED]) + (", …" if len(first) > _LISTED else "")
+    if wanted is None and len(slide_ids) == 1:
+        wanted = slide_ids[0]
+    known = wanted is not None and wanted in slide_ids
+    if known and nuclei_if_done(slide := layout.slide(str(wanted))) is not None:
+        return slide
+    # A few are listed, so not all of a large cohort are looked at.
+    done = list(islice((n for n in slide_ids if nuclei_if_done(layout.slide(n)) is not None), LISTED + 1))
+    can = f"done are: {listed(done)}" if done else "none of the run's is done yet"
+    if known:
+        raise InputError(f"--slide {wanted}: is not done; see failures.csv, or give segment's command again; {can}")
+    if wanted is not None:
+        raise InputError(f"--slide {wanted}: is no slide of this run; {can}")
+    raise InputError(f"--slide ID must say which of the run's {len(slide_ids):,} slides to look at; {can}")

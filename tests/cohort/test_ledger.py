@@ -17,8 +17,9 @@ import pytest
 
 from hover_batch.cohort.events import read_events
 from hover_batch.cohort.layout import RunLayout
-from hover_batch.cohort.ledger import Failure, Ledger, ModelId, run_key
+from hover_batch.cohort.ledger import Ledger, SlideFailure
 from hover_batch.cohort.manifest import Cohort, read_cohort
+from hover_batch.cohort.run_key import ModelId, run_key
 from hover_batch.config import InferSettings, OutputSettings, PostSettings, Settings, TissueSettings
 from hover_batch.errors import InputError, SettingsChanged
 
@@ -111,7 +112,7 @@ def test_slides_and_failures_at_the_end(layout: RunLayout, cohort: Cohort) -> No
             "reason": 'not a slide, "no"\nheader',
         },
     ]
-    assert ledger.failures()[0] == Failure("", 1, "", "cohort", "path is empty")
+    assert ledger.failures()[0] == SlideFailure("", 1, "", "cohort", "path is empty")
     assert [event["event"] for event in read_events(layout.events_jsonl)] == [
         *("run_started", "slide_done", "slide_failed", "slide_failed", "run_finished")
     ]
@@ -361,7 +362,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path, cohort: Cohort) -> None:
     (folder / "run.json").write_text('{"name": "of another program"}')
     assert "not one of this program" in entering(folder)
     (folder / "run.json").write_text("{")
-    assert "not one of this program" in entering(folder)
+    assert "its run.json is corrupted; restore it" in entering(folder)
     (folder / "run.json").unlink()
     assert tree(folder) == before
 

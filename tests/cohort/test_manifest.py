@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hover_batch.cohort.manifest import Cohort, Fault, raise_if_faulty, read_cohort
+from hover_batch.cohort.manifest import Cohort, RowFault, raise_if_faulty, read_cohort
 from hover_batch.errors import InputError
 from hover_batch.geometry import Mpp
 
@@ -292,7 +292,7 @@ def test_a_folder(slides: Path) -> None:
 def test_stems_of_a_folder_collide(slides: Path) -> None:
     (slides / "a.png").write_bytes(b"")
     (fault,) = read_cohort(slides).faults
-    assert fault == Fault(2, str(slides / "a.svs"), fault.message)
+    assert fault == RowFault(2, str(slides / "a.svs"), fault.message)
     assert fault.message.startswith("slide_id 'a' is also that of row 1")
 
 

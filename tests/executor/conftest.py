@@ -28,7 +28,7 @@ from hover_batch.executor.local import LocalExecutor
 from hover_batch.executor.resources import EnginePlan, Node, Resources
 from hover_batch.model.predict import load_predictor
 from hover_batch.segment import Outcome, run_segment
-from hover_batch.stored_run import KeptRun
+from hover_batch.stored_run import StoredRun
 
 HERE = Path(__file__).parent
 CPUS, GPUS = 3, 4
@@ -154,7 +154,7 @@ def run_on_ray(ray_cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def runner(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     def run(
-        cohort: Path | KeptRun,
+        cohort: Path | StoredRun,
         out: Path,
         load: Any = load_predictor,
         plan: EnginePlan | None = None,
@@ -167,7 +167,7 @@ def runner(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
             else:
                 from hover_batch.executor.ray import RayExecutor
 
-                settled = plan or engine_of(0 if isinstance(cohort, KeptRun) else 1)
+                settled = plan or engine_of(0 if isinstance(cohort, StoredRun) else 1)
                 RayExecutor(books, settled, load).run(slides)
 
         @contextlib.contextmanager
@@ -175,7 +175,7 @@ def runner(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
             yield Engine(settings, executor)
 
         monkeypatch.setattr(hover_batch.segment, "engine", engine)
-        source = cohort if isinstance(cohort, KeptRun) else str(cohort)
+        source = cohort if isinstance(cohort, StoredRun) else str(cohort)
         return run_segment(
             source, out, settings, skip_invalid=False, force=False, command=["test"], retry_failed=retry_failed
         )

@@ -21,7 +21,7 @@ from hover_batch.errors import InputError
 from hover_batch.executor import disk_space
 from hover_batch.executor.local import LocalExecutor
 from hover_batch.slide import staging
-from hover_batch.stored_run import KeptRun
+from hover_batch.stored_run import StoredRun
 
 Fields = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +90,7 @@ def test_new_tables_need_no_bucket(
     run, settings = runner("local", monkeypatch), settings_with(tmp_path / "scratch")
     run(in_a_bucket(fields("a"), "a"), tmp_path / "out", LoadQuick(), settings=settings)
     bucket.use(monkeypatch, "127.0.0.1:9")
-    assert run(KeptRun.open(tmp_path / "out"), tmp_path / "new", LoadQuick(), settings=settings).exit_code == 0
+    assert run(StoredRun.open(tmp_path / "out"), tmp_path / "new", LoadQuick(), settings=settings).exit_code == 0
     assert tables(tmp_path / "new") == tables(tmp_path / "out")
 
 

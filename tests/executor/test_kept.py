@@ -15,7 +15,7 @@ from conftest import SETTINGS, Run, runner
 from test_contract import events, tables
 
 from hover_batch.config import PostSettings
-from hover_batch.stored_run import KeptRun
+from hover_batch.stored_run import StoredRun
 
 OTHER = PostSettings(
     min_area_px=150, class_map={"round": ["spindle"], "other": ["inflammatory", "epithelial", "miscellaneous"]}
@@ -47,7 +47,7 @@ def test_new_tables_of_kept_predictions(
     shard.write_bytes(shard.read_bytes()[:-10])
     (source / "slides" / "c" / "slide.json").unlink()
     before = content(source)
-    kept = KeptRun.open(source)
+    kept = StoredRun.open(source)
 
     outcome = run(kept, same, load_nothing, settings=kept.settings)
     assert outcome.exit_code == 3 and outcome.model_busy is None

@@ -230,7 +230,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, field: Field) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     for arguments, message in [
-        ((tmp_path / "empty",), "no run's folder"),
+        ((tmp_path / "empty",), "holds no run"),
         ((layout.root, "-o", tmp_path / "file" / "x.html"), "name another file by -o"),
         ((layout.root, "-o", tmp_path / "empty"), "is a folder; name a file in it"),
     ]:

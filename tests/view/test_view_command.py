@@ -33,7 +33,7 @@ def refused(*arguments: str | Path) -> str:
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    assert "no run's folder" in refused(tmp_path)
+    assert "holds no run" in refused(tmp_path)
 
 
 def test_which_slide_must_be_said_and_known(tmp_path: Path, field: Field) -> None:
@@ -57,7 +57,7 @@ def test_a_run_of_which_nothing_is_done_is_refused(tmp_path: Path, field: Field)
 def test_a_list_of_slides_that_was_changed_is_refused(tmp_path: Path, field: Field) -> None:
     layout = write_run(tmp_path / "out", *field, done=["a"])
     layout.slides_csv.write_text(layout.slides_csv.read_text().replace("0.25", "a quarter"))
-    assert f"{layout.slides_csv}: was changed by hand" in refused(layout.root)
+    assert f"{layout.slides_csv}: is corrupted or was changed by hand" in refused(layout.root)
 
 
 def test_a_slide_without_pixels_is_refused(tmp_path: Path, field: Field) -> None:

@@ -1,0 +1,132 @@
+"""Read what a run has written into its folder: run.json, slides.csv and each slide's slide.json. Writes nothing.
+
+All commands read a run through this module, so that a missing or corrupted file gets the same message from each.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hover_batch.cohort.layout import RunLayout, SlideLayout
+from hover_batch.cohort.manifest import COLUMNS, RUN_COLUMNS
+from hover_batch.cohort.record import SlideRecord, Url
+from hover_batch.errors import InputError
+from hover_batch.geometry import Mpp
+
+RUN_FORMAT = "hover-batch run"
+"""Value of `format` in run.json, by which other programs' files of that name are recognised."""
+
+
+def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
+    """Return run.json; None where there is none. InputError where it is corrupted or another program's; the message
+    begins with `flag`, the option that named the folder."""
+    content = read_file(layout.run_json)
+    if content is None:
+        return None
+    run = _json_object(content)
+    if run is None:
+        raise InputError(
+            f"{_named(layout, flag)}: its run.json is corrupted; restore it from a backup, or run the cohort into "
+            "another folder"
+        )
+    if run.get("format") != RUN_FORMAT:
+        raise InputError(f"{_named(layout, flag)}: its run.json is not one of this program; name another folder")
+    return run
+
+
+def require_run(layout: RunLayout, flag: str = "") -> dict[str, Any]:
+    """Return run.json. InputError as by `read_run`, and where there is no run."""
+    run = read_run(layout, flag)
+    if run is None:
+        raise InputError(f"{_named(layout, flag)}: holds no run; give the --output of `segment`")
+    return run
+
+
+def _named(layout: RunLayout, flag: str) -> str:
+    return f"{flag} {layout.root}".lstrip()
+
+
+def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
+    """Return the cohort's slides in the order of slides.csv; None where no run has listed them yet.
+
+    InputError where the file was edited so that it cannot be read.
+    """
+    content = read_file(layout.slides_csv)
+    if content is None:
+        return None
+    try:
+        rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
+        return tuple(_record(layout, row) for row in rows)
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{layout.slides_csv}: is corrupted or was changed by hand ({error}); the command that made the run writes "
+            "it anew"
+        ) from error
+
+
+def _record(layout: RunLayout, row: dict[str, str]) -> SlideRecord:
+    cells = {name: cell for name, cell in row.items() if cell}
+    return SlideRecord(
+        slide_id=layout.slide(row["slide_id"]).slide_id,  # InputError where it could leave the folder
+        path=Url.of(row["path"]) or Path(row["path"]),
+        row=int(row["row"]),
+        mpp=Mpp(float(cells["mpp"]), float(cells["mpp"])) if "mpp" in cells else None,
+        magnification=float(cells["magnification"]) if "magnification" in cells else None,
+        mask_path=Path(cells["mask_path"]) if "mask_path" in cells else None,
+        patient_id=cells.get("patient_id"),
+        group=cells.get("group"),
+        extra={name: value for name, value in row.items() if name not in (*COLUMNS, *RUN_COLUMNS)},
+    )
+
+
+def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
+    """Return the folders of the cohort's slides by slide_id; none where no run has listed them yet."""
+    return {record.slide_id: layout.slide(record.slide_id) for record in read_slides(layout) or ()}
+
+
+def nuclei_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> int | None:
+    """Return the number of nuclei of a finished slide, else None.
+
+    A slide.json older than `failed_at`, the slide's failure in the last start, does not count: that start rejected it.
+    """
+    try:
+        modified = slide.slide_json.stat().st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    nuclei = (read_json(slide.slide_json) or {}).get("nuclei")
+    outdated = failed_at is not None and modified < failed_at.timestamp()
+    return nuclei if isinstance(nuclei, int) and not outdated else None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file; None where there is no file or it holds anything else."""
+    content = read_file(path)
+    return None if content is None else _json_object(content)
+
+
+def read_file(path: Path) -> bytes | None:
+    """Return a file's content; None where there is none. OSError where it cannot be read."""
+    for _ in range(2):
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            # The file was replaced on NFS while it was read: read the new one.
+            if error.errno != errno.ESTALE:
+                raise
+    return None
+
+
+def _json_object(content: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,82 @@
+"""Decide whether results belong together: by the run key of a slide, and by the identity of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hover_batch.errors import SettingsChanged
+from hover_batch.files import to_json
+
+
+def run_key(model_sha256: str, results_key: Mapping[str, Any], slide_fingerprint: str, schema_version: int) -> str:
+    """Return the hex SHA-256 of everything that a slide's results depend on: equal keys, equal results."""
+    parts = {
+        "model": model_sha256,
+        "results": _integers_where_whole(results_key),
+        "slide": slide_fingerprint,
+        "schema": schema_version,
+    }
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ModelId:
+    """Which weights a run uses."""
+
+    id: str
+    sha256: str
+
+
+def run_identity(model: ModelId, results_key: Mapping[str, Any], schema_version: int) -> dict[str, Any]:
+    """Return what all results of a run have in common, as run.json stores it."""
+    identity = {
+        "model_id": model.id,
+        "model_sha256": model.sha256,
+        "results_key": _integers_where_whole(results_key),
+        "schema_version": schema_version,
+    }
+    # As JSON gives it back, so that it can be compared with what an earlier start stored.
+    return dict(json.loads(to_json(identity)))
+
+
+def refuse_changes(root: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """SettingsChanged with each difference between two identities, old → new. The model's name may differ."""
+    changes = []
+    if stored.get("model_sha256") != wanted["model_sha256"]:
+        old, new = (f"{run.get('model_id')} (sha256 {str(run.get('model_sha256'))[:12]}…)" for run in (stored, wanted))
+        changes.append(f"  model: {old} → {new}")
+    old_values = _flat({"schema_version": stored.get("schema_version"), **stored.get("results_key", {})})
+    new_values = _flat({"schema_version": wanted["schema_version"], **wanted["results_key"]})
+    for name in sorted(old_values.keys() | new_values.keys()):
+        before, after = old_values.get(name, "not set"), new_values.get(name, "not set")
+        if before != after:
+            changes.append(f"  {name}: {before} → {after}")
+    if changes:
+        raise SettingsChanged(
+            "\n".join([f"--output {root}: holds results of other settings (there → now):", *changes])
+            + "\nName another --output, use the same settings, or --force to remove those results and start anew."
+        )
+
+
+def _integers_where_whole(value: Any) -> Any:
+    """Return the value with whole floats as integers: 8 in a settings file and the default 8.0 are one setting."""
+    if isinstance(value, Mapping):
+        return {key: _integers_where_whole(item) for key, item in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted names, as in settings.toml."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

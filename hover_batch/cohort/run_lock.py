@@ -1,0 +1,65 @@
+"""Lock a run's folder, so that one process at a time writes there."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from pathlib import Path
+
+from hover_batch.errors import InputError
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+_log = logging.getLogger(__name__)
+
+
+def lock(path: Path) -> int:
+    """Lock the file and return the descriptor that holds the lock. InputError where another process holds it.
+
+    The system releases the lock with the last process that has the file open, killed or not. A forked child that
+    outlives the run may still write, and rightly keeps it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise InputError(
+            f"--output {path.parent}: another run ({holder or 'unknown'}) is writing here; wait for it or name another "
+            "folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+        # Some cluster file systems are mounted without locks; that must not keep anyone from running.
+        _log.warning("%s: this file system has no locks; make sure that no second run writes here", path.parent)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return descriptor
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether a process holds the lock, tested without writing; None where the file system does not say.
+
+    The shared lock that the test takes is released at once.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False

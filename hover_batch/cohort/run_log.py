@@ -1,0 +1,146 @@
+"""Read a run's log (events.jsonl): what its last start did, how fast, and what failed."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from hover_batch.cohort.events import stream_events
+
+RATE_WINDOW_S = 600.0
+"""Length of the window over which the rate is measured."""
+RETRY_CAUSES = {"strike": "a process died or failed", "lost": "a machine was lost", "memory_short": "memory ran out"}
+"""Events after which work is retried, and their description."""
+
+
+@dataclass(frozen=True)
+class LoggedFailure:
+    """A slide, or a row that never became one, that failed since the last start."""
+
+    slide_id: str
+    row: int | None
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Tiles predicted or regions post-processed a second, over the `seconds` of wall time that end at `until`, when the
+    last of them was done."""
+
+    per_s: float
+    seconds: float
+    until: datetime
+
+
+class RateWindow:
+    """Amounts of work of the last minutes, and when they were done."""
+
+    def __init__(self, begin: datetime) -> None:
+        self._entries = deque([(begin, 0)])
+        """The first entry only marks where the window begins."""
+
+    def add(self, time: datetime, amount: int) -> None:
+        self._entries.append((time, amount))
+        while len(self._entries) > 2 and (time - self._entries[1][0]).total_seconds() >= RATE_WINDOW_S:
+            self._entries.popleft()
+
+    @property
+    def rate(self) -> Rate | None:
+        """None where nothing was done."""
+        (begin, _), (end, _) = self._entries[0], self._entries[-1]
+        seconds, amount = (end - begin).total_seconds(), sum(n for _, n in list(self._entries)[1:])
+        return Rate(amount / seconds, seconds, end) if seconds > 0 and amount > 0 else None
+
+
+@dataclass
+class RunLog:
+    """Summary of events.jsonl since the last start; `surveyed` and `model_busy` are the latest of any start."""
+
+    started: datetime | None = None
+    last: datetime | None = None
+    finished: datetime | None = None
+    failures: list[tuple[LoggedFailure, datetime]] = field(default_factory=list)
+    slides_done: int = 0
+    last_slide: datetime | None = None
+    stopped: bool = False
+    """The last start ended before its cohort was done: by Ctrl-C, or because the disk was full."""
+    surveyed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Units and tiles by slide_id."""
+    model_busy: float | None = None
+    disk_full: datetime | None = None
+    """Since when the run has been waiting for disk space."""
+    retries: Counter[str] = field(default_factory=Counter)
+    """Number of events by kind, of the kinds in RETRY_CAUSES."""
+    machines: tuple[int, int] | None = None
+    """Machines and networks after the cluster last changed."""
+    _tiles: RateWindow | None = None
+    _regions: RateWindow | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read events.jsonl; an empty log where there is none."""
+        log = cls()
+        for event in stream_events(path):
+            log.add(event)
+        return log
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Add the next event. Events without a time and of unknown kinds are skipped."""
+        if (time := to_utc(event.get("time"))) is None:
+            return
+        self.last = time
+        match event:
+            case {"event": "run_started" | "run_resumed"}:
+                self.started, self.finished, self.last_slide = time, None, None
+                self.failures, self.slides_done = [], 0
+                self.disk_full, self.retries, self.machines = None, Counter(), None
+                self._tiles, self._regions = RateWindow(time), RateWindow(time)
+            case {"event": "run_finished" | "run_stopped" as ended}:
+                self.finished, self.stopped, self.disk_full = time, ended == "run_stopped", None
+                busy = event.get("model_busy")
+                self.model_busy = float(busy) if isinstance(busy, int | float) else None
+            case {"event": "slide_surveyed", "slide_id": str(slide_id), "units": int(units), "tiles": int(tiles)}:
+                self.surveyed[slide_id] = units, tiles
+            case {"event": "unit_done", "tiles": int(tiles)} if self._tiles:
+                self._tiles.add(time, tiles)
+            case {"event": "region_done"} if self._regions:
+                self._regions.add(time, 1)
+            case {"event": "disk_full"}:
+                self.disk_full = time
+            case {"event": "disk_has_room"}:
+                self.disk_full = None
+            case {"event": str(kind)} if kind in RETRY_CAUSES:
+                self.retries[kind] += 1
+            case {"event": "machines_changed", "machines": int(machines), "networks": int(networks)}:
+                self.machines = machines, networks
+            case {"event": "slide_done"}:
+                self.slides_done += 1
+                self.last_slide = time
+            case {"event": "slide_failed", "slide_id": str(slide_id)}:
+                row = event.get("row")
+                stage, reason = (str(event.get(name, "")) for name in ("stage", "reason"))
+                failure = LoggedFailure(slide_id, row if isinstance(row, int) else None, stage, reason)
+                self.failures.append((failure, time))
+
+    @property
+    def tile_rate(self) -> Rate | None:
+        """None where no unit was predicted since the start, or the log lacks their numbers of tiles."""
+        return self._tiles.rate if self._tiles else None
+
+    @property
+    def region_rate(self) -> Rate | None:
+        """None where no region was post-processed since the start."""
+        return self._regions.rate if self._regions else None
+
+
+def to_utc(time: object) -> datetime | None:
+    """Parse an ISO 8601 time; None where it is not one."""
+    try:
+        return datetime.fromisoformat(str(time)).astimezone(UTC)
+    except ValueError:
+        return None
