@@ -23,6 +23,7 @@ from kd.data.datasets import MPP, read_data
 from kd.data.samples import hashes_of
 from kd.evaluation.calibrate import calibrate
 from kd.evaluation.evaluate import evaluate
+from kd.training.config import TrainConfig
 from kd.training.initial_weights import build_network
 from kd.training.state import contents, read_checkpoint
 
@@ -31,6 +32,11 @@ NONCOMMERCIAL = {"consep": "CoNSeP", "monuseg": "MoNuSeg", "tnbc": "TNBC", "pann
 NOT_CALIBRATED = "none, for want of validation images: the Sobel constants are the starter's"
 TILE = (320, 256)
 """Sides of what a student's package reads and keeps: the margin of 32 px is one step of the deepest features."""
+
+
+def package_path(config: TrainConfig) -> Path:
+    """Return the file that a training's package is written to, in its output folder."""
+    return config.out / ("student.safetensors" if config.model == "unet" else "teacher.safetensors")
 
 
 def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> str:
