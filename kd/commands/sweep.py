@@ -1,4 +1,4 @@
-"""`kd sweep`: α × T × encoder → a trained and scored student for each, and one table."""
+"""`kd sweep`: encoders × α × T × seeds → a trained and scored student for each, and one table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OWN = (*REQUIRED, "encoder", "alpha", "temperature", "seed", "teacher", "threads
 def sweep(
     data: Data,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder with a folder for each run, and sweep.csv.", show_default=False)
+        Path, typer.Option("--out", "-o", help="Folder for sweep.csv and a folder for each run.", show_default=False)
     ],
     encoder: Annotated[list[str] | None, typer.Option(help="Repeat for several.", show_default="the preset's")] = None,
     alpha: Annotated[
@@ -52,7 +52,7 @@ def sweep(
 ) -> None:
     """Train and score a student for every combination of the values given.
 
-    Interrupt it at any time: the same command skips what is done and goes on where the others stopped.
+    Interrupt it at any time: the same command skips finished runs and resumes the others.
 
     hover-batch kd sweep --data annotated/ --teacher taught/ -o runs/ --alpha 0 --alpha 0.5 -- --steps 900
     """
