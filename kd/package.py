@@ -1,4 +1,4 @@
-"""From a checkpoint to a model package: the weights to be shipped, calibrated, scored, and a card that says so."""
+"""Turn a checkpoint into a model package: calibrate and score its weights, and write them with a card."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from kd.data.datasets import MPP, read_data
 from kd.data.samples import hashes_of
 from kd.evaluation.calibrate import calibrate
 from kd.evaluation.evaluate import evaluate
+from kd.training.config import TrainConfig
 from kd.training.initial_weights import build_network
 from kd.training.state import contents, read_checkpoint
 
@@ -42,16 +43,21 @@ KNOWN = OPEN | {
 some that state no licence but are given for research."""
 NOT_CALIBRATED = "none, for want of validation images: the Sobel constants are the starter's"
 TILE = (320, 256)
-"""Sides of what a student's package reads and keeps: the margin of 32 px is one step of the deepest features."""
+"""Sides in pixels of a student's input and output tile. The margin of 32 px is one step of the deepest features."""
+
+
+def package_path(config: TrainConfig) -> Path:
+    """Return the file that a training's package is written to, in its output folder."""
+    return config.out / ("student.safetensors" if config.model == "unet" else "teacher.safetensors")
 
 
 def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> str:
-    """Write the package to `out`; returns lines that say how good it is, and prints what it is at, which takes minutes.
+    """Write the package to `out` and return lines with its scores. It takes minutes, and prints its progress.
 
-    The Sobel constants are searched on the validation folds of `data`, if they hold images; else they are the
-    starter's, and the card says so. The scores in the card are those of the validation folds and, where `data` is
-    split into train, val and test, of test, computed with the weights as they are shipped.
-    Raises InputError where there is no checkpoint, PackageError where a weight cannot be shipped.
+    The Sobel constants are searched on the validation folds of `data`; if these are empty, the starter's are used, and
+    the card says so. The card has scores of the validation folds and, if training was on the fold train, of test,
+    computed with the weights as shipped. Raises InputError if there is no checkpoint, PackageError if a weight is not
+    finite.
     """
     saved = read_checkpoint(checkpoint)
     config, record = saved["config"], saved["record"]
@@ -115,9 +121,9 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
 
 
 def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
-    """The card with the Sobel constants that are best for `network` on the validation fold of `data`, all sources.
+    """Return the card with the best Sobel constants for `network` on the fold val of `data`, all sources.
 
-    Raises InputError where there is no such image.
+    Raises InputError if the fold is empty.
     """
     samples = [s for s in read_data(data, ["val"]).samples if s.source not in PARTIAL]
     if not samples:
@@ -129,7 +135,7 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
 
 
 def _licence(sources: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> str:
-    """What follows from the sources, and from the teacher if there is one."""
+    """Return the licence that follows from the sources, and from the teacher if there is one."""
     if sources.keys() <= KNOWN.keys():
         names = _list([KNOWN[source] for source in sorted(sources)])
         free = sources.keys() <= OPEN.keys()
@@ -140,7 +146,7 @@ def _licence(sources: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> s
 
 
 def _note(sources: Mapping[str, Mapping[str, int]]) -> str:
-    """What a reader of the scores should know."""
+    """Return what a reader of the scores should know."""
     notes = []
     if "consep" in sources:
         notes.append("CoNSeP's tiles are split by tile: patients may be shared between splits.")
@@ -155,7 +161,7 @@ def _note(sources: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def _list(names: list[str]) -> str:
-    """a, b and c."""
+    """Join names as in `a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 

@@ -1,4 +1,4 @@
-"""Pictures side by side: what was annotated, what a teacher says, what a student says."""
+"""Pictures side by side, such as the annotations and the predictions of a teacher and a student."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hover_batch.taxonomy import Rgb, Taxonomy
 
 UNTYPED: Rgb = (0, 220, 255)
-"""Colour of contours whose class is not known."""
+"""Colour of contours without a known class."""
 GAP = 6
 HEADING = 22
 
@@ -20,10 +20,10 @@ Image = NDArray[np.uint8]
 
 
 def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8] | None, taxonomy: Taxonomy) -> Image:
-    """The image (y, x, 3) with the nuclei's outlines, one pixel wide and inside them, in the colours of their classes.
+    """Return a copy of the image (y, x, 3) with outlines of the nuclei in the colours of their classes.
 
-    instances (y, x) int32, 0 = background; types (y, x) uint8 class ids, of which a nucleus has that of most of its
-    pixels, or None where none are known.
+    Outlines are one pixel wide, inside the nuclei. `instances`: (y, x) int32, 0 = background. `types`: (y, x) uint8
+    class ids, of which the majority within a nucleus counts; None if unknown.
     """
     edge = np.zeros(instances.shape, bool)
     for axis in (0, 1):
@@ -37,7 +37,7 @@ def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8
     if types is None:
         kinds = np.zeros(int(instances.max()) + 1, np.int64)
     else:
-        # Background pixels vote for nothing; a nucleus that has no others stays without a class.
+        # Pixels of class 0 do not vote; a nucleus that has no others stays without a class.
         n = len(colors)
         votes = np.bincount(
             (instances.astype(np.int64) * n + types).ravel(), minlength=(int(instances.max()) + 1) * n
@@ -50,8 +50,10 @@ def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8
 
 
 def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
-    """The images (y, x, 3) uint8 in rows under the columns' names, on white. Those of a row have one height, those of a
-    column one width."""
+    """Return one picture of the images (y, x, 3) uint8 in rows, under the columns' names, on white.
+
+    Each row is as high as its highest image, each column as wide as its widest.
+    """
     widths = [max(image.shape[1] for image in column) for column in zip(*rows, strict=True)]
     heights = [max(image.shape[0] for image in row) for row in rows]
     sheet = np.full((HEADING + sum(heights) + GAP * len(rows), sum(widths) + GAP * (len(widths) - 1), 3), 255, np.uint8)
@@ -67,6 +69,6 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
 
 
 def write_panel(path: Path, picture: Image) -> None:
-    """Write it as the path's ending says, into a folder that is made if need be."""
+    """Write the picture (y, x, 3) uint8 RGB in the format of the path's suffix; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), picture[..., ::-1])  # OpenCV writes BGR

@@ -1,6 +1,7 @@
-"""Many trainings, one for each point of a grid, of which each has a folder, resumes by itself and fails by itself.
+"""A sweep: one training for each point of a grid, each in a folder of its own.
 
-A run is `kd train`, then `kd evaluate` on the test folds. It is done when its scores are there.
+A run trains a student, packages it and scores it on the test folds. It resumes by itself, a failure costs that run
+only, and it is done once its scores are written.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import csv
 import json
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,84 +20,76 @@ from typing import Any
 from hover_batch.config import EngineSettings
 from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
-from kd.commands.evaluate import evaluate
-from kd.commands.train import PACKAGE, train
+from kd.evaluation.evaluate_package import evaluate_package
+from kd.package import make_package, package_path
 from kd.training.config import TrainConfig
+from kd.training.state import CHECKPOINT
+from kd.training.train import train
 
 SCORES = "scores.json"
 ARGUMENTS = "arguments.json"
 REPORT = "sweep.csv"
-SUMMED_UP = ("pq", "aji", "dice", "f_d")
+SUMMARY_SCORES = ("pq", "aji", "dice", "f_d")
 """Scores of each source that the report shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What is varied; nothing in an axis leaves it to the preset."""
+    """The values of each axis; an empty axis has the preset's value."""
 
     encoders: Sequence[str] = ()
     alphas: Sequence[float] = ()
     temperatures: Sequence[float] = ()
     seeds: Sequence[int] = ()
 
-    def configs(self, preset: str, data: Path, out: Path, teacher: Path | None) -> Iterator[TrainConfig]:
-        """The settings of each point, in order. InputError where one is faulty."""
-        for encoder, alpha, temperature, seed in product(
-            self.encoders or (None,), self.alphas or (None,), self.temperatures or (None,), self.seeds or (None,)
-        ):
-            yield TrainConfig.of(
-                preset,
-                data=data,
-                out=out,
-                teacher=teacher,
-                encoder=encoder,
-                alpha=alpha,
-                temperature=temperature,
-                seed=seed,
-            )
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Settings of `TrainConfig.of` at each point, in order; None stands for the preset's value."""
+        axes = {"encoder": self.encoders, "alpha": self.alphas, "temperature": self.temperatures, "seed": self.seeds}
+        for values in product(*(axis or (None,) for axis in axes.values())):
+            yield dict(zip(axes, values, strict=True))
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training. `settings`: what of it varies, for the report. `arguments`: of `kd train`, without the folder and
-    the threads."""
+    """One training of a sweep.
 
-    folder: Path
-    settings: dict[str, Any]
-    arguments: tuple[str, ...]
-    data: Path
+    `config`: its settings; `config.out` is the run's folder. `varied`: the settings that differ between runs, for the
+    report. `test_folds`: the folds that its student is scored on.
+    """
+
+    config: TrainConfig
+    varied: dict[str, Any]
     test_folds: tuple[str, ...]
-    threads: int
+
+    @property
+    def folder(self) -> Path:
+        return self.config.out
 
     @property
     def name(self) -> str:
         return self.folder.name
 
     @property
-    def train_arguments(self) -> list[str]:
-        return ["--out", str(self.folder), "--threads", str(self.threads), *self.arguments]
-
-    @property
-    def evaluate_arguments(self) -> list[str]:
-        """Without the file."""
-        folds = [word for fold in self.test_folds for word in ("--fold", fold)]
-        package = str(self.folder / PACKAGE)
-        return [package, "--data", str(self.data), "--label", self.name, "--threads", str(self.threads), *folds]
+    def arguments(self) -> dict[str, Any]:
+        """The settings as JSON values, without the folder and the threads."""
+        values = {name: value for name, value in asdict(self.config).items() if name not in ("out", "threads")}
+        plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return plain
 
     @property
     def scores(self) -> dict[str, dict[str, Any]] | None:
-        """By source; None where the run is not done, or was scored on other folds."""
+        """Scores by source; None if the run is not done, or was scored on other folds."""
         try:
-            held = json.loads((self.folder / SCORES).read_bytes())
+            stored = json.loads((self.folder / SCORES).read_bytes())
         except FileNotFoundError:
             return None
-        sources: dict[str, dict[str, Any]] = held["sources"]
-        return sources if held["folds"] == list(self.test_folds) else None
+        sources: dict[str, dict[str, Any]] = stored["sources"]
+        return sources if stored["folds"] == list(self.test_folds) else None
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: with its scores by source, or for what reason not."""
+    """The outcome of a run: its scores by source, or the reason why it has none."""
 
     run: Run
     scores: dict[str, dict[str, Any]] | None
@@ -112,56 +105,45 @@ def runs_of(
     preset: str,
     test_folds: Sequence[str],
     threads: int,
-    more: Sequence[str],
+    settings: Mapping[str, Any],
 ) -> list[Run]:
-    """The runs of a grid, in order; points that mean the same, as any T where nothing is distilled, are one run.
+    """Return the runs of a grid, in order.
 
-    `more`: further arguments of `kd train`. Raises InputError, or typer's usage error, where one is wrong or is the
-    sweep's to give, and InputError where a run's folder was begun with other arguments.
+    Points that train the same student, such as all temperatures without distillation, are one run. `settings`: further
+    settings of `TrainConfig.of` for every run. Raises InputError if a setting is wrong, or the folder of a run was
+    begun with other arguments.
     """
-    data, teacher = data.resolve(), teacher and teacher.resolve()
+    shared = {"data": data.resolve(), "threads": threads, **settings}
+    taught = {"teacher": teacher and teacher.resolve()}
     runs: dict[str, Run] = {}
-    for config in grid.configs(preset, data, out, teacher):
-        settings: dict[str, Any] = {"encoder": config.encoder, "alpha": config.alpha}
+    for point in grid.points():
+        config = TrainConfig.of(preset, out=out, **shared, **taught, **point)
+        varied: dict[str, Any] = {"encoder": config.encoder, "alpha": config.alpha}
         name = f"{config.encoder}_a{config.alpha:g}"
-        arguments = ["--data", str(data), "--preset", preset]
         if config.distils:
-            settings["temperature"] = config.temperature
+            varied["temperature"] = config.temperature
             name += f"_t{config.temperature:g}"
-            arguments += ["--teacher", str(teacher)]
-        settings["seed"] = config.seed
+        varied["seed"] = config.seed
         if grid.seeds:
             name += f"_s{config.seed}"
-        arguments += [word for key, value in settings.items() for word in (f"--{key}", f"{value}")]
-        runs[name] = Run(out.resolve() / name, settings, (*arguments, *more), data, tuple(test_folds), threads)
+        given = shared | varied | (taught if config.distils else {})
+        runs[name] = Run(TrainConfig.of(preset, out=out.resolve() / name, **given), varied, tuple(test_folds))
     for run in runs.values():
-        _check_more(run, more)
         begun = run.folder / ARGUMENTS
-        if begun.exists() and tuple(json.loads(begun.read_bytes())) != run.arguments:
+        if begun.exists() and json.loads(begun.read_bytes()) != run.arguments:
             raise InputError(
                 f"{run.folder} was begun with other arguments (see {ARGUMENTS} in it); give another folder"
             )
     return list(runs.values())
 
 
-def _check_more(run: Run, more: Sequence[str]) -> None:
-    """InputError where `more` undoes what the run's name and report say of it."""
-    words = run.train_arguments
-    own = words[: len(words) - len(more)]  # flag, value, flag, …
-    given, without = (_context(train, w).params for w in (words, own))
-    for flag in own[::2]:
-        if given[flag[2:]] != without[flag[2:]]:
-            raise InputError(f"-- {flag}: the sweep gives it to each run; give it before the --")
-    if given["model"] not in (None, "unet"):
-        raise InputError(
-            f"-- --model {given['model']}: a sweep is of students; train a teacher by `hover-batch kd train`"
-        )
-
-
 def sweep(
     runs: Sequence[Run], out: Path, *, gpus_per_run: float, engine: EngineSettings, say: Callable[[str], None]
 ) -> list[Ended]:
-    """Do what is left of the runs, and write `out`/sweep.csv; returns how all ended. A failure costs its run only."""
+    """Do the runs that are not done, and write `out`/sweep.csv; returns how all of them ended.
+
+    A failure costs its run only. `say` is called with lines of progress. Raises InputError if `out` cannot be written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -171,7 +153,7 @@ def sweep(
     reasons: dict[str, str] = {}
     if left:
         with machines(engine, out / "ray.log") as found:
-            cpus = min(left[0].threads, found.cpus)
+            cpus = min(left[0].config.threads, found.cpus)
             gpus = gpus_per_run if found.gpus else 0
             at_once = max(1, min(found.cpus // cpus, int(found.gpus / gpus) if gpus else found.cpus))
             for run, result in map_tasks(work, left, backend=engine.backend, cpus=cpus, gpus=gpus, at_once=at_once):
@@ -184,37 +166,25 @@ def sweep(
 
 
 def work(run: Run) -> None:
-    """One run: train, package, score. What it prints goes to train.txt in its folder."""
+    """Train, package and score one run. Its output goes to train.txt in its folder."""
     run.folder.mkdir(parents=True, exist_ok=True)
     begun = run.folder / f".{ARGUMENTS}.partial"
-    begun.write_text(json.dumps(run.arguments) + "\n", "utf-8")
+    begun.write_text(json.dumps(run.arguments, indent=2) + "\n", "utf-8")
     os.replace(begun, run.folder / ARGUMENTS)
-    partial = run.folder / f".{SCORES}.partial"
+    config, package = run.config, package_path(run.config)
     with (run.folder / "train.txt").open("a", encoding="utf-8") as printed, contextlib.redirect_stdout(printed):
         try:
-            _call(train, run.train_arguments)
-            _call(evaluate, [*run.evaluate_arguments, "--json", str(partial)])
+            train(config)
+            print(make_package(config.out / CHECKPOINT, config.data, package))
+            evaluation = evaluate_package(
+                str(package), config.data, folds=run.test_folds, label=run.name, threads=config.threads
+            )
+            evaluation.write(run.folder / SCORES)
         except HoverBatchError:
             raise
         except Exception:
             traceback.print_exc(file=printed)
             raise
-    os.replace(partial, run.folder / SCORES)
-
-
-def _call(function: Callable[..., None], arguments: list[str]) -> None:
-    """Do what the command line would do, here; what it raises is raised."""
-    with _context(function, arguments) as context:
-        context.command.invoke(context)
-
-
-def _context(function: Callable[..., None], arguments: list[str]) -> Any:
-    """A command with its arguments read. A usage error where one is wrong."""
-    import typer
-
-    app = typer.Typer(add_completion=False)
-    app.command()(function)
-    return typer.main.get_command(app).make_context(f"kd {function.__name__}", list(arguments))
 
 
 def _write_report(path: Path, ended: Sequence[Ended]) -> None:
@@ -228,13 +198,13 @@ def _write_report(path: Path, ended: Sequence[Ended]) -> None:
 
 
 def report(ended: Sequence[Ended]) -> list[dict[str, Any]]:
-    """A row for each run: its name, what varies, its scores as SOURCE_SCORE, and why it failed."""
+    """Return a row for each run: its name, what varies, its scores as SOURCE_SCORE, and why it failed."""
     return [
         {
             "run": e.run.name,
-            **{name: e.run.settings.get(name, "") for name in ("encoder", "alpha", "temperature", "seed")},
+            **{name: e.run.varied.get(name, "") for name in ("encoder", "alpha", "temperature", "seed")},
         }
-        | {f"{source}_{name}": values[name] for source, values in (e.scores or {}).items() for name in SUMMED_UP}
+        | {f"{source}_{name}": values[name] for source, values in (e.scores or {}).items() for name in SUMMARY_SCORES}
         | {"failed": e.reason}
         for e in ended
     ]

@@ -34,6 +34,10 @@ FLOORS = (
 """The rooms of hover_batch, ground up. A room imports from its own floor and from those below."""
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
+KD_FLOORS = ("panels", "data", "evaluation", "teaching", "training", "package", "sweep", "commands", "cli")
+"""The folders and files of kd, ground up, each a floor of its own, so that no two folders import each other."""
+KD_FLOOR_OF = {room: floor for floor, room in enumerate(KD_FLOORS)}
+
 STATIONS = ("slide", "model", "store", "nuclei", "export")
 """They do one thing each to what they are given; hover_batch.pipeline joins them."""
 OPEN_TO_STATIONS = (
@@ -72,11 +76,12 @@ def faults_of_imports(root: Path) -> list[str]:
     modules = {_module_name(path, root): path for path in _python_files(root, PACKAGES)}
     imports = [i for name, path in modules.items() for i in _imports(name, path, root, set(modules))]
     faults = [f"{i.place}: {fault}" for i in imports if (fault := _fault(i))]
-    faults += [
-        f"{modules[name].relative_to(root)}: {name} stands on no floor; give it one in FLOORS"
-        for name in modules
-        if (room := _room(name)) and room not in FLOOR_OF
-    ]
+    for package, floor_of, floors in (("hover_batch", FLOOR_OF, "FLOORS"), ("kd", KD_FLOOR_OF, "KD_FLOORS")):
+        faults += [
+            f"{modules[name].relative_to(root)}: {name} stands on no floor; give it one in {floors}"
+            for name in modules
+            if (room := _room(name, package)) and room not in floor_of
+        ]
     graph = {name: {i.target for i in imports if i.source == name and i.target in modules} for name in modules}
     try:
         TopologicalSorter(graph).prepare()
@@ -103,6 +108,9 @@ def _fault(i: Import) -> str | None:
         return f"kd imports {i.target}; of hover_batch it may import only {known}"
     if _inside(i.source, "hover_batch") and _inside(i.target, "kd") and i.source != "hover_batch.cli":
         return f"{i.source} imports kd; only hover_batch.cli does, to mount its commands"
+    source_part, target_part = _room(i.source, "kd"), _room(i.target, "kd")
+    if source_part and target_part and KD_FLOOR_OF.get(target_part, 0) > KD_FLOOR_OF.get(source_part, len(KD_FLOORS)):
+        return f"{i.source} imports {i.target}, which stands on a floor above"
     if not source_room or not target_room:
         return None
     if FLOOR_OF.get(target_room, 0) > FLOOR_OF.get(source_room, len(FLOORS)):
@@ -115,10 +123,10 @@ def _fault(i: Import) -> str | None:
     return None
 
 
-def _room(module: str) -> str | None:
+def _room(module: str, package: str = "hover_batch") -> str | None:
     """`model` for hover_batch.model.heads; None for the package itself and for modules of others."""
     parts = module.split(".")
-    return parts[1] if parts[0] == "hover_batch" and len(parts) > 1 else None
+    return parts[1] if parts[0] == package and len(parts) > 1 else None
 
 
 def _inside(module: str, package: str) -> bool:
@@ -195,9 +203,10 @@ SOUND = {
     "hover_batch/executor/ray.py": "import ray\nfrom hover_batch import pipeline",
     "hover_batch/cli.py": "def kd():\n    import kd.cli",
     "kd/__init__.py": "",
-    "kd/losses.py": "from hover_batch.model.heads import Heads",
-    "kd/teach.py": "from hover_batch.executor.map_tasks import map_tasks",
-    "kd/cli.py": "from kd import losses\nfrom hover_batch.errors import InputError",
+    "kd/training/losses.py": "from hover_batch.model.heads import Heads",
+    "kd/training/train.py": "from kd.training import losses",
+    "kd/teaching/teach.py": "from hover_batch.executor.map_tasks import map_tasks",
+    "kd/cli.py": "from kd.training import losses\nfrom hover_batch.errors import InputError",
 }
 """A small house that keeps every rule; the planted faults below are added to it."""
 
@@ -220,14 +229,19 @@ def test_a_sound_house_has_no_faults(tmp_path: Path) -> None:
         ("hover_batch/store.py", "from hover_batch.model import predict", "station store imports .*predict"),
         ("hover_batch/store.py", "import importlib\nimportlib.import_module('hover_batch.model')", "station store"),
         ("hover_batch/nuclei/stitch.py", "from hover_batch.cohort.manifest import read", "record and layout"),
-        ("hover_batch/pipeline.py", "from kd.losses import student_loss", "only hover_batch.cli does"),
-        ("kd/losses.py", "from hover_batch import store", "kd imports hover_batch.store"),
-        ("kd/teach.py", "from hover_batch.executor import ray", "kd imports hover_batch.executor.ray"),
+        ("hover_batch/pipeline.py", "from kd.training.losses import student_loss", "only hover_batch.cli does"),
+        ("kd/training/losses.py", "from hover_batch import store", "kd imports hover_batch.store"),
+        ("kd/teaching/teach.py", "from hover_batch.executor import ray", "kd imports hover_batch.executor.ray"),
         ("kd/cli.py", "def run():\n    import hover_batch.cohort.layout", "kd imports hover_batch.cohort.layout"),
         ("hover_batch/pipeline.py", "def f():\n    import ray", "pipeline.py:2: ray is imported outside"),
-        ("kd/losses.py", "from ray.util import ActorPool", "losses.py:1: ray is imported outside"),
+        ("kd/training/losses.py", "from ray.util import ActorPool", "losses.py:1: ray is imported outside"),
         ("hover_batch/cohort/layout.py", "def f():\n    from hover_batch.cohort.manifest import g", "in a circle"),
-        ("kd/losses.py", "from kd.cli import app", "in a circle"),
+        ("kd/training/losses.py", "from kd.training import train", "in a circle"),
+        ("kd/evaluation/scores.py", "from kd.training import losses", "evaluation/scores.py:1: .* floor above"),
+        ("kd/data/samples.py", "def f():\n    from ..teaching.teach import teach", "samples.py:2: .* floor above"),
+        ("kd/panels.py", "import kd.data.cache", "panels.py:1: .* floor above"),
+        ("kd/sweep.py", "from kd.commands.train import train", "sweep.py:1: .* floor above"),
+        ("kd/attic/old.py", "", "attic/old.py: .* stands on no floor; give it one in KD_FLOORS"),
     ],
 )
 def test_a_planted_fault_is_reported(tmp_path: Path, file: str, text: str, fault: str) -> None:

@@ -1,4 +1,4 @@
-"""`kd calibrate`: a package and annotated images → the package with the Sobel constants that are best there."""
+"""`kd calibrate`: package and annotated images → the package with the Sobel constants that fit them best."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from kd.evaluation.calibrate import Trial
 
-REPAYS = 0.003
-"""Gain in mean PQ that a number must bring on both folds to be worth changing."""
+WORTHWHILE = 0.003
+"""Gain in mean PQ on both folds from which changing a number is worth it."""
 
 
 def calibrate(
@@ -26,15 +26,16 @@ def calibrate(
     source: Annotated[
         list[str] | None, typer.Option(help="A source of the data; repeat for several.", show_default="all")
     ] = None,
-    fold: Annotated[str, typer.Option(help="Images to search on.")] = "val",
-    check: Annotated[str, typer.Option(help="Images to report on, which the search has not seen.")] = "test",
+    fold: Annotated[str, typer.Option(help="Fold to search on.")] = "val",
+    check: Annotated[str, typer.Option(help="Fold to report on, which the search does not use.")] = "test",
     threads: Annotated[int, typer.Option(help="Threads of the network on the CPU; 0 = all cores.")] = 0,
 ) -> None:
-    """Search the four Sobel constants by PQ, and write a package with them; its weights stay as they are.
+    """Search for the four Sobel constants of the best PQ, and write a package with them; its weights do not change.
 
-    It prints PQ, F_d and nuclei found for each one annotated, beside those of the reference's way (`window`), on both
-    folds, and whether the other numbers of HoVerNet's post-processing (nucleus threshold, Sobel kernel, opening) would
-    repay a search.
+    It prints PQ, F_d and the ratio of found to annotated nuclei on both folds, compared with the reference (`window`).
+
+    It also prints whether changing the other numbers of HoVerNet's post-processing (nucleus threshold, Sobel kernel,
+    opening) would be worth it.
     """
     import dataclasses
 
@@ -60,7 +61,7 @@ def calibrate(
         typer.echo(f"predicting {len(some)} images of {name}", err=True)
         predicted[name] = predict_all(lambda image: predict_image(predictor, image), some)
     found = search(predicted[fold])
-    typer.echo("searched; trying other numbers", err=True)
+    typer.echo("search done; trying other numbers", err=True)
     trials = {name: (trial(p, None, None), trial(p, found.cut, found.constants)) for name, p in predicted.items() if p}
     others = {name: try_others(p, found.cut) for name, p in predicted.items() if p}
 
@@ -74,9 +75,9 @@ def calibrate(
         if number != "as they are"
     }
     for number, by_fold in gains.items():
-        repays = all(gain >= REPAYS for gain in by_fold.values())
+        worth = all(gain >= WORTHWHILE for gain in by_fold.values())
         listed = ", ".join(f"{gain:+.4f} on {name}" for name, gain in by_fold.items())
-        typer.echo(f"{number}: PQ {listed}: {'repays a search' if repays else 'does not repay a search'}")
+        typer.echo(f"{number}: PQ {listed}: {'worth a search' if worth else 'not worth a search'}")
     metrics = {
         **package.card.metrics,
         "calibration": {
@@ -106,7 +107,7 @@ def _print(title: str, trials: dict[str, Trial]) -> None:
     from rich.table import Table
 
     sources = list(next(iter(trials.values())).pq)
-    table = Table(title=title, caption="PQ / F_d / nuclei found for each one annotated")
+    table = Table(title=title, caption="PQ / F_d / nuclei found per annotated one")
     for column in ("", *sources, "mean"):
         table.add_column(column, justify="right" if column else "left")
     for name, t in trials.items():

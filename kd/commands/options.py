@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ Data = Annotated[
 
 
 class Backend(StrEnum):
+    """Where tasks run."""
+
     ray = "ray"
     local = "local"
 
@@ -33,22 +35,28 @@ BackendOption = Annotated[
 Cpus = Annotated[int, typer.Option(help="Cores to use; 0 = all.")]
 Gpus = Annotated[int, typer.Option(help="GPUs to use; 0 = none, -1 = all.")]
 Address = Annotated[
-    str, typer.Option(help="Of a Ray cluster to join.", show_default="start Ray on this machine", metavar="HOST:PORT")
+    str,
+    typer.Option(
+        help="Address of a Ray cluster to join.", show_default="start Ray on this machine", metavar="HOST:PORT"
+    ),
 ]
 
 
 def check_package_file(out: Path) -> None:
-    """Make the folder of a package that is to be written. InputError where that cannot be, before minutes of work."""
+    """Make the folder of a package before minutes of work.
+
+    Raises InputError if the name does not end in .safetensors, or the file cannot be written.
+    """
     if out.suffix != ".safetensors":
-        raise InputError(f"-o {out}: a package is a .safetensors file")
+        raise InputError(f"-o {out}: the name of a package must end in .safetensors")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"-o {out}: {error.strerror}; give a folder that can be written") from error
     if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise InputError(f"-o {out}: cannot be written; give a file in a folder that can be")
+        raise InputError(f"-o {out}: cannot be written; give a file in a folder that can be written")
 
 
 def engine_settings(backend: Backend, cpus: int, gpus: int, address: str) -> EngineSettings:
-    """InputError where they are out of range or do not go together."""
+    """Return the settings. Raises InputError if they are out of range or contradict each other."""
     return EngineSettings(backend=backend.value, cpus=cpus, gpus=gpus, address=address)

@@ -1,4 +1,4 @@
-"""`kd package`: a checkpoint → a model package."""
+"""`kd package`: checkpoint → model package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kd prepare`: annotated images as they are published → one cache to train from."""
+"""`kd prepare`: annotated images in their published layouts → one cache to train from."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ def prepare(
     classes: Annotated[
         str | None,
         typer.Option(
-            help="consep or pannuke: the classes that all types are mapped to.",
+            help="consep or pannuke: the classes that types are mapped to.",
             show_default="pannuke if PanNuke is among the folders, else consep",
         ),
     ] = None,
     val: Annotated[
-        int, typer.Option(min=0, help="CoNSeP publishes no fold val: make one of the last so many training tiles.")
+        int,
+        typer.Option(min=0, help="Number of CoNSeP's last training tiles that become the fold val, which it lacks."),
     ] = 0,
     sheet: Annotated[
-        Path | None, typer.Option(help="Contact sheet to write, a PNG.", show_default="beside the cache")
+        Path | None, typer.Option(help="The contact sheet to write, a PNG.", show_default="beside the cache")
     ] = None,
 ) -> None:
     """Read annotated images, check them, and write them to one cache, with a contact sheet to look at.
 
-    Give it to the other commands as --data. The folds are those published: train, val, test, or 1, 2, 3.
+    Give the cache to the other commands as --data. The folds are the published ones: train, val, test, or 1, 2, 3.
     """
     from kd.data.prepare import prepare as run
 
@@ -62,7 +63,7 @@ def _watch(samples: Iterable[Sample], total: int) -> Iterable[Sample]:
 
 
 def _print(findings: Findings) -> None:
-    """A table with a row for each source and fold."""
+    """Print a table with a row for each source and fold."""
     from rich.console import Console
     from rich.table import Table
 

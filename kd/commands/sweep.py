@@ -1,7 +1,8 @@
-"""`kd sweep`: α × T × encoder → a trained and scored student for each, and one table."""
+"""`kd sweep`: encoders × α × T × seeds → a trained and scored student for each, and one table."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,18 +10,22 @@ import typer
 
 from hover_batch.errors import InputError
 from kd.commands.options import Address, Backend, BackendOption, Cpus, Data, Gpus, engine_settings
+from kd.commands.train import train_settings
 from kd.training.config import PRESETS
 
 if TYPE_CHECKING:
     from kd.sweep import Ended
 
 EXIT_SOME_FAILED, EXIT_NONE = 3, 4
+REQUIRED = ("data", "out", "preset")
+OWN = (*REQUIRED, "encoder", "alpha", "temperature", "seed", "teacher", "threads")
+"""Options of `kd train` that the sweep gives to each run."""
 
 
 def sweep(
     data: Data,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder with a folder for each run, and sweep.csv.", show_default=False)
+        Path, typer.Option("--out", "-o", help="Folder for sweep.csv and a folder for each run.", show_default=False)
     ],
     encoder: Annotated[list[str] | None, typer.Option(help="Repeat for several.", show_default="the preset's")] = None,
     alpha: Annotated[
@@ -47,7 +52,7 @@ def sweep(
 ) -> None:
     """Train and score a student for every combination of the values given.
 
-    Interrupt it at any time: the same command skips what is done and goes on where the others stopped.
+    Interrupt it at any time: the same command skips finished runs and resumes the others.
 
     hover-batch kd sweep --data annotated/ --teacher taught/ -o runs/ --alpha 0 --alpha 0.5 -- --steps 900
     """
@@ -66,7 +71,7 @@ def sweep(
         preset=preset,
         test_folds=test_fold or ["test"],
         threads=threads,
-        more=more or (),
+        settings=_train_settings(more or ()),
     )
     ended = run(
         runs,
@@ -81,8 +86,29 @@ def sweep(
     raise typer.Exit(0 if not failed else EXIT_SOME_FAILED if failed < len(ended) else EXIT_NONE)
 
 
+def _train_settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """Parse options of `kd train` into settings of `TrainConfig.of`; those not given are left out.
+
+    Raises InputError if one is the sweep's to give, and typer's usage error if one is wrong.
+    """
+    parser = typer.Typer(add_completion=False)
+    parser.command()(train_settings)
+    command = typer.main.get_command(parser)
+    unset = [word for name in REQUIRED for word in (f"--{name}", "")]
+    with command.make_context("kd train", [*unset, *arguments]) as context:
+        for name in OWN:
+            if context.params[name] not in ("", None):
+                raise InputError(f"-- --{name}: the sweep gives it to each run; give it before the --")
+        settings = command.invoke(context)
+    if settings["model"] not in (None, "unet"):
+        raise InputError(
+            f"-- --model {settings['model']}: a sweep trains students; train a teacher with `hover-batch kd train`"
+        )
+    return {name: value for name, value in settings.items() if value is not None and name not in REQUIRED}
+
+
 def _print(ended: list[Ended]) -> None:
-    """The report as a table, without what the runs' names tell."""
+    """Print the report as a table, without the columns that are part of the runs' names."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""`kd tables`: evaluations → the paper's tables."""
+"""`kd tables`: evaluations → the paper's tables, with our rows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from hover_batch.errors import InputError
 
 
 def tables(
-    runs: Annotated[list[Path], typer.Argument(help="Files that `kd evaluate --json` wrote.", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(help="Files written by `kd evaluate --json`.", show_default=False)],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for tables.md and the CSV files.", show_default=False)
     ],
 ) -> None:
-    """Write the paper's tables, its rows beside ours: Markdown and CSV.
+    """Write the paper's tables with its rows and ours, as Markdown and CSV.
 
-    Evaluations of one label share a row: their mean ± standard deviation. Each row names its files and models; what a
-    model has seen is marked in it.
+    Evaluations with the same label share a row: their mean ± standard deviation. Each row names its files and models,
+    and marks scores on images that a model has seen.
     """
     from kd.evaluation.tables import read_runs, write_tables
     from kd.evaluation.tables import tables as make

@@ -1,4 +1,4 @@
-"""`kd teach`: images and a teacher → its outputs, for students to learn from."""
+"""`kd teach`: images and a teacher → the teacher's outputs, for students to learn from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def teach(
     ],
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="Folder for the outputs; it grows, also by other data.", show_default=False),
+        typer.Option("--out", "-o", help="Folder for the outputs; other data can be added later.", show_default=False),
     ],
     fold: Annotated[
         list[str] | None,
@@ -35,9 +35,9 @@ def teach(
     gpus: Gpus = -1,
     address: Address = "",
 ) -> None:
-    """Run the teacher once over the images and keep its outputs, every pixel predicted from its real surroundings.
+    """Run the teacher once over the images and store its outputs, every pixel predicted with its real surroundings.
 
-    Interrupt it at any time: the same command goes on where it stopped.
+    Interrupt it at any time: the same command resumes.
 
     hover-batch kd teach annotated/ --teacher hovernet.safetensors -o taught/
     """

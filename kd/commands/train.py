@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,14 +12,10 @@ from hover_batch.errors import InputError
 from kd.commands.options import Data
 from kd.training.config import PRESETS, SIDES, TrainConfig
 
-PACKAGE = "student.safetensors"
-TEACHER_PACKAGE = "teacher.safetensors"
-"""What `train` calls the package in its output folder."""
-
 _PRESET = "the preset's"
 
 
-def train(
+def train_settings(
     data: Data,
     out: Annotated[
         Path, typer.Option(help="Folder for checkpoint.pt, the logs, the panels and the package.", show_default=False)
@@ -121,7 +118,7 @@ def train(
             show_default="starter: the starter's nine; else all by their area",
         ),
     ] = None,
-) -> None:
+) -> dict[str, Any]:
     """Train a network on annotated images, or go on where the checkpoint in OUT stands, then package it.
 
     Interrupt it at any time: the same command resumes at the last checkpoint.
@@ -137,8 +134,8 @@ def train(
 
     released: as its released code: α weighs the distillation, KL × T², other betas, no early stop.
     """
-    config = TrainConfig.of(
-        preset,
+    return dict(
+        preset=preset,
         data=data,
         out=out,
         model=model,
@@ -166,12 +163,17 @@ def train(
         val_folds=tuple(val_fold) if val_fold else None,
         sources=_shares(source) if source else None,
     )
-    from kd.package import make_package
+
+
+@functools.wraps(train_settings, assigned=("__doc__", "__annotations__"))
+def train(**options: Any) -> None:
+    config = TrainConfig.of(**train_settings(**options))
+    from kd.package import make_package, package_path
     from kd.training.state import CHECKPOINT
     from kd.training.train import train as run
 
     run(config)
-    typer.echo(make_package(out / CHECKPOINT, data, out / (PACKAGE if config.model == "unet" else TEACHER_PACKAGE)))
+    typer.echo(make_package(config.out / CHECKPOINT, config.data, package_path(config)))
 
 
 def _shares(listed: list[str]) -> dict[str, float]:

@@ -1,13 +1,13 @@
 """The cache of annotated images that `kd prepare` writes: a zarr group, or the same content in one .npz file.
 
 Both hold a header: format, taxonomy, and for each image its id, source, tissue, group, fold, height, width, whether its
-types are annotated, and the sha256 of its content. Images differ in size, so in the zarr (v3) group the pixels of all
-of them stand one after the other in raster order: `image` (pixel, 3) uint8, `instances` (pixel,) int32, `types`
-(pixel,) uint8, where image i begins at the sum of the areas before it; the header is the group's attributes. The .npz
-has `image/<i>` (y, x, 3), `instances/<i>` and `types/<i>` (y, x) for each image, and `header`, JSON as bytes.
+types are annotated, and the SHA-256 of its content. Images differ in size, so the zarr (v3) group stores the pixels of
+all images one after the other in raster order: `image` (pixel, 3) uint8, `instances` (pixel,) int32, `types` (pixel,)
+uint8, where image i begins at the sum of the areas before it; the header is the group's attributes. The .npz has
+`image/<i>` (y, x, 3), `instances/<i>` and `types/<i>` (y, x) for each image, and `header`, JSON as bytes.
 
-A cache is there whole or not at all: it is written under a hidden name, which a killed run leaves behind and the next
-removes. Every image is compared with its hash when it is read: a zarr chunk that is missing reads as zeros.
+A cache is written under a hidden name and renamed once it is complete; the next run removes what a killed run left
+behind. Every image is compared with its hash when it is read, because a missing zarr chunk reads as zeros.
 """
 
 from __future__ import annotations
@@ -52,23 +52,24 @@ class Entry:
 
 
 def is_cache(path: Path) -> bool:
+    """Whether the path has the name of a cache."""
     return path.suffix in SUFFIXES
 
 
 class CacheWriter:
-    """Takes images one by one; ids must differ."""
+    """Writes images one by one; their ids must differ."""
 
     def __init__(self, path: Path) -> None:
         self._store: Store = ZarrStore.create(path) if path.suffix == ".zarr" else NpzStore.create(path)
         self._entries: dict[str, Entry] = {}
 
     def add(self, sample: Sample) -> None:
-        """Raises InputError where there is an image of this id already."""
+        """Append an image. Raises InputError if there is an image of this id already."""
         height, width = sample.instances.shape
         if sample.id in self._entries:
             raise InputError(
                 f"{sample.id}: two images have this id, one of {self._entries[sample.id].source} and one of "
-                f"{sample.source}; give each folder once, and ids that differ"
+                f"{sample.source}; give each folder once, and every image an id of its own"
             )
         typed = sample.types is not None
         types = np.zeros((height, width), np.uint8) if sample.types is None else sample.types
@@ -87,16 +88,17 @@ class CacheWriter:
         self._store.append(len(self._entries) - 1, arrays)
 
     def finish(self, taxonomy: Taxonomy) -> None:
+        """Write the header; nothing can be appended afterwards."""
         listed = [asdict(e) for e in self._entries.values()]
         self._store.finish({"format": FORMAT, "version": VERSION, "taxonomy": taxonomy.to_json(), "images": listed})
 
 
 @contextmanager
 def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
-    """Write a cache, which takes the place of one at `path` when the block succeeds, and is removed when it fails.
+    """Write a cache in the block; it replaces one at `path` if the block succeeds, and is removed if it fails.
 
-    Raises InputError where `path` is named like no cache, its folder is missing, something else lies there, it cannot
-    be written, or the disk is full.
+    Raises InputError if `path` does not end in .zarr or .npz, its folder is missing, something other than a cache is at
+    `path`, it cannot be written, or the disk is full.
     """
     if not is_cache(path):
         raise InputError(f"--out {path}: give it the ending .zarr or .npz")
@@ -106,7 +108,7 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
         try:
             open_cache(path)
         except InputError as error:
-            raise InputError(f"--out {path}: what is there is no cache of this format; remove it first") from error
+            raise InputError(f"--out {path}: exists and is not a cache of this format; remove it first") from error
     temporary = path.with_name(f".partial.{path.name}")
     _remove(temporary)
     try:
@@ -114,7 +116,7 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
         yield writer
         writer.finish(taxonomy)
         if path.is_dir():
-            _remove(path)  # no folder takes the name of another that is not empty
+            _remove(path)  # os.replace does not replace a folder that is not empty
         os.replace(temporary, path)
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -125,32 +127,35 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
 
 
 class Cache:
-    """A cache that is there."""
+    """A cache that exists, opened for reading."""
 
     def __init__(self, path: Path, store: Store) -> None:
         self._path, self._store = path, store
         header = store.header
         if header.get("format") != FORMAT:
-            raise InputError(f"{path} is no cache of annotated images; `hover-batch kd prepare` makes one")
+            raise InputError(f"{path} is not a cache of annotated images; `hover-batch kd prepare` makes one")
         if header["version"] != VERSION:
             raise InputError(
-                f"{path} is of format {header['version']}, not {VERSION}; run `hover-batch kd prepare` again"
+                f"{path} has format version {header['version']}, not {VERSION}; run `hover-batch kd prepare` again"
             )
         self.taxonomy = Taxonomy.from_json(header["taxonomy"])
         self.entries = [Entry(**entry) for entry in header["images"]]
 
     @property
     def folds(self) -> list[str]:
-        """In the order in which they appear."""
+        """Folds in the order in which they appear."""
         return list(dict.fromkeys(entry.fold for entry in self.entries))
 
     @property
     def sources(self) -> list[str]:
-        """In the order in which they appear."""
+        """Sources in the order in which they appear."""
         return list(dict.fromkeys(entry.source for entry in self.entries))
 
     def samples(self, fold: str, sources: Collection[str] | None) -> Iterator[Sample]:
-        """The images of one fold and of the named sources (None: of all), in order. InputError where one is damaged."""
+        """Yield the images of one fold and the named sources (None: all), in order.
+
+        Raises InputError if one is damaged.
+        """
         offset = 0
         for i, entry in enumerate(self.entries):
             if entry.fold == fold and (sources is None or entry.source in sources):
@@ -160,10 +165,10 @@ class Cache:
     def _read(self, i: int, entry: Entry, offset: int) -> Sample:
         try:
             arrays = self._store.read(i, (entry.height, entry.width), offset)
-            whole = _sha256(arrays) == entry.sha256
-        except Exception as error:  # whatever a damaged file makes of zarr, its codecs, zip and numpy
+            intact = _sha256(arrays) == entry.sha256
+        except Exception as error:  # zarr, its codecs, zip and numpy raise many kinds on a damaged file
             raise self._damaged(entry) from error
-        if not whole:
+        if not intact:
             raise self._damaged(entry)
         types = arrays["types"] if entry.typed else None
         return Sample(
@@ -179,12 +184,12 @@ class Cache:
 
     def _damaged(self, entry: Entry) -> InputError:
         return InputError(
-            f"{self._path}: the image {entry.id} is damaged; run `hover-batch kd prepare` again, it replaces the cache"
+            f"{self._path}: the image {entry.id} is damaged; run `hover-batch kd prepare` again to replace the cache"
         )
 
 
 def open_cache(path: Path) -> Cache:
-    """Raises InputError where there is none at `path`, or one that cannot be read."""
+    """Open the cache at `path`. Raises InputError if there is none, or it cannot be read."""
     if not path.exists():
         raise InputError(f"{path}: no such cache; `hover-batch kd prepare` makes one")
     try:
@@ -196,7 +201,7 @@ def open_cache(path: Path) -> Cache:
 
 
 def _sha256(arrays: Arrays) -> str:
-    """Of shapes and bytes, in the order of ARRAYS."""
+    """SHA-256 of shapes and bytes, in the order of ARRAYS."""
     digest = hashlib.sha256()
     for name in ARRAYS:
         digest.update(f"{arrays[name].shape}".encode())

@@ -1,6 +1,6 @@
-"""A contact sheet: some of the images with their annotations drawn on them, to see whether the two fit.
+"""A contact sheet: some of the images with their annotations drawn on them, to check that the two fit.
 
-A wrong axis order, a shifted mask or swapped classes show at a glance, and in no number.
+It shows at a glance a wrong axis order, a shifted mask or swapped classes, which no count does.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from kd.panels import UNTYPED, outlined
 
 PICTURES, COLUMNS = 24, 6
 SIDE = 256
-"""Side in pixels of what is shown of each image: its centre."""
+"""Side in pixels of the central part of each image that is shown."""
 ZOOM = 2
-"""Contours are drawn on the magnified picture, where they hide less of the nuclei."""
+"""Magnification of the pictures before contours are drawn, so that these hide less of the nuclei."""
 _FONT, _SIZE, _LINE = cv2.FONT_HERSHEY_SIMPLEX, 0.5, 22
 
 
 class ContactSheet:
-    """Keeps PICTURES of the samples that it is shown, each with equal chance; the same samples, the same ones."""
+    """Draws PICTURES of the samples, chosen at random; the same samples give the same sheet."""
 
     def __init__(self, taxonomy: Taxonomy) -> None:
         self._taxonomy = taxonomy
         self._kept: dict[int, NDArray[np.uint8]] = {}
-        """Place in the order of the samples → the picture."""
+        """Index of the sample → its picture."""
         self._seen = 0
         self._random = np.random.default_rng(0)
 
     def add(self, sample: Sample) -> None:
+        """Choose the sample with the same chance as every other one."""
         index, self._seen = self._seen, self._seen + 1
         if index >= PICTURES:
             drawn = int(self._random.integers(index + 1))
@@ -45,7 +46,7 @@ class ContactSheet:
         self._kept[index] = draw(sample, self._taxonomy)
 
     def write(self, path: Path) -> None:
-        """Write the sheet in the order of the samples. Raises InputError where that cannot be done."""
+        """Write the sheet as a PNG, in the order of the samples. Raises InputError if the file cannot be written."""
         pictures = [self._kept[index] for index in sorted(self._kept)]
         columns = min(COLUMNS, len(pictures))
         blank = np.full_like(pictures[0], 255)
@@ -57,7 +58,7 @@ class ContactSheet:
         try:
             path.write_bytes(encoded.tobytes())
         except OSError as error:
-            raise InputError(f"--sheet {path}: it cannot be written ({error.strerror})") from error
+            raise InputError(f"--sheet {path}: cannot be written ({error.strerror}); give another file") from error
 
     def _legend(self, width: int) -> NDArray[np.uint8]:
         strip = np.full((_LINE + 8, width, 3), 255, np.uint8)
@@ -70,9 +71,9 @@ class ContactSheet:
 
 
 def draw(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
-    """The centre of a sample, magnified, contours in the colours of the classes and a caption of two lines under it.
+    """Return a picture (y, x, 3) uint8 RGB of the centre of a sample, magnified, with a caption of two lines.
 
-    Returns (y, x, 3) uint8 RGB of one size, whatever the sample's.
+    Contours have the colours of the classes. Pictures of all samples have the same size.
     """
     height, width = (min(SIDE, extent) for extent in sample.instances.shape)
     y, x = (sample.instances.shape[0] - height) // 2, (sample.instances.shape[1] - width) // 2

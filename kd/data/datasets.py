@@ -1,4 +1,4 @@
-"""Reads annotated images for training and evaluation: from a cache that `kd prepare` wrote, or an instance folder."""
+"""Read annotated images for training and evaluation, from a cache that `kd prepare` wrote or an instance folder."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from kd.data.samples import MPP, Data, Sample
 __all__ = ["MPP", "Data", "Sample", "folds_of", "read_data", "taxonomy_of"]
 
 MAY_BE_EMPTY = ("train", "val", "test")
-"""Folds that may be asked for, whether the data has them or not."""
+"""Folds that may be requested even if the data does not have them."""
 
 
 def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = None) -> Data:
-    """Read the images of the given folds and of the named sources (None: of all), fold by fold in the data's order.
+    """Read the images of the given folds and sources (None: all), fold by fold in the data's order.
 
-    `path`: a cache (.zarr or .npz), or an instance folder, whose splits are the folds and whose types are those of
-    CoNSeP, merged. Of the folds train, val and test any may have no image.
-    Raises InputError where there is no fold of another name or no such source, or something is missing, cannot be
-    read, does not fit together or was damaged.
+    `path`: a cache (.zarr or .npz), or an instance folder, whose splits are the folds and whose types are mapped to
+    CoNSeP's merged classes. The folds train, val and test may be empty or absent. Raises InputError if another fold or
+    a source does not exist, or a file is missing, unreadable, damaged or inconsistent with the others.
     """
     wanted, named = list(folds), None if sources is None else set(sources)
     data = _open(path)
@@ -37,12 +36,12 @@ def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = 
 
 
 def folds_of(path: Path) -> list[str]:
-    """The folds that the data at `path` (as for `read_data`) has, in the order in which they appear."""
+    """Return the folds of the data at `path` (as for `read_data`), in the order in which they appear."""
     return _open(path).folds
 
 
 def taxonomy_of(path: Path) -> Taxonomy:
-    """The classes of the data at `path` (as for `read_data`)."""
+    """Return the classes of the data at `path` (as for `read_data`)."""
     data = _open(path)
     return data.taxonomy if isinstance(data, Cache) else CONSEP
 
@@ -52,7 +51,7 @@ def _open(path: Path) -> Cache | InstanceFolder:
         return open_cache(path)
     if not (path / TABLE).is_file():
         raise InputError(
-            f"{path / TABLE} is missing; --data names a folder with dataset.csv, images and labels, or what "
-            "`hover-batch kd prepare` makes of other data, a .zarr or .npz"
+            f"{path / TABLE} is missing; give a folder with dataset.csv, images and labels, or a .zarr or .npz that "
+            "`hover-batch kd prepare` makes of other data"
         )
     return InstanceFolder(path)

@@ -1,4 +1,4 @@
-"""What annotated images hold, counted as they pass: for the table that `kd prepare` prints, and its warnings."""
+"""Counts and oddities of annotated images, for the table and the warnings of `kd prepare`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from kd.data.samples import Sample
 
 PUBLISHED_FOLDS = {"pannuke": ("1", "2", "3")}
 _LISTED = 5
-"""Pictures in several folds that are named."""
+"""Number of images in several folds that are named."""
 
 
 @dataclass
 class Part:
-    """What one source has in one fold."""
+    """Counts of one source in one fold."""
 
     images: int = 0
     nuclei: int = 0
     by_class: Counter[int] = field(default_factory=Counter)
-    """Nuclei by class id, 0 being those without a class; of images with annotated types, empty where there are none."""
+    """Nuclei by class id, 0 = without a class; only of images with annotated types."""
 
 
 class Findings:
@@ -35,12 +35,13 @@ class Findings:
         self.parts: dict[tuple[str, str], Part] = defaultdict(Part)
         """By source and fold."""
         self.unread_types: list[str] = []
-        """Sources whose types were left out."""
+        """Sources whose types were not read."""
         self._odd: Counter[str] = Counter()
         self._folds_of_image: dict[str, dict[str, str]] = defaultdict(dict)
-        """image_sha256 → the folds that it is in → its id there."""
+        """image_sha256 → fold → the image's id there."""
 
     def add(self, sample: Sample) -> None:
+        """Count one image."""
         part = self.parts[sample.source, sample.fold]
         part.images += 1
         self._folds_of_image[sample.image_sha256][sample.fold] = sample.id
@@ -58,28 +59,28 @@ class Findings:
         self._odd["typed pixels are on no nucleus"] += int(np.count_nonzero(sample.types[~inside]))
 
     def warnings(self) -> list[str]:
-        """Sentences on what a user may want to mend; nothing of it is an error."""
+        """Return a sentence for each oddity that a user may want to correct; none of them is an error."""
         lines = [f"{n:,} {what}; kept as they are" for what, n in self._odd.items() if n]
         if self.unread_types:
             lines.append(
-                f"the types of {', '.join(self.unread_types)} are left out, for what their codes mean is not known; "
-                f"those of {', '.join(CODES)} are"
+                f"the types of {', '.join(self.unread_types)} are not read, because the meaning of their codes is only "
+                f"known for {', '.join(CODES)}"
             )
         if unclassed := sum(part.by_class[0] for part in self.parts.values()):
-            lines.append(f"{unclassed:,} nuclei are of none of the classes of {self.taxonomy.name}; their type is 0")
+            lines.append(f"{unclassed:,} nuclei have none of the classes of {self.taxonomy.name}; their type is 0")
         shared = [folds for folds in self._folds_of_image.values() if len(folds) > 1]
         for folds in shared[:_LISTED]:
             listed = ", ".join(f"{fold}: {name}" for fold, name in folds.items())
-            lines.append(f"the same picture is in several folds ({listed}), so that scores on it flatter")
+            lines.append(f"the same image is in several folds ({listed}); scores on it are too good")
         if len(shared) > _LISTED:
-            lines.append(f"so are {len(shared) - _LISTED:,} more pictures")
+            lines.append(f"{len(shared) - _LISTED:,} more images are in several folds")
         for source, published in PUBLISHED_FOLDS.items():
             there = {fold for name, fold in self.parts if name == source}
             if there and (missing := [fold for fold in published if fold not in there]):
-                lines.append(f"{source} has no fold {', '.join(missing)}; its cross-validation needs all of them")
+                lines.append(f"{source} has no fold {', '.join(missing)}; its cross-validation needs all three")
         folds_there = {fold for _, fold in self.parts}
         if "train" in folds_there and "val" not in folds_there:
             lines.append(
-                "there is no fold val, on which training calibrates; --val makes one of CoNSeP's training tiles"
+                "there is no fold val, which training calibrates on; --val makes one of CoNSeP's training tiles"
             )
         return lines

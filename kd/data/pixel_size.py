@@ -1,4 +1,4 @@
-"""Annotated images have pixels of one size, and so must what is run over them."""
+"""The pixel size of annotated images, which a model must share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from hover_batch.model.package import Card
 
 
-def check_pixel_size(card: Card, said: str) -> None:
-    """InputError where the model is for pixels of another size than the annotated images'."""
+def check_pixel_size(card: Card, where: str) -> None:
+    """Raise InputError, naming `where` (the option and its value), if the model is for pixels of another size."""
     if not math.isclose(card.mpp, MPP, rel_tol=0.02):
-        raise InputError(f"{said}: is for pixels of {card.mpp:g} µm, the annotated images have {MPP} µm; take another")
+        raise InputError(
+            f"{where}: is for pixels of {card.mpp:g} µm, but the annotated images have {MPP} µm; give another model"
+        )

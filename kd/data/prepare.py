@@ -17,19 +17,19 @@ from kd.data.layouts.folder import InstanceFolder
 from kd.data.samples import Sample
 
 Watch = Callable[[Iterable[Sample], int], Iterable[Sample]]
-"""Hands on the samples, of which there will be so many, and shows how far it is."""
+"""(samples, their number) → the same samples, while progress is shown."""
 
 
 def prepare(folders: Sequence[Path], out: Path, sheet: Path, classes: str | None, val: int, watch: Watch) -> Findings:
     """Write the images of all folders to the cache `out` and some of them to the contact sheet `sheet`.
 
-    `classes`: a name in TAXONOMIES; None: PanNuke's where a folder has them, else CoNSeP's. `val`: tiles of CoNSeP's
-    training part that become the fold val. One image at a time is in memory. Returns what the images hold.
-    Raises InputError where a folder or an image is faulty; `out` is then what it was.
+    `classes`: a name in TAXONOMIES; None: PanNuke's if a folder has them, else CoNSeP's. `val`: number of CoNSeP's
+    training tiles that become the fold val. `watch`: wraps the samples to show progress. One image at a time is in
+    memory. Returns counts and warnings. Raises InputError if a folder or an image is faulty; `out` is then unchanged.
     """
     layouts = [recognise(folder, val) for folder in folders]
     if val and not any(isinstance(layout, Consep) for layout in layouts):
-        raise InputError(f"--val {val}: it is for CoNSeP's Train and Test, and none of the folders has these")
+        raise InputError(f"--val {val}: applies to CoNSeP (Train, Test), and none of the folders is one; leave it out")
     if not sheet.parent.is_dir():
         raise InputError(f"--sheet {sheet}: the folder {sheet.parent} does not exist; make it first")
     taxonomy = _taxonomy(classes, layouts)
@@ -40,7 +40,7 @@ def prepare(folders: Sequence[Path], out: Path, sheet: Path, classes: str | None
             findings.add(sample)
             pictures.add(sample)
         if not findings.parts:
-            raise InputError(f"{', '.join(map(str, folders))}: there is no image")
+            raise InputError(f"{', '.join(map(str, folders))}: no image found; give folders with annotated images")
     findings.unread_types = [s for layout in layouts if isinstance(layout, InstanceFolder) for s in layout.unread_types]
     pictures.write(sheet)
     return findings

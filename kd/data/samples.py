@@ -1,4 +1,4 @@
-"""What annotated images are, wherever they come from."""
+"""An annotated image, and lists of them, independent of the layout that they were read from."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hover_batch.taxonomy import Taxonomy
 MPP = 0.25
 """Pixel size of the images in µm (40×)."""
 SHA_DIGITS = 16
-"""How many hexadecimal digits of an image's hash a card records."""
+"""Number of hexadecimal digits of an image's hash that a model card records."""
 
 
 @dataclass(frozen=True)
 class Sample:
     """One annotated image.
 
-    image (y, x, 3) uint8 RGB · instances (y, x) int32, 0 = background · types (y, x) uint8 class ids of the
-    data's taxonomy, or None where the source annotates none; 0 on a nucleus says that the taxonomy has no class for
-    it. `group`: patient or slide, as far as known.
+    `image`: (y, x, 3) uint8 RGB. `instances`: (y, x) int32, 0 = background. `types`: (y, x) uint8 class ids of the
+    data's taxonomy, or None if the source annotates no types; 0 on a nucleus means that the taxonomy has no class for
+    it. `group`: patient or slide; empty if unknown.
     """
 
     id: str
@@ -36,26 +36,28 @@ class Sample:
     types: NDArray[np.uint8] | None
     tissue: str = ""
     fold: str = ""
-    """What it is for: train, val, test, or the number of a published fold."""
+    """train, val, test, or the number of a published fold."""
 
     @cached_property
     def image_sha256(self) -> str:
-        """Of the shape and the pixels: what knows an image again, whatever it is called and however it is stored."""
+        """SHA-256 of shape and pixels, which identifies an image independent of its name and file format."""
         digest = hashlib.sha256(f"{self.image.shape}".encode())
         digest.update(np.ascontiguousarray(self.image).tobytes())
         return digest.hexdigest()
 
 
 def renumbered(instances: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Instances (y, x) as they are, or from 1 on where an id is past 16 bits: what looks at a crop has a row for every
-    id up to the largest, and the float32 that labels are warped in tells ids apart up to 2^24."""
+    """Return instances (y, x) with ids from 1 on if an id needs more than 16 bits, else unchanged.
+
+    Training has a table row for every id up to the largest, and warps labels as float32, which is exact up to 2^24.
+    """
     if instances.max(initial=0) <= np.iinfo(np.uint16).max:
         return instances
     return np.asarray(relabel_sequential(instances)[0], np.int32)  # type: ignore[no-untyped-call]  # skimage's
 
 
 def truth_sha256(samples: Iterable[Sample]) -> str:
-    """Of instances and types of all samples, in their order."""
+    """Return the SHA-256 of all instances and types, in order."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(np.ascontiguousarray(sample.instances).tobytes())
@@ -64,13 +66,13 @@ def truth_sha256(samples: Iterable[Sample]) -> str:
 
 
 def hashes_of(samples: Iterable[Sample]) -> list[str]:
-    """By what a card knows the images again, sorted: the first SHA_DIGITS of each `image_sha256`."""
+    """Return image hashes as stored in a model card: the first SHA_DIGITS of each `image_sha256`, sorted."""
     return sorted({sample.image_sha256[:SHA_DIGITS] for sample in samples})
 
 
 @dataclass(frozen=True)
 class Data:
-    """Annotated images, and the classes that their types are ids of."""
+    """Annotated images, and the taxonomy of their types."""
 
     taxonomy: Taxonomy
     samples: list[Sample]

@@ -1,4 +1,4 @@
-"""How the content of a cache is put into files: a zarr group of ragged arrays, or a zip of .npy files."""
+"""File formats of a cache: a zarr group of ragged arrays, or a zip of .npy files."""
 
 from __future__ import annotations
 
@@ -15,34 +15,39 @@ CHUNK = 1 << 20
 """Pixels in a chunk of the zarr arrays."""
 
 ARRAYS = {"image": (np.uint8, (3,)), "instances": (np.int32, ()), "types": (np.uint8, ())}
-"""Name → dtype, and shape after that of the pixels."""
+"""Name → dtype, and shape of one pixel."""
 
 Arrays = dict[str, NDArray[Any]]
-"""What is stored of one image, by the names of ARRAYS; y and x are still two axes."""
+"""Arrays of one image by the names of ARRAYS: (y, x, …)."""
 
 
 class Store(Protocol):
-    """Written front to back, image by image, the header last; `finish` ends it. Read in any order."""
+    """Images are appended in order, then `finish` writes the header. They are read in any order."""
 
     @property
-    def header(self) -> dict[str, Any]: ...
+    def header(self) -> dict[str, Any]:
+        """The header that `finish` wrote; empty if there is none."""
 
     def append(self, i: int, arrays: Arrays) -> None:
-        """Add image `i`, which is the next one."""
+        """Append image `i`, the next one."""
 
-    def finish(self, header: dict[str, Any]) -> None: ...
+    def finish(self, header: dict[str, Any]) -> None:
+        """Write the header and close the store."""
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
-        """Image `i` of `shape` (y, x), before which there are `offset` pixels."""
+        """Return image `i`, whose shape is (y, x), and before which `offset` pixels are stored."""
 
 
 class ZarrStore:
-    """A zarr group. What is appended is held until it fills whole chunks; the chunk read last is kept, since patches
-    are smaller than chunks and are read one after the other."""
+    """A zarr group.
+
+    Appended images are buffered until they fill whole chunks. The last chunk read is kept, because patches are smaller
+    than chunks and are read one after the other.
+    """
 
     def __init__(self, group: Any) -> None:
         self._group = group
-        self._held: list[Arrays] = []
+        self._buffer: list[Arrays] = []
         self._pixels = 0
         self._last: dict[str, tuple[int, NDArray[Any]]] = {}
 
@@ -74,23 +79,23 @@ class ZarrStore:
         return dict(self._group.attrs)
 
     def append(self, i: int, arrays: Arrays) -> None:
-        self._held.append({name: a.reshape(-1, *ARRAYS[name][1]) for name, a in arrays.items()})
-        if sum(len(a["instances"]) for a in self._held) >= CHUNK:
+        self._buffer.append({name: a.reshape(-1, *ARRAYS[name][1]) for name, a in arrays.items()})
+        if sum(len(a["instances"]) for a in self._buffer) >= CHUNK:
             self._write(whole_chunks=True)
 
     def _write(self, whole_chunks: bool) -> None:
-        joined = {name: np.concatenate([a[name] for a in self._held]) for name in ARRAYS}
-        held = len(joined["instances"])
-        n = held // CHUNK * CHUNK if whole_chunks else held
+        joined = {name: np.concatenate([a[name] for a in self._buffer]) for name in ARRAYS}
+        buffered = len(joined["instances"])
+        n = buffered // CHUNK * CHUNK if whole_chunks else buffered
         for name, values in joined.items():
             array = self._group[name]
             array.resize((self._pixels + n, *ARRAYS[name][1]))
             array[self._pixels :] = values[:n]
         self._pixels += n
-        self._held = [{name: values[n:] for name, values in joined.items()}]
+        self._buffer = [{name: values[n:] for name, values in joined.items()}]
 
     def finish(self, header: dict[str, Any]) -> None:
-        if self._held:
+        if self._buffer:
             self._write(whole_chunks=False)
         self._group.attrs.put(header)
 
@@ -113,7 +118,7 @@ class ZarrStore:
 
 
 class NpzStore:
-    """A zip of .npy files, which `np.load` opens."""
+    """A zip of .npy files, readable with `np.load`."""
 
     def __init__(self, zip: zipfile.ZipFile) -> None:
         self._zip = zip

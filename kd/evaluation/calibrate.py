@@ -1,10 +1,10 @@
-"""The four Sobel constants of a model, by search for the best panoptic quality on annotated images.
+"""Search for the four Sobel constants of a model that give the best panoptic quality on annotated images.
 
-HoVerNet's reference scales its Sobel maps by the extremes of the window at hand, so that nuclei depend on where windows
-fall. Constants do not. What matters of them is one number in each direction: the Sobel sum above which a pixel lies in
-the calm inside of a nucleus, and marks it. (The scale behind it only orders the flooding: between 0.03 and 1 times the
-medians PQ moves by 0.001.) As a share of the median over the images of the window's minimum, its deepest fall, this
-is the *cut*. The reference's comes to about -0.06; a higher one divides less.
+HoVerNet's reference scales its Sobel maps by the extremes of the current window, so its nuclei depend on the position
+of windows. With constants they do not. What matters is one number in each direction: the Sobel sum above which a pixel
+is in the smooth inside of a nucleus and becomes a marker. (The scale itself only orders the flooding: between 0.03 and
+1 times the medians, PQ changes by 0.001.) The *cut* is this number as a share of the median, over the images, of the
+window's minimum. The reference's cut is about -0.06; a higher one splits fewer nuclei.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from kd.evaluation.variants import Numbers, extremes, from_stored, instances_by
 
 CUTS = (-0.1, -0.05, 0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
 F_D_MARGIN = 0.005
-"""How much mean F_d a cut may cost against the best. PQ rewards the outlines of the nuclei that are found, and would
-merge one in ten for it; counts are what tables are read for."""
+"""Loss of mean F_d, against the best cut, up to which a cut may be chosen. PQ rewards good outlines of the nuclei that
+are found, and alone would choose a cut that merges one in ten; but the counts matter most in the tables."""
 OTHERS = (
     *(Numbers(nucleus=p) for p in (0.4, 0.45, 0.55, 0.6)),
     *(Numbers(sobel=size) for size in (15, 27)),
     *(Numbers(opening=diameter) for diameter in (0, 3, 7)),
 )
-"""What else the numbers of HoVerNet's post-processing might be. Its marker threshold is not among them: another one is
-another cut."""
+"""Other values for the numbers of HoVerNet's post-processing. The marker threshold is not among them, because changing
+it is the same as changing the cut."""
 
 Planes = NDArray[np.uint8]
 """(3, y, x): np, h, v as stored."""
@@ -46,33 +46,34 @@ Predicted = list[tuple[Sample, Planes]]
 
 @dataclass(frozen=True)
 class Trial:
-    """What one setting gives, by source: means over images of PQ; F_d and the count over all nuclei.
+    """Scores of one setting by source: PQ as mean over images; F_d and the count over all nuclei.
 
-    F_d pairs as `match_centroids` does, since the assignment of HoVerNet's reference jumps with the numbers of both.
+    F_d pairs as `match_centroids` does, since the pairs of HoVerNet's reference change abruptly with small differences.
     """
 
     norm: str
-    """fixed, or window: each image by its own extremes, as the reference does; for comparison, never chosen."""
+    """fixed, or window: each image by its own extremes, like the reference; for comparison only, never chosen."""
     cut: float | None
     """None for window."""
     pq: dict[str, float]
     f_d: dict[str, float]
     count: dict[str, float]
-    """Nuclei found for each one annotated."""
+    """Nuclei found divided by nuclei annotated."""
 
     @property
     def mean_pq(self) -> float:
-        """Over the sources, each counting the same; likewise `mean_f_d`."""
+        """Unweighted mean over the sources."""
         return mean_defined(self.pq.values())
 
     @property
     def mean_f_d(self) -> float:
+        """Unweighted mean over the sources."""
         return mean_defined(self.f_d.values())
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The chosen constants, the cut that made them, the medians that it is a share of, and all that was tried."""
+    """The chosen constants, their cut, the medians that it is a share of, and all trials."""
 
     constants: SobelConstants
     cut: float
@@ -80,40 +81,42 @@ class Calibration:
     trials: tuple[Trial, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The search, for the model card (the constants have a place of their own there)."""
+        """Return the search for the model card, which holds the constants in another place."""
         return {"cut": self.cut, "medians": self.medians.to_json(), "trials": [asdict(t) for t in self.trials]}
 
 
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
-    """The network, once for each image; 3 bytes a pixel are kept."""
+    """Return each sample with its stored np, h and v (3, y, x) uint8, predicted by `maps_of`."""
     stored = [MapLayout.NP, MapLayout.H, MapLayout.V]
     return [(s, np.ascontiguousarray(maps_of(s.image)[stored])) for s in samples]
 
 
 def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] = CUTS) -> Calibration:
-    """`search` in what `maps_of` gives for the images of `samples`."""
+    """Predict the images of `samples` by `maps_of`, then `search`."""
     return search(predict_all(maps_of, samples), cuts)
 
 
 def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
-    """Of the cuts whose mean F_d is within F_D_MARGIN of the best, that of the best mean PQ; the lower among equals.
+    """Choose the cut of the best mean PQ among those whose mean F_d is within F_D_MARGIN of the best.
 
-    Raises InputError where PQ is undefined because there is no nucleus at all.
+    Of equal cuts the lowest is chosen. Raises InputError if there is no nucleus at all, which leaves PQ undefined.
     """
     middle = medians([SobelConstants.of_window(h, v) for _, (_, h, v) in predicted])
     window = trial(predicted, None, None)
     fixed = [trial(predicted, cut, placed(middle, cut)) for cut in sorted(cuts)]
     most = max((t.mean_f_d for t in fixed), default=np.nan)
-    able = [t for t in fixed if t.mean_f_d >= most - F_D_MARGIN]
-    if not able or np.isnan(able[0].mean_pq):
-        raise InputError("calibration needs annotated nuclei: neither the images nor the predictions hold any")
-    best = max(able, key=lambda t: t.mean_pq)
-    assert best.cut is not None  # `fixed` holds no others
+    allowed = [t for t in fixed if t.mean_f_d >= most - F_D_MARGIN]
+    if not allowed or np.isnan(allowed[0].mean_pq):
+        raise InputError(
+            "calibration needs annotated nuclei, but neither the images nor the predictions hold any; give other images"
+        )
+    best = max(allowed, key=lambda t: t.mean_pq)
+    assert best.cut is not None  # only a window has no cut
     return Calibration(placed(middle, best.cut), best.cut, middle, (window, *fixed))
 
 
 def placed(medians: SobelConstants, cut: float) -> SobelConstants:
-    """Constants as far apart as the medians, moved until the marker threshold lies at `cut` times the minimum."""
+    """Return constants as far apart as the medians, shifted so that the marker threshold is `cut` times the minimum."""
 
     def moved(low: float, high: float) -> tuple[float, float]:
         start = cut * low - (1 - MARKER_ENERGY) * (high - low)
@@ -123,21 +126,21 @@ def placed(medians: SobelConstants, cut: float) -> SobelConstants:
 
 
 def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
-    """The median of each constant."""
+    """Return the median of each constant."""
     names = windows[0].to_json()
     return SobelConstants(**{name: float(np.median([w.to_json()[name] for w in windows])) for name in names})
 
 
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
-    """Scores of the instances that slides would get; `constants` None: by each image's own extremes."""
+    """Score the instances that a slide would get; `constants` None: by each image's own extremes."""
     scores = _scores(predicted, lambda planes: instances_of(planes, constants))
     return Trial("window" if constants is None else "fixed", cut, *scores)
 
 
 def try_others(predicted: Predicted, cut: float) -> dict[str, Trial]:
-    """Trials of OTHERS at this cut, and of HoVerNet's own numbers by the same slow steps: 'nucleus 0.5', ….
+    """Try OTHERS at this cut, and HoVerNet's own numbers by the same slow steps; keys are such as 'nucleus 0.4'.
 
-    Another Sobel kernel has other sums: its medians are its own.
+    Medians are computed anew for each Sobel kernel, because its sums differ.
     """
     found = {}
     standard = Numbers()

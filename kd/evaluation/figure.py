@@ -1,4 +1,4 @@
-"""The paper's Figure 2: image, truth, and what models make of it, side by side."""
+"""The paper's Figure 2: image, annotations and predictions of models, side by side."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from kd.evaluation.remap import Remap, remaps_of
 from kd.panels import GAP, UNTYPED, outlined, panel
 
 SIDE = 256
-"""Side in pixels of the crops that are shown, from the middle of the images."""
+"""Side in pixels of the central crops that are shown."""
 SCALE = 2
-"""Crops are shown this much larger, so that an outline of one pixel covers little of the nucleus."""
+"""Magnification of the crops, so that an outline of one pixel covers little of the nucleus."""
 ROWS = 4
 
 
@@ -40,9 +40,9 @@ class Shown:
 
 
 def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uint8]:
-    """The picture (y, x, 3) uint8 RGB: a row for each of the `n` fullest images of `data`, and the classes' colours.
+    """Return a picture (y, x, 3) uint8 RGB with a row for each of the `n` fullest images of `data`, and a colour key.
 
-    Each model is shown in the classes that it and the data have in common, the truth in those of the last one.
+    Each model is shown in the classes that it shares with the data, the annotations in those of the last model.
     """
     remaps = [remaps_of(data, model.taxonomy) for model in models]
     rows, shown = [], list[Taxonomy]()
@@ -59,7 +59,7 @@ def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uin
 
 
 def fullest(samples: Sequence[Sample], n: int) -> list[Sample]:
-    """The n images with most nuclei in their middle, taken from each source in turn."""
+    """Return the n images with most nuclei in their central crop, taken from each source in turn."""
     ranked: list[tuple[int, int, int]] = []
     for source in {s.source for s in samples}:
         counts = [(_count(s), i) for i, s in enumerate(samples) if s.source == source]
@@ -79,7 +79,7 @@ def _middle(sample: Sample) -> tuple[slice, slice]:
 
 
 def _predicted(sample: Sample, model: Shown, common: Remap) -> Sample:
-    """The sample with the model's nuclei in place of the true ones; without types where only nuclei are common."""
+    """Return the sample with the model's nuclei instead of the true ones; without types if they share no classes."""
     maps = common.maps(model.maps_of(sample.image))
     layout = MapLayout(len(common.taxonomy.classes))
     found, nuclei = nuclei_of(maps, model.constants, layout, model.min_area_px)
@@ -90,7 +90,7 @@ def _predicted(sample: Sample, model: Shown, common: Remap) -> Sample:
 
 
 def _drawn(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
-    """The middle of the sample, enlarged, with its nuclei outlined; what a smaller image lacks is white."""
+    """Draw the magnified central crop with outlined nuclei; a smaller image is padded with white."""
     part = _middle(sample)
     height, width = sample.instances[part].shape
     lacking = ((0, SIDE - height), (0, SIDE - width))
@@ -105,7 +105,7 @@ def _drawn(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
 
 
 def _key(taxonomies: Sequence[Taxonomy], width: int) -> NDArray[np.uint8]:
-    """A strip (y, width, 3) with the name of each class beside its colour, in as many lines as it takes."""
+    """Draw a strip (y, width, 3) with the name of each class beside its colour, in as many lines as needed."""
     colors: dict[str, Rgb] = {}
     for taxonomy in taxonomies:
         colors |= {"no class": UNTYPED} if taxonomy is NUCLEI else {c.name: c.color for c in taxonomy.nuclei}

@@ -1,11 +1,11 @@
-"""Whether a model has seen the images it is judged on.
+"""Whether a model has seen the images that it is scored on.
 
 A card's `training` says what was seen: `saw` (fold → first hexadecimal digits of `Sample.image_sha256`), `saw_groups`
-(fold → `source/group`); in older cards `data` (fold → source → counts) alone, so that images are known by their fold
-and source; `seen`, in words, for published models. `before` is the training of the model that this one started from,
-and `teacher` holds that of its teacher: what these have seen counts, too. On a fold other than `train` something was
-chosen: the checkpoint, or the Sobel constants. Constants that were found later were found on the images of `saw` in the
-card's `metrics["calibration"]`; in older cards on the fold val of the sources in its `data`.
+(fold → `source/group`). Older cards have only `data` (fold → source → counts), which identifies images by fold and
+source; cards of published models have `seen`, in words. `before` is the training of the model that this one started
+from, and `teacher` holds that of its teacher; both count as seen. On folds other than `train` something was chosen: the
+checkpoint, or the Sobel constants. Constants that were found later were found on the images of `saw` in the card's
+`metrics["calibration"]`; in older cards, on the fold val of the sources in its `data`.
 """
 
 from __future__ import annotations
@@ -26,43 +26,48 @@ Training = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Leak:
-    """Some images of one source that were seen. `certain`: False where only the patients may be the same, or where
-    the record does not tell which images of the source were seen."""
+    """Images of one source that were seen.
+
+    `certain`: False if only the patients may be the same, or the record does not say which images were seen.
+    `samples`: ids of the images.
+    """
 
     source: str
     how: str
     certain: bool
     samples: tuple[str, ...]
     of: int
-    """Images of the source that are judged on."""
+    """Number of the source's images that are scored."""
 
     @property
     def mark(self) -> str:
+        """Sign that marks the source in tables."""
         return "†" if self.certain else "‡"
 
     def __str__(self) -> str:
         return f"{self.source}, {len(self.samples)} of {self.of} images: {self.how}"
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values, and the sentence for readers as `text`."""
         return {**asdict(self), "samples": list(self.samples), "text": str(self)}
 
 
 def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
-    """Where the scores of this model on these images are too good, source by source, the certain ones first.
+    """Return the images that leaked into training, source by source, the certain ones first.
 
-    An image that was seen itself does not count among those that the constants were found on, or whose patient was.
+    An image that was trained on is not listed again as one that constants were found on, or whose patient was seen.
     """
     records = [*_records("the model", card.training), *_calibration(card)]
     found: list[Leak] = []
     for source in dict.fromkeys(s.source for s in samples):
         ours = [s for s in samples if s.source == source]
-        told: set[str] = set()
+        listed: set[str] = set()
         for what in (_IMAGE, _CONSTANTS, _PATIENT, _DOUBT):
             hits = [
-                (r, tuple(s.id for s in ours if s.id not in told and r.holds(s))) for r in records if r.what is what
+                (r, tuple(s.id for s in ours if s.id not in listed and r.holds(s))) for r in records if r.what is what
             ]
             found += [Leak(source, r.how, what is not _DOUBT, ids, len(ours)) for r, ids in hits if ids]
-            told.update(*(ids for _, ids in hits))
+            listed.update(*(ids for _, ids in hits))
     return found
 
 
@@ -71,7 +76,7 @@ _IMAGE, _CONSTANTS, _PATIENT, _DOUBT = "image", "constants", "patient", "doubt"
 
 @dataclass(frozen=True)
 class _Record:
-    """One thing that a card says was seen: images, also for the constants alone, their patients, or perhaps either."""
+    """What a card says was seen: images, images for the constants only, patients, or possibly any of these."""
 
     what: str
     how: str
@@ -79,7 +84,7 @@ class _Record:
 
 
 def _records(who: str, training: Training) -> Iterator[_Record]:
-    """What one training and those that it builds on have seen."""
+    """Yield what one training, and those that it builds on, have seen."""
     saw: Mapping[str, Sequence[str]] = training.get("saw") or {}
     by_name: Mapping[str, Mapping[str, Any]] = training.get("data") or {}
     for fold, hashes in saw.items():
@@ -95,7 +100,7 @@ def _records(who: str, training: Training) -> Iterator[_Record]:
         how = f"{who} was trained on other images of this source; patients, which are not recorded, may be shared"
         yield _Record(_DOUBT, how, _of_unknown_patient(trained_on))
     if seen := training.get("seen"):
-        # Certain only where the published model has seen all of the source.
+        # Certain only if the published model has seen all of the source.
         what = _IMAGE if "whole data set" in seen or "seen all of it" in seen else _DOUBT
         yield _Record(what, f"{who} has seen: {seen}", _named_in(seen))
     if before := training.get("before"):
@@ -105,7 +110,7 @@ def _records(who: str, training: Training) -> Iterator[_Record]:
 
 
 def _calibration(card: Card) -> Iterator[_Record]:
-    """The images that the model's Sobel constants were found on."""
+    """Yield the images that the model's Sobel constants were found on."""
     calibration = card.metrics.get("calibration")
     if not isinstance(calibration, Mapping):
         return
@@ -145,5 +150,5 @@ def _of_group(groups: Sequence[str]) -> Callable[[Sample], bool]:
 
 
 def _of_unknown_patient(sources: Mapping[str, Any]) -> Callable[[Sample], bool]:
-    """A group of its own for every image says nothing of patients."""
+    """A group of its own for every image does not identify patients."""
     return lambda sample: sample.source in sources and sample.group in ("", sample.id)

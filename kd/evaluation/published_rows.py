@@ -1,4 +1,4 @@
-"""The published tables that ours stand beside, each cell as printed.
+"""The published tables that ours are compared with, each cell as printed.
 
 Source: Tommasino et al., "HoVer-UNet", arXiv 2311.12553, Tables 1 to 3 and section 3; it quotes the rows of the other
 models on PanNuke.
@@ -16,7 +16,7 @@ PAPER = "arXiv 2311.12553"
 
 @dataclass(frozen=True)
 class Column:
-    """`path`: where a cell of ours stands, in the scores of a source, or in the cost. Ours is shown times `scale`."""
+    """A column. `path`: keys of our value in the scores of a source, or in the cost; it is multiplied by `scale`."""
 
     title: str
     path: tuple[str, ...]
@@ -34,16 +34,16 @@ REFERENCE_MIN_AREA = "10"
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the paper. Ours are the scores on the source `source`, judged by the classes of `taxonomy`."""
+    """A table of the paper. Our rows are the scores on `source` in the classes of `taxonomy`."""
 
     name: str
-    """Of the file."""
+    """Name of the file."""
     title: str
     source: str
     taxonomy: Taxonomy
     columns: tuple[Column, ...]
     rows: dict[str, tuple[str, ...]]
-    """By model, a cell for each column; an empty one is not known."""
+    """Cells by model, one for each column; empty if unknown."""
     origin: str
     notes: tuple[str, ...] = ()
 
@@ -55,7 +55,7 @@ def _of_classes(kind: str, *names: str) -> tuple[Column, ...]:
 _FIVE = tuple(c.name for c in PANNUKE.nuclei)
 _SEEN = (
     "HoVer-UNet's released code takes the published HoVerNet weights for its teacher. They were fine-tuned on all of "
-    "PanNuke (vqdang/hover_net issue 275), so that the teacher had seen every test fold."
+    "PanNuke (vqdang/hover_net issue 275), so the teacher had seen every test fold."
 )
 
 TABLES = (
@@ -107,9 +107,9 @@ TABLES = (
         },
         f"{PAPER}, Table 3",
         (
-            "The columns of the published rows were told from the paper's text. Its F of neoplastic and epithelial "
+            "The columns of the published rows were identified by the paper's text. Its F of neoplastic and epithelial "
             "are, in an order that the text leaves open, 0.495 and 0.415 for HoVerNet, 0.603 and 0.599 for HoVer-UNet. "
-            "As time it names about 48 s and 17 s.",
+            "It gives times of about 48 s and 17 s.",
         ),
     ),
 )
@@ -127,6 +127,5 @@ COST_ROWS = {
 }
 COST_ORIGIN = f"{PAPER}, section 3"
 COST_NOTES = (
-    "Seconds are the mean over a batch of 16 patches, the network alone. Those of one machine may be divided by each "
-    "other; those of two may not.",
+    "Seconds are the mean over a batch of 16 patches, the network alone. Compare only times of the same machine.",
 )

@@ -1,8 +1,9 @@
-"""HoVerNet's post-processing with its numbers as parameters, on maps of floats: for asking whether they are good ones.
+"""HoVerNet's post-processing on maps of floats with its numbers as parameters, to test other values.
 
-The steps are the reference's (tiatoolbox's `HoVerNet._proc_np_hv`; see `hover_batch.nuclei.watershed`), by the
-libraries' own functions over the whole image, some ten times slower than what slides go through, and nothing but the
-search uses them. With the reference's numbers and stored maps they give what slides get, but for nested components.
+The steps are those of the reference (tiatoolbox's `HoVerNet._proc_np_hv`; see `hover_batch.nuclei.watershed`), in the
+libraries' own functions over the whole image. They are about ten times slower than the code for slides, and only the
+search uses them. With the reference's numbers and stored maps they give the instances of slides, except for nested
+components.
 """
 
 from __future__ import annotations
@@ -21,48 +22,48 @@ from hover_batch.nuclei.markers import MARKER_ENERGY, MIN_PIXELS
 from hover_batch.nuclei.watershed import SobelConstants
 
 Maps = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
-"""Of the same pixels (y, x): nucleus probability, h and v in [-1, 1]."""
+"""Nucleus probability, h and v in [-1, 1], each (y, x)."""
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of the post-processing that are HoVerNet's, and not a model's."""
+    """The numbers of the post-processing that HoVerNet fixes for all models."""
 
     nucleus: float = MapLayout.NP_NUCLEUS / 256
-    """Foreground has at least this probability."""
+    """Lowest probability of the foreground."""
     marker: float = MARKER_ENERGY
-    """Foreground of less energy than this marks the inside of a nucleus."""
+    """Energy below which foreground becomes a marker."""
     sobel: int = SOBEL_SIZE
-    """Side of the Sobel kernel."""
+    """Side in pixels of the Sobel kernel."""
     opening: int = 5
-    """Diameter of the ellipse that opens the markers; 0: they are not opened."""
+    """Diameter in pixels of the ellipse that opens the markers; 0: no opening."""
 
 
 def from_stored(planes: NDArray[np.uint8]) -> Maps:
-    """Stored np, h and v (3, y, x) as the numbers that they stand for."""
+    """Convert stored np, h and v (3, y, x) uint8 to the float32 values that they encode."""
     hv = planes[1:].view(np.int8).astype(np.float32) / HV_STEPS
     return planes[0].astype(np.float32) / 256, hv[0], hv[1]
 
 
 def sobel(maps: Maps, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Sobel_x(h) and Sobel_y(v) with a kernel of `size` pixels: (y, x) float64."""
+    """Return Sobel_x(h) and Sobel_y(v), each (y, x) float64, with a kernel of `size` pixels."""
     _, h, v = maps
     x = cv2.Sobel(h, cv2.CV_64F, 1, 0, ksize=size)
     return np.asarray(x), np.asarray(cv2.Sobel(v, cv2.CV_64F, 0, 1, ksize=size))
 
 
 def extremes(maps: Maps, size: int) -> SobelConstants:
-    """Those of the two Sobel maps over one image, as `SobelConstants.of_window` takes them of stored maps."""
+    """Return the extremes of both Sobel maps of one image, as `SobelConstants.of_window` does for stored maps."""
     x, y = sobel(maps, size)
     return SobelConstants(float(x.min()), float(x.max()), float(y.min()), float(y.max()))
 
 
 def instances_by(maps: Maps, constants: SobelConstants, numbers: Numbers) -> NDArray[np.int32]:
-    """Instances (y, x) int32, 0 = background."""
+    """Return instances (y, x) int32, 0 = background."""
     foreground = _large(maps[0] >= numbers.nucleus) > 0
     (scale_h, scale_v), (low_h, low_v) = constants.scaling
     x, y = sobel(maps, numbers.sobel)
-    slope_h = (x * (scale_h * HV_STEPS) - low_h).astype(np.float32)  # `scaling` is that of stored steps
+    slope_h = (x * (scale_h * HV_STEPS) - low_h).astype(np.float32)  # `scaling` is in units of stored steps
     slope_v = (y * (scale_v * HV_STEPS) - low_v).astype(np.float32)
     energy = np.maximum(np.maximum(1 - slope_h, 1 - slope_v), 0)
     energy[~foreground] = 1
@@ -76,7 +77,7 @@ def instances_by(maps: Maps, constants: SobelConstants, numbers: Numbers) -> NDA
 
 
 def _large(mask: NDArray[np.bool_] | NDArray[np.uint8]) -> NDArray[np.int32]:
-    """The 4-connected components of a mask (y, x) that have MIN_PIXELS pixels."""
+    """Label the 4-connected components of a mask (y, x) that have at least MIN_PIXELS pixels."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4, ltype=cv2.CV_32S)
     small = stats[:, cv2.CC_STAT_AREA] < MIN_PIXELS
     labels[small[labels]] = 0

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 TILES_A_TASK = 16
 THREADS = 4
-"""Of a teacher on the CPU, where Ray runs several."""
+"""Threads of each teacher on the CPU if Ray runs several."""
 SAY_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
 class Teaching:
-    """What all tasks share: which images, which teacher, where its outputs go, and how it computes."""
+    """What all tasks share: the images, the teacher, the folder of its outputs, and how it computes."""
 
     data: Path
     teacher: Path
@@ -42,7 +42,7 @@ class Teaching:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A few images of a fold, by their places in it: a task's message holds no pixels."""
+    """A task: a few images of a fold, by index, so that messages hold no pixels."""
 
     teaching: Teaching
     fold: str
@@ -60,23 +60,23 @@ def teach(
     engine: EngineSettings,
     say: Callable[[str], None],
 ) -> TeacherCache:
-    """Keep the teacher's output for every image of the folds in `cache`, or go on with what lies there.
+    """Store the teacher's output for every image of the folds and sources (None: all) in `cache`.
 
-    Sound outputs are not made again, corrupt ones are. One run at a time writes a cache. Raises InputError and
-    PackageError; whatever is raised, what is kept stays.
+    Outputs that exist are kept, corrupted ones are made again, so an interrupted run resumes. Only one run at a time
+    may write a cache. `batch`: tiles a batch. `say` is called with lines of progress. Raises InputError if the data or
+    the teacher does not fit, and PackageError if the teacher cannot be loaded; outputs stored so far remain.
     """
     if teacher != "starter" and not Path(teacher).exists():
         raise PackageError(
-            f"--teacher {teacher}: no such package; `hover-batch models import` makes one of a published checkpoint"
+            f"--teacher {teacher}: no such package; make one of a published checkpoint with `hover-batch models import`"
         )
     package = find_package(teacher, "--teacher")
     check_pixel_size(package.card, f"--teacher {teacher}")
     theirs, ours = package.card.taxonomy, taxonomy_of(data)
     if theirs.classes != ours.classes:
         raise InputError(
-            f"--teacher {teacher}: its classes are those of {theirs.name}, the data's those of {ours.name}, "
-            "and no student could learn both; take a teacher of the data's classes, or other --classes in "
-            "`hover-batch kd prepare`"
+            f"--teacher {teacher}: its classes are those of {theirs.name}, but the data's are those of {ours.name}; "
+            "give a teacher with the data's classes, or other --classes to `hover-batch kd prepare`"
         )
     kept = TeacherCache.create(cache, package)
     with machines(engine, cache / "ray.log") as found:
@@ -84,7 +84,7 @@ def teach(
         threads = 0 if on_gpu else min(THREADS, found.cpus) if ray else engine.cpus
         device = ("cuda" if on_gpu else "cpu") if ray else "cpu" if engine.gpus == 0 else "auto"
         infer = InferSettings(batch=batch, precision="fp32", threads=threads, device=device)
-        # A cluster's processes may start in other folders than this one.
+        # The processes of a cluster may start in another working directory.
         teaching = Teaching(
             data=data.resolve(),
             teacher=package.path.resolve(),
@@ -113,7 +113,7 @@ def teach(
 def _lessons(
     teaching: Teaching, folds: Sequence[str], cache: TeacherCache, card: Card, progress: _Progress
 ) -> Iterator[Lesson]:
-    """What is left to do, fold by fold; an image that comes twice is taught once."""
+    """Yield the work that is left, fold by fold; an image that occurs twice is done once."""
     seen: set[str] = set()
     for fold in folds:
         samples = _samples(teaching, fold)
@@ -131,12 +131,12 @@ def _lessons(
 
 
 def take(lesson: Lesson) -> None:
-    """One task: the teacher's outputs for a few images, kept."""
+    """Do one task: compute and store the teacher's outputs for a few images."""
     from hover_batch.model.images import image_logits
 
     cache = TeacherCache.open(lesson.teaching.cache)
     samples = [_samples(lesson.teaching, lesson.fold)[i] for i in lesson.places]
-    samples = [s for s in samples if not cache.has(s)]  # a process that died may have kept some
+    samples = [s for s in samples if not cache.has(s)]  # a crashed worker may have stored some
     outputs = image_logits(_predictor(lesson.teaching), [s.image for s in samples])
     for sample, logits in zip(samples, outputs, strict=True):
         cache.keep(sample, logits)
@@ -144,25 +144,25 @@ def take(lesson: Lesson) -> None:
 
 @lru_cache(maxsize=1)
 def _samples(teaching: Teaching, fold: str) -> list[Sample]:
-    """The images of a fold, read once by each process."""
+    """Read the images of a fold, once in each process."""
     samples = read_data(teaching.data, [fold], teaching.sources).samples
     if not samples:
         of = f" of {', '.join(teaching.sources)}" if teaching.sources else ""
-        there = ", ".join(folds_of(teaching.data))
-        raise InputError(f"--fold {fold}: {teaching.data} has no such image{of}; it has {there}")
+        folds = ", ".join(folds_of(teaching.data))
+        raise InputError(f"--fold {fold}: {teaching.data} has no such image{of}; give one of its folds, {folds}")
     return samples
 
 
 @lru_cache(maxsize=1)
 def _predictor(teaching: Teaching) -> Predictor:
-    """The teacher, loaded once by each process."""
+    """Load the teacher, once in each process."""
     from hover_batch.model.predict import load_predictor
 
     return load_predictor(find_package(str(teaching.teacher), "--teacher"), teaching.infer)
 
 
 class _Progress:
-    """Plain lines: how many images are taught, how fast, how long still."""
+    """Prints how many images are done, how fast, and the time left."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -173,7 +173,7 @@ class _Progress:
         if not self._total:
             self._started = time.monotonic()
         self._total, self._done, self._before = self._total + images, self._done + before, self._before + before
-        self._say(f"fold {fold}: {images} images, {before} of them taught before")
+        self._say(f"fold {fold}: {images} images, {before} of them done before")
 
     def advance(self, images: int) -> None:
         self._done += images
@@ -184,4 +184,4 @@ class _Progress:
             self._say(f"  {self._done}/{self._total} images, {each:.2g} s each, {left / 60:.1f} min left")
 
     def close(self) -> None:
-        self._say(f"{self._done} images taught, {self._done - self._before} of them now")
+        self._say(f"{self._done} images done, {self._done - self._before} of them now")

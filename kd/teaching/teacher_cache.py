@@ -33,7 +33,7 @@ CHUNK = 256
 class TeacherCache:
     """The outputs of one teacher.
 
-    `taxonomy`: its classes. `sha256`: of its package (`Package.sha256`). `card`: its card, as JSON.
+    `taxonomy`: the teacher's classes. `sha256`: the hash of its package (`Package.sha256`). `card`: its card, as JSON.
     """
 
     path: Path
@@ -43,21 +43,23 @@ class TeacherCache:
 
     @classmethod
     def open(cls, path: Path) -> TeacherCache:
-        """Open what `kd teach` has written. InputError where it is no cache."""
+        """Open a cache that `kd teach` wrote. Raises InputError if it is not one."""
         try:
             about = json.loads((path / "teacher.json").read_bytes())
             if about["format"] != FORMAT:
-                raise ValueError(f"it is of the format {about['format']}, not {FORMAT}")
+                raise ValueError(f"its format is {about['format']}, not {FORMAT}")
             return cls(path, Card.from_json(about["card"]).taxonomy, about["sha256"], about["card"])
         except FileNotFoundError:
             reason = "it has no teacher.json"
         except (OSError, ValueError, KeyError, TypeError, PackageError) as error:
             reason = f"its teacher.json cannot be read: {error}"
-        raise InputError(f"{path}: no outputs of a teacher ({reason}); `hover-batch kd teach` writes a folder of them")
+        raise InputError(
+            f"{path}: not a cache of a teacher's outputs ({reason}); write one with `hover-batch kd teach`"
+        )
 
     @classmethod
     def create(cls, path: Path, teacher: Package) -> TeacherCache:
-        """Begin a cache, or open the one that is there. InputError where it is another teacher's."""
+        """Open the cache at `path`, or begin one. Raises InputError if it is another teacher's or not writable."""
         if not (path / "teacher.json").exists():
             try:
                 path.mkdir(parents=True, exist_ok=True)
@@ -76,9 +78,9 @@ class TeacherCache:
         return cache
 
     def logits(self, sample: Sample) -> NDArray[np.float16]:
-        """The teacher's output (channel, y, x) float16 for the whole image, as `hover_batch.model.heads` lays out.
+        """Return the teacher's output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`.
 
-        InputError where there is none, or it is not what was written.
+        Raises InputError if there is none, or it is corrupted.
         """
         path = self._array(sample)
         if not self.covers(sample):
@@ -95,19 +97,19 @@ class TeacherCache:
             if logits.shape != expected or logits.dtype != np.float16:
                 raise ValueError(f"it is {logits.dtype} {logits.shape}, not float16 {expected}")
             if array.attrs["teacher_sha256"] != self.sha256:
-                raise ValueError("it is another teacher's")
+                raise ValueError("it is of another teacher")
             if array.attrs["sha256"] != _sha256(logits):
-                raise ValueError("its bytes are not those that were written")
-        except Exception as error:  # a damaged file raises whatever zarr, zstd or JSON think fit
-            raise InputError(f"{path}: corrupt ({error}); delete it and run `hover-batch kd teach` again") from error
+                raise ValueError("checksum mismatch")
+        except Exception as error:  # zarr, zstd and JSON raise many kinds on a damaged file
+            raise InputError(f"{path}: corrupted ({error}); delete it and run `hover-batch kd teach` again") from error
         return logits
 
     def covers(self, sample: Sample) -> bool:
-        """Whether there is an output for this image, sound or not."""
+        """Whether there is an output for this image, intact or corrupted."""
         return self._array(sample).is_dir()
 
     def has(self, sample: Sample) -> bool:
-        """Whether the output for this image is there and sound; one that is not is deleted."""
+        """Whether there is an intact output for this image. A corrupted one is deleted."""
         if not self.covers(sample):
             return False
         try:
@@ -118,9 +120,9 @@ class TeacherCache:
         return True
 
     def keep(self, sample: Sample, logits: NDArray[np.floating[Any]]) -> None:
-        """Keep the output (channel, y, x) for an image of which there is none yet. PackageError where it is not finite.
+        """Store the output (channel, y, x) for an image that has none yet. Raises PackageError if it is not finite.
 
-        float16 reaches to 65504: what lies beyond, which no softmax tells apart, is cut there.
+        Values are clipped to the range of float16, ±65504, beyond which no softmax changes.
         """
         import zarr
         from zarr.codecs import ZstdCodec
@@ -130,7 +132,7 @@ class TeacherCache:
         limit = float(np.finfo(np.float16).max)
         halves = logits.clip(-limit, limit).astype(np.float16)
         path = self._array(sample)
-        temporary = path.with_name(f".{path.name}.partial")  # of a killed run, too: the next one takes its place
+        temporary = path.with_name(f".{path.name}.partial")  # overwritten if a killed run left it behind
         path.parent.mkdir(exist_ok=True)
         channels, height, width = halves.shape
         array = zarr.create_array(

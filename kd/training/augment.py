@@ -1,4 +1,6 @@
-"""Random views of an annotated image: geometry on image, labels and a teacher's output alike, appearance on the image.
+"""Random views of an annotated image.
+
+Geometry changes image, labels and a teacher's output alike, appearance only the image.
 
 ========== ============================================== ===========================================
 kind       geometry                                       appearance
@@ -13,9 +15,9 @@ The ranges are meant to cover scanners and stains: 20× slides are seen upsample
 tiles are common (hence recompression), H and E vary independently between laboratories (hence stain jitter), and
 some scanners sharpen and darken until nuclei are black (hence gamma and unsharp masks).
 
-A teacher's h and v cannot be turned by any angle: each is scaled by the nucleus's extents along its own axis, so that
-those of a turned nucleus are no mixture of them. Right-angle turns and flips swap and negate them, scaling leaves them
-as they are; with a teacher, `full` keeps to these.
+A teacher's h and v can be turned by right angles only. Each is scaled by the extents of the nucleus along its own axis,
+so those of a turned nucleus are not a mixture of the two. Right-angle turns and flips swap and negate them, and scaling
+leaves them unchanged; with a teacher, `full` is limited to these.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from hover_batch.model.heads import HV
 from kd.data.datasets import Sample
 
 LABEL_MARGIN = 32
-"""Labels are cut this much wider than the image (pixels), so that a nucleus at the crop's edge has the distances of
-the whole nucleus, as it will when tiles are predicted with a margin."""
+"""Pixels by which labels extend beyond the image on each side, so that a nucleus at the edge of the crop has the
+distances of the whole nucleus, as when tiles are predicted with a margin."""
 
 SCALE = (0.8, 1.25)
 RIGHT = math.pi / 2
@@ -42,8 +44,11 @@ HED_TO_RGB: NDArray[np.float32] = rgb_from_hed.astype(np.float32)
 
 
 class View(NamedTuple):
-    """image (size, size, 3) uint8 · instances int32 and types uint8, both (size + 2·LABEL_MARGIN) square, types zero
-    where the sample has none · planes (c, size, size) float32, the teacher's output, or None."""
+    """A training crop before its targets are computed.
+
+    `image`: (size, size, 3) uint8 RGB. `instances` int32 and `types` uint8: square, size + 2 × LABEL_MARGIN; types are
+    0 if the sample has none. `planes`: the teacher's output (c, size, size) float32, or None.
+    """
 
     image: NDArray[np.uint8]
     instances: NDArray[np.int32]
@@ -58,9 +63,9 @@ def random_view(
     kind: str = "full",
     planes: NDArray[np.float16] | None = None,
 ) -> View:
-    """Cut, turn, flip, scale and recolour, as `kind` says.
+    """Return a crop of `size` pixels a side, changed at random as `kind` says (see the table above).
 
-    planes: (c, y, x), the teacher's output for the whole image, as `hover_batch.model.heads` lays it out.
+    `planes`: the teacher's output (c, y, x) for the whole image, as in `hover_batch.model.heads`.
     """
     view = random_geometry(sample, size, rng, kind, planes)
     if kind == "full":
@@ -77,7 +82,10 @@ def random_geometry(
     kind: str = "full",
     planes: NDArray[np.float16] | None = None,
 ) -> View:
-    """One affine map of the source, at least `size` on each side, onto the view; the image part lies inside it."""
+    """Crop, turn, flip and scale by one affine map; the image part of the view lies inside the source.
+
+    The image must be at least `size` pixels a side.
+    """
     scale, angle, flip = 1.0, 0.0, 1
     if kind == "full":
         scale = math.exp(rng.uniform(math.log(SCALE[0]), math.log(SCALE[1])))
@@ -90,7 +98,7 @@ def random_geometry(
     height, width = sample.instances.shape
     small = 2 * _reach(size, angle, scale) > min(height, width)
     if small:
-        # An image hardly larger than the view, such as PanNuke's: what lies beyond is not known, so it is kept inside.
+        # The image is hardly larger than the view, as in PanNuke; nothing is known beyond it, so the view stays inside.
         angle = round(angle / RIGHT) * RIGHT
         if kind == "full":
             scale = max(scale, size / min(height, width))
@@ -100,7 +108,7 @@ def random_geometry(
     reach = _reach(size, angle, scale)
     centre = np.array([_uniform_inside(width, reach, rng), _uniform_inside(height, reach, rng)])
     if small or kind != "full":
-        centre -= 0.5  # from edges to the centres of pixels, lest what just fits is missed by half a pixel
+        centre -= 0.5  # from edges to centres of pixels, so that a view that just fits is not off by half a pixel
     if kind != "full":  # pixels fall on pixels
         step = np.rint(step)
         half = step @ np.array([size / 2 - 0.5, size / 2 - 0.5])
@@ -124,21 +132,24 @@ def random_geometry(
         types = warp(sample.types, wide, cv2.INTER_NEAREST).astype(np.uint8)
     if planes is None:
         return View(image.astype(np.uint8), instances, types, None)
-    # To the nearest, as labels: where nuclei touch, h and v jump from 1 to -1, and nothing in between is meant.
+    # Nearest neighbour, as for labels: where nuclei touch, h and v jump from 1 to -1 without values in between.
     warped = np.stack([warp(plane.astype(np.float32), size, cv2.INTER_NEAREST) for plane in planes])
     warped[HV] = turn_hv(warped[HV], np.rint(step * scale))
     return View(image.astype(np.uint8), instances, types, warped)
 
 
 def turn_hv(hv: NDArray[np.float32], step: NDArray[np.float64]) -> NDArray[np.float32]:
-    """h and v (2, y, x) along the axes of a view. step (2, 2): the source's x and y (rows) of one pixel along the
-    view's x and y (columns), of right-angle turns and flips: one 1 or -1 in each row and column, else 0."""
+    """Turn h and v (2, y, x) to the axes of a view.
+
+    `step` (2, 2): the source's x and y (rows) of one pixel along the view's x and y (columns). It is a right-angle turn
+    or flip: each row and column has a single 1 or -1, else 0.
+    """
     h, v = (sum(step[axis, i] * hv[axis] for axis in range(2)) for i in range(2))
     return np.stack([h, v]).astype(np.float32)
 
 
 def _reach(size: int, angle: float, scale: float) -> float:
-    """How far from its centre a view of `size` pixels reaches in the source, along either axis."""
+    """Return how far, in source pixels, a view extends from its centre along each axis."""
     return (abs(math.cos(angle) / scale) + abs(math.sin(angle) / scale)) * size / 2
 
 
@@ -148,7 +159,10 @@ def _uniform_inside(extent: int, reach: float, rng: np.random.Generator) -> floa
 
 
 def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Stain, colour, tone, sharpness, resolution, noise, JPEG, each with its own chance. (y, x, 3) uint8 in and out."""
+    """Change stain, colour, tone, sharpness, resolution, noise and JPEG, each with a probability of its own.
+
+    (y, x, 3) uint8 in and out, as in the functions below.
+    """
     if rng.random() < 0.7:
         image = jitter_stain(image, rng)
     if rng.random() < 0.5:
@@ -170,7 +184,7 @@ def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDA
 
 
 def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The two changes that HoVer-UNet's released code makes, each with a chance of its own."""
+    """Change colour and blur, each with a probability of its own, as in HoVer-UNet's released code."""
     if rng.random() < 0.5:
         image = jitter_color(image, rng)
     if rng.random() < 0.3:
@@ -204,7 +218,7 @@ def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLik
 
 
 def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Contrast about the mean, brightness, saturation and hue."""
+    """Change contrast about the mean, brightness, saturation and hue."""
     pixels = image.astype(np.float32)
     pixels = (pixels - pixels.mean()) * rng.uniform(0.8, 1.25) + pixels.mean() + rng.uniform(-20, 20)
     grey = pixels.mean(axis=2, keepdims=True)
@@ -227,14 +241,14 @@ def change_gamma(image: NDArray[np.uint8], exponent: float) -> NDArray[np.uint8]
 
 
 def sharpen(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """An unsharp mask, as some scanners apply before they save."""
+    """Apply an unsharp mask, as some scanners do."""
     amount = rng.uniform(0.3, 1.5)
     soft = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 2.0))
     return np.asarray(cv2.addWeighted(image, 1 + amount, soft, -amount, 0), np.uint8)
 
 
 def lose_resolution(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """What a slide scanned at 1.3 to 2.2 times the pixel size looks like at this one."""
+    """Resample as if the slide had been scanned at 1.3 to 2.2 times the pixel size."""
     side = image.shape[0]
     small = int(side / rng.uniform(1.3, 2.2))
     reduced = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)

@@ -1,4 +1,4 @@
-"""The log of a training run, a row an epoch: log.csv, TensorBoard where it is installed, and a line on the screen."""
+"""The log of a training, a row an epoch: log.csv, TensorBoard if it is installed, and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ LOG = "log.csv"
 EVENTS = "tensorboard"
 """Folder of TensorBoard's files: `tensorboard --logdir OUT/tensorboard`."""
 SAY_EVERY_S = 30.0
+"""Seconds between lines of progress."""
 
 
 class Log:
-    """Writes into the run's folder; says once where there is no TensorBoard."""
+    """Writes into the folder of the training; prints once if TensorBoard is not installed."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / LOG
@@ -30,17 +31,17 @@ class Log:
             self.has_events = True
 
     def step(self, done: int, steps: int, s_per_step: float) -> None:
-        """Say now and then how far the training is; an epoch may take hours."""
+        """Print progress at most every SAY_EVERY_S seconds, because an epoch may take hours."""
         if (now := time.monotonic()) - self._said >= SAY_EVERY_S:
             self._said = now
             left = s_per_step * (steps - done)
             print(f"  step {done} of {steps}, {s_per_step:.2g} s each, {left / 60:.0f} min left", flush=True)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append the row of an epoch, by its `step`; it takes the place of rows of the same and of later steps."""
+        """Append the row of an epoch. It replaces rows of the same and later `step`s, which an interrupted run left."""
         rows = [r for r in read_log(self.path) if float(r["step"]) < row["step"]]
         rows.append({name: f"{value:.6g}" for name, value in row.items()})
-        # Columns may come late: a first epoch need not have seen a typed image.
+        # Columns may appear late: the first epoch may have no image with types.
         columns = list(dict.fromkeys(name for r in rows for name in r))
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="") as f:
@@ -56,7 +57,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         step = int(row["step"])
-        # A file an epoch, closed at once: no run leaves one half written; those purged are an interrupted run's.
+        # One file an epoch, closed at once, so that none is left half written. Purged rows are an interrupted run's.
         with SummaryWriter(str(self.events), purge_step=step) as writer:
             for name, value in row.items():
                 if name != "step":
@@ -65,7 +66,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a log.csv, empty cells left out; none where there is no file."""
+    """Return the rows of a log.csv without empty cells; no rows if there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="") as f:

@@ -1,8 +1,4 @@
-"""How the learning rate goes, and when training ends.
-
-Both schedules: `before(step)` is called before each step; `after(loss)` after each epoch with its validation loss, and
-says whether to go on.
-"""
+"""Schedules of the learning rate, which also decide when training ends."""
 
 from __future__ import annotations
 
@@ -15,18 +11,25 @@ from kd.training.config import TrainConfig
 
 
 class Schedule(Protocol):
-    def before(self, step: int) -> None: ...
-    def after(self, loss: float) -> bool: ...
+    """A schedule that can be stored in a checkpoint."""
+
+    def before(self, step: int) -> None:
+        """Set the learning rate before each step."""
+
+    def after(self, loss: float) -> bool:
+        """Take the validation loss after each epoch; False ends the training."""
+
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Schedule:
+    """Build the schedule of a training of `steps` steps."""
     return Plateau(config, optimizer) if config.schedule == "plateau" else Cosine(config, optimizer, steps)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine to zero at step `steps`."""
+    """Return the rate at `step`: linear warm-up, then half a cosine to zero at step `steps`."""
     warmup = min(300, steps // 10) if config.warmup is None else config.warmup
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -57,11 +60,11 @@ class Cosine:
 
 
 class Plateau:
-    """The rate falls where the validation loss stays; training ends where it stays for longer.
+    """The rate falls when the validation loss stops falling; some epochs later training ends.
 
-    Progress is a loss lower than the least so far by `plateau_delta`, in absolute terms. After more than
-    `plateau_patience` epochs without, the rate is multiplied by `plateau_factor`, down to `min_lr`; with the
-    `early_stop`-th such epoch, training ends.
+    Progress is a loss more than `plateau_delta` below the lowest so far. After more than `plateau_patience` epochs
+    without progress the rate is multiplied by `plateau_factor`, down to `min_lr`; with the `early_stop`-th such epoch
+    training ends.
     """
 
     def __init__(self, config: TrainConfig, optimizer: torch.optim.Optimizer) -> None:

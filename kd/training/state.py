@@ -1,4 +1,4 @@
-"""What a training run stands on, as kept in its checkpoint: what it needs to go on as if nothing had happened."""
+"""The state of a training, which its checkpoint stores so that it resumes as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -26,41 +26,44 @@ CHECKPOINT = "checkpoint.pt"
 
 @dataclass
 class State:
-    """Changes as training goes on. `shipped`: the weights that are packaged, the average or those of the best epoch."""
+    """The part that changes during training.
+
+    `shipped`: the network with the weights to package, which are averages or those of the best epoch.
+    """
 
     model: nn.Module
     shipped: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     step: int = 0
-    """Steps done."""
+    """Number of steps done."""
     best: float = math.inf
-    """The least validation loss of an epoch."""
+    """Lowest validation loss of an epoch."""
     ended: bool = False
-    """Whether the schedule has ended the training."""
+    """True once the schedule has ended the training."""
     row: dict[str, float] | None = None
-    """The log's row of an epoch that has been trained and not yet been validated."""
+    """Log row of an epoch that is trained but not yet validated."""
 
     def save(self, config: TrainConfig, record: dict[str, Any]) -> None:
-        """Write the checkpoint, whole or not at all. `record`: see `record_of`. HoverBatchError where it cannot be."""
+        """Write the checkpoint atomically. `record`: see `record_of`. Raises HoverBatchError if that fails."""
         path = config.out / CHECKPOINT
         temporary = path.with_suffix(".tmp")
         held = {name: getattr(self, name).state_dict() for name in ("model", "shipped", "optimizer", "schedule")}
         held |= {name: getattr(self, name) for name in ("step", "best", "ended", "row")}
         try:
             torch.save({"config": config.to_json(), "record": record, **held}, temporary)
-        except RuntimeError as error:  # torch's own writer says of a full disk that a position is unexpected
+        except RuntimeError as error:  # on a full disk torch reports an unexpected position
             temporary.unlink(missing_ok=True)
             raise HoverBatchError(
-                f"{path} cannot be written; see that its disk has space and run the same command again: it goes on "
-                f"from the last one written ({str(error).splitlines()[0]})"
+                f"{path} cannot be written; make sure that its disk has space and run the same command again: it "
+                f"resumes from the last checkpoint ({str(error).splitlines()[0]})"
             ) from error
         os.replace(temporary, path)
 
     def resume(self, config: TrainConfig, record: dict[str, Any]) -> None:
-        """Take over what the checkpoint holds, if there is one.
+        """Load the checkpoint, if there is one.
 
-        Raises InputError where it was made with other settings, other images or annotations, or another teacher.
+        Raises InputError if it was made with other settings, images or annotations, or another teacher.
         """
         path = config.out / CHECKPOINT
         if not path.exists():
@@ -77,18 +80,22 @@ class State:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `State.save` wrote; unpickles nothing but tensors and plain values.
+    """Read what `State.save` wrote; only tensors and plain values are unpickled.
 
-    Raises InputError where there is no such file, it is no checkpoint, or another version wrote it.
+    Raises InputError if there is no such file, it is not a checkpoint, or another version wrote it.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; `hover-batch kd train` writes one")
+        raise InputError(f"{path}: no such checkpoint; write one with `hover-batch kd train`")
     try:
         saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: no checkpoint of `hover-batch kd train`, or a damaged one") from error
+        raise InputError(
+            f"{path}: not a checkpoint of `hover-batch kd train`, or damaged; train anew into another --out"
+        ) from error
     if not isinstance(saved, dict) or not saved.keys() >= {"config", "record", "shipped", "step"}:
-        raise InputError(f"{path} is of an older version, which alone can go on; train anew into another --out")
+        raise InputError(
+            f"{path} was written by an older version and cannot be resumed by this one; train anew into another --out"
+        )
     return saved
 
 
@@ -99,9 +106,11 @@ def record_of(
     teacher: Teacher | None,
     before: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the card will say of the training. `saw`: the images, by the first digits of their sha256, and
-    `saw_groups` their patients, as source/group, as far as these are known; `truth_sha256`: of their annotations.
-    `before`: the training, or the source, of the weights that this one started from."""
+    """Return the record of a training for the model card.
+
+    `saw`: image hashes by part, as `hashes_of` gives them. `saw_groups`: their patients as source/group, if known.
+    `truth_sha256`: hashes of their annotations. `before`: the training, or the source, of the weights that this one started from.
+    """
     parts = {"train": training, "val": validation}
     taught = None
     if teacher is not None:
@@ -121,7 +130,7 @@ def record_of(
 
 
 def contents(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """Images and nuclei by source, and how many of the images have types."""
+    """Count, by source, the images, their nuclei, and the images with types."""
     found: dict[str, dict[str, int]] = {}
     for sample in samples:
         entry = found.setdefault(sample.source, {"images": 0, "nuclei": 0, "typed": 0})

@@ -1,5 +1,5 @@
-"""A quick look at the network while it trains: its loss on crops that stay the same, scores of the central part of
-each validation image by source, and a picture of some."""
+"""Quick validation during training: the loss on fixed crops, scores of the central part of each validation image by
+source, and a picture of some."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from kd.training.crops import Crops, Teacher, batches
 from kd.training.losses import Targets
 
 SIDE = 512
-"""Side in pixels of what is scored of each image."""
+"""Side in pixels of the central part of each image that is scored."""
 SCORED = 64
-"""Images of a source that are scored, evenly spaced among all."""
+"""Largest number of images of a source that are scored, evenly spaced among all."""
 EXAMPLES, EXAMPLE_SIDE = 4, 256
-"""Rows of the picture, and their side in pixels."""
+"""Number of rows of the picture, and the side of its images in pixels."""
 
 TYPICAL = SobelConstants(h_min=-1.191e11, h_max=7.051e10, v_min=-1.17e11, v_max=6.913e10)
 """Numbers that calibration of the starter gave. `kd.evaluation.calibrate` finds those of a package after training."""
@@ -45,7 +45,7 @@ def validation_loss(
     batch: int,
     device: torch.device,
 ) -> float:
-    """The mean of the training loss over the batches of `crops`. `model` must be in evaluation mode."""
+    """Return the mean training loss over the batches of `crops`. `model` must be in evaluation mode."""
     losses = []
     for image, targets in batches(crops, batch, device):
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -58,8 +58,8 @@ def validate(model: nn.Module, samples: Sequence[Sample], device: torch.device, 
     """Return scores `val_pq_<source>`, `val_dice_<source>`, `val_f_d_<source>` and, where types are annotated,
     `val_f_c_<source>`: the mean F_c over the classes. Sources that outline only some of the nuclei have none.
 
-    `model` must be in evaluation mode. The central SIDE × SIDE pixels of each image are looked at, or what the image
-    has of them in steps of 32, with mirrored pixels around them.
+    `model` must be in evaluation mode. Only the central SIDE × SIDE pixels of each image are scored; of a smaller
+    image, the largest multiples of 32. Pixels around them are mirrored.
     """
     maps_of = maps_by(model, device, taxonomy)
     chosen: list[Sample] = []
@@ -76,8 +76,8 @@ def validate(model: nn.Module, samples: Sequence[Sample], device: torch.device, 
 def examples(
     model: nn.Module, samples: Sequence[Sample], device: torch.device, taxonomy: Taxonomy, teacher: Teacher | None
 ) -> Image:
-    """A picture (y, x, 3) of up to EXAMPLES images: as they are, annotated, by the teacher if there is one, and by
-    `model`, which must be in evaluation mode."""
+    """Return a picture (y, x, 3) uint8 RGB of up to EXAMPLES images, as they are, annotated, and predicted by the
+    teacher, if there is one, and by `model`, which must be in evaluation mode."""
     maps_of = maps_by(model, device, taxonomy)
     layout = MapLayout(len(taxonomy.classes))
 
@@ -98,7 +98,10 @@ def examples(
 
 
 def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsOf:
-    """What gives a network's stored maps of an image whose sides are multiples of 32, with mirrored pixels around."""
+    """Return a function from an image (y, x, 3) uint8, its sides multiples of 32, to the network's stored maps.
+
+    Pixels around the image are mirrored.
+    """
     layout = MapLayout(len(taxonomy.classes))
 
     @torch.inference_mode()
@@ -116,7 +119,7 @@ def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsO
 
 
 def _margin(model: nn.Module, side: int) -> int:
-    """How many pixels a network wants around a part of `side`, a multiple of 32."""
+    """Return the margin in pixels that a network needs around a part of `side` pixels, a multiple of 32."""
     if not isinstance(model, HoVerNet):
         return LABEL_MARGIN
     arch = model.arch
@@ -125,7 +128,7 @@ def _margin(model: nn.Module, side: int) -> int:
 
 
 def _spread(samples: Sequence[Sample], n: int) -> list[Sample]:
-    """Up to n of them, evenly spaced."""
+    """Return up to n of the samples, evenly spaced."""
     if len(samples) <= n:
         return list(samples)
     return [samples[i * len(samples) // n] for i in range(n)]

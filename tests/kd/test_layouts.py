@@ -118,7 +118,7 @@ MASKS, IMAGES, TYPES = "Fold 2/masks/fold2/masks.npy", "Fold 2/images/fold2/imag
         (lambda f: _change(f / TYPES, lambda a: a[:1]), r"types\.npy has 1 entries, but images\.npy 2"),
         (lambda f: _change(f / MASKS, lambda a: a[..., :5]), r"should be numbers \(n, y, x, 6\)"),
         (lambda f: _change(f / MASKS, lambda a: a[:, :32]), r"images are \(64, 64\), but masks \(32, 64\)"),
-        (lambda f: _change(f / MASKS, _set(0.5)), "mask 1 holds values that are no whole numbers"),
+        (lambda f: _change(f / MASKS, _set(0.5)), "mask 1 holds values other than whole numbers"),
         (lambda f: _change(f / MASKS, _set(np.nan)), "mask 1 holds values"),
         (lambda f: _change(f / MASKS, _set(-1)), "mask 1 holds values"),
         (lambda f: _change(f / IMAGES, _set(256)), "image 1 holds values .* from 0 to 255"),
@@ -170,19 +170,19 @@ def _mat(folder: Path, **content):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda f: (f / "Train/Labels/train_2.mat").unlink(), r"train_2\.png: no labels of it in"),
-        (lambda f: (f / "Train/Images/train_2.png").unlink(), r"train_2\.mat: no image of it in"),
+        (lambda f: (f / "Train/Labels/train_2.mat").unlink(), r"train_2\.png: no labels of this name in"),
+        (lambda f: (f / "Train/Images/train_2.png").unlink(), r"train_2\.mat: no image of this name in"),
         (lambda f: (f / "Train/Images/train_2.png").write_bytes(b""), r"train_2\.png cannot be read"),
         (lambda f: (f / "Train/Labels/train_2.mat").write_bytes(b"<html>" * 99), r"train_2\.mat cannot be read"),
         (lambda f: _cut(f / "Train/Labels/train_2.mat"), r"train_2\.mat cannot be read"),
-        (lambda f: _mat(f, type_map=None), "no type_map in it"),
+        (lambda f: _mat(f, type_map=None), "has no type_map; save"),
         (
             lambda f: _mat(f, inst_map=np.zeros((64, 32))),
             r"inst_map has shape \(64, 32\), but its image has \(64, 64\)",
         ),
-        (lambda f: _mat(f, inst_map=np.full((64, 64), 0.5)), "inst_map holds values that are no ids"),
-        (lambda f: _mat(f, inst_map=np.full((64, 64), np.nan)), "inst_map holds values that are no ids"),
-        (lambda f: _mat(f, inst_map={"ids": np.zeros((64, 64))}), "inst_map holds no numbers"),
+        (lambda f: _mat(f, inst_map=np.full((64, 64), 0.5)), "inst_map holds values that are not ids"),
+        (lambda f: _mat(f, inst_map=np.full((64, 64), np.nan)), "inst_map holds values that are not ids"),
+        (lambda f: _mat(f, inst_map={"ids": np.zeros((64, 64))}), "inst_map is not an array of numbers"),
         (
             lambda f: _mat(f, type_map=np.full((64, 64), 8)),
             "train_2.mat: class code 8 is not one of consep's, .* 1 to 7",
@@ -240,13 +240,13 @@ def test_a_folder_with_types_of_known_codes(tmp_path):
             lambda f: (f / "dataset.csv").write_text((f / "dataset.csv").read_text() + ROW),
             "rows 2 and 3 have the sample_id x; ids must differ",
         ),
-        (lambda f: (f / "dataset.csv").write_text(f"{HEADER}\n"), "there is no image in it"),
+        (lambda f: (f / "dataset.csv").write_text(f"{HEADER}\n"), "it lists no image"),
         (
             lambda f: (f / "dataset.csv").write_text(f"{HEADER},magnification\n{ROW.strip()},20x\n"),
-            "row 2 is of magnification 20; bring images and labels to 40",
+            "row 2 has magnification 20; rescale images and labels to 40",
         ),
         (lambda f: (f / "dataset.csv").write_text(f"{HEADER}\n{'x' * 200_000}\n"), "dataset.csv cannot be read as CSV"),
-        (lambda f: (f / "dataset.csv").write_bytes("Präparat".encode("cp1252")), "dataset.csv: is not UTF-8"),
+        (lambda f: (f / "dataset.csv").write_bytes("Präparat".encode("cp1252")), "dataset.csv: not UTF-8"),
         (lambda f: (f / "dataset.csv").write_text("sample_id,image\n"), "no column labels, types, source, split"),
         (
             lambda f: (f / "dataset.csv").write_text(f"{HEADER}\nx,x_image.png\n"),
@@ -278,7 +278,7 @@ def test_ids_past_16_bits_are_renumbered(tmp_path):
 
 
 def test_what_is_no_layout(tmp_path):
-    with pytest.raises(InputError, match="not a layout that is known"):
+    with pytest.raises(InputError, match="unknown layout"):
         recognise(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
         recognise(tmp_path / "absent")

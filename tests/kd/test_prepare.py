@@ -78,8 +78,8 @@ def test_what_is_odd_is_noted(folders, tmp_path):
         "2 nuclei are in several pieces",
         "2 nuclei have pixels of several classes",
         "2 typed pixels are on no nucleus",
-        "2 nuclei are of none of the classes of pannuke",
-        "the same picture is in several folds (train: x, test: y)",
+        "2 nuclei have none of the classes of pannuke",
+        "the same image is in several folds (train: x, test: y)",
     ):
         assert note in result.stderr
 
@@ -90,7 +90,7 @@ def test_types_whose_codes_are_not_known_are_told_of(folders, tmp_path):
     table.write_text(table.read_text().replace(",consep,", ",lizard,"))
     result = run(folder, "-o", tmp_path / "data.npz")
     assert result.exit_code == 0, result.exception
-    assert "the types of lizard are left out" in result.stderr
+    assert "the types of lizard are not read" in result.stderr
     assert read_data(tmp_path / "data.npz", ["train"]).samples[0].types is None
 
 
@@ -104,7 +104,7 @@ def test_types_whose_codes_are_not_known_are_told_of(folders, tmp_path):
         (["consep", "-o", "/proc/data.zarr"], "--out /proc/data.zarr: cannot be written"),
         (["consep", "consep", "-o", "data.npz"], "two images have this id"),
         (["consep", "-o", "data.npz", "--sheet", "absent/sheet.png"], "--sheet .*absent does not exist"),
-        (["empty", "-o", "data.npz"], "there is no image"),
+        (["empty", "-o", "data.npz"], "lists no image"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_left(folders, tmp_path, arguments, message, monkeypatch):

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import cv2
 import numpy as np
 import pytest
-import typer
 from typer.testing import CliRunner
 
 import kd.sweep
 from hover_batch.errors import InputError
 from hover_batch.model.package import find_package
 from kd.cli import kd_app
-from kd.commands.evaluate import evaluate
-from kd.commands.train import train
-from kd.sweep import Grid, _context, runs_of
+from kd.training.config import TrainConfig
 
 
 def run(*arguments: object):
@@ -31,48 +28,39 @@ def report_of(out: Path) -> dict[str, dict[str, str]]:
         return {row["run"]: row for row in csv.DictReader(f)}
 
 
-@pytest.fixture
-def trained(monkeypatch) -> list[Path]:
-    """Trainings and evaluations that only say what they were told; those of the encoder `bad` fail."""
-    folders: list[Path] = []
+class Scored:
+    """An evaluation with made-up scores."""
 
-    def train(
-        data: Annotated[Path, typer.Option()],
-        out: Annotated[Path, typer.Option()],
-        preset: str = "",
-        encoder: str = "",
-        alpha: float = -1,
-        temperature: float = -1,
-        seed: int = -1,
-        teacher: str = "",
-        threads: int = -1,
-        steps: int = -1,
-        model: str | None = None,
-    ) -> None:
-        folders.append(out)
-        told = (preset, encoder, alpha, temperature, seed, Path(teacher).name, threads, steps)
-        (out / "told.json").write_text(json.dumps(told))
+    def __init__(self, model: str, data: Path, *, folds: Sequence[str], label: str, threads: int) -> None:
+        assert Path(model).name == "student.safetensors"
+        self.label, self.folds = label, folds
+
+    def write(self, path: Path) -> None:
+        scores = {"tnbc": {"pq": 0.5, "aji": 0.25, "dice": None, "f_d": 0.125, "sq": 0.7}}
+        path.write_text(json.dumps({"label": self.label, "folds": self.folds, "sources": scores}))
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[TrainConfig]:
+    """The settings of the trainings, which do nothing; those of the encoder `bad` fail."""
+    configs: list[TrainConfig] = []
+
+    def train(config: TrainConfig) -> None:
+        configs.append(config)
         print("a line")
-        if encoder == "bad":
+        if config.encoder == "bad":
             raise RuntimeError("it diverged\nfar below")
-        if encoder == "interrupted":
+        if config.encoder == "interrupted":
             raise KeyboardInterrupt
 
-    def evaluate(
-        model: str,
-        data: Annotated[Path, typer.Option()],
-        json_file: Annotated[Path, typer.Option("--json")],
-        fold: Annotated[list[str], typer.Option()],
-        label: str = "",
-        threads: int = 0,
-    ) -> None:
-        assert Path(model).name == "student.safetensors"
-        scores = {"tnbc": {"pq": 0.5, "aji": 0.25, "dice": None, "f_d": 0.125, "sq": 0.7}}
-        json_file.write_text(json.dumps({"label": label, "folds": fold, "sources": scores}))
-
     monkeypatch.setattr(kd.sweep, "train", train)
-    monkeypatch.setattr(kd.sweep, "evaluate", evaluate)
-    return folders
+    monkeypatch.setattr(kd.sweep, "make_package", lambda checkpoint, data, out: f"{checkpoint.name} to {out.name}")
+    monkeypatch.setattr(kd.sweep, "evaluate_package", Scored)
+    return configs
+
+
+def names(configs: list[TrainConfig]) -> list[str]:
+    return [config.out.name for config in configs]
 
 
 def grid(out: Path, *more: object):
@@ -83,14 +71,18 @@ def grid(out: Path, *more: object):
 def test_every_point_is_a_run_and_those_that_mean_the_same_are_one(tmp_path, trained):
     result = grid(tmp_path, "--seed", 3, "--test-fold", "3", "--threads", 1, "--", "--steps", 9)
     assert result.exit_code == 0, result.exception
-    told = {folder.name: json.loads((folder / "told.json").read_text()) for folder in trained}
-    assert told == {
-        "mit_b0_a1_s3": ["quick", "mit_b0", 1, -1, 3, "", 1, 9],
-        "mit_b0_a0.5_t1_s3": ["quick", "mit_b0", 0.5, 1, 3, "cache", 1, 9],
-        "mit_b0_a0.5_t5_s3": ["quick", "mit_b0", 0.5, 5, 3, "cache", 1, 9],
-    }
+    common = {"data": Path("d").resolve(), "encoder": "mit_b0", "seed": 3, "threads": 1, "steps": 9}
+    taught = {"teacher": Path("cache").resolve(), "alpha": 0.5}
+    assert trained == [
+        TrainConfig.of("quick", out=tmp_path / name, **common, **given)
+        for name, given in {
+            "mit_b0_a1_s3": {"alpha": 1.0},
+            "mit_b0_a0.5_t1_s3": taught | {"temperature": 1.0},
+            "mit_b0_a0.5_t5_s3": taught | {"temperature": 5.0},
+        }.items()
+    ]
     rows = report_of(tmp_path)
-    assert list(rows) == list(told)
+    assert list(rows) == names(trained)
     row = rows["mit_b0_a0.5_t5_s3"]
     assert (row["encoder"], row["alpha"], row["temperature"], row["seed"]) == ("mit_b0", "0.5", "5.0", "3")
     assert (row["tnbc_pq"], row["tnbc_dice"], row["tnbc_f_d"], row["failed"]) == ("0.5", "", "0.125", "")
@@ -98,12 +90,12 @@ def test_every_point_is_a_run_and_those_that_mean_the_same_are_one(tmp_path, tra
     assert "0.5000" in result.stdout and str(tmp_path / "sweep.csv") in result.stdout.replace("\n", "")
     scores = json.loads((tmp_path / "mit_b0_a1_s3" / "scores.json").read_text())
     assert (scores["label"], scores["folds"]) == ("mit_b0_a1_s3", ["3"])
-    assert (tmp_path / "mit_b0_a1_s3" / "train.txt").read_text() == "a line\n"
+    assert (tmp_path / "mit_b0_a1_s3" / "train.txt").read_text() == "a line\ncheckpoint.pt to student.safetensors\n"
 
 
 def test_the_released_alpha_weighs_the_other_loss(tmp_path, trained):
     assert grid(tmp_path, "--preset", "released", "--alpha", 0).exit_code == 0
-    assert {folder.name for folder in trained} == {
+    assert set(names(trained)) == {
         "mit_b0_a0", "mit_b0_a0.5_t1", "mit_b0_a0.5_t5", "mit_b0_a1_t1", "mit_b0_a1_t5",
     }  # fmt: skip
 
@@ -119,7 +111,7 @@ def test_a_failure_costs_its_run_only_and_what_is_done_is_skipped(tmp_path, trai
     trained.clear()
     again = grid(tmp_path, "--encoder", "bad")
     assert again.exit_code == 3 and "6 runs, 3 of them done before" in again.stderr
-    assert {folder.name for folder in trained} == {"bad_a1", "bad_a0.5_t1", "bad_a0.5_t5"}
+    assert set(names(trained)) == {"bad_a1", "bad_a0.5_t1", "bad_a0.5_t5"}
     # Another grid in the same folder adds its runs to what is there.
     assert run("--data", "d", "--teacher", "cache", "-o", tmp_path, "--encoder", "bad").exit_code == 4
 
@@ -129,7 +121,7 @@ def test_an_interrupt_is_no_failure(tmp_path, trained):
         "--data", "d", "-o", tmp_path, "--encoder", "mit_b0", "--encoder", "interrupted", "--encoder", "mit_b1"
     )
     assert result.exit_code not in (0, 3)
-    assert [folder.name for folder in trained] == ["mit_b0_a1", "interrupted_a1"]
+    assert names(trained) == ["mit_b0_a1", "interrupted_a1"]
     assert (tmp_path / "mit_b0_a1" / "scores.json").is_file() and not (tmp_path / "sweep.csv").exists()
 
 
@@ -155,7 +147,9 @@ def test_what_is_wrong_is_said_before_anything_runs(tmp_path, trained, arguments
     [
         (["--alpha", 0.3], "-- --alpha: the sweep gives it to each run"),
         (["--data", "other"], "-- --data"),
-        (["--model", "hovernet-fast"], "-- --model hovernet-fast: a sweep is of students"),
+        (["--preset", "paper"], "-- --preset"),
+        (["--threads", 4], "-- --threads"),
+        (["--model", "hovernet-fast"], "-- --model hovernet-fast: a sweep trains students"),
     ],
 )
 def test_options_that_are_the_sweeps_to_give(tmp_path, more, message):
@@ -208,29 +202,19 @@ def write_images(folder: Path) -> Path:
     return folder
 
 
-def test_the_real_commands_understand_what_they_are_told(tmp_path):
-    cache, axes = tmp_path / "cache", Grid(encoders=["mit_b0"], alphas=[0.5, 1])
-    runs = runs_of(
-        axes,
-        tmp_path,
-        data=tmp_path,
-        teacher=cache,
-        preset="paper",
-        test_folds=["1", "2"],
-        threads=3,
-        more=["--steps", "9"],
-    )
-    for run in runs:
-        trained = _context(train, run.train_arguments).params
-        assert (str(trained["out"]), trained["encoder"], trained["alpha"]) == (
-            str(run.folder),
-            "mit_b0",
-            run.settings["alpha"],
-        )
-        assert (trained["preset"], trained["threads"], trained["steps"]) == ("paper", 3, 9)
-        judged = _context(evaluate, run.evaluate_arguments).params
-        assert (list(judged["fold"]), judged["label"], judged["threads"]) == (["1", "2"], run.name, 3)
-        assert Path(judged["model"]) == run.folder / "student.safetensors"
+def test_options_of_train_after_the_dashes(tmp_path, trained):
+    more = ["--steps", 9, "--source", "tnbc=1", "--source", "consep=2", "--fold", "1", "--encoder-weights", "imagenet"]
+    result = run("--data", "d", "-o", tmp_path, "--preset", "paper", "--alpha", 1, "--", *more)
+    assert result.exit_code == 0, result.exception
+    (config,) = trained
+    assert (config.preset, config.steps, config.sources) == ("paper", 9, {"tnbc": 1.0, "consep": 2.0})
+    assert (config.train_folds, config.encoder_weights, config.threads) == (("1",), "imagenet", 2)
+
+
+def test_a_wrong_setting_after_the_dashes_is_refused_before_anything_runs(tmp_path, trained):
+    result = run("--data", "d", "-o", tmp_path / "runs", "--", "--size", 100)
+    assert isinstance(result.exception, InputError) and "--size 100" in str(result.exception)
+    assert not trained and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

@@ -194,8 +194,8 @@ def test_it_goes_on_where_it_stopped(taught, images, professor, tmp_path, monkey
         taught_in(tmp_path, images, professor)
     monkeypatch.undo()
     cache, said = taught_in(tmp_path, images, professor)
-    assert said[0] == "fold train: 2 images, 1 of them taught before"
-    assert said[-1] == "2 images taught, 1 of them now"
+    assert said[0] == "fold train: 2 images, 1 of them done before"
+    assert said[-1] == "2 images done, 1 of them now"
     assert files_of(cache) == files_of(taught)
 
 
@@ -219,11 +219,11 @@ def test_a_corrupt_output_is_told_and_made_again(taught, images, professor, samp
     harmed(path / "c" / "0" / "0" / "0", how)
     with pytest.raises(InputError) as told:
         cache.logits(samples[0])
-    assert str(told.value).startswith(f"{path}: corrupt (")
+    assert str(told.value).startswith(f"{path}: corrupted (")
     assert str(told.value).endswith("; delete it and run `hover-batch kd teach` again")
     assert cache.logits(samples[1]).size
     again, said = taught_in(tmp_path, images, professor)
-    assert said[0] == "fold train: 2 images, 1 of them taught before"
+    assert said[0] == "fold train: 2 images, 1 of them done before"
     assert files_of(again) == whole
 
 
@@ -247,7 +247,7 @@ def test_another_teacher_is_refused(taught, images, tmp_path):
 def test_what_is_no_cache_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "teacher.json").write_text(text)
-    with pytest.raises(InputError, match=r"no outputs of a teacher .*kd teach"):
+    with pytest.raises(InputError, match=r"not a cache of a teacher.s outputs .*kd teach"):
         TeacherCache.open(tmp_path)
 
 
@@ -278,7 +278,7 @@ def test_the_command_goes_on_with_a_cache(taught, images, professor):
     result = run(images, "--teacher", professor, "-o", taught.path, "--fold", "train", "--source", "tnbc")
     assert result.exit_code == 0, result.exception
     assert result.stdout.strip() == str(taught.path)
-    assert "fold train: 2 images, 2 of them taught before" in result.stderr
+    assert "fold train: 2 images, 2 of them done before" in result.stderr
     assert files_of(taught) == before
 
 
@@ -286,7 +286,7 @@ def test_the_command_goes_on_with_a_cache(taught, images, professor):
     ("arguments", "message"),
     [
         (["--teacher", "hovernet.tar"], "--teacher hovernet.tar: no such package; `hover-batch models import`"),
-        (["--fold", "test"], "--fold test: .* has no such image; it has train, val"),
+        (["--fold", "test"], "--fold test: .* has no such image; give one of its folds, train, val"),
         (["--source", "consep"], "has no source consep; its sources are tnbc"),
         (["--batch", "0"], "--batch 0"),
         (["--cpus", "100000"], "--cpus 100000: there are"),
@@ -301,7 +301,7 @@ def test_the_command_says_what_is_wrong(images, professor, tmp_path, arguments, 
 @pytest.mark.parametrize(
     ("card", "message"),
     [
-        (replace(CARD, mpp=0.5), "--teacher .*: is for pixels of 0.5 µm, the annotated images have 0.25 µm"),
+        (replace(CARD, mpp=0.5), "--teacher .*: is for pixels of 0.5 µm, but the annotated images have 0.25 µm"),
         (replace(CARD, taxonomy=PANNUKE), "--teacher .*: its classes are those of pannuke, .* those of consep-merged"),
     ],
 )

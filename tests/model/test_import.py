@@ -137,7 +137,7 @@ def test_calibration_on_annotated_images(data: Path, tmp_path: Path) -> None:
     assert len(card.metrics["calibration"]["trials"]) == 1 + len(CUTS)
     assert card.metrics["calibration"]["data"]["consep"]["images"] == len(card.metrics["calibration"]["saw"]) == 1
     (folder / "dataset.csv").write_text(f"{rows[0]}\n")
-    assert "there is no image in it" in run("models", "import", source, "-o", out, "--calibrate", folder).stderr
+    assert "it lists no image" in run("models", "import", source, "-o", out, "--calibrate", folder).stderr
 
 
 class _Evil:

@@ -1,4 +1,4 @@
-"""Published data sets as they lie on disk, each layout in a file. Whose layout a folder has is seen, not asked."""
+"""Published data sets in their layouts on disk, one file each. The layout of a folder is recognised by its content."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from kd.data.samples import Sample
 
 
 class Layout(Protocol):
-    """Annotated images in one folder; their number is its length."""
+    """Annotated images in one folder; its length is the number of images."""
 
     @property
     def classes(self) -> str:
-        """The taxonomy of `kd.data.classes.TAXONOMIES` that is nearest to its types."""
+        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that fits its types best."""
 
     def __len__(self) -> int: ...
 
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
-        """The images one after the other, types mapped to `taxonomy`. InputError where one is faulty."""
+        """Yield the images, their types mapped to `taxonomy`. Raises InputError if one is faulty."""
 
 
 def recognise(folder: Path, val: int = 0) -> Layout:
-    """What lies in `folder`. `val`: tiles of CoNSeP's training part that become the fold val.
+    """Recognise and open the layout in `folder`. `val`: number of CoNSeP's training tiles that become the fold val.
 
-    Raises InputError where there is no such folder, its layout is not known, or it is incomplete.
+    Raises InputError if there is no such folder, its layout is unknown, or it is incomplete.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+        raise InputError(f"{folder}: no such folder; give one with annotated images")
     if (folder / TABLE).is_file():
         return InstanceFolder(folder)
     if Consep.recognises(folder):
@@ -41,6 +41,6 @@ def recognise(folder: Path, val: int = 0) -> Layout:
     if PanNuke.recognises(folder):
         return PanNuke(folder)
     raise InputError(
-        f"{folder}: not a layout that is known; give a folder with dataset.csv, with Train/Images and Train/Labels "
+        f"{folder}: unknown layout; give a folder with dataset.csv, with Train/Images and Train/Labels "
         "(CoNSeP), or with Fold 1/images/fold1 and Fold 1/masks/fold1 (PanNuke)"
     )

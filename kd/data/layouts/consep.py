@@ -1,7 +1,7 @@
 """CoNSeP as its authors publish it: `Train|Test/Images/*.png` and `Train|Test/Labels/*.mat`, 1000 × 1000 px at 40×.
 
-A .mat holds inst_map (y, x) of instance ids and type_map (y, x) of class codes, both 0 on the background; what else
-is in it (inst_type, inst_centroid) follows from these. Train and Test are the folds train and test.
+A .mat holds inst_map (y, x) of instance ids and type_map (y, x) of class codes, both 0 on the background; the rest of
+it (inst_type, inst_centroid) follows from these. Train and Test are the folds train and test.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ PARTS = {"train": "Train", "test": "Test"}
 
 
 class Consep:
-    """The tiles in `folder`, of which the last `val` of Train, by their numbers, are the fold val.
+    """The tiles in `folder`; the last `val` tiles of Train, by number, are the fold val.
 
-    Raises InputError where an image has no labels, labels have no image, or `val` leaves none to train on.
+    Raises InputError if an image has no labels, labels have no image, or `val` leaves no tile to train on.
     """
 
     classes = "consep"
@@ -37,30 +37,34 @@ class Consep:
             labels = {p.stem: p for p in (folder / part / "Labels").glob("*.mat")}
             for name in sorted(images.keys() ^ labels.keys(), key=_by_number):
                 raise InputError(
-                    f"{images[name]}: no labels of it in {folder / part / 'Labels'}"
+                    f"{images[name]}: no labels of this name in {folder / part / 'Labels'}; add them"
                     if name in images
-                    else f"{labels[name]}: no image of it in {folder / part / 'Images'}"
+                    else f"{labels[name]}: no image of this name in {folder / part / 'Images'}; add it"
                 )
             names = sorted(images, key=_by_number)
             if val and fold == "train" and val >= len(names):
-                raise InputError(f"--val {val}: {folder / part} has {len(names)} tiles, of which some are to train on")
+                raise InputError(
+                    f"--val {val}: {folder / part} has {len(names)} tiles, and some must remain to train on; give fewer"
+                )
             kept = len(names) - val if fold == "train" else len(names)
             self._tiles += [(fold if i < kept else "val", images[n], labels[n]) for i, n in enumerate(names)]
 
     @staticmethod
     def recognises(folder: Path) -> bool:
+        """Whether the folder has a part of this layout."""
         return any((folder / part / kind).is_dir() for part in PARTS.values() for kind in ("Images", "Labels"))
 
     def __len__(self) -> int:
         return len(self._tiles)
 
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
+        """Yield the tiles, Train before Test. Raises InputError if one cannot be read."""
         for fold, image, labels in self._tiles:
             yield _read(fold, image, labels, taxonomy)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """train_2 before train_10."""
+    """Sort key by which train_2 comes before train_10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -84,23 +88,23 @@ def _read(fold: str, picture: Path, labels: Path, taxonomy: Taxonomy) -> Sample:
 
 
 def _read_mat(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """inst_map and type_map (y, x); they are published as floats."""
+    """Return inst_map and type_map (y, x) int32, which are published as floats."""
     from scipy.io import loadmat
 
     try:
         content = loadmat(path, variable_names=["inst_map", "type_map"])
-    except Exception as error:  # whatever a damaged file makes of the parser
-        raise InputError(f"{path} cannot be read as a .mat file ({error})") from error
+    except Exception as error:  # the parser raises many kinds on a damaged file
+        raise InputError(f"{path} cannot be read as a .mat file ({error}); download it again") from error
     maps = []
     for name in ("inst_map", "type_map"):
         if name not in content:
-            raise InputError(f"{path}: no {name} in it")
+            raise InputError(f"{path}: has no {name}; save instance ids as inst_map and class codes as type_map")
         values = content[name]
         if not isinstance(values, np.ndarray) or values.dtype.kind not in "uif":
-            raise InputError(f"{path}: {name} holds no numbers")
+            raise InputError(f"{path}: {name} is not an array of numbers; save ids (y, x)")
         with np.errstate(invalid="ignore"):
             whole = values.astype(np.int32)
         if not np.array_equal(whole, values) or whole.min(initial=0) < 0:
-            raise InputError(f"{path}: {name} holds values that are no ids")
+            raise InputError(f"{path}: {name} holds values that are not ids; save whole numbers from 0 on")
         maps.append(whole)
     return maps[0], maps[1]

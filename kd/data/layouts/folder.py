@@ -22,34 +22,39 @@ from kd.data.samples import Sample, renumbered
 
 TABLE = "dataset.csv"
 COLUMNS = ("sample_id", "image", "labels", "types", "source", "split")
-"""Those that every table has."""
+"""Required columns."""
 MAGNIFICATION = 40
 
 
 class InstanceFolder:
-    """The images of `folder` / dataset.csv. InputError where it is no CSV in UTF-8, lacks rows, a column or a field,
-    names an image twice, or one of another magnification."""
+    """The images that `folder` / dataset.csv lists.
+
+    Raises InputError if the table is not a CSV in UTF-8, has no rows, lacks a column or a field, repeats a sample_id,
+    or names another magnification than 40.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            text = (folder / TABLE).read_bytes().decode("utf-8-sig")  # spreadsheets begin UTF-8 with a mark
+            text = (folder / TABLE).read_bytes().decode("utf-8-sig")  # spreadsheets write a byte order mark
         except UnicodeDecodeError as error:
-            raise InputError(f"{folder / TABLE}: is not UTF-8; save it as CSV UTF-8") from error
+            raise InputError(f"{folder / TABLE}: not UTF-8; save it as CSV UTF-8") from error
         cells = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
         try:
             header, *rows = [[cell.strip() for cell in row] for row in cells if row] or [[]]
         except csv.Error as error:
-            raise InputError(f"{folder / TABLE} cannot be read as CSV ({error})") from error
+            raise InputError(f"{folder / TABLE} cannot be read as CSV ({error}); save it anew") from error
         if missing := [c for c in COLUMNS if c not in header]:
-            raise InputError(f"{folder / TABLE}: no column {', '.join(missing)}; its columns are split by commas")
+            raise InputError(
+                f"{folder / TABLE}: no column {', '.join(missing)}; add it, and separate columns by commas"
+            )
         self._rows = [dict(zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
         if not self._rows:
-            raise InputError(f"{folder / TABLE}: there is no image in it; give each a row")
+            raise InputError(f"{folder / TABLE}: it lists no image; add a row for each")
         lines: dict[str, int] = {}
         for line, row in enumerate(self._rows, start=2):
             if empty := [c for c in COLUMNS if not row[c] and c != "types"]:
-                raise InputError(f"{folder / TABLE}: row {line} has no {', '.join(empty)}")
+                raise InputError(f"{folder / TABLE}: row {line} has no {', '.join(empty)}; fill it in")
             if (first := lines.setdefault(row["sample_id"], line)) != line:
                 raise InputError(
                     f"{folder / TABLE}: rows {first} and {line} have the sample_id {row['sample_id']}; ids must differ"
@@ -57,7 +62,7 @@ class InstanceFolder:
             scanned = re.match(r"\d+(\.\d+)?", row.get("magnification") or "")
             if scanned and float(scanned[0]) != MAGNIFICATION:
                 raise InputError(
-                    f"{folder / TABLE}: row {line} is of magnification {scanned[0]}; bring images and labels to "
+                    f"{folder / TABLE}: row {line} has magnification {scanned[0]}; rescale images and labels to "
                     f"{MAGNIFICATION} (0.25 µm a pixel)"
                 )
 
@@ -66,27 +71,31 @@ class InstanceFolder:
 
     @property
     def classes(self) -> str:
-        """The taxonomy of `kd.data.classes.TAXONOMIES` that is nearest to its types."""
+        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that fits its types best."""
         return "pannuke" if any(row["source"] == "pannuke" and row["types"] for row in self._rows) else "consep"
 
     @property
     def unread_types(self) -> list[str]:
-        """Sources that have types whose codes are not known here, so that they are not read."""
+        """Sources whose types are not read, because the meaning of their codes is unknown."""
         return [s for s in self.sources if s not in CODES and any(r["types"] for r in self._rows if r["source"] == s)]
 
     @property
     def folds(self) -> list[str]:
+        """Folds in the order in which they appear."""
         return list(dict.fromkeys(row["split"] for row in self._rows))
 
     @property
     def sources(self) -> list[str]:
-        """In the order in which they appear."""
+        """Sources in the order in which they appear."""
         return list(dict.fromkeys(row["source"] for row in self._rows))
 
     def samples(
         self, taxonomy: Taxonomy, fold: str | None = None, sources: Collection[str] | None = None
     ) -> Iterator[Sample]:
-        """The images of one fold (None: of all) and of the named sources (None: of all), in the table's order."""
+        """Yield the images of one fold and the named sources (None: all), in the order of the table.
+
+        Raises InputError if one cannot be read.
+        """
         for row in self._rows:
             if fold in (None, row["split"]) and (sources is None or row["source"] in sources):
                 yield self._read(row, taxonomy)

@@ -2,7 +2,7 @@
 
 `Fold 1/images/fold1/images.npy` (n, y, x, 3) RGB, `Fold 1/images/fold1/types.npy` (n,) names of tissues,
 `Fold 1/masks/fold1/masks.npy` (n, y, x, 6) instance ids in a channel for each class and, last, the background. They are
-stored as float64, up to 8 GB a file, so they are mapped, and one patch at a time is read.
+stored as float64, up to 8 GB a file, so they are memory-mapped, and one patch at a time is read.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CHANNELS = len(CODES["pannuke"]) + 1
 
 
 class PanNuke:
-    """The folds in `folder`, or the one that it is. The folds are "1", "2" and "3", after fold1, fold2 and fold3.
+    """The folds in `folder`, which may also be a single fold. They are called "1", "2" and "3".
 
-    Raises InputError where a file of a fold is missing, cannot be read, is there twice, or has another length or form
-    than its neighbours.
+    Raises InputError if a file of a fold is missing, unreadable or there twice, or its length or shape does not fit the
+    others'.
     """
 
     classes = "pannuke"
@@ -38,31 +38,36 @@ class PanNuke:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
+        """Whether the folder has a fold of this layout."""
         return bool(_folds(folder))
 
     def __len__(self) -> int:
         return sum(len(fold) for fold in self._folds.values())
 
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
+        """Yield the patches, fold by fold. Raises InputError if one holds values out of range."""
         for fold in self._folds.values():
             for i in range(len(fold)):
                 yield fold.read(i, taxonomy)
 
 
 def _folds(folder: Path) -> dict[str, Path]:
-    """Number of each fold → the folder with its `images` and `masks`; with or without a space in the name."""
+    """Return, by fold number, the folder with `images` and `masks`; its name may have a space or not."""
     found: dict[str, Path] = {}
     for depth in ("", "*/", "*/*/"):
         for path in sorted(folder.glob(f"{depth}*/fold[0-9]")):
             if path.parent.name in ("images", "masks") and path.is_dir():
                 fold, root = path.name.removeprefix("fold"), path.parent.parent
                 if found.setdefault(fold, root) != root:
-                    raise InputError(f"{folder}: fold {fold} is there twice, in {found[fold]} and in {root}")
+                    raise InputError(f"{folder}: fold {fold} is there twice, in {found[fold]} and in {root}; keep one")
     return dict(sorted(found.items()))
 
 
 class _Fold:
-    """The patches of one fold. Files are mapped anew for each: else what was read stays in memory as long as it can."""
+    """The patches of one fold.
+
+    Files are mapped anew for each patch, because pages that were read stay in memory while the mapping lives.
+    """
 
     def __init__(self, fold: str, root: Path) -> None:
         self.fold = fold
@@ -73,11 +78,11 @@ class _Fold:
         for name, n in (("masks.npy", masks_shape[0]), ("types.npy", len(self.tissues))):
             if n != shape[0]:
                 raise InputError(
-                    f"{root}: {name} has {n} entries, but images.npy {shape[0]}; they are not of one fold, or a "
-                    "download was cut short"
+                    f"{root}: {name} has {n} entries, but images.npy {shape[0]}; they are of different "
+                    "folds, or a download was cut short; download them again"
                 )
         if shape[1:3] != masks_shape[1:3]:
-            raise InputError(f"{root}: images are {shape[1:3]}, but masks {masks_shape[1:3]}")
+            raise InputError(f"{root}: images are {shape[1:3]}, but masks {masks_shape[1:3]}; download them again")
 
     def __len__(self) -> int:
         return len(self.tissues)
@@ -99,10 +104,10 @@ class _Fold:
 
 
 def merge_channels(mask: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-    """Ids (y, x, 6) in a channel for each class → instances (y, x) from 1 on, and class codes (y, x).
+    """Merge ids (y, x, 6) of a channel for each class into instances (y, x) int32 and class codes (y, x) uint8.
 
-    The same id in two channels is two nuclei. A pixel that two channels claim is the later one's, as in the
-    authors' metrics (Gamper et al. 2020).
+    Instances are numbered from 1 on. The same id in two channels is two nuclei. Where two channels overlap, the later
+    one has the pixel, as in the authors' metrics (Gamper et al. 2020).
     """
     instances = np.zeros(mask.shape[:2], np.int32)
     codes = np.zeros(mask.shape[:2], np.uint8)
@@ -135,9 +140,12 @@ def _load(path: Path) -> NDArray[Any]:
 
 
 def _whole(values: NDArray[Any], where: str, highest: int) -> NDArray[np.int32]:
-    """Whole numbers from 0 to `highest`, which the files hold as float64."""
+    """Convert values that the files hold as float64 to int32.
+
+    Raises InputError, naming `where`, if one is not a whole number from 0 to `highest`.
+    """
     with np.errstate(invalid="ignore"):
         whole = values.astype(np.int64)
     if not np.array_equal(whole, values) or whole.min(initial=0) < 0 or whole.max(initial=0) > highest:
-        raise InputError(f"{where} holds values that are no whole numbers from 0 to {highest}")
+        raise InputError(f"{where} holds values other than whole numbers from 0 to {highest}; download it again")
     return whole.astype(np.int32)
