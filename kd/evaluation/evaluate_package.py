@@ -30,9 +30,10 @@ from kd.evaluation.paired import Baseline, Paired, compared
 from kd.evaluation.scores import SourceScores
 from kd.evaluation.shift_scores import ShiftScores, score_shifts
 from kd.evaluation.shifts import UNCHANGED, Shift
-from kd.training.logs import SAY_EVERY_S
 
 FOLD = "test"
+SAY_EVERY_S = 30.0
+"""Seconds between lines of progress."""
 
 Say = Callable[[str], object]
 Image = NDArray[np.uint8]

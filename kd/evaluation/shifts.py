@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from kd.data.appearance import blur, change_gamma, change_stain, jpeg
 from kd.data.samples import MPP, Sample
-from kd.training.augment import blur, change_gamma, change_stain, jpeg
 
 Image = NDArray[np.uint8]
 

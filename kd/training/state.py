@@ -109,7 +109,7 @@ def record_of(
     """Return the record of a training for the model card.
 
     `saw`: image hashes by part, as `hashes_of` gives them. `saw_groups`: their patients as source/group, if known.
-    `truth_sha256`: hashes of their annotations. `before`: the training, or the source, of the weights that this one started from.
+    `truth_sha256`: hashes of their annotations. `before`: the training, or the source, of the weights it started from.
     """
     parts = {"train": training, "val": validation}
     taught = None

@@ -8,17 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
+from kd.data.appearance import jitter_color, jitter_stain, lose_resolution, random_appearance
 from kd.data.datasets import Sample, read_data
-from kd.training.augment import (
-    LABEL_MARGIN,
-    jitter_color,
-    jitter_stain,
-    lose_resolution,
-    random_appearance,
-    random_geometry,
-    random_view,
-    turn_hv,
-)
+from kd.training.augment import LABEL_MARGIN, random_geometry, random_view, turn_hv
 from kd.training.targets import hv_targets
 
 

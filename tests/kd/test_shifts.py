@@ -11,11 +11,11 @@ import pytest
 from truth_maps import maps_of_truth
 
 from hover_batch.taxonomy import CONSEP
+from kd.data.appearance import RGB_TO_HED
 from kd.data.datasets import Data, Sample, read_data
 from kd.evaluation.evaluate import evaluate, evaluate_data
 from kd.evaluation.shift_scores import SCORES, score_shifts
 from kd.evaluation.shifts import SHIFTS, UNCHANGED, Shift
-from kd.training.augment import RGB_TO_HED
 from kd.training.validate import TYPICAL
 
 BY_NAME = {shift.name: shift for shift in SHIFTS}

@@ -1,0 +1,114 @@
+"""Changes of an image's appearance: stain, colour, tone, sharpness, resolution, noise, JPEG. Images (y, x, 3) uint8 RGB.
+
+Training draws them at random; `kd.evaluation.shifts` applies fixed ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from skimage.color import hed_from_rgb, rgb_from_hed
+
+RGB_TO_HED: NDArray[np.float32] = hed_from_rgb.astype(np.float32)
+HED_TO_RGB: NDArray[np.float32] = rgb_from_hed.astype(np.float32)
+
+
+def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Change stain, colour, tone, sharpness, resolution, noise and JPEG, each with a probability of its own.
+
+    (y, x, 3) uint8 in and out, as in the functions below.
+    """
+    if rng.random() < 0.7:
+        image = jitter_stain(image, rng)
+    if rng.random() < 0.5:
+        image = jitter_color(image, rng)
+    if rng.random() < 0.5:
+        image = jitter_gamma(image, rng)
+    if rng.random() < 0.15:
+        image = sharpen(image, rng)
+    if rng.random() < 0.25:
+        image = lose_resolution(image, rng)
+    if rng.random() < 0.15:
+        image = blur(image, rng.uniform(0.4, 1.3))
+    if rng.random() < 0.15:
+        noise = rng.normal(0, rng.uniform(2, 8), image.shape)
+        image = np.clip(image + noise, 0, 255).astype(np.uint8)
+    if rng.random() < 0.2:
+        image = jpeg(image, int(rng.integers(35, 90)))
+    return image
+
+
+def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Change colour and blur, each with a probability of its own, as in HoVer-UNet's released code."""
+    if rng.random() < 0.5:
+        image = jitter_color(image, rng)
+    if rng.random() < 0.3:
+        image = blur(image, rng.uniform(0.4, 1.3))
+    return image
+
+
+def blur(image: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
+    """Blur by a Gaussian of `sigma` pixels. (y, x, 3) uint8 in and out, as are all that follow."""
+    return np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), np.uint8)
+
+
+def jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    """Compress as JPEG and decompress; OpenCV takes BGR."""
+    encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1], np.uint8)
+
+
+def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Scale and shift hematoxylin, eosin and the residual apart (Tellez et al. 2018)."""
+    return change_stain(image, rng.uniform(0.65, 1.6, 3), rng.uniform(-0.03, 0.03, 3))
+
+
+def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLike = (0, 0, 0)) -> NDArray[np.uint8]:
+    """Scale and shift the optical densities of hematoxylin, eosin and the residual (stain vectors of Ruifrok)."""
+    density = -np.log((image.astype(np.float32) + 1) / 256)
+    stains: NDArray[np.float32] = density @ RGB_TO_HED
+    stains = stains * np.asarray(factors, np.float32) + np.asarray(offsets, np.float32)
+    rgb: NDArray[np.float32] = np.exp(-(stains @ HED_TO_RGB)) * 256 - 1
+    return np.clip(rgb, 0, 255).astype(np.uint8)
+
+
+def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Change contrast about the mean, brightness, saturation and hue."""
+    pixels = image.astype(np.float32)
+    pixels = (pixels - pixels.mean()) * rng.uniform(0.8, 1.25) + pixels.mean() + rng.uniform(-20, 20)
+    grey = pixels.mean(axis=2, keepdims=True)
+    pixels = grey + (pixels - grey) * rng.uniform(0.75, 1.25)
+    hsv = cv2.cvtColor(np.clip(pixels, 0, 255).astype(np.uint8), cv2.COLOR_RGB2HSV)
+    shift = int(rng.integers(-6, 7))  # OpenCV's hue has 180 steps
+    hsv[..., 0] = (hsv[..., 0].astype(np.int16) + shift) % 180
+    return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.uint8)
+
+
+def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Darker or lighter midtones, the exponent from 0.6 to 2.5: old scanners and thick sections show black nuclei."""
+    return change_gamma(image, math.exp(rng.uniform(math.log(0.6), math.log(2.5))))
+
+
+def change_gamma(image: NDArray[np.uint8], exponent: float) -> NDArray[np.uint8]:
+    """Darken the midtones by an exponent above 1, lighten them by one below."""
+    table = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(np.uint8)
+    return table[image]
+
+
+def sharpen(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Apply an unsharp mask, as some scanners do."""
+    amount = rng.uniform(0.3, 1.5)
+    soft = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 2.0))
+    return np.asarray(cv2.addWeighted(image, 1 + amount, soft, -amount, 0), np.uint8)
+
+
+def lose_resolution(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Resample as if the slide had been scanned at 1.3 to 2.2 times the pixel size."""
+    side = image.shape[0]
+    small = int(side / rng.uniform(1.3, 2.2))
+    reduced = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)
+    up = cv2.INTER_LINEAR if rng.random() < 0.5 else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(reduced, (side, side), interpolation=up), np.uint8)
