@@ -28,7 +28,7 @@ from kd.training.initial_weights import build_network
 from kd.training.state import contents, read_checkpoint
 
 NONCOMMERCIAL = {"consep": "CoNSeP", "monuseg": "MoNuSeg", "tnbc": "TNBC", "pannuke": "PanNuke"}
-"""Sources for which weights trained on them are given away under CC BY-NC-SA 4.0 here, and their proper names."""
+"""Proper names of the sources whose weights are distributed here under CC BY-NC-SA 4.0."""
 NOT_CALIBRATED = "none, for want of validation images: the Sobel constants are the starter's"
 TILE = (320, 256)
 """Sides in pixels of a student's input and output tile. The margin of 32 px is one step of the deepest features."""
@@ -115,7 +115,7 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
     """
     samples = read_data(data, ["val"]).samples
     if not samples:
-        raise InputError(f"--calibrate {data}: has no image of the fold val")
+        raise InputError(f"--calibrate {data}: has no image of the fold val; give annotated images with one")
     predictor = Predictor(network, card, InferSettings(batch=batch_of(card)))
     found = calibrate(lambda image: predict_image(predictor, image), samples)
     how = {**found.to_json(), "data": contents(samples), "saw": hashes_of(samples), "precision": predictor.precision}
@@ -123,7 +123,7 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
 
 
 def _licence(sources: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> str:
-    """What follows from the sources, and from the teacher if there is one."""
+    """Return the licence that follows from the sources, and from the teacher if there is one."""
     if sources.keys() <= NONCOMMERCIAL.keys():
         names = [name for source, name in NONCOMMERCIAL.items() if source in sources]
         terms = f"CC BY-NC-SA 4.0, research only: trained on {_list(names)}"

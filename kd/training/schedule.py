@@ -29,7 +29,7 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps:
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine to zero at step `steps`."""
+    """Return the rate at `step`: linear warm-up, then half a cosine to zero at step `steps`."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, steps - config.warmup)

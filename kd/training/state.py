@@ -106,9 +106,11 @@ def record_of(
     teacher: Teacher | None,
     before: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the card will say of the training. `saw`: the images, by the first digits of their sha256, and
-    `saw_groups` their patients, as source/group, as far as these are known; `truth_sha256`: of their annotations.
-    `before`: the training of the weights that this one started from."""
+    """Return the record of a training for the model card.
+
+    `saw`: image hashes by part, as `hashes_of` gives them. `saw_groups`: their patients as source/group, if known.
+    `truth_sha256`: hashes of their annotations. `before`: the training of the weights that this one started from.
+    """
     parts = {"train": training, "val": validation}
     taught = None
     if teacher is not None:
