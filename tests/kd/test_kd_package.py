@@ -95,9 +95,9 @@ def test_what_is_no_checkpoint_is_refused(package, config, tmp_path):
     torch.save({"config": {}, "step": 3}, tmp_path / "old.pt")
     (tmp_path / "text.pt").write_text("no weights")
     for other in (tmp_path / "text.pt", config.out / "student.safetensors"):
-        with pytest.raises(InputError, match="no checkpoint of `hover-batch kd train`"):
+        with pytest.raises(InputError, match="not a checkpoint of `hover-batch kd train`"):
             make_package(other, config.data, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="-o .*: a package is a .safetensors file"):
+    with pytest.raises(InputError, match="-o .*: the name of a package must end in .safetensors"):
         package_command(config.out / "checkpoint.pt", config.data, tmp_path / "folder")
     with pytest.raises(InputError, match="-o /proc/a/b.safetensors: .*; give a folder that can be written"):
         package_command(config.out / "checkpoint.pt", config.data, Path("/proc/a/b.safetensors"))
