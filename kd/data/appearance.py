@@ -1,4 +1,6 @@
-"""Changes of an image's appearance: stain, colour, tone, sharpness, resolution, noise, JPEG. Images (y, x, 3) uint8 RGB.
+"""Changes of an image's appearance: stain, colour, tone, sharpness, resolution, noise, JPEG.
+
+Images are (y, x, 3) uint8 RGB.
 
 Training draws them at random; `kd.evaluation.shifts` applies fixed ones.
 """

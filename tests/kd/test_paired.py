@@ -51,7 +51,7 @@ def test_the_interval_is_that_of_a_plain_bootstrap() -> None:
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd.paired.RESAMPLES", 1000)
+    monkeypatch.setattr("kd.evaluation.paired.RESAMPLES", 1000)
     rng = np.random.default_rng(2)
     covered = [low <= 0.02 <= high for low, high in (interval(rng.normal(0.02, 0.1, 50)) for _ in range(300))]
     assert 0.90 <= np.mean(covered) <= 0.98
@@ -61,7 +61,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch: pytest.M
 def test_the_interval_does_not_depend_on_what_is_held_in_memory(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     differences = np.random.default_rng(3).normal(0, 1, 7)
     expected = interval(differences)
-    monkeypatch.setattr("kd.paired.AT_ONCE", at_once)
+    monkeypatch.setattr("kd.evaluation.paired.AT_ONCE", at_once)
     assert interval(differences) == expected
 
 
