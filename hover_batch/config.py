@@ -200,7 +200,7 @@ class Settings:
         return cls(**known)
 
     def results_key(self) -> dict[str, Any]:
-        """Return the settings that change results, for the run key; the hash of the weights stands for the model there."""
+        """Return the settings that change results, for the run key, where the weights' hash stands for the model."""
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # all GPUs of a node give the same results
         del infer["threads"]  # tests/test_precision.py: the maps are the same, bit for bit

@@ -12,7 +12,7 @@ from hover_batch.cohort.run_folder import nuclei_if_done, require_run, slide_lay
 from hover_batch.errors import DISK_FULL, InputError, SlideError
 from hover_batch.export.read import NucleiTable
 from hover_batch.files import sweeping
-from hover_batch.formatting import listed
+from hover_batch.formatting import duration, listed
 
 Write = Callable[[NucleiTable, Path], None]
 Tell = Callable[[str], None]
@@ -80,7 +80,7 @@ def _exported(
             why = error.strerror or error
             raise InputError(f"{path}: cannot be written ({why}); name another folder by -o") from error
         files.append(path)
-        yield f"{nuclei.rows:,} nuclei to {format} in {time.monotonic() - started:.1f} s"
+        yield f"{nuclei.rows:,} nuclei to {format} in {duration(time.monotonic() - started)}"
 
 
 def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideLayout]:

@@ -21,6 +21,7 @@ from hover_batch.cohort.run_folder import nuclei_if_done, read_json, read_slides
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.export.read import NucleiTable
 from hover_batch.export.summary import cohort_summary
+from hover_batch.formatting import duration
 from hover_batch.model.package import find_package
 from hover_batch.report.charts import Strip, histogram, strips
 from hover_batch.report.content import Report, Share, SlideRow
@@ -166,7 +167,7 @@ def _facts(stands: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
             facts["nuclei per mm²"] = f"{cohort['nuclei_per_mm2']:,.0f}"
     log = stands.log
     if log.started and log.finished:
-        facts["minutes, the last start"] = f"{(log.finished - log.started).total_seconds() / 60:,.1f}"
+        facts["the last start"] = duration((log.finished - log.started).total_seconds())
     if log.tile_rate:
         facts["tiles a second"] = f"{log.tile_rate.per_s:.3g}"
     if log.model_busy is not None:

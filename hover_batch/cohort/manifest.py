@@ -19,6 +19,7 @@ from types import MappingProxyType
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.cohort.slide_id import fault_in, fold, suggest
 from hover_batch.errors import InputError
+from hover_batch.formatting import counted
 from hover_batch.geometry import Mpp
 
 COLUMNS = ("path", "slide_id", "mpp", "magnification", "mask_path", "patient_id", "group")
@@ -91,7 +92,7 @@ def raise_if_faulty(cohort: Cohort) -> None:
     """InputError with every fault, one line each, and what to do about them."""
     if not cohort.faults:
         return
-    lines = [f"{cohort.source}: {len(cohort.faults)} fault{'s' if len(cohort.faults) > 1 else ''}, nothing was run"]
+    lines = [f"{cohort.source}: {counted(len(cohort.faults), 'fault')}, nothing was run"]
     lines += [
         f"  row {fault.row}{f' ({fault.slide_id_or_path})' if fault.slide_id_or_path else ''}: {fault.message}"
         for fault in cohort.faults
