@@ -59,7 +59,7 @@ def _chosen(layout: RunLayout, slide_ids: Sequence[str], wanted: str | None) -> 
     done = list(islice((n for n in slide_ids if nuclei_if_done(layout.slide(n)) is not None), LISTED + 1))
     can = f"done are: {listed(done)}" if done else "none of the run's is done yet"
     if known:
-        raise InputError(f"--slide {wanted}: is not done; see failures.csv, or give segment's command again; {can}")
+        raise InputError(f"--slide {wanted}: is not done; see failures.csv, or run segment's command again; {can}")
     if wanted is not None:
         raise InputError(f"--slide {wanted}: is no slide of this run; {can}")
     raise InputError(f"--slide ID must say which of the run's {len(slide_ids):,} slides to look at; {can}")
