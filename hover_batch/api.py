@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.manifest import one_slide
-from hover_batch.config import Settings
+from hover_batch.config import Settings, nested
 from hover_batch.errors import InputError, SlideError
 from hover_batch.export.read import NucleiTable, unreadable
 from hover_batch.geometry import Box, Grid, Mpp, Size
@@ -59,7 +59,7 @@ def segment_slide(
     from hover_batch.segment import run_segment
 
     cohort = one_slide(path, mpp, slide_id)
-    given = _settings(settings, model=str(model))
+    given = Settings.from_dict(nested({"model": str(model), **settings}))
     outcome = run_segment(
         cohort, Path(output), given, skip_invalid=False, force=False, command=["hover_batch.segment_slide", str(path)]
     )
@@ -237,20 +237,7 @@ def load_model(name_or_path: str | Path = "starter", **settings: Any) -> Model:
     from hover_batch.model.predict import load_predictor
 
     package = find_package(str(name_or_path), "model")
-    infer = _settings(settings).infer
+    infer = Settings.from_dict(nested(settings)).infer
     if "batch" not in settings:
         infer = replace(infer, batch=batch_of(package.card))
     return Model(load_predictor(package, infer), package.sha256)
-
-
-def _settings(given: Mapping[str, Any], **top: Any) -> Settings:
-    """Settings from their bare names, which differ between the sections. InputError where one is not known."""
-    sections = {name: values for name, values in Settings().to_dict().items() if isinstance(values, dict)}
-    data: dict[str, Any] = dict(top)
-    for name, value in given.items():
-        home = next((section for section, values in sections.items() if name in values), None)
-        if home is None:
-            known = ", ".join(sorted(name for values in sections.values() for name in values))
-            raise InputError(f"setting {name} is not known; known are {known}")
-        data.setdefault(home, {})[name] = value
-    return Settings.from_dict(data)

@@ -21,17 +21,16 @@ from hover_batch.executor.backend import engine, settled_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.executor.run_recorder import CohortBooks
 from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
+from hover_batch.formatting import LISTED, counted, listed
 from hover_batch.logs import LogFormat
 from hover_batch.model.package import find_package
 from hover_batch.nuclei.table import SCHEMA_VERSION
-from hover_batch.pipeline import result_key
 from hover_batch.plan import plan_cohort
+from hover_batch.slide_work import result_key
 from hover_batch.stored_run import StoredRun
 from hover_batch.taxonomy import Taxonomy
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_NONE = 0, 3, 4
-LISTED = 10
-"""Slides and failures that are named at the end; a cohort may have thousands, and the files tell of all."""
 RECORDED = ("hover-batch", "torch", "segmentation-models-pytorch", "tiatoolbox", "openslide-python", "zarr", "numpy")
 """Packages whose versions decide results, for versions.json."""
 
@@ -55,8 +54,8 @@ class Outcome:
     def closing_lines(self) -> list[str]:
         """Where the results lie, for stdout."""
         failed = len({failure.row for failure in self.failures})  # a faulty row may have several faults
-        done = len(self.slides)
-        lines = [f"{done} slide{'s' * (done != 1)} done, {failed} failed; summary: {self.layout.summary_csv}"]
+        done = counted(len(self.slides), "slide")
+        lines = [f"{done} done, {failed} failed; summary: {self.layout.summary_csv}"]
         if self.model_busy is not None:
             lines.append(f"networks busy {self.model_busy:.0%} of the time from the first tile to the last")
         for slide in self.slides[:LISTED]:
@@ -130,8 +129,8 @@ def run_segment(
             progress.warn(warning)
         if left := ledger.orphans(plan.cohort):
             progress.warn(
-                f"{output} holds {len(left)} finished slides that are not in this cohort ({', '.join(left[:LISTED])}); "
-                "they stay, but slides.csv and the summary tell of this cohort only"
+                f"{output} holds {len(left)} finished slides that are not in this cohort ({listed(left)}); "
+                "they stay, but slides.csv and the summary list this cohort only"
             )
         for fault in plan.cohort.faults:
             ledger.record_failure(fault.slide_id_or_path, fault.row, "", "check", fault.message)

@@ -9,8 +9,9 @@ from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.interrupts import on_ctrl_c
 from hover_batch.executor.run_recorder import CohortBooks, Load
 from hover_batch.model.predict import Predictor, load_predictor
-from hover_batch.pipeline import Seconds, finalize, infer, inferred, opened, post, posted, reading, survey, swept_store
+from hover_batch.pipeline import Seconds, finalize, infer, inferred, post, posted, reading
 from hover_batch.plan import PlannedSlide
+from hover_batch.slide_work import opened, survey, swept_store
 
 
 class LocalExecutor:

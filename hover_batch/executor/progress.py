@@ -12,7 +12,9 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hover_batch.formatting import duration
 from hover_batch.logs import LogFormat, json_line
+from hover_batch.progress import ProgressCounter
 
 LINE_EVERY_S = 10.0
 """Seconds between two plain lines at first; later a twentieth of what the run has taken, so that a day of it leaves
@@ -32,39 +34,6 @@ class _Console(Console):
         os.close(nowhere)
 
 
-class _Count:
-    """How much of a stage is done, of the slides begun so far, and how fast."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.total = self.done = self._before = 0
-        self._started: float | None = None
-
-    def expect(self, total: int, before: int) -> None:
-        if self._started is None:
-            self._started = time.monotonic()
-        self.total += total
-        self.done += before
-        self._before += before
-
-    def advance(self, n: int) -> None:
-        self.done += n
-
-    @property
-    def rate(self) -> float:
-        """A second, of what this run did."""
-        elapsed = 0.0 if self._started is None else time.monotonic() - self._started
-        return (self.done - self._before) / max(1e-6, elapsed)
-
-    @property
-    def line(self) -> str:
-        rate = self.rate
-        words = f"{self.name} {self.done}/{self.total}"
-        if rate > 0 and self.done < self.total:
-            words += f", {rate:.1f}/s, {_clock((self.total - self.done) / rate)} left"
-        return words
-
-
 class CohortProgress:
     """`expect` when a slide's tissue is found, `tiles` and `regions` as they are done; `slide_done`, `slide_skipped`
     or `slide_failed` at the end of each slide. Totals are those of the slides begun so far."""
@@ -74,7 +43,10 @@ class CohortProgress:
         self._json = log_format is LogFormat.json
         self._slides = slides
         self._finished = 0
-        self._counts = {"inference": _Count("inference: tiles"), "post": _Count("post-processing: regions")}
+        self._counts = {
+            "inference": ProgressCounter("inference: tiles"),
+            "post": ProgressCounter("post-processing: regions"),
+        }
         self._began = self._printed = time.monotonic()
         self._bars: Progress | None = None
         if self._console.is_interactive and not self._json:  # a terminal, and no dumb one
@@ -146,7 +118,7 @@ class CohortProgress:
             )
 
     def slide_done(self, slide_id: str, nuclei: int, seconds: float) -> None:
-        line = f"{slide_id}: {nuclei:,} nuclei in {_clock(seconds)}"
+        line = f"{slide_id}: {nuclei:,} nuclei in {duration(seconds)}"
         self._finish(line, event="slide_done", slide_id=slide_id, nuclei=nuclei, seconds=round(seconds, 2))
 
     def slide_skipped(self, slide_id: str) -> None:
@@ -161,11 +133,3 @@ class CohortProgress:
         if self._bars:
             self._bars.update(self._cohort_bar, advance=1)
         self.say(f"[{self._finished}/{self._slides}] {line}", level, **fields)
-
-
-def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d} min"

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hover_batch.cohort.layout import SlideLayout
-from hover_batch.pipeline import Seconds, SlideWork, neighbours
+from hover_batch.pipeline import Seconds, neighbours
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.tiles import Unit
+from hover_batch.slide_work import SlideWork
 
 SURVEY, INFER, POST, FINALIZE, START = "tissue", "inference", "post-processing", "tables", "start"
 """Stages of a slide, as failures name them; START is a network's."""

@@ -39,21 +39,17 @@ from hover_batch.model.package import Package
 from hover_batch.pipeline import (
     ReadBlocks,
     Seconds,
-    SlideWork,
     UnitsMissing,
     finalize,
     infer,
     inferred,
-    open_store,
-    opened,
     post,
     posted,
-    survey,
-    swept_store,
 )
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.reader import SlideReader, open_slide
 from hover_batch.slide.staging import Copies
+from hover_batch.slide_work import SlideWork, open_store, opened, survey, swept_store
 
 if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
     from hover_batch.model.predict import Predictor

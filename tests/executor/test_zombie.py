@@ -18,8 +18,9 @@ from test_contract import tables
 from hover_batch.errors import SlideError
 from hover_batch.executor.slide_state import SlideUnderWay, Surveyed
 from hover_batch.geometry import Box
-from hover_batch.pipeline import Seconds, SlideWork, infer, open_store
+from hover_batch.pipeline import Seconds, infer
 from hover_batch.slide.reader import open_slide
+from hover_batch.slide_work import SlideWork, open_store
 
 pytestmark = pytest.mark.faults
 
