@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from hover_batch.cohort.record import Url
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.executor.local import LocalExecutor
-from hover_batch.executor.protocol import Executor, RunContext
+from hover_batch.executor.protocol import RunContext
 from hover_batch.executor.resources import EnginePlan, Node, Resources, engine_plan
 from hover_batch.plan import PlannedSlide
 
@@ -58,7 +59,7 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
     InputError if the settings ask for more than there is, no cluster answers, or not all of it sees the output folder.
     """
     if settings.engine.backend == "local":
-        yield OpenBackend(settings, _run_locally)
+        yield OpenBackend(settings, lambda context, slides: LocalExecutor(context).run(slides))
     elif settings.engine.address:
         from hover_batch.executor.cluster import joined, settled
 
@@ -74,16 +75,10 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
                 nodes.look()
             nodes.refuse_unshared(layout.root, wait=True)
             available = nodes.resources.at_most(settings)
-
-            def run(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
-                plan = engine_plan(available, settings, context.package.card, predicts=predicts)
-                try:
-                    _run_on_ray(context, slides, plan, nodes)
-                finally:
-                    if any(isinstance(slide.record.path, Url) for slide in slides):
-                        nodes.on_each(context.copies.close, wait_s=CLEANUP_S)
-
-            yield OpenBackend(settings, run)
+            plan = functools.partial(engine_plan, available, settings, predicts=predicts)
+            yield OpenBackend(
+                settings, lambda context, slides: _run_on_ray(context, slides, plan(context.package.card), nodes)
+            )
     else:
         resources = Resources((_this_node(settings),)).limited(settings)
 
@@ -109,11 +104,6 @@ def _this_node(settings: Settings) -> Node:
     return node
 
 
-def _run_locally(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
-    executor: Executor = LocalExecutor(context)
-    executor.run(slides)
-
-
 def _run_on_ray(
     context: RunContext, slides: Sequence[PlannedSlide], plan: EnginePlan, nodes: ClusterNodes | None = None
 ) -> None:
@@ -123,5 +113,8 @@ def _run_on_ray(
     for line in plan.lines():
         progress.say(line)
     progress.say("loading libraries and the network, finding tissue: the first slide takes a while to begin …")
-    executor: Executor = RayExecutor(context, plan, nodes=nodes)
-    executor.run(slides)
+    try:
+        RayExecutor(context, plan, nodes=nodes).run(slides)
+    finally:
+        if nodes and any(isinstance(slide.record.path, Url) for slide in slides):
+            nodes.on_each(context.copies.close, wait_s=CLEANUP_S)

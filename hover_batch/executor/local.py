@@ -8,14 +8,14 @@ from functools import cached_property
 from hover_batch.cohort.record import Stage
 from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.interrupts import on_ctrl_c
-from hover_batch.executor.protocol import LoadNetwork, RunContext
+from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.model.predict import Predictor, load_predictor
 from hover_batch.pipeline import Seconds, finalize, infer, inferred, opened, post, posted, reading, survey, swept_store
 from hover_batch.plan import PlannedSlide
 
 
-class LocalExecutor:
-    """An `Executor` in this process. `load` is called when the first tile needs the network."""
+class LocalExecutor(Executor):
+    """Runs a cohort in this process. `load` is called when the first tile needs the network."""
 
     def __init__(self, context: RunContext, load: LoadNetwork = load_predictor) -> None:
         self.context = context
@@ -44,10 +44,8 @@ class LocalExecutor:
                 context.recorder.withdraw(slide)
                 context.disk.report_full(slide_id, error)
                 return False
-            context.copies.release(slide_id)
             context.recorder.fail(slide, self._stage, error)
-        else:
-            context.copies.release(slide_id)
+        context.copies.release(slide_id)
         return True
 
     def _interrupt(self) -> None:

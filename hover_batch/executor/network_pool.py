@@ -63,14 +63,10 @@ class NetworkPool:
     def ready(self) -> list[Network]:
         return [network for network in self._networks if network.ready]
 
-    def idle(self) -> Network | None:
-        """A network with nothing under way."""
-        return next((network for network in self.ready if network.load == 0), None)
-
     def least_loaded(self) -> Network | None:
         return min(self.ready, key=lambda network: network.load, default=None)
 
-    def freest(self, at_once: int, spared: Network | None) -> Network | None:
+    def freest(self, at_once: int, spared: Network | None = None) -> Network | None:
         """The least loaded network of those with fewer than `at_once` units, `spared` and those left alone excluded."""
         free = [n for n in self.ready if not n.alone and n is not spared and n.load < at_once]
         return min(free, key=lambda network: network.load, default=None)

@@ -50,28 +50,23 @@ class ClusterNodes:
             tuple(Node(int(n["CPU"]), int(n.get("GPU", 0)), int(n.get("memory", 1 << 33))) for n in offered)
         )
 
-    def changed(self) -> bool:
-        """Whether nodes came or went since the last call. Asks the cluster every few seconds."""
-        if time.monotonic() >= self._look_at:
-            self.look()
-        changed, self._changed = self._changed, False
-        return changed
-
     def replan(self, plan: EnginePlan, context: RunContext) -> EnginePlan | None:
-        """The plan for the nodes that are live now, if nodes came or went since the last call.
+        """The plan for the nodes that are live now, if nodes came or went. Asks the cluster every few seconds.
 
         InputError if a new node does not see the output folder.
         """
-        changed, root = self.changed(), context.recorder.layout.root
+        if time.monotonic() >= self._look_at:
+            self.look()
+        recorder, settings, root = context.recorder, context.settings, context.recorder.layout.root
         try:
             self.refuse_unshared(root)
         except OSError as error:
             if not is_disk_full(error):
                 raise
             context.disk.report_full(str(root))
-        if not changed:
+        if not self._changed:
             return None
-        recorder, settings = context.recorder, context.settings
+        self._changed = False
         try:
             available = self.resources.at_most(settings)
         except InputError:

@@ -48,12 +48,7 @@ class RunContext:
 
     @classmethod
     def of(
-        cls,
-        package: Package,
-        settings: Settings,
-        ledger: Ledger,
-        progress: CohortProgress,
-        run_keys: Mapping[str, str],
+        cls, package: Package, settings: Settings, ledger: Ledger, progress: CohortProgress, run_keys: Mapping[str, str]
     ) -> Self:
         """`run_keys`: by slide_id."""
         root = ledger.layout.root

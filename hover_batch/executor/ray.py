@@ -23,7 +23,7 @@ from hover_batch.executor.faults import WorkerDied, cause_of, verdict_on
 from hover_batch.executor.interrupts import on_ctrl_c
 from hover_batch.executor.network_pool import Network, NetworkPool, is_death, load_error
 from hover_batch.executor.nodes import ClusterNodes
-from hover_batch.executor.protocol import LoadNetwork, RunContext
+from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.executor.resources import EnginePlan
 from hover_batch.executor.slide_state import OpenSlides, SlideState, Task, Verdict
 from hover_batch.executor.workers import finalize_slide, post_region, survey_slide
@@ -45,8 +45,8 @@ class _Call:
     network: Network | None = None
 
 
-class RayExecutor:
-    """An `Executor` on the Ray cluster that this process is connected to. `nodes`: those of a cluster that was joined,
+class RayExecutor(Executor):
+    """Runs a cohort on the Ray cluster that this process is connected to. `nodes`: those of a cluster that was joined,
     None for one of its own."""
 
     def __init__(
@@ -81,13 +81,13 @@ class RayExecutor:
                 while True:
                     self._follow_nodes()
                     if self._draining:
-                        self._say_once(
-                            f"Finishing what is under way ({len(self._running)}); Ctrl-C again stops at once."
-                        )
+                        self._say_once("Finishing what is under way; press Ctrl-C again to stop at once.")
                     else:
                         self._start_networks()
                         if self._context.disk.available():
-                            self._submit()
+                            self._open_slides()
+                            self._submit_units()
+                            self._submit_tasks()
                     if len(self._pool) and not self._pool.ready and time.monotonic() > patience_ends:
                         self._say_once("Still waiting for the first network: are its cores or GPUs held by others?")
                     if not self._unfinished():
@@ -104,9 +104,8 @@ class RayExecutor:
         self._draining = True  # the loop says so: a signal handler must not print in the middle of a print
 
     def _say_once(self, line: str) -> None:
-        topic = line.split()[0]
-        if topic not in self._said:
-            self._said.add(topic)
+        if line not in self._said:
+            self._said.add(line)
             self._progress.say(line)
 
     def _unfinished(self) -> bool:
@@ -127,11 +126,6 @@ class RayExecutor:
             self._plan = plan
             self._recorder.networks = max(self._recorder.networks, plan.actors)
             self._pool.adapt(plan.actors)
-
-    def _submit(self) -> None:
-        self._open_slides()
-        self._submit_units()
-        self._submit_tasks()
 
     def _open_slides(self) -> None:
         """Open slides ahead by what the networks can take, but not further than post-processing follows; for
@@ -158,7 +152,7 @@ class RayExecutor:
         """The oldest slide's units first, to the least loaded network; a unit with a strike alone."""
         slides = [slide for slide in self._slides if not slide.on_hold]
         for slide in slides:
-            while slide.suspects and (network := self._pool.idle()):
+            while slide.suspects and (network := self._pool.freest(at_once=1)):
                 self._infer(slide, slide.suspects.popleft(), network, alone=True)
         # Drain one network if a suspect still waits to run alone.
         spared = self._pool.least_loaded() if any(slide.suspects for slide in slides) else None

@@ -34,7 +34,7 @@ class RunRecorder:
         self._run_keys = run_keys
         self._model = Seconds()
         self._started: dict[str, float] = {}
-        self._left: dict[str, tuple[int, int]] = {}
+        self._left: dict[str, list[int]] = {}
         """Tiles and regions still to be done, by slide."""
 
     def event(self, event: str, **values: Any) -> None:
@@ -84,13 +84,12 @@ class RunRecorder:
         self.event("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
         before = sum(len(u.cells) for u in inferred)
         self.progress.expect(tiles, len(units), before, posted)
-        self._left[slide_id] = tiles - before, len(units) - posted
+        self._left[slide_id] = [tiles - before, len(units) - posted]
 
     def unit_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
         """A unit's maps are in the store. The executor has counted its tiles as progress."""
         self.network_used(seconds)
-        tiles, regions = self._left[slide_id]
-        self._left[slide_id] = tiles - len(unit.cells), regions
+        self._left[slide_id][0] -= len(unit.cells)
         predicted = len(unit.cells) if Stage.INFER in seconds.spans else 0
         self._timed_event("unit_done", slide_id, unit, seconds, tiles=predicted)
 
@@ -101,8 +100,7 @@ class RunRecorder:
 
     def region_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
         """A region's nuclei are on disk."""
-        tiles, regions = self._left[slide_id]
-        self._left[slide_id] = tiles, regions - 1
+        self._left[slide_id][1] -= 1
         self._timed_event("region_done", slide_id, unit, seconds)
         self.progress.regions(1)
 
@@ -138,7 +136,7 @@ class RunRecorder:
 
     def withdraw(self, slide: PlannedSlide) -> None:
         """Expect no more progress of the slide: it failed, or will begin again."""
-        tiles, regions = self._left.pop(slide.record.slide_id, (0, 0))
+        tiles, regions = self._left.pop(slide.record.slide_id, [0, 0])
         self.progress.expect(-tiles, -regions)
 
     def fail(self, slide: PlannedSlide, stage: Stage, error: Exception, trace: str | None = None) -> None:

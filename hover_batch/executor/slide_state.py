@@ -20,14 +20,8 @@ from hover_batch.pipeline import Seconds, SlideWork, UnitsMissing, neighbours
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.tiles import Unit
 
-MAX_STRIKES = 2
-"""Crashes that a task may cause before its slide is quarantined. A unit is retried alone, so an innocent one passes."""
-MAX_LOSSES = 5
-"""Nodes that may be lost while one task runs on them, before the task itself is suspected."""
-MAX_RETRIES = 120
-"""Retries of a task whose inputs are done but not visible: network file systems may show new files a minute late."""
 RETRY_S = 1.0
-"""Seconds before such a retry."""
+"""Seconds before a task is retried because its inputs are not visible."""
 
 
 class Verdict(Enum):
@@ -39,6 +33,15 @@ class Verdict(Enum):
     SHORT_OF_MEMORY = "retry with less at once"
     DISK_FULL = "retry when there is space"
     FAIL = "fail the slide"
+
+
+MAX_STRIKES = 2
+MAX_TIMES = {Verdict.STRIKE: MAX_STRIKES, Verdict.NODE_LOST: 5, Verdict.RETRY: 120}
+"""Times that a task may get a verdict before its slide fails.
+
+A unit with a strike is retried alone, so that an innocent one passes. If nodes are lost one after the other while they
+work on the same task, it may be its fault. RETRY: network file systems may show new files a minute late.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,6 @@ class Surveyed:
     posted: tuple[int, ...]
     seconds: Seconds
 
-    @property
-    def units(self) -> tuple[Unit, ...]:
-        return self.work.units
-
 
 @dataclass(eq=False)
 class SlideState:
@@ -88,13 +87,10 @@ class SlideState:
     needs: dict[int, set[int]] = field(default_factory=dict)
     """Region → units it waits for. A region leaves it for `to_post`."""
     regions_left: int = 0
-    strikes: Counter[Task] = field(default_factory=Counter)
-    losses: Counter[Task] = field(default_factory=Counter)
-    """Nodes lost while the task ran on them."""
-    not_visible: Counter[Task] = field(default_factory=Counter)
-    """Attempts for which inputs were done but not visible."""
+    verdicts: Counter[tuple[Verdict, Task]] = field(default_factory=Counter)
+    """How often each task got each of the verdicts in MAX_TIMES."""
     retry_at: dict[Task, float] = field(default_factory=dict)
-    """Tasks to retry because of that, and when."""
+    """Tasks whose inputs are done but not visible, and when to retry them."""
     on_hold: bool = False
     """No space for its copy beside those of other slides: it waits until one of them ends."""
     ended: bool = False
@@ -106,7 +102,7 @@ class SlideState:
 
     def survey_done(self, found: Surveyed) -> None:
         self.surveyed = True
-        self.units = found.units
+        self.units = found.work.units
         self.seconds.add(found.seconds)
         self.inferred = set(found.inferred)
         self.to_infer = deque(i for i in range(len(self.units)) if i not in self.inferred)
@@ -132,30 +128,11 @@ class SlideState:
     def retry(self, task: Task) -> None:
         """Make the task the next of its kind to be submitted."""
         if task.stage is Stage.INFER:
-            (self.suspects if self.strikes[task] else self.to_infer).appendleft(task.index)
+            (self.suspects if self.verdicts[Verdict.STRIKE, task] else self.to_infer).appendleft(task.index)
         elif task.stage is Stage.POST:
             self.to_post.appendleft(task.index)
         else:
             self.next_stage = task.stage
-
-    def retry_when_visible(self, task: Task, cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
-        """Retry a task that lacked the results of the units in `cells`, (column, row).
-
-        A region waits for units that are still to be predicted. Otherwise the results exist on a file system that does
-        not show them yet. Return the slide's failure if they stay invisible.
-        """
-        needed = self._indices(cells)
-        if task.stage is Stage.POST and not needed <= self.inferred:
-            self._wait(task.index, needed)
-            return None
-        self.retry_at[task] = now + RETRY_S
-        self.not_visible[task] += 1
-        if self.not_visible[task] < MAX_RETRIES:
-            return None
-        return SlideError(
-            f"{task.stage}: results of the units {list(cells)} (column, row) are gone from {self.layout.folder}; run "
-            "the same command again to make them anew"
-        )
 
     def retry_due(self, now: float) -> None:
         """Retry the tasks whose time has come."""
@@ -163,29 +140,40 @@ class SlideState:
             del self.retry_at[task]
             self.retry(task)
 
-    def strike(self, task: Task, reason: str) -> SlideQuarantined | None:
-        """Retry a task that is blamed for a crash, a unit alone; or return the slide's failure."""
-        self.strikes[task] += 1
-        if self.strikes[task] < MAX_STRIKES:
+    def blame(self, verdict: Verdict, task: Task, reason: str) -> SlideQuarantined | None:
+        """Retry a task that got STRIKE or NODE_LOST; or return the slide's failure if it got it too often."""
+        if not self._too_often(verdict, task):
             self.retry(task)
             return None
         where = f" of unit {self.units[task.index].unit_id}" if task.stage in (Stage.INFER, Stage.POST) else ""
-        alone = ", the last time alone" if task.stage is Stage.INFER else ""
+        alone = ", the last time alone" if task.stage is Stage.INFER and verdict is Verdict.STRIKE else ""
         return SlideQuarantined(
-            f"{task.stage}{where}: {reason}, {MAX_STRIKES} times{alone}; the file may be damaged or memory too small: "
-            "check both, then use --retry-failed"
+            f"{task.stage}{where}: {reason}, {MAX_TIMES[verdict]} times{alone}; the file may be damaged or memory too "
+            "small: check both, then use --retry-failed"
         )
 
-    def node_lost(self, task: Task) -> SlideQuarantined | None:
-        """Retry a task whose node is gone; or return the slide's failure if nodes keep disappearing under it."""
-        self.losses[task] += 1
-        if self.losses[task] < MAX_LOSSES:
-            self.retry(task)
-            return None
-        return SlideQuarantined(
-            f"{task.stage}: {MAX_LOSSES} machines were lost while they worked on this; find out why in their system "
-            "logs, then use --retry-failed"
-        )
+    def units_missing(self, task: Task, cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
+        """Retry a task that lacked the results of the units in `cells`, (column, row).
+
+        A region waits for units that are still to be predicted. Otherwise the results exist on a file system that does
+        not show them yet; return the slide's failure if it never does.
+        """
+        needed = self._indices(cells)
+        if task.stage is Stage.POST and not needed <= self.inferred:
+            self._wait(task.index, needed)
+        elif self._too_often(Verdict.RETRY, task):
+            return SlideError(
+                f"{task.stage}: results of the units {list(cells)} (column, row) are gone from {self.layout.folder}; "
+                "run the same command again to make them anew"
+            )
+        else:
+            self.retry_at[task] = now + RETRY_S
+        return None
+
+    def _too_often(self, verdict: Verdict, task: Task) -> bool:
+        """Count the verdict. Whether the task has got it too often."""
+        self.verdicts[verdict, task] += 1
+        return self.verdicts[verdict, task] >= MAX_TIMES[verdict]
 
     def _indices(self, cells: Iterable[tuple[int, int]]) -> set[int]:
         """Units of the slide in these cells (column, row)."""
@@ -267,14 +255,14 @@ class OpenSlides:
         failure: Exception | None = None
         match verdict:
             case Verdict.RETRY if isinstance(error, UnitsMissing):
-                failure = slide.retry_when_visible(task, error.cells, now)
+                failure = slide.units_missing(task, error.cells, now)
             case Verdict.RETRY:
                 slide.retry(task)
             case Verdict.STRIKE:
-                failure = slide.strike(task, str(error))
-                self._record("strike", **values, strikes=slide.strikes[task], reason=str(error))
+                failure = slide.blame(verdict, task, str(error))
+                self._record("strike", **values, strikes=slide.verdicts[verdict, task], reason=str(error))
             case Verdict.NODE_LOST:
-                failure = slide.node_lost(task)
+                failure = slide.blame(verdict, task, "its machine was lost")
                 self._record("lost", **values)
             case Verdict.SHORT_OF_MEMORY:
                 slide.retry(task)

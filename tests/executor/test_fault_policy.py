@@ -16,9 +16,8 @@ from hover_batch.cohort.record import Stage
 from hover_batch.errors import ScratchFull, SlideError, SlideQuarantined
 from hover_batch.executor.cluster import ask_for_token
 from hover_batch.executor.slide_state import (
-    MAX_LOSSES,
-    MAX_RETRIES,
     MAX_STRIKES,
+    MAX_TIMES,
     OpenSlides,
     SlideState,
     Surveyed,
@@ -100,7 +99,11 @@ def test_every_slide_ends_once_and_no_work_is_lost(data: st.DataObject, slides: 
         if not ended:
             strikes[state, task] += verdict is Verdict.STRIKE
             losses[state, task] += verdict is Verdict.NODE_LOST
-            out = verdict is Verdict.FAIL or strikes[state, task] == MAX_STRIKES or losses[state, task] == MAX_LOSSES
+            out = (
+                verdict is Verdict.FAIL
+                or strikes[state, task] == MAX_STRIKES
+                or losses[state, task] == MAX_TIMES[Verdict.NODE_LOST]
+            )
             assert state.ended == out
     for state, task in list(cohort.running):  # results that come too late
         cohort.fail(state, task, data.draw(st.sampled_from(Verdict)))
@@ -146,11 +149,11 @@ def test_faults_without_blame_neither_clear_a_suspect_nor_quarantine_it(verdicts
 
 
 def test_a_lost_node_costs_no_strike_but_five_losses_quarantine() -> None:
-    cohort, state = unit_with([Verdict.NODE_LOST] * (MAX_LOSSES - 1))
-    assert not state.strikes and not cohort.failed and state.to_infer[0] == 1
-    cohort, state = unit_with([Verdict.NODE_LOST] * MAX_LOSSES)
+    cohort, state = unit_with([Verdict.NODE_LOST] * (MAX_TIMES[Verdict.NODE_LOST] - 1))
+    assert not state.verdicts[Verdict.STRIKE, Task(Stage.INFER, 1)] and not cohort.failed and state.to_infer[0] == 1
+    cohort, state = unit_with([Verdict.NODE_LOST] * MAX_TIMES[Verdict.NODE_LOST])
     ((_, failure),) = cohort.failed
-    assert isinstance(failure, SlideQuarantined) and "5 machines were lost" in str(failure)
+    assert isinstance(failure, SlideQuarantined) and "its machine was lost, 5 times;" in str(failure)
     assert {name for name, _ in cohort.events} == {"lost"}
 
 
@@ -177,7 +180,7 @@ def test_a_slide_without_space_for_its_copy_waits_for_another_to_end() -> None:
 def test_results_that_stay_invisible_end_the_slide() -> None:
     state, cohort = surveyed([(0, 0)], {0}, {0}), Cohort(0)
     cohort.open.add(state)
-    for attempt in range(MAX_RETRIES):
+    for attempt in range(MAX_TIMES[Verdict.RETRY]):
         assert not cohort.failed, attempt
         cohort.submit()
         cohort.fail(state, Task(Stage.FINALIZE), Verdict.RETRY, UnitsMissing(((0, 0),)))

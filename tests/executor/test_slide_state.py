@@ -84,7 +84,7 @@ def test_a_corrupted_unit_is_predicted_before_the_slide_is_finalized() -> None:
 def test_a_region_waits_for_further_units_that_it_needs() -> None:
     work = surveyed([(0, 0), (3, 0)], inferred={0}, posted=set())
     assert work.to_post.popleft() == 0
-    assert work.retry_when_visible(Task(Stage.POST, 0), ((3, 0),), now=0) is None
+    assert work.units_missing(Task(Stage.POST, 0), ((3, 0),), now=0) is None
     work.retry_due(1e12)
     assert not work.to_post
     work.unit_inferred(1)
@@ -94,7 +94,7 @@ def test_a_region_waits_for_further_units_that_it_needs() -> None:
 def test_a_region_is_retried_until_markers_are_visible() -> None:
     work = surveyed([(0, 0)], inferred={0}, posted=set())
     work.to_post.clear()
-    assert work.retry_when_visible(Task(Stage.POST, 0), ((0, 0),), now=5) is None
+    assert work.units_missing(Task(Stage.POST, 0), ((0, 0),), now=5) is None
     work.retry_due(5)
     assert not work.to_post
     work.retry_due(5 + RETRY_S)
@@ -104,7 +104,7 @@ def test_a_region_is_retried_until_markers_are_visible() -> None:
 def test_finalization_is_retried_until_parts_are_visible() -> None:
     work = surveyed([(0, 0)], inferred={0}, posted={0})
     work.next_stage = None  # submitted
-    assert work.retry_when_visible(Task(Stage.FINALIZE), ((0, 0),), now=5) is None
+    assert work.units_missing(Task(Stage.FINALIZE), ((0, 0),), now=5) is None
     work.retry_due(5)
     assert work.next_stage is None
     work.retry_due(5 + RETRY_S)
