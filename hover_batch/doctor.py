@@ -22,7 +22,7 @@ from typing import Literal
 
 from hover_batch.config import EngineSettings, Settings
 from hover_batch.errors import HoverBatchError
-from hover_batch.executor.disk_space import ROOM_BYTES
+from hover_batch.executor.disk_space import NEEDED_BYTES
 from hover_batch.executor.resources import Node, Resources, engine_plan
 from hover_batch.model.package import find_package, load_tensors
 
@@ -209,7 +209,7 @@ def _disk(folder: Path) -> Finding:
         return Finding("FAIL", f"{there} cannot be written", "name another folder, or have it given to you")
     disk = shutil.disk_usage(there)
     told = f"{disk.free / GIB:.1f} GiB free at {there}"
-    if disk.free < ROOM_BYTES:
+    if disk.free < NEEDED_BYTES:
         return Finding("FAIL", told, "free some, or name a folder on another disk")
     if disk.free < LOW_DISK or disk.free < (1 - RAY_FULL) * disk.total:
         return _warned(f"{told}, {disk.free / disk.total:.0%} of the disk", "free some, or name a folder elsewhere")

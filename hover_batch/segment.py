@@ -13,13 +13,13 @@ from typing import Any
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import Ledger, SlideFailure
 from hover_batch.cohort.manifest import Cohort, raise_if_faulty, read_cohort
-from hover_batch.cohort.record import SlideRecord, Url
+from hover_batch.cohort.record import SlideRecord, Stage, Url
 from hover_batch.cohort.run_key import ModelId
 from hover_batch.config import Settings
 from hover_batch.errors import DISK_FULL, InputError
-from hover_batch.executor.backend import engine, settled_here
+from hover_batch.executor.backend import open_backend, settled_here
 from hover_batch.executor.progress import CohortProgress
-from hover_batch.executor.run_recorder import CohortBooks
+from hover_batch.executor.protocol import RunContext
 from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
 from hover_batch.formatting import LISTED, counted, listed
 from hover_batch.logs import LogFormat
@@ -110,10 +110,10 @@ def run_segment(
     records = plan.cohort.records
     with (
         Ledger(layout) as ledger,
-        engine(settings, layout, predicts=predicts) as found,
+        open_backend(settings, layout, predicts=predicts) as backend,
         CohortProgress(len(records), log_format) as progress,
     ):
-        settings = found.settings
+        settings = backend.settings
         keys = {slide.record.slide_id: result_key(slide, package, settings) for slide in plan.slides}
         ledger.start(
             settings=settings,
@@ -133,23 +133,24 @@ def run_segment(
                 "they stay, but slides.csv and the summary list this cohort only"
             )
         for fault in plan.cohort.faults:
-            ledger.record_failure(fault.slide_id_or_path, fault.row, "", "check", fault.message)
-        books = CohortBooks(package, settings, ledger, progress, keys)
+            ledger.record_failure(fault.slide_id_or_path, fault.row, "", Stage.CHECK, fault.message)
+        context = RunContext.of(package, settings, ledger, progress, keys)
+        recorder = context.recorder
         copies = any(isinstance(slide.record.path, Url) and slide.kept is None for slide in plan.slides)
         if copies:
-            books.copies.open()
+            context.copies.open()
         stopped = True
         try:
             for record, reason in plan.unreadable:
-                books.refuse(record, reason)
-            todo = [slide for slide in plan.slides if not books.done_before(slide)]
-            found.run(books, [slide for slide in todo if not books.quarantined_before(slide, retry=retry_failed)])
+                recorder.refuse(record, reason)
+            todo = [slide for slide in plan.slides if not recorder.skip_done(slide)]
+            backend.run(context, [slide for slide in todo if not recorder.skip_quarantined(slide, retry=retry_failed)])
             stopped = False
         finally:
             if copies:
-                books.copies.close()
+                context.copies.close()
             try:
-                ledger.finish(plan.cohort, books.model_busy, stopped=stopped)
+                ledger.finish(plan.cohort, recorder.model_busy, stopped=stopped)
             except OSError as error:  # what stopped the run is told, rather than this
                 if not (stopped and error.errno in DISK_FULL):
                     raise
@@ -159,8 +160,8 @@ def run_segment(
         done = [record for record in records if record.row not in failed]
         slides = tuple(json.loads(layout.slide(record.slide_id).slide_json.read_bytes()) for record in done)
         left_out = [record for record in records if record.row in failed]
-        _summarise(layout, taxonomy, done, slides, left_out, books.model_busy)
-    return Outcome(layout, slides, failures, books.model_busy)
+        _summarise(layout, taxonomy, done, slides, left_out, recorder.model_busy)
+    return Outcome(layout, slides, failures, recorder.model_busy)
 
 
 def _summarise(

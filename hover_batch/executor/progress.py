@@ -1,5 +1,4 @@
-"""Progress of a cohort on stderr: bars for the slides and the two long stages, plain lines where no terminal is, and
-lines of JSON where these are asked for."""
+"""Progress of a cohort on stderr: bars on a terminal, plain lines elsewhere, or lines of JSON."""
 
 from __future__ import annotations
 
@@ -12,31 +11,30 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hover_batch.cohort.record import Stage
 from hover_batch.formatting import duration
 from hover_batch.logs import LogFormat, json_line
 from hover_batch.progress import ProgressCounter
 
 LINE_EVERY_S = 10.0
-"""Seconds between two plain lines at first; later a twentieth of what the run has taken, so that a day of it leaves
-some hundred lines."""
+"""Lower bound of the interval between plain progress lines, which is a twentieth of the time that the run has taken."""
 MAX_LINE_EVERY_S = 600.0
-"""And no longer than that, so that whoever looks sees it alive."""
+"""Upper bound of the interval between progress lines."""
 
 
 class _Console(Console):
-    """A console whose reader may go: rich would end the program, but the run goes on without anyone looking."""
+    """A console whose reader may close the pipe: rich would end the program, but the run goes on without output."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        # What is still in Python's buffer would be tried again at exit.
+        # Python would try to flush the rest of its buffer at exit.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.file.fileno())
         os.close(nowhere)
 
 
 class CohortProgress:
-    """`expect` when a slide's tissue is found, `tiles` and `regions` as they are done; `slide_done`, `slide_skipped`
-    or `slide_failed` at the end of each slide. Totals are those of the slides begun so far."""
+    """Progress of the slides, and of the tiles and regions of the slides begun so far."""
 
     def __init__(self, slides: int, log_format: LogFormat = LogFormat.text) -> None:
         self._console = _Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
@@ -44,12 +42,12 @@ class CohortProgress:
         self._slides = slides
         self._finished = 0
         self._counts = {
-            "inference": ProgressCounter("inference: tiles"),
-            "post": ProgressCounter("post-processing: regions"),
+            Stage.INFER: ProgressCounter("inference: tiles"),
+            Stage.POST: ProgressCounter("post-processing: regions"),
         }
         self._began = self._printed = time.monotonic()
         self._bars: Progress | None = None
-        if self._console.is_interactive and not self._json:  # a terminal, and no dumb one
+        if self._console.is_interactive and not self._json:  # a terminal that can redraw
             self._bars = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -76,26 +74,26 @@ class CohortProgress:
             self._bars.stop()
 
     def say(self, line: str, level: str = "info", **fields: object) -> None:
-        """A line that stays. `level` (info, warning or error) and `fields` are for machines."""
+        """Print a line that stays. `level` (info, warning or error) and `fields` are for JSON."""
         self._console.print(json_line(level, line.strip(), **fields) if self._json else line, soft_wrap=True)
 
     def warn(self, line: str) -> None:
         self.say(line, "warning")
 
     def expect(self, tiles: int, regions: int, tiles_before: int = 0, regions_before: int = 0) -> None:
-        """A slide has so many tiles and regions, of which those `before` were done by an earlier run."""
-        self._counts["inference"].expect(tiles, tiles_before)
-        self._counts["post"].expect(regions, regions_before)
+        """Add a slide's tiles and regions to the totals; those `before` were done by an earlier run."""
+        self._counts[Stage.INFER].expect(tiles, tiles_before)
+        self._counts[Stage.POST].expect(regions, regions_before)
         self._show()
 
     def tiles(self, n: int) -> None:
-        """So many more tiles are predicted."""
-        self._counts["inference"].advance(n)
+        """Count `n` more tiles as predicted."""
+        self._counts[Stage.INFER].advance(n)
         self._show()
 
     def regions(self, n: int) -> None:
-        """So many more regions are post-processed."""
-        self._counts["post"].advance(n)
+        """Count `n` more regions as post-processed."""
+        self._counts[Stage.POST].advance(n)
         self._show()
 
     def _show(self) -> None:

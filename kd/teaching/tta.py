@@ -28,7 +28,7 @@ def averaged(logits_of: LogitsOf, images: Sequence[NDArray[np.uint8]], n_types: 
 
 def _mean(outputs: Logits, heads: Heads) -> Logits:
     """Return the mean (channel, y, x) of outputs (n, channel, y, x)."""
-    mean = outputs.mean(axis=0)
+    mean: Logits = outputs.mean(axis=0)
     for branch in (NP, heads.tp):
         mean[branch] = logsumexp(log_softmax(outputs[:, branch], axis=1), axis=0) - np.log(len(outputs))
     return mean
