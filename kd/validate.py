@@ -19,6 +19,7 @@ from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.nuclei.whole import instances_of
 from hover_batch.taxonomy import Taxonomy
 from kd.augment import LABEL_MARGIN
+from kd.classes import PARTIAL
 from kd.crops import Crops, Teacher, batches
 from kd.datasets import Sample
 from kd.evaluate import MapsOf, evaluate
@@ -55,7 +56,7 @@ def validation_loss(
 
 def validate(model: nn.Module, samples: Sequence[Sample], device: torch.device, taxonomy: Taxonomy) -> dict[str, float]:
     """Scores `val_pq_<source>`, `val_dice_<source>`, `val_f_d_<source>` and, where types are annotated,
-    `val_f_c_<source>`: the mean F_c over the classes.
+    `val_f_c_<source>`: the mean F_c over the classes. Of a source in PARTIAL: `val_recall_<source>` alone.
 
     `model` must be in evaluation mode. The central SIDE × SIDE pixels of each image are looked at, or what the image
     has of them in steps of 32, with mirrored pixels around them.
@@ -66,7 +67,8 @@ def validate(model: nn.Module, samples: Sequence[Sample], device: torch.device, 
         chosen += _spread([s for s in samples if s.source == source], SCORED)
     row: dict[str, float] = {}
     for scores in evaluate(maps_of, [_central(s, SIDE) for s in chosen], TYPICAL, taxonomy):
-        row |= {f"val_{name}_{scores.source}": getattr(scores, name) for name in ("pq", "dice", "f_d")}
+        names = ("recall",) if scores.source in PARTIAL else ("pq", "dice", "f_d")
+        row |= {f"val_{name}_{scores.source}": getattr(scores, name) for name in names}
         if scores.f_c:
             row[f"val_f_c_{scores.source}"] = mean_defined(scores.f_c.values())
     return row

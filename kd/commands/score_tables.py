@@ -25,7 +25,7 @@ def show(evaluation: Evaluation) -> None:
     console.print(_scores(evaluation))
     typer.echo(_cost(evaluation.cost))
     if evaluation.shifts:
-        console.print(_shifts(evaluation.shifts, f"{name} on changed images"))
+        console.print(shift_table(evaluation.shifts, f"{name} on changed images"))
     if evaluation.baseline:
         console.print(_paired(evaluation.paired, evaluation.baseline, name))
 
@@ -65,7 +65,7 @@ def _cost(cost: Cost) -> str:
     )
 
 
-def _shifts(rows: Sequence[ShiftScores], title: str) -> Table:
+def shift_table(rows: Sequence[ShiftScores], title: str) -> Table:
     """A row for each source and shift, a collapse in red with an arrow."""
     collapsed = any(row.collapsed for row in rows)
     table = Table(title=title, caption="◀ PQ is halved or worse" if collapsed else None, caption_justify="left")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from rich.console import Console
 from truth_maps import maps_of_truth
 
 from hover_batch.taxonomy import CONSEP
 from kd.augment import RGB_TO_HED
+from kd.commands.score_tables import shift_table
 from kd.datasets import Data, Sample, read_data
 from kd.evaluate import evaluate, evaluate_data
 from kd.shift_scores import SCORES, score_shifts
@@ -140,3 +143,11 @@ def test_every_shift_has_its_row_and_a_collapse_is_marked(sample: Sample) -> Non
             assert row.changes[name] == row.scores[name] - getattr(unchanged[0], name)
     dark = next(row for row in rows if row.shift == "darker, gamma 2.5").to_json()
     assert dark["scores"]["pq"] == 0 and dark["changes"]["pq"] == -unchanged[0].pq and dark["collapsed"] is True
+
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard", no_color=False)
+    console.print(shift_table(rows, "made up"))
+    lines = console.file.getvalue().splitlines()
+    for shift in SHIFTS:
+        (line,) = [line for line in lines if shift.name in line]
+        assert ("◀" in line) == ("\x1b[1;31m" in line) == (shift.name in collapsed)
+    assert "◀ PQ is halved or worse" in lines[-1]
