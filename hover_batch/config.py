@@ -220,10 +220,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Nest settings given by their bare names, as `Settings.from_dict` takes them. InputError for unknown names."""
     data: dict[str, Any] = {}
     for name, value in settings.items():
-        if name == "model":
-            data[name] = value
-        elif name in SECTION_OF:
-            data.setdefault(SECTION_OF[name], {})[name] = value
-        else:
+        if name not in SECTION_OF:
             raise InputError(f"setting {name} is not known; known are {', '.join(sorted(SECTION_OF))}")
+        data.setdefault(SECTION_OF[name], {})[name] = value
     return data

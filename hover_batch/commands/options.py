@@ -70,13 +70,16 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
 
     typer has already chosen between option and environment variable.
     """
-    given = {n: v for n, v in ctx.params.items() if v is not None and (n == "model" or n in SECTION_OF)}
+    given = {name: value for name, value in ctx.params.items() if value is not None and name in SECTION_OF}
     if "class_map" in given:
         given["class_map"] = _class_map(given["class_map"])
+    above = nested(given)
+    if ctx.params["model"] is not None:
+        above["model"] = ctx.params["model"]
     data = dict(base or {})
     if ctx.params["config"] is not None:
         data = _merged(data, read_toml("--config", ctx.params["config"]))
-    return Settings.from_dict(_merged(data, nested(given)))
+    return Settings.from_dict(_merged(data, above))
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
