@@ -20,16 +20,16 @@ pytestmark = pytest.mark.faults
 
 Fields = Callable[..., Path]
 DONE = {"infer": "unit_done", "post": "region_done", "finalize": "slide_done"}
-"""Event that tells of a stage's success."""
+"""Event of a stage's success."""
 
 
 def at(event: dict[str, object]) -> float:
     return datetime.fromisoformat(str(event["time"])).timestamp()
 
 
-def recovery(out: Path, struck: str) -> float:
-    """Seconds from the first event `struck` to that slide's next success in the same stage, or further on."""
-    first = events(out, struck)[0]
+def recovery(out: Path, fault: str) -> float:
+    """Seconds from the first event `fault` to that slide's next success in the same stage, or further on."""
+    first = events(out, fault)[0]
     later = [e for name in DONE.values() for e in events(out, name)]
     return min(at(e) for e in later if e["slide_id"] == first["slide_id"] and at(e) > at(first)) - at(first)
 
@@ -65,10 +65,10 @@ def test_a_process_dies_in_the_middle_of_a_write(
     assert run_on_ray(cohort, out, LoadQuick()).exit_code == 0
     hit = (ray_cluster / f"{name.removesuffix('-once')}-{named}").exists()
     assert hit, "nothing was killed"
-    struck = events(out, "strike")
-    assert struck and {(e["slide_id"], e["stage"]) for e in struck} <= {(named, stage), ("a", stage)}
+    strikes_seen = events(out, "strike")
+    assert strikes_seen and {(e["slide_id"], e["stage"]) for e in strikes_seen} <= {(named, stage), ("a", stage)}
     runner("local", monkeypatch)(cohort, tmp_path / "reference", LoadQuick())
-    strikes = max(int(str(e["strikes"])) for e in struck)
+    strikes = max(int(str(e["strikes"])) for e in strikes_seen)
     note(f"kill -9 at {name.removesuffix('-once')}", out, tmp_path / "reference", 1 + strikes, recovery(out, "strike"))
 
 
@@ -136,14 +136,14 @@ def test_a_process_is_killed_at_a_random_moment(
         killer.over.set()
         killer.join()
     assert outcome.exit_code == 0
-    struck = events(out, "strike")
-    assert killer.at and {e["stage"] for e in struck} == {stage}
+    strikes_seen = events(out, "strike")
+    assert killer.at and {e["stage"] for e in strikes_seen} == {stage}
     runner("local", monkeypatch)(cohort, tmp_path / "reference", LoadQuick())
     note(
         f"kill -9 of {title} at random, seed {seed}",
         out,
         tmp_path / "reference",
-        1 + max(int(str(e["strikes"])) for e in struck),
+        1 + max(int(str(e["strikes"])) for e in strikes_seen),
         recovery(out, "strike"),
     )
 

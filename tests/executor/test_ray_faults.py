@@ -77,7 +77,7 @@ def test_a_unit_of_a_silent_network_is_retried_if_it_was_the_last_one_under_way(
     )
     executor = RayExecutor(context, engine_of(0))
     retried: list[object] = []
-    monkeypatch.setattr(executor, "_network_died", lambda call, verdict, error: retried.append(verdict))
+    monkeypatch.setattr(executor, "_failed", lambda call, error: retried.append(error.verdict))
     monkeypatch.setattr(executor._pool, "verdict_on_silent", lambda network: Verdict.STRIKE)
     slide, network, error = (cast(Any, None),) * 3
     executor._silent.append((_Call(slide, Task(Stage.INFER), network), Network(None, 0), error))
