@@ -70,7 +70,7 @@ class RayExecutor(Executor):
         self._silent: list[tuple[_Call | Network, Network, RayError]] = []
         """Calls of networks that do not answer, which may be dead or not."""
         self._draining = False
-        self._said: set[str] = set()
+        self._shown: set[str] = set()
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
         """After one Ctrl-C, wait for the tasks that are under way, then raise KeyboardInterrupt; after two, at once."""
@@ -104,8 +104,8 @@ class RayExecutor(Executor):
         self._draining = True  # the loop says so: a signal handler must not print in the middle of a print
 
     def _say_once(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
+        if line not in self._shown:
+            self._shown.add(line)
             self._progress.say(line)
 
     def _unfinished(self) -> bool:

@@ -36,7 +36,7 @@ def recovery(out: Path, fault: str) -> float:
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """In this process, in which nothing is planted."""
+    """In this process, in which no fault is planted."""
     return runner("local", monkeypatch)
 
 
@@ -59,8 +59,8 @@ def test_a_process_dies_in_the_middle_of_a_write(
     name: str,
     stage: str,
 ) -> None:
-    """What it wrote is there and has no name yet: a shard, its marker, a part, a table; or it had read a block."""
-    named = f"{name}-9"  # the cluster is shared, and each name strikes once
+    """It has written a shard, a marker, a part or a table without renaming it; or it is reading a block."""
+    named = f"{name}-9"  # the cluster is shared, and each name crashes once
     out, cohort = tmp_path / "out", fields("a", named)
     assert run_on_ray(cohort, out, LoadQuick()).exit_code == 0
     hit = (ray_cluster / f"{name.removesuffix('-once')}-{named}").exists()
@@ -84,8 +84,8 @@ def test_a_network_is_killed_between_two_batches(
 
 
 class Killer(threading.Thread):
-    """Kills one process of those below this one that Ray calls by `title`, at random moments, until the run has noticed
-    one of them die; `at`: when each was killed."""
+    """Kills one of this process's descendants named `title`, at random moments, until the run has recorded a strike.
+    `at`: when each was killed."""
 
     def __init__(self, title: str, seed: int, out: Path) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def test_a_process_is_killed_at_a_random_moment(
 def test_memory_runs_out_in_post_processing(
     fields: Fields, run_on_ray: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python is refused what it asks for: less at once, and no strike."""
+    """An allocation fails: the run does less at once, and nothing gets a strike."""
     out, cohort = tmp_path / "out", fields("a", "memory-once")
     assert run_on_ray(cohort, out, LoadQuick()).exit_code == 0
     assert [e["slide_id"] for e in events(out, "memory_short")] == ["memory-once"] and not events(out, "strike")

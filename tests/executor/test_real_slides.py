@@ -1,4 +1,4 @@
-"""Real slides on both backends: the same tables, byte for byte, also where the run on Ray is struck three times."""
+"""Real slides on both backends: the same tables, byte for byte, even if the run on Ray is interrupted three times."""
 
 from __future__ import annotations
 
