@@ -70,7 +70,7 @@ class RayExecutor(Executor):
         self._silent: list[tuple[_Call | Network, Network, RayError]] = []
         """Calls of networks that do not answer, which may be dead or not."""
         self._draining = False
-        self._said: set[str] = set()
+        self._shown: set[str] = set()
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
         """After one Ctrl-C, wait for the tasks that are under way, then raise KeyboardInterrupt; after two, at once."""
@@ -104,8 +104,8 @@ class RayExecutor(Executor):
         self._draining = True  # the loop says so: a signal handler must not print in the middle of a print
 
     def _say_once(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
+        if line not in self._shown:
+            self._shown.add(line)
             self._progress.say(line)
 
     def _unfinished(self) -> bool:
@@ -206,11 +206,7 @@ class RayExecutor(Executor):
         """Route the calls of networks that turned out to be dead. Whether there were any."""
         silent, self._silent = self._silent, []
         for call, network, error in silent:
-            verdict = self._pool.verdict_on_silent(network)
-            if verdict is None:
-                self._silent.append((call, network, error))
-            else:
-                self._network_died(call, verdict, error)
+            self._network_lost(call, network, error, self._pool.verdict_on_silent(network))
         return len(self._silent) < len(silent)
 
     # Route.
@@ -224,11 +220,7 @@ class RayExecutor(Executor):
             result = ray.get(reference)
         except RayError as error:
             if network and is_death(error):
-                verdict = self._pool.died(network, error)
-                if verdict is None:
-                    self._silent.append((call, network, error))
-                else:
-                    self._network_died(call, verdict, error)
+                self._network_lost(call, network, error, self._pool.died(network, error))
             elif isinstance(call, Network):
                 raise load_error(error) from error
             else:
@@ -273,8 +265,10 @@ class RayExecutor(Executor):
                     self._slides.close(slide)
                     self._release_copies(slide)
 
-    def _network_died(self, call: _Call | Network, verdict: Verdict, error: RayError) -> None:
-        if isinstance(call, Network):
+    def _network_lost(self, call: _Call | Network, network: Network, error: RayError, verdict: Verdict | None) -> None:
+        if verdict is None:  # unknown as yet
+            self._silent.append((call, network, error))
+        elif isinstance(call, Network):
             self._pool.died_loading(verdict, error)
         else:
             self._failed(call, WorkerDied(verdict, f"its process died ({type(error).__name__})"))
@@ -284,7 +278,7 @@ class RayExecutor(Executor):
         slide, stage = call.slide, call.task.stage
         if isinstance(error, NetworkFailed):  # its device may be broken
             error = WorkerDied(verdict_on(error), f"its network failed ({error})")
-            if call.network and not call.network.stopped:
+            if call.network:
                 self._pool.stop(call.network)
         if slide.ended:
             return

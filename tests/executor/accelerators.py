@@ -1,4 +1,4 @@
-"""Networks that are none: quick ones, one that holds its device by sleeping as a GPU would, and ones that die."""
+"""Fake networks: quick ones, one that sleeps as long as a GPU would compute, and ones that crash."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DARK = 150
 
 @dataclass
 class Quick:
-    """Nuclei are what is dark, cut by the lines of a grid of 32 pixels; all spindles. Each batch takes `seconds`."""
+    """Dark pixels are nuclei, cut by a grid of 32 pixels, and all spindles. Each batch takes `seconds`."""
 
     card: Card
     batch: int
@@ -59,7 +59,7 @@ class LoadQuick:
 
 @dataclass
 class Deadly(Quick):
-    """Kills its process in the middle of the work: `times` times, counted by files in `folder`."""
+    """Kills its process in the middle of the work, `times` times in all, counted by files in `folder`."""
 
     folder: Path = Path()
     times: int = 1
@@ -86,7 +86,7 @@ class LoadDeadly:
 
 @dataclass
 class Broken(Quick):
-    """Raises on every batch after the second, as a device does that was lost."""
+    """Raises on every batch after the second, as a lost device does."""
 
     batches: int = 0
 
@@ -99,7 +99,7 @@ class Broken(Quick):
 
 @dataclass(frozen=True)
 class LoadBroken:
-    """The first network that is loaded breaks, the others do not."""
+    """Of the networks that are loaded only the first breaks."""
 
     folder: Path
 
@@ -112,10 +112,10 @@ class LoadBroken:
 
 
 def load_nothing(package: Package, settings: InferSettings) -> Any:
-    """A package whose weights cannot be loaded."""
+    """Raise as for a package whose weights cannot be loaded."""
     raise PackageError("package planted: the weights do not match their card")
 
 
 def die_loading(package: Package, settings: InferSettings) -> Any:
-    """A process that is killed while it loads, as for want of memory."""
+    """Kill the process while it loads, as an out-of-memory killer does."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -33,25 +33,25 @@ from hover_batch.stored_run import StoredRun
 
 HERE = Path(__file__).parent
 CPUS, GPUS = 3, 4
-"""Of the tests' cluster, as Ray counts them: the GPUs are held by networks that sleep."""
+"""Logical resources of the tests' cluster: there is no GPU, the networks on them sleep."""
 
 SETTINGS = Settings(
     tissue=TissueSettings(tissue="all"),
     infer=InferSettings(unit=256, batch=2, precision="fp32", runtime="torch", threads=1, device="cpu"),
     engine=EngineSettings(backend="local"),
 )
-"""Of the small cohorts: 16 units for a field of 1000² pixels."""
+"""Settings of the small cohorts: 16 units for a field of 1000² pixels."""
 
 
 def on_loopback() -> None:
-    """Skip where Ray's servers, which listen on all interfaces, could be seen by others."""
+    """Skip if others could reach Ray's servers, which listen on all interfaces."""
     if [name for _, name in socket.if_nameindex()] != ["lo"]:
         pytest.skip("other interfaces than loopback are up: run `scripts/loopback uv run pytest`, as the CI does")
 
 
 @contextlib.contextmanager
 def file_system(folder: Path, size: str) -> Iterator[Path]:
-    """A disk of that size, mounted at `folder`."""
+    """Mount a file system of that size at `folder`."""
     folder.mkdir()
     try:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=True, capture_output=True)
@@ -64,7 +64,7 @@ def file_system(folder: Path, size: str) -> Iterator[Path]:
 
 
 def engine_of(networks: int = 1, gpus: bool = False, units_at_once: int = 2) -> EnginePlan:
-    """How the tests' cluster is used: so many networks, on GPUs or on the CPU."""
+    """A plan for the tests' cluster with so many networks, on GPUs or on the CPU."""
     return EnginePlan(
         resources=Resources((Node(CPUS, GPUS, 1 << 33),)),
         actors=networks,
@@ -79,7 +79,7 @@ def engine_of(networks: int = 1, gpus: bool = False, units_at_once: int = 2) -> 
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The cluster, with faults planted in its processes; yields the folder in which they count themselves."""
+    """A cluster with faults planted in its processes; yields the folder of the files that count them."""
     on_loopback()
     from hover_batch.executor.cluster import started
 
@@ -100,7 +100,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def nuclei(out: Path) -> list[tuple[Any, ...]]:
-    """Which nuclei a run found: slide and centroid."""
+    """(slide_id, x, y) of all nuclei of a run."""
     named = [(path.parent.name, pq.read_table(path)) for path in sorted((out / "slides").glob("*/nuclei.parquet"))]
     return [
         (name, x, y)
@@ -110,8 +110,11 @@ def nuclei(out: Path) -> list[tuple[Any, ...]]:
 
 
 def note(fault: str, out: Path, reference: Path, attempts: int, recovery_s: float) -> None:
-    """Compare with a run that nothing has disturbed: the same tables, byte for byte; and write what the fault cost, a
-    line of JSON, into the file that the environment names as FAULT_REPORT. `attempts`: of the work that was struck."""
+    """Check that the tables are those of the undisturbed run `reference`, byte for byte; report what the fault cost.
+
+    The report, a line of JSON, is appended to the file that the environment variable FAULT_REPORT names. `attempts`: of
+    the task that the fault interrupted.
+    """
     found, wanted = nuclei(out), nuclei(reference)
     row = {
         "fault": fault,
@@ -136,7 +139,7 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture(params=["local", "ray"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every contract is kept by both."""
+    """Both backends must pass."""
     if request.param == "ray":
         request.getfixturevalue("ray_cluster")
     return str(request.param)
@@ -219,7 +222,7 @@ def cohort(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing has disturbed, by `--backend local`."""
+    """An undisturbed run by `--backend local`."""
     out = tmp_path_factory.mktemp("undisturbed")
     result = CliRunner().invoke(app, ["segment", str(cohort), "-o", str(out), "--backend", "local", *command.SETTINGS])
     assert result.exit_code == 0, result.output

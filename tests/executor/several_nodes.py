@@ -1,10 +1,10 @@
 """A cohort on a cluster of several nodes on this machine, run as a program: `several_nodes.py PLAN.json`.
 
-A process has one cluster, so that tests which want their own start this one. The plan: `cohort`, `out`, `gpus` (logical
-ones of each node; without, networks are on the CPU), `cpus`, `nodes` (how many at first, beside a head that does no
-work), `seconds` (a batch takes), `unit`, `events` (list of [event of the run, how often it was seen, "remove" or
-"add"]). It prints JSON on its last line: the exit code, the seconds from the first unit to the last, the busy share,
-and what the driver held each second.
+A program of its own, since a process can have one cluster only. The plan: `cohort`, `out`, `gpus` (logical GPUs of each
+node; 0: networks on the CPU), `cpus`, `nodes` (their number at first, beside a head without cores), `seconds` (of a
+batch), `unit`, `events` (list of [event of the run, its count, "remove" or "add"]: what to do with a node once the
+event was logged so often). The last line of output is JSON: the exit code, the seconds from the first unit to the last,
+the share in which networks were busy, and samples of the driver's memory and CPU time.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def settings_of(plan: dict[str, Any], address: str) -> Settings:
 
 
 def follow(plan: dict[str, Any], cluster: Any, nodes: list[Any], node: dict[str, Any], over: threading.Event) -> None:
-    """Take nodes away, and bring others, when so many events of a kind were seen."""
+    """Remove and add nodes by the plan's `events`."""
     log = Path(plan["out"]) / "logs" / "events.jsonl"
     for name, times, what in plan["events"]:
         while sum(event["event"] == name for event in read_events(log)) < times:
@@ -64,7 +64,7 @@ def follow(plan: dict[str, Any], cluster: Any, nodes: list[Any], node: dict[str,
 
 
 def watch(samples: list[dict[str, float]], over: threading.Event) -> None:
-    """Each second: the driver's memory in bytes, the CPU seconds that it has used, and bytes in the object store."""
+    """Sample each second: the driver's memory in bytes, its CPU seconds, and the bytes in the object store."""
     driver, store = psutil.Process(), "object_store_memory"
     while not over.wait(1.0):
         with contextlib.suppress(Exception):  # not joined yet, or no longer
@@ -74,7 +74,7 @@ def watch(samples: list[dict[str, float]], over: threading.Event) -> None:
 
 
 def cluster_of(nodes: int, node: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """A head that does no work, and so many nodes. Ray gives its own processes 30 s, which a busy machine overruns."""
+    """A head without cores, and so many nodes. Retried, since Ray's 30 s to start are too little on a busy machine."""
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE, "node_ip_address": "127.0.0.1"}
     for attempts_left in reversed(range(START_ATTEMPTS)):
         try:
@@ -93,11 +93,11 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
     hover_batch.executor.ray.RayExecutor = functools.partial(  # type: ignore[assignment,misc]
         hover_batch.executor.ray.RayExecutor, load=LoadQuick(plan["seconds"])
     )
-    # Where the accelerators are simulated, torch would find none.
+    # The GPUs are simulated, so torch would find none.
     hover_batch.executor.cluster.settled = lambda settings, on_gpu: replace(  # type: ignore[assignment]
         settings, device="cuda" if on_gpu else "cpu"
     )
-    # Ray would set it in the main thread alone; nodes come from another one here.
+    # Ray can set it in the main thread only, and here nodes are added by another one.
     ray._private.utils.set_sigterm_handler = lambda handler: None  # type: ignore[attr-defined]
     over = threading.Event()
     follower = threading.Thread(target=follow, args=(plan, cluster, nodes, node, over))

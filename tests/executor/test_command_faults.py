@@ -30,7 +30,7 @@ PLANTED = os.pathsep.join([str(HERE / "planted"), str(HERE), str(HERE.parents[1]
 def kill_driver(process: subprocess.Popen[str], when: Callable[[], bool]) -> float:
     deadline = time.monotonic() + 300
     while not when():
-        assert process.poll() is None, f"ended before it could be struck: {process.communicate()[0]}"
+        assert process.poll() is None, f"ended before it could be interrupted: {process.communicate()[0]}"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
@@ -46,14 +46,14 @@ def test_the_driver_is_killed_at_a_random_moment(cohort: Path, whole: Path, tmp_
     reached = moments.randrange(1, UNITS - 2)
     kill_driver(process, lambda: count(slide / stage) >= reached and time.sleep(moments.uniform(0, 0.5)) is None)
     assert_all_gone(process.pid)
-    assert not (slide / "slide.json").exists(), "it was not struck in the middle of its work"
-    struck, told = time.time(), len(events(out, "unit_done"))
+    assert not (slide / "slide.json").exists(), "it was not interrupted in the middle of its work"
+    killed, before = time.time(), len(events(out, "unit_done"))
     again = start(cohort, out)
     printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0, printed
-    later = [at(e) for name in ("unit_done", "region_done", "slide_done") for e in events(out, name) if at(e) > struck]
-    note(f"kill -9 of the driver at random, seed {seed}", out, whole, 2, min(later) - struck)
-    assert len(events(out, "unit_done")) - told <= UNITS - told + 3
+    later = [at(e) for name in ("unit_done", "region_done", "slide_done") for e in events(out, name) if at(e) > killed]
+    note(f"kill -9 of the driver at random, seed {seed}", out, whole, 2, min(later) - killed)
+    assert len(events(out, "unit_done")) - before <= UNITS - before + 3
 
 
 def test_the_driver_is_killed_as_it_declares_a_slide_done(
@@ -73,27 +73,27 @@ def test_the_driver_is_killed_as_it_declares_a_slide_done(
     slide = out / "slides" / "torn-done-once"
     assert (slide / "nuclei.parquet").exists() and not (slide / "slide.json").exists()
     assert_all_gone(process.pid)
-    struck = time.time()
+    killed = time.time()
     again = start(named, out, more=more)
     printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0, printed
     reference = start(named, tmp_path / "reference", "--backend", "local")
     printed, _ = reference.communicate(timeout=300)
     assert reference.returncode == 0, printed
-    recovered = min(at(e) for e in events(out, "slide_done")) - struck
+    recovered = min(at(e) for e in events(out, "slide_done")) - killed
     note("kill -9 of the driver at slide.json", out, tmp_path / "reference", 2, recovered)
     assert len(events(out, "unit_done")) == UNITS, "a unit was done again"
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 160 MB, more than the room that a run waits for."""
+    """A file system of 160 MB, more than the space that a run waits for."""
     with file_system(tmp_path / "disk", "160m") as folder:
         yield folder
 
 
-def test_the_command_waits_for_room_on_its_disk(cohort: Path, whole: Path, disk: Path) -> None:
-    """It fills up when three units are done, and has room when the command has said that it waits."""
+def test_the_command_waits_for_disk_space(cohort: Path, whole: Path, disk: Path) -> None:
+    """It fills up when three units are done, and has space again once the command has said that it waits."""
     out, ballast = disk / "out", disk / "ballast"
     slide = out / "slides" / "field"
     process = start(cohort, out)

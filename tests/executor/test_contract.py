@@ -1,4 +1,4 @@
-"""What every executor must do; each test runs on both backends, and tables are the same, byte for byte."""
+"""The contract of executors: each test runs on both backends, and tables are the same, byte for byte."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_cohort_ends_whole(fields: Fields, run: Run, reference: dict[str, byte
 
 
 def test_what_was_done_is_not_done_again(fields: Fields, run: Run, reference: dict[str, bytes], tmp_path: Path) -> None:
-    """Half a slide is left: shards, markers and parts of some units; one shard without its marker; one harmed."""
+    """Half a slide is left: shards, markers and parts of some units, one shard without its marker, one corrupted."""
     out = tmp_path / "out"
     run(fields("a", "b"), out, LoadQuick())
     slide = out / "slides" / "a"
@@ -165,7 +165,7 @@ def test_a_full_disk_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """It fills up when the first unit is done; no slide is blamed, nothing is lost, and there is room again later."""
+    """It fills up when the first unit is done; no slide is blamed, nothing is lost, and there is space again later."""
     monkeypatch.setattr(disk_space, "NEEDED_BYTES", 4 << 20)
     monkeypatch.setattr(disk_space, "CHECK_EVERY_S", 0.5)
     ballast, waited = small_disk / "ballast", []

@@ -34,7 +34,7 @@ def content(folder: Path) -> dict[str, str]:
 def test_new_tables_of_kept_predictions(
     fields: Callable[..., Path], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slides are gone. Of a the store is whole; a shard of b is harmed; c is not done."""
+    """The slides are gone. The store of a is intact, a shard of b is corrupted, c is not done."""
     source, same, other, reference = (tmp_path / name for name in ("source", "same", "other", "reference"))
     local = runner("local", monkeypatch)
     cohort = fields("a", "b", "c")

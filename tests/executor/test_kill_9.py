@@ -20,23 +20,23 @@ pytestmark = pytest.mark.faults
 
 Fields = Callable[..., Path]
 DONE = {"infer": "unit_done", "post": "region_done", "finalize": "slide_done"}
-"""Event that tells of a stage's success."""
+"""Event of a stage's success."""
 
 
 def at(event: dict[str, object]) -> float:
     return datetime.fromisoformat(str(event["time"])).timestamp()
 
 
-def recovery(out: Path, struck: str) -> float:
-    """Seconds from the first event `struck` to that slide's next success in the same stage, or further on."""
-    first = events(out, struck)[0]
+def recovery(out: Path, fault: str) -> float:
+    """Seconds from the first event `fault` to that slide's next success in the same stage, or further on."""
+    first = events(out, fault)[0]
     later = [e for name in DONE.values() for e in events(out, name)]
     return min(at(e) for e in later if e["slide_id"] == first["slide_id"] and at(e) > at(first)) - at(first)
 
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """In this process, in which nothing is planted."""
+    """In this process, in which no fault is planted."""
     return runner("local", monkeypatch)
 
 
@@ -59,16 +59,16 @@ def test_a_process_dies_in_the_middle_of_a_write(
     name: str,
     stage: str,
 ) -> None:
-    """What it wrote is there and has no name yet: a shard, its marker, a part, a table; or it had read a block."""
-    named = f"{name}-9"  # the cluster is shared, and each name strikes once
+    """It has written a shard, a marker, a part or a table without renaming it; or it is reading a block."""
+    named = f"{name}-9"  # the cluster is shared, and each name crashes once
     out, cohort = tmp_path / "out", fields("a", named)
     assert run_on_ray(cohort, out, LoadQuick()).exit_code == 0
     hit = (ray_cluster / f"{name.removesuffix('-once')}-{named}").exists()
     assert hit, "nothing was killed"
-    struck = events(out, "strike")
-    assert struck and {(e["slide_id"], e["stage"]) for e in struck} <= {(named, stage), ("a", stage)}
+    strikes_seen = events(out, "strike")
+    assert strikes_seen and {(e["slide_id"], e["stage"]) for e in strikes_seen} <= {(named, stage), ("a", stage)}
     runner("local", monkeypatch)(cohort, tmp_path / "reference", LoadQuick())
-    strikes = max(int(str(e["strikes"])) for e in struck)
+    strikes = max(int(str(e["strikes"])) for e in strikes_seen)
     note(f"kill -9 at {name.removesuffix('-once')}", out, tmp_path / "reference", 1 + strikes, recovery(out, "strike"))
 
 
@@ -84,8 +84,8 @@ def test_a_network_is_killed_between_two_batches(
 
 
 class Killer(threading.Thread):
-    """Kills one process of those below this one that Ray calls by `title`, at random moments, until the run has noticed
-    one of them die; `at`: when each was killed."""
+    """Kills one of this process's descendants named `title`, at random moments, until the run has recorded a strike.
+    `at`: when each was killed."""
 
     def __init__(self, title: str, seed: int, out: Path) -> None:
         super().__init__()
@@ -136,14 +136,14 @@ def test_a_process_is_killed_at_a_random_moment(
         killer.over.set()
         killer.join()
     assert outcome.exit_code == 0
-    struck = events(out, "strike")
-    assert killer.at and {e["stage"] for e in struck} == {stage}
+    strikes_seen = events(out, "strike")
+    assert killer.at and {e["stage"] for e in strikes_seen} == {stage}
     runner("local", monkeypatch)(cohort, tmp_path / "reference", LoadQuick())
     note(
         f"kill -9 of {title} at random, seed {seed}",
         out,
         tmp_path / "reference",
-        1 + max(int(str(e["strikes"])) for e in struck),
+        1 + max(int(str(e["strikes"])) for e in strikes_seen),
         recovery(out, "strike"),
     )
 
@@ -151,7 +151,7 @@ def test_a_process_is_killed_at_a_random_moment(
 def test_memory_runs_out_in_post_processing(
     fields: Fields, run_on_ray: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python is refused what it asks for: less at once, and no strike."""
+    """An allocation fails: the run does less at once, and nothing gets a strike."""
     out, cohort = tmp_path / "out", fields("a", "memory-once")
     assert run_on_ray(cohort, out, LoadQuick()).exit_code == 0
     assert [e["slide_id"] for e in events(out, "memory_short")] == ["memory-once"] and not events(out, "strike")

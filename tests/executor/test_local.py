@@ -1,4 +1,4 @@
-"""The reference executor: what is its own."""
+"""What only the reference executor does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hover_batch.model.package import Package
 
 
 class Deaf(Quick):
-    """Where a Ctrl-C arrives and is lost, as in a compiler's or a destructor's callback."""
+    """Loses a Ctrl-C, as a compiler's or a destructor's callback may."""
 
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
         with contextlib.suppress(KeyboardInterrupt):
@@ -49,14 +49,14 @@ def test_a_ctrl_c_that_is_lost_on_its_way_still_stops_the_run(
 
 
 class Tight(Quick):
-    """Its device took but one tile at a time."""
+    """Its device has memory for one tile at a time."""
 
     @property
     def at_once(self) -> int:
         return 1
 
 
-def test_smaller_batches_are_told_of(
+def test_smaller_batches_are_a_warning(
     fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, out = runner("local", monkeypatch), tmp_path / "out"
@@ -68,10 +68,10 @@ def test_smaller_batches_are_told_of(
     assert whole.slides[0]["warnings"] == []
 
 
-def test_what_was_thought_dead_does_not_write_into_another_runs_folder(
+def test_a_run_that_lost_its_folder_writes_nothing_more(
     fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While its third unit is predicted the folder passes to a run of another key, as after --force elsewhere."""
+    """A run of another key takes over the folder during the third unit, as after --force elsewhere."""
     run, out = runner("local", monkeypatch), tmp_path / "out"
     slide = out / "slides" / "a"
 

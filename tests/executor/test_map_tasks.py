@@ -1,4 +1,4 @@
-"""One function over many items, the same on both backends; a process that dies costs its item only."""
+"""One function over many items, the same on both backends; a crash costs one item at most."""
 
 from __future__ import annotations
 

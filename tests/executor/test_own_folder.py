@@ -1,5 +1,4 @@
-"""Ray's folder of a process that was killed goes with the next start, and nobody else's does; what Ray says while it
-starts is no line of the run's."""
+"""Ray's folder of a killed process is removed by the next start, others are not; Ray's output goes to its own log."""
 
 from __future__ import annotations
 

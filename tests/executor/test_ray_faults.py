@@ -1,4 +1,4 @@
-"""Processes die in the middle of their work: one attempt of its unit for each, the slide for two, never the cohort."""
+"""Processes die in the middle of their work: once costs an attempt, twice the slide, never the cohort."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_slide_that_kills_its_readers_is_quarantined(
     reference = tables(tmp_path / "reference")
     assert tables(out) == {name: reference[name] for name in ("a", "b")}
 
-    # It is left alone from then on, and is the run's failure all the same, until somebody asks for it.
+    # From then on it is skipped and listed as failed, unless the user asks for a retry.
     again = here(fields("a", "sigsegv", "b"), out, LoadQuick())
     assert again.exit_code == 3 and "--retry-failed" in again.failures[0].reason
     assert again.failures[0].reason.startswith(failures.reason[0])
@@ -49,10 +49,10 @@ def test_a_slide_that_kills_its_readers_is_quarantined(
     assert here(fields("a", "sigsegv", "b"), out, LoadQuick()).exit_code == 0
 
 
-def test_results_that_are_seen_late_are_waited_for(
+def test_results_that_are_visible_late_are_waited_for(
     fields: Fields, run_on_ray: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Path
 ) -> None:
-    """As network file systems show them: a marker before its shard, and the parts of a slide after its tables began."""
+    """As on a network file system: a marker before its shard, and a part after the slide is being finalized."""
     out, names = tmp_path / "out", ("late-shard-once", "late-part-once")
     assert run_on_ray(fields(*names), out, LoadQuick()).exit_code == 0
     assert all((ray_cluster / f"{name.removesuffix('-once')}-{name}").exists() for name in names), "it was not planted"
@@ -77,7 +77,7 @@ def test_a_unit_of_a_silent_network_is_retried_if_it_was_the_last_one_under_way(
     )
     executor = RayExecutor(context, engine_of(0))
     retried: list[object] = []
-    monkeypatch.setattr(executor, "_network_died", lambda call, verdict, error: retried.append(verdict))
+    monkeypatch.setattr(executor, "_failed", lambda call, error: retried.append(error.verdict))
     monkeypatch.setattr(executor._pool, "verdict_on_silent", lambda network: Verdict.STRIKE)
     slide, network, error = (cast(Any, None),) * 3
     executor._silent.append((_Call(slide, Task(Stage.INFER), network), Network(None, 0), error))
@@ -105,7 +105,7 @@ def test_one_death_costs_one_attempt(
 def test_a_network_that_dies_is_replaced(
     fields: Fields, run_on_ray: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes down the units that were under way in it; each is tried again, alone, and all come out right."""
+    """The units that were under way in it are retried, each alone, with the same results."""
     out = tmp_path / "out"
     outcome = run_on_ray(fields("a", "b"), out, LoadDeadly(tmp_path), engine_of(units_at_once=2))
     assert outcome.exit_code == 0
@@ -118,7 +118,7 @@ def test_a_network_that_dies_is_replaced(
 def test_a_network_that_raises_is_replaced(
     fields: Fields, run_on_ray: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A device that breaks: the network lives, and raises whatever it is given. Its units are done by another."""
+    """Its device broke: its process lives, but every batch raises. Another network does its units."""
     out = tmp_path / "out"
     outcome = run_on_ray(fields("a", "b"), out, LoadBroken(tmp_path))
     assert outcome.exit_code == 0

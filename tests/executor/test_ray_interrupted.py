@@ -40,7 +40,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     process = start(cohort, out)
     deadline = time.monotonic() + 300
     while count(slide / "markers") < 3:
-        assert process.poll() is None, f"ended before it could be struck: {process.communicate()[0]}"
+        assert process.poll() is None, f"ended before it could be interrupted: {process.communicate()[0]}"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     if how == "kill -9":
@@ -54,9 +54,9 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     assert process.returncode == (-signal.SIGKILL if how == "kill -9" else 130), printed
     assert_all_gone(process.pid)
     reached = count(slide / "markers")
-    assert 3 <= reached < UNITS, "it was not struck in the middle of its work"
+    assert 3 <= reached < UNITS, "it was not interrupted in the middle of its work"
     if how == "Ctrl-C once":
-        # What was under way was brought to its end: every marker was told of.
+        # What was under way was finished: every marker has its event.
         events = read_events(out / "logs" / "events.jsonl")
         assert len([e for e in events if e["event"] == "unit_done"]) == reached
         assert "Finishing" in printed

@@ -28,7 +28,7 @@ FAST = replace(SETTINGS, infer=replace(SETTINGS.infer, unit=1024, batch=8))
 
 
 def say(line: str) -> None:
-    """A figure for whoever runs this with -s; stdout is diverted while a cluster is up."""
+    """Print a figure, for runs with -s; stdout is redirected while a cluster is up."""
     print(f"\n{line}", file=sys.stderr)
 
 

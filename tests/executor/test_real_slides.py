@@ -1,4 +1,4 @@
-"""Real slides on both backends: the same tables, byte for byte, also where the run on Ray is struck three times."""
+"""Real slides on both backends: the same tables, byte for byte, even if the run on Ray is interrupted three times."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_both_backends_however_interrupted(data: Path, tmp_path: Path) -> None:
     for how, units in STRUCK_AT.items():
         process = start(cohort, out, *FLAGS)
         while predicted(out) < units:
-            assert process.poll() is None, f"ended before it could be struck: {process.communicate()[0]}"
+            assert process.poll() is None, f"ended before it could be interrupted: {process.communicate()[0]}"
             time.sleep(0.01)
         strike(process.pid, how)
         printed, _ = process.communicate(timeout=300)

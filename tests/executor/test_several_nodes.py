@@ -1,4 +1,4 @@
-"""A cluster whose machines come and go under a run: nothing is lost, no slide is blamed, newcomers are put to work."""
+"""Machines of a cluster come and go during a run: nothing is lost, no slide is blamed, new ones are put to work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def on_nodes(folder: Path, environment: Mapping[str, str] = MappingProxyType({}), **plan: Any) -> dict[str, Any]:
-    """What several_nodes.py says of a run by this plan; `environment`: more of it."""
+    """Run several_nodes.py by this plan, with more variables in its `environment`; returns what it printed."""
     on_loopback()
     (folder / "plan.json").write_text(json.dumps(plan, default=str))
     done = subprocess.run(

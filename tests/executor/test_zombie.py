@@ -1,4 +1,4 @@
-"""A process that was thought dead comes back with other bytes: who was first has written, and it changes nothing."""
+"""A process that was taken for dead comes back with other bytes: the first writer wins, and nothing changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Fields = Callable[..., Path]
 
 @dataclass
 class Other(Quick):
-    """Predicts other maps, and only when it is told to go on."""
+    """Predicts other maps, once `go_on` holds."""
 
     begun: threading.Event = field(default_factory=threading.Event)
     go_on: Callable[[], bool] = lambda: True
@@ -93,7 +93,7 @@ def test_the_first_writer_wins(
     zombies: Callable[..., list[Zombie]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It ends its unit when the run has committed it: shard, marker and table are the run's."""
+    """It finishes its unit after the run has: shard, marker and table stay the run's."""
     out, cohort = tmp_path / "out", fields("a")
     written: dict[str, bytes] = {}
 
@@ -112,7 +112,7 @@ def test_the_first_writer_wins(
     assert {path: Path(path).read_bytes() for path in written} == written
     runner("local", monkeypatch)(cohort, tmp_path / "reference", LoadQuick())
     note("a zombie with other bytes", out, tmp_path / "reference", 2, 0.0)
-    # What the run did after the zombie had written rests on the same maps.
+    # Tables made after the zombie has written are the same.
     (out / "slides" / "a" / "slide.json").unlink()
     for part in (out / "slides" / "a" / "parts").iterdir():
         part.unlink()
@@ -128,7 +128,7 @@ def test_one_of_another_run_key_stands_aside(
     zombies: Callable[..., list[Zombie]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It ends its unit when the folder has long been that of a slide with another pixel size."""
+    """It finishes its unit when the folder belongs to a run with another pixel size."""
     out, cohort = tmp_path / "out", fields("a")
     released = threading.Event()
     started = zombies(released.is_set)

@@ -1,12 +1,16 @@
 """Faults planted in the processes of a Ray cluster: Python imports this at the start of each, where PLANTED names a
 folder and this one stands on PYTHONPATH.
 
-A fault strikes a slide whose id has its name in it: `sigsegv` kills whoever reads it, `sigsegv-once` the first time
-only; `post-once`, `post` and `finalize-once` kill the process that post-processes or finalizes it; `torn-shard-once`,
-`torn-marker-once`, `torn-part-once`, `torn-table-once` and `torn-done-once` kill who has that file written and has not
-named it yet. `slow` sleeps at each step, `memory-once` raises MemoryError, `hog-once` takes memory in post-processing
-until it is killed, `gorge-once` in inference. As a network file system does, `late-shard-once` shows a shard after its
-marker, `late-part-once` a part after the next stage has begun.
+A fault affects the slides whose id contains its name. With the suffix -once it does so the first time only.
+
+- `sigsegv`, `post`, `finalize`: kill the process that reads, post-processes or finalizes the slide.
+- `torn-shard`, `torn-marker`, `torn-part`, `torn-table`, `torn-done`: kill the process that has written such a file and
+  has not yet renamed it into place.
+- `slow`: sleep at each step.
+- `memory`: raise MemoryError in post-processing.
+- `hog`, `gorge`: take memory until the process is killed, in post-processing or in inference.
+- `late-shard`, `late-part`: show a shard after its marker, or a part after the next stage has begun, as a network file
+  system may.
 """
 
 import importlib.abc
@@ -22,7 +26,7 @@ FOLDER = os.environ.get("PLANTED")
 
 
 def asked(fault, name):
-    """Whether `name` asks for `fault`; with -once if it has not had it before, which a file in FOLDER tells."""
+    """Whether `name` asks for `fault`; with -once, whether it has not had it before, by a file in FOLDER."""
     if f"{fault}-once" in name:
         try:
             os.close(os.open(Path(FOLDER) / f"{fault}-{name}", os.O_CREAT | os.O_EXCL))
@@ -33,7 +37,7 @@ def asked(fault, name):
 
 
 def strike(fault, name, how=signal.SIGSEGV):
-    """Die of `fault`, as libopenslide does, if `name` asks for it."""
+    """Crash, as libopenslide may, if `name` asks for `fault`."""
     if asked(fault, name):
         os.kill(os.getpid(), how)
         time.sleep(60)
@@ -94,17 +98,17 @@ def plant_pipeline(module):
 def hide_for_a_while(path):
     hidden = path.with_name(f".{path.name}.hidden")
     path.rename(hidden)
-    # By a process of its own: Ray ends those that are idle.
+    # In a process of its own, since Ray ends idle workers.
     subprocess.Popen(["sh", "-c", 'sleep 1.5; mv "$0" "$1"', hidden, path], start_new_session=True)
 
 
 def take_memory():
-    """More and more, up to 12 GB in a minute, unless it is ended before."""
+    """Take up to 12 GB in a minute, unless the process is killed before."""
     held = []
     for _ in range(48):
         held.append(bytearray(b"x") * (256 << 20))
         time.sleep(1.25)
-    raise RuntimeError("nobody has ended what took 12 GB")
+    raise RuntimeError("the process took 12 GB and was not killed")
 
 
 FILES = {
@@ -138,7 +142,7 @@ PLANTS = {
 
 
 class Planter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Loads the modules of PLANTS as they are, then plants."""
+    """Loads the modules of PLANTS, then plants their faults."""
 
     def find_spec(self, name, path, target=None):
         if name not in PLANTS:
