@@ -21,7 +21,7 @@ PACKAGES = ("hover_batch", "kd")
 MAX_LINES = 500
 
 FLOORS = (
-    ("errors", "files", "formatting", "progress", "geometry", "taxonomy", "logs", "version"),
+    ("errors", "files", "formatting", "progress", "geometry", "taxonomy", "logs", "version", "environment"),
     ("config", "cohort", "model"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report"),
