@@ -1,4 +1,4 @@
-"""The Python API: one slide, its table, its maps, and a network for pictures in memory. It joins what others do."""
+"""The Python API: segment a slide, load its table and its maps, and predict images in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.manifest import one_slide
-from hover_batch.config import Settings
+from hover_batch.config import Settings, nested
 from hover_batch.errors import InputError, SlideError
 from hover_batch.export.read import NucleiTable, unreadable
 from hover_batch.geometry import Box, Grid, Mpp, Size
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hover_batch.model.predict import Predictor
 
 CATEGORIES = ["slide_id", "type"]
-"""Columns of few values."""
+"""Columns with few distinct values."""
 
 
 def segment_slide(
@@ -46,20 +46,20 @@ def segment_slide(
     slide_id: str | None = None,
     **settings: Any,
 ) -> Path:
-    """Find the nuclei of one slide, as `hover-batch segment` does; the same call again goes on where it was stopped.
+    """Find the nuclei of one slide, as `hover-batch segment` does; the same call again resumes where it stopped.
 
     `path`: a slide file, a DICOM folder or a URL. `output`: the run's folder; several slides may share one, if their
-    settings are the same. `mpp`: µm a pixel at level 0, where the file does not say, or is wrong. `slide_id`: by
+    settings are the same. `mpp`: µm per pixel at level 0, if the file lacks it or is wrong. `slide_id`: by
     default the file's stem. `settings`: those of the command, by their names in settings.toml (`batch=4`,
     `backend="local"`, `class_map={"stroma": ["spindle"], …}`).
 
-    Returns the table's path, for `load_nuclei`. Raises InputError where something given is wrong, PackageError where
+    Returns the table's path, for `load_nuclei`. Raises InputError where an argument is wrong, PackageError where
     the model cannot be used, SlideError where the slide cannot be processed.
     """
     from hover_batch.segment import run_segment
 
     cohort = one_slide(path, mpp, slide_id)
-    given = _settings(settings, model=str(model))
+    given = Settings.from_dict({"model": str(model), **nested(settings)})
     outcome = run_segment(
         cohort, Path(output), given, skip_invalid=False, force=False, command=["hover_batch.segment_slide", str(path)]
     )
@@ -69,13 +69,13 @@ def segment_slide(
 
 
 def load_nuclei(path: str | Path) -> pd.DataFrame:
-    """The nuclei of one slide: its nuclei.parquet, or the slide's folder.
+    """Load the nuclei of one slide, from its nuclei.parquet or its folder.
 
-    One row a nucleus, with the columns of the table; `geometry` holds shapely polygons in level-0 pixels (its `bbox` is
-    left out), `slide_id` and `type` are categories. `attrs["hover_batch"]` is what the file's metadata say: pixel size,
+    One row per nucleus, with the columns of the table; `geometry` holds shapely polygons in level-0 pixels (`bbox` is
+    left out), `slide_id` and `type` are categories. `attrs["hover_batch"]` holds the file's metadata: pixel size,
     classes with colours, model. `geopandas.GeoDataFrame(nuclei)` makes a GeoDataFrame of it.
 
-    Raises SlideError where there is no such table, or it is harmed.
+    Raises SlideError where the table is missing or corrupted.
     """
     path = Path(path)
     if path.is_dir():
@@ -128,7 +128,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the network said of a slide, on the inference grid, whose pixel (0, 0) begins at that of level 0.
+    """Maps of a slide as the network predicted them, on the inference grid; its pixel (0, 0) begins at that of level 0.
 
     `np`: probability of a nucleus, 0 to 1. `h`, `v`: signed distances to the nucleus's centroid along x and y, -1 to 1.
     `classes`: probability of each class by its name, background among them, where a nucleus is not unlikely
@@ -151,9 +151,9 @@ class Predictions:
 
 
 def load_predictions(slide_folder: str | Path) -> Predictions:
-    """The prediction store of a slide whose run kept it, by the slide's folder (out/slides/ID). Nothing is read yet.
+    """Open the prediction store of a slide, by the slide's folder (out/slides/ID). Nothing is read yet.
 
-    Raises InputError where it is not there, SlideError or PackageError where it is harmed.
+    Raises InputError where it is missing, SlideError or PackageError where it is corrupted.
     """
     folder = Path(slide_folder).absolute()
     layout = SlideLayout(folder.parent.parent, folder.name)
@@ -186,7 +186,7 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
 
 
 class Model:
-    """A network that is ready to predict. `card`: what it is; pictures must have pixels of `card.mpp` µm."""
+    """A network that is ready to predict. Images must have pixels of `card.mpp` µm."""
 
     def __init__(self, predictor: Predictor, sha256: str) -> None:
         self.card = predictor.card
@@ -196,7 +196,7 @@ class Model:
     def predict(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Maps (plane, y, x) uint8 of a picture (y, x, 3) uint8 RGB, as `hover_batch.model.heads.MapLayout` has them.
 
-        Beyond the border the picture is mirrored. Raises InputError where it is no such array.
+        The picture is mirrored at its border. Raises InputError where it is not such an array.
         """
         if (
             not isinstance(rgb, np.ndarray)
@@ -229,7 +229,7 @@ class Model:
 
 
 def load_model(name_or_path: str | Path = "starter", **settings: Any) -> Model:
-    """The network of a package, on a GPU if there is one. `settings`: those of inference (`device`, `precision`,
+    """Load the network of a package, on a GPU if there is one. `settings`: those of inference (`device`, `precision`,
     `batch`, `runtime`, `threads`).
 
     Raises PackageError where it cannot be loaded, InputError where a setting is wrong or the device cannot be used.
@@ -237,20 +237,7 @@ def load_model(name_or_path: str | Path = "starter", **settings: Any) -> Model:
     from hover_batch.model.predict import load_predictor
 
     package = find_package(str(name_or_path), "model")
-    infer = _settings(settings).infer
+    infer = Settings.from_dict(nested(settings)).infer
     if "batch" not in settings:
         infer = replace(infer, batch=batch_of(package.card))
     return Model(load_predictor(package, infer), package.sha256)
-
-
-def _settings(given: Mapping[str, Any], **top: Any) -> Settings:
-    """Settings from their bare names, which differ between the sections. InputError where one is not known."""
-    sections = {name: values for name, values in Settings().to_dict().items() if isinstance(values, dict)}
-    data: dict[str, Any] = dict(top)
-    for name, value in given.items():
-        home = next((section for section, values in sections.items() if name in values), None)
-        if home is None:
-            known = ", ".join(sorted(name for values in sections.values() for name in values))
-            raise InputError(f"setting {name} is not known; known are {known}")
-        data.setdefault(home, {})[name] = value
-    return Settings.from_dict(data)

@@ -1,4 +1,4 @@
-"""All commands together: how they speak on a terminal that wants no colour, and how they end: errors to exit codes."""
+"""Turn errors of commands into messages and exit codes, and respect the terminal's encoding and NO_COLOR."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hover_batch.errors import DISK_FULL, HoverBatchError
 from hover_batch.logs import LogFormat, json_line
 
 
-class Commands(TyperGroup):
-    """All commands, kd's among them: what is raised on purpose becomes one clear message and its exit code."""
+class CommandGroup(TyperGroup):
+    """Group of all commands. Errors raised on purpose become one message and their exit code."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         if os.environ.get("NO_COLOR"):
-            # rich leaves out colours alone, and would still print in bold and move the cursor.
+            # rich leaves out only the colours: it would still print bold and move the cursor.
             os.environ["TERM"] = "dumb"
             extra["color"] = False
         return super().main(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # else µ and → would end a run where the terminal is not UTF-8
+            if isinstance(stream, io.TextIOWrapper):  # else µ and → would end a run on a terminal that is not UTF-8
                 stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
@@ -40,11 +40,11 @@ class Commands(TyperGroup):
             _say(ctx, message, HoverBatchError.exit_code)
             raise typer.Exit(HoverBatchError.exit_code) from error
         except KeyboardInterrupt as error:
-            _say(ctx, "Interrupted. Nothing done is lost: give the same command again.", 130)
+            _say(ctx, "Interrupted. Nothing done is lost: run the same command again.", 130)
             raise typer.Exit(130) from error
 
 
 def _say(ctx: Any, message: str, exit_code: int) -> None:
-    """How a command ended, in its log format, if it has one."""
+    """Print why a command ended, in its log format, if it has one."""
     line = json_line("error", message.removeprefix("Error: "), exit_code=exit_code)
     typer.echo(line if ctx.obj is LogFormat.json else message, err=True)

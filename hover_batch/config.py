@@ -1,16 +1,18 @@
-"""Settings of a run, in frozen sections, checked on construction; the error names the flag.
+"""Settings of a run, in frozen sections that are checked on construction; errors name the flag.
 
-Each station takes its own section. Those fields that change results are part of the run key (`results_key`).
+Each station takes its own section. The fields that change results are part of the run key (`results_key`).
+A setting is declared here and as an option of a command: its choices, default, section and type are read from here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from hover_batch.errors import InputError
 
+Tissue = Literal["auto", "all"]
 SobelNorm = Literal["fixed", "window"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 Runtime = Literal["auto", "torch", "compile", "openvino"]
@@ -18,9 +20,9 @@ Backend = Literal["ray", "local"]
 
 
 MAX_WORKERS = 1_000_000
-"""Of cores and GPUs: a number above is a slip of the finger."""
+"""Limit of cores and GPUs; larger values are treated as typos."""
 MAX_SIDE = 16_384
-"""Of what is held in memory at once, in inference pixels: all planes of such a square are a few GB."""
+"""Limit in inference pixels of what is held in memory at once: all planes of such a square are a few GB."""
 
 
 def _check(ok: bool, flag: str, value: object, rule: str) -> None:
@@ -29,7 +31,7 @@ def _check(ok: bool, flag: str, value: object, rule: str) -> None:
 
 
 def _typed(name: str, value: object, kind: type) -> Any:
-    """`value` as a file gives it, of the type of the setting `name`; a float may be written as a whole number."""
+    """Return `value`, as a file gives it, in the type of the setting `name`; a float may be written without a point."""
     if type(value) is kind:
         return value
     if kind is float and type(value) is int:
@@ -45,68 +47,79 @@ def _typed(name: str, value: object, kind: type) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TissueSettings:
+class Section:
+    """Base of the sections: fields of a Literal type take only its values."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                *others, last = get_args(kind)
+                value = getattr(self, name)
+                _check(value in (*others, last), name.replace("_", "-"), value, f"{', '.join(others)} or {last}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TissueSettings(Section):
     """Where to look for nuclei."""
 
-    tissue: Literal["auto", "all"] = "auto"
-    """auto: a mask from a thumbnail; all: the whole canvas. A mask from the cohort CSV goes before both."""
+    tissue: Tissue = "auto"
+    """auto: a mask from a thumbnail; all: the whole canvas. A mask from the cohort CSV takes precedence."""
     mask_mpp: float = 8.0
     """Pixel size of the mask in µm: fine enough for a gland's edge, small enough for any slide."""
     min_tissue_um2: float = 2_500.0
-    """Pieces and holes below this area are dropped and filled (50 × 50 µm: a few dozen nuclei)."""
+    """Smaller pieces are dropped and smaller holes filled (50 × 50 µm: a few dozen nuclei)."""
 
     def __post_init__(self) -> None:
-        _check(self.tissue in ("auto", "all"), "tissue", self.tissue, "auto or all")
+        super().__post_init__()
         _check(1 <= self.mask_mpp <= 64, "mask-mpp", self.mask_mpp, "between 1 and 64 µm")
         _check(0 <= self.min_tissue_um2 < float("inf"), "min-tissue-um2", self.min_tissue_um2, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferSettings:
+class InferSettings(Section):
     """How tiles go through the network."""
 
     unit: int = 4096
-    """Side of a unit in inference pixels: what is read, predicted and stored at once, one shard."""
+    """Side in inference pixels of a unit, which is read, predicted and stored at once, as one shard."""
     batch: int = 8
-    """Tiles a batch; batches never mix units and the last is padded, so the shape is constant."""
+    """Tiles in a batch; batches never mix units, and the last is padded, so that the shape is constant."""
     precision: Precision = "auto"
-    """auto: fp16 on a GPU that is made for it, else fp32; both find the same nuclei. bf16, of fewer digits, moves
+    """auto: fp16 on a GPU with hardware for it, else fp32; both find the same nuclei. bf16 has fewer digits and shifts
     outlines."""
     runtime: Runtime = "auto"
-    """auto: openvino on a processor, where it is installed and the precision is fp32; else torch. compile: torch after
-    torch.compile. Each rounds otherwise, and finds the same nuclei."""
+    """auto: openvino on a CPU, where it is installed and the precision is fp32; else torch. compile: torch after
+    torch.compile. They round differently and find the same nuclei."""
     threads: int = 0
-    """Threads of one copy of the network on the CPU; 0 = as the machine suggests. They change no result."""
+    """Threads of one copy of the network on the CPU; 0 = chosen for the machine. It does not change results."""
     device: str = "auto"
-    """auto: cuda where there is one; or a torch device name."""
+    """auto: cuda where available, else cpu; or a torch device name."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fits = 256 <= self.unit <= MAX_SIDE and self.unit % 256 == 0
         _check(fits, "unit", self.unit, f"a multiple of 256 up to {MAX_SIDE}")
         _check(1 <= self.batch <= 1024, "batch", self.batch, "between 1 and 1024")
-        _check(self.precision in get_args(Precision), "precision", self.precision, "auto, fp32, fp16 or bf16")
-        _check(self.runtime in get_args(Runtime), "runtime", self.runtime, "auto, torch, compile or openvino")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PostSettings:
+class PostSettings(Section):
     """How maps become nuclei (the numbers of HoVerNet's reference post-processing are the defaults)."""
 
     sobel_norm: SobelNorm = "fixed"
-    """fixed: the model card's constants, the same nuclei wherever seams fall; window: as the reference does."""
+    """fixed: the model card's constants, the same nuclei wherever seams fall; window: as in the reference."""
     halo: int = 64
-    """Inference pixels that a region is read wider on each side; larger components are redone by themselves."""
+    """Context in inference pixels read around each region; larger components are processed on their own."""
     min_area_px: int = 64
-    """Inference pixels below which an instance is taken for debris: 4 µm² at 0.25 µm, a nucleus 2.3 µm across. The
-    reference keeps all from 10 pixels on; this gave a better PQ on every validation source of the starter."""
+    """Smaller instances, in inference pixels, are treated as debris: 4 µm² at 0.25 µm, a nucleus 2.3 µm across. The
+    reference keeps those of 10 pixels and more; this gave a better PQ on every validation source of the starter."""
     max_component: int = 4096
-    """Side in inference pixels beyond which a connected component is not chased further but flagged."""
+    """Side in inference pixels above which a connected component is flagged instead of being processed whole."""
     class_map: dict[str, Any] = field(default_factory=dict)
-    """New class → classes of the model that it stands for (see `Taxonomy.merged`); empty: the model's own."""
+    """New class → the model's classes that it replaces (see `Taxonomy.merged`); empty: the model's own classes."""
 
     def __post_init__(self) -> None:
-        _check(self.sobel_norm in ("fixed", "window"), "sobel-norm", self.sobel_norm, "fixed or window")
+        super().__post_init__()
         _check(0 <= self.halo <= 4096, "halo", self.halo, "between 0 and 4096")
         _check(0 <= self.min_area_px <= 10_000, "min-area-px", self.min_area_px, "between 0 and 10000")
         fits = 256 <= self.max_component <= MAX_SIDE
@@ -114,33 +127,33 @@ class PostSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputSettings:
-    """What is left on disk beside the tables."""
+class OutputSettings(Section):
+    """What is kept on disk beside the tables."""
 
     discard_predictions: bool = False
     """Remove a slide's prediction store once its table is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """Where the work is done. Nothing here changes results."""
+class EngineSettings(Section):
+    """Where the work is done. These settings do not change results."""
 
     backend: Backend = "ray"
     """ray: processes on all cores and GPUs of this machine or of a cluster; local: all in this process, for debuggers
     and as the reference."""
     cpus: int = 0
-    """Cores to use; 0 = all that this machine, or the cluster, has."""
+    """Cores to use; 0 = all of this machine or cluster."""
     gpus: int = -1
-    """GPUs to use; -1 = all that there are."""
+    """GPUs to use; -1 = all."""
     address: str = ""
-    """Of a Ray cluster to join; empty: start one on this machine for the time of the run."""
+    """Ray cluster to join; empty: start Ray on this machine for the run."""
     scratch: str = ""
-    """Folder on each machine for copies of slides that lie in other storage; empty: the one for temporary files."""
+    """Folder on each machine for copies of slides from buckets; empty: the one for temporary files."""
     max_failures: int = -1
     """Stop when more slides than this have failed; -1 = never."""
 
     def __post_init__(self) -> None:
-        _check(self.backend in ("ray", "local"), "backend", self.backend, "ray or local")
+        super().__post_init__()
         _check(0 <= self.cpus <= MAX_WORKERS, "cpus", self.cpus, "0 (all) or a number of cores")
         _check(-1 <= self.gpus <= MAX_WORKERS, "gpus", self.gpus, "a number of GPUs, or -1 for all")
         _check(self.max_failures >= -1, "max-failures", self.max_failures, "a number of slides, or -1 for never")
@@ -150,7 +163,7 @@ class EngineSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All of a run."""
+    """All settings of a run."""
 
     model: str = "starter"
     """A package: a name, a .safetensors file or a folder."""
@@ -161,47 +174,53 @@ class Settings:
     engine: EngineSettings = field(default_factory=EngineSettings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as settings.toml holds them."""
+        """Return nested plain values, as settings.toml holds them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; missing keys take their defaults, unknown ones are refused by name."""
-        sections = {
-            "tissue": TissueSettings,
-            "infer": InferSettings,
-            "post": PostSettings,
-            "output": OutputSettings,
-            "engine": EngineSettings,
-        }
+        """Build the settings from nested values; missing ones take their defaults. InputError for unknown names, wrong
+        types and wrong values."""
+        sections = {name: section for name, section in vars(cls()).items() if isinstance(section, Section)}
         known: dict[str, Any] = {}
         for key, value in data.items():
             if key == "model":
                 known[key] = _typed(key, value, str)
-            elif key in sections:
-                if not isinstance(value, Mapping):
-                    raise InputError(
-                        f"setting {key} = {value!r}: {key} is a section, write [{key}] and its settings below"
-                    )
-                defaults = vars(sections[key]())
-                names = set(defaults)
-                unknown = sorted(set(value) - names)
-                if unknown:
-                    raise InputError(
-                        f"setting {key}.{unknown[0]} is not known; [{key}] knows {', '.join(sorted(names))}"
-                    )
-                typed = {name: _typed(f"{key}.{name}", v, type(defaults[name])) for name, v in value.items()}
-                known[key] = sections[key](**typed)
-            else:
+            elif key not in sections:
                 raise InputError(f"setting {key} is not known; known are model, {', '.join(sections)}")
+            elif not isinstance(value, Mapping):
+                raise InputError(f"setting {key} = {value!r}: {key} is a section, write [{key}] and its settings below")
+            else:
+                defaults = vars(sections[key])
+                if unknown := sorted(value.keys() - defaults.keys()):
+                    names = ", ".join(sorted(defaults))
+                    raise InputError(f"setting {key}.{unknown[0]} is not known; [{key}] knows {names}")
+                typed = {name: _typed(f"{key}.{name}", v, type(defaults[name])) for name, v in value.items()}
+                known[key] = type(sections[key])(**typed)
         return cls(**known)
 
     def results_key(self) -> dict[str, Any]:
-        """The settings that change results, for the run key (the model enters it by the hash of its weights)."""
+        """Return the settings that change results, for the run key, where the weights' hash stands for the model."""
         infer = asdict(self.infer)
-        infer["device"] = self.infer.device.split(":")[0]  # one GPU of a node is as good as the next
-        del infer["threads"]  # shown by tests/test_precision.py: the maps are the same, bit for bit
+        infer["device"] = self.infer.device.split(":")[0]  # all GPUs of a node give the same results
+        del infer["threads"]  # tests/test_precision.py: the maps are the same, bit for bit
         post = asdict(self.post)
         if not self.post.class_map:
             del post["class_map"]
         return {"tissue": asdict(self.tissue), "infer": infer, "post": post}
+
+
+SECTION_OF = {
+    name: section for section, value in Settings().to_dict().items() if isinstance(value, dict) for name in value
+}
+"""Section of each setting but the model; no two sections share a name."""
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nest settings given by their bare names, as `Settings.from_dict` takes them. InputError for unknown names."""
+    data: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name not in SECTION_OF:
+            raise InputError(f"setting {name} is not known; known are {', '.join(sorted(SECTION_OF))}")
+        data.setdefault(SECTION_OF[name], {})[name] = value
+    return data

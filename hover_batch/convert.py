@@ -1,4 +1,4 @@
-"""`export`: a run's tables of nuclei, written again in the formats of other tools."""
+"""Export a run's tables of nuclei to the formats of other tools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hover_batch.cohort.run_folder import nuclei_if_done, require_run, slide_lay
 from hover_batch.errors import DISK_FULL, InputError, SlideError
 from hover_batch.export.read import NucleiTable
 from hover_batch.files import sweeping
-from hover_batch.formatting import listed
+from hover_batch.formatting import duration, listed
 
 Write = Callable[[NucleiTable, Path], None]
 Tell = Callable[[str], None]
@@ -20,7 +20,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: the files, and why slides were passed over, by slide_id."""
+    """Files that an export wrote, and why slides were skipped, by slide_id."""
 
     files: tuple[Path, ...]
     skipped: dict[str, str]
@@ -37,15 +37,15 @@ def export_run(
 ) -> Exported:
     """Write the tables of the run in `folder`, of the slides `slide_ids` or all, in each of `formats`.
 
-    A file lies beside its table, or as SLIDE_ID.suffix in the folder `output`; one that is there already is replaced. A
-    slide that is not done, or whose table cannot be read, is passed over. `tell` gets a line about each file and slide.
-    InputError where the folder is no run's, a slide is not in it, a format cannot be written here, or a file not there.
+    Files go beside their table, or to `output` as SLIDE_ID.suffix; existing ones are replaced. Slides that are not done
+    or whose table cannot be read are skipped. `tell` gets a line about each file and slide. InputError where the folder
+    holds no run, a slide is not in it, a format needs a package that is not installed, or a file cannot be written.
     """
     layout = RunLayout(folder)
     require_run(layout)
     slides = _chosen(layout, slide_ids)
     if not slides:
-        tell(f"{layout.slides_csv}: no slide is listed yet; segment's own command goes on with the run")
+        tell(f"{layout.slides_csv}: no slide is listed yet; run the command that made the run again")
     writers = {format: writer(format) for format in dict.fromkeys(formats)}
     files: list[Path] = []
     skipped: dict[str, str] = {}
@@ -63,9 +63,9 @@ def export_run(
 def _exported(
     slide: SlideLayout, writers: Mapping[Format, Write], output: Path | None, files: list[Path]
 ) -> Iterator[str]:
-    """Write one slide's files, add each to `files`, and say so. SlideError where there is no good table."""
+    """Write one slide's files, add each to `files` and yield a line about it. SlideError without a valid table."""
     if nuclei_if_done(slide) is None:
-        raise SlideError("is not done; see failures.csv, or give segment's command again")
+        raise SlideError("is not done; see failures.csv, or run segment's command again")
     nuclei = NucleiTable.open(slide.nuclei_parquet)
     for format, write in writers.items():
         path = slide.exported(format) if output is None else output / f"{slide.slide_id}.{format.suffix}"
@@ -80,7 +80,7 @@ def _exported(
             why = error.strerror or error
             raise InputError(f"{path}: cannot be written ({why}); name another folder by -o") from error
         files.append(path)
-        yield f"{nuclei.rows:,} nuclei to {format} in {time.monotonic() - started:.1f} s"
+        yield f"{nuclei.rows:,} nuclei to {format} in {duration(time.monotonic() - started)}"
 
 
 def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideLayout]:
@@ -93,7 +93,7 @@ def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideLayout]:
 
 
 def writer(format: Format) -> Write:
-    """What writes `format`. InputError where it cannot, before anything is written."""
+    """Return the function that writes `format`. InputError where a package is missing, before anything is written."""
     match format:
         case Format.qupath:
             from hover_batch.export.qupath import write_qupath

@@ -1,12 +1,11 @@
-"""Whether this machine has what a run needs: one line a check, PASS, WARN or FAIL, and what mends it.
+"""Check whether this machine has what a run needs: PASS, WARN or FAIL, and the fix.
 
-A check looks at one thing and does no real work; one that raises is a FAIL with what it said.
+A check looks at one thing and does no real work; one that raises is a FAIL with its message.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
 import shutil
@@ -16,63 +15,54 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Literal
 
 from hover_batch.config import EngineSettings, Settings
-from hover_batch.errors import HoverBatchError, InputError
-from hover_batch.executor.disk_space import ROOM_BYTES
+from hover_batch.errors import HoverBatchError
+from hover_batch.executor.disk_space import NEEDED_BYTES
 from hover_batch.executor.resources import Node, Resources, engine_plan
 from hover_batch.model.package import find_package, load_tensors
 
 GIB = 2**30
 LOW_MEMORY = 4 * GIB
-"""Below it a network, a reader and a region in post-processing hardly fit beside each other."""
+"""Least memory for a network, a reader and a region in post-processing together."""
 LOW_DISK = 10 * GIB
-"""Below it a prediction store or two of large slides fill the disk."""
+"""Less space is filled by the prediction stores of one or two large slides."""
 RAY_FULL = 0.95
-"""Of its disk; beyond it Ray puts nothing aside there any more."""
+"""Fraction of the disk above which Ray stops spilling."""
 LOW_FILES = 4096
-"""Ray's processes hold a few hundred connections on a machine of many cores."""
+"""Least limit of open files: Ray's processes hold a few hundred connections on a machine with many cores."""
 _OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 _EXTRAS = {
     "spatialdata": ("spatialdata", "export --to spatialdata and anndata"),
     "s3fs": ("s3", "slides at s3://…"),
     "tensorboard": ("train", "kd train's curves"),
 }
-"""Package → the extra of hover-batch that brings it, and what for."""
-
-
-class Status(StrEnum):
-    PASS = "PASS"
-    WARN = "WARN"
-    FAIL = "FAIL"
+"""Package → the extra of hover-batch that installs it, and its use."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found, and what mends it (empty where nothing is amiss)."""
+    """Result of a check, and the fix (empty for PASS)."""
 
-    status: Status
+    status: Literal["PASS", "WARN", "FAIL"]
     found: str
     fix: str = ""
 
 
 @dataclass(frozen=True)
 class Check:
-    """`look` does it; `fix` mends it where `look` raises."""
+    """One check: `look` does it; `fix` is the advice where `look` raises."""
 
     name: str
     look: Callable[[], Finding]
     fix: str
 
     def run(self) -> Finding:
-        """Never raises; a library's warnings are no news here."""
+        """Do the check without raising or warning."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -80,11 +70,11 @@ class Check:
         except Exception as error:
             words = (str(error).strip() or "no message").splitlines()[0]
             told = words if isinstance(error, HoverBatchError) else f"{type(error).__name__}: {words}"
-            return Finding(Status.FAIL, told, self.fix)
+            return Finding("FAIL", told, self.fix)
 
 
 def checks(output: Path, *, start_ray: bool = False) -> list[Check]:
-    """All of them, in the order in which they are told. `output`: where a run is to write."""
+    """Return all checks in the order of the output. `output`: the folder for a run."""
     anew = "install hover-batch anew"
     temporary = Path(tempfile.gettempdir())
     return [
@@ -112,42 +102,12 @@ def checks(output: Path, *, start_ray: bool = False) -> list[Check]:
     ]
 
 
-def doctor(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where a run is to write: is there room, and may it?")
-    ] = Path("hover-batch-out"),
-    start_ray: Annotated[
-        bool, typer.Option("--ray", help="Start Ray, too, as a run would, for one task: a minute at most.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
-) -> None:
-    """Check that this machine has what a run needs: PASS, WARN or FAIL, and what mends it.
-
-    Exit codes: 0 nothing fails (there may be warnings), 2 something does.
-
-    hover-batch doctor -o /data/out --ray
-    """
-    told = []
-    for check in checks(output, start_ray=start_ray):
-        finding = check.run()
-        told.append((check.name, finding))
-        if not as_json:
-            fix = f" → {finding.fix}" if finding.fix else ""
-            typer.echo(f"{finding.status}  {check.name:<10}  {finding.found}{fix}")
-    fails = any(finding.status is Status.FAIL for _, finding in told)
-    if as_json:
-        listed = [{"check": name, **asdict(finding)} for name, finding in told]
-        typer.echo(json.dumps({"ok": not fails, "checks": listed}, indent=2, ensure_ascii=False))
-    if fails:
-        raise typer.Exit(InputError.exit_code)
-
-
 def _passed(found: str) -> Finding:
-    return Finding(Status.PASS, found)
+    return Finding("PASS", found)
 
 
 def _warned(found: str, fix: str) -> Finding:
-    return Finding(Status.WARN, found, fix)
+    return Finding("WARN", found, fix)
 
 
 def _python() -> Finding:
@@ -179,7 +139,7 @@ def _gpu() -> Finding:
             reason, mend = "this torch is for the CPU alone", "install torch's build for CUDA"
         else:
             mend = f"install a driver for CUDA {built} or newer (nvidia-smi shows what it has), or give --device cpu"
-        return Finding(Status.FAIL, f"{there} seen, but torch cannot use them: {reason}", mend)
+        return Finding("FAIL", f"{there} seen, but torch cannot use them: {reason}", mend)
     names = []
     for number in range(torch.cuda.device_count()):
         torch.zeros(1, device=f"cuda:{number}").add_(1).cpu()  # has this build code for it?
@@ -201,7 +161,7 @@ def _ray() -> Finding:
 
 
 def _ray_starts() -> Finding:
-    """The first import of Ray must be by who starts it: its token is read then."""
+    """Start Ray before anything else imports it: it reads its token on import."""
     from hover_batch.executor.cluster import ray_version
     from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
 
@@ -214,7 +174,7 @@ def _ray_starts() -> Finding:
 
 
 def _token() -> Finding:
-    """Who joins a cluster needs its token; a cluster of our own makes one."""
+    """Joining a cluster needs its token; a cluster that a run starts makes one."""
     mode = os.environ.get("RAY_AUTH_MODE", "")
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if os.environ.get("RAY_AUTH_TOKEN") or path.is_file():
@@ -243,14 +203,14 @@ def _open_files() -> Finding:
 
 
 def _disk(folder: Path) -> Finding:
-    """Of the folder, or of the one in which it would be made."""
+    """Check the disk of the folder, or of the one in which it would be made."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return Finding(Status.FAIL, f"{there} cannot be written", "name another folder, or have it given to you")
+        return Finding("FAIL", f"{there} cannot be written", "name another folder, or have it given to you")
     disk = shutil.disk_usage(there)
     told = f"{disk.free / GIB:.1f} GiB free at {there}"
-    if disk.free < ROOM_BYTES:
-        return Finding(Status.FAIL, told, "free some, or name a folder on another disk")
+    if disk.free < NEEDED_BYTES:
+        return Finding("FAIL", told, "free some, or name a folder on another disk")
     if disk.free < LOW_DISK or disk.free < (1 - RAY_FULL) * disk.total:
         return _warned(f"{told}, {disk.free / disk.total:.0%} of the disk", "free some, or name a folder elsewhere")
     return _passed(told)
@@ -278,7 +238,7 @@ def _weights() -> Finding:
 
 
 def _numba() -> Finding:
-    """Compiled code is kept, else each process of a run compiles for seconds. Raises where no folder can be written."""
+    """Check that compiled code is cached, else each process of a run compiles for seconds. Raises where it is not."""
     from numba import njit
 
     return _passed(f"{version('numba')} keeps compiled code in {njit(cache=True)(_cores).stats.cache_path}")

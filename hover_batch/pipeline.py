@@ -1,9 +1,10 @@
-"""One slide's whole way, on one page: infer(unit) → post(unit) → finalize(slide).
+"""Process one slide in three steps: infer(unit) → post(unit) → finalize(slide).
 
-Where another run kept the slide's maps, there is nothing to infer, and no pixels to draw on: post(unit) → finalize.
+A slide whose maps another run has stored skips the first, and has no pixels to draw on: post(unit) → finalize(slide).
 
-Nothing here knows who calls it: the executors decide where and when. Each step leaves its result on disk whole or not
-at all, and is not done again where its result lies: a unit's shard and marker, a region's part, the slide's slide.json.
+Nothing here knows its caller: the executors decide where and when a step runs. Each step leaves its result on disk
+complete or not at all, and is skipped where its result exists: a unit's shard and marker, a region's part, the slide's
+slide.json.
 """
 
 from __future__ import annotations
@@ -13,52 +14,42 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import SlideLayout
-from hover_batch.cohort.record import SlideRecord
-from hover_batch.cohort.run_key import run_key
-from hover_batch.config import Settings
 from hover_batch.errors import SlideError
 from hover_batch.export.pictures import View, densest_field, write_overlay, write_thumbnail
 from hover_batch.export.summary import slide_summary
 from hover_batch.files import sha256_file, to_json, write_atomically, write_first
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.heads import MapLayout
-from hover_batch.model.package import Card, Package
 from hover_batch.nuclei.stitch import nuclei_of_region
-from hover_batch.nuclei.table import SCHEMA_VERSION, TableContext, merge_parts, to_arrow, write_part
+from hover_batch.nuclei.table import merge_parts, to_arrow, write_part
 from hover_batch.nuclei.watershed import SobelConstants
-from hover_batch.plan import PlannedSlide, StoredMaps
-from hover_batch.slide.reader import SlideInfo, SlideReader, open_slide
-from hover_batch.slide.staging import Copies
-from hover_batch.slide.survey import read_info, read_tissue, write_survey
-from hover_batch.slide.tiles import Unit, plan_units
-from hover_batch.slide.tissue import TissueMask, tissue_mask
+from hover_batch.slide.reader import SlideReader
+from hover_batch.slide.tiles import Unit
+from hover_batch.slide_work import SlideWork, stand_aside
 from hover_batch.store import PredictionStore
-from hover_batch.taxonomy import Taxonomy
-from hover_batch.version import __version__
 
-if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
+if TYPE_CHECKING:  # it imports torch, which readers and post-processing do not need
     from hover_batch.model.predict import Predictor
 
 READ_BLOCK = 1024
-"""Kept inference pixels that are read at once: large enough for the JPEG tiles beneath, small enough for memory."""
+"""Side in inference pixels of a block that is read: large enough for the file's JPEG tiles, small enough for memory."""
 
 OVERLAY_SIDE = 2048
-"""Side in level-0 pixels of the field that the overlay shows."""
+"""Side in level-0 pixels of the field in the overlay."""
 THUMBNAIL_SIDE = 1024
 
 
 class Seconds:
     """Wall time by stage.
 
-    `totals`: seconds by stage, of all blocks together. `spans`: by stage, when its first block began and its last one
-    ended, in seconds since 1970, so that those of several processes compare.
+    `totals`: seconds of all blocks of a stage. `spans`: when its first block began and its last one ended, in seconds
+    since 1970, so that they can be compared between processes.
     """
 
     def __init__(self) -> None:
@@ -85,157 +76,27 @@ class Seconds:
 
 
 ReadBlocks = Callable[[list[Box], Seconds], Iterable[NDArray[np.uint8]]]
-"""Boxes of inference pixels → their RGB (h, w, 3), one after the other; the time it took goes to the stage `read`."""
+"""Boxes of inference pixels → their RGB (h, w, 3) uint8, one after the other; adds its time to the stage `read`."""
 
 
 class NetworkFailed(Exception):
-    """The network raised, out of memory perhaps, or its device is broken: no fault of the pixels, as a rule."""
+    """The network raised: it ran out of memory or its device is broken. Usually not because of the pixels."""
 
 
 class UnitsMissing(Exception):
-    """Nuclei reach into units, named by (column, row), whose maps are not there yet; or of a whole slide, the units'
-    results are not seen here yet."""
+    """Nuclei reach into units, given by (column, row), that are not predicted yet; or results of units that another
+    machine wrote are not visible here yet."""
 
     def __init__(self, cells: tuple[tuple[int, int], ...]) -> None:
         super().__init__(cells)
         self.cells = cells
 
 
-@dataclass(frozen=True)
-class SlideWork:
-    """What is known of a slide before its first pixel is predicted."""
-
-    record: SlideRecord
-    info: SlideInfo
-    grid: Grid
-    mask: TissueMask
-    units: tuple[Unit, ...]
-    package: Package
-    settings: Settings
-    layout: SlideLayout
-    key_mark: bytes
-    """Content of the slide's key.json when the work began: see `stand_aside`."""
-    kept: StoredMaps | None = None
-
-    @property
-    def card(self) -> Card:
-        return self.package.card
-
-    @property
-    def maps(self) -> SlideLayout:
-        """Where the store and the units' markers lie: here, or in the run that kept them, which is only read."""
-        return self.layout if self.kept is None else self.kept.layout
-
-    @property
-    def taxonomy(self) -> Taxonomy:
-        """The classes of the tables: the model's, or what the class map makes of them."""
-        return self.card.taxonomy.merged(self.settings.post.class_map)[0]
-
-    @property
-    def context(self) -> TableContext:
-        return TableContext(
-            slide_id=self.record.slide_id,
-            taxonomy=self.taxonomy,
-            grid=self.grid,
-            slide_mpp=self.info.mpp,
-            mpp_source=self.info.mpp_source,
-            bounds=self.info.bounds,
-            model_id=self.card.name,
-            model_sha256=self.package.sha256,
-            software=__version__,
-        )
-
-
-def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str:
-    """The slide's run key: a hash of all that its results depend on, its own mask among it; or the run key of the
-    maps that are kept."""
-    mask = slide.record.mask_path
-    if slide.kept is not None:
-        source = slide.kept.run_key
-    else:
-        source = slide.info.fingerprint + ("" if mask is None else sha256_file(mask))
-    return run_key(package.sha256, settings.results_key(), source, SCHEMA_VERSION)
-
-
-@contextmanager
-def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideReader | None]:
-    """The slide, open, copied to this machine where it lies in other storage; None where its maps are kept, for then it
-    need not be there."""
-    if slide.kept is not None:
-        yield None
-        return
-    with copies.staged(slide.record, slide.info.fingerprint) as record, open_slide(record) as reader:
-        yield reader
-
-
-def survey(
-    reader: SlideReader | None, slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout
-) -> SlideWork:
-    """Lay the grid, find the tissue and cut it into units; without a reader, as the run did that kept the maps."""
-    if slide.kept is not None:
-        path = slide.kept.layout.survey_json
-        info, mask = read_info(path), read_tissue(path)
-    else:
-        assert reader is not None
-        info, mask = reader.info, tissue_mask(reader, slide.record, settings.tissue)
-    write_survey(layout.survey_json, info, mask)
-    grid = Grid.over(info.level0, info.mpp, package.card.mpp)
-    units = plan_units(grid, mask, settings.infer.unit, package.card.tile_out)
-    mark = layout.key_json.read_bytes()
-    return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, mark, slide.kept)
-
-
-def stand_aside(work: SlideWork) -> None:
-    """SlideError where the slide's folder has passed to a run of another key: a process that was thought dead, on a
-    machine that was lost, must not mix its results into that run's. Asked before each write."""
-    try:
-        ours = work.layout.key_json.read_bytes() == work.key_mark
-    except FileNotFoundError:
-        ours = False
-    if not ours:
-        raise SlideError(f"{work.layout.folder}: another run has taken over; nothing was written")
-
-
-def open_store(work: SlideWork) -> PredictionStore:
-    """The slide's store, made where it is not there yet; that of a run which kept it is opened for reading."""
-    if work.kept is not None:
-        store = PredictionStore.open(work.maps.predictions_zarr, read_only=True)
-        planes, unit = work.card.layout.planes, work.settings.infer.unit
-        if store.canvas != work.grid.size.box or store.array.shards != (planes, unit, unit):
-            raise SlideError(f"{store.path}: is not laid out as its run's settings and survey.json say; run it anew")
-        return store
-    card = work.card
-    return PredictionStore.create(
-        work.layout.predictions_zarr,
-        work.grid.size,
-        card.layout.planes,
-        work.settings.infer.unit,
-        {
-            "mpp": [work.grid.mpp.x, work.grid.mpp.y],
-            "level0_per_pixel": [work.grid.scale_x, work.grid.scale_y],
-            "level0_size": [work.grid.level0.width, work.grid.level0.height],
-            "planes": card.layout.names(tuple(c.name for c in card.taxonomy.classes)),
-            "od_scale": card.layout.OD_SCALE,
-            "model": card.to_json(),
-            "model_sha256": work.package.sha256,
-        },
-    )
-
-
-def swept_store(work: SlideWork) -> PredictionStore:
-    """`open_store`, with what killed writes left behind removed, unless another run keeps it. While nobody writes."""
-    store = open_store(work)
-    if work.kept is None:
-        store.sweep()
-    return store
-
-
 def inferred(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
-    """Whether the unit's maps are in the store, unharmed: its marker is there and tells the hash of the shard.
+    """Whether the unit's maps are in the store, intact: its marker exists and has the hash of the shard.
 
-    A shard that is not what its marker says is removed with it, to be predicted again, and so are the parts of the
-    regions that may have looked at it; in the store that another run kept, it is a SlideError. Call it while nobody
-    writes.
+    On a checksum mismatch, the shard and its marker are removed, to be predicted again, and so are the parts of the
+    regions that may have read it; in another run's store it is a SlideError. Call it while nothing writes.
     """
     path = work.maps.marker(unit.column, unit.row)
     try:
@@ -249,7 +110,7 @@ def inferred(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
     if work.kept is not None:
         raise SlideError(
             f"{work.maps.predictions_zarr}: unit {unit.unit_id} is not as it was predicted; remove "
-            f"{work.maps.slide_json} and run that folder's own command again, which mends it"
+            f"{work.maps.slide_json} and run that folder's own command again, which predicts it anew"
         )
     if marker is None:
         return False
@@ -261,7 +122,7 @@ def inferred(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
 
 
 def posted(unit: Unit, work: SlideWork) -> bool:
-    """Whether the unit's part of the table is there."""
+    """Whether the unit's part of the table exists."""
     return work.layout.part(unit.column, unit.row).exists()
 
 
@@ -273,11 +134,11 @@ def infer(
     store: PredictionStore,
     advance: Callable[[int], None],
 ) -> Seconds:
-    """Predict a unit's tiles, write its shard, then its marker; `advance` is told the number of tiles as they are done.
-    Several threads may share one predictor: they take turns. NetworkFailed where it raises.
+    """Predict a unit's tiles, write its shard, then its marker; call `advance` with the tiles of each batch.
 
-    A shard found without a marker was written by a run that died in between: it is adopted. Where the device ran out
-    of memory, the marker tells of the smaller batch, which may have moved the last bits of the maps.
+    Several threads may share one predictor: they take turns. NetworkFailed where it raises. A shard without a marker
+    was written by a run that was killed in between, and is used. If the device ran out of memory, the marker records
+    the smaller batch, which may have changed the last bits of the maps.
     """
     seconds = Seconds()
     digest = store.shard_sha256(unit.box)
@@ -311,7 +172,7 @@ def infer(
 def _batches(
     unit: Unit, work: SlideWork, read: ReadBlocks, size: int, seconds: Seconds
 ) -> Iterator[tuple[list[Box], NDArray[np.uint8]]]:
-    """The unit's tiles, `size` at a time: their kept boxes and the pixels (n, tile_in, tile_in, 3) uint8 to predict."""
+    """Yield the unit's tiles, `size` at a time: their kept boxes and pixels (n, tile_in, tile_in, 3) uint8."""
     card = work.card
     boxes: list[Box] = []
     pixels: list[NDArray[np.uint8]] = []
@@ -335,7 +196,7 @@ def _hull(tiles: list[Box]) -> Box:
 
 
 def reading(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
-    """Blocks read by an open reader, here and now."""
+    """Return a function that reads blocks with an open reader, in this process."""
 
     def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
         assert reader is not None
@@ -348,16 +209,16 @@ def reading(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
 
 
 def neighbours(unit: Unit) -> Iterator[tuple[int, int]]:
-    """The nine cells of the unit grid round a unit, itself among them: what its region needs, as a rule."""
+    """Yield the nine cells of the unit grid around a unit, itself included: what its region usually needs."""
     for row in (unit.row - 1, unit.row, unit.row + 1):
         for column in (unit.column - 1, unit.column, unit.column + 1):
             yield column, row
 
 
 def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
-    """The nuclei that the unit's core owns, as a part of the table. Needs the maps of the units around it.
+    """Write the nuclei that the unit's core owns, as a part of the table. Needs the maps of the units around it.
 
-    Raises UnitsMissing where a nucleus reaches into units whose maps are not there yet.
+    UnitsMissing where a nucleus reaches into units that are not predicted yet.
     """
     seconds = Seconds()
     settings = work.settings.post
@@ -371,8 +232,8 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
 
 
 def _seen(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
-    """Whether the unit's maps can be read here. A network file system may show the marker before the shard, which a
-    read would take for zeros."""
+    """Whether the unit's maps can be read here. A network file system may show the marker before the shard, and a
+    missing shard reads as zeros."""
     try:
         marker = json.loads(work.maps.marker(unit.column, unit.row).read_bytes())
     except FileNotFoundError:
@@ -381,7 +242,7 @@ def _seen(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
 
 
 def _complete(store: PredictionStore, work: SlideWork) -> Callable[[Box], NDArray[np.uint8]]:
-    """`store.read` in the tables' classes, but never of a unit that is still to be predicted."""
+    """Return `store.read` in the tables' classes; it raises UnitsMissing for units that are not predicted yet."""
     class_map = work.settings.post.class_map
     _, ids = work.card.taxonomy.merged(class_map)
     waiting = {(unit.column, unit.row): unit for unit in work.units}
@@ -399,11 +260,10 @@ def _complete(store: PredictionStore, work: SlideWork) -> Callable[[Box], NDArra
 
 
 def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dict[str, Any]:
-    """Merge the parts into nuclei.parquet and draw the pictures. Returns what slide.json says, the summary among it.
+    """Merge the parts into nuclei.parquet and draw the pictures. Return the content of slide.json, with the summary.
 
-    Without a reader there are no pixels to draw on: the thumbnail is that of the run which kept the maps.
-
-    Raises UnitsMissing where parts or markers, written elsewhere, are not seen here yet.
+    Without a reader there are no pixels to draw on: the thumbnail is copied from the run that stored the maps.
+    UnitsMissing where parts or markers that another machine wrote are not visible here yet.
     """
     layout, record = work.layout, work.record
     cells = [(unit.column, unit.row) for unit in work.units]
@@ -441,18 +301,18 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
 
 
 def _smaller_batches(work: SlideWork) -> list[str]:
-    """What the markers tell of devices that ran out of memory, as one warning or none."""
+    """Return a warning if units were predicted in smaller batches because a device ran out of memory."""
     markers = [json.loads(work.maps.marker(unit.column, unit.row).read_bytes()) for unit in work.units]
     if halved := [marker["batch"] for marker in markers if "batch" in marker]:
         return [
-            f"{len(halved)} of {len(markers)} units were predicted in batches of {min(halved)}, for want of memory on "
-            "the device: another run may differ in the last bits; give a smaller --batch"
+            f"{len(halved)} of {len(markers)} units were predicted in batches of {min(halved)}, because the device "
+            "ran out of memory: another run may differ in the last bits; give a smaller --batch"
         ]
     return []
 
 
 def _draw(work: SlideWork, reader: SlideReader) -> None:
-    """The thumbnail with the tissue's outline, and the densest field with its nuclei at full resolution."""
+    """Draw the thumbnail with the tissue's outline, and the densest field with its nuclei at full resolution."""
     layout, canvas = work.layout, work.grid.level0
     image = reader.thumbnail(THUMBNAIL_SIDE)
     small = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
@@ -465,5 +325,5 @@ def _draw(work: SlideWork, reader: SlideReader) -> None:
 
 
 def discard_predictions(layout: SlideLayout) -> None:
-    """Remove the slide's store; only once slide.json is there, for a table is made from it."""
+    """Remove the slide's store. Call it only once slide.json exists, since the table is made from the store."""
     shutil.rmtree(layout.predictions_zarr, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""What can be known before a run: faults of rows and headers, tiles, disk and time. Needs neither torch nor weights.
+"""Plan a run: check rows and headers, and estimate tiles, disk and time. Needs neither torch nor weights.
 
-`plan` and `segment` both begin here, so that the dry run and the run refuse the same things.
+`plan` and `segment` both begin here, so that the dry run and the run reject the same input.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from hover_batch.cohort.manifest import Cohort, RowFault
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, SlideError
+from hover_batch.formatting import counted, duration
 from hover_batch.geometry import Grid
 from hover_batch.model.package import Card
 from hover_batch.slide.headers import PLAUSIBLE_MPP, SlideInfo, peek
@@ -23,14 +24,14 @@ from hover_batch.slide.tissue import check_mask
 STORE_BYTES_PER_PIXEL = 4.0
 """Compressed size of all planes per predicted pixel of dense tissue (3.8 on the example)."""
 MPX_PER_CORE_SECOND = 0.5
-"""Inference pixels that one core takes through the whole way, for the estimate only."""
+"""Inference megapixels that one core processes in a second, for the estimate only."""
 ASKED_AT_ONCE = 16
-"""Slides in other storage, each of which takes a few requests and 3 MiB."""
+"""Number of slides in buckets that are asked for at once; each takes a few requests and 3 MiB."""
 
 
 @dataclass(frozen=True)
 class StoredMaps:
-    """Maps that another run predicted and kept: the slide's `layout` there, and the `run_key` of its results."""
+    """Maps that another run stored: the slide's `layout` there, and the `run_key` of its results."""
 
     layout: SlideLayout
     run_key: str
@@ -49,7 +50,7 @@ class PlannedSlide:
     grid: Grid | None
     tiles: int
     kept: StoredMaps | None = None
-    """Where nothing is to be predicted: new tables are made of these maps, and the slide itself is not opened."""
+    """Set where new tables are made from these maps: nothing is predicted, and the slide is not opened."""
 
     @property
     def pixels(self) -> int:
@@ -77,8 +78,7 @@ class Plan:
 
     def lines(self, settings: Settings, card: Card) -> list[str]:
         """The plan in words. Tissue is found in the run, so that all figures are upper bounds: the whole canvas."""
-        count = len(self.slides)
-        lines = [f"{self.cohort.source}: {count} slide{'s' * (count != 1)} to run with model {card.name}"]
+        lines = [f"{self.cohort.source}: {counted(len(self.slides), 'slide')} to run with model {card.name}"]
         lines += [f"  warning: {w}" for w in self.cohort.warnings]
         for slide in self.slides:
             if isinstance(slide.info, RemoteInfo):
@@ -102,8 +102,7 @@ class Plan:
         store = 0.0 if settings.output.discard_predictions else pixels * STORE_BYTES_PER_PIXEL
         lines.append(
             f"at most: {sum(slide.tiles for slide in self.slides):,} tiles, {pixels / 1e6:,.0f} Mpx, "
-            f"{store / 1e9:.1f} GB of prediction stores, "
-            f"{f'about {seconds / 60:.0f} min' if seconds >= 60 else 'under a minute'} on {cores} idle cores"
+            f"{store / 1e9:.1f} GB of prediction stores, about {duration(seconds)} on {cores} idle cores"
         )
         return lines
 

@@ -1,7 +1,6 @@
-"""`report`: what a run's files tell of its cohort, gathered for the pages that `hover_batch.report` lays out.
+"""Gather the content of a run's report from its folder; `hover_batch.report` lays it out.
 
-Nothing is needed but the run's folder; only the crops are of the slides themselves. A run that is not finished is told
-of as it stands, and what is missing is said.
+Only the crops need the slides themselves. The report of an unfinished run says what is missing.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from hover_batch.cohort.run_folder import nuclei_if_done, read_json, read_slides
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.export.read import NucleiTable
 from hover_batch.export.summary import cohort_summary
+from hover_batch.formatting import duration
 from hover_batch.model.package import find_package
 from hover_batch.report.charts import Strip, histogram, strips
 from hover_batch.report.content import Report, Share, SlideRow
@@ -38,7 +38,7 @@ def report_run(folder: Path, output: Path | None, tell: Tell) -> Path:
     """Write the report of the run in `folder` to the file `output`, its report.html if None, with pages beside it where
     there are many slides. `tell` gets a line about each slide. Returns the file.
 
-    InputError where the folder is no run's, or the report cannot be written.
+    InputError where the folder holds no run, or the report cannot be written.
     """
     stands = read_status(folder)
     layout = stands.layout
@@ -70,7 +70,7 @@ def report_run(folder: Path, output: Path | None, tell: Tell) -> Path:
 
 @dataclass
 class _Found:
-    """What the slides' tables hold, as it adds up. `done`: the slides seen; `good`: those whose table can be read."""
+    """Sums over the slides' tables. `done`: the finished slides; `good`: those whose table can be read."""
 
     done: list[SlideRow] = field(default_factory=list)
     good: list[SlideRow] = field(default_factory=list)
@@ -92,7 +92,7 @@ class _Found:
 
 
 def _rows(stands: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRow]:
-    """Every row of the cohort in order, those among them that never became a slide."""
+    """Return every row of the cohort in order, rows that never became a slide included."""
     failures = {failure.row: failure for failure in stands.failures}
     open_slides = {slide.slide_id: slide for slide in stands.open}
     rows = []
@@ -156,7 +156,7 @@ def _share(kind: NucleusClass, cohort: Mapping[str, Any]) -> Share:
 
 
 def _facts(stands: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
-    """The cohort's figures in words; what is not known is not among them."""
+    """Return the cohort's figures by name; unknown ones are left out."""
     facts: dict[str, str] = {}
     if cohort:
         facts["nuclei"] = f"{cohort['nuclei']:,}"
@@ -166,7 +166,7 @@ def _facts(stands: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
             facts["nuclei per mm²"] = f"{cohort['nuclei_per_mm2']:,.0f}"
     log = stands.log
     if log.started and log.finished:
-        facts["minutes, the last start"] = f"{(log.finished - log.started).total_seconds() / 60:,.1f}"
+        facts["the last start"] = duration((log.finished - log.started).total_seconds())
     if log.tile_rate:
         facts["tiles a second"] = f"{log.tile_rate.per_s:.3g}"
     if log.model_busy is not None:
@@ -175,7 +175,7 @@ def _facts(stands: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _missing(stands: RunStatus, rows: Sequence[SlideRow], found: _Found) -> list[str]:
-    """What the report cannot tell, a sentence each."""
+    """Return a sentence for each thing that the report lacks."""
     missing = []
     if stands.slides is None:
         missing.append("Not there yet: slides.csv. The run has not listed its slides.")
@@ -193,7 +193,7 @@ def _missing(stands: RunStatus, rows: Sequence[SlideRow], found: _Found) -> list
 
 
 def _densities(found: _Found) -> list[Strip]:
-    """Nuclei per mm² of tissue of each slide, of all classes together and of each."""
+    """Return nuclei per mm² of tissue of each slide, in total and by class."""
     names: dict[NucleusClass | None, str] = {None: "nuclei_per_mm2"}
     names |= {kind: f"{kind.name}_per_mm2" for kind in found.classes}
     return strips(
@@ -209,7 +209,7 @@ def _densities(found: _Found) -> list[Strip]:
 
 
 def _card(layout: RunLayout, found: _Found, run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The model's card, from a prediction store or from the package, if that is still the one that ran."""
+    """Return the model's card, from a prediction store, or from the package if its hash is still that of the run."""
     for table in found.tables:
         store = read_json(layout.slide(table.slide_id).predictions_zarr / "zarr.json") or {}
         if card := store.get("attributes", {}).get("model"):

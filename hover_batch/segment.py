@@ -13,25 +13,24 @@ from typing import Any
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import Ledger, SlideFailure
 from hover_batch.cohort.manifest import Cohort, raise_if_faulty, read_cohort
-from hover_batch.cohort.record import SlideRecord, Url
+from hover_batch.cohort.record import SlideRecord, Stage, Url
 from hover_batch.cohort.run_key import ModelId
 from hover_batch.config import Settings
 from hover_batch.errors import DISK_FULL, InputError
-from hover_batch.executor.backend import engine, settled_here
+from hover_batch.executor.backend import open_backend, settled_here
 from hover_batch.executor.progress import CohortProgress
-from hover_batch.executor.run_recorder import CohortBooks
+from hover_batch.executor.protocol import RunContext
 from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
+from hover_batch.formatting import LISTED, counted, listed
 from hover_batch.logs import LogFormat
 from hover_batch.model.package import find_package
 from hover_batch.nuclei.table import SCHEMA_VERSION
-from hover_batch.pipeline import result_key
 from hover_batch.plan import plan_cohort
+from hover_batch.slide_work import result_key
 from hover_batch.stored_run import StoredRun
 from hover_batch.taxonomy import Taxonomy
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_NONE = 0, 3, 4
-LISTED = 10
-"""Slides and failures that are named at the end; a cohort may have thousands, and the files tell of all."""
 RECORDED = ("hover-batch", "torch", "segmentation-models-pytorch", "tiatoolbox", "openslide-python", "zarr", "numpy")
 """Packages whose versions decide results, for versions.json."""
 
@@ -55,8 +54,8 @@ class Outcome:
     def closing_lines(self) -> list[str]:
         """Where the results lie, for stdout."""
         failed = len({failure.row for failure in self.failures})  # a faulty row may have several faults
-        done = len(self.slides)
-        lines = [f"{done} slide{'s' * (done != 1)} done, {failed} failed; summary: {self.layout.summary_csv}"]
+        done = counted(len(self.slides), "slide")
+        lines = [f"{done} done, {failed} failed; summary: {self.layout.summary_csv}"]
         if self.model_busy is not None:
             lines.append(f"networks busy {self.model_busy:.0%} of the time from the first tile to the last")
         for slide in self.slides[:LISTED]:
@@ -111,10 +110,10 @@ def run_segment(
     records = plan.cohort.records
     with (
         Ledger(layout) as ledger,
-        engine(settings, layout, predicts=predicts) as found,
+        open_backend(settings, layout, predicts=predicts) as backend,
         CohortProgress(len(records), log_format) as progress,
     ):
-        settings = found.settings
+        settings = backend.settings
         keys = {slide.record.slide_id: result_key(slide, package, settings) for slide in plan.slides}
         ledger.start(
             settings=settings,
@@ -130,27 +129,28 @@ def run_segment(
             progress.warn(warning)
         if left := ledger.orphans(plan.cohort):
             progress.warn(
-                f"{output} holds {len(left)} finished slides that are not in this cohort ({', '.join(left[:LISTED])}); "
-                "they stay, but slides.csv and the summary tell of this cohort only"
+                f"{output} holds {len(left)} finished slides that are not in this cohort ({listed(left)}); "
+                "they stay, but slides.csv and the summary list this cohort only"
             )
         for fault in plan.cohort.faults:
-            ledger.record_failure(fault.slide_id_or_path, fault.row, "", "check", fault.message)
-        books = CohortBooks(package, settings, ledger, progress, keys)
+            ledger.record_failure(fault.slide_id_or_path, fault.row, "", Stage.CHECK, fault.message)
+        context = RunContext.of(package, settings, ledger, progress, keys)
+        recorder = context.recorder
         copies = any(isinstance(slide.record.path, Url) and slide.kept is None for slide in plan.slides)
         if copies:
-            books.copies.open()
+            context.copies.open()
         stopped = True
         try:
             for record, reason in plan.unreadable:
-                books.refuse(record, reason)
-            todo = [slide for slide in plan.slides if not books.done_before(slide)]
-            found.run(books, [slide for slide in todo if not books.quarantined_before(slide, retry=retry_failed)])
+                recorder.refuse(record, reason)
+            todo = [slide for slide in plan.slides if not recorder.skip_done(slide)]
+            backend.run(context, [slide for slide in todo if not recorder.skip_quarantined(slide, retry=retry_failed)])
             stopped = False
         finally:
             if copies:
-                books.copies.close()
+                context.copies.close()
             try:
-                ledger.finish(plan.cohort, books.model_busy, stopped=stopped)
+                ledger.finish(plan.cohort, recorder.model_busy, stopped=stopped)
             except OSError as error:  # what stopped the run is told, rather than this
                 if not (stopped and error.errno in DISK_FULL):
                     raise
@@ -160,8 +160,8 @@ def run_segment(
         done = [record for record in records if record.row not in failed]
         slides = tuple(json.loads(layout.slide(record.slide_id).slide_json.read_bytes()) for record in done)
         left_out = [record for record in records if record.row in failed]
-        _summarise(layout, taxonomy, done, slides, left_out, books.model_busy)
-    return Outcome(layout, slides, failures, books.model_busy)
+        _summarise(layout, taxonomy, done, slides, left_out, recorder.model_busy)
+    return Outcome(layout, slides, failures, recorder.model_busy)
 
 
 def _summarise(

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 
 from hover_batch import doctor
 from hover_batch.cli import app
-from hover_batch.doctor import GIB, Check, Finding, Status, checks
+from hover_batch.doctor import GIB, Check, Finding, checks
 from hover_batch.errors import PackageError
 from hover_batch.executor.resources import Node
 from hover_batch.model import package
@@ -56,7 +56,7 @@ def test_a_check_that_raises_is_a_fail_with_its_message(monkeypatch: pytest.Monk
         raise ZeroDivisionError("by nought\nand more")
 
     check = Check("odd", raises, "mend it")
-    assert check.run() == Finding(Status.FAIL, "ZeroDivisionError: by nought", "mend it")
+    assert check.run() == Finding("FAIL", "ZeroDivisionError: by nought", "mend it")
     monkeypatch.setattr(doctor, "checks", lambda *_, **__: [check])
     result = run()
     assert result.exit_code == 2 and result.stdout == "FAIL  odd         ZeroDivisionError: by nought → mend it\n"
@@ -66,12 +66,12 @@ def test_a_check_that_raises_is_a_fail_with_its_message(monkeypatch: pytest.Monk
 
 def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    assert look("output", tmp_path / "file" / "out").status is Status.FAIL
+    assert look("output", tmp_path / "file" / "out").status == "FAIL"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(100 * GIB, 99 * GIB, GIB))
     found = look("output", tmp_path)
-    assert found.status is Status.WARN and "1.0 GiB free" in found.found and found.fix
+    assert found.status == "WARN" and "1.0 GiB free" in found.found and found.fix
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(100 * GIB, 100 * GIB, 1000))
-    assert look("output", tmp_path).status is Status.FAIL
+    assert look("output", tmp_path).status == "FAIL"
 
 
 def _no_gpu(patch: pytest.MonkeyPatch) -> None:
@@ -151,31 +151,31 @@ def _no_starter(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "spoil", "status", "said", "fix"),
     [
-        ("gpu", _no_gpu, Status.WARN, "runs on CPU", "GPU"),
-        ("gpu", _torch_for_cpu, Status.FAIL, "CPU alone", "CUDA"),
-        ("gpu", _old_driver, Status.FAIL, "driver on your system is too old", "CUDA 13.0"),
-        ("memory", _one_core, Status.WARN, "cores: 1", "two cores"),
-        ("memory", _little_memory, Status.WARN, "memory: 1.0 GiB", "4 GiB"),
-        ("/dev/shm", _small_shm, Status.WARN, "0.1 GiB free", "--shm-size"),
-        ("open files", _few_files, Status.WARN, "256", "ulimit -n 8192"),
+        ("gpu", _no_gpu, "WARN", "runs on CPU", "GPU"),
+        ("gpu", _torch_for_cpu, "FAIL", "CPU alone", "CUDA"),
+        ("gpu", _old_driver, "FAIL", "driver on your system is too old", "CUDA 13.0"),
+        ("memory", _one_core, "WARN", "cores: 1", "two cores"),
+        ("memory", _little_memory, "WARN", "memory: 1.0 GiB", "4 GiB"),
+        ("/dev/shm", _small_shm, "WARN", "0.1 GiB free", "--shm-size"),
+        ("open files", _few_files, "WARN", "256", "ulimit -n 8192"),
         (
             "opencv",
             _two_opencvs,
-            Status.WARN,
+            "WARN",
             "opencv-python-headless 4.13.0.90",
             "pip install --no-deps opencv-python==",
         ),
-        ("text", _latin, Status.WARN, "latin-1", "C.UTF-8"),
-        ("sqlite", _no_extensions, Status.WARN, "loads no extensions", "loadable"),
-        ("token", _no_token, Status.WARN, "none", "RAY_AUTH_TOKEN"),
-        ("weights", _harmed_weights, Status.FAIL, "do not match", "anew"),
-        ("weights", _no_starter, Status.FAIL, "no such package", "anew"),
+        ("text", _latin, "WARN", "latin-1", "C.UTF-8"),
+        ("sqlite", _no_extensions, "WARN", "loads no extensions", "loadable"),
+        ("token", _no_token, "WARN", "none", "RAY_AUTH_TOKEN"),
+        ("weights", _harmed_weights, "FAIL", "do not match", "anew"),
+        ("weights", _no_starter, "FAIL", "no such package", "anew"),
     ],
 )
 def test_what_is_amiss_is_told_with_what_mends_it(
     name: str,
     spoil: Callable[[pytest.MonkeyPatch], None],
-    status: Status,
+    status: str,
     said: str,
     fix: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -39,6 +39,7 @@ class Knows:
 
     taxonomy = CONSEP
     sha256 = "0123"
+    tta = 1
     card = {"name": "knows", "licence": "none", "training": {"saw": {"train": ["beef"]}}}
 
     def covers(self, sample):

@@ -1,4 +1,4 @@
-"""The log of a run's changes of state: one JSON object a line, only ever appended to."""
+"""Append-only log of a run's changes of state, one JSON object a line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BLOCK = 1 << 16
 
 
 class EventLog:
-    """Appends to `path`. Every line but the last is whole: a last line torn by a kill is cut off on opening."""
+    """Append events to `path`. A last line that a kill left incomplete is cut off on opening."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,11 +25,11 @@ class EventLog:
         self._file.truncate(_end_of_whole_lines(self._file))
 
     def append(self, event: str, **values: Any) -> None:
-        """One line: `time` (UTC, ISO 8601), `event`, then `values` in the order given. Where the disk is full it is
-        left out: a run waits for room, and its log is not worth its end."""
+        """Append one line: `time` (UTC, ISO 8601), `event`, then `values` in the given order. It is dropped if the disk
+        is full, so that a run that waits for space does not end because of its log."""
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "event": event, **values}) + "\n"
-        # Unbuffered and in one call, so that a kill of the process loses nothing that was appended.
+        # Unbuffered and in one call, so that killing the process loses no appended line.
         with self._guard:
             end = self._file.seek(0, os.SEEK_END)
             try:
@@ -46,13 +46,13 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All events, oldest first; see `stream_events`."""
+    """Return all events, oldest first; see `stream_events`."""
     return list(stream_events(path))
 
 
 def stream_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events one by one, oldest first: a log may have hundreds of thousands, and grow while it is read. A torn last
-    line is passed over, and so is what a power cut made of a line. No file, no events."""
+    """Yield the events, oldest first, of a log that may be long and grow meanwhile. Incomplete and corrupted lines are
+    skipped. No events where there is no file."""
     try:
         file = open(path, "rb")  # noqa: SIM115  (closed below)
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def stream_events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _end_of_whole_lines(file: BinaryIO) -> int:
-    """Where the last line end is over; looked for from the end, for the log of a large cohort has gigabytes."""
+    """Return the offset after the last line end, searched from the end: a large cohort's log has gigabytes."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         begin = max(0, end - _BLOCK)

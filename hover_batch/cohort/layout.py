@@ -1,4 +1,4 @@
-"""Every path of a run's output, named once.
+"""Paths of a run's output, each named once.
 
 ::
 
@@ -8,12 +8,12 @@
       logs/events.jsonl  logs/ray.log   example/ (with --example)
       slides/<slide_id>/
         key.json            the run key that this slide's unfinished work belongs to
-        quarantine.json     why the slide is left alone, if it is
-        markers/            one file a unit: its shard is complete
-        parts/              one parquet a region: its nuclei
-        survey.json         the slide's header and tissue: with the store, all that new tables need
+        quarantine.json     why the slide is quarantined, if it is
+        markers/            a file for each unit whose shard is complete
+        parts/              a parquet file for each region: its nuclei
+        survey.json         the slide's header and tissue: with the store, everything that new tables need
         predictions.zarr  tissue.geojson  nuclei.parquet  thumbnail.jpg  overlay.jpg  timings.json
-        slide.json          written last = done
+        slide.json          written last: the slide is done
         nuclei.*            the table in other formats, by `export`
 """
 
@@ -28,7 +28,7 @@ from hover_batch.errors import InputError
 
 
 class Format(StrEnum):
-    """What a table of nuclei can be exported to, by the name that the command line has for it."""
+    """Format of an exported table of nuclei, by its name on the command line."""
 
     qupath = "qupath"
     annotation_store = "annotation-store"
@@ -39,7 +39,7 @@ class Format(StrEnum):
 
     @property
     def suffix(self) -> str:
-        """Of the file's name, behind the dot."""
+        """Suffix of the file's name, without its first dot."""
         return _SUFFIXES[self]
 
 
@@ -55,7 +55,7 @@ _SUFFIXES = {
 
 @dataclass(frozen=True)
 class SlideLayout:
-    """Where one slide's results lie, in the run at `root`. An id that could leave the run's folder is an InputError."""
+    """Paths of one slide's results in the run at `root`. InputError for an id that could leave the run's folder."""
 
     root: Path
     slide_id: str
@@ -74,7 +74,7 @@ class SlideLayout:
 
     @property
     def quarantine_json(self) -> Path:
-        """Says of which run key's work processes died, time and again."""
+        """Exists if the slide repeatedly crashed its workers; holds the run key, stage and reason."""
         return self.folder / "quarantine.json"
 
     @property
@@ -82,7 +82,7 @@ class SlideLayout:
         return self.folder / "markers"
 
     def marker(self, column: int, row: int) -> Path:
-        """Says that the unit in this cell of the unit grid is predicted and stored."""
+        """Exists once the unit in this cell of the unit grid is predicted and stored."""
         return self.markers / f"{column}_{row}.json"
 
     @property
@@ -90,12 +90,12 @@ class SlideLayout:
         return self.folder / "parts"
 
     def part(self, column: int, row: int) -> Path:
-        """The nuclei owned by the region in this cell of the region grid."""
+        """Nuclei owned by the region in this cell of the region grid."""
         return self.parts / f"{column}_{row}.parquet"
 
     @property
     def survey_json(self) -> Path:
-        """What was known of the slide before its first pixel was predicted."""
+        """Header and tissue of the slide, written before its first pixel is predicted."""
         return self.folder / "survey.json"
 
     @property
@@ -132,8 +132,8 @@ class SlideLayout:
 
     @property
     def removal_order(self) -> tuple[Path, ...]:
-        """All of the slide's paths, what promises before what is promised: a removal that is cut short leaves no
-        slide.json without its table and no marker without its shard."""
+        """All of the slide's paths, markers before the data they refer to: an interrupted removal leaves no slide.json
+        without its table and no marker without its shard."""
         return (
             self.slide_json,
             self.parts,
@@ -153,7 +153,7 @@ class SlideLayout:
 
 @dataclass(frozen=True)
 class RunLayout:
-    """Where a run's results lie. `root` is made absolute, since workers may have another working directory."""
+    """Paths of a run's results. `root` is made absolute, since workers may have another working directory."""
 
     root: Path
 
@@ -165,12 +165,12 @@ class RunLayout:
 
     @property
     def lock(self) -> Path:
-        """Locked while a run writes here; the file itself stays."""
+        """Locked while a run writes here; the file stays."""
         return self.root / ".lock"
 
     @property
     def example(self) -> Path:
-        """The slides of `--example`, with their cohort.csv."""
+        """Slides of `--example`, with their cohort.csv."""
         return self.root / "example"
 
     @property
@@ -207,7 +207,7 @@ class RunLayout:
 
     @property
     def report_slides(self) -> Path:
-        """Pages of the report, where one would be too long."""
+        """Further pages of the report of a large cohort."""
         return self.root / "report-slides"
 
     @property
@@ -220,7 +220,7 @@ class RunLayout:
 
     @property
     def ray_log(self) -> Path:
-        """What Ray had to say while it ran."""
+        """Messages of Ray."""
         return self.logs / "ray.log"
 
     @property

@@ -1,6 +1,6 @@
-"""A CSV, a folder or a glob → the slides of a cohort, with all faults of all rows at once.
+"""Read a cohort from a CSV, a folder or a glob, and collect all faults of all rows.
 
-Slides are not opened here: what their headers say is checked by whoever has a reader.
+Slides are not opened here: `hover_batch.plan` checks their headers.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from types import MappingProxyType
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.cohort.slide_id import fault_in, fold, suggest
 from hover_batch.errors import InputError
+from hover_batch.formatting import counted
 from hover_batch.geometry import Mpp
 
 COLUMNS = ("path", "slide_id", "mpp", "magnification", "mask_path", "patient_id", "group")
 RUN_COLUMNS = ("row", "status")
-"""Written by a run beside the cohort's own columns in slides.csv."""
+"""Columns of slides.csv that a run adds to the cohort's own."""
 _ALIASES = {"wsi": "path", "slide": "path", "sample": "slide_id", "slide_mpp": "mpp"}
 
 _SLIDE_SUFFIXES = frozenset(
@@ -35,7 +36,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class RowFault:
-    """One thing wrong with one row. `row` is the line of the CSV (header: line 1) or the place in the listing."""
+    """One fault of one row. `row`: line of the CSV (the header is line 1) or position in the listing."""
 
     row: int
     slide_id_or_path: str
@@ -44,7 +45,7 @@ class RowFault:
 
 @dataclass(frozen=True)
 class Cohort:
-    """What a source holds. `records` are the rows without a fault, in the source's order."""
+    """Slides of a source. `records`: the rows without a fault, in the source's order."""
 
     source: str
     records: tuple[SlideRecord, ...]
@@ -55,8 +56,8 @@ class Cohort:
 def read_cohort(source: str | Path) -> Cohort:
     """Read a CSV, a folder of slides, a glob, or a single slide.
 
-    Faults of rows are collected, not raised. InputError where there are no rows to speak of: no such source, a file
-    that is no CSV, a header that is wrong or ambiguous, nothing listed.
+    Faults of rows are collected, not raised. InputError where there are no rows: the source does not exist, is not a
+    CSV, has a wrong or ambiguous header, or lists nothing.
     """
     if not str(source).strip():
         raise InputError("the cohort is an empty name: give a CSV, a folder of slides or a quoted glob")
@@ -78,7 +79,7 @@ def read_cohort(source: str | Path) -> Cohort:
 
 
 def one_slide(path: str | Path, mpp: float | None = None, slide_id: str | None = None) -> Cohort:
-    """A cohort of one slide, checked as a row of a CSV is. InputError where it has a fault."""
+    """Return a cohort of one slide, checked like a row of a CSV. InputError where it has a fault."""
     cells = {"path": str(path), "mpp": "" if mpp is None else str(mpp), "slide_id": slide_id or ""}
     row = _Row(1, {name: cell for name, cell in cells.items() if cell})
     cohort = _check(str(path), [row], Path().absolute(), [])
@@ -88,23 +89,23 @@ def one_slide(path: str | Path, mpp: float | None = None, slide_id: str | None =
 
 
 def raise_if_faulty(cohort: Cohort) -> None:
-    """InputError with every fault, one line each, and what to do about them."""
+    """Raise InputError if there are faults, with a line for each and the remedy."""
     if not cohort.faults:
         return
-    lines = [f"{cohort.source}: {len(cohort.faults)} fault{'s' if len(cohort.faults) > 1 else ''}, nothing was run"]
+    lines = [f"{cohort.source}: {counted(len(cohort.faults), 'fault')}, nothing was run"]
     lines += [
         f"  row {fault.row}{f' ({fault.slide_id_or_path})' if fault.slide_id_or_path else ''}: {fault.message}"
         for fault in cohort.faults
     ]
     lines.append(
-        "Mend these rows (for a folder or glob: list its slides in a CSV), or leave them out with --skip-invalid."
+        "Correct these rows (for a folder or glob: list its slides in a CSV), or leave them out with --skip-invalid."
     )
     raise InputError("\n".join(lines))
 
 
 @dataclass(frozen=True)
 class _Row:
-    """Cells as they were written, under the names in COLUMNS; an empty cell is not there."""
+    """Cells as written, under the names in COLUMNS; empty cells are left out."""
 
     number: int
     cells: Mapping[str, str]
@@ -129,7 +130,7 @@ def _list_folder(folder: Path) -> tuple[list[_Row], list[str]]:
 
 
 def _as_rows(entries: Iterable[Path], source: str) -> tuple[list[_Row], list[str]]:
-    # Hidden files go unmentioned: macOS leaves a "._a.svs" beside each a.svs on foreign file systems.
+    # Hidden files are not reported: macOS leaves a "._a.svs" beside each a.svs on other file systems.
     entries = sorted(entry for entry in entries if not entry.name.startswith("."))
     slides = dict.fromkeys(entry for entry in entries if _looks_like_slide(entry))
     if not slides:
@@ -150,7 +151,7 @@ def _as_rows(entries: Iterable[Path], source: str) -> tuple[list[_Row], list[str
 def _looks_like_slide(path: Path) -> bool:
     try:
         return _is_dicom_folder(path) if path.is_dir() else path.suffix.lower() in _SLIDE_SUFFIXES
-    except PermissionError:  # somebody else's folder among the slides, such as lost+found
+    except PermissionError:  # a folder of another user, such as lost+found
         return False
 
 
@@ -184,7 +185,7 @@ def _parse_csv(path: Path) -> tuple[list[_Row], list[str]]:
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line on which it begins, stripped cells) of each record; those without any filled cell are passed over."""
+    """Yield (first line, stripped cells) of each record; empty records are skipped."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -192,7 +193,7 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise InputError(fault) from error
     if "\0" in text:
         raise InputError(f"{path}: is not a CSV, it holds zero bytes; save it as CSV UTF-8")
-    # strict: otherwise one stray quotation mark would swallow the rows that follow.
+    # strict: else a stray quotation mark would swallow the rows after it.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
         # A quoted cell may span lines, so the line where a record ends is not its row.
@@ -209,7 +210,7 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _column_names(path: Path, header: list[str]) -> tuple[list[str], list[str]]:
-    """The header with aliases resolved, extra columns as they are written, "" for unnamed ones; and warnings."""
+    """Return the header with aliases resolved, extra columns as written and "" for unnamed ones; and warnings."""
     written: dict[str, str] = {}
     names, faults, warnings = [], [], []
     for cell in header:
@@ -286,7 +287,7 @@ def _location(cell: str, base: Path) -> Path | Url:
 
 
 def _slide_id(row: _Row, base: Path) -> str:
-    """As given; else a file's stem or a folder's whole name; "" where there is no path either."""
+    """Return the slide_id as given; else the file's stem or the folder's name; "" where there is no path either."""
     if "slide_id" in row.cells:
         return row.cells["slide_id"]
     if "path" not in row.cells:
@@ -301,13 +302,13 @@ def _slide_id(row: _Row, base: Path) -> str:
 
 
 def _fault_of_id(row: _Row, slide_id: str, first_with_id: Mapping[str, int], taken: set[str]) -> str | None:
-    """What is wrong with the id, with one that would do; that one is taken from then on."""
+    """Return the fault of the id with a suggestion, which counts as taken from then on; None for a good id."""
     given = "slide_id" in row.cells
     if fault := fault_in(slide_id):
         reason, near = f"slide_id {slide_id!r} {fault}", slide_id
     elif (first := first_with_id.get(fold(slide_id))) is not None:
         reason = f"slide_id {slide_id!r} is also that of row {first} (upper and lower case count as the same)"
-        # Slides of one name usually lie in folders that tell them apart.
+        # Slides of the same name are usually in folders of different names.
         near = slide_id if given else f"{Path(row.cells['path']).parent.name}-{slide_id}"
     else:
         return None
@@ -317,13 +318,13 @@ def _fault_of_id(row: _Row, slide_id: str, first_with_id: Mapping[str, int], tak
 
 
 def _faults_of_slide(path: Path | Url) -> list[str]:
-    if isinstance(path, Url):  # whether it is there is asked of all such slides at once, by `plan`
+    if isinstance(path, Url):  # `plan` asks for all such slides at once whether they exist
         return ["chained URLs (::) are not read; name the slide itself"] if "::" in path.text else []
     try:
         str(path).encode()
         if path.is_dir():
             return [] if _is_dicom_folder(path) else ["is a folder without DICOM files (*.dcm)"]
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        if path.exists() and not path.is_file():  # opening a pipe would block
             return ["is no file"]
         with open(path, "rb"):
             return []
@@ -336,7 +337,7 @@ def _faults_of_slide(path: Path | Url) -> list[str]:
 
 
 def _faults_of_mask(path: Path) -> list[str]:
-    """Whether it can be opened and is what its suffix says; where it lies on the slide is seen later."""
+    """Return the faults of a mask: unreadable, or not of the kind of its suffix. Its content is checked later."""
     suffix = path.suffix.lower()
     if suffix not in _MASK_SUFFIXES:
         return [f"masks are {', '.join(_MASK_SUFFIXES)}"]
@@ -375,7 +376,7 @@ def _magnification(row: _Row, messages: list[str]) -> float | None:
 
 
 def _number(text: str) -> float:
-    """NaN where it is no number as people write them: Python alone would read 0_25 as 25."""
+    """Parse a number as people write them; NaN for others: float would read 0_25 as 25."""
     try:
         return math.nan if "_" in text else float(text)
     except ValueError:

@@ -13,34 +13,33 @@ from hover_batch.cohort.record import Url
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.executor.local import LocalExecutor
+from hover_batch.executor.protocol import RunContext
 from hover_batch.executor.resources import EnginePlan, Node, Resources, engine_plan
-from hover_batch.executor.run_recorder import CohortBooks
 from hover_batch.plan import PlannedSlide
 
 if TYPE_CHECKING:  # it imports Ray, which must wait until the environment is set
-    from hover_batch.executor.nodes import Machines
+    from hover_batch.executor.nodes import ClusterNodes
 
-CLEARED_S = 30.0
-"""Within which the machines of a cluster remove the copies of slides at the end of a run; the next run sweeps."""
+CLEANUP_S = 30.0
+"""Time for the nodes of a cluster to remove copies of slides when a run ends; the next run removes what is left."""
 
 
 @dataclass(frozen=True)
-class Engine:
-    """`settings`, with `auto` settled for the machines that will do the work, and `run`, which takes a cohort's
-    slides to their ends, into the books."""
+class OpenBackend:
+    """`settings`, with `auto` settled for the machines that will do the work, and `run`, which runs slides on them."""
 
     settings: Settings
-    run: Callable[[CohortBooks, Sequence[PlannedSlide]], None]
+    run: Callable[[RunContext, Sequence[PlannedSlide]], None]
 
 
 def settled_here(settings: Settings) -> Settings:
-    """The settings with `auto` settled, unless that is for the machines of a cluster to say: see `engine`.
+    """The settings with `auto` settled for this machine; unchanged if `open_backend` settles it for a cluster.
 
-    InputError where a device cannot be used.
+    InputError if a device cannot be used.
     """
     name = settings.infer.device
     if settings.engine.backend == "ray" and ":" in name:
-        raise InputError(f"--device {name}: choose the GPU by CUDA_VISIBLE_DEVICES, and give --device cuda")
+        raise InputError(f"--device {name}: Ray chooses the GPU; set CUDA_VISIBLE_DEVICES and use --device cuda")
     if name == "auto" and (settings.engine.gpus == 0 or settings.infer.runtime == "openvino"):
         settings = replace(settings, infer=replace(settings.infer, device="cpu"))
     if settings.engine.address:
@@ -51,52 +50,54 @@ def settled_here(settings: Settings) -> Settings:
 
 
 @contextlib.contextmanager
-def engine(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[Engine]:
-    """The engine for settings that are `settled_here`. A named cluster is joined at once, one of our own starts with
-    the first slide.
+def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[OpenBackend]:
+    """The backend for settings that are `settled_here`. A named cluster is joined at once; a cluster of our own starts
+    with the first slide.
 
-    A run that `predicts` nothing has no networks, and `auto` is left as it is.
+    A run that `predicts` nothing has no networks, and its `auto` stays as it is.
 
-    InputError where more is asked for than there is, no cluster answers, or the output is not seen by all of it.
+    InputError if the settings ask for more than there is, no cluster answers, or not all of it sees the output folder.
     """
     if settings.engine.backend == "local":
-        yield Engine(settings, lambda books, slides: LocalExecutor(books).run(slides))
+        yield OpenBackend(settings, lambda context, slides: LocalExecutor(context).run(slides))
     elif settings.engine.address:
         from hover_batch.executor.cluster import joined, settled
 
         with joined(settings.engine.address, layout.ray_log):
-            from hover_batch.executor.nodes import Machines
+            from hover_batch.executor.nodes import ClusterNodes
 
-            machines = Machines()
+            nodes = ClusterNodes()
             wanted = settings.engine.gpus
             if wanted <= 0 or not predicts:
-                wanted = min(1, machines.resources.at_most(settings).gpus)
+                wanted = min(1, nodes.resources.at_most(settings).gpus)
             if predicts:
                 settings = replace(settings, infer=settled(settings.infer, on_gpu=wanted > 0))
-                machines.look()
-            machines.refuse_unshared(layout.root, wait=True)
-            there = machines.resources.at_most(settings)
-            plan = functools.partial(engine_plan, there, settings, predicts=predicts)
-            yield Engine(settings, lambda books, slides: _run_on_ray(books, slides, plan(books.package.card), machines))
+                nodes.look()
+            nodes.refuse_unshared(layout.root, wait=True)
+            available = nodes.resources.at_most(settings)
+            plan = functools.partial(engine_plan, available, settings, predicts=predicts)
+            yield OpenBackend(
+                settings, lambda context, slides: _run_on_ray(context, slides, plan(context.package.card), nodes)
+            )
     else:
         resources = Resources((_this_node(settings),)).limited(settings)
 
-        def run(books: CohortBooks, slides: Sequence[PlannedSlide]) -> None:
+        def run(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
             if not slides:
                 return
             from hover_batch.executor.cluster import started
 
-            plan = engine_plan(resources, settings, books.package.card, predicts=predicts)
-            books.progress.say("starting Ray on this machine, for this run alone, its token made for it …")
+            plan = engine_plan(resources, settings, context.package.card, predicts=predicts)
+            context.recorder.progress.say("starting Ray on this machine, for this run only …")
             with started(resources, layout.ray_log, plan.object_store_bytes):
-                _run_on_ray(books, slides, plan)
+                _run_on_ray(context, slides, plan)
 
-        yield Engine(settings, run)
+        yield OpenBackend(settings, run)
 
 
 def _this_node(settings: Settings) -> Node:
     node = Node.here()
-    if settings.infer.device == "cuda" and not node.gpus:  # torch knows ways to a GPU that have no device file
+    if settings.infer.device == "cuda" and not node.gpus:  # torch finds GPUs that have no device file
         import torch
 
         node = replace(node, gpus=torch.cuda.device_count())
@@ -104,18 +105,16 @@ def _this_node(settings: Settings) -> Node:
 
 
 def _run_on_ray(
-    books: CohortBooks, slides: Sequence[PlannedSlide], plan: EnginePlan, machines: Machines | None = None
+    context: RunContext, slides: Sequence[PlannedSlide], plan: EnginePlan, nodes: ClusterNodes | None = None
 ) -> None:
     from hover_batch.executor.ray import RayExecutor
 
+    progress = context.recorder.progress
     for line in plan.lines():
-        books.progress.say(line)
-    books.progress.say("loading libraries and the network, finding tissue: the first slide takes a while to begin …")
-    copies = books.copies
-    if machines:
-        books.release = lambda slide_id: machines.on_each(functools.partial(copies.release, slide_id))
+        progress.say(line)
+    progress.say("loading libraries and the network, finding tissue: the first slide takes a while to begin …")
     try:
-        RayExecutor(books, plan, machines=machines).run(slides)
+        RayExecutor(context, plan, nodes=nodes).run(slides)
     finally:
-        if machines and any(isinstance(slide.record.path, Url) for slide in slides):
-            machines.on_each(copies.close, wait_s=CLEARED_S)
+        if nodes and any(isinstance(slide.record.path, Url) for slide in slides):
+            nodes.on_each(context.copies.close, wait_s=CLEANUP_S)

@@ -1,7 +1,6 @@
-"""The Ray cluster of a run: started on this machine for the time of the run, or joined where one is named.
+"""The Ray cluster of a run: started on this machine for the run, or joined by its address.
 
-Ray's servers listen on more than loopback whatever they are told, so a cluster of ours asks everyone for a token that
-is made anew for each run.
+Ray's servers cannot be confined to loopback, so a cluster of our own demands a token, made anew for each run.
 """
 
 from __future__ import annotations
@@ -25,40 +24,39 @@ from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.executor.resources import Resources
 
 _ENVIRONMENT = {
-    # `uv run` would have each worker make an environment of its own.
+    # Else, under `uv run`, each worker would make an environment of its own.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "error",
-    # A call that fails has two results, and the driver looks at one of them.
+    # A failed call has two results, of which the driver reads one.
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
-"""Ray reads its environment when it is imported: hence every `import ray` here stands below `_prepare`."""
+"""Ray reads its environment when it is imported, so every `import ray` here comes after `_prepare`."""
 _TOKEN = secrets.token_hex(32)
-"""Of this process's own clusters; Ray keeps the first that it sees."""
+"""Token of this process's own clusters. Ray keeps the first one that it sees, so there is one for all of them."""
 CONNECT_S = 5.0
 START_ATTEMPTS = 3
-"""Ray gives its own processes 30 s to come up, which a busy machine may overrun."""
+"""Ray gives its own processes 30 s to start, which is too little on a busy machine."""
 OBJECT_STORE_BYTES = 512 << 20
-"""Where the work says nothing else: room for small messages."""
+"""Default size of the object store: enough for small messages."""
 _PREFIX, _OWNER = "hb-", "owner"
-"""Of the folders for Ray's files, and the file in them that is locked while their owner lives."""
+"""Prefix of the folders for Ray's files, and the file in them that stays locked while their owner lives."""
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 
 
 @contextlib.contextmanager
 def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[None]:
-    """A cluster on this machine of these cores and GPUs, gone with all its processes when the block ends.
+    """Run a cluster of these cores and GPUs on this machine while the block runs.
 
-    `log`: the file for what Ray has to say meanwhile; stdout is for results. Raises HoverBatchError where Ray does not
-    come up.
+    `log`: file for Ray's output, since stdout is for results. HoverBatchError if Ray does not start.
     """
     ask_for_token()
     import ray
 
     with own_folder(Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())) as folder:
         try:
-            with _talking_to(log):
-                with _coming_up(log):
+            with _stdout_to(log):
+                with _stderr_to(log):
                     _start(resources, object_store_bytes, folder)
                 yield
         finally:
@@ -67,26 +65,26 @@ def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_ST
 
 @contextlib.contextmanager
 def own_folder(parent: Path) -> Iterator[Path]:
-    """A new folder for Ray, removed when the block ends; those that killed processes left in `parent` are removed, too.
+    """A new folder for Ray in `parent`, removed when the block ends; folders of killed processes too.
 
-    Who lives holds a lock on a file in it, which the system lets go of at his death, however that comes.
+    The owner holds a lock on a file in it, which the system drops when the process ends, however it ends.
     """
     for left in parent.glob(f"{_PREFIX}*"):
         if _owner_is_dead(left):
             shutil.rmtree(left, ignore_errors=True)
-    # Short: sockets lie in it, and their paths have 107 bytes.
+    # A short name: the paths of sockets in it may have 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     try:
         with open(folder / "new", "xb") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX)
-            os.rename(folder / "new", folder / _OWNER)  # locked before anyone can look for it
+            os.rename(folder / "new", folder / _OWNER)  # so that it is locked before another process can see it
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _owner_is_dead(folder: Path) -> bool:
-    """False where there is doubt: another user's folder, or one without an owner's file."""
+    """Whether the folder can be removed; False in doubt, as for another user's folder or one without an owner file."""
     try:
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
             return False
@@ -98,19 +96,19 @@ def _owner_is_dead(folder: Path) -> bool:
 
 
 def ask_for_token() -> None:
-    """Set the environment for clusters of this process, which must be done before anything imports Ray."""
+    """Set the environment for clusters of this process. Call it before anything imports Ray."""
     os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN})
     _prepare()
 
 
 def _prepare() -> None:
-    """Set what Ray is to find in the environment, where the user has not."""
+    """Set the variables that Ray reads, except those that the user has set."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def ray_version() -> str:
-    """Of the Ray that is installed; whatever its import raises, where it cannot be imported."""
+    """Installed Ray version; import errors propagate."""
     _prepare()
     import ray
 
@@ -123,7 +121,7 @@ def _start(resources: Resources, object_store_bytes: int, folder: Path) -> None:
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             ray.init(
-                address="local",  # else it joins whatever cluster it finds
+                address="local",  # or it would join any cluster that it finds
                 num_cpus=resources.cpus,
                 num_gpus=resources.gpus,
                 object_store_memory=object_store_bytes,
@@ -138,50 +136,51 @@ def _start(resources: Resources, object_store_bytes: int, folder: Path) -> None:
             if attempt == START_ATTEMPTS:
                 reason = str(error).strip().splitlines()[0]
                 raise HoverBatchError(
-                    f"Ray did not start on this machine in {START_ATTEMPTS} attempts ({reason}); try again when it is "
-                    "less busy, or --backend local, which does without"
+                    f"Ray did not start on this machine in {START_ATTEMPTS} attempts ({reason}); try again when the "
+                    "machine is less busy, or use --backend local, which does not need Ray"
                 ) from error
             time.sleep(2)
 
 
 @contextlib.contextmanager
 def joined(address: str, log: Path) -> Iterator[None]:
-    """Be part of the cluster at `address` while the block runs. InputError where none answers."""
-    _answers(address)
+    """Join the cluster at `address` while the block runs. InputError if none answers."""
+    _require_listener(address)
     _prepare()
     import ray
 
     try:
-        with _talking_to(log):
+        with _stdout_to(log):
             try:
-                with _coming_up(log):
+                with _stderr_to(log):
                     ray.init(address=address, **_QUIET)
             except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and more
                 raise InputError(
                     f"--address {address}: no Ray cluster answers there ({error}); start one by `ray start --head`, "
-                    "and give its token as RAY_AUTH_TOKEN where it asks for one"
+                    "and set RAY_AUTH_TOKEN to its token if it demands one"
                 ) from error
             yield
     finally:
         ray.shutdown()
 
 
-def _answers(address: str) -> None:
-    """InputError where nobody listens at HOST:PORT; Ray itself would try for minutes."""
+def _require_listener(address: str) -> None:
+    """InputError if nothing listens at HOST:PORT; Ray itself would try for minutes."""
     host, colon, port = address.rpartition(":")
-    if not colon or "/" in host or not port.isdigit():  # auto, local, ray://…: Ray's to understand
+    if not colon or "/" in host or not port.isdigit():  # auto, local, ray://…: for Ray to resolve
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
-        raise InputError(f"--address {address}: nobody answers there ({error}); is the cluster up?") from error
+        raise InputError(
+            f"--address {address}: nobody answers there ({error}); check the address and start the cluster"
+        ) from error
 
 
 def settled(settings: InferSettings, on_gpu: bool) -> InferSettings:
-    """The settings with `auto` settled where the networks will run: on a machine of the joined cluster, not here. Waits
-    for one where none is up yet.
+    """The settings with `auto` settled on a machine of the joined cluster, where the networks will run.
 
-    Raises what `hover_batch.model.predict.resolve` raises there.
+    Wait for such a machine if none is up yet. Raise what `hover_batch.model.predict.resolve` raises there.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -199,8 +198,8 @@ def settled(settings: InferSettings, on_gpu: bool) -> InferSettings:
     return found
 
 
-class _LateFile(io.TextIOBase):
-    """A file to append to that is made when there is something to write."""
+class _LazyFile(io.TextIOBase):
+    """A file to append to, created by the first write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -211,15 +210,17 @@ class _LateFile(io.TextIOBase):
             return file.write(text)
 
 
-def _talking_to(log: Path) -> contextlib.redirect_stdout[_LateFile]:
-    """Ray's background thread prints what befalls its workers on stdout."""
-    return contextlib.redirect_stdout(_LateFile(log))
+def _stdout_to(log: Path) -> contextlib.redirect_stdout[_LazyFile]:
+    """Redirect stdout to `log`: a background thread of Ray prints there about its workers."""
+    return contextlib.redirect_stdout(_LazyFile(log))
 
 
 @contextlib.contextmanager
-def _coming_up(log: Path) -> Iterator[None]:
-    """Until its level is set, Ray's core writes past Python to descriptor 2. That goes to `log`, as lines of JSON may
-    be wanted on stderr; but not from a terminal, where bars are drawn meanwhile."""
+def _stderr_to(log: Path) -> Iterator[None]:
+    """Redirect descriptor 2 to `log`, except from a terminal, where progress bars are drawn.
+
+    While Ray starts, its core writes there directly, not through Python; stderr may be asked for lines of JSON.
+    """
     if sys.stderr is None or os.isatty(2):
         yield
         return

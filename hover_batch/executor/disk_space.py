@@ -1,4 +1,4 @@
-"""Room on disk. A run whose disk is full waits until there is some, and blames no slide."""
+"""Disk space: a run whose disk is full waits until there is space, and blames no slide."""
 
 from __future__ import annotations
 
@@ -10,66 +10,63 @@ from pathlib import Path
 
 from hover_batch.errors import DISK_FULL, ScratchFull
 
-ROOM_BYTES = 64 << 20
-"""What must be free before a run goes on: some shards of units, and the tables of a slide."""
-ASK_EVERY_S = 5.0
+NEEDED_BYTES = 64 << 20
+"""Free space that lets a run go on: some shards of units and the tables of a slide."""
+CHECK_EVERY_S = 5.0
 MAX_WAIT_S = 300.0
-"""The longest wait where the disk is full again and again, though each time there seemed to be room."""
+"""Longest wait between checks, when the disk fills up again right after each."""
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the error says that there is no space, or no more of it for this user."""
+    """Whether the disk, or this user's quota of it, is full."""
     return isinstance(error, OSError) and error.errno in DISK_FULL
 
 
-class Room:
-    """Whether there is room in `folder` to go on: yes, until somebody says that it `ran_out`.
+class DiskSpace:
+    """Watches `folder` once a write to it has failed. `warn` shows a line to the user, `record` logs an event."""
 
-    `say` tells the user, `log` the events.
-    """
-
-    def __init__(self, folder: Path, say: Callable[[str], None], log: Callable[..., None]) -> None:
+    def __init__(self, folder: Path, warn: Callable[[str], None], record: Callable[..., None]) -> None:
         self.folder = folder
-        self._say = say
-        self._log = log
+        self._warn = warn
+        self._record = record
         self.full = False
-        """Whether somebody said so, and there was no room when it was last asked."""
-        self._ask_at = 0.0
-        self._wait = ASK_EVERY_S
-        self._back_at = -MAX_WAIT_S
+        """Whether the disk was full at the last check."""
+        self._check_at = 0.0
+        self._wait_s = CHECK_EVERY_S
+        self._free_since = -MAX_WAIT_S
 
-    def ran_out(self, where: str, error: BaseException | None = None) -> None:
-        """A write failed for want of space, in the work on `where`; `error` tells where that was not in `folder`."""
+    def report_full(self, slide_id: str, error: BaseException | None = None) -> None:
+        """Pause the run: a write for this slide failed, in `folder` or in the one that ScratchFull names."""
         if self.full:
             return
-        again = time.monotonic() - self._back_at < self._wait + ASK_EVERY_S
-        self._wait = min(2 * self._wait, MAX_WAIT_S) if again else ASK_EVERY_S
-        self.full, self._ask_at = True, time.monotonic() + self._wait
-        self._log("disk_full", slide_id=where)
+        again = time.monotonic() - self._free_since < self._wait_s + CHECK_EVERY_S
+        self._wait_s = min(2 * self._wait_s, MAX_WAIT_S) if again else CHECK_EVERY_S
+        self.full, self._check_at = True, time.monotonic() + self._wait_s
+        self._record("disk_full", slide_id=slide_id)
         folder = error.filename if isinstance(error, ScratchFull) else self.folder
-        self._say(
-            f"no space left on disk at {where}: waiting for room in {folder}. Free some and the run goes on by "
-            "itself; Ctrl-C ends it, and the same command goes on later"
+        self._warn(
+            f"no space left on disk at {slide_id}: waiting for space in {folder}. Free some, and the run goes on by "
+            "itself; or stop it by Ctrl-C and resume it later by the same command"
         )
 
-    def there(self) -> bool:
-        """Whether work may go on. Asks the file system every few seconds, quotas included."""
-        if self.full and time.monotonic() >= self._ask_at:
-            self._ask_at = time.monotonic() + self._wait
-            if _fits(self.folder, ROOM_BYTES):
-                self.full, self._back_at = False, time.monotonic()
-                self._log("disk_has_room")
-                self._say("there is room on disk again: going on")
+    def available(self) -> bool:
+        """Whether the run may go on. Checks the file system, quotas included, every few seconds while it is full."""
+        if self.full and time.monotonic() >= self._check_at:
+            self._check_at = time.monotonic() + self._wait_s
+            if _can_reserve(self.folder, NEEDED_BYTES):
+                self.full, self._free_since = False, time.monotonic()
+                self._record("disk_has_room")
+                self._warn("there is space on disk again: going on")
         return not self.full
 
     def wait(self) -> None:
-        """Return when there is room."""
-        while not self.there():
+        """Return when there is space."""
+        while not self.available():
             time.sleep(0.2)
 
 
-def _fits(folder: Path, n: int) -> bool:
-    """Whether `n` bytes can be had in the folder: they are reserved, and given back."""
+def _can_reserve(folder: Path, n: int) -> bool:
+    """Whether `n` bytes can be reserved in the folder; they are freed again."""
     probe = folder / f".room-{uuid.uuid4().hex}"
     try:
         with open(probe, "xb") as file:

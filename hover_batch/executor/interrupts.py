@@ -11,8 +11,8 @@ from types import FrameType
 
 @contextlib.contextmanager
 def on_ctrl_c(call: Callable[[], None]) -> Iterator[None]:
-    """Within the block, Ctrl-C calls `call` instead of raising KeyboardInterrupt. Only the main thread has signals; in
-    others nothing changes."""
+    """Within the block, Ctrl-C calls `call` instead of raising KeyboardInterrupt. In other threads than the main one,
+    which alone gets signals, nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

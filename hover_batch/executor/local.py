@@ -5,92 +5,91 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+from hover_batch.cohort.record import Stage
 from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.interrupts import on_ctrl_c
-from hover_batch.executor.run_recorder import CohortBooks, Load
+from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.model.predict import Predictor, load_predictor
-from hover_batch.pipeline import Seconds, finalize, infer, inferred, opened, post, posted, reading, survey, swept_store
+from hover_batch.pipeline import Seconds, finalize, infer, inferred, post, posted, reading
 from hover_batch.plan import PlannedSlide
+from hover_batch.slide_work import opened, survey, swept_store
 
 
-class LocalExecutor:
-    """Runs a cohort in this process. The model is loaded, by `load`, when the first tile needs it."""
+class LocalExecutor(Executor):
+    """Runs a cohort in this process. `load` is called when the first tile needs the network."""
 
-    def __init__(self, books: CohortBooks, load: Load = load_predictor) -> None:
-        self.books = books
+    def __init__(self, context: RunContext, load: LoadNetwork = load_predictor) -> None:
+        self.context = context
         self.load = load
-        self._stage = "open"
+        self._stage = Stage.OPEN
         self._interrupted = False
 
     @cached_property
     def predictor(self) -> Predictor:
-        return self.load(self.books.package, self.books.settings.infer)
+        return self.load(self.context.package, self.context.settings.infer)
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
-        """Every slide to its end, into the ledger. One that fails costs itself only.
-
-        Raises PackageError where the model cannot be loaded: that stops the cohort and blames no slide.
-        """
         with on_ctrl_c(self._interrupt):
             for slide in slides:
-                while not self._ended(slide):
-                    self.books.room.wait()
+                while not self._end(slide):
+                    self.context.disk.wait()
 
-    def _ended(self, slide: PlannedSlide) -> bool:
-        """Take a slide to its end, good or bad. False where the disk is full before."""
-        self._stage = "open"
+    def _end(self, slide: PlannedSlide) -> bool:
+        """Take a slide to its end, done or failed. False if the disk was full before."""
+        context, slide_id = self.context, slide.record.slide_id
+        self._stage = Stage.OPEN
         try:
-            self._slide(slide)
+            self._process(slide)
         except Exception as error:
             if is_disk_full(error):
-                self.books.put_back(slide)
-                self.books.room.ran_out(slide.record.slide_id, error)
+                context.recorder.withdraw(slide)
+                context.disk.report_full(slide_id, error)
                 return False
-            self.books.fail(slide, self._stage, error)
+            context.recorder.fail(slide, self._stage, error)
+        context.copies.release(slide_id)
         return True
 
     def _interrupt(self) -> None:
         self._interrupted = True
         raise KeyboardInterrupt
 
-    def _go_on(self) -> None:
-        """KeyboardInterrupt after a Ctrl-C that did not come through: what is raised while a compiler or a destructor
-        runs is lost."""
+    def _check_interrupted(self) -> None:
+        """Raise a KeyboardInterrupt that was lost: a compiler or a destructor swallows what is raised in it."""
         if self._interrupted:
             raise KeyboardInterrupt
 
     def _advance(self, tiles: int) -> None:
-        self._go_on()
-        self.books.progress.tiles(tiles)
+        self._check_interrupted()
+        self.context.recorder.progress.tiles(tiles)
 
-    def _slide(self, slide: PlannedSlide) -> None:
-        books, slide_id = self.books, slide.record.slide_id
-        layout = books.begin(slide)
+    def _process(self, slide: PlannedSlide) -> None:
+        context, recorder, slide_id = self.context, self.context.recorder, slide.record.slide_id
+        layout = recorder.begin(slide)
         seconds = Seconds()
-        with opened(slide, books.copies) as reader:
-            self._stage = "tissue"
-            with seconds.of("tissue"):
-                work = survey(reader, slide, books.package, books.settings, layout)
+        with opened(slide, context.copies) as reader:
+            self._stage = Stage.SURVEY
+            with seconds.of(self._stage):
+                work = survey(reader, slide, context.package, context.settings, layout)
             store = swept_store(work)
-            there = [unit for unit in work.units if inferred(unit, work, store)]
+            predicted = [unit for unit in work.units if inferred(unit, work, store)]
             done = [unit for unit in work.units if posted(unit, work)]
-            books.surveyed(slide_id, work.units, there, len(done))
+            recorder.surveyed(slide_id, work.units, predicted, len(done))
 
-            self._stage = "inference"
+            self._stage = Stage.INFER
             for unit in work.units:
-                if unit not in there:
+                if unit not in predicted:
                     spent = infer(unit, work, reading(reader, work), self.predictor, store, self._advance)
                     seconds.add(spent)
-                    books.unit_done(slide_id, unit, spent)
+                    recorder.unit_done(slide_id, unit, spent)
 
-            self._stage = "post-processing"
+            self._stage = Stage.POST
             for unit in work.units:
-                self._go_on()
+                self._check_interrupted()
                 if unit not in done:
                     spent = post(unit, work, store)
                     seconds.add(spent)
-                    books.region_done(slide_id, unit, spent)
+                    recorder.region_done(slide_id, unit, spent)
 
-            self._go_on()
-            self._stage = "tables"
-            books.end(slide_id, finalize(work, reader, seconds))
+            self._check_interrupted()
+            self._stage = Stage.FINALIZE
+            recorder.finish(slide_id, finalize(work, reader, seconds))

@@ -1,6 +1,6 @@
-"""One function over many items, on either backend: for work that is no slide, as `kd` has it.
+"""Map a function over many items on either backend, for work other than slides, as in `kd`.
 
-On Ray each item is a task of its own, in a process that may die alone; an item whose process dies is tried once more.
+On Ray each item is a task in a process of its own, and is retried once if that process dies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hover_batch.config import Backend, EngineSettings, Settings
-from hover_batch.executor.resources import MAX_STRIKES, Node, Resources
+from hover_batch.executor.resources import Node, Resources
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -20,17 +20,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class TaskFailed:
-    """In place of a result: what the function raised, or that its process died MAX_STRIKES times."""
+    """Takes the place of a result: what the function raised, or WorkerDied if its process died MAX_STRIKES times."""
 
     error: Exception
 
 
 @contextlib.contextmanager
 def machines(engine: EngineSettings, log: Path) -> Iterator[Resources]:
-    """What `map_tasks` may use while the block runs: with Ray a cluster, started on this machine or joined.
+    """The resources of `map_tasks` while the block runs; with Ray those of a cluster, started here or joined.
 
-    `log`: the file for what Ray has to say. InputError where the settings ask for more than there is, or no cluster
-    answers.
+    `log`: file for Ray's output. InputError if the settings ask for more than there is, or no cluster answers.
     """
     settings = Settings(engine=engine)
     if engine.backend == "local":
@@ -39,9 +38,9 @@ def machines(engine: EngineSettings, log: Path) -> Iterator[Resources]:
         from hover_batch.executor.cluster import joined
 
         with joined(engine.address, log):
-            from hover_batch.executor.nodes import Machines
+            from hover_batch.executor.nodes import ClusterNodes
 
-            yield Machines().resources.limited(settings)
+            yield ClusterNodes().resources.limited(settings)
     else:
         from hover_batch.executor.cluster import started
 
@@ -60,12 +59,12 @@ def map_tasks(
     at_once: int = 1,
     stay: bool = False,
 ) -> Iterator[tuple[Item, Result | TaskFailed]]:
-    """Yield each item with the function's result for it, or with TaskFailed: one that fails costs itself only.
+    """Yield each item with the function's result, or with TaskFailed, which does not stop the others.
 
-    `local`: here, in order. `ray`: on the cluster that `hover_batch.executor.cluster` has started or joined, in the
-    order in which they end; each task reserves `cpus` and `gpus` (fractions share one GPU), and `at_once` of them are
-    under way, so that an endless iterable is taken as fast as it is worked off. A process with a GPU ends with its
-    task, and frees its memory; told to `stay`, it goes on to the next one with what it has loaded.
+    `local` runs them in this process, in order. `ray` runs them on the cluster that `machines` has started or joined,
+    and yields them in the order in which they end. Each task reserves `cpus` and `gpus` (fractions share one GPU);
+    `at_once` of them are under way, so that `items` may be endless. A process with a GPU ends with its task and frees
+    the memory, unless `stay` lets it go on to the next one with what it has loaded.
     """
     if backend == "local":
         yield from _here(function, items)
@@ -88,7 +87,10 @@ def _on_ray(
     function: Callable[[Item], Result], items: Iterable[Item], options: dict[str, Any], at_once: int
 ) -> Iterator[tuple[Item, Result | TaskFailed]]:
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayError
+
+    from hover_batch.executor.faults import WorkerDied, cause_of
+    from hover_batch.executor.slide_state import MAX_STRIKES
 
     task: Any = ray.remote(max_retries=0, **options)(function)
     running: dict[Any, tuple[Item, int]] = {}
@@ -101,20 +103,19 @@ def _on_ray(
             except StopIteration:
                 exhausted = True
             else:
-                running[task.remote(item)] = (item, 0)
+                running[task.remote(item)] = (item, 1)
         if not running:
             return
         ready, _ = ray.wait(list(running), num_returns=1)
         for reference in ready:
-            item, strikes = running.pop(reference)
+            item, attempt = running.pop(reference)
             result: Result | TaskFailed
             try:
                 result = ray.get(reference)
-            except RayTaskError as error:
-                result = TaskFailed(error.cause)
             except RayError as error:
-                if strikes + 1 < MAX_STRIKES:
-                    running[task.remote(item)] = (item, strikes + 1)
+                cause = cause_of(error)
+                if isinstance(cause, WorkerDied) and attempt < MAX_STRIKES:
+                    running[task.remote(item)] = (item, attempt + 1)
                     continue
-                result = TaskFailed(error)
+                result = TaskFailed(cause)
             yield item, result

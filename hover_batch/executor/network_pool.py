@@ -1,98 +1,177 @@
-"""The networks of a run: as many as its plan says, each in an actor, replaced where they die.
+"""The networks of a run: as many as its plan says, each in an actor, replaced when they die.
 
 Import this after `hover_batch.executor.cluster` has been entered.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 
+from hover_batch.config import InferSettings
+from hover_batch.errors import HoverBatchError, PackageError
+from hover_batch.executor.faults import WorkerDied, cause_of
+from hover_batch.executor.nodes import NOTICED_S, ClusterNodes
+from hover_batch.executor.protocol import LoadNetwork
 from hover_batch.executor.resources import EnginePlan
-from hover_batch.executor.run_recorder import CohortBooks, Load
+from hover_batch.executor.slide_state import Verdict
 from hover_batch.executor.workers import InferActor
+from hover_batch.model.package import Package
+
+MAX_FAILED_STARTS = 3
+"""Networks that may die one after the other while they load, before the run gives up."""
 
 
 @dataclass(eq=False)
 class Network:
-    """One network. `node`: the machine it is on, once known; `lost_before`: machines that had gone when it was hired;
-    `load`: units under way in it; `alone`: the one under way
-    must have no company; `gone`: dead, or let go by us, which is no fault of the units in it (`let_go`)."""
+    """One network. `node`: id of its node, once known; `load`: units under way in it, the only one `alone` or not."""
 
     handle: Any
+    nodes_lost_before: int
+    """Nodes that the cluster had lost when it was started."""
     node: str = ""
-    lost_before: int = 0
-    started: bool = False
-    gone: bool = False
-    let_go: bool = False
+    ready: bool = False
     load: int = 0
     alone: bool = False
+    stopped: bool = False
+    """By `NetworkPool.stop`, so that the units in it are not to blame."""
+    silent_until: float = 0.0
+    """When (monotonic) a network that does not answer is taken for dead."""
 
 
 class NetworkPool:
-    """The networks, and who is free."""
+    """The networks that are loading or ready. `nodes`: those of a cluster that was joined."""
 
-    def __init__(self, books: CohortBooks, load: Load) -> None:
-        self._books = books
+    def __init__(
+        self, package: Package, settings: InferSettings, load: LoadNetwork, nodes: ClusterNodes | None
+    ) -> None:
+        self._package = package
+        self._settings = settings
         self._load = load
-        self.networks: list[Network] = []
+        self._nodes = nodes
+        self._networks: list[Network] = []
+        self._failed_starts = 0
 
     def __len__(self) -> int:
-        return len(self.networks)
+        return len(self._networks)
 
     @property
-    def started(self) -> list[Network]:
-        return [network for network in self.networks if network.started]
+    def ready(self) -> list[Network]:
+        return [network for network in self._networks if network.ready]
 
-    def start(self, plan: EnginePlan, lost_before: int) -> Network:
-        """One more, on its way: Ray makes it where there is room. `lost_before`: machines that have gone so far."""
+    def least_loaded(self) -> Network | None:
+        return min(self.ready, key=lambda network: network.load, default=None)
+
+    def freest(self, at_once: int, spared: Network | None = None) -> Network | None:
+        """The least loaded network of those with fewer than `at_once` units, `spared` and those left alone excluded."""
+        free = [n for n in self.ready if not n.alone and n is not spared and n.load < at_once]
+        return min(free, key=lambda network: network.load, default=None)
+
+    def start(self, plan: EnginePlan) -> Network:
+        """Add a network; Ray places it where there is room. `ready` comes after its `where` and `start` returned."""
         options = InferActor.options(  # type: ignore[attr-defined]  # what ray.remote makes of a class
             num_cpus=plan.actor_cpus,
             num_gpus=plan.actor_gpus,
             max_concurrency=plan.units_at_once,
             scheduling_strategy="SPREAD",
         )
-        # Said to torch, since an OMP_NUM_THREADS of the user's would hold instead of what is reserved.
-        settings = replace(self._books.settings.infer, threads=plan.threads)
-        handle = options.remote(self._books.package, settings, self._load)
-        network = Network(handle, lost_before=lost_before)
-        self.networks.append(network)
+        # Given to torch explicitly: an OMP_NUM_THREADS of the user's would override the reserved number.
+        settings = replace(self._settings, threads=plan.threads)
+        handle = options.remote(self._package, settings, self._load)
+        network = Network(handle, self._nodes.lost if self._nodes else 0)
+        self._networks.append(network)
         return network
 
-    def idle(self) -> Network | None:
-        """One that nothing is under way in."""
-        return next((network for network in self.started if network.load == 0), None)
+    def started(self, network: Network) -> None:
+        """The network has loaded."""
+        network.ready = True
+        self._failed_starts = 0
 
-    def freest(self, at_once: int, spared: Network | None) -> Network | None:
-        """The one with the least under way, and less than `at_once`; neither `spared` nor one that must be left
-        alone."""
-        free = [n for n in self.started if not n.alone and n is not spared and n.load < at_once]
-        return min(free, key=lambda network: network.load, default=None)
+    def died(self, network: Network, error: RayError) -> Verdict | None:
+        """Remove a network whose process died, by `error`.
 
-    def least_loaded(self) -> Network | None:
-        return min(self.started, key=lambda network: network.load, default=None)
+        Return the verdict on what was under way in it; None while it is unknown whether its process, its node or only
+        the connection is gone: then ask `verdict_on_silent` until it knows.
+        """
+        self._remove(network)
+        if network.stopped:
+            return Verdict.RETRY
+        if isinstance(error, OutOfMemoryError):
+            return Verdict.SHORT_OF_MEMORY
+        if isinstance(error, ActorUnavailableError) and self._nodes:
+            network.silent_until = network.silent_until or time.monotonic() + NOTICED_S
+            return None
+        return self._verdict_on_dead(network)
 
-    def lost(self, network: Network) -> None:
-        """It died."""
-        network.gone = True
-        if network in self.networks:
-            self.networks.remove(network)
+    def verdict_on_silent(self, network: Network) -> Verdict | None:
+        """The verdict on what was under way in a network that does not answer; None while it is unknown."""
+        if time.monotonic() < network.silent_until and self._node_is_up(network):
+            return None
+        return self._verdict_on_dead(network)
+
+    def _verdict_on_dead(self, network: Network) -> Verdict:
+        ray.kill(network.handle)  # in case it lives after all
+        if self._nodes:
+            self._nodes.look()
+        return Verdict.STRIKE if self._node_is_up(network) else Verdict.NODE_LOST
+
+    def _node_is_up(self, network: Network) -> bool:
+        if self._nodes is None:
+            return True
+        if not network.node:  # not known yet: any node lost since it was started may have been its own
+            return self._nodes.lost == network.nodes_lost_before
+        return self._nodes.is_up(network.node)
+
+    def died_loading(self, verdict: Verdict, error: RayError) -> None:
+        """Count networks that die while they load, through no fault of their node. HoverBatchError if all do."""
+        if verdict in (Verdict.RETRY, Verdict.NODE_LOST):
+            return
+        self._failed_starts += 1
+        if self._failed_starts == MAX_FAILED_STARTS:
+            raise HoverBatchError(
+                f"the process of the model died {MAX_FAILED_STARTS} times in a row while it was loading "
+                f"({type(error).__name__}); memory may be too small: use fewer --cpus or --gpus"
+            )
 
     def stop(self, network: Network) -> None:
-        """End it. What was under way in it comes back as dead, and is done by another."""
-        network.let_go = True
-        self.lost(network)
-        ray.kill(network.handle)
+        """End a network, unless it is dead. The units in it come back as those of a dead one, for another to do."""
+        if network in self._networks:
+            network.stopped = True
+            self._remove(network)
+            ray.kill(network.handle)
 
-    def shrink(self, most: int) -> None:
-        """Let go of those beyond `most`: first who has not started, then who has least to do."""
-        by_use = sorted(self.networks, key=lambda network: (network.started, network.load))
+    def adapt(self, most: int) -> None:
+        """Keep at most so many networks: remove those of lost nodes, then stop those that load, then the idlest."""
+        for network in [n for n in self._networks if not self._node_is_up(n)]:
+            self._remove(network)  # its units come back by themselves
+        by_use = sorted(self._networks, key=lambda network: (network.ready, network.load))
         for network in by_use[: max(0, len(by_use) - most)]:
             self.stop(network)
 
     def close(self) -> None:
-        """The run is over."""
-        for network in self.networks:
+        """End all networks."""
+        for network in self._networks:
             ray.kill(network.handle)
+
+    def _remove(self, network: Network) -> None:
+        if network in self._networks:
+            self._networks.remove(network)
+
+
+def is_death(error: RayError) -> bool:
+    """Whether an error of a network's call says that the network's process is gone."""
+    return isinstance(error, RayActorError | OutOfMemoryError)
+
+
+def load_error(error: RayError) -> HoverBatchError:
+    """What stops the run when a network that lives could not be loaded."""
+    cause = cause_of(error)
+    if isinstance(cause, PackageError):
+        return cause
+    if isinstance(cause, WorkerDied):
+        return HoverBatchError(f"Ray cannot start a process for the model: {error}")
+    return HoverBatchError(f"the model cannot be loaded: {cause}\n{error}")

@@ -1,4 +1,4 @@
-"""The machines of the Ray cluster that was joined: they come and go while a run goes on.
+"""The nodes of a Ray cluster that was joined: they come and go during a run.
 
 Import this after `hover_batch.executor.cluster` has been entered.
 """
@@ -16,90 +16,123 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hover_batch.errors import InputError
-from hover_batch.executor.resources import Node, Resources
+from hover_batch.executor.disk_space import is_disk_full
+from hover_batch.executor.protocol import RunContext
+from hover_batch.executor.resources import EnginePlan, Node, Resources, engine_plan
 
 LOOK_EVERY_S = 3.0
 NOTICED_S = 30.0
-"""Within which the cluster's head notices that a machine is gone: it misses five of its signs of life, 3 s apart."""
-SHARED_S = 10.0
-"""Within which a network file system shows a new file to other machines."""
+"""Time in which the cluster's head notices that a node is gone: five missed heartbeats, 3 s apart, and some more."""
+VISIBLE_WITHIN_S = 10.0
+"""Time in which a network file system shows a new file to other nodes."""
 
 
-class Machines:
-    """Those that are up and have a core to work on, as they were when it was last asked."""
+class ClusterNodes:
+    """Live nodes that have a core to work on, as of the last look."""
 
     def __init__(self) -> None:
-        self._nodes = _alive()
+        self._nodes = _live_nodes()
         self.lost = 0
-        """Machines that were seen to go, so far."""
+        """Nodes that have gone so far."""
         self._changed = False
         self._look_at = time.monotonic() + LOOK_EVERY_S
-        self._asked: dict[str, Any] = {}
-        """What each machine answers, by its id, when it was asked whether it sees the output; None: it does."""
+        self._answers: dict[str, Any] = {}
+        """By node id, whether it sees the output folder: a pending reference, or None once it has said yes."""
         self._probe = f".probe-{secrets.token_hex(8)}"
 
     @property
     def resources(self) -> Resources:
-        """InputError where there is none to work on."""
-        return _resources(self._nodes)
+        """InputError if there is no node to work on."""
+        if not self._nodes:
+            raise InputError("--address: the cluster has no machine with a free core; add one, or use another cluster")
+        offered = [node["Resources"] for _, node in sorted(self._nodes.items())]
+        return Resources(
+            tuple(Node(int(n["CPU"]), int(n.get("GPU", 0)), int(n.get("memory", 1 << 33))) for n in offered)
+        )
 
-    def changed(self) -> bool:
-        """Whether some came or went since this was last called. The cluster is asked every few seconds."""
+    def replan(self, plan: EnginePlan, context: RunContext) -> EnginePlan | None:
+        """The plan for the nodes that are live now, if nodes came or went. Asks the cluster every few seconds.
+
+        InputError if a new node does not see the output folder.
+        """
         if time.monotonic() >= self._look_at:
             self.look()
-        changed, self._changed = self._changed, False
-        return changed
+        recorder, settings, root = context.recorder, context.settings, context.recorder.layout.root
+        try:
+            self.refuse_unshared(root)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            context.disk.report_full(str(root))
+        if not self._changed:
+            return None
+        self._changed = False
+        try:
+            available = self.resources.at_most(settings)
+        except InputError:
+            recorder.progress.warn("No machine of the cluster is left to work on: waiting for one")
+            return None
+        plan = engine_plan(available, settings, context.package.card, predicts=plan.actors > 0, begun=plan)
+        recorder.event("machines_changed", machines=len(available.nodes), networks=plan.actors)
+        for line in ("the machines of the cluster changed:", *plan.lines()):
+            recorder.progress.say(line)
+        return plan
 
     def look(self) -> None:
-        """Ask the cluster now."""
+        """Ask the cluster for its nodes now."""
         self._look_at = time.monotonic() + LOOK_EVERY_S
-        nodes = _alive()
+        nodes = _live_nodes()
         self.lost += len(self._nodes.keys() - nodes.keys())
         self._changed |= nodes.keys() != self._nodes.keys()
         self._nodes = nodes
 
-    def up(self, node: str) -> bool:
-        """Whether the machine of this id was there at the last look."""
+    def is_up(self, node: str) -> bool:
+        """Whether the node with this id was live at the last look."""
         return node in self._nodes
 
-    def on_each(self, do: Callable[[], object], wait_s: float = 0.0) -> None:
-        """Have something done on every machine that is up. What becomes of it is not asked."""
-        asked = [
-            _do.options(scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False)).remote(do)
-            for name in self._nodes
+    def on_each(self, function: Callable[[], object], wait_s: float = 0.0) -> None:
+        """Call the function on every live node, wait at most so long, and ignore failures."""
+        calls = [
+            _call.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(function)
+            for node in self._nodes
         ]
-        if asked and wait_s:
-            ray.wait(asked, num_returns=len(asked), timeout=wait_s)
+        if calls and wait_s:
+            ray.wait(calls, num_returns=len(calls), timeout=wait_s)
 
     def refuse_unshared(self, folder: Path, wait: bool = False) -> None:
-        """InputError where a machine does not see what this process writes into `folder`. Each is asked once, and its
-        answer heeded by a later call, unless this one is to `wait`."""
+        """InputError if a node does not see what this process writes into `folder`.
+
+        Each node is asked once. Without `wait`, a later call takes its answer.
+        """
         here = ray.get_runtime_context().get_node_id()
         probe = folder / self._probe
-        for name in self._nodes:
-            if name != here and name not in self._asked:
+        for node in self._nodes:
+            if node != here and node not in self._answers:
                 probe.touch()
-                there = NodeAffinitySchedulingStrategy(name, soft=False)
-                self._asked[name] = _sees.options(scheduling_strategy=there).remote(probe)
-        asked = {answer: name for name, answer in self._asked.items() if answer is not None}
+                there = NodeAffinitySchedulingStrategy(node, soft=False)
+                self._answers[node] = _sees.options(scheduling_strategy=there).remote(probe)
+        asked = {answer: node for node, answer in self._answers.items() if answer is not None}
         if not asked:
             return
         answers, pending = ray.wait(list(asked), num_returns=len(asked), timeout=None if wait else 0)
         blind = []
         for answer in answers:
-            self._asked[asked[answer]] = None
+            self._answers[asked[answer]] = None
             try:
                 if not ray.get(answer):
                     blind.append(asked[answer])
             except RayTaskError as error:
                 address = self._nodes[asked[answer]]["NodeManagerAddress"]
-                raise InputError(f"--address: {address} cannot work for this run ({error.cause})") from error
-            except RayError:  # gone meanwhile: it will write nothing
+                raise InputError(
+                    f"--address: the machine {address} cannot run hover-batch ({error.cause}); install the same "
+                    "version on all machines of the cluster"
+                ) from error
+            except RayError:  # the node is gone meanwhile and writes nothing
                 continue
         if blind or not pending:
             probe.unlink(missing_ok=True)
         if blind:
-            addresses = [self._nodes[name]["NodeManagerAddress"] for name in blind if name in self._nodes]
+            addresses = [self._nodes[node]["NodeManagerAddress"] for node in blind if node in self._nodes]
             listed = ", ".join(addresses[:5]) + (" …" if len(addresses) > 5 else "")
             raise InputError(
                 f"--output {folder}: {listed} cannot see what is written there; name a folder on a file system that "
@@ -108,13 +141,13 @@ class Machines:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _do(do: Callable[[], object]) -> None:
-    do()
+def _call(function: Callable[[], object]) -> None:
+    function()
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _sees(probe: Path) -> bool:
-    deadline = time.monotonic() + SHARED_S
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
     while not probe.is_file():
         if time.monotonic() > deadline:
             return False
@@ -122,14 +155,7 @@ def _sees(probe: Path) -> bool:
     return True
 
 
-def _alive() -> dict[str, dict[str, Any]]:
-    """By id. A head that is told to do no work has no cores, and is none of them."""
+def _live_nodes() -> dict[str, dict[str, Any]]:
+    """Live nodes by id, without zero-CPU head nodes."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return {n["NodeID"]: n for n in nodes if n["Alive"] and n["Resources"].get("CPU", 0) >= 1}
-
-
-def _resources(nodes: dict[str, dict[str, Any]]) -> Resources:
-    if not nodes:
-        raise InputError("--address: the cluster has no machine with a core to work on")
-    there = [node["Resources"] for _, node in sorted(nodes.items())]
-    return Resources(tuple(Node(int(n["CPU"]), int(n.get("GPU", 0)), int(n.get("memory", 1 << 33))) for n in there))

@@ -1,5 +1,4 @@
-"""Progress of a cohort on stderr: bars for the slides and the two long stages, plain lines where no terminal is, and
-lines of JSON where these are asked for."""
+"""Progress of a cohort on stderr: bars on a terminal, plain lines elsewhere, or lines of JSON."""
 
 from __future__ import annotations
 
@@ -12,72 +11,43 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hover_batch.cohort.record import Stage
+from hover_batch.formatting import duration
 from hover_batch.logs import LogFormat, json_line
+from hover_batch.progress import ProgressCounter
 
 LINE_EVERY_S = 10.0
-"""Seconds between two plain lines at first; later a twentieth of what the run has taken, so that a day of it leaves
-some hundred lines."""
+"""Lower bound of the interval between plain progress lines, which is a twentieth of the time that the run has taken."""
 MAX_LINE_EVERY_S = 600.0
-"""And no longer than that, so that whoever looks sees it alive."""
+"""Upper bound of the interval between progress lines."""
 
 
 class _Console(Console):
-    """A console whose reader may go: rich would end the program, but the run goes on without anyone looking."""
+    """A console whose reader may close the pipe: rich would end the program, but the run goes on without output."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        # What is still in Python's buffer would be tried again at exit.
+        # Python would try to flush the rest of its buffer at exit.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.file.fileno())
         os.close(nowhere)
 
 
-class _Count:
-    """How much of a stage is done, of the slides begun so far, and how fast."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.total = self.done = self._before = 0
-        self._started: float | None = None
-
-    def expect(self, total: int, before: int) -> None:
-        if self._started is None:
-            self._started = time.monotonic()
-        self.total += total
-        self.done += before
-        self._before += before
-
-    def advance(self, n: int) -> None:
-        self.done += n
-
-    @property
-    def rate(self) -> float:
-        """A second, of what this run did."""
-        elapsed = 0.0 if self._started is None else time.monotonic() - self._started
-        return (self.done - self._before) / max(1e-6, elapsed)
-
-    @property
-    def line(self) -> str:
-        rate = self.rate
-        words = f"{self.name} {self.done}/{self.total}"
-        if rate > 0 and self.done < self.total:
-            words += f", {rate:.1f}/s, {_clock((self.total - self.done) / rate)} left"
-        return words
-
-
 class CohortProgress:
-    """`expect` when a slide's tissue is found, `tiles` and `regions` as they are done; `slide_done`, `slide_skipped`
-    or `slide_failed` at the end of each slide. Totals are those of the slides begun so far."""
+    """Progress of the slides, and of the tiles and regions of the slides begun so far."""
 
     def __init__(self, slides: int, log_format: LogFormat = LogFormat.text) -> None:
         self._console = _Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._json = log_format is LogFormat.json
         self._slides = slides
         self._finished = 0
-        self._counts = {"inference": _Count("inference: tiles"), "post": _Count("post-processing: regions")}
+        self._counts = {
+            Stage.INFER: ProgressCounter("inference: tiles"),
+            Stage.POST: ProgressCounter("post-processing: regions"),
+        }
         self._began = self._printed = time.monotonic()
         self._bars: Progress | None = None
-        if self._console.is_interactive and not self._json:  # a terminal, and no dumb one
+        if self._console.is_interactive and not self._json:  # a terminal that can redraw
             self._bars = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -104,26 +74,26 @@ class CohortProgress:
             self._bars.stop()
 
     def say(self, line: str, level: str = "info", **fields: object) -> None:
-        """A line that stays. `level` (info, warning or error) and `fields` are for machines."""
+        """Print a line that stays. `level` (info, warning or error) and `fields` are for JSON."""
         self._console.print(json_line(level, line.strip(), **fields) if self._json else line, soft_wrap=True)
 
     def warn(self, line: str) -> None:
         self.say(line, "warning")
 
     def expect(self, tiles: int, regions: int, tiles_before: int = 0, regions_before: int = 0) -> None:
-        """A slide has so many tiles and regions, of which those `before` were done by an earlier run."""
-        self._counts["inference"].expect(tiles, tiles_before)
-        self._counts["post"].expect(regions, regions_before)
+        """Add a slide's tiles and regions to the totals; those `before` were done by an earlier run."""
+        self._counts[Stage.INFER].expect(tiles, tiles_before)
+        self._counts[Stage.POST].expect(regions, regions_before)
         self._show()
 
     def tiles(self, n: int) -> None:
-        """So many more tiles are predicted."""
-        self._counts["inference"].advance(n)
+        """Count `n` more tiles as predicted."""
+        self._counts[Stage.INFER].advance(n)
         self._show()
 
     def regions(self, n: int) -> None:
-        """So many more regions are post-processed."""
-        self._counts["post"].advance(n)
+        """Count `n` more regions as post-processed."""
+        self._counts[Stage.POST].advance(n)
         self._show()
 
     def _show(self) -> None:
@@ -146,7 +116,7 @@ class CohortProgress:
             )
 
     def slide_done(self, slide_id: str, nuclei: int, seconds: float) -> None:
-        line = f"{slide_id}: {nuclei:,} nuclei in {_clock(seconds)}"
+        line = f"{slide_id}: {nuclei:,} nuclei in {duration(seconds)}"
         self._finish(line, event="slide_done", slide_id=slide_id, nuclei=nuclei, seconds=round(seconds, 2))
 
     def slide_skipped(self, slide_id: str) -> None:
@@ -161,11 +131,3 @@ class CohortProgress:
         if self._bars:
             self._bars.update(self._cohort_bar, advance=1)
         self.say(f"[{self._finished}/{self._slides}] {line}", level, **fields)
-
-
-def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d} min"

@@ -1,113 +1,98 @@
-"""The cohort on Ray: several slides open at once, so that networks never wait for post-processing.
+"""The executor on Ray: several slides are open at once, so that networks never wait for post-processing.
 
-The driver holds a few numbers for each unit and decides everything; pixels and maps never pass through it. Ray itself
-retries nothing: where a process dies, what it had begun gets a strike and is tried once more, a unit alone in its
-actor; a second strike is the slide's end, and the cohort goes on. What is no slide's fault is done again without one: a
-machine that is lost, a disk that is full, too much at once for the memory.
+The driver holds a few numbers for each unit and decides everything; pixels and maps never pass through it. It submits
+tasks, waits for them, and routes their results to `SlideState`, and their faults to `faults` and `OpenSlides`, which
+decide what is retried. Ray itself retries nothing.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfDiskError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    UnserializableException,
-)
+from ray.exceptions import RayError
 
-from hover_batch.errors import HoverBatchError, InputError, PackageError, ScratchFull, SlideError, SlideQuarantined
+from hover_batch.cohort.record import Stage, Url
 from hover_batch.executor.disk_space import is_disk_full
+from hover_batch.executor.faults import WorkerDied, cause_of, verdict_on
 from hover_batch.executor.interrupts import on_ctrl_c
-from hover_batch.executor.network_pool import Network, NetworkPool
-from hover_batch.executor.nodes import NOTICED_S, Machines
-from hover_batch.executor.resources import MAX_STRIKES, EnginePlan, engine_plan
-from hover_batch.executor.run_recorder import CohortBooks, Load
-from hover_batch.executor.slide_state import FINALIZE, INFER, POST, START, SURVEY, SlideUnderWay
-from hover_batch.executor.workers import MachineLost, ReaderDied, finalize_slide, post_region, survey_slide
+from hover_batch.executor.network_pool import Network, NetworkPool, is_death, load_error
+from hover_batch.executor.nodes import ClusterNodes
+from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
+from hover_batch.executor.resources import EnginePlan
+from hover_batch.executor.slide_state import OpenSlides, SlideState, Task, Verdict
+from hover_batch.executor.workers import finalize_slide, post_region, survey_slide
 from hover_batch.model.predict import load_predictor
-from hover_batch.pipeline import NetworkFailed, UnitsMissing
+from hover_batch.pipeline import NetworkFailed
 from hover_batch.plan import PlannedSlide
 
-MAX_FAILED_STARTS = 3
-"""Times that networks may die while they load, one after the other, before the run gives up."""
-MAX_LOSSES = 5
-"""Machines that may be lost while one and the same piece of work is under way on them, before it is suspected."""
-MAX_RETRIES = 120
-"""Times that a region is tried, or a slide's tables, for which all is done, by the driver's books, and not seen:
-network file systems show new files late, a minute as a rule."""
 PATIENCE_S = 120.0
-"""Before the user is told that no network has loaded yet."""
+"""Time until the user is told that no network has loaded yet."""
 _POLL_S = 0.25
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One submitted call: of which stage, for which slide and unit, in which network."""
+    """A submitted task of a slide; in a network, if it is a unit."""
 
-    stage: str
-    slide: SlideUnderWay | None = None
-    index: int = 0
+    slide: SlideState
+    task: Task
     network: Network | None = None
 
 
-class RayExecutor:
-    """Runs a cohort on the Ray cluster that this process is connected to; `machines`: where that is not its own."""
+class RayExecutor(Executor):
+    """Runs a cohort on the Ray cluster that this process is connected to. `nodes`: those of a cluster that was joined,
+    None for one of its own."""
 
     def __init__(
-        self, books: CohortBooks, plan: EnginePlan, load: Load = load_predictor, machines: Machines | None = None
+        self,
+        context: RunContext,
+        plan: EnginePlan,
+        load: LoadNetwork = load_predictor,
+        nodes: ClusterNodes | None = None,
     ) -> None:
-        self.books = books
-        self.books.networks = plan.actors
-        self.plan = plan
-        self.machines = machines
-        self._pool = NetworkPool(books, load)
+        self._context = context
+        self._recorder = context.recorder
+        self._progress = context.recorder.progress
+        self._plan = plan
+        self._nodes = nodes
+        self._pool = NetworkPool(context.package, context.settings.infer, load, nodes)
+        self._recorder.networks = plan.actors
         self._waiting: deque[PlannedSlide] = deque()
-        self._open: list[SlideUnderWay] = []
-        """Oldest first."""
-        self._running: dict[Any, _Call] = {}
-        self._doubts: list[tuple[float, _Call]] = []
-        """Calls whose network does not answer, and when (monotonic) to take it for dead, on a machine that is up."""
-        self._failed_starts = 0
+        self._slides = OpenSlides(context.recorder.event, context.disk.report_full)
+        self._running: dict[Any, _Call | Network] = {}
+        """By Ray's reference; a network is one that starts."""
+        self._silent: list[tuple[_Call | Network, Network, RayError]] = []
+        """Calls of networks that do not answer, which may be dead or not."""
         self._draining = False
         self._said: set[str] = set()
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
-        """Every slide to its end, into the ledger. One that fails costs itself only.
-
-        Raises HoverBatchError where the model's process cannot be kept alive, PackageError where the model cannot be
-        loaded: these stop the cohort and blame no slide. KeyboardInterrupt after a Ctrl-C, when what was under way has
-        ended; at once after a second one.
-        """
+        """After one Ctrl-C, wait for the tasks that are under way, then raise KeyboardInterrupt; after two, at once."""
         self._waiting = deque(slides)
-        patience = time.monotonic() + PATIENCE_S
+        patience_ends = time.monotonic() + PATIENCE_S
         try:
             with on_ctrl_c(self._drain):
-                self._start_networks()
                 while True:
-                    self._follow_machines()
+                    self._follow_nodes()
                     if self._draining:
-                        self._say_once(
-                            f"Finishing what is under way ({len(self._running)}); Ctrl-C again stops at once."
-                        )
-                    elif self.books.room.there():
-                        self._submit()
-                    if len(self._pool) and time.monotonic() > patience and not self._pool.started:
+                        self._say_once("Finishing what is under way; press Ctrl-C again to stop at once.")
+                    else:
+                        self._start_networks()
+                        if self._context.disk.available():
+                            self._open_slides()
+                            self._submit_units()
+                            self._submit_tasks()
+                    if len(self._pool) and not self._pool.ready and time.monotonic() > patience_ends:
                         self._say_once("Still waiting for the first network: are its cores or GPUs held by others?")
-                    if not self._under_way():
+                    if not self._unfinished():
                         break
-                    self._settle()
+                    self._wait()
         finally:
             self._pool.close()
         if self._draining:
@@ -116,381 +101,213 @@ class RayExecutor:
     def _drain(self) -> None:
         if self._draining:
             raise KeyboardInterrupt
-        self._draining = True  # said by the loop: a handler must not print in the middle of a print
+        self._draining = True  # the loop says so: a signal handler must not print in the middle of a print
 
     def _say_once(self, line: str) -> None:
-        topic = line.split()[0]
-        if topic not in self._said:
-            self._said.add(topic)
-            self.books.progress.say(line)
+        if line not in self._said:
+            self._said.add(line)
+            self._progress.say(line)
 
-    def _under_way(self) -> bool:
-        """Whether anything may still come back that matters: networks that load for nobody do not."""
-        pending = not self._draining and (self._open or self._waiting)
-        return bool(pending or any(call.stage != START for call in self._running.values()))
+    def _unfinished(self) -> bool:
+        """Whether anything is left to do or to wait for, apart from networks that nobody needs."""
+        left = not self._draining and (self._slides or self._waiting)
+        return bool(left or any(isinstance(call, _Call) for call in self._running.values()))
 
-    # What to do next.
+    # Submit.
 
-    def _submit(self) -> None:
-        self._open_slides()
-        self._feed_networks()
-        self._feed_slots()
+    def _start_networks(self) -> None:
+        while len(self._pool) < self._plan.actors:
+            network = self._pool.start(self._plan)
+            self._running[network.handle.where.remote()] = network
+
+    def _follow_nodes(self) -> None:
+        """Adapt to nodes of the cluster that came or went."""
+        if self._nodes and (plan := self._nodes.replan(self._plan, self._context)):
+            self._plan = plan
+            self._recorder.networks = max(self._recorder.networks, plan.actors)
+            self._pool.adapt(plan.actors)
 
     def _open_slides(self) -> None:
-        """Open slides ahead by what the networks can eat, and no further than post-processing follows. Without networks
-        post-processing alone decides."""
-        appetite = len(self._pool) * self.plan.units_at_once
-        ahead = 2 * (appetite or self.plan.posts)
-        most = 2 * (appetite + self.plan.posts)
-        ready = sum(len(s.to_infer) for s in self._open)
-        surveys = sum(not s.surveyed for s in self._open)
-        while self._waiting and ready + surveys < ahead and len(self._open) < most and not self._held():
+        """Open slides ahead by what the networks can take, but not further than post-processing follows; for
+        post-processing alone if there are no networks."""
+        at_once = len(self._pool) * self._plan.units_at_once
+        ahead = 2 * (at_once or self._plan.posts)
+        most = 2 * (at_once + self._plan.posts)
+        ready = sum(len(slide.to_infer) if slide.surveyed else 1 for slide in self._slides)
+        while self._waiting and ready < ahead and len(self._slides) < most and not self._slides.any_on_hold:
             planned = self._waiting.popleft()
             try:
-                layout = self.books.begin(planned)
+                layout = self._recorder.begin(planned)
             except Exception as error:
                 if is_disk_full(error):
                     self._waiting.appendleft(planned)
-                    self.books.room.ran_out(planned.record.slide_id)
+                    self._context.disk.report_full(planned.record.slide_id)
                     return
-                self.books.fail(planned, "open", error)
+                self._recorder.fail(planned, Stage.OPEN, error)
                 continue
-            self._open.append(SlideUnderWay(planned, layout))
-            surveys += 1
+            self._slides.add(SlideState(planned, layout))
+            ready += 1
 
-    def _held(self) -> bool:
-        return any(slide.held for slide in self._open)
-
-    def _feed_networks(self) -> None:
-        """The freest network first; the oldest slide's units first; a unit with a strike alone."""
-        fed = [slide for slide in self._open if not slide.held]
-        for slide in fed:
-            while slide.suspects and (network := self._pool.idle()):
+    def _submit_units(self) -> None:
+        """The oldest slide's units first, to the least loaded network; a unit with a strike alone."""
+        slides = [slide for slide in self._slides if not slide.on_hold]
+        for slide in slides:
+            while slide.suspects and (network := self._pool.freest(at_once=1)):
                 self._infer(slide, slide.suspects.popleft(), network, alone=True)
-        # One is left to run empty where somebody waits to be alone in one.
-        spared = self._pool.least_loaded() if any(slide.suspects for slide in fed) else None
-        for slide in fed:
+        # Drain one network if a suspect still waits to run alone.
+        spared = self._pool.least_loaded() if any(slide.suspects for slide in slides) else None
+        for slide in slides:
             while slide.to_infer:
-                network = self._pool.freest(self.plan.units_at_once, spared)
+                network = self._pool.freest(self._plan.units_at_once, spared)
                 if network is None:
                     return
                 self._infer(slide, slide.to_infer.popleft(), network)
 
-    def _infer(self, slide: SlideUnderWay, index: int, network: Network, alone: bool = False) -> None:
+    def _infer(self, slide: SlideState, index: int, network: Network, alone: bool = False) -> None:
         network.load += 1
         network.alone = alone
-        self._running[network.handle.infer.remote(slide.work, index)] = _Call(INFER, slide, index, network)
+        call = _Call(slide, Task(Stage.INFER, index), network)
+        self._running[network.handle.infer.remote(slide.work, index)] = call
 
-    def _feed_slots(self) -> None:
-        """Tables first, for they end a slide; then regions, the oldest slide's first. Tissue is found beside them."""
-        running = Counter(call.stage for call in self._running.values())
-        at_once = len(self._pool) or self.plan.posts
-        surveys, posts = running[SURVEY], running[POST] + running[FINALIZE]
-        for slide in self._open:
-            slide.due_again()
-            if slide.held:
-                continue
-            if slide.next_task == SURVEY and surveys < at_once:
-                surveys += 1
-                slide.next_task = None
-                task = survey_slide.remote(slide.planned, self.books.package, self.books.settings, slide.layout)
-                self._running[task] = _Call(SURVEY, slide)
-            elif slide.next_task == FINALIZE and posts < self.plan.posts:
-                posts += 1
-                slide.next_task = None
-                self._running[finalize_slide.remote(slide.work, slide.seconds)] = _Call(FINALIZE, slide)
-        for slide in self._open:
-            while slide.to_post and posts < self.plan.posts:
-                posts += 1
-                index = slide.to_post.popleft()
-                self._running[post_region.remote(slide.work, index)] = _Call(POST, slide, index)
+    def _submit_tasks(self) -> None:
+        context, running = self._context, Counter[Stage]()
+        running.update(call.task.stage for call in self._running.values() if isinstance(call, _Call))
+        surveys, posts = len(self._pool) or self._plan.posts, self._plan.posts
+        for slide, task in self._slides.take_tasks(running, surveys, posts, time.monotonic()):
+            match task.stage:
+                case Stage.SURVEY:
+                    call: Any = survey_slide.remote(slide.planned, context.package, context.settings, slide.layout)
+                case Stage.POST:
+                    call = post_region.remote(slide.work, task.index)
+                case _:
+                    call = finalize_slide.remote(slide.work, slide.seconds)
+            self._running[call] = _Call(slide, task)
 
-    def _start_networks(self) -> None:
-        while len(self._pool) < self.plan.actors and not self._draining:
-            network = self._pool.start(self.plan, self.machines.lost if self.machines else 0)
-            self._running[network.handle.where.remote()] = _Call(START, network=network)
+    # Wait.
 
-    def _follow_machines(self) -> None:
-        """Where machines of the cluster came or went: as many networks and as much post-processing as now fit."""
-        if self.machines is None:
-            return
-        books, before, root = self.books, self.plan, self.books.ledger.layout.root
-        changed = self.machines.changed()
-        try:
-            self.machines.refuse_unshared(root)
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            books.room.ran_out(str(root))
-        if not changed:
-            return
-        try:
-            there = self.machines.resources.at_most(books.settings)
-        except InputError:
-            self.books.progress.warn("No machine of the cluster is left to work on: waiting for one")
-            return
-        predicts = before.actors > 0
-        self.plan = engine_plan(there, books.settings, books.package.card, predicts=predicts, begun=before)
-        books.networks = max(books.networks, self.plan.actors)
-        books.ledger.events.append("machines_changed", machines=len(there.nodes), networks=self.plan.actors)
-        for line in ("the machines of the cluster changed:", *self.plan.lines()):
-            books.progress.say(line)
-        for network in [n for n in self._pool.networks if not self._machine_up(n)]:
-            self._pool.lost(network)  # its units come back by themselves
-        self._pool.shrink(self.plan.actors)
-        self._start_networks()
-
-    # What has come back.
-
-    def _settle(self) -> None:
-        settled = self._settle_doubts()
+    def _wait(self) -> None:
+        """Wait a moment for calls to end, and route those that have."""
+        settled = self._settle_silent()
         running = list(self._running)
         if not running:
-            if not (settled or self._doubts or any(slide.retry_at for slide in self._open) or self.books.room.full):
-                raise RuntimeError(f"nothing is under way, yet {len(self._open) + len(self._waiting)} slides are left")
+            waits = self._silent or self._context.disk.full or any(slide.retry_at for slide in self._slides)
+            if not (settled or waits):
+                left = len(self._slides) + len(self._waiting)
+                raise RuntimeError(f"nothing is under way, yet {left} slides are left")
             time.sleep(_POLL_S)
             return
-        ready, _ = ray.wait(running, num_returns=1, timeout=_POLL_S)
-        if ready and len(running) > 1:
-            ready, _ = ray.wait(running, num_returns=len(running), timeout=0)
-        for reference in ready:
-            call = self._running.pop(reference)
-            if call.stage == INFER and call.network:
-                call.network.load -= 1
-                call.network.alone = False
-            try:
-                self._ended(call, ray.get(reference))
-            except RayTaskError as error:
-                self._raised(call, error.cause, str(error))
-            except UnserializableException as error:
-                self._raised(call, RuntimeError(str(error).splitlines()[-1]), str(error))
-            except RayError as error:
-                self._died(call, error)
+        ended, _ = ray.wait(running, num_returns=1, timeout=_POLL_S)
+        if ended and len(running) > 1:
+            ended, _ = ray.wait(running, num_returns=len(running), timeout=0)
+        for reference in ended:
+            self._route(self._running.pop(reference), reference)
 
-    def _ended(self, call: _Call, result: Any) -> None:
-        if call.stage == START and call.network:
-            if not call.network.node:
-                call.network.node = result
-                self._running[call.network.handle.start.remote()] = call
-                return
-            call.network.started = True
-            self._failed_starts = 0
-            return
-        slide = call.slide
-        if slide is None or slide.ended:
-            if call.stage == INFER:
-                self.books.model_worked(result)
-            return
-        if call.stage == SURVEY:
-            slide.work = ray.put(result.work)
-            slide.survey_done(result)
-            done = [slide.units[i] for i in result.inferred]
-            self.books.surveyed(slide.slide_id, slide.units, done, len(result.posted))
-        elif call.stage == INFER:
-            slide.seconds.add(result)
-            slide.unit_inferred(call.index)
-            self.books.progress.tiles(len(slide.units[call.index].cells))
-            self.books.unit_done(slide.slide_id, slide.units[call.index], result)
-        elif call.stage == POST and isinstance(result, UnitsMissing):
-            if not slide.region_needs(call.index, result.cells):
-                self._count_retry(call, slide, result)
-        elif call.stage == POST:
-            slide.seconds.add(result)
-            slide.region_posted()
-            self.books.region_done(slide.slide_id, slide.units[call.index], result)
-        elif isinstance(result, UnitsMissing):
-            slide.tables_need()
-            self._count_retry(call, slide, result)
-        else:
-            try:
-                self.books.end(slide.slide_id, result)
-            except OSError as error:
-                if is_disk_full(error):
-                    self._disk_full(call)
+    def _settle_silent(self) -> bool:
+        """Route the calls of networks that turned out to be dead. Whether there were any."""
+        silent, self._silent = self._silent, []
+        for call, network, error in silent:
+            verdict = self._pool.verdict_on_silent(network)
+            if verdict is None:
+                self._silent.append((call, network, error))
+            else:
+                self._network_died(call, verdict, error)
+        return len(self._silent) < len(silent)
+
+    # Route.
+
+    def _route(self, call: _Call | Network, reference: Any) -> None:
+        network = call if isinstance(call, Network) else call.network
+        if isinstance(call, _Call) and network:
+            network.load -= 1
+            network.alone = False
+        try:
+            result = ray.get(reference)
+        except RayError as error:
+            if network and is_death(error):
+                verdict = self._pool.died(network, error)
+                if verdict is None:
+                    self._silent.append((call, network, error))
                 else:
-                    self._fail(slide, FINALIZE, error)
+                    self._network_died(call, verdict, error)
+            elif isinstance(call, Network):
+                raise load_error(error) from error
             else:
-                self._close(slide)
+                self._failed(call, cause_of(error), trace=str(error))
+            return
+        if isinstance(call, _Call):
+            self._succeeded(call, result)
+        elif not call.node:
+            call.node = result
+            self._running[call.handle.start.remote()] = call
+        else:
+            self._pool.started(call)
 
-    def _count_retry(self, call: _Call, slide: SlideUnderWay, missing: UnitsMissing) -> None:
-        slide.strikes["unseen " + call.stage, call.index] += 1
-        if slide.strikes["unseen " + call.stage, call.index] == MAX_RETRIES:
-            error = SlideError(f"{call.stage}: results of units {missing.cells} are gone; run the same command again")
-            self._fail(slide, call.stage, error)
+    def _succeeded(self, call: _Call, result: Any) -> None:
+        slide, recorder = call.slide, self._recorder
+        match call.task.stage:
+            case Stage.INFER if slide.ended:
+                recorder.network_used(result)
+            case _ if slide.ended:
+                pass
+            case Stage.SURVEY:
+                slide.work = ray.put(result.work)
+                slide.survey_done(result)
+                inferred = [slide.units[i] for i in result.inferred]
+                recorder.surveyed(slide.slide_id, slide.units, inferred, len(result.posted))
+            case Stage.INFER:
+                unit = slide.units[call.task.index]
+                slide.seconds.add(result)
+                slide.unit_inferred(call.task.index)
+                self._progress.tiles(len(unit.cells))
+                recorder.unit_done(slide.slide_id, unit, result)
+            case Stage.POST:
+                slide.seconds.add(result)
+                slide.region_posted()
+                recorder.region_done(slide.slide_id, slide.units[call.task.index], result)
+            case Stage.FINALIZE:
+                try:
+                    recorder.finish(slide.slide_id, result)
+                except OSError as error:
+                    self._failed(call, error)
+                else:
+                    self._slides.close(slide)
+                    self._release_copies(slide)
 
-    def _raised(self, call: _Call, cause: Exception, trace: str) -> None:
-        """The call ran and raised. What raises once raises again, so the slide ends; but a reader's death is a strike,
-        and so is a network that fails: another takes its place, for its device may be broken."""
-        if call.stage == START:
-            if isinstance(cause, PackageError):
-                raise cause
-            raise HoverBatchError(f"the model cannot be loaded: {cause}\n{trace}") from cause
-        if isinstance(cause, ReaderDied):
-            self._strike(call, f"its reader died ({cause})")
-        elif isinstance(cause, MachineLost):
-            self._lost(call)
-        elif isinstance(cause, MemoryError):
-            self._short_of_memory(call)
-        elif is_disk_full(cause):
-            self._disk_full(call, cause)
-        elif isinstance(cause, NetworkFailed):
-            if call.network and not call.network.gone:
+    def _network_died(self, call: _Call | Network, verdict: Verdict, error: RayError) -> None:
+        if isinstance(call, Network):
+            self._pool.died_loading(verdict, error)
+        else:
+            self._failed(call, WorkerDied(verdict, f"its process died ({type(error).__name__})"))
+
+    def _failed(self, call: _Call, error: Exception, trace: str | None = None) -> None:
+        """Apply the fault policy to a call that failed."""
+        slide, stage = call.slide, call.task.stage
+        if isinstance(error, NetworkFailed):  # its device may be broken
+            error = WorkerDied(verdict_on(error), f"its network failed ({error})")
+            if call.network and not call.network.stopped:
                 self._pool.stop(call.network)
-                self._start_networks()
-            self._strike(call, f"its network failed ({cause})")
-        elif call.slide and not call.slide.ended:
-            self._fail(call.slide, call.stage, cause, trace)
-
-    def _died(self, call: _Call, error: RayError) -> None:
-        """The process of the call died, or its machine."""
-        kind = type(error).__name__
-        # Of a network that was killed for want of memory Ray says so, and it is dead all the same.
-        network_gone = isinstance(error, RayActorError | OutOfMemoryError)
-        if call.stage == START and not network_gone:
-            raise HoverBatchError(f"no process for the model can be had ({kind}: {error})") from error
-        if call.network and network_gone:
-            if not call.network.gone:
-                self._pool.lost(call.network)
-            if call.network.let_go:
-                self._again(call)
-            elif isinstance(error, OutOfMemoryError) and call.stage == INFER:
-                self._start_networks()
-                self._short_of_memory(call)
-            elif isinstance(error, ActorUnavailableError) and self.machines:
-                self._doubts.append((time.monotonic() + NOTICED_S, call))
-            else:
-                ray.kill(call.network.handle)  # should it live after all
-                if self.machines:
-                    self.machines.look()
-                self._network_died(call, kind)
-        elif isinstance(error, NodeDiedError | ObjectLostError):
-            self._lost(call)
-        elif isinstance(error, OutOfMemoryError):
-            self._short_of_memory(call)
-        elif isinstance(error, OutOfDiskError):
-            self._disk_full(call)
-        else:
-            self._strike(call, f"its process died ({kind})")
-
-    def _settle_doubts(self) -> bool:
-        """A network that does not answer has died, or its machine has: the cluster takes a while to tell. Whether that
-        was found of one, so that there is work to submit again."""
-        doubts, self._doubts = self._doubts, []
-        for until, call in doubts:
-            if time.monotonic() < until and self._machine_up(call.network):
-                self._doubts.append((until, call))
-            else:
-                if call.network:
-                    ray.kill(call.network.handle)  # should it live after all
-                self._network_died(call, ActorUnavailableError.__name__)
-        return len(self._doubts) < len(doubts)
-
-    def _machine_up(self, network: Network | None) -> bool:
-        if not (self.machines and network):
-            return True
-        if not network.node:  # it has not told yet: any that went since may have been its own
-            return self.machines.lost == network.lost_before
-        return self.machines.up(network.node)
-
-    def _network_died(self, call: _Call, kind: str) -> None:
-        up = self._machine_up(call.network)
-        if call.stage == START and up:
-            self._failed_starts += 1
-            if self._failed_starts == MAX_FAILED_STARTS:
-                raise HoverBatchError(
-                    f"the model's process dies while it loads ({kind}): too little memory? Try fewer --cpus or --gpus"
+        if slide.ended:
+            return
+        verdict = verdict_on(error)
+        if verdict is Verdict.SHORT_OF_MEMORY:
+            if smaller := self._plan.halved():
+                self._plan = smaller
+                self._progress.warn(
+                    f"memory ran out in stage {stage} of {slide.slide_id}: from now on at most {smaller.posts} regions "
+                    f"are post-processed at once, and {smaller.units_at_once} units are under way in a network"
                 )
-        self._start_networks()
-        if call.stage == START:
+            else:
+                verdict, error = Verdict.STRIKE, MemoryError("memory ran out")
+        if failure := self._slides.apply(verdict, slide, call.task, error, time.monotonic()):
+            self._release_copies(slide)
+            self._recorder.fail(slide.planned, stage, failure, trace)
+
+    def _release_copies(self, slide: SlideState) -> None:
+        """Remove the copies of a slide that lies in other storage, on all nodes."""
+        if not isinstance(slide.planned.record.path, Url):
             return
-        if up:
-            self._strike(call, f"its process died ({kind})")
+        release = functools.partial(self._context.copies.release, slide.slide_id)
+        if self._nodes:
+            self._nodes.on_each(release)
         else:
-            self._lost(call)
-
-    def _again(self, call: _Call) -> None:
-        """Have it done again, before other work."""
-        slide = call.slide
-        if slide is None or slide.ended:
-            return
-        if call.stage == INFER:  # a suspect remains one
-            (slide.suspects if slide.strikes[INFER, call.index] else slide.to_infer).appendleft(call.index)
-        elif call.stage == POST:
-            slide.to_post.appendleft(call.index)
-        else:
-            slide.next_task = call.stage
-
-    def _lost(self, call: _Call) -> None:
-        """Its machine is gone. That is no fault of the work, unless one machine after the other goes."""
-        slide = call.slide
-        if slide is None or slide.ended:
-            return
-        slide.losses[call.stage, call.index] += 1
-        self.books.ledger.events.append("lost", slide_id=slide.slide_id, stage=call.stage, index=call.index)
-        if slide.losses[call.stage, call.index] >= MAX_LOSSES:
-            reason = f"{call.stage}: {MAX_LOSSES} machines were lost while this was under way on them"
-            self._fail(slide, call.stage, SlideQuarantined(reason))
-        else:
-            self._again(call)
-
-    def _disk_full(self, call: _Call, error: Exception | None = None) -> None:
-        slide = call.slide
-        if slide is None or slide.ended:
-            return
-        if isinstance(error, ScratchFull) and any(not s.held for s in self._open if s is not slide):
-            slide.held = True
-        else:
-            self.books.room.ran_out(slide.slide_id, error)
-        self._again(call)
-
-    def _short_of_memory(self, call: _Call) -> None:
-        """Less at once from now on; where it is one thing at a time already, it is a strike."""
-        plan, slide = self.plan, call.slide
-        if slide is None or slide.ended:
-            return
-        if plan.posts == plan.units_at_once == 1:
-            self._strike(call, "memory ran out")
-            return
-        self.plan = replace(plan, posts=-(-plan.posts // 2), units_at_once=-(-plan.units_at_once // 2))
-        self.books.ledger.events.append("memory_short", slide_id=slide.slide_id, stage=call.stage, index=call.index)
-        self.books.progress.warn(
-            f"memory ran out in {call.stage} of {slide.slide_id}: from now on regions post-processed at once: "
-            f"{self.plan.posts}, units under way in a network: {self.plan.units_at_once}"
-        )
-        self._again(call)
-
-    def _strike(self, call: _Call, reason: str) -> None:
-        """One more for the unit or the stage; at MAX_STRIKES the slide fails, else it is tried again."""
-        slide = call.slide
-        if slide is None or slide.ended:
-            return
-        slide.strikes[call.stage, call.index] += 1
-        strikes = slide.strikes[call.stage, call.index]
-        self.books.ledger.events.append(
-            "strike", slide_id=slide.slide_id, stage=call.stage, index=call.index, strikes=strikes, reason=reason
-        )
-        if strikes >= MAX_STRIKES:
-            alone = ", the last time alone" if call.stage == INFER else ""
-            where = f" of unit {slide.units[call.index].unit_id}" if call.stage in (INFER, POST) else ""
-            self._fail(
-                slide,
-                call.stage,
-                SlideQuarantined(
-                    f"{call.stage}{where}: {reason}, {strikes} times{alone}; the file may be damaged, or memory too "
-                    "small"
-                ),
-            )
-        elif call.stage == INFER:
-            slide.suspects.append(call.index)
-        else:
-            self._again(call)
-
-    def _fail(self, slide: SlideUnderWay, stage: str, error: Exception, trace: str | None = None) -> None:
-        self._close(slide)
-        self.books.fail(slide.planned, stage, error, trace)
-
-    def _close(self, slide: SlideUnderWay) -> None:
-        slide.ended = True
-        self._open.remove(slide)
-        for other in self._open:
-            other.held = False
+            release()

@@ -1,36 +1,35 @@
-"""What a run asks of a machine or a cluster: how many copies of the network, on what, and who keeps them fed.
+"""How a run shares a machine or a cluster among networks, readers and post-processing.
 
-Nothing here imports Ray or torch, so that `plan` shows what `segment` will ask for.
+Nothing here imports Ray or torch, so that `plan` can show quickly what `segment` will ask for.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.model.package import Card
 
-MAX_STRIKES = 2
-"""Deaths of processes that a piece of work may cause; an innocent one passes when it is tried again."""
 UNITS_AT_ONCE = 3
-"""Units that one network has under way: while one is predicted, another is read and a third is written."""
+"""Units under way in one network: while one is predicted, another is read and a third is written."""
 BLOCKS_AHEAD = 8
-"""Blocks of 1024² pixels, with margins some 4 MB each, that are read ahead for each unit."""
+"""Blocks of 1024² pixels that are read ahead for each unit."""
 CPU_THREADS = 4
-"""Of a network on the CPU: more of them gain little, and more copies of the network run instead."""
+"""Threads of a network on the CPU: more gain little, so that further cores get networks of their own."""
 _BLOCK_BYTES = 4 << 20
+"""Memory of one block, with its margins."""
 _NETWORK_BYTES = 2 << 30
-"""What a process with a network on the CPU holds, libraries and activations of a batch among it."""
+"""Memory of a process with a network on the CPU, including libraries and the activations of a batch."""
 _POST_BYTES_PER_PIXEL = 64
-"""Beside the stored planes: what post-processing holds for each pixel of a region at its peak."""
+"""Peak memory of post-processing per pixel of a region, beside the stored planes."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One machine: its cores, its GPUs and the bytes of memory that may be used of it."""
+    """One machine: its cores, GPUs, and bytes of memory, as far as a run may use them."""
 
     cpus: int
     gpus: int
@@ -38,7 +37,7 @@ class Node:
 
     @classmethod
     def here(cls) -> Node:
-        """This machine: the cores and the memory that this process may use, the GPUs that it may see."""
+        """This machine, as far as this process may use it."""
         return cls(_cpus(), _visible_gpus(), _memory())
 
 
@@ -57,16 +56,19 @@ class Resources:
         return sum(node.gpus for node in self.nodes)
 
     def limited(self, settings: Settings) -> Resources:
-        """What of them a run uses, the first machines first. InputError where it asks for more than there is."""
+        """The part that the settings ask for, first machines first. InputError if they ask for more than there is."""
         engine = settings.engine
         if engine.cpus > self.cpus:
-            raise InputError(f"--cpus {engine.cpus}: there are {self.cpus}")
+            raise InputError(f"--cpus {engine.cpus}: only {self.cpus} are there; give a smaller number or leave it out")
         if engine.gpus > self.gpus:
-            raise InputError(f"--gpus {engine.gpus}: there are {self.gpus}; leave it out, or see that torch finds them")
+            raise InputError(
+                f"--gpus {engine.gpus}: only {self.gpus} are there; leave it out, or check that torch finds the others "
+                "(hover-batch doctor)"
+            )
         return self.at_most(settings)
 
     def at_most(self, settings: Settings) -> Resources:
-        """`limited` of a cluster that may grow: what is asked for beyond what is there may still come."""
+        """The part that the settings ask for, as far as it is there: a cluster may still grow."""
         engine = settings.engine
         on_cpu = settings.infer.device == "cpu"
         cpus_left = engine.cpus or self.cpus
@@ -82,12 +84,12 @@ class Resources:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """How a run uses what it has.
+    """How a run uses its resources.
 
-    `actors` networks, each on a GPU of its own or on the CPU with `threads` threads and `actor_cpus` reserved for it.
-    `units_at_once` for each of them; `slots` cores that read, post-process and finalize, of which post-processing and
-    finalizing take `posts` at most, so that readers always have one where there are two. A run that makes new tables of
-    kept predictions has no actors.
+    `actors`: networks, each on a GPU of its own or on the CPU with `threads` threads and `actor_cpus` reserved cores; 0
+    for a run that makes new tables of kept predictions. `units_at_once`: units under way in each. `slots`: cores that
+    read, post-process and finalize. `posts`: regions and slides that are post-processed and finalized at once, fewer
+    than `slots` if there are two or more, so that readers always have a core.
     """
 
     resources: Resources
@@ -101,8 +103,14 @@ class EnginePlan:
 
     @property
     def object_store_bytes(self) -> int:
-        """Room for the blocks that are read ahead, and as much again for masks and what is being handed over."""
+        """Size of Ray's object store: twice the blocks that are read ahead, since masks and results use it too."""
         return (512 << 20) + 2 * self.actors * self.units_at_once * BLOCKS_AHEAD * _BLOCK_BYTES
+
+    def halved(self) -> EnginePlan | None:
+        """The plan with half as much at once; None if it is one at a time already."""
+        if self.posts == self.units_at_once == 1:
+            return None
+        return replace(self, posts=-(-self.posts // 2), units_at_once=-(-self.units_at_once // 2))
 
     def lines(self) -> list[str]:
         """The plan in words."""
@@ -125,14 +133,15 @@ class EnginePlan:
 def engine_plan(
     resources: Resources, settings: Settings, card: Card, *, predicts: bool = True, begun: EnginePlan | None = None
 ) -> EnginePlan:
-    """Share out `resources`, each machine by itself; among networks too, where the run `predicts`. Of GPUs as many as
-    the settings ask for, also those that a cluster has yet to bring. `begun`: the plan of a run that is under way, on
-    machines that came or went: its networks stay as they are, only their number changes.
+    """Share `resources` among networks, unless the run predicts nothing, and readers and post-processing.
 
-    A network on the CPU reserves its threads, but never the last core of a machine: it would wait for readers for
-    ever. It may compute on that one, too, for they leave most of it; on a single core they take turns. Half of a
-    machine's memory is for the units under way and the regions in post-processing; networks, tables and the system
-    have the rest.
+    Each machine is shared by itself. On GPUs there are as many networks as the settings ask for, even if a cluster has
+    yet to bring the GPUs. `begun`: the plan of a run under way, whose machines have changed; its networks stay as they
+    are, only their number changes.
+
+    A network on the CPU reserves its threads, but never the last core of a machine, for it would wait for readers for
+    ever. It may compute on that core too, since readers leave most of it idle. Half of a machine's memory is for units
+    under way and regions in post-processing; networks, tables and the system have the rest.
     """
     side = settings.infer.unit
     unit = card.layout.planes * side**2 + BLOCKS_AHEAD * _BLOCK_BYTES
@@ -140,7 +149,7 @@ def engine_plan(
     on_gpus = begun.actor_gpus > 0 if begun else resources.gpus > 0
     smallest = min(node.cpus for node in resources.nodes)
     threads = settings.infer.threads or max(1, min(CPU_THREADS, smallest))
-    # What one network reserves is the same on all machines, hence what the smallest can spare.
+    # All networks reserve the same, so no more than the smallest machine can spare.
     actor_cpus = 0 if on_gpus or not predicts else min(threads, smallest - 1)
     units_at_once = UNITS_AT_ONCE
     if begun:
@@ -160,7 +169,7 @@ def engine_plan(
         posts += max(1, min(free - 1 if predicts else free, node.memory // 4 // region))
         if networks:
             units_at_once = max(1, min(units_at_once, node.memory // 4 // (networks * unit)))
-    # One at least: where no machine has room for it now, it waits for one.
+    # At least one: if no machine has room for it now, it waits for one.
     wanted = max(1, settings.engine.gpus if on_gpus else 1)
     return EnginePlan(
         resources=resources,
@@ -175,17 +184,17 @@ def engine_plan(
 
 
 def resource_lines(settings: Settings, card: Card) -> list[str]:
-    """What `segment` will ask for, in words, as far as it can be told without importing Ray or torch."""
+    """What `segment` will ask for, in words, as far as that is known without importing Ray or torch."""
     engine = settings.engine
     if engine.backend == "local":
         return [f"resources: one process, with the network's threads: {settings.infer.threads or _cpus()}"]
     if engine.address:
-        return [f"resources: of the Ray cluster at {engine.address}, seen when it is joined"]
+        return [f"resources: those of the Ray cluster at {engine.address}, known once it is joined"]
     return engine_plan(Resources((Node.here(),)).limited(settings), settings, card).lines()
 
 
 def _visible_gpus() -> int:
-    """NVIDIA GPUs that a process started here sees, without asking torch, which takes seconds to import."""
+    """Number of NVIDIA GPUs that this process may use, without torch, which takes seconds to import."""
     there = [p for p in Path("/dev").glob("nvidia*") if p.name.removeprefix("nvidia").isdigit()]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
@@ -194,14 +203,14 @@ def _visible_gpus() -> int:
 
 
 def _cpus() -> int:
-    """Cores that this process may use: those it is bound to, or the share that its control group allows."""
+    """Number of cores that this process may use, by its CPU affinity and its control group."""
     bound = len(os.sched_getaffinity(0))
     quota, _, period = _control_group("cpu.max").partition(" ")
     return max(1, min(bound, int(quota) // int(period))) if quota.isdigit() else bound
 
 
 def _memory() -> int:
-    """Bytes that this process may use: the machine's, or its control group's where that has less."""
+    """Bytes of memory that this process may use: the machine's, or fewer by its control group."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _control_group("memory.max")
     return min(whole, int(limit)) if limit.isdigit() else whole

@@ -1,176 +1,148 @@
-"""What both executors do when a slide begins, a unit is done, a slide fails or ends: the ledger and the progress.
-
-So that they differ in where and when work is done, and in nothing that is written down.
-"""
+"""Records what happens to slides, in the run's ledger and on the progress bars, the same for every executor."""
 
 from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.ledger import Ledger
-from hover_batch.cohort.record import SlideRecord, Url
-from hover_batch.config import InferSettings, Settings
+from hover_batch.cohort.record import SlideRecord, Stage
+from hover_batch.config import Settings
 from hover_batch.errors import HoverBatchError, PackageError, SlideQuarantined, TooManyFailures
-from hover_batch.executor.disk_space import Room, is_disk_full
+from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.progress import CohortProgress
-from hover_batch.model.package import Package
 from hover_batch.pipeline import Seconds, discard_predictions
 from hover_batch.plan import PlannedSlide
-from hover_batch.slide.staging import Copies
 from hover_batch.slide.tiles import Unit
 
-if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
-    from hover_batch.model.predict import Predictor
 
-Load = Callable[[Package, InferSettings], "Predictor"]
-"""How an executor comes by its network: `hover_batch.model.predict.load_predictor`, unless a test puts another."""
-
-
-class CohortBooks:
-    """The books of one run, kept by one thread; so many `networks` are at work in it. `keys`: the run key of each
-    slide_id."""
+class RunRecorder:
+    """The record of one run, written by one thread. `run_keys`: by slide_id."""
 
     def __init__(
-        self,
-        package: Package,
-        settings: Settings,
-        ledger: Ledger,
-        progress: CohortProgress,
-        keys: Mapping[str, str],
+        self, settings: Settings, ledger: Ledger, progress: CohortProgress, run_keys: Mapping[str, str]
     ) -> None:
-        self.package = package
-        self.settings = settings
-        self.ledger = ledger
         self.progress = progress
-        self.room = Room(ledger.layout.root, progress.warn, ledger.events.append)
+        self.layout = ledger.layout
         self.networks = 1
-        self.copies = Copies.of_run(ledger.layout.root, settings.engine.scratch)
-        self.release: Callable[[str], None] = self.copies.release
-        """Removes the copies of a slide, by its id, on all machines of the run."""
-        self._copied: set[str] = set()
+        """Most networks that the run had at once; `model_busy` is their mean."""
+        self._ledger = ledger
+        self._settings = settings
+        self._run_keys = run_keys
         self._model = Seconds()
-        self._keys = keys
         self._started: dict[str, float] = {}
-        self._left: dict[str, tuple[int, int]] = {}
+        self._left: dict[str, list[int]] = {}
         """Tiles and regions still to be done, by slide."""
 
-    def refuse(self, record: SlideRecord, reason: str) -> None:
-        """A slide that cannot be opened, as its header told before the run."""
-        self._note(record, "open", reason)
+    def event(self, event: str, **values: Any) -> None:
+        """Log an event of the run."""
+        self._ledger.events.append(event, **values)
 
-    def done_before(self, slide: PlannedSlide) -> bool:
-        """Whether an earlier run finished the slide, with the same key."""
+    def refuse(self, record: SlideRecord, reason: str) -> None:
+        """Record as failed a slide whose header could not be read before the run."""
+        self._failed(record, Stage.OPEN, reason)
+
+    def skip_done(self, slide: PlannedSlide) -> bool:
+        """Skip the slide if an earlier run with the same key finished it. Whether it did."""
         slide_id = slide.record.slide_id
-        if not self.ledger.slide_done(slide_id, self._keys[slide_id]):
+        if not self._ledger.slide_done(slide_id, self._run_keys[slide_id]):
             return False
-        # Asked for since, or the run that wrote the table died before.
-        if self.settings.output.discard_predictions:
-            discard_predictions(self.ledger.layout.slide(slide_id))
+        self._discard_predictions(slide_id)  # asked for only now, or that run died before it did
         self.progress.slide_skipped(slide_id)
         return True
 
-    def quarantined_before(self, slide: PlannedSlide, *, retry: bool) -> bool:
-        """Whether an earlier start put the slide aside, which is its failure of this start, too; with `retry` that is
-        forgotten."""
+    def skip_quarantined(self, slide: PlannedSlide, *, retry: bool) -> bool:
+        """Record the slide as failed if an earlier start quarantined it; lift the quarantine with `retry`. Whether it
+        is to be skipped."""
         record = slide.record
-        held = self.ledger.quarantined(record.slide_id, self._keys[record.slide_id])
-        if held is None:
+        quarantined = self._ledger.quarantined(record.slide_id, self._run_keys[record.slide_id])
+        if quarantined is None:
             return False
         if retry:
-            self.ledger.release(record.slide_id)
+            self._ledger.release(record.slide_id)
             return False
-        stage, reason = held
-        self._note(record, stage, f"{reason} (put aside by an earlier start; --retry-failed tries it again)")
+        stage, reason = quarantined
+        self._failed(record, stage, f"{reason} (quarantined by an earlier start; --retry-failed tries it again)")
         return True
 
     def begin(self, slide: PlannedSlide) -> SlideLayout:
-        """Open the slide's folder, with unfinished work of the same key in it."""
+        """Open the slide's folder. Unfinished work of the same key in it is kept."""
         slide_id = slide.record.slide_id
         self._started[slide_id] = time.monotonic()
-        layout = self.ledger.open_slide(slide_id, self._keys[slide_id])
-        if isinstance(slide.record.path, Url) and slide.kept is None:
-            self._copied.add(slide_id)
-        self.ledger.events.append("slide_started", slide_id=slide_id)
+        layout = self._ledger.open_slide(slide_id, self._run_keys[slide_id])
+        self.event("slide_started", slide_id=slide_id)
         for warning in slide.info.warnings:
             self.progress.warn(f"{slide_id}: {warning}")
         return layout
 
     def surveyed(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:
-        """The slide's tissue is found: `units` are to be predicted and post-processed; the units `inferred`, and
-        `posted` regions, were done before."""
+        """The slide has these units. Earlier runs predicted those `inferred` and post-processed `posted` regions."""
         tiles = sum(len(u.cells) for u in units)
-        self.ledger.events.append("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
+        self.event("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
         before = sum(len(u.cells) for u in inferred)
         self.progress.expect(tiles, len(units), before, posted)
-        self._left[slide_id] = tiles - before, len(units) - posted
+        self._left[slide_id] = [tiles - before, len(units) - posted]
 
     def unit_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
-        """A unit's maps are in the store. Its tiles were told to the progress by whoever predicted them."""
-        self.model_worked(seconds)
-        tiles, regions = self._left[slide_id]
-        self._left[slide_id] = tiles - len(unit.cells), regions
-        self._log("unit_done", slide_id, unit, seconds, tiles=len(unit.cells) if "infer" in seconds.spans else 0)
+        """A unit's maps are in the store. The executor has counted its tiles as progress."""
+        self.network_used(seconds)
+        self._left[slide_id][0] -= len(unit.cells)
+        predicted = len(unit.cells) if Stage.INFER in seconds.spans else 0
+        self._timed_event("unit_done", slide_id, unit, seconds, tiles=predicted)
 
-    def model_worked(self, seconds: Seconds) -> None:
-        """Count the time that a network took for a unit, whatever became of its slide."""
-        if "infer" in seconds.spans:
+    def network_used(self, seconds: Seconds) -> None:
+        """Count the time that a network took for a unit, even if its slide has failed since."""
+        if Stage.INFER in seconds.spans:
             self._model.add(seconds)
 
     def region_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
         """A region's nuclei are on disk."""
-        tiles, regions = self._left[slide_id]
-        self._left[slide_id] = tiles, regions - 1
-        self._log("region_done", slide_id, unit, seconds)
+        self._left[slide_id][1] -= 1
+        self._timed_event("region_done", slide_id, unit, seconds)
         self.progress.regions(1)
 
-    def _log(self, event: str, slide_id: str, unit: Unit, seconds: Seconds, **more: int) -> None:
-        self.ledger.events.append(
+    def _timed_event(self, event: str, slide_id: str, unit: Unit, seconds: Seconds, **values: int) -> None:
+        self.event(
             event,
             slide_id=slide_id,
             column=unit.column,
             row=unit.row,
-            **more,
+            **values,
             seconds={stage: round(value, 3) for stage, value in seconds.totals.items()},
             spans={stage: [round(at, 3) for at in span] for stage, span in seconds.spans.items()},
         )
 
     @property
     def model_busy(self) -> float | None:
-        """Share of the time from the first to the last prediction in which the networks computed, over all of them;
-        None where nothing was predicted."""
-        if "infer" not in self._model.spans:
+        """Share of the time from the first to the last prediction in which the networks computed; None without any."""
+        if Stage.INFER not in self._model.spans:
             return None
-        started, ended = self._model.spans["infer"]
-        return min(1.0, self._model.totals["infer"] / (self.networks * max(1e-9, ended - started)))
+        started, ended = self._model.spans[Stage.INFER]
+        return min(1.0, self._model.totals[Stage.INFER] / (self.networks * max(1e-9, ended - started)))
 
-    def end(self, slide_id: str, values: Mapping[str, Any]) -> None:
-        """The slide's tables and pictures are on disk: declare it done. `values` are those of `finalize`."""
-        self.ledger.write_slide_json(slide_id, self._keys[slide_id], values)
+    def finish(self, slide_id: str, values: Mapping[str, Any]) -> None:
+        """Declare the slide done: its tables and pictures are on disk. `values`: those that `finalize` returned."""
+        self._ledger.write_slide_json(slide_id, self._run_keys[slide_id], values)
         del self._left[slide_id]
-        self._release(slide_id)
-        if self.settings.output.discard_predictions:
-            discard_predictions(self.ledger.layout.slide(slide_id))
+        self._discard_predictions(slide_id)
         self.progress.slide_done(slide_id, values["nuclei"], time.monotonic() - self._started.pop(slide_id))
 
-    def _release(self, slide_id: str) -> None:
-        if slide_id in self._copied:
-            self._copied.remove(slide_id)
-            self.release(slide_id)
+    def _discard_predictions(self, slide_id: str) -> None:
+        if self._settings.output.discard_predictions:
+            discard_predictions(self.layout.slide(slide_id))
 
-    def put_back(self, slide: PlannedSlide) -> None:
-        """Expect no more of the slide: it failed, or is begun again."""
-        tiles, regions = self._left.pop(slide.record.slide_id, (0, 0))
+    def withdraw(self, slide: PlannedSlide) -> None:
+        """Expect no more progress of the slide: it failed, or will begin again."""
+        tiles, regions = self._left.pop(slide.record.slide_id, [0, 0])
         self.progress.expect(-tiles, -regions)
 
-    def fail(self, slide: PlannedSlide, stage: str, error: Exception, trace: str | None = None) -> None:
-        """Note that the slide failed at `stage`; `trace` is where, if not here.
+    def fail(self, slide: PlannedSlide, stage: Stage, error: Exception, trace: str | None = None) -> None:
+        """Record that the slide failed at `stage`. `trace`: the traceback, if the error was raised elsewhere.
 
-        Raises instead what stops the cohort and blames no slide: PackageError where the model cannot be loaded. Raises
-        TooManyFailures after it where the settings allow no more.
+        Raise PackageError, which stops the cohort and blames no slide; TooManyFailures if the settings allow no more.
         """
         record = slide.record
         if isinstance(error, PackageError):
@@ -179,23 +151,22 @@ class CohortBooks:
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
         if isinstance(error, SlideQuarantined):
             try:
-                self.ledger.quarantine(record.slide_id, self._keys[record.slide_id], stage, reason)
-            except OSError as full:  # then the next start tries the slide again
+                self._ledger.quarantine(record.slide_id, self._run_keys[record.slide_id], stage, reason)
+            except OSError as full:  # the next start will try the slide again
                 if not is_disk_full(full):
                     raise
-        self.put_back(slide)
-        self._release(record.slide_id)
+        self.withdraw(slide)
         if not expected:
             text = trace or "".join(traceback.format_exception(error))
-            self.ledger.events.append("traceback", slide_id=record.slide_id, text=text)
-        self._note(record, stage, reason)
+            self.event("traceback", slide_id=record.slide_id, text=text)
+        self._failed(record, stage, reason)
 
-    def _note(self, record: SlideRecord, stage: str, reason: str) -> None:
-        self.ledger.record_failure(record.slide_id, record.row, record.path, stage, reason)
+    def _failed(self, record: SlideRecord, stage: str, reason: str) -> None:
+        self._ledger.record_failure(record.slide_id, record.row, record.path, stage, reason)
         self.progress.slide_failed(record.slide_id, reason)
-        most, failed = self.settings.engine.max_failures, len(self.ledger.failures())
-        if 0 <= most < failed:
+        allowed, failed = self._settings.engine.max_failures, len(self._ledger.failures())
+        if 0 <= allowed < failed:
             raise TooManyFailures(
-                f"{failed} slides failed, more than --max-failures {most}: stopped. The reasons are in "
-                f"{self.ledger.layout.failures_csv}; nothing done is lost, and the same command goes on"
+                f"{failed} slides failed, more than --max-failures {allowed}: stopped. See the reasons in "
+                f"{self.layout.failures_csv}, then run the same command again: it resumes, nothing done is lost"
             )

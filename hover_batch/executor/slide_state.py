@@ -1,75 +1,101 @@
-"""A slide under way, as the driver of the cohort knows it: what can be submitted of it now, and what waits for what.
+"""State of the slides under way: what can be submitted, what waits for what, and what a fault changes.
 
-A region is post-processed when its unit and the units around it are predicted; tables are made when no unit and no
-region is left. Nothing here knows of Ray.
+A region is post-processed once its unit and the units around it are predicted; the slide is finalized once all its
+units and regions are done. Plain data: no Ray and no clock. `now` is a time in seconds, from any clock that only moves
+forward.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from hover_batch.cohort.layout import SlideLayout
-from hover_batch.pipeline import Seconds, SlideWork, neighbours
+from hover_batch.cohort.record import Stage
+from hover_batch.errors import ScratchFull, SlideError, SlideQuarantined
+from hover_batch.pipeline import Seconds, UnitsMissing, neighbours
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.tiles import Unit
+from hover_batch.slide_work import SlideWork
 
-SURVEY, INFER, POST, FINALIZE, START = "tissue", "inference", "post-processing", "tables", "start"
-"""Stages of a slide, as failures name them; START is a network's."""
 RETRY_S = 1.0
-"""Before a region is tried again whose units are done but not seen, or the tables."""
-TABLES = -1
-"""Stands for a slide's tables among the indices of its regions."""
+"""Seconds before a task is retried because its inputs are not visible."""
+
+
+class Verdict(Enum):
+    """What a fault means for the task that it interrupted."""
+
+    RETRY = "retry, nothing is to blame"
+    STRIKE = "retry, but blame the task"
+    NODE_LOST = "retry elsewhere"
+    SHORT_OF_MEMORY = "retry with less at once"
+    DISK_FULL = "retry when there is space"
+    FAIL = "fail the slide"
+
+
+MAX_STRIKES = 2
+MAX_TIMES = {Verdict.STRIKE: MAX_STRIKES, Verdict.NODE_LOST: 5, Verdict.RETRY: 120}
+"""Times that a task may get a verdict before its slide fails.
+
+A unit with a strike is retried alone, so that an innocent one passes. If nodes are lost one after the other while they
+work on the same task, it may be its fault. RETRY: network file systems may show new files a minute late.
+"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stage of a slide, and the index of the unit or region that it is about, if any."""
+
+    stage: Stage
+    index: int = 0
 
 
 @dataclass(frozen=True)
 class Surveyed:
-    """What the driver needs to know of a slide: its units, and which of them an earlier run predicted (`inferred`)
-    and post-processed (`posted`), as indices into `units`. `work`: what all its calls are given."""
+    """Result of the survey of a slide.
+
+    `work` is passed to all later tasks. `inferred` and `posted`: indices of the units in it that an earlier run
+    predicted and post-processed.
+    """
 
     work: SlideWork
     inferred: tuple[int, ...]
     posted: tuple[int, ...]
     seconds: Seconds
 
-    @property
-    def units(self) -> tuple[Unit, ...]:
-        return self.work.units
-
 
 @dataclass(eq=False)
-class SlideUnderWay:
-    """One slide. Units, and the regions of their cores, go by their index."""
+class SlideState:
+    """One slide under way. Units, and the regions around their cores, are named by their index."""
 
     planned: PlannedSlide
     layout: SlideLayout
     seconds: Seconds = field(default_factory=Seconds)
     work: Any = None
-    """Reference to its SlideWork in Ray's object store: in the driver's own, whatever other machines are lost."""
+    """Reference to its SlideWork in the driver's object store, which survives the loss of other nodes."""
     units: tuple[Unit, ...] = ()
+    surveyed: bool = False
+    next_stage: Stage | None = Stage.SURVEY
+    """SURVEY or FINALIZE while it can be submitted."""
     to_infer: deque[int] = field(default_factory=deque)
     suspects: deque[int] = field(default_factory=deque)
-    """Units that were under way when a process died, to be tried alone."""
-    needs: dict[int, set[int]] = field(default_factory=dict)
-    """Region → the units it waits for; none once it is submitted."""
+    """Units with a strike, to be predicted while nothing else runs in their network."""
     to_post: deque[int] = field(default_factory=deque)
     inferred: set[int] = field(default_factory=set)
-    retry_at: dict[int, float] = field(default_factory=dict)
-    """Region, or TABLES → when (monotonic) to try again, because results of units that are done were not seen yet."""
+    needs: dict[int, set[int]] = field(default_factory=dict)
+    """Region → units it waits for. A region leaves it for `to_post`."""
     regions_left: int = 0
-    strikes: Counter[tuple[str, int]] = field(default_factory=Counter)
-    losses: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """Machines that were lost while a unit or stage was under way on them."""
-    held: bool = False
-    """There was no room for a copy of it beside those of other slides: it waits until one of them ends."""
-    surveyed: bool = False
-    next_task: str | None = SURVEY
-    """SURVEY or FINALIZE, when it can be submitted."""
+    verdicts: Counter[tuple[Verdict, Task]] = field(default_factory=Counter)
+    """How often each task got each of the verdicts in MAX_TIMES."""
+    retry_at: dict[Task, float] = field(default_factory=dict)
+    """Tasks whose inputs are done but not visible, and when to retry them."""
+    on_hold: bool = False
+    """No space for its copy beside those of other slides: it waits until one of them ends."""
     ended: bool = False
-    """Done or failed: what still comes back of it is of no interest."""
+    """Done or failed; results that still arrive are ignored."""
 
     @property
     def slide_id(self) -> str:
@@ -77,55 +103,83 @@ class SlideUnderWay:
 
     def survey_done(self, found: Surveyed) -> None:
         self.surveyed = True
-        self.units = found.units
+        self.units = found.work.units
         self.seconds.add(found.seconds)
         self.inferred = set(found.inferred)
         self.to_infer = deque(i for i in range(len(self.units)) if i not in self.inferred)
-        index = {(unit.column, unit.row): i for i, unit in enumerate(self.units)}
         left = set(range(len(self.units))) - set(found.posted)
         self.regions_left = len(left)
-        for i in sorted(left):
-            around = {index[cell] for cell in neighbours(self.units[i]) if cell in index}
-            self._wait(i, around)
-        self._maybe_finalize()
+        for region in sorted(left):
+            self._wait(region, self._indices(neighbours(self.units[region])))
+        self._finalize_if_complete()
 
-    def unit_inferred(self, i: int) -> None:
-        self.inferred.add(i)
+    def unit_inferred(self, index: int) -> None:
+        self.inferred.add(index)
         for region, needed in list(self.needs.items()):
-            needed.discard(i)
+            needed.discard(index)
             if not needed:
                 del self.needs[region]
                 self.to_post.append(region)
-        self._maybe_finalize()
-
-    def region_needs(self, i: int, cells: Sequence[tuple[int, int]]) -> bool:
-        """A region could not be done, for want of the units in these cells. False where all of them are done: their
-        markers are on a file system that does not show them yet."""
-        index = {(unit.column, unit.row): k for k, unit in enumerate(self.units)}
-        needed = {index[cell] for cell in cells}
-        if needed <= self.inferred:
-            self.retry_at[i] = time.monotonic() + RETRY_S
-            return False
-        self._wait(i, needed)
-        return True
-
-    def tables_need(self) -> None:
-        """Tables could not be made: results are on a file system that does not show them yet."""
-        self.retry_at[TABLES] = time.monotonic() + RETRY_S
-
-    def due_again(self) -> None:
-        """Let what was not seen be submitted again, where its time has come."""
-        now = time.monotonic()
-        for i in [i for i, at in self.retry_at.items() if at <= now]:
-            del self.retry_at[i]
-            if i == TABLES:
-                self.next_task = FINALIZE
-            else:
-                self.to_post.append(i)
+        self._finalize_if_complete()
 
     def region_posted(self) -> None:
         self.regions_left -= 1
-        self._maybe_finalize()
+        self._finalize_if_complete()
+
+    def retry(self, task: Task) -> None:
+        """Make the task the next of its kind to be submitted."""
+        if task.stage is Stage.INFER:
+            (self.suspects if self.verdicts[Verdict.STRIKE, task] else self.to_infer).appendleft(task.index)
+        elif task.stage is Stage.POST:
+            self.to_post.appendleft(task.index)
+        else:
+            self.next_stage = task.stage
+
+    def retry_due(self, now: float) -> None:
+        """Retry the tasks whose time has come."""
+        for task in [task for task, at in self.retry_at.items() if at <= now]:
+            del self.retry_at[task]
+            self.retry(task)
+
+    def blame(self, verdict: Verdict, task: Task, reason: str) -> SlideQuarantined | None:
+        """Retry a task that got STRIKE or NODE_LOST; or return the slide's failure if it got it too often."""
+        if not self._too_often(verdict, task):
+            self.retry(task)
+            return None
+        where = f" of unit {self.units[task.index].unit_id}" if task.stage in (Stage.INFER, Stage.POST) else ""
+        alone = ", the last time alone" if task.stage is Stage.INFER and verdict is Verdict.STRIKE else ""
+        return SlideQuarantined(
+            f"{task.stage}{where}: {reason}, {MAX_TIMES[verdict]} times{alone}; the file may be damaged or memory too "
+            "small: check both, then use --retry-failed"
+        )
+
+    def units_missing(self, task: Task, cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
+        """Retry a task that lacked the results of the units in `cells`, (column, row).
+
+        A region waits for units that are still to be predicted. Otherwise the results exist on a file system that does
+        not show them yet; return the slide's failure if it never does.
+        """
+        needed = self._indices(cells)
+        if task.stage is Stage.POST and not needed <= self.inferred:
+            self._wait(task.index, needed)
+        elif self._too_often(Verdict.RETRY, task):
+            return SlideError(
+                f"{task.stage}: results of the units {list(cells)} (column, row) are gone from {self.layout.folder}; "
+                "run the same command again to make them anew"
+            )
+        else:
+            self.retry_at[task] = now + RETRY_S
+        return None
+
+    def _too_often(self, verdict: Verdict, task: Task) -> bool:
+        """Count the verdict. Whether the task has got it too often."""
+        self.verdicts[verdict, task] += 1
+        return self.verdicts[verdict, task] >= MAX_TIMES[verdict]
+
+    def _indices(self, cells: Iterable[tuple[int, int]]) -> set[int]:
+        """Units of the slide in these cells (column, row)."""
+        index = {(unit.column, unit.row): i for i, unit in enumerate(self.units)}
+        return {index[cell] for cell in cells if cell in index}
 
     def _wait(self, region: int, units: set[int]) -> None:
         if needed := units - self.inferred:
@@ -133,7 +187,96 @@ class SlideUnderWay:
         else:
             self.to_post.append(region)
 
-    def _maybe_finalize(self) -> None:
-        # Also where an earlier run had all regions done: a harmed unit is predicted again.
+    def _finalize_if_complete(self) -> None:
+        # Units count too: where an earlier run did all regions, a corrupted unit is predicted again.
         if self.regions_left == 0 and len(self.inferred) == len(self.units):
-            self.next_task = FINALIZE
+            self.next_stage = Stage.FINALIZE
+
+
+class OpenSlides:
+    """The slides under way, oldest first, and what a fault of one does to it and to the others.
+
+    `record` logs an event. `pause` has the run wait for disk space, for the slide and error that it is given.
+    """
+
+    def __init__(self, record: Callable[..., None], pause: Callable[[str, Exception], None]) -> None:
+        self._record = record
+        self._pause = pause
+        self._slides: list[SlideState] = []
+
+    def __iter__(self) -> Iterator[SlideState]:
+        return iter(self._slides)
+
+    def __len__(self) -> int:
+        return len(self._slides)
+
+    def add(self, slide: SlideState) -> None:
+        self._slides.append(slide)
+
+    def close(self, slide: SlideState) -> None:
+        """End a slide. Its copy goes, so that slides on hold can try again."""
+        slide.ended = True
+        self._slides.remove(slide)
+        for other in self._slides:
+            other.on_hold = False
+
+    @property
+    def any_on_hold(self) -> bool:
+        return any(slide.on_hold for slide in self._slides)
+
+    def take_tasks(
+        self, running: Counter[Stage], surveys: int, posts: int, now: float
+    ) -> Iterator[tuple[SlideState, Task]]:
+        """Take the tasks to submit besides units: so many `surveys`, and so many `posts` and finalizations, at once,
+        less those `running`. Finalizations come first, since they end a slide, then the oldest slide's regions."""
+        surveys -= running[Stage.SURVEY]
+        posts -= running[Stage.POST] + running[Stage.FINALIZE]
+        for slide in self._slides:
+            slide.retry_due(now)
+            stage = None if slide.on_hold else slide.next_stage
+            if stage is Stage.SURVEY and surveys > 0:
+                surveys -= 1
+            elif stage is Stage.FINALIZE and posts > 0:
+                posts -= 1
+            else:
+                continue
+            slide.next_stage = None
+            yield slide, Task(stage)
+        for slide in self._slides:
+            while slide.to_post and posts > 0:
+                posts -= 1
+                yield slide, Task(Stage.POST, slide.to_post.popleft())
+
+    def apply(self, verdict: Verdict, slide: SlideState, task: Task, error: Exception, now: float) -> Exception | None:
+        """Apply the verdict on `error`, which interrupted `task`: retry the task, or close the slide and return the
+        reason of its failure."""
+        if slide.ended:
+            return None
+        values = {"slide_id": slide.slide_id, "stage": task.stage, "index": task.index}
+        failure: Exception | None = None
+        match verdict:
+            case Verdict.RETRY if isinstance(error, UnitsMissing):
+                failure = slide.units_missing(task, error.cells, now)
+            case Verdict.RETRY:
+                slide.retry(task)
+            case Verdict.STRIKE:
+                failure = slide.blame(verdict, task, str(error))
+                self._record("strike", **values, strikes=slide.verdicts[verdict, task], reason=str(error))
+            case Verdict.NODE_LOST:
+                failure = slide.blame(verdict, task, "its machine was lost")
+                self._record("lost", **values)
+            case Verdict.SHORT_OF_MEMORY:
+                slide.retry(task)
+                self._record("memory_short", **values)
+            case Verdict.DISK_FULL:
+                slide.retry(task)
+                others = [other for other in self._slides if other is not slide]
+                if isinstance(error, ScratchFull) and not all(other.on_hold for other in others):
+                    slide.on_hold = True
+                else:
+                    self._pause(slide.slide_id, error)
+            case Verdict.FAIL:
+                failure = error
+        if failure:
+            self.close(slide)
+        return failure

@@ -15,6 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from hover_batch.files import write_atomically
+from hover_batch.formatting import duration
 from hover_batch.report.charts import HEIGHT, WIDTH
 from hover_batch.report.content import Report, SlideDetail
 
@@ -97,7 +98,12 @@ def _environment() -> jinja2.Environment:
         # The browser itself refuses whatever else there might be: any script but ours, anything from elsewhere.
         "policy": f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
     }
-    environment.filters |= {"number": _number, "count": "{:,}".format, "percent": "{:.1%}".format, "span": _span}
+    environment.filters |= {
+        "number": _number,
+        "count": "{:,}".format,
+        "percent": "{:.1%}".format,
+        "duration": _duration,
+    }
     return environment
 
 
@@ -108,9 +114,5 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _span(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 90:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+def _duration(seconds: float | None) -> str:
+    return "–" if seconds is None else duration(seconds)

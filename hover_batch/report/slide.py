@@ -13,7 +13,7 @@ from hover_batch.geometry import Box
 from hover_batch.report.content import Crop, SlideDetail, SlideRow
 from hover_batch.report.measure import Measured, measure
 from hover_batch.report.pictures import data_uri, heatmaps, smaller
-from hover_batch.slide.reopen import open_again
+from hover_batch.slide.reopen import reopen
 from hover_batch.slide.survey import read_tissue
 from hover_batch.slide.tissue import TissueMask
 
@@ -82,7 +82,7 @@ def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, measure
     """Fields round the nuclei that were chosen, inside the canvas. SlideError where the slide is not the one that
     was segmented, or cannot be read."""
     crops = []
-    with open_again(record, layout.survey_json) as reader:
+    with reopen(record, layout.survey_json) as reader:
         canvas, cells = table.level0, measured.cells
         width, height = (
             min(round(CROP_UM / mpp), extent)

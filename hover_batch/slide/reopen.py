@@ -1,4 +1,4 @@
-"""A slide of a finished run, opened once more: to be looked at, where it is still at hand."""
+"""Reopen a slide of a finished run for viewing, if it is still available."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from hover_batch.slide.reader import SlideReader
 
 
-def open_again(record: SlideRecord, survey: Path) -> SlideReader:
-    """Open for reading. SlideError where it is gone or in a bucket, cannot be read, or is not the slide that the run's
-    `survey` (survey.json) is of."""
+def reopen(record: SlideRecord, survey: Path) -> SlideReader:
+    """Open the slide. SlideError where it is missing, in a bucket or unreadable, or is not the slide that the run's
+    survey.json (`survey`) describes."""
     if isinstance(record.path, Url):
-        raise SlideError(f"{record.path} is not fetched to be looked at")
+        raise SlideError(f"{record.path} is in a bucket, and is not fetched for viewing")
     if not record.path.exists():
         raise SlideError(f"{record.path} is not there")
-    from hover_batch.slide.reader import open_slide  # many seconds, which what is not there need not take
+    from hover_batch.slide.reader import open_slide  # this import takes many seconds
 
     reader = open_slide(record)
     if reader.info.fingerprint != read_info(survey).fingerprint:
         reader.close()
-        raise SlideError(f"{record.path} is another file than was segmented")
+        raise SlideError(f"{record.path} is not the file that was segmented")
     return reader

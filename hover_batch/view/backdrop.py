@@ -19,7 +19,7 @@ from hover_batch.export.read import NucleiTable
 from hover_batch.geometry import Grid, Mpp, Size, cell_box
 from hover_batch.slide.headers import SlideInfo, kind_of, level_ratios
 from hover_batch.slide.reader import GridReader, SlideReader
-from hover_batch.slide.reopen import open_again
+from hover_batch.slide.reopen import reopen
 from hover_batch.slide.sources import open_source
 
 TILE = 512
@@ -60,7 +60,7 @@ class Backdrop:
 def open_backdrop(slide: SlideLayout, record: SlideRecord, table: NucleiTable) -> Backdrop:
     """The slide's own pixels or, where it is not at hand, its thumbnail's. InputError where there is neither."""
     try:
-        return Backdrop(open_again(record, slide.survey_json))
+        return Backdrop(reopen(record, slide.survey_json))
     except (HoverBatchError, OSError) as error:
         missing = str(error)
         if not slide.thumbnail_jpg.is_file():

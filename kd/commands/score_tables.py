@@ -25,7 +25,7 @@ def show(evaluation: Evaluation) -> None:
     console.print(_scores(evaluation))
     typer.echo(_cost(evaluation.cost))
     if evaluation.shifts:
-        console.print(_shifts(evaluation.shifts, f"{name} on changed images"))
+        console.print(shift_table(evaluation.shifts, f"{name} on changed images"))
     if evaluation.baseline:
         console.print(_paired(evaluation.paired, evaluation.baseline, name))
 
@@ -65,7 +65,7 @@ def _cost(cost: Cost) -> str:
     )
 
 
-def _shifts(rows: Sequence[ShiftScores], title: str) -> Table:
+def shift_table(rows: Sequence[ShiftScores], title: str) -> Table:
     """A row for each source and shift, a collapse in red with an arrow."""
     collapsed = any(row.collapsed for row in rows)
     table = Table(title=title, caption="◀ PQ is halved or worse" if collapsed else None, caption_justify="left")
@@ -86,20 +86,20 @@ def _shifts(rows: Sequence[ShiftScores], title: str) -> Table:
 
 
 def _paired(rows: Sequence[Paired], old: Baseline, name: str) -> Table:
-    """A row for each source."""
+    """A row for each source, with the numbers of images on which the model is better and worse."""
     table = Table(
         title=f"PQ of {name} against {old.name} on the same images",
-        caption=f"{old.name}: {old.sha256[:12]}, --sobel-norm {old.sobel_norm}, --min-area-px {old.min_area_px}; "
-        "95 % interval of the difference by resampling images",
+        caption=f"{old.name}: {old.sha256[:12]}, --sobel-norm {old.sobel_norm}, --min-area-px {old.min_area_px}\n"
+        "±: difference, its interval by resampling images; images on which PQ is better, and worse",
         caption_justify="left",
         min_width=72,
     )
-    for column in ("", "images", "PQ", "against", "difference", "95 % interval", "better", "worse"):
+    for column in ("", "PQ", "against", "±", "95 % interval", "better, worse"):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
         interval = "–" if math.isnan(row.low) else f"{row.low:+.4f} to {row.high:+.4f}"
         numbers = (_cell(row.new), _cell(row.old), _signed(row.difference), interval)
-        table.add_row(row.source, str(row.images), *numbers, str(row.better), str(row.worse))
+        table.add_row(row.source, *numbers, f"{row.better}, {row.worse} of {row.images}")
     return table
 
 

@@ -30,6 +30,9 @@ def teach(
         list[str] | None, typer.Option(help="A source of the data; repeat for several.", show_default="all")
     ] = None,
     batch: Annotated[int, typer.Option(help="Tiles a batch.")] = 4,
+    tta: Annotated[
+        int, typer.Option(help="8: average over the turns and flips of each image, at eight times the cost.")
+    ] = 1,
     backend: BackendOption = Backend.local,
     cpus: Cpus = 0,
     gpus: Gpus = -1,
@@ -50,6 +53,7 @@ def teach(
         fold or ["train", "val"],
         source,
         batch=batch,
+        tta=tta,
         engine=engine_settings(backend, cpus, gpus, address),
         say=lambda line: typer.echo(line, err=True),
     )

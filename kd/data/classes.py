@@ -46,14 +46,10 @@ nuclei are benign and malignant alike, which PANNUKE tells apart; its macrophage
 sources that are not listed are not read."""
 
 PARTIAL = frozenset({"monusac", "nucls"})
-"""Sources that outline only some of the nuclei: what they leave out is not background, so they teach classes alone, and
-neither PQ nor precision can be measured on them. MoNuSAC outlines four types of cells; NuCLS some, often
-by rectangles."""
-
-PARTIAL = frozenset({"monusac", "nucls"})
 """Sources that outline only some of the nuclei: MoNuSAC four cell types and nothing else, NuCLS not all, and many as
-rectangles. A prediction without a partner may be right there, so that Dice, AJI, PQ, F_d and precision have no meaning;
-the recall of the outlined nuclei and the accuracy of their types do."""
+rectangles. What they leave out is not background, so they teach classes alone. A prediction without a partner may be
+right there, so Dice, AJI, PQ, F_d and precision have no meaning; the recall of the outlined nuclei and the accuracy of
+their types do."""
 
 
 def class_ids(codes: NDArray[np.integer], source: str, taxonomy: Taxonomy, where: str) -> NDArray[np.uint8] | None:

@@ -22,7 +22,6 @@ class ShiftScores:
 
     source: str
     shift: str
-    what: str
     scores: dict[str, float]
     changes: dict[str, float]
     collapsed: bool
@@ -32,7 +31,7 @@ class ShiftScores:
         scores = {name: getattr(after, name) for name in SCORES}
         changes = {name: value - getattr(before, name) for name, value in scores.items()}
         collapsed = before.pq > 0 and after.pq <= COLLAPSE * before.pq
-        return cls(before.source, shift.name, shift.what, scores, changes, collapsed)
+        return cls(before.source, shift.name, scores, changes, collapsed)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; NaN becomes None."""

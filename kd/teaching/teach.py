@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from hover_batch.model.package import Card, find_package
 from kd.data.datasets import Sample, folds_of, read_data, taxonomy_of
 from kd.data.pixel_size import check_pixel_size
 from kd.teaching.teacher_cache import TeacherCache
+from kd.teaching.tta import VIEWS, averaged
 
 if TYPE_CHECKING:
     from hover_batch.model.predict import Predictor
@@ -38,6 +39,7 @@ class Teaching:
     cache: Path
     sources: tuple[str, ...] | None
     infer: InferSettings
+    tta: int
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,19 @@ def teach(
     sources: Sequence[str] | None = None,
     *,
     batch: int = 4,
+    tta: int = 1,
     engine: EngineSettings,
     say: Callable[[str], None],
 ) -> TeacherCache:
     """Store the teacher's output for every image of the folds and sources (None: all) in `cache`.
 
     Outputs that exist are kept, corrupted ones are made again, so an interrupted run resumes. Only one run at a time
-    may write a cache. `batch`: tiles a batch. `say` is called with lines of progress. Raises InputError if the data or
-    the teacher does not fit, and PackageError if the teacher cannot be loaded; outputs stored so far remain.
+    may write a cache. `batch`: tiles a batch. `tta`: 8 to average over the turns and flips of each image, else 1. `say`
+    is called with lines of progress. Raises InputError if the data or the teacher does not fit, and PackageError if
+    the teacher cannot be loaded; outputs stored so far remain.
     """
+    if tta not in (1, len(VIEWS)):
+        raise InputError(f"--tta {tta}: must be 1 or {len(VIEWS)}, the right-angle turns and flips of an image")
     if teacher != "starter" and not Path(teacher).exists():
         raise PackageError(
             f"--teacher {teacher}: no such package; make one of a published checkpoint with `hover-batch models import`"
@@ -78,7 +84,7 @@ def teach(
             f"--teacher {teacher}: its classes are those of {theirs.name}, but the data's are those of {ours.name}; "
             "give a teacher with the data's classes, or other --classes to `hover-batch kd prepare`"
         )
-    kept = TeacherCache.create(cache, package)
+    kept = TeacherCache.create(cache, package, tta)
     with machines(engine, cache / "ray.log") as found:
         on_gpu, ray = found.gpus > 0, engine.backend == "ray"
         threads = 0 if on_gpu else min(THREADS, found.cpus) if ray else engine.cpus
@@ -91,6 +97,7 @@ def teach(
             cache=cache.resolve(),
             sources=None if sources is None else tuple(sources),
             infer=infer,
+            tta=tta,
         )
         progress = _Progress(say)
         results = map_tasks(
@@ -137,7 +144,11 @@ def take(lesson: Lesson) -> None:
     cache = TeacherCache.open(lesson.teaching.cache)
     samples = [_samples(lesson.teaching, lesson.fold)[i] for i in lesson.places]
     samples = [s for s in samples if not cache.has(s)]  # a crashed worker may have stored some
-    outputs = image_logits(_predictor(lesson.teaching), [s.image for s in samples])
+    predictor = _predictor(lesson.teaching)
+    logits_of = partial(image_logits, predictor)
+    images = [s.image for s in samples]
+    n_types = len(predictor.card.taxonomy.classes)
+    outputs = logits_of(images) if lesson.teaching.tta == 1 else averaged(logits_of, images, n_types)
     for sample, logits in zip(samples, outputs, strict=True):
         cache.keep(sample, logits)
 

@@ -34,12 +34,14 @@ class TeacherCache:
     """The outputs of one teacher.
 
     `taxonomy`: the teacher's classes. `sha256`: the hash of its package (`Package.sha256`). `card`: its card, as JSON.
+    `tta`: the number of views of an image over which each output is averaged.
     """
 
     path: Path
     taxonomy: Taxonomy
     sha256: str
     card: dict[str, Any]
+    tta: int = 1
 
     @classmethod
     def open(cls, path: Path) -> TeacherCache:
@@ -48,7 +50,8 @@ class TeacherCache:
             about = json.loads((path / "teacher.json").read_bytes())
             if about["format"] != FORMAT:
                 raise ValueError(f"its format is {about['format']}, not {FORMAT}")
-            return cls(path, Card.from_json(about["card"]).taxonomy, about["sha256"], about["card"])
+            taxonomy = Card.from_json(about["card"]).taxonomy
+            return cls(path, taxonomy, about["sha256"], about["card"], about.get("tta", 1))
         except FileNotFoundError:
             reason = "it has no teacher.json"
         except (OSError, ValueError, KeyError, TypeError, PackageError) as error:
@@ -58,14 +61,17 @@ class TeacherCache:
         )
 
     @classmethod
-    def create(cls, path: Path, teacher: Package) -> TeacherCache:
-        """Open the cache at `path`, or begin one. Raises InputError if it is another teacher's or not writable."""
+    def create(cls, path: Path, teacher: Package, tta: int = 1) -> TeacherCache:
+        """Open the cache at `path`, or begin one.
+
+        Raises InputError if it is another teacher's, averaged over another number of views, or not writable.
+        """
         if not (path / "teacher.json").exists():
             try:
                 path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"-o {path}: {error.strerror}; give a folder that can be written") from error
-            about = {"format": FORMAT, "sha256": teacher.sha256, "card": teacher.card.to_json()}
+            about = {"format": FORMAT, "sha256": teacher.sha256, "card": teacher.card.to_json(), "tta": tta}
             temporary = path / ".teacher.json.partial"
             temporary.write_text(json.dumps(about, indent=2) + "\n", "utf-8")
             os.replace(temporary, path / "teacher.json")
@@ -74,6 +80,10 @@ class TeacherCache:
             raise InputError(
                 f"-o {path}: holds the outputs of another teacher, {cache.card['name']} (sha256 {cache.sha256[:12]}…), "
                 f"not of {teacher.card.name} ({teacher.sha256[:12]}…); give another folder, or delete this one"
+            )
+        if cache.tta != tta:
+            raise InputError(
+                f"-o {path}: holds outputs with --tta {cache.tta}, not {tta}; give another folder, or delete this one"
             )
         return cache
 

@@ -42,6 +42,8 @@ class Teacher(Protocol):
 
     @property
     def card(self) -> Mapping[str, Any]: ...
+    @property
+    def tta(self) -> int: ...
     def covers(self, sample: Sample) -> bool:
         """Whether there is an output for the image, sound or not."""
 

@@ -115,7 +115,9 @@ def record_of(
     taught = None
     if teacher is not None:
         card = teacher.card
-        taught = {"sha256": teacher.sha256} | {name: card[name] for name in ("name", "licence", "training")}
+        taught = {"sha256": teacher.sha256, "tta": teacher.tta} | {
+            name: card[name] for name in ("name", "licence", "training")
+        }
     return {
         "taxonomy": taxonomy.to_json(),
         "saw": {part: hashes_of(samples) for part, samples in parts.items()},

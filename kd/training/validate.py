@@ -56,18 +56,19 @@ def validation_loss(
 
 def validate(model: nn.Module, samples: Sequence[Sample], device: torch.device, taxonomy: Taxonomy) -> dict[str, float]:
     """Return scores `val_pq_<source>`, `val_dice_<source>`, `val_f_d_<source>` and, where types are annotated,
-    `val_f_c_<source>`: the mean F_c over the classes. Sources that outline only some of the nuclei have none.
+    `val_f_c_<source>`: the mean F_c over the classes. Of a source in PARTIAL: `val_recall_<source>` alone.
 
     `model` must be in evaluation mode. Only the central SIDE × SIDE pixels of each image are scored; of a smaller
     image, the largest multiples of 32. Pixels around them are mirrored.
     """
     maps_of = maps_by(model, device, taxonomy)
     chosen: list[Sample] = []
-    for source in dict.fromkeys(s.source for s in samples if s.source not in PARTIAL):
+    for source in dict.fromkeys(s.source for s in samples):
         chosen += _spread([s for s in samples if s.source == source], SCORED)
     row: dict[str, float] = {}
     for scores in evaluate(maps_of, [_central(s, SIDE) for s in chosen], TYPICAL, taxonomy):
-        row |= {f"val_{name}_{scores.source}": getattr(scores, name) for name in ("pq", "dice", "f_d")}
+        names = ("recall",) if scores.source in PARTIAL else ("pq", "dice", "f_d")
+        row |= {f"val_{name}_{scores.source}": getattr(scores, name) for name in names}
         if scores.f_c:
             row[f"val_f_c_{scores.source}"] = mean_defined(scores.f_c.values())
     return row

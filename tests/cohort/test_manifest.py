@@ -183,7 +183,7 @@ def test_all_faults_of_all_rows_at_once(slides: Path) -> None:
     assert len(lines) == len(expected) + 2
     assert lines[0] == f"{slides}/cohort.csv: 13 faults, nothing was run"
     assert lines[1].startswith("  row 4 (m): path ")
-    assert "Mend these rows" in lines[-1] and "--skip-invalid" in lines[-1]
+    assert "Correct these rows" in lines[-1] and "--skip-invalid" in lines[-1]
     assert caught.value.exit_code == 2
 
 

@@ -23,8 +23,9 @@ import hover_batch.segment
 from hover_batch.cli import app
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
-from hover_batch.executor.backend import Engine
+from hover_batch.executor.backend import OpenBackend
 from hover_batch.executor.local import LocalExecutor
+from hover_batch.executor.protocol import RunContext
 from hover_batch.executor.resources import EnginePlan, Node, Resources
 from hover_batch.model.predict import load_predictor
 from hover_batch.segment import Outcome, run_segment
@@ -161,20 +162,20 @@ def runner(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
         settings: Settings = SETTINGS,
         retry_failed: bool = False,
     ) -> Outcome:
-        def executor(books: Any, slides: Any) -> None:
+        def execute(context: RunContext, slides: Any) -> None:
             if backend == "local":
-                LocalExecutor(books, load).run(slides)
+                LocalExecutor(context, load).run(slides)
             else:
                 from hover_batch.executor.ray import RayExecutor
 
                 settled = plan or engine_of(0 if isinstance(cohort, StoredRun) else 1)
-                RayExecutor(books, settled, load).run(slides)
+                RayExecutor(context, settled, load).run(slides)
 
         @contextlib.contextmanager
-        def engine(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[Engine]:
-            yield Engine(settings, executor)
+        def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[OpenBackend]:
+            yield OpenBackend(settings, execute)
 
-        monkeypatch.setattr(hover_batch.segment, "engine", engine)
+        monkeypatch.setattr(hover_batch.segment, "open_backend", open_backend)
         source = cohort if isinstance(cohort, StoredRun) else str(cohort)
         return run_segment(
             source, out, settings, skip_invalid=False, force=False, command=["test"], retry_failed=retry_failed

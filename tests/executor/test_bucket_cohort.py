@@ -128,19 +128,19 @@ def test_a_full_scratch_disk_is_waited_for(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(staging, "SPARED_BYTES", shutil.disk_usage(tmp_path).total - (1 << 20))
-    monkeypatch.setattr(disk_space, "ASK_EVERY_S", 0.2)
-    ran_out = disk_space.Room.ran_out
+    monkeypatch.setattr(disk_space, "CHECK_EVERY_S", 0.2)
+    report_full = disk_space.DiskSpace.report_full
 
-    def clear(this: disk_space.Room, where: str, error: BaseException | None = None) -> None:
-        ran_out(this, where, error)
+    def clear(disk: disk_space.DiskSpace, slide_id: str, error: BaseException | None = None) -> None:
+        report_full(disk, slide_id, error)
         monkeypatch.setattr(staging, "SPARED_BYTES", 0)
 
-    monkeypatch.setattr(disk_space.Room, "ran_out", clear)
+    monkeypatch.setattr(disk_space.DiskSpace, "report_full", clear)
     scratch = tmp_path / "scratch"
     run = runner("local", monkeypatch)
     outcome = run(in_a_bucket(fields("a"), "a"), tmp_path / "out", LoadQuick(), settings=settings_with(scratch))
     assert outcome.exit_code == 0
-    assert f"no space left on disk at a: waiting for room in {scratch}" in capfd.readouterr().err
+    assert f"no space left on disk at a: waiting for space in {scratch}" in capfd.readouterr().err
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

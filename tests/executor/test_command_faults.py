@@ -117,7 +117,7 @@ def test_the_command_waits_for_room_on_its_disk(cohort: Path, whole: Path, disk:
     freed = time.time()
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said + printed
-    assert "there is room on disk again" in printed
+    assert "there is space on disk again" in printed
     assert not events(out, "strike")
     later = [at(e) for name in ("unit_done", "region_done", "slide_done") for e in events(out, name) if at(e) > freed]
     note("disk full (ENOSPC)", out, whole, 2, min(later) - freed)

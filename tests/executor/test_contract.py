@@ -21,7 +21,8 @@ from hover_batch.cohort.events import read_events
 from hover_batch.config import EngineSettings, OutputSettings, TissueSettings
 from hover_batch.errors import PackageError, TooManyFailures
 from hover_batch.executor import disk_space
-from hover_batch.executor.run_recorder import CohortBooks
+from hover_batch.executor.disk_space import DiskSpace
+from hover_batch.executor.run_recorder import RunRecorder
 
 Fields = Callable[..., Path]
 
@@ -165,12 +166,12 @@ def test_a_full_disk_is_waited_for(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """It fills up when the first unit is done; no slide is blamed, nothing is lost, and there is room again later."""
-    monkeypatch.setattr(disk_space, "ROOM_BYTES", 4 << 20)
-    monkeypatch.setattr(disk_space, "ASK_EVERY_S", 0.5)
+    monkeypatch.setattr(disk_space, "NEEDED_BYTES", 4 << 20)
+    monkeypatch.setattr(disk_space, "CHECK_EVERY_S", 0.5)
     ballast, waited = small_disk / "ballast", []
 
-    def fill(books: CohortBooks, *values: Any) -> None:
-        done(books, *values)
+    def fill(recorder: RunRecorder, *values: Any) -> None:
+        done(recorder, *values)
         if not ballast.exists():
             with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
@@ -178,19 +179,19 @@ def test_a_full_disk_is_waited_for(
                     file.truncate(max(0, file.tell()))
             os.truncate(ballast, max(0, ballast.stat().st_size - left))
 
-    def clear(this: disk_space.Room, where: str, error: BaseException | None = None) -> None:
-        ran_out(this, where, error)
-        waited.append(where)
+    def clear(disk: DiskSpace, slide_id: str, error: BaseException | None = None) -> None:
+        report_full(disk, slide_id, error)
+        waited.append(slide_id)
         ballast.write_bytes(b"")
 
-    done, ran_out = CohortBooks.unit_done, disk_space.Room.ran_out
-    monkeypatch.setattr(CohortBooks, "unit_done", fill)
-    monkeypatch.setattr(disk_space.Room, "ran_out", clear)
+    done, report_full = RunRecorder.unit_done, DiskSpace.report_full
+    monkeypatch.setattr(RunRecorder, "unit_done", fill)
+    monkeypatch.setattr(DiskSpace, "report_full", clear)
     outcome = run(fields("a", "b"), small_disk / "out", LoadQuick())
     assert waited and outcome.exit_code == 0
     assert tables(small_disk / "out") == reference
     said = capfd.readouterr().err
-    assert "no space left on disk" in said and "there is room on disk again" in said
+    assert "no space left on disk" in said and "there is space on disk again" in said
 
 
 def test_a_slide_without_tissue_has_an_empty_table(run: Run, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Room on disk: asked every few seconds, less often where it runs out again and again."""
+"""Disk space: checked every few seconds, less often if it fills up again and again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hover_batch.executor import disk_space
-from hover_batch.executor.disk_space import ASK_EVERY_S, MAX_WAIT_S, Room
+from hover_batch.executor.disk_space import CHECK_EVERY_S, MAX_WAIT_S, DiskSpace
 
 
 class Clock:
@@ -24,46 +24,44 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return ticking
 
 
-def test_it_is_full_until_it_was_asked_and_there_is_room(
-    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
-    logged: list[str] = []
-    asked: list[int] = []
-    there = False
-    monkeypatch.setattr(disk_space, "_fits", lambda folder, n: asked.append(n) or there)
-    disk = Room(tmp_path, said.append, lambda event, **values: logged.append(event))
-    assert disk.there() and not asked
-    disk.ran_out("slide")
-    disk.ran_out("another")
-    assert disk.full and not disk.there() and not asked, "it is not asked at once"
-    assert len(said) == 1 and "slide" in said[0]
-    clock.now += ASK_EVERY_S
-    assert not disk.there() and not disk.there() and len(asked) == 1
-    there = True
-    assert disk.full, "nobody asked"
-    clock.now += ASK_EVERY_S
-    assert disk.there() and not disk.full
-    assert logged == ["disk_full", "disk_has_room"]
+def test_it_is_full_until_a_check_finds_space(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    events: list[str] = []
+    checks: list[int] = []
+    free = False
+    monkeypatch.setattr(disk_space, "_can_reserve", lambda folder, n: checks.append(n) or free)
+    disk = DiskSpace(tmp_path, warnings.append, lambda event, **values: events.append(event))
+    assert disk.available() and not checks
+    disk.report_full("slide")
+    disk.report_full("another")
+    assert disk.full and not disk.available() and not checks, "it is not checked at once"
+    assert len(warnings) == 1 and "slide" in warnings[0]
+    clock.now += CHECK_EVERY_S
+    assert not disk.available() and not disk.available() and len(checks) == 1
+    free = True
+    assert disk.full, "nothing was checked"
+    clock.now += CHECK_EVERY_S
+    assert disk.available() and not disk.full
+    assert events == ["disk_full", "disk_has_room"]
 
 
-def test_waits_grow_where_it_runs_out_again(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_space, "_fits", lambda folder, n: True)
-    disk = Room(tmp_path, lambda line: None, lambda event, **values: None)
+def test_waits_grow_if_it_fills_up_again(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_space, "_can_reserve", lambda folder, n: True)
+    disk = DiskSpace(tmp_path, lambda line: None, lambda event, **values: None)
     waits = []
     for _ in range(10):
         begun = clock.now
-        disk.ran_out("slide")
-        while not disk.there():
+        disk.report_full("slide")
+        while not disk.available():
             clock.now += 1
         waits.append(clock.now - begun)
-    assert waits[0] == ASK_EVERY_S and waits == sorted(waits) and waits[-1] == MAX_WAIT_S
+    assert waits[0] == CHECK_EVERY_S and waits == sorted(waits) and waits[-1] == MAX_WAIT_S
     clock.now += 10 * MAX_WAIT_S
-    disk.ran_out("slide")
-    clock.now += ASK_EVERY_S
-    assert disk.there()
+    disk.report_full("slide")
+    clock.now += CHECK_EVERY_S
+    assert disk.available()
 
 
-def test_room_is_asked_of_the_file_system(tmp_path: Path) -> None:
-    assert disk_space._fits(tmp_path, 1 << 20)
+def test_the_file_system_is_asked(tmp_path: Path) -> None:
+    assert disk_space._can_reserve(tmp_path, 1 << 20)
     assert not any(tmp_path.iterdir())

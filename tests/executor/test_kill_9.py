@@ -19,7 +19,7 @@ from test_contract import events
 pytestmark = pytest.mark.faults
 
 Fields = Callable[..., Path]
-DONE = {"inference": "unit_done", "post-processing": "region_done", "tables": "slide_done"}
+DONE = {"infer": "unit_done", "post": "region_done", "finalize": "slide_done"}
 """Event that tells of a stage's success."""
 
 
@@ -43,11 +43,11 @@ def local(monkeypatch: pytest.MonkeyPatch) -> Run:
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        ("sigsegv-once", "inference"),
-        ("torn-shard-once", "inference"),
-        ("torn-marker-once", "inference"),
-        ("torn-part-once", "post-processing"),
-        ("torn-table-once", "tables"),
+        ("sigsegv-once", "infer"),
+        ("torn-shard-once", "infer"),
+        ("torn-marker-once", "infer"),
+        ("torn-part-once", "post"),
+        ("torn-table-once", "finalize"),
     ],
 )
 def test_a_process_dies_in_the_middle_of_a_write(
@@ -78,7 +78,7 @@ def test_a_network_is_killed_between_two_batches(
     out, cohort = tmp_path / "out", fields("a", "b")
     assert run_on_ray(cohort, out, LoadDeadly(tmp_path)).exit_code == 0
     assert (tmp_path / "death-0").exists()
-    assert {e["stage"] for e in events(out, "strike")} == {"inference"}
+    assert {e["stage"] for e in events(out, "strike")} == {"infer"}
     runner("local", monkeypatch)(cohort, tmp_path / "reference", LoadQuick())
     note("kill -9 of a network in its batch", out, tmp_path / "reference", 2, recovery(out, "strike"))
 
@@ -118,10 +118,10 @@ class Killer(threading.Thread):
 @pytest.mark.parametrize(
     ("title", "stage"),
     [
-        ("ray::InferActor.infer", "inference"),
-        ("ray::read_blocks", "inference"),
-        ("ray::post_region", "post-processing"),
-        ("ray::finalize_slide", "tables"),
+        ("ray::InferActor.infer", "infer"),
+        ("ray::read_blocks", "infer"),
+        ("ray::post_region", "post"),
+        ("ray::finalize_slide", "finalize"),
     ],
 )
 def test_a_process_is_killed_at_a_random_moment(

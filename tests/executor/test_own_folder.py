@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hover_batch.executor.cluster import _coming_up, own_folder
+from hover_batch.executor.cluster import _stderr_to, own_folder
 
 HOLD = """
 import sys
@@ -48,7 +48,7 @@ def test_what_ray_says_past_python_while_it_comes_up_goes_to_its_log(
 ) -> None:
     log = tmp_path / "logs" / "ray.log"
     for attempt in ("first", "second"):
-        with _coming_up(log):
+        with _stderr_to(log):
             os.write(2, f"{attempt}, of its core\n".encode())
         os.write(2, f"{attempt}, of the run\n".encode())
     assert log.read_text() == "first, of its core\nsecond, of its core\n"

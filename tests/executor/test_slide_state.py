@@ -6,14 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hover_batch.cohort.layout import SlideLayout
-from hover_batch.cohort.record import SlideRecord
-from hover_batch.executor import slide_state
-from hover_batch.executor.slide_state import FINALIZE, SlideUnderWay, Surveyed
+from hover_batch.cohort.record import SlideRecord, Stage
+from hover_batch.executor.slide_state import RETRY_S, SlideState, Surveyed, Task
 from hover_batch.geometry import Grid, Mpp, Size, cell_box
 from hover_batch.pipeline import Seconds, neighbours
 from hover_batch.plan import PlannedSlide
@@ -27,14 +25,14 @@ def unit(column: int, row: int) -> Unit:
     return Unit(column, row, cell_box(column, row, SIDE), SIDE, ((column, row),))
 
 
-def slide() -> SlideUnderWay:
+def slide() -> SlideState:
     record = SlideRecord("s", Path("s.png"), row=2)
     size, mpp = Size(2048, 2048), Mpp(0.25, 0.25)
     info = SlideInfo(size, mpp, "file", None, (1.0,), "picture", None, "", ())
-    return SlideUnderWay(PlannedSlide(record, info, Grid.over(size, mpp, 0.25), 1), SlideLayout(Path("out"), "s"))
+    return SlideState(PlannedSlide(record, info, Grid.over(size, mpp, 0.25), 1), SlideLayout(Path("out"), "s"))
 
 
-def surveyed(cells: list[tuple[int, int]], inferred: set[int], posted: set[int]) -> SlideUnderWay:
+def surveyed(cells: list[tuple[int, int]], inferred: set[int], posted: set[int]) -> SlideState:
     found = slide()
     work: Any = SimpleNamespace(units=tuple(unit(*cell) for cell in cells))
     found.survey_done(Surveyed(work, tuple(sorted(inferred)), tuple(sorted(posted)), Seconds()))
@@ -60,7 +58,7 @@ def test_every_region_is_done_once_and_after_its_units(data: st.DataObject) -> N
         under_way = [("infer", i) for i in predicting] + [("post", i) for i in posting]
         if not under_way:
             break
-        assert work.next_task != FINALIZE
+        assert work.next_stage != Stage.FINALIZE
         what, i = data.draw(st.sampled_from(under_way))
         if what == "infer":
             predicting.remove(i)
@@ -70,50 +68,48 @@ def test_every_region_is_done_once_and_after_its_units(data: st.DataObject) -> N
             posting.remove(i)
             regions.append(i)
             work.region_posted()
-    assert work.next_task == FINALIZE
+    assert work.next_stage == Stage.FINALIZE
     assert done == set(range(len(cells)))
     assert sorted(regions) == sorted(set(range(len(cells))) - posted)
 
 
-def test_a_harmed_unit_is_predicted_before_tables_are_made() -> None:
-    """An earlier run had all regions done; one unit's shard was found harmed."""
+def test_a_corrupted_unit_is_predicted_before_the_slide_is_finalized() -> None:
+    """An earlier run did all regions, but one unit's shard was found corrupted."""
     work = surveyed([(0, 0), (1, 0)], inferred={0}, posted={0, 1})
-    assert work.next_task != FINALIZE and list(work.to_infer) == [1]
+    assert work.next_stage != Stage.FINALIZE and list(work.to_infer) == [1]
     work.unit_inferred(1)
-    assert work.next_task == FINALIZE
+    assert work.next_stage == Stage.FINALIZE
 
 
-def test_a_region_waits_for_the_units_that_it_names() -> None:
+def test_a_region_waits_for_further_units_that_it_needs() -> None:
     work = surveyed([(0, 0), (3, 0)], inferred={0}, posted=set())
-    assert list(work.to_post) == [0]
-    work.to_post.clear()
-    assert work.region_needs(0, [(3, 0)])
+    assert work.to_post.popleft() == 0
+    assert work.units_missing(Task(Stage.POST, 0), ((3, 0),), now=0) is None
+    work.retry_due(1e12)
     assert not work.to_post
     work.unit_inferred(1)
     assert sorted(work.to_post) == [0, 1]
 
 
-def test_markers_that_are_not_seen_yet_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_region_is_retried_until_markers_are_visible() -> None:
     work = surveyed([(0, 0)], inferred={0}, posted=set())
     work.to_post.clear()
-    assert not work.region_needs(0, [(0, 0)])
-    work.due_again()
+    assert work.units_missing(Task(Stage.POST, 0), ((0, 0),), now=5) is None
+    work.retry_due(5)
     assert not work.to_post
-    monkeypatch.setattr(slide_state.time, "monotonic", lambda: 1e12)
-    work.due_again()
+    work.retry_due(5 + RETRY_S)
     assert list(work.to_post) == [0]
 
 
-def test_tables_wait_for_parts_that_are_not_seen_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finalization_is_retried_until_parts_are_visible() -> None:
     work = surveyed([(0, 0)], inferred={0}, posted={0})
-    work.next_task = None  # as when it is submitted
-    work.tables_need()
-    work.due_again()
-    assert work.next_task is None
-    monkeypatch.setattr(slide_state.time, "monotonic", lambda: 1e12)
-    work.due_again()
-    assert work.next_task == FINALIZE and not work.to_post
+    work.next_stage = None  # submitted
+    assert work.units_missing(Task(Stage.FINALIZE), ((0, 0),), now=5) is None
+    work.retry_due(5)
+    assert work.next_stage is None
+    work.retry_due(5 + RETRY_S)
+    assert work.next_stage == Stage.FINALIZE and not work.to_post
 
 
-def test_a_slide_without_units_goes_to_its_table_at_once() -> None:
-    assert surveyed([], set(), set()).next_task == FINALIZE
+def test_a_slide_without_units_is_finalized_at_once() -> None:
+    assert surveyed([], set(), set()).next_stage == Stage.FINALIZE

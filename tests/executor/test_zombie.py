@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from test_contract import tables
 
 from hover_batch.errors import SlideError
-from hover_batch.executor.slide_state import SlideUnderWay, Surveyed
+from hover_batch.executor.slide_state import SlideState, Surveyed
 from hover_batch.geometry import Box
-from hover_batch.pipeline import Seconds, SlideWork, infer, open_store
+from hover_batch.pipeline import Seconds, infer
 from hover_batch.slide.reader import open_slide
+from hover_batch.slide_work import SlideWork, open_store
 
 pytestmark = pytest.mark.faults
 
@@ -68,16 +69,16 @@ def zombies(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], 
     started: list[Zombie] = []
 
     def haunt(go_on: Callable[[], bool]) -> list[Zombie]:
-        survey_done = SlideUnderWay.survey_done
+        survey_done = SlideState.survey_done
 
-        def haunted(slide: SlideUnderWay, found: Surveyed) -> None:
+        def haunted(slide: SlideState, found: Surveyed) -> None:
             zombie = Zombie(found.work, go_on)
             zombie.start()
             started.append(zombie)
             assert zombie.network.begun.wait(60) and not zombie.marker.exists()
             survey_done(slide, found)
 
-        monkeypatch.setattr(SlideUnderWay, "survey_done", haunted)
+        monkeypatch.setattr(SlideState, "survey_done", haunted)
         return started
 
     yield haunt

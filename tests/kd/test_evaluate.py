@@ -252,6 +252,11 @@ def test_validation_of_a_network_that_knows():
     assert all(value == 1 for value in row.values())
 
 
+def test_validation_of_a_source_that_outlines_some_nuclei_is_of_recall():
+    outlined = drawn(discs(PLACES, [2] * 5, source="monusac"))
+    assert validate(Reader(), [outlined], torch.device("cpu"), CONSEP) == {"val_recall_monusac": 1}
+
+
 def test_validation_looks_at_the_centre():
     """A disc at the corner of a large image is left out; the one in its middle is found at its place."""
     large = drawn(discs([(12, 12), (350, 352)], [2, 2], side=700))

@@ -156,7 +156,7 @@ def test_evaluate_on_changed_images(folder, package, tmp_path):
     names = [shift.name for shift in SHIFTS]
     assert [(row["source"], row["shift"]) for row in report["shifts"]] == [("consep", name) for name in names]
     assert all(name in result.stdout for name in names)
-    assert "untaught, JPEG 30" in result.stderr
+    assert "untaught, JPEG quality 30" in result.stderr
     for row in report["shifts"]:
         unchanged = report["sources"]["consep"]["dice"]
         assert row["changes"]["dice"] == pytest.approx(row["scores"]["dice"] - unchanged)

@@ -49,7 +49,7 @@ def test_the_card_says_what_was_seen_and_what_was_learnt_from(package, config):
         assert training["saw"][part] == sorted(s.image_sha256[:16] for s in samples)
         assert training["data"][part]["consep"]["images"] == sum(s.source == "consep" for s in samples)
     assert found.card.metrics["calibration"]["saw"] == training["saw"]["val"]
-    assert training["teacher"] == {"sha256": "0123", **Knows.card}
+    assert training["teacher"] == {"sha256": "0123", "tta": 1, **Knows.card}
     settings = training["settings"]
     assert (settings["preset"], settings["alpha"], settings["temperature"]) == ("quick", 0.5, 1)
     assert found.card.licence == (

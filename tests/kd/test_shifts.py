@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from rich.console import Console
 from truth_maps import maps_of_truth
 
 from hover_batch.taxonomy import CONSEP
+from kd.commands.score_tables import shift_table
 from kd.data.appearance import RGB_TO_HED
 from kd.data.datasets import Data, Sample, read_data
 from kd.evaluation.evaluate import evaluate, evaluate_data
@@ -48,7 +51,7 @@ def test_unchanged_is(sample: Sample) -> None:
 
 def test_tone_and_sharpness(sample: Sample) -> None:
     grey = {name: shift.of(sample).image.mean() for name, shift in BY_NAME.items()}
-    assert grey["gamma 2.5"] < grey["gamma 1.6"] < sample.image.mean() < grey["gamma 0.6"]
+    assert grey["darker, gamma 2.5"] < grey["dark, gamma 1.6"] < sample.image.mean() < grey["light, gamma 0.6"]
 
     def sharpness(image: np.ndarray) -> float:
         return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
@@ -70,14 +73,14 @@ def test_one_stain_changes_by_its_factor(sample: Sample, name: str, stain: int, 
 
 
 def test_jpeg_keeps_the_colours(sample: Sample) -> None:
-    compressed = BY_NAME["JPEG 30"].of(sample).image
+    compressed = BY_NAME["JPEG quality 30"].of(sample).image
     assert compressed.mean(axis=(0, 1)) == pytest.approx(sample.image.mean(axis=(0, 1)), abs=1.5)
     ok, written = cv2.imencode(".jpg", sample.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 30])
     assert ok and (cv2.imdecode(written, cv2.IMREAD_COLOR)[..., ::-1] == compressed).all()
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "scale"), [("0.20 µm", (301, 254), 1.25), ("0.30 µm", (201, 169), 0.25 / 0.3)]
+    ("name", "size", "scale"), [("pixels of 0.20 µm", (301, 254), 1.25), ("pixels of 0.30 µm", (201, 169), 0.25 / 0.3)]
 )
 def test_labels_follow_another_pixel_size(sample: Sample, name: str, size: tuple[int, int], scale: float) -> None:
     ids = sample.instances % 251
@@ -111,7 +114,7 @@ def test_distances_are_in_the_pixels_of_the_shift(sample: Sample) -> None:
         )
         return scores.recall
 
-    assert (recall(BY_NAME["0.20 µm"]), recall(UNCHANGED)) == (1, 0)
+    assert (recall(BY_NAME["pixels of 0.20 µm"]), recall(UNCHANGED)) == (1, 0)
 
 
 def test_every_shift_has_its_row_and_a_collapse_is_marked(sample: Sample) -> None:
@@ -134,9 +137,17 @@ def test_every_shift_has_its_row_and_a_collapse_is_marked(sample: Sample) -> Non
     rows = score_shifts(scores_of, found, unchanged)
     assert [(row.source, row.shift) for row in rows] == [("tnbc", shift.name) for shift in SHIFTS]
     collapsed = {row.shift for row in rows if row.collapsed}
-    assert "gamma 2.5" in collapsed and "gamma 0.6" not in collapsed and "blur 1 px" not in collapsed
+    assert "darker, gamma 2.5" in collapsed and "light, gamma 0.6" not in collapsed and "blur 1 px" not in collapsed
     for row in rows:
         for name in SCORES:
             assert row.changes[name] == row.scores[name] - getattr(unchanged[0], name)
-    dark = next(row for row in rows if row.shift == "gamma 2.5").to_json()
+    dark = next(row for row in rows if row.shift == "darker, gamma 2.5").to_json()
     assert dark["scores"]["pq"] == 0 and dark["changes"]["pq"] == -unchanged[0].pq and dark["collapsed"] is True
+
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard", no_color=False)
+    console.print(shift_table(rows, "made up"))
+    lines = console.file.getvalue().splitlines()
+    for shift in SHIFTS:
+        (line,) = [line for line in lines if shift.name in line]
+        assert ("◀" in line) == ("\x1b[1;31m" in line) == (shift.name in collapsed)
+    assert "◀ PQ is halved or worse" in lines[-1]

@@ -74,9 +74,9 @@ def samples(images) -> list[Sample]:
     return read_data(images, ["train", "val"]).samples
 
 
-def taught_in(folder: Path, images: Path, professor: Path) -> tuple[TeacherCache, list[str]]:
+def taught_in(folder: Path, images: Path, professor: Path, tta: int = 1) -> tuple[TeacherCache, list[str]]:
     said: list[str] = []
-    cache = teach(images, str(professor), folder, ["train", "val"], engine=LOCAL, say=said.append)
+    cache = teach(images, str(professor), folder, ["train", "val"], tta=tta, engine=LOCAL, say=said.append)
     return cache, said
 
 
@@ -241,6 +241,15 @@ def test_another_teacher_is_refused(taught, images, tmp_path):
     assert files_of(taught) == before
 
 
+def test_outputs_averaged_over_another_number_of_views_are_refused(taught, images, professor):
+    before = files_of(taught)
+    with pytest.raises(InputError, match="holds outputs with --tta 1, not 8; give another folder, or delete"):
+        taught_in(taught.path, images, professor, tta=8)
+    with pytest.raises(InputError, match="--tta 3: must be 1 or 8"):
+        taught_in(taught.path, images, professor, tta=3)
+    assert files_of(taught) == before
+
+
 @pytest.mark.parametrize(
     "text", [None, "{", "[]", '{"format": "another"}', '{"format": "hover-batch teacher cache 1"}']
 )
@@ -285,7 +294,10 @@ def test_the_command_goes_on_with_a_cache(taught, images, professor):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--teacher", "hovernet.tar"], "--teacher hovernet.tar: no such package; `hover-batch models import`"),
+        (
+            ["--teacher", "hovernet.tar"],
+            "--teacher hovernet.tar: no such package; make one of a published checkpoint with",
+        ),
         (["--fold", "test"], "--fold test: .* has no such image; give one of its folds, train, val"),
         (["--source", "consep"], "has no source consep; its sources are tnbc"),
         (["--batch", "0"], "--batch 0"),

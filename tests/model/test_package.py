@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from hover_batch.commands.models import describe
 from hover_batch.errors import PackageError
-from hover_batch.model.cli import describe
 from hover_batch.model.hub_card import hub_card
 from hover_batch.model.package import CARD_KEY, Card, find_package, load_network, save_package, tensors_sha256
 from hover_batch.model.student import StudentArch, build_student

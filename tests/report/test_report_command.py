@@ -143,7 +143,7 @@ def test_without_the_slide_the_crops_are_left_out(tmp_path: Path, field: Field) 
     image.write_bytes(field[0].read_bytes())
     layout = write_run(tmp_path / "out", image, *field[1:], done=["a"])
     cv2.imwrite(str(image), np.zeros((400, 400, 3), np.uint8))
-    assert f"{image} is another file than was segmented" in shown(layout).text
+    assert f"{image} is not the file that was segmented" in shown(layout).text
     image.unlink()
     page = shown(layout)
     assert f"No crops: {image} is not there" in page.text

@@ -44,8 +44,7 @@ def test_which_slide_must_be_said_and_known(tmp_path: Path, field: Field) -> Non
     assert f"--slide ../s1: is no slide of this run; done are: {ten}\n" in refused(run, "--slide", "../s1")
     unfinished = refused(run, "--slide", "later")
     assert (
-        f"--slide later: is not done; see failures.csv, or give segment's command again; done are: {ten}\n"
-        in unfinished
+        f"--slide later: is not done; see failures.csv, or run segment's command again; done are: {ten}\n" in unfinished
     )
 
 

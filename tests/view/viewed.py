@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hover_batch.view.command import serve
+from hover_batch.view.serve import serve
 from hover_batch.view.server import Server
 
 

@@ -1,4 +1,4 @@
-"""The commands `hover-batch models …`. Heavy imports stand inside the commands, so that `--help` answers at once."""
+"""`hover-batch models`: list, import, check and describe model packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -27,113 +27,91 @@ from hover_batch.model.hub_card import entry, listed
 from hover_batch.model.package import Card, Package, find_package, load_tensors, save_package
 from hover_batch.model.published import KINDS
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    Calibrate = Callable[[nn.Module, Card, Path], Card]
-    """Network, card and folder of annotated images → the card with the Sobel constants that are best there."""
-
-
 PackageArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="`starter`, a name in the cache, a .safetensors file or its folder.")
 ]
 
 
-def models_app(calibrate: Calibrate) -> typer.Typer:
-    """The commands. `calibrate` is kd's, which nothing on this floor may import."""
-    app = typer.Typer(
-        name="models",
-        help="List, import, check and describe model packages.",
-        no_args_is_help=True,
-        suggest_commands=False,
-        pretty_exceptions_enable=False,
-    )
-    app.command("list")(list_models)
-    app.command("show")(show)
+def import_package(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="hover_net's .tar, tiatoolbox's .pth, HoVer-UNet's .pth or a package's .safetensors: a file, an "
+            "https URL, or a name that `models list` shows.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The .safetensors file to write.",
+            show_default="in the cache, where --model finds it by its name",
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help=f"What it is: {', '.join(KINDS)}.", show_default="what its tensors' shapes fit"),
+    ] = None,
+    calibrate_on: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate",
+            help="Folder with dataset.csv: find the Sobel constants on its images of the split val.",
+            show_default="the starter's constants",
+        ),
+    ] = None,
+    sha256: Annotated[
+        str | None,
+        typer.Option(help="What the file's hash must be.", show_default="what it was when it was first fetched"),
+    ] = None,
+) -> None:
+    """Turn published weights into a model package, which `segment --model` runs. Names and URLs are fetched.
 
-    @app.command("import")
-    def import_(
-        source: Annotated[
-            str,
-            typer.Argument(
-                help="hover_net's .tar, tiatoolbox's .pth, HoVer-UNet's .pth or a package's .safetensors: a file, an "
-                "https URL, or a name that `models list` shows.",
-                show_default=False,
-            ),
-        ],
-        out: Annotated[
-            Path | None,
-            typer.Option(
-                "--out",
-                "-o",
-                help="The .safetensors file to write.",
-                show_default="in the cache, where --model finds it by its name",
-            ),
-        ] = None,
-        kind: Annotated[
-            str | None,
-            typer.Option(help=f"What it is: {', '.join(KINDS)}.", show_default="what its tensors' shapes fit"),
-        ] = None,
-        calibrate_on: Annotated[
-            Path | None,
-            typer.Option(
-                "--calibrate",
-                help="Folder with dataset.csv: find the Sobel constants on its images of the split val.",
-                show_default="the starter's constants",
-            ),
-        ] = None,
-        sha256: Annotated[
-            str | None,
-            typer.Option(help="What the file's hash must be.", show_default="what it was when it was first fetched"),
-        ] = None,
-    ) -> None:
-        """Turn published weights into a model package, which `segment --model` runs. Names and URLs are fetched.
+    hover-batch models import hovernet_fast-pannuke
 
-        hover-batch models import hovernet_fast-pannuke
+    hover-batch segment cohort.csv -o out/ --model hovernet_fast-pannuke
 
-        hover-batch segment cohort.csv -o out/ --model hovernet_fast-pannuke
+    hover-batch models import hovernet_fast_pannuke_type_tf2pytorch.tar -o teacher.safetensors
 
-        hover-batch models import hovernet_fast_pannuke_type_tf2pytorch.tar -o teacher.safetensors
+    What is fetched, and packages without -o, lie in HOVER_BATCH_CACHE (default ~/.cache/hover-batch).
 
-        What is fetched, and packages without -o, lie in HOVER_BATCH_CACHE (default ~/.cache/hover-batch).
+    Without a network, the message says which file to bring where.
+    """
+    target = _target(source, out)
+    if calibrate_on is not None and not (calibrate_on / "dataset.csv").is_file():
+        raise InputError(f"--calibrate {calibrate_on}: no dataset.csv there; give a folder of annotated images")
+    ready = _source_file(source).suffix == ".safetensors"
+    if ready and (kind is not None or calibrate_on is not None):
+        raise InputError(
+            f"{source}: is a package, not a checkpoint: leave out --kind and --calibrate (`hover-batch kd "
+            "calibrate` finds a package's constants anew)"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"-o {target}: {error.strerror}") from error
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise InputError(f"-o {target}: cannot be written; name another file")
+    if ready:
+        _copy(source, sha256, target, replaceable=out is not None)
+    else:
+        from hover_batch.model.checkpoint import read_checkpoint
 
-        Without a network, the message says which file to bring where.
-        """
-        target = _target(source, out)
-        if calibrate_on is not None and not (calibrate_on / "dataset.csv").is_file():
-            raise InputError(f"--calibrate {calibrate_on}: no dataset.csv there; give a folder of annotated images")
-        ready = _source_file(source).suffix == ".safetensors"
-        if ready and (kind is not None or calibrate_on is not None):
-            raise InputError(
-                f"{source}: is a package, not a checkpoint: leave out --kind and --calibrate (`hover-batch kd "
-                "calibrate` finds a package's constants anew)"
-            )
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"-o {target}: {error.strerror}") from error
-        if target.is_dir() or not os.access(target.parent, os.W_OK):
-            raise InputError(f"-o {target}: cannot be written; name another file")
-        if ready:
-            _copy(source, sha256, target, replaceable=out is not None)
-        else:
-            from hover_batch.model.checkpoint import read_checkpoint
-
-            network, card = read_checkpoint(source, kind, sha256)
-            if out is None:
-                _refuse_another(target, lambda held: held.card.training.get("source") == card.training["source"])
-            card = replace(card, name=target.stem)
-            if calibrate_on is not None:
-                card = calibrate(network, card, calibrate_on)
-            save_package(target, network, card, half=False)
-        for line in (str(target), *describe(find_package(str(target)).card)):
-            typer.echo(line)
+        network, card = read_checkpoint(source, kind, sha256)
         if out is None:
-            typer.echo(f"use it by its name: --model {target.stem}")
+            _refuse_another(target, lambda held: held.card.training.get("source") == card.training["source"])
+        card = replace(card, name=target.stem)
+        if calibrate_on is not None:
+            from kd.package import calibrated
 
-    app.command("verify")(verify)
-    app.command("card")(card)
-    return app
+            card = calibrated(network, card, calibrate_on)
+        save_package(target, network, card, half=False)
+    for line in (str(target), *describe(find_package(str(target)).card)):
+        typer.echo(line)
+    if out is None:
+        typer.echo(f"use it by its name: --model {target.stem}")
 
 
 def _target(source: str, out: Path | None) -> Path:
@@ -179,7 +157,7 @@ def _refuse_another(target: Path, same: Callable[[Package], bool]) -> None:
         raise InputError(f"{target}: is of another source; remove it, or give -o FILE.safetensors")
 
 
-def list_models(
+def list_packages(
     folder: Annotated[Path, typer.Argument(help="Where else to look for packages.")] = Path("."),
 ) -> None:
     """List the packages at hand and the published models that can be imported."""
@@ -198,7 +176,7 @@ def list_models(
         typer.echo(f"  {name}: {kind.architecture}, {kind.taxonomy.name} ({how})")
 
 
-def show(
+def show_package(
     model: PackageArgument,
     as_json: Annotated[bool, typer.Option("--json", help="The whole card.")] = False,
 ) -> None:
@@ -212,7 +190,7 @@ def show(
     typer.echo(f"  file: {package.path}, {package.path.stat().st_size / 1e6:.1f} MB, sha256 {package.sha256}")
 
 
-def verify(
+def verify_packages(
     models: Annotated[
         list[str] | None,
         typer.Argument(metavar="[MODEL]...", help="Packages.", show_default="the starter and all of the cache"),
@@ -228,20 +206,20 @@ def verify(
     ]
     if not models:
         checks += [(str(path), lambda path=path: check_download(path)) for path in cached_downloads()]  # type: ignore[misc]
-    harmed = False
+    corrupted = False
     for name, check in checks:
         try:
             check()
         except PackageError as error:
-            harmed = True
+            corrupted = True
             typer.echo(f"HARMED  {name}: {error}")
         else:
             typer.echo(f"ok      {name}")
-    if harmed:
+    if corrupted:
         raise typer.Exit(PackageError.exit_code)
 
 
-def card(model: PackageArgument) -> None:
+def print_card(model: PackageArgument) -> None:
     """Print a package's card as Hugging Face has it: Markdown with YAML at its head.
 
     hover-batch models card my-student.safetensors > my-repository/README.md
@@ -276,3 +254,17 @@ def _line(value: object) -> str:
 
 def _architecture(card: Card) -> str:
     return f"{card.architecture} {card.encoder}".rstrip()
+
+
+models_app = typer.Typer(
+    name="models",
+    help="List, import, check and describe model packages.",
+    no_args_is_help=True,
+    suggest_commands=False,
+    pretty_exceptions_enable=False,
+)
+models_app.command("list")(list_packages)
+models_app.command("show")(show_package)
+models_app.command("import")(import_package)
+models_app.command("verify")(verify_packages)
+models_app.command("card")(print_card)

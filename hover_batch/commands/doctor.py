@@ -1,0 +1,44 @@
+"""`hover-batch doctor`: whether this machine has what a run needs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hover_batch.errors import InputError
+
+
+def doctor(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for a run: is there space, and can it be written?")
+    ] = Path("hover-batch-out"),
+    start_ray: Annotated[
+        bool, typer.Option("--ray", help="Start Ray, too, as a run would, for one task: a minute at most.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
+) -> None:
+    """Check that this machine has what a run needs: PASS, WARN or FAIL, and the fix.
+
+    Exit codes: 0 nothing fails (there may be warnings), 2 something does.
+
+    hover-batch doctor -o /data/out --ray
+    """
+    from hover_batch.doctor import checks
+
+    findings = []
+    for check in checks(output, start_ray=start_ray):
+        finding = check.run()
+        findings.append((check.name, finding))
+        if not as_json:
+            fix = f" → {finding.fix}" if finding.fix else ""
+            typer.echo(f"{finding.status}  {check.name:<10}  {finding.found}{fix}")
+    fails = any(finding.status == "FAIL" for _, finding in findings)
+    if as_json:
+        listed = [{"check": name, **asdict(finding)} for name, finding in findings]
+        typer.echo(json.dumps({"ok": not fails, "checks": listed}, indent=2, ensure_ascii=False))
+    if fails:
+        raise typer.Exit(InputError.exit_code)

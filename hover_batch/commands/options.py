@@ -1,0 +1,106 @@
+"""Arguments and options that several commands share, and how options become settings.
+
+A setting is declared in `hover_batch.config` and as an option of a command, whose parameter has the setting's name;
+its default and its choices come from config.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hover_batch.config import SECTION_OF, Backend, Settings, nested
+from hover_batch.errors import InputError
+
+MODEL = "Model and inference"
+POST = "Tissue and post-processing"
+ENGINE = "Machines"
+
+
+def setting(flag: str, help: str, panel: str, default: str | None = None) -> Any:
+    """Declare the option of a setting. `default`: how the help describes it, where the value itself says little.
+
+    The default for typer is None, so that --config can supply the value.
+    """
+    name = flag.removeprefix("--").replace("-", "_")
+    if default is None:
+        settings = Settings().to_dict()
+        default = str(settings[SECTION_OF[name]][name] if name in SECTION_OF else settings[name])
+    return typer.Option(
+        flag, help=help, envvar=f"HOVER_BATCH_{name.upper()}", show_default=default, rich_help_panel=panel
+    )
+
+
+CohortArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="COHORT", help="CSV with a column `path` (see docs/first-cohort.md), a folder of slides, or a glob."
+    ),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run: the --output of `segment`.")]
+ModelOption = Annotated[
+    str | None, setting("--model", "`starter`, a name that `models list` shows, or a .safetensors file.", MODEL)
+]
+BackendOption = Annotated[
+    Backend | None,
+    setting(
+        "--backend",
+        "ray: all cores and GPUs, of this machine or a cluster; local: one process, for debuggers. Same results.",
+        ENGINE,
+    ),
+]
+CpusOption = Annotated[int | None, setting("--cpus", "Cores to use; 0 = all.", ENGINE, "all")]
+GpusOption = Annotated[int | None, setting("--gpus", "GPUs to use; 0 = none.", ENGINE, "all")]
+AddressOption = Annotated[str | None, setting("--address", "Ray cluster to join.", ENGINE, "start Ray on this machine")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML with settings, such as settings.toml of a run.", envvar="HOVER_BATCH_CONFIG"),
+]
+SkipInvalidOption = Annotated[
+    bool, typer.Option("--skip-invalid", help="Run the valid rows; list the faulty ones in failures.csv.")
+]
+
+
+def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Settings:
+    """Return the settings of a command: option > environment variable > --config > `base` > default.
+
+    typer has already chosen between option and environment variable.
+    """
+    given = {name: value for name, value in ctx.params.items() if value is not None and name in SECTION_OF}
+    if "class_map" in given:
+        given["class_map"] = _class_map(given["class_map"])
+    above = nested(given)
+    if ctx.params["model"] is not None:
+        above["model"] = ctx.params["model"]
+    data = dict(base or {})
+    if ctx.params["config"] is not None:
+        data = _merged(data, read_toml("--config", ctx.params["config"]))
+    return Settings.from_dict(_merged(data, above))
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both, section by section; values of `above` take precedence."""
+    merged = dict(below)
+    for key, value in above.items():
+        held = merged.get(key)
+        merged[key] = {**held, **value} if isinstance(held, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _class_map(path: Path) -> dict[str, Any]:
+    class_map = read_toml("--class-map", path)
+    if not class_map:
+        raise InputError(f'--class-map {path}: is empty; write lines like neoplastic = ["epithelial"]')
+    return class_map
+
+
+def read_toml(flag: str, path: Path) -> dict[str, Any]:
+    """Read the TOML file that `flag` names. InputError where it cannot be read."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {path}: {error}") from error

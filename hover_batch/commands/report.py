@@ -1,0 +1,27 @@
+"""`hover-batch report`: an HTML report of a run's cohort."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hover_batch.commands.options import RunArgument
+
+
+def report(
+    run: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write.", show_default="OUT/report.html")
+    ] = None,
+) -> None:
+    """Write an HTML report of a run's cohort, finished or not, and print its name. It opens in any browser, offline.
+
+    With more than 200 slides, the pictures are on pages beside it.
+
+    hover-batch report out/
+    """
+    from hover_batch.reporting import report_run
+
+    typer.echo(report_run(run, output, lambda line: typer.echo(line, err=True)))

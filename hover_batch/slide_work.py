@@ -1,0 +1,157 @@
+"""Prepare one slide: its run key, its grid, tissue and units, and its store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from hover_batch.cohort.layout import SlideLayout
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.run_key import run_key
+from hover_batch.config import Settings
+from hover_batch.errors import SlideError
+from hover_batch.files import sha256_file
+from hover_batch.geometry import Grid
+from hover_batch.model.package import Card, Package
+from hover_batch.nuclei.table import SCHEMA_VERSION, TableContext
+from hover_batch.plan import PlannedSlide, StoredMaps
+from hover_batch.slide.reader import SlideInfo, SlideReader, open_slide
+from hover_batch.slide.staging import Copies
+from hover_batch.slide.survey import read_info, read_tissue, write_survey
+from hover_batch.slide.tiles import Unit, plan_units
+from hover_batch.slide.tissue import TissueMask, tissue_mask
+from hover_batch.store import PredictionStore
+from hover_batch.taxonomy import Taxonomy
+from hover_batch.version import __version__
+
+
+@dataclass(frozen=True)
+class SlideWork:
+    """A slide that is ready to be processed."""
+
+    record: SlideRecord
+    info: SlideInfo
+    grid: Grid
+    mask: TissueMask
+    units: tuple[Unit, ...]
+    package: Package
+    settings: Settings
+    layout: SlideLayout
+    key_mark: bytes
+    """Content of the slide's key.json when the work began; see `stand_aside`."""
+    kept: StoredMaps | None = None
+
+    @property
+    def card(self) -> Card:
+        return self.package.card
+
+    @property
+    def maps(self) -> SlideLayout:
+        """Where the store and the units' markers are: in this run, or in the one that stored them (read-only)."""
+        return self.layout if self.kept is None else self.kept.layout
+
+    @property
+    def taxonomy(self) -> Taxonomy:
+        """Classes of the tables: the model's, merged by the class map if there is one."""
+        return self.card.taxonomy.merged(self.settings.post.class_map)[0]
+
+    @property
+    def context(self) -> TableContext:
+        return TableContext(
+            slide_id=self.record.slide_id,
+            taxonomy=self.taxonomy,
+            grid=self.grid,
+            slide_mpp=self.info.mpp,
+            mpp_source=self.info.mpp_source,
+            bounds=self.info.bounds,
+            model_id=self.card.name,
+            model_sha256=self.package.sha256,
+            software=__version__,
+        )
+
+
+def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str:
+    """Return the slide's run key: a hash of all that its results depend on, its mask included, or, for stored maps,
+    their run key in place of the slide."""
+    mask = slide.record.mask_path
+    if slide.kept is not None:
+        source = slide.kept.run_key
+    else:
+        source = slide.info.fingerprint + ("" if mask is None else sha256_file(mask))
+    return run_key(package.sha256, settings.results_key(), source, SCHEMA_VERSION)
+
+
+@contextmanager
+def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideReader | None]:
+    """Yield the open slide, copied to this machine if it is in a bucket; None where its maps are stored, since it is
+    not needed then."""
+    if slide.kept is not None:
+        yield None
+        return
+    with copies.staged(slide.record, slide.info.fingerprint) as record, open_slide(record) as reader:
+        yield reader
+
+
+def survey(
+    reader: SlideReader | None, slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout
+) -> SlideWork:
+    """Lay the grid, find the tissue and cut it into units; for stored maps, read what their run found."""
+    if slide.kept is not None:
+        path = slide.kept.layout.survey_json
+        info, mask = read_info(path), read_tissue(path)
+    else:
+        assert reader is not None
+        info, mask = reader.info, tissue_mask(reader, slide.record, settings.tissue)
+    write_survey(layout.survey_json, info, mask)
+    grid = Grid.over(info.level0, info.mpp, package.card.mpp)
+    units = plan_units(grid, mask, settings.infer.unit, package.card.tile_out)
+    mark = layout.key_json.read_bytes()
+    return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, mark, slide.kept)
+
+
+def stand_aside(work: SlideWork) -> None:
+    """SlideError where a run of another key has taken over the slide's folder. Called before each write, so that a
+    process on a machine that counted as lost does not mix its results into that run's."""
+    try:
+        ours = work.layout.key_json.read_bytes() == work.key_mark
+    except FileNotFoundError:
+        ours = False
+    if not ours:
+        raise SlideError(f"{work.layout.folder}: another run has taken over; nothing was written")
+
+
+def open_store(work: SlideWork) -> PredictionStore:
+    """Open the slide's store, and make it where there is none; another run's store is opened for reading."""
+    if work.kept is not None:
+        store = PredictionStore.open(work.maps.predictions_zarr, read_only=True)
+        planes, unit = work.card.layout.planes, work.settings.infer.unit
+        if store.canvas != work.grid.size.box or store.array.shards != (planes, unit, unit):
+            raise SlideError(
+                f"{store.path}: its shape does not match its run's settings and survey.json; run the slide anew"
+            )
+        return store
+    card = work.card
+    return PredictionStore.create(
+        work.layout.predictions_zarr,
+        work.grid.size,
+        card.layout.planes,
+        work.settings.infer.unit,
+        {
+            "mpp": [work.grid.mpp.x, work.grid.mpp.y],
+            "level0_per_pixel": [work.grid.scale_x, work.grid.scale_y],
+            "level0_size": [work.grid.level0.width, work.grid.level0.height],
+            "planes": card.layout.names(tuple(c.name for c in card.taxonomy.classes)),
+            "od_scale": card.layout.OD_SCALE,
+            "model": card.to_json(),
+            "model_sha256": work.package.sha256,
+        },
+    )
+
+
+def swept_store(work: SlideWork) -> PredictionStore:
+    """Open the store; remove leftovers of killed writes, unless it is another run's. Call it while nothing writes."""
+    store = open_store(work)
+    if work.kept is None:
+        store.sweep()
+    return store

@@ -1,0 +1,55 @@
+"""Test-time augmentation: a network's output averaged over the eight right-angle turns and flips of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax, logsumexp
+
+from hover_batch.model.heads import HV, NP, Heads
+
+Logits = NDArray[np.float32]
+LogitsOf = Callable[[Sequence[NDArray[np.uint8]]], list[Logits]]
+"""Images (y, x, 3) uint8 RGB → the network's outputs (channel, y, x) float32, as `hover_batch.model.heads` lays out."""
+
+VIEWS = tuple(product(range(4), (False, True)))
+"""Quarter turns, and whether the turned image is flipped from left to right."""
+
+
+def averaged(logits_of: LogitsOf, images: Sequence[NDArray[np.uint8]], n_types: int) -> list[Logits]:
+    """Return each image's mean output over VIEWS: of h and v, and of the probabilities of np and tp, as logarithms."""
+    views = [np.ascontiguousarray(turned(image, *view)) for image in images for view in VIEWS]
+    outputs = iter(logits_of(views))
+    return [_mean(np.stack([turned_back(next(outputs), *view) for view in VIEWS]), Heads(n_types)) for _ in images]
+
+
+def _mean(outputs: Logits, heads: Heads) -> Logits:
+    """Return the mean (channel, y, x) of outputs (n, channel, y, x)."""
+    mean: Logits = outputs.mean(axis=0)
+    for branch in (NP, heads.tp):
+        mean[branch] = logsumexp(log_softmax(outputs[:, branch], axis=1), axis=0) - np.log(len(outputs))
+    return mean
+
+
+def turned(image: NDArray[np.uint8], turns: int, flip: bool) -> NDArray[np.uint8]:
+    """Return a view of an image (y, x, 3), turned counterclockwise by quarters, then flipped from left to right."""
+    view = np.rot90(image, turns)
+    return view[:, ::-1] if flip else view
+
+
+def turned_back(output: Logits, turns: int, flip: bool) -> Logits:
+    """Return the network's output (channel, y, x) for such a view as an output for the image itself.
+
+    h and v are distances along the axes, so they change sign and place with them.
+    """
+    h, v = output[HV]
+    if flip:
+        h = -h
+    for _ in range(turns):
+        h, v = -v, h
+    back = np.concatenate([output[NP], h[None], v[None], output[HV.stop :]])
+    back = back[..., ::-1] if flip else back
+    return np.ascontiguousarray(np.rot90(back, -turns, axes=(1, 2)))
