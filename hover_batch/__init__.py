@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hover_batch.environment import complete_environment
 from hover_batch.version import __version__
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ __all__ = [
     "load_predictions",
     "segment_slide",
 ]
+
+complete_environment()
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ PACKAGES = ("hover_batch", "kd")
 MAX_LINES = {"hover_batch": 400, "kd": 400, "benchmarks": 500, "tests": 500}
 
 FLOORS = (
-    ("errors", "files", "formatting", "progress", "geometry", "taxonomy", "logs", "version"),
+    ("errors", "files", "formatting", "progress", "geometry", "taxonomy", "logs", "version", "environment"),
     ("config", "cohort", "model"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report"),

@@ -1,0 +1,71 @@
+"""Environment variables for libraries that expect a user name and a home folder that can be written.
+
+Containers often have neither: the installation and the home are read-only, and an arbitrary user id has no entry in
+the password file. There numba refuses to define a kernel (it finds no folder for compiled code), matplotlib warns, and
+torch.compile cannot find out the user's name. Numba and matplotlib read these variables when they are imported, so
+`hover_batch` sets them when it is imported itself.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+
+_CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib"}
+
+
+def complete_environment() -> None:
+    """Set what is missing; change nothing where the user has a name and a cache folder that can be written.
+
+    Without such a cache folder, caches go to a folder in the temporary directory that is this user's alone, since numba
+    unpickles what it finds in its cache. Without any home folder, that folder stands in for it. Never raises OSError:
+    commands that compile nothing work without a temporary directory, too.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = str(os.getuid())
+    has_home = os.path.expanduser("~") != "~"
+    missing = [name for name in _CACHES if name not in os.environ]
+    if has_home and (not missing or _user_cache_is_writable()):
+        return
+    try:
+        folder = _private_folder()
+    except OSError:
+        return
+    if not has_home:
+        os.environ["HOME"] = folder
+    for name in missing:
+        os.environ[name] = os.path.join(folder, _CACHES[name])
+
+
+def _user_cache_is_writable() -> bool:
+    """Whether numba can use the folder for compiled code that it takes where the installation is read-only."""
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "numba")
+    try:
+        os.makedirs(folder, exist_ok=True)  # numba does the same; os.access cannot say whether it would succeed
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _private_folder() -> str:
+    """A folder in the temporary directory that belongs to this user alone, the same one for all processes.
+
+    Where something else has that name (a folder of another user's, a link), a new folder, removed at exit.
+    """
+    import atexit
+    import contextlib
+    import shutil
+    import stat
+    import tempfile
+
+    folder = os.path.join(tempfile.gettempdir(), f"hover-batch-cache-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    found = os.lstat(folder)
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+        return folder
+    folder = tempfile.mkdtemp(prefix="hover-batch-cache-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
