@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
-import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +20,7 @@ from typing import Any
 from hover_batch.config import EngineSettings
 from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
+from hover_batch.files import to_json, write_atomically
 from kd.evaluation.evaluate_package import evaluate_package
 from kd.package import make_package, package_path
 from kd.training.config import TrainConfig
@@ -168,9 +169,7 @@ def sweep(
 def work(run: Run) -> None:
     """Train, package and score one run. Its output goes to train.txt in its folder."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    begun = run.folder / f".{ARGUMENTS}.partial"
-    begun.write_text(json.dumps(run.arguments, indent=2) + "\n", "utf-8")
-    os.replace(begun, run.folder / ARGUMENTS)
+    write_atomically(run.folder / ARGUMENTS, to_json(run.arguments))
     config, package = run.config, package_path(run.config)
     with (run.folder / "train.txt").open("a", encoding="utf-8") as printed, contextlib.redirect_stdout(printed):
         try:
@@ -189,12 +188,11 @@ def work(run: Run) -> None:
 
 def _write_report(path: Path, ended: Sequence[Ended]) -> None:
     rows = report(ended)
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
 
 
 def report(ended: Sequence[Ended]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from hover_batch.config import InferSettings, PostSettings
 from hover_batch.errors import InputError
+from hover_batch.files import write_atomically
 from hover_batch.model.cost import Cost, cost_of, seconds_per_patch
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import Package, find_package, load_network
@@ -97,9 +97,7 @@ class Evaluation:
 
     def write(self, path: Path) -> None:
         """Write `to_json` to a file, which is there whole or not at all."""
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", "utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
 
 
 def by_image(scores: Sequence[SourceScores]) -> dict[str, list[dict[str, Any]]]:
@@ -187,9 +185,9 @@ def judged(predictor: Predictor, constants: SobelConstants, data: Path) -> dict[
     }
 
 
-def _package(name: str, said: str) -> Package:
-    package = find_package(name, said)
-    check_pixel_size(package.card, f"{said} {name}")
+def _package(name: str, where: str) -> Package:
+    package = find_package(name, where)
+    check_pixel_size(package.card, f"{where} {name}")
     return package
 
 
@@ -229,14 +227,14 @@ class _Ready:
 
 def _reporting(maps_of: MapsOf, what: str, images: int, say: Say) -> MapsOf:
     """`maps_of`, which says once every SAY_EVERY_S seconds how many of the `images` are predicted."""
-    done, said = 0, time.monotonic()
+    done, printed_at = 0, time.monotonic()
 
     def reporting(image: Image) -> Image:
-        nonlocal done, said
+        nonlocal done, printed_at
         maps = maps_of(image)
         done += 1
-        if (now := time.monotonic()) - said >= SAY_EVERY_S:
-            said = now
+        if (now := time.monotonic()) - printed_at >= SAY_EVERY_S:
+            printed_at = now
             say(f"{what}: {done} of {images} images")
         return maps
 

@@ -16,6 +16,7 @@ from hover_batch.config import EngineSettings, InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
 from hover_batch.model.package import Card, find_package
+from hover_batch.progress import ProgressCounter
 from kd.data.datasets import Sample, folds_of, read_data, taxonomy_of
 from kd.data.pixel_size import check_pixel_size
 from kd.teaching.teacher_cache import TeacherCache
@@ -28,6 +29,7 @@ TILES_A_TASK = 16
 THREADS = 4
 """Threads of each teacher on the CPU if Ray runs several."""
 SAY_EVERY_S = 10.0
+"""Seconds between lines of progress."""
 
 
 @dataclass(frozen=True)
@@ -99,26 +101,35 @@ def teach(
             infer=infer,
             tta=tta,
         )
-        progress = _Progress(say)
+        progress = ProgressCounter("images")
         results = map_tasks(
             take,
-            _lessons(teaching, folds, kept, package.card, progress),
+            _lessons(teaching, folds, kept, package.card, progress, say),
             backend=engine.backend,
             cpus=max(1, threads),
             gpus=int(on_gpu),
             at_once=found.gpus or max(1, found.cpus // max(1, threads)),
             stay=True,
         )
+        printed_at = time.monotonic()
         for lesson, result in results:
             if isinstance(result, TaskFailed):
                 raise result.error
             progress.advance(len(lesson.places))
-    progress.close()
+            if (now := time.monotonic()) - printed_at >= SAY_EVERY_S:
+                printed_at = now
+                say(f"  {progress.line}")
+    say(f"{progress.done} images done, {progress.done_now} of them now")
     return kept
 
 
 def _lessons(
-    teaching: Teaching, folds: Sequence[str], cache: TeacherCache, card: Card, progress: _Progress
+    teaching: Teaching,
+    folds: Sequence[str],
+    cache: TeacherCache,
+    card: Card,
+    progress: ProgressCounter,
+    say: Callable[[str], None],
 ) -> Iterator[Lesson]:
     """Yield the work that is left, fold by fold; an image that occurs twice is done once."""
     seen: set[str] = set()
@@ -127,7 +138,8 @@ def _lessons(
         new = {s.image_sha256: i for i, s in enumerate(samples) if s.image_sha256 not in seen}
         seen |= new.keys()
         left = [i for i in new.values() if not cache.has(samples[i])]
-        progress.expect(fold, len(new), len(new) - len(left))
+        progress.expect(len(new), len(new) - len(left))
+        say(f"fold {fold}: {len(new)} images, {len(new) - len(left)} of them done before")
         while left:
             some, tiles = [], 0
             while left and tiles < TILES_A_TASK:
@@ -170,29 +182,3 @@ def _predictor(teaching: Teaching) -> Predictor:
     from hover_batch.model.predict import load_predictor
 
     return load_predictor(find_package(str(teaching.teacher), "--teacher"), teaching.infer)
-
-
-class _Progress:
-    """Prints how many images are done, how fast, and the time left."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._total = self._done = self._before = 0
-        self._started = self._said = time.monotonic()
-
-    def expect(self, fold: str, images: int, before: int) -> None:
-        if not self._total:
-            self._started = time.monotonic()
-        self._total, self._done, self._before = self._total + images, self._done + before, self._before + before
-        self._say(f"fold {fold}: {images} images, {before} of them done before")
-
-    def advance(self, images: int) -> None:
-        self._done += images
-        if (now := time.monotonic()) - self._said >= SAY_EVERY_S:
-            self._said = now
-            each = (now - self._started) / (self._done - self._before)
-            left = each * (self._total - self._done)
-            self._say(f"  {self._done}/{self._total} images, {each:.2g} s each, {left / 60:.1f} min left")
-
-    def close(self) -> None:
-        self._say(f"{self._done} images done, {self._done - self._before} of them now")

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.errors import InputError, PackageError
+from hover_batch.files import write_atomically
 from hover_batch.model.heads import Heads
 from hover_batch.model.package import Card, Package
 from hover_batch.taxonomy import Taxonomy
@@ -72,9 +73,7 @@ class TeacherCache:
             except OSError as error:
                 raise InputError(f"-o {path}: {error.strerror}; give a folder that can be written") from error
             about = {"format": FORMAT, "sha256": teacher.sha256, "card": teacher.card.to_json(), "tta": tta}
-            temporary = path / ".teacher.json.partial"
-            temporary.write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-            os.replace(temporary, path / "teacher.json")
+            write_atomically(path / "teacher.json", json.dumps(about, indent=2) + "\n")
         cache = cls.open(path)
         if cache.sha256 != teacher.sha256:
             raise InputError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+from hover_batch.files import write_atomically
 
 LOG = "log.csv"
 EVENTS = "tensorboard"
@@ -21,7 +23,7 @@ class Log:
     def __init__(self, out: Path) -> None:
         self.path = out / LOG
         self.events = out / EVENTS
-        self._said = time.monotonic()
+        self._printed_at = time.monotonic()
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError:
@@ -32,8 +34,8 @@ class Log:
 
     def step(self, done: int, steps: int, s_per_step: float) -> None:
         """Print progress at most every SAY_EVERY_S seconds, because an epoch may take hours."""
-        if (now := time.monotonic()) - self._said >= SAY_EVERY_S:
-            self._said = now
+        if (now := time.monotonic()) - self._printed_at >= SAY_EVERY_S:
+            self._printed_at = now
             left = s_per_step * (steps - done)
             print(f"  step {done} of {steps}, {s_per_step:.2g} s each, {left / 60:.0f} min left", flush=True)
 
@@ -43,12 +45,11 @@ class Log:
         rows.append({name: f"{value:.6g}" for name, value in row.items()})
         # Columns may appear late: the first epoch may have no image with types.
         columns = list(dict.fromkeys(name for r in rows for name in r))
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as f:
-            writer = csv.DictWriter(f, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path, text.getvalue())
         if self.has_events:
             self._to_tensorboard(row)
         print(" ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
