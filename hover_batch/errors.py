@@ -1,16 +1,16 @@
-"""What can go wrong, and the exit code that says so.
+"""Exceptions raised on purpose, and the exit codes of the commands that they end.
 
 ::
 
-    HoverBatchError            exit code 1 unless a subclass says otherwise
-    ├── InputError             2: seen before anything ran: CSV, settings, paths, headers; the message names the remedy
-    │   └── SettingsChanged    2: the output folder holds results of other settings
-    ├── SlideError             3: one slide cannot be opened or processed; the cohort goes on
-    │   └── SlideQuarantined   3: processes died of it, time and again; it is left alone until told otherwise
-    ├── TooManyFailures        3: more slides failed than were allowed; the cohort stops
+    HoverBatchError            exit code 1 unless a subclass overrides it
+    ├── InputError             2: found before anything ran: CSV, settings, paths, headers; the message names the remedy
+    │   └── SettingsChanged    2: the output folder holds results made with other settings
+    ├── SlideError             3: one slide cannot be opened or processed; the cohort continues
+    │   └── SlideQuarantined   3: workers crashed repeatedly on it; skipped until the user asks for a retry
+    ├── TooManyFailures        3: more slides failed than allowed; the cohort stops
     └── PackageError           2: a model package or checkpoint cannot be used
 
-Exit code 4 (nothing could be processed) and 130 (interrupted) are decided by the commands, not by an exception.
+The commands themselves set exit codes 4 (nothing could be processed) and 130 (interrupted).
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from __future__ import annotations
 import errno
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Numbers of the OSErrors that blame no slide: there is no space, or no more of it for this user."""
+"""Error numbers of a full disk and of an exhausted quota, for which no slide is to blame."""
 
 
 class ScratchFull(OSError):
-    """ENOSPC where slides are copied to; `filename` is that folder."""
+    """The disk for copies of slides is full (ENOSPC); `filename` is the folder of the copies."""
 
 
 class HoverBatchError(Exception):
-    """Base of all errors raised on purpose. Its text is shown to the user as it is, without a traceback."""
+    """Base of all errors raised on purpose. The user sees the message unchanged, without a traceback."""
 
     exit_code = 1
 
 
 class InputError(HoverBatchError):
-    """Something the user gave is wrong; nothing was run."""
+    """Invalid input by the user; nothing was run."""
 
     exit_code = 2
 
 
 class SettingsChanged(InputError):
-    """The output folder was made with settings that give other results."""
+    """The output folder holds results of settings that give other results."""
 
 
 class SlideError(HoverBatchError):
-    """A slide cannot be opened, read or processed."""
+    """Slide that cannot be opened, read or processed."""
 
     exit_code = 3
 
 
 class SlideQuarantined(SlideError):
-    """Processes died of a slide, time and again: it is not tried again unless the user says so."""
+    """Workers crashed repeatedly on a slide; it is not retried unless the user asks for it."""
 
 
 class TooManyFailures(HoverBatchError):
@@ -58,6 +58,6 @@ class TooManyFailures(HoverBatchError):
 
 
 class PackageError(HoverBatchError):
-    """A model package or checkpoint cannot be read or does not fit."""
+    """Model package or checkpoint that cannot be read or does not fit."""
 
     exit_code = 2

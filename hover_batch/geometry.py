@@ -14,17 +14,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Size:
-    """Width and height in pixels of the grid at hand."""
+    """Width and height in pixels of one grid, level 0 or inference."""
 
     width: int
     height: int
 
     @property
     def pixels(self) -> int:
+        """Number of pixels."""
         return self.width * self.height
 
     @property
     def box(self) -> Box:
+        """Box from (0, 0) of this size."""
         return Box(0, 0, self.width, self.height)
 
 
@@ -47,36 +49,39 @@ class Box:
 
     @property
     def empty(self) -> bool:
+        """Whether the box holds no pixel."""
         return self.width == 0 or self.height == 0
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(height, width), as arrays have it."""
+        """(height, width), the shape of an array that covers the box."""
         return self.height, self.width
 
     def intersect(self, other: Box) -> Box:
-        """The common part; empty (width or height 0) where there is none."""
+        """Return the intersection; empty (width or height 0) if the boxes are disjoint."""
         return Box(max(self.x0, other.x0), max(self.y0, other.y0), min(self.x1, other.x1), min(self.y1, other.y1))
 
     def expand(self, margin: int) -> Box:
-        """Wider by `margin` pixels on every side; a negative one shrinks."""
+        """Return the box expanded by `margin` pixels on every side; a negative margin shrinks it."""
         return Box(self.x0 - margin, self.y0 - margin, self.x1 + margin, self.y1 + margin)
 
     def contains(self, x: int, y: int) -> bool:
+        """Whether the pixel (x, y) lies in the box."""
         return self.x0 <= x < self.x1 and self.y0 <= y < self.y1
 
     def contains_box(self, other: Box) -> bool:
+        """Whether `other` lies entirely in this box."""
         return self.x0 <= other.x0 and self.y0 <= other.y0 and other.x1 <= self.x1 and other.y1 <= self.y1
 
     def slices_in(self, frame: Box) -> tuple[slice, slice]:
-        """(y, x) slices of this box in an array that covers `frame`; the box must lie inside it."""
+        """Return the (y, x) slices of this box in an array that covers `frame`. ValueError if it reaches outside."""
         if not frame.contains_box(self):
             raise ValueError(f"{self} does not lie inside {frame}")
         return slice(self.y0 - frame.y0, self.y1 - frame.y0), slice(self.x0 - frame.x0, self.x1 - frame.x0)
 
     def cells(self, side: int) -> Iterator[tuple[int, int]]:
-        """(column, row) of the cells of the grid of `side` pixels, started at (0, 0), that this box meets;
-        in raster order."""
+        """Yield (column, row), in raster order, of the cells that this box intersects, in the grid of `side` pixels that
+        starts at (0, 0)."""
         if self.empty:
             return
         for row in range(self.y0 // side, (self.y1 - 1) // side + 1):
@@ -85,13 +90,13 @@ class Box:
 
 
 def cell_box(column: int, row: int, side: int) -> Box:
-    """The cell (column, row) of the grid of `side` pixels started at (0, 0)."""
+    """Return the cell (column, row) of the grid of `side` pixels that starts at (0, 0)."""
     return Box(column * side, row * side, (column + 1) * side, (row + 1) * side)
 
 
 @dataclass(frozen=True)
 class Mpp:
-    """Pixel size in µm along x and y."""
+    """Pixel size in µm along x and y. ValueError unless both lie between 0 and 1000."""
 
     x: float
     y: float
@@ -102,16 +107,16 @@ class Mpp:
 
 
 SNAP = 0.02
-"""A slide whose pixel size is within 2 % of a power of two times the model's is not resampled by that little: the
-network does not notice 2 %, whereas interpolating at a drifting phase blurs one pixel and not the next."""
+"""Relative deviation from a power of two below which the scale is rounded to that power: the network is insensitive to
+2 %, whereas interpolation at a drifting phase blurs some pixels and not others."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The inference grid laid over level 0 of one slide.
+    """Inference grid over level 0 of one slide.
 
-    `scale_x`, `scale_y`: level-0 pixels per inference pixel. `mpp`: the inference pixel size that results, within
-    SNAP of the model's. `size`: inference pixels that cover the canvas, the last ones perhaps in part.
+    `scale_x`, `scale_y`: level-0 pixels per inference pixel. `mpp`: the resulting inference pixel size, within
+    SNAP of the model's. `size`: inference pixels that cover the canvas; the last ones may reach beyond it.
     """
 
     level0: Size
@@ -122,7 +127,7 @@ class Grid:
 
     @classmethod
     def over(cls, level0: Size, slide_mpp: Mpp, model_mpp: float) -> Grid:
-        """Lay the grid of a model of `model_mpp` µm over a slide of `slide_mpp`."""
+        """Build the grid of a model of `model_mpp` µm per pixel over a slide of `slide_mpp`."""
         scale_x, scale_y = _snap(model_mpp / slide_mpp.x), _snap(model_mpp / slide_mpp.y)
         return cls(
             level0=level0,
@@ -139,5 +144,5 @@ def _snap(scale: float) -> float:
 
 
 def _cover(extent: int, scale: float) -> int:
-    # A sliver thinner than a millionth of a pixel is rounding, not slide.
+    # An excess of less than a millionth of a pixel is a rounding error.
     return max(1, math.ceil(extent / scale - 1e-6))

@@ -1,8 +1,8 @@
-"""The prediction store: one zarr v3 array (plane, y, x) uint8 a slide, one shard a unit.
+"""Prediction store: one zarr v3 array (plane, y, x) uint8 per slide, one shard per unit.
 
-Two writers inside one shard lose data, so a writer hands over a whole unit at once; and the first to write a shard
-wins, so that a late one cannot change what neighbours have read. Shards that hold only zeros are not written at all:
-only a unit's marker (see `hover_batch.cohort.ledger`) says that it is done.
+Two writers of one shard lose data, so a writer writes a whole unit at once, and the first writer of a shard wins, so
+that a late one cannot change what neighbours have already read. Shards of zeros alone are not written: a unit is done
+when its marker exists (see `hover_batch.cohort.ledger`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from hover_batch.files import write_first
 from hover_batch.geometry import Box, Size
 
 CHUNK = 512
+"""Side of a chunk in inference pixels, where it divides the unit."""
 
 
 class _FirstWriterWins(LocalStore):
-    """A local store whose shards, once there, are never replaced, and are on disk when `set` returns."""
+    """Local store that never replaces an existing shard and has synced it to disk when `set` returns."""
 
     async def set(self, key: str, value: Buffer) -> None:
         if not key.startswith("c/"):
@@ -36,17 +37,17 @@ class _FirstWriterWins(LocalStore):
             return
         path = self.root / key
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not zarr's set_if_not_exists: it names a shard before it is on disk, and a power cut would leave it torn.
+        # zarr's set_if_not_exists names a shard before it is on disk, so that a power cut may leave it truncated.
         await asyncio.to_thread(write_first, path, value.to_bytes())
 
     async def delete(self, key: str) -> None:
-        # zarr deletes a shard that is overwritten with zeros; here the first one stays.
+        # zarr deletes a shard that is overwritten with zeros; the first writer must win here, too.
         if not key.startswith("c/"):
             await super().delete(key)
 
 
 class PredictionStore:
-    """Maps of one slide. Coordinates are inference pixels; outside of the canvas all planes are zero."""
+    """Quantised maps of one slide. Coordinates are inference pixels; outside of the canvas all planes are zero."""
 
     def __init__(self, array: zarr.Array[Any], path: Path) -> None:
         self.array = array
@@ -55,9 +56,10 @@ class PredictionStore:
 
     @classmethod
     def create(cls, path: Path, size: Size, planes: int, unit: int, attributes: Mapping[str, Any]) -> PredictionStore:
-        """Make an empty store of `size` inference pixels, or open the one that is there.
+        """Create an empty store of `size` inference pixels, or open the existing one.
 
-        `attributes`: mpp, scale, plane names and the model card, for those who read the store without this package.
+        `planes`: number of planes. `unit`: side of a shard in inference pixels. `attributes`: mpp, scale, plane names
+        and the model card, for readers without this package.
         """
         if (path / "zarr.json").exists():
             return cls.open(path)
@@ -78,20 +80,21 @@ class PredictionStore:
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False) -> PredictionStore:
-        """Open a store for reading and, unless `read_only`, writing of units."""
+        """Open an existing store for reading and, unless `read_only`, for writing units."""
         store: Store = _FirstWriterWins(path, read_only=read_only)
         return cls(zarr.open_array(store, mode="r" if read_only else "r+"), path)
 
     def write(self, box: Box, maps: NDArray[np.uint8]) -> str | None:
-        """Write a whole unit: `box` clipped to the canvas, `maps` (plane, y, x) of that shape.
+        """Write a whole unit, unless its shard exists. `box`: the unit, clipped to the canvas; `maps`: (plane, y, x)
+        of its shape.
 
-        Returns the sha256 of the shard that lies there now, None where it holds only zeros.
+        Returns the SHA-256 of the shard on disk, or None if it holds only zeros.
         """
         self.array[:, box.y0 : box.y1, box.x0 : box.x1] = maps
         return self.shard_sha256(box)
 
     def shard_sha256(self, box: Box) -> str | None:
-        """Hash of the shard of the unit at `box`, None where there is none."""
+        """Return the SHA-256 of the shard of the unit at `box`, or None without a shard."""
         try:
             with self._shard(box).open("rb") as shard:
                 return hashlib.file_digest(shard, "sha256").hexdigest()
@@ -99,16 +102,16 @@ class PredictionStore:
             return None
 
     def has_shard(self, box: Box) -> bool:
-        """Whether the shard of the unit at `box` is there; where it holds only zeros, there is none."""
+        """Whether the unit at `box` has a shard; units of zeros alone have none."""
         return self._shard(box).exists()
 
     def sweep(self) -> None:
-        """Remove what killed writes left behind. While nobody writes."""
+        """Remove partial files of killed writers. Only safe while nobody writes."""
         for leftover in self.path.rglob(".*.partial"):
             leftover.unlink(missing_ok=True)
 
     def remove(self, box: Box) -> None:
-        """Remove the shard of the unit at `box`, which is then zero. For repair only, while nobody writes."""
+        """Remove the shard of the unit at `box`, which then reads as zero. For repair only, while nobody writes."""
         self._shard(box).unlink(missing_ok=True)
 
     def _shard(self, box: Box) -> Path:
@@ -116,7 +119,7 @@ class PredictionStore:
         return self.path / "c" / "0" / str(box.y0 // height) / str(box.x0 // width)
 
     def read(self, box: Box) -> NDArray[np.uint8]:
-        """Maps (plane, y, x) uint8 of any box, zero outside of the canvas and where nothing was predicted."""
+        """Return the maps (plane, y, x) uint8 of any box, zero outside of the canvas and where nothing was predicted."""
         inside = box.intersect(self.canvas)
         planes = self.array.shape[0]
         if inside == box:

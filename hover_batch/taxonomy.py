@@ -1,13 +1,13 @@
-"""Nucleus classes: id, name, colour. One taxonomy a model; id 0 is always the background.
+"""Nucleus classes with id, name and colour. Each model has one taxonomy; id 0 is always the background.
 
 Sources: CoNSeP's merged classes as HoVerNet uses them (Graham et al. 2019, section 4.1: malignant and healthy
 epithelium merged, fibroblast, muscle and endothelial merged to spindle-shaped); PanNuke's five (Gamper et al. 2020);
 MoNuSAC's four (Verma et al. 2021).
 
 CoNSeP's order is that of the annotations' codes, which hover_net's training code merges in place (1 other, 2
-inflammatory, 3 + 4 → 3, 5 + 6 + 7 → 4): 1 miscellaneous, 2 inflammatory, 3 epithelial, 4 spindle; its authors'
-inference code names them so, too. tiatoolbox 2.1 lists the same weights (hovernet_original-consep) as epithelial,
-inflammatory, spindle, miscellaneous; what was trained decides, so that list is not followed here. Elsewhere they agree.
+inflammatory, 3 + 4 → 3, 5 + 6 + 7 → 4): 1 miscellaneous, 2 inflammatory, 3 epithelial, 4 spindle. The authors'
+inference code uses the same names. tiatoolbox 2.1 names the same weights (hovernet_original-consep) epithelial,
+inflammatory, spindle, miscellaneous; this project follows the training instead. For other data sets both agree.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hover_batch.errors import InputError
 
 Rgb = tuple[int, int, int]
 TAKEN = ("background", "nuclei")
-"""Names that no class of nuclei may have: a summary's column nuclei_per_mm2 is of all classes together."""
+"""Reserved names: background is class 0, and a summary's nuclei_per_mm2 counts all classes together."""
 MAX_CLASSES = 256
-"""Of a taxonomy, background included: an id is a byte in the tables."""
+"""Limit of classes in a taxonomy, background included: an id is a byte in the tables."""
 
 
 @dataclass(frozen=True)
 class NucleusClass:
-    """One class of nuclei. `id` is the channel among the type probabilities, 0 being the background."""
+    """Class of nuclei. `id` is its channel among the type probabilities; 0 is the background."""
 
     id: int
     name: str
@@ -37,7 +37,10 @@ class NucleusClass:
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """The classes of one model in the order of their ids, background first."""
+    """Classes of one model in the order of their ids, background first.
+
+    ValueError unless ids are 0, 1, 2, … and there are 2 to MAX_CLASSES classes.
+    """
 
     name: str
     classes: tuple[NucleusClass, ...]
@@ -50,15 +53,15 @@ class Taxonomy:
 
     @property
     def nuclei(self) -> tuple[NucleusClass, ...]:
-        """The classes without the background."""
+        """Classes without the background."""
         return self.classes[1:]
 
     def merged(self, class_map: Mapping[str, Any]) -> tuple[Taxonomy, tuple[int, ...]]:
-        """The classes that a class map makes of these, and the id among them of each of these.
+        """Return the taxonomy after applying a class map, and the new id of each of these classes.
 
-        `class_map`: new name → the names of the classes that it stands for, or a table of these (`classes`) and its
-        `color`; an empty one changes nothing. Ids follow the model's order, whatever the map's. InputError where it is
-        not of this form, or a class other than the background is not named exactly once.
+        `class_map`: new name → the names of the classes that it replaces, or a table with these (`classes`) and its
+        `color`; an empty map changes nothing. Ids follow the order of the model, not of the map. InputError if the map
+        is malformed, or if a class other than the background is not named exactly once.
         """
         if not class_map:
             return self, tuple(c.id for c in self.classes)
@@ -83,7 +86,7 @@ class Taxonomy:
         return Taxonomy(f"{self.name}, mapped", classes), (0, *(ids[name_of[name]] for name in by_name))
 
     def to_json(self) -> dict[str, object]:
-        """For model cards and store attributes; `from_json` reads it back."""
+        """Return plain values for model cards and store attributes; the inverse of `from_json`."""
         return {
             "name": self.name,
             "classes": [{"id": c.id, "name": c.name, "color": list(c.color)} for c in self.classes],
@@ -91,7 +94,7 @@ class Taxonomy:
 
     @classmethod
     def from_json(cls, data: Any) -> Taxonomy:
-        """The inverse of `to_json`. KeyError, TypeError or ValueError where `data` are no taxonomy's."""
+        """Read the output of `to_json`. KeyError, TypeError or ValueError if `data` is malformed."""
         name, listed = data["name"], data["classes"]
         named = isinstance(name, str) and name.isprintable()
         if not named or not isinstance(listed, list) or len(listed) > MAX_CLASSES:
@@ -107,12 +110,12 @@ class Taxonomy:
             classes.append(NucleusClass(number, called, (levels[0], levels[1], levels[2])))
         names = [c.name for c in classes]
         if len(set(names)) < len(names) or "nuclei" in names:
-            raise ValueError("taxonomy: two classes have one name, or one is called nuclei, as all together are")
+            raise ValueError("taxonomy: two classes have the same name, or one has the reserved name nuclei")
         return cls(name, tuple(classes))
 
 
 def _members_and_color(name: str, value: Any) -> tuple[list[str], Rgb | None]:
-    """One line of a class map."""
+    """Return the classes and the colour in one entry of a class map."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in TAKEN:
         raise InputError(
             f"class map: {name!r} cannot name a class; use letters, digits, `.`, `_`, `-`, and neither of "
@@ -173,4 +176,4 @@ MONUSAC = _taxonomy(
 )
 
 NUCLEI = _taxonomy("nuclei", ("nucleus", (0, 160, 60)))
-"""Of networks without a type branch."""
+"""Taxonomy of networks without a type branch."""

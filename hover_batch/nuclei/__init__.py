@@ -1,1 +1,1 @@
-"""From maps to nuclei: regions, instances, measures, stitching, the table."""
+"""Turn maps into nuclei: instances, measurements, stitching of regions, the table."""

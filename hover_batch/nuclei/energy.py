@@ -1,9 +1,9 @@
-"""The energy landscape: 21×21 Sobel maps of h and v, exact, a row at a time.
+"""Energy landscape from exact 21×21 Sobel maps of h and v, computed row by row.
 
-HoVerNet's Sobel filter is separable into the binomial weights of order 20 across and their differences along the
-direction. On stored bytes a column's sum stays below 2^31 (127·2^20) and the whole below 2^53, so int32 and then
-float64 hold every sum without rounding: the order of the additions does not matter, and the result is that of
-`cv2.Sobel(…, cv2.CV_64F, ksize=21)` bit for bit, at a tenth of its cost. Only two rows of sums exist at a time.
+HoVerNet's Sobel filter is separable: binomial weights of order 20 across the direction, their differences along it. On
+stored bytes a column sum stays below 2^31 (127·2^20) and the total below 2^53, so int32 and then float64 hold every sum
+without rounding. The order of additions does not matter, and the result equals `cv2.Sobel(…, cv2.CV_64F, ksize=21)` bit
+for bit, at a tenth of its cost. Only two rows of sums are held at a time.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from numpy.typing import NDArray
 SOBEL_SIZE = 21
 SOBEL_RADIUS = SOBEL_SIZE // 2
 HV_STEPS = 127
-"""Stored integers per unit of h and v."""
+"""Stored integer steps per unit of h and v."""
 
 _BINOMIAL = np.array([184756, 167960, 125970, 77520, 38760, 15504, 4845, 1140, 190, 20, 1], np.int64)
-"""Weights at distances 0 … 10 across the direction: the same on both sides."""
+"""Weights at distances 0 … 10 across the direction; equal on both sides."""
 _DIFFERENCE = np.array([0, 16796, 25194, 23256, 15504, 7752, 2907, 798, 152, 18, 1], np.int64)
-"""Weights at distances 0 … 10 along the direction: of the opposite sign on the near side."""
+"""Weights at distances 0 … 10 along the direction; negated before the centre."""
 _ACROSS, _ALONG = _BINOMIAL.astype(np.int32), _DIFFERENCE.astype(np.int32)
 _ACROSS_F64, _ALONG_F64 = _BINOMIAL.astype(np.float64), _DIFFERENCE.astype(np.float64)
 
 
 def sobel_extremes(h: NDArray[np.uint8], v: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Minimum and maximum of Sobel_x(h), then of Sobel_y(v), over a window of stored maps (y, x): (4,) float64.
+    """Return minimum and maximum of Sobel_x(h), then of Sobel_y(v), over a window of stored maps (y, x): (4,) float64.
 
-    In stored steps. Beyond the window's edge it is mirrored about its outermost pixels, as OpenCV does.
+    Values are in stored steps. Borders are reflected about the outermost pixels (OpenCV's BORDER_REFLECT_101).
     """
     return np.asarray(_extremes(_signed(h), _signed(v)), np.float64)
 
@@ -41,12 +41,12 @@ def energy_of(
     scales: tuple[float, float],
     lows: tuple[float, float],
 ) -> NDArray[np.float32]:
-    """max(1 - Sobel_x(h), 1 - Sobel_y(v), 0), each Sobel map scaled: (y, x) float32, 1 outside of the foreground.
+    """Return max(1 - Sobel_x(h), 1 - Sobel_y(v), 0) of the scaled Sobel maps: (y, x) float32, 1 outside the foreground.
 
-    A Sobel sum s becomes s·scale - low, of h the first `scales` and `lows`, of v the second. High where the distances
-    to the centroid jump from one nucleus to the next. Foreground are the components `inside` (n,) of `labels` (y, x);
-    elsewhere the reference multiplies by a mask what is made of the energy, which comes to an energy of 1 there, so
-    nothing is computed.
+    `h`, `v`: stored maps (y, x). A Sobel sum s is scaled to s·scale - low, with the first of `scales` and `lows` for h,
+    the second for v. The energy is high where the distances to the centroid jump from one nucleus to the next. The
+    foreground is the components `inside` (n,) of `labels` (y, x). Elsewhere the reference masks what it derives from
+    the energy, which equals an energy of 1, so nothing is computed there.
     """
     return np.asarray(_energy(_signed(h), _signed(v), inside, labels, scales, lows), np.float32)
 
@@ -57,7 +57,7 @@ def _signed(plane: NDArray[np.uint8]) -> NDArray[np.int8]:
 
 @njit(cache=True, nogil=True)
 def _mirrored(i: int, n: int) -> int:
-    """The index in [0, n) that a position beyond the edge shows: … 2 1 0 1 2 …"""
+    """Return the index in [0, n) of a position beyond the edge, reflected: … 2 1 0 1 2 …"""
     if n == 1:
         return 0
     i %= 2 * (n - 1)
@@ -68,7 +68,7 @@ def _mirrored(i: int, n: int) -> int:
 def _down_columns(
     plane: NDArray[np.int8], y: int, weights: NDArray[np.int32], sign: int, out: NDArray[np.int32]
 ) -> None:
-    """Weighted sums of the 21 rows around row `y`, those above times `sign`: (x,) int32. Two rows a side at once."""
+    """Write the weighted sums of the 21 rows around row `y` to `out` (x,) int32; `sign` multiplies the rows above."""
     height, width = plane.shape
     middle = plane[y]
     for x in range(width):
@@ -77,7 +77,7 @@ def _down_columns(
         near, far = np.int32(weights[k]), np.int32(weights[k + 1])
         a, b = plane[_mirrored(y - k, height)], plane[_mirrored(y + k, height)]
         c, d = plane[_mirrored(y - k - 1, height)], plane[_mirrored(y + k + 1, height)]
-        # Casts at every step, or numba widens to int64 and half as many fit a register.
+        # Cast at every step: numba widens to int64 otherwise, and half as many values fit a register.
         if sign > 0:
             for x in range(width):
                 pairs = np.int32(near * np.int32(b[x] + a[x])) + np.int32(far * np.int32(d[x] + c[x]))
@@ -90,7 +90,10 @@ def _down_columns(
 
 @njit(cache=True, nogil=True)
 def _along_row(sums: NDArray[np.int32], weights: NDArray[np.float64], sign: int, out: NDArray[np.float64]) -> None:
-    """Weighted sums of 21 neighbours in a row, those before times `sign`: (x,) from (x + 20,), mirrored here."""
+    """Write the weighted sums of 21 neighbours to `out` (x,); `sign` multiplies those before the centre.
+
+    `sums` (x + 20,): its 10 columns on each side are filled here, by reflection.
+    """
     width = len(out)
     for k in range(1, SOBEL_RADIUS + 1):
         sums[SOBEL_RADIUS - k] = sums[SOBEL_RADIUS + _mirrored(-k, width)]
@@ -119,7 +122,7 @@ def _sobel_rows(
     along_x: NDArray[np.float64],
     along_y: NDArray[np.float64],
 ) -> None:
-    """Row `y` of Sobel_x(h) and Sobel_y(v) into `along_x` and `along_y` (x,); `sums` (x + 20,) is room to work in."""
+    """Write row `y` of Sobel_x(h) and Sobel_y(v) to `along_x` and `along_y` (x,); `sums` (x + 20,) is a work buffer."""
     columns = sums[SOBEL_RADIUS : SOBEL_RADIUS + h.shape[1]]
     _down_columns(h, y, _ACROSS, 1, columns)
     _along_row(sums, _ALONG_F64, -1, along_x)
@@ -142,7 +145,7 @@ def _extremes(h: NDArray[np.int8], v: NDArray[np.int8]) -> NDArray[np.float64]:
     return found
 
 
-# There is no NaN among the sums; knowing that, the compiler compares several at once.
+# No sum is NaN; knowing that, the compiler vectorises the comparisons.
 @njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
 def _least_and_most(row: NDArray[np.float64]) -> tuple[float, float]:
     least, most = row[0], row[0]

@@ -1,13 +1,13 @@
-"""From markers to instances: a component of one marker is filled, one of several is flooded.
+"""Instances from markers: a component with one marker is filled, one with several is flooded.
 
-The flooding is that of `skimage.segmentation.watershed`, which the reference calls for the whole window at once. It
-never crosses from one component into another (its neighbourhood is 4-connected, and so are they), so each is flooded
-by itself, and one that holds a single marker becomes that marker's instance as a whole, without any flooding.
+Flooding follows `skimage.segmentation.watershed`, which the reference calls once for the whole window. Water never
+crosses from one component to another (both neighbourhoods are 4-connected), so each component is flooded separately,
+and one with a single marker becomes that marker's instance as a whole.
 
-One thing does cross in the reference: markers that lie equally low come out of its one heap as the swaps of all that
-is in it leave them, other components' markers too, so that a pixel half-way between two such markers falls to the one
-or the other by what else the window holds. Here a component has a heap of its own, and the tie is the same in every
-window. On equal floats alone does this show.
+The reference differs in ties: it has a single heap, which pops markers of equal value in an order that depends on all
+other items, those of other components included. So a pixel half-way between two such markers goes to either one
+depending on the rest of the window. Here each component has its own heap, and ties are resolved the same way in every
+window. Only equal floats are affected.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def fill_and_flood(
     markers_of: NDArray[np.int64],
     only_id: NDArray[np.int32],
 ) -> NDArray[np.int32]:
-    """Instances (y, x) int32, 0 = background, of the components in `labels` (y, x).
+    """Return the instances (y, x) int32, 0 = background, of the components in `labels` (y, x).
 
-    `bounds` (n, 4): x0, y0, x1, y1 of each component; `pixels` (n,): how many it has.
-    `markers` (y, x): marker numbers, 0 = none, `ids` (m,) the instance that each becomes. `markers_of` (n,) says how
-    many a component has; `only_id` (n,) is the instance of one that has a single marker. `energy` (y, x) is 1
-    outside of the components that count.
+    `bounds` (n, 4): x0, y0, x1, y1 of each component, half-open; `pixels` (n,): its number of pixels.
+    `markers` (y, x): marker numbers, 0 = none; `ids` (m,): instance of each marker. `markers_of` (n,): number of
+    markers of each component; `only_id` (n,): instance of a component with a single marker. `energy` (y, x): 1
+    outside the components that are large enough.
     """
     height, width = labels.shape
     instances = np.zeros((height, width), np.int32)
@@ -72,17 +72,17 @@ def _flood(
     items: NDArray[np.int64],
     interiors: bool,
 ) -> bool:
-    """Grow the instances of one component from its markers until they fill it, lowest landscape first.
+    """Grow the instances of one component from its markers until they fill it, lowest values first.
 
-    Order, and thus every tie, is scikit-image's: a binary heap by value, then age. Markers go in first, in raster
-    order, all of age 0; other pixels get their instance, and the next age, as they are pushed: above, left, right,
-    below. Water does not sink: a pixel lies at least as high as the one that it is reached from.
+    The order, and thus every tie, is scikit-image's: a binary heap ordered by value, then age. Markers are pushed
+    first, in raster order, all with age 0. Other pixels get their instance and the next age when they are pushed, in
+    the order above, left, right, below. A pixel's value is at least that of the pixel it is reached from.
 
-    Coming to a pixel inside a marker changes nothing, so these need not be queued. But markers of equal value come out
-    as the swaps of the whole heap leave them. All that are equal come out in a row (what they reach comes later), so a
-    tie is seen when it happens, and most, between markers that touch the bottom, as they are queued. Then the flood
-    stops and returns False, to be done again from the start with `interiors` queued, in the textbook's heap steps,
-    which scikit-image follows as well.
+    Popping a pixel in the interior of a marker changes nothing, so interiors need not be queued. But the order in
+    which markers of equal value are popped depends on all items of the heap. Equal markers are popped one after the
+    other (what they reach comes later), so a tie is detected when it occurs; most ties, between markers at the minimum,
+    already while they are queued. The flood then stops and returns False, and the caller repeats it from the start with
+    `interiors` queued, in the textbook heap operations that scikit-image uses, too. Returns True when finished.
     """
     height, width = labels.shape
     size = 0
@@ -121,7 +121,7 @@ def _flood(
 
 @njit(cache=True, nogil=True)
 def _has_dry_neighbour(labels: NDArray[np.int32], instances: NDArray[np.int32], y: int, x: int) -> bool:
-    """Whether one of the four neighbours is of the same component and of no instance yet."""
+    """Whether one of the four neighbours belongs to the same component and to no instance yet."""
     height, width = labels.shape
     c = labels[y, x]
     return bool(
@@ -134,10 +134,10 @@ def _has_dry_neighbour(labels: NDArray[np.int32], instances: NDArray[np.int32], 
 
 @njit(cache=True, nogil=True)
 def _depth(energy: NDArray[np.float32], y: int, x: int) -> float:
-    """1 - energy at one pixel, blurred by the 3×3 Gaussian (¼ ½ ¼), mirrored at the window's edge.
+    """Return 1 - energy at one pixel, blurred by the 3×3 Gaussian (¼ ½ ¼) with reflected borders.
 
-    `cv2.GaussianBlur` of the whole map, at the pixels that a flood comes to. Energies are multiples of 2^-24, so that
-    no sum is rounded and their order is free.
+    Equals `cv2.GaussianBlur` of the whole map, computed only where a flood arrives. Energies are multiples of 2^-24, so
+    no sum is rounded and the order of additions does not matter.
     """
     height, width = energy.shape
     above, below = abs(y - 1), y + 1 if y + 1 < height else max(0, height - 2)
@@ -166,10 +166,11 @@ def _push(values: NDArray[np.float64], items: NDArray[np.int64], size: int, valu
 
 @njit(cache=True, nogil=True)
 def _pop(values: NDArray[np.float64], items: NDArray[np.int64], size: int) -> int:
-    """Remove the first item of the heap of `size` items; returns its new size.
+    """Remove the first item of a heap of `size` items; return the new size.
 
-    The gap sinks to the bottom along the smaller children (of equals, the left), then the last item rises from there:
-    it ends where it would if it sank from the top, for the items on that path are in order, with fewer comparisons.
+    The hole sifts down to a leaf along the smaller children (the left one if equal), then the last item sifts up from
+    there. It ends where it would if it sifted down from the root, since the items on that path are in order, but with
+    fewer comparisons.
     """
     size -= 1
     value, item = values[size], items[size]

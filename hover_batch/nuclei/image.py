@@ -1,4 +1,4 @@
-"""The nuclei of a whole image, whose maps fit into memory, as a run reports them."""
+"""Nuclei of an image whose maps fit in memory, as a run reports them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_d
 def instances_of(
     planes: NDArray[np.uint8], constants: SobelConstants | None, min_area_px: int = PostSettings.min_area_px
 ) -> NDArray[np.int32]:
-    """The instances (y, x) of stored np, h and v (3, y, x); those of fewer pixels than `min_area_px` are dropped."""
+    """Return the instances (y, x) int32 of stored np, h and v (3, y, x) uint8, without those below `min_area_px` pixels."""
     return without_debris(instance_map(planes[0], planes[1], planes[2], constants), min_area_px)
 
 
@@ -24,11 +24,14 @@ def nuclei_of(
     layout: MapLayout,
     min_area_px: int = PostSettings.min_area_px,
 ) -> tuple[NDArray[np.int32], Nuclei]:
-    """The instances (y, x) in stored maps (plane, y, x), and what is measured of them."""
+    """Return the instances (y, x) int32 of stored maps (plane, y, x) uint8, and their measurements.
+
+    `constants`: None normalises the Sobel maps by their own extremes (see `instance_map`).
+    """
     found = instances_of(maps[[layout.NP, layout.H, layout.V]], constants, min_area_px)
     return found, measure(found, maps, layout)
 
 
 def types_by_id(found: NDArray[np.int32], nuclei: Nuclei) -> NDArray[np.uint8]:
-    """Class ids (n,) of the instances in the order of their ids; `nuclei` are in the order of their anchors."""
+    """Return the class ids (n,) uint8 ordered by instance id; `nuclei` are ordered by anchor."""
     return nuclei.type_id[np.argsort(found[nuclei.anchor_y, nuclei.anchor_x])]

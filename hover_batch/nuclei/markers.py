@@ -1,14 +1,14 @@
-"""Markers: the calm insides of nuclei, holes filled, opened, and labelled.
+"""Markers: the low-energy interiors of nuclei, with holes filled, opened and labelled.
 
-The reference does this to the mask of the whole window. Here each component is to be taken by itself, which gives the
-same except where something lies in a ring (see watershed.py). All components are still done at once, because for
-almost all of them the whole window's mask says the same as their own:
+The reference processes the mask of the whole window. Here the result is that of each component processed separately,
+which differs only where one component lies inside a ring of another (see watershed.py). All components are nevertheless
+processed in one pass, since for almost all of them the whole mask gives the same result as their own:
 
-- A bounded gap of the mask whose rim belongs to one component is a hole of that component, and all holes with no
-  other marker in them are found so. Where a rim belongs to two or more (a ring with something in it, a ring closed
-  diagonally) those components are *entangled*, and are done one by one in their own crops.
+- A bounded gap of the mask whose border belongs to a single component is a hole of that component; this finds all
+  holes without other markers inside. Where a border belongs to several components (a ring with something inside, a ring
+  closed diagonally), they are *entangled* and are processed one by one in their own crops.
 - The opening's ellipse is 4-connected, and so are components. Filled masks of components that are not entangled
-  never touch along an edge, so the ellipse lies in one of them wherever it fits, and so do connected pieces.
+  never share an edge, so the ellipse fits only inside one of them, and connected pieces lie inside one of them.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from numba import njit
 from numpy.typing import NDArray
 
 MARKER_ENERGY = 0.4
-"""Foreground of less energy than this marks the inside of a nucleus."""
+"""Energy below which a foreground pixel belongs to the interior of a nucleus."""
 MIN_PIXELS = 10
-"""Components and markers of fewer pixels are dropped."""
+"""Smaller components and markers, in pixels, are dropped."""
 _ELLIPSE = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
 _OUTSIDE = 1
-"""The region of gaps around everything: OpenCV numbers regions in raster order, and the frame comes first."""
+"""Number of the outermost region of gaps: OpenCV numbers regions in raster order, and the frame comes first."""
 _ROOM = 3
-"""Pixels around an entangled component's crop: the opening's radius and one more."""
+"""Pixels around an entangled component in its crop: the opening's radius plus one."""
 
 
 def markers_of(
     labels: NDArray[np.int32], bounds: NDArray[np.int64], chosen: NDArray[np.bool_], energy: NDArray[np.float32]
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Markers (y, x) int32 of the `chosen` (n,) components of `labels` (y, x), and the component of each number (m,).
+    """Return the markers (y, x) int32 of the `chosen` (n,) components, and the component (m,) int64 of each marker.
 
-    0 is no marker, and the component of a number that is not in use. Within a component, numbers rise in the raster
-    order of the markers' first pixels. `bounds` (n, 4): x0, y0, x1, y1 of each component.
+    Marker 0 is the background; unused numbers have component 0. Within a component, numbers increase in the raster
+    order of the markers' first pixels. `labels` (y, x): components; `bounds` (n, 4): x0, y0, x1, y1 of each, half-open;
+    `energy` (y, x): see `energy_of`.
     """
     gaps = _gaps(labels, chosen, energy)
     count, regions = cv2.connectedComponents(gaps, connectivity=4, ltype=cv2.CV_32S)
@@ -62,7 +63,7 @@ def markers_of(
 
 @njit(cache=True, nogil=True)
 def _gaps(labels: NDArray[np.int32], chosen: NDArray[np.bool_], energy: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """1 where there is no calm inside of a chosen component: (y + 2, x + 2), a frame of 1 around the window."""
+    """Return 0 in the interiors of chosen components, else 1: (y + 2, x + 2) uint8, with a frame of 1 around the window."""
     height, width = labels.shape
     gaps = np.ones((height + 2, width + 2), np.uint8)
     limit = np.float32(MARKER_ENERGY)
@@ -77,11 +78,11 @@ def _gaps(labels: NDArray[np.int32], chosen: NDArray[np.bool_], energy: NDArray[
 def _owners(
     labels: NDArray[np.int32], regions: NDArray[np.int32], count: int, n: int
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """A component (count,) on the rim of each bounded region of gaps; which of the `n` components are entangled (n,).
+    """Return a component (count,) on the border of each bounded region of gaps, and which of `n` are entangled (n,).
 
-    `regions` (y + 2, x + 2): 0 is the mask itself, _OUTSIDE what the frame belongs to. If a hole of a component holds
-    other pixels of the mask, walking from its rim inwards one meets them across a region that touches both: so
-    looking at rims finds every entangled component.
+    `regions` (y + 2, x + 2): 0 is the mask itself, _OUTSIDE the region of the frame. If a hole of a component contains
+    other pixels of the mask, a path from its border inwards meets them across a region that touches both, so
+    inspecting borders finds every entangled component.
     """
     height, width = labels.shape
     owners = np.zeros(count, np.int32)
@@ -110,7 +111,7 @@ def _filled(
     entangled: NDArray[np.bool_],
     any_entangled: bool,
 ) -> NDArray[np.uint8]:
-    """The mask with its holes (y, x), entangled components left out."""
+    """Return the mask (y, x) uint8 with holes filled, without entangled components."""
     height, width = labels.shape
     filled = np.empty((height, width), np.uint8)
     for y in range(height):
@@ -133,7 +134,7 @@ def _settle(
     markers: NDArray[np.int32],
     count: int,
 ) -> NDArray[np.int64]:
-    """The component (m,) of each marker; small markers, and what is not of its component, are wiped in place."""
+    """Return the component (m,) of each marker; erase, in place, small markers and pixels outside of their component."""
     height, width = labels.shape
     pixels = np.zeros(count, np.int64)
     for y in range(height):
@@ -156,7 +157,7 @@ def _settle(
 
 
 def _markers_alone(inside: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """The same steps for the mask (y, x) of one component: labels (y, x) int32."""
+    """Return the markers (y, x) int32 of the interior (y, x) of a single component, by the same steps."""
     marker = inside.view(np.uint8)
     outside = cv2.copyMakeBorder(marker, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(0,))
     cv2.floodFill(outside, None, (0, 0), (1,), flags=4)

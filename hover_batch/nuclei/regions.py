@@ -1,8 +1,8 @@
-"""Who owns a nucleus, and what a region must see to tell all about those that it owns.
+"""Nucleus ownership, and the context that a region needs.
 
-An instance belongs to the region whose half-open core holds its anchor, its first pixel in raster order: an integer
-position, hence exactly one owner in any tiling. A region looks through a window, its core and a halo around it; a
-component of the foreground that stays clear of the window's margin is seen there exactly as anywhere else.
+An instance belongs to the region whose half-open core contains its anchor, its first pixel in raster order: an integer
+position, hence exactly one owner in any tiling. A region reads a window, its core with a halo around it. A component of
+the foreground that does not touch the window's margin gives the same instances there as in any other window.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from hover_batch.geometry import Box
 from hover_batch.nuclei.measure import Nuclei
 
 MARGIN = 16
-"""Pixels along a window's edge where a component is not trusted: watershed.REACH, rounded up."""
+"""Width in pixels of a window's margin: components that touch it depend on pixels outside (watershed.REACH, rounded up)."""
 
 
 def owned(core: Box, nuclei: Nuclei) -> Nuclei:
-    """Those nuclei whose anchor lies in `core`."""
+    """Return the nuclei whose anchor lies in `core`."""
     x, y = nuclei.anchor_x, nuclei.anchor_y
     return nuclei.take((core.x0 <= x) & (x < core.x1) & (core.y0 <= y) & (y < core.y1))
 
 
 def keeps_clear(bounds: NDArray[np.int64], window: Box) -> NDArray[np.bool_]:
-    """Which boxes (n, 4) x0, y0, x1, y1, half-open and relative to `window`, keep off its margin."""
+    """Return which boxes do not touch the margin of `window`: (n,) bool.
+
+    `bounds` (n, 4): x0, y0, x1, y1, half-open, relative to the window.
+    """
     return np.asarray(
         (bounds[:, 0] >= MARGIN)
         & (bounds[:, 1] >= MARGIN)

@@ -1,16 +1,16 @@
-"""The nuclei of one region, the same wherever the seams between regions fall.
+"""Nuclei of one region, independent of where the seams between regions fall.
 
-Invariant: what is reported of a component of the foreground depends on that component and the maps within MARGIN of
-it, never on the core, the halo or the window through which it was found. So the nuclei of the cores of any tiling,
-put together, are those of the whole slide, bit for bit. It holds with fixed Sobel constants; `window` normalisation
-takes each region's own extremes and gives it up.
+Invariant: the result for a component of the foreground depends only on that component and the maps within MARGIN of
+it, not on the core, the halo or the window. So the nuclei of the cores of any tiling, taken together, are those of the
+whole slide, bit for bit. This holds for fixed Sobel constants; `window` normalisation uses the extremes of each
+region's window and is not invariant.
 
-- A component that has pixels in the core and keeps off the window's margin is done in place.
-- One that touches the margin is followed until it closes, and redone by itself around its own bounding box.
-- One with a side above `PostSettings.max_component` is cut, in order to bound memory, along the cells of that side
-  of a grid started at (0, 0): the same cuts for every tiling. Each cell reports the instances anchored in it, seen
-  with SEAM_VIEW pixels around; so nuclei at the cuts are found once, unless their two views disagree. All instances
-  of such a component are flagged `seam_uncertain`.
+- A component with pixels in the core that does not touch the window's margin is processed in place.
+- One that touches the margin is read until it is complete, and processed on its own around its bounding box.
+- One with a side above `PostSettings.max_component` is cut, to bound memory, along the cells of that side in a grid
+  that starts at (0, 0), so that the cuts are the same for every tiling. Each cell reports the instances anchored in
+  it, with SEAM_VIEW pixels of context, so nuclei at the cuts are found once unless the two views disagree. All
+  instances of such a component are flagged `seam_uncertain`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from hover_batch.nuclei.regions import MARGIN, keeps_clear, owned
 from hover_batch.nuclei.watershed import Components, SobelConstants, split
 
 SEAM_VIEW = 80
-"""Pixels seen around a cell in which a component beyond the cap is cut: a large nucleus and MARGIN."""
+"""Context in pixels around a cell of a component that is cut: a large nucleus and MARGIN."""
 FIRST_STEP = 128
-"""Pixels by which the search for a component's end begins; later steps are half of what is seen of it by then."""
+"""First step in pixels of the search for a component's end; later steps are half of its extent so far."""
 
 Read = Callable[[Box], NDArray[np.uint8]]
 
@@ -40,11 +40,11 @@ Read = Callable[[Box], NDArray[np.uint8]]
 def nuclei_of_region(
     read: Read, core: Box, layout: MapLayout, settings: PostSettings, constants: SobelConstants | None
 ) -> Nuclei:
-    """The nuclei that the region `core` owns, in absolute pixels of the inference grid.
+    """Return the nuclei that the region `core` owns, in absolute pixels of the inference grid.
 
-    `read(box)` returns the maps (plane, y, x) uint8 of any box, planes as `layout` has them, zeros where nothing was
-    predicted and outside of the canvas; what it raises passes through. `constants` None: the extremes of this
-    region's window, for `--sobel-norm window`.
+    `read(box)` returns the maps (plane, y, x) uint8 of any box, in the planes of `layout`, with zeros where nothing was
+    predicted and outside of the canvas; its exceptions propagate. `constants`: None uses the extremes of this region's
+    window, for `--sobel-norm window`.
     """
     view = _View.of(read, core.expand(settings.halo), layout)
     if constants is None:
@@ -56,7 +56,7 @@ def nuclei_of_region(
     pending = in_core & ~whole
     while pending.any():
         followed, component = _follow(read, view, int(pending.argmax()), settings.max_component)
-        # Parts that look separate in the region's window may meet outside of it: they are one, and done with it.
+        # Parts that are separate in the region's window may join outside of it and are then one component.
         same = np.zeros_like(pending)
         for part in np.flatnonzero(pending).tolist():
             same[part] = followed.component_at(*view.pixel_of(part)) == component
@@ -75,7 +75,7 @@ def nuclei_of_region(
 
 @dataclass(frozen=True)
 class _View:
-    """The maps (plane, y, x) of a window and the components of its foreground. Positions are absolute."""
+    """Maps (plane, y, x) of a window and the components of its foreground. Positions are absolute."""
 
     window: Box
     maps: NDArray[np.uint8]
@@ -89,7 +89,7 @@ class _View:
 
     @property
     def sides(self) -> NDArray[np.int64]:
-        """(n,): the longer side of each component's box."""
+        """Longer side of each component's bounding box: (n,) int64, in pixels."""
         bounds = self.components.bounds
         return np.asarray((bounds[:, 2:] - bounds[:, :2]).max(axis=1))
 
@@ -99,26 +99,26 @@ class _View:
         return Box(box.x0 + x, box.y0 + y, box.x1 + x, box.y1 + y)
 
     def component_at(self, x: int, y: int) -> int:
-        """0 on the background and outside of the window."""
+        """Return the component at a pixel; 0 on the background and outside of the window."""
         if not self.window.contains(x, y):
             return 0
         return int(self.components.labels[y - self.window.y0, x - self.window.x0])
 
     def pixel_of(self, component: int) -> tuple[int, int]:
-        """(x, y) of the component's first pixel in this window."""
+        """Return (x, y) of the component's first pixel, in raster order, in this window."""
         box = self.box(component)
         x = int((self.components.labels[box.slices_in(self.window)][0] == component).argmax())
         return box.x0 + x, box.y0
 
     def components_in(self, area: Box) -> NDArray[np.bool_]:
-        """(n,): those that have a pixel in `area`, which lies in the window."""
+        """Return which components have a pixel in `area`, which lies in the window: (n,) bool."""
         present = np.zeros(len(self.components.pixels), np.bool_)
         present[self.components.labels[area.slices_in(self.window)]] = True
         present[0] = False
         return present
 
     def nuclei(self, chosen: NDArray[np.bool_], constants: SobelConstants) -> Nuclei:
-        """The nuclei of the components `chosen` (n,)."""
+        """Return the nuclei of the `chosen` (n,) components."""
         if not chosen.any():
             return empty(self.layout.n_types)
         layout, maps = self.layout, self.maps
@@ -126,7 +126,7 @@ class _View:
         return measure(instances, maps, layout, (self.window.x0, self.window.y0))
 
     def nuclei_alone(self, component: int, constants: SobelConstants) -> Nuclei:
-        """The nuclei of one component, looking no further than MARGIN around it."""
+        """Return the nuclei of one component, from the maps within MARGIN of it."""
         window = self.box(component).expand(MARGIN)
         rows, columns = window.slices_in(self.window)
         close = _View.of(lambda _: self.maps[:, rows, columns], window, self.layout)
@@ -136,8 +136,8 @@ class _View:
 
 
 def _follow(read: Read, view: _View, component: int, cap: int) -> tuple[_View, int]:
-    """A view in which a component that leaves the margin of `view` is whole, or has a side above `cap`; and its
-    number there. What is read grows geometrically, towards the sides that the component reaches."""
+    """Return a view in which a component that touches the margin of `view` is complete or has a side above `cap`, and
+    its number there. The view grows geometrically, towards the sides that the component reaches."""
     at = view.pixel_of(component)
     while view.sides[component] <= cap:
         box, inner = view.box(component), view.window.expand(-MARGIN)
@@ -150,7 +150,7 @@ def _follow(read: Read, view: _View, component: int, cap: int) -> tuple[_View, i
             box.x1 + (step if box.x1 > inner.x1 else MARGIN),
             box.y1 + (step if box.y1 > inner.y1 else MARGIN),
         )
-        # A component within the cap that holds this box lies within this frame.
+        # Any component within the cap that contains this box lies within this frame.
         frame = Box(box.x1 - cap, box.y1 - cap, box.x0 + cap, box.y0 + cap).expand(MARGIN)
         view = _View.of(read, reach.intersect(frame), view.layout)
         component = view.component_at(*at)
@@ -160,7 +160,7 @@ def _follow(read: Read, view: _View, component: int, cap: int) -> tuple[_View, i
 def _nuclei_of_cell(
     read: Read, view: _View, oversized: NDArray[np.bool_], core: Box, cell: Box, constants: SobelConstants
 ) -> Nuclei:
-    """What the core owns in one grid cell of the components `oversized` (n,) of its `view`, flagged."""
+    """Return the nuclei, flagged, that `core` owns in one grid cell of the `oversized` (n,) components of its `view`."""
     area = cell.intersect(core)
     cut = oversized[view.components.labels[area.slices_in(view.window)]]
     if not cut.any():
