@@ -19,7 +19,7 @@ from hover_batch.model.predict import Predictor
 from hover_batch.model.teacher import HoVerNet
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import Taxonomy
-from kd.data.classes import PARTIAL
+from kd.data.classes import classes_by_source, fully_annotated
 from kd.data.datasets import MPP, read_data
 from kd.data.samples import hashes_of
 from kd.evaluation.calibrate import calibrate
@@ -41,6 +41,8 @@ KNOWN = OPEN | {
 }
 """Sources for which weights trained on them are under CC BY-NC-SA 4.0 here: with those of OPEN some that say so, and
 some that state no licence but are given for research."""
+ORGANS = {"consep": "colon", "monusac": "kidney, lung, prostate and breast", "pannuke": "19 tissues"}
+"""Tissues of the sources whose types are read."""
 NOT_CALIBRATED = "none, for want of validation images: the Sobel constants are the starter's"
 TILE = (320, 256)
 """Sides in pixels of a student's input and output tile. The margin of 32 px is one step of the deepest features."""
@@ -92,7 +94,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
             "saw": record["saw"],
             "saw_groups": record["saw_groups"],
             "data": record["data"] | {part: contents(samples) for part, samples in splits.items()},
-            "note": _note(sources),
+            "note": _note(sources, taxonomy),
         },
     )
     predictor = Predictor(network, card, InferSettings(threads=threads, batch=batch_of(card)))
@@ -102,7 +104,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
 
     how: dict[str, Any] | str = NOT_CALIBRATED
     constants = SobelConstants.from_json(find_package("starter").card.sobel)
-    if whole := [s for s in splits["val"] if s.source not in PARTIAL]:
+    if whole := fully_annotated(splits["val"]):
         print(f"calibrating on {len(whole)} images of {', '.join(folds['val'])}", flush=True)
         found = calibrate(maps_of, whole)
         constants, how = found.constants, {**found.to_json(), "saw": hashes_of(whole)}
@@ -125,7 +127,7 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
 
     Raises InputError if the fold is empty.
     """
-    samples = [s for s in read_data(data, ["val"]).samples if s.source not in PARTIAL]
+    samples = fully_annotated(read_data(data, ["val"]).samples)
     if not samples:
         raise InputError(f"--calibrate {data}: has no image of the fold val whose nuclei are all outlined")
     predictor = Predictor(network, card, InferSettings(batch=batch_of(card)))
@@ -145,8 +147,8 @@ def _licence(sources: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> s
     return terms if teacher is None else f"{terms}; distilled from {teacher['name']} ({teacher['licence']})"
 
 
-def _note(sources: Mapping[str, Mapping[str, int]]) -> str:
-    """Return what a reader of the scores should know."""
+def _note(sources: Mapping[str, Mapping[str, int]], taxonomy: Taxonomy) -> str:
+    """Return what a reader of the scores should know: among others which class was learnt from which source."""
     notes = []
     if "consep" in sources:
         notes.append("CoNSeP's tiles are split by tile: patients may be shared between splits.")
@@ -157,6 +159,11 @@ def _note(sources: Mapping[str, Mapping[str, int]]) -> str:
             f"the type branch saw {_list(typed)} alone" if typed else "the annotations taught the type branch nothing"
         )
         notes.append(f"{_list(untyped)} {'has' if len(untyped) == 1 else 'have'} no types, so {alone}.")
+    typed_sources = [s for s, entry in sources.items() if entry["typed"]]
+    for name, taught_by in classes_by_source(taxonomy, typed_sources).items():
+        if taught_by:
+            named = _list([f"{KNOWN[s]} ({ORGANS[s]})" for s in taught_by])
+            notes.append(f"The class {name} was learnt from {named}.")
     return " ".join(notes)
 
 

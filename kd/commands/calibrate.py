@@ -43,6 +43,7 @@ def calibrate(
     from hover_batch.model.images import batch_of, predict_image
     from hover_batch.model.package import find_package, with_card
     from hover_batch.model.predict import load_predictor
+    from kd.data.classes import fully_annotated
     from kd.data.datasets import read_data
     from kd.data.pixel_size import check_pixel_size
     from kd.data.samples import hashes_of
@@ -52,9 +53,10 @@ def calibrate(
     check_package_file(out)
     package = find_package(model, "package")
     check_pixel_size(package.card, f"package {model}")
-    samples = {name: read_data(data, [name], source).samples for name in (fold, check)}
+    samples = {name: fully_annotated(read_data(data, [name], source).samples) for name in (fold, check)}
     if not samples[fold]:
-        raise InputError(f"--fold {fold}: {data} has no such image{' of ' + ', '.join(source) if source else ''}")
+        of = f" of {', '.join(source)}" if source else ""
+        raise InputError(f"--fold {fold}: {data} has no such image{of} whose nuclei are all outlined")
     predictor = load_predictor(package, InferSettings(threads=threads, batch=batch_of(package.card)))
     predicted = {}
     for name, some in samples.items():

@@ -5,11 +5,14 @@ Names are mapped, not cells: what one data set calls epithelial may be neoplasti
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import CONSEP, PANNUKE, Taxonomy
+from kd.data.samples import Sample
 
 TAXONOMIES = {"consep": CONSEP, "pannuke": PANNUKE}
 """What annotations can be mapped to, by the name that `kd prepare --classes` has for it."""
@@ -50,6 +53,18 @@ PARTIAL = frozenset({"monusac", "nucls"})
 rectangles. What they leave out is not background, so they teach classes alone. A prediction without a partner may be
 right there, so Dice, AJI, PQ, F_d and precision have no meaning; the recall of the outlined nuclei and the accuracy of
 their types do."""
+
+
+def fully_annotated(samples: Iterable[Sample]) -> list[Sample]:
+    """Return the samples of sources that outline every nucleus: only these can be scored by PQ."""
+    return [sample for sample in samples if sample.source not in PARTIAL]
+
+
+def classes_by_source(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, list[str]]:
+    """Return by class of `taxonomy`, one of TAXONOMIES, which of the sources teach it."""
+    column = list(TAXONOMIES.values()).index(taxonomy)
+    taught = {source: {names[column] for names in CODES.get(source, {}).values()} for source in sources}
+    return {c.name: [source for source, names in taught.items() if c.name in names] for c in taxonomy.nuclei}
 
 
 def class_ids(codes: NDArray[np.integer], source: str, taxonomy: Taxonomy, where: str) -> NDArray[np.uint8] | None:

@@ -15,9 +15,10 @@ from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.package import find_package, load_network
 from hover_batch.model.predict import load_predictor
+from hover_batch.taxonomy import CONSEP
 from kd.commands.package import package as package_command
 from kd.data.datasets import Sample, read_data
-from kd.package import NOT_CALIBRATED, _licence, make_package
+from kd.package import NOT_CALIBRATED, _licence, _note, make_package
 from kd.training.config import TrainConfig
 from kd.training.train import train
 
@@ -55,7 +56,8 @@ def test_the_card_says_what_was_seen_and_what_was_learnt_from(package, config):
     assert found.card.licence == (
         "CC BY-NC-SA 4.0, research only: trained on CoNSeP and TNBC; distilled from knows (none)"
     )
-    assert training["note"].endswith("TNBC has no types, so the type branch saw CoNSeP alone.")
+    assert "TNBC has no types, so the type branch saw CoNSeP alone." in training["note"]
+    assert training["note"].endswith("The class spindle was learnt from CoNSeP (colon).")
 
 
 def test_the_weights_are_those_of_the_checkpoint_in_float16(package, config):
@@ -87,6 +89,15 @@ def test_sources_that_are_not_known_leave_the_licence_to_their_own():
     )
     known = {"consep": {}, "monuseg": {}, "tnbc": {}}
     assert _licence(known, None) == "CC BY-NC-SA 4.0, research only: trained on CoNSeP, MoNuSeg and TNBC"
+    assert _licence({"tnbc": {}, "dsb2018": {}}, None) == "CC BY 4.0: trained on DSB 2018 and TNBC"
+
+
+def test_the_note_says_which_source_taught_a_class():
+    note = _note({"consep": {"typed": 18}, "monusac": {"typed": 26}}, CONSEP)
+    assert "The class miscellaneous was learnt from CoNSeP (colon)." in note
+    assert (
+        "The class epithelial was learnt from CoNSeP (colon) and MoNuSAC (kidney, lung, prostate and breast)." in note
+    )
 
 
 def test_what_is_no_checkpoint_is_refused(package, config, tmp_path):
