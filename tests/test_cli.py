@@ -9,14 +9,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from hover_batch.cli import app
-from hover_batch.config import Settings
+from hover_batch.config import SECTION_OF, Settings
 from hover_batch.model.package import Card, save_package
 from hover_batch.model.student import StudentArch, build_student
 from hover_batch.taxonomy import CONSEP
@@ -154,6 +156,21 @@ def test_flag_goes_before_environment_before_config_before_default(tile: Path, t
     assert identity["tissue"]["mask_mpp"] == Settings().tissue.mask_mpp
     # What a run saved is itself a config: the same command by it resumes.
     assert run("segment", csv, "-o", out, "--config", out / "settings.toml").exit_code == 0
+
+
+def test_every_setting_is_an_option_with_the_choices_of_config() -> None:
+    options = {option.name: option for option in get_command(app).commands["segment"].params}  # type: ignore[attr-defined]
+    assert SECTION_OF.keys() - options.keys() == {"max_component"}
+    for name, section in SECTION_OF.items():
+        kind = get_type_hints(type(getattr(Settings(), section)))[name]
+        if get_origin(kind) is Literal:
+            assert tuple(options[name].type.choices) == get_args(kind)
+
+
+@pytest.mark.parametrize("flag", ["--tissue", "--precision", "--runtime", "--sobel-norm", "--backend"])
+def test_a_choice_that_is_none_is_refused(flag: str, tmp_path: Path) -> None:
+    result = run("segment", "cohort.csv", "-o", tmp_path / "out", flag, "other")
+    assert result.exit_code == 2 and flag in result.stderr and "other" in result.stderr
 
 
 def test_plan_writes_nothing_and_tells_size_and_disk(tile: Path, tmp_path: Path) -> None:

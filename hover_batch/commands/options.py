@@ -83,11 +83,15 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return both, section by section; values of `above` take precedence."""
+    """Return both, section by section; values of `above` take precedence, but a section that is none is kept, so that
+    `Settings.from_dict` rejects it."""
     merged = dict(below)
     for key, value in above.items():
-        held = merged.get(key)
-        merged[key] = {**held, **value} if isinstance(held, dict) and isinstance(value, dict) else value
+        held = merged.get(key, {})
+        if not isinstance(value, dict):
+            merged[key] = value
+        elif isinstance(held, dict):
+            merged[key] = {**held, **value}
     return merged
 
 
