@@ -16,7 +16,7 @@ from synthetic_maps import LAYOUT, random_canvas
 from hover_batch.nuclei.energy import HV_STEPS, energy_of, sobel_extremes
 from hover_batch.nuclei.flood import fill_and_flood
 from hover_batch.nuclei.measure import measure
-from hover_batch.nuclei.outlines import _mended, outlines
+from hover_batch.nuclei.outlines import _repaired, outlines
 from hover_batch.nuclei.watershed import Components, SobelConstants, split
 
 SIDES = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -83,15 +83,15 @@ def test_flooding_is_scikit_image_s(seed: int, shape: tuple[int, int], values: i
 
 @settings(deadline=None, max_examples=200)
 @given(arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))).filter(np.any))
-def test_a_border_that_is_followed_is_the_mended_one(mask: NDArray[np.bool_]) -> None:
+def test_a_border_that_is_followed_is_the_repaired_one(mask: NDArray[np.bool_]) -> None:
     y, x = np.nonzero(mask)
     bounds = np.array([[x.min(), y.min(), x.max() + 1, y.max() + 1]])
     found = outlines(mask.astype(np.int32), bounds, x[:1], np.array([len(x)]), (7, -3))[0]
     crop = mask[y.min() : y.max() + 1, x.min() : x.max() + 1].copy()
-    np.testing.assert_array_equal(found, _mended([crop])[0] + bounds[0, :2] + (7, -3))
+    np.testing.assert_array_equal(found, _repaired([crop])[0] + bounds[0, :2] + (7, -3))
 
 
-def test_borders_of_round_instances_are_followed_not_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_borders_of_round_instances_are_followed_not_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
     y, x = np.mgrid[:40, :40]
     disc = np.hypot(x - 20, y - 20) < 15
     disc[18:22, 18:22] = False  # a hole does not matter
