@@ -151,8 +151,8 @@ def _no_starter(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "spoil", "status", "said", "fix"),
     [
-        ("gpu", _no_gpu, "WARN", "runs on CPU", "GPU"),
-        ("gpu", _torch_for_cpu, "FAIL", "CPU alone", "CUDA"),
+        ("gpu", _no_gpu, "WARN", "use the CPU", "GPU"),
+        ("gpu", _torch_for_cpu, "FAIL", "CPU only", "CUDA"),
         ("gpu", _old_driver, "FAIL", "driver on your system is too old", "CUDA 13.0"),
         ("memory", _one_core, "WARN", "cores: 1", "two cores"),
         ("memory", _little_memory, "WARN", "memory: 1.0 GiB", "4 GiB"),
@@ -167,9 +167,9 @@ def _no_starter(patch: pytest.MonkeyPatch) -> None:
         ),
         ("text", _latin, "WARN", "latin-1", "C.UTF-8"),
         ("sqlite", _no_extensions, "WARN", "loads no extensions", "loadable"),
-        ("token", _no_token, "WARN", "none", "RAY_AUTH_TOKEN"),
-        ("weights", _harmed_weights, "FAIL", "do not match", "anew"),
-        ("weights", _no_starter, "FAIL", "no such package", "anew"),
+        ("token", _no_token, "WARN", "no token", "RAY_AUTH_TOKEN"),
+        ("weights", _harmed_weights, "FAIL", "do not match", "reinstall"),
+        ("weights", _no_starter, "FAIL", "no such package", "reinstall"),
     ],
 )
 def test_what_is_amiss_is_told_with_what_mends_it(

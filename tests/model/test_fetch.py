@@ -169,7 +169,7 @@ def test_what_has_changed_since_its_first_use_is_refused(server: Server, checkpo
     record = path.with_name("a.pth.sha256")
     assert record.read_text() == f"{hashlib.sha256(checkpoint).hexdigest()}  a.pth\n"
     path.write_bytes(checkpoint + b"x")
-    with pytest.raises(PackageError, match="when it was first used"):
+    with pytest.raises(PackageError, match="at its first use"):
         fetched(url)
     path.unlink()
     server.files["/a.pth"] = checkpoint + b"y"
@@ -187,7 +187,7 @@ def test_no_half_file_ever_has_the_name(server: Server, checkpoint: bytes, cache
     server.cut = 100
     result = run("import", f"{server.url}/a.pth")
     path = download_path(f"{server.url}/a.pth")
-    assert result.exit_code == 2 and f"bring it to {path}" in result.stderr and "Traceback" not in result.output
+    assert result.exit_code == 2 and f"copy it to {path}" in result.stderr and "Traceback" not in result.output
     assert whole_files(cache) == []
 
 
@@ -200,7 +200,7 @@ def test_without_a_network_one_message_says_what_to_bring_where(
     path = download_path(source)
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.output
     url = source if "://" in source else f"{HUB}/resolve/main/{NAME}.pth"
-    assert url in result.stderr and f"bring it to {path}" in result.stderr
+    assert url in result.stderr and f"copy it to {path}" in result.stderr
     path.write_bytes(checkpoint)
     assert run("import", source).exit_code == 0
     assert find_package(path.stem).card.architecture == "hovernet-fast"
