@@ -17,9 +17,10 @@ original   270 → 80     446 → 256 → 256              3.0, 11.4
 ========== ============ ============================ ==================================================
 
 **Equal pixels.** The decoders do not pad, but the encoder does, with zeros, and so does the last convolution before the
-output. So a pixel depends on the position of a window's edge that is nearer than `reach`: 95 pixels for the left and upper
-edges and 103 for the others in `fast`, 145 and 153 in `original`. Pixels further from the edges of two windows have the same value in both (if shifted by multiples of 8, as in the tile grid). In a published 256 window of
-`fast` these are the middle 58 × 58, in a 270 window of `original` none: all other published values are specific to the
+output. So a pixel depends on the position of a window's edge that is nearer than `reach`: 95 pixels for the left and
+upper edges and 103 for the others in `fast`, 145 and 153 in `original`. Pixels further from the edges of two windows
+have the same value in both (if shifted by multiples of 8, as in the tile grid). In a published 256 window of `fast`
+these are the middle 58 × 58, in a 270 window of `original` none: all other published values are specific to the
 published windows, and larger ones do not reproduce them. Larger windows show each kept pixel at least as much real
 tissue on every side as the published windows show pixels at the edges of their output.
 """
