@@ -194,7 +194,7 @@ class Model:
         self.sha256 = sha256
 
     def predict(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the maps (plane, y, x) uint8 (see `hover_batch.model.heads.MapLayout`) of an RGB image (y, x, 3) uint8.
+        """Return the maps (plane, y, x) uint8, see `hover_batch.model.heads.MapLayout`, of RGB pixels (y, x, 3) uint8.
 
         The image is reflected at its border. InputError for other arrays.
         """

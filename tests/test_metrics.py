@@ -357,5 +357,5 @@ def test_random_scores_agree_with_the_definition():
 
 
 def test_types_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="predicted types reach from 2 to 4, not within 0 … 3"):
+    with pytest.raises(ValueError, match="predicted types range from 2 to 4, not within 0 … 3"):
         counts([1], [2, 4], [])
