@@ -107,7 +107,7 @@ class Plane:
     array: Any = field(repr=False)
     index: int
     steps: float
-    """Stored steps for one unit."""
+    """Stored steps per unit."""
     signed: bool = False
     """Whether stored bytes are two's-complement."""
 
@@ -117,7 +117,7 @@ class Plane:
         return self.array.shape[1], self.array.shape[2]
 
     def __getitem__(self, window: Any) -> NDArray[np.float32]:
-        """Rows and columns, as numpy takes numbers and slices."""
+        """Read rows and columns, given as integers or slices as for numpy."""
         window = window if isinstance(window, tuple) else (window,)
         stored = np.asarray(self.array[(self.index, *window)], np.uint8)
         return (stored.view(np.int8) if self.signed else stored).astype(np.float32) / np.float32(self.steps)
@@ -131,10 +131,10 @@ class Predictions:
     """Maps of a slide as the network predicted them, on the inference grid; its pixel (0, 0) begins at that of level 0.
 
     `np`: probability of a nucleus, 0 to 1. `h`, `v`: signed distances to the nucleus's centroid along x and y, -1 to 1.
-    `classes`: probability of each class by its name, background among them, where a nucleus is not unlikely
-    (np ≥ 0.25). `hematoxylin`, `eosin`: optical density there. `mpp`: µm of an inference pixel; `level0_per_pixel`:
-    level-0 pixels along x and y in one; `level0`: the canvas; `bounds`: its scanned part in level-0 pixels, where the
-    slide names one.
+    `classes`: probability of each class by name, background included, where np ≥ 0.25, else 0. `hematoxylin`, `eosin`:
+    optical density there. `mpp`: size of an inference pixel in µm; `level0_per_pixel`: level-0 pixels per inference
+    pixel along x and y; `level0`: size of the canvas; `bounds`: its scanned part in level-0 pixels, or None if the
+    slide has no bounds.
     """
 
     np: Plane
@@ -168,7 +168,7 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
         if array.shape[0] != card.layout.planes:
             raise ValueError(f"{array.shape[0]} planes")
     except (LookupError, TypeError, ValueError) as error:
-        raise SlideError(f"{path}: cannot be read ({error!r}); run the slide anew") from error
+        raise SlideError(f"{path}: cannot be read ({error!r}); run the slide again") from error
     planes = card.layout
     return Predictions(
         np=Plane(array, planes.NP, 256),
@@ -186,7 +186,7 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
 
 
 class Model:
-    """A network that is ready to predict. Images must have pixels of `card.mpp` µm."""
+    """Network that is ready to predict. Images must have pixels of `card.mpp` µm."""
 
     def __init__(self, predictor: Predictor, sha256: str) -> None:
         self.card = predictor.card
@@ -194,9 +194,9 @@ class Model:
         self.sha256 = sha256
 
     def predict(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Maps (plane, y, x) uint8 of a picture (y, x, 3) uint8 RGB, as `hover_batch.model.heads.MapLayout` has them.
+        """Return the maps (plane, y, x) uint8, see `hover_batch.model.heads.MapLayout`, of RGB pixels (y, x, 3) uint8.
 
-        The picture is mirrored at its border. Raises InputError where it is not such an array.
+        The image is reflected at its border. InputError for other arrays.
         """
         if (
             not isinstance(rgb, np.ndarray)
@@ -206,13 +206,15 @@ class Model:
             or not rgb.size
         ):
             what = f"{rgb.dtype} {rgb.shape}" if isinstance(rgb, np.ndarray) else type(rgb).__name__
-            raise InputError(f"a picture must be an array (y, x, 3) of uint8, RGB, not {what}")
+            raise InputError(f"an image must be an array (y, x, 3) of uint8, RGB, not {what}")
         return predict_image(self.predictor, rgb)
 
     def nuclei(self, rgb: NDArray[np.uint8]) -> tuple[NDArray[np.int32], pd.DataFrame]:
-        """Instances (y, x) int32 of a picture (y, x, 3) uint8 RGB, 0 being background, and a row for each as
-        `load_nuclei` has them, in the picture's pixels: `nucleus_id` is the number in the instances. As a run with
-        default settings finds them."""
+        """Return the instances (y, x) int32, 0 = background, of an image (y, x, 3) uint8 RGB, and their table.
+
+        The table has the columns of `load_nuclei`, positions in pixels of the image, and `nucleus_id` is the number in
+        the instances. The result is that of a run with default settings. InputError for other arrays.
+        """
         from hover_batch.nuclei.image import nuclei_of
 
         maps = self.predict(rgb)
@@ -232,7 +234,7 @@ def load_model(name_or_path: str | Path = "starter", **settings: Any) -> Model:
     """Load the network of a package, on a GPU if there is one. `settings`: those of inference (`device`, `precision`,
     `batch`, `runtime`, `threads`).
 
-    Raises PackageError where it cannot be loaded, InputError where a setting is wrong or the device cannot be used.
+    PackageError if it cannot be loaded, InputError if a setting is wrong or the device cannot be used.
     """
     from hover_batch.model.predict import load_predictor
 

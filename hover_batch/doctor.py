@@ -69,18 +69,18 @@ class Check:
                 return self.look()
         except Exception as error:
             words = (str(error).strip() or "no message").splitlines()[0]
-            told = words if isinstance(error, HoverBatchError) else f"{type(error).__name__}: {words}"
-            return Finding("FAIL", told, self.fix)
+            message = words if isinstance(error, HoverBatchError) else f"{type(error).__name__}: {words}"
+            return Finding("FAIL", message, self.fix)
 
 
 def checks(output: Path, *, start_ray: bool = False) -> list[Check]:
     """Return all checks in the order of the output. `output`: the folder for a run."""
-    anew = "install hover-batch anew"
+    reinstall = "reinstall hover-batch"
     temporary = Path(tempfile.gettempdir())
     return [
         Check("python", _python, "install Python 3.11 or newer"),
-        Check("torch", _torch, f"{anew}: torch is broken"),
-        Check("gpu", _gpu, "see that the NVIDIA driver works (nvidia-smi), or run with --device cpu"),
+        Check("torch", _torch, f"{reinstall}: torch is broken"),
+        Check("gpu", _gpu, "check the NVIDIA driver (nvidia-smi), or run with --device cpu"),
         Check("openslide", _openslide, "pip install --force-reinstall openslide-bin openslide-python"),
         Check("token", _token, "see deploy/README.md"),
         Check(
@@ -93,12 +93,12 @@ def checks(output: Path, *, start_ray: bool = False) -> list[Check]:
         Check("output", lambda: _disk(output), "give another folder as --output"),
         Check("temporary", lambda: _disk(temporary), "set TMPDIR to another folder"),
         Check("memory", _memory, "give the process more memory"),
-        Check("weights", _weights, anew),
+        Check("weights", _weights, reinstall),
         Check("numba", _numba, "set NUMBA_CACHE_DIR to a folder that can be written"),
-        Check("opencv", _opencv, "install libgl1 (apt-get install libgl1), or opencv-python anew"),
+        Check("opencv", _opencv, "install libgl1 (apt-get install libgl1), or reinstall opencv-python"),
         Check("text", _text, "export LC_ALL=C.UTF-8"),
         Check("sqlite", _sqlite, "use a Python that is built with SQLite"),
-        Check("extras", _extras, anew),
+        Check("extras", _extras, reinstall),
     ]
 
 
@@ -111,38 +111,36 @@ def _warned(found: str, fix: str) -> Finding:
 
 
 def _python() -> Finding:
-    return _passed(f"{sys.version.split()[0]} at {sys.executable}")  # an older one imports nothing of this
+    return _passed(f"{sys.version.split()[0]} at {sys.executable}")  # older versions cannot import this module
 
 
 def _torch() -> Finding:
     import torch
 
     torch.zeros(1) + 1
-    return _passed(
-        f"{torch.__version__}, {f'for CUDA {cuda}' if (cuda := torch.version.cuda) else 'for the CPU alone'}"
-    )
+    return _passed(f"{torch.__version__}, {f'for CUDA {cuda}' if (cuda := torch.version.cuda) else 'for the CPU only'}")
 
 
 def _gpu() -> Finding:
     import torch
 
     there = Node.here().gpus
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
     if not usable and not there:
-        return _warned("none is seen: runs on CPU", "fine for a few fields; for cohorts use a machine with a GPU")
+        return _warned("none found: runs use the CPU", "fine for a few fields; for cohorts use a machine with a GPU")
     if not usable:
-        reason = str(said[0].message).splitlines()[0] if said else "torch does not say why"
+        reason = str(caught[0].message).splitlines()[0] if caught else "torch does not say why"
         built = torch.version.cuda
         if built is None:
-            reason, mend = "this torch is for the CPU alone", "install torch's build for CUDA"
+            reason, fix = "this build of torch is for the CPU only", "install torch's build for CUDA"
         else:
-            mend = f"install a driver for CUDA {built} or newer (nvidia-smi shows what it has), or give --device cpu"
-        return Finding("FAIL", f"{there} seen, but torch cannot use them: {reason}", mend)
+            fix = f"install a driver for CUDA {built} or newer (nvidia-smi shows what it has), or give --device cpu"
+        return Finding("FAIL", f"{there} found, but torch cannot use them: {reason}", fix)
     names = []
     for number in range(torch.cuda.device_count()):
-        torch.zeros(1, device=f"cuda:{number}").add_(1).cpu()  # has this build code for it?
+        torch.zeros(1, device=f"cuda:{number}").add_(1).cpu()  # fails if this build of torch lacks code for the GPU
         card = torch.cuda.get_device_properties(number)
         names.append(f"{card.name}, {card.total_memory / GIB:.0f} GiB")
     return _passed("; ".join(names))
@@ -179,20 +177,20 @@ def _token() -> Finding:
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if os.environ.get("RAY_AUTH_TOKEN") or path.is_file():
         if mode != "token":
-            return _warned("there is one, which Ray does not ask for", "export RAY_AUTH_MODE=token")
-        return _passed("there is one for clusters that are joined; runs on this machine make their own")
+            return _warned("a token is set, but Ray does not ask for it", "export RAY_AUTH_MODE=token")
+        return _passed("set, for clusters to join; runs on this machine make their own")
     if mode == "token" or os.environ.get("RAY_ADDRESS"):
-        return _warned("none, to join a cluster with", "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…")
-    return _passed("made anew by each run on this machine; to join a cluster, RAY_AUTH_TOKEN must hold its own")
+        return _warned("no token to join a cluster with", "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…")
+    return _passed("each run on this machine makes its own; to join a cluster, set RAY_AUTH_TOKEN to its token")
 
 
 def _shared_memory() -> Finding:
     wanted = engine_plan(Resources((Node.here(),)), Settings(), find_package("starter").card).object_store_bytes
     free = shutil.disk_usage("/dev/shm").free
-    told = f"{free / GIB:.1f} GiB free, {wanted / GIB:.1f} wanted"
+    found = f"{free / GIB:.1f} GiB free, {wanted / GIB:.1f} wanted"
     if free < wanted:
-        return _warned(f"{told}: Ray uses the disk instead, slowly", f"docker run --shm-size={-(-wanted // GIB) + 1}g")
-    return _passed(told)
+        return _warned(f"{found}: Ray uses the disk instead, slowly", f"docker run --shm-size={-(-wanted // GIB) + 1}g")
+    return _passed(found)
 
 
 def _open_files() -> Finding:
@@ -206,29 +204,29 @@ def _disk(folder: Path) -> Finding:
     """Check the disk of the folder, or of the one in which it would be made."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return Finding("FAIL", f"{there} cannot be written", "name another folder, or have it given to you")
+        return Finding("FAIL", f"{there} cannot be written", "name another folder, or change its permissions")
     disk = shutil.disk_usage(there)
-    told = f"{disk.free / GIB:.1f} GiB free at {there}"
+    found = f"{disk.free / GIB:.1f} GiB free at {there}"
     if disk.free < NEEDED_BYTES:
-        return Finding("FAIL", told, "free some, or name a folder on another disk")
+        return Finding("FAIL", found, "free some, or name a folder on another disk")
     if disk.free < LOW_DISK or disk.free < (1 - RAY_FULL) * disk.total:
-        return _warned(f"{told}, {disk.free / disk.total:.0%} of the disk", "free some, or name a folder elsewhere")
-    return _passed(told)
+        return _warned(f"{found}, {disk.free / disk.total:.0%} of the disk", "free some, or name a folder elsewhere")
+    return _passed(found)
 
 
 def _memory() -> Finding:
     here, cores = Node.here(), os.cpu_count() or 1
-    told = f"cores: {here.cpus}{f' of {cores}' if here.cpus < cores else ''}, memory: {here.memory / GIB:.1f} GiB"
+    found = f"cores: {here.cpus}{f' of {cores}' if here.cpus < cores else ''}, memory: {here.memory / GIB:.1f} GiB"
     free = here.memory
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = min(free, int(line.split()[1]) * 1024)
-    told += f", {free / GIB:.1f} free"
+    found += f", {free / GIB:.1f} free"
     if free < LOW_MEMORY:
-        return _warned(told, f"free some, or give the process {LOW_MEMORY // GIB} GiB or more")
+        return _warned(found, f"free some, or give the process {LOW_MEMORY // GIB} GiB or more")
     if here.cpus < 2:
-        return _warned(told, "give it two cores or more: the network and the readers take turns on one")
-    return _passed(told)
+        return _warned(found, "give it two cores or more: the network and the readers take turns on one")
+    return _passed(found)
 
 
 def _weights() -> Finding:
@@ -281,11 +279,11 @@ def _sqlite() -> Finding:
 def _extras() -> Finding:
     there = [f"{name} {found}" for name in _EXTRAS if (found := _version(name))]
     absent = [(extra, use) for name, (extra, use) in _EXTRAS.items() if _version(name) is None]
-    told = ", ".join(there) or "none"
+    found = ", ".join(there) or "none"
     if not absent:
-        return _passed(told)
+        return _passed(found)
     uses = "; ".join(f"{extra} for {use}" for extra, use in absent)
-    return _passed(f"{told}. If wanted, pip install 'hover-batch[{','.join(extra for extra, _ in absent)}]': {uses}")
+    return _passed(f"{found}. If wanted, pip install 'hover-batch[{','.join(extra for extra, _ in absent)}]': {uses}")
 
 
 def _cores(_: None) -> int:

@@ -80,8 +80,8 @@ class Box:
         return slice(self.y0 - frame.y0, self.y1 - frame.y0), slice(self.x0 - frame.x0, self.x1 - frame.x0)
 
     def cells(self, side: int) -> Iterator[tuple[int, int]]:
-        """Yield (column, row), in raster order, of the cells that this box intersects, in the grid of `side` pixels that
-        starts at (0, 0)."""
+        """Yield (column, row), in raster order, of the cells that this box intersects, in the grid of `side` pixels
+        that starts at (0, 0)."""
         if self.empty:
             return
         for row in range(self.y0 // side, (self.y1 - 1) // side + 1):

@@ -1,11 +1,11 @@
-"""How well predicted nuclei agree with true ones: panoptic quality, AJI, Dice, detection and class F1.
+"""Agreement of predicted with true nuclei: panoptic quality, AJI, Dice, detection and class F1.
 
-Instance maps are (y, x) integer arrays, 0 = background, any ids otherwise. Everything about two maps follows from their
-joint histogram (how many pixels carry true id t and predicted id p), which one pass over the pixels gives.
+Instance maps are (y, x) integer arrays, 0 = background, with arbitrary positive ids. All scores of two maps follow from
+their joint histogram (pixels with true id t and predicted id p), computed in one pass over the pixels.
 
-Means are taken as the reference implementation of HoVerNet takes them: PQ, AJI and Dice are means over images,
-detections and classes are counted over all images together (`PairCounts` add up). A score of two maps without any
-nucleus is undefined and NaN; `mean_defined` leaves it out. PQ of a class follows PanNuke-metrics, which takes it.
+Averaging follows the reference implementation of HoVerNet: PQ, AJI and Dice are means over images; detections and
+classes are counted over all images together (`PairCounts` add up). Scores of two maps without nuclei are undefined
+(NaN), and `mean_defined` ignores them. PQ of a class follows PanNuke-metrics, where it comes from.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 DETECTION_RADIUS_UM = 3.0
-"""Centroids at most this far apart may be paired: 12 px at 40× (Graham et al. 2019, section 4.3), in µm."""
+"""Largest distance in µm of paired centroids: 12 px at 40× (Graham et al. 2019, section 4.3)."""
 
 
 @dataclass(frozen=True)
 class PanopticQuality:
-    """Detection quality, segmentation quality, and their product; the counts that they are made of."""
+    """Detection quality, segmentation quality, their product, and the underlying counts."""
 
     dq: float
     sq: float
@@ -36,15 +36,15 @@ class PanopticQuality:
     fp: int
     fn: int
     iou_sum: float
-    """Over the `tp` pairs."""
+    """Sum of IoU over the `tp` pairs."""
 
 
 def panoptic_quality(true: NDArray[np.integer], pred: NDArray[np.integer]) -> PanopticQuality:
-    """PQ of two instance maps (Kirillov et al. 2019, equation 1; binary, as Graham et al. 2019 use it).
+    """Return the PQ of two instance maps (Kirillov et al. 2019, equation 1; binary, as Graham et al. 2019 use it).
 
-    Instances are paired where their IoU exceeds 0.5, which can hold for one partner at most. DQ = TP / (TP + FP/2 +
-    FN/2), SQ = mean IoU of the pairs (0 without any), PQ = DQ · SQ; all NaN where both maps are empty. HoVerNet's
-    reference divides by TP + 1e-6 in SQ; here by TP.
+    Instances are paired if their IoU exceeds 0.5, which at most one partner can. DQ = TP / (TP + FP/2 +
+    FN/2), SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ; all are NaN if both maps are empty.
+    HoVerNet's reference divides by TP + 1e-6 in SQ; here by TP. ValueError for maps of different shapes.
     """
     overlap = _Overlap.of(true, pred)
     matched = overlap.iou[overlap.iou > 0.5]
@@ -64,18 +64,19 @@ def class_quality(
     pred_types: NDArray[np.integer],
     type_id: int,
 ) -> float:
-    """PQ of the instances of one class, the others taken for background.
+    """Return the PQ of the instances of one class, with all others as background.
 
     true, pred: instance maps (y, x); true_types (n,), pred_types (m,): class ids of their instances, in the order of
-    the instances' ids. NaN where no true instance is of the class, whatever is predicted: so PanNuke-metrics has it,
-    where class PQ comes from, so that a false alarm counts against a class only in images that hold it.
+    the instances' ids. NaN if no true instance is of the class, regardless of the prediction: in PanNuke-metrics, where
+    class PQ comes from, a false positive counts only in images that contain the class. ValueError if the numbers of
+    types and instances differ.
     """
     ours = _only(true, true_types == type_id)
     return panoptic_quality(ours, _only(pred, pred_types == type_id)).pq if ours.any() else math.nan
 
 
 def _only(instances: NDArray[np.integer], chosen: NDArray[np.bool_]) -> NDArray[np.integer]:
-    """The map with the `chosen` (n,) instances alone, in the order of their ids."""
+    """Return the map with only the `chosen` (n,) instances, in the order of their ids."""
     ids = np.unique(instances[instances > 0])
     if len(ids) != len(chosen):
         raise ValueError(f"types of {len(chosen)} instances, but the map holds {len(ids)}")
@@ -85,11 +86,11 @@ def _only(instances: NDArray[np.integer], chosen: NDArray[np.bool_]) -> NDArray[
 
 
 def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
-    """Aggregated Jaccard index of two instance maps (Kumar et al. 2017, algorithm 1).
+    """Return the aggregated Jaccard index of two instance maps (Kumar et al. 2017, algorithm 1).
 
-    Each true instance takes the predicted one of highest IoU (at equal IoU the larger intersection, then the lower id,
-    as HoVerNet's reference decides); one prediction may be taken by several. The intersections of these pairs over
-    their unions, plus the areas of all instances in no pair. NaN where both maps are empty.
+    Each true instance is paired with the prediction of highest IoU (if equal, the larger intersection, then the lower
+    id, as in HoVerNet's reference); a prediction may be in several pairs. The index is the sum of intersections divided
+    by the sum of unions plus the areas of all instances without pair. NaN if both maps are empty.
     """
     overlap = _Overlap.of(true, pred)
     order = np.lexsort((overlap.pred_id, -overlap.intersection, -overlap.iou, overlap.true_id))
@@ -103,7 +104,7 @@ def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
 
 
 def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
-    """Dice of the foregrounds: 2·|∩| / (|true| + |pred|) in pixels. NaN where both maps are empty."""
+    """Return the Dice of the foregrounds: 2·|∩| / (|true| + |pred|) in pixels. NaN if both maps are empty."""
     _check_maps(true, pred)
     a, b = true > 0, pred > 0
     total = int(a.sum()) + int(b.sum())
@@ -111,14 +112,14 @@ def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
 
 
 def mean_defined(scores: Iterable[float]) -> float:
-    """Mean over images of a score, without those where it is undefined (NaN); NaN if it is nowhere defined."""
+    """Return the mean of a score over images, ignoring NaN; NaN if all are."""
     defined = [s for s in scores if not math.isnan(s)]
     return sum(defined) / len(defined) if defined else math.nan
 
 
 @dataclass(frozen=True)
 class _Overlap:
-    """The joint histogram of two instance maps: one entry for each pair of instances that share pixels."""
+    """Joint histogram of two instance maps: one entry per pair of instances that share pixels."""
 
     true_id: NDArray[np.int64]
     pred_id: NDArray[np.int64]
@@ -126,8 +127,9 @@ class _Overlap:
     union: NDArray[np.int64]
     iou: NDArray[np.float64]
     true_area: NDArray[np.int64]
-    """By id, that of the background set to 0; likewise `pred_area`."""
+    """Area in pixels by id; 0 for the background."""
     pred_area: NDArray[np.int64]
+    """Area in pixels by id; 0 for the background."""
 
     @property
     def n_true(self) -> int:
@@ -143,7 +145,7 @@ class _Overlap:
         seen = (true > 0) | (pred > 0)
         t, p = true[seen].astype(np.int64), pred[seen].astype(np.int64)
         shape = (int(t.max(initial=0)) + 1, int(p.max(initial=0)) + 1)
-        joint = coo_matrix((np.ones(len(t), np.int64), (t, p)), shape).tocsr().tocoo()  # CSR adds up equal entries
+        joint = coo_matrix((np.ones(len(t), np.int64), (t, p)), shape).tocsr().tocoo()  # CSR sums duplicates
         rows, columns = (c.astype(np.int64) for c in joint.coords)
         true_area = np.bincount(rows, joint.data, minlength=1).astype(np.int64)
         pred_area = np.bincount(columns, joint.data, minlength=1).astype(np.int64)
@@ -160,13 +162,13 @@ def _check_maps(true: NDArray[np.integer], pred: NDArray[np.integer]) -> None:
 
 
 def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating], radius: float) -> NDArray[np.intp]:
-    """Pair centroids one to one: as many pairs as can be at distances ≤ radius, and of those the least total distance.
+    """Pair centroids one to one: the most pairs at distances ≤ radius, and among these the least total distance.
 
-    true_xy (n, 2), pred_xy (m, 2), radius: one unit of length. Returns (k, 2) indices, sorted by the first column.
+    true_xy (n, 2), pred_xy (m, 2) and radius in the same unit. Returns (k, 2) indices, sorted by the first column.
 
-    Pairs beyond the radius never count, so the assignment falls into the connected clusters of the graph of all pairs
-    within the radius. Each is solved exactly by the Hungarian method; the cost of all is near-linear in the number of
-    nuclei, so that whole slides can be compared. Published figures are made by `match_as_hovernet`.
+    Pairs beyond the radius never count, so the assignment splits into the connected components of the graph of all
+    pairs within the radius. Each is solved exactly by the Hungarian method; the total cost is nearly linear in the
+    number of nuclei, so whole slides can be compared. For comparison with published results use `match_as_hovernet`.
     """
     n, m = len(true_xy), len(pred_xy)
     if n == 0 or m == 0:
@@ -179,7 +181,7 @@ def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating]
     i, j, distance = i[order], j[order], distance[order]
     starts = np.flatnonzero(np.diff(cluster[order], prepend=-1))
     ends = np.append(starts[1:], len(i))
-    alone = ends - starts == 1  # most nuclei have exactly one candidate: nothing to solve
+    alone = ends - starts == 1  # most nuclei have exactly one candidate
     pairs = [np.stack([i[starts[alone]], j[starts[alone]]], axis=1)]
     for start, end in zip(starts[~alone], ends[~alone], strict=True):
         pairs.append(_assign(i[start:end], j[start:end], distance[start:end], radius))
@@ -188,12 +190,12 @@ def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating]
 
 
 def match_as_hovernet(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating], radius: float) -> NDArray[np.intp]:
-    """Pair centroids as HoVerNet's reference does, for figures that stand beside published ones; arguments and result
-    as in `match_centroids`.
+    """Pair centroids as HoVerNet's reference does, for comparison with published results.
 
-    All centroids are assigned at once by least total distance, then pairs beyond the radius are dropped. Nuclei
-    without partner pull on that assignment, so there may be fewer pairs than can be, never more: on annotated tiles
-    with noisy predictions F_d is 1 to 4 points lower. Cubic in the number of nuclei: for tiles, not for slides.
+    Arguments and result are those of `match_centroids`. All centroids are assigned together by least total distance,
+    then pairs beyond the radius are dropped. Nuclei without partner affect that assignment, so there may be fewer pairs
+    than possible, never more: on annotated tiles with noisy predictions F_d is 1 to 4 points lower. The cost is cubic
+    in the number of nuclei: for tiles, not for slides.
     """
     distance = np.linalg.norm(np.asarray(true_xy, np.float64)[:, None] - np.asarray(pred_xy)[None], axis=2)
     rows, columns = linear_sum_assignment(distance)
@@ -202,10 +204,10 @@ def match_as_hovernet(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floatin
 
 
 def _assign(i: NDArray[np.intp], j: NDArray[np.intp], distance: NDArray[np.float64], radius: float) -> NDArray[np.intp]:
-    """The best pairs (k, 2) of one cluster, given by its edges."""
+    """Return the best pairs (k, 2) of one connected component, given by its edges (e,) and their lengths."""
     rows, row = np.unique(i, return_inverse=True)
     columns, column = np.unique(j, return_inverse=True)
-    # Above the total of any set of pairs within the radius: one pair more always wins.
+    # Exceeds the total of any set of pairs within the radius, so that one more pair always wins.
     apart = (radius + 1) * (min(len(rows), len(columns)) + 1)
     cost = np.full((len(rows), len(columns)), apart, np.float64)
     cost[row, column] = distance
@@ -216,10 +218,10 @@ def _assign(i: NDArray[np.intp], j: NDArray[np.intp], distance: NDArray[np.float
 
 @dataclass(frozen=True)
 class PairCounts:
-    """How nuclei were paired, by type; the counts of several images add up.
+    """Counts of paired and unpaired nuclei by type; counts of several images add up.
 
-    `table` (n + 1, n + 1) int64: row = true type 0 … n - 1, column = predicted type (0: none), the last row counts
-    predicted nuclei without partner, the last column true ones without.
+    `table` (n + 1, n + 1) int64: row = true type 0 … n - 1, column = predicted type (0: none); the last row counts
+    predicted nuclei without partner, the last column true nuclei without partner.
     """
 
     table: NDArray[np.int64]
@@ -233,11 +235,11 @@ def count_pairs(
 ) -> PairCounts:
     """Count the pairs of `match_centroids` by the types of all nuclei.
 
-    true_types (n,), pred_types (m,): ids below `n_types`, which includes 0; all 0 where only detection is of interest.
+    true_types (n,), pred_types (m,): ids 0 … `n_types` - 1; all 0 for detection only. ValueError for other ids.
     """
     for name, types in (("true", true_types), ("predicted", pred_types)):
         if len(types) and not 0 <= int(types.min()) <= int(types.max()) < n_types:
-            raise ValueError(f"{name} types reach from {types.min()} to {types.max()}, not within 0 … {n_types - 1}")
+            raise ValueError(f"{name} types range from {types.min()} to {types.max()}, not within 0 … {n_types - 1}")
     missed, extra = np.delete(true_types, pairs[:, 0]), np.delete(pred_types, pairs[:, 1])
     row = np.concatenate([true_types[pairs[:, 0]], missed, np.full(len(extra), n_types)]).astype(np.int64)
     column = np.concatenate([pred_types[pairs[:, 1]], np.full(len(missed), n_types), extra]).astype(np.int64)
@@ -248,7 +250,7 @@ def count_pairs(
 
 @dataclass(frozen=True)
 class DetectionScores:
-    """F_d with precision and recall, whatever the types; NaN where there is nothing to divide by."""
+    """F_d, precision and recall, regardless of types; NaN where the denominator is 0."""
 
     f1: float
     precision: float
@@ -259,7 +261,7 @@ class DetectionScores:
 
 
 def detection_scores(counts: PairCounts) -> DetectionScores:
-    """F_d = 2·TP / (2·TP + FP + FN) of paired and unpaired nuclei (Graham et al. 2019, section 4.3)."""
+    """Return F_d = 2·TP / (2·TP + FP + FN) with precision and recall (Graham et al. 2019, section 4.3)."""
     table = counts.table
     tp, fp, fn = int(table[:-1, :-1].sum()), int(table[-1, :-1].sum()), int(table[:-1, -1].sum())
     return DetectionScores(
@@ -274,13 +276,13 @@ def detection_scores(counts: PairCounts) -> DetectionScores:
 
 @dataclass(frozen=True)
 class ClassScores:
-    """F of one class and the counts that it is made of; NaN where the class is neither there nor predicted."""
+    """F of one class and the underlying counts; NaN if the class is neither present nor predicted."""
 
     f1: float
     tp: int
-    """Pairs of this class on both sides."""
+    """Pairs with this class on both sides."""
     fp: int
-    """Pairs predicted as this class that are of another."""
+    """Pairs predicted as this class whose true class is another."""
     fn: int
     """Pairs of this class predicted as another."""
     fp_d: int
@@ -290,10 +292,10 @@ class ClassScores:
 
 
 def class_scores(counts: PairCounts, type_id: int) -> ClassScores:
-    """F_c = 2·TP_c / (2·TP_c + 2·FP_c + 2·FN_c + FP_d + FN_d) of one class (Graham et al. 2019, section 4.3).
+    """Return F_c = 2·TP_c / (2·TP_c + 2·FP_c + 2·FN_c + FP_d + FN_d) of one class (Graham et al. 2019, section 4.3).
 
-    The weights 2, 2, 1, 1 and the counts are those of the reference implementation: unpaired nuclei count for their own
-    class only, and pairs foreign to the class on both sides (the paper's TN_c) do not count.
+    The weights 2, 2, 1, 1 and the counts are those of the reference implementation: unpaired nuclei count only for
+    their own class, and pairs with other classes on both sides (the paper's TN_c) do not count.
     """
     table = counts.table
     tp = int(table[type_id, type_id])
@@ -303,5 +305,5 @@ def class_scores(counts: PairCounts, type_id: int) -> ClassScores:
     return ClassScores(_ratio(2 * tp, 2 * tp + 2 * fp + 2 * fn + fp_d + fn_d), tp, fp, fn, fp_d, fn_d)
 
 
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else math.nan
+def _ratio(part: int, total: int) -> float:
+    return part / total if total else math.nan

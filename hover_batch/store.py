@@ -119,7 +119,7 @@ class PredictionStore:
         return self.path / "c" / "0" / str(box.y0 // height) / str(box.x0 // width)
 
     def read(self, box: Box) -> NDArray[np.uint8]:
-        """Return the maps (plane, y, x) uint8 of any box, zero outside of the canvas and where nothing was predicted."""
+        """Return the maps (plane, y, x) uint8 of any box, zero where nothing was predicted or outside the canvas."""
         inside = box.intersect(self.canvas)
         planes = self.array.shape[0]
         if inside == box:

@@ -1,4 +1,4 @@
-"""The Python API on real H&E: what it gives is what the command gives."""
+"""The Python API on real H&E gives the results of the command."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_slide_and_its_table(table: Path) -> None:
     assert about["mpp"] == {"x": 0.5, "y": 0.5} and about["model"]["id"] == "starter"
 
 
-def test_the_same_call_finds_it_done(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_call_does_nothing_again(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = table.stat().st_mtime_ns
     slide, out = table.parents[3] / "he_0.5.tif", table.parents[2]
     assert hover_batch.segment_slide(slide, out, slide_id="he", **SETTINGS) == table
@@ -52,7 +52,7 @@ def test_the_same_call_finds_it_done(table: Path, capsys: pytest.CaptureFixture[
         hover_batch.segment_slide(slide, out, slide_id="he", halo=32, **SETTINGS)
 
 
-def test_maps_by_their_names(table: Path) -> None:
+def test_predictions_have_named_maps(table: Path) -> None:
     maps = hover_batch.load_predictions(table.parent)
     stored = PredictionStore.open(table.parent / "predictions.zarr", read_only=True).array
     assert maps.np.shape == stored.shape[1:] == (1000, 1000)
@@ -76,7 +76,7 @@ def test_maps_by_their_names(table: Path) -> None:
     assert maps.eosin[y, :].shape == (1000,)
 
 
-def test_a_model_finds_in_a_picture_what_the_run_found(table: Path) -> None:
+def test_a_model_finds_the_nuclei_of_a_run_in_an_image(table: Path) -> None:
     field = _field()[200:800, 100:900]
     model = hover_batch.load_model("starter")
     instances, nuclei = model.nuclei(field)
@@ -90,7 +90,7 @@ def test_a_model_finds_in_a_picture_what_the_run_found(table: Path) -> None:
         assert row.geometry.bounds[0] >= pixels[:, 1].min()
 
 
-def test_maps_of_a_picture_are_those_of_a_slide(tmp_path: Path) -> None:
+def test_maps_of_an_image_are_those_of_a_slide(tmp_path: Path) -> None:
     """Where the network sees the same surroundings, byte for byte: the border is mirrored otherwise in a slide."""
     field = _field()[:600, :600]
     write_pyramidal_tiff(tmp_path / "he.tif", field, 0.25)
@@ -102,12 +102,12 @@ def test_maps_of_a_picture_are_those_of_a_slide(tmp_path: Path) -> None:
     assert maps[inner].any() and np.array_equal(maps[inner], stored[inner])
 
 
-def test_a_picture_without_nuclei() -> None:
+def test_an_image_without_nuclei() -> None:
     instances, nuclei = hover_batch.load_model().nuclei(np.full((100, 130, 3), 245, np.uint8))
     assert not instances.any() and len(nuclei) == 0 and "area_um2" in nuclei
 
 
-def test_what_is_wrong_is_told(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     picture = tmp_path / "tile.png"
     Image.fromarray(np.full((64, 64, 3), 245, np.uint8)).save(picture)
     with pytest.raises(InputError, match="mpp"):
@@ -137,7 +137,7 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
         hover_batch.segment_slides  # noqa: B018
 
 
-def test_a_harmed_table_is_told(table: Path, tmp_path: Path) -> None:
+def test_a_corrupted_table_is_refused(table: Path, tmp_path: Path) -> None:
     content = bytearray(table.read_bytes())
     with pq.ParquetFile(table) as file:
         start = file.metadata.row_group(0).column(3).data_page_offset

@@ -1,4 +1,4 @@
-"""`doctor` tells what is amiss and what mends it, and survives whatever it looks at."""
+"""`doctor` reports each problem with its fix and never fails itself."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def look(name: str, output: Path = Path()) -> Finding:
     return next(check for check in checks(output) if check.name == name).run()
 
 
-def test_this_machine_fails_nothing_and_each_check_is_one_line(tmp_path: Path) -> None:
+def test_this_machine_passes_and_each_check_is_one_line(tmp_path: Path) -> None:
     result = run("-o", tmp_path / "new" / "out")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
@@ -151,8 +151,8 @@ def _no_starter(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "spoil", "status", "said", "fix"),
     [
-        ("gpu", _no_gpu, "WARN", "runs on CPU", "GPU"),
-        ("gpu", _torch_for_cpu, "FAIL", "CPU alone", "CUDA"),
+        ("gpu", _no_gpu, "WARN", "use the CPU", "GPU"),
+        ("gpu", _torch_for_cpu, "FAIL", "CPU only", "CUDA"),
         ("gpu", _old_driver, "FAIL", "driver on your system is too old", "CUDA 13.0"),
         ("memory", _one_core, "WARN", "cores: 1", "two cores"),
         ("memory", _little_memory, "WARN", "memory: 1.0 GiB", "4 GiB"),
@@ -167,12 +167,12 @@ def _no_starter(patch: pytest.MonkeyPatch) -> None:
         ),
         ("text", _latin, "WARN", "latin-1", "C.UTF-8"),
         ("sqlite", _no_extensions, "WARN", "loads no extensions", "loadable"),
-        ("token", _no_token, "WARN", "none", "RAY_AUTH_TOKEN"),
-        ("weights", _harmed_weights, "FAIL", "do not match", "anew"),
-        ("weights", _no_starter, "FAIL", "no such package", "anew"),
+        ("token", _no_token, "WARN", "no token", "RAY_AUTH_TOKEN"),
+        ("weights", _harmed_weights, "FAIL", "do not match", "reinstall"),
+        ("weights", _no_starter, "FAIL", "no such package", "reinstall"),
     ],
 )
-def test_what_is_amiss_is_told_with_what_mends_it(
+def test_each_problem_is_reported_with_its_fix(
     name: str,
     spoil: Callable[[pytest.MonkeyPatch], None],
     status: str,
@@ -205,7 +205,7 @@ def test_a_library_that_does_not_load_is_a_fail_and_no_traceback(tmp_path: Path)
 
 
 def test_ray_is_started_where_that_is_asked_for(tmp_path: Path) -> None:
-    """In a process of its own: Ray keeps the token that it was first imported with."""
+    """In a separate process, since Ray keeps the token of its first import."""
     if [name for _, name in socket.if_nameindex()] != ["lo"]:
         pytest.skip("other interfaces than loopback are up: run `scripts/loopback uv run pytest`, as the CI does")
     ended = subprocess.run(

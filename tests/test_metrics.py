@@ -1,4 +1,4 @@
-"""The scores against slow ones, written here from their definitions, on real annotations and damaged copies of them."""
+"""Scores compared with slow versions of their definitions, on real annotations and perturbed copies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TILES = ("consep_train_03", "consep_train_14")
 
 
 def slow_pq(true, pred):
-    """(dq, sq, pq, tp, fp, fn): every instance against every one it meets, pixel by pixel."""
+    """(dq, sq, pq, tp, fp, fn), from all overlapping pairs of instances, pixel by pixel."""
     ious, met = [], set()
     true_ids, pred_ids = set(np.unique(true)) - {0}, set(np.unique(pred)) - {0}
     for t in true_ids:
@@ -75,7 +75,7 @@ def slow_aji(true, pred):
 
 
 def damage(true, rng):
-    """A prediction as networks make them: some nuclei missed, shifted, merged, split, and some invented."""
+    """A realistic prediction: some nuclei missed, shifted, merged, split, and some false positives."""
     pred = np.zeros_like(true)
     next_id = 7
     for t in rng.permutation(np.setdiff1d(np.unique(true), [0])):
@@ -124,7 +124,7 @@ def test_real_tiles_agree_with_the_definitions(true_map, seed):
 
 @pytest.mark.parametrize("name", TILES)
 def test_quality_of_a_class_is_that_of_its_instances_alone(data: Path, name):
-    """Types as annotated; of the damaged ones a fifth is drawn anew."""
+    """Types as annotated; a fifth of the predicted ones is redrawn."""
     true, types = (
         cv2.imread(str(data / "nuclei" / kind / f"{name}.png"), cv2.IMREAD_UNCHANGED)[300:600, 300:600].astype(np.int32)
         for kind in ("labels", "types")
@@ -151,7 +151,7 @@ def test_quality_of_a_class_is_that_of_its_instances_alone(data: Path, name):
     assert seen >= 2
 
 
-def test_types_of_other_instances_are_refused():
+def test_a_wrong_number_of_types_is_refused():
     with pytest.raises(ValueError, match="types of 1 instances, but the map holds 2"):
         class_quality(np.array([[3, 0, 9]]), np.array([[0, 0, 0]]), np.array([1]), np.array([], int), 1)
 
@@ -189,7 +189,7 @@ def test_perfect_prediction(true_map):
     assert dice(true_map, true_map) == 1
 
 
-def test_all_missed_and_all_invented(true_map):
+def test_all_missed_and_all_false_positive(true_map):
     empty = np.zeros_like(true_map)
     n = len(np.unique(true_map)) - 1
     missed, invented = panoptic_quality(true_map, empty), panoptic_quality(empty, true_map)
@@ -200,7 +200,7 @@ def test_all_missed_and_all_invented(true_map):
         assert score(empty, true_map) == 0
 
 
-def test_two_empty_maps_have_no_score():
+def test_scores_of_two_empty_maps_are_undefined():
     empty = np.zeros((5, 5), np.int32)
     got = panoptic_quality(empty, empty)
     assert (got.tp, got.fp, got.fn, got.iou_sum) == (0, 0, 0, 0)
@@ -209,7 +209,7 @@ def test_two_empty_maps_have_no_score():
     assert math.isnan(mean_defined([math.nan]))
 
 
-def test_iou_of_exactly_a_half_is_no_pair():
+def test_iou_of_exactly_one_half_is_not_paired():
     true = np.array([[1, 1, 1, 0]])
     pred = np.array([[0, 1, 1, 1]])
     assert panoptic_quality(true, pred).tp == 0
@@ -226,7 +226,7 @@ def test_one_prediction_over_two_nuclei_counts_twice_in_aji_but_never_in_pq():
 
 
 @pytest.mark.parametrize("score", [panoptic_quality, aji, dice])
-def test_shapes_must_agree(score):
+def test_different_shapes_are_refused(score):
     with pytest.raises(ValueError, match=r"true \(4, 4\), predicted \(4, 5\)"):
         score(np.zeros((4, 4), int), np.zeros((4, 5), int))
 
@@ -251,7 +251,7 @@ points = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=0,
 
 @given(points, points, st.sampled_from([1.0, 3.0, 5.0]))
 @settings(max_examples=200, deadline=None)
-def test_matching_is_the_best_there_is(true, pred, radius):
+def test_matching_is_optimal(true, pred, radius):
     true_xy, pred_xy = np.array(true, float).reshape(-1, 2), np.array(pred, float).reshape(-1, 2)
     pairs = match_centroids(true_xy, pred_xy, radius)
     assert len(set(pairs[:, 0])) == len(set(pairs[:, 1])) == len(pairs)
@@ -269,7 +269,7 @@ def centroids(instances):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_clusters_give_the_assignment_of_the_whole_matrix(true_map, seed):
+def test_components_give_the_assignment_of_the_whole_matrix(true_map, seed):
     rng = np.random.default_rng(seed)
     true_xy = centroids(true_map)
     kept = true_xy[rng.random(len(true_xy)) < 0.85]
@@ -325,7 +325,7 @@ def test_scores_by_hand():
     assert math.isnan(class_scores(got, 0).f1)
 
 
-def test_scores_of_nothing():
+def test_scores_without_nuclei():
     nothing = counts([], [], [])
     assert math.isnan(detection_scores(nothing).f1)
     missed = detection_scores(counts([1, 2], [], []))
@@ -333,7 +333,7 @@ def test_scores_of_nothing():
     assert math.isnan(missed.precision)
 
 
-def test_images_add_up():
+def test_counts_of_images_add_up():
     first = counts([1, 2], [2, 2, 3], [(0, 0), (1, 2)])
     second = counts([3], [3], [(0, 0)])
     both = counts([1, 2, 3], [2, 2, 3, 3], [(0, 0), (1, 2), (2, 3)])
@@ -357,5 +357,5 @@ def test_random_scores_agree_with_the_definition():
 
 
 def test_types_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="predicted types reach from 2 to 4, not within 0 … 3"):
+    with pytest.raises(ValueError, match="predicted types range from 2 to 4, not within 0 … 3"):
         counts([1], [2, 4], [])

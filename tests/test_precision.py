@@ -1,4 +1,4 @@
-"""Short numbers and other runtimes find the nuclei that fp32 and torch find; threads change nothing. Real tiles, the
+"""Other precisions and runtimes find the nuclei of fp32 and torch; threads change nothing. Real tiles, the
 starter."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hover_batch.nuclei.watershed import SobelConstants, instance_map
 
 
 @pytest.mark.parametrize(("short", "at_least"), [("fp16", 0.999), ("bf16", 0.95)])
-def test_short_numbers_find_the_nuclei_of_fp32(data: Path, short: Precision, at_least: float) -> None:
-    """Those of fp16 are what `auto` takes on a GPU; bf16 has three digits less, and has to be asked for."""
+def test_short_precisions_find_the_nuclei_of_fp32(data: Path, short: Precision, at_least: float) -> None:
+    """`auto` chooses fp16 on a GPU; bf16 is less precise and must be requested."""
     capabilities = torch.cpu.get_capabilities()
     if short == "bf16" and not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
         pytest.skip("this processor computes no bf16 by itself")
@@ -40,7 +40,7 @@ def test_short_numbers_find_the_nuclei_of_fp32(data: Path, short: Precision, at_
     assert quality.pq >= at_least
 
 
-def test_what_fp16_cannot_hold_is_computed_in_fp32() -> None:
+def test_overflows_of_fp16_are_computed_in_fp32() -> None:
     package = find_package("starter")
     tiles = np.random.default_rng(0).integers(0, 256, (2, 320, 320, 3), np.uint8)
 
@@ -87,8 +87,8 @@ def test_other_runtimes_find_the_nuclei_of_torch(data: Path, other: Runtime) -> 
         pytest.param("auto", "compile", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )
-def test_threads_change_no_bit(data: Path, precision: Precision, runtime: Runtime) -> None:
-    """So they are no part of the run key, and a run may go on where there are more cores or fewer."""
+def test_the_number_of_threads_changes_no_bit(data: Path, precision: Precision, runtime: Runtime) -> None:
+    """So they are not part of the run key, and a run may resume with more or fewer cores."""
     package = find_package("starter")
     image = cv2.imread(str(data / "nuclei" / "images" / "consep_train_09.png"))[:512, :512, ::-1]
     maps = []

@@ -1,4 +1,4 @@
-"""The prediction store: whole units, zeros outside, and the first writer wins."""
+"""Tests of the prediction store: whole units, zeros outside, and the first writer wins."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[PredictionStore, N
 
 
 @given(x=st.integers(-200, 1400), y=st.integers(-200, 1000), w=st.integers(0, 700), h=st.integers(0, 700))
-def test_any_box_reads_what_was_written_and_zeros_outside(
+def test_any_box_reads_written_values_and_zeros_outside(
     filled: tuple[PredictionStore, NDArray[np.uint8]], x: int, y: int, w: int, h: int
 ) -> None:
     store, whole = filled
@@ -46,13 +46,13 @@ def test_any_box_reads_what_was_written_and_zeros_outside(
     assert np.array_equal(store.read(Box(x, y, x + w, y + h)), expected)
 
 
-def test_one_shard_a_unit(filled: tuple[PredictionStore, NDArray[np.uint8]]) -> None:
+def test_one_shard_per_unit(filled: tuple[PredictionStore, NDArray[np.uint8]]) -> None:
     store, _ = filled
     shards = [p for p in (store.path / "c").rglob("*") if p.is_file()]
     assert len(shards) == len(list(SIZE.box.cells(UNIT)))
 
 
-def test_the_first_writer_wins_and_the_second_learns_of_it(tmp_path: Path) -> None:
+def test_the_first_writer_wins(tmp_path: Path) -> None:
     store, box = make(tmp_path), Box(512, 0, 1024, 512)
     first = random_maps(box.shape)
     digest = store.write(box, first)
@@ -62,13 +62,13 @@ def test_the_first_writer_wins_and_the_second_learns_of_it(tmp_path: Path) -> No
     assert np.array_equal(store.read(box), first)
 
 
-def test_a_unit_without_anything_leaves_no_shard(tmp_path: Path) -> None:
+def test_an_empty_unit_has_no_shard(tmp_path: Path) -> None:
     store, box = make(tmp_path), Box(0, 0, 512, 512)
     assert store.write(box, np.zeros((PLANES, 512, 512), np.uint8)) is None
     assert not store.read(box).any()
 
 
-def test_create_opens_what_is_there_and_plain_zarr_reads_it(tmp_path: Path) -> None:
+def test_create_opens_an_existing_store_and_plain_zarr_reads_it(tmp_path: Path) -> None:
     box = Box(1024, 512, 1300, 900)
     maps = random_maps(box.shape)
     make(tmp_path).write(box, maps)

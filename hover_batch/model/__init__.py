@@ -1,1 +1,1 @@
-"""Networks and their packages: what turns RGB tiles into nucleus maps."""
+"""Networks and model packages, which turn RGB tiles into nucleus maps."""

@@ -1,8 +1,8 @@
-"""Published checkpoints: hover_net's .tar, tiatoolbox's .pth and names, HoVer-UNet's .pth → a network and its card.
+"""Convert published checkpoints to a network and its card: hover_net's .tar, tiatoolbox's and HoVer-UNet's .pth.
 
-A checkpoint is read as tensors only (`torch.load(weights_only=True)`): nothing in it is run. What it is shows in its
-tensors' names and shapes: HoVerNet's form, HoVer-UNet's encoder, the number of classes. What the classes are called
-does not; `hover_batch.model.published` knows those.
+Only tensors are read (`torch.load(weights_only=True)`); no code in a checkpoint is run. Tensor names and shapes
+determine HoVerNet's form, HoVer-UNet's encoder and the number of classes. The names of the classes are those in
+`hover_batch.model.published`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _DAMAGED = (
     AssertionError,
     struct.error,
 )
-"""What torch.load raises of files that are no checkpoints, or harmed ones."""
+"""Exceptions that torch.load raises for other files and corrupted checkpoints."""
 
 
 def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = None) -> tuple[nn.Module, Card]:
-    """The network in a checkpoint and its card, with the starter's Sobel constants and saying so.
+    """Return the network in a checkpoint, in evaluation mode, and its card, with the Sobel constants of the starter.
 
-    `source`: a file, a URL, or a name that tiatoolbox fetches. `kind`: of KINDS; by default what the shapes fit.
-    `sha256`: what the file's must be. Raises PackageError where it cannot be had, read, or is of no known kind.
+    `source`: a file, a URL, or a name of tiatoolbox. `kind`: a key of KINDS; by default the one that the shapes fit.
+    `sha256`: expected hash of the file. PackageError if the file cannot be downloaded or read, or is of no known kind.
     """
     if kind is not None and kind not in KINDS:
         raise PackageError(f"--kind {kind}: not known; known are {', '.join(KINDS)}")
@@ -52,7 +52,7 @@ def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = N
         raise PackageError(f"{source}: no such file; give a checkpoint, or one of the names {names}")
     found = sha256_file(path)
     if sha256 is not None and found != sha256.lower():
-        raise PackageError(f"{path}: its sha256 is {found}, not {sha256}; delete the file and fetch it again")
+        raise PackageError(f"{path}: its sha256 is {found}, not {sha256}; remove the file and download it again")
     weights = _tensors(path)
     network, architecture, encoder, types = _network(weights, path)
     name = _kind(architecture, types, path, kind or (source if named else None))
@@ -83,38 +83,40 @@ def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = N
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: bare, or under `desc` (hover_net) or `model_state_dict` (HoVer-UNet)."""
+    """Return the state dict of a checkpoint: bare, or under `desc` (hover_net) or `model_state_dict` (HoVer-UNet)."""
     if path.suffix == ".safetensors":
         raise PackageError(f"{path}: safetensors already; published checkpoints are .tar and .pth files")
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise PackageError(
-            f"{path}: no checkpoint of tensors alone, and nothing else is unpickled; where you trust it, save its "
-            "state dict by itself: torch.save(state_dict, path)"
+            f"{path}: holds more than tensors, which is not unpickled for safety; if you trust the file, save only its "
+            "state dict: torch.save(state_dict, path)"
         ) from error
     except _DAMAGED as error:
-        raise PackageError(f"{path}: not a checkpoint of torch, or a damaged one; fetch it again") from error
+        raise PackageError(f"{path}: not a torch checkpoint, or a corrupted one; download it again") from error
     for key in ("desc", "model_state_dict"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]
     if not isinstance(held, Mapping) or not held or not all(isinstance(t, Tensor) for t in held.values()):
         raise PackageError(
-            f"{path}: holds no state dict; expected are tensors by name, bare or under `desc` or `model_state_dict`"
+            f"{path}: holds no state dict; expected tensors by name, bare or under `desc` or `model_state_dict`"
         )
     weights = {str(name).removeprefix("module."): tensor for name, tensor in held.items()}
     if odd := [n for n, t in weights.items() if t.layout is not torch.strided or t.device.type != "cpu"]:
-        raise PackageError(f"{path}: {odd[0]} is no plain tensor, sparse or without values; save it as one")
+        raise PackageError(f"{path}: {odd[0]} is not a dense tensor with values; save it as one")
     if broken := [n for n, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]:
-        raise PackageError(f"{path}: {broken[0]} is not finite; the training has diverged, or the file is damaged")
+        raise PackageError(f"{path}: {broken[0]} is not finite; the training diverged, or the file is corrupted")
     return weights
 
 
 def _network(weights: Mapping[str, Tensor], path: Path) -> tuple[nn.Module, str, str, int]:
-    """The network that fits, with random weights; its architecture, encoder and type channels (0: no type branch)."""
+    """Build the network that fits, with random weights; return it, architecture, encoder and type channels (or 0)."""
     try:
         if any(name.startswith("decoder.ls.") for name in weights):
-            raise PackageError(f"{path}: HoVerNet+ with its layer branch; only HoVerNet and HoVer-UNet can be imported")
+            raise PackageError(
+                f"{path}: HoVerNet+, which has a layer branch; only HoVerNet and HoVer-UNet can be imported"
+            )
         if "decoder.np.u3.conva.weight" in weights:
             teacher: TeacherArch = arch_of(weights)
             return build_teacher(teacher), f"hovernet-{teacher.form}", "", teacher.n_types or 0
@@ -124,13 +126,13 @@ def _network(weights: Mapping[str, Tensor], path: Path) -> tuple[nn.Module, str,
             return build_student(StudentArch(encoder, types)), "unet", encoder, types
     except (KeyError, IndexError, ValueError, RuntimeError, TypeError) as error:
         raise PackageError(
-            f"{path}: a part of the network is missing or misshapen ({error}); fetch it again"
+            f"{path}: a part of the network is missing or has the wrong shape ({error}); download it again"
         ) from error
-    raise PackageError(f"{path}: neither HoVerNet's nor HoVer-UNet's tensors; other networks cannot be imported")
+    raise PackageError(f"{path}: tensors of neither HoVerNet nor HoVer-UNet; other networks cannot be imported")
 
 
 def _encoder(weights: Mapping[str, Tensor]) -> str:
-    """Which Mix Vision Transformer: by the depth of its third stage, B0 and B1 by their width."""
+    """Return the name of the Mix Vision Transformer, by the depth of its third stage and its width."""
     depth = len({name.split(".")[2] for name in weights if name.startswith("encoder.block3.")})
     if depth == 2:
         return "mit_b0" if len(weights["encoder.patch_embed1.proj.weight"]) == 32 else "mit_b1"
@@ -138,11 +140,11 @@ def _encoder(weights: Mapping[str, Tensor]) -> str:
 
 
 def _kind(architecture: str, types: int, path: Path, given: str | None) -> str:
-    """The kind that was given, if it fits, or the one that does."""
+    """Return the `given` kind if it fits, or the first that does. PackageError if none fits."""
     fitting = [name for name, k in KINDS.items() if (k.architecture, k.types) == (architecture, types)]
     held = f"{architecture} with {types} type channels"
     if given is not None and given not in fitting:
-        raise PackageError(f"{path}: not {given}: it holds {held}; fitting is {', '.join(fitting) or 'none'}")
+        raise PackageError(f"{path}: not {given}: it holds {held}; matching kinds: {', '.join(fitting) or 'none'}")
     if not fitting:
         raise PackageError(
             f"{path}: {held} is none of the published models, whose classes are known: {', '.join(KINDS)}"

@@ -1,4 +1,4 @@
-"""A network as torch.compile makes it for one device: its operations fused, which takes minutes at the first start."""
+"""Network compiled by torch.compile for one device; the first start takes minutes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from hover_batch.errors import PackageError
 
 
 class CompiledNetwork(nn.Module):
-    """`network`, which is on its device and ready, compiled when it is first called with a shape and a precision; takes
-    and gives what it does, within their rounding.
+    """Compiled copy of a network on its device, with the same input and output up to rounding.
 
-    Calling it raises PackageError where it cannot be compiled, as without a C++ compiler.
+    It is compiled at the first call with a shape and a precision. Calling it raises PackageError if it cannot be
+    compiled, for example without a C++ compiler.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        # Freezing takes the weights as constants, laid out for the processor: without it nothing is gained there.
+        # Freezing makes the weights constants, laid out for the CPU; without it there is no gain on the CPU.
         self._call = torch.compile(network, dynamic=False, options={"freezing": True})
 
     def forward(self, image: torch.Tensor) -> Any:
         try:
-            # tiatoolbox has it go on without, and say so in a log.
+            # tiatoolbox sets suppress_errors, so that a failure would only be logged.
             with torch._dynamo.config.patch(suppress_errors=False):
                 return self._call(image)
         except TorchDynamoException as error:

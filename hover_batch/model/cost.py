@@ -1,7 +1,7 @@
-"""What a network costs: parameters, multiply-accumulates, seconds.
+"""Cost of a network: parameters, multiply-accumulates, seconds.
 
-Multiply-accumulates are counted by torch on tensors without data, half of its floating-point operations: convolutions
-and matrix products, as the papers count them; normalisations and activations are left out.
+Multiply-accumulates are half of the floating-point operations that torch counts on meta tensors: convolutions and
+matrix products, as in the papers, without normalisations and activations.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from hover_batch.model.margins import without_margin
 from hover_batch.model.package import Card
 
 PATCH = {"hovernet-original": 270}
-"""Side in pixels of the patches by which the published networks are compared; 256 of those that are not named."""
+"""Side in pixels of the patches on which published networks are compared, by architecture; 256 for others."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """`macs_per_patch`: of one `patch` × `patch` image. `macs_per_kept_pixel`: of a tile of `tile_in`, by the pixels
-    that are kept of its output; this is what a slide costs, since margins are computed and thrown away."""
+    """Parameters and multiply-accumulates of a network.
+
+    `macs_per_patch`: for one image of `patch` × `patch` pixels. `macs_per_kept_pixel`: for a tile of `tile_in` pixels,
+    divided by the pixels kept of its output. This is the cost on slides, since margins are computed and discarded.
+    """
 
     parameters: int
     patch: int
@@ -35,11 +38,12 @@ class Cost:
     tile_out: int
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def cost_of(network: nn.Module, card: Card) -> Cost:
-    """Count one package's network. It is neither run nor changed."""
+    """Count the cost of a package's network, without running or changing it."""
     hollow = copy.deepcopy(network).to("meta").eval()
     patch = patch_of(card)
     return Cost(
@@ -53,7 +57,7 @@ def cost_of(network: nn.Module, card: Card) -> Cost:
 
 
 def patch_of(card: Card) -> int:
-    """Side in pixels of the patches by which networks of this architecture are compared."""
+    """Return the side in pixels of the patches on which networks of this architecture are compared."""
     return PATCH.get(card.architecture, 256)
 
 
@@ -65,13 +69,14 @@ def _macs(hollow: nn.Module, side: int) -> int:
 
 @torch.inference_mode()
 def seconds_per_patch(network: nn.Module, card: Card, batch: int = 16) -> float:
-    """Seconds of the network alone for one patch: the mean over one batch, once it is warm.
+    """Return the network's seconds per patch: the mean over one batch, after a warm-up.
 
-    On the device and with the precision in which the network is. Good for ratios between networks on one idle machine.
+    Measured on the device and in the precision of the network's weights. Use it for ratios between networks on one
+    idle machine.
     """
     weight = next(network.parameters())
     patches = torch.rand(batch, 3, patch_of(card), patch_of(card), device=weight.device, dtype=weight.dtype)
-    network(patches if weight.is_cuda else patches[:1])  # a GPU chooses its kernels by the batch
+    network(patches if weight.is_cuda else patches[:1])  # a GPU selects kernels by batch size
     _wait(weight.device)
     started = time.perf_counter()
     network(patches)

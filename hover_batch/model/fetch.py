@@ -1,7 +1,7 @@
-"""Published weights from the network into the cache: by a name that tiatoolbox's repository has, or by a URL.
+"""Download published weights into the cache, by a name of tiatoolbox's repository or by a URL.
 
-A file takes its name when it is whole. One that somebody has put there by hand serves as well, so that machines without
-a network are no special case.
+Files appear under their names only when complete. A file that the user placed there is used as well, for machines
+without a network.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from hover_batch.model.cache import check_download, download_path
 from hover_batch.model.published import HUB, KINDS
 
 _TIMEOUT_S = 60.0
-"""Without a byte."""
+"""Longest wait in seconds without data."""
 
 
 def fetched(source: str, sha256: str | None = None) -> Path:
-    """The file of a published name or a URL in the cache, fetched unless it is there.
+    """Return the cached file of a published name or a URL, downloading it if necessary.
 
-    `sha256`: what it must be; by default what it was when it was first used. Raises PackageError where it cannot be
-    had, saying which file to bring where, or is another one.
+    `sha256`: expected hash; by default that of its first use. PackageError if it cannot be downloaded, with the file to
+    copy and its place, or if its hash differs.
     """
     path = download_path(source)
     there = path.is_file()
@@ -59,14 +59,14 @@ def fetched(source: str, sha256: str | None = None) -> Path:
 
 
 def _check_url(url: str) -> None:
-    """PackageError where what arrives might be changed on the way."""
+    """Raise PackageError for URLs without protection from tampering: anything but https, or http to this machine."""
     parts = urlsplit(url)
     if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost")):
-        raise PackageError(f"{url}: weights are fetched from https://… only")
+        raise PackageError(f"{url}: weights are downloaded from https://… only")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Whoever may change one answer on the way could send on to wherever he likes: so every stop is checked."""
+    """Redirect handler that checks every target, since a tampered response could redirect anywhere."""
 
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
         try:
@@ -78,12 +78,12 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _offline() -> bool:
-    """As Hugging Face's client takes it."""
+    """Whether HF_HUB_OFFLINE is set, as Hugging Face's client reads it."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _download(url: str, path: Path) -> None:
-    """OSError where it cannot be had whole."""
+    """Download `url` to `path`. OSError if it fails or is incomplete."""
     if _offline():
         raise OSError("HF_HUB_OFFLINE is set")
     try:
@@ -93,7 +93,7 @@ def _download(url: str, path: Path) -> None:
             replacing(path) as temporary,
             temporary.open("wb") as file,
         ):
-            if answer.headers.get_content_type() == "text/html":  # to log in, or to say that it has moved
+            if answer.headers.get_content_type() == "text/html":  # a login page, or a notice that the file has moved
                 raise OSError("a web page came in its place")
             promised = answer.headers.get("Content-Length", "")
             shutil.copyfileobj(answer, file, 1 << 20)
@@ -107,17 +107,17 @@ def _download(url: str, path: Path) -> None:
 
 
 def _through_tiatoolbox(name: str, path: Path) -> None:
-    """OSError where it cannot be had."""
+    """Download the weights `name` to `path` by tiatoolbox. OSError if that fails."""
     if _offline():
         raise OSError("HF_HUB_OFFLINE is set")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what tiatoolbox's import warns of concerns nobody here
+        warnings.simplefilter("ignore")  # warnings of tiatoolbox's import are irrelevant here
         from tiatoolbox.models import architecture
     try:
         architecture.fetch_pretrained_weights(name, path.parent)
-    except Exception as error:  # whatever the hub's client and the network raise
+    except Exception as error:  # many kinds, from the client and the network
         first: BaseException = error
-        while first.__context__ is not None:  # what went wrong before the client's retries did
+        while first.__context__ is not None:  # the original cause, before the client's retries
             first = first.__context__
         raise OSError((str(first).strip() or type(first).__name__).splitlines()[0]) from error
 
@@ -125,6 +125,6 @@ def _through_tiatoolbox(name: str, path: Path) -> None:
 def _cannot(source: str, path: Path, error: OSError) -> PackageError:
     url = source if "://" in source else f"{HUB}/resolve/main/{path.name}"
     return PackageError(
-        f"{source}: cannot be fetched ({getattr(error, 'reason', None) or error.strerror or error}); where there is a "
-        f"network, download {path.name} ({url}), then import that file, or bring it to {path} and run this again"
+        f"{source}: cannot be downloaded ({getattr(error, 'reason', None) or error.strerror or error}); on a machine "
+        f"with a network, download {path.name} ({url}), then import that file, or copy it to {path} and run this again"
     )

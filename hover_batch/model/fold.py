@@ -1,4 +1,4 @@
-"""Batch normalisations taken into the convolutions before them: a pass over each map less."""
+"""Fold batch normalisations into the convolutions before them, which saves a pass over each map."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def folded(network: nn.Module) -> nn.Module:
-    """The network for inference: a copy in which each convolution that a normalisation follows in its Sequential does
-    both, so that outputs differ in their last bits; the network itself, in eval mode, where there is none."""
+    """Return the network in evaluation mode with batch normalisations folded into convolutions.
+
+    Folded are pairs that follow each other in a Sequential, in a copy whose outputs differ in their last bits. Without
+    such pairs, the network itself is returned.
+    """
     network = network.eval()
     if next(_pairs(network), None) is None:
         return network
@@ -24,7 +27,7 @@ def folded(network: nn.Module) -> nn.Module:
 
 
 def _pairs(network: nn.Module) -> Iterator[tuple[nn.Sequential, int]]:
-    """Where a convolution stands before a normalisation."""
+    """Yield each Sequential and index of a convolution directly before a normalisation."""
     for module in network.modules():
         if isinstance(module, nn.Sequential):
             for i in range(len(module) - 1):

@@ -1,4 +1,4 @@
-"""The channel layout of a network's output, stated once for training, inference and post-processing.
+"""Channel layout of a network's output, shared by training, inference and post-processing.
 
 One tensor (batch, channel, y, x) carries all HoVerNet branches, as in HoVer-UNet (arXiv 2311.12553, section 2):
 
@@ -25,22 +25,24 @@ _TP_START = 4
 
 @dataclass(frozen=True)
 class Heads:
-    """The layout for `n_types` classes, background included."""
+    """Channel layout for `n_types` classes, background included."""
 
     n_types: int
 
     @property
     def tp(self) -> slice:
+        """Channels of the class logits."""
         return slice(_TP_START, _TP_START + self.n_types)
 
     @property
     def channels(self) -> int:
+        """Number of channels."""
         return _TP_START + self.n_types
 
 
 @dataclass(frozen=True)
 class MapLayout:
-    """The planes of the quantised maps (plane, y, x) uint8 that inference stores and post-processing reads.
+    """Planes of the quantised maps (plane, y, x) uint8 that inference stores and post-processing reads.
 
     ============ ======================= =====================================================================
     plane        index                   value
@@ -49,7 +51,7 @@ class MapLayout:
     h, v         1, 2                    round(127·clip(x, -1, 1)) as a two's-complement byte (view as int8)
     tp           3 … 3 + n - 1           round(255·p) of each class's softmax, background first; 0 where np < 64
     hematoxylin  3 + n                   min(255, round(OD_SCALE·density)); 0 where np < 64
-    eosin        4 + n                   the same of eosin
+    eosin        4 + n                   the same for eosin
     ============ ======================= =====================================================================
     """
 
@@ -59,30 +61,38 @@ class MapLayout:
     H = 1
     V = 2
     OD_SCALE = 80
-    """Steps per unit of optical density: 255 / 80 = 3.19, beyond what a scanner resolves."""
+    """Steps per unit of optical density; the maximum 255 / 80 = 3.19 is above what a scanner resolves."""
     NP_NUCLEUS = 128
+    """Stored np from which a pixel is foreground: p ≥ 0.5."""
     NP_NEAR = 64
-    """Classes and densities are stored where np reaches this: all nuclei, and a rim for other thresholds."""
+    """Stored np from which classes and densities are stored: all nuclei, and a margin for other thresholds."""
 
     @property
     def tp(self) -> slice:
+        """Planes of the class probabilities."""
         return slice(3, 3 + self.n_types)
 
     @property
     def hematoxylin(self) -> int:
+        """Plane of the hematoxylin density."""
         return 3 + self.n_types
 
     @property
     def eosin(self) -> int:
+        """Plane of the eosin density."""
         return 4 + self.n_types
 
     @property
     def planes(self) -> int:
+        """Number of planes."""
         return 5 + self.n_types
 
     def merge(self, maps: NDArray[np.uint8], ids: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Maps (plane, y, x) uint8 of this layout as those of MapLayout(max(ids) + 1): each class's softmax is added
-        to that of its id in `ids` (n_types). What rounding brings above 1 is cut."""
+        """Return maps (plane, y, x) uint8 of this layout as maps of MapLayout(max(ids) + 1), with merged classes.
+
+        `ids` (n_types): new id of each class, to which its probability is added. Sums that rounding brings above 1 are
+        clipped.
+        """
         sums = np.zeros((max(ids) + 1, *maps.shape[1:]), np.uint16)
         for plane, merged in zip(maps[self.tp], ids, strict=True):
             sums[merged] += plane
@@ -90,5 +100,5 @@ class MapLayout:
         return np.concatenate([maps[: self.tp.start], merged_planes, maps[self.tp.stop :]])
 
     def names(self, classes: tuple[str, ...]) -> list[str]:
-        """Plane names in order, for the store's attributes."""
+        """Return the names of all planes in order, for the store's attributes."""
         return ["np", "h", "v", *(f"tp_{name}" for name in classes), "hematoxylin", "eosin"]

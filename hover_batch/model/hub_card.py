@@ -1,4 +1,4 @@
-"""A package's card as the README.md of a Hugging Face repository: YAML for its search, Markdown for people."""
+"""Model card as README.md of a Hugging Face repository: YAML metadata and Markdown."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SCORES = {
     "mpq": "mPQ",
     "bpq": "bPQ",
 }
-"""Of a card's scores those that are one number for all classes."""
+"""Scores with one number for all classes, and their names."""
 _LICENCES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "CC BY 4.0": "cc-by-4.0", "Apache-2.0": "apache-2.0", "MIT": "mit"}
-"""How a card's licence begins → what Hugging Face calls it."""
+"""Prefix of a card's licence → identifier of Hugging Face."""
 
 
 def hub_card(package: Package) -> str:
-    """The whole README.md. The licence is what the card says, never what a library would write by itself."""
+    """Return the whole README.md. The licence is the card's, not a default of the library."""
     from huggingface_hub import EvalResult, ModelCardData
 
     card = package.card
@@ -100,7 +100,7 @@ def _body(package: Package, scores: list[tuple[str, str, str, float]]) -> str:
 
 
 def _scores(card: Card) -> Iterator[tuple[str, str, str, float]]:
-    """(split, source, score, value) of the numbers that the card has."""
+    """Yield (split, source, score, value) of the finite numbers in the card."""
     for split in ("test", "val"):
         for source, scores in entry(card.metrics, split).items():
             for metric in _SCORES if isinstance(scores, Mapping) else ():
@@ -110,7 +110,7 @@ def _scores(card: Card) -> Iterator[tuple[str, str, str, float]]:
 
 
 def entry(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
-    """What a card holds at the end of the path; nothing where that is not there or of another kind."""
+    """Return the nested mapping at `path`; empty if it is missing or not a mapping."""
     for name in path:
         held = values.get(name)
         if not isinstance(held, Mapping):
@@ -120,7 +120,7 @@ def entry(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
 
 
 def listed(values: Mapping[str, Any]) -> str:
-    """`a: 1, b: 2`; of sources their images."""
+    """Format the values as `a 1, b 2`, and sources with their numbers of images."""
     return ", ".join(
         f"{k} {v['images']} images" if isinstance(v, Mapping) and "images" in v else f"{k} {v}"
         for k, v in values.items()
@@ -128,10 +128,10 @@ def listed(values: Mapping[str, Any]) -> str:
 
 
 def _text(value: object) -> str:
-    """For one line or cell of Markdown: without markup of its own."""
+    """Escape Markdown and collapse white space, for one line or table cell."""
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", _flat(value))
 
 
 def _flat(value: object) -> str:
-    """One line: a line `---` would end the YAML."""
+    """Collapse white space to one line, since a line `---` would end the YAML."""
     return re.sub(r"\s+", " ", str(value))

@@ -1,7 +1,7 @@
-"""Whole images through a network, tile by tile, each pixel with its real surroundings.
+"""Prediction of whole images, tile by tile, each pixel with its real context.
 
-Tiles lie on the grid of `tile_out` from (0, 0), each read wider by the model's margin. Only beyond an image's border
-are there no pixels: there it is mirrored about its outermost ones.
+Tiles lie on a grid of `tile_out` pixels from (0, 0), each read with the model's margin around it. Beyond its border the
+image is reflected about its outermost pixels.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ if TYPE_CHECKING:
     from hover_batch.model.predict import Predictor
 
 OfTiles = Callable[[NDArray[np.uint8]], NDArray[Any]]
-"""Tiles (n, tile_in, tile_in, 3) uint8 RGB → planes (n, plane, tile_out, tile_out)."""
+"""Function of tiles (n, tile_in, tile_in, 3) uint8 RGB that returns planes (n, plane, tile_out, tile_out)."""
 
 
 def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
-    """Tiles a batch: a HoVerNet's features are large. Where images of these shapes (y, x, …) are all there is, and go
-    one by one, no more than the largest has."""
+    """Return the number of tiles per batch: smaller for HoVerNet, whose features are large.
+
+    `shapes`: (y, x, …) of images that are processed one by one; the batch is no larger than the largest one's tiles.
+    """
     tiles = [-(-shape[0] // card.tile_out) * -(-shape[1] // card.tile_out) for shape in shapes]
     most = 2 if card.architecture.startswith("hovernet") else InferSettings.batch
     return min(most, max(tiles, default=most))
 
 
 def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The maps (plane, y, x) uint8 of a whole image (y, x, 3) uint8, as MapLayout says."""
+    """Return the maps (plane, y, x) uint8 (see MapLayout) of a whole image (y, x, 3) uint8 RGB."""
     return _by_tiles(predictor.predict, [image], predictor.card, predictor.batch)[0]
 
 
 def image_logits(predictor: Predictor, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-    """The network's output (channel, y, x) float32 for each whole image (y, x, 3) uint8, as Heads says.
+    """Return the network's output (channel, y, x) float32 (see Heads) of each whole image (y, x, 3) uint8 RGB.
 
-    Tiles of several images share batches, which changes nothing: see `hover_batch.model.predict`.
+    Tiles of several images share batches, without effect on the output (see `hover_batch.model.predict`).
     """
     return _by_tiles(predictor.logits, images, predictor.card, predictor.batch)
 
@@ -61,7 +63,7 @@ def _by_tiles(of_tiles: OfTiles, images: Sequence[NDArray[np.uint8]], card: Card
 
 
 def _padded(image: NDArray[np.uint8], card: Card) -> NDArray[np.uint8]:
-    """The image with a margin on every side, and more at the right and the lower one to make whole tiles."""
+    """Pad an image by the margin on every side, and on the right and below to whole tiles."""
     right, below = -image.shape[1] % card.tile_out, -image.shape[0] % card.tile_out
     margin = card.margin
     return np.pad(image, ((margin, below + margin), (margin, right + margin), (0, 0)), mode="reflect")

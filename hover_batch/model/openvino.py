@@ -1,4 +1,4 @@
-"""A network as OpenVINO runs it on a processor: fused and laid out for it, which torch's eager mode does not do."""
+"""Network run by OpenVINO on the CPU, with fused operations, which torch's eager mode lacks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hover_batch.errors import InputError, PackageError
 
 
 class OpenVinoNetwork(nn.Module):
-    """`network`, compiled for the processor and images (b, 3, y, x) float32 of `shape`; takes and gives what it does,
-    within float32's rounding. `threads`: 0 = as many as torch takes. Nothing is written to disk.
+    """Network compiled for the CPU, with the same input and output up to float32's rounding.
 
-    Each thread takes an image of the batch by itself: they never wait for one another inside of a layer, and no more
-    maps are held than there are threads.
+    `shape` (b, 3, y, x): the only shape of its float32 input. `threads`: 0 = as many as torch uses. Nothing is written
+    to disk. Each thread processes one image of the batch, so threads do not wait for each other within a layer, and at
+    most as many maps as threads are held.
 
-    Raises InputError where OpenVINO is not installed, PackageError where it cannot run the network.
+    InputError if OpenVINO is not installed, PackageError if it cannot run the network.
     """
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...], threads: int) -> None:
@@ -34,16 +34,16 @@ class OpenVinoNetwork(nn.Module):
             ) from error
         threads = threads or torch.get_num_threads()
         options: dict[str, Any] = {
-            # What is faster and less exact it would choose by itself.
+            # By default it may choose a faster, less exact precision.
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": threads,
-            # Several networks share a machine: each would be pinned to the same cores.
+            # Several networks may share a machine and would all be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
         one = (1, *shape[1:])
         try:
-            # Not by `openvino.convert_model`, which reports its use to OpenVINO's makers.
+            # `openvino.convert_model` would send telemetry.
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch deprecates tracing, which OpenVINO builds on
                 decoder = TorchScriptPythonDecoder(network.eval().float(), example_input=torch.zeros(one))
@@ -57,7 +57,7 @@ class OpenVinoNetwork(nn.Module):
         self._requests = [compiled.create_infer_request() for _ in range(shape[0])]
 
     def forward(self, image: Tensor) -> Tensor:
-        """The network's output, (b, channels, y, x) float32."""
+        """Return the network's output (b, channels, y, x) float32."""
         pixels = image.contiguous().numpy()
         for request, one in zip(self._requests, pixels, strict=True):
             request.start_async({0: one[None]}, share_inputs=True)

@@ -1,6 +1,6 @@
-"""Model packages: weights as safetensors with the card inside, so that one file says all that a run needs to know.
+"""Model packages: safetensors files with the model card inside, so that one file is enough for a run.
 
-The card is JSON under the key `hover_batch` of the file's metadata. Reading it needs no torch; nothing here unpickles.
+The card is JSON under the key `hover_batch` of the file's metadata. Reading it needs no torch; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ FORMAT = 1
 ARCHITECTURES = ("unet", "hovernet-fast", "hovernet-original")
 STARTER = Path(__file__).parent.parent / "assets" / "starter.safetensors"
 MAX_TILE = 4096
-"""Pixels a side that a card may ask for: beyond it a single tile of a HoVerNet takes tens of GB."""
+"""Limit of `tile_in` in pixels; above it a single tile of a HoVerNet takes tens of GB."""
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("name", "architecture", "encoder", "licence", "input_scaling", "weights_sha256"), (str,)),
     **dict.fromkeys(("tile_in", "tile_out"), (int,)),
     **dict.fromkeys(("taxonomy", "sobel", "training", "metrics"), (dict,)),
     "mpp": (int, float),
 }
-"""Of the card's values as JSON has them. Packages come from anywhere: nothing of a card is taken for granted."""
+"""JSON types of the card's entries. Packages are untrusted, so every entry is checked."""
 _SOBEL = {"h_min", "h_max", "v_min", "v_max"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a model is, what it saw and how well it did.
+    """Description of a model: architecture, classes, training data and scores.
 
-    `tile_in`, `tile_out`: sides in pixels of what goes into the network and of what is kept of its output, the margin
-    being cropped. `sobel`: the four constants of `hover_batch.nuclei.watershed.SobelConstants` by name.
-    `weights_sha256`: over names, dtypes, shapes and bytes of all tensors.
+    `mpp`: µm per pixel. `tile_in`, `tile_out`: sides in pixels of the input and of the part of the output that is kept,
+    without the margin. `sobel`: the four constants of `hover_batch.nuclei.watershed.SobelConstants` by name.
+    `weights_sha256`: hash of names, dtypes, shapes and bytes of all tensors. PackageError if the tile sizes do not fit.
     """
 
     name: str
@@ -71,94 +71,98 @@ class Card:
 
     @property
     def margin(self) -> int:
+        """Context in pixels on each side of the kept part of a tile."""
         return (self.tile_in - self.tile_out) // 2
 
     @property
     def layout(self) -> MapLayout:
-        from hover_batch.model.heads import MapLayout  # it brings numpy, which --help does without
+        """Planes of this model's maps."""
+        from hover_batch.model.heads import MapLayout  # imports numpy, which --help does not need
 
         return MapLayout(len(self.taxonomy.classes))
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain values for JSON; the inverse of `from_json`."""
         return {"format": FORMAT, **asdict(self), "taxonomy": self.taxonomy.to_json()}
 
     @classmethod
     def from_json(cls, data: Any) -> Card:
-        """The inverse of `to_json`. PackageError, naming what is wrong, where `data` are no card's."""
+        """Read the output of `to_json`. PackageError, with the invalid entry, if `data` is not a valid card."""
         if not isinstance(data, Mapping):
-            raise PackageError("the card is no JSON object")
+            raise PackageError("the card is not a JSON object")
         values = dict(data)
         if values.pop("format", None) != FORMAT:
-            raise PackageError("the package was written by another version of hover-batch; export it anew")
+            raise PackageError("the package was written by another version of hover-batch; export it again")
         for name, value in values.items():
             if name not in _TYPES:
-                raise PackageError(f"the card has an entry {name[:40]!r}, which is not known")
+                raise PackageError(f"the card has the unknown entry {name[:40]!r}")
             if type(value) not in _TYPES[name]:
                 words = " or ".join(kind.__name__ for kind in _TYPES[name])
                 raise PackageError(f"the card's {name} is {_short(value)}, not of the type {words}")
         try:
             card = cls(**(values | {"taxonomy": Taxonomy.from_json(values["taxonomy"])}))
-        except (KeyError, TypeError, ValueError) as error:  # an entry is missing, or the classes are none
+        except (KeyError, TypeError, ValueError) as error:  # a missing entry, or invalid classes
             raise PackageError(f"the card is not complete: {_short(str(error))}") from error
         card._check_values()
         return card
 
     def _check_values(self) -> None:
         if not self.name or len(self.name) > 200 or not self.name.isprintable():
-            raise PackageError(f"the card's name is {_short(self.name)}: must be a line of text")
+            raise PackageError(f"the card's name is {_short(self.name)}: must be one line of text")
         if self.input_scaling != "RGB / 255":
-            raise PackageError(f"the card's input_scaling is {_short(self.input_scaling)}; RGB / 255 is what is done")
-        if not re.fullmatch(r"[\w.-]*", self.encoder, re.ASCII):  # timm would fetch those of some other forms
+            raise PackageError(f"the card's input_scaling is {_short(self.input_scaling)}; only RGB / 255 is supported")
+        if not re.fullmatch(
+            r"[\w.-]*", self.encoder, re.ASCII
+        ):  # timm would download encoders named in some other forms
             raise PackageError(f"the card's encoder is {_short(self.encoder)}: must be a name")
         if not 0.01 <= self.mpp <= 100:
-            raise PackageError(f"the card's mpp is {self.mpp}: must be µm a pixel, 0.01 to 100")
+            raise PackageError(f"the card's mpp is {self.mpp}: must be 0.01 to 100 µm per pixel")
         numbers = [v for v in self.sobel.values() if type(v) in (int, float) and math.isfinite(v)]
         if self.sobel.keys() != _SOBEL or len(numbers) != len(_SOBEL):
             raise PackageError(f"the card's sobel is {_short(self.sobel)}: must be {', '.join(sorted(_SOBEL))}")
 
 
 def _short(value: object) -> str:
-    """A value of whatever kind, for a message."""
+    """Format any value for a message, in at most 100 characters."""
     text = value if isinstance(value, str) else repr(value)
     return ascii(text if len(text) <= 100 else f"{text[:100]}…")
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package on disk: its file, its card, and the sha256 of the whole file, which identifies it in a run."""
+    """Package on disk: its file, its card and the SHA-256 of the whole file, which identifies it in a run."""
 
     path: Path
     card: Card
     sha256: str
 
 
-def find_package(name_or_path: str, said: str = "--model") -> Package:
-    """The package that a user names: `starter`, a .safetensors file, a folder with one such file, or the name of a
-    package in the cache.
+def find_package(name_or_path: str, option: str = "--model") -> Package:
+    """Return a package by name or path: `starter`, a .safetensors file, a folder with one such file, or a name in the
+    cache.
 
-    `said`: what it is called where the user named it; messages begin with it.
-
-    Raises PackageError where there is none, or it has no card.
+    `option`: the option or argument by which the user named it, for messages. PackageError if there is no such package
+    or it has no valid card.
     """
     path = STARTER if name_or_path == "starter" else Path(name_or_path)
     try:
         if is_name(name_or_path) and not path.exists():
             path = cached_package(name_or_path)
-        return _read(path, name_or_path, said)
+        return _read(path, name_or_path, option)
     except OSError as error:
-        raise PackageError(f"{said} {path}: cannot be read ({error.strerror or error})") from error
+        raise PackageError(f"{option} {path}: cannot be read ({error.strerror or error})") from error
 
 
-def _read(path: Path, named: str, said: str) -> Package:
+def _read(path: Path, named: str, option: str) -> Package:
     if path.is_dir():
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:
-            raise PackageError(f"{said} {path}: the folder holds {len(found)} .safetensors files, not one")
+            raise PackageError(f"{option} {path}: the folder holds {len(found)} .safetensors files, not one")
         path = found[0]
     if not path.is_file():
         raise PackageError(
-            f"{said} {named}: no such package; give `starter`, the path of a .safetensors file, or a name that "
-            "`hover-batch models list` shows (published ones are fetched by `models import NAME`)"
+            f"{option} {named}: no such package; give `starter`, the path of a .safetensors file, or a name that "
+            "`hover-batch models list` shows (`models import NAME` downloads published ones)"
         )
     from safetensors import SafetensorError, safe_open
 
@@ -167,54 +171,56 @@ def _read(path: Path, named: str, said: str) -> Package:
             metadata = f.metadata() or {}
     except SafetensorError as error:
         raise PackageError(
-            f"{said} {path}: not a safetensors file ({error}); `hover-batch models import` turns published "
+            f"{option} {path}: not a safetensors file ({error}); `hover-batch models import` turns published "
             "checkpoints into packages"
         ) from error
     if CARD_KEY not in metadata:
         raise PackageError(
-            f"{said} {path}: no hover-batch card inside; make one with `hover-batch kd package` or `models import`"
+            f"{option} {path}: no hover-batch card inside; make one with `hover-batch kd package` or `models import`"
         )
     try:
         card = Card.from_json(json.loads(metadata[CARD_KEY]))
     except (ValueError, RecursionError, PackageError) as error:
-        raise PackageError(f"{said} {path}: the card inside cannot be read ({error})") from error
+        raise PackageError(f"{option} {path}: the card inside cannot be read ({error})") from error
     with path.open("rb") as whole:
         return Package(path, card, hashlib.file_digest(whole, "sha256").hexdigest())
 
 
 def load_network(package: Package) -> nn.Module:
-    """The network with the package's weights in float32, in evaluation mode.
+    """Return the package's network with its weights in float32, in evaluation mode.
 
-    Raises PackageError where tensors do not fit the architecture or do not match the card's hash.
+    PackageError if the tensors do not fit the architecture or do not match the card's hash.
     """
     tensors = load_tensors(package)
     try:
         network = _build(package.card, tensors)
         network.load_state_dict(tensors)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        # Whatever the libraries raise of an encoder that they do not know, or of tensors of odd shapes.
+        # Raised by the libraries for unknown encoders and for wrong shapes.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PackageError(f"package {package.path}: the weights do not fit its card: {reason}") from error
     return network.eval().requires_grad_(False)
 
 
 def load_tensors(package: Package) -> dict[str, torch.Tensor]:
-    """The package's weights as they are stored. PackageError where they do not match the card's hash."""
+    """Return the package's weights as stored. PackageError if they cannot be read or do not match the card's hash."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors: dict[str, torch.Tensor] = load_file(package.path)
         matches = package.card.weights_sha256 == tensors_sha256(tensors)
-    except (SafetensorError, OSError, TypeError) as error:  # TypeError: of a kind that numpy does not have
-        raise PackageError(f"package {package.path}: the weights cannot be read ({error}); fetch it again") from error
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a dtype that numpy lacks
+        raise PackageError(
+            f"package {package.path}: the weights cannot be read ({error}); download it again"
+        ) from error
     if not matches:
-        raise PackageError(f"package {package.path}: the weights do not match their card; fetch the file again")
+        raise PackageError(f"package {package.path}: the weights do not match their card; download the file again")
     return tensors
 
 
 def _build(card: Card, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The card's network with random weights; of a HoVerNet the tensors tell whether it has a type branch."""
+    """Build the card's network with random weights; for HoVerNet the tensors decide whether it has a type branch."""
     from hover_batch.model.student import StudentArch, build_student
     from hover_batch.model.teacher import arch_of, build_teacher
 
@@ -242,10 +248,10 @@ def _build(card: Card, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
 
 
 def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = True) -> None:
-    """Write weights and card to `path`, whole or not at all.
+    """Write weights and card to `path` atomically.
 
-    `half`: floating weights as float16, for students, whose training sees to it that they bear it; else as they are,
-    since the statistics of a network from elsewhere may lie beyond float16's range.
+    `half`: store floating-point weights as float16, for students, whose training ensures that they fit; else unchanged,
+    since the statistics of other networks may exceed float16's range.
     """
     import torch
 
@@ -257,9 +263,9 @@ def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = Tru
 
 
 def with_card(package: Package, card: Card, path: Path) -> None:
-    """Write the weights of `package`, as they are, with another card to `path`, whole or not at all.
+    """Write the weights of `package`, unchanged, with another card to `path` atomically.
 
-    Raises PackageError where the weights do not match the package's own card.
+    PackageError if the weights do not match the package's own card.
     """
     _write(path, load_tensors(package), replace(card, weights_sha256=package.card.weights_sha256))
 
@@ -267,12 +273,12 @@ def with_card(package: Package, card: Card, path: Path) -> None:
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], card: Card) -> None:
     from safetensors.torch import save
 
-    # Not by safetensors' own file: others may not read it, and of a full disk it tells as of a fault of the tensors.
+    # safetensors' save_file makes files unreadable for others, and reports a full disk as a fault of the tensors.
     write_atomically(path, save(dict(tensors), metadata={CARD_KEY: json.dumps(card.to_json(), sort_keys=True)}))
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hash of the names, dtypes, shapes and bytes, in the order of the names."""
+    """Return the SHA-256 of names, dtypes, shapes and bytes of the tensors, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         array = tensors[name].numpy()

@@ -1,7 +1,7 @@
-"""Batch of tiles in, cropped and quantised maps out.
+"""Predict batches of tiles as cropped and quantised maps.
 
-The batch shape is constant (a short batch is padded), because a network's output for one tile may depend in its last
-bits on the batch's shape: equal settings must give equal bytes.
+The batch shape is constant (short batches are padded), because the last bits of a network's output for one tile may
+depend on the batch's shape, and equal settings must give equal bytes.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from hover_batch.model.package import Card, Package, load_network
 from hover_batch.model.upsampling import upsampling_merged
 
 STAIN_FROM_OD = torch.tensor(hed_from_rgb[:, :2], dtype=torch.float32)
-"""Optical densities of R, G, B → hematoxylin and eosin (Ruifrok and Johnston 2001, as scikit-image has them)."""
+"""Matrix (3, 2) from optical densities of RGB to hematoxylin and eosin (Ruifrok and Johnston 2001, as in skimage)."""
 
 
 _SHORT = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Predictor:
-    """A network on its device, with its precision and batch shape settled."""
+    """Network on its device, with its precision and batch shape resolved."""
 
     def __init__(self, network: nn.Module, card: Card, settings: InferSettings) -> None:
         self.card = card
         self.batch = settings.batch
         self.at_once = settings.batch
-        """Tiles that the device takes: `batch`, or the half, or the half of that …, once its memory has run out."""
+        """Tiles per call of the network: `batch`, halved each time the device runs out of memory."""
         settled = resolve(settings)
         self.device = torch.device(settled.device)
         self.precision = settled.precision
         self.runtime = settled.runtime
         self.turn = threading.Lock()
-        """Held by whoever predicts: one batch at a time, so that callers' threads share the device fairly."""
+        """Lock held while predicting one batch, so that threads share the device fairly."""
         if self.device.type == "cpu":
             torch.set_num_threads(settings.threads or torch.get_num_threads())
         network = on_device(network, self.device)
-        if settled.runtime == "openvino":  # torch's transposed convolutions round by the number of threads
+        if settled.runtime == "openvino":  # torch's transposed convolutions depend on the number of threads
             network = upsampling_merged(network)
         self.network: nn.Module = without_margin(network, card.tile_in, card.tile_out)
         if settled.runtime == "openvino":
@@ -62,13 +62,13 @@ class Predictor:
             from hover_batch.model.compiled import CompiledNetwork
 
             self.network = CompiledNetwork(self.network)
-            self.predict(np.zeros((1, card.tile_in, card.tile_in, 3), np.uint8))  # so that it is compiled by now
+            self.predict(np.zeros((1, card.tile_in, card.tile_in, 3), np.uint8))  # compile it now
 
     @torch.inference_mode()
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Maps of up to `batch` tiles.
+        """Return the maps of up to `batch` tiles.
 
-        tiles: (n, tile_in, tile_in, 3) uint8 RGB. Returns (n, planes, tile_out, tile_out) uint8 as MapLayout says.
+        tiles: (n, tile_in, tile_in, 3) uint8 RGB. Returns (n, planes, tile_out, tile_out) uint8 (see MapLayout).
         """
         return self._as_fits(
             tiles, lambda rgb: quantise(self._output(rgb), _centre(rgb, self.card.tile_out), self.card.layout)
@@ -76,14 +76,14 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The network's output for up to `batch` tiles, as it is.
+        """Return the network's output for up to `batch` tiles.
 
-        tiles: (n, tile_in, tile_in, 3) uint8 RGB. Returns (n, channels, tile_out, tile_out) float32 as Heads says.
+        tiles: (n, tile_in, tile_in, 3) uint8 RGB. Returns (n, channels, tile_out, tile_out) float32 (see Heads).
         """
         return self._as_fits(tiles, self._output)
 
     def _as_fits(self, tiles: NDArray[np.uint8], work: Callable[[Tensor], Tensor]) -> NDArray[Any]:
-        """What `work` makes of the tiles, `at_once` of them at a time; fewer, where the device is out of memory."""
+        """Apply `work` to `at_once` tiles at a time, halving `at_once` when the device runs out of memory."""
         while True:
             try:
                 parts = [tiles[i : i + self.at_once] for i in range(0, len(tiles), self.at_once)]
@@ -93,50 +93,50 @@ class Predictor:
                     raise
                 self.at_once //= 2
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # outside the except: its traceback holds what is to be freed
+                torch.cuda.empty_cache()  # outside the except block, whose traceback holds references to the memory
 
     def _whole_batch(self, tiles: NDArray[np.uint8]) -> Tensor:
-        """The tiles, and black ones up to the constant shape: (at_once, 3, tile_in, tile_in) uint8 on the device."""
+        """Return the tiles, padded with black ones, as (at_once, 3, tile_in, tile_in) uint8 on the device."""
         if (missing := self.at_once - len(tiles)) > 0:
             tiles = np.concatenate([tiles, np.zeros((missing, *tiles.shape[1:]), np.uint8)])
         return torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2)
 
     def _output(self, rgb: Tensor) -> Tensor:
-        """RGB (at_once, 3, tile_in, tile_in) uint8 → the network's (at_once, channels, tile_out, tile_out) float32."""
+        """Return the output (n, channels, tile_out, tile_out) float32 for RGB (n, 3, tile_in, tile_in) uint8."""
         image = rgb.float().div(255).contiguous(memory_format=torch.channels_last)
         with self.autocast():
             output = _centre(self.network(image), self.card.tile_out).float()
-        if self.precision == "fp16" and not output.isfinite().all():  # beyond 65504 somewhere inside
+        if self.precision == "fp16" and not output.isfinite().all():  # an intermediate value exceeded 65504
             output = _centre(self.network(image), self.card.tile_out).float()
         return output
 
     def autocast(self) -> torch.autocast:
-        """Within it the network computes in its `precision`."""
+        """Return the context in which the network computes in its `precision`."""
         short = _SHORT.get(self.precision)
         return torch.autocast(self.device.type, short or torch.bfloat16, enabled=short is not None)
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network for inference on that device: folded, and laid out as its convolutions like it."""
+    """Prepare a network for inference on a device: folded and in channels-last layout."""
     network = folded(network).to(device)
     laid_out: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
     return laid_out
 
 
 def load_predictor(package: Package, settings: InferSettings) -> Predictor:
-    """The network of a package, ready on its device. PackageError where its weights cannot be loaded."""
+    """Load a package's network onto its device. PackageError if its weights cannot be loaded."""
     return Predictor(load_network(package), package.card, settings)
 
 
 def _centre(planes: Tensor, side: int) -> Tensor:
-    """The central `side` × `side` pixels of (b, c, y, x); a network without padding has cropped some already."""
+    """Return the central `side` × `side` pixels of (b, c, y, x); networks without padding have already cropped some."""
     margin = (planes.shape[-1] - side) // 2
     return planes[:, :, margin : margin + side, margin : margin + side]
 
 
 def quantise(output: Tensor, rgb: Tensor, layout: MapLayout) -> Tensor:
-    """The network's output (b, channel, y, x) float32 and the same pixels' RGB (b, 3, y, x) uint8
-    → (b, plane, y, x) uint8 as MapLayout says."""
+    """Quantise the output (b, channel, y, x) float32 and the RGB (b, 3, y, x) uint8 of the same pixels to maps
+    (b, plane, y, x) uint8 (see MapLayout)."""
     nucleus = (output[:, NP].softmax(1)[:, 1:] * 256).floor().clamp(max=255)
     near = nucleus >= layout.NP_NEAR
     hv = (output[:, HV].clamp(-1, 1) * 127).round().to(torch.int8).view(torch.uint8)
@@ -146,10 +146,10 @@ def quantise(output: Tensor, rgb: Tensor, layout: MapLayout) -> Tensor:
 
 
 def stain_density(rgb: Tensor) -> Tensor:
-    """Hematoxylin and eosin optical density (b, 2, y, x) float32, at least 0, of RGB (b, 3, y, x) uint8.
+    """Return hematoxylin and eosin optical density (b, 2, y, x) float32, at least 0, of RGB (b, 3, y, x) uint8.
 
-    Density is -log10((I + 1) / 256); the product with the stain matrix is written out, so that it is the same for
-    any shape of the batch.
+    The density is -log10((I + 1) / 256). The product with the stain matrix is written out, so that results do not
+    depend on the batch's shape.
     """
     red, green, blue = (-torch.log10((rgb.float() + 1) / 256)).unbind(1)
     matrix = STAIN_FROM_OD.to(rgb.device)
@@ -158,16 +158,14 @@ def stain_density(rgb: Tensor) -> Tensor:
 
 
 def resolve(settings: InferSettings) -> InferSettings:
-    """The same settings with `auto` settled for this machine, as a run records them.
+    """Return the settings with `auto` resolved for this machine, as a run records them.
 
-    Raises InputError where the device cannot be used.
+    InputError if the device cannot be used.
     """
     if settings.runtime == "openvino":
         device = _device("cpu" if settings.device == "auto" else settings.device)
         if device.type != "cpu" or settings.precision in _SHORT:
-            raise InputError(
-                "--runtime openvino: computes on the processor in fp32; leave --device and --precision out"
-            )
+            raise InputError("--runtime openvino: runs on the CPU in fp32; omit --device and --precision")
         return replace(settings, device="cpu", precision="fp32")
     device = _device(settings.device)
     precision = _precision(settings.precision, device)
@@ -179,7 +177,7 @@ def resolve(settings: InferSettings) -> InferSettings:
 
 
 def _precision(wanted: Precision, device: torch.device) -> Precision:
-    """What `auto` means here: fp16 where there are tensor cores (Volta and later), else fp32."""
+    """Resolve `auto`: fp16 on GPUs with tensor cores (Volta and later), else fp32."""
     if wanted != "auto":
         return wanted
     return "fp16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
@@ -193,7 +191,9 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
-        raise InputError(f"--device {name}: not usable here ({reason})") from error
+        raise InputError(
+            f"--device {name}: cannot be used on this machine ({reason}); use auto, cpu or cuda"
+        ) from error
     if device.type == "meta":
-        raise InputError(f"--device {name}: computes nothing; use auto, cpu or cuda")
+        raise InputError(f"--device {name}: has no data to compute with; use auto, cpu or cuda")
     return device

@@ -1,4 +1,4 @@
-"""The published models that can be imported: what their classes are called, what they have seen. Needs no torch."""
+"""Published models that can be imported, with their classes and training data. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from hover_batch.taxonomy import CONSEP, MONUSAC, NUCLEI, PANNUKE, Taxonomy
 
 MPP = 0.25
-"""Pixel size in µm at which all of them were trained (40×)."""
+"""Pixel size in µm at which all were trained (40×)."""
 HUB = "https://huggingface.co/TIACentre/TIAToolbox_pretrained_weights"
-"""Whence tiatoolbox fetches them, each as NAME.pth."""
+"""Repository from which tiatoolbox downloads them, each as NAME.pth."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A published model. `types`: channels of the type branch, 0 without one."""
+    """Published model. `types`: channels of the type branch, 0 without one; `seen`: training data."""
 
     architecture: str
     taxonomy: Taxonomy
@@ -22,7 +22,7 @@ class Kind:
     seen: str
     licence: str
     by_name: bool = True
-    """Whether tiatoolbox fetches it by this name."""
+    """Whether tiatoolbox can download it by its name."""
 
 
 _PANNUKE = "CC BY-NC-SA 4.0, research only: trained on PanNuke"

@@ -1,7 +1,7 @@
-"""The student: a U-Net with a Mix Vision Transformer encoder, all branches as channels of one output.
+"""Student: a U-Net with a Mix Vision Transformer encoder and all branches as channels of one output.
 
 Source: HoVer-UNet (Tommasino et al., arXiv 2311.12553): encoder and decoder depth 5, single decoder.
-The published weights are `smp.Unet('mit_b2', classes=10)` state dicts, and load into this.
+The published weights are `smp.Unet('mit_b2', classes=10)` state dicts, which load into this network.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hover_batch.model.heads import Heads
 
 @dataclass(frozen=True)
 class StudentArch:
-    """What rebuilds the network: the encoder's name in segmentation-models-pytorch and the number of classes."""
+    """Arguments of the network: the encoder's name in segmentation-models-pytorch and the number of classes."""
 
     encoder: str = "mit_b0"
     n_types: int = 5
@@ -26,7 +26,7 @@ def build_student(arch: StudentArch) -> nn.Module:
     """Build the student with random weights.
 
     The network takes (batch, 3, y, x) float RGB in [0, 1], y and x multiples of 32, and returns
-    (batch, `Heads(n_types).channels`, y, x) as `hover_batch.model.heads` lays out.
+    (batch, `Heads(n_types).channels`, y, x) in the layout of `hover_batch.model.heads`.
     """
     model: nn.Module = smp.Unet(
         arch.encoder,

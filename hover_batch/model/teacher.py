@@ -1,28 +1,28 @@
-"""The teacher: HoVerNet, in the two forms whose weights are published, with all branches in one output tensor.
+"""Teacher: HoVerNet in its two published forms, with all branches in one output tensor.
 
 Source: Graham et al. 2019, Medical Image Analysis 58, 101563: a pre-activated ResNet-50 without its first pooling, and
 three decoder branches of dense units without padding. `original` (5×5 kernels; CoNSeP, Kumar, CPM17) and `fast` (3×3;
-PanNuke, MoNuSAC) have the state dicts of hover_net and of tiatoolbox, name for name, and load them strictly.
+PanNuke, MoNuSAC) have the same parameter names as hover_net and tiatoolbox and load their state dicts strictly.
 
-**Sizes.** The decoders crop, so that the output is smaller than the input by a constant: by 92 pixels in `fast`, 190 in
-`original`. Any side will do whose features halve evenly three times: a multiple of 8 in `fast`, 6 more than one in
-`original`. The published outputs of 164 and 80 divide no unit of the tile grid, whose tiles keep 256; hence wider
-windows:
+**Sizes.** The decoders crop, so the output is smaller than the input by a constant: 92 pixels in `fast`, 190 in
+`original`. A side is valid if its features halve evenly three times: a multiple of 8 in `fast`, 6 more than one in
+`original`. The published output sizes 164 and 80 do not divide the units of the tile grid, which keeps 256 per tile;
+hence larger windows:
 
 ========== ============ ============================ ==================================================
 form       published    here: input → output → kept  input pixels for each kept one, here and published
 ========== ============ ============================ ==================================================
-fast       256 → 164    352 → 260 → 256              1.9, 2.4 (348 → 256 would do but for 348 / 8)
+fast       256 → 164    352 → 260 → 256              1.9, 2.4 (348 → 256 is excluded: 348 is no multiple of 8)
 original   270 → 80     446 → 256 → 256              3.0, 11.4
 ========== ============ ============================ ==================================================
 
 **Equal pixels.** The decoders do not pad, but the encoder does, with zeros, and so does the last convolution before the
-output. So a pixel near a window's edge depends on where that edge is: nearer than `reach`, which is 95 pixels from the
-left and upper edge and 103 from the others in `fast`, 145 and 153 in `original`. Pixels beyond the reach of two windows
-have the same value in both (the windows being shifted by multiples of 8, as those of the tile grid are). In a
-published 256 window of `fast` these are the middle 58 × 58, in a 270 window of `original` none: the published values of
-all others belong to the published windows, and no wider one repeats them. It shows each kept pixel at least as much
-real tissue on every side as the published windows show the pixels at their outputs' edges.
+output. So a pixel depends on the position of a window's edge that is nearer than `reach`: 95 pixels for the left and
+upper edges and 103 for the others in `fast`, 145 and 153 in `original`. Pixels further from the edges of two windows
+have the same value in both (if shifted by multiples of 8, as in the tile grid). In a published 256 window of `fast`
+these are the middle 58 × 58, in a 270 window of `original` none: all other published values are specific to the
+published windows, and larger ones do not reproduce them. Larger windows show each kept pixel at least as much real
+tissue on every side as the published windows show pixels at the edges of their output.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ Form = Literal["fast", "original"]
 
 @dataclass(frozen=True)
 class TeacherArch:
-    """What rebuilds the network.
+    """Arguments of the network.
 
-    `n_types`: classes with the background; None without a type branch. `width`: channels of the first convolution, of
-    which all others are multiples; 64 in what is published, any multiple of 8 will do.
+    `n_types`: number of classes, background included; None without a type branch. `width`: channels of the first
+    convolution, to which all others are proportional; 64 in the published networks, any multiple of 8 is valid.
     """
 
     form: Form
@@ -53,36 +53,37 @@ class TeacherArch:
 
     @property
     def kernel(self) -> int:
+        """Side of the decoder's convolution kernels."""
         return 3 if self.form == "fast" else 5
 
     @property
     def shrink(self) -> int:
-        """By how much the output's side is smaller than the input's."""
+        """Difference of the input's and the output's side in pixels."""
         return 92 if self.form == "fast" else 190
 
     @property
     def excess(self) -> int:
-        """What an input's side leaves when divided by 8: the first convolution of `original` does not pad."""
+        """Remainder of an input's side modulo 8; the first convolution of `original` does not pad."""
         return 0 if self.form == "fast" else 6
 
     @property
     def reach(self) -> tuple[int, int]:
-        """How many of a window's pixels depend on where it ends: from the left and upper edge, and from the others."""
+        """Distances in pixels within which values depend on the left and upper, and on the other edges."""
         return (95, 103) if self.form == "fast" else (145, 153)
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Sides of a package's tiles, in and kept."""
+        """`tile_in` and `tile_out` of a package."""
         return (352, 256) if self.form == "fast" else (446, 256)
 
 
 class HoVerNet(nn.Module):
     """HoVerNet with random weights.
 
-    Takes (batch, 3, y, x) float RGB in [0, 1] (the published code takes 0 … 255 and divides by 255 itself), y and x as
-    the module's docstring says. Returns (batch, `Heads(n).channels`, y - shrink, x - shrink) as
-    `hover_batch.model.heads` lays out, of the input's centre. Without a type branch n is 2, and the types background
-    and nucleus have the logits of np.
+    Takes (batch, 3, y, x) float RGB in [0, 1] (the published code divides 0 … 255 by 255 itself), with y and x as in
+    the module's docstring. Returns (batch, `Heads(n).channels`, y - shrink, x - shrink) in the layout of
+    `hover_batch.model.heads`, of the input's centre. Without a type branch n is 2, and the types background and nucleus
+    have the logits of np. ValueError for invalid sides.
     """
 
     def __init__(self, arch: TeacherArch) -> None:
@@ -124,7 +125,7 @@ def build_teacher(arch: TeacherArch) -> nn.Module:
 
 
 def arch_of(weights: Mapping[str, Tensor]) -> TeacherArch:
-    """The architecture whose state dict this is, by the shapes; raises KeyError where it is none of HoVerNet's."""
+    """Return the architecture of a state dict, by its shapes. KeyError if it is not a HoVerNet's."""
     kernel = weights["decoder.np.u3.conva.weight"].shape[-1]
     types = weights.get("decoder.tp.u0.conv.bias")
     return TeacherArch(
@@ -133,21 +134,21 @@ def arch_of(weights: Mapping[str, Tensor]) -> TeacherArch:
 
 
 class _Stage(nn.Module):
-    """Residual units of 1×1, 3×3 and 1×1 convolutions; the first halves the resolution where the stride is 2."""
+    """Residual units of 1×1, 3×3 and 1×1 convolutions; with a stride of 2 the first halves the resolution."""
 
     def __init__(self, inputs: int, inner: int, units: int, stride: int) -> None:
         super().__init__()
         outputs = 4 * inner
         self.shortcut = _conv(inputs, outputs, 1, stride=stride)
         first = self._unit(inputs, inner, stride)
-        # The stage before ends in a normalisation, so that only the later units begin with one.
+        # The previous stage ends with a normalisation, so only the later units begin with one.
         later = [_chain(*_norm("preact/", outputs), *self._unit(outputs, inner, 1)) for _ in range(units - 1)]
         self.units = nn.ModuleList([_chain(*first), *later])
         self.blk_bna = _chain(*_norm("", outputs))
 
     @staticmethod
     def _unit(inputs: int, inner: int, stride: int) -> list[tuple[str, nn.Module]]:
-        """As TensorFlow's `same`: a stride of 2 over an even side pads after the last pixel only."""
+        """Return the layers of a unit. Padding is TensorFlow's `same`: with a stride of 2 only after the last pixel."""
         pad = nn.ZeroPad2d((0, 1, 0, 1) if stride == 2 else 1)
         return [
             ("conv1", _conv(inputs, inner, 1)),
@@ -166,7 +167,7 @@ class _Stage(nn.Module):
 
 
 class _Dense(nn.Module):
-    """Dense units: each adds half a width of channels, computed from all before it, and crops those to its size."""
+    """Dense units: each appends width / 2 channels, computed from all previous ones, which are cropped to its size."""
 
     def __init__(self, width: int, inputs: int, kernel: int, units: int) -> None:
         super().__init__()
@@ -191,20 +192,20 @@ class _Dense(nn.Module):
 
 
 class _Upsample(nn.Module):
-    """Twice the side, each pixel four times."""
+    """Nearest-neighbour upsampling by 2."""
 
     unpool_mat: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("unpool_mat", torch.ones(2, 2))  # published state dicts hold it; not used here
+        self.register_buffer("unpool_mat", torch.ones(2, 2))  # part of published state dicts; not used here
 
     def forward(self, features: Tensor) -> Tensor:
         return interpolate(features, scale_factor=2, mode="nearest")
 
 
 def _branch(width: int, kernel: int, outputs: int) -> nn.Module:
-    """One decoder: u3 and u2 crop, u1 pads, u0 is the output's linear map."""
+    """Build one decoder: u3 and u2 crop, u1 pads, u0 is the linear output layer."""
 
     def cropping(inputs: int, inner: int, units: int) -> nn.Module:
         return _chain(
@@ -222,7 +223,7 @@ def _branch(width: int, kernel: int, outputs: int) -> nn.Module:
 
 
 def _chain(*steps: tuple[str, nn.Module]) -> nn.Sequential:
-    """Steps one after the other, under the names that published state dicts use."""
+    """Build a Sequential with the names in published state dicts."""
     return nn.Sequential(OrderedDict(steps))
 
 
@@ -235,7 +236,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int 
 
 
 def _centre(features: Tensor, like: Tensor) -> Tensor:
-    """The central part of (b, c, y, x), as large as `like`."""
+    """Crop (b, c, y, x) centrally to the size of `like`."""
     height, width = like.shape[2:]
     top, left = (features.shape[2] - height) // 2, (features.shape[3] - width) // 2
     return features[:, :, top : top + height, left : left + width]

@@ -1,8 +1,8 @@
-"""A decoder's upsampling and the convolution behind it, as one: of the starter's products a quarter less.
+"""Merge a decoder's upsampling with the convolution after it, which saves a quarter of the starter's products.
 
-Where each pixel is doubled along both axes, the nine taps of a 3 × 3 convolution fall on four different pixels. With
-the weights of those that fall together added up, the two are a transposed convolution of 4 × 4 at stride 2, which has
-four products for each of nine. The output is the same, within float32's rounding.
+After nearest-neighbour upsampling by 2, the nine taps of a 3 × 3 convolution fall on four different pixels. Adding up
+the weights of taps on the same pixel turns both into one 4 × 4 transposed convolution of stride 2, with four products
+instead of nine. The output is the same within float32's rounding.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 
 def upsampling_merged(network: nn.Module) -> nn.Module:
-    """A copy of a U-Net whose decoder's blocks do both at once; `network` itself where it has no such blocks."""
+    """Return a copy of a U-Net with merged decoder blocks; `network` itself if its blocks cannot be merged."""
     if not isinstance(network, smp.Unet) or not all(_doubles(block) for block in network.decoder.blocks):
         return network
     network = copy.deepcopy(network)
-    unet: Any = network  # smp has no types
+    unet: Any = network  # smp ships no types
     channels = unet.encoder.out_channels[-1]
     for i, block in enumerate(unet.decoder.blocks):
         unet.decoder.blocks[i] = _MergedBlock(block, channels)
@@ -30,7 +30,7 @@ def upsampling_merged(network: nn.Module) -> nn.Module:
 
 
 def _doubles(block: nn.Module) -> bool:
-    """Whether the block is one that repeats pixels, and then has a plain convolution of 3 × 3."""
+    """Whether the block upsamples by nearest neighbour and then has a plain 3 × 3 convolution."""
     if not isinstance(block, UnetDecoderBlock) or block.interpolation_mode != "nearest":
         return False
     plain = isinstance(block.attention1.attention, nn.Identity)
@@ -38,7 +38,7 @@ def _doubles(block: nn.Module) -> bool:
 
 
 class _MergedBlock(nn.Module):
-    """`block`, of whose input `channels` are upsampled and the others come from the encoder."""
+    """Merged `block`; `channels` of its input are upsampled, the others come from the encoder."""
 
     def __init__(self, block: UnetDecoderBlock, channels: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _MergedBlock(nn.Module):
         self.then = nn.Sequential(*then, block.conv2, block.attention2)
 
     def forward(self, maps: Tensor, height: int, width: int, skip_connection: Tensor | None = None) -> Tensor:
-        """maps: (b, channels, height / 2, width / 2); skip_connection: (b, others, height, width)."""
+        """Take maps (b, channels, height / 2, width / 2) and skip_connection (b, others, height, width)."""
         output = self.upsampled(maps)
         if self.skip and skip_connection is not None:
             output = output + self.skip(skip_connection)
@@ -62,11 +62,11 @@ class _MergedBlock(nn.Module):
 
 
 def _transposed(weight: Tensor) -> Tensor:
-    """(out, in, 3, 3) of a convolution with padding → (in, out, 4, 4) of a transposed one at stride 2 with padding."""
+    """Convert weights (out, in, 3, 3) of a padded convolution to (in, out, 4, 4) of a transposed one of stride 2."""
     taps = weight.new_zeros(weight.shape[1], weight.shape[0], 4, 4)
     for y, x, row, column in product(range(2), range(2), range(3), range(3)):
-        # A doubled pixel of parity y sees, by its tap `row`, the pixel `up` of those before they were doubled …
+        # Tap `row` of an upsampled pixel of parity y reads the pixel at offset `up` before upsampling …
         up, left = (y + row - 1) // 2, (x + column - 1) // 2
-        # … and a transposed convolution has that pixel's share of it at this tap.
+        # … whose contribution a transposed convolution has at this tap.
         taps[:, :, y - 2 * up + 1, x - 2 * left + 1] += weight[:, :, row, column].T
     return taps

@@ -152,7 +152,7 @@ def _depth(energy: NDArray[np.float32], y: int, x: int) -> float:
 
 @njit(cache=True, nogil=True)
 def _push(values: NDArray[np.float64], items: NDArray[np.int64], size: int, value: float, item: int) -> int:
-    """Add to the heap of `size` items, smallest (value, age) first; returns its new size. Item: age << 32 | place."""
+    """Push onto a heap of `size` items, smallest (value, age) first; return the new size. Item: age << 32 | pixel."""
     i = size
     while i > 0:
         parent = (i - 1) // 2

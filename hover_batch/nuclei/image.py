@@ -14,7 +14,7 @@ from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_d
 def instances_of(
     planes: NDArray[np.uint8], constants: SobelConstants | None, min_area_px: int = PostSettings.min_area_px
 ) -> NDArray[np.int32]:
-    """Return the instances (y, x) int32 of stored np, h and v (3, y, x) uint8, without those below `min_area_px` pixels."""
+    """Return the instances (y, x) int32 of stored np, h and v (3, y, x) uint8 of at least `min_area_px` pixels."""
     return without_debris(instance_map(planes[0], planes[1], planes[2], constants), min_area_px)
 
 

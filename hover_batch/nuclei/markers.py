@@ -63,7 +63,7 @@ def markers_of(
 
 @njit(cache=True, nogil=True)
 def _gaps(labels: NDArray[np.int32], chosen: NDArray[np.bool_], energy: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return 0 in the interiors of chosen components, else 1: (y + 2, x + 2) uint8, with a frame of 1 around the window."""
+    """Return 0 in the interiors of chosen components, else 1: (y + 2, x + 2) uint8, with a frame of 1."""
     height, width = labels.shape
     gaps = np.ones((height + 2, width + 2), np.uint8)
     limit = np.float32(MARKER_ENERGY)
@@ -134,7 +134,7 @@ def _settle(
     markers: NDArray[np.int32],
     count: int,
 ) -> NDArray[np.int64]:
-    """Return the component (m,) of each marker; erase, in place, small markers and pixels outside of their component."""
+    """Return the component (m,) of each marker; erase small markers and pixels of other components in place."""
     height, width = labels.shape
     pixels = np.zeros(count, np.int64)
     for y in range(height):

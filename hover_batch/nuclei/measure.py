@@ -1,8 +1,8 @@
-"""One pass over the instances of a window: place, shape, class, stain and outline of every nucleus.
+"""Measurements of every nucleus in a window: position, shape, class, stain and outline.
 
-Nothing here depends on the window that an instance is seen through: what is summed are integers, relative to the
-instance's own anchor, and absolute positions are added at the end. Shapes are those of `skimage.measure.regionprops`
-(of the same names), computed for all instances at once.
+Results do not depend on the window: sums are of integers relative to the instance's own anchor, and absolute positions
+are added at the end. Shape features are those of the same names in `skimage.measure.regionprops`, computed for all
+instances at once.
 """
 
 from __future__ import annotations
@@ -22,33 +22,36 @@ from hover_batch.nuclei.outlines import outlines
 
 @dataclass(frozen=True, eq=False)
 class Nuclei:
-    """n nuclei as columns, in pixels of the inference grid, in the order of their anchors (y, then x)."""
+    """Nuclei as n-long columns, in pixels of the inference grid, sorted by anchor (y, then x)."""
 
     anchor_y: NDArray[np.int64]
-    """(n,): row of the first pixel in raster order, which decides to which region the nucleus belongs."""
+    """(n,): row of the first pixel in raster order, which decides the owning region."""
     anchor_x: NDArray[np.int64]
-    """(n,): its column."""
+    """(n,): column of that pixel."""
     centroid_x: NDArray[np.float64]
-    """(n,): mean of the pixels' centres, which lie at +0.5."""
+    """(n,): mean x of the pixel centres, which lie at +0.5."""
     centroid_y: NDArray[np.float64]
+    """(n,): mean y of the pixel centres."""
     area_px: NDArray[np.int64]
     """(n,): number of pixels."""
     bbox: NDArray[np.int64]
-    """(n, 4): x0, y0, x1, y1, half-open."""
+    """(n, 4): x0, y0, x1, y1 of the pixels, half-open."""
     perimeter_px: NDArray[np.float32]
-    """(n,): regionprops' `perimeter` (4-connected border, diagonal steps weighted)."""
+    """(n,): `perimeter` of regionprops (4-connected border, diagonal steps weighted)."""
     major_axis_px: NDArray[np.float32]
-    """(n,): of the ellipse of the same second moments."""
+    """(n,): major axis of the ellipse with the same second moments."""
     minor_axis_px: NDArray[np.float32]
+    """(n,): minor axis of that ellipse."""
     eccentricity: NDArray[np.float32]
+    """(n,): eccentricity of that ellipse, 0 for a circle."""
     solidity: NDArray[np.float32]
-    """(n,): area over the pixels in the convex hull; counted in integers, borders included."""
+    """(n,): area divided by the number of pixels in the convex hull, border included."""
     type_id: NDArray[np.uint8]
-    """(n,): class of most pixels; the runner-up where that is background; the likeliest where all are background."""
+    """(n,): class of most pixels; the runner-up if that is background; the most probable if all are background."""
     type_prob: NDArray[np.float32]
-    """(n,): `class_probs` of that class."""
+    """(n,): probability of that class, from `class_probs`."""
     class_probs: NDArray[np.float32]
-    """(n, classes without background): mean softmax, renormalised; column k is class k + 1."""
+    """(n, classes without background): mean softmax, renormalised without background; column k is class k + 1."""
     seg_score: NDArray[np.float32]
     """(n,): mean nucleus probability."""
     h_od: NDArray[np.float32]
@@ -56,28 +59,28 @@ class Nuclei:
     e_od: NDArray[np.float32]
     """(n,): mean eosin optical density."""
     seam_uncertain: NDArray[np.bool_]
-    """(n,): its component was too large to be followed."""
+    """(n,): whether its component was too large to be processed whole."""
     contours: list[NDArray[np.float64]]
-    """n rings (k, 2) of x, y through the centres of the outermost pixels; closed, each a valid polygon."""
+    """n rings (k, 2) of x, y through the centres of the border pixels; closed, each a valid polygon."""
 
     def __len__(self) -> int:
         return len(self.area_px)
 
     def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Self:
-        """The nuclei at these rows: indices, or a mask (n,)."""
+        """Return the nuclei at the given rows: indices (k,) or a mask (n,)."""
         index = np.arange(len(self))[rows]
         columns = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "contours"}
         return type(self)(**columns, contours=[self.contours[i] for i in index])
 
 
 def empty(n_types: int) -> Nuclei:
-    """No nuclei, of a model of `n_types` classes, background included."""
+    """Return no nuclei, for a model of `n_types` classes, background included."""
     layout = MapLayout(n_types)
     return measure(np.zeros((1, 1), np.int32), np.zeros((layout.planes, 1, 1), np.uint8), layout)
 
 
 def concatenate(parts: Sequence[Nuclei]) -> Nuclei:
-    """The nuclei of one or more parts of one slide together, in the order of their anchors."""
+    """Concatenate the nuclei of one or more parts of a slide, sorted by anchor."""
     columns = {
         f.name: np.concatenate([getattr(part, f.name) for part in parts])
         for f in fields(Nuclei)
@@ -92,8 +95,8 @@ def measure(
 ) -> Nuclei:
     """Measure every instance of a window.
 
-    `instances` (y, x) int32, 0 = background, the others 1 to n, each present; `maps` (plane, y, x) uint8 of the same
-    window, as `layout` has them; `origin` (x, y) of the window's first pixel.
+    `instances` (y, x) int32: 0 = background, 1 … n without gaps. `maps` (plane, y, x) uint8: stored maps of the same
+    window, in the planes of `layout`. `origin`: absolute (x, y) of the window's first pixel.
     """
     n = int(instances.max())
     maps = np.ascontiguousarray(maps)
@@ -121,7 +124,7 @@ def measure(
         type_id=type_id.astype(np.uint8),
         type_prob=_f32(class_probs[np.arange(n), type_id - 1]),
         class_probs=_f32(class_probs),
-        # A stored step s stands for probabilities in [s, s + 1) / 256.
+        # A stored step s represents probabilities in [s, s + 1) / 256.
         seg_score=_f32((values[:, 0] / area + 0.5) / 256),
         h_od=_f32(values[:, -2] / area / layout.OD_SCALE),
         e_od=_f32(values[:, -1] / area / layout.OD_SCALE),
@@ -138,7 +141,7 @@ def _f32(values: NDArray[np.float64]) -> NDArray[np.float32]:
 def _ellipse(
     second: NDArray[np.float64], dx: NDArray[np.float64], dy: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Major axis, minor axis and eccentricity (n,) from means about the anchor: dx², dy², dx·dy (n, 3), dx and dy."""
+    """Return major axis, minor axis and eccentricity (n,) from means of dx², dy², dx·dy (n, 3), dx and dy (n,)."""
     xx = second[:, 0] - dx * dx
     yy = second[:, 1] - dy * dy
     xy = second[:, 2] - dx * dy
@@ -151,14 +154,14 @@ def _ellipse(
 
 
 def _classes(votes: NDArray[np.int64], softmax: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Class ids (n,) and probabilities (n, classes without background) from votes and softmax sums (n, classes)."""
+    """Return class ids (n,) and probabilities (n, classes - 1) from votes and softmax sums (n, classes)."""
     nuclear = softmax[:, 1:]
     total = nuclear.sum(axis=1, keepdims=True)
-    # Where every pixel is certain of the background, nothing is known about the class.
+    # If the background has probability 1 in every pixel, the class is unknown: all are equally probable.
     even = np.full(nuclear.shape, 1 / nuclear.shape[1])
     probs = np.divide(nuclear, total, out=even, where=total > 0)
     voted = votes[:, 1:].max(axis=1) > 0
-    # argmax takes the first of equals: the lower id.
+    # argmax takes the first of equal values, the lower id.
     return np.where(voted, votes[:, 1:].argmax(axis=1), nuclear.argmax(axis=1)) + 1, probs
 
 
@@ -166,11 +169,11 @@ def _classes(votes: NDArray[np.int64], softmax: NDArray[np.int64]) -> tuple[NDAr
 def _places(
     instances: NDArray[np.int32], softmax: NDArray[np.uint8], n: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Where the instances 1 … n of (y, x) lie and what their pixels vote for, at rows 0 … n - 1, in one pass.
+    """Return positions and class votes of the instances 1 … n of (y, x), in rows 0 … n - 1, in one pass.
 
-    `softmax` (class, y, x). Returns the anchor (n, 2) x, y; bounds (n, 4); Σ dx, Σ dy (n, 2) about the anchor; the
-    number of pixels (n,); and the number (n, classes) whose likeliest class, the lower id among equals, is each. What
-    the reference finds by comparing the whole map with each nucleus' id in turn.
+    `softmax` (class, y, x). Returns the anchor (n, 2) x, y; bounds (n, 4) x0, y0, x1, y1, half-open; Σ dx, Σ dy (n, 2)
+    about the anchor; the number of pixels (n,); and the number of pixels whose most probable class (the lower id if
+    equal) is each class (n, classes). The reference compares the whole map with the id of each nucleus in turn.
     """
     classes = len(softmax)
     anchor = np.zeros((n, 2), np.int64)
@@ -212,10 +215,10 @@ def _sums(
     hematoxylin: int,
     eosin: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sums over the instances 1 … n of (y, x), at rows 0 … n - 1, in one pass.
+    """Return sums over the instances 1 … n of (y, x), in rows 0 … n - 1, in one pass.
 
-    Returns Σ dx², Σ dy², Σ dx·dy (n, 3) about the `anchor` (n, 2); and Σ np, Σ of each class's softmax, Σ hematoxylin,
-    Σ eosin (n, 3 + n_types).
+    These are Σ dx², Σ dy², Σ dx·dy (n, 3) about the `anchor` (n, 2); and Σ np, Σ of each class's softmax,
+    Σ hematoxylin, Σ eosin (n, 3 + n_types).
     """
     second = np.zeros((len(anchor), 3), np.int64)
     values = np.zeros((len(anchor), 3 + n_types), np.int64)
@@ -239,7 +242,7 @@ def _sums(
 
 @njit(cache=True, nogil=True)
 def _on_border(instances: NDArray[np.int32], y: int, x: int) -> bool:
-    """Whether one of the four neighbours is not of this pixel's instance."""
+    """Whether one of the four neighbours does not belong to this pixel's instance."""
     height, width = instances.shape
     i = instances[y, x]
     return (
@@ -256,10 +259,10 @@ def _on_border(instances: NDArray[np.int32], y: int, x: int) -> bool:
 
 @njit(cache=True, nogil=True)
 def _perimeter_pixels(instances: NDArray[np.int32], n: int) -> NDArray[np.int64]:
-    """Border pixels (n, 3) that count 1, √2 and (1 + √2) / 2 in the perimeter of each instance.
+    """Return the numbers (n, 3) of border pixels with weights 1, √2 and (1 + √2) / 2 in each instance's perimeter.
 
-    The rule of `skimage.measure.perimeter` (Benkrid & Crookes): a border pixel is classed by the border pixels of
-    its own instance around it, 2 for each beside and 10 for each diagonal one, and 1 for itself.
+    The rule of `skimage.measure.perimeter` (Benkrid & Crookes): a border pixel is classified by the border pixels of
+    its own instance around it: 1 for itself, plus 2 for each 4-connected and 10 for each diagonal one.
     """
     counts = np.zeros((n, 3), np.int64)
     height, width = instances.shape
@@ -284,10 +287,10 @@ def _perimeter_pixels(instances: NDArray[np.int32], n: int) -> NDArray[np.int64]
 
 @njit(cache=True, nogil=True)
 def _hull_pixels(instances: NDArray[np.int32], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Pixels (n,) whose centres lie in the convex hull of each instance, border included.
+    """Return the number (n,) of pixels whose centres lie in the convex hull of each instance, border included.
 
-    The hull is that of `skimage.morphology.convex_hull_image`: of the middles of all pixels' edges. Coordinates are
-    doubled, so that these are integers, and the hull's left and right sides are followed row by row.
+    As in `skimage.morphology.convex_hull_image`, the hull is that of the midpoints of all pixel edges. Coordinates are
+    doubled, so that these are integers, and the hull's left and right sides are computed row by row.
     """
     counts = np.zeros(len(bounds), np.int64)
     for i in range(len(bounds)):
@@ -311,9 +314,9 @@ def _hull_pixels(instances: NDArray[np.int32], bounds: NDArray[np.int64]) -> NDA
 
 @njit(cache=True, nogil=True)
 def _hull_side(left: NDArray[np.int64], far: int) -> NDArray[np.int64]:
-    """First whole pixel of each row inside the convex hull, from the leftmost doubled coordinate at each doubled row.
+    """Return the first whole pixel of each row inside the convex hull, from the leftmost doubled x of each doubled row.
 
-    `left` (2·rows + 1,), `far` where a row has no point; the middle of pixel row y is doubled row 2·y + 1.
+    `left` (2·rows + 1,): `far` where a row has no point; the centre of pixel row y is the doubled row 2·y + 1.
     """
     corners = np.zeros(len(left), np.int64)
     n = 0

@@ -1,10 +1,10 @@
-"""Outlines: a ring through the centres of each instance's outermost pixels, closed and always a valid polygon.
+"""Outlines: a closed ring through the centres of each instance's border pixels, always a valid polygon.
 
-Nearly all instances are one piece whose border passes no pixel twice. Their border is followed in place, and is what
-`cv2.findContours(…, RETR_EXTERNAL, CHAIN_APPROX_SIMPLE)` gives for the crop: the same start, direction and corners.
-It needs no test of validity, for a border that passes no pixel twice cannot cross itself: two diagonal steps would
-have to cross within a block of four pixels that are all of the instance, and there the follower never steps diagonally
-without having met one of the block's other pixels twice. The others are cut out, outlined and mended by `_mended`.
+Nearly all instances are one piece whose border visits no pixel twice. Their border is followed in place and equals that
+of `cv2.findContours(…, RETR_EXTERNAL, CHAIN_APPROX_SIMPLE)` for the crop: the same start, direction and corners.
+Such a ring is valid without a test, since a border that visits no pixel twice cannot cross itself: two diagonal steps
+would have to cross within a block of four pixels that all belong to the instance, and there border following never
+steps diagonally without visiting one of the block's other pixels twice. `_repaired` handles all other instances.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 _DX = np.array([1, 1, 0, -1, -1, -1, 0, 1], np.int64)
 _DY = np.array([0, -1, -1, -1, 0, 1, 1, 1], np.int64)
-"""The eight neighbours, counter-clockwise from the right as one sees them (y runs down)."""
+"""Offsets of the eight neighbours, counter-clockwise on the screen from the right (y points down)."""
 
 
 def outlines(
@@ -29,11 +29,11 @@ def outlines(
     area: NDArray[np.int64],
     origin: tuple[int, int],
 ) -> list[NDArray[np.float64]]:
-    """n rings (k, 2) float64 of x, y, closed and valid, of the instances 1 … n in (y, x).
+    """Return n closed, valid rings (k, 2) float64 of x, y, of the instances 1 … n in (y, x).
 
-    `bounds` (n, 4): x0, y0, x1, y1; `anchor_x` (n,): column of the first pixel in raster order; `area` (n,): pixels;
-    `origin` (x, y) is added. Parts one pixel wide have no area and fall away, of several parts the largest stays; what
-    has no area at all becomes the bounding rectangle, edges included.
+    `bounds` (n, 4): x0, y0, x1, y1, half-open; `anchor_x` (n,): column of the first pixel in raster order; `area` (n,):
+    number of pixels; `origin` (x, y) is added. Parts one pixel wide have no area and are dropped; of several parts the
+    largest is kept; an instance without any area becomes the bounding rectangle of its pixels, edges included.
     """
     points, ends, plain = _follow(instances, bounds, anchor_x, area)
     ring_points = points + (np.array(origin) + 0.5)
@@ -41,14 +41,14 @@ def outlines(
     rings = [ring_points[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
     rest = np.flatnonzero(~plain).tolist()
     crops = [np.s_[y0:y1, x0:x1] for x0, y0, x1, y1 in bounds[rest].tolist()]
-    mended = _mended([instances[crop] == i + 1 for i, crop in zip(rest, crops, strict=True)])
-    for i, ring in zip(rest, mended, strict=True):
+    repaired = _repaired([instances[crop] == i + 1 for i, crop in zip(rest, crops, strict=True)])
+    for i, ring in zip(rest, repaired, strict=True):
         rings[i] = ring + (bounds[i, :2] + origin)
     return rings
 
 
-def _mended(masks: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.float64]]:
-    """Rings (k, 2) of x, y round instances of whatever shape, each given by the pixels (y, x) of its bounding box."""
+def _repaired(masks: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.float64]]:
+    """Return valid rings (k, 2) of x, y of instances of any shape, from the masks (y, x) of their bounding boxes."""
     rings: list[NDArray[np.float64]] = []
     corners: list[NDArray[np.int32]] = []
     mask_of: list[int] = []
@@ -66,7 +66,7 @@ def _mended(masks: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.float64]]:
     polygons = np.asarray(shapely.polygons(closed), object)
     invalid = ~shapely.is_valid(polygons)
     polygons[invalid] = shapely.make_valid(polygons[invalid])
-    # Mending gives a polygon, several, or a collection of lines and several: hence the parts of the parts.
+    # make_valid returns a polygon, a multipolygon, or a collection with lines and both: hence parts of parts.
     parts, polygon_of = shapely.get_parts(polygons, return_index=True)
     parts, part_of = shapely.get_parts(parts, return_index=True)
     area = shapely.area(parts)  # 0 of lines and points
@@ -83,11 +83,12 @@ def _mended(masks: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.float64]]:
 def _follow(
     instances: NDArray[np.int32], bounds: NDArray[np.int64], anchor_x: NDArray[np.int64], area: NDArray[np.int64]
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.bool_]]:
-    """Corners (k, 2) x, y of all plain rings one after the other, each closed; where each ends (n,); which are plain.
+    """Return the corners (k, 2) x, y of all plain rings, concatenated and closed; their ends (n,); which are plain.
 
-    Suzuki and Abe's border following, from the anchor. A ring is plain if it passes no pixel twice and encloses all
-    of the instance. By Pick's theorem it holds A + B / 2 + 1 pixels, B of them on itself: where that is the
-    instance's number, all are in it; where it is larger there are holes, and the one piece is counted.
+    Border following after Suzuki and Abe (1985), from the anchor. A ring is plain if it visits no pixel twice and
+    encloses the whole instance. By Pick's theorem a ring of area A with B border pixels contains A + B / 2 + 1 pixels.
+    If that equals the instance's area, all its pixels are inside; if it is larger, there are holes, and
+    `_is_one_piece` decides.
     """
     n = len(bounds)
     room = 0
@@ -105,7 +106,7 @@ def _follow(
         start = size
         start_x = anchor_x[i] - x0
         x, y, last = start_x, 0, -1
-        # Before the first pixel in raster order lies nothing: the border comes back from one of these four.
+        # No pixel precedes the first in raster order, so the border returns from one of these four directions.
         for d in (5, 6, 7, 0):
             nx, ny = x + _DX[d], y + _DY[d]
             if 0 <= nx < width and ny < height and own[ny, nx] == i + 1:
@@ -150,9 +151,9 @@ def _follow(
 
 @njit(cache=True, nogil=True)
 def _is_one_piece(own: NDArray[np.int32], i: int, start_x: int, area: int, seen: NDArray[np.bool_]) -> bool:
-    """Whether all `area` pixels of instance `i` in its box (y, x) hang together, diagonals included.
+    """Whether all `area` pixels of instance `i` in its bounding box (y, x) are 8-connected.
 
-    `start_x`: the column of one of them in the first row. `seen` is room to work in, and is left all False.
+    `start_x`: column of one of them in the first row. `seen` is a work buffer, all False before and after.
     """
     height, width = own.shape
     waiting = np.empty(area, np.int64)

@@ -14,7 +14,7 @@ from hover_batch.geometry import Box
 from hover_batch.nuclei.measure import Nuclei
 
 MARGIN = 16
-"""Width in pixels of a window's margin: components that touch it depend on pixels outside (watershed.REACH, rounded up)."""
+"""Width in pixels of a window's margin; components that touch it may depend on pixels outside (≥ watershed.REACH)."""
 
 
 def owned(core: Box, nuclei: Nuclei) -> Nuclei:

@@ -160,7 +160,7 @@ def _follow(read: Read, view: _View, component: int, cap: int) -> tuple[_View, i
 def _nuclei_of_cell(
     read: Read, view: _View, oversized: NDArray[np.bool_], core: Box, cell: Box, constants: SobelConstants
 ) -> Nuclei:
-    """Return the nuclei, flagged, that `core` owns in one grid cell of the `oversized` (n,) components of its `view`."""
+    """Return the flagged nuclei that `core` owns in one cell of the `oversized` (n,) components of its `view`."""
     area = cell.intersect(core)
     cut = oversized[view.components.labels[area.slices_in(view.window)]]
     if not cut.any():

@@ -1,8 +1,8 @@
-"""The table of a slide's nuclei: columns, parts of regions, and their merge into nuclei.parquet (GeoParquet 1.1).
+"""Table of a slide's nuclei: columns, parts per region, and their merge into nuclei.parquet (GeoParquet 1.1).
 
-A region writes its nuclei as a part, without numbers. The merge sorts all of them by anchor (first pixel in raster
-order), numbers them and cuts row groups of a fixed length, so the bytes of nuclei.parquet depend on the nuclei alone
-and not on how the slide was cut into regions.
+Each region writes its nuclei as a part, without ids. The merge sorts all nuclei by anchor (first pixel in raster
+order), numbers them and writes row groups of a fixed length, so the bytes of nuclei.parquet depend only on the nuclei,
+not on the division into regions.
 
 Positions are level-0 pixels on OpenSlide's full canvas, x to the right and y down, a pixel (i, j) covering
 [i, i+1) × [j, j+1). Sizes are µm. Format: https://geoparquet.org/releases/v1.1.0.
@@ -31,40 +31,41 @@ if TYPE_CHECKING:
     from hover_batch.nuclei.measure import Nuclei
 
 SCHEMA_VERSION = 1
-"""Of the columns and the file metadata; part of the run key."""
+"""Version of the columns and the file metadata; part of the run key."""
 
 ROW_GROUP = 100_000
-"""Rows of a row group: some 40 MB in memory, so that a reader of one field of a slide skips the rest."""
+"""Rows per row group, about 40 MB in memory; readers of one field of a slide skip the other groups."""
 
 BBOX = pa.struct([pa.field(name, pa.float64(), nullable=False) for name in ("xmin", "ymin", "xmax", "ymax")])
+"""Type of the column `bbox`, in level-0 pixels."""
 
 _DICTIONARY = ["slide_id", "type_id", "type"]
-"""Columns of few values; a dictionary of floats would only be built to be thrown away."""
+"""Columns with few distinct values; dictionaries of other columns would be built and then discarded."""
 
 Keep = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
-"""(x, y) of centroids in level-0 pixels → which nuclei stay."""
+"""Function of the centroids' x and y (n,) in level-0 pixels; returns which nuclei to keep (n,)."""
 
 
 @dataclass(frozen=True)
 class TableContext:
-    """What a table says of its slide and model. Nothing of time, host or path: equal runs give equal bytes."""
+    """Slide and model of a table. Without time, host and path, so that equal runs give equal bytes."""
 
     slide_id: str
     taxonomy: Taxonomy
     grid: Grid
     slide_mpp: Mpp
-    """Of level 0."""
+    """Pixel size of level 0."""
     mpp_source: str
-    """Where `slide_mpp` comes from: the file, the cohort CSV, …"""
+    """Origin of `slide_mpp`: the file, the cohort CSV, …"""
     bounds: Box | None
-    """OpenSlide's bounds in level-0 pixels: the scanned part of the canvas, where the file names one."""
+    """OpenSlide's bounds in level-0 pixels, the scanned part of the canvas; None if the file has none."""
     model_id: str
     model_sha256: str
     software: str
     """Version of hover-batch."""
 
     def to_json(self) -> dict[str, Any]:
-        """The `hover_batch` entry of the file metadata."""
+        """Return the `hover_batch` entry of the file metadata."""
         grid = self.grid
         return {
             "schema_version": SCHEMA_VERSION,
@@ -83,17 +84,17 @@ class TableContext:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What the merge counted. `by_class`: class name → nuclei, in the taxonomy's order, zeros included."""
+    """Counts of a merge. `by_class`: class name → nuclei, in the order of the taxonomy, zeros included."""
 
     nuclei: int
     by_class: dict[str, int]
     seam_uncertain: int
     dropped: int
-    """Nuclei that `keep` refused."""
+    """Nuclei that `keep` removed."""
 
 
 def table_schema(taxonomy: Taxonomy) -> pa.Schema:
-    """The columns of nuclei.parquet, in order; none is ever null."""
+    """Return the columns of nuclei.parquet, in order; none is nullable."""
     columns: list[tuple[str, pa.DataType]] = [
         ("slide_id", pa.string()),
         ("nucleus_id", pa.uint32()),
@@ -121,18 +122,18 @@ def table_schema(taxonomy: Taxonomy) -> pa.Schema:
 
 
 def part_schema(taxonomy: Taxonomy) -> pa.Schema:
-    """The columns of a part: the anchor in inference pixels, which gives the order, in place of the number."""
+    """Return the columns of a part: the anchor in inference pixels, to sort by, instead of nucleus_id."""
     anchors = [pa.field(name, pa.int64(), nullable=False) for name in ("anchor_y", "anchor_x")]
     return pa.schema(anchors + [field for field in table_schema(taxonomy) if field.name != "nucleus_id"])
 
 
 def to_arrow(nuclei: Nuclei, context: TableContext) -> pa.Table:
-    """Nuclei of one region, in inference pixels → rows of `part_schema`, in level-0 pixels and µm, order kept."""
+    """Convert nuclei, in inference pixels, to rows of `part_schema`, in level-0 pixels and µm, in the same order."""
     grid, taxonomy = context.grid, context.taxonomy
     scale = np.array([grid.scale_x, grid.scale_y], np.float64)
     side_um = np.sqrt(grid.mpp.x * grid.mpp.y)
     pixels = np.asarray(nuclei.bbox, np.int64).reshape(-1, 4)
-    # The pixels' extent, not the contour's: it reaches half a pixel further and so covers the polygon.
+    # The extent of the pixels reaches half a pixel beyond the contour and so covers the polygon.
     bbox = pixels * np.tile(scale, 2)
     edges = np.array([grid.size.width, grid.size.height])
     names = pa.array([c.name for c in taxonomy.classes])
@@ -171,7 +172,7 @@ def _column(values: Any, kind: pa.DataType) -> pa.Array:
 
 
 def _wkb(contours: Sequence[NDArray[np.float64]], scale: NDArray[np.float64]) -> pa.Array:
-    """Closed rings (k, 2) of x, y in inference pixels → WKB polygons in level-0 pixels."""
+    """Convert closed rings (k, 2) of x, y in inference pixels to WKB polygons in level-0 pixels."""
     if not contours:
         return pa.array([], pa.binary())
     points = np.concatenate(contours) * scale
@@ -181,7 +182,7 @@ def _wkb(contours: Sequence[NDArray[np.float64]], scale: NDArray[np.float64]) ->
 
 
 def write_part(path: Path, part: pa.Table) -> None:
-    """Commit the rows of one region: the file is there whole or not at all."""
+    """Write the rows of one region atomically."""
     with replacing(path) as temporary:
         pq.write_table(part, temporary, compression="zstd", compression_level=1, use_dictionary=_DICTIONARY)
 
@@ -192,8 +193,8 @@ def merge_parts(
     """Sort, number and write all nuclei of a slide, one row of regions at a time.
 
     `parts` are (row of regions, file). The anchors of one row of regions all lie above those of the next, so memory
-    holds one row of regions and one row group, whatever the slide's height. `keep` chooses by centroid; numbers run
-    over what is kept.
+    holds one row of regions and one row group, independent of the slide's height. `keep` selects by centroid before the
+    nuclei are numbered. SlideError if two regions hold the same nucleus.
     """
     schema = table_schema(context.taxonomy)
     by_type = np.zeros(len(context.taxonomy.classes), np.int64)
@@ -207,7 +208,7 @@ def merge_parts(
             schema,
             compression="zstd",
             use_dictionary=_DICTIONARY,
-            # Smallest and largest of WKB bytes mean nothing; those of bbox are how readers skip row groups.
+            # Statistics of WKB bytes are meaningless; readers skip row groups by those of bbox.
             write_statistics=[c for c in _leaves(schema) if c != "geometry"],
         ) as writer,
     ):
@@ -232,7 +233,7 @@ def merge_parts(
 
 
 class _Rows:
-    """The nuclei of each row of regions in turn, sorted by anchor; iterate once."""
+    """Nuclei of each row of regions in turn, sorted by anchor. Iterate only once."""
 
     def __init__(self, parts: Iterable[tuple[int, Path]], schema: pa.Schema, keep: Keep | None) -> None:
         self.dropped = 0
@@ -253,7 +254,7 @@ class _Rows:
             if len(y) and ((int(y[0]), int(x[0])) <= last or again.any()):
                 raise SlideError(
                     f"two regions hold the same nucleus, in row {row} of the regions or across its upper edge: the "
-                    f"parts in {self._files[row][0].parent} are of different runs; remove that folder and run again"
+                    f"parts in {self._files[row][0].parent} are from different runs; remove that folder and run again"
                 )
             if len(y):
                 last = (int(y[-1]), int(x[-1]))
@@ -265,13 +266,13 @@ class _Rows:
 
 
 def _read_part(path: Path, schema: pa.Schema) -> pa.Table:
-    # ParquetFile, because read_table takes key=value in a folder's name for a column.
+    # read_table would take key=value in a folder's name for a column.
     with pq.ParquetFile(path) as part:
         return part.read().cast(schema)
 
 
 def _cut(tables: Iterable[pa.Table], length: int) -> Iterator[pa.Table]:
-    """The same rows in tables of exactly `length`, the last perhaps shorter, each of one chunk a column."""
+    """Yield the rows in tables of exactly `length` rows (the last may be shorter), with one chunk per column."""
     waiting: list[pa.Table] = []
     count = 0
     for table in tables:
@@ -288,7 +289,7 @@ def _cut(tables: Iterable[pa.Table], length: int) -> Iterator[pa.Table]:
 
 
 def _union(extent: NDArray[np.float64], bbox: pa.StructArray) -> NDArray[np.float64]:
-    """`extent` [xmin, ymin, xmax, ymax] grown to hold all of `bbox`."""
+    """Return `extent` [xmin, ymin, xmax, ymax] expanded to contain all of `bbox`."""
     xmin, ymin, xmax, ymax = (bbox.field(i).to_numpy() for i in range(4))
     low = np.minimum(extent[:2], [xmin.min(), ymin.min()])
     high = np.maximum(extent[2:], [xmax.max(), ymax.max()])
@@ -296,7 +297,7 @@ def _union(extent: NDArray[np.float64], bbox: pa.StructArray) -> NDArray[np.floa
 
 
 def _geo(box: list[float] | None) -> dict[str, Any]:
-    """GeoParquet's file metadata; `crs: null` says that the coordinates are a picture's, not the Earth's."""
+    """Return GeoParquet's file metadata; `crs: null` because coordinates are pixels, not positions on Earth."""
     column: dict[str, Any] = {
         "encoding": "WKB",
         "geometry_types": ["Polygon"],
@@ -309,7 +310,7 @@ def _geo(box: list[float] | None) -> dict[str, Any]:
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
-    """Column paths as Parquet has them: a struct is its members."""
+    """Return column paths as in Parquet, with the members of structs."""
     return [
         f"{field.name}.{member.name}" if member is not field else field.name
         for field in schema

@@ -1,21 +1,20 @@
-"""From maps to an instance map: HoVerNet's energy landscape, its markers, and flooding, one component at a time.
+"""Instance maps from HoVerNet's maps by energy landscape, markers and flooding, one component at a time.
 
 The steps are those of HoVerNet's post-processing (Graham et al. 2019, section 3.2; the reference is
 `tiatoolbox.models.architecture.hovernet.HoVerNet._proc_np_hv`). Two things differ, so that a nucleus does not depend
-on the window that it is looked at through:
+on the window in which it is processed:
 
-- The extremes that scale the two Sobel maps are constants of the model rather than those of the window at hand.
-  The reference's normalisation before the Sobel filter is left out: the filter is linear and its weights sum to
-  zero, so the one after it cancels the first.
+- The extremes that scale the two Sobel maps are constants of the model instead of those of the window.
+  The reference's normalisation before the Sobel filter is omitted: the filter is linear and its weights sum to
+  zero, so the normalisation after it cancels the first.
 - Everything after the energy is done for one 4-connected component of the foreground at a time. Opening, labelling
-  and flooding never leave a component anyway (the opening's ellipse and all neighbourhoods are 4-connected); only
-  filling holes does. The reference fills a hole with all that lies in it, hence gives a component *nested* in another
-  one's ring to the ring, and merges components that close a ring together by touching diagonally. Here each keeps
-  its own.
+  and flooding stay within a component anyway (the opening's ellipse and all neighbourhoods are 4-connected); only
+  filling holes does not. The reference fills a hole with everything in it, so it assigns a component *nested* in a
+  ring to the ring, and merges components that close a ring by touching diagonally. Here each keeps its own pixels.
 
-Every number is exact, whatever the window: Sobel sums of bytes stay below 2^53; scaling is done pixel by pixel;
-energies are `1 - float32`, hence multiples of 2^-24, and so their 3×3 blur loses no bit in float64. A component's
-instances hang on no pixel further than REACH from it.
+All numbers are exact in every window: Sobel sums of bytes stay below 2^53; scaling is per pixel; energies are
+`1 - float32`, hence multiples of 2^-24, so their 3×3 blur loses no bit in float64. A component's instances depend on no
+pixel further than REACH from it.
 """
 
 from __future__ import annotations
@@ -37,13 +36,16 @@ from hover_batch.nuclei.flood import fill_and_flood
 from hover_batch.nuclei.markers import MIN_PIXELS, markers_of
 
 REACH = 11
-"""Pixels beyond a component that bear on its instances: the Sobel radius of 10 at a diagonal neighbour, which the
-blur looks at, and the 10 pixels of such a neighbour that tell whether it is large enough to count."""
+"""Distance in pixels within which a component's instances depend on the maps: the blur reads diagonal neighbours, whose
+Sobel sums have a radius of 10, and whose component counts if it has at least 10 pixels."""
 
 
 @dataclass(frozen=True)
 class SobelConstants:
-    """Extremes that scale the 21×21 Sobel maps to [0, 1]: of h along x, of v along y, unscaled, h and v in [-1, 1]."""
+    """Extremes that scale the 21×21 Sobel maps to [0, 1]: of h along x and v along y, with h and v in [-1, 1].
+
+    PackageError unless all are finite and each minimum is at most its maximum.
+    """
 
     h_min: float
     h_max: float
@@ -58,61 +60,62 @@ class SobelConstants:
 
     @classmethod
     def of_window(cls, h: NDArray[np.uint8], v: NDArray[np.uint8]) -> Self:
-        """The extremes over one window (y, x) of stored maps, as the reference takes them."""
+        """Return the extremes over one window (y, x) of stored maps, as the reference does."""
         return cls(*(sobel_extremes(h, v) / HV_STEPS).tolist())
 
     @property
     def scaling(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """(scale of h, of v), (offset of h, of v): a sum s of stored steps is scaled to [0, 1] by s·scale - offset."""
+        """(scale of h, of v) and (offset of h, of v): a Sobel sum s of stored steps is scaled by s·scale - offset."""
         scale_h, scale_v = _scale(self.h_min, self.h_max), _scale(self.v_min, self.v_max)
         return (scale_h / HV_STEPS, scale_v / HV_STEPS), (self.h_min * scale_h, self.v_min * scale_v)
 
     def to_json(self) -> dict[str, float]:
-        """For model cards; `from_json` reads it back."""
+        """Return plain values for model cards; the inverse of `from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read the output of `to_json`. PackageError if a number is missing or invalid."""
         try:
             return cls(**{f.name: float(data[f.name]) for f in fields(cls)})
         except (KeyError, TypeError, ValueError) as error:
             raise PackageError(
-                f"Sobel constants {dict(data)}: needs the numbers h_min, h_max, v_min and v_max"
+                f"Sobel constants {dict(data)}: must be the numbers h_min, h_max, v_min and v_max"
             ) from error
 
 
 def _scale(low: float, high: float) -> float:
-    # A flat window has no extremes; the reference scales it to 0.
+    # The reference scales a constant map to 0.
     return 1 / (high - low) if high > low else 0.0
 
 
 @dataclass(frozen=True)
 class Components:
-    """The 4-connected components of the foreground of a window; row 0 of each array is the background."""
+    """4-connected components of the foreground of a window; row 0 of each array is the background."""
 
     labels: NDArray[np.int32]
-    """(y, x), 0 = background."""
+    """(y, x): component of each pixel, 0 = background."""
     bounds: NDArray[np.int64]
-    """(n, 4): x0, y0, x1, y1, half-open, in the window's pixels."""
+    """(n, 4): x0, y0, x1, y1, half-open, in pixels of the window."""
     pixels: NDArray[np.int64]
-    """(n,): how many."""
+    """(n,): number of pixels."""
 
     @classmethod
     def of(cls, np_map: NDArray[np.uint8]) -> Self:
-        """Components of np ≥ 0.5 in a stored map (y, x)."""
+        """Label the components of np ≥ 0.5 in a stored map (y, x)."""
         foreground = (np_map >= MapLayout.NP_NUCLEUS).view(np.uint8)
         count, labels = cv2.connectedComponents(foreground, connectivity=4, ltype=cv2.CV_32S)
         return cls(np.asarray(labels, np.int32), *_extents(labels, count))
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        """(n,): large enough to count; never the background."""
+        """Components of at least MIN_PIXELS pixels, without the background: (n,) bool."""
         kept = self.pixels >= MIN_PIXELS
         kept[0] = False
         return kept
 
     def box(self, component: int) -> Box:
-        """The bounding box in the window's pixels."""
+        """Return the bounding box of a component in pixels of the window."""
         x0, y0, x1, y1 = self.bounds[component].tolist()
         return Box(x0, y0, x1, y1)
 
@@ -120,11 +123,11 @@ class Components:
 def instance_map(
     np_map: NDArray[np.uint8], h: NDArray[np.uint8], v: NDArray[np.uint8], constants: SobelConstants | None
 ) -> NDArray[np.int32]:
-    """Instances (y, x) int32, 0 = background, of one window of stored maps (y, x) as `MapLayout` quantises them.
+    """Return the instances (y, x) int32, 0 = background, of a window of stored maps (y, x) uint8 (see `MapLayout`).
 
-    With `constants` the window is taken as a cut of a plane that is zero elsewhere, so that the maps of a whole
-    canvas give the instances that any tiling of it gives. Without, Sobel maps are normalised by their own extremes
-    and the window's edge is treated as the reference treats it.
+    With `constants`, the maps are zero outside of the window, so that the maps of a whole canvas give the same
+    instances as any tiling of it. With None, Sobel maps are normalised by their own extremes, and the window's edge is
+    treated as in the reference.
     """
     if constants is None:
         components = Components.of(np_map)
@@ -138,7 +141,7 @@ def instance_map(
 
 
 def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.int32]:
-    """The instance map (y, x) without the instances of fewer pixels, the others renumbered 1 … n in their order."""
+    """Return the instance map (y, x) without instances below `min_pixels`, the others renumbered 1 … n in order."""
     kept = np.bincount(instances.ravel()) >= min_pixels
     kept[0] = False
     return np.where(kept, np.cumsum(kept), 0).astype(np.int32)[instances]
@@ -152,14 +155,14 @@ def split(
     chosen: NDArray[np.bool_],
     constants: SobelConstants,
 ) -> NDArray[np.int32]:
-    """The `chosen` (n,) components of a window's `np_map` (y, x), each split into its instances: (y, x) int32.
+    """Split the `chosen` (n,) components of a window of stored maps (y, x) into instances: (y, x) int32.
 
-    A component of one marker is one instance as a whole (flooding from one marker fills its component), one without
-    markers is none. Instances are numbered component by component, and in one by the first pixels of their markers.
-    Exact for those that keep REACH pixels of distance to the window's edge.
+    A component with one marker is one instance (flooding from one marker fills its component), one without markers is
+    none. Instances are numbered by component, then by the first pixel of their marker. Exact for components at least
+    REACH pixels from the window's edge.
     """
     labels, bounds, kept = components.labels, components.bounds, components.kept
-    # Every component that counts shapes the landscape: a diagonal neighbour shows in the blur.
+    # All components that are large enough enter the energy: the blur reads diagonal neighbours.
     energy = energy_of(h, v, kept, labels, *constants.scaling)
     markers, owners = markers_of(labels, bounds, chosen & kept, energy)
     return flooded(components, energy, markers, owners)
@@ -168,7 +171,7 @@ def split(
 def flooded(
     components: Components, energy: NDArray[np.float32], markers: NDArray[np.int32], owners: NDArray[np.int64]
 ) -> NDArray[np.int32]:
-    """Instances (y, x) int32 from the `energy` (y, x), the `markers` (y, x), and whose they are (m,)."""
+    """Return the instances (y, x) int32; `energy` and `markers` (y, x), `owners` (m,): the component of each marker."""
     n = len(components.bounds)
     used = np.flatnonzero(owners)
     ids = np.zeros(len(owners), np.int32)
@@ -183,7 +186,7 @@ def flooded(
 
 @njit(cache=True, nogil=True)
 def _extents(labels: NDArray[np.int32], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bounds (n, 4) x0, y0, x1, y1 and numbers of pixels (n,) of the labels 0 … n - 1 in (y, x), a run at a time."""
+    """Return bounds (n, 4) x0, y0, x1, y1 and numbers of pixels (n,) of the labels 0 … n - 1 in (y, x), run by run."""
     height, width = labels.shape
     bounds = np.zeros((n, 4), np.int64)
     pixels = np.zeros(n, np.int64)

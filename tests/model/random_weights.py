@@ -1,4 +1,4 @@
-"""Weights that make a network answer to its input, for tests: as initialised, deep normalised networks hardly do."""
+"""Random weights with which a network responds to its input; freshly initialised deep normalised networks hardly do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw all weights and normalisation statistics anew, each layer keeping its input's size; evaluation mode."""
+    """Redraw weights and normalisation statistics so that layers keep the scale of their input; evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(like: Tensor) -> Tensor:

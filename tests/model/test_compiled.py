@@ -1,4 +1,4 @@
-"""torch.compile in the predictor, on a network that is compiled in seconds."""
+"""Tests of torch.compile in the predictor, on a network that compiles in seconds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Network(torch.nn.Module):
         return self.into(image).tanh() * 2
 
 
-def test_it_gives_what_torch_gives() -> None:
+def test_the_output_is_that_of_torch() -> None:
     card = find_package("starter").card
     tiles = np.random.default_rng(0).integers(0, 256, (3, card.tile_in, card.tile_in, 3), np.uint8)
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def test_it_gives_what_torch_gives() -> None:
     assert plain.std() > 0.1
 
 
-def test_what_cannot_be_compiled_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_compilation_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.config
 
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))

@@ -1,4 +1,4 @@
-"""Costs against those that are published and those counted by hand."""
+"""Costs compared with published ones and with those counted by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STUDENT = Card(
 TEACHER = dataclasses.replace(STUDENT, name="teacher", architecture="hovernet-fast", tile_in=352)
 
 
-def test_of_the_published_networks() -> None:
+def test_published_networks_have_their_published_costs() -> None:
     """149.73 and 10.63 GMac in the paper."""
     with torch.device("meta"):  # weights do not matter, and drawing them takes long
         fast, wide = build_teacher(TeacherArch("fast", 6)), build_teacher(TeacherArch("original", 5))
@@ -75,7 +75,7 @@ def test_why_the_papers_counts_differ_from_ours() -> None:
     assert products < 10.63 < all_layers < 1.007 * products
 
 
-def test_by_hand() -> None:
+def test_costs_are_those_counted_by_hand() -> None:
     convolution = torch.nn.Conv2d(3, 5, 3, padding=1)
     cost = cost_of(convolution, STUDENT)
     a_pixel = 3 * 5 * 9
@@ -86,7 +86,7 @@ def test_by_hand() -> None:
     assert convolution.weight.device.type == "cpu"  # as it was
 
 
-def test_the_starter_costs_what_its_encoder_does() -> None:
+def test_the_starter_costs_as_much_as_its_encoder() -> None:
     package = find_package("starter")
     cost = cost_of(load_network(package), package.card)
     assert cost.macs_per_patch / 1e9 == pytest.approx(3.06, abs=0.02)

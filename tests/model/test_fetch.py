@@ -1,4 +1,4 @@
-"""The cache: what is fetched is whole, is what it was at first, and is found by its name."""
+"""Tests of the cache: files are complete, unchanged since their first use, and found by name."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def whole_files(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.rglob("*") if p.is_file())
 
 
-def test_a_url_becomes_a_package_that_is_found_by_its_name(server: Server, checkpoint: bytes, cache: Path) -> None:
+def test_a_url_becomes_a_package_found_by_its_name(server: Server, checkpoint: bytes, cache: Path) -> None:
     url = f"{server.url}/weights/nine%20lives.v2.pth?download=true"
     server.files["/weights/nine%20lives.v2.pth?download=true"] = checkpoint
     result = run("import", url, "--sha256", hashlib.sha256(checkpoint).hexdigest())
@@ -121,7 +121,7 @@ def test_a_url_becomes_a_package_that_is_found_by_its_name(server: Server, check
     assert len(server.asked) == 1 and find_package(name).sha256 == before
 
 
-def test_a_package_is_fetched_as_it_is(server: Server, tmp_path: Path) -> None:
+def test_a_package_is_downloaded_unchanged(server: Server, tmp_path: Path) -> None:
     server.files["/tiny.safetensors"] = STARTER.read_bytes()
     assert run("import", f"{server.url}/tiny.safetensors").exit_code == 0
     assert find_package("tiny").sha256 == find_package("starter").sha256
@@ -135,7 +135,7 @@ def test_a_package_is_fetched_as_it_is(server: Server, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "--kind" in result.stderr
 
 
-def test_a_published_name_comes_through_tiatoolbox_from_its_hub(
+def test_a_published_name_is_downloaded_by_tiatoolbox(
     server: Server, checkpoint: bytes, hovernet: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tiatoolbox's own code and Hugging Face's client, against a server of this test."""
@@ -162,14 +162,14 @@ def test_a_published_name_comes_through_tiatoolbox_from_its_hub(
     assert side_of(NAME, "--teacher", InferSettings()).card.name == NAME and len(server.asked) == asked
 
 
-def test_what_has_changed_since_its_first_use_is_refused(server: Server, checkpoint: bytes) -> None:
+def test_a_file_that_changed_since_its_first_use_is_refused(server: Server, checkpoint: bytes) -> None:
     server.files["/a.pth"] = checkpoint
     url = f"{server.url}/a.pth"
     path = fetched(url)
     record = path.with_name("a.pth.sha256")
     assert record.read_text() == f"{hashlib.sha256(checkpoint).hexdigest()}  a.pth\n"
     path.write_bytes(checkpoint + b"x")
-    with pytest.raises(PackageError, match="when it was first used"):
+    with pytest.raises(PackageError, match="at its first use"):
         fetched(url)
     path.unlink()
     server.files["/a.pth"] = checkpoint + b"y"
@@ -182,17 +182,17 @@ def test_what_has_changed_since_its_first_use_is_refused(server: Server, checkpo
         fetched(url, "0" * 64)
 
 
-def test_no_half_file_ever_has_the_name(server: Server, checkpoint: bytes, cache: Path) -> None:
+def test_an_incomplete_file_never_has_the_name(server: Server, checkpoint: bytes, cache: Path) -> None:
     server.files["/a.pth"] = checkpoint
     server.cut = 100
     result = run("import", f"{server.url}/a.pth")
     path = download_path(f"{server.url}/a.pth")
-    assert result.exit_code == 2 and f"bring it to {path}" in result.stderr and "Traceback" not in result.output
+    assert result.exit_code == 2 and f"copy it to {path}" in result.stderr and "Traceback" not in result.output
     assert whole_files(cache) == []
 
 
 @pytest.mark.parametrize("source", ["https://models.invalid/a/net.pth", NAME])
-def test_without_a_network_one_message_says_what_to_bring_where(
+def test_without_a_network_one_message_says_what_to_copy_where(
     source: str, cache: Path, checkpoint: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -200,7 +200,7 @@ def test_without_a_network_one_message_says_what_to_bring_where(
     path = download_path(source)
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.output
     url = source if "://" in source else f"{HUB}/resolve/main/{NAME}.pth"
-    assert url in result.stderr and f"bring it to {path}" in result.stderr
+    assert url in result.stderr and f"copy it to {path}" in result.stderr
     path.write_bytes(checkpoint)
     assert run("import", source).exit_code == 0
     assert find_package(path.stem).card.architecture == "hovernet-fast"
@@ -216,7 +216,7 @@ def test_only_https_is_trusted(server: Server) -> None:
     assert result.exit_code == 2 and "Not Found" in result.stderr
 
 
-def test_nothing_is_asked_of_a_server_that_is_not_trusted_on_the_way_to_one_that_is(
+def test_redirects_through_an_untrusted_server_are_refused(
     server: Server, checkpoint: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.files["/b.pth"] = checkpoint
@@ -227,7 +227,7 @@ def test_nothing_is_asked_of_a_server_that_is_not_trusted_on_the_way_to_one_that
     assert server.asked == ["GET /a.pth"]
 
 
-def test_a_web_page_is_no_weights_and_is_not_kept(server: Server, checkpoint: bytes, cache: Path) -> None:
+def test_a_web_page_is_refused_and_not_kept(server: Server, checkpoint: bytes, cache: Path) -> None:
     server.files["/net.pth"], server.kind = b"<html>log in</html>", "text/html; charset=utf-8"
     result = run("import", f"{server.url}/net.pth")
     assert result.exit_code == 2 and "a web page came in its place" in result.stderr
@@ -236,7 +236,7 @@ def test_a_web_page_is_no_weights_and_is_not_kept(server: Server, checkpoint: by
     assert run("import", f"{server.url}/net.pth").exit_code == 0
 
 
-def test_what_is_no_url_and_no_place_is_told(server: Server, tmp_path: Path) -> None:
+def test_invalid_urls_and_targets_are_refused(server: Server, tmp_path: Path) -> None:
     result = run("import", "https://[models/net.pth")
     assert result.exit_code == 2 and "is no URL" in result.stderr
     (tmp_path / "d.safetensors").mkdir()
@@ -245,7 +245,7 @@ def test_what_is_no_url_and_no_place_is_told(server: Server, tmp_path: Path) -> 
     assert run("show", "x" * 5000).exit_code == 2
 
 
-def test_a_name_is_not_taken_from_somebody_else(server: Server, checkpoint: bytes, tmp_path: Path) -> None:
+def test_a_name_in_use_is_not_overwritten(server: Server, checkpoint: bytes, tmp_path: Path) -> None:
     server.files["/a/net.pth"] = checkpoint
     assert run("import", f"{server.url}/a/net.pth").exit_code == 0
     (tmp_path / "net.pth").write_bytes(checkpoint + b"x")
@@ -263,7 +263,7 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_verify_finds_harm(server: Server, checkpoint: bytes) -> None:
+def test_verify_finds_corrupted_files(server: Server, checkpoint: bytes) -> None:
     server.files["/net.pth"] = checkpoint
     assert run("import", f"{server.url}/net.pth").exit_code == 0
     download = download_path(f"{server.url}/net.pth")
@@ -286,7 +286,7 @@ def test_verify_finds_harm(server: Server, checkpoint: bytes) -> None:
 
 
 @pytest.mark.parametrize("find", [find_package, lambda name: side_of(name, "--teacher", InferSettings())])
-def test_the_cache_is_left_by_no_name(find: Callable[[str], object], cache: Path) -> None:
+def test_no_name_leads_out_of_the_cache(find: Callable[[str], object], cache: Path) -> None:
     cache.mkdir()
     (cache / "secret.safetensors").write_bytes(STARTER.read_bytes())
     with pytest.raises(PackageError, match="no such package"):

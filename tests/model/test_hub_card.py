@@ -1,4 +1,4 @@
-"""A package's card for a model hub: its front matter is YAML that says what the package says."""
+"""Tests of the model card for a hub: its YAML front matter agrees with the package."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_starters_card() -> None:
         assert said in result.stdout
 
 
-def test_huggingface_reads_it(tmp_path: Path) -> None:
+def test_huggingface_reads_the_card(tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
     (tmp_path / "README.md").write_text(hub_card(STARTER))
@@ -49,7 +49,7 @@ def test_huggingface_reads_it(tmp_path: Path) -> None:
     assert read.data.license == "cc-by-nc-sa-4.0" and read.data.eval_results
 
 
-def test_what_somebody_wrote_into_a_card_is_text() -> None:
+def test_values_of_a_card_are_escaped() -> None:
     card = replace(
         STARTER.card,
         name="evil: [x]\n---\nlicense: mit",

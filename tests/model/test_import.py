@@ -1,4 +1,4 @@
-"""Checkpoints as they are published, made here with few channels, become packages that give the same outputs."""
+"""Checkpoints in the published formats, with few channels, become packages with the same outputs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def teacher(form: Form, n_types: int | None) -> nn.Module:
 
 
 def tar(path: Path, network: nn.Module) -> Path:
-    """As hover_net saves it, from several GPUs."""
+    """Save a checkpoint in hover_net's format for several GPUs."""
     torch.save({"desc": {f"module.{k}": v for k, v in network.state_dict().items()}}, path)
     return path
 
@@ -84,7 +84,7 @@ def test_hover_unets_pth(tmp_path: Path) -> None:
     same(loaded, network, 64)
 
 
-def test_the_card_and_the_message_say_where_all_comes_from(tmp_path: Path) -> None:
+def test_the_card_and_the_message_name_the_sources(tmp_path: Path) -> None:
     source = tar(tmp_path / "pannuke.tar", teacher("fast", 6))
     result = run("models", "import", source, "-o", tmp_path / "new" / "mine.safetensors")
     assert result.exit_code == 0, result.output
@@ -106,7 +106,7 @@ def test_the_card_and_the_message_say_where_all_comes_from(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("form", "n_types"), [("fast", 6), ("original", None)])
-def test_segment_runs_what_was_imported(tmp_path: Path, form: Form, n_types: int | None) -> None:
+def test_segment_runs_an_imported_package(tmp_path: Path, form: Form, n_types: int | None) -> None:
     network, card = read_checkpoint(str(tar(tmp_path / "x.tar", teacher(form, n_types))))
     save_package(tmp_path / "x.safetensors", network, card, half=False)
     pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
@@ -141,7 +141,7 @@ def test_calibration_on_annotated_images(data: Path, tmp_path: Path) -> None:
 
 
 class _Evil:
-    """Unpickling it would run a command."""
+    """An object that would run a command when unpickled."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         import os
@@ -201,14 +201,14 @@ def _bad(kind: str, path: Path) -> None:
     ("kind", "message"),
     [
         ("absent", "no such file"),
-        ("empty", "fetch it again"),
+        ("empty", "download it again"),
         ("text", "torch.save"),
         ("noise", "torch.save"),
-        ("real tar", "fetch it again"),
-        ("zip", "fetch it again"),
-        ("cut off", "fetch it again"),
-        ("pickle", "nothing else is unpickled"),
-        ("whole module", "nothing else is unpickled"),
+        ("real tar", "download it again"),
+        ("zip", "download it again"),
+        ("cut off", "download it again"),
+        ("pickle", "not unpickled for safety"),
+        ("whole module", "not unpickled for safety"),
         ("list", "no state dict"),
         ("no tensors", "no state dict"),
         ("other network", "neither HoVerNet"),
@@ -216,14 +216,12 @@ def _bad(kind: str, path: Path) -> None:
         ("seven classes", "none of the published"),
         ("missing", "d2.units.3.conv2.weight"),
         ("shape", "d2.units.3.conv2.weight"),
-        ("without values", "no plain tensor"),
-        ("no size", "missing or misshapen"),
+        ("without values", "not a dense tensor"),
+        ("no size", "missing or has the wrong shape"),
         ("nan", "not finite"),
     ],
 )
-def test_what_is_no_published_checkpoint_gets_one_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, message: str
-) -> None:
+def test_other_files_get_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     _bad(kind, Path("x.pth"))
     result = run("models", "import", "x.pth", "-o", "out.safetensors")
@@ -232,7 +230,7 @@ def test_what_is_no_published_checkpoint_gets_one_message(
     assert not Path("out.safetensors").exists() and not Path("unpickled").exists()
 
 
-def test_flags_that_do_not_fit(tmp_path: Path) -> None:
+def test_invalid_flags_are_refused(tmp_path: Path) -> None:
     source = tar(tmp_path / "x.tar", teacher("fast", 6))
     for flags, message in (
         (["-o", tmp_path / "x.pth"], ".safetensors"),
@@ -247,7 +245,7 @@ def test_flags_that_do_not_fit(tmp_path: Path) -> None:
         read_checkpoint("hover-unet-pannuke")
 
 
-def test_a_card_that_the_tensors_contradict(tmp_path: Path) -> None:
+def test_a_card_that_contradicts_its_tensors_is_refused(tmp_path: Path) -> None:
     network, card = read_checkpoint(str(tar(tmp_path / "x.tar", teacher("fast", 6))))
     for changes, message in (
         ({"architecture": "hovernet-original"}, "the tensors are hovernet-fast"),
@@ -260,8 +258,8 @@ def test_a_card_that_the_tensors_contradict(tmp_path: Path) -> None:
             load_network(find_package(str(tmp_path / "x.safetensors")))
 
 
-def test_an_import_loses_nothing_where_float16_would(tmp_path: Path) -> None:
-    """The statistics of a network from elsewhere may lie beyond float16's range."""
+def test_an_import_keeps_values_beyond_float16(tmp_path: Path) -> None:
+    """Statistics of other networks may exceed float16's range."""
     network = teacher("fast", 6)
     network.d3.blk_bna.bn.running_var.fill_(1e6)  # type: ignore[union-attr,operator]
     loaded, card = read_checkpoint(str(tar(tmp_path / "x.tar", network)))

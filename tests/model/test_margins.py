@@ -1,4 +1,4 @@
-"""Leaving the margin out changes no kept pixel."""
+"""Skipping the margin changes no kept pixel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hover_batch.model.teacher import TeacherArch, build_teacher
     [("mit_b0", 320, 256), ("mit_b0", 320, 224), ("mit_b1", 192, 102), ("mit_b0", 64, 62), ("tu-resnet18", 256, 128)],
 )
 @torch.inference_mode()
-def test_the_kept_pixels_are_those_of_the_whole(encoder: str, tile_in: int, tile_out: int) -> None:
+def test_the_kept_pixels_are_those_of_the_whole_tile(encoder: str, tile_in: int, tile_out: int) -> None:
     torch.manual_seed(0)
     network = build_student(StudentArch(encoder)).eval()
     image = torch.rand(2, 3, tile_in, tile_in)

@@ -1,4 +1,4 @@
-"""Packages: what is saved loads again; what does not fit is refused with a reason."""
+"""Packages load as saved; invalid ones are refused with a reason."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_what_was_saved_loads_with_its_card(saved: Path) -> None:
+def test_a_saved_package_loads_with_its_card(saved: Path) -> None:
     package = find_package(str(saved))
     assert dataclasses.replace(package.card, weights_sha256="") == CARD
     weights = load_network(package).state_dict()
@@ -72,7 +72,7 @@ def test_other_weights_under_the_same_card_are_refused(saved: Path, tmp_path: Pa
         load_network(find_package(str(changed)))
 
 
-def test_a_package_is_for_all_whom_the_umask_lets_read(saved: Path, tmp_path: Path) -> None:
+def test_a_package_has_the_permissions_of_the_umask(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     assert saved.stat().st_mode == (tmp_path / "other").stat().st_mode
 
@@ -109,7 +109,7 @@ def test_a_missing_package_names_what_to_give(tmp_path: Path) -> None:
 
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where something stands in a JSON value: the keys and indices that lead there."""
+    """Yield the paths, of keys and indices, to all parts of a JSON value."""
     if path:
         yield path
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -137,7 +137,7 @@ ODD = st.one_of(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(path=st.sampled_from(list(_paths(CARD_JSON))), odd=ODD, remove=st.booleans())
-def test_an_odd_card_is_refused_or_means_what_it_says(tmp_path: Path, path: Any, odd: Any, remove: bool) -> None:
+def test_an_odd_card_is_refused_or_read_as_written(tmp_path: Path, path: Any, odd: Any, remove: bool) -> None:
     held = copy.deepcopy(CARD_JSON)
     *way, last = path
     parent: Any = held
@@ -192,7 +192,7 @@ def test_odd_weights_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor
         load_network(find_package(str(file)))
 
 
-def test_an_encoder_that_would_be_fetched_is_refused(tmp_path: Path) -> None:
+def test_an_encoder_that_would_be_downloaded_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     card = dataclasses.replace(CARD, encoder="tu-hf-hub:somebody/net")
     save_file({"a": torch.zeros(1)}, file, metadata={CARD_KEY: json.dumps(card.to_json())})

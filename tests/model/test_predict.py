@@ -1,4 +1,4 @@
-"""Quantised maps: exact at the threshold, signed distances, densities as scikit-image has them."""
+"""Quantised maps: exact at the threshold, signed distances, stain densities equal to scikit-image."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_distances_are_signed_bytes() -> None:
         assert (int(signed[LAYOUT.H]), int(signed[LAYOUT.V])) == (stored, -stored)
 
 
-def test_densities_are_ruifroks() -> None:
+def test_stain_densities_are_those_of_scikit_image() -> None:
     rgb = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     ours = stain_density(rgb)[0].permute(1, 2, 0).numpy()
     transmitted = (rgb[0].permute(1, 2, 0).double().numpy() + 1) / 256
@@ -115,7 +115,7 @@ def test_out_of_memory_halves_the_batch_and_loses_no_tile() -> None:
         predictor.predict(tiles)
 
 
-def test_auto_is_settled_before_a_run_and_the_rest_kept() -> None:
+def test_auto_is_resolved_and_other_settings_are_kept() -> None:
     settled = resolve(InferSettings(batch=3))
     assert settled.precision in ("fp32", "fp16") and settled.device.split(":")[0] in ("cpu", "cuda")
     assert settled.batch == 3
@@ -125,7 +125,7 @@ def test_auto_is_settled_before_a_run_and_the_rest_kept() -> None:
     assert resolve(replace(plain, runtime="torch")) == replace(plain, precision="fp32", runtime="torch")
 
 
-def test_a_device_that_is_not_there_is_refused() -> None:
+def test_a_missing_device_is_refused() -> None:
     with pytest.raises(InputError, match="--device"):
         resolve(InferSettings(device="cuda:77"))
 

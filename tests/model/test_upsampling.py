@@ -1,4 +1,4 @@
-"""Upsampling and the convolution behind it give, merged, what they give one after the other."""
+"""Merged upsampling and convolution equal the two in sequence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_output_is_the_same(encoder: str) -> None:
     torch.testing.assert_close(merged(image), wanted)
 
 
-def test_a_quarter_of_the_starters_products_are_not_made() -> None:
+def test_a_quarter_of_the_starters_products_are_saved() -> None:
     starter = find_package("starter")
     network = load_network(starter)
     plain, merged = (cost_of(n, starter.card).macs_per_kept_pixel for n in (network, upsampling_merged(network)))

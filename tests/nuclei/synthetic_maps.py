@@ -1,4 +1,4 @@
-"""Maps as inference would store them: from instance maps, and random ones that look for trouble."""
+"""Stored maps for tests: from instance maps, and random ones with hard cases."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def random_canvas(seed: int, width: int, height: int) -> Canvas:
 
 
 def draw_diagonal_ring(instances: NDArray[np.int32], x: int, y: int, side: int, thick: int) -> None:
-    """Four bars round a square hole, none beside another: they touch at the corners only."""
+    """Four bars around a square hole that touch at the corners only."""
     for x0, y0, x1, y1 in (
         (thick, 0, side - thick, thick),
         (thick, side - thick, side - thick, side),

@@ -1,4 +1,4 @@
-"""The kernels against the library functions that they stand for, ties, edges and tiny windows among the inputs."""
+"""Kernels compared with the library functions that they replace, with ties, edges and tiny windows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from synthetic_maps import LAYOUT, random_canvas
 from hover_batch.nuclei.energy import HV_STEPS, energy_of, sobel_extremes
 from hover_batch.nuclei.flood import fill_and_flood
 from hover_batch.nuclei.measure import measure
-from hover_batch.nuclei.outlines import _mended, outlines
+from hover_batch.nuclei.outlines import _repaired, outlines
 from hover_batch.nuclei.watershed import Components, SobelConstants, split
 
 SIDES = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -28,7 +28,7 @@ def sobel(plane: NDArray[np.uint8], dx: int, dy: int) -> NDArray[np.float64]:
 
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**6), shape=SIDES, largest=st.sampled_from([1, 127]))
-def test_sobel_rows_are_opencv_s(seed: int, shape: tuple[int, int], largest: int) -> None:
+def test_sobel_rows_equal_opencv(seed: int, shape: tuple[int, int], largest: int) -> None:
     rng = np.random.default_rng(seed)
     h, v = rng.integers(-largest, largest + 1, (2, *shape)).astype(np.int8).view(np.uint8)
     x, y = sobel(h, 1, 0), sobel(v, 0, 1)
@@ -40,7 +40,7 @@ def test_sobel_rows_are_opencv_s(seed: int, shape: tuple[int, int], largest: int
     np.testing.assert_array_equal(energy_of(h, v, np.array([False, True]), labels, scales, lows), expected)
 
 
-def test_the_steepest_maps_overflow_nothing() -> None:
+def test_the_steepest_maps_do_not_overflow() -> None:
     steep = np.where(np.arange(60) < 30, -127, 127).astype(np.int8).view(np.uint8)
     h, v = np.tile(steep, (60, 1)), np.tile(steep[:, None], (1, 60))
     x, y = sobel(h, 1, 0), sobel(v, 0, 1)
@@ -50,7 +50,7 @@ def test_the_steepest_maps_overflow_nothing() -> None:
 @settings(deadline=None, max_examples=150)
 @given(seed=st.integers(0, 10**6), shape=SIDES, values=st.sampled_from([2, 5, 50, 2**24]))
 @example(seed=1, shape=(1, 26), values=2)
-def test_flooding_is_scikit_image_s(seed: int, shape: tuple[int, int], values: int) -> None:
+def test_flooding_equals_scikit_image(seed: int, shape: tuple[int, int], values: int) -> None:
     """Few values make many ties, on which the order of the heap decides: here the heap of one component."""
     rng = np.random.default_rng(seed)
     height, width = shape
@@ -83,15 +83,15 @@ def test_flooding_is_scikit_image_s(seed: int, shape: tuple[int, int], values: i
 
 @settings(deadline=None, max_examples=200)
 @given(arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))).filter(np.any))
-def test_a_border_that_is_followed_is_the_mended_one(mask: NDArray[np.bool_]) -> None:
+def test_a_followed_border_equals_the_repaired_one(mask: NDArray[np.bool_]) -> None:
     y, x = np.nonzero(mask)
     bounds = np.array([[x.min(), y.min(), x.max() + 1, y.max() + 1]])
     found = outlines(mask.astype(np.int32), bounds, x[:1], np.array([len(x)]), (7, -3))[0]
     crop = mask[y.min() : y.max() + 1, x.min() : x.max() + 1].copy()
-    np.testing.assert_array_equal(found, _mended([crop])[0] + bounds[0, :2] + (7, -3))
+    np.testing.assert_array_equal(found, _repaired([crop])[0] + bounds[0, :2] + (7, -3))
 
 
-def test_borders_of_round_instances_are_followed_not_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_borders_of_round_instances_are_followed_not_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
     y, x = np.mgrid[:40, :40]
     disc = np.hypot(x - 20, y - 20) < 15
     disc[18:22, 18:22] = False  # a hole does not matter
@@ -102,7 +102,7 @@ def test_borders_of_round_instances_are_followed_not_mended(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_all_components_at_once_are_each_by_itself(seed: int) -> None:
+def test_all_components_together_equal_each_alone(seed: int) -> None:
     """Rings, nested blobs and diagonal chains among them: no component's instances depend on which others are done."""
     maps = random_canvas(seed, 200, 170).maps
     np_map, h, v = maps[LAYOUT.NP], maps[LAYOUT.H], maps[LAYOUT.V]

@@ -1,4 +1,4 @@
-"""Measures against scikit-image's regionprops and tiatoolbox's instance dictionary; votes and outlines by hand."""
+"""Measurements compared with scikit-image's regionprops and tiatoolbox's instances; votes and outlines by hand."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ def assert_shapes_are_regionprops(instances: NDArray[np.int32]) -> None:
     np.testing.assert_allclose(nuclei.solidity, solidity, rtol=1e-6)
 
 
-def test_shapes_of_real_nuclei_are_those_of_regionprops(perfect_tiles) -> None:
+def test_shapes_of_real_nuclei_equal_regionprops(perfect_tiles) -> None:
     instances = perfect_tiles[0].instances
     _, dense = np.unique(instances, return_inverse=True)
     assert_shapes_are_regionprops(dense.reshape(instances.shape).astype(np.int32))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_shapes_of_random_blobs_are_those_of_regionprops(seed: int) -> None:
+def test_shapes_of_random_blobs_equal_regionprops(seed: int) -> None:
     noisy = np.random.default_rng(seed).random((80, 90)) < 0.55
     assert_shapes_are_regionprops(label(noisy, connectivity=1).astype(np.int32))
 
 
-def test_types_and_outlines_are_those_of_tiatoolbox(noisy_tiles, constants: SobelConstants, hovernet: Any) -> None:
+def test_types_and_outlines_equal_tiatoolbox(noisy_tiles, constants: SobelConstants, hovernet: Any) -> None:
     compared = 0
     for tile in noisy_tiles[:2]:
         maps = tile.maps
@@ -86,7 +86,7 @@ def test_types_and_outlines_are_those_of_tiatoolbox(noisy_tiles, constants: Sobe
 
 @settings(deadline=None, max_examples=200)
 @given(arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))).filter(np.any))
-def test_outlines_are_valid_whatever_the_pixels(mask: NDArray[np.bool_]) -> None:
+def test_outlines_of_any_pixels_are_valid(mask: NDArray[np.bool_]) -> None:
     ring = one(mask).contours[0]
     polygon = shapely.Polygon(ring)
     assert ring.shape[0] >= 4 and (ring[0] == ring[-1]).all()
@@ -111,7 +111,7 @@ def test_an_outline_without_area_is_the_bounding_rectangle(pixels: list[tuple[in
     assert polygon.equals(shapely.box(x.min(), y.min(), x.max() + 1, y.max() + 1))
 
 
-def test_an_outline_drops_what_is_one_pixel_wide() -> None:
+def test_an_outline_drops_parts_one_pixel_wide() -> None:
     mask = np.zeros((20, 20), bool)
     mask[5:10, 5:10] = True
     mask[7, 10:18] = True
@@ -140,17 +140,17 @@ def test_the_background_gives_way_to_the_runner_up() -> None:
     np.testing.assert_allclose(nucleus.class_probs[0], [110 / 365, 0, 0, 255 / 365], rtol=1e-6)
 
 
-def test_where_all_is_background_the_likeliest_class_stands() -> None:
+def test_if_all_is_background_the_most_probable_class_is_taken() -> None:
     assert classed((200, 10, 0, 45, 0), (200, 20, 0, 35, 0)).type_id.tolist() == [3]
 
 
-def test_among_equals_the_lower_id_stands() -> None:
+def test_of_equal_classes_the_lower_id_is_taken() -> None:
     assert classed((0, 0, 0, 0, 255), (0, 0, 255, 0, 0)).type_id.tolist() == [2]
     assert classed((0, 0, 127, 127, 0)).type_id.tolist() == [2]
     assert classed((250, 0, 5, 5, 0)).type_id.tolist() == [2]
 
 
-def test_certain_background_says_nothing_about_the_class() -> None:
+def test_certain_background_leaves_all_classes_equally_probable() -> None:
     nucleus = classed((255, 0, 0, 0, 0))
     assert nucleus.type_id.tolist() == [1] and nucleus.class_probs.tolist() == [[0.25] * 4]
 
@@ -166,7 +166,7 @@ def test_scores_and_stain_are_means_over_the_pixels() -> None:
     np.testing.assert_allclose(nucleus.e_od, [0.05], rtol=1e-6)
 
 
-def test_parts_come_together_in_the_order_of_their_anchors() -> None:
+def test_parts_are_concatenated_in_the_order_of_their_anchors() -> None:
     canvas = random_canvas(3, 120, 100)
     instances = label(canvas.maps[LAYOUT.NP] >= 128, connectivity=1).astype(np.int32)
     nuclei = measure(instances, canvas.maps, LAYOUT)
@@ -182,7 +182,7 @@ def test_parts_come_together_in_the_order_of_their_anchors() -> None:
 
 
 def test_a_waist_and_a_spur_leave_the_largest_part_not_its_rectangle() -> None:
-    """Two discs joined by one pixel, with a hair of one pixel's width: what mends such a contour is a collection."""
+    """Two discs joined by one pixel, with a line one pixel wide: make_valid returns a collection for such a contour."""
     own = np.zeros((40, 70), np.uint8)
     cv2.circle(own, (16, 20), 14, 1, -1)
     cv2.circle(own, (46, 20), 10, 1, -1)

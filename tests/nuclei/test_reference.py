@@ -1,4 +1,4 @@
-"""Whole fields against tiatoolbox's post-processing, as the benchmark compares them, and the benchmark itself."""
+"""Whole fields compared with tiatoolbox's post-processing, by the benchmark's functions; the benchmark itself."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from benchmarks.postprocess import compare
 from hover_batch.geometry import Box
 
 
-def test_a_crowded_field_is_that_of_the_reference(hovernet) -> None:
+def test_a_crowded_field_matches_the_reference(hovernet) -> None:
     agreement = compare(*synthetic_maps(1024))
     assert agreement.identical, agreement
     assert agreement.nuclei > 1500 and agreement.mended_contours < 0.02 * agreement.nuclei
 
 
-def test_a_field_of_real_predictions_is_that_of_the_reference(data: Path, hovernet) -> None:
+def test_a_field_of_real_predictions_matches_the_reference(data: Path, hovernet) -> None:
     x, y = DENSE_FIELD.x0, DENSE_FIELD.y0
     agreement = compare(*real_maps(SLIDE, Box(x, y, x + 512, y + 512)))
     assert agreement.identical, agreement
@@ -28,7 +28,7 @@ def test_a_field_of_real_predictions_is_that_of_the_reference(data: Path, hovern
 
 
 @pytest.mark.slow
-def test_large_fields_are_those_of_the_reference(data: Path, hovernet) -> None:
+def test_large_fields_match_the_reference(data: Path, hovernet) -> None:
     for maps, layout in (real_maps(), synthetic_maps()):
         agreement = compare(maps, layout)
         assert agreement.identical, agreement

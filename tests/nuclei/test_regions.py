@@ -1,4 +1,4 @@
-"""Ownership is by the anchor, and exactly one core of a tiling holds it."""
+"""The anchor decides ownership: exactly one core of a tiling contains it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_nucleus_on_a_seam_has_one_owner() -> None:
     np.testing.assert_array_equal(concatenate(parts).area_px, nuclei.area_px)
 
 
-def test_the_margin_covers_all_that_bears_on_a_component() -> None:
+def test_the_margin_covers_all_pixels_that_affect_a_component() -> None:
     assert MARGIN >= REACH
     window = Box(1000, 2000, 1100, 2050)
     inside = [MARGIN, MARGIN, 100 - MARGIN, 50 - MARGIN]

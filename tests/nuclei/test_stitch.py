@@ -1,4 +1,4 @@
-"""The nuclei of any tiling are those of the whole, nucleus for nucleus, in every field."""
+"""The nuclei of any tiling equal those of the whole slide in all columns."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def snake(width: int, height: int) -> Canvas:
     return Canvas(maps_of(instances, types, np.random.default_rng(0), noise=0))
 
 
-def test_a_component_larger_than_its_region_is_redone_whole() -> None:
+def test_a_component_larger_than_its_region_is_processed_whole() -> None:
     canvas = snake(500, 220)
     expected = whole(canvas)
     canvas.reads.clear()
@@ -147,8 +147,8 @@ def _flagged(nuclei: Nuclei, seam_uncertain: np.ndarray) -> Nuclei:
     return Nuclei(**{**columns, "seam_uncertain": seam_uncertain})
 
 
-def test_without_the_rule_seams_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The property above is worth something: taking every component as it is seen breaks it."""
+def test_without_the_rule_tilings_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The property above is not trivial: processing each component as its window shows it breaks it."""
     monkeypatch.setattr(stitch, "keeps_clear", lambda bounds, window: np.ones(len(bounds), bool))
     for seed in range(5):
         canvas = random_canvas(seed, 256, 256)
@@ -156,7 +156,7 @@ def test_without_the_rule_seams_show(monkeypatch: pytest.MonkeyPatch) -> None:
             assert_same(tiled(canvas, 64, (0, 0), PostSettings(min_area_px=0, halo=0)), whole(canvas))
 
 
-def test_random_canvases_look_for_trouble() -> None:
+def test_random_canvases_contain_the_hard_cases() -> None:
     """Components of several instances, nested ones, diagonal neighbours and ones larger than a core all occur."""
     from scipy import ndimage
 
@@ -182,7 +182,7 @@ def test_an_empty_region_has_no_nuclei() -> None:
     assert len(nuclei) == 0 and nuclei.class_probs.shape == (0, LAYOUT.n_types - 1)
 
 
-def test_window_norm_takes_the_extremes_of_the_region(noisy_tiles) -> None:
+def test_window_norm_uses_the_extremes_of_the_region(noisy_tiles) -> None:
     canvas = Canvas(noisy_tiles[0].maps)
     core = Box(200, 200, 700, 700)
     window = canvas.read(core.expand(64))

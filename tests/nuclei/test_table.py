@@ -1,4 +1,4 @@
-"""Tables: positions survive to the last bit, bytes depend on the nuclei alone, and others can read the file."""
+"""Tables: positions are exact, bytes depend only on the nuclei, and other libraries can read the file."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_positions_survive_exactly(tmp_path: Path, nuclei: SimpleNamespace, scal
         np.testing.assert_array_equal(shapely.get_coordinates(polygon), contour * scale)
 
 
-def test_the_two_axes_scale_apart(tmp_path: Path, nuclei: SimpleNamespace) -> None:
+def test_the_two_axes_have_their_own_scales(tmp_path: Path, nuclei: SimpleNamespace) -> None:
     grid = Grid(Size(400, 100), 2.0, 0.5, Mpp(0.2, 0.8), Size(200, 200))
     part = to_arrow(nuclei, TableContext("s", CONSEP, grid, Mpp(0.1, 1.6), "csv", None, "m", "0", "0"))
     rings = shapely.get_coordinates(shapely.from_wkb(part["geometry"].to_numpy()))
@@ -91,7 +91,7 @@ def test_polygons_are_valid_and_covered_by_bbox(tmp_path: Path, nuclei: SimpleNa
     assert (shapely.area(polygons) > 0).all()
 
 
-def test_columns_are_those_of_the_design(tmp_path: Path, nuclei: SimpleNamespace) -> None:
+def test_columns_and_types(tmp_path: Path, nuclei: SimpleNamespace) -> None:
     schema = pq.read_schema(merged(tmp_path, nuclei, context()))
     assert schema.equals(table_schema(CONSEP))
     before = ["slide_id", "nucleus_id", "centroid_x", "centroid_y", "bbox", "type_id", "type", "type_prob"]
@@ -101,7 +101,7 @@ def test_columns_are_those_of_the_design(tmp_path: Path, nuclei: SimpleNamespace
     assert schema.names == before + probs + sizes + after
 
 
-def test_values_stand_in_their_columns(tmp_path: Path, nuclei: SimpleNamespace) -> None:
+def test_values_are_in_their_columns(tmp_path: Path, nuclei: SimpleNamespace) -> None:
     frame = geopandas.read_parquet(merged(tmp_path, nuclei, context()))
     np.testing.assert_array_equal(frame.nucleus_id, np.arange(1, len(nuclei.area_px) + 1))
     assert set(frame.slide_id) == {"slide-1"}
@@ -181,7 +181,7 @@ def test_bytes_do_not_depend_on_the_regions(
     assert result.seam_uncertain == nuclei.seam_uncertain.sum()
 
 
-def test_keep_chooses_by_level0_centroid(tmp_path: Path, nuclei: SimpleNamespace) -> None:
+def test_keep_selects_by_level0_centroid(tmp_path: Path, nuclei: SimpleNamespace) -> None:
     ctx = context(0.5)
     write_part(tmp_path / "part.parquet", to_arrow(nuclei, ctx))
     out = tmp_path / "nuclei.parquet"
@@ -211,7 +211,7 @@ def test_the_same_nucleus_twice_is_refused(tmp_path: Path, nuclei: SimpleNamespa
         assert [path.name for path in tmp_path.iterdir()] == ["part.parquet"]
 
 
-def test_row_groups_are_of_fixed_length() -> None:
+def test_row_groups_have_a_fixed_length() -> None:
     pieces = [pa.table({"n": np.arange(start, stop)}) for start, stop in ((0, 3), (3, 3), (3, 25), (25, 31), (31, 40))]
     groups = list(table._cut(pieces, 10))
     assert [len(group) for group in groups] == [10, 10, 10, 10]

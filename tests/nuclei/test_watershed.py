@@ -1,4 +1,4 @@
-"""Instance maps against HoVerNet's own post-processing, and against the annotations that the maps were made from."""
+"""Instance maps compared with HoVerNet's post-processing and with the annotations behind the maps."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def panoptic_quality(truth: NDArray[np.int32], found: NDArray[np.int32]) -> floa
     return float(matched.sum() / (count / 2))
 
 
-def test_window_mode_is_the_reference_on_real_nuclei(noisy_tiles, oracle: Oracle) -> None:
+def test_window_mode_equals_the_reference_on_real_nuclei(noisy_tiles, oracle: Oracle) -> None:
     nuclei = 0
     for tile in noisy_tiles:
         expected, found = oracle(tile.maps), ours(tile.maps)
@@ -64,7 +64,7 @@ def test_window_mode_is_the_reference_on_real_nuclei(noisy_tiles, oracle: Oracle
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_window_mode_is_the_reference_on_random_blobs(seed: int, oracle: Oracle) -> None:
+def test_window_mode_equals_the_reference_on_random_blobs(seed: int, oracle: Oracle) -> None:
     """Where instances differ, the reference has filled a hole of a ring with another component's pixels."""
     maps = random_canvas(seed, 300, 260).maps
     expected, found = oracle(maps), ours(maps)
@@ -88,7 +88,7 @@ def ramps(size: int) -> NDArray[np.uint8]:
     return maps
 
 
-def test_a_nested_component_stays_itself(oracle: Oracle) -> None:
+def test_a_nested_component_stays_separate(oracle: Oracle) -> None:
     maps = ramps(100)
     y, x = np.mgrid[:200, :200]
     radius = np.hypot(y - 50, x - 50)
@@ -110,7 +110,7 @@ def test_components_that_close_a_ring_diagonally_stay_apart(oracle: Oracle) -> N
     assert oracle(maps).max() == 1
 
 
-def test_fixed_constants_equal_the_window_that_they_come_from(noisy_tiles) -> None:
+def test_fixed_constants_equal_window_mode_on_their_window(noisy_tiles) -> None:
     for tile in noisy_tiles[:2]:
         framed = Canvas(tile.maps).read(Box(0, 0, 1000, 1000).expand(2 * REACH))
         extremes = SobelConstants.of_window(framed[LAYOUT.H], framed[LAYOUT.V])
@@ -125,7 +125,7 @@ def test_instances_of_perfect_maps_are_the_annotated_nuclei(perfect_tiles, const
         assert fixed >= panoptic_quality(tile.instances, ours(tile.maps)), tile.name
 
 
-def test_beyond_the_edge_lies_background(noisy_tiles, constants: SobelConstants) -> None:
+def test_pixels_beyond_the_edge_are_background(noisy_tiles, constants: SobelConstants) -> None:
     maps = noisy_tiles[0].maps[:, 100:400, 200:500]
     framed = Canvas(maps).read(Box(-50, -40, 330, 345))
     np.testing.assert_array_equal(ours(framed, constants)[40:340, 50:350], ours(maps, constants))
