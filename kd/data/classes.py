@@ -61,7 +61,9 @@ def fully_annotated(samples: Iterable[Sample]) -> list[Sample]:
 
 
 def classes_by_source(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, list[str]]:
-    """Return by class of `taxonomy`, one of TAXONOMIES, which of the sources teach it."""
+    """Return for each class of `taxonomy` which of the sources teach it; nothing if it is not one of TAXONOMIES."""
+    if taxonomy not in TAXONOMIES.values():
+        return {}
     column = list(TAXONOMIES.values()).index(taxonomy)
     taught = {source: {names[column] for names in CODES.get(source, {}).values()} for source in sources}
     return {c.name: [source for source, names in taught.items() if c.name in names] for c in taxonomy.nuclei}

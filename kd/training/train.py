@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.model.heads import Heads
+from hover_batch.taxonomy import NUCLEI
 from kd.data.datasets import read_data
 from kd.panels import write_panel
 from kd.training.class_weights import class_weights
@@ -43,16 +44,19 @@ def train(config: TrainConfig) -> nn.Module:
     shares = source_shares(config, data.samples)
     samples = [s for s in data.samples if s.source in shares]
     validation = [s for s in read_data(config.data, config.val_folds).samples if s.source in shares]
+    # Annotations without types teach one class. A teacher, or the weights to start from, bring classes of their own.
+    typed = config.distils or config.init is not None or any(s.types is not None for s in samples)
+    taxonomy = data.taxonomy if typed else NUCLEI
     if config.schedule == "plateau" and not validation:
         raise InputError(f"--val-fold {' '.join(config.val_folds)}: no image, and the preset needs a validation loss")
-    teacher = open_teacher(config.teacher, data.taxonomy) if config.distils and config.teacher else None
+    teacher = open_teacher(config.teacher, taxonomy) if config.distils and config.teacher else None
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {config.out}: {error.strerror}; give a folder that can be written") from error
 
     torch.manual_seed(config.seed)
-    model, before = starting_network(config, data.taxonomy)
+    model, before = starting_network(config, taxonomy)
     cut = cut_of(model)
     model.to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
@@ -62,11 +66,11 @@ def train(config: TrainConfig) -> nn.Module:
     fixed = validation_crops(validation, shares, config, cut, teacher) if validation else None
     optimizer = _optimizer(config, model)
     state = State(model, shipped, optimizer, build_schedule(config, optimizer, steps))
-    record = record_of(data.taxonomy, samples, validation, teacher, before)
+    record = record_of(taxonomy, samples, validation, teacher, before)
     state.resume(config, record)
-    loss_of = Loss(Heads(len(data.taxonomy.classes)), config)
+    loss_of = Loss(Heads(len(taxonomy.classes)), config)
     if config.class_weights:
-        weights = class_weights(samples, len(data.taxonomy.classes), teacher, config.out)
+        weights = class_weights(samples, len(taxonomy.classes), teacher, config.out)
         loss_of = Loss(loss_of.heads, config, *(_branch_weights(w, device) for w in weights.values()))
     log = Log(config.out)
 
@@ -75,8 +79,8 @@ def train(config: TrainConfig) -> nn.Module:
         looked_at = shipped if config.ema_decay else model.eval()
         if fixed is not None:
             row["val_loss"] = validation_loss(looked_at, fixed, loss_of, config.batch, device)
-            row |= validate(looked_at, validation, device, data.taxonomy)
-            picture = examples(looked_at, validation, device, data.taxonomy, teacher)
+            row |= validate(looked_at, validation, device, taxonomy)
+            picture = examples(looked_at, validation, device, taxonomy, teacher)
             write_panel(config.out / PANELS / f"epoch_{math.ceil(state.step / epoch_steps):04d}.jpg", picture)
         log.write(row)
         reached = row.get("val_loss", -math.inf)

@@ -51,7 +51,7 @@ def test_with_a_teacher_quick_distils_by_half():
 @pytest.mark.parametrize(
     ("preset", "given", "message"),
     [
-        ("best", {}, "--preset best: not known; known are quick, starter, paper, released"),
+        ("best", {}, "--preset best: not known; known are quick, starter, starter-open, paper, released"),
         ("paper", {}, "--alpha 1 trains without"),
         ("released", {}, "--alpha 0 trains without"),
         ("quick", {"alpha": 0.5}, "kd teach"),

@@ -92,6 +92,15 @@ def test_sources_that_are_not_known_leave_the_licence_to_their_own():
     assert _licence({"tnbc": {}, "dsb2018": {}}, None) == "CC BY 4.0: trained on DSB 2018 and TNBC"
 
 
+def test_annotations_without_types_train_one_class(config, tmp_path):
+    train(replace(config, sources={"tnbc": 1.0}, steps=2, epoch_steps=2, out=tmp_path))
+    make_package(tmp_path / "checkpoint.pt", config.data, tmp_path / "open.safetensors", threads=1)
+    card = find_package(str(tmp_path / "open.safetensors")).card
+    assert [c.name for c in card.taxonomy.nuclei] == ["nucleus"]
+    assert card.licence == "CC BY 4.0: trained on TNBC"
+    assert card.metrics["val"]["tnbc"]["pq"] is not None
+
+
 def test_the_note_says_which_source_taught_a_class():
     note = _note({"consep": {"typed": 18}, "monusac": {"typed": 26}}, CONSEP)
     assert "The class miscellaneous was learnt from CoNSeP (colon)." in note
