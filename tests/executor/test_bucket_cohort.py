@@ -80,7 +80,7 @@ def test_a_bucket_gives_the_tables_that_the_disk_does(
     def no_work(executor: LocalExecutor, slide: object) -> None:
         raise AssertionError("the slide is done")
 
-    monkeypatch.setattr(LocalExecutor, "_slide", no_work)
+    monkeypatch.setattr(LocalExecutor, "_process", no_work)
     assert run(in_a_bucket(cohort, "b"), tmp_path / "disk", LoadQuick(), settings=settings).exit_code == 0
 
 
