@@ -1,15 +1,15 @@
 """Segment and classify every nucleus in cohorts of H&E whole-slide images.
 
-From Python, for one slide or one picture (cohorts are the command's)::
+From Python, for a single slide or image (for cohorts use the command)::
 
     import hover_batch
 
-    table = hover_batch.segment_slide("a.svs", "out")          # as `hover-batch segment` does; resumes
-    nuclei = hover_batch.load_nuclei(table)                    # a row and a polygon for each nucleus
-    maps = hover_batch.load_predictions("out/slides/a")        # what the network said, pixel by pixel
+    table = hover_batch.segment_slide("a.svs", "out")          # like `hover-batch segment`; resumes
+    nuclei = hover_batch.load_nuclei(table)                    # one row with a polygon per nucleus
+    maps = hover_batch.load_predictions("out/slides/a")        # the network's output for each pixel
     instances, nuclei = hover_batch.load_model("starter").nuclei(rgb)
 
-These names are imported when they are first asked for: the package itself is imported at once.
+These names are imported on first use, so that importing the package itself is fast.
 """
 
 from __future__ import annotations

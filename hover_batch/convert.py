@@ -15,7 +15,7 @@ from hover_batch.files import sweeping
 from hover_batch.formatting import duration, listed
 
 Write = Callable[[NucleiTable, Path], None]
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,26 @@ class Exported:
 
     @property
     def exit_code(self) -> int:
+        """Exit code of the command: 0, 3 if slides were skipped, 4 if nothing was written."""
         if not self.files:
             return 4
         return 3 if self.skipped else 0
 
 
 def export_run(
-    folder: Path, formats: Sequence[Format], output: Path | None, slide_ids: Sequence[str], tell: Tell
+    folder: Path, formats: Sequence[Format], output: Path | None, slide_ids: Sequence[str], report: Report
 ) -> Exported:
     """Write the tables of the run in `folder`, of the slides `slide_ids` or all, in each of `formats`.
 
     Files go beside their table, or to `output` as SLIDE_ID.suffix; existing ones are replaced. Slides that are not done
-    or whose table cannot be read are skipped. `tell` gets a line about each file and slide. InputError where the folder
+    or whose table cannot be read are skipped. `report` gets a line about each file and slide. InputError if the folder
     holds no run, a slide is not in it, a format needs a package that is not installed, or a file cannot be written.
     """
     layout = RunLayout(folder)
     require_run(layout)
     slides = _chosen(layout, slide_ids)
     if not slides:
-        tell(f"{layout.slides_csv}: no slide is listed yet; run the command that made the run again")
+        report(f"{layout.slides_csv}: no slide is listed yet; repeat the command that started the run")
     writers = {format: writer(format) for format in dict.fromkeys(formats)}
     files: list[Path] = []
     skipped: dict[str, str] = {}
@@ -53,10 +54,10 @@ def export_run(
         label = f"[{number}/{len(slides)}] {slide.slide_id}"
         try:
             for line in _exported(slide, writers, output, files):
-                tell(f"{label}: {line}")
+                report(f"{label}: {line}")
         except SlideError as error:
             skipped[slide.slide_id] = str(error)
-            tell(f"{label}: skipped: {error}")
+            report(f"{label}: skipped: {error}")
     return Exported(tuple(files), skipped)
 
 
@@ -93,7 +94,7 @@ def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideLayout]:
 
 
 def writer(format: Format) -> Write:
-    """Return the function that writes `format`. InputError where a package is missing, before anything is written."""
+    """Return the function that writes `format`. InputError if a package is missing, before anything is written."""
     match format:
         case Format.qupath:
             from hover_batch.export.qupath import write_qupath

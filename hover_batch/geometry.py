@@ -41,10 +41,12 @@ class Box:
 
     @property
     def width(self) -> int:
+        """Columns, 0 if the box is empty."""
         return max(0, self.x1 - self.x0)
 
     @property
     def height(self) -> int:
+        """Rows, 0 if the box is empty."""
         return max(0, self.y1 - self.y0)
 
     @property

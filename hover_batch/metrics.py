@@ -133,14 +133,17 @@ class _Overlap:
 
     @property
     def n_true(self) -> int:
+        """Number of true instances."""
         return int(np.count_nonzero(self.true_area))
 
     @property
     def n_pred(self) -> int:
+        """Number of predicted instances."""
         return int(np.count_nonzero(self.pred_area))
 
     @classmethod
     def of(cls, true: NDArray[np.integer], pred: NDArray[np.integer]) -> _Overlap:
+        """Count the pixels of two maps (y, x). ValueError for maps of different shapes."""
         _check_maps(true, pred)
         seen = (true > 0) | (pred > 0)
         t, p = true[seen].astype(np.int64), pred[seen].astype(np.int64)

@@ -84,6 +84,7 @@ class _View:
 
     @classmethod
     def of(cls, read: Read, window: Box, layout: MapLayout) -> Self:
+        """Read the maps of a window and label their components."""
         maps = read(window)
         return cls(window, maps, layout, Components.of(maps[layout.NP]))
 
@@ -94,6 +95,7 @@ class _View:
         return np.asarray((bounds[:, 2:] - bounds[:, :2]).max(axis=1))
 
     def box(self, component: int) -> Box:
+        """Return the bounding box of a component."""
         box = self.components.box(component)
         x, y = self.window.x0, self.window.y0
         return Box(box.x0 + x, box.y0 + y, box.x1 + x, box.y1 + y)
