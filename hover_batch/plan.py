@@ -178,5 +178,4 @@ def _remote(record: SlideRecord, info: RemoteInfo) -> RemoteInfo:
     """Add what the cohort's pixel size and magnification say without the header."""
     if record.mpp is None:
         return info
-    odd = warnings_of(record.mpp, None, record.magnification)
-    return replace(info, warnings=tuple(f"{record.slide_id}: {warning}" for warning in odd))
+    return replace(info, warnings=tuple(warnings_of(record.mpp, None, record.magnification)))

@@ -90,7 +90,7 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
         vendor=header.vendor,
         magnification=magnification,
         fingerprint=identity,
-        warnings=tuple(f"{record.slide_id}: {warning}" for warning in warnings),
+        warnings=tuple(warnings),
     )
 
 

@@ -47,7 +47,7 @@ def test_the_cohorts_values_are_judged_like_the_files(tmp_path: Path) -> None:
     path = tmp_path / "slide.tif"
     write_pyramidal_tiff(path, np.zeros((300, 300, 3), np.uint8), 0.025)
     (warning,) = peek(SlideRecord("s", path, 2)).warnings
-    assert warning.startswith("s: mpp 0.025")
+    assert warning.startswith("mpp 0.025:")
     off, odd = peek(SlideRecord("s", path, 2, mpp=Mpp(0.25, 0.25), magnification=4.0)).warnings
     assert "cohort's is used" in off and "magnification of 4" in odd
 
