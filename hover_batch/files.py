@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,25 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync(path.parent)
+
+
+MAX_JSON_BYTES = 1 << 30
+"""Larger JSON files, uncompressed, are refused: a small gzip file can hold terabytes."""
+
+
+def load_json(path: Path) -> Any:
+    """Return the content of a JSON file, gzipped or not, with or without a byte order mark. OSError where it cannot be
+    opened, ValueError for any other content."""
+    content = path.read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            with gzip.open(io.BytesIO(content)) as file:
+                content = file.read(MAX_JSON_BYTES + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"gzip: {error}") from error
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
+    return json.loads(content)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -107,6 +107,15 @@ class Mpp:
         if not (0 < self.x < 1000 and 0 < self.y < 1000):
             raise ValueError(f"a pixel size must lie between 0 and 1000 µm, not {self.x} × {self.y}")
 
+    def __str__(self) -> str:
+        return f"{self.x:.4g}" if self.x == self.y else f"{self.x:.4g} × {self.y:.4g}"
+
+
+def qupath_origin(bounds: Box | None) -> tuple[int, int]:
+    """Return the level-0 pixel (x, y) from which QuPath counts positions: the corner of OpenSlide's bounds, to which
+    QuPath crops a slide."""
+    return (0, 0) if bounds is None else (bounds.x0, bounds.y0)
+
 
 SNAP = 0.02
 """Relative deviation from a power of two below which the scale is rounded to that power: the network is insensitive to

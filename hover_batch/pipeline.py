@@ -274,7 +274,7 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
         parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]
         stand_aside(work)
         merged = merge_parts(parts, layout.nuclei_parquet, work.context, keep)
-        work.mask.write_geojson(layout.tissue_geojson)
+        work.mask.write_geojson(layout.tissue_geojson, work.info.bounds)
         if reader is not None:
             _draw(work, reader)
         elif work.maps.thumbnail_jpg.is_file():

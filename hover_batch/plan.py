@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from hover_batch.cohort.layout import SlideLayout
@@ -17,9 +19,10 @@ from hover_batch.errors import InputError, SlideError
 from hover_batch.formatting import counted, duration
 from hover_batch.geometry import Grid
 from hover_batch.model.package import Card
-from hover_batch.slide.headers import PLAUSIBLE_MPP, SlideInfo, peek
+from hover_batch.slide.given_mask import check_mask
+from hover_batch.slide.headers import SlideInfo, peek
+from hover_batch.slide.pixel_size import check_given, warnings_of
 from hover_batch.slide.remote import RemoteInfo, ask, require_packages
-from hover_batch.slide.tissue import check_mask
 
 STORE_BYTES_PER_PIXEL = 4.0
 """Compressed size of all planes per predicted pixel of dense tissue (3.8 on the example)."""
@@ -39,10 +42,10 @@ class StoredMaps:
 
 @dataclass(frozen=True)
 class PlannedSlide:
-    """A slide whose header could be read: the whole canvas is the upper bound of what will be predicted.
+    """A slide whose header could be read. The whole canvas is the upper bound of what will be predicted.
 
-    The header of one in other storage is read once it is copied, when its turn comes: `info` is then what the storage
-    tells, and `grid` and `tiles` are not known.
+    A slide in other storage is copied during the run and its header read then: `info` holds its size and fingerprint,
+    and `grid` and `tiles` are unknown.
     """
 
     record: SlideRecord
@@ -59,10 +62,10 @@ class PlannedSlide:
 
 @dataclass(frozen=True)
 class Plan:
-    """`cohort` is the one that was read, with the faults of headers and masks added and their records taken out.
+    """A checked cohort: the one that was read, with the faults of headers and masks added and their records removed.
 
-    `unreadable`: records (still in the cohort) whose file cannot be opened, with the reason. They are no fault of the
-    CSV, and become failures of the run.
+    `unreadable`: records (still in the cohort) whose file cannot be opened, with the reason. They are not faults of the
+    CSV and become failures of the run.
     """
 
     cohort: Cohort
@@ -71,7 +74,7 @@ class Plan:
 
     @property
     def exit_code(self) -> int:
-        """As the run's would be: 3 with unreadable or faulty slides, 4 with no other."""
+        """Exit code of the run that would follow: 3 with unreadable or faulty slides, 4 if there are no others."""
         if not self.unreadable and not self.cohort.faults:
             return 0
         return 3 if self.slides else 4
@@ -84,14 +87,15 @@ class Plan:
             if isinstance(slide.info, RemoteInfo):
                 lines.append(
                     f"  {slide.record.slide_id}: {slide.info.size / 1e6:,.1f} MB at {slide.record.path}; its header is "
-                    "read when it is copied, and what it takes is not counted below"
+                    "read when it is copied, and its tiles are not counted below"
                 )
+                lines += [f"    warning: {w}" for w in slide.info.warnings]
                 continue
             assert slide.grid is not None
             size, grid = slide.info.level0, slide.grid
             lines.append(
-                f"  {slide.record.slide_id}: {size.width} × {size.height} px at {slide.info.mpp.x:g} µm "
-                f"→ {grid.size.width} × {grid.size.height} at {grid.mpp.x:g} µm, ≤ {slide.tiles:,} tiles"
+                f"  {slide.record.slide_id}: {size.width} × {size.height} px at {slide.info.mpp} µm "
+                f"→ {grid.size.width} × {grid.size.height} at {grid.mpp} µm, ≤ {slide.tiles:,} tiles"
             )
             lines += [f"    warning: {w}" for w in slide.info.warnings]
         lines += [f"  {record.slide_id}: will fail: {reason}" for record, reason in self.unreadable]
@@ -107,16 +111,10 @@ class Plan:
         return lines
 
 
-def _check_mpp(record: SlideRecord) -> None:
-    low, high = PLAUSIBLE_MPP
-    if record.mpp is not None and not low <= record.mpp.x <= high:
-        raise InputError(f"mpp {record.mpp.x:g}: no slide has pixels of that many µm; {low:g} to {high:g} are possible")
-
-
 def plan_cohort(cohort: Cohort, card: Card) -> Plan:
-    """Read every header and mask; of slides in other storage, ask whether they are there and what their bytes are.
+    """Read every header and mask; for slides in other storage, check that they exist and take their fingerprint.
 
-    InputError where the package that reaches a storage is missing.
+    InputError where the package for a storage is missing.
     """
     remote = [record for record in cohort.records if isinstance(record.path, Url)]
     require_packages(record.path for record in remote if isinstance(record.path, Url))
@@ -126,32 +124,57 @@ def plan_cohort(cohort: Cohort, card: Card) -> Plan:
 
 
 def _plan(cohort: Cohort, card: Card, asked: dict[int, Future[RemoteInfo]]) -> Plan:
-    """`asked`: what the storage tells, by row."""
+    """`asked`: answers of the storage, by row."""
     slides: list[PlannedSlide] = []
     unreadable: list[tuple[SlideRecord, str]] = []
-    faults = list(cohort.faults)
+    faults, warnings = list(cohort.faults), list(cohort.warnings)
     for record in cohort.records:
+        wrong: list[str] = []
+        info, reason = None, ""
+        with _collected(wrong):
+            if record.mpp is not None:
+                check_given(record.mpp)
         try:
-            if record.mask_path is not None:
-                check_mask(record.mask_path)
-            _check_mpp(record)
-            if record.row in asked:
-                slides.append(PlannedSlide(record, asked[record.row].result(), None, 0))
-                continue
-            info = peek(record)
-        except InputError as error:
-            faults.append(RowFault(record.row, record.slide_id, str(error)))
-            continue
+            with _collected(wrong):
+                info = _remote(record, asked[record.row].result()) if record.row in asked else peek(record)
         except SlideError as error:
-            unreadable.append((record, str(error)))
+            reason = str(error)
+        with _collected(wrong):
+            if record.mask_path is not None:
+                canvas = (info.level0, info.bounds) if isinstance(info, SlideInfo) else ()
+                warnings += [f"{record.slide_id}: {w}" for w in check_mask(record.mask_path, *canvas)]
+        faults += [RowFault(record.row, record.slide_id, message) for message in wrong]
+        if wrong:
             continue
-        grid = Grid.over(info.level0, info.mpp, card.mpp)
-        tiles = sum(1 for _ in grid.size.box.cells(card.tile_out))
-        slides.append(PlannedSlide(record, info, grid, tiles))
+        if info is None:
+            unreadable.append((record, reason))
+        elif isinstance(info, RemoteInfo):
+            slides.append(PlannedSlide(record, info, None, 0))
+        else:
+            grid = Grid.over(info.level0, info.mpp, card.mpp)
+            tiles = sum(1 for _ in grid.size.box.cells(card.tile_out))
+            slides.append(PlannedSlide(record, info, grid, tiles))
     faulty = {fault.row for fault in faults}
     checked = replace(
         cohort,
         records=tuple(r for r in cohort.records if r.row not in faulty),
         faults=tuple(sorted(faults, key=lambda fault: fault.row)),
+        warnings=tuple(warnings),
     )
     return Plan(checked, tuple(slides), tuple(unreadable))
+
+
+@contextmanager
+def _collected(messages: list[str]) -> Iterator[None]:
+    """Append an InputError to `messages`, so that the row's other faults are found too."""
+    try:
+        yield
+    except InputError as error:
+        messages.append(str(error))
+
+
+def _remote(record: SlideRecord, info: RemoteInfo) -> RemoteInfo:
+    """Add what the cohort's pixel size and magnification say without the header."""
+    if record.mpp is None:
+        return info
+    return replace(info, warnings=tuple(warnings_of(record.mpp, None, record.magnification)))

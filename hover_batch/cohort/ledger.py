@@ -22,9 +22,10 @@ from typing import Any, Self
 
 import tomli_w
 
+from hover_batch.cohort.csv_rows import COLUMNS, RUN_COLUMNS
 from hover_batch.cohort.events import EventLog
 from hover_batch.cohort.layout import RunLayout, SlideLayout
-from hover_batch.cohort.manifest import COLUMNS, RUN_COLUMNS, Cohort
+from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.cohort.run_folder import RUN_FORMAT, read_json, read_run
 from hover_batch.cohort.run_key import ModelId, refuse_changes, run_identity
@@ -306,7 +307,7 @@ class Ledger:
                 **record.extra,
                 "path": record.path,
                 "slide_id": record.slide_id,
-                "mpp": record.mpp.x if record.mpp else None,
+                "mpp": record.mpp.x if record.mpp and record.mpp.x == record.mpp.y else None,
                 "magnification": record.magnification,
                 "mask_path": record.mask_path,
                 "patient_id": record.patient_id,

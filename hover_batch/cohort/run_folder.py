@@ -13,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from hover_batch.cohort.csv_rows import COLUMNS, MPP_COLUMNS, RUN_COLUMNS
 from hover_batch.cohort.layout import RunLayout, SlideLayout
-from hover_batch.cohort.manifest import COLUMNS, RUN_COLUMNS
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.errors import InputError
 from hover_batch.geometry import Mpp
@@ -72,11 +72,12 @@ def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
 
 def _record(layout: RunLayout, row: dict[str, str]) -> SlideRecord:
     cells = {name: cell for name, cell in row.items() if cell}
+    x, y = (cells.get("mpp", cells.get(name)) for name in MPP_COLUMNS)
     return SlideRecord(
         slide_id=layout.slide(row["slide_id"]).slide_id,  # InputError where it could leave the folder
         path=Url.of(row["path"]) or Path(row["path"]),
         row=int(row["row"]),
-        mpp=Mpp(float(cells["mpp"]), float(cells["mpp"])) if "mpp" in cells else None,
+        mpp=Mpp(float(x), float(y)) if x and y else None,
         magnification=float(cells["magnification"]) if "magnification" in cells else None,
         mask_path=Path(cells["mask_path"]) if "mask_path" in cells else None,
         patient_id=cells.get("patient_id"),

@@ -16,7 +16,7 @@ from typing import Any
 from hover_batch.cohort.record import Url
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError, SlideError
 from hover_batch.geometry import Mpp
-from hover_batch.slide.headers import ReadParts, fingerprint_of
+from hover_batch.slide.fingerprint import ReadParts, fingerprint_of
 
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
 """What botocore raises, by name: it need not be installed."""
@@ -25,7 +25,7 @@ _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
 @dataclass(frozen=True)
 class RemoteInfo:
     """What is known of a slide before it is copied. `size`: bytes of all its files; `fingerprint`: as
-    `hover_batch.slide.headers.fingerprint` of a copy."""
+    `hover_batch.slide.fingerprint.fingerprint` of a copy."""
 
     size: int
     fingerprint: str
@@ -66,7 +66,7 @@ def ask(url: Url, mpp: Mpp | None) -> RemoteInfo:
 
 
 def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
-    """The file system, and the slide's files in the order of `headers.fingerprint`. Raises what fsspec raises."""
+    """The file system, and the slide's files in the order of `fingerprint`. Raises what fsspec raises."""
     import fsspec
 
     storage, path = fsspec.url_to_fs(url.text)

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hover_batch.geometry import Box, Size
-from hover_batch.slide.headers import Kind, open_picture
+from hover_batch.slide.dicom import quiet_wsidicom
+from hover_batch.slide.formats import bands, open_picture
+from hover_batch.slide.headers import Kind
 
 _LATTICE = 1024
 _TIFF_CACHE_BYTES = 1 << 26
@@ -47,7 +49,8 @@ def open_source(path: Path, kind: Kind) -> Source:
         return OpenSlideSource(readers.OpenSlideWSIReader(path, post_proc=None))
     if kind == "ome-tiff":
         return TiffSource(readers.TIFFWSIReader(path, post_proc=None, cache_size=_TIFF_CACHE_BYTES))
-    return DicomSource(readers.DICOMWSIReader(path, post_proc=None))
+    with quiet_wsidicom():
+        return DicomSource(readers.DICOMWSIReader(path, post_proc=None))
 
 
 def _tiatoolbox_readers() -> ModuleType:
@@ -142,7 +145,9 @@ class PictureSource:
     def __init__(self, path: Path) -> None:
         with open_picture(path) as picture:
             transparent = picture.mode in ("LA", "RGBA") or "transparency" in picture.info
-            self._pixels = _on_white(picture.convert("RGBA" if transparent else "RGB"))
+            self._pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+            for rows, pixels in bands(picture, "RGBA" if transparent else "RGB"):
+                self._pixels[rows] = _on_white(pixels)
         self.levels = (Size(self._pixels.shape[1], self._pixels.shape[0]),)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
@@ -152,8 +157,8 @@ class PictureSource:
         self._pixels = np.empty((0, 0, 3), np.uint8)
 
 
-def _on_white(picture: Image.Image) -> NDArray[np.uint8]:
-    """RGB of a Pillow image, laid on white where it is transparent."""
+def _on_white(picture: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return RGB (h, w, 3), laid on white where the picture is transparent."""
     pixels = np.asarray(picture)
     if pixels.shape[2] == 3:
         return pixels

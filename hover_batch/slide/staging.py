@@ -27,7 +27,7 @@ from typing import Self
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError, ScratchFull, SlideError
 from hover_batch.files import replacing_folder
-from hover_batch.slide.headers import fingerprint
+from hover_batch.slide.fingerprint import fingerprint
 from hover_batch.slide.remote import files_of, storage_errors
 
 ATTEMPTS = 4

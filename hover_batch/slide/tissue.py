@@ -1,11 +1,10 @@
-"""Where the tissue is: found on a low-resolution picture of the slide, or given with the cohort."""
+"""The tissue mask of a slide: found on a low-resolution picture of it, or given with the cohort."""
 
 from __future__ import annotations
 
 import json
 import math
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,13 @@ import numpy as np
 import shapely
 import shapely.geometry
 from numpy.typing import NDArray
-from PIL import PngImagePlugin
 
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import TissueSettings
 from hover_batch.errors import InputError, SlideError
-from hover_batch.geometry import Box, Grid, Mpp, Size
-from hover_batch.slide.headers import MAX_PICTURE_PIXELS
+from hover_batch.geometry import Box, Grid, Mpp, Size, qupath_origin
+from hover_batch.slide.given_mask import MAX_MASK_SIDE, given_mask
 from hover_batch.slide.reader import SlideReader, whole_grid
-
-MAX_MASK_SIDE = 8192
-"""No mask is larger, whatever the slide: 67 MB, and 3 µm a pixel on a slide 25 mm wide."""
 
 GIVEN_MPP = 2.0
 """Pixel size in µm at which polygons from the cohort are rasterised: nuclei are counted in or out by it."""
@@ -99,9 +94,11 @@ class TissueMask:
         scale = np.array(self.level0_per_pixel)
         return shapely.MultiPolygon(list(shapely.transform(tissue, lambda xy: xy * scale)))
 
-    def write_geojson(self, path: Path) -> None:
-        """A FeatureCollection as QuPath opens it: one annotation in level-0 pixels, none where there is no tissue."""
-        outline = self.polygons()
+    def write_geojson(self, path: Path, bounds: Box | None = None) -> None:
+        """Write a FeatureCollection for QuPath: one annotation, none where there is no tissue. Positions are level-0
+        pixels from the corner of the slide's `bounds`, as in the QuPath export of nuclei."""
+        origin = qupath_origin(bounds)
+        outline = shapely.transform(self.polygons(), lambda points: points - origin)
         feature = {
             "type": "Feature",
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, "hover-batch:tissue")),
@@ -121,7 +118,12 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
     """
     info = reader.info
     if record.mask_path is not None:
-        return _given(record.mask_path, info.level0, info.mpp)
+        scale = _mask_scale(info.level0, info.mpp, GIVEN_MPP)
+        try:
+            array = given_mask(record.mask_path, info.level0, info.bounds, scale)
+        except InputError as error:  # the header of a slide in other storage is known only now
+            raise SlideError(str(error)) from error
+        return TissueMask(array, (info.level0.width / array.shape[1], info.level0.height / array.shape[0]), given=True)
     if settings.tissue == "all":
         return TissueMask(np.ones((1, 1), bool), (float(info.level0.width), float(info.level0.height)))
     grid = whole_grid(info, _mask_scale(info.level0, info.mpp, settings.mask_mpp))
@@ -133,14 +135,6 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
         pixel_um2 = grid.mpp.x * grid.mpp.y
         array = _tidy(coloured, math.sqrt(pixel_um2), settings.min_tissue_um2 / pixel_um2)
     return TissueMask(array, (grid.scale_x, grid.scale_y))
-
-
-def check_mask(path: Path) -> None:
-    """Raise InputError, naming the remedy, where a mask file cannot be used on any slide."""
-    if path.suffix.lower() == ".png":
-        _read_png(path)
-    else:
-        _read_geojson(path)
 
 
 def _mask_scale(level0: Size, mpp: Mpp, mask_mpp: float) -> float:
@@ -191,95 +185,6 @@ def _large_pieces(mask: NDArray[np.uint8], min_pixels: float, *, keep_at_border:
     keep[0] = False
     found: NDArray[np.bool_] = keep[labels]
     return found
-
-
-def _given(path: Path, level0: Size, mpp: Mpp) -> TissueMask:
-    array = _read_png(path) if path.suffix.lower() == ".png" else _rasterise(_read_geojson(path), level0, mpp)
-    if not array.any():
-        raise SlideError(
-            f"{path}: no tissue of this mask lies on the slide of {level0.width} × {level0.height} pixels; "
-            "polygons are in level-0 pixels, a PNG is nonzero on tissue"
-        )
-    return TissueMask(array, (level0.width / array.shape[1], level0.height / array.shape[0]), given=True)
-
-
-def _rasterise(outline: shapely.Geometry, level0: Size, mpp: Mpp) -> NDArray[np.bool_]:
-    scale = _mask_scale(level0, mpp, GIVEN_MPP)
-    width, height = max(1, round(level0.width / scale)), max(1, round(level0.height / scale))
-    array = np.zeros((height, width), np.uint8)
-    # fillPoly takes whole numbers: level-0 positions with `bits` fractional ones, pixel centres at .0.
-    bits = 6
-    to_mask = np.array([width / level0.width, height / level0.height])
-    on_slide = shapely.intersection(outline, shapely.box(0, 0, level0.width, level0.height))
-    rings = [
-        np.rint((shapely.get_coordinates(ring) * to_mask - 0.5) * (1 << bits)).astype(np.int32)
-        for polygon in shapely.get_parts(on_slide)
-        if isinstance(polygon, shapely.Polygon) and not polygon.is_empty
-        for ring in (polygon.exterior, *polygon.interiors)
-    ]
-    if rings:
-        # All rings at once: a ring inside a ring is a hole, one inside that an island.
-        cv2.fillPoly(array, rings, (1,), shift=bits)
-    return array.astype(bool)
-
-
-def _read_geojson(path: Path) -> shapely.Geometry:
-    """The union of all polygons of the file, in its own coordinates."""
-    remedy = "give polygons as GeoJSON in level-0 pixels, or a PNG"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        shapes = [shapely.make_valid(shapely.geometry.shape(geometry)) for geometry in _geometries(data)]
-        polygons = [part for part in shapely.get_parts(shapes) if shapely.get_dimensions(part) == 2]
-        outline = shapely.union_all(polygons)
-    except OSError as error:
-        raise InputError(f"{path}: the mask cannot be read: {error.strerror}; check mask_path") from error
-    # A file can be broken in as many ways as json, and shapely's reading of it, have exceptions.
-    except (ValueError, TypeError, LookupError, AttributeError, shapely.errors.ShapelyError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: the mask is no readable GeoJSON ({reason}); {remedy}") from error
-    if outline.is_empty:
-        raise InputError(f"{path}: the mask holds no polygon; {remedy}")
-    return outline
-
-
-def _geometries(data: Any) -> Iterator[dict[str, Any]]:
-    """Polygon geometries in a FeatureCollection, Feature, GeometryCollection or geometry; points and lines are no
-    areas and are passed over."""
-    kind = data["type"]
-    if kind == "FeatureCollection":
-        for feature in data["features"]:
-            yield from _geometries(feature)
-    elif kind == "Feature":
-        if data["geometry"] is not None:
-            yield from _geometries(data["geometry"])
-    elif kind == "GeometryCollection":
-        for geometry in data["geometries"]:
-            yield from _geometries(geometry)
-    elif kind in ("Polygon", "MultiPolygon"):
-        yield data
-    elif kind not in ("Point", "MultiPoint", "LineString", "MultiLineString"):
-        raise ValueError(f"type {kind} is not known")
-
-
-def _read_png(path: Path) -> NDArray[np.bool_]:
-    """Nonzero pixels, (y, x), reduced to MAX_MASK_SIDE."""
-    try:
-        with PngImagePlugin.PngImageFile(path) as picture:
-            if picture.width * picture.height > MAX_PICTURE_PIXELS:
-                raise InputError(f"{path}: a mask of {picture.width} × {picture.height} pixels; reduce it")
-            has_alpha = picture.mode in ("LA", "RGBA")
-            values = np.asarray(picture)
-    except OSError as error:
-        raise InputError(f"{path}: the mask cannot be read: {error.strerror or error}; check mask_path") from error
-    except (SyntaxError, ValueError) as error:  # SyntaxError is Pillow's word for a file of another format
-        raise InputError(f"{path}: the mask is no readable PNG ({error}); give a PNG, nonzero on tissue") from error
-    tissue = values if values.ndim == 2 else values[..., : values.shape[2] - has_alpha].any(axis=2)
-    mask = (tissue != 0) if not has_alpha else (tissue != 0) & (values[..., -1] != 0)
-    if max(mask.shape) > MAX_MASK_SIDE:
-        shrink = MAX_MASK_SIDE / max(mask.shape)
-        size = max(1, round(mask.shape[1] * shrink)), max(1, round(mask.shape[0] * shrink))
-        mask = cv2.resize(mask.astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) >= 128
-    return np.asarray(mask, bool)
 
 
 def _pixels(spans: list[tuple[int, int]], scale: float, extent: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

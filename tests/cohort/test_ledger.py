@@ -19,9 +19,11 @@ from hover_batch.cohort.events import read_events
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import Ledger, SlideFailure
 from hover_batch.cohort.manifest import Cohort, read_cohort
+from hover_batch.cohort.run_folder import read_slides
 from hover_batch.cohort.run_key import ModelId, run_key
 from hover_batch.config import InferSettings, OutputSettings, PostSettings, Settings, TissueSettings
 from hover_batch.errors import InputError, SettingsChanged
+from hover_batch.geometry import Mpp
 
 MODEL = ModelId("starter", "a" * 64)
 
@@ -123,6 +125,15 @@ def test_slides_csv_is_a_cohort_again(layout: RunLayout, cohort: Cohort) -> None
     again = read_cohort(layout.slides_csv)
     assert again.faults == ()
     assert [(r.slide_id, r.path, r.mpp) for r in again.records] == [(r.slide_id, r.path, r.mpp) for r in cohort.records]
+
+
+def test_sizes_along_x_and_y_stay_in_slides_csv(layout: RunLayout, cohort: Cohort, tmp_path: Path) -> None:
+    (tmp_path / "xy.csv").write_text("path,mpp_x,mpp_y\na.svs,0.25,0.5\nb.svs,0.5,0.5\nc.svs,,\n")
+    asked = read_cohort(tmp_path / "xy.csv")
+    run_once(layout, asked)
+    expected = [Mpp(0.25, 0.5), Mpp(0.5, 0.5), None]
+    assert [record.mpp for record in read_slides(layout) or ()] == expected
+    assert [record.mpp for record in read_cohort(layout.slides_csv).records] == expected
 
 
 def test_without_failures_the_table_of_the_last_time_is_emptied(layout: RunLayout, cohort: Cohort) -> None:

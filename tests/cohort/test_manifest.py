@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -169,7 +171,7 @@ def test_all_faults_of_all_rows_at_once(slides: Path) -> None:
         (10, "magnification 'forty': write"),
         (11, "mask.png: is no PNG image"),
         (12, "mask.json: is no JSON"),
-        (13, "mask.tif: masks are .geojson, .json, .png"),
+        (13, "mask.tif: masks are .geojson, .geojson.gz, .json, .json.gz, .png"),
         (14, "none.png: no such file"),
         (15, "has 1 more cells than the header"),
     ]
@@ -286,7 +288,7 @@ def test_a_folder(slides: Path) -> None:
         ("z", 5, slides / "z.NDPI"),
     ]
     assert cohort.faults == ()
-    assert cohort.warnings == (f"{slides}: left out 2 that are no slides by their names: c, notes.txt",)
+    assert cohort.warnings == (f"{slides}: left out 2 whose names are not those of slides: c, notes.txt",)
 
 
 def test_stems_of_a_folder_collide(slides: Path) -> None:
@@ -344,3 +346,69 @@ def test_paths_may_be_urls(tmp_path: Path) -> None:
     assert [fault.row for fault in cohort.faults] == [6, 7]
     assert "word" not in str(cohort)
     assert "chained" in cohort.faults[0].message and "x-a" in cohort.faults[1].message
+
+
+# Near misses
+
+
+def test_mpp_along_x_and_y(slides: Path) -> None:
+    text = "path,slide_id,mpp,MPP-X,mpp_y\na.svs,a,,0.25,0.5\na.svs,b,0.5,0.5,0.5\na.svs,c,0.3,,\na.svs,d,,,\n"
+    cohort = read_cohort(write(slides, text))
+    assert [record.mpp for record in cohort.records] == [Mpp(0.25, 0.5), Mpp(0.5, 0.5), Mpp(0.3, 0.3), None]
+    assert cohort.faults == () and not any("column" in warning for warning in cohort.warnings)
+
+
+def test_faults_of_mpp_along_x_and_y(slides: Path) -> None:
+    text = "path,slide_id,mpp,mpp_x,mpp_y\na.svs,a,,0.25,\na.svs,b,0.5,0.25,0.5\na.svs,c,,?,-1\na.svs,d,,,0.5\n"
+    cohort = read_cohort(write(slides, text))
+    assert [row for row, _ in messages(cohort)] == [2, 3, 4, 4, 5]
+    parts = ["mpp_x is given alone", "mpp 0.5 and mpp_x, mpp_y 0.25, 0.5 differ", "mpp_x '?'", "mpp_y '-1'", "mpp_y is"]
+    assert all(part in message for part, (_, message) in zip(parts, messages(cohort), strict=True))
+
+
+@pytest.mark.parametrize("column", ["mask", "Mask file", "masks", "mpp_z", "MPP (µm)", "mppx"])
+def test_a_column_that_is_nearly_a_known_one_is_warned_of(slides: Path, column: str) -> None:
+    cohort = read_cohort(write(slides, f"path,{column}\na.svs,1\n"))
+    (warning,) = cohort.warnings
+    assert f"column {column} is not used" in warning and ("mask_path" in warning or "mpp, mpp_x, mpp_y" in warning)
+    assert dict(cohort.records[0].extra) == {column: "1"}
+
+
+@pytest.mark.parametrize("name", ["mask.geojson.gz", "mask.geojson", "mask.JSON"])
+def test_masks_as_qupath_and_we_write_them(slides: Path, name: str) -> None:
+    for text in (b"[]", b"\xef\xbb\xbf{}", gzip.compress(b"{}")):
+        (slides / name).write_bytes(text)
+        assert read_cohort(write(slides, f"path,mask_path\na.svs,{name}\n")).faults == ()
+
+
+def test_windows_paths(slides: Path) -> None:
+    (slides / "c" / "mask.json").write_text("{}")
+    text = "path,mask_path\nc\\a.svs,\nc\\none.svs,\na.svs,c\\mask.json\nD:\\scans\\a.svs,\n\\\\server\\a.svs,\n"
+    cohort = read_cohort(write(slides, text))
+    assert [row for row, _ in messages(cohort)] == [2, 3, 4, 5, 6]
+    texts = [message for _, message in messages(cohort)]
+    assert f"write / between folders, not \\: {slides}/c/a.svs is there" in texts[0]
+    assert texts[1].endswith("no such file; write / between folders, not \\")
+    assert f"{slides}/c/mask.json is there" in texts[2]
+    assert "Windows" in texts[3] and "Windows" in texts[4]
+
+
+@pytest.mark.parametrize(("on_disk", "asked"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_another_unicode_form(tmp_path: Path, on_disk: str, asked: str) -> None:
+    def name(form: str, text: str) -> str:
+        return unicodedata.normalize(form, text)  # type: ignore[arg-type]
+
+    folder = tmp_path / name(on_disk, "Für")
+    folder.mkdir()
+    (folder / name(on_disk, "Präparat.svs")).touch()
+    (folder / name(on_disk, "ä.json")).write_text("{}")
+    text = f"path,slide_id,mask_path\n{name(asked, 'Für/Präparat.svs')},a,{name(asked, 'Für/ä.json')}\n"
+    texts = [message for _, message in messages(read_cohort(write(tmp_path, text)))]
+    assert len(texts) == 2
+    for message, file in zip(texts, ("Präparat.svs", "ä.json"), strict=True):
+        assert f"{folder / name(on_disk, file)} is there" in message and f"({on_disk} on disk)" in message
+
+
+def test_names_in_another_case(slides: Path) -> None:
+    (_, message), *_ = messages(read_cohort(write(slides, "path,slide_id\nA.SVS,x\n")))
+    assert f"{slides}/a.svs is there, which differs in upper and lower case" in message

@@ -17,9 +17,10 @@ from PIL import Image
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import InputError, SlideError
 from hover_batch.geometry import Mpp, Size
-from hover_batch.slide import headers
+from hover_batch.slide import formats
 from hover_batch.slide.example import write_pyramidal_tiff
-from hover_batch.slide.headers import fingerprint, peek
+from hover_batch.slide.fingerprint import fingerprint
+from hover_batch.slide.headers import peek
 
 # wsidicom's DICOMweb client imports a name that pydicom 3 deprecates; nothing here calls it.
 pytestmark = pytest.mark.filterwarnings("ignore:get_frame_offsets is deprecated:DeprecationWarning")
@@ -102,7 +103,7 @@ def test_pictures_that_are_no_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         peek(record(deep, mpp=0.25))
     large = tmp_path / "large.png"
     Image.new("L", (300, 200)).save(large)
-    monkeypatch.setattr(headers, "MAX_PICTURE_PIXELS", 50_000)
+    monkeypatch.setattr(formats, "MAX_PICTURE_PIXELS", 50_000)
     with pytest.raises(SlideError, match="300 × 200.*pyramidal"):
         peek(record(large, mpp=0.25))
 

@@ -20,7 +20,7 @@ from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.errors import InputError, ScratchFull, SlideError
 from hover_batch.geometry import Grid, Mpp
 from hover_batch.slide import staging
-from hover_batch.slide.headers import fingerprint
+from hover_batch.slide.fingerprint import fingerprint
 from hover_batch.slide.reader import open_slide
 from hover_batch.slide.remote import ask, require_packages
 from hover_batch.slide.staging import Copies

@@ -22,8 +22,9 @@ from hover_batch.config import TissueSettings
 from hover_batch.errors import InputError, SlideError
 from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.slide.example import write_example, write_pyramidal_tiff
+from hover_batch.slide.given_mask import check_mask
 from hover_batch.slide.reader import open_slide
-from hover_batch.slide.tissue import TissueMask, check_mask, tissue_mask
+from hover_batch.slide.tissue import TissueMask, tissue_mask
 
 
 def found(path: Path, mpp: float | None = None, mask: Path | None = None, **settings: Any) -> TissueMask:
@@ -168,6 +169,8 @@ def saved(path: Path, data: object) -> Path:
         {"type": "FeatureCollection", "features": [feature(SQUARE), feature({"type": "Point", "coordinates": [1, 2]})]},
         {"type": "GeometryCollection", "geometries": [SQUARE]},
         {"type": "MultiPolygon", "coordinates": [SQUARE["coordinates"]]},
+        [feature(SQUARE)],
+        [SQUARE, {"type": "Point", "coordinates": [1, 2]}],
     ],
 )
 def test_geojson_of_every_form(synthetic: Path, tmp_path: Path, data: object) -> None:

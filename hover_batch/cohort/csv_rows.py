@@ -1,0 +1,112 @@
+"""The rows of a cohort's CSV: columns under their known names, cells as text."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hover_batch.cohort.record import Url
+from hover_batch.errors import InputError
+
+COLUMNS = ("path", "slide_id", "mpp", "magnification", "mask_path", "patient_id", "group")
+RUN_COLUMNS = ("row", "status")
+"""Written by a run beside the cohort's own columns in slides.csv."""
+MPP_COLUMNS = ("mpp_x", "mpp_y")
+"""Pixel sizes in µm along x and y, instead of mpp where they differ. slides.csv has them as extra columns."""
+_NEAR_MISSES = ("mpp", "mask")
+"""Beginnings of extra columns that were probably meant for a known one."""
+_ALIASES = {"wsi": "path", "slide": "path", "sample": "slide_id", "slide_mpp": "mpp"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the source. `cells`: the filled ones, under the names in COLUMNS and MPP_COLUMNS."""
+
+    number: int
+    cells: Mapping[str, str]
+    extra: Mapping[str, str] = field(default_factory=dict)
+    surplus: int = 0
+    """Filled cells beyond the header's last column."""
+
+    @property
+    def label(self) -> str:
+        path = self.cells.get("path", "")
+        return self.cells.get("slide_id") or str(Url.of(path) or path)
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """Return the rows and warnings. InputError where the file is no cohort; OSError where it cannot be read."""
+    lines = _csv_records(path)
+    _, header = next(lines, (0, []))
+    if not header:
+        raise InputError(f"{path}: is empty; its first line names the columns, at least path")
+    names, warnings = _column_names(path, header)
+    rows = []
+    unnamed = False
+    for number, cells in lines:
+        surplus = sum(1 for cell in cells[len(names) :] if cell)
+        filled = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+        unnamed |= "" in filled
+        known = {name: filled[name] for name in (*COLUMNS, *MPP_COLUMNS) if name in filled}
+        extra = {name: filled.get(name, "") for name in names if name and name not in COLUMNS}
+        rows.append(Row(number, known, extra, surplus))
+    if not rows:
+        raise InputError(f"{path}: has a header but no slides; add a line for each slide")
+    if unnamed:
+        warnings.append(f"{path}: a column without a name is left out")
+    return rows, warnings
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line on which it begins, stripped cells) of each record with a filled cell."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        fault = f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as CSV UTF-8"
+        raise InputError(fault) from error
+    if "\0" in text:
+        raise InputError(f"{path}: is not a CSV, it holds zero bytes; save it as CSV UTF-8")
+    # strict: otherwise one stray quotation mark would swallow the rows that follow.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        # A quoted cell may span lines, so the line where a record ends is not its row.
+        number = reader.line_num + 1
+        try:
+            cells = [cell.strip() for cell in next(reader)]
+        except StopIteration:
+            return
+        except csv.Error as error:
+            fault = f"{path}: the record from line {number} on is not CSV ({error}); check its quotes"
+            raise InputError(fault) from error
+        if any(cells):
+            yield number, cells
+
+
+def _column_names(path: Path, header: list[str]) -> tuple[list[str], list[str]]:
+    """Return the header with aliases resolved, extra columns as written, "" for unnamed ones; and warnings."""
+    written: dict[str, str] = {}
+    names, faults, warnings = [], [], []
+    for cell in header:
+        plain = "_".join(cell.lower().replace("-", " ").split())
+        name = _ALIASES.get(plain, plain)
+        if name in RUN_COLUMNS:
+            name = f"cohort_{name}"
+            warnings.append(f"{path}: column {cell} becomes {name}, since the run writes a column {cell} itself")
+        if name and name in written:
+            faults.append(f"columns {written[name]} and {cell} both mean {name}: keep one")
+        written[name] = cell
+        known = name != plain or name in COLUMNS or name in MPP_COLUMNS
+        if not known and name.startswith(_NEAR_MISSES):
+            near = [column for column in (*COLUMNS, *MPP_COLUMNS) if column[:3] == name[:3]]
+            warnings.append(f"{path}: column {cell} is not used, only passed on; known are {', '.join(near)}")
+        names.append(name if known else cell)
+    if "path" not in written:
+        faults.append(f"no column path (or wsi, slide) among {', '.join(header)}")
+        if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+            faults.append("columns must be separated by commas")
+    if faults:
+        raise InputError(f"{path}: " + "; ".join(faults))
+    return names, warnings

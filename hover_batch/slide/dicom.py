@@ -1,0 +1,92 @@
+"""A DICOM folder: which slides its instances belong to, and its header as wsidicom reads it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hover_batch.errors import InputError, SlideError
+
+if TYPE_CHECKING:
+    from wsidicom import WsiDicom
+
+_NAMED = 3
+"""Files of each slide that the message about several slides names."""
+
+
+@contextmanager
+def quiet_wsidicom() -> Iterator[None]:
+    """Keep what wsidicom and pydicom say about instances off the terminal: wsidicom logs to the root logger, and sets
+    that up where it has no handler. `open_dicom` reports the faults that matter."""
+    root, guard = logging.getLogger(), logging.NullHandler()
+
+    def is_ours(entry: logging.LogRecord) -> bool:
+        return "wsidicom" not in Path(entry.pathname).parts
+
+    root.addHandler(guard)
+    root.addFilter(is_ours)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.removeFilter(is_ours)
+        root.removeHandler(guard)
+
+
+@contextmanager
+def open_dicom(folder: Path) -> Iterator[WsiDicom]:
+    """Open the slide of a folder. InputError where it holds several, SlideError where an instance cannot be read.
+
+    wsidicom by itself would take the largest slide and leave out the rest, and instances that are corrupted.
+    """
+    slides = _slides_in(folder)
+    if len(slides) > 1:
+        raise InputError(f"{folder}: holds several slides; give each a folder of its own: {'; '.join(slides)}")
+    from wsidicom import WsiDicom
+    from wsidicom.errors import WsiDicomNoResolutionError
+
+    with quiet_wsidicom():
+        try:
+            wsi = WsiDicom.open(folder)
+        except WsiDicomNoResolutionError as error:  # has no text; and no column of the cohort helps
+            raise SlideError(f"{folder}: the DICOM instances have no pixel spacing, which wsidicom needs") from error
+        with wsi:
+            if len(wsi.pyramids) > 1:
+                raise InputError(
+                    f"{folder}: holds several slides: {len(wsi.pyramids)} pyramids of one series; give each a folder "
+                    "of its own"
+                )
+            yield wsi
+
+
+def _slides_in(folder: Path) -> list[str]:
+    """Describe each slide of which the folder holds pixels; labels and overviews count for none."""
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".dcm" and not file.name.startswith("."))
+    if not files:
+        raise SlideError(f"{folder}: a folder without .dcm files is no DICOM slide")
+    import pydicom
+    from pydicom.uid import VLWholeSlideMicroscopyImageStorage
+
+    found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    names = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
+    for file in files:
+        try:
+            with quiet_wsidicom():
+                wanted = ["SOPClassUID", "ImageType", "ContainerIdentifier", *names]
+                header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=wanted)
+        except Exception as error:  # pydicom raises what it likes on broken files
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise SlideError(f"{file}: cannot be read as DICOM: {reason}; copy it anew, or remove it") from error
+        if header.get("SOPClassUID") == VLWholeSlideMicroscopyImageStorage and "VOLUME" in header.get("ImageType", ()):
+            identity = tuple(str(header.get(name, "")) for name in names)
+            found[(str(header.get("ContainerIdentifier", "")), *identity)].append(file.name)
+    return [
+        f"{container or 'unnamed'}, series {series} ({', '.join(inside[:_NAMED])}{', …' * (len(inside) > _NAMED)})"
+        for (container, _, series, _), inside in found.items()
+    ]

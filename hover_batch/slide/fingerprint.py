@@ -1,0 +1,49 @@
+"""The fingerprint of a slide: names its content wherever the files are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from hover_batch.geometry import Mpp
+
+_BLOCK = 1 << 20
+
+ReadParts = Callable[[list[tuple[int, int]]], Iterable[bytes]]
+"""Ranges of a file, [start, stop) in bytes → their bytes."""
+
+
+def fingerprint(path: Path, mpp: Mpp | None) -> str:
+    """Return the SHA-256 (hex) of the size, head, middle and tail (1 MiB each) of a slide's files, and of the pixel
+    size that the cohort gives, if it does. It does not depend on path, host or time."""
+
+    def parts(file: Path) -> ReadParts:
+        def read(ranges: list[tuple[int, int]]) -> Iterator[bytes]:
+            with file.open("rb") as stream:
+                for start, stop in ranges:
+                    stream.seek(start)
+                    yield stream.read(stop - start)
+
+        return read
+
+    return fingerprint_of(((file.stat().st_size, parts(file)) for file in _files(path)), mpp)
+
+
+def fingerprint_of(files: Iterable[tuple[int, ReadParts]], mpp: Mpp | None) -> str:
+    """Return the `fingerprint` of files in any storage: the size of each in bytes, and how parts of it are read."""
+    digest = hashlib.sha256()
+    for size, read in files:
+        digest.update(size.to_bytes(8, "little"))
+        last = max(0, size - _BLOCK)
+        for part in read([(start, min(start + _BLOCK, size)) for start in sorted({0, last // 2, last})]):
+            digest.update(part)
+    digest.update(f"mpp {mpp.x!r} {mpp.y!r}".encode() if mpp is not None else b"mpp of the file")
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    # A .mrxs file is only an index: its pixels are in the folder of the same name.
+    pixels = path.with_suffix("") if path.suffix.lower() == ".mrxs" else path
+    inside = sorted(f for f in pixels.rglob("*") if f.is_file()) if pixels.is_dir() else []
+    return inside if path.is_dir() else [path, *inside]

@@ -1,0 +1,224 @@
+"""Masks that the cohort gives: GeoJSON polygons and PNG pictures, laid over a slide's canvas.
+
+Polygons count from the corner of the slide's bounds, as QuPath counts. A PNG covers the bounds or the whole canvas: its
+aspect ratio shows which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import shapely
+import shapely.geometry
+from numpy.typing import NDArray
+from PIL import PngImagePlugin
+
+from hover_batch.errors import InputError
+from hover_batch.files import load_json
+from hover_batch.geometry import Box, Size, qupath_origin
+from hover_batch.slide.formats import MAX_PICTURE_PIXELS, bands
+
+MAX_MASK_SIDE = 8192
+"""Longest side of any mask: 67 MB, and 3 µm a pixel on a slide 25 mm wide."""
+
+_MAX_OUTSIDE = 0.01
+"""Fraction of a mask's area that may lie outside of the bounds: outlines drawn by hand reach over the edge a little."""
+
+
+def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> NDArray[np.bool_]:
+    """Return the mask, bool (y, x), spanning the canvas. InputError where it cannot be read or does not fit the slide.
+
+    `scale`: level-0 pixels per mask pixel for polygons; a PNG keeps its own.
+    """
+    if _is_png(path):
+        picture = _read_png(path)
+        array = _over_canvas(picture, _frame(path, picture, level0, bounds), level0)
+    else:
+        array = _rasterise(_on_canvas(path, _read_geojson(path), level0, bounds), level0, scale)
+    if not array.any():
+        raise _no_tissue(path, level0)
+    return array
+
+
+def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None) -> list[str]:
+    """Raise InputError where a mask cannot be used, on a slide of that canvas and bounds if they are known. Return
+    warnings."""
+    if not _is_png(path):
+        outline = _read_geojson(path)
+        if level0 is not None:
+            _on_canvas(path, outline, level0, bounds)
+        return []
+    picture = _read_png(path)
+    if level0 is None:
+        return []
+    frame = _frame(path, picture, level0, bounds)
+    if not picture.any():
+        raise _no_tissue(path, level0)
+    if _has_aspect(picture, frame):
+        return []
+    return [
+        f"{path}: a mask of {picture.shape[1]} × {picture.shape[0]} pixels is stretched over a slide of "
+        f"{frame.width} × {frame.height}, which has another aspect ratio"
+    ]
+
+
+def _is_png(path: Path) -> bool:
+    return path.suffix.lower() == ".png"
+
+
+def _no_tissue(path: Path, level0: Size) -> InputError:
+    return InputError(
+        f"{path}: no tissue of this mask lies on the slide of {level0.width} × {level0.height} pixels; "
+        "polygons are in level-0 pixels, a PNG is nonzero on tissue"
+    )
+
+
+def _on_canvas(path: Path, outline: shapely.Geometry, level0: Size, bounds: Box | None) -> shapely.Geometry:
+    """Move polygons from the corner of the bounds to the canvas."""
+    origin = qupath_origin(bounds)
+    moved = shapely.transform(outline, lambda points: points + origin)
+    frame = bounds or level0.box
+    inside = shapely.intersection(moved, shapely.box(frame.x0, frame.y0, frame.x1, frame.y1)).area / moved.area
+    if inside == 0 and bounds is None:
+        raise _no_tissue(path, level0)
+    if bounds is not None and inside < 1 - _MAX_OUTSIDE:
+        raise InputError(
+            f"{path}: {1 - inside:.0%} of the mask lies outside of the slide's scanned part of {bounds.width} × "
+            f"{bounds.height} pixels; give positions in level-0 pixels from the corner of that part, as QuPath does: "
+            f"subtract {origin[0]}, {origin[1]} if they count from the corner of the whole canvas"
+        )
+    return moved
+
+
+def _frame(path: Path, picture: NDArray[np.bool_], level0: Size, bounds: Box | None) -> Box:
+    """Return the part of the canvas that a PNG covers, in level-0 pixels."""
+    if bounds is None:
+        return level0.box
+    height, width = picture.shape
+    frames = [frame for frame in (bounds, level0.box) if _has_aspect(picture, frame)]
+    same_size = [frame for frame in frames if (frame.width, frame.height) == (width, height)]
+    if len(same_size or frames) == 1 or bounds == level0.box and frames:
+        return (same_size or frames)[0]
+    parts = (
+        f"scanned part ({bounds.width} × {bounds.height}) {'and' if frames else 'nor of'} its canvas "
+        f"({level0.width} × {level0.height})"
+    )
+    fault = f"could be of the slide's {parts}" if frames else f"has the aspect ratio neither of the slide's {parts}"
+    raise InputError(f"{path}: a mask of {width} × {height} pixels {fault}; export it anew, or give GeoJSON")
+
+
+def _has_aspect(picture: NDArray[np.bool_], frame: Box) -> bool:
+    """Is the picture the frame, reduced, with sides rounded to whole pixels?"""
+    height, width = picture.shape
+    return abs(width * frame.height - height * frame.width) <= frame.width + frame.height
+
+
+def _over_canvas(picture: NDArray[np.bool_], frame: Box, level0: Size) -> NDArray[np.bool_]:
+    """Lay a picture of `frame` over the canvas: each mask pixel takes the picture's pixel at its centre."""
+    if frame == level0.box:
+        return picture
+    scale = max(frame.width / picture.shape[1], max(level0.width, level0.height) / MAX_MASK_SIDE)
+    columns = _sources(level0.width, scale, frame.x0, frame.width, picture.shape[1])
+    rows = _sources(level0.height, scale, frame.y0, frame.height, picture.shape[0])
+    padded = np.pad(picture, 1)
+    array: NDArray[np.bool_] = padded[np.ix_(rows + 1, columns + 1)]
+    return array
+
+
+def _sources(extent: int, scale: float, start: int, covered: int, count: int) -> NDArray[np.int64]:
+    """Return, for each mask pixel along one axis, the index of the picture's pixel there; −1 and `count` outside."""
+    pixels = max(1, round(extent / scale))
+    centres = (np.arange(pixels) + 0.5) * (extent / pixels) - start
+    return np.clip(np.floor(centres * (count / covered)), -1, count).astype(np.int64)
+
+
+def _rasterise(outline: shapely.Geometry, level0: Size, scale: float) -> NDArray[np.bool_]:
+    width, height = max(1, round(level0.width / scale)), max(1, round(level0.height / scale))
+    array = np.zeros((height, width), np.uint8)
+    # fillPoly takes whole numbers: level-0 positions with `bits` fractional ones, pixel centres at .0.
+    bits = 6
+    to_mask = np.array([width / level0.width, height / level0.height])
+    on_slide = shapely.intersection(outline, shapely.box(0, 0, level0.width, level0.height))
+    rings = [
+        np.rint((shapely.get_coordinates(ring) * to_mask - 0.5) * (1 << bits)).astype(np.int32)
+        for polygon in shapely.get_parts(on_slide)
+        if isinstance(polygon, shapely.Polygon) and not polygon.is_empty
+        for ring in (polygon.exterior, *polygon.interiors)
+    ]
+    if rings:
+        # All rings at once: a ring inside a ring is a hole, one inside that an island.
+        cv2.fillPoly(array, rings, (1,), shift=bits)
+    return array.astype(bool)
+
+
+def _read_geojson(path: Path) -> shapely.Geometry:
+    """Return the union of all polygons of the file, in its own coordinates."""
+    remedy = "give polygons as GeoJSON in level-0 pixels, or a PNG"
+    try:
+        geometries = _geometries(load_json(path))
+        shapes = [shapely.make_valid(shapely.geometry.shape(geometry)) for geometry in geometries]
+        polygons = [part for part in shapely.get_parts(shapes) if shapely.get_dimensions(part) == 2]
+        outline = shapely.union_all(polygons)
+    except OSError as error:
+        raise InputError(f"{path}: the mask cannot be read: {error.strerror}; check mask_path") from error
+    # A file can be broken in as many ways as json, and shapely's reading of it, have exceptions.
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+        shapely.errors.ShapelyError,
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: the mask is no readable GeoJSON ({reason}); {remedy}") from error
+    if outline.is_empty:
+        raise InputError(f"{path}: the mask holds no polygon; {remedy}")
+    return outline
+
+
+def _geometries(data: Any) -> Iterator[dict[str, Any]]:
+    """Yield the polygons in a FeatureCollection, Feature, GeometryCollection, geometry, or a list of these, which
+    QuPath's scripts write. Points and lines have no area and are left out."""
+    if isinstance(data, list):
+        for item in data:
+            yield from _geometries(item)
+        return
+    kind = data["type"]
+    if kind == "FeatureCollection":
+        yield from _geometries(list(data["features"]))
+    elif kind == "Feature":
+        if data["geometry"] is not None:
+            yield from _geometries(data["geometry"])
+    elif kind == "GeometryCollection":
+        yield from _geometries(list(data["geometries"]))
+    elif kind in ("Polygon", "MultiPolygon"):
+        yield data
+    elif kind not in ("Point", "MultiPoint", "LineString", "MultiLineString"):
+        raise ValueError(f"type {kind} is not known")
+
+
+def _read_png(path: Path) -> NDArray[np.bool_]:
+    """Return the nonzero pixels, (y, x), reduced to MAX_MASK_SIDE."""
+    try:
+        with PngImagePlugin.PngImageFile(path) as picture:
+            if picture.width * picture.height > MAX_PICTURE_PIXELS:
+                raise InputError(f"{path}: a mask of {picture.width} × {picture.height} pixels; reduce it")
+            has_alpha = picture.mode in ("LA", "RGBA")
+            mask = np.empty((picture.height, picture.width), bool)
+            for rows, values in bands(picture):
+                colours = values if values.ndim == 2 else values[..., : values.shape[2] - has_alpha].any(axis=2)
+                mask[rows] = (colours != 0) & (values[..., -1] != 0) if has_alpha else colours != 0
+    except OSError as error:
+        raise InputError(f"{path}: the mask cannot be read: {error.strerror or error}; check mask_path") from error
+    except (SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a file of another format
+        raise InputError(f"{path}: the mask is no readable PNG ({error}); give a PNG, nonzero on tissue") from error
+    if max(mask.shape) > MAX_MASK_SIDE:
+        shrink = MAX_MASK_SIDE / max(mask.shape)
+        size = max(1, round(mask.shape[1] * shrink)), max(1, round(mask.shape[0] * shrink))
+        mask = np.asarray(cv2.resize(mask.astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) >= 128, bool)
+    return mask

@@ -1,0 +1,119 @@
+"""Pixel sizes in µm: which values a slide can have, and what to say of the others."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import tifffile
+
+from hover_batch.errors import InputError
+from hover_batch.geometry import Mpp
+
+PLAUSIBLE_MPP = (0.01, 20.0)
+"""Range in µm that a slide scanner can have written. Programs that know no pixel size write 72 dpi (353 µm)."""
+
+USUAL_MPP = (0.1, 1.2)
+"""Range in µm of nearly all brightfield scans; values outside are worth a warning."""
+
+USUAL_MPP_TIMES_POWER = (4.0, 16.0)
+"""Range of µm per pixel × objective power, about 10 on most scanners. 20× lenses before a finer camera reach 4.6."""
+
+MPP_TOLERANCE = 0.05
+"""A pixel size from the cohort that differs by more than this fraction from the file's is worth a warning."""
+
+_MICROMETRES = {"nm": 1e-3, "µm": 1.0, "mm": 1e3, "cm": 1e4, "inch": 25_400.0}
+_TIFF_UNITS = {2: "inch", 3: "cm", 4: "mm", 5: "µm"}
+_IMAGEJ_UNITS = {"micron": "µm", "microns": "µm", "um": "µm", "\\u00B5m": "µm", "nm": "nm", "mm": "mm", "cm": "cm"}
+
+
+@dataclass(frozen=True)
+class StatedSize:
+    """A file's own pixel size. `unusable`: why the value that was read is not taken, or ""."""
+
+    mpp: Mpp | None
+    unusable: str = ""
+
+
+def to_float(text: object) -> float | None:
+    """Return a finite number; None for anything else."""
+    try:
+        value = float(str(text))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def stated_size(x: object, y: object, source: str, unit: str = "µm") -> StatedSize:
+    """Judge the size that `source` (words for the message) gives a pixel along x and y; None where it gives none."""
+    if x is None and y is None:
+        return StatedSize(None)
+    across, down = to_float(x), to_float(y)
+    said = f"{source} says {x if x == y else f'{x} × {y}'} {unit} a pixel"
+    if unit not in _MICROMETRES:
+        return StatedSize(None, f"{said}, a unit that is not known")
+    if across is None or down is None:
+        return StatedSize(None, f"{said}, which is not a pair of numbers")
+    across, down = across * _MICROMETRES[unit], down * _MICROMETRES[unit]
+    if fault := _fault_of(across, down):
+        return StatedSize(None, f"{source} says {_words(across, down)} µm a pixel; {fault}")
+    return StatedSize(Mpp(across, down))
+
+
+def tiff_size(page: tifffile.TiffPage) -> StatedSize:
+    """Judge the resolution tags of a TIFF page, in pixels per cm or inch, or in the unit that ImageJ writes."""
+    x, y = (_per_unit(page, name) for name in ("XResolution", "YResolution"))
+    if x is None or y is None:
+        return StatedSize(None)
+    unit = _TIFF_UNITS.get(int(page.tags.valueof("ResolutionUnit", default=1)))
+    if unit is None and page.is_imagej:
+        found = re.search(r"^unit=(\S+)$", page.description, re.MULTILINE)
+        unit = _IMAGEJ_UNITS.get(found[1]) if found else None
+    if unit is None:  # writers that know no resolution give 1 × 1 without a unit
+        return StatedSize(None, "" if x == y == 1 else f"its resolution of {_words(x, y)} has no unit")
+    return stated_size(1 / x, 1 / y, f"its resolution of {_words(x, y)} per {unit}", unit)
+
+
+def _words(x: float, y: float) -> str:
+    return f"{x:.4g}" if x == y else f"{x:.4g} × {y:.4g}"
+
+
+def _per_unit(page: tifffile.TiffPage, name: str) -> float | None:
+    value = page.tags.valueof(name)
+    return value[0] / value[1] if isinstance(value, tuple) and len(value) == 2 and value[0] and value[1] else None
+
+
+def check_given(mpp: Mpp) -> None:
+    """Raise InputError for a pixel size of the cohort that no slide can have."""
+    if fault := _fault_of(mpp.x, mpp.y):
+        raise InputError(f"mpp {mpp}: {fault}")
+
+
+def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> list[str]:
+    """Return what is odd about the size `mpp` that is used, next to the file's own and the objective's power."""
+    found = []
+    if stated is not None:
+        off = max(abs(mpp.x / stated.x - 1), abs(mpp.y / stated.y - 1))
+        if off > MPP_TOLERANCE:
+            found.append(f"mpp {mpp} of the cohort is {off:.0%} off the file's {stated}; the cohort's is used")
+    odd = []
+    if not all(USUAL_MPP[0] <= size <= USUAL_MPP[1] for size in (mpp.x, mpp.y)):
+        odd.append(f"slides have {USUAL_MPP[0]:g} to {USUAL_MPP[1]:g} µm a pixel as a rule")
+    low, high = USUAL_MPP_TIMES_POWER
+    if magnification is not None and not all(low <= size * magnification <= high for size in (mpp.x, mpp.y)):
+        odd.append(f"at a magnification of {magnification:g} about {10 / magnification:.2g} µm are expected")
+    if odd:
+        found.append(f"mpp {mpp}: {', and '.join(odd)}; if it is wrong, give the right one in the column mpp")
+    return found
+
+
+def _fault_of(x: float, y: float) -> str:
+    """Return why no slide has pixels of that size in µm, with the unit that was probably meant; "" where one can."""
+    low, high = PLAUSIBLE_MPP
+    if low <= x <= high and low <= y <= high:
+        return ""
+    meant = [f"{x * _MICROMETRES[unit]:.4g} µm if it is in {unit}" for unit in ("nm", "mm", "cm")]
+    usual = [USUAL_MPP[0] <= x * _MICROMETRES[unit] <= USUAL_MPP[1] for unit in ("nm", "mm", "cm")]
+    hint = next((f" ({words})" for words, fits in zip(meant, usual, strict=True) if fits), "")
+    return f"no slide has pixels of that many µm{hint}; {low:g} to {high:g} are possible"

@@ -1,0 +1,97 @@
+"""DICOM folders of one slide, of several, and with instances that cannot be read."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_slide import write_dicom_slide
+
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.errors import InputError, SlideError
+from hover_batch.geometry import Size
+from hover_batch.slide.headers import peek
+
+# wsidicom's DICOMweb client imports a name that pydicom 3 deprecates; nothing here calls it.
+pytestmark = pytest.mark.filterwarnings("ignore:get_frame_offsets is deprecated:DeprecationWarning")
+
+LEVELS = [np.zeros((200, 260, 3), np.uint8), np.zeros((100, 130, 3), np.uint8)]
+
+
+def flat_folder(folder: Path, seeds: str, levels: int = 2) -> Path:
+    """The instances of several slides, side by side."""
+    (folder / "flat").mkdir()
+    for seed in seeds:
+        write_dicom_slide(folder / seed, LEVELS[:levels], 0.25, seed)
+        for file in (folder / seed).iterdir():
+            shutil.move(file, folder / "flat" / f"{seed}_{file.name}")
+    return folder / "flat"
+
+
+def record(folder: Path) -> SlideRecord:
+    return SlideRecord("s", folder, 2)
+
+
+def test_several_slides_in_a_folder_are_named(tmp_path: Path) -> None:
+    folder = flat_folder(tmp_path, "abc")
+    with pytest.raises(InputError, match="holds several slides") as caught:
+        peek(record(folder))
+    for seed in "abc":
+        assert f"{seed}_level0.dcm, {seed}_level1.dcm" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_stray_instance_of_another_series_is_enough(tmp_path: Path) -> None:
+    folder = flat_folder(tmp_path, "ab")
+    (folder / "b_level0.dcm").unlink()
+    with pytest.raises(InputError, match=r"holds several slides.*b_level1\.dcm"):
+        peek(record(folder))
+
+
+def test_a_label_of_another_series_and_other_objects_are_no_slides(tmp_path: Path) -> None:
+    """And wsidicom's words about them stay off the terminal."""
+    folder = flat_folder(tmp_path, "ab", levels=1)
+    import pydicom
+
+    label = pydicom.dcmread(folder / "b_level0.dcm")
+    label.ImageType = ["ORIGINAL", "PRIMARY", "LABEL", "NONE"]
+    label.save_as(folder / "label.dcm")
+    (folder / "b_level0.dcm").unlink()
+    assert peek(record(folder)).level0 == Size(260, 200)
+    code = f"""
+from pathlib import Path
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.slide.headers import peek
+from hover_batch.slide.reader import open_slide
+record = SlideRecord("s", Path({str(folder)!r}), 2)
+peek(record)
+open_slide(record).close()
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_an_instance_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """wsidicom would go on without it: with a smaller level for the slide."""
+    folder = flat_folder(tmp_path, "a")
+    (folder / "a_level0.dcm").write_bytes(b"torn")
+    with pytest.raises(SlideError, match=r"a_level0\.dcm: cannot be read as DICOM") as caught:
+        peek(record(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
+    import pydicom
+
+    folder = flat_folder(tmp_path, "a", levels=1)
+    deep = pydicom.dcmread(folder / "a_level0.dcm")
+    deep.BitsAllocated, deep.BitsStored, deep.HighBit = 16, 12, 11
+    deep.PixelData = deep.PixelData * 2
+    deep.save_as(folder / "a_level0.dcm")
+    with pytest.raises(SlideError):
+        peek(record(folder))

@@ -1,0 +1,163 @@
+"""Samples that libraries would turn black, pixel sizes in every form, and the memory of plain pictures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.errors import InputError, SlideError
+from hover_batch.geometry import Mpp
+from hover_batch.slide import headers
+from hover_batch.slide.headers import peek
+from hover_batch.slide.reader import open_slide
+
+FIELD = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+TILES = {"tile": (128, 128)}
+QUARTER_PER_CM = {"resolution": (40_000, 40_000), "resolutionunit": "CENTIMETER"}
+
+
+def record(path: Path, mpp: float | None = None) -> SlideRecord:
+    return SlideRecord("s1", path, 7, mpp=None if mpp is None else Mpp(mpp, mpp))
+
+
+def written(path: Path, array: Any = FIELD, **options: Any) -> Path:
+    tifffile.imwrite(path, array, photometric="rgb", **options)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["tiles", "strips", "ome"])
+@pytest.mark.parametrize(
+    ("array", "kind"),
+    [
+        (FIELD.astype(np.uint16) << 2, "16"),
+        (FIELD.astype(np.uint16) << 4, "16"),
+        (FIELD.astype(np.uint16) << 8, "16"),
+        (FIELD.astype(np.int16) << 4, "16"),
+        ((FIELD >> 1).astype(np.int8), "8"),
+        (FIELD.astype(np.float32) / 255, "32"),
+    ],
+    ids=["10 bits", "12 bits", "16 bits", "signed 16", "signed 8", "float"],
+)
+def test_other_than_unsigned_8_bit_samples_are_refused(tmp_path: Path, layout: str, array: Any, kind: str) -> None:
+    options: dict[str, Any] = {} if layout == "strips" else dict(TILES)
+    name = "deep.ome.tif" if layout == "ome" else "deep.tif"
+    path = written(tmp_path / name, array, **options, **({} if layout == "ome" else QUARTER_PER_CM))
+    with pytest.raises(SlideError, match="8-bit") as caught:
+        peek(record(path, mpp=0.25))
+    assert kind in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_deep_level_below_an_8_bit_label_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "label_first.tif"
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(FIELD, tile=(128, 128), photometric="rgb", metadata=None)
+        tiff.write(FIELD.astype(np.uint16), tile=(128, 128), photometric="rgb", metadata=None)
+    with pytest.raises(SlideError, match="16 bits a channel"):
+        peek(record(path, mpp=0.25))
+
+
+@pytest.mark.parametrize("tiles", [{}, TILES], ids=["strips", "tiles"])
+@pytest.mark.parametrize(("unit", "density"), [("CENTIMETER", 40_000), ("INCH", 101_600)])
+def test_resolution_tags_are_read(tmp_path: Path, tiles: dict[str, Any], unit: str, density: int) -> None:
+    path = written(tmp_path / "slide.tif", **tiles, resolution=(density, density / 2), resolutionunit=unit)
+    info = peek(record(path))
+    assert (info.mpp.x, info.mpp.y) == pytest.approx((0.25, 0.5)) and info.mpp_source == "file"
+    with open_slide(record(path)) as slide:
+        assert slide.info == info
+
+
+@pytest.mark.parametrize("tiles", [{}, TILES], ids=["strips", "tiles"])
+def test_imagej_writes_its_unit_in_the_description(tmp_path: Path, tiles: dict[str, Any]) -> None:
+    path = tmp_path / "imagej.tif"
+    description = "ImageJ=1.53t\nunit=micron\n"
+    written(path, **tiles, resolution=(4, 4), resolutionunit="NONE", description=description, metadata=None)
+    assert peek(record(path)).mpp == Mpp(0.25, 0.25)
+
+
+@pytest.mark.parametrize("tiles", [{}, TILES], ids=["strips", "tiles"])
+@pytest.mark.parametrize(
+    ("resolution", "unit", "said"),
+    [
+        (72, "INCH", "resolution of 72 per inch says 352.8 µm a pixel"),
+        (40, "CENTIMETER", r"250 µm a pixel.*\(0.25 µm if it is in nm\)"),
+        (4, "NONE", "resolution of 4 has no unit"),
+    ],
+)
+def test_refused_tags_are_quoted(tmp_path: Path, tiles: dict[str, Any], resolution: int, unit: str, said: str) -> None:
+    path = written(tmp_path / "slide.tif", **tiles, resolution=(resolution, resolution), resolutionunit=unit)
+    with pytest.raises(InputError, match=f"slide.tif: .*{said}.*column mpp.*row 7"):
+        peek(record(path))
+    assert peek(record(path, mpp=0.25)).mpp == Mpp(0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("mpp", "said"),
+    [
+        ("250", r"250 µm.*\(0.25 µm if it is in nm\)"),
+        ("0.00025", r"0.25 µm if it is in mm"),
+        ("a quarter", "a quarter"),
+    ],
+)
+def test_refused_values_of_aperio_are_quoted(tmp_path: Path, mpp: str, said: str) -> None:
+    text = f"Aperio Image Library v1\n300x300 [0,0 300x300] (128x128)|AppMag = 40|MPP = {mpp}"
+    path = written(tmp_path / "slide.svs", **TILES, description=text, metadata=None)
+    with pytest.raises(InputError, match=f"{said}.*column mpp"):
+        peek(record(path))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"PhysicalSizeX": 250.0, "PhysicalSizeY": 250.0}, "250 µm.*in nm"),
+        ({"PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel", "PhysicalSizeY": 1.0}, "1.0 pixel a pixel, a unit"),
+    ],
+)
+def test_refused_values_of_ome_are_quoted(tmp_path: Path, sizes: dict[str, Any], said: str) -> None:
+    path = written(tmp_path / "slide.ome.tif", **TILES, metadata={"axes": "YXS", **sizes})
+    with pytest.raises(InputError, match=f"{said}.*column mpp"):
+        peek(record(path))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_the_resolution_of_png_and_jpeg_is_quoted_but_not_taken(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"tile.{suffix}"
+    Image.fromarray(FIELD).save(path, dpi=(50800, 50800))
+    with pytest.raises(InputError, match="0.5 µm a pixel, which is not taken.*column mpp"):
+        peek(record(path))
+
+
+def test_a_large_picture_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.png"
+    Image.new("L", (400, 300)).save(path)
+    assert peek(record(path, mpp=0.25)).warnings == ()
+    monkeypatch.setattr(headers, "LARGE_PICTURE_PIXELS", 100_000)
+    (warning,) = peek(record(path, mpp=0.25)).warnings
+    assert warning.startswith("a plain picture is held in memory whole")
+
+
+def test_the_memory_of_a_picture_is_as_told(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    Image.new("RGB", (6000, 5000), (200, 100, 180)).save(path, compress_level=1)
+    code = f"""
+import resource
+from pathlib import Path
+from hover_batch.slide.formats import PICTURE_BYTES
+from hover_batch.slide.sources import PictureSource
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+before = peak()
+source = PictureSource(Path({str(path)!r}))
+assert (source._pixels[::1000, ::1000] == (200, 100, 180)).all()
+print((peak() - before) / 30e6 <= PICTURE_BYTES[1] + 0.7, (peak() - before) / 30e6)
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("True"), done.stdout

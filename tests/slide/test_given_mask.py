@@ -1,0 +1,151 @@
+"""Masks of the cohort on slides with bounds, and the ways in which GeoJSON is stored."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scn_slide import write_scn_slide
+
+from hover_batch import files
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.config import TissueSettings
+from hover_batch.errors import InputError
+from hover_batch.geometry import Box, Size
+from hover_batch.slide.given_mask import check_mask
+from hover_batch.slide.reader import open_slide
+from hover_batch.slide.tissue import TissueMask, tissue_mask
+
+CANVAS, BOUNDS = Size(1440, 1080), Box(600, 360, 1080, 840)
+LEFT_HALF = {"type": "Polygon", "coordinates": [[[0, 0], [240, 0], [240, 480], [0, 480], [0, 0]]]}
+# The scanned part's left half, its right half, and the canvas left of it.
+X, Y = np.array([700.0, 950, 300]), np.array([600.0, 600, 600])
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scn") / "slide.scn"
+    write_scn_slide(path, np.full((480, 480, 3), (200, 100, 180), np.uint8), CANVAS, (600, 360))
+    return path
+
+
+def laid(slide: Path, mask: Path | None) -> TissueMask:
+    record = SlideRecord("s", slide, 2, mask_path=mask)
+    with open_slide(record) as reader:
+        assert (reader.info.level0, reader.info.bounds) == (CANVAS, BOUNDS)
+        return tissue_mask(reader, record, TissueSettings())
+
+
+def test_polygons_count_from_the_corner_of_the_bounds(slide: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mask.geojson"
+    path.write_text(json.dumps(LEFT_HALF))
+    assert check_mask(path, CANVAS, BOUNDS) == []
+    mask = laid(slide, path)
+    assert mask.contains(X, Y).tolist() == [True, False, False]
+    edge = np.array([590.0, 602, 836, 850])
+    assert mask.contains(edge, np.full(4, 600.0)).tolist() == [False, True, True, False]
+
+
+def test_tissue_geojson_counts_as_the_nuclei_do_and_comes_back(slide: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tissue.geojson"
+    array = np.zeros((9, 12), bool)
+    array[3:7, 5:7] = True  # the left half, of 120 level-0 pixels a mask pixel
+    TissueMask(array, (120.0, 120.0)).write_geojson(path, BOUNDS)
+    (written,) = json.loads(path.read_text())["features"]
+    points = np.array(written["geometry"]["coordinates"][0][0])
+    assert (points.min(axis=0).tolist(), points.max(axis=0).tolist()) == ([0, 0], [240, 480])
+    assert laid(slide, path).contains(X, Y).tolist() == [True, False, False]
+
+
+def test_polygons_that_count_from_the_canvas_are_refused(tmp_path: Path) -> None:
+    """Moved by the corner a second time, they would lie beside the tissue."""
+    ring = (np.array(LEFT_HALF["coordinates"][0]) + (200, 0)).tolist()
+    path = tmp_path / "mask.geojson"
+    for shift, part in ((600, "100% of the mask"), (120, "50% of the mask")):
+        moved = [[[x + shift + 40, y] for x, y in ring]]
+        path.write_text(json.dumps({"type": "Polygon", "coordinates": moved}))
+        with pytest.raises(InputError, match=f"{part} lies outside.*480 × 480.*subtract 600, 360"):
+            check_mask(path, CANVAS, BOUNDS)
+
+
+@pytest.mark.parametrize("size", [(480, 480), (48, 48), (960, 960)])
+def test_a_png_of_the_aspect_of_the_bounds_covers_them(slide: Path, tmp_path: Path, size: tuple[int, int]) -> None:
+    values = np.zeros(size[::-1], np.uint8)
+    values[:, : size[0] // 2] = 255
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    assert check_mask(tmp_path / "mask.png", CANVAS, BOUNDS) == []
+    mask = laid(slide, tmp_path / "mask.png")
+    assert mask.contains(X, Y).tolist() == [True, False, False]
+    edge = np.array([598.0, 602, 836, 844])
+    assert mask.contains(edge, np.full(4, 600.0)).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("size", [(1440, 1080), (144, 108), (73, 55)])
+def test_a_png_of_the_aspect_of_the_canvas_covers_it(slide: Path, tmp_path: Path, size: tuple[int, int]) -> None:
+    values = np.zeros(size[::-1], np.uint8)
+    values[:, : size[0] // 2] = 255
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    assert laid(slide, tmp_path / "mask.png").contains(X, Y).tolist() == [True, False, True]
+
+
+def test_a_png_of_another_aspect_is_refused_and_one_that_fits_both(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    Image.new("L", (200, 100), 255).save(path)
+    with pytest.raises(InputError, match=r"200 × 100.*neither.*480 × 480.*1440 × 1080"):
+        check_mask(path, CANVAS, BOUNDS)
+    Image.new("L", (100, 100), 255).save(path)
+    inner = Box(100, 100, 600, 600)
+    with pytest.raises(InputError, match=r"could be of.*500 × 500.*1000 × 1000"):
+        check_mask(path, Size(1000, 1000), inner)
+    Image.new("L", (500, 500), 255).save(path)
+    assert check_mask(path, Size(1000, 1000), inner) == []
+
+
+def test_a_stretched_png_is_warned_of_without_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    Image.new("L", (200, 100), 255).save(path)
+    assert check_mask(path, Size(2000, 1000)) == []
+    (warning,) = check_mask(path, Size(1000, 1000))
+    assert "200 × 100" in warning and "1000 × 1000" in warning
+
+
+def test_a_mask_without_tissue_is_refused_before_the_run(tmp_path: Path) -> None:
+    Image.new("L", (100, 100), 0).save(tmp_path / "mask.png")
+    away = {"type": "Polygon", "coordinates": [[[900, 900], [990, 900], [990, 990], [900, 900]]]}
+    (tmp_path / "mask.geojson").write_text(json.dumps(away))
+    for name in ("mask.png", "mask.geojson"):
+        with pytest.raises(InputError, match="no tissue of this mask lies on the slide of 500 × 500"):
+            check_mask(tmp_path / name, Size(500, 500))
+
+
+TEXT = json.dumps([{"type": "Feature", "properties": {}, "geometry": LEFT_HALF}])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TEXT.encode("utf-8-sig"),
+        TEXT.encode("utf-16"),
+        gzip.compress(TEXT.encode()),
+        gzip.compress(TEXT.encode("utf-8-sig")),
+    ],
+)
+@pytest.mark.parametrize("name", ["mask.geojson", "mask.geojson.gz"])
+def test_geojson_of_every_encoding(slide: Path, tmp_path: Path, content: bytes, name: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert laid(slide, tmp_path / name).contains(X, Y).tolist() == [True, False, False]
+
+
+def test_torn_and_endless_gzip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mask.geojson.gz"
+    path.write_bytes(gzip.compress(TEXT.encode())[:-20])
+    with pytest.raises(InputError, match="no readable GeoJSON.*gzip"):
+        check_mask(path)
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 1 << 20)
+    path.write_bytes(gzip.compress(b" " * (1 << 21)))
+    with pytest.raises(InputError, match="larger than 1 MiB"):
+        check_mask(path)

@@ -1,0 +1,75 @@
+"""Checks before a run: warnings, and all faults of all rows at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from hover_batch.cohort.manifest import read_cohort
+from hover_batch.config import Settings
+from hover_batch.plan import Plan, plan_cohort
+
+CARD: Any = SimpleNamespace(name="student", mpp=0.25, tile_out=256)
+
+
+def planned(folder: Path, text: str) -> Plan:
+    path = folder / "cohort.csv"
+    path.write_text(text)
+    return plan_cohort(read_cohort(path), CARD)
+
+
+def write_tiff(path: Path, x: float, y: float) -> None:
+    """Write 300 × 300 px of `x` by `y` µm."""
+    array = np.zeros((300, 300, 3), np.uint8)
+    tifffile.imwrite(
+        path, array, tile=(128, 128), photometric="rgb", resolution=(1e4 / x, 1e4 / y), resolutionunit="CENTIMETER"
+    )
+
+
+def test_both_sizes_of_anisotropic_pixels_are_printed(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "slide.tif", 0.25, 0.5)
+    lines = planned(tmp_path, "path\nslide.tif\n").lines(Settings(), CARD)
+    assert any("300 × 300 px at 0.25 × 0.5 µm → 300 × 600 at 0.25 µm" in line for line in lines)
+
+
+def test_odd_pixel_sizes_and_columns_are_warned_of(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "slide.tif", 0.025, 0.025)
+    text = "path,mask,mpp,magnification,slide_id\nslide.tif,x,,,a\nslide.tif,x,0.25,10,b\n"
+    lines = "\n".join(planned(tmp_path, text).lines(Settings(), CARD))
+    assert "warning: mpp 0.025:" in lines and "at a magnification of 10 about 1 µm are expected" in lines
+    assert "column mask is not used" in lines
+
+
+def test_all_faults_of_a_row_come_at_once(tmp_path: Path) -> None:
+    """A pixel size, a header and a mask that are wrong, in one row; a mask beside the slide in another."""
+    write_tiff(tmp_path / "none.tif", 353, 353)
+    write_tiff(tmp_path / "slide.tif", 0.25, 0.25)
+    ring = [[900, 900], [990, 900], [990, 990], [900, 900]]
+    (tmp_path / "away.json").write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    (tmp_path / "empty.json").write_text("[]")
+    text = (
+        "path,slide_id,mpp,mask_path\nnone.tif,a,,empty.json\nslide.tif,b,,away.json\nslide.tif,c,250,\nslide.tif,d,,\n"
+    )
+    plan = planned(tmp_path, text)
+    assert [(fault.row, fault.slide_id_or_path) for fault in plan.cohort.faults] == [
+        (2, "a"),
+        (2, "a"),
+        (3, "b"),
+        (4, "c"),
+    ]
+    parts = ["353 µm", "holds no polygon", "no tissue of this mask", "0.25 µm if it is in nm"]
+    assert all(part in fault.message for part, fault in zip(parts, plan.cohort.faults, strict=True))
+    assert [slide.record.slide_id for slide in plan.slides] == ["d"] and plan.exit_code == 3
+
+
+def test_a_stretched_mask_is_warned_of(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "slide.tif", 0.25, 0.25)
+    Image.new("L", (200, 100), 255).save(tmp_path / "mask.png")
+    (warning,) = planned(tmp_path, "path,mask_path\nslide.tif,mask.png\n").cohort.warnings
+    assert warning.startswith("slide: ") and "stretched" in warning
