@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from hover_batch.errors import DISK_FULL, HoverBatchError
+from hover_batch.executor.interrupts import on_interrupt
 from hover_batch.logs import LogFormat, json_line
 
 
@@ -29,7 +30,8 @@ class CommandGroup(TyperGroup):
             if isinstance(stream, io.TextIOWrapper):  # else µ and → would end a run on a terminal that is not UTF-8
                 stream.reconfigure(errors="backslashreplace")
         try:
-            return super().invoke(ctx)
+            with on_interrupt():
+                return super().invoke(ctx)
         except HoverBatchError as error:
             _say(ctx, f"Error: {error}", error.exit_code)
             raise typer.Exit(error.exit_code) from error

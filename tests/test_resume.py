@@ -86,8 +86,9 @@ def count(folder: Path) -> int:
         ("markers", signal.SIGKILL, -signal.SIGKILL),
         ("parts", signal.SIGKILL, -signal.SIGKILL),
         ("markers", signal.SIGINT, 130),
+        ("parts", signal.SIGTERM, 130),
     ],
-    ids=["kill -9 in inference", "kill -9 in post-processing", "Ctrl-C in inference"],
+    ids=["kill -9 in inference", "kill -9 in post-processing", "Ctrl-C in inference", "SIGTERM in post-processing"],
 )
 def test_an_interrupted_run_ends_like_an_undisturbed_one(
     cohort: Path, undisturbed: bytes, tmp_path: Path, stage: str, how: signal.Signals, code: int

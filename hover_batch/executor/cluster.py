@@ -11,9 +11,11 @@ import io
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,12 +117,22 @@ def ray_version() -> str:
     return str(ray.__version__)
 
 
+def _init(**settings: Any) -> None:
+    """Call ray.init, which sets a handler of its own for SIGTERM, and set the previous one again."""
+    import ray
+
+    before = signal.getsignal(signal.SIGTERM)
+    ray.init(**settings, **_QUIET)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
 def _start(resources: Resources, object_store_bytes: int, folder: Path) -> None:
     import ray
 
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            ray.init(
+            _init(
                 address="local",  # or it would join any cluster that it finds
                 num_cpus=resources.cpus,
                 num_gpus=resources.gpus,
@@ -128,7 +140,6 @@ def _start(resources: Resources, object_store_bytes: int, folder: Path) -> None:
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder),
-                **_QUIET,
             )
             return
         except Exception as error:  # Ray raises plain Exception here
@@ -153,7 +164,7 @@ def joined(address: str, log: Path) -> Iterator[None]:
         with _stdout_to(log):
             try:
                 with _stderr_to(log):
-                    ray.init(address=address, **_QUIET)
+                    _init(address=address)
             except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and more
                 raise InputError(
                     f"--address {address}: no Ray cluster answers there ({error}); start one by `ray start --head`, "

@@ -1,4 +1,4 @@
-"""Ctrl-C while a cohort runs."""
+"""Interruptions of a command: Ctrl-C, and the signals by which schedulers and terminals end a process."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C; what SLURM, Kubernetes and `docker stop` send before they kill; the loss of the terminal."""
+
+
+def raise_interrupt() -> None:
+    """Raise KeyboardInterrupt, as Python does at Ctrl-C."""
+    raise KeyboardInterrupt
+
 
 @contextlib.contextmanager
-def on_ctrl_c(call: Callable[[], None]) -> Iterator[None]:
-    """Within the block, Ctrl-C calls `call` instead of raising KeyboardInterrupt. In other threads than the main one,
-    which alone gets signals, nothing changes."""
+def on_interrupt(call: Callable[[], None] = raise_interrupt) -> Iterator[None]:
+    """While the block runs, each of SIGNALS calls `call`.
+
+    Signals that the process ignores stay ignored, such as SIGHUP under nohup. Only the main thread receives signals: in
+    other threads nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -20,8 +31,12 @@ def on_ctrl_c(call: Callable[[], None]) -> Iterator[None]:
     def handle(_signal: int, _frame: FrameType | None) -> None:
         call()
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python

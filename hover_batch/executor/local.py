@@ -7,7 +7,7 @@ from functools import cached_property
 
 from hover_batch.cohort.record import Stage
 from hover_batch.executor.disk_space import is_disk_full
-from hover_batch.executor.interrupts import on_ctrl_c
+from hover_batch.executor.interrupts import on_interrupt, raise_interrupt
 from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.model.predict import Predictor, load_predictor
 from hover_batch.pipeline import Seconds, finalize, infer, inferred, post, posted, reading
@@ -29,7 +29,7 @@ class LocalExecutor(Executor):
         return self.load(self.context.package, self.context.settings.infer)
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
-        with on_ctrl_c(self._interrupt):
+        with on_interrupt(self._interrupt):
             for slide in slides:
                 while not self._end(slide):
                     self.context.disk.wait()
@@ -51,7 +51,7 @@ class LocalExecutor(Executor):
 
     def _interrupt(self) -> None:
         self._interrupted = True
-        raise KeyboardInterrupt
+        raise_interrupt()
 
     def _check_interrupted(self) -> None:
         """Raise a KeyboardInterrupt that was lost: a compiler or a destructor swallows what is raised in it."""

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from hover_batch.cohort.record import Stage, Url
 from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.faults import WorkerDied, cause_of, verdict_on
-from hover_batch.executor.interrupts import on_ctrl_c
+from hover_batch.executor.interrupts import on_interrupt
 from hover_batch.executor.network_pool import Network, NetworkPool, is_death, load_error
 from hover_batch.executor.nodes import ClusterNodes
 from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
@@ -77,7 +77,7 @@ class RayExecutor(Executor):
         self._waiting = deque(slides)
         patience_ends = time.monotonic() + PATIENCE_S
         try:
-            with on_ctrl_c(self._drain):
+            with on_interrupt(self._drain):
                 while True:
                     self._follow_nodes()
                     if self._draining:

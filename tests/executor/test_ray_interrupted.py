@@ -31,7 +31,7 @@ def test_a_cluster_that_is_up_is_joined(cohort: Path, undisturbed: bytes, ray_cl
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("how", ["Ctrl-C once", "Ctrl-C twice", "kill -9"])
+@pytest.mark.parametrize("how", ["Ctrl-C once", "Ctrl-C twice", "SIGTERM", "kill -9"])
 def test_an_interrupted_run_ends_like_an_undisturbed_one(
     cohort: Path, undisturbed: bytes, tmp_path: Path, how: str
 ) -> None:
@@ -45,6 +45,8 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
         time.sleep(0.01)
     if how == "kill -9":
         process.kill()  # the driver alone: its helpers are to notice
+    elif how == "SIGTERM":
+        process.terminate()  # as schedulers do
     else:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
         if how == "Ctrl-C twice":
@@ -55,7 +57,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     assert_all_gone(process.pid)
     reached = count(slide / "markers")
     assert 3 <= reached < UNITS, "it was not interrupted in the middle of its work"
-    if how == "Ctrl-C once":
+    if how in ("Ctrl-C once", "SIGTERM"):
         # What was under way was finished: every marker has its event.
         events = read_events(out / "logs" / "events.jsonl")
         assert len([e for e in events if e["event"] == "unit_done"]) == reached
