@@ -108,11 +108,11 @@ def _frame(path: Path, picture: NDArray[np.bool_], level0: Size, bounds: Box | N
         f"({level0.width} × {level0.height})"
     )
     fault = f"could be of the slide's {parts}" if frames else f"has the aspect ratio neither of the slide's {parts}"
-    raise InputError(f"{path}: a mask of {width} × {height} pixels {fault}; export it anew, or give GeoJSON")
+    raise InputError(f"{path}: a mask of {width} × {height} pixels {fault}; export it again, or give GeoJSON")
 
 
 def _has_aspect(picture: NDArray[np.bool_], frame: Box) -> bool:
-    """Is the picture the frame, reduced, with sides rounded to whole pixels?"""
+    """Return whether the picture is the frame reduced, with sides rounded to whole pixels."""
     height, width = picture.shape
     return abs(width * frame.height - height * frame.width) <= frame.width + frame.height
 

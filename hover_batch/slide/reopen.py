@@ -1,4 +1,4 @@
-"""A slide of a finished run, opened once more: to be looked at, where it is still at hand."""
+"""Reopen a slide of a finished run for viewing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def open_again(record: SlideRecord, survey: Path) -> SlideReader:
-    """Open for reading. SlideError where it is gone or in a bucket, cannot be read, or is not the slide that the run's
-    `survey` (survey.json) is of."""
+    """Open for reading. SlideError where it is missing or in a bucket, cannot be read, or is not the slide of the
+    run's `survey` (survey.json)."""
     if isinstance(record.path, Url):
         raise SlideError(f"{record.path} is not fetched to be looked at")
     if not record.path.exists():
         raise SlideError(f"{record.path} is not there")
-    from hover_batch.slide.reader import open_slide  # many seconds, which what is not there need not take
+    from hover_batch.slide.reader import open_slide  # takes seconds: only when the slide is there
 
     reader = open_slide(record)
     if reader.info.fingerprint != read_info(survey).fingerprint:
