@@ -1,4 +1,4 @@
-"""Which slide ids can be folder names on every file system, and what to offer in place of one that cannot."""
+"""Slide ids that can be folder names on every file system, and suggestions in place of others."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _MAX_LENGTH = 128
 _DEVICES = frozenset(
     ["con", "prn", "aux", "nul", *(f"com{i}" for i in range(1, 10)), *(f"lpt{i}" for i in range(1, 10))]
 )
-"""Names that Windows and its network shares keep for devices, whatever follows the first dot."""
+"""Names that Windows and its network shares reserve for devices, with any suffix."""
 
 
 def fold(slide_id: str) -> str:
-    """What two ids share that a case-insensitive file system takes for one."""
+    """Return the form that ids share if a case-insensitive file system takes them for one."""
     return slide_id.lower()
 
 
 def fault_in(slide_id: str) -> str | None:
-    """Why `slide_id` cannot name a folder, or None where it can."""
+    """Return why `slide_id` cannot name a folder, or None where it can."""
     if not _FITS.fullmatch(slide_id):
         return "may hold only A-Z a-z 0-9 . _ - and begins with a letter or digit"
     if len(slide_id) > _MAX_LENGTH:
@@ -34,7 +34,7 @@ def fault_in(slide_id: str) -> str | None:
 
 
 def suggest(text: str, taken: Container[str]) -> str:
-    """An id near `text` that fits and whose `fold` is not in `taken`."""
+    """Return a valid id like `text` whose `fold` is not in `taken`."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", ascii_text)
     # Room is left for the counter below.

@@ -82,7 +82,7 @@ def _slides_in(folder: Path) -> list[str]:
                 header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=wanted)
         except Exception as error:  # pydicom raises what it likes on broken files
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise SlideError(f"{file}: cannot be read as DICOM: {reason}; copy it anew, or remove it") from error
+            raise SlideError(f"{file}: cannot be read as DICOM: {reason}; copy it again, or remove it") from error
         if header.get("SOPClassUID") == VLWholeSlideMicroscopyImageStorage and "VOLUME" in header.get("ImageType", ()):
             identity = tuple(str(header.get(name, "")) for name in names)
             found[(str(header.get("ContainerIdentifier", "")), *identity)].append(file.name)

@@ -24,7 +24,7 @@ _SMALLEST_LEVEL = 256
 def write_example(folder: Path) -> Path:
     """Write he_0.25.tif, he_0.5.tif and cohort.csv into `folder`; return the path of cohort.csv.
 
-    Files that are there with the same content are left as they are, so that a second run finds nothing changed.
+    Existing files with the same content are not touched, so that a second run finds nothing changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     field = _field()
@@ -46,14 +46,14 @@ def _field() -> NDArray[np.uint8]:
     """tiatoolbox.data.stain_norm_target(), RGB (1000, 1000, 3), found without importing tiatoolbox and torch."""
     package = importlib.util.find_spec("tiatoolbox")
     if package is None or not package.submodule_search_locations:
-        raise HoverBatchError("the example needs tiatoolbox, which is not installed; install hover-batch anew")
+        raise HoverBatchError("the example needs tiatoolbox, which is not installed; reinstall hover-batch")
     path = Path(package.submodule_search_locations[0]) / "data" / "target_image.png"
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"), np.uint8)
 
 
 def _halve(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Means of 2 × 2 pixels; an odd last row or column is left out."""
+    """Return the means of 2 × 2 pixels; an odd last row or column is left out."""
     height, width = array.shape[0] // 2, array.shape[1] // 2
     blocks = array[: 2 * height, : 2 * width].reshape(height, 2, width, 2, 3)
     halved: NDArray[np.uint8] = ((blocks.sum(axis=(1, 3), dtype=np.uint16) + 2) // 4).astype(np.uint8)

@@ -88,7 +88,7 @@ def _check_samples(path: Path, tiff: tifffile.TiffFile) -> None:
             kind = {2: "signed ", 3: "float "}.get(int(page.sampleformat), "")
             raise SlideError(
                 f"{path}: pixels of {kind}{page.bitspersample} bits a channel; 8-bit grey or colour is needed: scale "
-                "its values to 0 … 255 and save it anew"
+                "its values to 0 … 255 and save it again"
             )
 
 

@@ -82,7 +82,8 @@ def _on_canvas(path: Path, outline: shapely.Geometry, level0: Size, bounds: Box 
     origin = qupath_origin(bounds)
     moved = shapely.transform(outline, lambda points: points + origin)
     frame = bounds or level0.box
-    inside = shapely.intersection(moved, shapely.box(frame.x0, frame.y0, frame.x1, frame.y1)).area / moved.area
+    kept = shapely.intersection(moved, shapely.box(frame.x0, frame.y0, frame.x1, frame.y1))
+    inside = float(shapely.area(kept) / shapely.area(moved))
     if inside == 0 and bounds is None:
         raise _no_tissue(path, level0)
     if bounds is not None and inside < 1 - _MAX_OUTSIDE:
@@ -108,13 +109,13 @@ def _frame(path: Path, picture: NDArray[np.bool_], level0: Size, bounds: Box | N
         f"({level0.width} × {level0.height})"
     )
     fault = f"could be of the slide's {parts}" if frames else f"has the aspect ratio neither of the slide's {parts}"
-    raise InputError(f"{path}: a mask of {width} × {height} pixels {fault}; export it anew, or give GeoJSON")
+    raise InputError(f"{path}: a mask of {width} × {height} pixels {fault}; export it again, or give GeoJSON")
 
 
 def _has_aspect(picture: NDArray[np.bool_], frame: Box) -> bool:
-    """Is the picture the frame, reduced, with sides rounded to whole pixels?"""
+    """Return whether the picture is the frame reduced, with sides rounded to whole pixels."""
     height, width = picture.shape
-    return abs(width * frame.height - height * frame.width) <= frame.width + frame.height
+    return bool(abs(width * frame.height - height * frame.width) <= frame.width + frame.height)
 
 
 def _over_canvas(picture: NDArray[np.bool_], frame: Box, level0: Size) -> NDArray[np.bool_]:
@@ -133,7 +134,8 @@ def _sources(extent: int, scale: float, start: int, covered: int, count: int) ->
     """Return, for each mask pixel along one axis, the index of the picture's pixel there; −1 and `count` outside."""
     pixels = max(1, round(extent / scale))
     centres = (np.arange(pixels) + 0.5) * (extent / pixels) - start
-    return np.clip(np.floor(centres * (count / covered)), -1, count).astype(np.int64)
+    found: NDArray[np.int64] = np.clip(np.floor(centres * (count / covered)), -1, count).astype(np.int64)
+    return found
 
 
 def _rasterise(outline: shapely.Geometry, level0: Size, scale: float) -> NDArray[np.bool_]:

@@ -1,8 +1,7 @@
 """A slide in storage that fsspec reaches (S3, GCS, Azure, HTTP …): its files, their sizes, and the fingerprint of their
-bytes, which is that of the same bytes on disk.
+bytes, which equals that of the same bytes on disk.
 
-Credentials are what the storage's own library finds in the environment. What is said of a URL leaves out what in it may
-be secret.
+Credentials come from the environment, through the storage's own library. Messages redact credentials in URLs.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from hover_batch.geometry import Mpp
 from hover_batch.slide.fingerprint import ReadParts, fingerprint_of
 
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
-"""What botocore raises, by name: it need not be installed."""
+"""Names of botocore's exceptions; it need not be installed."""
 
 
 @dataclass(frozen=True)
 class RemoteInfo:
-    """What is known of a slide before it is copied. `size`: bytes of all its files; `fingerprint`: as
+    """Properties of a slide before it is copied. `size`: bytes of all its files; `fingerprint`: as
     `hover_batch.slide.fingerprint.fingerprint` of a copy."""
 
     size: int
@@ -42,7 +41,7 @@ class RemoteFile:
 
 
 def require_packages(urls: Iterable[Url]) -> None:
-    """InputError where the package that reaches one of these storages is missing, naming what to install."""
+    """Raise InputError where the package for one of these storages is missing, naming what to install."""
     import fsspec
 
     for protocol in sorted({url.protocol for url in urls}):
@@ -57,8 +56,11 @@ def require_packages(urls: Iterable[Url]) -> None:
 
 
 def ask(url: Url, mpp: Mpp | None) -> RemoteInfo:
-    """A few requests, and 3 MiB of each file. InputError where it is not there or may not be read, SlideError where the
-    storage cannot be reached or serves no parts of files."""
+    """Return size and fingerprint, by a few requests and 3 MiB of each file.
+
+    InputError where the slide does not exist or access is denied, SlideError where the storage cannot be reached or
+    serves no parts of files.
+    """
     with storage_errors(url):
         storage, files = files_of(url)
         parts = ((file.size, _parts(url, storage, file)) for file in files)
@@ -76,7 +78,7 @@ def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
     if held["type"] == "directory":
         return storage, _inside(storage, path, url.name)
     if held.get("size") is None:
-        raise SlideError(f"{url}: its storage does not tell its size")
+        raise SlideError(f"{url}: its storage does not give its size")
     files = [RemoteFile(path, PurePosixPath(url.name), held["size"])]
     if url.name.lower().endswith(".mrxs"):
         files += _inside(storage, path[: -len(".mrxs")], url.stem)
@@ -119,7 +121,7 @@ def storage_errors(url: Url) -> Iterator[None]:
         denied = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
         if denied or type(error).__name__ in _NO_CREDENTIALS:
             raise InputError(
-                f"{url}: may not be read ({reason}); give credentials by the environment, for S3 AWS_ACCESS_KEY_ID and "
+                f"{url}: access denied ({reason}); give credentials by the environment, for S3 AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, a profile or the machine's role"
             ) from error
-        raise SlideError(f"{url}: cannot be had: {reason}") from error
+        raise SlideError(f"{url}: cannot be fetched: {reason}") from error

@@ -1,4 +1,4 @@
-"""From a level's pixels to the inference grid, at a phase that depends on nothing but the pixel's own index.
+"""Resample a level to the inference grid, at a phase that depends only on the pixel's own index.
 
 Output pixel i has its centre at (i + 0.5) · step in source pixels. It is a weighted sum of the source pixels round it:
 Catmull-Rom's cubic (Keys 1981, a = −1/2), widened by `step` when shrinking so that nothing aliases. Weights and sums
@@ -22,7 +22,7 @@ _ROW_BITS = 6
 
 
 def taps(step: float, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Sources and weights of the output pixels start…stop−1 along one axis.
+    """Return sources and weights of the output pixels start…stop−1 along one axis.
 
     `step`: source pixels per output pixel. Returns `first` (n,): index of the first source pixel, which may lie
     outside the source; `weights` (n, taps): integer weights of it and its successors, each row summing to 2^14.
@@ -32,7 +32,7 @@ def taps(step: float, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray
     centre = (np.arange(start, stop, dtype=np.int64) + 0.5) * step
     first = np.ceil(centre - 2 * width - 0.5).astype(np.int64)
     distance = np.abs(first[:, None] + np.arange(count) + 0.5 - centre[:, None]) / width
-    # Whole numbers before the sum, lest a vectorised sum's order reach the weights.
+    # Whole numbers before the sum, so that its order cannot change the weights.
     raw = np.rint(_catmull_rom(distance) * (1 << 24)).astype(np.int64)
     weights = np.rint(raw * (1 << WEIGHT_BITS) / raw.sum(axis=1, keepdims=True)).astype(np.int32)
     largest = weights.argmax(axis=1)

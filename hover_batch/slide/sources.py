@@ -54,7 +54,7 @@ def open_source(path: Path, kind: Kind) -> Source:
 
 
 def _tiatoolbox_readers() -> ModuleType:
-    """tiatoolbox.wsicore.wsireader, without what its import does to the whole program: it sends the root logger's
+    """Import tiatoolbox.wsicore.wsireader without its effects on the whole program: it sends the root logger's
     messages to stdout, where results belong, diverts Python's warnings to it, and leaves a file unclosed."""
     first = "tiatoolbox" not in sys.modules
     root = logging.getLogger()

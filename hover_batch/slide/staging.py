@@ -32,9 +32,9 @@ from hover_batch.slide.remote import files_of, storage_errors
 
 ATTEMPTS = 4
 FIRST_WAIT_S = 1.0
-"""Before the second attempt; each wait is three times the last. The storage's library tries again by itself, too."""
+"""Wait before the second attempt; each is three times the last. The storage's library retries by itself, too."""
 SPARED_BYTES = 256 << 20
-"""Left free on the scratch disk, which others use, too."""
+"""Space left free on the scratch disk, which others use, too."""
 
 _held: dict[Path, int] = {}
 """Lock file → the descriptor by which this process holds it."""
@@ -43,7 +43,7 @@ _holding = threading.Lock()
 
 @dataclass(frozen=True)
 class Copies:
-    """Those of one `run`, below `scratch` on whichever machine asks; empty: its folder for temporary files."""
+    """Local copies of the slides of one `run`, below `scratch`; empty: the machine's folder for temporary files."""
 
     scratch: str
     run: str
@@ -70,7 +70,7 @@ class Copies:
         """The record with the path of a copy on this machine; itself where it lies on disk. `planned`: the fingerprint
         that the copy must have. Errors of the block that name the copy name the URL instead.
 
-        InputError and SlideError where it cannot be had, ScratchFull where there is no room for it.
+        InputError and SlideError where it cannot be fetched, ScratchFull where there is no room for it.
         """
         if not isinstance(record.path, Url):
             yield record
@@ -175,7 +175,7 @@ class Copies:
                 lock.unlink()
 
     def release(self, slide_id: str) -> None:
-        """Remove the slide's copy on this machine. Who has it open may read on."""
+        """Remove the slide's copy on this machine. Processes that have it open can read on."""
         shutil.rmtree(self._folder / slide_id, ignore_errors=True)
 
     def close(self) -> None:

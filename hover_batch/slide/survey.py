@@ -1,6 +1,6 @@
-"""What is known of a slide before its first pixel is predicted, in one file: survey.json.
+"""survey.json: a slide's header and tissue mask, as they were before its first pixel was predicted.
 
-With it and the prediction store, new tables can be made where the slide itself is not at hand.
+With it and the prediction store, new tables can be made without the slide.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hover_batch.slide.tissue import TissueMask
 
 
 def write_survey(path: Path, info: SlideInfo, mask: TissueMask) -> None:
-    """Write the header and the mask, whole or not at all.
+    """Write the header and the mask atomically.
 
     `runs` of the mask are the lengths of its runs of equal pixels in raster order, the first one being background.
     """
@@ -39,9 +39,9 @@ def write_survey(path: Path, info: SlideInfo, mask: TissueMask) -> None:
 
 
 def read_info(path: Path) -> SlideInfo:
-    """The header. SlideError where the file is harmed."""
-    with _held(path) as held:
-        values = held["slide"]
+    """Return the header. SlideError where the file is corrupted."""
+    with _content_of(path) as content:
+        values = content["slide"]
         bounds = values["bounds"]
         return SlideInfo(
             **values
@@ -56,9 +56,9 @@ def read_info(path: Path) -> SlideInfo:
 
 
 def read_tissue(path: Path) -> TissueMask:
-    """The mask. SlideError where the file is harmed."""
-    with _held(path) as held:
-        values = held["tissue"]
+    """Return the mask. SlideError where the file is corrupted."""
+    with _content_of(path) as content:
+        values = content["tissue"]
         runs = np.array(values["runs"].split(), np.int64)
         flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         x, y = values["level0_per_pixel"]
@@ -66,9 +66,9 @@ def read_tissue(path: Path) -> TissueMask:
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[dict[str, Any]]:
-    """What the file holds; what the block makes of a harmed one becomes a SlideError."""
+def _content_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the file's content; what the block raises on a corrupted one becomes a SlideError."""
     try:
         yield json.loads(path.read_bytes())
     except (LookupError, TypeError, ValueError) as error:
-        raise SlideError(f"{path}: cannot be read ({error!r}); run the slide anew") from error
+        raise SlideError(f"{path}: cannot be read ({error!r}); run the slide again") from error

@@ -1,4 +1,4 @@
-"""Which tiles of a slide are worth predicting, grouped in units."""
+"""The tiles of a slide near tissue, grouped in units."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Unit:
     """One cell of the unit grid, which is read, predicted and stored at once.
 
     `box`: the cell, cut to the slide, in inference pixels. `cells`: (column, row) in the grid of kept parts of tiles,
-    of side `keep`, of the tiles to predict, in raster order. Small, for it travels between processes.
+    of side `keep`, of the tiles to predict, in raster order. Kept small, since it is sent between processes.
     """
 
     column: int
@@ -41,7 +41,7 @@ class Unit:
 def plan_units(grid: Grid, mask: TissueMask, unit: int, keep: int) -> tuple[Unit, ...]:
     """The units with at least one tile near tissue, in raster order.
 
-    `unit`: side of a unit; `keep`: side of a tile's kept part, which divides it. Which tiles are kept does not depend
+    `unit`: side of a unit; `keep`: side of a tile's kept part, which divides it. The choice of tiles does not depend
     on the unit's side.
     """
     if unit % keep:

@@ -23,10 +23,10 @@ from hover_batch.slide.given_mask import MAX_MASK_SIDE, given_mask
 from hover_batch.slide.reader import SlideReader, whole_grid
 
 GIVEN_MPP = 2.0
-"""Pixel size in µm at which polygons from the cohort are rasterised: nuclei are counted in or out by it."""
+"""Pixel size in µm at which polygons from the cohort are rasterised: it decides which nuclei are kept."""
 
 SMALL_CANVAS_MM2 = 1.0
-"""Below this a picture is a tile somebody cut out, not a slide with a background to find."""
+"""Smaller canvases are tiles cut from a slide, without a background to find."""
 
 _SMALL_CANVAS_TISSUE = 0.02
 _CLOSING_UM = 24.0
@@ -46,7 +46,7 @@ class TissueMask:
     given: bool = False
 
     def meets(self, box: Box, grid: Grid) -> bool:
-        """Is there any tissue under a box of inference pixels?"""
+        """Return whether there is tissue under a box of inference pixels."""
         return bool(self.meets_product([(box.x0, box.x1)], [(box.y0, box.y1)], grid)[0, 0])
 
     def meets_product(
@@ -62,7 +62,7 @@ class TissueMask:
         return found
 
     def contains(self, x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-        """Which of the level-0 positions lie on tissue; positions outside of the canvas do not."""
+        """Return which of the level-0 positions lie on tissue; positions outside the canvas do not."""
         column = np.floor(np.asarray(x) / self.level0_per_pixel[0]).astype(np.int64)
         row = np.floor(np.asarray(y) / self.level0_per_pixel[1]).astype(np.int64)
         height, width = self.array.shape
@@ -88,7 +88,7 @@ class TissueMask:
         ).astype(float)
         lines: Any = shapely.linestrings(segments)
         faces = shapely.get_parts(shapely.polygonize(lines))
-        # Faces are tissue and the holes in it: a point of each tells.
+        # Faces are tissue and the holes in it: one point of each shows which.
         points = shapely.get_coordinates(shapely.point_on_surface(faces)).astype(np.int64)
         tissue = faces[self.array[points[:, 1], points[:, 0]]]
         scale = np.array(self.level0_per_pixel)
@@ -110,10 +110,10 @@ class TissueMask:
 
 
 def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettings) -> TissueMask:
-    """The mask of the cohort's row where it has one; else found (`auto`) or the whole canvas (`all`).
+    """Return the mask of the cohort's row where it has one; else a found one (`auto`) or the whole canvas (`all`).
 
-    Found is what is coloured, relative to the slide's own background: grey, black and green or blue pen is not; red
-    pen is. Pieces and holes below settings.min_tissue_um2 are dropped and filled. A canvas below 1 mm² is taken whole
+    Tissue is what is coloured relative to the slide's own background: grey, black and green or blue pen is not, red pen
+    is. Pieces and holes below settings.min_tissue_um2 are dropped and filled. A canvas below 1 mm² is taken whole
     unless it is white.
     """
     info = reader.info
@@ -199,7 +199,7 @@ def _pixels(spans: list[tuple[int, int]], scale: float, extent: int) -> tuple[ND
 
 def _runs(steps: NDArray[np.int8]) -> NDArray[np.int64]:
     """(n, 3): line, start and stop of each run of equal nonzero values along the second axis. The sign of a step
-    tells on which side tissue lies: a run ends where that changes, which is where two corners touch."""
+    shows on which side tissue lies: a run ends where that changes, which is where two corners touch."""
     edges = np.pad(steps, ((0, 0), (1, 1)))
     change = np.diff(edges, axis=1) != 0
     start_line, start = np.nonzero(change & (edges[:, 1:] != 0))

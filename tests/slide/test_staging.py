@@ -107,7 +107,7 @@ def test_what_is_not_there_and_what_may_not_be_read(server: str) -> None:
             ask(Url(url), None)
     bucket.deny(server)
     try:
-        with pytest.raises(InputError, match="s3://slides/a.svs: may not be read.*AWS_ACCESS_KEY_ID") as denied:
+        with pytest.raises(InputError, match="s3://slides/a.svs: access denied.*AWS_ACCESS_KEY_ID") as denied:
             ask(Url("s3://slides/a.svs"), None)
         assert bucket.SECRET not in str(denied.value)
     finally:
@@ -268,7 +268,7 @@ def test_a_server_that_is_gone_fails_the_slide(
     monkeypatch.setattr(staging, "ATTEMPTS", 2)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     bucket.use(monkeypatch, "127.0.0.1:9")  # the port of discard, on which nobody listens
-    gone = pytest.raises(SlideError, match=r"s3://slides/a.svs: cannot be had: .*\(2 attempts\)")
+    gone = pytest.raises(SlideError, match=r"s3://slides/a.svs: cannot be fetched: .*\(2 attempts\)")
     with gone, copies.staged(record("s3://slides/a.svs"), before):
         pass
     assert files_in(tmp_path / "scratch") == set()
