@@ -1,4 +1,4 @@
-"""`hover-batch status`: where a run stands."""
+"""`hover-batch status`: show the progress of a run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from hover_batch.commands.options import RunArgument
 
 def status(
     output: RunArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for other programs.")] = False,
 ) -> None:
-    """Show where a run stands, from its files alone. Writes nothing; the run may go on, also on another machine.
+    """Show the progress of a run: slides done, failed and pending, the rate, the time left, and failures.
+
+    Reads only the run's files and writes nothing, so that it may be called while the run goes on, also from another
+    machine.
 
     hover-batch status out/
     """
