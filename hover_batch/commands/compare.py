@@ -75,8 +75,11 @@ def compare(
         "hover-batch-compare"
     ),
 ) -> None:
-    """Compare two networks on the same pixels: their costs, and where they disagree. Writes compare.json and
-    compare.html.
+    """Compare two networks on the same pixels: their costs, and where they disagree.
+
+    Prints a table, and writes compare.json and compare.html. --student is to replace the other network.
+
+    Examples: with a HoVerNet; with a HoVerNet for costs only; the same package on another runtime.
 
     hover-batch compare cohort.csv --teacher --teacher-weights hovernet.safetensors
 

@@ -21,9 +21,13 @@ def doctor(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for other programs.")] = False,
 ) -> None:
-    """Check that this machine has what a run needs. Each check prints PASS, WARN or FAIL, and how to fix it.
+    """Check that this machine has what a run needs.
+
+    Each check prints PASS, WARN or FAIL, and how to fix it.
 
     Exit codes: 0 no check failed (there may be warnings), 2 at least one failed.
+
+    Example:
 
     hover-batch doctor -o /data/out --ray
     """

@@ -22,11 +22,13 @@ def export(
         list[str] | None, typer.Option(metavar="ID", help="Export only this slide; repeat the option for several.")
     ] = None,
 ) -> None:
-    """Write a run's tables of nuclei in the formats of other tools, and print the paths of the files.
+    """Write a run's tables of nuclei in the formats of other tools.
 
-    Files of an earlier export are replaced. Slides that are not done are skipped.
+    Prints the paths of the files. Files of an earlier export are replaced. Slides that are not done are skipped.
 
-    Exit codes: 0 all slides exported, 2 faulty input, 3 some slides skipped, 4 nothing exported.
+    Exit codes: 0 all slides exported, 2 invalid input, 3 some slides skipped, 4 nothing exported.
+
+    Example:
 
     hover-batch export out/ --to qupath --to csv
     """

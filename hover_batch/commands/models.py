@@ -72,7 +72,9 @@ def import_package(
         typer.Option(help="SHA-256 that the file must have.", show_default="the one of the first download"),
     ] = None,
 ) -> None:
-    """Convert published weights into a model package for `segment --model`. Names and URLs are downloaded.
+    """Convert published weights into a model package for `segment --model`.
+
+    Names and URLs are downloaded. Examples: download a published HoVerNet and use it, or convert a checkpoint file.
 
     hover-batch models import hovernet_fast-pannuke
 
@@ -171,7 +173,10 @@ def _refuse_another(target: Path, same: Callable[[Package], bool]) -> None:
 def list_packages(
     folder: Annotated[Path, typer.Argument(help="Folder whose packages are listed, too.")] = Path("."),
 ) -> None:
-    """List the starter, the packages in the cache and in FOLDER, and the published models that can be imported."""
+    """List the packages that can be used, and the published models that can be imported.
+
+    The packages are the starter and those in the cache and in FOLDER.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name one that holds .safetensors files")
     cached = [path.stem for path in cached_packages()]
@@ -207,7 +212,9 @@ def verify_packages(
         typer.Argument(metavar="[MODEL]...", help="Packages to check.", show_default="the starter and the whole cache"),
     ] = None,
 ) -> None:
-    """Verify checksums: of packages' weights against their cards, and of downloaded files against their first download.
+    """Verify the checksums of packages and downloads.
+
+    The weights of packages are checked against their cards, and downloaded files against their first download.
 
     Exit codes: 0 all files are intact, 2 at least one is corrupted.
     """
@@ -232,6 +239,8 @@ def verify_packages(
 
 def print_card(model: PackageArgument) -> None:
     """Print a package's model card for Hugging Face: Markdown with a YAML header.
+
+    Example:
 
     hover-batch models card my-student.safetensors > my-repository/README.md
     """

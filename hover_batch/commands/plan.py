@@ -29,7 +29,11 @@ def plan(
     gpus: GpusOption = None,
     address: AddressOption = None,
 ) -> None:
-    """Check every row and slide header of a cohort, and estimate tiles, disk space and time. Writes nothing.
+    """Check a cohort, and estimate the tiles, disk space and time of its run.
+
+    Every row and the header of every slide is read. Writes nothing.
+
+    Example:
 
     hover-batch plan cohort.csv
     """

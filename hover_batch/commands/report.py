@@ -16,9 +16,13 @@ def report(
         Path | None, typer.Option("--output", "-o", help="HTML file to write.", show_default="OUT/report.html")
     ] = None,
 ) -> None:
-    """Write an HTML report of a run's cohort, and print its path. It opens in any browser, offline.
+    """Write an HTML report of a run's cohort.
 
-    The run need not be finished. With more than 200 slides, the pictures go to further pages in a folder next to it.
+    Prints the path of the report, which opens in any browser, offline. The run need not be finished.
+
+    With more than 200 slides, the pictures go to further pages in a folder next to it.
+
+    Example:
 
     hover-batch report out/
     """

@@ -157,9 +157,13 @@ def segment(
 
     Writes the nuclei of each slide to OUTPUT/slides/SLIDE_ID/nuclei.parquet, and a summary to OUTPUT/summary.csv.
 
-    Slides that fail are listed in OUTPUT/failures.csv, and the others continue. Faulty input stops it before the start.
+    Nothing is run if a row of the cohort or a setting is invalid; `hover-batch plan` lists what is wrong.
+
+    Slides that cannot be opened or processed are listed in OUTPUT/failures.csv, and the others continue.
 
     Repeat the command to resume a run that stopped, and to retry the slides that failed.
+
+    Examples: a cohort; real slides that need no data; new tables from the predictions of the first run.
 
     hover-batch segment cohort.csv -o out/
 

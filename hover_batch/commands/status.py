@@ -13,10 +13,13 @@ def status(
     output: RunArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for other programs.")] = False,
 ) -> None:
-    """Show the progress of a run: slides done, failed and pending, the rate, the time left, and failures.
+    """Show the progress of a run.
 
-    Reads only the run's files and writes nothing, so that it may be called while the run goes on, also from another
-    machine.
+    Prints the numbers of slides that are done, failed and pending, the rate, the time left, and the failures.
+
+    Only reads the run's files: call it at any time, also from another machine.
+
+    Example:
 
     hover-batch status out/
     """

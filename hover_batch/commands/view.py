@@ -22,15 +22,15 @@ def view(
         bool, typer.Option("--no-browser", help="Print the address without opening a browser.")
     ] = False,
 ) -> None:
-    """Show one slide and its nuclei in the browser, until you press Ctrl-C (exit code 0).
+    """Show one slide and its nuclei in the browser, until you press Ctrl-C.
 
-    Zoomed out, it draws the density of the nuclei; zoomed in, their outlines. Point at a nucleus to see its row of the
-    table.
+    Zoomed out, the page shows the density of the nuclei; zoomed in, their outlines. Point at a nucleus for its row.
 
     The printed address holds a secret token and works only on this machine.
 
-    To view a run on a server HOST: `ssh -L 8000:localhost:8000 HOST`, there `hover-batch view OUT --no-browser --port
-    8000`, and open the printed address here.
+    To view a run on a server: `ssh -L 8000:localhost:8000 SERVER`, and there --no-browser --port 8000.
+
+    Example:
 
     hover-batch view out/ --slide case-01
     """

@@ -53,7 +53,7 @@ def look_at(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str
         try:
             crops = _crops(layout, record, table, measured)
         except (HoverBatchError, OSError) as error:
-            missing.append(f"No crops, since the slide cannot be read: {error}")
+            missing.append(f"No crops: {error}")
     pictures = {
         path.name: smaller(path, side)
         for path, side in ((layout.thumbnail_jpg, _THUMBNAIL), (layout.overlay_jpg, _OVERLAY))

@@ -91,9 +91,7 @@ class NucleiTiles:
             corners = self._corner[at : at + len(batch)].astype(np.float64)
             steps = np.rint((coordinates - corners[owner]) / self.step)
             known = len(self._points)
-            self._points.resize(
-                (known + len(steps), 2), refcheck=False
-            )  # in place, to hold it once
+            self._points.resize((known + len(steps), 2), refcheck=False)  # in place, to hold it once
             self._points[known:] = np.clip(steps, 0, 65535)
             lengths[at : at + len(batch)] = np.bincount(owner, minlength=len(batch))
             at += len(batch)
