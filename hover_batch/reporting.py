@@ -26,7 +26,7 @@ from hover_batch.report.charts import Strip, histogram, strips
 from hover_batch.report.content import Report, Share, SlideRow
 from hover_batch.report.measure import MEASURES, Measured
 from hover_batch.report.page import Pages
-from hover_batch.report.slide import look_at
+from hover_batch.report.slide import report_slide
 from hover_batch.status import RunStatus, read_status
 from hover_batch.taxonomy import NucleusClass
 from hover_batch.version import __version__
@@ -58,9 +58,9 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
             if row.state == "done":
                 notify(f"[{len(found.done) + 1}/{number_done}] {row.slide_id}")
                 rows[index] = row = replace(row, page=pages.next_page)
-                looked = look_at(layout.slide(row.slide_id), row, records[row.slide_id], to_run)
-                found.add(row, looked.table, looked.measured)
-                pages.add(looked.detail)
+                reported = report_slide(layout.slide(row.slide_id), row, records[row.slide_id], to_run)
+                found.add(row, reported.table, reported.measured)
+                pages.add(reported.detail)
         pages.close(_report(stands, rows, found, title))
     except OSError as error:
         if error.errno in DISK_FULL:
@@ -79,6 +79,7 @@ class _Found:
     histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
     def add(self, row: SlideRow, table: NucleiTable | None, measured: Measured | None) -> None:
+        """Add a finished slide; `table` and `measured` are None if its table cannot be read."""
         self.done.append(row)
         if table is None or measured is None:
             return
@@ -89,6 +90,7 @@ class _Found:
 
     @property
     def classes(self) -> tuple[NucleusClass, ...]:
+        """Classes of the tables, without the background; empty if no table can be read."""
         return self.tables[0].taxonomy.nuclei if self.tables else ()
 
 
@@ -120,6 +122,7 @@ def _reason(stage: str, reason: str) -> str:
 
 
 def _report(stands: RunStatus, rows: Sequence[SlideRow], found: _Found, title: str) -> Report:
+    """Return the content of the front page."""
     layout, classes = stands.layout, found.classes
     cohort: dict[str, Any] = {}
     if found.tables:

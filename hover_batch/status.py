@@ -158,13 +158,14 @@ class RunStatus:
         return self.layout.failures_csv if self.log.finished else self.layout.events_jsonl
 
     def _running(self) -> str:
+        """Return whether the run goes on, by which process, and since when, as text."""
         log = self.log
         times = f"; started {_clock(log.started)}" if log.started else ""
         if log.last:
             ago = max(0.0, (datetime.now(UTC) - log.last).total_seconds())
             times += f", last event {_clock(log.last)} ({duration(ago)} ago)"
         if self.going_on:
-            return f"yes, by {self.holder or 'an unknown process'}{times}"
+            return f"yes, {self.holder or 'by an unknown process'}{times}"
         if self.going_on is None:
             how = "was stopped before its end" if log.stopped else "ended"
             ended = f"; the last start {how}" if log.finished else ""
@@ -239,6 +240,7 @@ def read_status(folder: Path) -> RunStatus:
 
 
 def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, holder: str, log: RunLog) -> RunStatus:
+    """Return the progress. `locked`: whether `holder`, a process, holds the run's lock; None if that is not known."""
     unknown = "" if locked is not None else "this file system does not show locks"
     host = holder.rpartition(" on ")[2]
     if locked is False and log.started and not log.finished and host not in ("", socket.gethostname()):
@@ -294,8 +296,10 @@ def _time_for(left: Sequence[float | None], rate: Rate, what: str) -> tuple[floa
 
 
 def _clock(time: datetime) -> str:
+    """Format a time for people."""
     return f"{time:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _iso(time: datetime | None) -> str | None:
+    """Format a time for other programs, as ISO 8601."""
     return None if time is None else time.isoformat(timespec="milliseconds")

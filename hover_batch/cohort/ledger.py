@@ -220,6 +220,7 @@ class Ledger:
 
     @staticmethod
     def _clear_slide(slide: SlideLayout) -> None:
+        """Remove all of a slide's results, in the order of its layout."""
         for path in slide.removal_order:
             _remove(path)
         _remove_empty(slide.folder)

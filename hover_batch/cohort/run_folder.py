@@ -52,6 +52,7 @@ def require_run(layout: RunLayout, flag: str = "") -> dict[str, Any]:
 
 
 def _named(layout: RunLayout, flag: str) -> str:
+    """Return the folder as messages name it: after its option, if there is one."""
     return f"{flag} {layout.root}".lstrip()
 
 
@@ -74,6 +75,7 @@ def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
 
 
 def _record(layout: RunLayout, row: dict[str, str]) -> SlideRecord:
+    """Parse a row of slides.csv. InputError, KeyError, TypeError or ValueError if it is invalid."""
     cells = {name: cell for name, cell in row.items() if cell}
     return SlideRecord(
         slide_id=layout.slide(row["slide_id"]).slide_id,  # InputError if it could leave the folder
@@ -133,6 +135,7 @@ def read_file(path: Path) -> bytes | None:
 
 
 def _json_object(content: bytes) -> dict[str, Any] | None:
+    """Parse a JSON object; None if the content is anything else."""
     try:
         value = json.loads(content)
     except ValueError:

@@ -98,8 +98,8 @@ def compare(
     from dataclasses import replace
 
     from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
-    from hover_batch.compare.fields import places_of
-    from hover_batch.compare.run import Wanted
+    from hover_batch.compare.fields import choose_fields
+    from hover_batch.compare.run import Options
     from hover_batch.compare.run import compare as run
     from hover_batch.compare.sides import random_teacher, side_of
     from hover_batch.slide.example import write_example
@@ -135,12 +135,12 @@ def compare(
     records = read_cohort(cohort if cohort is not None else str(write_example(output / "example")))
     raise_if_faulty(records)
     chosen = list(records.records if full else records.records[:slides])
-    places = list(places_of(chosen, replacement.card.mpp, side, 0 if full else per_slide))
+    places = list(choose_fields(chosen, replacement.card.mpp, side, 0 if full else per_slide))
     found = run(
         other,
         replacement,
         places,
-        Wanted(sizes, repeats, timing_only),
+        Options(sizes, repeats, timing_only),
         output,
         lambda line: typer.echo(line, err=True),
         (lambda of: judged(of.predictor, of.constants, truth)) if truth is not None else None,

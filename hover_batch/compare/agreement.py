@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hover_batch.compare.timing import Seen
+from hover_batch.compare.timing import SideResult
 from hover_batch.metrics import DETECTION_RADIUS_UM, match_centroids, mean_defined, panoptic_quality
 from hover_batch.nuclei.measure import Nuclei
 from hover_batch.taxonomy import Taxonomy
@@ -43,7 +43,7 @@ class Agreement:
         self._qualities: list[float] = []
         self._densities: list[NDArray[np.int64]] = []
 
-    def add(self, first: Seen, second: Seen, mpp: float) -> list[Dispute]:
+    def add(self, first: SideResult, second: SideResult, mpp: float) -> list[Dispute]:
         """Add one field, whose inference pixels are `mpp` µm wide.
 
         Return its cells that hold nuclei which only one side found, in raster order. Detections match if their

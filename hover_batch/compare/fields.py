@@ -53,7 +53,7 @@ class Place:
             return Field(self.record.slide_id, self.box, image, self.mpp, time.perf_counter() - started)
 
 
-def places_of(records: Sequence[SlideRecord], mpp: float, side: int, per_slide: int) -> Iterator[Place]:
+def choose_fields(records: Sequence[SlideRecord], mpp: float, side: int, per_slide: int) -> Iterator[Place]:
     """Yield the `per_slide` squares of each slide that hold most tissue, most first and ties in raster order; for 0,
     all squares with tissue, in raster order.
 
@@ -70,6 +70,7 @@ def places_of(records: Sequence[SlideRecord], mpp: float, side: int, per_slide: 
 
 
 def _of_slide(reader: SlideReader, record: SlideRecord, mpp: float, side: int, per_slide: int) -> Iterator[Place]:
+    """Yield the fields of one slide."""
     grid = Grid.over(reader.info.level0, reader.info.mpp, mpp)
     mask = tissue_mask(reader, record, TissueSettings())
     boxes = [

@@ -14,7 +14,7 @@ from hover_batch.compare.agreement import Agreement, Dispute
 from hover_batch.compare.fields import Field, Place
 from hover_batch.compare.page import Panel, render
 from hover_batch.compare.sides import Side
-from hover_batch.compare.timing import Notify, Seen, latencies, see, warm
+from hover_batch.compare.timing import Notify, SideResult, latencies, process_field, warm_up
 from hover_batch.errors import InputError
 from hover_batch.files import to_json, write_atomically
 from hover_batch.model.cost import cost_of
@@ -27,7 +27,7 @@ Judge = Callable[[Side], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Options:
     """Options of a comparison.
 
     `batches`: batch sizes to time. `repeats`: repetitions of each measurement, whose median is reported. `timing_only`:
@@ -40,7 +40,7 @@ class Wanted:
 
 
 def compare(
-    first: Side, second: Side, places: Sequence[Place], wanted: Wanted, out: Path, notify: Notify, judge: Judge | None
+    first: Side, second: Side, places: Sequence[Place], options: Options, out: Path, notify: Notify, judge: Judge | None
 ) -> dict[str, Any]:
     """Compare `first` with `second`, which is to replace it, on the fields `places`, and write both files to `out`.
 
@@ -52,21 +52,21 @@ def compare(
             "no tissue was found in these slides; give other slides, or tissue masks in the column mask_path"
         )
     sides = (first, second)
-    nuclei_compared = not wanted.timing_only and not any(side.random for side in sides)
+    nuclei_compared = not options.timing_only and not any(side.random for side in sides)
     notify("warming up …")
-    peaks = warm(sides, places[0].read())
+    peaks = warm_up(sides, places[0].read())
     truth = None
     if judge:  # first, since it fails if the images are missing, and the rest takes long
         notify("scores on annotated images …")
         truth = [judge(side) for side in sides]
-    by_batch = latencies(sides, wanted.batches, wanted.repeats, notify)
+    by_batch = latencies(sides, options.batches, options.repeats, notify)
     agreed = Agreement([side.card.taxonomy for side in sides])
     panels: list[Panel] = []
-    spent = [Spent(side.card.tile_out) for side in sides]
+    spent = [Costs(side.card.tile_out) for side in sides]
     for number, place in enumerate(places):
         notify(f"field {number + 1} of {len(places)}: {place.record.slide_id} at {place.box.x0}, {place.box.y0} …")
         field = place.read()
-        one, other = see(sides, field, wanted.repeats)
+        one, other = process_field(sides, field, options.repeats)
         spent[0].add(field, one)
         spent[1].add(field, other)
         if nuclei_compared:
@@ -81,7 +81,7 @@ def compare(
             | {"mpp": p.mpp}
             for p in places
         ],
-        "repeats": wanted.repeats,
+        "repeats": options.repeats,
         "sides": rows,
         "ratios": _ratios(*rows),
         "agreement": agreed.to_json() if nuclei_compared else None,
@@ -94,7 +94,7 @@ def compare(
 
 
 @dataclass
-class Spent:
+class Costs:
     """Time that one network spent on all fields, and the amount of work.
 
     `keep`: side in pixels of what the network keeps of a tile. `pixels`: inference pixels. Times are in seconds.
@@ -108,18 +108,18 @@ class Spent:
     infer_s: float = 0.0
     post_s: float = 0.0
 
-    def add(self, field: Field, seen: Seen) -> None:
+    def add(self, field: Field, result: SideResult) -> None:
         """Add one field and the network's times on it."""
         self.pixels += field.pixels
         self.mm2 += field.pixels * (field.mpp / 1000) ** 2
         self.tiles += -(-field.box.height // self.keep) * -(-field.box.width // self.keep)
         self.read_s += field.read_s
-        self.infer_s += seen.infer_s
-        self.post_s += seen.post_s
+        self.infer_s += result.infer_s
+        self.post_s += result.post_s
 
 
-def _row(side: Side, spent: Spent, by_batch: dict[int, float], peak: int | None) -> dict[str, Any]:
-    """Return one side's entry in compare.json. `peak`: bytes of device memory."""
+def _row(side: Side, spent: Costs, by_batch: dict[int, float], peak: int | None) -> dict[str, Any]:
+    """Return one side's entry in compare.json. `by_batch`: seconds per patch. `peak`: bytes of device memory."""
     whole_s = spent.read_s + spent.infer_s + spent.post_s
     return {
         "name": side.name,
@@ -176,7 +176,7 @@ def _notes(sides: Sequence[Side], nuclei_compared: bool) -> list[str]:
     return notes
 
 
-def _panels(field: Field, disputes: list[Dispute], seen: Sequence[Seen], sides: Sequence[Side]) -> list[Panel]:
+def _panels(field: Field, disputes: list[Dispute], seen: Sequence[SideResult], sides: Sequence[Side]) -> list[Panel]:
     """Draw the cells of a field in which the sides disagree most, at most PANELS."""
     most = sorted(disputes, key=lambda dispute: (-dispute.alone, dispute.y, dispute.x))[:PANELS]
     results = [(by.instances, by.nuclei, side.card.taxonomy) for by, side in zip(seen, sides, strict=True)]

@@ -46,7 +46,7 @@ def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, notif
 
 
 @dataclass(frozen=True)
-class Seen:
+class SideResult:
     """Result of one network on one field.
 
     `instances`: (y, x) int32, 0 for the background. `nuclei`: their measurements, in inference pixels of the field.
@@ -59,7 +59,7 @@ class Seen:
     post_s: float
 
 
-def see(sides: Sequence[Side], field: Field, repeats: int) -> list[Seen]:
+def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[SideResult]:
     """Return each side's nuclei in a field, and the median times of `repeats` repetitions."""
     seconds: list[list[tuple[float, float]]] = [[] for _ in sides]
     found: list[tuple[NDArray[np.int32], Nuclei]] = []
@@ -73,12 +73,12 @@ def see(sides: Sequence[Side], field: Field, repeats: int) -> list[Seen]:
             if turn == 0:
                 found.append(nuclei)
     return [
-        Seen(instances, nuclei, *(statistics.median(column) for column in zip(*of, strict=True)))
+        SideResult(instances, nuclei, *(statistics.median(column) for column in zip(*of, strict=True)))
         for (instances, nuclei), of in zip(found, seconds, strict=True)
     ]
 
 
-def warm(sides: Sequence[Side], field: Field) -> list[int | None]:
+def warm_up(sides: Sequence[Side], field: Field) -> list[int | None]:
     """Run each side once on `field`, so that compilation and caches do not count as time of the comparison.
 
     Return the peak device memory of each in bytes, None on the CPU.

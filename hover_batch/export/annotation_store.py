@@ -32,6 +32,7 @@ def write_annotation_store(nuclei: NucleiTable, path: Path) -> None:
 
 
 def _write(nuclei: NucleiTable, path: Path) -> None:
+    """Write the store; sqlite3.OperationalError if the disk is full or the file cannot be written."""
     from tiatoolbox.annotation.storage import Annotation
 
     others = ["slide_id", "nucleus_id", "type_id", "type", "touches_border", "seam_uncertain"]

@@ -144,6 +144,7 @@ def densest_field(nuclei: Path, side: int, canvas: Size) -> Box:
 
 
 def _draw(canvas: NDArray[np.uint8], rings: Sequence[NDArray[np.int32]], color: Rgb, thickness: int) -> None:
+    """Draw closed rings, in fixed-point coordinates, on the canvas."""
     cv2.polylines(canvas, rings, True, color, thickness, lineType=cv2.LINE_AA, shift=_SHIFT)
 
 
@@ -167,6 +168,7 @@ def _legend(entries: Sequence[tuple[str, Rgb]], width: int) -> NDArray[np.uint8]
 
 
 def _write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
+    """Write an RGB image (y, x, 3) uint8 as a JPEG."""
     # Full chroma: the usual half resolution smears one-pixel contours into their neighbours.
     sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     _, encoded = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY, *sampling])

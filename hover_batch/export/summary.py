@@ -132,10 +132,12 @@ def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parqu
 
 
 def _stages(rows: Sequence[Row]) -> list[str]:
+    """Return the names of all columns with the seconds of a stage, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row if name.startswith(_STAGE)))
 
 
 def _cell(value: Any) -> Any:
+    """Format a cell of the CSV: floats with six significant digits."""
     return f"{value:.6g}" if isinstance(value, float) else value
 
 

@@ -68,9 +68,11 @@ class Pages:
                 self.folder.rmdir()
 
     def _link(self, number: int) -> str:
+        """Return the link from the front page to a page of pictures, counted from 0."""
         return f"{self.folder.name}/{number + 1:04}.html"
 
     def _write_page(self) -> None:
+        """Write the waiting slides to the next page."""
         page = self._written + 1
         values = {"front": self.path.name, "title": self._title, "page": page, "count": self.count}
         self._write(self.path.parent / self._link(self._written), "slides.html", slides=self._waiting, **values)
@@ -83,6 +85,7 @@ class Pages:
 
 
 def _environment() -> jinja2.Environment:
+    """Return the templates, with escaping, filters, and the style and script of the pages."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hover_batch.report"),
         autoescape=True,

@@ -46,6 +46,7 @@ def heatmaps(measured: Measured, classes: Sequence[NucleusClass], tissue: Tissue
 
 
 def _heatmap(kind: NucleusClass | None, density: NDArray[np.float64], shown: NDArray[np.bool_]) -> Heatmap:
+    """Draw one heatmap. `density`: nuclei per mm², and `shown`: whether it is tissue, of each cell (rows, columns)."""
     taken = density[density > 0]
     # Not the maximum: one crowded cell, or one that is cut to a sliver, would leave all others dark.
     top = nice_ceiling(float(np.quantile(taken, 0.99))) if taken.size else None

@@ -26,7 +26,7 @@ page."""
 
 
 @dataclass(frozen=True)
-class Looked:
+class SlideReport:
     """Report on one slide. `table` and `measured` are None if the table cannot be read; `detail` then says why."""
 
     detail: SlideDetail
@@ -34,7 +34,7 @@ class Looked:
     measured: Measured | None
 
 
-def look_at(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str | None) -> Looked:
+def report_slide(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str | None) -> SlideReport:
     """Return the pictures and measurements of a finished slide. Files that are missing or corrupted are listed in the
     detail.
 
@@ -72,7 +72,7 @@ def look_at(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str
         crops=crops,
         missing=missing,
     )
-    return Looked(detail, table, measured)
+    return SlideReport(detail, table, measured)
 
 
 def _tissue(layout: SlideLayout) -> TissueMask | None:

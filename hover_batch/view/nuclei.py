@@ -55,6 +55,7 @@ class NucleiTiles:
         self._group = lru_cache(_GROUPS)(self._read_group)
 
     def _read_places(self) -> None:
+        """Read centroids, classes and bounding boxes, and sort the nuclei by tile."""
         n = self.table.rows
         self._x, self._y = np.empty(n), np.empty(n)
         self._type = np.empty(n, np.uint8)
@@ -82,6 +83,7 @@ class NucleiTiles:
         self.peaks = by_tile.max(axis=1, initial=0) / self.tile**2
 
     def _read_contours(self) -> None:
+        """Read the contours as uint16 steps from the corner of each bounding box."""
         self._points = np.empty((0, 2), np.uint16)
         lengths = np.empty(self.table.rows, np.int64)
         at = 0
@@ -160,6 +162,7 @@ class NucleiTiles:
         return {name: measured.get(name) if name in self.table.measured else held[name] for name in held}
 
     def _read_group(self, number: int) -> pa.RecordBatch:
+        """Read the columns of one row group that `row` returns."""
         left_out = ("slide_id", "type_id", "bbox", "geometry")
         try:
             with self._lock:  # an open file may be read by one thread at a time

@@ -99,10 +99,12 @@ def _info(backdrop: Backdrop, nuclei: NucleiTiles) -> dict[str, Any]:
 
 
 def _typed(content: bytes | None, kind: str) -> Answer | None:
+    """Return the content with its type; None if there is no content."""
     return None if content is None else (content, kind)
 
 
 def _json(value: dict[str, Any] | None) -> Answer | None:
+    """Return the value as JSON; None if there is no value."""
     return None if value is None else (json.dumps(value).encode(), "application/json")
 
 
@@ -139,12 +141,15 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """Answers one browser connection. Only GET is supported."""
+
     protocol_version = "HTTP/1.1"  # keeps connections open
     timeout = 60
     server: Server
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
+        """Send a resource of the site, after checking the host name and the token."""
         if self.headers.get("Host") not in self.server.hosts:
             self._send(HTTPStatus.FORBIDDEN, *_text(f"Wrong host. Open the address at {ADDRESS} that was printed.\n"))
             return
@@ -169,6 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def version_string(self) -> str:
+        """Name of the server, without versions."""
         return "hover-batch"
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -176,4 +182,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _text(text: str) -> Answer:
+    """Return plain text as an answer."""
     return text.encode(), "text/plain; charset=utf-8"
