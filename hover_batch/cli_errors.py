@@ -15,8 +15,10 @@ from hover_batch.logs import LogFormat, json_line
 
 
 class CommandGroup(TyperGroup):
-    """Group of all commands. It reports a HoverBatchError, a full disk and Ctrl-C as one message, with their exit
-    codes."""
+    """Group of all commands.
+
+    It reports a HoverBatchError, a full disk and Ctrl-C as one message, with their exit codes.
+    """
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command line, without colours and movements of the cursor if NO_COLOR is set."""

@@ -68,8 +68,10 @@ def export_run(
 def _exported(
     slide: SlideLayout, writers: Mapping[Format, Write], output: Path | None, files: list[Path]
 ) -> Iterator[str]:
-    """Write one slide's files, add each to `files` and yield a line about it. SlideError if its table cannot be
-    read."""
+    """Write one slide's files, add each to `files` and yield a line about it.
+
+    SlideError if its table cannot be read.
+    """
     if nuclei_if_done(slide) is None:
         raise SlideError("is not done; see failures.csv, or repeat the segment command to finish it")
     nuclei = NucleiTable.open(slide.nuclei_parquet)
@@ -100,8 +102,10 @@ def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideLayout]:
 
 
 def writer(format: Format) -> Write:
-    """Return the function that writes a table to a file of `format`. InputError if it needs a package that is not
-    installed, so that this is found before anything is written."""
+    """Return the function that writes a table to a file of `format`.
+
+    InputError if it needs a package that is not installed, so that this is found before anything is written.
+    """
     match format:
         case Format.qupath:
             from hover_batch.export.qupath import write_qupath

@@ -15,7 +15,9 @@ class LogFormat(StrEnum):
 
 
 def json_line(level: str, message: str, **fields: object) -> str:
-    """Return a message as one line of JSON: `time` (UTC, ISO 8601), `level` (info, warning or error), `message` and
-    `fields`."""
+    """Return a message as one line of JSON, without a line end.
+
+    Its keys are `time` (UTC, ISO 8601), `level` (info, warning or error), `message`, and those of `fields`.
+    """
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     return json.dumps({"time": now, "level": level, "message": message, **fields}, default=str)

@@ -181,8 +181,10 @@ def infer(
 def _batches(
     unit: Unit, work: SlideWork, read: ReadBlocks, size: int, seconds: Seconds
 ) -> Iterator[tuple[list[Box], NDArray[np.uint8]]]:
-    """Yield the unit's tiles in batches of `size`: the boxes that are kept of them, in inference pixels, and their
-    pixels, RGB (n, tile_in, tile_in, 3) uint8."""
+    """Yield the unit's tiles in batches of `size`; the last may be smaller.
+
+    Of each batch: the boxes that are kept, in inference pixels, and the pixels, RGB (n, tile_in, tile_in, 3) uint8.
+    """
     card = work.card
     boxes: list[Box] = []
     pixels: list[NDArray[np.uint8]] = []
@@ -247,8 +249,11 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
 
 
 def _seen(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
-    """Return whether the unit's maps can be read here. The shard is checked, too, since a network file system may show
-    the marker before it, and a missing shard reads as zeros."""
+    """Return whether the unit's maps can be read here.
+
+    The shard is checked, too, since a network file system may show the marker before it, and a missing shard reads as
+    zeros.
+    """
     try:
         marker = json.loads(work.maps.marker(unit.column, unit.row).read_bytes())
     except FileNotFoundError:
@@ -257,8 +262,10 @@ def _seen(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
 
 
 def _complete(store: PredictionStore, work: SlideWork) -> Callable[[Box], NDArray[np.uint8]]:
-    """Return a function like `store.read`, with the classes of the tables. It raises UnitsMissing for units that are
-    not predicted yet."""
+    """Return a function like `store.read`, with the classes of the tables.
+
+    It raises UnitsMissing for units that are not predicted yet.
+    """
     class_map = work.settings.post.class_map
     _, ids = work.card.taxonomy.merged(class_map)
     waiting = {(unit.column, unit.row): unit for unit in work.units}
@@ -344,6 +351,8 @@ def _draw(work: SlideWork, reader: SlideReader) -> None:
 
 
 def discard_predictions(layout: SlideLayout) -> None:
-    """Remove the slide's prediction store. Call it only once slide.json exists, since the table is made from the
-    store."""
+    """Remove the slide's prediction store.
+
+    Call it only once slide.json exists, since the table is made from the store.
+    """
     shutil.rmtree(layout.predictions_zarr, ignore_errors=True)

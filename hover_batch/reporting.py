@@ -214,8 +214,10 @@ def _densities(found: _Found) -> list[Strip]:
 
 
 def _card(layout: RunLayout, found: _Found, run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the model's card from a prediction store, or from the package if it still has the hash in run.json; None
-    if neither is available."""
+    """Return the model's card as JSON values; None if it is not available.
+
+    It is read from a prediction store, or from the package if that still has the hash in run.json.
+    """
     for table in found.tables:
         store = read_json(layout.slide(table.slide_id).predictions_zarr / "zarr.json") or {}
         if card := store.get("attributes", {}).get("model"):

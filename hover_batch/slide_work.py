@@ -53,8 +53,7 @@ class SlideWork:
 
     @property
     def maps(self) -> SlideLayout:
-        """Paths of the store and the units' markers: in this run, or in the one that stored them, which is
-        read-only."""
+        """Paths of the store and the markers: in this run, or in the run that stored them, which is read-only."""
         return self.layout if self.kept is None else self.kept.layout
 
     @property
@@ -79,8 +78,10 @@ class SlideWork:
 
 
 def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str:
-    """Return the slide's run key: the hex SHA-256 of everything that its results depend on, its mask included. For
-    stored maps, their run key takes the place of the slide."""
+    """Return the slide's run key: the hex SHA-256 of everything that its results depend on, its mask included.
+
+    For stored maps, their run key takes the place of the slide.
+    """
     mask = slide.record.mask_path
     if slide.kept is not None:
         source = slide.kept.run_key
@@ -91,8 +92,10 @@ def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str
 
 @contextmanager
 def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideReader | None]:
-    """Yield a reader of the slide, copied to this machine if it is in cloud storage; None if its maps are stored, since
-    the slide is not needed then. SlideError if it cannot be copied or opened."""
+    """Yield a reader of the slide; None if its maps are stored, since the slide is not needed then.
+
+    A slide in cloud storage is copied to this machine first. SlideError if it cannot be copied or opened.
+    """
     if slide.kept is not None:
         yield None
         return
@@ -166,8 +169,10 @@ def open_store(work: SlideWork) -> PredictionStore:
 
 
 def swept_store(work: SlideWork) -> PredictionStore:
-    """Open the store as `open_store` does, and remove leftovers of killed writes from it, unless it belongs to another
-    run. Call it only while nothing writes to the slide."""
+    """Open the store as `open_store` does, and remove leftovers of killed writes from it.
+
+    Another run's store is not changed. Call it only while nothing writes to the slide.
+    """
     store = open_store(work)
     if work.kept is None:
         store.sweep()

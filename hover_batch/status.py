@@ -87,8 +87,7 @@ class RunStatus:
         return (self.slides or 0) - self.done - self.failed - len(self.open)
 
     def seconds_left(self) -> tuple[float, str] | None:
-        """Return the estimated seconds left and the basis of the estimate; None without a basis, or if the run is not
-        going on."""
+        """Return the estimated seconds left and the basis of the estimate; None if it cannot be estimated."""
         log = self.log
         if self.going_on is False or log.finished or log.disk_full:
             return None

@@ -67,8 +67,11 @@ class StoredRun:
         )
 
     def check(self, settings: Settings, output: Path, *, force: bool) -> None:
-        """InputError if `settings` require other predictions, if `output` lies in this run, or if it holds another
-        run's results, unless `force` removes them."""
+        """Check that new tables with `settings` can be made from this run and written to `output`.
+
+        InputError if the settings require other predictions, if `output` is in this run's folder, or if it holds results of
+        another run and `force` is not set to remove them.
+        """
         wanted = {"model": settings.model, "tissue": asdict(settings.tissue), "infer": asdict(settings.infer)}
         for section, value in wanted.items():
             stored = getattr(self.settings, section)
@@ -95,8 +98,10 @@ class StoredRun:
 
 
 def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple[PlannedSlide, Card]:
-    """Return one slide and the card of the model that predicted it. SlideError or PackageError if its predictions
-    cannot be used."""
+    """Return one slide and the card of the model that predicted it.
+
+    SlideError or PackageError if its predictions cannot be used.
+    """
     slide = layout.slide(record.slide_id)
     done = read_json(slide.slide_json)
     if done is None or "run_key" not in done:

@@ -16,8 +16,11 @@ _BLOCK = 1 << 16
 
 
 class EventLog:
-    """Log of events in the file `path`, thread-safe. A last line that is incomplete, because the process was killed, is
-    removed on opening. OSError if the file cannot be opened."""
+    """Log of events in the file `path`, thread-safe.
+
+    A last line that is incomplete, because the process was killed, is removed on opening. OSError if the file cannot be
+    opened.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +80,10 @@ def stream_events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _end_of_whole_lines(file: BinaryIO) -> int:
-    """Return the offset after the last line end. It is searched from the end, since logs of large cohorts have
-    gigabytes."""
+    """Return the offset after the last line end.
+
+    It is searched from the end, since logs of large cohorts have gigabytes.
+    """
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         begin = max(0, end - _BLOCK)

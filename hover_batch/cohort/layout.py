@@ -55,8 +55,10 @@ _SUFFIXES = {
 
 @dataclass(frozen=True)
 class SlideLayout:
-    """Paths of one slide's results in the run at `root`. InputError for a slide_id with which a path could leave the
-    run's folder."""
+    """Paths of one slide's results in the run at `root`.
+
+    InputError for a slide_id with which a path could leave the run's folder.
+    """
 
     root: Path
     slide_id: str
@@ -144,8 +146,10 @@ class SlideLayout:
 
     @property
     def removal_order(self) -> tuple[Path, ...]:
-        """All of the slide's paths, markers before the data they refer to: an interrupted removal leaves no slide.json
-        without its table and no marker without its shard."""
+        """All of the slide's paths in the order of removal: markers before the data they refer to.
+
+        An interrupted removal leaves no slide.json without its table, and no marker without its shard.
+        """
         return (
             self.slide_json,
             self.parts,

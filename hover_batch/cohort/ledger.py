@@ -253,8 +253,10 @@ class Ledger:
         return done
 
     def write_slide_json(self, slide_id: str, key: str, values: Mapping[str, Any]) -> bool:
-        """Write slide.json with `values`, which declares the slide done. Return False if another writer finished first,
-        whose file is kept."""
+        """Write slide.json with `values`, which declares the slide done.
+
+        Return False if another writer finished first, whose file is kept.
+        """
         content = to_json({**values, "slide_id": slide_id, "run_key": key})
         first = write_first(self.layout.slide(slide_id).slide_json, content)
         self._done.add(slide_id)
@@ -273,8 +275,7 @@ class Ledger:
         write_atomically(self.layout.slide(slide_id).quarantine_json, content)
 
     def quarantined(self, slide_id: str, key: str) -> tuple[str, str] | None:
-        """Return the stage and the reason of the slide's quarantine; None if it is not quarantined under this run
-        key."""
+        """Return the stage and reason of the slide's quarantine; None if it is not quarantined for this run key."""
         stored = read_json(self.layout.slide(slide_id).quarantine_json) or {}
         try:
             return (stored["stage"], stored["reason"]) if stored["run_key"] == key else None
@@ -304,8 +305,10 @@ class Ledger:
         self.events.append(ended, done=len(self._done), failed=len(self._failures), model_busy=model_busy)
 
     def write_slides(self, records: Sequence[SlideRecord]) -> None:
-        """Write slides.csv: the cohort's columns, extra ones included, the row in the cohort, and the status of each
-        slide: done, failed or pending."""
+        """Write slides.csv: the cohort's columns, extra ones included, and the row and status of each slide.
+
+        The status is done, failed or pending. OSError if the file cannot be written.
+        """
         extra = list(dict.fromkeys(name for record in records for name in record.extra))
         header = [*COLUMNS, *extra, *RUN_COLUMNS]
         failed = {failure.row for failure in self._failures}

@@ -114,8 +114,10 @@ def nuclei_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> int
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file; None if there is no such file or it holds anything else. OSError if it cannot
-    be read."""
+    """Return the JSON object in a file; None if there is no such file or it holds anything else.
+
+    OSError if it cannot be read.
+    """
     content = read_file(path)
     return None if content is None else _json_object(content)
 

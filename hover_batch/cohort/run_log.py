@@ -29,8 +29,10 @@ class LoggedFailure:
 
 @dataclass(frozen=True)
 class Rate:
-    """Rate of work. `per_s`: tiles or regions per second, over `seconds` of wall time up to `until`, when the last was
-    done."""
+    """Rate of work.
+
+    `per_s`: tiles or regions per second, over `seconds` of wall time up to `until`, when the last was done.
+    """
 
     per_s: float
     seconds: float
@@ -134,8 +136,7 @@ class RunLog:
 
     @property
     def tile_rate(self) -> Rate | None:
-        """Tiles predicted per second; None if none was predicted since the start, or an older log lacks their
-        number."""
+        """Tiles predicted per second; None if there are none since the start, or an older log lacks their number."""
         return self._tiles.rate if self._tiles else None
 
     @property

@@ -122,8 +122,10 @@ def import_package(
 
 
 def _target(source: str, out: Path | None) -> Path:
-    """Return the file to write: `out`, or the one in the cache that is named after the source. InputError if it cannot
-    be a package's name."""
+    """Return the file to write: `out`, or the one in the cache that is named after the source.
+
+    InputError if it cannot be a package's name.
+    """
     if out is not None:
         if out.suffix != ".safetensors":
             raise InputError(f"-o {out}: must end in .safetensors")
@@ -143,8 +145,11 @@ def _source_file(source: str) -> Path:
 
 
 def _copy(source: str, sha256: str | None, target: Path, *, replaceable: bool) -> None:
-    """Copy a package to `target`, after its weights are checked. PackageError if they do not match its card or
-    `sha256`, InputError if `target` exists, holds another package, and is not `replaceable`."""
+    """Copy a package to `target`, after its weights are checked.
+
+    PackageError if they do not match its card or `sha256`, InputError if `target` exists, holds another package, and is
+    not `replaceable`.
+    """
     if "://" in source:
         from hover_batch.model.fetch import fetched
 

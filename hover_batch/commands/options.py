@@ -97,8 +97,10 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge section by section; values of `above` take precedence. Where one has a section and `below` a plain value,
-    the plain value is kept, so that `Settings.from_dict` rejects it."""
+    """Merge section by section; values of `above` take precedence.
+
+    Where one has a section and `below` a plain value, the plain value is kept, so that `Settings.from_dict` rejects it.
+    """
     merged = dict(below)
     for key, value in above.items():
         held = merged.get(key, {})

@@ -198,8 +198,10 @@ def segment(
 
 
 def _example(output: Path) -> Path:
-    """Write the example's slides and return the path of their cohort.csv. InputError if `output` holds anything but a
-    run."""
+    """Write the example's slides and return the path of their cohort.csv.
+
+    InputError if `output` holds anything but a run.
+    """
     from hover_batch.cohort.layout import RunLayout
     from hover_batch.cohort.ledger import Ledger
     from hover_batch.slide.example import write_example

@@ -24,7 +24,7 @@ from hover_batch.nuclei.watershed import SobelConstants
 class Side:
     """One of the two networks of a comparison.
 
-    `settings`: of its inference; `auto` is resolved for this machine. `random`: its weights are random, so that its
+    `settings`: of its inference; `predictor` resolves `auto` for this machine. `random`: its weights are random, so that its
     times are meaningful and its nuclei are not.
     """
 
@@ -40,8 +40,7 @@ class Side:
         return Predictor(self.network, self.card, self.settings)
 
     def for_fields(self, side: int) -> Side:
-        """Return this side with the batch size limited to the tiles in one field of `side` × `side` inference
-        pixels."""
+        """Return this side with a batch size of at most the tiles in a field of `side` × `side` inference pixels."""
         return replace(self, settings=replace(self.settings, batch=batch_of(self.card, [(side, side)])))
 
     @property

@@ -88,8 +88,10 @@ def own_folder(parent: Path) -> Iterator[Path]:
 
 
 def _owner_is_dead(folder: Path) -> bool:
-    """Return whether the folder's owner has ended, so that it can be removed; False if in doubt, as for another user's
-    folder or one without an owner file."""
+    """Return whether the folder's owner has ended, so that the folder can be removed.
+
+    False if in doubt, as for another user's folder, or one without an owner file.
+    """
     try:
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
             return False
@@ -101,8 +103,10 @@ def _owner_is_dead(folder: Path) -> bool:
 
 
 def ask_for_token() -> None:
-    """Set the environment variables, token included, for clusters that this process starts. Call it before anything
-    imports Ray."""
+    """Set the environment variables, token included, for clusters that this process starts.
+
+    Call it before anything imports Ray.
+    """
     os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN})
     _prepare()
 

@@ -38,8 +38,10 @@ class Node:
 
     @classmethod
     def here(cls) -> Node:
-        """Return this machine, with what this process may use by its affinity, control group and
-        CUDA_VISIBLE_DEVICES."""
+        """Return what this process may use of this machine.
+
+        CPU affinity, control group and CUDA_VISIBLE_DEVICES are respected.
+        """
         return cls(_cpus(), _visible_gpus(), _memory())
 
 
@@ -60,8 +62,10 @@ class Resources:
         return sum(node.gpus for node in self.nodes)
 
     def limited(self, settings: Settings) -> Resources:
-        """Return the part that the settings request, from the first nodes on. InputError if they request more than
-        exists."""
+        """Return the part that the settings request, from the first nodes on.
+
+        InputError if they request more than exists.
+        """
         engine = settings.engine
         if engine.cpus > self.cpus:
             raise InputError(
@@ -111,13 +115,11 @@ class EnginePlan:
 
     @property
     def object_store_bytes(self) -> int:
-        """Size of Ray's object store in bytes: twice the blocks that are read ahead, since masks and results use it,
-        too."""
+        """Size of Ray's object store in bytes: twice the blocks read ahead, since masks and results need space, too."""
         return (512 << 20) + 2 * self.actors * self.units_at_once * BLOCKS_AHEAD * _BLOCK_BYTES
 
     def halved(self) -> EnginePlan | None:
-        """Return the plan with half as much work at once, for a run that is short of memory; None if it cannot be
-        halved."""
+        """Return the plan with half as much work at once, to save memory; None if it cannot be halved."""
         if self.posts == self.units_at_once == 1:
             return None
         return replace(self, posts=-(-self.posts // 2), units_at_once=-(-self.units_at_once // 2))

@@ -1,5 +1,7 @@
-"""Write a CSV for spreadsheets and scripts: all columns of the table except the polygons; the bounding box as four
-columns."""
+"""Write a CSV for spreadsheets and scripts.
+
+It has all columns of the table except the polygons, and the bounding box as four columns.
+"""
 
 from __future__ import annotations
 

@@ -149,8 +149,7 @@ def _draw(canvas: NDArray[np.uint8], rings: Sequence[NDArray[np.int32]], color: 
 
 
 def _legend(entries: Sequence[tuple[str, Rgb]], width: int) -> NDArray[np.uint8]:
-    """Draw a white strip (y, width, 3) uint8 with a coloured square and a text per entry, on as many lines as
-    needed."""
+    """Draw a white strip (y, width, 3) uint8 with a coloured square and a text per entry, on one or more lines."""
     font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.45
     placed: list[tuple[int, int, str, Rgb]] = []
     x, line = 8, 0

@@ -103,16 +103,17 @@ class NucleiTable:
             raise unreadable(self.path, ValueError(f"it has a type_id above {known - 1}, the last of its classes"))
 
     def polygons(self, batch: pa.RecordBatch) -> NDArray[Any]:
-        """Return the batch's contours as an array (n,) of shapely polygons in level-0 pixels. SlideError if one is
-        corrupted."""
+        """Return the batch's contours as an array (n,) of shapely polygons in level-0 pixels.
+
+        SlideError if one is corrupted.
+        """
         try:
             return np.asarray(shapely.from_wkb(batch["geometry"].to_numpy(zero_copy_only=False)))
         except shapely.errors.ShapelyError as error:
             raise unreadable(self.path, error) from error
 
     def uuids(self, batch: pa.RecordBatch) -> list[str]:
-        """Return the UUID of each nucleus, derived from slide_id and nucleus_id: the same in all formats and
-        exports."""
+        """Return the UUID of each nucleus, made of slide_id and nucleus_id: the same in all formats and exports."""
         return [str(uuid.uuid5(_NAMESPACE, f"{self.slide_id}/{number}")) for number in batch["nucleus_id"].to_pylist()]
 
     def measurements(self, batch: pa.RecordBatch) -> list[dict[str, float]]:

@@ -112,8 +112,7 @@ def _anndata(nuclei: NucleiTable) -> AnnData:
 
 
 def _plain_strings() -> Any:
-    """Return a context in which pandas 3 makes strings as pandas 2 does; anndata before 0.13 cannot write the new
-    type."""
+    """Return a context in which pandas 3 makes strings as pandas 2 does, since anndata < 0.13 cannot write new ones."""
     import pandas as pd
 
     return pd.option_context("future.infer_string", False)

@@ -31,8 +31,10 @@ _BATCH = 131_072
 
 
 def summary_schema(taxonomy: Taxonomy) -> pa.Schema:
-    """Return the columns that every summary has, in order. The seconds of each stage and the cohort CSV's own columns
-    follow them."""
+    """Return the columns that every summary has, in order.
+
+    The seconds of each stage and the cohort CSV's own columns follow them.
+    """
     columns: list[tuple[str, pa.DataType]] = [
         ("level", pa.string()),
         ("slide_id", pa.string()),
@@ -74,8 +76,10 @@ def slide_summary(
 
 
 def relabelled(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Row:
-    """Return the `slide_summary` row of a finished slide with the cohort CSV's columns replaced by those of `record`,
-    since the CSV may have changed."""
+    """Return the row of a finished slide with the cohort CSV's columns taken from `record`.
+
+    `row`: as `slide_summary` returned it; the CSV may have changed since.
+    """
     known = set(summary_schema(taxonomy).names)
     measured = {name: value for name, value in row.items() if name in known or name.startswith(_STAGE)}
     return measured | _of_record(record, taxonomy)

@@ -53,8 +53,10 @@ class Strip:
 
 
 def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[NucleusClass]) -> Histogram:
-    """Return the histogram of `measure`. `counts`: nuclei by (class id, bin), int64; `classes`: those that get a
-    curve."""
+    """Return the histogram of `measure`.
+
+    `counts`: nuclei by (class id, bin), int64; `classes`: those that get a curve.
+    """
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
     top = float(shares.max()) or 1.0
@@ -76,8 +78,10 @@ def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[Nuc
 
 
 def strips(values: Mapping[NucleusClass | None, Sequence[tuple[float, str]]]) -> list[Strip]:
-    """Return one strip per class that has values, all on the same scale. `values`: class → (value, label) of each
-    slide."""
+    """Return one strip per class that has values, all on the same scale.
+
+    `values`: class → (value, label) of each slide.
+    """
     everything = [value for dots in values.values() for value, _ in dots]
     top = nice_ceiling(max(everything, default=0.0))
     return [

@@ -80,8 +80,10 @@ class SlideDetail:
 
 @dataclass(frozen=True)
 class Share:
-    """Nuclei of one class in the cohort. `share`: of all nuclei, None if there are none; `per_mm2`: per mm² of
-    tissue."""
+    """Nuclei of one class in the cohort.
+
+    `share`: of all nuclei, None if there are none; `per_mm2`: per mm² of tissue.
+    """
 
     kind: NucleusClass
     count: int

@@ -24,7 +24,7 @@ class Heatmap:
     """Density of one class as a picture.
 
     `kind`: the class, None for all classes together. `picture`: PNG data URI, one pixel per cell. `top`: nuclei per mm²
-    for which, and above, the brightest colour stands; None if there are no nuclei.
+    from which on the brightest colour is used; None if there are no nuclei.
     """
 
     kind: NucleusClass | None
@@ -57,8 +57,10 @@ def _heatmap(kind: NucleusClass | None, density: NDArray[np.float64], shown: NDA
 
 
 def smaller(path: Path, max_side: int) -> str | None:
-    """Return the picture in the file as a JPEG data URI, its longer side at most `max_side` pixels; None if the file is
-    missing or corrupted."""
+    """Return the picture in the file as a JPEG data URI; None if the file is missing or corrupted.
+
+    It is reduced so that its longer side has at most `max_side` pixels.
+    """
     image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
     if image is None:
         return None
@@ -69,8 +71,10 @@ def smaller(path: Path, max_side: int) -> str | None:
 
 
 def data_uri(image: NDArray[np.uint8], suffix: str) -> str:
-    """Encode an image as a data URI. `image`: BGR or BGRA (y, x, 3 or 4) uint8; `suffix`: .png, or .jpg without
-    alpha."""
+    """Encode an image as a data URI.
+
+    `image`: BGR or BGRA (y, x, 3 or 4) uint8; `suffix`: .png, or .jpg without alpha.
+    """
     _, encoded = cv2.imencode(suffix, image, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY] if suffix == ".jpg" else [])
     kind = {".jpg": "jpeg", ".png": "png"}[suffix]
     return f"data:image/{kind};base64,{base64.b64encode(encoded.tobytes()).decode()}"

@@ -21,8 +21,7 @@ CROPS = 4
 CROP_UM = 64.0
 """Side of a crop in µm: about ten nuclei, and 256 pixels at 40×."""
 _THUMBNAIL, _OVERLAY = 320, 480
-"""Longer sides, in pixels, of the thumbnail and the overlay in the report: small, so that many slides fit into a
-page."""
+"""Longer sides of the thumbnail and the overlay in pixels: small, so that many slides fit into a page."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,10 @@ def _tissue(layout: SlideLayout) -> TissueMask | None:
 
 
 def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, measured: Measured) -> list[Crop]:
-    """Return fields around the chosen nuclei, moved inside the canvas. SlideError if the slide cannot be read, or is
-    not the one that was segmented."""
+    """Return fields around the chosen nuclei, moved inside the canvas.
+
+    SlideError if the slide cannot be read, or is not the one that was segmented.
+    """
     crops = []
     with reopen(record, layout.survey_json) as reader:
         canvas, cells = table.level0, measured.cells

@@ -42,8 +42,10 @@ class Backdrop:
         self.max_level = max(0, math.ceil(math.log2(max(level0.width, level0.height) / finest / TILE)))
 
     def tile(self, level: int, column: int, row: int) -> bytes | None:
-        """Return the tile as a JPEG of at most TILE × TILE pixels, smaller at the right and lower edges; None if there
-        is no such tile. SlideError if the slide can no longer be read."""
+        """Return the tile as a JPEG of at most TILE × TILE pixels; None if there is no such tile.
+
+        It is smaller at the right and lower edges. SlideError if the slide can no longer be read.
+        """
         if not 0 <= level <= self.max_level:
             return None
         info, scale = self._reader.info, self.finest * 2 ** (self.max_level - level)
@@ -61,8 +63,10 @@ class Backdrop:
 
 
 def open_backdrop(slide: SlideLayout, record: SlideRecord, table: NucleiTable) -> Backdrop:
-    """Return the pyramid of the slide, or of its thumbnail if the slide cannot be opened. InputError if neither can
-    be."""
+    """Return the pyramid of the slide, or of its thumbnail if the slide cannot be opened.
+
+    InputError if neither can be.
+    """
     try:
         return Backdrop(reopen(record, slide.survey_json))
     except (HoverBatchError, OSError) as error:

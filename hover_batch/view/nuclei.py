@@ -107,7 +107,7 @@ class NucleiTiles:
             n          uint32           number of nuclei
             nucleus_id uint32  (n,)
             ends       uint32  (n,)     end of each contour in `points`
-            corner     float32 (n, 2)   x, y of the bounding box in level-0 pixels
+            corner     float32 (n, 2)   upper left corner of the bounding box: x, y in level-0 pixels
             points     uint16  (ends[-1], 2)   x, y from the corner, in units of `step` level-0 pixels
             type_id    uint8   (n,)
         """
@@ -129,8 +129,10 @@ class NucleiTiles:
         return b"".join(np.asarray(values).astype(kind).tobytes() for values, kind in parts)
 
     def density(self, level: int, column: int, row: int) -> bytes | None:
-        """Return the nuclei in each cell of one density tile as (classes, CELLS, CELLS) little-endian uint32, axes
-        class, y, x; None if there is no such tile. A cell is 2^level level-0 pixels wide, and a tile CELLS cells."""
+        """Return the number of nuclei in each cell of one density tile; None if there is no such tile.
+
+        The bytes are an array (classes, CELLS, CELLS) of little-endian uint32, with the axes class, y, x. A cell is 2^level level-0 pixels wide, and a tile CELLS cells.
+        """
         side = CELLS << min(level, 32)
         x0, y0 = column * side, row * side
         if not (0 <= x0 < self.table.level0.width and 0 <= y0 < self.table.level0.height):
@@ -152,8 +154,10 @@ class NucleiTiles:
         return np.bincount(cells[inside], minlength=self._classes * CELLS**2).astype("<u4").tobytes()
 
     def row(self, nucleus_id: int) -> dict[str, Any] | None:
-        """Return the nucleus's columns, without those of its slide and geometry; NaN becomes None. None if there is no
-        such nucleus. SlideError if the file is corrupted."""
+        """Return the nucleus's columns, without those of its slide and geometry; NaN becomes None.
+
+        None if there is no such nucleus. SlideError if the file is corrupted.
+        """
         if not 1 <= nucleus_id <= self.table.rows:
             return None
         group = int(np.searchsorted(self._first_rows, nucleus_id - 1, side="right")) - 1

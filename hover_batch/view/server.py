@@ -66,8 +66,10 @@ class Site:
         self._fixed["info.json"] = _json(_info(backdrop, nuclei)) or (b"", "")
 
     def answer(self, path: str) -> Answer | None:
-        """Return the resource at `path`; None if there is none. SlideError if the slide or its table can no longer be
-        read."""
+        """Return the resource at `path`; None if there is none.
+
+        SlideError if the slide or its table can no longer be read.
+        """
         if match := _PATH.fullmatch(path):
             numbers = [int(number) for number in match[2][1:].split("/")]
             kind = self._kinds.get((match[1], len(numbers)))
