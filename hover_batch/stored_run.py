@@ -69,8 +69,8 @@ class StoredRun:
     def check(self, settings: Settings, output: Path, *, force: bool) -> None:
         """Check that new tables with `settings` can be made from this run and written to `output`.
 
-        InputError if the settings require other predictions, if `output` is in this run's folder, or if it holds results of
-        another run and `force` is not set to remove them.
+        InputError if the settings require other predictions, if `output` is in this run's folder, or if it holds the
+        results of another run and `force` is not set to remove them.
         """
         wanted = {"model": settings.model, "tissue": asdict(settings.tissue), "infer": asdict(settings.infer)}
         for section, value in wanted.items():

@@ -47,8 +47,7 @@ class SlideFailure:
 
 
 class Ledger:
-    """Record of one run in its folder, as a context manager that locks the folder until the block, or the process,
-    ends.
+    """Record of one run in its folder; a context manager that locks the folder until the block or the process ends.
 
     Entering it raises InputError if the folder cannot be written, holds anything but a run, or is in use.
     """
@@ -160,9 +159,8 @@ class Ledger:
         if other:
             raise SettingsChanged(
                 f"--output {self.layout.root}: {listed(other)}: finished with another file, mpp or mask "
-                "than the cohort "
-                "has now. Give these slides another slide_id or name another --output; --force removes all results "
-                "in the folder and starts again."
+                "than the cohort has now. Give these slides another slide_id or name another --output; --force "
+                "removes all results in the folder and starts again."
             )
 
     def orphans(self, cohort: Cohort) -> list[str]:
@@ -188,8 +186,7 @@ class Ledger:
             if other := sorted(entry.name for entry in entries if entry not in known):
                 raise InputError(
                     f"--output {layout.root}: holds {other[0]} but no run.json, so it is not the folder of a "
-                    "run; name a "
-                    "new folder"
+                    "run; name a new folder"
                 )
         return run
 

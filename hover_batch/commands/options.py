@@ -22,8 +22,7 @@ ENGINE = "Execution"
 
 
 def setting(flag: str, help: str, panel: str, default: str | None = None) -> Any:
-    """Return the typer option of a setting. `default`: the description of the default in the help, if its value needs
-    one.
+    """Return the typer option of a setting. `default`: how the help describes the default, if its value needs it.
 
     The default for typer is None, so that --config can supply the value.
     """

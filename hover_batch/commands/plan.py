@@ -31,7 +31,7 @@ def plan(
 ) -> None:
     """Check a cohort, and estimate the tiles, disk space and time of its run.
 
-    Every row and the header of every slide is read. Writes nothing.
+    Checks every row and slide header. Writes nothing.
 
     Example:
 

@@ -24,8 +24,8 @@ from hover_batch.nuclei.watershed import SobelConstants
 class Side:
     """One of the two networks of a comparison.
 
-    `settings`: of its inference; `predictor` resolves `auto` for this machine. `random`: its weights are random, so that its
-    times are meaningful and its nuclei are not.
+    `settings`: of its inference; `predictor` resolves `auto` for this machine. `random`: its weights are random, so
+    that its times are meaningful and its nuclei are not.
     """
 
     name: str

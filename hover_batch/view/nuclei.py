@@ -131,7 +131,8 @@ class NucleiTiles:
     def density(self, level: int, column: int, row: int) -> bytes | None:
         """Return the number of nuclei in each cell of one density tile; None if there is no such tile.
 
-        The bytes are an array (classes, CELLS, CELLS) of little-endian uint32, with the axes class, y, x. A cell is 2^level level-0 pixels wide, and a tile CELLS cells.
+        The bytes are an array (classes, CELLS, CELLS) of little-endian uint32, with the axes class, y, x. A cell is
+        2^level level-0 pixels wide, and a tile CELLS cells.
         """
         side = CELLS << min(level, 32)
         x0, y0 = column * side, row * side
