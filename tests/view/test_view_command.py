@@ -74,7 +74,7 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path, field: Field) -> None:
     run = write_run(tmp_path / "out", *field, done=["a"]).root
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert f"--port {port}: Address already in use; name another" in refused(run, "--port", str(port))
+        assert f"--port {port}: Address already in use; give another port" in refused(run, "--port", str(port))
 
 
 def test_it_opens_the_browser_and_ends_by_ctrl_c(tmp_path: Path, field: Field) -> None:
