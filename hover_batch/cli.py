@@ -1,4 +1,4 @@
-"""The command line: every command of `hover_batch.commands` and `kd`, mounted."""
+"""Command line `hover-batch`, with the commands of `hover_batch.commands` and `kd`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from kd.cli import kd_app
 app = typer.Typer(
     name="hover-batch",
     cls=CommandGroup,
-    help="Segment and classify every nucleus in cohorts of H&E whole-slide images.",
-    epilog="Exit codes: 0 all done · 1 internal error · 2 faulty input, nothing was run · 3 some slides failed · "
+    help="Segment and classify every nucleus in cohorts of H&E whole-slide images.\n\n"
+    "Start with `hover-batch doctor`, which checks this machine, and `hover-batch segment --example -o example-run`.",
+    epilog="Exit codes: 0 all done · 1 internal error · 2 invalid input, nothing was run · 3 some slides failed · "
     "4 nothing could be processed · 130 interrupted.",
     no_args_is_help=True,
     suggest_commands=False,  # click suggests commands already
@@ -40,6 +41,7 @@ app.add_typer(models_app, name="models")
 def main(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
+    """Print the version if it is asked for; the commands do all else."""
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -1,4 +1,4 @@
-"""Turn errors of commands into messages and exit codes, and respect the terminal's encoding and NO_COLOR."""
+"""Report errors of commands as messages and exit codes, and respect the terminal's encoding and NO_COLOR."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from hover_batch.logs import LogFormat, json_line
 
 
 class CommandGroup(TyperGroup):
-    """Group of all commands. Errors raised on purpose become one message and their exit code."""
+    """Group of all commands.
+
+    It reports a HoverBatchError, a full disk and Ctrl-C as one message, with their exit codes.
+    """
 
     def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the command line, without colours and movements of the cursor if NO_COLOR is set."""
         if os.environ.get("NO_COLOR"):
-            # rich leaves out only the colours: it would still print bold and move the cursor.
+            # By itself, rich leaves out only the colours; it would still print bold text and move the cursor.
             os.environ["TERM"] = "dumb"
             extra["color"] = False
         return super().main(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command; typer.Exit with the exit code of an error, after its message."""
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # else µ and → would end a run on a terminal that is not UTF-8
+            if isinstance(stream, io.TextIOWrapper):  # else µ and → raise an error on a terminal that is not UTF-8
                 stream.reconfigure(errors="backslashreplace")
         try:
             with on_interrupt():
@@ -38,15 +43,15 @@ class CommandGroup(TyperGroup):
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            message = "Error: no space left on disk; free some and run the same command again"
+            message = "Error: no space left on disk; free some space and run the same command again"
             _say(ctx, message, HoverBatchError.exit_code)
             raise typer.Exit(HoverBatchError.exit_code) from error
         except KeyboardInterrupt as error:
-            _say(ctx, "Interrupted. Nothing done is lost: run the same command again.", 130)
+            _say(ctx, "Interrupted. Finished work is kept: run the same command again to resume.", 130)
             raise typer.Exit(130) from error
 
 
 def _say(ctx: Any, message: str, exit_code: int) -> None:
-    """Print why a command ended, in its log format, if it has one."""
+    """Print why a command ended on stderr, in the command's log format if it has one, else as text."""
     line = json_line("error", message.removeprefix("Error: "), exit_code=exit_code)
     typer.echo(line if ctx.obj is LogFormat.json else message, err=True)

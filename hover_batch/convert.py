@@ -15,38 +15,42 @@ from hover_batch.files import sweeping
 from hover_batch.formatting import duration, listed
 
 Write = Callable[[NucleiTable, Path], None]
-Report = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Files that an export wrote, and why slides were skipped, by slide_id."""
+    """Result of an export. `files`: those that it wrote; `skipped`: slide_id → why the slide was skipped."""
 
     files: tuple[Path, ...]
     skipped: dict[str, str]
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the command: 0, 3 if slides were skipped, 4 if nothing was written."""
+        """Exit code of the command: 0 all exported, 3 some slides skipped, 4 nothing exported."""
         if not self.files:
             return 4
         return 3 if self.skipped else 0
 
 
 def export_run(
-    folder: Path, formats: Sequence[Format], output: Path | None, slide_ids: Sequence[str], report: Report
+    folder: Path, formats: Sequence[Format], output: Path | None, slide_ids: Sequence[str], notify: Notify
 ) -> Exported:
-    """Write the tables of the run in `folder`, of the slides `slide_ids` or all, in each of `formats`.
+    """Export the tables of the run in `folder` to each of `formats`. Return the files, and the slides that were
+    skipped.
 
-    Files go beside their table, or to `output` as SLIDE_ID.suffix; existing ones are replaced. Slides that are not done
-    or whose table cannot be read are skipped. `report` gets a line about each file and slide. InputError if the folder
-    holds no run, a slide is not in it, a format needs a package that is not installed, or a file cannot be written.
+    `slide_ids`: the slides to export; empty for all. `output`: folder for files named SLIDE_ID.suffix; None writes each
+    file next to its table. Existing files are replaced. Slides that are not done, or whose table cannot be read, are
+    skipped. `notify` is called with a line about each file and each skipped slide.
+
+    InputError if the folder holds no run, a slide is not in it, a format needs a package that is not installed, or a
+    file cannot be written; OSError if the disk is full.
     """
     layout = RunLayout(folder)
     require_run(layout)
     slides = _chosen(layout, slide_ids)
     if not slides:
-        report(f"{layout.slides_csv}: no slide is listed yet; repeat the command that started the run")
+        notify(f"{layout.slides_csv}: no slide is listed yet; repeat the segment command")
     writers = {format: writer(format) for format in dict.fromkeys(formats)}
     files: list[Path] = []
     skipped: dict[str, str] = {}
@@ -54,19 +58,22 @@ def export_run(
         label = f"[{number}/{len(slides)}] {slide.slide_id}"
         try:
             for line in _exported(slide, writers, output, files):
-                report(f"{label}: {line}")
+                notify(f"{label}: {line}")
         except SlideError as error:
             skipped[slide.slide_id] = str(error)
-            report(f"{label}: skipped: {error}")
+            notify(f"{label}: skipped: {error}")
     return Exported(tuple(files), skipped)
 
 
 def _exported(
     slide: SlideLayout, writers: Mapping[Format, Write], output: Path | None, files: list[Path]
 ) -> Iterator[str]:
-    """Write one slide's files, add each to `files` and yield a line about it. SlideError without a valid table."""
+    """Write one slide's files, add each to `files` and yield a line about it.
+
+    SlideError if its table cannot be read.
+    """
     if nuclei_if_done(slide) is None:
-        raise SlideError("is not done; see failures.csv, or run segment's command again")
+        raise SlideError("is not done; see failures.csv, or repeat the segment command to finish it")
     nuclei = NucleiTable.open(slide.nuclei_parquet)
     for format, write in writers.items():
         path = slide.exported(format) if output is None else output / f"{slide.slide_id}.{format.suffix}"
@@ -79,22 +86,26 @@ def _exported(
             if error.errno in DISK_FULL:
                 raise
             why = error.strerror or error
-            raise InputError(f"{path}: cannot be written ({why}); name another folder by -o") from error
+            raise InputError(f"{path}: cannot be written ({why}); give another folder with -o") from error
         files.append(path)
         yield f"{nuclei.rows:,} nuclei to {format} in {duration(time.monotonic() - started)}"
 
 
 def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideLayout]:
+    """Return the slides `slide_ids`, or all if it is empty. InputError for an unknown one."""
     slides = slide_layouts(layout)
     if unknown := [name for name in slide_ids if name not in slides]:
         raise InputError(
-            f"--slide {unknown[0]}: is no slide of this run; {layout.slides_csv} lists them: {listed(slides)}"
+            f"--slide {unknown[0]}: is not a slide of this run; {layout.slides_csv} lists its slides: {listed(slides)}"
         )
     return [slides[name] for name in dict.fromkeys(slide_ids)] if slide_ids else list(slides.values())
 
 
 def writer(format: Format) -> Write:
-    """Return the function that writes `format`. InputError if a package is missing, before anything is written."""
+    """Return the function that writes a table to a file of `format`.
+
+    InputError if it needs a package that is not installed, so that this is found before anything is written.
+    """
     match format:
         case Format.qupath:
             from hover_batch.export.qupath import write_qupath

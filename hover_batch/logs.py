@@ -1,4 +1,4 @@
-"""How a command speaks on stderr while it works: in lines for people, or in lines of JSON for schedulers."""
+"""Format of the messages on stderr: text for people, or lines of JSON for schedulers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from enum import StrEnum
 
 
 class LogFormat(StrEnum):
+    """Format of the messages on stderr."""
+
     text = "text"
     json = "json"
 
 
 def json_line(level: str, message: str, **fields: object) -> str:
-    """One JSON object: `time` (UTC), `level` (info, warning or error), `message` and whatever else there is to say."""
+    """Return a message as one line of JSON, without a line end.
+
+    Its keys are `time` (UTC, ISO 8601), `level` (info, warning or error), `message`, and those of `fields`.
+    """
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     return json.dumps({"time": now, "level": level, "message": message, **fields}, default=str)

@@ -1,10 +1,9 @@
 """Process one slide in three steps: infer(unit) → post(unit) → finalize(slide).
 
-A slide whose maps another run has stored skips the first, and has no pixels to draw on: post(unit) → finalize(slide).
+For a slide whose maps another run has stored, the first step is skipped, and no pixels are read.
 
-Nothing here knows its caller: the executors decide where and when a step runs. Each step leaves its result on disk
-complete or not at all, and is skipped where its result exists: a unit's shard and marker, a region's part, the slide's
-slide.json.
+The executors decide where and when a step runs. Each step writes its result completely or not at all, and is skipped
+if the result exists: a unit's shard and marker, a region's part, the slide's slide.json.
 """
 
 from __future__ import annotations
@@ -38,18 +37,19 @@ if TYPE_CHECKING:  # it imports torch, which readers and post-processing do not 
     from hover_batch.model.predict import Predictor
 
 READ_BLOCK = 1024
-"""Side in inference pixels of a block that is read: large enough for the file's JPEG tiles, small enough for memory."""
+"""Side in inference pixels of a block that is read: large compared with the file's JPEG tiles, and small in memory."""
 
 OVERLAY_SIDE = 2048
 """Side in level-0 pixels of the field in the overlay."""
 THUMBNAIL_SIDE = 1024
+"""Longer side of the thumbnail in pixels."""
 
 
 class Seconds:
     """Wall time by stage.
 
-    `totals`: seconds of all blocks of a stage. `spans`: when its first block began and its last one ended, in seconds
-    since 1970, so that they can be compared between processes.
+    `totals`: seconds in all timed blocks of a stage. `spans`: start of its first block and end of its last one, in
+    seconds since 1970, so that they can be compared between processes.
     """
 
     def __init__(self) -> None:
@@ -66,6 +66,7 @@ class Seconds:
             self._add(stage, time.monotonic() - clock, (started, time.time()))
 
     def add(self, other: Seconds) -> None:
+        """Add all stages of `other`."""
         for stage, seconds in other.totals.items():
             self._add(stage, seconds, other.spans[stage])
 
@@ -76,16 +77,20 @@ class Seconds:
 
 
 ReadBlocks = Callable[[list[Box], Seconds], Iterable[NDArray[np.uint8]]]
-"""Boxes of inference pixels → their RGB (h, w, 3) uint8, one after the other; adds its time to the stage `read`."""
+"""Function from boxes, in inference pixels, to their pixels, RGB (y, x, 3) uint8, in order. It adds its time to the
+stage `read` of the Seconds."""
 
 
 class NetworkFailed(Exception):
-    """The network raised: it ran out of memory or its device is broken. Usually not because of the pixels."""
+    """Error in the network: it ran out of memory, or its device is broken. Usually not caused by the slide."""
 
 
 class UnitsMissing(Exception):
-    """Nuclei reach into units, given by (column, row), that are not predicted yet; or results of units that another
-    machine wrote are not visible here yet."""
+    """Units that a step needs are not predicted yet, or the results that another machine wrote are not visible here
+    yet.
+
+    `cells`: (column, row) of the units.
+    """
 
     def __init__(self, cells: tuple[tuple[int, int], ...]) -> None:
         super().__init__(cells)
@@ -93,10 +98,10 @@ class UnitsMissing(Exception):
 
 
 def inferred(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
-    """Whether the unit's maps are in the store, intact: its marker exists and has the hash of the shard.
+    """Return whether the unit's maps are in the store and intact: its marker exists and has the hash of the shard.
 
-    On a checksum mismatch, the shard and its marker are removed, to be predicted again, and so are the parts of the
-    regions that may have read it; in another run's store it is a SlideError. Call it while nothing writes.
+    On a checksum mismatch, remove the shard, its marker, and the parts of the regions that may have read it, so that
+    they are made again; SlideError if the store belongs to another run. Call it only while nothing writes to the slide.
     """
     path = work.maps.marker(unit.column, unit.row)
     try:
@@ -109,8 +114,8 @@ def inferred(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
         return True
     if work.kept is not None:
         raise SlideError(
-            f"{work.maps.predictions_zarr}: unit {unit.unit_id} is not as it was predicted; remove "
-            f"{work.maps.slide_json} and run that folder's own command again, which predicts it anew"
+            f"{work.maps.predictions_zarr}: checksum mismatch in unit {unit.unit_id}; remove "
+            f"{work.maps.slide_json} and repeat that run's own segment command, which predicts the unit again"
         )
     if marker is None:
         return False
@@ -122,7 +127,7 @@ def inferred(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
 
 
 def posted(unit: Unit, work: SlideWork) -> bool:
-    """Whether the unit's part of the table exists."""
+    """Return whether the unit's part of the table exists."""
     return work.layout.part(unit.column, unit.row).exists()
 
 
@@ -134,11 +139,15 @@ def infer(
     store: PredictionStore,
     advance: Callable[[int], None],
 ) -> Seconds:
-    """Predict a unit's tiles, write its shard, then its marker; call `advance` with the tiles of each batch.
+    """Predict a unit's tiles and write its shard, then its marker. Return the seconds by stage.
 
-    Several threads may share one predictor: they take turns. NetworkFailed where it raises. A shard without a marker
-    was written by a run that was killed in between, and is used. If the device ran out of memory, the marker records
-    the smaller batch, which may have changed the last bits of the maps.
+    `read`: function that reads the pixels. `advance` is called with the number of tiles after each batch. Several
+    threads may share one predictor, and take turns. A shard without a marker, from a run that was killed in between, is
+    used. If the device ran out of memory, the marker records the smaller batch size, which may have changed the last
+    bits of the maps.
+
+    NetworkFailed if the network raises, SlideError if the slide cannot be read or another run has taken over its
+    folder.
     """
     seconds = Seconds()
     digest = store.shard_sha256(unit.box)
@@ -172,7 +181,10 @@ def infer(
 def _batches(
     unit: Unit, work: SlideWork, read: ReadBlocks, size: int, seconds: Seconds
 ) -> Iterator[tuple[list[Box], NDArray[np.uint8]]]:
-    """Yield the unit's tiles, `size` at a time: their kept boxes and pixels (n, tile_in, tile_in, 3) uint8."""
+    """Yield the unit's tiles in batches of `size`; the last may be smaller.
+
+    Of each batch: the boxes that are kept, in inference pixels, and the pixels, RGB (n, tile_in, tile_in, 3) uint8.
+    """
     card = work.card
     boxes: list[Box] = []
     pixels: list[NDArray[np.uint8]] = []
@@ -192,11 +204,12 @@ def _batches(
 
 
 def _hull(tiles: list[Box]) -> Box:
+    """Return the smallest box that contains all tiles."""
     return Box(min(t.x0 for t in tiles), min(t.y0 for t in tiles), max(t.x1 for t in tiles), max(t.y1 for t in tiles))
 
 
 def reading(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
-    """Return a function that reads blocks with an open reader, in this process."""
+    """Return a function that reads blocks of a slide with an open reader, in this process."""
 
     def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
         assert reader is not None
@@ -209,16 +222,20 @@ def reading(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
 
 
 def neighbours(unit: Unit) -> Iterator[tuple[int, int]]:
-    """Yield the nine cells of the unit grid around a unit, itself included: what its region usually needs."""
+    """Yield the (column, row) of the nine cells of the unit grid around a unit, itself included.
+
+    They are what post-processing of its region usually needs; some may lie outside of the slide.
+    """
     for row in (unit.row - 1, unit.row, unit.row + 1):
         for column in (unit.column - 1, unit.column, unit.column + 1):
             yield column, row
 
 
 def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
-    """Write the nuclei that the unit's core owns, as a part of the table. Needs the maps of the units around it.
+    """Write the nuclei that the unit's region owns, as a part of the table. Return the seconds by stage.
 
-    UnitsMissing where a nucleus reaches into units that are not predicted yet.
+    It reads the maps of the neighbouring units. UnitsMissing if a nucleus extends into units that are not predicted
+    yet, SlideError if another run has taken over the slide's folder.
     """
     seconds = Seconds()
     settings = work.settings.post
@@ -232,8 +249,11 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
 
 
 def _seen(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
-    """Whether the unit's maps can be read here. A network file system may show the marker before the shard, and a
-    missing shard reads as zeros."""
+    """Return whether the unit's maps can be read here.
+
+    The shard is checked, too, since a network file system may show the marker before it, and a missing shard reads as
+    zeros.
+    """
     try:
         marker = json.loads(work.maps.marker(unit.column, unit.row).read_bytes())
     except FileNotFoundError:
@@ -242,7 +262,10 @@ def _seen(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
 
 
 def _complete(store: PredictionStore, work: SlideWork) -> Callable[[Box], NDArray[np.uint8]]:
-    """Return `store.read` in the tables' classes; it raises UnitsMissing for units that are not predicted yet."""
+    """Return a function like `store.read`, with the classes of the tables.
+
+    It raises UnitsMissing for units that are not predicted yet.
+    """
     class_map = work.settings.post.class_map
     _, ids = work.card.taxonomy.merged(class_map)
     waiting = {(unit.column, unit.row): unit for unit in work.units}
@@ -262,8 +285,11 @@ def _complete(store: PredictionStore, work: SlideWork) -> Callable[[Box], NDArra
 def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dict[str, Any]:
     """Merge the parts into nuclei.parquet and draw the pictures. Return the content of slide.json, with the summary.
 
-    Without a reader there are no pixels to draw on: the thumbnail is copied from the run that stored the maps.
-    UnitsMissing where parts or markers that another machine wrote are not visible here yet.
+    `seconds`: times of all earlier steps of the slide, to which those of this step are added. If `reader` is None,
+    there are no pixels to draw on, and the thumbnail is copied from the run that stored the maps.
+
+    UnitsMissing if parts or markers that another machine wrote are not visible here yet, SlideError if another run has
+    taken over the slide's folder.
     """
     layout, record = work.layout, work.record
     cells = [(unit.column, unit.row) for unit in work.units]
@@ -306,7 +332,7 @@ def _smaller_batches(work: SlideWork) -> list[str]:
     if halved := [marker["batch"] for marker in markers if "batch" in marker]:
         return [
             f"{len(halved)} of {len(markers)} units were predicted in batches of {min(halved)}, because the device "
-            "ran out of memory: another run may differ in the last bits; give a smaller --batch"
+            "ran out of memory; another run may differ in the last bits, unless you give a smaller --batch"
         ]
     return []
 
@@ -325,5 +351,8 @@ def _draw(work: SlideWork, reader: SlideReader) -> None:
 
 
 def discard_predictions(layout: SlideLayout) -> None:
-    """Remove the slide's store. Call it only once slide.json exists, since the table is made from the store."""
+    """Remove the slide's prediction store.
+
+    Call it only once slide.json exists, since the table is made from the store.
+    """
     shutil.rmtree(layout.predictions_zarr, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Gather the content of a run's report from its folder; `hover_batch.report` lays it out.
 
-Only the crops need the slides themselves. The report of an unfinished run says what is missing.
+Only the crops need the slides themselves. The report of an unfinished run lists what is missing.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from hover_batch.report.charts import Strip, histogram, strips
 from hover_batch.report.content import Report, Share, SlideRow
 from hover_batch.report.measure import MEASURES, Measured
 from hover_batch.report.page import Pages
-from hover_batch.report.slide import look_at
+from hover_batch.report.slide import report_slide
 from hover_batch.status import RunStatus, read_status
 from hover_batch.taxonomy import NucleusClass
 from hover_batch.version import __version__
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
-def report_run(folder: Path, output: Path | None, tell: Tell) -> Path:
-    """Write the report of the run in `folder` to the file `output`, its report.html if None, with pages beside it where
-    there are many slides. `tell` gets a line about each slide. Returns the file.
+def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
+    """Write the HTML report of the run in `folder`. Return its path.
 
-    InputError where the folder holds no run, or the report cannot be written.
+    `output`: the file; None for report.html in the run's folder. With many slides, the pictures go to further pages in
+    a folder next to it. `notify` is called with a line about each slide. InputError if the folder holds no run, or the
+    report cannot be written; OSError if the disk is full.
     """
     stands = read_status(folder)
     layout = stands.layout
     path = output or layout.report_html
     if path.is_dir():
-        raise InputError(f"-o {path}: is a folder; name a file in it")
+        raise InputError(f"-o {path}: is a folder; give the path of a file, such as {path / 'report.html'}")
     records = {record.slide_id: record for record in read_slides(layout) or ()}
     rows = _rows(stands, records)
     title = f"Cohort {layout.root.name}"
@@ -55,16 +56,16 @@ def report_run(folder: Path, output: Path | None, tell: Tell) -> Path:
         to_run = pages.to_front if path.absolute().parent == layout.root else None
         for index, row in enumerate(rows):
             if row.state == "done":
-                tell(f"[{len(found.done) + 1}/{number_done}] {row.slide_id}")
+                notify(f"[{len(found.done) + 1}/{number_done}] {row.slide_id}")
                 rows[index] = row = replace(row, page=pages.next_page)
-                looked = look_at(layout.slide(row.slide_id), row, records[row.slide_id], to_run)
-                found.add(row, looked.table, looked.measured)
-                pages.add(looked.detail)
+                reported = report_slide(layout.slide(row.slide_id), row, records[row.slide_id], to_run)
+                found.add(row, reported.table, reported.measured)
+                pages.add(reported.detail)
         pages.close(_report(stands, rows, found, title))
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
-        raise InputError(f"{path}: cannot be written ({error}); name another file by -o") from error
+        raise InputError(f"{path}: cannot be written ({error}); give another file with -o") from error
     return path
 
 
@@ -78,6 +79,7 @@ class _Found:
     histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
     def add(self, row: SlideRow, table: NucleiTable | None, measured: Measured | None) -> None:
+        """Add a finished slide; `table` and `measured` are None if its table cannot be read."""
         self.done.append(row)
         if table is None or measured is None:
             return
@@ -88,11 +90,12 @@ class _Found:
 
     @property
     def classes(self) -> tuple[NucleusClass, ...]:
+        """Classes of the tables, without the background; empty if no table can be read."""
         return self.tables[0].taxonomy.nuclei if self.tables else ()
 
 
 def _rows(stands: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRow]:
-    """Return every row of the cohort in order, rows that never became a slide included."""
+    """Return every row of the cohort in order, including invalid rows that were left out."""
     failures = {failure.row: failure for failure in stands.failures}
     open_slides = {slide.slide_id: slide for slide in stands.open}
     rows = []
@@ -114,10 +117,12 @@ def _rows(stands: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRo
 
 
 def _reason(stage: str, reason: str) -> str:
+    """Return the reason of a failure, after its stage if that is known."""
     return f"{stage}: {reason}" if stage else reason
 
 
 def _report(stands: RunStatus, rows: Sequence[SlideRow], found: _Found, title: str) -> Report:
+    """Return the content of the front page."""
     layout, classes = stands.layout, found.classes
     cohort: dict[str, Any] = {}
     if found.tables:
@@ -151,6 +156,7 @@ def _report(stands: RunStatus, rows: Sequence[SlideRow], found: _Found, title: s
 
 
 def _share(kind: NucleusClass, cohort: Mapping[str, Any]) -> Share:
+    """Return the numbers of one class. `cohort`: the row of the cohort in the summary."""
     count, total = cohort[f"n_{kind.name}"], cohort["nuclei"]
     return Share(kind, count, count / total if total else None, cohort.get(f"{kind.name}_per_mm2"))
 
@@ -166,34 +172,33 @@ def _facts(stands: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
             facts["nuclei per mm²"] = f"{cohort['nuclei_per_mm2']:,.0f}"
     log = stands.log
     if log.started and log.finished:
-        facts["the last start"] = duration((log.finished - log.started).total_seconds())
+        facts["duration of the last start"] = duration((log.finished - log.started).total_seconds())
     if log.tile_rate:
-        facts["tiles a second"] = f"{log.tile_rate.per_s:.3g}"
+        facts["tiles per second"] = f"{log.tile_rate.per_s:.3g}"
     if log.model_busy is not None:
-        facts["of the time networks busy"] = f"{log.model_busy:.0%}"
+        facts["of the time, networks busy"] = f"{log.model_busy:.0%}"
     return facts
 
 
 def _missing(stands: RunStatus, rows: Sequence[SlideRow], found: _Found) -> list[str]:
-    """Return a sentence for each thing that the report lacks."""
+    """Return one sentence for each thing that the report lacks."""
     missing = []
     if stands.slides is None:
-        missing.append("Not there yet: slides.csv. The run has not listed its slides.")
+        missing.append("slides.csv is not written yet: the run has not listed its slides.")
     waiting = sum(row.state in ("under way", "begun", "pending") for row in rows)
     if waiting:
         missing.append(
-            f"The run is not finished: {len(found.done):,} of {len(rows):,} slides are done, and only they are counted "
-            f"here; {waiting:,} are to come."
+            f"The run is not finished: {len(found.done):,} of {len(rows):,} slides are done, and only "
+            "these are counted "
+            f"here; {waiting:,} are not done yet."
         )
     if bad := len(found.done) - len(found.good):
-        missing.append(
-            f"Tables that cannot be read, and are not counted: {bad:,}. The pictures of these slides say why."
-        )
+        missing.append(f"Tables that cannot be read, and are not counted: {bad:,}. The section of each slide says why.")
     return missing
 
 
 def _densities(found: _Found) -> list[Strip]:
-    """Return nuclei per mm² of tissue of each slide, in total and by class."""
+    """Return dot plots of each slide's nuclei per mm² of tissue: one of all nuclei, and one per class."""
     names: dict[NucleusClass | None, str] = {None: "nuclei_per_mm2"}
     names |= {kind: f"{kind.name}_per_mm2" for kind in found.classes}
     return strips(
@@ -209,7 +214,10 @@ def _densities(found: _Found) -> list[Strip]:
 
 
 def _card(layout: RunLayout, found: _Found, run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the model's card, from a prediction store, or from the package if its hash is still that of the run."""
+    """Return the model's card as JSON values; None if it is not available.
+
+    It is read from a prediction store, or from the package if that still has the hash in run.json.
+    """
     for table in found.tables:
         store = read_json(layout.slide(table.slide_id).predictions_zarr / "zarr.json") or {}
         if card := store.get("attributes", {}).get("model"):

@@ -1,4 +1,4 @@
-"""The main job: a cohort in, nuclei tables out. Checks all that can be checked, runs, and sums up."""
+"""Run a cohort: check its rows, headers and settings, process its slides, and write the summary."""
 
 from __future__ import annotations
 
@@ -32,28 +32,29 @@ from hover_batch.taxonomy import Taxonomy
 
 EXIT_DONE, EXIT_SOME_FAILED, EXIT_NONE = 0, 3, 4
 RECORDED = ("hover-batch", "torch", "segmentation-models-pytorch", "tiatoolbox", "openslide-python", "zarr", "numpy")
-"""Packages whose versions decide results, for versions.json."""
+"""Packages whose versions can change results, for versions.json."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to, for the closing lines and the exit code. `slides`: slide.json of each finished one."""
+    """Result of a run. `slides`: content of slide.json of each finished slide; `failures`: rows of failures.csv."""
 
     layout: RunLayout
     slides: tuple[dict[str, Any], ...]
     failures: tuple[SlideFailure, ...]
     model_busy: float | None
-    """Share of the time in which the networks computed; None where this run predicted nothing."""
+    """Share of the time in which the networks computed; None if this run predicted nothing."""
 
     @property
     def exit_code(self) -> int:
+        """Exit code of the command: 0 all slides done, 3 some failed, 4 all failed."""
         if not self.failures:
             return EXIT_DONE
         return EXIT_SOME_FAILED if self.slides else EXIT_NONE
 
     def closing_lines(self) -> list[str]:
-        """Where the results lie, for stdout."""
-        failed = len({failure.row for failure in self.failures})  # a faulty row may have several faults
+        """Return the lines for stdout: numbers of slides, and the paths of the results."""
+        failed = len({failure.row for failure in self.failures})  # an invalid row may have several faults
         done = counted(len(self.slides), "slide")
         lines = [f"{done} done, {failed} failed; summary: {self.layout.summary_csv}"]
         if self.model_busy is not None:
@@ -63,7 +64,7 @@ class Outcome:
             lines.append(f"{slide['slide_id']}: {slide['nuclei']:,} nuclei")
             lines.append(f"  table    {paths.nuclei_parquet}")
             drawn = paths.overlay_jpg.exists()
-            lines.append(f"  overlay  {paths.overlay_jpg if drawn else 'none: --from reads no slides to draw on'}")
+            lines.append(f"  overlay  {paths.overlay_jpg if drawn else 'none, since --from reads no slides'}")
             if paths.predictions_zarr.exists():
                 lines.append(f"  store    {paths.predictions_zarr}")
         if len(self.slides) > LISTED:
@@ -85,9 +86,16 @@ def run_segment(
     retry_failed: bool = False,
     log_format: LogFormat = LogFormat.text,
 ) -> Outcome:
-    """Run the cohort `source` into `output`, or go on with what lies there; or make new tables of a run's predictions.
+    """Run the cohort `source` into the folder `output`, or resume the run there. Return its outcome.
 
-    Raises InputError before anything runs where the cohort, a header, a setting or the output folder is faulty.
+    `source`: a CSV, folder or glob pattern, a cohort that was read already, or a stored run, of whose predictions new
+    tables are made. `skip_invalid`: leave out invalid rows instead of stopping. `force`: remove the results in `output`
+    first. `command`: the command line, for run.json. `retry_failed`: also retry quarantined slides. `log_format`: of
+    the messages on stderr.
+
+    Before anything runs, InputError if a row, a setting or the output folder is invalid, and
+    PackageError if the model cannot be loaded. Later, TooManyFailures if more slides fail than --max-failures allows,
+    and OSError if the disk is full. Failures of single slides are part of the outcome.
     """
     predicts = not isinstance(source, StoredRun)
     if isinstance(source, StoredRun):
@@ -98,7 +106,7 @@ def run_segment(
         if settings.infer.unit % package.card.tile_out:
             raise InputError(
                 f"--unit {settings.infer.unit}: must be a multiple of {package.card.tile_out}, "
-                f"what the model {package.card.name} keeps of a tile"
+                f"the side of what the model {package.card.name} keeps of a tile"
             )
         settings = settled_here(settings)
         plan = plan_cohort(read_cohort(source) if isinstance(source, str) else source, package.card)
@@ -130,7 +138,7 @@ def run_segment(
         if left := ledger.orphans(plan.cohort):
             progress.warn(
                 f"{output} holds {len(left)} finished slides that are not in this cohort ({listed(left)}); "
-                "they stay, but slides.csv and the summary list this cohort only"
+                "they are kept, but slides.csv and the summary list only this cohort"
             )
         for fault in plan.cohort.faults:
             ledger.record_failure(fault.slide_id_or_path, fault.row, "", Stage.CHECK, fault.message)
@@ -151,11 +159,11 @@ def run_segment(
                 context.copies.close()
             try:
                 ledger.finish(plan.cohort, recorder.model_busy, stopped=stopped)
-            except OSError as error:  # what stopped the run is told, rather than this
+            except OSError as error:  # the error that stopped the run is more important
                 if not (stopped and error.errno in DISK_FULL):
                     raise
         failures = ledger.failures()
-        # By row: a row that is left out may bear the slide_id of one that was run.
+        # By row, since an invalid row may have the slide_id of a slide that was run.
         failed = {failure.row for failure in failures}
         done = [record for record in records if record.row not in failed]
         slides = tuple(json.loads(layout.slide(record.slide_id).slide_json.read_bytes()) for record in done)
@@ -172,7 +180,7 @@ def _summarise(
     failed: Sequence[SlideRecord],
     model_busy: float | None,
 ) -> None:
-    """`slides`: slide.json of each of `done`."""
+    """Write summary.csv and summary.parquet. `slides`: content of slide.json of each of `done`."""
     rows = [relabelled(slide["summary"], record, taxonomy) for slide, record in zip(slides, done, strict=True)]
     rows += [
         slide_summary(record, taxonomy, status="failed", nuclei=None, tissue_mm2=None, seconds={}) for record in failed

@@ -28,7 +28,11 @@ from hover_batch.version import __version__
 
 @dataclass(frozen=True)
 class SlideWork:
-    """A slide that is ready to be processed."""
+    """Slide that is ready to be processed.
+
+    `grid`: of its inference pixels. `mask`: the tissue to search. `units`: in the order of processing. `kept`: maps
+    that another run stored, from which new tables are made; None if this run predicts the slide.
+    """
 
     record: SlideRecord
     info: SlideInfo
@@ -44,11 +48,12 @@ class SlideWork:
 
     @property
     def card(self) -> Card:
+        """Card of the model."""
         return self.package.card
 
     @property
     def maps(self) -> SlideLayout:
-        """Where the store and the units' markers are: in this run, or in the one that stored them (read-only)."""
+        """Paths of the store and the markers: in this run, or in the run that stored them, which is read-only."""
         return self.layout if self.kept is None else self.kept.layout
 
     @property
@@ -58,6 +63,7 @@ class SlideWork:
 
     @property
     def context(self) -> TableContext:
+        """What the table records about its slide and model."""
         return TableContext(
             slide_id=self.record.slide_id,
             taxonomy=self.taxonomy,
@@ -72,8 +78,10 @@ class SlideWork:
 
 
 def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str:
-    """Return the slide's run key: a hash of all that its results depend on, its mask included, or, for stored maps,
-    their run key in place of the slide."""
+    """Return the slide's run key: the hex SHA-256 of everything that its results depend on, its mask included.
+
+    For stored maps, their run key takes the place of the slide.
+    """
     mask = slide.record.mask_path
     if slide.kept is not None:
         source = slide.kept.run_key
@@ -84,8 +92,10 @@ def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str
 
 @contextmanager
 def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideReader | None]:
-    """Yield the open slide, copied to this machine if it is in a bucket; None where its maps are stored, since it is
-    not needed then."""
+    """Yield a reader of the slide; None if its maps are stored, since the slide is not needed then.
+
+    A slide in cloud storage is copied to this machine first. SlideError if it cannot be copied or opened.
+    """
     if slide.kept is not None:
         yield None
         return
@@ -96,7 +106,10 @@ def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideRea
 def survey(
     reader: SlideReader | None, slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout
 ) -> SlideWork:
-    """Lay the grid, find the tissue and cut it into units; for stored maps, read what their run found."""
+    """Find the tissue and cut it into units; for stored maps, read what their run found. Write survey.json.
+
+    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read.
+    """
     if slide.kept is not None:
         path = slide.kept.layout.survey_json
         info, mask = read_info(path), read_tissue(path)
@@ -111,24 +124,30 @@ def survey(
 
 
 def stand_aside(work: SlideWork) -> None:
-    """SlideError where a run of another key has taken over the slide's folder. Called before each write, so that a
-    process on a machine that counted as lost does not mix its results into that run's."""
+    """SlideError if a run with another key has taken over the slide's folder.
+
+    Call it before each write, so that a process on a node that was considered lost does not mix its results into those
+    of the other run.
+    """
     try:
-        ours = work.layout.key_json.read_bytes() == work.key_mark
+        unchanged = work.layout.key_json.read_bytes() == work.key_mark
     except FileNotFoundError:
-        ours = False
-    if not ours:
+        unchanged = False
+    if not unchanged:
         raise SlideError(f"{work.layout.folder}: another run has taken over; nothing was written")
 
 
 def open_store(work: SlideWork) -> PredictionStore:
-    """Open the slide's store, and make it where there is none; another run's store is opened for reading."""
+    """Open the slide's prediction store, or create it; another run's store is opened read-only.
+
+    SlideError if that store is missing, or does not match the settings and survey.json of its run.
+    """
     if work.kept is not None:
         store = PredictionStore.open(work.maps.predictions_zarr, read_only=True)
         planes, unit = work.card.layout.planes, work.settings.infer.unit
         if store.canvas != work.grid.size.box or store.array.shards != (planes, unit, unit):
             raise SlideError(
-                f"{store.path}: its shape does not match its run's settings and survey.json; run the slide anew"
+                f"{store.path}: its shape does not match the settings and survey.json of its run; run the slide again"
             )
         return store
     card = work.card
@@ -150,7 +169,10 @@ def open_store(work: SlideWork) -> PredictionStore:
 
 
 def swept_store(work: SlideWork) -> PredictionStore:
-    """Open the store; remove leftovers of killed writes, unless it is another run's. Call it while nothing writes."""
+    """Open the store as `open_store` does, and remove leftovers of killed writes from it.
+
+    Another run's store is not changed. Call it only while nothing writes to the slide.
+    """
     store = open_store(work)
     if work.kept is None:
         store.sweep()

@@ -1,7 +1,7 @@
-"""Report where a run stands, from its files alone: no lock is kept, nothing is written, and the run may go on.
+"""Report the progress of a run from its files. Nothing is written and no lock is kept, so that the run may go on.
 
-Unknown values are left out, never guessed: a log of an older run may lack some events, files may vanish while they are
-read, and another machine's lock may not be visible here.
+Unknown values are left out, not guessed: the log of an older run may lack some events, files may disappear while they
+are read, and another machine's lock may not be visible here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from hover_batch.formatting import LISTED, counted, duration
 
 @dataclass(frozen=True)
 class UnfinishedSlide:
-    """A slide that was begun and is not done. `units` and `tiles` are its totals, None where the log lacks them."""
+    """Slide that is in progress.
+
+    `predicted`: units done. `posted`: regions done. `units`, `tiles`: their totals, None if the log lacks them.
+    """
 
     slide_id: str
     predicted: int
@@ -35,22 +38,30 @@ class UnfinishedSlide:
 
     @property
     def regions_left(self) -> float | None:
+        """Number of regions still to be post-processed; None if the total is not known."""
         return None if self.units is None else max(0, self.units - self.posted)
 
     @property
     def tiles_left(self) -> float | None:
+        """Estimated number of tiles still to be predicted; None if the total is not known."""
         if self.units is None or self.tiles is None:
             return None
         return self.tiles * (1 - min(1.0, self.predicted / self.units)) if self.units else 0.0
 
     def line(self) -> str:
+        """Return the slide's progress as one line of text."""
         of = "" if self.units is None else f" of {self.units:,}"
         return f"{self.slide_id}: {self.predicted:,}{of} units predicted, {self.posted:,}{of} regions post-processed"
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Where a run stands. `going_on` is None where it is not known, and `unknown` says why."""
+    """Progress of a run.
+
+    `going_on`: whether a process runs it; None if that is not known, and `unknown` then says why. `holder`: that
+    process. `done`: number of finished slides, and `nuclei` in them. `open`: slides in progress. `failures`: since the
+    last start.
+    """
 
     layout: RunLayout
     model: str
@@ -60,21 +71,23 @@ class RunStatus:
     holder: str
     log: RunLog
     slides: int | None
-    """In the cohort; None where slides.csv is not there yet."""
+    """Number of slides in the cohort; None if slides.csv is not written yet."""
     done: int
     nuclei: int
     open: tuple[UnfinishedSlide, ...]
     failures: tuple[LoggedFailure, ...]
     failed: int
-    """Slides of the cohort; the other `failures` are rows left out."""
+    """Number of failed slides."""
     left_out: int
+    """Number of invalid rows of the cohort, which were left out."""
 
     @property
     def pending(self) -> int:
+        """Number of slides that have not been begun."""
         return (self.slides or 0) - self.done - self.failed - len(self.open)
 
     def seconds_left(self) -> tuple[float, str] | None:
-        """Return an estimate and its basis; None where there is no basis for one, or the run is not going on."""
+        """Return the estimated seconds left and the basis of the estimate; None if it cannot be estimated."""
         log = self.log
         if self.going_on is False or log.finished or log.disk_full:
             return None
@@ -92,20 +105,22 @@ class RunStatus:
         return None
 
     def lines(self) -> list[str]:
-        """Return the lines for stdout."""
+        """Return the progress as lines of text for stdout."""
         made = f", begun {_clock(self.created)}" if self.created else ""
         lines = [f"{self.layout.root}: model {self.model}{made}", f"running: {self._running()}"]
         if (full := self.log.disk_full) and self.going_on is not False:
-            lines.append(f"paused: the disk is full since {_clock(full)}; free some and the run goes on by itself")
-        if self.log.machines:
-            machines, networks = self.log.machines
             lines.append(
-                f"cluster: {counted(machines, 'machine')}, {counted(networks, 'network')}, since some came or went"
+                f"paused: the disk has been full since {_clock(full)}; free some space, and the run continues by itself"
+            )
+        if self.log.machines:
+            nodes, networks = self.log.machines
+            lines.append(
+                f"cluster: now {counted(nodes, 'node')} and {counted(networks, 'network')}, after nodes joined or left"
             )
         if retries := [f"{cause}: {n:,}" for kind, cause in RETRY_CAUSES.items() if (n := self.log.retries[kind])]:
-            lines.append(f"tried again since the start: {', '.join(retries)}")
+            lines.append(f"retries since the start: {', '.join(retries)}")
         if self.slides is None:
-            lines.append("slides: not known, slides.csv is not there")
+            lines.append("slides: not known, since slides.csv is not written yet")
         else:
             word = "begun" if self.going_on is False else "under way"
             left_out = f"; {counted(self.left_out, 'row')} of the cohort left out" if self.left_out else ""
@@ -138,24 +153,25 @@ class RunStatus:
 
     @property
     def _failures_file(self) -> Path:
-        """failures.csv lists the failures of the last start only once that has ended."""
+        """File that lists the failures of the last start: failures.csv is written only when it has ended."""
         return self.layout.failures_csv if self.log.finished else self.layout.events_jsonl
 
     def _running(self) -> str:
+        """Return whether the run goes on, by which process, and since when, as text."""
         log = self.log
         times = f"; started {_clock(log.started)}" if log.started else ""
         if log.last:
             ago = max(0.0, (datetime.now(UTC) - log.last).total_seconds())
             times += f", last event {_clock(log.last)} ({duration(ago)} ago)"
         if self.going_on:
-            return f"yes, {self.holder or 'holder not known'}{times}"
+            return f"yes, {self.holder or 'by an unknown process'}{times}"
         if self.going_on is None:
             how = "was stopped before its end" if log.stopped else "ended"
             ended = f"; the last start {how}" if log.finished else ""
             return f"not known, {self.unknown}{ended}{times}"
         if log.finished and not log.stopped:
             return f"no, it ended{times}"
-        return f"no, it stopped before its end and the same command goes on from there{times}"
+        return f"no, it stopped before its end; repeat the segment command to resume it{times}"
 
     def to_json(self) -> str:
         """Return the complete status as JSON; unknown values are null."""
@@ -207,24 +223,27 @@ class RunStatus:
 
 
 def read_status(folder: Path) -> RunStatus:
-    """Read the run in `folder`. InputError where it holds no run, or cannot be read."""
+    """Return the progress of the run in `folder`. InputError if it holds no run, or its files cannot be read."""
     layout = RunLayout(folder)
     try:
         run = require_run(layout)
-        # The lock before the log: else a run that ends in between would look like one that was killed.
+        # The lock before the log, so that a run that ends in between does not look as if it had been killed.
         locked = is_locked(layout.lock)
         holder = (read_file(layout.lock) or b"").decode(errors="replace").strip()
         return _status(layout, run, locked, holder, RunLog.read(layout.events_jsonl))
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise InputError(f"{error.filename or folder}: cannot be read ({reason}); fix that and ask again") from error
+        raise InputError(
+            f"{error.filename or folder}: cannot be read ({reason}); fix this and run the command again"
+        ) from error
 
 
 def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, holder: str, log: RunLog) -> RunStatus:
+    """Return the progress. `locked`: whether `holder`, a process, holds the run's lock; None if that is not known."""
     unknown = "" if locked is not None else "this file system does not show locks"
     host = holder.rpartition(" on ")[2]
     if locked is False and log.started and not log.finished and host not in ("", socket.gethostname()):
-        locked, unknown = None, f"a lock that {host} holds may not be seen from here"
+        locked, unknown = None, f"a lock held by {host} may not be visible from here"
 
     slides = read_slides(layout)
     failed_at: dict[int | None, datetime] = {failure.row: time for failure, time in log.failures}
@@ -262,7 +281,7 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
 
 
 def _count_files(folder: Path) -> int:
-    """Count the files in `folder`, without the hidden ones: those are being written."""
+    """Count the files in `folder`, without hidden ones, which are still being written."""
     try:
         return sum(not name.startswith(".") for name in os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -270,14 +289,16 @@ def _count_files(folder: Path) -> int:
 
 
 def _time_for(left: Sequence[float | None], rate: Rate, what: str) -> tuple[float, str] | None:
-    """Return the seconds for all that is left; None where nothing is, or the amount is not known."""
+    """Return the seconds for all that is left, and `what`; None if nothing is left or an amount is not known."""
     known = [n for n in left if n is not None]
     return (total / rate.per_s, what) if len(known) == len(left) and (total := sum(known)) > 0 else None
 
 
 def _clock(time: datetime) -> str:
+    """Format a time for people."""
     return f"{time:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _iso(time: datetime | None) -> str | None:
+    """Format a time for other programs, as ISO 8601."""
     return None if time is None else time.isoformat(timespec="milliseconds")

@@ -25,8 +25,11 @@ from hover_batch.slide.survey import read_info
 
 @dataclass(frozen=True)
 class StoredRun:
-    """The run at `layout`. `settings`: those that its tables depend on, the rest defaults. `package`: its model's card
-    and hash, without weights. `plan`: its slides; those without usable predictions are `unreadable`."""
+    """Finished run whose predictions are the source of new tables.
+
+    `settings`: those that its tables depend on; the others have their defaults. `package`: card and hash of its model,
+    without weights. `plan`: its slides; those without usable predictions are in `plan.unreadable`.
+    """
 
     layout: RunLayout
     settings: Settings
@@ -35,7 +38,7 @@ class StoredRun:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the run. InputError where the folder holds none, or none of its slides can be used."""
+        """Read the run in `folder`. InputError if it holds no run, or none of its slides can be used."""
         layout = RunLayout(folder)
         try:
             run = require_run(layout, "--from")
@@ -64,7 +67,11 @@ class StoredRun:
         )
 
     def check(self, settings: Settings, output: Path, *, force: bool) -> None:
-        """InputError where `settings` need other predictions, or `output` holds anything but new tables of this run."""
+        """Check that new tables with `settings` can be made from this run and written to `output`.
+
+        InputError if the settings require other predictions, if `output` is in this run's folder, or if it holds the
+        results of another run and `force` is not set to remove them.
+        """
         wanted = {"model": settings.model, "tissue": asdict(settings.tissue), "infer": asdict(settings.infer)}
         for section, value in wanted.items():
             stored = getattr(self.settings, section)
@@ -74,27 +81,33 @@ class StoredRun:
             for name, old, new in pairs:
                 if old != new:
                     raise InputError(
-                        f"--from {self.layout.root}: was predicted with {name} = {old}, not {new}; leave that flag, "
-                        "variable or setting out, or run the slides themselves"
+                        f"--from {self.layout.root}: was predicted with {name} = {old}, not {new}; leave this option, "
+                        "variable or setting out, or run segment on the slides themselves"
                     )
         here, there = output.resolve(), self.layout.root.resolve()
         if here == there or there in here.parents:
-            raise InputError(f"--output {output}: lies in the run of --from, which is only read; name another folder")
+            raise InputError(
+                f"--output {output}: is in the folder of --from, which must not change; name another folder"
+            )
         held = read_run(RunLayout(output), "--output")
         if held is not None and held.get("cohort") != str(self.layout.root) and not force:
             raise InputError(
                 f"--output {output}: holds a run of {held.get('cohort')}, not new tables of {self.layout.root}; "
-                "name a new folder, or --force to remove the results there"
+                "name a new folder, or give --force to remove the results there"
             )
 
 
 def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple[PlannedSlide, Card]:
-    """Return one slide and the card of the model that predicted it. SlideError where its predictions are unusable."""
+    """Return one slide and the card of the model that predicted it.
+
+    SlideError or PackageError if its predictions cannot be used.
+    """
     slide = layout.slide(record.slide_id)
     done = read_json(slide.slide_json)
     if done is None or "run_key" not in done:
         raise SlideError(
-            f"is not done in {layout.root}; see failures.csv there, or finish it by that run's own command"
+            f"is not done in {layout.root}; see failures.csv there, or repeat that run's own segment "
+            "command to finish it"
         )
     store = read_json(slide.predictions_zarr / "zarr.json")
     if store is None:
@@ -104,10 +117,12 @@ def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple
         )
     attributes = store.get("attributes", {})
     if attributes.get("model_sha256") != model_sha256 or "model" not in attributes:
-        raise SlideError(f"{slide.predictions_zarr}: is not of the model in {layout.run_json}; run the slide anew")
+        raise SlideError(
+            f"{slide.predictions_zarr}: was not predicted by the model in {layout.run_json}; run the slide again"
+        )
     if not slide.survey_json.is_file():
         raise SlideError(
-            f"{slide.survey_json} is not there: an older version of hover-batch made that run; run the slide anew"
+            f"{slide.survey_json}: is missing, since an older version of hover-batch made the run; run the slide again"
         )
     card, info = Card.from_json(attributes["model"]), read_info(slide.survey_json)
     grid = Grid.over(info.level0, info.mpp, card.mpp)

@@ -390,7 +390,7 @@ def test_another_picture_under_the_id_of_a_finished_slide_is_refused(tile: Path,
     for changed in ("path,slide_id,mpp\nother.png,a,0.25\n", "path,slide_id,mpp\ntile.png,a,0.5\n"):
         Image.fromarray(np.full((200, 300, 3), 200, np.uint8)).save(tmp_path / "other.png")
         result = run("segment", cohort(tmp_path, changed), "-o", out, "--unit", "256")
-        assert result.exit_code == 2 and ": a: finished there from another file" in result.stderr
+        assert result.exit_code == 2 and ": a: finished with another file" in result.stderr
         assert (out / "slides" / "a" / "slide.json").read_bytes() == before
     assert run("segment", rows, "-o", out, "--unit", "256", "--force").exit_code == 0
 
@@ -407,4 +407,4 @@ def test_finished_slides_that_are_not_in_the_cohort_are_told_of(tile: Path, tmp_
 def test_a_cluster_that_is_not_there_is_told_at_once(tile: Path, tmp_path: Path) -> None:
     rows = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
     result = run("segment", rows, "-o", tmp_path / "out", "--backend", "ray", "--address", "127.0.0.1:1")
-    assert result.exit_code == 2 and "--address 127.0.0.1:1: nobody answers there" in result.stderr
+    assert result.exit_code == 2 and "--address 127.0.0.1:1: nothing answers there" in result.stderr

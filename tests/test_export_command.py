@@ -68,7 +68,7 @@ def test_a_slide_whose_table_is_harmed_does_not_stop_the_others(out: Path) -> No
     result = run("export", out, "--to", "csv")
     assert result.exit_code == 3
     assert written(result) == [RunLayout(out).slide("b.i-2").exported(Format.csv)]
-    assert "a: skipped: " in result.stderr and "run the slide anew" in result.stderr
+    assert "a: skipped: " in result.stderr and "repeat the segment command" in result.stderr
 
 
 def test_nothing_done_is_exit_code_4(out: Path) -> None:
@@ -84,9 +84,9 @@ def test_what_cannot_be_is_refused(out: Path, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "file").touch()
     monkeypatch.setattr(spatial, "find_spec", lambda name: None)
     refused = [
-        (("export", out, "--to", "csv", "--slide", "d"), "--slide d: is no slide of this run"),
+        (("export", out, "--to", "csv", "--slide", "d"), "--slide d: is not a slide of this run"),
         (("export", tmp_path, "--to", "csv"), "holds no run"),
-        (("export", out, "--to", "csv", "-o", tmp_path / "file"), "another folder by -o"),
+        (("export", out, "--to", "csv", "-o", tmp_path / "file"), "another folder with -o"),
         (("export", out, "--to", "csv", "--to", "anndata"), "pip install 'hover-batch[spatialdata]'"),
         (("export", out, "--to", "word"), "'word' is not one of"),
     ]

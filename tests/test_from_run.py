@@ -61,7 +61,7 @@ def test_unchanged_settings_give_the_same_bytes(real: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     result = run("--from", real, "-o", out)
     assert result.exit_code == 0, result.output
-    assert "none: --from reads no slides" in result.stdout
+    assert "none, since --from reads no slides" in result.stdout
     for slide_id in ("field", "empty"):
         for name in ("nuclei.parquet", "thumbnail.jpg", "tissue.geojson", "survey.json"):
             path = Path("slides", slide_id, name)

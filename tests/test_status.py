@@ -164,7 +164,7 @@ def test_a_lock_of_another_machine_may_not_be_seen(tmp_path: Path) -> None:
     out = made(tmp_path / "out", ["a"], [(0, "run_started", {})])
     (out / ".lock").write_text("process 7 on far-away\n")
     assert status(out)["going_on"] is None
-    assert "not known, a lock that far-away holds" in lines(out)[1]
+    assert "not known, a lock held by far-away" in lines(out)[1]
 
 
 @pytest.mark.parametrize("kind", ["absent", "file", "empty", "foreign"])
@@ -178,7 +178,8 @@ def test_no_runs_folder(tmp_path: Path, kind: str) -> None:
         (folder / "run.json").write_text('{"format": "other"}')
     result = run("status", folder)
     assert result.exit_code == 2 and not result.stdout
-    absent, foreign = "holds no run; give the --output of `segment`", "its run.json is not one of this program"
+    absent = "holds no run; give the folder that was the --output of `segment`"
+    foreign = "its run.json was written by another program"
     assert result.stderr.startswith(f"Error: {folder}: {foreign if kind == 'foreign' else absent}")
 
 
@@ -311,10 +312,11 @@ def test_a_full_disk_and_what_was_tried_again_are_told(tmp_path: Path) -> None:
         told, text = status(out), lines(out)
         assert told["disk_full_since"] == "2026-03-01T12:00:15.000+00:00" and told["seconds_left"] is None
         assert told["tried_again"] == {"strike": 2, "lost": 0, "memory_short": 1} and told["machines"] == 3
-        paused = "paused: the disk is full since 2026-03-01 12:00:15 UTC; free some and the run goes on by itself"
+        when = "2026-03-01 12:00:15 UTC"
+        paused = f"paused: the disk has been full since {when}; free some space, and the run continues by itself"
         assert paused in text
-        assert "cluster: 3 machines, 5 networks, since some came or went" in text
-        assert "tried again since the start: a process died or failed: 2, memory ran out: 1" in text
+        assert "cluster: now 3 nodes and 5 networks, after nodes joined or left" in text
+        assert "retries since the start: a process crashed or failed: 2, memory ran out: 1" in text
     assert not any(line.startswith("paused") for line in lines(out))  # nobody waits any more
     room = made(tmp_path / "room", ["a"], [*so_far, (20.0, "disk_has_room", {})])
     opened(room, "a", markers=2)
@@ -370,4 +372,4 @@ def test_before_the_slides_are_listed(tmp_path: Path) -> None:
     out = made(tmp_path / "out", [], [])
     (out / "slides.csv").unlink()
     assert status(out)["slides"] is None
-    assert "slides: not known, slides.csv is not there" in lines(out)
+    assert "slides: not known, since slides.csv is not written yet" in lines(out)

@@ -1,1 +1,1 @@
-"""The cohort: which slides, where their results lie, and what is done."""
+"""Cohorts: their slides, the paths of results, and the record of what is done."""

@@ -1,4 +1,4 @@
-"""Append-only log of a run's changes of state, one JSON object a line."""
+"""Append-only log of a run's changes of state, with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _BLOCK = 1 << 16
 
 
 class EventLog:
-    """Append events to `path`. A last line that a kill left incomplete is cut off on opening."""
+    """Log of events in the file `path`, thread-safe.
+
+    A last line that is incomplete, because the process was killed, is removed on opening. OSError if the file cannot be
+    opened.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,8 +29,11 @@ class EventLog:
         self._file.truncate(_end_of_whole_lines(self._file))
 
     def append(self, event: str, **values: Any) -> None:
-        """Append one line: `time` (UTC, ISO 8601), `event`, then `values` in the given order. It is dropped if the disk
-        is full, so that a run that waits for space does not end because of its log."""
+        """Append one line: `time` (UTC, ISO 8601), `event`, then `values` in the given order.
+
+        The event is dropped if the disk is full, so that a run that waits for space does not end because of its log.
+        OSError if the file cannot be written for another reason.
+        """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "event": event, **values}) + "\n"
         # Unbuffered and in one call, so that killing the process loses no appended line.
@@ -42,17 +49,20 @@ class EventLog:
                 self._file.truncate(end)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return all events, oldest first; see `stream_events`."""
+    """Return all events of a log as dictionaries, oldest first; see `stream_events`."""
     return list(stream_events(path))
 
 
 def stream_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events, oldest first, of a log that may be long and grow meanwhile. Incomplete and corrupted lines are
-    skipped. No events where there is no file."""
+    """Yield the events of a log as dictionaries, oldest first; none if the file does not exist.
+
+    The log may be long, and may grow meanwhile. Incomplete and corrupted lines are skipped.
+    """
     try:
         file = open(path, "rb")  # noqa: SIM115  (closed below)
     except FileNotFoundError:
@@ -70,7 +80,10 @@ def stream_events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _end_of_whole_lines(file: BinaryIO) -> int:
-    """Return the offset after the last line end, searched from the end: a large cohort's log has gigabytes."""
+    """Return the offset after the last line end.
+
+    It is searched from the end, since logs of large cohorts have gigabytes.
+    """
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         begin = max(0, end - _BLOCK)

@@ -9,8 +9,8 @@
       slides/<slide_id>/
         key.json            the run key that this slide's unfinished work belongs to
         quarantine.json     why the slide is quarantined, if it is
-        markers/            a file for each unit whose shard is complete
-        parts/              a parquet file for each region: its nuclei
+        markers/            one file per unit whose shard is complete
+        parts/              one Parquet file per region: its nuclei
         survey.json         the slide's header and tissue: with the store, everything that new tables need
         predictions.zarr  tissue.geojson  nuclei.parquet  thumbnail.jpg  overlay.jpg  timings.json
         slide.json          written last: the slide is done
@@ -55,7 +55,10 @@ _SUFFIXES = {
 
 @dataclass(frozen=True)
 class SlideLayout:
-    """Paths of one slide's results in the run at `root`. InputError for an id that could leave the run's folder."""
+    """Paths of one slide's results in the run at `root`.
+
+    InputError for a slide_id with which a path could leave the run's folder.
+    """
 
     root: Path
     slide_id: str
@@ -66,31 +69,35 @@ class SlideLayout:
 
     @property
     def folder(self) -> Path:
+        """Folder of all results of the slide."""
         return self.root / "slides" / self.slide_id
 
     @property
     def key_json(self) -> Path:
+        """Run key that the slide's unfinished work belongs to."""
         return self.folder / "key.json"
 
     @property
     def quarantine_json(self) -> Path:
-        """Exists if the slide repeatedly crashed its workers; holds the run key, stage and reason."""
+        """Run key, stage and reason of the quarantine; exists only if the slide repeatedly crashed its workers."""
         return self.folder / "quarantine.json"
 
     @property
     def markers(self) -> Path:
+        """Folder of the markers, one file per unit that is predicted and stored."""
         return self.folder / "markers"
 
     def marker(self, column: int, row: int) -> Path:
-        """Exists once the unit in this cell of the unit grid is predicted and stored."""
+        """Marker of the unit in this cell of the unit grid; exists once the unit is predicted and stored."""
         return self.markers / f"{column}_{row}.json"
 
     @property
     def parts(self) -> Path:
+        """Folder of the parts of the table, one per region."""
         return self.folder / "parts"
 
     def part(self, column: int, row: int) -> Path:
-        """Nuclei owned by the region in this cell of the region grid."""
+        """Part of the table with the nuclei that the region in this cell of the region grid owns."""
         return self.parts / f"{column}_{row}.parquet"
 
     @property
@@ -100,40 +107,49 @@ class SlideLayout:
 
     @property
     def predictions_zarr(self) -> Path:
+        """Prediction store: the maps of the slide."""
         return self.folder / "predictions.zarr"
 
     @property
     def tissue_geojson(self) -> Path:
+        """Tissue that was searched, as GeoJSON."""
         return self.folder / "tissue.geojson"
 
     @property
     def nuclei_parquet(self) -> Path:
+        """Table of nuclei."""
         return self.folder / "nuclei.parquet"
 
     def exported(self, format: Format) -> Path:
-        """The table in another format."""
+        """Table of nuclei in another format."""
         return self.folder / f"nuclei.{format.suffix}"
 
     @property
     def thumbnail_jpg(self) -> Path:
+        """Thumbnail of the slide with the tissue's outline."""
         return self.folder / "thumbnail.jpg"
 
     @property
     def overlay_jpg(self) -> Path:
+        """Densest field of the slide with the contours of its nuclei."""
         return self.folder / "overlay.jpg"
 
     @property
     def timings_json(self) -> Path:
+        """Seconds by stage."""
         return self.folder / "timings.json"
 
     @property
     def slide_json(self) -> Path:
+        """Summary of the slide; written last, so that it exists only if the slide is done."""
         return self.folder / "slide.json"
 
     @property
     def removal_order(self) -> tuple[Path, ...]:
-        """All of the slide's paths, markers before the data they refer to: an interrupted removal leaves no slide.json
-        without its table and no marker without its shard."""
+        """All of the slide's paths in the order of removal: markers before the data they refer to.
+
+        An interrupted removal leaves no slide.json without its table, and no marker without its shard.
+        """
         return (
             self.slide_json,
             self.parts,
@@ -161,6 +177,7 @@ class RunLayout:
         object.__setattr__(self, "root", self.root.absolute())
 
     def slide(self, slide_id: str) -> SlideLayout:
+        """Paths of one slide. InputError for a slide_id with which a path could leave the run's folder."""
         return SlideLayout(self.root, slide_id)
 
     @property
@@ -175,34 +192,42 @@ class RunLayout:
 
     @property
     def run_json(self) -> Path:
+        """Identity of the run: model, settings and cohort."""
         return self.root / "run.json"
 
     @property
     def settings_toml(self) -> Path:
+        """Settings in effect, in the format of --config."""
         return self.root / "settings.toml"
 
     @property
     def versions_json(self) -> Path:
+        """Versions of Python and of the packages that determine results."""
         return self.root / "versions.json"
 
     @property
     def slides_csv(self) -> Path:
+        """Cohort with the status of each slide."""
         return self.root / "slides.csv"
 
     @property
     def failures_csv(self) -> Path:
+        """Failures of the last start."""
         return self.root / "failures.csv"
 
     @property
     def summary_csv(self) -> Path:
+        """Summary with one row per slide and one for the cohort."""
         return self.root / "summary.csv"
 
     @property
     def summary_parquet(self) -> Path:
+        """Summary as in summary.csv, with full precision."""
         return self.root / "summary.parquet"
 
     @property
     def report_html(self) -> Path:
+        """Report, by the command `report`."""
         return self.root / "report.html"
 
     @property
@@ -212,17 +237,20 @@ class RunLayout:
 
     @property
     def logs(self) -> Path:
+        """Folder of the logs."""
         return self.root / "logs"
 
     @property
     def events_jsonl(self) -> Path:
+        """Log of the run's changes of state."""
         return self.logs / "events.jsonl"
 
     @property
     def ray_log(self) -> Path:
-        """Messages of Ray."""
+        """Log of Ray's own messages."""
         return self.logs / "ray.log"
 
     @property
     def slides(self) -> Path:
+        """Folder of all slides."""
         return self.root / "slides"

@@ -1,4 +1,4 @@
-"""Write a run's folder: which run it belongs to, which slides are done, which failed.
+"""Write a run's folder: its identity, which slides are done, and which failed.
 
 The folder belongs to one run (weights, settings that change results, schema version) and is written by one process
 at a time. A slide's work belongs to one run key; work of another key is removed, never mixed in.
@@ -48,9 +48,9 @@ class SlideFailure:
 
 
 class Ledger:
-    """Record of one run in its folder. A context manager: the folder is locked until the block, or the process, ends.
+    """Record of one run in its folder; a context manager that locks the folder until the block or the process ends.
 
-    InputError on entering where the folder cannot be written, holds anything but a run, or is in use.
+    Entering it raises InputError if the folder cannot be written, holds anything but a run, or is in use.
     """
 
     def __init__(self, layout: RunLayout) -> None:
@@ -65,9 +65,9 @@ class Ledger:
         try:
             str(root).encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"--output {root}: its name is not UTF-8; name another folder") from error
+            raise InputError(f"--output {root}: its name is not valid UTF-8; name another folder") from error
         try:
-            # Before anything is written: not even a lock file goes into a folder that holds anything else.
+            # Before anything is written: a folder that holds anything else does not even get a lock file.
             if root.is_dir():
                 self._read_run()
             root.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ class Ledger:
 
     @property
     def events(self) -> EventLog:
-        """Log of the run's changes of state, open from `start` on."""
+        """Log of the run's changes of state, open from `start` on. RuntimeError before."""
         if self._events is None:
             raise RuntimeError("the ledger is not started")
         return self._events
@@ -140,7 +140,7 @@ class Ledger:
                 "command": list(command),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            # The first file: a folder with other files and no run.json is taken for somebody else's.
+            # The first file: a folder with other files and no run.json does not count as a run.
             write_atomically(self.layout.run_json, to_json(run))
         write_atomically(self.layout.settings_toml, tomli_w.dumps(settings.to_dict()))
         write_atomically(self.layout.versions_json, to_json(dict(versions)))
@@ -154,14 +154,14 @@ class Ledger:
         )
 
     def _refuse_other_slides(self, keys: Mapping[str, str]) -> None:
-        """SettingsChanged where the slide_id of a finished slide now names another file, pixel size or mask."""
+        """SettingsChanged if the slide_id of a finished slide now has another file, pixel size or mask."""
         stored = {slide_id: read_json(self.layout.slide(slide_id).slide_json) or {} for slide_id in keys}
         other = [slide_id for slide_id, key in keys.items() if stored[slide_id].get("run_key", key) not in (None, key)]
         if other:
             raise SettingsChanged(
-                f"--output {self.layout.root}: {listed(other)}: finished there from another file, mpp or mask than the "
-                "cohort now gives. Give such slides another slide_id or name another --output; --force removes all "
-                "results there and starts anew."
+                f"--output {self.layout.root}: {listed(other)}: finished with another file, mpp or mask "
+                "than the cohort has now. Give these slides another slide_id or name another --output; --force "
+                "removes all results in the folder and starts again."
             )
 
     def orphans(self, cohort: Cohort) -> list[str]:
@@ -170,7 +170,7 @@ class Ledger:
         return [s.slide_id for s in self._slides() if s.slide_id not in known and s.slide_json.is_file()]
 
     def _slides(self) -> Iterator[SlideLayout]:
-        """Return the slides that have a folder here, by name; folders whose name is no slide_id are skipped."""
+        """Yield the slides that have a folder here, by name; folders whose name is not a slide_id are skipped."""
         for folder in sorted(self.layout.slides.iterdir()) if self.layout.slides.is_dir() else []:
             with contextlib.suppress(InputError):
                 yield self.layout.slide(folder.name)
@@ -180,22 +180,22 @@ class Ledger:
         layout = self.layout
         run = read_run(layout, "--output")
         if run is None:
-            # Hidden files do not count: our lock, a killed write, or what a desktop leaves in any folder. The slides of
-            # --example are written before the run begins, and a cluster that is joined may have logged already.
-            ours = [path for path in (layout.example, layout.logs) if path.is_dir()]
+            # Hidden files do not count: they are our lock, leftovers of killed writes, or made by desktops. The slides
+            # of --example are written before the run begins, and a joined cluster may have logged already.
+            known = [path for path in (layout.example, layout.logs) if path.is_dir()]
             entries = (entry for entry in layout.root.iterdir() if not entry.name.startswith("."))
-            if other := sorted(entry.name for entry in entries if entry not in ours):
+            if other := sorted(entry.name for entry in entries if entry not in known):
                 raise InputError(
-                    f"--output {layout.root}: holds {other[0]} but no run.json, so it is no run's folder; name a new "
-                    "folder"
+                    f"--output {layout.root}: holds {other[0]} but no run.json, so it is not the folder of a "
+                    "run; name a new folder"
                 )
         return run
 
     def clear(self) -> None:
         """Remove all results that the layout names, and nothing else.
 
-        run.json stays until `start` replaces it, so that an interrupted removal leaves a folder that still counts as a
-        run.
+        run.json stays until `start` replaces it, so that the folder still counts as a run if the removal is
+        interrupted. OSError if a file cannot be removed.
         """
         layout = self.layout
         for slide in self._slides():
@@ -218,6 +218,7 @@ class Ledger:
 
     @staticmethod
     def _clear_slide(slide: SlideLayout) -> None:
+        """Remove all of a slide's results, in the order of its layout."""
         for path in slide.removal_order:
             _remove(path)
         _remove_empty(slide.folder)
@@ -225,8 +226,8 @@ class Ledger:
     def open_slide(self, slide_id: str, key: str) -> SlideLayout:
         """Make the slide's folders, keep unfinished work of this key in them, and remove work of other keys.
 
-        Call it for slides that are not done by `slide_done`: a slide.json that is there all the same is invalid, and is
-        removed so that the new one can be written.
+        Return the paths of the slide. Call it only for slides for which `slide_done` is False: an existing slide.json
+        is then invalid, and is removed so that the new one can be written.
         """
         slide = self.layout.slide(slide_id)
         mark = to_json({"run_key": key})
@@ -241,7 +242,7 @@ class Ledger:
         return slide
 
     def slide_done(self, slide_id: str, key: str) -> bool:
-        """Whether slide.json is there and holds this run key, with the table beside it."""
+        """Return whether the slide is finished: slide.json holds this run key, and its table exists."""
         slide = self.layout.slide(slide_id)
         stored = read_json(slide.slide_json)
         done = stored is not None and stored.get("run_key") == key and slide.nuclei_parquet.is_file()
@@ -250,7 +251,10 @@ class Ledger:
         return done
 
     def write_slide_json(self, slide_id: str, key: str, values: Mapping[str, Any]) -> bool:
-        """Write slide.json, which declares the slide done. Return False if another writer finished first."""
+        """Write slide.json with `values`, which declares the slide done.
+
+        Return False if another writer finished first, whose file is kept.
+        """
         content = to_json({**values, "slide_id": slide_id, "run_key": key})
         first = write_first(self.layout.slide(slide_id).slide_json, content)
         self._done.add(slide_id)
@@ -264,12 +268,12 @@ class Ledger:
         self.events.append("slide_failed", slide_id=slide_id, row=row, path=str(path), stage=stage, reason=reason)
 
     def quarantine(self, slide_id: str, key: str, stage: str, reason: str) -> None:
-        """Quarantine a slide that repeatedly crashed its workers. It holds for this run key only."""
+        """Quarantine a slide that repeatedly crashed its workers. The quarantine holds for this run key only."""
         content = to_json({"run_key": key, "stage": stage, "reason": reason})
         write_atomically(self.layout.slide(slide_id).quarantine_json, content)
 
     def quarantined(self, slide_id: str, key: str) -> tuple[str, str] | None:
-        """Return the stage and reason of a quarantined slide; None where it is not quarantined under this key."""
+        """Return the stage and reason of the slide's quarantine; None if it is not quarantined for this run key."""
         stored = read_json(self.layout.slide(slide_id).quarantine_json) or {}
         try:
             return (stored["stage"], stored["reason"]) if stored["run_key"] == key else None
@@ -285,8 +289,11 @@ class Ledger:
         return tuple(sorted(self._failures, key=lambda failure: failure.row))
 
     def finish(self, cohort: Cohort, model_busy: float | None = None, *, stopped: bool = False) -> None:
-        """Write failures.csv and slides.csv at the end of the run. `stopped`: it ended before its cohort was done;
-        `model_busy`: the share of the time in which the networks computed, for the log."""
+        """Write failures.csv and slides.csv at the end of the run, and log it.
+
+        `model_busy`: share of the time in which the networks computed. `stopped`: the run ended before its cohort was
+        done. OSError if a file cannot be written.
+        """
         failures = self.failures()
         write_atomically(
             self.layout.failures_csv, _csv([f.name for f in fields(SlideFailure)], [astuple(f) for f in failures])
@@ -296,7 +303,10 @@ class Ledger:
         self.events.append(ended, done=len(self._done), failed=len(self._failures), model_busy=model_busy)
 
     def write_slides(self, records: Sequence[SlideRecord]) -> None:
-        """Write slides.csv: the cohort's columns, extra ones included, its row there, and done, failed or pending."""
+        """Write slides.csv: the cohort's columns, extra ones included, and the row and status of each slide.
+
+        The status is done, failed or pending. OSError if the file cannot be written.
+        """
         extra = list(dict.fromkeys(name for record in records for name in record.extra))
         header = [*COLUMNS, *extra, *RUN_COLUMNS]
         failed = {failure.row for failure in self._failures}
@@ -320,6 +330,7 @@ class Ledger:
 
 
 def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return the rows as the text of a CSV file."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -328,7 +339,7 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link (never its target) or a folder with all its content; and leftovers of killed writes."""
+    """Remove a file, a link (not its target) or a folder with its content, and leftovers of killed writes."""
     remove_leftovers(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""One slide of a cohort, as its row in the CSV has it; the file, or where in some storage it lies."""
+"""Slide of a cohort as its row in the CSV describes it, and the URL of a slide in cloud storage."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from hover_batch.geometry import Mpp
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _SECRETS = re.compile(r"(?<=://)[^/@\s]*@|[?#][^\s'\"]*", re.IGNORECASE)
 _CONTAINER = ("abfs", "abfss", "wasb", "wasbs")
-"""Schemes of which what stands before the @ is the container, not a user."""
+"""Schemes of URLs in which the part before the @ is the container, not a user."""
 
 
 @dataclass(frozen=True, repr=False)
 class Url:
-    """Where a slide lies in storage that fsspec reaches. As a text it is without what may be secret: user, password and
-    query; `text` is the whole, for opening it."""
+    """URL of a slide in storage that fsspec can open.
+
+    `str()` and `repr()` redact credentials: user, password and query. `text`: the complete URL, for opening it.
+    """
 
     text: str
 
     @classmethod
     def of(cls, text: str) -> Url | None:
-        """None where the text is no URL."""
+        """Parse a cell of the cohort; None if the text is not a URL."""
         return cls(text) if _SCHEME.match(text) else None
 
     @property
     def protocol(self) -> str:
+        """Scheme in lower case, such as s3."""
         return self.text.split("://", 1)[0].lower()
 
     def __str__(self) -> str:
@@ -39,7 +42,7 @@ class Url:
     __repr__ = __str__
 
     def without_secrets(self, text: str) -> str:
-        """A text that may quote URLs, for people to read."""
+        """Return `text`, which may contain URLs such as this one, without their credentials."""
         if self.protocol in _CONTAINER:
             return re.sub(r"\?[^\s'\"]*", "", text)
         if "://" not in text:
@@ -48,20 +51,20 @@ class Url:
 
     @property
     def name(self) -> str:
-        """Of the file, or of the folder."""
+        """Name of the file or folder."""
         return PurePosixPath(str(self).split("://", 1)[1]).name
 
     @property
     def stem(self) -> str:
-        """The name without its suffix; whole where it is a folder's."""
+        """Name without its suffix; the whole name of a folder."""
         return self.name if str(self).endswith("/") else PurePosixPath(self.name).stem
 
 
 class Stage(StrEnum):
-    """Stages of a slide, as failures.csv, the event log and timings.json name them."""
+    """Stage of a slide, by its name in failures.csv, the event log and timings.json."""
 
     CHECK = "check"
-    """Its row of the cohort."""
+    """Check its row in the cohort."""
     OPEN = "open"
     SURVEY = "survey"
     """Find the tissue and cut it into units."""
@@ -75,15 +78,19 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class SlideRecord:
-    """A checked row. `path` and `mask_path` are absolute; `extra` holds the columns that only pass through."""
+    """Valid row of a cohort.
+
+    `path` and `mask_path` are absolute. `extra`: the columns that are only copied to the results, as text.
+    """
 
     slide_id: str
     path: Path | Url
     row: int
     """Line of the CSV, the header being line 1; position in the listing for a folder or glob."""
     mpp: Mpp | None = None
-    """Overrides the file's pixel size."""
+    """µm per level-0 pixel; overrides the file's value."""
     magnification: float | None = None
+    """Objective magnification, such as 40; gives the pixel size if neither `mpp` nor the file does."""
     mask_path: Path | None = None
     patient_id: str | None = None
     group: str | None = None
@@ -91,6 +98,6 @@ class SlideRecord:
 
     @property
     def file(self) -> Path:
-        """The path of a slide that lies on this machine, or was copied to it."""
+        """Path of the slide on this machine. Call it only for a slide that is not in cloud storage, or was copied."""
         assert isinstance(self.path, Path)
         return self.path

@@ -20,12 +20,15 @@ from hover_batch.errors import InputError
 from hover_batch.geometry import Mpp
 
 RUN_FORMAT = "hover-batch run"
-"""Value of `format` in run.json, by which other programs' files of that name are recognised."""
+"""Value of `format` in run.json, which distinguishes it from other programs' files of that name."""
 
 
 def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
-    """Return run.json; None where there is none. InputError where it is corrupted or another program's; the message
-    begins with `flag`, the option that named the folder."""
+    """Return run.json; None if it does not exist.
+
+    `flag`: the option that gave the folder, with which the message begins. InputError if the file is corrupted or
+    belongs to another program.
+    """
     content = read_file(layout.run_json)
     if content is None:
         return None
@@ -36,26 +39,27 @@ def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
             "another folder"
         )
     if run.get("format") != RUN_FORMAT:
-        raise InputError(f"{_named(layout, flag)}: its run.json is not one of this program; name another folder")
+        raise InputError(f"{_named(layout, flag)}: its run.json was written by another program; name another folder")
     return run
 
 
 def require_run(layout: RunLayout, flag: str = "") -> dict[str, Any]:
-    """Return run.json. InputError as by `read_run`, and where there is no run."""
+    """Return run.json. InputError as from `read_run`, and if the folder holds no run."""
     run = read_run(layout, flag)
     if run is None:
-        raise InputError(f"{_named(layout, flag)}: holds no run; give the --output of `segment`")
+        raise InputError(f"{_named(layout, flag)}: holds no run; give the folder that was the --output of `segment`")
     return run
 
 
 def _named(layout: RunLayout, flag: str) -> str:
+    """Return the folder as messages name it: after its option, if there is one."""
     return f"{flag} {layout.root}".lstrip()
 
 
 def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
-    """Return the cohort's slides in the order of slides.csv; None where no run has listed them yet.
+    """Return the cohort's slides in the order of slides.csv; None if the file is not written yet.
 
-    InputError where the file was edited so that it cannot be read.
+    InputError if the file is corrupted or was edited so that it cannot be read.
     """
     content = read_file(layout.slides_csv)
     if content is None:
@@ -65,16 +69,17 @@ def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
         return tuple(_record(layout, row) for row in rows)
     except (InputError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{layout.slides_csv}: is corrupted or was changed by hand ({error}); the command that made the run writes "
-            "it anew"
+            f"{layout.slides_csv}: is corrupted or was edited ({error}); repeat the segment command, which writes it "
+            "again"
         ) from error
 
 
 def _record(layout: RunLayout, row: dict[str, str]) -> SlideRecord:
+    """Parse a row of slides.csv. InputError, KeyError, TypeError or ValueError if it is invalid."""
     cells = {name: cell for name, cell in row.items() if cell}
     x, y = (cells.get("mpp", cells.get(name)) for name in MPP_COLUMNS)
     return SlideRecord(
-        slide_id=layout.slide(row["slide_id"]).slide_id,  # InputError where it could leave the folder
+        slide_id=layout.slide(row["slide_id"]).slide_id,  # InputError if it could leave the folder
         path=Url.of(row["path"]) or Path(row["path"]),
         row=int(row["row"]),
         mpp=Mpp(float(x), float(y)) if x and y else None,
@@ -87,14 +92,18 @@ def _record(layout: RunLayout, row: dict[str, str]) -> SlideRecord:
 
 
 def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
-    """Return the folders of the cohort's slides by slide_id; none where no run has listed them yet."""
+    """Return the paths of the cohort's slides by slide_id, in the order of slides.csv; empty if it is not written yet.
+
+    InputError if slides.csv is corrupted.
+    """
     return {record.slide_id: layout.slide(record.slide_id) for record in read_slides(layout) or ()}
 
 
 def nuclei_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> int | None:
-    """Return the number of nuclei of a finished slide, else None.
+    """Return the number of nuclei of a finished slide; None if the slide is not done.
 
-    A slide.json older than `failed_at`, the slide's failure in the last start, does not count: that start rejected it.
+    A slide.json older than `failed_at`, the time when the slide failed in the last start, does not count: that start
+    rejected it.
     """
     try:
         modified = slide.slide_json.stat().st_mtime
@@ -106,13 +115,16 @@ def nuclei_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> int
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file; None where there is no file or it holds anything else."""
+    """Return the JSON object in a file; None if there is no such file or it holds anything else.
+
+    OSError if it cannot be read.
+    """
     content = read_file(path)
     return None if content is None else _json_object(content)
 
 
 def read_file(path: Path) -> bytes | None:
-    """Return a file's content; None where there is none. OSError where it cannot be read."""
+    """Return the content of a file; None if it does not exist. OSError if it cannot be read."""
     for _ in range(2):
         try:
             return path.read_bytes()
@@ -126,6 +138,7 @@ def read_file(path: Path) -> bytes | None:
 
 
 def _json_object(content: bytes) -> dict[str, Any] | None:
+    """Parse a JSON object; None if the content is anything else."""
     try:
         value = json.loads(content)
     except ValueError:

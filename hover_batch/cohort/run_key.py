@@ -14,7 +14,10 @@ from hover_batch.files import to_json
 
 
 def run_key(model_sha256: str, results_key: Mapping[str, Any], slide_fingerprint: str, schema_version: int) -> str:
-    """Return the hex SHA-256 of everything that a slide's results depend on: equal keys, equal results."""
+    """Return the SHA-256, as hexadecimal text, of everything that a slide's results depend on.
+
+    `results_key`: the settings that change results. `schema_version`: of the table. Equal keys mean equal results.
+    """
     parts = {
         "model": model_sha256,
         "results": _integers_where_whole(results_key),
@@ -27,26 +30,32 @@ def run_key(model_sha256: str, results_key: Mapping[str, Any], slide_fingerprint
 
 @dataclass(frozen=True)
 class ModelId:
-    """Which weights a run uses."""
+    """Model of a run. `id`: its name; `sha256`: of its weights."""
 
     id: str
     sha256: str
 
 
 def run_identity(model: ModelId, results_key: Mapping[str, Any], schema_version: int) -> dict[str, Any]:
-    """Return what all results of a run have in common, as run.json stores it."""
+    """Return what all results of a run have in common, as plain JSON values for run.json.
+
+    `results_key`: the settings that change results. `schema_version`: of the table.
+    """
     identity = {
         "model_id": model.id,
         "model_sha256": model.sha256,
         "results_key": _integers_where_whole(results_key),
         "schema_version": schema_version,
     }
-    # As JSON gives it back, so that it can be compared with what an earlier start stored.
+    # Through JSON, so that it compares equal to what an earlier start stored.
     return dict(json.loads(to_json(identity)))
 
 
 def refuse_changes(root: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """SettingsChanged with each difference between two identities, old → new. The model's name may differ."""
+    """Compare the identity of the run in `root` with that of the run that would go there.
+
+    SettingsChanged, with a line for each difference, old → new, if they differ. The model's name may differ.
+    """
     changes = []
     if stored.get("model_sha256") != wanted["model_sha256"]:
         old, new = (f"{run.get('model_id')} (sha256 {str(run.get('model_sha256'))[:12]}…)" for run in (stored, wanted))
@@ -59,20 +68,20 @@ def refuse_changes(root: Path, stored: Mapping[str, Any], wanted: Mapping[str, A
             changes.append(f"  {name}: {before} → {after}")
     if changes:
         raise SettingsChanged(
-            "\n".join([f"--output {root}: holds results of other settings (there → now):", *changes])
-            + "\nName another --output, use the same settings, or --force to remove those results and start anew."
+            "\n".join([f"--output {root}: holds results of other settings (in the folder → now):", *changes])
+            + "\nName another --output, use the same settings, or give --force to remove those results and start again."
         )
 
 
 def _integers_where_whole(value: Any) -> Any:
-    """Return the value with whole floats as integers: 8 in a settings file and the default 8.0 are one setting."""
+    """Convert whole floats to integers, so that 8 in a settings file equals the default of 8.0."""
     if isinstance(value, Mapping):
         return {key: _integers_where_whole(item) for key, item in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted names, as in settings.toml."""
+    """Flatten nested settings to dotted names, such as post.halo."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Lock a run's folder, so that one process at a time writes there."""
+"""Lock a run's folder, so that only one process at a time writes to it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _log = logging.getLogger(__name__)
 
 
 def lock(path: Path) -> int:
-    """Lock the file and return the descriptor that holds the lock. InputError where another process holds it.
+    """Lock the file and return the descriptor that holds the lock. InputError if another process holds it, OSError if
+    the file cannot be opened.
 
-    The system releases the lock with the last process that has the file open, killed or not. A forked child that
-    outlives the run may still write, and rightly keeps it.
+    The system releases the lock once no process has the file open any more, even if they are killed. A forked child
+    that outlives the run keeps the lock, since it may still write.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -29,24 +30,24 @@ def lock(path: Path) -> int:
         holder = os.read(descriptor, 200).decode(errors="replace").strip()
         os.close(descriptor)
         raise InputError(
-            f"--output {path.parent}: another run ({holder or 'unknown'}) is writing here; wait for it or name another "
-            "folder"
+            f"--output {path.parent}: another run ({holder or 'unknown'}) is writing to it; wait for that run, or name "
+            "another folder"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             os.close(descriptor)
             raise
-        # Some cluster file systems are mounted without locks; that must not keep anyone from running.
-        _log.warning("%s: this file system has no locks; make sure that no second run writes here", path.parent)
+        # Some cluster file systems are mounted without locks; runs must work there, too.
+        _log.warning("%s: this file system has no locks; make sure that no second run writes there", path.parent)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return descriptor
 
 
 def is_locked(path: Path) -> bool | None:
-    """Whether a process holds the lock, tested without writing; None where the file system does not say.
+    """Return whether a process holds the lock; None if the file system does not support locks.
 
-    The shared lock that the test takes is released at once.
+    Nothing is written: the test takes a shared lock and releases it at once.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)

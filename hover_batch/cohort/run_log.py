@@ -1,4 +1,4 @@
-"""Read a run's log (events.jsonl): what its last start did, how fast, and what failed."""
+"""Summarize a run's log (events.jsonl): the progress, rate and failures of its last start."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, Self
 from hover_batch.cohort.events import stream_events
 
 RATE_WINDOW_S = 600.0
-"""Length of the window over which the rate is measured."""
-RETRY_CAUSES = {"strike": "a process died or failed", "lost": "a machine was lost", "memory_short": "memory ran out"}
-"""Events after which work is retried, and their description."""
+"""Length in seconds of the window over which the rate is measured."""
+RETRY_CAUSES = {"strike": "a process crashed or failed", "lost": "a node was lost", "memory_short": "memory ran out"}
+"""Events after which work is retried → their description."""
 
 
 @dataclass(frozen=True)
 class LoggedFailure:
-    """A slide, or a row that never became one, that failed since the last start."""
+    """Failure of a slide, or of an invalid row of the cohort, since the last start."""
 
     slide_id: str
     row: int | None
@@ -29,8 +29,10 @@ class LoggedFailure:
 
 @dataclass(frozen=True)
 class Rate:
-    """Tiles predicted or regions post-processed a second, over the `seconds` of wall time that end at `until`, when the
-    last of them was done."""
+    """Rate of work.
+
+    `per_s`: tiles or regions per second, over `seconds` of wall time up to `until`, when the last was done.
+    """
 
     per_s: float
     seconds: float
@@ -38,20 +40,21 @@ class Rate:
 
 
 class RateWindow:
-    """Amounts of work of the last minutes, and when they were done."""
+    """Sliding window over the work of the last RATE_WINDOW_S seconds. `begin`: when the work began."""
 
     def __init__(self, begin: datetime) -> None:
         self._entries = deque([(begin, 0)])
         """The first entry only marks where the window begins."""
 
     def add(self, time: datetime, amount: int) -> None:
+        """Add an amount of work that was done at `time`, and drop what has left the window."""
         self._entries.append((time, amount))
         while len(self._entries) > 2 and (time - self._entries[1][0]).total_seconds() >= RATE_WINDOW_S:
             self._entries.popleft()
 
     @property
     def rate(self) -> Rate | None:
-        """None where nothing was done."""
+        """Rate in the window; None if nothing was done."""
         (begin, _), (end, _) = self._entries[0], self._entries[-1]
         seconds, amount = (end - begin).total_seconds(), sum(n for _, n in list(self._entries)[1:])
         return Rate(amount / seconds, seconds, end) if seconds > 0 and amount > 0 else None
@@ -59,7 +62,10 @@ class RateWindow:
 
 @dataclass
 class RunLog:
-    """Summary of events.jsonl since the last start; `surveyed` and `model_busy` are the latest of any start."""
+    """Summary of events.jsonl since the last start. `surveyed` and `model_busy` are the latest values of all starts.
+
+    Times are UTC. `last`: the last event; `last_slide`: when the last slide was finished.
+    """
 
     started: datetime | None = None
     last: datetime | None = None
@@ -68,22 +74,23 @@ class RunLog:
     slides_done: int = 0
     last_slide: datetime | None = None
     stopped: bool = False
-    """The last start ended before its cohort was done: by Ctrl-C, or because the disk was full."""
+    """Whether the last start ended before its cohort was done: by Ctrl-C, or because the disk was full."""
     surveyed: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Units and tiles by slide_id."""
+    """Number of units and tiles by slide_id."""
     model_busy: float | None = None
+    """Share of the time in which the networks computed, from the end of the last run that logged it."""
     disk_full: datetime | None = None
-    """Since when the run has been waiting for disk space."""
+    """Since when the run has been waiting for disk space; None if it is not."""
     retries: Counter[str] = field(default_factory=Counter)
     """Number of events by kind, of the kinds in RETRY_CAUSES."""
     machines: tuple[int, int] | None = None
-    """Machines and networks after the cluster last changed."""
+    """Nodes and networks after the last change of the cluster; None if it has not changed."""
     _tiles: RateWindow | None = None
     _regions: RateWindow | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read events.jsonl; an empty log where there is none."""
+        """Read events.jsonl; return an empty log if the file does not exist. OSError if it cannot be read."""
         log = cls()
         for event in stream_events(path):
             log.add(event)
@@ -129,17 +136,17 @@ class RunLog:
 
     @property
     def tile_rate(self) -> Rate | None:
-        """None where no unit was predicted since the start, or the log lacks their numbers of tiles."""
+        """Tiles predicted per second; None if there are none since the start, or an older log lacks their number."""
         return self._tiles.rate if self._tiles else None
 
     @property
     def region_rate(self) -> Rate | None:
-        """None where no region was post-processed since the start."""
+        """Regions post-processed per second; None if none was since the start."""
         return self._regions.rate if self._regions else None
 
 
 def to_utc(time: object) -> datetime | None:
-    """Parse an ISO 8601 time; None where it is not one."""
+    """Parse an ISO 8601 time and convert it to UTC; None if it is not valid."""
     try:
         return datetime.fromisoformat(str(time)).astimezone(UTC)
     except ValueError:

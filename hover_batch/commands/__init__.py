@@ -1,4 +1,4 @@
-"""The commands of `hover-batch`: a function each, mounted by `hover_batch.cli`.
+"""Commands of `hover-batch`: one function per command, registered by `hover_batch.cli`.
 
-Heavy imports stand inside the functions, so that `--help` answers at once.
+Heavy imports are inside the functions, so that `--help` answers at once.
 """

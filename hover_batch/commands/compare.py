@@ -1,4 +1,4 @@
-"""`hover-batch compare`: two networks over the same pixels."""
+"""`hover-batch compare`: run two networks on the same pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hover_batch.errors import InputError
 TEACHER = "hovernet_fast-pannuke"
 SIDE, PER_SLIDE, SLIDES = 512, 2, 3
 BATCHES = "1,4,16"
-"""On a GPU the paper's 1 to 64; HoVerNet takes minutes for 64 patches on a CPU."""
+"""Default batch sizes. HoVerNet's paper times 1 to 64, which takes minutes on a CPU."""
 
 
 def compare(
@@ -24,41 +24,61 @@ def compare(
         bool, typer.Option("--example", help="Run on real H&E that ships inside a dependency: needs no data.")
     ] = False,
     teacher: Annotated[
-        bool, typer.Option("--teacher", help="Compare with HoVerNet, whose weights --teacher-weights names.")
+        bool, typer.Option("--teacher", help="Compare with HoVerNet, with the weights that --teacher-weights gives.")
     ] = False,
     teacher_weights: Annotated[
-        str, typer.Option(help="A package, hover_net's .tar, tiatoolbox's .pth, or a name that it fetches.")
+        str,
+        typer.Option(
+            help="Weights of the teacher: a package, hover_net's .tar, tiatoolbox's .pth, or a "
+            "published name, which is fetched."
+        ),
     ] = TEACHER,
     against: Annotated[
-        str | None, typer.Option(help="Compare with another package, or the same one at another precision or runtime.")
+        str | None,
+        typer.Option(help="Compare with this package; it may be the same one, at another precision or runtime."),
     ] = None,
-    against_precision: Annotated[Precision, typer.Option(help="Precision of the other side.")] = "auto",
-    against_runtime: Annotated[Runtime, typer.Option(help="Runtime of the other side.")] = "torch",
-    student: Annotated[str, typer.Option(help="The package that is to replace the other one.")] = "starter",
+    against_precision: Annotated[
+        Precision, typer.Option(help="Precision of the teacher or the --against package.")
+    ] = "auto",
+    against_runtime: Annotated[
+        Runtime, typer.Option(help="Runtime of the teacher or the --against package.")
+    ] = "torch",
+    student: Annotated[
+        str, typer.Option(help="The package that is to replace the teacher or the --against package.")
+    ] = "starter",
     precision: Annotated[Precision, typer.Option(help="Precision of the student.")] = "auto",
     runtime: Annotated[Runtime, typer.Option(help="Runtime of the student.")] = "torch",
-    device: Annotated[str, typer.Option(help="Device of both: auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device of both networks: auto, cpu or cuda.")] = "auto",
     timing_only: Annotated[
         bool,
         typer.Option(
-            "--timing-only", help="Measure costs alone, with random weights for the teacher: needs no weights."
+            "--timing-only", help="Measure costs only, with random weights for the teacher: needs no download."
         ),
     ] = False,
     truth: Annotated[
         Path | None,
-        typer.Option(help="Annotated images (dataset.csv, or what kd prepare writes): score both on their fold test."),
+        typer.Option(
+            help="Folder of annotated images (with dataset.csv, or from `kd prepare`): score both networks "
+            "on its test fold."
+        ),
     ] = None,
-    side: Annotated[int, typer.Option(min=128, max=8192, help="Side of a field in pixels.")] = SIDE,
-    per_slide: Annotated[int, typer.Option(min=1, help="Fields per slide, those with most tissue.")] = PER_SLIDE,
-    slides: Annotated[int, typer.Option(min=1, help="Number of slides, the first ones of the cohort.")] = SLIDES,
+    side: Annotated[
+        int, typer.Option(min=128, max=8192, help="Side in pixels of a field, a square on which both are compared.")
+    ] = SIDE,
+    per_slide: Annotated[int, typer.Option(min=1, help="Fields per slide: those with most tissue.")] = PER_SLIDE,
+    slides: Annotated[int, typer.Option(min=1, help="Slides to use: the first ones of the cohort.")] = SLIDES,
     full: Annotated[bool, typer.Option("--full", help="Compare on all tissue of all slides.")] = False,
-    batches: Annotated[str, typer.Option(help="Batch sizes to time.")] = BATCHES,
+    batches: Annotated[str, typer.Option(help="Batch sizes to time, separated by commas.")] = BATCHES,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement; medians are reported.")] = 3,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for compare.json and compare.html.")] = Path(
         "hover-batch-compare"
     ),
 ) -> None:
-    """Run two networks over the same pixels: what they cost, where they disagree.
+    """Compare two networks on the same pixels: their costs, and where they disagree.
+
+    Prints a table, and writes compare.json and compare.html. --student is to replace the other network.
+
+    Examples: with a HoVerNet; with a HoVerNet for costs only; the same package on another runtime.
 
     hover-batch compare cohort.csv --teacher --teacher-weights hovernet.safetensors
 
@@ -67,18 +87,18 @@ def compare(
     hover-batch compare --example --against starter --runtime openvino
     """
     if (cohort is not None) == use_example:
-        raise InputError("give exactly one of COHORT and --example")
+        raise InputError("give either COHORT or --example, and not both")
     if teacher == (against is not None):
-        raise InputError("give exactly one of --teacher and --against")
+        raise InputError("give either --teacher or --against MODEL, and not both")
     if timing_only and not teacher:
-        raise InputError("--timing-only: is for --teacher")
+        raise InputError("--timing-only: works only with --teacher; add that, or leave it out")
     if timing_only and truth is not None:
-        raise InputError("--truth: random weights score nothing; leave it or --timing-only out")
+        raise InputError("--truth: random weights cannot be scored; leave out --truth or --timing-only")
     from dataclasses import replace
 
     from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
-    from hover_batch.compare.fields import places_of
-    from hover_batch.compare.run import Wanted
+    from hover_batch.compare.fields import choose_fields
+    from hover_batch.compare.run import Options
     from hover_batch.compare.run import compare as run
     from hover_batch.compare.sides import random_teacher, side_of
     from hover_batch.slide.example import write_example
@@ -86,39 +106,40 @@ def compare(
 
     sizes = _batches(batches)
     plain = InferSettings(device=device)
-    ours = side_of(student, "--student", replace(plain, precision=precision, runtime=runtime))
-    other = replace(plain, precision=against_precision, runtime=against_runtime)
+    replacement = side_of(student, "--student", replace(plain, precision=precision, runtime=runtime))
+    other_settings = replace(plain, precision=against_precision, runtime=against_runtime)
     if against is not None:
-        theirs = side_of(against, "--against", other)
+        other = side_of(against, "--against", other_settings)
     elif timing_only:
-        theirs = random_teacher(teacher_weights, other)
+        other = random_teacher(teacher_weights, other_settings)
     else:
-        theirs = side_of(teacher_weights, "--teacher", other)
-    if theirs.name == ours.name:
-        ours, theirs = (
-            replace(of, name=f"{of.name}, {of.predictor.precision} by {of.predictor.runtime}") for of in (ours, theirs)
+        other = side_of(teacher_weights, "--teacher", other_settings)
+    if other.name == replacement.name:
+        replacement, other = (
+            replace(of, name=f"{of.name}, {of.predictor.precision} by {of.predictor.runtime}")
+            for of in (replacement, other)
         )
-    ours, theirs = ours.for_fields(side), theirs.for_fields(side)
-    if theirs.card.mpp != ours.card.mpp:
+    replacement, other = replacement.for_fields(side), other.for_fields(side)
+    if other.card.mpp != replacement.card.mpp:
         raise InputError(
-            f"{theirs.name} is for pixels of {theirs.card.mpp:g} µm, {ours.name} for {ours.card.mpp:g} µm: they "
-            "cannot see the same"
+            f"{other.name} needs pixels of {other.card.mpp:g} µm, {replacement.name} of {replacement.card.mpp:g} µm; "
+            "compare networks with the same pixel size"
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output {output}: {error.strerror}") from error
+        raise InputError(f"--output {output}: cannot be made ({error.strerror}); name another folder") from error
     if not os.access(output, os.W_OK):
         raise InputError(f"--output {output}: cannot be written; name another folder")
     records = read_cohort(cohort if cohort is not None else str(write_example(output / "example")))
     raise_if_faulty(records)
     chosen = list(records.records if full else records.records[:slides])
-    places = list(places_of(chosen, ours.card.mpp, side, 0 if full else per_slide))
+    places = list(choose_fields(chosen, replacement.card.mpp, side, 0 if full else per_slide))
     found = run(
-        theirs,
-        ours,
+        other,
+        replacement,
         places,
-        Wanted(sizes, repeats, timing_only),
+        Options(sizes, repeats, timing_only),
         output,
         lambda line: typer.echo(line, err=True),
         (lambda of: judged(of.predictor, of.constants, truth)) if truth is not None else None,
@@ -129,16 +150,18 @@ def compare(
 
 
 def _batches(text: str) -> list[int]:
+    """Parse the batch sizes, sorted and each once. InputError for anything but whole numbers from 1 to 1024."""
     try:
         sizes = sorted({int(word) for word in text.split(",")})
     except ValueError:
         sizes = []
     if not sizes or sizes[0] < 1 or sizes[-1] > 1024:
-        raise InputError(f"--batches {text}: give numbers from 1 to 1024, as {BATCHES}")
+        raise InputError(f"--batches {text}: give whole numbers from 1 to 1024, separated by commas, such as {BATCHES}")
     return sizes
 
 
 def _print(found: dict[str, Any]) -> None:
+    """Print the results as a table and notes. `found`: the content of compare.json."""
     from rich.console import Console
     from rich.table import Table
 
@@ -147,25 +170,25 @@ def _print(found: dict[str, Any]) -> None:
     ratios = found["ratios"]
     rows = [
         ("parameters, millions", "parameters", 1e-6, ratios["parameters"]),
-        ("GMAC a patch", "macs_per_patch", 1e-9, ratios["macs_per_patch"]),
-        ("kMAC a kept pixel", "macs_per_kept_pixel", 1e-3, ratios["macs_per_kept_pixel"]),
-        ("network, µs a kept pixel", "infer_us_per_pixel", 1, ratios["infer_us_per_pixel"]),
-        ("mm² a second, network", "mm2_per_second", 1, None),
+        ("GMAC per patch", "macs_per_patch", 1e-9, ratios["macs_per_patch"]),
+        ("kMAC per kept pixel", "macs_per_kept_pixel", 1e-3, ratios["macs_per_kept_pixel"]),
+        ("network, µs per kept pixel", "infer_us_per_pixel", 1, ratios["infer_us_per_pixel"]),
+        ("network, mm²/s", "mm2_per_second", 1, None),
         ("post-processing of all fields, s", "post_seconds", 1, ratios["post_seconds"]),
         ("reading, network and post-processing, s", "end_to_end_seconds", 1, ratios["end_to_end_seconds"]),
-        ("mm² a second, end to end", "mm2_per_second_end_to_end", 1, None),
+        ("end to end, mm²/s", "mm2_per_second_end_to_end", 1, None),
     ]
     for label, key, scale, ratio in rows:
         cells = [f"{side[key] * scale:.4g}" for side in (first, second)]
         table.add_row(label, *cells, "" if ratio is None else f"{ratio:.3g} ×")
     for batch, ratio in ratios["seconds_per_patch"].items():
-        label = f"seconds a patch, {batch} at once" + (" (as the paper)" if batch == "16" else "")
+        label = f"seconds per patch, batch size {batch}" + (" (as in the paper)" if batch == "16" else "")
         cells = [f"{side['seconds_per_patch'][batch]:.3g}" for side in (first, second)]
         table.add_row(label, *cells, f"{ratio:.3g} ×")
     console = Console(highlight=False, markup=False)
     console.print(table)
     if agreed := found["agreement"]:
-        pq, f1, r = (_told(agreed[key]) for key in ("pq", "detection_f1", "density_correlation"))
+        pq, f1, r = (_decimals(agreed[key]) for key in ("pq", "detection_f1", "density_correlation"))
         console.print(
             f"agreement: PQ {pq}, F1 of detections {f1}, nuclei {agreed['nuclei'][0]} and {agreed['nuclei'][1]}, "
             f"correlation of densities {r}",
@@ -173,13 +196,14 @@ def _print(found: dict[str, Any]) -> None:
         )
     for side, truth in zip(found["sides"], found["truth"] or [], strict=False):
         for source, scores in truth["sources"].items():
-            told = ", ".join(f"{key} {_told(scores[key])}" for key in ("pq", "aji", "dice", "f_d"))
-            console.print(f"{side['name']} on {source}: {told}", soft_wrap=True)
+            values = ", ".join(f"{key} {_decimals(scores[key])}" for key in ("pq", "aji", "dice", "f_d"))
+            console.print(f"{side['name']} on {source}: {values}", soft_wrap=True)
         for leak in truth["leakage"]:
             console.print(f"  warning: {leak['text']}", soft_wrap=True)
     for note in found["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
 
 
-def _told(value: float | None) -> str:
+def _decimals(value: float | None) -> str:
+    """Return the value with three decimals; a dash for None."""
     return "–" if value is None else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""`hover-batch doctor`: whether this machine has what a run needs."""
+"""`hover-batch doctor`: check that this machine has what a run needs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from hover_batch.errors import InputError
 
 def doctor(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for a run: is there space, and can it be written?")
+        Path, typer.Option("--output", "-o", help="Folder for a run: check that it can be written and has free space.")
     ] = Path("hover-batch-out"),
     start_ray: Annotated[
-        bool, typer.Option("--ray", help="Start Ray, too, as a run would, for one task: a minute at most.")
+        bool, typer.Option("--ray", help="Also start Ray, as a run does, for one task; takes a minute at most.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for other programs.")] = False,
 ) -> None:
-    """Check that this machine has what a run needs: PASS, WARN or FAIL, and the fix.
+    """Check that this machine has what a run needs.
 
-    Exit codes: 0 nothing fails (there may be warnings), 2 something does.
+    Each check prints PASS, WARN or FAIL, and how to fix it.
+
+    Exit codes: 0 no check failed (there may be warnings), 2 at least one failed.
+
+    Example:
 
     hover-batch doctor -o /data/out --ray
     """

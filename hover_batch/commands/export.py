@@ -1,4 +1,4 @@
-"""`hover-batch export`: a run's tables in the formats of other tools."""
+"""`hover-batch export`: write a run's tables in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ from hover_batch.commands.options import RunArgument
 
 def export(
     run: RunArgument,
-    to: Annotated[list[Format], typer.Option("--to", help="What to write; may be given several times.")],
+    to: Annotated[list[Format], typer.Option("--to", help="Format to write; repeat the option for several.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the files.", show_default="beside each table")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the files.", show_default="that of each slide's table"),
     ] = None,
     slide: Annotated[
-        list[str] | None, typer.Option(metavar="ID", help="Only this slide; may be given several times.")
+        list[str] | None, typer.Option(metavar="ID", help="Export only this slide; repeat the option for several.")
     ] = None,
 ) -> None:
-    """Write the tables of nuclei for other tools, and print the files' names. Files of an earlier export are replaced.
+    """Write a run's tables of nuclei in the formats of other tools.
+
+    Prints the paths of the files. Files of an earlier export are replaced. Slides that are not done are skipped.
+
+    Exit codes: 0 all slides exported, 2 invalid input, 3 some slides skipped, 4 nothing exported.
+
+    Example:
 
     hover-batch export out/ --to qupath --to csv
     """

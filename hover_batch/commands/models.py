@@ -28,7 +28,11 @@ from hover_batch.model.package import Card, Package, find_package, load_tensors,
 from hover_batch.model.published import KINDS
 
 PackageArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="`starter`, a name in the cache, a .safetensors file or its folder.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="`starter`, a name that `models list` shows, a .safetensors file, or a folder that holds one.",
+    ),
 ]
 
 
@@ -36,8 +40,8 @@ def import_package(
     source: Annotated[
         str,
         typer.Argument(
-            help="hover_net's .tar, tiatoolbox's .pth, HoVer-UNet's .pth or a package's .safetensors: a file, an "
-            "https URL, or a name that `models list` shows.",
+            help="Weights: hover_net's .tar, tiatoolbox's .pth, HoVer-UNet's .pth or a package's .safetensors, given "
+            "as a file, an https URL, or a name that `models list` shows.",
             show_default=False,
         ),
     ],
@@ -52,22 +56,25 @@ def import_package(
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option(help=f"What it is: {', '.join(KINDS)}.", show_default="what its tensors' shapes fit"),
+        typer.Option(help=f"Kind of checkpoint: {', '.join(KINDS)}.", show_default="recognised by its tensors' shapes"),
     ] = None,
     calibrate_on: Annotated[
         Path | None,
         typer.Option(
             "--calibrate",
-            help="Folder with dataset.csv: find the Sobel constants on its images of the split val.",
+            help="Folder of annotated images with dataset.csv: calibrate the Sobel constants, which scale the maps in "
+            "post-processing, on its split val.",
             show_default="the starter's constants",
         ),
     ] = None,
     sha256: Annotated[
         str | None,
-        typer.Option(help="What the file's hash must be.", show_default="what it was when it was first fetched"),
+        typer.Option(help="SHA-256 that the file must have.", show_default="the one of the first download"),
     ] = None,
 ) -> None:
-    """Turn published weights into a model package, which `segment --model` runs. Names and URLs are fetched.
+    """Convert published weights into a model package for `segment --model`.
+
+    Names and URLs are downloaded. Examples: download a published HoVerNet and use it, or convert a checkpoint file.
 
     hover-batch models import hovernet_fast-pannuke
 
@@ -75,18 +82,18 @@ def import_package(
 
     hover-batch models import hovernet_fast_pannuke_type_tf2pytorch.tar -o teacher.safetensors
 
-    What is fetched, and packages without -o, lie in HOVER_BATCH_CACHE (default ~/.cache/hover-batch).
+    Downloads, and packages without -o, are stored in HOVER_BATCH_CACHE (default ~/.cache/hover-batch).
 
-    Without a network, the message says which file to bring where.
+    Without a network connection, the error message says which file to copy to which place.
     """
     target = _target(source, out)
     if calibrate_on is not None and not (calibrate_on / "dataset.csv").is_file():
-        raise InputError(f"--calibrate {calibrate_on}: no dataset.csv there; give a folder of annotated images")
+        raise InputError(f"--calibrate {calibrate_on}: holds no dataset.csv; give a folder of annotated images")
     ready = _source_file(source).suffix == ".safetensors"
     if ready and (kind is not None or calibrate_on is not None):
         raise InputError(
-            f"{source}: is a package, not a checkpoint: leave out --kind and --calibrate (`hover-batch kd "
-            "calibrate` finds a package's constants anew)"
+            f"{source}: is a package already, not a checkpoint; leave out --kind and --calibrate (to calibrate a "
+            "package, use `hover-batch kd calibrate`)"
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -111,31 +118,38 @@ def import_package(
     for line in (str(target), *describe(find_package(str(target)).card)):
         typer.echo(line)
     if out is None:
-        typer.echo(f"use it by its name: --model {target.stem}")
+        typer.echo(f"to use it: --model {target.stem}")
 
 
 def _target(source: str, out: Path | None) -> Path:
-    """The file to write: the one that was named, or that of the source's name in the cache."""
+    """Return the file to write: `out`, or the one in the cache that is named after the source.
+
+    InputError if it cannot be a package's name.
+    """
     if out is not None:
         if out.suffix != ".safetensors":
-            raise InputError(f"-o {out}: a package is a .safetensors file")
+            raise InputError(f"-o {out}: must end in .safetensors")
         return out
     try:
         name = source if source in KINDS else _source_file(source).stem
     except ValueError as error:
-        raise InputError(f"{source}: is no URL ({error})") from error
+        raise InputError(f"{source}: is not a valid URL ({error})") from error
     if not is_name(name):
-        raise InputError(f"{source}: {name!r} cannot be a name in the cache; give -o FILE.safetensors")
+        raise InputError(f"{source}: {name!r} cannot be the name of a package in the cache; give -o FILE.safetensors")
     return cached_package(name)
 
 
 def _source_file(source: str) -> Path:
-    """The file, or what it will be called when it is fetched."""
+    """Return the source's file; for a URL, the one that it is downloaded to."""
     return download_path(source) if "://" in source else Path(source)
 
 
 def _copy(source: str, sha256: str | None, target: Path, *, replaceable: bool) -> None:
-    """A package that is one already, checked and under its new name."""
+    """Copy a package to `target`, after its weights are checked.
+
+    PackageError if they do not match its card or `sha256`, InputError if `target` exists, holds another package, and is
+    not `replaceable`.
+    """
     if "://" in source:
         from hover_batch.model.fetch import fetched
 
@@ -143,7 +157,9 @@ def _copy(source: str, sha256: str | None, target: Path, *, replaceable: bool) -
     else:
         package = find_package(str(Path(source).absolute()), "package")
         if sha256 is not None and package.sha256 != sha256.lower():
-            raise PackageError(f"{source}: its sha256 is {package.sha256}, not {sha256}; fetch it again")
+            raise PackageError(
+                f"{source}: checksum mismatch: its sha256 is {package.sha256}, not {sha256}; download it again"
+            )
     load_tensors(package)
     if not replaceable:
         _refuse_another(target, lambda held: held.sha256 == package.sha256)
@@ -152,22 +168,27 @@ def _copy(source: str, sha256: str | None, target: Path, *, replaceable: bool) -
 
 
 def _refuse_another(target: Path, same: Callable[[Package], bool]) -> None:
-    """InputError where the cache has a package of other origin under the name, which somebody may rely on."""
+    """InputError if `target` holds a package of another source, which other commands may use by this name."""
     if target.exists() and not same(find_package(str(target), "package")):
-        raise InputError(f"{target}: is of another source; remove it, or give -o FILE.safetensors")
+        raise InputError(
+            f"{target}: a package from another source has this name already; remove it, or give -o FILE.safetensors"
+        )
 
 
 def list_packages(
-    folder: Annotated[Path, typer.Argument(help="Where else to look for packages.")] = Path("."),
+    folder: Annotated[Path, typer.Argument(help="Folder whose packages are listed, too.")] = Path("."),
 ) -> None:
-    """List the packages at hand and the published models that can be imported."""
+    """List the packages that can be used, and the published models that can be imported.
+
+    The packages are the starter and those in the cache and in FOLDER.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name one that holds .safetensors files")
     cached = [path.stem for path in cached_packages()]
     for name in ("starter", *cached, *map(str, sorted(folder.glob("*.safetensors")))):
         try:
             card = find_package(name).card
-        except PackageError:  # somebody else's safetensors
+        except PackageError:  # a .safetensors file of another program
             continue
         typer.echo(f"{name}: {_architecture(card)}, {card.taxonomy.name}, {card.mpp:g} µm")
     typer.echo("can be imported:")
@@ -178,9 +199,9 @@ def list_packages(
 
 def show_package(
     model: PackageArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="The whole card.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole card as JSON.")] = False,
 ) -> None:
-    """Show what a package is, what it has seen and under which licence it comes."""
+    """Show a package's architecture, classes, training data, licence and checksum."""
     package = find_package(model, "package")
     if as_json:
         typer.echo(json.dumps({**package.card.to_json(), "sha256": package.sha256}, indent=2, ensure_ascii=False))
@@ -193,12 +214,14 @@ def show_package(
 def verify_packages(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Packages.", show_default="the starter and all of the cache"),
+        typer.Argument(metavar="[MODEL]...", help="Packages to check.", show_default="the starter and the whole cache"),
     ] = None,
 ) -> None:
-    """Recompute hashes: of packages' weights against their cards, of fetched files against their first use.
+    """Verify the checksums of packages and downloads.
 
-    Exit codes: 0 all are as they were, 2 one is not.
+    The weights of packages are checked against their cards, and downloaded files against their first download.
+
+    Exit codes: 0 all files are intact, 2 at least one is corrupted.
     """
     checks: list[tuple[str, Callable[[], object]]] = [
         (name, lambda name=name: load_tensors(find_package(name, "package")))  # type: ignore[misc]
@@ -212,15 +235,17 @@ def verify_packages(
             check()
         except PackageError as error:
             corrupted = True
-            typer.echo(f"HARMED  {name}: {error}")
+            typer.echo(f"CORRUPTED  {name}: {error}")
         else:
-            typer.echo(f"ok      {name}")
+            typer.echo(f"ok         {name}")
     if corrupted:
         raise typer.Exit(PackageError.exit_code)
 
 
 def print_card(model: PackageArgument) -> None:
-    """Print a package's card as Hugging Face has it: Markdown with YAML at its head.
+    """Print a package's model card for Hugging Face: Markdown with a YAML header.
+
+    Example:
 
     hover-batch models card my-student.safetensors > my-repository/README.md
     """
@@ -230,7 +255,7 @@ def print_card(model: PackageArgument) -> None:
 
 
 def describe(card: Card) -> list[str]:
-    """The card in words, a line each, whatever somebody has written into it."""
+    """Return the card as lines of text: its name, then one line per fact, indented. Control characters are removed."""
     calibration = card.metrics.get("calibration", "not recorded")
     if isinstance(calibration, Mapping):
         calibration = f"found on annotated images: cut at {calibration.get('cut')} of their median minimum"
@@ -248,11 +273,12 @@ def describe(card: Card) -> list[str]:
 
 
 def _line(value: object) -> str:
-    """One line without what a terminal would obey."""
+    """Return the value as one line, without control characters, which a terminal would obey."""
     return re.sub(r"[^\S ]+|[\x00-\x1f\x7f-\x9f]", " ", str(value))
 
 
 def _architecture(card: Card) -> str:
+    """Return the names of the architecture and, where there is one, its encoder."""
     return f"{card.architecture} {card.encoder}".rstrip()
 
 

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and how options become settings.
+"""Arguments and options that several commands share, and their conversion to settings.
 
 A setting is declared in `hover_batch.config` and as an option of a command, whose parameter has the setting's name;
 its default and its choices come from config.
@@ -18,11 +18,11 @@ from hover_batch.errors import InputError
 
 MODEL = "Model and inference"
 POST = "Tissue and post-processing"
-ENGINE = "Machines"
+ENGINE = "Execution"
 
 
 def setting(flag: str, help: str, panel: str, default: str | None = None) -> Any:
-    """Declare the option of a setting. `default`: how the help describes it, where the value itself says little.
+    """Return the typer option of a setting. `default`: how the help describes the default, if its value needs it.
 
     The default for typer is None, so that --config can supply the value.
     """
@@ -38,10 +38,11 @@ def setting(flag: str, help: str, panel: str, default: str | None = None) -> Any
 CohortArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="COHORT", help="CSV with a column `path` (see docs/first-cohort.md), a folder of slides, or a glob."
+        metavar="COHORT",
+        help="CSV with a column `path` (see docs/first-cohort.md), a folder of slides, or a glob pattern.",
     ),
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run: the --output of `segment`.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, as given to `segment --output`.")]
 ModelOption = Annotated[
     str | None, setting("--model", "`starter`, a name that `models list` shows, or a .safetensors file.", MODEL)
 ]
@@ -49,24 +50,36 @@ BackendOption = Annotated[
     Backend | None,
     setting(
         "--backend",
-        "ray: all cores and GPUs, of this machine or a cluster; local: one process, for debuggers. Same results.",
+        "ray: use all cores and GPUs of this machine or a cluster; local: one process, for debugging. Same results.",
         ENGINE,
     ),
 ]
-CpusOption = Annotated[int | None, setting("--cpus", "Cores to use; 0 = all.", ENGINE, "all")]
+CpusOption = Annotated[int | None, setting("--cpus", "CPU cores to use; 0 = all.", ENGINE, "all")]
 GpusOption = Annotated[int | None, setting("--gpus", "GPUs to use; 0 = none.", ENGINE, "all")]
-AddressOption = Annotated[str | None, setting("--address", "Ray cluster to join.", ENGINE, "start Ray on this machine")]
+AddressOption = Annotated[
+    str | None, setting("--address", "Ray cluster to join, as HOST:PORT.", ENGINE, "start Ray on this machine")
+]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", help="TOML with settings, such as settings.toml of a run.", envvar="HOVER_BATCH_CONFIG"),
+    typer.Option(
+        "--config",
+        help="TOML file with settings, such as settings.toml of a run; options take precedence.",
+        envvar="HOVER_BATCH_CONFIG",
+    ),
 ]
 SkipInvalidOption = Annotated[
-    bool, typer.Option("--skip-invalid", help="Run the valid rows; list the faulty ones in failures.csv.")
+    bool,
+    typer.Option(
+        "--skip-invalid",
+        help="Run the valid rows of the cohort, and list the faulty ones in failures.csv, instead of stopping.",
+    ),
 ]
 
 
 def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Settings:
     """Return the settings of a command: option > environment variable > --config > `base` > default.
+
+    InputError if a file cannot be read, or for unknown names and wrong values.
 
     typer has already chosen between option and environment variable.
     """
@@ -83,8 +96,10 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return both, section by section; values of `above` take precedence, but a section that is none is kept, so that
-    `Settings.from_dict` rejects it."""
+    """Merge section by section; values of `above` take precedence.
+
+    Where one has a section and `below` a plain value, the plain value is kept, so that `Settings.from_dict` rejects it.
+    """
     merged = dict(below)
     for key, value in above.items():
         held = merged.get(key, {})
@@ -96,14 +111,15 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def _class_map(path: Path) -> dict[str, Any]:
+    """Read the class map. InputError if the file is empty or cannot be read."""
     class_map = read_toml("--class-map", path)
     if not class_map:
-        raise InputError(f'--class-map {path}: is empty; write lines like neoplastic = ["epithelial"]')
+        raise InputError(f'--class-map {path}: is empty; write lines such as neoplastic = ["epithelial"]')
     return class_map
 
 
 def read_toml(flag: str, path: Path) -> dict[str, Any]:
-    """Read the TOML file that `flag` names. InputError where it cannot be read."""
+    """Return the content of the TOML file `path`. InputError, which names the option `flag`, if it cannot be read."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""`hover-batch plan`: check a cohort, and estimate what its run will take."""
+"""`hover-batch plan`: check a cohort, and estimate the tiles, disk space and time of its run."""
 
 from __future__ import annotations
 
@@ -29,12 +29,16 @@ def plan(
     gpus: GpusOption = None,
     address: AddressOption = None,
 ) -> None:
-    """Check every row and slide header, and estimate tiles, disk and time. Writes nothing.
+    """Check a cohort, and estimate the tiles, disk space and time of its run.
+
+    Checks every row and slide header. Writes nothing.
+
+    Example:
 
     hover-batch plan cohort.csv
     """
     if cohort is None:
-        raise InputError("give a COHORT: a CSV, a folder of slides or a glob")
+        raise InputError("COHORT is missing: give a CSV, a folder of slides or a glob pattern")
     settings = settings_of(ctx)
     from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
     from hover_batch.executor.resources import resource_lines

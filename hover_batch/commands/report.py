@@ -1,4 +1,4 @@
-"""`hover-batch report`: an HTML report of a run's cohort."""
+"""`hover-batch report`: write an HTML report of a run's cohort."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from hover_batch.commands.options import RunArgument
 def report(
     run: RunArgument,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write.", show_default="OUT/report.html")
+        Path | None, typer.Option("--output", "-o", help="HTML file to write.", show_default="OUT/report.html")
     ] = None,
 ) -> None:
-    """Write an HTML report of a run's cohort, finished or not, and print its name. It opens in any browser, offline.
+    """Write an HTML report of a run's cohort.
 
-    With more than 200 slides, the pictures are on pages beside it.
+    Prints the path of the report, which opens in any browser, offline. The run need not be finished.
+
+    With more than 200 slides, the pictures go to further pages in a folder next to it.
+
+    Example:
 
     hover-batch report out/
     """

@@ -1,4 +1,4 @@
-"""`hover-batch segment`: a cohort of slides → tables of nuclei."""
+"""`hover-batch segment`: turn a cohort of slides into tables of nuclei."""
 
 from __future__ import annotations
 
@@ -39,69 +39,104 @@ def segment(
         typer.Option(
             "--from",
             metavar="RUN",
-            help="Make new tables from the predictions of the run in this folder, with other settings "
-            "(--sobel-norm, --halo, --min-area-px, --class-map): needs no slides, no GPU and no weights.",
+            help="Make new tables from the stored predictions of the run in this folder, with other settings "
+            "(--sobel-norm, --halo, --min-area-px, --class-map). Needs no slides, no GPU and no weights.",
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the run; the same command resumes a run that stopped.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder for the results; to resume a run that stopped, repeat the command."
+        ),
     ] = Path("hover-batch-out"),
     model: ModelOption = None,
     unit: Annotated[
-        int | None, setting("--unit", "Side in pixels of what is predicted and stored at once.", MODEL)
+        int | None,
+        setting("--unit", "Side in pixels of a unit, the square that is predicted and stored at once.", MODEL),
     ] = None,
-    batch: Annotated[int | None, setting("--batch", "Tiles in a batch.", MODEL)] = None,
+    batch: Annotated[int | None, setting("--batch", "Tiles per batch.", MODEL)] = None,
     precision: Annotated[
         Precision | None,
-        setting("--precision", "auto: fp16 on a GPU, else fp32. bf16 is fast on new CPUs, and moves outlines.", MODEL),
+        setting(
+            "--precision", "auto: fp16 on a GPU, else fp32. bf16 is fast on recent CPUs, but shifts outlines.", MODEL
+        ),
     ] = None,
     runtime: Annotated[
         Runtime | None,
         setting(
             "--runtime",
-            "auto: openvino on a CPU, torch on a GPU. compile: torch.compile, minutes at the start.",
+            "auto: openvino on a CPU, torch on a GPU. compile: torch.compile, which takes minutes at the start.",
             MODEL,
         ),
     ] = None,
     threads: Annotated[
-        int | None, setting("--threads", "Threads of a network on the CPU; 0 = as fits the cores.", MODEL)
+        int | None,
+        setting("--threads", "Threads of each network on the CPU; 0 = chosen by the number of cores.", MODEL),
     ] = None,
     device: Annotated[
-        str | None, setting("--device", "auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses GPUs.", MODEL)
+        str | None, setting("--device", "auto, cpu or cuda; CUDA_VISIBLE_DEVICES selects GPUs.", MODEL)
     ] = None,
     tissue: Annotated[
         Tissue | None,
-        setting("--tissue", "auto: find the tissue; all: the whole canvas. A mask_path takes precedence.", POST),
+        setting(
+            "--tissue",
+            "auto: find the tissue; all: the whole slide. A mask_path in the cohort CSV takes precedence.",
+            POST,
+        ),
     ] = None,
     mask_mpp: Annotated[float | None, setting("--mask-mpp", "Pixel size in µm of the tissue mask.", POST)] = None,
-    min_tissue_um2: Annotated[float | None, setting("--min-tissue-um2", "Drop smaller pieces of tissue.", POST)] = None,
+    min_tissue_um2: Annotated[
+        float | None, setting("--min-tissue-um2", "Ignore pieces of tissue smaller than this area in µm².", POST)
+    ] = None,
     sobel_norm: Annotated[
         SobelNorm | None,
-        setting("--sobel-norm", "fixed: the same nuclei wherever tiles fall; window: as published, for parity.", POST),
+        setting(
+            "--sobel-norm",
+            "fixed: nuclei do not depend on tile borders; window: as in HoVerNet's own code, for comparison.",
+            POST,
+        ),
     ] = None,
-    halo: Annotated[int | None, setting("--halo", "Context in pixels read around each region.", POST)] = None,
-    min_area_px: Annotated[int | None, setting("--min-area-px", "Drop nuclei of fewer inference pixels.", POST)] = None,
+    halo: Annotated[
+        int | None, setting("--halo", "Context in pixels around each region in post-processing.", POST)
+    ] = None,
+    min_area_px: Annotated[
+        int | None, setting("--min-area-px", "Drop nuclei with fewer inference pixels.", POST)
+    ] = None,
     class_map: Annotated[
         Path | None,
         setting(
             "--class-map",
-            'TOML that merges or renames classes, each named once: neoplastic = ["epithelial"]',
+            "TOML file that merges or renames classes: new name = list of the model's classes. Example line: "
+            'neoplastic = ["epithelial"]',
             POST,
             "the model's classes",
         ),
     ] = None,
     discard_predictions: Annotated[
         bool | None,
-        setting("--discard-predictions", "Remove each slide's prediction store when its table is written.", POST, "no"),
+        setting(
+            "--discard-predictions",
+            "Remove each slide's predictions once its table is written; saves disk space, but rules out --from.",
+            POST,
+            "no",
+        ),
     ] = None,
     config: ConfigOption = None,
     skip_invalid: SkipInvalidOption = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Remove the results in the output folder, and start anew.")
+        bool,
+        typer.Option("--force", help="Remove the results of the run in --output, and start again from the beginning."),
     ] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry quarantined slides, too.")] = False,
+    retry_failed: Annotated[
+        bool,
+        typer.Option(
+            "--retry-failed",
+            help="Also retry quarantined slides: those that repeatedly crashed their workers in an earlier start. "
+            "Other failed slides are retried in any case.",
+        ),
+    ] = False,
     max_failures: Annotated[
-        int | None, setting("--max-failures", "Stop when more slides than this have failed.", ENGINE, "never")
+        int | None, setting("--max-failures", "Stop the run when more slides than this have failed.", ENGINE, "never")
     ] = None,
     backend: BackendOption = None,
     cpus: CpusOption = None,
@@ -109,17 +144,26 @@ def segment(
     address: AddressOption = None,
     scratch: Annotated[
         str | None,
-        setting("--scratch", "Folder on each machine for copies of slides from buckets.", ENGINE, "temp folder"),
+        setting("--scratch", "Folder on each machine for copies of slides from cloud storage.", ENGINE, "temp folder"),
     ] = None,
     log_format: Annotated[
-        LogFormat, typer.Option(help="Format of stderr; json: one object a line.", envvar="HOVER_BATCH_LOG_FORMAT")
+        LogFormat,
+        typer.Option(
+            help="Format of the messages on stderr; json: one object per line.", envvar="HOVER_BATCH_LOG_FORMAT"
+        ),
     ] = LogFormat.text,
 ) -> None:
     """Turn a cohort of slides into tables of nuclei.
 
-    Every slide's nuclei go to OUTPUT/slides/SLIDE_ID/nuclei.parquet.
+    Writes the nuclei of each slide to OUTPUT/slides/SLIDE_ID/nuclei.parquet, and a summary to OUTPUT/summary.csv.
 
-    A slide that cannot be opened is listed in failures.csv; the others go on.
+    Nothing is run if a row of the cohort or a setting is invalid; `hover-batch plan` lists what is wrong.
+
+    Slides that cannot be opened or processed are listed in OUTPUT/failures.csv, and the others continue.
+
+    Repeat the command to resume a run that stopped, and to retry the slides that failed.
+
+    Examples: a cohort; real slides that need no data; new tables from the predictions of the first run.
 
     hover-batch segment cohort.csv -o out/
 
@@ -129,7 +173,7 @@ def segment(
     """
     ctx.find_root().obj = log_format
     if sum((cohort is not None, example, from_run is not None)) != 1:
-        raise InputError("give exactly one of COHORT, --example and --from")
+        raise InputError("give exactly one of COHORT, --example and --from RUN")
     stored = None
     if from_run is not None:
         from hover_batch.stored_run import StoredRun
@@ -154,7 +198,10 @@ def segment(
 
 
 def _example(output: Path) -> Path:
-    """Write the example's slides and return its cohort. InputError where `output` holds anything but a run."""
+    """Write the example's slides and return the path of their cohort.csv.
+
+    InputError if `output` holds anything but a run.
+    """
     from hover_batch.cohort.layout import RunLayout
     from hover_batch.cohort.ledger import Ledger
     from hover_batch.slide.example import write_example

@@ -1,4 +1,4 @@
-"""`hover-batch status`: where a run stands."""
+"""`hover-batch status`: show the progress of a run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from hover_batch.commands.options import RunArgument
 
 def status(
     output: RunArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for other programs.")] = False,
 ) -> None:
-    """Show where a run stands, from its files alone. Writes nothing; the run may go on, also on another machine.
+    """Show the progress of a run.
+
+    Prints the numbers of slides that are done, failed and pending, the rate, the time left, and the failures.
+
+    Only reads the run's files: call it at any time, also from another machine.
+
+    Example:
 
     hover-batch status out/
     """

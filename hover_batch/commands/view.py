@@ -1,4 +1,4 @@
-"""`hover-batch view`: one slide and its nuclei in the browser."""
+"""`hover-batch view`: show one slide and its nuclei in the browser."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from hover_batch.commands.options import RunArgument
 def view(
     run: RunArgument,
     slide: Annotated[
-        str | None, typer.Option(metavar="ID", help="The slide to look at.", show_default="the run's only one")
+        str | None,
+        typer.Option(metavar="ID", help="slide_id of the slide to show.", show_default="the only slide of the run"),
     ] = None,
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of this machine to listen at.", show_default="any that is free")
-    ] = 0,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address, and open no browser.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.", show_default="any free port")] = 0,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Print the address without opening a browser.")
+    ] = False,
 ) -> None:
-    """Look at one slide and its nuclei in the browser. Ctrl-C ends it, with exit code 0.
+    """Show one slide and its nuclei in the browser, until you press Ctrl-C.
 
-    Zoomed out, it draws the density of the nuclei; zoomed in, their outlines. Point at one to see its row of the table.
+    Zoomed out, the page shows the density of the nuclei; zoomed in, their outlines. Point at a nucleus for its row.
 
-    The address that is printed holds a secret and is for this machine alone.
+    The printed address holds a secret token and works only on this machine.
 
-    From another machine: ssh -L 8000:localhost:8000 HOST, and --port 8000 there.
+    To view a run on a server: `ssh -L 8000:localhost:8000 SERVER`, and there --no-browser --port 8000.
+
+    Example:
 
     hover-batch view out/ --slide case-01
     """
@@ -37,7 +40,7 @@ def view(
         try:
             typer.echo(server.url)
             if not no_browser:
-                # In a thread, since a browser in a terminal blocks this call, and asks for the page meanwhile.
+                # In a thread, since a browser in a terminal blocks this call, while it requests the page from us.
                 threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
             server.serve_forever()
         except KeyboardInterrupt:

@@ -1,1 +1,1 @@
-"""Two networks over the same pixels of the user's own slides: what they cost, and where they disagree."""
+"""Comparison of two networks on the same pixels of the user's slides: their costs, and where they disagree."""

@@ -1,4 +1,4 @@
-"""How far two sides find the same nuclei, and where they do not."""
+"""Measure how far two networks find the same nuclei, and locate where they do not."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hover_batch.compare.timing import Seen
+from hover_batch.compare.timing import SideResult
 from hover_batch.metrics import DETECTION_RADIUS_UM, match_centroids, mean_defined, panoptic_quality
 from hover_batch.nuclei.measure import Nuclei
 from hover_batch.taxonomy import Taxonomy
 
 CELL = 128
-"""Side in pixels of the cells by which densities are compared and disagreements are shown: 32 µm at 40×."""
+"""Side, in inference pixels, of the cells in which densities are compared and disagreements counted: 32 µm at 40×."""
 
 
 @dataclass(frozen=True)
 class Dispute:
-    """A cell of a field, by its corner, and how many nuclei in it only one of the sides has."""
+    """A CELL × CELL cell of a field in which the sides disagree.
+
+    `x`, `y`: its upper left corner, in inference pixels from that of the field. `alone`: nuclei in it that only one of
+    the two sides found.
+    """
 
     x: int
     y: int
@@ -29,7 +33,7 @@ class Dispute:
 
 
 class Agreement:
-    """What two sides of these classes have in common, summed up field by field."""
+    """Sums over fields of what two networks have in common. `taxonomies`: the classes of the first and the second."""
 
     def __init__(self, taxonomies: Sequence[Taxonomy]) -> None:
         self._names = [[c.name for c in taxonomy.nuclei] for taxonomy in taxonomies]
@@ -39,8 +43,12 @@ class Agreement:
         self._qualities: list[float] = []
         self._densities: list[NDArray[np.int64]] = []
 
-    def add(self, first: Seen, second: Seen, mpp: float) -> list[Dispute]:
-        """Take one field in. Returns its cells in which one side alone has nuclei."""
+    def add(self, first: SideResult, second: SideResult, mpp: float) -> list[Dispute]:
+        """Add one field, whose inference pixels are `mpp` µm wide.
+
+        Return its cells that hold nuclei which only one side found, in raster order. Detections match if their
+        centroids are at most DETECTION_RADIUS_UM apart.
+        """
         self._qualities.append(panoptic_quality(first.instances, second.instances).pq)
         places = [np.stack([seen.nuclei.centroid_x, seen.nuclei.centroid_y], axis=1) for seen in (first, second)]
         matched = match_centroids(places[0], places[1], DETECTION_RADIUS_UM / mpp).reshape(-1, 2)
@@ -59,8 +67,12 @@ class Agreement:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """PQ (mean over fields), F1 of detections within 12 px at 40×, counts, correlation of densities over cells, and
-        the confusion of classes: rows the first side's, columns the second's, the last of both `none`."""
+        """Return the sums as plain values; a value is None where it is undefined, as F1 is without nuclei.
+
+        `pq`: mean over fields. `detection_f1`: F1 of detections within 12 pixels at 40×. `nuclei`: both counts.
+        `density_correlation`: Pearson correlation of the nuclei per cell. `confusion`: counts of matched nuclei by
+        class, rows for the first side and columns for the second; the last of each, `none`, is for unmatched nuclei.
+        """
         cells = np.concatenate(self._densities, axis=1).astype(float)
         varied = cells.shape[1] > 1 and bool((cells.std(axis=1) > 0).all())
         total = int(self._counts.sum())
@@ -75,7 +87,7 @@ class Agreement:
 
 
 def _density(nuclei: Nuclei, shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """Nuclei in each cell (y, x) of a field."""
+    """Return the number of nuclei in each cell of a field of `shape` pixels (y, x), as (rows, columns) int64."""
     counts = np.zeros((-(-shape[0] // CELL), -(-shape[1] // CELL)), np.int64)
     rows, columns = ((np.asarray(v) // CELL).astype(int).clip(0) for v in (nuclei.centroid_y, nuclei.centroid_x))
     np.add.at(counts, (rows, columns), 1)
@@ -83,4 +95,5 @@ def _density(nuclei: Nuclei, shape: tuple[int, ...]) -> NDArray[np.int64]:
 
 
 def _defined(value: float) -> float | None:
+    """Return `value`, or None in place of NaN, which JSON lacks."""
     return None if math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""The pixels that both sides see: the squares of each slide that hold most tissue, or all of it."""
+"""Choose the fields on which two networks are compared: the squares of each slide with most tissue, or all of them."""
 
 from __future__ import annotations
 
@@ -19,51 +19,58 @@ from hover_batch.slide.tissue import TissueMask, tissue_mask
 
 @dataclass(frozen=True)
 class Field:
-    """A square of a slide in inference pixels, RGB (y, x, 3) uint8 at `mpp`; what lies beyond its border is mirrored,
-    for both sides."""
+    """A square of a slide with its pixels; both networks mirror what lies beyond its border.
+
+    `box`: its place in inference pixels. `image`: RGB (y, x, 3) uint8. `mpp`: µm per pixel of the image.
+    """
 
     slide_id: str
     box: Box
     image: NDArray[np.uint8]
     mpp: float
     read_s: float
-    """Seconds that reading it took."""
+    """Wall time of reading the pixels, in seconds."""
 
     @property
     def pixels(self) -> int:
+        """Number of pixels."""
         return self.box.width * self.box.height
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a field lies: its pixels are read when their turn comes, and never all of a slide's at once."""
+    """Position of a field, whose pixels are read only when it is compared. `box`: in inference pixels of `mpp` µm."""
 
     record: SlideRecord
     box: Box
     mpp: float
 
     def read(self) -> Field:
-        """SlideError where the slide cannot be read."""
+        """Read the pixels of the field. SlideError if the slide cannot be read."""
         with open_slide(self.record) as reader:
             started = time.perf_counter()
             image = reader.read(self.box, Grid.over(reader.info.level0, reader.info.mpp, self.mpp))
             return Field(self.record.slide_id, self.box, image, self.mpp, time.perf_counter() - started)
 
 
-def places_of(records: Sequence[SlideRecord], mpp: float, side: int, per_slide: int) -> Iterator[Place]:
-    """The `per_slide` squares with most tissue of each slide, those that come first in raster order where several have
-    as much; 0 = all that have tissue. Squares are cut off at the canvas.
+def choose_fields(records: Sequence[SlideRecord], mpp: float, side: int, per_slide: int) -> Iterator[Place]:
+    """Yield the `per_slide` squares of each slide that hold most tissue, most first and ties in raster order; for 0,
+    all squares with tissue, in raster order.
 
-    InputError where a slide lies in other storage, SlideError where one cannot be read.
+    `mpp`: µm per inference pixel. `side`: of a square, in inference pixels; squares are cut off at the canvas.
+    InputError if a slide is given by a URL, SlideError if one cannot be read.
     """
     for record in records:
         if isinstance(record.path, Url):
-            raise InputError(f"{record.path}: compare reads slides from disk; copy it there")
+            raise InputError(
+                f"{record.path}: compare reads slides from disk only; copy the slide to this machine and give its path"
+            )
         with open_slide(record) as reader:
             yield from _of_slide(reader, record, mpp, side, per_slide)
 
 
 def _of_slide(reader: SlideReader, record: SlideRecord, mpp: float, side: int, per_slide: int) -> Iterator[Place]:
+    """Yield the fields of one slide."""
     grid = Grid.over(reader.info.level0, reader.info.mpp, mpp)
     mask = tissue_mask(reader, record, TissueSettings())
     boxes = [
@@ -77,7 +84,7 @@ def _of_slide(reader: SlideReader, record: SlideRecord, mpp: float, side: int, p
 
 
 def _tissue_pixels(mask: TissueMask, box: Box, grid: Grid) -> float:
-    """Inference pixels of the box on tissue, about."""
+    """Return the approximate number of inference pixels of `box` that are tissue."""
     height, width = mask.array.shape
     x = np.array([box.x0, box.x1]) * grid.scale_x / mask.level0_per_pixel[0]
     y = np.array([box.y0, box.y1]) * grid.scale_y / mask.level0_per_pixel[1]

@@ -1,4 +1,4 @@
-"""compare.html: one file, everything escaped, nothing fetched."""
+"""Write compare.html: a single file, in which all text is escaped and which loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ from hover_batch.report.pictures import data_uri
 from hover_batch.taxonomy import Taxonomy
 
 AROUND = 32
-"""Pixels that a panel shows round the cell."""
+"""Pixels that a panel shows around the cell."""
 ZOOM = 2
+"""Pixels of the panel for each pixel of the field."""
 WIDTH, HEIGHT = 420, 220
-"""Of the chart's field."""
+"""Size of the chart's plotting area in SVG units."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A place of disagreement, as data URIs: the pixels, and each side's contours in the colours of its classes."""
+    """Pictures of a place where the networks disagree.
+
+    `x`, `y`: its upper left corner in inference pixels of the slide. `alone`: nuclei that only one side found.
+    `pictures`: PNG data URIs: the plain pixels, then those with each side's contours in the colours of its classes.
+    """
 
     slide_id: str
     x: int
@@ -38,6 +43,7 @@ class Panel:
 
     @classmethod
     def of(cls, field: Field, dispute: Dispute, results: Sequence[tuple[NDArray[np.int32], Nuclei, Taxonomy]]) -> Panel:
+        """Draw the panel of `dispute`. `results`: of each side, instances (y, x) int32, their nuclei, and classes."""
         height, width = field.image.shape[:2]
         rows = slice(max(0, dispute.y - AROUND), min(height, dispute.y + CELL + AROUND))
         columns = slice(max(0, dispute.x - AROUND), min(width, dispute.x + CELL + AROUND))
@@ -63,11 +69,12 @@ class Panel:
 
 
 def _large(image: NDArray[Any]) -> NDArray[Any]:
+    """Enlarge an image (y, x, …) ZOOM times, without interpolation."""
     return np.repeat(np.repeat(image, ZOOM, axis=0), ZOOM, axis=1)
 
 
 def render(found: dict[str, Any], panels: Sequence[Panel]) -> str:
-    """`found`: what compare.json holds."""
+    """Return the HTML page. `found`: the content of compare.json; `panels`: pictures of disagreements, worst first."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hover_batch.compare"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -77,7 +84,7 @@ def render(found: dict[str, Any], panels: Sequence[Panel]) -> str:
 
 
 def _chart(sides: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Lines of the seconds a patch over the batch size, both axes logarithmic; None without any."""
+    """Return the chart of seconds per patch over batch size, on logarithmic axes; None if nothing was timed."""
     points = [{int(b): s for b, s in side["seconds_per_patch"].items()} for side in sides]
     seconds = [s for of in points for s in of.values()]
     if not seconds:

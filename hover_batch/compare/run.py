@@ -1,4 +1,4 @@
-"""A comparison from its two sides to its two files: compare.json, and compare.html to look at."""
+"""Compare two networks and write the results to compare.json and, as a page, compare.html."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from hover_batch.compare.agreement import Agreement, Dispute
 from hover_batch.compare.fields import Field, Place
 from hover_batch.compare.page import Panel, render
 from hover_batch.compare.sides import Side
-from hover_batch.compare.timing import Seen, Tell, latencies, see, warm
+from hover_batch.compare.timing import Notify, SideResult, latencies, process_field, warm_up
 from hover_batch.errors import InputError
 from hover_batch.files import to_json, write_atomically
 from hover_batch.model.cost import cost_of
 
 PANELS = 8
-"""Places of disagreement that the page shows."""
+"""Number of disagreements that the page shows."""
 
 Judge = Callable[[Side], dict[str, Any]]
-"""A side's scores on annotated images, by source, and what of these images it has seen."""
+"""Function that returns a side's scores on annotated images, by source, and which of these it was trained on."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is asked for. `batches`: patches at once; `repeats`: of each measurement, of which the median is told;
-    `timing_only`: nuclei are not compared."""
+class Options:
+    """Options of a comparison.
+
+    `batches`: batch sizes to time. `repeats`: repetitions of each measurement, whose median is reported. `timing_only`:
+    measure costs, and do not compare nuclei.
+    """
 
     batches: Sequence[int]
     repeats: int
@@ -37,31 +40,36 @@ class Wanted:
 
 
 def compare(
-    first: Side, second: Side, places: Sequence[Place], wanted: Wanted, out: Path, tell: Tell, judge: Judge | None
+    first: Side, second: Side, places: Sequence[Place], options: Options, out: Path, notify: Notify, judge: Judge | None
 ) -> dict[str, Any]:
-    """Measure `first`, the one that is to be replaced, and `second`, which is to replace it, and write both files to
-    `out`. Returns what compare.json holds. InputError where no place has any tissue."""
+    """Compare `first` with `second`, which is to replace it, on the fields `places`, and write both files to `out`.
+
+    `notify` is called with lines about the progress. `judge` scores a side on annotated images; None: it is not scored.
+    Return the content of compare.json. InputError if `places` is empty.
+    """
     if not places:
-        raise InputError("no tissue was found in these slides; give others, or masks by the column mask_path")
+        raise InputError(
+            "no tissue was found in these slides; give other slides, or tissue masks in the column mask_path"
+        )
     sides = (first, second)
-    told = not wanted.timing_only and not any(side.random for side in sides)
-    tell("warming up …")
-    peaks = warm(sides, places[0].read())
+    nuclei_compared = not options.timing_only and not any(side.random for side in sides)
+    notify("warming up …")
+    peaks = warm_up(sides, places[0].read())
     truth = None
-    if judge:  # before what takes long: the images may not be there
-        tell("scores on annotated images …")
+    if judge:  # first, since it fails if the images are missing, and the rest takes long
+        notify("scores on annotated images …")
         truth = [judge(side) for side in sides]
-    by_batch = latencies(sides, wanted.batches, wanted.repeats, tell)
+    by_batch = latencies(sides, options.batches, options.repeats, notify)
     agreed = Agreement([side.card.taxonomy for side in sides])
     panels: list[Panel] = []
-    spent = [Spent(side.card.tile_out) for side in sides]
+    spent = [Costs(side.card.tile_out) for side in sides]
     for number, place in enumerate(places):
-        tell(f"field {number + 1} of {len(places)}: {place.record.slide_id} at {place.box.x0}, {place.box.y0} …")
+        notify(f"field {number + 1} of {len(places)}: {place.record.slide_id} at {place.box.x0}, {place.box.y0} …")
         field = place.read()
-        one, other = see(sides, field, wanted.repeats)
+        one, other = process_field(sides, field, options.repeats)
         spent[0].add(field, one)
         spent[1].add(field, other)
-        if told:
+        if nuclei_compared:
             panels += _panels(field, agreed.add(one, other, field.mpp), (one, other), sides)
             panels = sorted(panels, key=lambda panel: -panel.alone)[:PANELS]
     rows = [_row(side, spent[n], by_batch[n], peaks[n]) for n, side in enumerate(sides)]
@@ -73,12 +81,12 @@ def compare(
             | {"mpp": p.mpp}
             for p in places
         ],
-        "repeats": wanted.repeats,
+        "repeats": options.repeats,
         "sides": rows,
         "ratios": _ratios(*rows),
-        "agreement": agreed.to_json() if told else None,
+        "agreement": agreed.to_json() if nuclei_compared else None,
         "truth": truth,
-        "notes": _notes(sides, told),
+        "notes": _notes(sides, nuclei_compared),
     }
     write_atomically(out / "compare.json", to_json(found))
     write_atomically(out / "compare.html", render(found, panels))
@@ -86,8 +94,11 @@ def compare(
 
 
 @dataclass
-class Spent:
-    """Seconds of one side, which keeps `keep` × `keep` pixels of a tile, over all fields; and what they went into."""
+class Costs:
+    """Time that one network spent on all fields, and the amount of work.
+
+    `keep`: side in pixels of what the network keeps of a tile. `pixels`: inference pixels. Times are in seconds.
+    """
 
     keep: int
     pixels: int = 0
@@ -97,16 +108,18 @@ class Spent:
     infer_s: float = 0.0
     post_s: float = 0.0
 
-    def add(self, field: Field, seen: Seen) -> None:
+    def add(self, field: Field, result: SideResult) -> None:
+        """Add one field and the network's times on it."""
         self.pixels += field.pixels
         self.mm2 += field.pixels * (field.mpp / 1000) ** 2
         self.tiles += -(-field.box.height // self.keep) * -(-field.box.width // self.keep)
         self.read_s += field.read_s
-        self.infer_s += seen.infer_s
-        self.post_s += seen.post_s
+        self.infer_s += result.infer_s
+        self.post_s += result.post_s
 
 
-def _row(side: Side, spent: Spent, by_batch: dict[int, float], peak: int | None) -> dict[str, Any]:
+def _row(side: Side, spent: Costs, by_batch: dict[int, float], peak: int | None) -> dict[str, Any]:
+    """Return one side's entry in compare.json. `by_batch`: seconds per patch. `peak`: bytes of device memory."""
     whole_s = spent.read_s + spent.infer_s + spent.post_s
     return {
         "name": side.name,
@@ -131,7 +144,7 @@ def _row(side: Side, spent: Spent, by_batch: dict[int, float], peak: int | None)
 
 
 def _ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """How many times as much the first takes."""
+    """Return the costs of the first side as multiples of those of the second."""
     names = ("parameters", "macs_per_patch", "macs_per_kept_pixel", "infer_us_per_pixel", "post_seconds")
     ratios = {name: first[name] / second[name] for name in (*names, "end_to_end_seconds")}
     common = first["seconds_per_patch"].keys() & second["seconds_per_patch"].keys()
@@ -143,26 +156,28 @@ def _ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def _device(side: Side) -> str:
+    """Return the name of the GPU, or the processor with its instruction set and number of threads."""
     if side.predictor.device.type == "cuda":
         return torch.cuda.get_device_name(side.predictor.device)
     processor = platform.processor() or platform.machine()
     return f"CPU ({processor}, {torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
 
 
-def _notes(sides: Sequence[Side], told: bool) -> list[str]:
+def _notes(sides: Sequence[Side], nuclei_compared: bool) -> list[str]:
+    """Return the caveats that a reader of the comparison must know."""
     notes = [f"{side.name}: times and costs are those of its architecture" for side in sides if side.random]
-    if not told:
-        notes.append("costs alone were compared: nothing here tells of quality")
+    if not nuclei_compared:
+        notes.append("only costs were compared: this says nothing about quality")
     for side in sides:
         if steps := side.card.training.get("steps"):
             notes.append(f"{side.name} was trained for {steps} steps")
         if seen := side.card.training.get("seen"):
-            notes.append(f"{side.name} has seen: {seen}")
+            notes.append(f"{side.name} was trained on: {seen}")
     return notes
 
 
-def _panels(field: Field, disputes: list[Dispute], seen: Sequence[Seen], sides: Sequence[Side]) -> list[Panel]:
-    """Of the cells of a field in which most nuclei are one side's alone."""
+def _panels(field: Field, disputes: list[Dispute], seen: Sequence[SideResult], sides: Sequence[Side]) -> list[Panel]:
+    """Draw the cells of a field in which the sides disagree most, at most PANELS."""
     most = sorted(disputes, key=lambda dispute: (-dispute.alone, dispute.y, dispute.x))[:PANELS]
     results = [(by.instances, by.nuclei, side.card.taxonomy) for by, side in zip(seen, sides, strict=True)]
     return [Panel.of(field, dispute, results) for dispute in most]

@@ -1,4 +1,4 @@
-"""What is compared: a network with its card, its precision and its runtime, or one of random weights in its place."""
+"""Load the networks to be compared, each with its card, precision and runtime; or build one with random weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ from hover_batch.nuclei.watershed import SobelConstants
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two. `settings`: of its inference, with `auto` as the machine has it; `random`: its weights are, so
-    that its times are good and its nuclei are none."""
+    """One of the two networks of a comparison.
+
+    `settings`: of its inference; `predictor` resolves `auto` for this machine. `random`: its weights are random, so
+    that its times are meaningful and its nuclei are not.
+    """
 
     name: str
     card: Card
@@ -33,21 +36,23 @@ class Side:
 
     @cached_property
     def predictor(self) -> Predictor:
+        """The network, ready to predict."""
         return Predictor(self.network, self.card, self.settings)
 
     def for_fields(self, side: int) -> Side:
-        """The same for squares of `side` pixels that go one by one: a batch with no more tiles than they have."""
+        """Return this side with a batch size of at most the tiles in a field of `side` × `side` inference pixels."""
         return replace(self, settings=replace(self.settings, batch=batch_of(self.card, [(side, side)])))
 
     @property
     def constants(self) -> SobelConstants:
+        """The card's Sobel constants, for post-processing."""
         return SobelConstants.from_json(self.card.sobel)
 
 
-def side_of(name: str, said: str, settings: InferSettings) -> Side:
-    """The side that a user names: `starter`, a package, a published checkpoint or its name.
+def side_of(name: str, flag: str, settings: InferSettings) -> Side:
+    """Load the network `name`: `starter`, a package, a published checkpoint or the name of one, which is fetched.
 
-    Raises PackageError where it cannot be had; `said` is what the message begins with.
+    `flag`: the option that gave the name, for messages. PackageError if it cannot be loaded or fetched.
     """
     path = Path(name)
     published = name in KINDS and not path.exists() and not cached_package(name).exists()
@@ -58,21 +63,23 @@ def side_of(name: str, said: str, settings: InferSettings) -> Side:
             if not published:
                 raise
             raise PackageError(
-                f"{said}: the weights {name} cannot be had ({error}). Fetch the checkpoint where there is a network "
-                "(see https://github.com/vqdang/hover_net), and give the file: --teacher-weights FILE.tar; or compare "
-                "costs alone, with random weights: --timing-only"
+                f"{flag}: the weights {name} cannot be fetched ({error}). Download the checkpoint on a machine with a "
+                "network connection (see https://github.com/vqdang/hover_net), and give the file: --teacher-weights "
+                "FILE.tar; or compare only costs, with random weights: --timing-only"
             ) from error
         return Side(name, card, network.eval().requires_grad_(False), settings)
-    package = find_package(name, said)
+    package = find_package(name, flag)
     return Side(package.card.name, package.card, load_network(package), settings)
 
 
 def random_teacher(name: str, settings: InferSettings) -> Side:
-    """HoVerNet as published under `name`, with random weights. PackageError where no HoVerNet is."""
+    """Return the HoVerNet published as `name`, with random weights. PackageError if no HoVerNet has this name."""
     kind = KINDS.get(name)
     if kind is None or not kind.architecture.startswith("hovernet-"):
         known = ", ".join(n for n, k in KINDS.items() if k.architecture.startswith("hovernet-"))
-        raise PackageError(f"--teacher-weights {name}: with --timing-only give the name of an architecture: {known}")
+        raise PackageError(
+            f"--teacher-weights {name}: with --timing-only, give the name of a published HoVerNet: {known}"
+        )
     form = kind.architecture.removeprefix("hovernet-")
     arch = TeacherArch(form, kind.types)  # type: ignore[arg-type]  # the two forms that there are
     tile_in, tile_out = arch.tile

@@ -1,4 +1,4 @@
-"""Seconds of both sides, measured in alternation so that whatever else the machine does befalls both; medians."""
+"""Time two networks in alternation, so that other load on the machine affects both alike; medians are reported."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from hover_batch.model.predict import on_device
 from hover_batch.nuclei.image import nuclei_of
 from hover_batch.nuclei.measure import Nuclei
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
-def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, tell: Tell) -> list[dict[int, float]]:
-    """Of each side: batch size → seconds of the network alone for one patch, as the paper compares them. None of a
-    side that is compiled for one shape of input."""
+def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, notify: Notify) -> list[dict[int, float]]:
+    """Return, for each side, batch size → median seconds per patch of the network alone, as in HoVerNet's paper.
+
+    The mapping is empty for a side whose runtime is not torch, since it is compiled for one input shape.
+    """
     found: list[dict[int, float]] = [{} for _ in sides]
-    # Whole patches, of which the paper's networks give every pixel.
+    # Whole patches, as in the paper, rather than only the pixels that are kept.
     networks = [on_device(side.network, side.predictor.device) for side in sides]
     for batch in batches:
-        tell(f"seconds a patch, {batch} at once …")
+        notify(f"seconds per patch, batch size {batch} …")
         seconds: list[list[float]] = [[] for _ in sides]
         for _ in range(repeats):
             for number, side in enumerate(sides):
@@ -44,8 +46,12 @@ def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, tell:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A side's result on one field: instances (y, x), their measures, and the seconds that both steps took."""
+class SideResult:
+    """Result of one network on one field.
+
+    `instances`: (y, x) int32, 0 for the background. `nuclei`: their measurements, in inference pixels of the field.
+    `infer_s`, `post_s`: median seconds of inference and of post-processing.
+    """
 
     instances: NDArray[np.int32]
     nuclei: Nuclei
@@ -53,8 +59,8 @@ class Seen:
     post_s: float
 
 
-def see(sides: Sequence[Side], field: Field, repeats: int) -> list[Seen]:
-    """Every side's nuclei in a field."""
+def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[SideResult]:
+    """Return each side's nuclei in a field, and the median times of `repeats` repetitions."""
     seconds: list[list[tuple[float, float]]] = [[] for _ in sides]
     found: list[tuple[NDArray[np.int32], Nuclei]] = []
     for turn in range(repeats):
@@ -67,14 +73,16 @@ def see(sides: Sequence[Side], field: Field, repeats: int) -> list[Seen]:
             if turn == 0:
                 found.append(nuclei)
     return [
-        Seen(instances, nuclei, *(statistics.median(column) for column in zip(*of, strict=True)))
+        SideResult(instances, nuclei, *(statistics.median(column) for column in zip(*of, strict=True)))
         for (instances, nuclei), of in zip(found, seconds, strict=True)
     ]
 
 
-def warm(sides: Sequence[Side], field: Field) -> list[int | None]:
-    """Let both do their first work, and compile what they compile. Bytes of device memory at the peak of each, None on
-    the CPU."""
+def warm_up(sides: Sequence[Side], field: Field) -> list[int | None]:
+    """Run each side once on `field`, so that compilation and caches do not count as time of the comparison.
+
+    Return the peak device memory of each in bytes, None on the CPU.
+    """
     peaks: list[int | None] = []
     for side in sides:
         cuda = side.predictor.device.type == "cuda"

@@ -1,6 +1,7 @@
-"""The Ray cluster of a run: started on this machine for the run, or joined by its address.
+"""Start a Ray cluster on this machine for a run, or join one by its address.
 
-Ray's servers cannot be confined to loopback, so a cluster of our own demands a token, made anew for each run.
+Ray's servers cannot be confined to loopback, so a cluster that we start requires a token, which is new for each
+process.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.executor.resources import Resources
 
 _ENVIRONMENT = {
-    # Else, under `uv run`, each worker would make an environment of its own.
+    # Without this, each worker under `uv run` would create its own environment.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "error",
@@ -35,22 +36,24 @@ _ENVIRONMENT = {
 }
 """Ray reads its environment when it is imported, so every `import ray` here comes after `_prepare`."""
 _TOKEN = secrets.token_hex(32)
-"""Token of this process's own clusters. Ray keeps the first one that it sees, so there is one for all of them."""
+"""Token of the clusters that this process starts. Ray keeps the first token that it reads, so they share one."""
 CONNECT_S = 5.0
+"""Timeout in seconds of the first connection to a cluster."""
 START_ATTEMPTS = 3
-"""Ray gives its own processes 30 s to start, which is too little on a busy machine."""
+"""Attempts to start Ray. It gives its own processes 30 s, which is too little on a busy machine."""
 OBJECT_STORE_BYTES = 512 << 20
-"""Default size of the object store: enough for small messages."""
+"""Default size of the object store in bytes: enough for small messages."""
 _PREFIX, _OWNER = "hb-", "owner"
-"""Prefix of the folders for Ray's files, and the file in them that stays locked while their owner lives."""
+"""Prefix of the folders for Ray's files, and the file in them that their owner keeps locked while it runs."""
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 
 
 @contextlib.contextmanager
 def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[None]:
-    """Run a cluster of these cores and GPUs on this machine while the block runs.
+    """Run a Ray cluster with these cores and GPUs on this machine for the duration of the block.
 
-    `log`: file for Ray's output, since stdout is for results. HoverBatchError if Ray does not start.
+    `log`: file for Ray's output, since stdout is for results. `object_store_bytes`: size of its object store.
+    HoverBatchError if Ray does not start.
     """
     ask_for_token()
     import ray
@@ -67,14 +70,15 @@ def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_ST
 
 @contextlib.contextmanager
 def own_folder(parent: Path) -> Iterator[Path]:
-    """A new folder for Ray in `parent`, removed when the block ends; folders of killed processes too.
+    """Yield a new folder for Ray's files in `parent`, which is removed when the block ends. Also remove folders that
+    killed processes left there.
 
-    The owner holds a lock on a file in it, which the system drops when the process ends, however it ends.
+    The owner locks a file in the folder; the system releases the lock when the process ends, even if it is killed.
     """
     for left in parent.glob(f"{_PREFIX}*"):
         if _owner_is_dead(left):
             shutil.rmtree(left, ignore_errors=True)
-    # A short name: the paths of sockets in it may have 107 bytes.
+    # A short name, since paths of the sockets in it are limited to 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     try:
         with open(folder / "new", "xb") as owner:
@@ -86,7 +90,10 @@ def own_folder(parent: Path) -> Iterator[Path]:
 
 
 def _owner_is_dead(folder: Path) -> bool:
-    """Whether the folder can be removed; False in doubt, as for another user's folder or one without an owner file."""
+    """Return whether the folder's owner has ended, so that the folder can be removed.
+
+    False if in doubt, as for another user's folder, or one without an owner file.
+    """
     try:
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
             return False
@@ -98,13 +105,16 @@ def _owner_is_dead(folder: Path) -> bool:
 
 
 def ask_for_token() -> None:
-    """Set the environment for clusters of this process. Call it before anything imports Ray."""
+    """Set the environment variables, token included, for clusters that this process starts.
+
+    Call it before anything imports Ray.
+    """
     os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN})
     _prepare()
 
 
 def _prepare() -> None:
-    """Set the variables that Ray reads, except those that the user has set."""
+    """Set the environment variables that Ray reads on import, except those that the user has set."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -128,6 +138,7 @@ def _init(**settings: Any) -> None:
 
 
 def _start(resources: Resources, object_store_bytes: int, folder: Path) -> None:
+    """Start Ray with its files in `folder`. HoverBatchError if it fails START_ATTEMPTS times."""
     import ray
 
     for attempt in range(1, START_ATTEMPTS + 1):
@@ -155,7 +166,10 @@ def _start(resources: Resources, object_store_bytes: int, folder: Path) -> None:
 
 @contextlib.contextmanager
 def joined(address: str, log: Path) -> Iterator[None]:
-    """Join the cluster at `address` while the block runs. InputError if none answers."""
+    """Join the Ray cluster at `address` for the duration of the block.
+
+    `log`: file for Ray's output, since stdout is for results. InputError if no cluster answers there.
+    """
     _require_listener(address)
     _prepare()
     import ray
@@ -167,8 +181,8 @@ def joined(address: str, log: Path) -> Iterator[None]:
                     _init(address=address)
             except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and more
                 raise InputError(
-                    f"--address {address}: no Ray cluster answers there ({error}); start one by `ray start --head`, "
-                    "and set RAY_AUTH_TOKEN to its token if it demands one"
+                    f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, "
+                    "and set RAY_AUTH_TOKEN to its token if it requires one"
                 ) from error
             yield
     finally:
@@ -184,14 +198,15 @@ def _require_listener(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
         raise InputError(
-            f"--address {address}: nobody answers there ({error}); check the address and start the cluster"
+            f"--address {address}: nothing answers there ({error}); check the address, or start the cluster"
         ) from error
 
 
 def settled(settings: InferSettings, on_gpu: bool) -> InferSettings:
-    """The settings with `auto` settled on a machine of the joined cluster, where the networks will run.
+    """Return the settings with `auto` resolved on a node of the joined cluster, on which networks can run.
 
-    Wait for such a machine if none is up yet. Raise what `hover_batch.model.predict.resolve` raises there.
+    `on_gpu`: whether the node must have a GPU. Wait for such a node if none is up yet. Errors of
+    `hover_batch.model.predict.resolve` propagate from the node.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -210,27 +225,28 @@ def settled(settings: InferSettings, on_gpu: bool) -> InferSettings:
 
 
 class _LazyFile(io.TextIOBase):
-    """A file to append to, created by the first write."""
+    """Text stream that appends to a file, which is created by the first write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, text: str) -> int:
+        """Append `text` and return its length."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             return file.write(text)
 
 
 def _stdout_to(log: Path) -> contextlib.redirect_stdout[_LazyFile]:
-    """Redirect stdout to `log`: a background thread of Ray prints there about its workers."""
+    """Redirect stdout to `log`, since a background thread of Ray prints messages about its workers."""
     return contextlib.redirect_stdout(_LazyFile(log))
 
 
 @contextlib.contextmanager
 def _stderr_to(log: Path) -> Iterator[None]:
-    """Redirect descriptor 2 to `log`, except from a terminal, where progress bars are drawn.
+    """Redirect file descriptor 2 (stderr) to `log`, unless it is a terminal, where progress bars are drawn.
 
-    While Ray starts, its core writes there directly, not through Python; stderr may be asked for lines of JSON.
+    While Ray starts, its core writes to it directly, not through Python, but stderr may have to be lines of JSON.
     """
     if sys.stderr is None or os.isatty(2):
         yield

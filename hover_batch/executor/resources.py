@@ -1,6 +1,6 @@
-"""How a run shares a machine or a cluster among networks, readers and post-processing.
+"""Share a machine or a cluster among networks, readers and post-processing.
 
-Nothing here imports Ray or torch, so that `plan` can show quickly what `segment` will ask for.
+Nothing here imports Ray or torch, so that `plan` quickly shows what `segment` will use.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ from pathlib import Path
 
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
+from hover_batch.formatting import counted
 from hover_batch.model.package import Card
 
 UNITS_AT_ONCE = 3
-"""Units under way in one network: while one is predicted, another is read and a third is written."""
+"""Units in progress per network: while one is predicted, another is read and a third is written."""
 BLOCKS_AHEAD = 8
 """Blocks of 1024² pixels that are read ahead for each unit."""
 CPU_THREADS = 4
-"""Threads of a network on the CPU: more gain little, so that further cores get networks of their own."""
+"""Maximum threads per network on the CPU. More threads gain little; further cores get networks of their own."""
 _BLOCK_BYTES = 4 << 20
 """Memory of one block, with its margins."""
 _NETWORK_BYTES = 2 << 30
 """Memory of a process with a network on the CPU, including libraries and the activations of a batch."""
 _POST_BYTES_PER_PIXEL = 64
-"""Peak memory of post-processing per pixel of a region, beside the stored planes."""
+"""Peak memory of post-processing per pixel of a region, in addition to the stored planes."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One machine: its cores, GPUs, and bytes of memory, as far as a run may use them."""
+    """Machine, with what a run may use of it: CPU cores, GPUs, and memory in bytes."""
 
     cpus: int
     gpus: int
@@ -37,38 +38,48 @@ class Node:
 
     @classmethod
     def here(cls) -> Node:
-        """This machine, as far as this process may use it."""
+        """Return what this process may use of this machine.
+
+        CPU affinity, control group and CUDA_VISIBLE_DEVICES are respected.
+        """
         return cls(_cpus(), _visible_gpus(), _memory())
 
 
 @dataclass(frozen=True)
 class Resources:
-    """The machines that a run may use."""
+    """Machines that a run may use."""
 
     nodes: tuple[Node, ...]
 
     @property
     def cpus(self) -> int:
+        """Number of CPU cores of all nodes."""
         return sum(node.cpus for node in self.nodes)
 
     @property
     def gpus(self) -> int:
+        """Number of GPUs of all nodes."""
         return sum(node.gpus for node in self.nodes)
 
     def limited(self, settings: Settings) -> Resources:
-        """The part that the settings ask for, first machines first. InputError if they ask for more than there is."""
+        """Return the part that the settings request, from the first nodes on.
+
+        InputError if they request more than exists.
+        """
         engine = settings.engine
         if engine.cpus > self.cpus:
-            raise InputError(f"--cpus {engine.cpus}: only {self.cpus} are there; give a smaller number or leave it out")
+            raise InputError(
+                f"--cpus {engine.cpus}: only {self.cpus} are available; give a smaller number or leave it out"
+            )
         if engine.gpus > self.gpus:
             raise InputError(
-                f"--gpus {engine.gpus}: only {self.gpus} are there; leave it out, or check that torch finds the others "
-                "(hover-batch doctor)"
+                f"--gpus {engine.gpus}: only {self.gpus} are available; leave it out, or check with hover-batch doctor "
+                "that torch finds the others"
             )
         return self.at_most(settings)
 
     def at_most(self, settings: Settings) -> Resources:
-        """The part that the settings ask for, as far as it is there: a cluster may still grow."""
+        """Return the part that the settings request, or less if there is less, since a cluster may still grow."""
         engine = settings.engine
         on_cpu = settings.infer.device == "cpu"
         cpus_left = engine.cpus or self.cpus
@@ -84,12 +95,13 @@ class Resources:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """How a run uses its resources.
+    """Distribution of a run's resources.
 
-    `actors`: networks, each on a GPU of its own or on the CPU with `threads` threads and `actor_cpus` reserved cores; 0
-    for a run that makes new tables of kept predictions. `units_at_once`: units under way in each. `slots`: cores that
-    read, post-process and finalize. `posts`: regions and slides that are post-processed and finalized at once, fewer
-    than `slots` if there are two or more, so that readers always have a core.
+    `actors`: number of networks, each on a GPU of its own or on the CPU; 0 for a run that makes new tables from stored
+    predictions. `actor_gpus`, `actor_cpus`: GPUs and cores reserved for each network. `threads`: of each network on the
+    CPU. `units_at_once`: units in progress per network. `slots`: cores that read, post-process and finalize. `posts`:
+    regions and slides that are post-processed and finalized at once; fewer than `slots` if there are at least two, so
+    that readers always have a core.
     """
 
     resources: Resources
@@ -103,45 +115,46 @@ class EnginePlan:
 
     @property
     def object_store_bytes(self) -> int:
-        """Size of Ray's object store: twice the blocks that are read ahead, since masks and results use it too."""
+        """Size of Ray's object store in bytes: twice the blocks read ahead, since masks and results need space, too."""
         return (512 << 20) + 2 * self.actors * self.units_at_once * BLOCKS_AHEAD * _BLOCK_BYTES
 
     def halved(self) -> EnginePlan | None:
-        """The plan with half as much at once; None if it is one at a time already."""
+        """Return the plan with half as much work at once, to save memory; None if it cannot be halved."""
         if self.posts == self.units_at_once == 1:
             return None
         return replace(self, posts=-(-self.posts // 2), units_at_once=-(-self.units_at_once // 2))
 
     def lines(self) -> list[str]:
-        """The plan in words."""
-        machines = len(self.resources.nodes)
+        """Return the plan as lines of text."""
         memory = min(node.memory for node in self.resources.nodes) / 2**30
-        there = (
-            f"resources: {machines} machine{'s' if machines > 1 else ''}, cores: {self.resources.cpus}, "
+        available = (
+            f"resources: {counted(len(self.resources.nodes), 'node')}, cores: {self.resources.cpus}, "
             f"GPUs: {self.resources.gpus}, memory: {memory:.0f} GiB"
         )
         if not self.actors:
-            return [there, f"  no network; cores that post-process: {self.posts}"]
-        on = "a GPU each" if self.actor_gpus else f"on the CPU, threads each: {self.threads}"
+            return [available, f"  no network; cores for post-processing: {self.posts}"]
+        on = "one GPU each" if self.actor_gpus else f"on the CPU, threads each: {self.threads}"
         return [
-            there,
-            f"  networks: {self.actors} ({on}), units at once for each: {self.units_at_once}; "
-            f"cores that read and post-process: {self.slots}, of them post-processing at most: {self.posts}",
+            available,
+            f"  networks: {self.actors} ({on}), units at once per network: {self.units_at_once}; "
+            f"cores for reading and post-processing: {self.slots}, of which at most {self.posts} post-process",
         ]
 
 
 def engine_plan(
     resources: Resources, settings: Settings, card: Card, *, predicts: bool = True, begun: EnginePlan | None = None
 ) -> EnginePlan:
-    """Share `resources` among networks, unless the run predicts nothing, and readers and post-processing.
+    """Share `resources` among networks, readers and post-processing. Return the plan.
 
-    Each machine is shared by itself. On GPUs there are as many networks as the settings ask for, even if a cluster has
-    yet to bring the GPUs. `begun`: the plan of a run under way, whose machines have changed; its networks stay as they
-    are, only their number changes.
+    `predicts`: False for a run without networks, which makes new tables from stored predictions. `begun`: the plan of a
+    run in progress whose nodes have changed; its networks stay as they are, and only their number changes.
 
-    A network on the CPU reserves its threads, but never the last core of a machine, for it would wait for readers for
-    ever. It may compute on that core too, since readers leave most of it idle. Half of a machine's memory is for units
-    under way and regions in post-processing; networks, tables and the system have the rest.
+    Each node is shared separately. There are at least as many networks on GPUs as the settings request, even if the
+    cluster does not have the GPUs yet.
+
+    A network on the CPU reserves its threads, but never the last core of a node, since it would wait forever for
+    readers. It may still compute on that core, which readers leave mostly idle. Half of a node's memory is for units in
+    progress and regions in post-processing, and the rest for networks, tables and the system.
     """
     side = settings.infer.unit
     unit = card.layout.planes * side**2 + BLOCKS_AHEAD * _BLOCK_BYTES
@@ -149,7 +162,7 @@ def engine_plan(
     on_gpus = begun.actor_gpus > 0 if begun else resources.gpus > 0
     smallest = min(node.cpus for node in resources.nodes)
     threads = settings.infer.threads or max(1, min(CPU_THREADS, smallest))
-    # All networks reserve the same, so no more than the smallest machine can spare.
+    # All networks reserve the same number: at most what the smallest node can spare.
     actor_cpus = 0 if on_gpus or not predicts else min(threads, smallest - 1)
     units_at_once = UNITS_AT_ONCE
     if begun:
@@ -169,7 +182,7 @@ def engine_plan(
         posts += max(1, min(free - 1 if predicts else free, node.memory // 4 // region))
         if networks:
             units_at_once = max(1, min(units_at_once, node.memory // 4 // (networks * unit)))
-    # At least one: if no machine has room for it now, it waits for one.
+    # At least one network: if no node has room for it now, it waits for one.
     wanted = max(1, settings.engine.gpus if on_gpus else 1)
     return EnginePlan(
         resources=resources,
@@ -184,39 +197,43 @@ def engine_plan(
 
 
 def resource_lines(settings: Settings, card: Card) -> list[str]:
-    """What `segment` will ask for, in words, as far as that is known without importing Ray or torch."""
+    """Return the resources that `segment` will use as lines of text, as far as they are known without Ray or torch.
+
+    InputError if the settings request more than this machine has.
+    """
     engine = settings.engine
     if engine.backend == "local":
-        return [f"resources: one process, with the network's threads: {settings.infer.threads or _cpus()}"]
+        return [f"resources: one process; threads of the network: {settings.infer.threads or _cpus()}"]
     if engine.address:
-        return [f"resources: those of the Ray cluster at {engine.address}, known once it is joined"]
+        return [f"resources: those of the Ray cluster at {engine.address}, which are known once the run joins it"]
     return engine_plan(Resources((Node.here(),)).limited(settings), settings, card).lines()
 
 
 def _visible_gpus() -> int:
-    """Number of NVIDIA GPUs that this process may use, without torch, which takes seconds to import."""
-    there = [p for p in Path("/dev").glob("nvidia*") if p.name.removeprefix("nvidia").isdigit()]
+    """Return the number of NVIDIA GPUs that this process may use, without torch, which takes seconds to import."""
+    devices = [p for p in Path("/dev").glob("nvidia*") if p.name.removeprefix("nvidia").isdigit()]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return len(there)
-    return min(len(there), len([name for name in chosen.split(",") if name.strip() not in ("", "-1")]))
+        return len(devices)
+    return min(len(devices), len([name for name in chosen.split(",") if name.strip() not in ("", "-1")]))
 
 
 def _cpus() -> int:
-    """Number of cores that this process may use, by its CPU affinity and its control group."""
+    """Return the number of cores that this process may use, by its CPU affinity and its control group."""
     bound = len(os.sched_getaffinity(0))
     quota, _, period = _control_group("cpu.max").partition(" ")
     return max(1, min(bound, int(quota) // int(period))) if quota.isdigit() else bound
 
 
 def _memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or fewer by its control group."""
+    """Return the bytes of memory that this process may use: the machine's, or fewer by its control group."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _control_group("memory.max")
     return min(whole, int(limit)) if limit.isdigit() else whole
 
 
 def _control_group(name: str) -> str:
+    """Return the content of a file of this process's control group; empty if there is none."""
     try:
         return Path("/sys/fs/cgroup", name).read_text().strip()
     except OSError:

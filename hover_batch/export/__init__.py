@@ -1,1 +1,1 @@
-"""What a run leaves for people and other programs to look at; one file per format."""
+"""Writers of a run's results in formats for people and other programs; one module per format."""

@@ -1,7 +1,7 @@
-"""tiatoolbox's AnnotationStore: an SQLite file with a spatial index, for its viewer and its queries.
+"""Write tiatoolbox's AnnotationStore: an SQLite file with a spatial index, for its viewer and queries.
 
-Written by tiatoolbox's own SQLiteStore. An annotation is a nucleus's polygon in level-0 pixels of the full canvas, as
-tiatoolbox counts them; its properties are the table's columns, `type` among them. Its key is the nucleus's UUID.
+tiatoolbox's own SQLiteStore writes it. An annotation is the polygon of a nucleus, in level-0 pixels of the full canvas,
+which tiatoolbox uses too; its properties are the table's columns, `type` among them, and its key the nucleus's UUID.
 """
 
 from __future__ import annotations
@@ -19,22 +19,27 @@ _CACHE_KB = 64_000
 
 
 def write_annotation_store(nuclei: NucleiTable, path: Path) -> None:
-    """Write `nuclei` to `path` (.db), as a stream. OSError where the disk is full or `path` cannot be written."""
+    """Write the table `nuclei` to `path` (.db), batch by batch.
+
+    OSError if the disk is full or `path` cannot be written, SlideError if the table is corrupted, InputError if this
+    Python's SQLite lacks the R*Tree index.
+    """
     try:
         _write(nuclei, path)
-    except sqlite3.OperationalError as error:  # as the writers of other formats say it
+    except sqlite3.OperationalError as error:  # the writers of other formats raise OSError, too
         full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
 
 
 def _write(nuclei: NucleiTable, path: Path) -> None:
+    """Write the store; sqlite3.OperationalError if the disk is full or the file cannot be written."""
     from tiatoolbox.annotation.storage import Annotation
 
     others = ["slide_id", "nucleus_id", "type_id", "type", "touches_border", "seam_uncertain"]
     with replacing(path) as temporary:
         store = sqlite_store()(temporary, auto_commit=False)
         store.commit()
-        # The file has no name yet, so nothing is lost with it; and the index wants more than SQLite's 2 MB.
+        # The file is renamed only once it is complete, so it needs no journal; the index needs more cache than 2 MB.
         for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_CACHE_KB}"):
             store.con.execute(f"PRAGMA {setting}")
         for batch in nuclei.batches():
@@ -49,10 +54,10 @@ def _write(nuclei: NucleiTable, path: Path) -> None:
 
 
 def sqlite_store() -> Any:
-    """tiatoolbox's SQLiteStore, made fit for writing. InputError where this Python's SQLite cannot do it.
+    """Return tiatoolbox's class SQLiteStore, adapted for writing. InputError if this Python's SQLite lacks R*Tree.
 
-    Python may be built without loadable extensions. SQLiteStore loads none; it asks to be allowed to before it reads
-    SQLite's compile options, and fails there. Here they are read without asking.
+    SQLiteStore enables loadable extensions before it reads SQLite's compile options, though it loads none, and fails in
+    a Python that was built without them. The adapted class reads the options without enabling extensions.
     """
     from tiatoolbox.annotation.storage import SQLiteStore
 
@@ -69,7 +74,7 @@ def sqlite_store() -> Any:
             return options
 
         def close(self) -> None:
-            # The destructor closes once more, which would open a new file where the old one was renamed.
+            # The destructor closes again, which would create a new file under the temporary name.
             if self.cons:
                 super().close()
 
@@ -77,6 +82,7 @@ def sqlite_store() -> Any:
 
 
 def _compile_options() -> list[str]:
+    """Return the compile options of this Python's SQLite."""
     connection = sqlite3.connect(":memory:")
     try:
         return [option for (option,) in connection.execute("PRAGMA compile_options")]

@@ -1,4 +1,7 @@
-"""A CSV for spreadsheets and scripts: every column of the table but the polygons, the bounding box as four."""
+"""Write a CSV for spreadsheets and scripts.
+
+It has all columns of the table except the polygons, and the bounding box as four columns.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from hover_batch.files import replacing
 
 
 def write_csv(nuclei: NucleiTable, path: Path) -> None:
-    """Write `nuclei` to `path` (.csv), as a stream. Numbers have the digits that bring back the same ones."""
+    """Write the table `nuclei` to `path` (.csv), batch by batch, with enough digits to restore each number exactly.
+
+    OSError if it cannot be written, SlideError if the table is corrupted.
+    """
     schema = pa.schema([field for field in nuclei.schema if field.name != "geometry"])
     with replacing(path) as temporary, pa.csv.CSVWriter(temporary, _flat(schema.empty_table()).schema) as writer:
         for batch in nuclei.batches(schema.names):
@@ -20,5 +26,6 @@ def write_csv(nuclei: NucleiTable, path: Path) -> None:
 
 
 def _flat(table: pa.Table) -> pa.Table:
+    """Return the table with the fields of `bbox` as columns."""
     flat = table.flatten()
     return flat.rename_columns([name.removeprefix("bbox.") for name in flat.column_names])

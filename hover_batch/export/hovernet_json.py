@@ -1,12 +1,12 @@
-"""The JSON of hover_net's own inference: {"mag": …, "nuc": {"1": {bbox, centroid, contour, type_prob, type}, …}}.
+"""Write JSON as hover_net's inference does: {"mag": …, "nuc": {"1": {bbox, centroid, contour, type_prob, type}, …}}.
 
-All positions are level-0 pixels of the full canvas, and `mag` is the magnification that the size of these pixels stands
-for (10 µm / mpp). As hover_net has them, x and y of `centroid` and `contour` count pixels by their centres, half a
-pixel less than our tables do; `bbox` is [[first row, first column], [last row + 1, last column + 1]] (hover_net's mode
-for whole slides adds x to rows and y to columns there, which is not followed). `contour` is not closed; it is of
-integers where all are whole. `type_prob` is the class's mean probability, where hover_net's is a share of pixels.
+Positions are in level-0 pixels of the full canvas, and `mag` is the magnification for pixels of this size
+(10 µm / mpp). As in hover_net, integers of `centroid` and `contour` are pixel centres, so that x and y are 0.5 less
+than in our tables. `bbox` is [[first row, first column], [last row + 1, last column + 1]]; hover_net's mode for whole
+slides adds x to rows and y to columns, an error that is not reproduced. `contour` is not closed, and has integers if
+all its coordinates are whole. `type_prob` is the mean probability of the class; in hover_net, it is a share of pixels.
 
-Names and colours of the types stand beside, under `type_info`, in the form of hover_net's type_info.json.
+`type_info` holds the names and colours of the types, in the format of hover_net's type_info.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def write_hovernet_json(nuclei: NucleiTable, path: Path) -> None:
-    """Write `nuclei` to `path` (.json), as a stream."""
+    """Write the table `nuclei` to `path` (.json), batch by batch.
+
+    OSError if it cannot be written, SlideError if the table is corrupted.
+    """
     mag = round(10 / math.sqrt(nuclei.mpp.x * nuclei.mpp.y))
     info = {str(c.id): [c.name, list(c.color)] for c in nuclei.taxonomy.classes}
     columns = ["nucleus_id", "centroid_x", "centroid_y", "bbox", "type_id", "type_prob", "geometry"]
@@ -45,7 +48,7 @@ def write_hovernet_json(nuclei: NucleiTable, path: Path) -> None:
                 np.stack([low.T, high.T], axis=1).tolist(),
                 centroids.tolist(),
                 rings,
-                batch["type_prob"].cast("string").to_pylist(),  # the shortest that is the same float32
+                batch["type_prob"].cast("string").to_pylist(),  # the shortest decimal that gives the same float32
                 batch["type_id"].to_pylist(),
                 strict=True,
             )
@@ -63,7 +66,7 @@ def write_hovernet_json(nuclei: NucleiTable, path: Path) -> None:
 
 
 def _whole(ring: NDArray[np.float64]) -> list[Any]:
-    """(k, 2) as lists; of integers where all are whole."""
+    """Return a ring (k, 2) as lists of x, y; as integers if all are whole."""
     rounded = ring.astype(np.int64)
     points: list[Any] = (rounded if (rounded == ring).all() else ring).tolist()
     return points

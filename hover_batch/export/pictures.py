@@ -1,7 +1,7 @@
-"""Pictures to look at: the thumbnail with the tissue's outline, and nuclei drawn over a field of the slide.
+"""Draw pictures for people: the thumbnail with the tissue's outline, and nuclei over a field of the slide.
 
-A whole slide is too large to look at with contours on it, so the overlay is of one field at full resolution, by
-`densest_field` the one with most nuclei. The caller reads the pixels; this draws.
+A whole slide with contours is too large to view, so the overlay shows one field at full resolution: the one with most
+nuclei, which `densest_field` finds. The caller reads the pixels.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ from hover_batch.geometry import Box, Size
 from hover_batch.taxonomy import Rgb, Taxonomy
 
 OUTLINE: Rgb = (0, 90, 200)
-"""Of the tissue: a blue that H&E does not have."""
+"""Colour of the tissue's outline: a blue that does not occur in H&E."""
 
 _SHIFT = 4
-"""Binary digits after the point that OpenCV draws with: sixteenths of a pixel."""
+"""Fractional bits of the coordinates that OpenCV draws: sixteenths of a pixel."""
 _QUALITY = 92
 _LINE = 22
-"""Height of a line of the legend in pixels."""
+"""Height in pixels of one line of the legend."""
 
 
 @dataclass(frozen=True)
 class View:
-    """Pixels of a part of the slide: `image` (y, x, 3) uint8 RGB, whose upper left corner lies at level-0 position
-    (`x0`, `y0`), a pixel of it being `scale_x` × `scale_y` level-0 pixels."""
+    """Picture of a part of a slide, and its position.
+
+    `image`: RGB (y, x, 3) uint8. `x0`, `y0`: its upper left corner in level-0 pixels. `scale_x`, `scale_y`: size of one
+    of its pixels in level-0 pixels.
+    """
 
     image: NDArray[np.uint8]
     x0: float
@@ -44,32 +47,35 @@ class View:
     scale_y: float
 
     def place(self, points: NDArray[np.float64]) -> NDArray[np.int32]:
-        """Level-0 positions (…, 2) of x, y → OpenCV's fixed-point coordinates in the image.
+        """Convert level-0 positions (…, 2), x, y, to OpenCV's fixed-point coordinates in the image, int32.
 
-        OpenCV's integers are pixel centres, ours lie at +0.5: without the half, contours sit half a pixel to the lower
-        right of their nuclei.
+        Integers are pixel centres in OpenCV and pixel corners in our positions, so half a pixel is subtracted.
         """
         pixels = (points - [self.x0, self.y0]) / [self.scale_x, self.scale_y] - 0.5
         return np.rint(pixels * (1 << _SHIFT)).astype(np.int32)
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
-        """x0, y0, x1, y1 in level-0 pixels."""
+        """x0, y0, x1, y1 of the picture in level-0 pixels."""
         height, width = self.image.shape[:2]
         return self.x0, self.y0, self.x0 + width * self.scale_x, self.y0 + height * self.scale_y
 
 
 def write_thumbnail(path: Path, view: View, outline: Sequence[NDArray[np.float64]]) -> None:
-    """JPEG of `view` with the rings `outline` (k, 2), x, y in level-0 pixels, of tissue and holes in it."""
+    """Write `view` with the tissue's outline as a JPEG.
+
+    `outline`: rings of the tissue and its holes, each (k, 2), x, y in level-0 pixels. OSError if it cannot be written.
+    """
     canvas = view.image.copy()
     _draw(canvas, [view.place(ring) for ring in outline], OUTLINE, thickness=2)
     _write_jpeg(path, canvas)
 
 
 def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> int:
-    """JPEG of `view` with the contours in the table `nuclei` (nuclei.parquet) in the colours of their classes.
+    """Write `view` as a JPEG, with the contours of the table `nuclei` (nuclei.parquet) in the colours of their classes.
 
-    Under the picture stands a legend with the number of nuclei of each class in it. Returns how many were drawn.
+    A legend under the picture gives the number of nuclei of each class. Return the number of nuclei drawn. SlideError
+    if the table is corrupted, OSError if the picture cannot be written.
     """
     canvas, counts = contoured(view, nuclei, taxonomy)
     entries = [(f"{kind.name} {counts[kind.id]:,}", kind.color) for kind in taxonomy.nuclei]
@@ -78,9 +84,10 @@ def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> i
 
 
 def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A copy of the image of `view` with the contours in the table `nuclei`, and how many of each class, by id.
+    """Draw the contours of the table `nuclei` (nuclei.parquet) on a copy of the image of `view`.
 
-    SlideError where the file is harmed.
+    Return the picture, RGB (y, x, 3) uint8, and the number of nuclei of each class in it, (classes,) int64 by class id.
+    SlideError if the table is corrupted.
     """
     x0, y0, x1, y1 = view.extent
     meets = (
@@ -89,7 +96,7 @@ def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.
         & (pc.field("bbox", "ymin") < y1)
         & (pc.field("bbox", "ymax") > y0)
     )
-    # No partitioning: a folder named key=value would be taken for a column.
+    # No partitioning: else a folder named key=value would become a column.
     try:
         table = pq.read_table(nuclei, columns=["type_id", "geometry"], filters=meets, partitioning=None)
         polygons = shapely.from_wkb(table["geometry"].to_numpy())
@@ -105,8 +112,10 @@ def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.
 
 
 def densest_field(nuclei: Path, side: int, canvas: Size) -> Box:
-    """The square of `side` level-0 pixels with most centroids among those at every quarter side, the first in raster
-    order; the canvas's middle where there are no nuclei. It lies inside the canvas, and is cut to one that is smaller.
+    """Return the square of `side` level-0 pixels that holds most centroids of the table `nuclei` (nuclei.parquet).
+
+    Squares are tried at steps of a quarter side; ties go to the first in raster order. Without nuclei, it is the middle
+    of the canvas. The square is moved inside the canvas, and cut if the canvas is smaller.
     """
     step = max(1, side // 4)
     counts = np.zeros((-(-canvas.height // step), -(-canvas.width // step)), np.int64)
@@ -122,7 +131,7 @@ def densest_field(nuclei: Path, side: int, canvas: Size) -> Box:
                 1,
             )
     if counts.any():
-        # Summed-area table, the last cells repeated so that a square may start at any cell.
+        # Summed-area table, padded so that a square may start at any cell.
         total = np.pad(counts, ((1, 3), (1, 3))).cumsum(axis=0).cumsum(axis=1)
         inside = total[4:, 4:] - total[:-4, 4:] - total[4:, :-4] + total[:-4, :-4]
         row, column = np.unravel_index(int(inside.argmax()), inside.shape)
@@ -135,11 +144,12 @@ def densest_field(nuclei: Path, side: int, canvas: Size) -> Box:
 
 
 def _draw(canvas: NDArray[np.uint8], rings: Sequence[NDArray[np.int32]], color: Rgb, thickness: int) -> None:
+    """Draw closed rings, in fixed-point coordinates, on the canvas."""
     cv2.polylines(canvas, rings, True, color, thickness, lineType=cv2.LINE_AA, shift=_SHIFT)
 
 
 def _legend(entries: Sequence[tuple[str, Rgb]], width: int) -> NDArray[np.uint8]:
-    """White strip (y, width, 3) with a coloured square and a text for each entry, on as many lines as that takes."""
+    """Draw a white strip (y, width, 3) uint8 with a coloured square and a text per entry, on one or more lines."""
     font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.45
     placed: list[tuple[int, int, str, Rgb]] = []
     x, line = 8, 0
@@ -157,7 +167,8 @@ def _legend(entries: Sequence[tuple[str, Rgb]], width: int) -> NDArray[np.uint8]
 
 
 def _write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
-    # Full chroma: halved, as is usual, it smears one-pixel contours into their neighbours.
+    """Write an RGB image (y, x, 3) uint8 as a JPEG."""
+    # Full chroma: the usual half resolution smears one-pixel contours into their neighbours.
     sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     _, encoded = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY, *sampling])
     path.write_bytes(encoded.tobytes())

@@ -1,8 +1,8 @@
-"""GeoJSON that QuPath opens: a FeatureCollection of detections, gzipped, written as a stream.
+"""Write GeoJSON for QuPath: a gzipped FeatureCollection of detections.
 
-Every nucleus is a `detection` (a feature that does not say so becomes an annotation, which QuPath draws and keeps at
-many times the cost), with its class and the class's colour, the table's measurements, and a UUID. Positions are level-0
-pixels of the slide as QuPath shows it: from the corner of OpenSlide's bounds, where the slide has some.
+Every nucleus is a `detection` with its class and the class's colour, the table's measurements, and a UUID. Without
+objectType, QuPath would import annotations, which need many times the memory. Positions are level-0 pixels of the slide
+as QuPath shows it: relative to the corner of OpenSlide's bounds, if the slide has them.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from hover_batch.files import replacing
 from hover_batch.geometry import qupath_origin
 
 _LEVEL = 4
-"""Of gzip: 6, the usual, makes the export take 1.6 times as long for files an eighth smaller."""
+"""gzip level: the default of 6 takes 1.6 times as long for files an eighth smaller."""
 _to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def write_qupath(nuclei: NucleiTable, path: Path) -> None:
-    """Write `nuclei` to `path` (.geojson.gz). The bytes depend on the table alone."""
+    """Write the table `nuclei` to `path` (.geojson.gz), batch by batch. Equal tables give equal bytes.
+
+    OSError if it cannot be written, SlideError if the table is corrupted.
+    """
     classes = {c.name: {"name": c.name, "color": list(c.color)} for c in nuclei.taxonomy.classes}
     corner = qupath_origin(nuclei.bounds)
     separator = ""
     with (
         replacing(path) as temporary,
         temporary.open("wb") as raw,
-        gzip.GzipFile("", "wb", _LEVEL, raw, mtime=0) as file,  # neither time nor hidden name belongs into its header
+        gzip.GzipFile("", "wb", _LEVEL, raw, mtime=0) as file,  # no time and no name in the header, for equal bytes
     ):
         file.write(b'{"type":"FeatureCollection","features":[')
         for batch in nuclei.batches():

@@ -1,4 +1,4 @@
-"""A slide's nuclei.parquet as its exporters read it: what its metadata say, and its rows a batch at a time."""
+"""Read a slide's nuclei.parquet for export: its metadata, and its rows batch by batch."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ from hover_batch.geometry import Box, Mpp, Size
 from hover_batch.taxonomy import Taxonomy
 
 BATCH = 10_000
-"""Rows of a batch: as Python objects some 50 MB at most, whatever the table's length."""
+"""Rows per batch: at most about 50 MB as Python objects, independent of the table's length."""
 
 _COLUMNS = frozenset(
     ["slide_id", "nucleus_id", "centroid_x", "centroid_y", "bbox", "type_id", "type", "type_prob", "area_um2"]
     + ["eccentricity", "solidity", "touches_border", "seam_uncertain", "geometry"]
 )
-"""What is asked for by name; a table may hold more."""
+"""Columns that the exporters need; a table may hold more."""
 
 _NAMESPACE = uuid.UUID("5f0c2f52-9a0b-5d0e-8f55-3c1f6f3f7c11")
-"""Of the nuclei's UUIDs: any constant will do, so long as it stays."""
+"""Namespace of the nuclei's UUIDs. It must never change, or the UUIDs would."""
 
 
 @dataclass(frozen=True)
 class NucleiTable:
-    """The table in the file `path`. `level0`: the canvas; `mpp`: of it. `bounds`: its scanned part in level-0 pixels,
-    where the slide names one. `schema`: of the rows."""
+    """Table of one slide's nuclei in the file `path` (nuclei.parquet).
+
+    `level0`: size of the slide in level-0 pixels, to which all positions refer. `mpp`: µm per level-0 pixel. `bounds`:
+    the scanned part in level-0 pixels, None if the slide does not name one. `rows`: number of nuclei. `schema`:
+    columns.
+    """
 
     path: Path
     slide_id: str
@@ -49,7 +53,7 @@ class NucleiTable:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """SlideError where the file is missing, harmed, or no table of nuclei."""
+        """Open the table. SlideError if the file is missing, corrupted, or not a table of nuclei."""
         try:
             with pq.ParquetFile(path) as file:
                 about = (file.metadata.metadata or {}).get(b"hover_batch")
@@ -74,13 +78,16 @@ class NucleiTable:
 
     @property
     def measured(self) -> list[str]:
-        """The float32 columns: probabilities, sizes, shapes and stain."""
+        """Names of the float32 columns: probabilities, sizes, shapes and stain."""
         return [field.name for field in self.schema if field.type == pa.float32()]
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """All rows in order, of these columns or all, at most BATCH at a time. SlideError where the file is harmed."""
+        """Yield all rows in order, at most BATCH at a time, with `columns` or, if None, all columns.
+
+        SlideError if the file is corrupted.
+        """
         try:
-            # Read ahead, a row group would lie in memory beside the one that is being worked on.
+            # Without read-ahead, only one row group at a time is in memory.
             with pq.ParquetFile(self.path, pre_buffer=False) as file:
                 for batch in file.iter_batches(BATCH, columns=columns):
                     if "type_id" in batch.schema.names:
@@ -90,24 +97,27 @@ class NucleiTable:
             raise unreadable(self.path, error) from error
 
     def _check_types(self, batch: pa.RecordBatch) -> None:
-        """Damage that Parquet does not notice would be counted in classes that there are not."""
+        """SlideError for class ids that do not exist: a sign of corruption that Parquet does not detect."""
         known = len(self.taxonomy.classes)
         if (batch["type_id"].to_numpy() >= known).any():
-            raise unreadable(self.path, ValueError(f"it has a type_id beyond its {known} classes"))
+            raise unreadable(self.path, ValueError(f"it has a type_id above {known - 1}, the last of its classes"))
 
     def polygons(self, batch: pa.RecordBatch) -> NDArray[Any]:
-        """(n,) shapely polygons in level-0 pixels of the full canvas. SlideError where the file is harmed."""
+        """Return the batch's contours as an array (n,) of shapely polygons in level-0 pixels.
+
+        SlideError if one is corrupted.
+        """
         try:
             return np.asarray(shapely.from_wkb(batch["geometry"].to_numpy(zero_copy_only=False)))
         except shapely.errors.ShapelyError as error:
             raise unreadable(self.path, error) from error
 
     def uuids(self, batch: pa.RecordBatch) -> list[str]:
-        """One of each nucleus, by its slide and number: the same in every format and at every export."""
+        """Return the UUID of each nucleus, made of slide_id and nucleus_id: the same in all formats and exports."""
         return [str(uuid.uuid5(_NAMESPACE, f"{self.slide_id}/{number}")) for number in batch["nucleus_id"].to_pylist()]
 
     def measurements(self, batch: pa.RecordBatch) -> list[dict[str, float]]:
-        """The `measured` columns of each nucleus, without what is not a number.
+        """Return the `measured` columns of each nucleus by name, without values that are not finite.
 
         A float32 becomes the shortest decimal that reads back as the same float32: 0.1, not 0.10000000149011612.
         """
@@ -120,5 +130,7 @@ class NucleiTable:
 
 
 def unreadable(path: Path, error: Exception) -> SlideError:
-    """What to raise where the table in `path` turns out to be harmed."""
-    return SlideError(f"{path}: is no table of nuclei that can be read ({error}); remove it and run the slide anew")
+    """Return the error for a table `path` that is missing or corrupted; `error` says in which way."""
+    return SlideError(
+        f"{path}: cannot be read as a table of nuclei ({error}); remove it and repeat the segment command"
+    )

@@ -1,10 +1,10 @@
-"""AnnData (.h5ad) and SpatialData (a zarr folder), for scanpy, squidpy, napari-spatialdata and their kin.
+"""Write AnnData (.h5ad) and SpatialData (a zarr folder), for scanpy, squidpy, napari-spatialdata and similar tools.
 
-Both are written by the libraries of these names, from the extra `spatialdata`, which hold a slide's nuclei in memory as
-a whole. A nucleus is an observation, named by its UUID; its measurements (the table's float32 columns) are the
-variables; `obs` has its class and the other columns, `obsm["spatial"]` its centroid, `uns` the classes' colours as
-scanpy has them, and the slide's pixel size. SpatialData has the same table beside the polygons, which it annotates.
-Positions are level-0 pixels of the full canvas; the coordinate system `um` of SpatialData is the same in µm.
+The libraries of these names, from the extra `spatialdata`, write both, with all nuclei of a slide in memory. A nucleus
+is an observation, named by its UUID, and its measurements (the table's float32 columns) are the variables. `obs` holds
+its class and the other columns, `obsm["spatial"]` its centroid, and `uns` the classes' colours in scanpy's format and
+the slide's pixel size. SpatialData holds the same table, which annotates the polygons. Positions are level-0 pixels of
+the full canvas; SpatialData's coordinate system `um` gives them in µm.
 """
 
 from __future__ import annotations
@@ -29,13 +29,20 @@ _SHAPES = "nuclei"
 
 
 def require_extra() -> None:
-    """InputError where the libraries are not installed."""
+    """InputError if anndata or spatialdata is not installed."""
     if not (find_spec("anndata") and find_spec("spatialdata")):
-        raise InputError("--to spatialdata and --to anndata need more packages: pip install 'hover-batch[spatialdata]'")
+        raise InputError(
+            "--to spatialdata and --to anndata need packages that are not installed; run: pip install "
+            "'hover-batch[spatialdata]'"
+        )
 
 
 def write_anndata(nuclei: NucleiTable, path: Path) -> None:
-    """Write `nuclei` to `path` (.h5ad), which is made in memory: on a full disk HDF5 crashes Python at its exit."""
+    """Write the table `nuclei` to `path` (.h5ad).
+
+    The file is made in memory, since HDF5 on a full disk crashes Python at its exit. OSError if it cannot be written,
+    SlideError if the table is corrupted.
+    """
     import h5py
     from anndata.io import write_elem
 
@@ -47,9 +54,12 @@ def write_anndata(nuclei: NucleiTable, path: Path) -> None:
 
 
 def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
-    """Write `nuclei` to the folder `path` (.zarr)."""
+    """Write the table `nuclei` to the folder `path` (.zarr).
+
+    OSError if it cannot be written, SlideError if the table is corrupted.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what its dependencies warn of at import is not the user's to mend
+        warnings.simplefilter("ignore")  # its dependencies warn at import of what users cannot fix
         from spatialdata import SpatialData
     import geopandas
     import pandas as pd
@@ -58,7 +68,7 @@ def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
 
     with replacing_folder(path) as temporary, _plain_strings():
         table = _anndata(nuclei)
-        if nuclei.rows == 0:  # the library knows no shapes without a shape
+        if nuclei.rows == 0:  # the library does not support empty shapes
             SpatialData(tables={"table": TableModel.parse(table)}).write(temporary)
             return
         table.obs["region"] = pd.Categorical.from_codes(np.zeros(nuclei.rows, np.int8), pd.Index([_SHAPES]))
@@ -72,6 +82,7 @@ def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
 
 
 def _anndata(nuclei: NucleiTable) -> AnnData:
+    """Return the table as AnnData: (nuclei, measurements) float32, with the annotations that the module describes."""
     import pandas as pd
     from anndata import AnnData
 
@@ -101,7 +112,7 @@ def _anndata(nuclei: NucleiTable) -> AnnData:
 
 
 def _plain_strings() -> Any:
-    """While it lasts, pandas 3 makes strings as pandas 2 does: anndata before 0.13 cannot write the new ones."""
+    """Return a context in which pandas 3 makes strings as pandas 2 does, since anndata < 0.13 cannot write new ones."""
     import pandas as pd
 
     return pd.option_context("future.infer_string", False)

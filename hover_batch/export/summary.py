@@ -1,7 +1,7 @@
-"""summary.csv and summary.parquet: one row a slide and one for the cohort.
+"""Write summary.csv and summary.parquet: one row per slide and one for the cohort.
 
-Everything about nuclei is read from the slides' nuclei.parquet, a column and a batch at a time, so that a cohort of any
-size takes the memory of one batch. Quantiles are exact, of the cohort too: no sample, no bins.
+The slides' nuclei.parquet are read one column and one batch at a time, so that a cohort of any size needs the memory of
+one batch. Quantiles are exact, also those of the cohort: neither sampled nor binned.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hover_batch.files import replacing
 from hover_batch.taxonomy import Taxonomy
 
 Row = dict[str, Any]
-"""Column → value; a column that has no value (a failed slide has no nuclei) is missing."""
+"""Column → value; columns without a value are missing, such as those about nuclei of a failed slide."""
 
 MORPHOLOGY = ("area_um2", "eccentricity", "solidity")
 QUARTILES = {"p25": 0.25, "p50": 0.5, "p75": 0.75}
@@ -31,7 +31,10 @@ _BATCH = 131_072
 
 
 def summary_schema(taxonomy: Taxonomy) -> pa.Schema:
-    """The columns every summary has, in order. The seconds of each stage and the cohort CSV's own columns follow."""
+    """Return the columns that every summary has, in order.
+
+    The seconds of each stage and the cohort CSV's own columns follow them.
+    """
     columns: list[tuple[str, pa.DataType]] = [
         ("level", pa.string()),
         ("slide_id", pa.string()),
@@ -60,10 +63,10 @@ def slide_summary(
     tissue_mm2: float | None,
     seconds: Mapping[str, float],
 ) -> Row:
-    """The row of one slide, `level` "slide".
+    """Return the row of one slide, whose `level` is "slide".
 
-    `nuclei` is its nuclei.parquet, None for a slide that has none because it failed. `tissue_mm2` is the area that was
-    searched; `seconds` the wall time of each stage by its name.
+    `nuclei`: its nuclei.parquet, None for a slide that failed. `tissue_mm2`: the area that was searched. `seconds`: the
+    wall time of each stage by name.
     """
     row: Row = {"level": "slide", "status": status, "slides": 1, "failed": int(nuclei is None)}
     if nuclei is not None:
@@ -73,28 +76,33 @@ def slide_summary(
 
 
 def relabelled(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Row:
-    """The `slide_summary` row of a slide done before, with what the cohort CSV says of it today."""
-    ours = set(summary_schema(taxonomy).names)
-    measured = {name: value for name, value in row.items() if name in ours or name.startswith(_STAGE)}
+    """Return the row of a finished slide with the cohort CSV's columns taken from `record`.
+
+    `row`: as `slide_summary` returned it; the CSV may have changed since.
+    """
+    known = set(summary_schema(taxonomy).names)
+    measured = {name: value for name, value in row.items() if name in known or name.startswith(_STAGE)}
     return measured | _of_record(record, taxonomy)
 
 
 def _of_record(record: SlideRecord, taxonomy: Taxonomy) -> Row:
+    """Return the columns that come from the cohort CSV."""
     row: Row = {"slide_id": record.slide_id, "patient_id": record.patient_id, "group": record.group}
-    ours = set(summary_schema(taxonomy).names)
+    known = set(summary_schema(taxonomy).names)
     for name, value in record.extra.items():
-        # A column of the cohort CSV never takes the place of one of ours.
-        row[f"extra_{name}" if name in ours or name.startswith(_STAGE) else name] = value
+        # A column of the cohort CSV must not replace one of the summary.
+        row[f"extra_{name}" if name in known or name.startswith(_STAGE) else name] = value
     return row
 
 
 def cohort_summary(
     slides: Sequence[Row], nuclei: Sequence[Path], taxonomy: Taxonomy, model_busy: float | None = None
 ) -> Row:
-    """The row of all slides, `level` "cohort". `model_busy`: share of the time in which the networks computed.
+    """Return the row of the cohort, whose `level` is "cohort".
 
-    Counts, tissue and seconds are sums over the rows `slides`. Densities and quartiles are those of all nuclei in the
-    tables `nuclei` together, not means over slides.
+    `slides`: the rows of its slides; counts, tissue area and seconds are their sums. `nuclei`: their tables; densities
+    and quartiles are those of all nuclei together, not means over slides. `model_busy`: share of the time in which the
+    networks computed.
     """
     areas = [row["tissue_mm2"] for row in slides if row.get("tissue_mm2") is not None]
     return {
@@ -108,9 +116,11 @@ def cohort_summary(
 
 
 def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parquet_path: Path) -> None:
-    """Write `rows` to both files with the same columns: ours, seconds by stage, the cohort CSV's own as text.
+    """Write `rows` to both files, with the same columns: those of `summary_schema`, seconds by stage, and the cohort
+    CSV's own as text.
 
-    What a row has not is empty in the CSV and null in Parquet. The CSV gives six digits, Parquet all.
+    Missing values are empty in the CSV and null in Parquet. The CSV has six significant digits, Parquet all. OSError if
+    a file cannot be written.
     """
     schema = summary_schema(taxonomy)
     for stage in _stages(rows):
@@ -126,15 +136,17 @@ def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parqu
 
 
 def _stages(rows: Sequence[Row]) -> list[str]:
+    """Return the names of all columns with the seconds of a stage, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row if name.startswith(_STAGE)))
 
 
 def _cell(value: Any) -> Any:
+    """Format a cell of the CSV: floats with six significant digits."""
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _of_nuclei(paths: Sequence[Path], taxonomy: Taxonomy, tissue_mm2: float | None) -> Row:
-    """Counts, densities and quartiles of the nuclei in `paths` together."""
+    """Return counts, densities and quartiles of the nuclei in all tables `paths` together."""
     by_type = np.zeros(len(taxonomy.classes), np.int64)
     for types in _batches(paths, "type_id"):
         by_type += np.bincount(types, minlength=len(by_type))
@@ -152,11 +164,12 @@ def _of_nuclei(paths: Sequence[Path], taxonomy: Taxonomy, tissue_mm2: float | No
 
 
 def _quantiles(paths: Sequence[Path], column: str, total: int) -> list[float]:
-    """The QUARTILES of a float32 column without negative values: the smallest value that at least that share of the
-    nuclei do not exceed (numpy's "inverted_cdf").
+    """Return the exact QUARTILES of a float32 column without negative values, by numpy's method "inverted_cdf": the
+    smallest value that at least that share of the nuclei do not exceed.
 
-    Bits of floats from 0 up sort as the floats do. So two passes suffice whatever the number of nuclei: one counts the
-    upper 16 bits and finds those of each quantile, the next counts the lower 16 among the values that share them.
+    The bits of non-negative floats sort as the floats do, so that two passes suffice for any number of nuclei: the
+    first counts the upper 16 bits and finds those of each quantile, the second counts the lower 16 bits of values with
+    them.
     """
     ranks = [max(1, int(np.ceil(share * total))) for share in QUARTILES.values()]
     upper = np.zeros(1 << 16, np.int64)
@@ -178,7 +191,7 @@ def _quantiles(paths: Sequence[Path], column: str, total: int) -> list[float]:
 
 
 def _batches(paths: Sequence[Path], column: str) -> Iterator[NDArray[Any]]:
-    """The values of one column of several tables, a batch at a time."""
+    """Yield the values of one column of several tables, batch by batch."""
     for path in paths:
         with pq.ParquetFile(path) as table:
             for batch in table.iter_batches(_BATCH, columns=[column]):

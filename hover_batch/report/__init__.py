@@ -1,1 +1,1 @@
-"""A run as HTML pages to look at: what is drawn, and how it is laid out; `hover_batch.reporting` gathers it."""
+"""Draw and lay out the HTML report of a run; `hover_batch.reporting` gathers its content."""

@@ -1,4 +1,4 @@
-"""Charts as the coordinates of SVG shapes; the templates draw them."""
+"""Compute the coordinates of charts as SVG shapes, which the templates draw."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hover_batch.report.measure import Measure
 from hover_batch.taxonomy import NucleusClass
 
 WIDTH, HEIGHT = 360, 150
-"""Of a chart's field in its own units; texts lie outside of it."""
+"""Size of a chart's plotting area in SVG units; labels lie outside of it."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """`points` as an SVG polyline takes them."""
+    """Curve of one class. `points`: "x,y x,y …", in the format of an SVG polyline."""
 
     kind: NucleusClass
     points: str
@@ -26,8 +26,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Curves of the share of each class's nuclei in each bin; a class without nuclei has none. `top`: the share at the
-    upper edge; `ticks`: x → its label."""
+    """Histogram of a measurement, with one curve per class that has nuclei.
+
+    A curve gives the share of the class's nuclei in each bin. `top`: the share at the upper edge. `ticks`: x → label.
+    """
 
     label: str
     curves: Sequence[Curve]
@@ -37,8 +39,11 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Strip:
-    """A dot for each slide. `dots`: its x and its name; `median`: x of the middle one; `top`: the value at the right
-    edge. `kind` is None for all classes together."""
+    """Dot plot of one value per slide.
+
+    `kind`: the class, None for all classes together. `dots`: x and label of each slide. `median`: x of the median,
+    whose value is `median_value`. `top`: the value at the right edge; the left edge is 0.
+    """
 
     kind: NucleusClass | None
     dots: Sequence[tuple[float, str]]
@@ -48,7 +53,10 @@ class Strip:
 
 
 def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[NucleusClass]) -> Histogram:
-    """`counts`: (class, bin) nuclei, classes by id."""
+    """Return the histogram of `measure`.
+
+    `counts`: nuclei by (class id, bin), int64; `classes`: those that get a curve.
+    """
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
     top = float(shares.max()) or 1.0
@@ -61,7 +69,7 @@ def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[Nuc
             curves.append(Curve(kind, " ".join(f"{a:.1f},{b:.1f}" for a, b in steps)))
     values = np.linspace(measure.low, measure.high, 5)
     ticks = {float(x): f"{value:.4g}" for x, value in zip(np.linspace(0, WIDTH, 5), values, strict=True)}
-    # Shares end at 0 and 1; elsewhere the outer bins hold what lies beyond.
+    # Unless they end at 0 or 1, the outer bins also hold all values beyond the range.
     if measure.low > 0:
         ticks[0.0] = f"≤ {measure.low:.4g}"
     if measure.high > 1:
@@ -70,7 +78,10 @@ def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[Nuc
 
 
 def strips(values: Mapping[NucleusClass | None, Sequence[tuple[float, str]]]) -> list[Strip]:
-    """One strip a class, of each slide's value and name, on one scale; a class without values has no strip."""
+    """Return one strip per class that has values, all on the same scale.
+
+    `values`: class → (value, label) of each slide.
+    """
     everything = [value for dots in values.values() for value, _ in dots]
     top = nice_ceiling(max(everything, default=0.0))
     return [
@@ -87,9 +98,9 @@ def strips(values: Mapping[NucleusClass | None, Sequence[tuple[float, str]]]) ->
 
 
 def nice_ceiling(value: float) -> float:
-    """The smallest of 1, 2, 5, 10, 20, … that is no smaller; 1 for what is not above 0.
+    """Return the smallest number of the form 1, 2 or 5 × 10^n that is at least `value`; 1 if `value` is not positive.
 
-    Scales that end at such numbers are few, so that slides side by side mostly share theirs.
+    Few scales end at such numbers, so that neighbouring slides mostly have the same one.
     """
     if value <= 0:
         return 1.0

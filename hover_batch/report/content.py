@@ -1,4 +1,4 @@
-"""What a report shows, as its templates are given it."""
+"""Content of a report, as its templates receive it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ State = Literal["done", "failed", "left out", "under way", "begun", "pending"]
 
 @dataclass(frozen=True)
 class SlideRow:
-    """One line of the table of slides. `summary`: the columns of `export.summary` by name, empty where it is not done;
-    `note`: how far it is, or why it failed; `page`: the file with its pictures, "" where they are on the same page and
-    None where it has none."""
+    """Row of the table of slides.
+
+    `row`: row in the cohort, None if it is not known. `summary`: the columns of `export.summary` by name; empty unless
+    the slide is done. `note`: its progress, or why it failed. `page`: the file with its pictures, "" if they are on the
+    same page, None if it has none.
+    """
 
     slide_id: str
     row: int | None
@@ -31,19 +34,23 @@ class SlideRow:
 
     @property
     def seconds(self) -> float | None:
-        """Of all stages together, where the slide is done."""
+        """Seconds of all stages together; None unless the slide is done."""
         stages = self.stages
         return sum(stages.values()) if stages else None
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds by stage."""
+        """Seconds of the slide by stage."""
         return stages_of(self.summary)
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A field of the slide with its contours. `side_um`: of its longer side; `nuclei`: drawn in it."""
+    """Field of a slide with contours drawn on it.
+
+    `picture`: data URI. `x0`, `y0`: its upper left corner in level-0 pixels. `side_um`: its width in µm. `nuclei`:
+    number of nuclei drawn.
+    """
 
     picture: str
     x0: int
@@ -54,8 +61,11 @@ class Crop:
 
 @dataclass(frozen=True)
 class SlideDetail:
-    """The pictures of one slide, as data URIs, None where the file is not there. `missing` says what is, and why;
-    `overlay_file`: the full overlay, relative to the page."""
+    """Pictures of one slide, as data URIs; None if a file is missing.
+
+    `extra`: the cohort CSV's own columns. `mpp`: µm per level-0 pixel. `overlay_file`: link from the page to the full
+    overlay. `missing`: a sentence for each picture that is missing.
+    """
 
     row: SlideRow
     extra: Mapping[str, str]
@@ -70,7 +80,10 @@ class SlideDetail:
 
 @dataclass(frozen=True)
 class Share:
-    """Nuclei of one class in the cohort. `share`: of all nuclei, None where there are none."""
+    """Nuclei of one class in the cohort.
+
+    `share`: of all nuclei, None if there are none; `per_mm2`: per mm² of tissue.
+    """
 
     kind: NucleusClass
     count: int
@@ -80,8 +93,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the front page says. `stands`: the lines of `status`, `facts`: name → value in words; `missing`: what
-    cannot be shown, and why."""
+    """Content of the front page.
+
+    `stands`: the first lines of `status`. `counts`: slides by state. `facts`: figures by name, as text. `missing`: a
+    sentence for each thing that cannot be shown. `card`, `settings`, `versions`, `run`: provenance.
+    """
 
     title: str
     written: str
@@ -104,11 +120,11 @@ class Report:
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds of all slides by stage."""
+        """Seconds of all slides together, by stage."""
         return stages_of(self.cohort)
 
 
 def stages_of(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Stage → seconds, of a row of the summary."""
+    """Return the seconds by stage from a row of the summary."""
     prefix = "seconds_"
     return {k.removeprefix(prefix): v for k, v in summary.items() if k.startswith(prefix) and v is not None}

@@ -1,4 +1,4 @@
-"""What one pass over a slide's table counts: morphology by class, nuclei in the cells of a grid, nuclei to look at."""
+"""Measure a slide's table in one pass: histograms by class, nuclei per grid cell, and a random choice of nuclei."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from hover_batch.export.read import NucleiTable
 from hover_batch.geometry import Grid, Mpp, Size
 
 CELLS = 96
-"""Of a grid's longer side, at most."""
+"""Maximum number of cells along the longer side of the grid."""
 MIN_CELL_UM = 50.0
-"""Side of a cell, at least: in smaller ones a nucleus more or less is all there is to see."""
+"""Minimum side of a cell in µm; smaller cells would show only noise."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A column and the range that its histogram shows in `bins` equal bins; what lies outside is in the outer ones."""
+    """Column of the table, and the histogram that is made of it.
+
+    `low`, `high`: its range, cut into `bins` equal bins; values outside are counted in the outer bins.
+    """
 
     column: str
     label: str
@@ -39,7 +42,10 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Cells:
-    """Square cells of `side` level-0 pixels over a canvas from its upper left corner; the last ones are cut by it."""
+    """Grid of square cells over a slide, from its upper left corner; the last column and row are cut off at the canvas.
+
+    `canvas`: size of the slide, and `side`: of a cell, both in level-0 pixels. `mpp`: µm per level-0 pixel.
+    """
 
     canvas: Size
     mpp: Mpp
@@ -47,12 +53,13 @@ class Cells:
 
     @classmethod
     def over(cls, canvas: Size, mpp: Mpp) -> Cells:
+        """Return the finest grid with at most CELLS cells along a side, and cells of at least MIN_CELL_UM."""
         side = max(max(canvas.width, canvas.height) / CELLS, MIN_CELL_UM / mpp.x)
         return cls(canvas, mpp, math.ceil(side))
 
     @property
     def spans(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """[start, stop) of every column and of every row."""
+        """Start and stop of every column, and of every row, in level-0 pixels."""
         wide, high = (
             [(start, min(start + self.side, extent)) for start in range(0, extent, self.side)]
             for extent in (self.canvas.width, self.canvas.height)
@@ -61,26 +68,28 @@ class Cells:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows, columns."""
+        """Number of rows and columns."""
         columns, rows = self.spans
         return len(rows), len(columns)
 
     @property
     def mm2(self) -> NDArray[np.float64]:
-        """(rows, columns): area of each cell inside the canvas."""
+        """Area of each cell in mm², as (rows, columns)."""
         wide, high = (np.array([stop - start for start, stop in spans]) for spans in self.spans)
         return np.outer(high * self.mpp.y, wide * self.mpp.x) / 1e6
 
     @property
     def grid(self) -> Grid:
-        """Of level-0 pixels."""
+        """Grid of the slide's level-0 pixels."""
         return Grid(self.canvas, 1.0, 1.0, self.mpp, self.canvas)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """`histograms`: column → (class, bin) nuclei; `counts`: (class, row, column) nuclei in each of the `cells`; classes
-    by their ids, the background first. `chosen`: (k, 2) centroids x, y, in level-0 pixels, of nuclei drawn at random.
+    """Result of one pass over a slide's table. The class axis is indexed by class id, with the background first.
+
+    `histograms`: column → number of nuclei, (classes, bins) int64. `counts`: nuclei in each cell, (classes, rows,
+    columns) int64. `chosen`: centroids of randomly chosen nuclei, (k, 2) x, y in level-0 pixels.
     """
 
     cells: Cells
@@ -90,9 +99,9 @@ class Measured:
 
 
 def measure(table: NucleiTable, choose: int) -> Measured:
-    """One pass over the table, in the memory of a batch. Which nuclei are drawn depends on the slide_id alone.
+    """Measure the table in one pass, with the memory of one batch, and choose at most `choose` nuclei at random.
 
-    SlideError where the file is harmed.
+    The slide_id is the seed of the choice, so that a report can be repeated. SlideError if the file is corrupted.
     """
     cells, classes = Cells.over(table.level0, table.mpp), len(table.taxonomy.classes)
     rows, columns = cells.shape

@@ -1,7 +1,7 @@
-"""From what a report shows to its files: jinja2, everything escaped, nothing fetched.
+"""Write a report's HTML files with jinja2. All text is escaped, and the pages load nothing from elsewhere.
 
-Up to SINGLE slides with pictures are one file. Of more, the pictures go to pages of PER_PAGE slides in a folder beside
-the front page, written as soon as they are full: a cohort of any size takes the memory of one page.
+A report of up to SINGLE slides with pictures is a single file. With more, the pictures go to pages of PER_PAGE slides
+in a folder next to the front page. Each is written once it is full, so that any cohort needs the memory of one page.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ PER_PAGE = 100
 
 
 class Pages:
-    """Writes the report of `slides` slides with pictures to `path` and the pages of these."""
+    """Writer of a report. `path`: the front page; `slides`: number of slides with pictures; `title`: of all pages.
+
+    Call `add` for each slide, in order, and then `close`. Both raise OSError if a file cannot be written.
+    """
 
     def __init__(self, path: Path, slides: int, title: str) -> None:
         self.path = path
@@ -37,21 +40,22 @@ class Pages:
 
     @property
     def next_page(self) -> str:
-        """Where the next slide's pictures will be, as the front page links to it; "" for the front page itself."""
+        """Link from the front page to the page of the next slide's pictures; "" if that is the front page itself."""
         return self._link(self._written) if self.count else ""
 
     @property
     def to_front(self) -> str:
-        """From the page with a slide's pictures to the folder of the front page, as a link has it."""
+        """Relative link from the page with a slide's pictures to the folder of the front page."""
         return "../" if self.count else ""
 
     def add(self, detail: SlideDetail) -> None:
+        """Add the next slide's pictures, and write the page if it is full."""
         self._waiting.append(detail)
         if self.count and len(self._waiting) == PER_PAGE:
             self._write_page()
 
     def close(self, report: Report) -> None:
-        """Write what waits and the front page, and remove pages of an earlier report."""
+        """Write the last page of pictures and the front page, and remove pages left by an earlier report."""
         if self.count and self._waiting:
             self._write_page()
         links = [self._link(number) for number in range(self.count)]
@@ -64,9 +68,11 @@ class Pages:
                 self.folder.rmdir()
 
     def _link(self, number: int) -> str:
+        """Return the link from the front page to a page of pictures, counted from 0."""
         return f"{self.folder.name}/{number + 1:04}.html"
 
     def _write_page(self) -> None:
+        """Write the waiting slides to the next page."""
         page = self._written + 1
         values = {"front": self.path.name, "title": self._title, "page": page, "count": self.count}
         self._write(self.path.parent / self._link(self._written), "slides.html", slides=self._waiting, **values)
@@ -79,6 +85,7 @@ class Pages:
 
 
 def _environment() -> jinja2.Environment:
+    """Return the templates, with escaping, filters, and the style and script of the pages."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hover_batch.report"),
         autoescape=True,
@@ -86,16 +93,16 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    ours = files("hover_batch.report") / "templates"
-    script = (ours / "table.js").read_text(encoding="utf-8")
+    package_files = files("hover_batch.report") / "templates"
+    script = (package_files / "table.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.globals |= {
         "width": WIDTH,
         "height": HEIGHT,
-        # Our own files: the only markup that is not escaped.
-        "style": Markup((ours / "style.css").read_text(encoding="utf-8")),
+        # Files of this package: the only markup that is not escaped.
+        "style": Markup((package_files / "style.css").read_text(encoding="utf-8")),
         "script": Markup(script),
-        # The browser itself refuses whatever else there might be: any script but ours, anything from elsewhere.
+        # The browser refuses all other scripts, and everything from other hosts.
         "policy": f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
     }
     environment.filters |= {
@@ -108,11 +115,12 @@ def _environment() -> jinja2.Environment:
 
 
 def _number(value: float | None) -> str:
-    """Three digits that count, thousands separated; a dash for what is not there."""
+    """Format a number with three significant digits and thousands separators; a dash for None."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _duration(seconds: float | None) -> str:
+    """Format a duration; a dash for None."""
     return "–" if seconds is None else duration(seconds)

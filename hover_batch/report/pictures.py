@@ -1,4 +1,4 @@
-"""Pictures inside a page, as data URIs: heatmaps of density, smaller copies of a run's JPEGs, fields with contours."""
+"""Make the pictures inside a page, as data URIs: heatmaps of density, and smaller copies of a run's JPEGs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ _QUALITY = 75
 
 @dataclass(frozen=True)
 class Heatmap:
-    """A class's density, None meaning all classes. The brightest colour stands for `top` nuclei per mm² and more;
-    None where there are none."""
+    """Density of one class as a picture.
+
+    `kind`: the class, None for all classes together. `picture`: PNG data URI, one pixel per cell. `top`: nuclei per mm²
+    from which on the brightest colour is used; None if there are no nuclei.
+    """
 
     kind: NucleusClass | None
     picture: str
@@ -30,7 +33,10 @@ class Heatmap:
 
 
 def heatmaps(measured: Measured, classes: Sequence[NucleusClass], tissue: TissueMask | None) -> list[Heatmap]:
-    """One of all classes and one of each. Cells without tissue and without nuclei are transparent."""
+    """Return a heatmap of all classes together, then one of each class.
+
+    `tissue`: where the run searched, None if it is not known. Cells with neither tissue nor nuclei are transparent.
+    """
     cells, mm2 = measured.cells, measured.cells.mm2
     shown = np.ones(cells.shape, bool) if tissue is None else tissue.meets_product(*cells.spans, cells.grid)
     return [
@@ -40,8 +46,9 @@ def heatmaps(measured: Measured, classes: Sequence[NucleusClass], tissue: Tissue
 
 
 def _heatmap(kind: NucleusClass | None, density: NDArray[np.float64], shown: NDArray[np.bool_]) -> Heatmap:
+    """Draw one heatmap. `density`: nuclei per mm², and `shown`: whether it is tissue, of each cell (rows, columns)."""
     taken = density[density > 0]
-    # A single crowded cell, or one that the canvas cuts to a sliver, would leave all others dark.
+    # Not the maximum: one crowded cell, or one that is cut to a sliver, would leave all others dark.
     top = nice_ceiling(float(np.quantile(taken, 0.99))) if taken.size else None
     grey = np.rint(np.minimum(density / (top or 1), 1) * 255).astype(np.uint8)
     bgr = cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)
@@ -50,7 +57,10 @@ def _heatmap(kind: NucleusClass | None, density: NDArray[np.float64], shown: NDA
 
 
 def smaller(path: Path, max_side: int) -> str | None:
-    """The picture in the file, its longer side at most `max_side`; None where there is none that can be read."""
+    """Return the picture in the file as a JPEG data URI; None if the file is missing or corrupted.
+
+    It is reduced so that its longer side has at most `max_side` pixels.
+    """
     image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
     if image is None:
         return None
@@ -61,7 +71,10 @@ def smaller(path: Path, max_side: int) -> str | None:
 
 
 def data_uri(image: NDArray[np.uint8], suffix: str) -> str:
-    """`image`: (y, x) BGR or BGRA, as OpenCV has it; `suffix`: .png or .jpg."""
+    """Encode an image as a data URI.
+
+    `image`: BGR or BGRA (y, x, 3 or 4) uint8; `suffix`: .png, or .jpg without alpha.
+    """
     _, encoded = cv2.imencode(suffix, image, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY] if suffix == ".jpg" else [])
     kind = {".jpg": "jpeg", ".png": "png"}[suffix]
     return f"data:image/{kind};base64,{base64.b64encode(encoded.tobytes()).decode()}"

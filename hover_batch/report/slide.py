@@ -1,4 +1,4 @@
-"""One slide's part of the report, from its folder; the crops from the slide itself, where it is at hand."""
+"""Gather one slide's part of the report from its folder, and the crops from the slide itself if it can be opened."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ from hover_batch.slide.tissue import TissueMask
 
 CROPS = 4
 CROP_UM = 64.0
-"""Side of a crop: some ten nuclei across, and 256 pixels at 40×."""
+"""Side of a crop in µm: about ten nuclei, and 256 pixels at 40×."""
 _THUMBNAIL, _OVERLAY = 320, 480
-"""Longer sides in pixels of a run's own pictures in the report: what a page shows, so that many slides fit into one."""
+"""Longer sides of the thumbnail and the overlay in pixels: small, so that many slides fit into a page."""
 
 
 @dataclass(frozen=True)
-class Looked:
-    """`table` and `measured`: None where the table cannot be read, as `detail` then says."""
+class SlideReport:
+    """Report on one slide. `table` and `measured` are None if the table cannot be read; `detail` then says why."""
 
     detail: SlideDetail
     table: NucleiTable | None
     measured: Measured | None
 
 
-def look_at(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str | None) -> Looked:
-    """`to_run`: from the page to the run's folder, as a link has it; None where it is elsewhere."""
+def report_slide(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str | None) -> SlideReport:
+    """Return the pictures and measurements of a finished slide. Files that are missing or corrupted are listed in the
+    detail.
+
+    `to_run`: relative link from the page to the run's folder; None if the report is elsewhere.
+    """
     missing: list[str] = []
     table = measured = None
     try:
@@ -54,7 +58,7 @@ def look_at(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str
         for path, side in ((layout.thumbnail_jpg, _THUMBNAIL), (layout.overlay_jpg, _OVERLAY))
     }
     if without := [name for name, picture in pictures.items() if picture is None]:
-        missing.append(f"Not there: {', '.join(without)}.")
+        missing.append(f"Missing files: {', '.join(without)}.")
     overlay = layout.overlay_jpg
     detail = SlideDetail(
         row=row,
@@ -67,11 +71,11 @@ def look_at(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str
         crops=crops,
         missing=missing,
     )
-    return Looked(detail, table, measured)
+    return SlideReport(detail, table, measured)
 
 
 def _tissue(layout: SlideLayout) -> TissueMask | None:
-    """Where the run searched; None where that is not kept."""
+    """Return where the run searched for nuclei; None if survey.json is missing or corrupted."""
     try:
         return read_tissue(layout.survey_json)
     except (OSError, SlideError):
@@ -79,8 +83,10 @@ def _tissue(layout: SlideLayout) -> TissueMask | None:
 
 
 def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, measured: Measured) -> list[Crop]:
-    """Fields round the nuclei that were chosen, inside the canvas. SlideError where the slide is not the one that
-    was segmented, or cannot be read."""
+    """Return fields around the chosen nuclei, moved inside the canvas.
+
+    SlideError if the slide cannot be read, or is not the one that was segmented.
+    """
     crops = []
     with reopen(record, layout.survey_json) as reader:
         canvas, cells = table.level0, measured.cells

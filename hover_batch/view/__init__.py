@@ -1,5 +1,6 @@
-"""One slide of a run, to look at in a browser: its pixels and its nuclei in tiles, served to this machine alone.
+"""Viewer for one slide of a run: a server, for this machine only, of a page with the slide and its nuclei in tiles.
 
-page/openseadragon.min.js is that of npm's package openseadragon 6.1.1, less its last line, which names a source map;
-its licence lies beside it. A new version may ask for another hash in server.py's policy: the test in a browser tells.
+page/openseadragon.min.js is from the npm package openseadragon 6.1.1, without its last line, which names a source map;
+its licence is next to it. A new version may need another hash in the policy in server.py;
+tests/view/test_view_in_browser.py then fails.
 """

@@ -1,8 +1,8 @@
-"""A slide's pixels in tiles, each level half the one above; of the run's thumbnail where the slide is not at hand.
+"""Serve a slide's pixels as a pyramid of tiles; those of the run's thumbnail if the slide is not available.
 
-They come from the project's own reader, as what was segmented did, so that contours lie where the network saw them,
-and every kind of slide opens in the same way. tiatoolbox's tile generators want one of its readers, which a plain
-picture has only as a VirtualWSIReader, and resample at a phase that depends on the tile.
+The pixels come from the reader that segmentation uses, so that contours lie where the network saw them and the same
+formats open. tiatoolbox's tile generators require one of its own readers, and resample with a phase that depends on
+the tile.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ _QUALITY = 90
 
 
 class Backdrop:
-    """`finest`: level-0 pixels per pixel of the finest level, which is `max_level`; level 0 fits into one tile.
-    `missing`: why this is not the slide itself, if it is not. May be asked by several threads."""
+    """Tile pyramid of a slide or its thumbnail, thread-safe. Level 0 fits into one tile; each level doubles the size.
+
+    `finest`: the slide's level-0 pixels per pixel of the finest level, `max_level`. `missing`: why the thumbnail is
+    shown instead of the slide; None for the slide itself.
+    """
 
     def __init__(self, reader: SlideReader, finest: int = 1, missing: str | None = None) -> None:
         self._reader = reader
@@ -39,8 +42,10 @@ class Backdrop:
         self.max_level = max(0, math.ceil(math.log2(max(level0.width, level0.height) / finest / TILE)))
 
     def tile(self, level: int, column: int, row: int) -> bytes | None:
-        """JPEG, of less than TILE × TILE pixels at the right and lower edges; None where there is no such tile.
-        SlideError where the slide cannot be read any more."""
+        """Return the tile as a JPEG of at most TILE × TILE pixels; None if there is no such tile.
+
+        It is smaller at the right and lower edges. SlideError if the slide can no longer be read.
+        """
         if not 0 <= level <= self.max_level:
             return None
         info, scale = self._reader.info, self.finest * 2 ** (self.max_level - level)
@@ -51,27 +56,34 @@ class Backdrop:
         pixels = self._reader.read(
             box, Grid(info.level0, scale, scale, Mpp(info.mpp.x * scale, info.mpp.y * scale), size)
         )
-        # Full chroma: stain is colour, and is looked at eight times enlarged.
+        # Full chroma: the stain is colour, and the viewer enlarges it up to eight times.
         sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
         _, encoded = cv2.imencode(".jpg", pixels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY, *sampling])
         return encoded.tobytes()
 
 
 def open_backdrop(slide: SlideLayout, record: SlideRecord, table: NucleiTable) -> Backdrop:
-    """The slide's own pixels or, where it is not at hand, its thumbnail's. InputError where there is neither."""
+    """Return the pyramid of the slide, or of its thumbnail if the slide cannot be opened.
+
+    InputError if neither can be.
+    """
     try:
         return Backdrop(reopen(record, slide.survey_json))
     except (HoverBatchError, OSError) as error:
         missing = str(error)
         if not slide.thumbnail_jpg.is_file():
             raise InputError(
-                f"{missing}, and there is no {slide.thumbnail_jpg} either; bring the slide back, or run it anew"
+                f"{missing}, and {slide.thumbnail_jpg} is missing, too; restore the slide, or run it again"
             ) from error
     return _thumbnail(slide.thumbnail_jpg, table, missing)
 
 
 def _thumbnail(path: Path, table: NucleiTable, missing: str) -> Backdrop:
-    """The thumbnail as a slide of one level: of the size in the table, to whose pixels the nuclei's positions refer."""
+    """Open the thumbnail as a slide with one level. Its nominal size is the slide's, to which the nuclei's positions
+    refer.
+
+    `missing`: why the slide itself is not shown.
+    """
     source = open_source(path, kind_of(path))
     info = SlideInfo(
         level0=table.level0,

@@ -1,8 +1,8 @@
-"""The nuclei of one slide as a page asks for them: contours and densities by tile, and the whole row of one nucleus.
+"""Serve the nuclei of one slide: contours and densities by tile, and the table row of one nucleus.
 
-The table is read once. A nucleus belongs to the tile that holds its centroid, so the tiles' nuclei are the table's,
-each once. What stays in memory is what is drawn: some 200 bytes a nucleus. All other columns are read again, a row
-group at a time, when a nucleus is pointed at.
+The table is read once. A nucleus belongs to the tile that holds its centroid, so that it is in exactly one tile. Only
+what is drawn stays in memory, about 200 bytes per nucleus. The other columns are read when the user points at a
+nucleus, one row group at a time.
 """
 
 from __future__ import annotations
@@ -20,21 +20,26 @@ import shapely
 from hover_batch.export.read import NucleiTable, unreadable
 
 TILE_UM = 256.0
-"""About the side of a tile of contours: some hundreds of nuclei, as many KB."""
+"""Approximate side in µm of a tile of contours: a few hundred nuclei, in about as many KB."""
 CELLS = 128
-"""Cells along the side of a tile of densities."""
+"""Cells along each side of a tile of densities."""
 _STEP = 1 / 16
-"""Of a contour's points in level-0 pixels, unless a nucleus is 4096 pixels long: they are sent as uint16."""
+"""Resolution of contours in level-0 pixels. It is coarser if a nucleus is over 4095 pixels long, since points are
+uint16."""
 _GROUPS = 4
-"""Row groups of which the columns are kept: some 15 MB each."""
+"""Row groups that stay in memory: about 15 MB each."""
 
 
 class NucleiTiles:
-    """Answers may be asked for by several threads. `tile`: side in level-0 pixels of a tile of contours, a power of 2.
-    `counts`: nuclei of each class, by id. `peaks`: of each class, most nuclei per level-0 pixel in a tile."""
+    """Tiles of one slide's nuclei, thread-safe.
+
+    `tile`: side of a contour tile in level-0 pixels, a power of 2. `columns`, `rows`: number of contour tiles.
+    `step`: resolution of contours in level-0 pixels. `counts`: (classes,) nuclei of each class, by id. `peaks`:
+    (classes,) the highest density of each class in a contour tile, in nuclei per level-0 pixel.
+    """
 
     def __init__(self, table: NucleiTable) -> None:
-        """SlideError where the file is harmed."""
+        """Read positions and contours from the table. SlideError if the file is corrupted."""
         self.table = table
         self._classes = len(table.taxonomy.classes)
         self.tile = 2 ** max(5, round(math.log2(TILE_UM / math.sqrt(table.mpp.x * table.mpp.y))))
@@ -50,6 +55,7 @@ class NucleiTiles:
         self._group = lru_cache(_GROUPS)(self._read_group)
 
     def _read_places(self) -> None:
+        """Read centroids, classes and bounding boxes, and sort the nuclei by tile."""
         n = self.table.rows
         self._x, self._y = np.empty(n), np.empty(n)
         self._type = np.empty(n, np.uint8)
@@ -66,7 +72,7 @@ class NucleiTiles:
             if len(batch):
                 longest = max(longest, float((x1 - x0).max()), float((y1 - y0).max()))
             at = part.stop
-        # The whole pixel more is for the corner's rounding to float32.
+        # One pixel is added because the corner is rounded to float32.
         self.step = max(_STEP, (longest + 1) / 65535)
         tiles = (self._y // self.tile).astype(np.int64) * self.columns + (self._x // self.tile).astype(np.int64)
         self._order = np.argsort(tiles, kind="stable").astype(np.uint32)
@@ -77,6 +83,7 @@ class NucleiTiles:
         self.peaks = by_tile.max(axis=1, initial=0) / self.tile**2
 
     def _read_contours(self) -> None:
+        """Read the contours as uint16 steps from the corner of each bounding box."""
         self._points = np.empty((0, 2), np.uint16)
         lengths = np.empty(self.table.rows, np.int64)
         at = 0
@@ -86,17 +93,23 @@ class NucleiTiles:
             corners = self._corner[at : at + len(batch)].astype(np.float64)
             steps = np.rint((coordinates - corners[owner]) / self.step)
             known = len(self._points)
-            self._points.resize((known + len(steps), 2), refcheck=False)  # in place, where a list would be held twice
+            self._points.resize((known + len(steps), 2), refcheck=False)  # in place, to hold it once
             self._points[known:] = np.clip(steps, 0, 65535)
             lengths[at : at + len(batch)] = np.bincount(owner, minlength=len(batch))
             at += len(batch)
         self._ends = np.concatenate([[0], lengths.cumsum()])
 
     def contours(self, column: int, row: int) -> bytes | None:
-        """The nuclei of one tile, little-endian; None where there is no such tile.
+        """Return the nuclei of one tile in the little-endian layout below; None if there is no such tile.
 
-        n uint32 · nucleus_id n × uint32 · ends n × uint32: of each contour in the points · corner n × (x, y) float32 in
-        level-0 pixels · points (x, y) uint16, in `step` level-0 pixels from the corner · type_id n × uint8.
+        ::
+
+            n          uint32           number of nuclei
+            nucleus_id uint32  (n,)
+            ends       uint32  (n,)     end of each contour in `points`
+            corner     float32 (n, 2)   upper left corner of the bounding box: x, y in level-0 pixels
+            points     uint16  (ends[-1], 2)   x, y from the corner, in units of `step` level-0 pixels
+            type_id    uint8   (n,)
         """
         if not (0 <= column < self.columns and 0 <= row < self.rows):
             return None
@@ -116,8 +129,11 @@ class NucleiTiles:
         return b"".join(np.asarray(values).astype(kind).tobytes() for values, kind in parts)
 
     def density(self, level: int, column: int, row: int) -> bytes | None:
-        """Nuclei in each cell of one tile of CELLS × CELLS cells, each 2^level level-0 pixels wide: (classes, y, x)
-        uint32, little-endian. None where there is no such tile."""
+        """Return the number of nuclei in each cell of one density tile; None if there is no such tile.
+
+        The bytes are an array (classes, CELLS, CELLS) of little-endian uint32, with the axes class, y, x. A cell is
+        2^level level-0 pixels wide, and a tile CELLS cells.
+        """
         side = CELLS << min(level, 32)
         x0, y0 = column * side, row * side
         if not (0 <= x0 < self.table.level0.width and 0 <= y0 < self.table.level0.height):
@@ -139,7 +155,10 @@ class NucleiTiles:
         return np.bincount(cells[inside], minlength=self._classes * CELLS**2).astype("<u4").tobytes()
 
     def row(self, nucleus_id: int) -> dict[str, Any] | None:
-        """The nucleus's columns but for slide and geometry, None for what is not a number; None where there is none."""
+        """Return the nucleus's columns, without those of its slide and geometry; NaN becomes None.
+
+        None if there is no such nucleus. SlideError if the file is corrupted.
+        """
         if not 1 <= nucleus_id <= self.table.rows:
             return None
         group = int(np.searchsorted(self._first_rows, nucleus_id - 1, side="right")) - 1
@@ -148,6 +167,7 @@ class NucleiTiles:
         return {name: measured.get(name) if name in self.table.measured else held[name] for name in held}
 
     def _read_group(self, number: int) -> pa.RecordBatch:
+        """Read the columns of one row group that `row` returns."""
         left_out = ("slide_id", "type_id", "bbox", "geometry")
         try:
             with self._lock:  # an open file may be read by one thread at a time

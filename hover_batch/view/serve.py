@@ -1,4 +1,4 @@
-"""Open a slide of a run for its server."""
+"""Open a slide of a run in a server for the viewer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from hover_batch.formatting import LISTED, listed
 if TYPE_CHECKING:
     from hover_batch.view.server import Server
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
-def serve(folder: Path, slide_id: str | None, port: int, tell: Tell) -> Server:
-    """Return a server of one slide of the run in `folder`, which listens and does not answer yet. `tell` gets messages.
+def serve(folder: Path, slide_id: str | None, port: int, notify: Notify) -> Server:
+    """Return a server for one slide of the run in `folder`. It listens already, and answers after `serve_forever()`.
 
-    InputError where the slide cannot be chosen or shown, or the port is taken; SlideError where its table is corrupted.
+    `slide_id`: None for the run's only slide. `port`: 0 for any free port. `notify` is called with lines about
+    progress. InputError if the slide is not in the run, is not done or cannot be shown, or the port is taken;
+    SlideError if its table is corrupted.
     """
     layout = RunLayout(folder)
     require_run(layout)
@@ -35,31 +37,33 @@ def serve(folder: Path, slide_id: str | None, port: int, tell: Tell) -> Server:
 
     server = Server(port)  # before the slow work: the port may be taken
     try:
-        tell(f"{slide.slide_id}: opening")
+        notify(f"{slide.slide_id}: opening …")
         table = NucleiTable.open(slide.nuclei_parquet)
         backdrop = open_backdrop(slide, records[slide.slide_id], table)
         if backdrop.missing:
-            tell(f"{slide.slide_id}: shown on its thumbnail, since {backdrop.missing}")
+            notify(f"{slide.slide_id}: the slide cannot be opened, its thumbnail is shown instead: {backdrop.missing}")
         server.site = Site(backdrop, NucleiTiles(table))
     except BaseException:
         server.server_close()
         raise
-    tell(f"{slide.slide_id}: {table.rows:,} nuclei. Ctrl-C ends this.")
+    notify(f"{slide.slide_id}: {table.rows:,} nuclei. Press Ctrl-C to stop.")
     return server
 
 
 def _chosen(layout: RunLayout, slide_ids: Sequence[str], wanted: str | None) -> SlideLayout:
-    """Return the slide `wanted`, or the run's only one. InputError where it is not done or not one of the run's."""
+    """Return the slide `wanted`, or the run's only one. InputError if it is not done or not in the run."""
     if wanted is None and len(slide_ids) == 1:
         wanted = slide_ids[0]
     known = wanted is not None and wanted in slide_ids
     if known and nuclei_if_done(slide := layout.slide(str(wanted))) is not None:
         return slide
-    # A few are listed, so not all of a large cohort are looked at.
+    # Only a few are listed, so that not every slide of a large cohort is checked.
     done = list(islice((n for n in slide_ids if nuclei_if_done(layout.slide(n)) is not None), LISTED + 1))
-    can = f"done are: {listed(done)}" if done else "none of the run's is done yet"
+    can = f"done slides: {listed(done)}" if done else "no slide of the run is done yet"
     if known:
-        raise InputError(f"--slide {wanted}: is not done; see failures.csv, or run segment's command again; {can}")
+        raise InputError(
+            f"--slide {wanted}: is not done; see failures.csv, or repeat the segment command to finish it; {can}"
+        )
     if wanted is not None:
-        raise InputError(f"--slide {wanted}: is no slide of this run; {can}")
-    raise InputError(f"--slide ID must say which of the run's {len(slide_ids):,} slides to look at; {can}")
+        raise InputError(f"--slide {wanted}: is not a slide of this run; {can}")
+    raise InputError(f"the run has {len(slide_ids):,} slides; choose one with --slide ID; {can}")

@@ -1,8 +1,8 @@
-"""What the page asks for, over HTTP, of this machine alone.
+"""HTTP server of the viewer, for this machine only.
 
-Nothing but loopback is listened on. Still any website can make a browser ask 127.0.0.1 for things, and so can any
-other user of the machine: so the path begins with a random token, and a request that does not name this address as its
-host, as after DNS rebinding, is refused. No request names a file: what can be asked for is listed in `Site`.
+It listens on loopback. Since any website can make a browser send requests to 127.0.0.1, and so can any other user of
+the machine, paths begin with a random token, and requests for another host name, as after DNS rebinding, are refused.
+Requests never contain file names: `Site` lists all valid paths.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ PAGE = {
     "openseadragon.min.js": ("openseadragon.min.js", "text/javascript; charset=utf-8"),
     "LICENSE-openseadragon.txt": ("LICENSE-openseadragon.txt", "text/plain; charset=utf-8"),
 }
-"""The page's own files by their paths, and their types."""
+"""Static files of the page: path → (file name, content type)."""
 _OPENSEADRAGON_RULE = "'sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE='"
-"""The one rule of style that OpenSeadragon puts into the page: no outline where there is no mouse."""
+"""Hash of the only style rule that OpenSeadragon adds to the page: no outline where there is no mouse."""
 HEADERS = {
-    # The browser itself refuses whatever else there might be: scripts but ours, anything from elsewhere, other pages'
-    # frames. And nothing of a slide stays in its cache on disk.
+    # The browser refuses all other scripts, everything from other hosts, and frames of other pages. Cache-Control keeps
+    # the slide out of its cache on disk.
     "Content-Security-Policy": f"default-src 'none'; script-src 'self'; style-src 'self' {_OPENSEADRAGON_RULE}; "
     "img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -48,11 +48,11 @@ HEADERS = {
 _PATH = re.compile(r"(slide|nuclei|density|nucleus)((?:/[0-9]{1,9})+)")
 
 Answer = tuple[bytes, str]
-"""Content and its type."""
+"""Content and its content type."""
 
 
 class Site:
-    """Path, behind the token → what is there."""
+    """Resources that the server offers, by their path after the token."""
 
     def __init__(self, backdrop: Backdrop, nuclei: NucleiTiles) -> None:
         self._kinds: dict[tuple[str, int], Callable[..., Answer | None]] = {
@@ -61,12 +61,15 @@ class Site:
             ("density", 3): lambda level, x, y: _typed(nuclei.density(level, x, y), "application/octet-stream"),
             ("nucleus", 1): lambda number: _json(nuclei.row(number)),
         }
-        ours = files("hover_batch.view") / "page"
-        self._fixed = {path: ((ours / name).read_bytes(), kind) for path, (name, kind) in PAGE.items()}
+        package_files = files("hover_batch.view") / "page"
+        self._fixed = {path: ((package_files / name).read_bytes(), kind) for path, (name, kind) in PAGE.items()}
         self._fixed["info.json"] = _json(_info(backdrop, nuclei)) or (b"", "")
 
     def answer(self, path: str) -> Answer | None:
-        """None where there is nothing. SlideError where the slide or its table cannot be read any more."""
+        """Return the resource at `path`; None if there is none.
+
+        SlideError if the slide or its table can no longer be read.
+        """
         if match := _PATH.fullmatch(path):
             numbers = [int(number) for number in match[2][1:].split("/")]
             kind = self._kinds.get((match[1], len(numbers)))
@@ -75,7 +78,7 @@ class Site:
 
 
 def _info(backdrop: Backdrop, nuclei: NucleiTiles) -> dict[str, Any]:
-    """What the page must know before it draws. Sizes are in level-0 pixels."""
+    """Return what the page needs before it draws: sizes in level-0 pixels, classes with their colours and counts."""
     table = nuclei.table
     return {
         "slide_id": table.slide_id,
@@ -98,16 +101,20 @@ def _info(backdrop: Backdrop, nuclei: NucleiTiles) -> dict[str, Any]:
 
 
 def _typed(content: bytes | None, kind: str) -> Answer | None:
+    """Return the content with its type; None if there is no content."""
     return None if content is None else (content, kind)
 
 
 def _json(value: dict[str, Any] | None) -> Answer | None:
+    """Return the value as JSON; None if there is no value."""
     return None if value is None else (json.dumps(value).encode(), "application/json")
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """Listens from the start, and answers once it has a `site` and serves. `port` 0: any that is free. InputError where
-    it is taken."""
+    """Server that listens once it is made, and answers once `site` is set and `serve_forever` runs.
+
+    `port`: 0 for any free port. InputError if it is taken.
+    """
 
     site: Site
     allow_reuse_address = True
@@ -119,39 +126,47 @@ class Server(socketserver.ThreadingTCPServer):
         try:
             super().__init__((ADDRESS, port), _Handler)
         except OSError as error:
-            raise InputError(f"--port {port}: {error.strerror}; name another, or none for any that is free") from error
+            raise InputError(
+                f"--port {port}: {error.strerror}; give another port, or leave it out to use any free one"
+            ) from error
         self.hosts = {f"{name}:{self.server_address[1]}" for name in (ADDRESS, "localhost")}
 
     @property
     def url(self) -> str:
+        """Address of the page, with the token."""
         return f"http://{ADDRESS}:{self.server_address[1]}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that hangs up on what it needs no more is no error."""
+        """Print errors, except that the browser closed a connection, as it does for tiles that it no longer needs."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # connections are kept
+    """Answers one browser connection. Only GET is supported."""
+
+    protocol_version = "HTTP/1.1"  # keeps connections open
     timeout = 60
     server: Server
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
+        """Send a resource of the site, after checking the host name and the token."""
         if self.headers.get("Host") not in self.server.hosts:
-            self._send(HTTPStatus.FORBIDDEN, *_text(f"Open {ADDRESS} at the port that hover-batch view printed.\n"))
+            self._send(HTTPStatus.FORBIDDEN, *_text(f"Wrong host. Open the address at {ADDRESS} that was printed.\n"))
             return
         _, token, *rest = self.path.split("/", 2) if self.path.startswith("/") else ("", "")
         if not rest or not secrets.compare_digest(token.encode(), self.server.token.encode()):
-            self._send(HTTPStatus.NOT_FOUND, *_text("Nothing is here. Open the whole address that was printed.\n"))
+            self._send(
+                HTTPStatus.NOT_FOUND, *_text("Not found. Open the whole address that hover-batch view printed.\n")
+            )
             return
         try:
             answer = self.server.site.answer(rest[0])
         except HoverBatchError as error:
             self._send(HTTPStatus.INTERNAL_SERVER_ERROR, *_text(f"{error}\n"))
             return
-        self._send(HTTPStatus.OK if answer else HTTPStatus.NOT_FOUND, *(answer or _text("Nothing is here.\n")))
+        self._send(HTTPStatus.OK if answer else HTTPStatus.NOT_FOUND, *(answer or _text("Not found.\n")))
 
     def _send(self, status: HTTPStatus, content: bytes, kind: str) -> None:
         self.send_response(status)
@@ -161,11 +176,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def version_string(self) -> str:
+        """Name of the server, without versions."""
         return "hover-batch"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the lines would hold the token."""
+        """Log nothing, since the lines would contain the token."""
 
 
 def _text(text: str) -> Answer:
+    """Return plain text as an answer."""
     return text.encode(), "text/plain; charset=utf-8"

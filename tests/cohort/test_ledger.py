@@ -371,7 +371,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path, cohort: Cohort) -> None:
     assert "holds logs but no run.json" in entering(folder)
     (folder / "logs").rename(folder / "chapter.tex")
     (folder / "run.json").write_text('{"name": "of another program"}')
-    assert "not one of this program" in entering(folder)
+    assert "was written by another program" in entering(folder)
     (folder / "run.json").write_text("{")
     assert "its run.json is corrupted; restore it" in entering(folder)
     (folder / "run.json").unlink()

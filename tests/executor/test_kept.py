@@ -54,7 +54,7 @@ def test_new_tables_of_kept_predictions(
     assert tables(same) == {"a": made["a"]}
     reasons = pd.read_csv(same / "failures.csv").set_index("slide_id").reason
     assert list(reasons.index) == ["b", "c"]
-    assert "unit r00001_c00001 is not as it was predicted" in reasons["b"] and "is not done" in reasons["c"]
+    assert "checksum mismatch in unit r00001_c00001" in reasons["b"] and "is not done" in reasons["c"]
 
     settings = replace(kept.settings, post=OTHER)
     run(kept, other, load_nothing, settings=settings)

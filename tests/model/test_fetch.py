@@ -238,7 +238,7 @@ def test_a_web_page_is_refused_and_not_kept(server: Server, checkpoint: bytes, c
 
 def test_invalid_urls_and_targets_are_refused(server: Server, tmp_path: Path) -> None:
     result = run("import", "https://[models/net.pth")
-    assert result.exit_code == 2 and "is no URL" in result.stderr
+    assert result.exit_code == 2 and "is not a valid URL" in result.stderr
     (tmp_path / "d.safetensors").mkdir()
     result = run("import", STARTER, "-o", tmp_path / "d.safetensors")
     assert result.exit_code == 2 and "cannot be written" in result.stderr
@@ -269,10 +269,10 @@ def test_verify_finds_corrupted_files(server: Server, checkpoint: bytes) -> None
     download = download_path(f"{server.url}/net.pth")
     result = run("verify")
     assert result.exit_code == 0
-    assert result.stdout.splitlines() == ["ok      starter", "ok      net", f"ok      {download}"]
+    assert result.stdout.splitlines() == ["ok         starter", "ok         net", f"ok         {download}"]
     _flip(download)
     result = run("verify")
-    assert result.exit_code == 2 and f"HARMED  {download}" in result.stdout and "ok      net" in result.stdout
+    assert result.exit_code == 2 and f"CORRUPTED  {download}" in result.stdout and "ok         net" in result.stdout
     assert run("verify", "starter", "net").exit_code == 0
     _flip(cached_package("net"))
     result = run("verify", "net")
@@ -282,7 +282,7 @@ def test_verify_finds_corrupted_files(server: Server, checkpoint: bytes) -> None
     assert run("verify").exit_code == 2
     download.unlink()
     result = run("verify")
-    assert result.exit_code == 2 and f"HARMED  {download}: {download}: cannot be read" in result.stdout
+    assert result.exit_code == 2 and f"CORRUPTED  {download}: {download}: cannot be read" in result.stdout
 
 
 @pytest.mark.parametrize("find", [find_package, lambda name: side_of(name, "--teacher", InferSettings())])

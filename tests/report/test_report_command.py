@@ -155,7 +155,7 @@ def test_unfinished_and_all_failed_and_nothing_listed(tmp_path: Path, field: Fie
     layout.slide("c").folder.mkdir()
     layout.slide("c").key_json.write_text("{}")
     text = shown(layout).text
-    assert "1 of 4 slides are done, and only they are counted here; 2 are to come" in text
+    assert "1 of 4 slides are done, and only these are counted here; 2 are not done yet" in text
     assert "1 begun" in text and "1 pending" in text and "open: why not" in text
 
     page = shown(write_run(tmp_path / "failed", *field, failed=[("a", "first"), ("b", "second")]))
@@ -166,7 +166,11 @@ def test_unfinished_and_all_failed_and_nothing_listed(tmp_path: Path, field: Fie
     layout.versions_json.unlink()
     layout.settings_toml.unlink()
     text = shown(layout).text
-    for words in ("slides.csv. The run has not listed", "versions.json is not there", "settings.toml is not there"):
+    for words in (
+        "slides.csv is not written yet: the run has not listed",
+        "versions.json is not there",
+        "settings.toml is not there",
+    ):
         assert words in text
 
     assert "#failures" not in shown(write_run(tmp_path / "good", *field, done=["a"])).all("href")
@@ -179,7 +183,7 @@ def test_a_harmed_table_is_said_and_not_counted(tmp_path: Path, field: Field) ->
     text = shown(layout).text
     nuclei = json.loads(layout.slide("a").slide_json.read_text())["nuclei"]
     assert f"{nuclei} nuclei" in text and "Tables that cannot be read, and are not counted: 1." in text
-    assert "is no table of nuclei that can be read" in text and "Not there: overlay.jpg." in text
+    assert "cannot be read as a table of nuclei" in text and "Missing files: overlay.jpg." in text
 
 
 def test_a_harmed_contour_costs_the_crops_alone(tmp_path: Path, field: Field) -> None:
@@ -190,7 +194,7 @@ def test_a_harmed_contour_costs_the_crops_alone(tmp_path: Path, field: Field) ->
     where = table.schema.get_field_index("geometry")
     table = table.set_column(where, table.schema.field(where), pa.array([b"?"] * len(table), pa.binary()))
     pq.write_table(table.replace_schema_metadata({b"hover_batch": about[b"hover_batch"]}), path)
-    assert f"No crops: {path}: is no table of nuclei that can be read" in shown(layout).text
+    assert f"No crops: {path}: cannot be read as a table of nuclei" in shown(layout).text
 
 
 def test_many_slides_have_pages(tmp_path: Path, field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,8 +235,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path, field: Field) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, message in [
         ((tmp_path / "empty",), "holds no run"),
-        ((layout.root, "-o", tmp_path / "file" / "x.html"), "name another file by -o"),
-        ((layout.root, "-o", tmp_path / "empty"), "is a folder; name a file in it"),
+        ((layout.root, "-o", tmp_path / "file" / "x.html"), "give another file with -o"),
+        ((layout.root, "-o", tmp_path / "empty"), "is a folder; give the path of a file"),
     ]:
         result, _ = report(*arguments)
         assert result.exit_code == 2, result.output

@@ -40,23 +40,24 @@ def test_which_slide_must_be_said_and_known(tmp_path: Path, field: Field) -> Non
     done = [f"s{i}" for i in range(12)]
     run = write_run(tmp_path / "out", *field, done=done, pending=["later"]).root
     ten = ", ".join(done[:10]) + ", …"
-    assert f"--slide ID must say which of the run's 13 slides to look at; done are: {ten}\n" in refused(run)
-    assert f"--slide ../s1: is no slide of this run; done are: {ten}\n" in refused(run, "--slide", "../s1")
+    assert f"the run has 13 slides; choose one with --slide ID; done slides: {ten}\n" in refused(run)
+    assert f"--slide ../s1: is not a slide of this run; done slides: {ten}\n" in refused(run, "--slide", "../s1")
     unfinished = refused(run, "--slide", "later")
     assert (
-        f"--slide later: is not done; see failures.csv, or run segment's command again; done are: {ten}\n" in unfinished
+        f"--slide later: is not done; see failures.csv, or repeat the segment command to finish it; "
+        f"done slides: {ten}\n" in unfinished
     )
 
 
 def test_a_run_of_which_nothing_is_done_is_refused(tmp_path: Path, field: Field) -> None:
     run = write_run(tmp_path / "out", *field, pending=["later"]).root
-    assert "later: is not done" in refused(run) and "none of the run's is done yet" in refused(run)
+    assert "later: is not done" in refused(run) and "no slide of the run is done yet" in refused(run)
 
 
 def test_a_list_of_slides_that_was_changed_is_refused(tmp_path: Path, field: Field) -> None:
     layout = write_run(tmp_path / "out", *field, done=["a"])
     layout.slides_csv.write_text(layout.slides_csv.read_text().replace("0.25", "a quarter"))
-    assert f"{layout.slides_csv}: is corrupted or was changed by hand" in refused(layout.root)
+    assert f"{layout.slides_csv}: is corrupted or was edited" in refused(layout.root)
 
 
 def test_a_slide_without_pixels_is_refused(tmp_path: Path, field: Field) -> None:
@@ -66,16 +67,14 @@ def test_a_slide_without_pixels_is_refused(tmp_path: Path, field: Field) -> None
     image.unlink()
     layout.slide("a").thumbnail_jpg.unlink()
     told = refused(layout.root)
-    assert (
-        f"{image} is not there, and there is no {layout.slide('a').thumbnail_jpg} either; bring the slide back" in told
-    )
+    assert f"{image} is not there, and {layout.slide('a').thumbnail_jpg} is missing, too; restore the slide" in told
 
 
 def test_a_port_that_is_taken_is_refused(tmp_path: Path, field: Field) -> None:
     run = write_run(tmp_path / "out", *field, done=["a"]).root
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert f"--port {port}: Address already in use; name another" in refused(run, "--port", str(port))
+        assert f"--port {port}: Address already in use; give another port" in refused(run, "--port", str(port))
 
 
 def test_it_opens_the_browser_and_ends_by_ctrl_c(tmp_path: Path, field: Field) -> None:
@@ -93,4 +92,4 @@ def test_it_opens_the_browser_and_ends_by_ctrl_c(tmp_path: Path, field: Field) -
     assert (tmp_path / "opened").read_text().strip() == url
     assert process.returncode == 0
     assert rest == ""
-    assert told == "a: opening\na: 28 nuclei. Ctrl-C ends this.\n"
+    assert told == "a: opening …\na: 28 nuclei. Press Ctrl-C to stop.\n"

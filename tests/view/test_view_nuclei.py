@@ -192,5 +192,5 @@ def test_a_harmed_table_is_said_to_be(table: NucleiTable) -> None:
     content = bytearray(table.path.read_bytes())
     content[200 : len(content) // 2] = bytes(len(content) // 2 - 200)
     table.path.write_bytes(content)
-    with pytest.raises(SlideError, match="run the slide anew"):
+    with pytest.raises(SlideError, match="repeat the segment command"):
         NucleiTiles(table)

@@ -1,5 +1,5 @@
 "use strict";
-// Sorts every table of class `sortable` by a click on a head, and filters the table of slides by what is typed.
+// Sorts each table of class `sortable` when a column header is clicked, and filters the table of slides by the text typed.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
@@ -12,7 +12,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const numeric = head.classList.contains("n") || table.querySelector(`tbody td:nth-child(${column + 1})[data-value]`);
       const rows = [...table.tBodies[0].rows].map((row) => [value(row), row]);
       rows.sort(([a], [b]) => {
-        // What has no value comes last, whichever way it is sorted.
+        // Rows without a value come last in both directions.
         if (a === "" || b === "") return (a === "") - (b === "");
         const order = numeric ? Number(a) - Number(b) : a.localeCompare(b, "en", { numeric: true });
         return down ? -order : order;

@@ -1,18 +1,18 @@
-// The nuclei over the slide: contours near by, their density from afar. All positions are level-0 pixels; OpenSeadragon
-// gives the transform, and the canvas is drawn anew whenever it changes.
+// Draws the nuclei over the slide: contours when zoomed in, density when zoomed out. All positions are level-0 pixels;
+// OpenSeadragon gives the transform, and the canvas is redrawn whenever it changes.
 "use strict";
 
 const NUCLEUS_UM = 10;
-const SEEN_AT = 8; // pixels on the screen that a nucleus of that size takes when contours are drawn
-const LINE = 1.5; // pixels on the screen, about
-const CELL = 4; // pixels on the screen, at the least, of a cell of density
-const KEPT = 400; // tiles of either kind in memory
-const AT_ONCE = 4; // requests
+const SEEN_AT = 8; // side in screen pixels of a typical nucleus from which contours are drawn
+const LINE = 1.5; // width in screen pixels, approximately
+const CELL = 4; // minimum side in screen pixels of a density cell
+const KEPT = 400; // maximum number of tiles of each kind in memory
+const AT_ONCE = 4; // concurrent requests
 const $ = (id) => document.getElementById(id);
 
 ask("info.json").then((answer) => answer.json()).then(start);
 
-// An answer that may say no, or an error that says so to the user.
+// Returns the server's answer, which may be an error; if the server is gone, tells the user.
 async function ask(path) {
   try {
     return await window.fetch(path);
@@ -35,7 +35,7 @@ function start(info) {
   viewer.canvas.append(canvas);
   const layer = new Layer(info, shown, canvas);
   const tiles = new Tiles(() => soon());
-  const pointer = { at: null, sought: null, hit: null }; // `sought`: what one went to, in level-0 pixels
+  const pointer = { at: null, sought: null, hit: null }; // `sought`: the position that the user went to, in level-0 pixels
   let last = "";
 
   function draw(changed) {
@@ -48,19 +48,19 @@ function start(info) {
     const there = near ? layer.contours(place, tiles) : layer.density(place, tiles);
     $("state").textContent = near ? `${there.toLocaleString("en")} nuclei in view` : "Density of nuclei";
     $("scale").firstChild.textContent = scaleBar($("scale").firstChild, info.mpp[0] / place.scale);
-    // For those who wait for it.
+    // For tests, which wait for it.
     document.body.dataset.drawn = near ? "contours" : "density";
     document.body.dataset.waiting = tiles.waiting;
     const under = pointer.at && [(pointer.at[0] - place.x) / place.scale, (pointer.at[1] - place.y) / place.scale];
     const at = near && (pointer.sought ?? under);
     const hit = at ? layer.hit(at) : null;
     if (hit) layer.highlight(hit, place);
-    if (hit?.id !== pointer.hit?.id) tell(hit, info);
+    if (hit?.id !== pointer.hit?.id) showNucleus(hit, info);
     if (!hit) $("hint").textContent = near ? "Point at a nucleus." : "Zoom in until nuclei are outlined.";
     pointer.hit = hit;
   }
 
-  // What does not move the slide is drawn once a frame, however much of it there is.
+  // Changes that do not move the slide are drawn at most once per frame.
   let due = false;
   function soon() {
     if (due) return;
@@ -71,13 +71,13 @@ function start(info) {
     });
   }
 
-  viewer.addHandler("update-viewport", () => draw(false)); // at once, or nuclei would trail the slide
-  // OpenSeadragon does not say why; the server does.
+  viewer.addHandler("update-viewport", () => draw(false)); // at once, or the nuclei would lag behind the slide
+  // OpenSeadragon does not report the reason; the server does.
   viewer.addHandler("tile-load-failed", async (event) => {
     const answer = await ask(event.tile.getUrl());
     if (!answer.ok) say(`The slide cannot be read: ${await answer.text()}`);
   });
-  // OpenSeadragon's keys that turn and mirror the slide: nuclei are not turned with it.
+  // Disable OpenSeadragon's keys that rotate and mirror the slide, since nuclei are not transformed with it.
   viewer.addHandler("canvas-key", (event) => {
     if (/^[rf]$/i.test(event.originalEvent.key)) event.preventDefaultAction = true;
   });
@@ -126,7 +126,7 @@ function openSlide(info) {
     animationTime: 0.5,
     gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true },
     tileSources: {
-      // Fractions of a pixel of the finest level, so that both sides keep their ratio.
+      // Fractional sizes at the finest level keep the aspect ratio.
       width: info.width / finest,
       height: info.height / finest,
       tileSize: tile,
@@ -137,7 +137,7 @@ function openSlide(info) {
   });
 }
 
-// Where level-0 (0, 0) is on the screen, and how many of its pixels a level-0 pixel takes.
+// Returns the screen position of level-0 (0, 0), and the screen pixels per level-0 pixel.
 function placeOf(viewer, info) {
   const corner = viewer.viewport.pixelFromPoint(new OpenSeadragon.Point(0, 0), true);
   const { clientWidth: width, clientHeight: height } = viewer.canvas;
@@ -187,10 +187,10 @@ async function rowOf(id) {
   return answer.ok ? answer.json() : null;
 }
 
-// What is known of the nucleus under the pointer: at once what its tile says, soon its whole row.
-let told = 0;
-function tell(nucleus, info) {
-  const turn = ++told;
+// Shows the nucleus under the pointer: at once what its tile holds, then its whole row of the table.
+let latest = 0;
+function showNucleus(nucleus, info) {
+  const turn = ++latest;
   $("hint").hidden = Boolean(nucleus);
   $("nucleus").hidden = !nucleus;
   if (!nucleus) return;
@@ -208,13 +208,13 @@ function tell(nucleus, info) {
     );
   list({ nucleus_id: nucleus.id, type: info.classes[nucleus.type].name });
   setTimeout(async () => {
-    if (turn !== told) return;
+    if (turn !== latest) return;
     const row = await rowOf(nucleus.id).catch(() => null);
-    if (turn === told && row) list(row);
+    if (turn === latest && row) list(row);
   }, 40);
 }
 
-// Tiles by their paths, as they arrive: the newest wishes first, the least used forgotten.
+// Cache of tiles by path. The latest requests are sent first; the least recently used tiles are dropped.
 class Tiles {
   constructor(arrived) {
     this.arrived = arrived;
@@ -227,7 +227,7 @@ class Tiles {
     return this.wanted.length + this.under.size;
   }
 
-  // What is there of `paths`, a Map to what makes a tile of its bytes; the rest is asked for, in this order.
+  // Returns the tiles in memory among `paths`, a Map from path to decoder, and requests the others in this order.
   get(paths) {
     const there = new Map();
     this.wanted = [];
@@ -255,7 +255,7 @@ class Tiles {
           say(`Nuclei are missing: ${await answer.text()}`);
           return null;
         })
-        .catch(() => null) // said already
+        .catch(() => null) // reported already
         .then((tile) => {
           this.under.delete(path);
           this.held.set(path, tile);
@@ -270,13 +270,13 @@ class Tiles {
   }
 }
 
-// The canvas over the slide.
+// Canvas over the slide.
 class Layer {
   constructor(info, shown, canvas) {
     Object.assign(this, { info, shown, canvas });
     this.context = canvas.getContext("2d");
-    this.near = new Map(); // tiles of contours that are drawn
-    this.before = new Map(); // tiles of density that were all there
+    this.near = new Map(); // contour tiles that are drawn
+    this.before = new Map(); // density tiles that were drawn when all had arrived
   }
 
   clear(place, opacity) {
@@ -289,7 +289,7 @@ class Layer {
     this.canvas.style.opacity = opacity;
   }
 
-  // [column, row] of the tiles of `side` that the window and `margin` round it meet, those in its middle first.
+  // Returns [column, row] of the tiles of `side` that meet the window and its `margin`, middle first.
   inView(place, side, margin) {
     const range = (offset, extent, whole) => {
       const first = Math.max(0, Math.floor((-offset / place.scale - margin) / side));
@@ -325,7 +325,7 @@ class Layer {
     return count;
   }
 
-  // The corner of a tile becomes the origin: far from it, canvases round positions.
+  // The corner of the tile becomes the origin, since canvases round positions far from it.
   at(tile, place) {
     const unit = place.scale * this.dense;
     this.context.setTransform(
@@ -363,14 +363,14 @@ class Layer {
       ]),
     );
     const there = tiles.get(paths);
-    // Until all are there, what was drawn last shows beneath.
+    // Until all have arrived, the tiles that were drawn last are shown beneath.
     const complete = there.size === paths.size;
     for (const tile of complete ? there.values() : [...this.before.values(), ...there.values()]) this.cells(tile, place);
     if (complete) this.before = there;
   }
 
   cells(tile, place) {
-    // Whole pixels, lest seams show between the tiles.
+    // Whole pixels, so that no seams appear between tiles.
     const edge = (offset, position) => Math.round((offset + position * place.scale) * this.dense);
     const [x0, y0] = [edge(place.x, tile.x), edge(place.y, tile.y)];
     const [x1, y1] = [edge(place.x, tile.x + tile.side), edge(place.y, tile.y + tile.side)];
@@ -381,7 +381,7 @@ class Layer {
   }
 }
 
-// Nuclei of one square, as hover_batch/view/nuclei.py packs them; (x, y): its corner.
+// Nuclei of one contour tile, in the layout of hover_batch/view/nuclei.py; (x, y): its corner.
 class NucleiTile {
   constructor(bytes, x, y, step) {
     Object.assign(this, { x, y, step });
@@ -407,7 +407,7 @@ class NucleiTile {
     return index ? this.ends[index - 1] : 0;
   }
 
-  // One path of these contours, without points nearer than `apart` level-0 pixels to the one before.
+  // Returns one path of these contours, without points closer than `apart` level-0 pixels to the previous one.
   path(indices, apart) {
     const path = new Path2D();
     const square = (apart / this.step) ** 2;
@@ -426,7 +426,7 @@ class NucleiTile {
     return path;
   }
 
-  // These contours, into a context whose unit is a level-0 pixel and whose origin is the tile's corner.
+  // Draws these contours into a context whose unit is a level-0 pixel and whose origin is the tile's corner.
   draw(context, indices, width, apart, classes) {
     const byType = new Map();
     for (const i of indices) (byType.get(this.types[i]) ?? byType.set(this.types[i], []).get(this.types[i])).push(i);
@@ -435,7 +435,7 @@ class NucleiTile {
       const path = this.path(list, apart);
       context.strokeStyle = context.fillStyle = `rgb(${classes[type].color})`;
       if (apart > 1) {
-        // Small on the screen: colour helps. Large, it would hide the stain.
+        // Fill nuclei that are small on the screen; in large ones, the fill would hide the stain.
         context.globalAlpha = 0.25;
         context.fill(path);
         context.globalAlpha = 1;
@@ -444,8 +444,8 @@ class NucleiTile {
     }
   }
 
-  // All of them by way of a picture, which many nuclei want: at `detail` d it has a pixel for 2^d level-0 pixels, within
-  // a factor of √2 as the screen has, and is drawn anew only when that or the classes change.
+  // Draws all nuclei from a cached picture, which is faster for many. At `detail` d, its pixel is 2^d level-0 pixels, within
+  // a factor of √2 of the screen's. It is redrawn only when the detail or the shown classes change.
   show(context, detail, dense, shown, info) {
     const unit = dense / 2 ** detail;
     const margin = Math.ceil(info.nuclei.tile / 8);
@@ -463,13 +463,13 @@ class NucleiTile {
     context.drawImage(this.canvas, -margin, -margin, this.canvas.width / unit, this.canvas.height / unit);
   }
 
-  // The picture is many times the size of what it shows.
+  // The picture takes many times the memory of the contours.
   forget() {
     if (this.canvas) this.canvas.width = this.canvas.height = 0;
     this.key = null;
   }
 
-  // Indices of the nuclei of these classes that the window shows some of.
+  // Returns the indices of the nuclei of these classes that intersect the window.
   inWindow(place, shown) {
     const [x0, y0] = [-place.x / place.scale - this.x, -place.y / place.scale - this.y];
     const [x1, y1] = [x0 + place.width / place.scale, y0 + place.height / place.scale];
@@ -494,14 +494,14 @@ class NucleiTile {
   }
 }
 
-// Counts of one square by class and cell; `cell`: its side.
+// Counts of one density tile by class and cell; `cell`: side of a cell.
 class DensityTile {
   constructor(bytes, x, y, cell, info) {
     Object.assign(this, { x, y, cell, info, side: cell * info.nuclei.cells });
     this.counts = new Uint32Array(bytes);
   }
 
-  // One pixel a cell: the classes' colours mixed by their shares, the denser the less transparent.
+  // One pixel per cell: the classes' colours mixed by their shares; denser cells are less transparent.
   picture(shown) {
     const key = [...shown].sort().join();
     if (this.key === key) return this.canvas;
