@@ -89,10 +89,10 @@ def teach(
         )
     package = find_package(teacher, "--teacher")
     check_pixel_size(package.card, f"--teacher {teacher}")
-    taxonomy, wanted = package.card.taxonomy, taxonomy_of(data)
-    if taxonomy.classes != wanted.classes:
+    given, wanted = package.card.taxonomy, taxonomy_of(data)
+    if given.classes != wanted.classes:
         raise InputError(
-            f"--teacher {teacher}: its classes are those of {taxonomy.name}, but the data's are those of {wanted.name}; "
+            f"--teacher {teacher}: its classes are those of {given.name}, but the data's are those of {wanted.name}; "
             "give a teacher with the data's classes, or other --classes to `hover-batch kd prepare`"
         )
     kept = TeacherCache.create(cache, package, tta)
