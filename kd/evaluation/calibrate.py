@@ -145,8 +145,10 @@ def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
 
 
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
-    """Return the scores with these constants, or if None with the extremes of each image, as on slides. `cut`:
-    recorded."""
+    """Return the scores of the post-processing of slides with these constants; None: the extremes of each image.
+
+    `cut`: the cut of the constants, which is recorded only.
+    """
     scores = _scores(predicted, lambda planes: instances_of(planes, constants))
     return Trial("window" if constants is None else "fixed", cut, *scores)
 
