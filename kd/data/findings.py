@@ -59,7 +59,7 @@ class Findings:
         np.add.at(votes, (row, sample.types[inside]), 1)
         part.by_class.update(votes.argmax(axis=1).tolist())
         self._odd["nuclei have pixels of several classes"] += int(((votes > 0).sum(axis=1) > 1).sum())
-        self._odd["typed pixels are on no nucleus"] += int(np.count_nonzero(sample.types[~inside]))
+        self._odd["typed pixels are outside nuclei"] += int(np.count_nonzero(sample.types[~inside]))
 
     def warnings(self) -> list[str]:
         """Return one sentence for each irregularity that a user may want to correct; none of them is an error."""
@@ -84,6 +84,6 @@ class Findings:
         folds_there = {fold for _, fold in self.parts}
         if "train" in folds_there and "val" not in folds_there:
             lines.append(
-                "there is no fold val, which training needs to validate and calibrate; --val takes it from CoNSeP's tiles"
+                "there is no fold val, which training needs for validation; --val takes it from CoNSeP's tiles"
             )
         return lines
