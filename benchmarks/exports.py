@@ -95,8 +95,10 @@ def _context(fields: int) -> TableContext:
 
 
 def replicated_table(path: Path, nuclei: int, parts: list[pa.Table]) -> NucleiTable:
-    """Write a table with exactly `nuclei` nuclei to `path`, and open it. `parts` are repeated side by side on a
-    grid."""
+    """Write a table of exactly `nuclei` nuclei to `path`, and return it opened.
+
+    The tables `parts` are repeated side by side on a grid.
+    """
     mean = sum(map(len, parts)) / len(parts)
     fields = int(np.ceil(np.sqrt(nuclei / mean))) + 1
     written, number, left = [], 0, nuclei

@@ -6,11 +6,11 @@ Networks are simulated: they occupy their device by sleeping, like a GPU that wo
 logical nodes of a Ray cluster on this machine, started by tests/executor/several_nodes.py. The benchmark only reports
 numbers; it does not check them.
 
-`cohort`: slides of one unit that takes a second, with two networks. `killed`: slides of one quick unit, first without
-interruption, then with the driver killed (kill -9) halfway, and resumed. `headers`: CPU time and memory of the driver
-for planning each slide, without Ray. `networks`: 1, 2, 4 and 8 nodes with one GPU each. Units take several seconds, so
-that the CPU work for them (reported with the result) is negligible although all nodes share the few cores of this
-machine.
+`cohort`: slides of one unit that takes a second, with two networks.
+`killed`: slides of one quick unit, uninterrupted; then with the driver killed (kill -9) halfway, and resumed.
+`headers`: CPU time and memory of the driver for planning each slide, without Ray.
+`networks`: 1, 2, 4 and 8 nodes with one GPU each. Units take several seconds, so that the CPU work for them (reported
+with the result) is negligible although all nodes share the few cores of this machine.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ WORKERS_SEE_S = 10.0
 
 
 def write_cohort(folder: Path, slides: int, side: int) -> Path:
-    """Write `slides` images of side × side pixels with dark discs to `folder`, and return the path of their
-    cohort.csv."""
+    """Write images of side × side pixels with dark discs to `folder`, and return the path of their cohort.csv.
+
+    `slides`: number of images.
+    """
     random = np.random.default_rng(0)
     for number in range(slides):
         picture = np.full((side, side, 3), 230, np.uint8)
@@ -186,8 +188,10 @@ def killed_and_resumed(cohort: Path, folder: Path, seconds: float, networks: int
 
 
 def headers(folder: Path, slides: int) -> dict[str, Any]:
-    """Return the CPU milliseconds for planning one slide, a pyramidal TIFF of 1000² pixels, and the bytes kept of
-    it."""
+    """Return the CPU milliseconds for planning one slide, and the bytes of memory that its plan occupies.
+
+    The slides are `slides` links to a pyramidal TIFF of 1000² pixels in `folder`.
+    """
     slide, card = write_example(folder).parent / "he_0.25.tif", find_package("starter").card
     for number in range(slides):
         (folder / f"s{number:06d}.tif").hardlink_to(slide)

@@ -190,7 +190,7 @@ def slide(arguments: argparse.Namespace) -> dict[str, Any]:
         "timings": timings,
     }
     print(
-        f"{mm2:.1f} mm² of tissue, {done['nuclei']} nuclei: {found['seconds_per_mm2']:.2f} s per mm² including start and end, "
+        f"{mm2:.1f} mm² of tissue, {done['nuclei']} nuclei: {found['seconds_per_mm2']:.2f} s per mm² in all, "
         f"networks busy {found['model_busy']:.0%}"
     )
     return found

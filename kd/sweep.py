@@ -204,8 +204,10 @@ def _write_report(path: Path, ended: Sequence[Ended]) -> None:
 
 
 def report(ended: Sequence[Ended]) -> list[dict[str, Any]]:
-    """Return one row per run for the table: name, varied settings, scores as SOURCE_SCORE, and the reason if it
-    failed."""
+    """Return one row per run for the table.
+
+    Its columns are the name, the varied settings, the scores as SOURCE_SCORE, and the reason if the run failed.
+    """
     return [
         {
             "run": e.run.name,

@@ -37,7 +37,7 @@ class ContactSheet:
         self._random = np.random.default_rng(0)
 
     def add(self, sample: Sample) -> None:
-        """Offer a sample for the sheet. Every sample has the same chance to be chosen."""
+        """Add a sample to those from which the sheet is drawn at random, all with the same probability."""
         index, self._seen = self._seen, self._seen + 1
         if index >= PICTURES:
             drawn = int(self._random.integers(index + 1))

@@ -69,8 +69,10 @@ def truth_sha256(samples: Iterable[Sample]) -> str:
 
 
 def hashes_of(samples: Iterable[Sample]) -> list[str]:
-    """Return the image hashes for a model card: the first SHA_DIGITS of each `image_sha256`, sorted, without
-    duplicates."""
+    """Return the image hashes as stored in a model card, sorted and without duplicates.
+
+    A hash is the first SHA_DIGITS digits of `image_sha256`.
+    """
     return sorted({sample.image_sha256[:SHA_DIGITS] for sample in samples})
 
 

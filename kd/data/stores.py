@@ -26,7 +26,7 @@ class Store(Protocol):
 
     @property
     def header(self) -> dict[str, Any]:
-        """The header that `finish` wrote; empty if there is none."""
+        """Header that `finish` wrote; empty if there is none."""
 
     def append(self, i: int, arrays: Arrays) -> None:
         """Append image `i`, the next one."""
@@ -78,9 +78,11 @@ class ZarrStore:
 
     @property
     def header(self) -> dict[str, Any]:
+        """Header that `finish` wrote."""
         return dict(self._group.attrs)
 
     def append(self, i: int, arrays: Arrays) -> None:
+        """Append image `i`, the next one, to the buffer, and write whole chunks."""
         self._buffer.append({name: a.reshape(-1, *ARRAYS[name][1]) for name, a in arrays.items()})
         if sum(len(a["instances"]) for a in self._buffer) >= CHUNK:
             self._write(whole_chunks=True)
@@ -97,11 +99,13 @@ class ZarrStore:
         self._buffer = [{name: values[n:] for name, values in joined.items()}]
 
     def finish(self, header: dict[str, Any]) -> None:
+        """Write the rest of the buffer, and the header as attributes of the group."""
         if self._buffer:
             self._write(whole_chunks=False)
         self._group.attrs.put(header)
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
+        """Return the arrays of the image with this (y, x) shape, which begins at pixel `offset`."""
         stop = offset + math.prod(shape)
         return {
             name: np.concatenate(
@@ -137,17 +141,21 @@ class NpzStore:
 
     @property
     def header(self) -> dict[str, Any]:
+        """Header that `finish` wrote."""
         return dict(json.loads(self._load("header").tobytes()))
 
     def append(self, i: int, arrays: Arrays) -> None:
+        """Write the arrays of image `i`."""
         for name, array in arrays.items():
             self._save(f"{name}/{i}", array)
 
     def finish(self, header: dict[str, Any]) -> None:
+        """Write the header, and close the file."""
         self._save("header", np.frombuffer(json.dumps(header).encode(), np.uint8))
         self._zip.close()
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
+        """Return the arrays of image `i`."""
         return {name: self._load(f"{name}/{i}") for name in ARRAYS}
 
     def _save(self, name: str, array: NDArray[Any]) -> None:

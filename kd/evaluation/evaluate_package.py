@@ -221,11 +221,13 @@ class _Ready:
 
     @classmethod
     def of(cls, package: Package, data: Data, post: PostSettings, threads: int, say: Say) -> _Ready:
+        """Load the network of `package`, with a batch size for the images of `data`."""
         batch = batch_of(package.card, (sample.image.shape for sample in data.samples))
         return cls(package, load_predictor(package, InferSettings(threads=threads, batch=batch)), post, say)
 
     @property
     def shown(self) -> Shown:
+        """Model as it is shown in the picture."""
         card = self.package.card
         constants = SobelConstants.from_json(card.sobel) if self.post.sobel_norm == "fixed" else None
         return Shown(
@@ -237,6 +239,7 @@ class _Ready:
         )
 
     def scores(self, data: Data, shift: Shift) -> list[SourceScores]:
+        """Return the scores on `data` after a shift, and report progress."""
         shown = self.shown
         what = f"{shown.name}, {shift.name}"
         self.say(what)

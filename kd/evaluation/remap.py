@@ -104,8 +104,10 @@ def remap_of(data: Taxonomy, model: Taxonomy, source: str, typed: bool = True) -
 
 
 def remaps_of(data: Data, model: Taxonomy) -> dict[str, Remap]:
-    """Return the mapping of each source of the data, in the order of appearance. Raises InputError as `remap_of`
-    does."""
+    """Return the mapping of each source of the data to common classes, in the order of appearance.
+
+    Raises InputError if no common classes are known for a source.
+    """
     typed = {s.source: False for s in data.samples} | {s.source: True for s in data.samples if s.types is not None}
     return {source: remap_of(data.taxonomy, model, source, typed[source]) for source in typed}
 

@@ -48,8 +48,10 @@ class TeacherCache:
 
     @classmethod
     def open(cls, path: Path) -> TeacherCache:
-        """Open the cache at `path`, which `kd teach` wrote. Raises InputError if there is none, or it cannot be
-        read."""
+        """Open the cache at `path`, which `kd teach` wrote.
+
+        Raises InputError if there is none, or it cannot be read.
+        """
         try:
             about = json.loads((path / "teacher.json").read_bytes())
             if about["format"] != FORMAT:

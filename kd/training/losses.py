@@ -188,8 +188,10 @@ def _where(known: Tensor, planes: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """Loss of a configuration, L = α·L_student + (1 - α)·L_distill (HoVer-UNet eq. 1), with a weight for each
-    branch."""
+    """Loss of a configuration: L = α·L_student + (1 - α)·L_distill (HoVer-UNet eq. 1).
+
+    In both parts, the terms of a branch are multiplied by the weight of the branch.
+    """
 
     heads: Heads
     config: TrainConfig

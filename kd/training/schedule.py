@@ -14,10 +14,10 @@ class Schedule(Protocol):
     """Learning rate schedule whose state can be stored in a checkpoint."""
 
     def before(self, step: int) -> None:
-        """Set the learning rate of the optimiser. To be called before each step, with the number of steps done."""
+        """Set the learning rate of the optimiser before each step. `step`: number of steps done."""
 
     def after(self, loss: float) -> bool:
-        """Update the schedule with the validation loss. To be called after each epoch; False if training shall end."""
+        """Update the schedule after each epoch with its validation loss; return False if training shall end."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for the checkpoint."""
@@ -51,17 +51,20 @@ class Cosine:
         self.shares = [group["lr"] / config.lr for group in optimizer.param_groups]
 
     def before(self, step: int) -> None:
+        """Set the learning rate of every parameter group for `step`."""
         for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
             group["lr"] = learning_rate(self.config, step, self.steps) * share
 
     def after(self, loss: float) -> bool:
+        """Return True: training ends at its last step."""
         return True
 
     def state_dict(self) -> dict[str, Any]:
+        """Return an empty state: the rate depends only on the step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Do nothing: there is no state."""
 
 
 class Plateau:
@@ -86,9 +89,10 @@ class Plateau:
         self.waited = 0
 
     def before(self, step: int) -> None:
-        pass
+        """Do nothing: the rate changes only after epochs."""
 
     def after(self, loss: float) -> bool:
+        """Update the rate with the validation loss of an epoch; return False if training shall end."""
         self.rate.step(loss)
         if loss < self.least - self.config.plateau_delta:
             self.least, self.waited = loss, 0
@@ -97,9 +101,11 @@ class Plateau:
         return not self.config.early_stop or self.waited < self.config.early_stop
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state of the plateau detection for the checkpoint."""
         rate = {name: value for name, value in self.rate.state_dict().items() if name != "min_lrs"}
         return {"rate": rate, "least": self.least, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
         self.rate.load_state_dict(state["rate"])
         self.least, self.waited = state["least"], state["waited"]

@@ -88,6 +88,7 @@ class _Fold:
         return len(self.tissues)
 
     def read(self, i: int, taxonomy: Taxonomy) -> Sample:
+        """Return patch `i`, with types mapped to `taxonomy`. Raises InputError if a value is invalid."""
         image = _whole(_map(self.images_file, 3)[i], f"{self.images_file}: image {i}", 255)
         mask = _whole(_map(self.masks_file, CHANNELS)[i], f"{self.masks_file}: mask {i}", np.iinfo(np.int32).max)
         instances, codes = merge_channels(mask)

@@ -75,7 +75,7 @@ def refuse_semantic(instances: NDArray[np.int32], where: str) -> None:
     if len(pieces) and np.mean(pieces >= SEMANTIC_PIECES) >= 0.5:
         raise InputError(
             f"{where}: looks like a semantic mask, not like instance ids: its values other than 0 ({len(pieces)} in "
-            f"all) are on up to {pieces.max()} separate nuclei each; give every nucleus its own number (1, 2, 3, …) and "
+            f"all) are on up to {pieces.max()} separate nuclei each; give every nucleus its own id (1, 2, 3, …) and "
             "save them as 16-bit labels"
         )
 
