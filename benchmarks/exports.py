@@ -1,10 +1,10 @@
-"""Exporting one million nuclei: seconds, megabytes on disk and peak memory of each format.
+"""Cost of exporting one million nuclei: seconds, megabytes on disk and peak memory of each format.
 
     python -m benchmarks.exports [--json FILE] [--nuclei N]
 
-The table holds CoNSeP's annotated nuclei of ../shared/data, measured as predictions are and repeated over a grid. Each
-format has a process of its own, in which it has written a small table before, so that imports count neither as time nor
-as memory. Nothing here judges the numbers.
+The table contains CoNSeP's annotated nuclei of ../shared/data, measured like predictions and repeated over a grid. Each
+format runs in its own process, which has written a small table before, so that the time and memory of imports are not
+counted. The benchmark only reports numbers; it does not check them.
 """
 
 from __future__ import annotations
@@ -39,29 +39,34 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "nuclei"
 FIELD = 1000
 """Side of the annotated images in pixels."""
 MERGED = np.array([0, 1, 2, 3, 3, 4, 4, 4], np.uint8)
-"""CoNSeP's codes → its merged classes."""
+"""Merged class id, indexed by CoNSeP's class code."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one export. `cpu_seconds`: what the process computed, which other processes on the machine do not change much;
-    `peak_mb`: resident memory at its highest above that before. MB are millions of bytes."""
+    """Cost of one export. MB are millions of bytes."""
 
     nuclei: int
+    """Number of exported nuclei."""
     seconds: float
+    """Wall-clock time."""
     cpu_seconds: float
+    """CPU time of the process, which depends little on other processes on the machine."""
     disk_mb: float
+    """Size of the exported files."""
     peak_mb: float
+    """Peak of the resident memory, minus the resident memory before the export."""
 
     @property
     def row(self) -> str:
+        """Cells of a Markdown row: CPU seconds, seconds and MB per million nuclei, and peak memory in MB."""
         millions = self.nuclei / 1e6
         per_million = (self.cpu_seconds / millions, self.seconds / millions, self.disk_mb / millions)
         return " | ".join(f"{value:.0f}" for value in (*per_million, self.peak_mb))
 
 
 def annotated_parts(folder: Path = DATA) -> list[pa.Table]:
-    """CoNSeP's images as parts of tables, each at the origin."""
+    """Return one table of nuclei for each CoNSeP image in `folder`, with its corner at the origin."""
     with (folder / "dataset.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "consep"]
     return [_part(folder / row["labels"], folder / row["types"]) for row in rows]
@@ -90,7 +95,10 @@ def _context(fields: int) -> TableContext:
 
 
 def replicated_table(path: Path, nuclei: int, parts: list[pa.Table]) -> NucleiTable:
-    """Write to `path` a nuclei.parquet of exactly `nuclei` nuclei: `parts` side by side, over and over."""
+    """Write a table of exactly `nuclei` nuclei to `path`, and return it opened.
+
+    The tables `parts` are repeated side by side on a grid.
+    """
     mean = sum(map(len, parts)) / len(parts)
     fields = int(np.ceil(np.sqrt(nuclei / mean))) + 1
     written, number, left = [], 0, nuclei
@@ -128,7 +136,7 @@ def _shifted(part: pa.Table, x: int, y: int) -> pa.Table:
 
 
 def cost_of(format: Format, table: Path, small: Path) -> Cost:
-    """Export `table` in a process of its own, which has exported `small` before."""
+    """Return the cost of exporting `table`, in a new process that has exported the table `small` before."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_cost_in_this_process, format, table, small).result()
 
@@ -139,7 +147,7 @@ def _cost_in_this_process(format: Format, table: Path, small: Path) -> Cost:
         write(NucleiTable.open(small), Path(folder) / f"small.{format.suffix}")
         nuclei, path = NucleiTable.open(table), Path(folder) / f"large.{format.suffix}"
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before, started, computed = resident("VmRSS"), time.perf_counter(), time.process_time()
         write(nuclei, path)
         seconds, computed = time.perf_counter() - started, time.process_time() - computed
@@ -149,14 +157,16 @@ def _cost_in_this_process(format: Format, table: Path, small: Path) -> Cost:
 
 
 def resident(field: str) -> int:
+    """Return the bytes of resident memory of this process: now (`VmRSS`) or at its peak (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def main() -> None:
+    """Run the benchmark and print a Markdown table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exports", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--nuclei", type=int, default=1_000_000)
+    parser.add_argument("--nuclei", type=int, default=1_000_000, help="number of nuclei to export")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -169,7 +179,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for format, cost in costs.items():
         print(f"| {format} | {cost.row} |")
-    print(f"\nnuclei.parquet itself: {disk:.0f} MB per million; {arguments.nuclei:,} nuclei were written.")
+    print(f"\nnuclei.parquet itself: {disk:.0f} MB per million; {arguments.nuclei:,} nuclei were exported.")
     if arguments.json:
         result = {"parquet_mb_per_million": disk, "formats": {format: asdict(cost) for format, cost in costs.items()}}
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", "utf-8")

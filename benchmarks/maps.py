@@ -1,4 +1,4 @@
-"""The maps that benchmarks and long tests work on: predictions of a real slide, and a crowd of drawn nuclei."""
+"""Stored maps for benchmarks and slow tests: predictions on a real slide, and crowded synthetic nuclei."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from hover_batch.model.heads import MapLayout
 from kd.training.targets import hv_targets
 
 SLIDE = Path(__file__).resolve().parents[2] / "shared" / "data" / "slides" / "TCGA-V5-A7RE_40x_colsW.tif"
-"""A 40× TCGA slide; not part of the repository."""
+"""40× TCGA slide; not part of the repository."""
 DENSE_FIELD = Box(5120, 4352, 7168, 6400)
-"""Its 2048×2048 inference pixels with the most nuclei."""
+"""Field of 2048 × 2048 inference pixels with the most nuclei of SLIDE."""
 SYNTHETIC_CLASSES = 5
+"""Number of classes of the synthetic nuclei, with the background."""
 
 
 def real_maps(slide: Path = SLIDE, field: Box = DENSE_FIELD) -> tuple[NDArray[np.uint8], MapLayout]:
-    """The starter's maps (plane, y, x) uint8 of a field of a slide, in inference pixels, and their layout.
+    """Return the starter's stored maps (plane, y, x) uint8 of a field of a slide, and their layout.
 
-    The field's sides are multiples of the starter's tile. Takes a minute or so on a CPU.
+    `field`: in inference pixels; its sides must be multiples of the starter's output tile. Takes about a minute on a
+    CPU.
     """
     from hover_batch.cohort.record import SlideRecord
     from hover_batch.model.package import find_package, load_network
@@ -43,17 +45,18 @@ def real_maps(slide: Path = SLIDE, field: Box = DENSE_FIELD) -> tuple[NDArray[np
         Box(x, y, x + side, y + side) for y in range(field.y0, field.y1, side) for x in range(field.x0, field.x1, side)
     ]
     for first in range(0, len(tiles), predictor.batch):
-        some = tiles[first : first + predictor.batch]
-        pixels = np.stack([image[tile.expand(card.margin).slices_in(around)] for tile in some])
-        for tile, planes in zip(some, predictor.predict(pixels), strict=True):
+        batch = tiles[first : first + predictor.batch]
+        pixels = np.stack([image[tile.expand(card.margin).slices_in(around)] for tile in batch])
+        for tile, planes in zip(batch, predictor.predict(pixels), strict=True):
             maps[:, *tile.slices_in(field)] = planes
     return maps, card.layout
 
 
 def synthetic_maps(side: int = 2048, seed: int = 0) -> tuple[NDArray[np.uint8], MapLayout]:
-    """Maps (plane, y, x) uint8 of crowded ellipses, as a fair network would see them, and their layout.
+    """Return stored maps (plane, side, side) uint8 of crowded elliptical nuclei, and their layout.
 
-    Nuclei lie 24 pixels apart on a jittered grid, so that most touch another one. The targets are blurred and noisy.
+    Nuclei are on a jittered grid with a spacing of 24 pixels, so most of them touch another one. The maps are the true
+    targets with blur and noise, like the predictions of a mediocre network.
     """
     rng = np.random.default_rng(seed)
     layout = MapLayout(SYNTHETIC_CLASSES)

@@ -1,10 +1,11 @@
-"""Post-processing of ours and of tiatoolbox's HoVerNet, over the same maps, one thread each.
+"""Speed of our post-processing and of tiatoolbox's HoVerNet post-processing on the same maps, with one thread each.
 
     python -m benchmarks.postprocess [--json FILE] [--repeats N]
 
-Both make instances, and for each its type, contour, centroid and bounding box; what else our tables hold is timed
-apart. Ours runs with the window's own Sobel extremes, as the reference does; `fixed` is the default of a run. Times are
-medians of CPU seconds, taken in alternation; the kernels are compiled before. Nothing here judges the times.
+Both compute instances with types, contours, centroids and bounding boxes; the other columns of our tables are timed
+separately. Ours scales the Sobel maps by the extremes of the window, as the reference does; `fixed` is the default of a
+run. Times are medians of CPU seconds from alternating runs; kernels are compiled before. The benchmark only reports
+times; it does not check them.
 """
 
 from __future__ import annotations
@@ -38,16 +39,23 @@ from hover_batch.nuclei.outlines import outlines
 from hover_batch.nuclei.watershed import Components, SobelConstants, flooded, instance_map
 
 Maps = NDArray[np.uint8]
+"""Stored maps (plane, y, x) uint8."""
 
 
 def ours(maps: Maps, layout: MapLayout, constants: SobelConstants | None) -> tuple[NDArray[np.int32], tuple[Any, ...]]:
-    """Instances (y, x) int32 and, of each, anchor, bounds, centroid, type and contour: what the reference gives."""
+    """Return the instances (y, x) int32 and their properties as from `placed`, the same as the reference computes.
+
+    `constants`: Sobel constants; None: the extremes of the maps.
+    """
     instances = instance_map(maps[layout.NP], maps[layout.H], maps[layout.V], constants)
     return instances, placed(instances, maps, layout)
 
 
 def placed(instances: NDArray[np.int32], maps: Maps, layout: MapLayout) -> tuple[Any, ...]:
-    """Anchors (n, 2), bounds (n, 4), centroids (n, 2), types (n,) and contours of the instances, centres at +0."""
+    """Return anchors (n, 2), bounds (n, 4), centroids (n, 2), types (n,) and contours of the n instances.
+
+    Centroids are x, y in pixels, with pixel centres at +0.
+    """
     anchor, bounds, first, area, votes = measuring._places(instances, maps[layout.tp], int(instances.max()))
     nuclear = votes[:, 1:]
     types = np.where(nuclear.max(axis=1) > 0, nuclear.argmax(axis=1) + 1, 0)
@@ -56,25 +64,27 @@ def placed(instances: NDArray[np.int32], maps: Maps, layout: MapLayout) -> tuple
 
 
 def extras(instances: NDArray[np.int32], maps: Maps, layout: MapLayout) -> None:
-    """What a table has beside: shapes, class probabilities, scores and stain."""
+    """Compute the other columns of a table: shapes, class probabilities, scores and stains."""
     anchor, bounds, first, area, _ = measuring._places(instances, maps[layout.tp], int(instances.max()))
     sums(instances, maps, layout, anchor)
     shapes(instances, bounds)
 
 
 def sums(instances: NDArray[np.int32], maps: Maps, layout: MapLayout, anchor: NDArray[np.int64]) -> None:
+    """Compute the sums over pixels of probabilities, stains and moments. `anchor`: (n, 2), as from `placed`."""
     measuring._sums(
         instances, maps, anchor, layout.n_types, layout.NP, layout.tp.start, layout.hematoxylin, layout.eosin
     )
 
 
 def shapes(instances: NDArray[np.int32], bounds: NDArray[np.int64]) -> None:
+    """Compute perimeters and convex hulls. `bounds`: (n, 4), as from `placed`."""
     measuring._perimeter_pixels(instances, len(bounds))
     measuring._hull_pixels(instances, bounds)
 
 
 class Reference:
-    """tiatoolbox's HoVerNet post-processing, on maps as its own inference would hand them over."""
+    """tiatoolbox's HoVerNet post-processing, on maps in the form of tiatoolbox's own inference."""
 
     def __init__(self, maps: Maps, layout: MapLayout) -> None:
         with warnings.catch_warnings():
@@ -86,52 +96,58 @@ class Reference:
         self._types = maps[layout.tp].argmax(axis=0).astype(np.uint8)
 
     def instances(self) -> NDArray[np.int32]:
+        """Return the instances (y, x) int32."""
         return np.asarray(self._hovernet._proc_np_hv(self._np, self._hv), np.int32)
 
     def nuclei(self, instances: NDArray[np.int32]) -> dict[int, dict[str, Any]]:
+        """Return the properties of each instance by id: type, contour, centroid and bounding box."""
         found: dict[int, dict[str, Any]] = self._hovernet.get_instance_info(instances, self._types, verbose=False)
         return found
 
     def all(self) -> dict[int, dict[str, Any]]:
-        """Its complete post-processing: these two steps."""
+        """Return the result of both steps, the complete post-processing."""
         return self.nuclei(self.instances())
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far ours, in window mode, equals the reference."""
+    """Agreement of our post-processing in window mode with the reference."""
 
     nuclei: int
+    """Number of our nuclei."""
     other_instances: int
-    """Instances of either side that are not, pixel for pixel, one of the other."""
+    """Number of instances of either side that the other one does not have, pixel by pixel."""
     other_types: int
+    """Number of pairs with different types."""
     other_places: int
-    """Pairs whose bounding boxes differ, or whose centroids by more than 1e-9 pixels."""
+    """Number of pairs with different bounding boxes, or centroids more than 1e-9 pixels apart."""
     other_contours: int
-    """Pairs whose contours differ though the reference's is a valid polygon."""
+    """Number of pairs with different contours, where the reference's contour is a valid polygon."""
     mended_contours: int
-    """Pairs whose reference contour is no valid polygon; ours always is."""
+    """Number of pairs where the reference's contour is not a valid polygon; ours always is."""
 
     @property
     def identical(self) -> bool:
+        """Whether all differences are explained by invalid contours of the reference."""
         return not (self.other_instances or self.other_types or self.other_places or self.other_contours)
 
 
 def compare(maps: Maps, layout: MapLayout) -> Agreement:
+    """Run both post-processings on the same maps, and count the differences."""
     reference = Reference(maps, layout)
-    theirs = reference.instances()
-    info = reference.nuclei(theirs)
+    expected = reference.instances()
+    info = reference.nuclei(expected)
     mine, (anchor, bounds, centroids, types, contours) = ours(maps, layout, None)
-    wide = int(theirs.max()) + 1
-    pairs, overlap = np.unique(mine.astype(np.int64) * wide + theirs, return_counts=True)
+    wide = int(expected.max()) + 1
+    pairs, overlap = np.unique(mine.astype(np.int64) * wide + expected, return_counts=True)
     i, j = pairs // wide, pairs % wide
-    same = (i > 0) & (j > 0) & (overlap == np.bincount(mine.ravel())[i]) & (overlap == np.bincount(theirs.ravel())[j])
+    same = (i > 0) & (j > 0) & (overlap == np.bincount(mine.ravel())[i]) & (overlap == np.bincount(expected.ravel())[j])
     n_same = int(same.sum())
-    other_types = other_places = other_contours = mended = 0
+    other_types = other_places = other_contours = invalid = 0
     for row, k in zip((i[same] - 1).tolist(), j[same].tolist(), strict=True):
         nucleus = info.get(k)
-        if nucleus is None:  # the reference drops what has fewer than three contour points
-            mended += 1
+        if nucleus is None:  # the reference drops nuclei with fewer than three contour points
+            invalid += 1
             continue
         other_types += int(nucleus["type"] != types[row])
         close = np.abs(nucleus["centroid"] - centroids[row]).max() <= 1e-9
@@ -140,19 +156,19 @@ def compare(maps: Maps, layout: MapLayout) -> Agreement:
         if shapely.Polygon(contour).is_valid:
             other_contours += int(not np.array_equal(contours[row], [*contour, contour[0]]))
         else:
-            mended += 1
+            invalid += 1
     return Agreement(
         nuclei=int(mine.max()),
-        other_instances=(int(mine.max()) - n_same) + (len(np.unique(theirs)) - 1 - n_same),
+        other_instances=(int(mine.max()) - n_same) + (len(np.unique(expected)) - 1 - n_same),
         other_types=other_types,
         other_places=other_places,
         other_contours=other_contours,
-        mended_contours=mended,
+        mended_contours=invalid,
     )
 
 
 def medians(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each, one after the other in every round."""
+    """Return the median CPU seconds of each function over `repeats` rounds, in which they run one after the other."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
@@ -163,7 +179,7 @@ def medians(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, floa
 
 
 def steps(maps: Maps, layout: MapLayout) -> dict[str, Callable[[], Any]]:
-    """Ours, step by step, in window mode, each on what the one before gives."""
+    """Return the steps of our post-processing in window mode, each with the results of the previous steps."""
     np_map, h, v = maps[layout.NP], maps[layout.H], maps[layout.V]
     components = Components.of(np_map)
     labels, bounds, kept = components.labels, components.bounds, components.kept
@@ -187,12 +203,12 @@ def steps(maps: Maps, layout: MapLayout) -> dict[str, Callable[[], Any]]:
 
 
 def measure_field(maps: Maps, layout: MapLayout, repeats: int) -> dict[str, Any]:
-    """Everything about one field, as the JSON file has it. Times are seconds per million pixels."""
+    """Return all results for one field, as JSON values. Times are in seconds per million pixels."""
     mpx = maps[0].size / 1e6
     fixed = SobelConstants(**find_package("starter").card.sobel)
     reference = Reference(maps, layout)
     instances = reference.instances()
-    for constants in (None, fixed):  # compiled and warm
+    for constants in (None, fixed):  # compile the kernels
         extras(ours(maps, layout, constants)[0], maps, layout)
     seconds = medians(
         {
@@ -223,12 +239,15 @@ def measure_field(maps: Maps, layout: MapLayout, repeats: int) -> dict[str, Any]
 
 
 _start: Any = None
-"""In a worker: the barrier that all pass together."""
+"""In a worker process: the barrier at which all workers start together."""
 
 
 def throughput(maps: Maps, layout: MapLayout, rounds: int = 4) -> dict[str, float]:
-    """Mpx a second of the whole table by one process and by two side by side, and the CPU seconds that each second of
-    a process takes: 1 where it keeps to one thread."""
+    """Return the throughput of complete tables in Mpx per second, with one process (`1`) and with two (`2`).
+
+    `threads` is the CPU time of one process divided by its wall-clock time: 1 if it uses a single thread. `rounds`:
+    tables per process.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "maps.npy"
         np.save(file, maps)
@@ -252,7 +271,7 @@ def _share_barrier(barrier: Any) -> None:
 
 
 def _tables_in_this_process(file: Path, layout: MapLayout, rounds: int) -> tuple[float, float]:
-    """Wall and CPU seconds of `rounds` tables, begun when all processes are warm."""
+    """Return the wall-clock and CPU seconds of `rounds` tables, started when all processes are ready."""
     cv2.setNumThreads(1)  # as tasks do; OpenMP follows OMP_NUM_THREADS, and no kernel here uses it
     maps: Maps = np.load(file)
     _whole_table(np.ascontiguousarray(maps[:, :256, :256]), layout)
@@ -269,7 +288,10 @@ def _whole_table(maps: Maps, layout: MapLayout) -> None:
 
 
 def peak_bytes(maps: Maps, layout: MapLayout, who: str) -> int:
-    """Resident memory at the peak above that before, in a process of its own that holds the maps already."""
+    """Return the increase of resident memory at its peak, in a new process that has loaded the maps before.
+
+    `who`: `ours`, `ours_whole_table` or `tiatoolbox`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "maps.npy", maps)
         file = Path(folder) / "maps.npy"
@@ -291,7 +313,7 @@ def _peak_in_this_process(file: Path, layout: MapLayout, who: str) -> int:
 
     work(small)()
     ready = work(maps)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _resident("VmRSS")
     kept = ready()
     after = _resident("VmHWM")
@@ -305,7 +327,7 @@ def _resident(field: str) -> int:
 
 
 def table(fields: dict[str, dict[str, Any]]) -> str:
-    """The results as a Markdown table, a column a field."""
+    """Return the results as a Markdown table with one column per field."""
 
     def row(title: str, value: Callable[[dict[str, Any]], str]) -> str:
         return f"| {title} | " + " | ".join(value(field) for field in fields.values()) + " |"
@@ -313,7 +335,7 @@ def table(fields: dict[str, dict[str, Any]]) -> str:
     def ms(kind: str, name: str) -> Callable[[dict[str, Any]], str]:
         return lambda field: f"{1000 * field[kind][name]:.1f}"
 
-    some = next(iter(fields.values()))
+    first = next(iter(fields.values()))
     return "\n".join(
         [
             f"| | {' | '.join(fields)} |",
@@ -325,22 +347,22 @@ def table(fields: dict[str, dict[str, Any]]) -> str:
             row("– type, contour, centroid, box", ms("seconds_per_mpx", "tiatoolbox_nuclei")),
             row("ours, equal outputs, ms/Mpx", ms("seconds_per_mpx", "ours")),
             row("**times faster**", lambda field: f"**{field['ratio_tiatoolbox']:.1f}**"),
-            *(row(f"– {name}", ms("steps_seconds_per_mpx", name)) for name in some["steps_seconds_per_mpx"]),
+            *(row(f"– {name}", ms("steps_seconds_per_mpx", name)) for name in first["steps_seconds_per_mpx"]),
             row("ours with `fixed` constants, ms/Mpx", ms("seconds_per_mpx", "ours_fixed")),
             row("the same and all columns of the table, ms/Mpx", ms("seconds_per_mpx", "ours_whole_table")),
-            row("Mpx a second, one process", lambda field: f"{field['throughput_mpx_per_second']['1']:.1f}"),
-            row("Mpx a second, two processes", lambda field: f"{field['throughput_mpx_per_second']['2']:.1f}"),
+            row("Mpx per second, one process", lambda field: f"{field['throughput_mpx_per_second']['1']:.1f}"),
+            row("Mpx per second, two processes", lambda field: f"{field['throughput_mpx_per_second']['2']:.1f}"),
             row(
-                "CPU seconds a second, one process",
+                "CPU seconds per second, one process",
                 lambda field: f"{field['throughput_mpx_per_second']['threads']:.2f}",
             ),
-            row("peak memory, ours, bytes a pixel", lambda field: f"{field['peak_bytes_per_pixel']['ours']:.0f}"),
+            row("peak memory, ours, bytes per pixel", lambda field: f"{field['peak_bytes_per_pixel']['ours']:.0f}"),
             row(
-                "peak memory, `fixed` and all columns, bytes a pixel",
+                "peak memory, `fixed` and all columns, bytes per pixel",
                 lambda field: f"{field['peak_bytes_per_pixel']['ours_whole_table']:.0f}",
             ),
             row(
-                "peak memory, tiatoolbox, bytes a pixel",
+                "peak memory, tiatoolbox, bytes per pixel",
                 lambda field: f"{field['peak_bytes_per_pixel']['tiatoolbox']:.0f}",
             ),
         ]
@@ -348,16 +370,17 @@ def table(fields: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Run the benchmark and print a Markdown table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.postprocess", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds whose median is taken")
+    parser.add_argument("--repeats", type=int, default=5, help="number of rounds; medians are reported")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     fields: dict[str, dict[str, Any]] = {}
     if SLIDE.is_file():
         fields["TCGA, 2048², starter's maps"] = measure_field(*real_maps(), arguments.repeats)
     else:
-        print(f"{SLIDE.name} is not in ../shared/data: the synthetic field only", file=sys.stderr)
+        print(f"{SLIDE.name} is not in ../shared/data: using only the synthetic field", file=sys.stderr)
     fields["synthetic, 2048², crowded"] = measure_field(*synthetic_maps(), arguments.repeats)
     print(table(fields))
     if arguments.json:

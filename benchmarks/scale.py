@@ -1,15 +1,16 @@
-"""How a cohort scales on Ray: a thousand slides through one driver, and one network to eight.
+"""Scaling of cohorts on Ray: a thousand slides with one driver, and one to eight networks.
 
     scripts/loopback uv run python -m benchmarks.scale {cohort,killed,headers,networks} --json FILE [--slides N]
 
-A network is simulated: it holds its device by sleeping, as a GPU would while the cores are free. Machines are logical
-nodes of a Ray cluster on this one, started by tests/executor/several_nodes.py. Nothing here judges the numbers.
+Networks are simulated: they occupy their device by sleeping, like a GPU that works while the cores are free. Nodes are
+logical nodes of a Ray cluster on this machine, started by tests/executor/several_nodes.py. The benchmark only reports
+numbers; it does not check them.
 
-`cohort`: slides of one unit of a second, on two networks.
-`killed`: slides of one quick unit. Once whole; then with the driver killed (kill -9) in the middle, and resumed.
-`headers`: what planning takes of the driver for each slide; without Ray.
-`networks`: 1, 2, 4 and 8 nodes with a GPU each, units of some seconds: so long that what the cores do for them (it is
-told beside the result) is little on a machine whose few cores stand for those of eight.
+`cohort`: slides of one unit that takes a second, with two networks.
+`killed`: slides of one quick unit, uninterrupted; then with the driver killed (kill -9) halfway, and resumed.
+`headers`: CPU time and memory of the driver for planning each slide, without Ray.
+`networks`: 1, 2, 4 and 8 nodes with one GPU each. Units take several seconds, so that the CPU work for them (reported
+with the result) is negligible although all nodes share the few cores of this machine.
 """
 
 from __future__ import annotations
@@ -41,15 +42,18 @@ from hover_batch.slide.example import write_example
 ROOT = Path(__file__).resolve().parents[1]
 NODES = ROOT / "tests" / "executor"
 UNIT = 256
-"""Side of a unit in pixels: one tile, hence one batch."""
+"""Side of a unit in pixels: one tile, and therefore one batch."""
 UNITS_EACH = 16
-"""Units for each network in `networks`."""
+"""Number of units per network in `networks`."""
 WORKERS_SEE_S = 10.0
-"""After a driver's death, for its workers to see it; then what is left of the cluster is ended, too."""
+"""Seconds for workers to notice that their driver has died; then the rest of the cluster is killed."""
 
 
 def write_cohort(folder: Path, slides: int, side: int) -> Path:
-    """Pictures of side² pixels, dark discs on pale ground, and their cohort.csv."""
+    """Write images of side × side pixels with dark discs to `folder`, and return the path of their cohort.csv.
+
+    `slides`: number of images.
+    """
     random = np.random.default_rng(0)
     for number in range(slides):
         picture = np.full((side, side, 3), 230, np.uint8)
@@ -62,7 +66,7 @@ def write_cohort(folder: Path, slides: int, side: int) -> Path:
 
 
 def start(cohort: Path, out: Path, **plan: Any) -> subprocess.Popen[str]:
-    """The cohort on a cluster of its own: see several_nodes.py for the plan."""
+    """Start a run of the cohort on a new cluster. `plan`: settings of several_nodes.py."""
     path = out.with_suffix(".plan.json")
     path.write_text(json.dumps({"cohort": str(cohort), "out": str(out), "unit": UNIT, "events": [], **plan}))
     return subprocess.Popen(
@@ -76,6 +80,7 @@ def start(cohort: Path, out: Path, **plan: Any) -> subprocess.Popen[str]:
 
 
 def ended(run: subprocess.Popen[str]) -> dict[str, Any]:
+    """Wait for the run, and return the measurements that it prints. Raises SystemExit if it has failed."""
     printed, _ = run.communicate()
     if run.returncode:
         raise SystemExit(f"the run ended with {run.returncode}: {printed}")
@@ -84,20 +89,25 @@ def ended(run: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def events(out: Path, name: str) -> list[dict[str, Any]]:
+    """Return the events of a run with this name, in order."""
     return [event for event in read_events(out / "logs" / "events.jsonl") if event["event"] == name]
 
 
 def predicted(out: Path) -> list[dict[str, Any]]:
-    """The units that a network predicted, as they were told of."""
+    """Return the events of the units that a network predicted."""
     return [event for event in events(out, "unit_done") if "infer" in event["spans"]]
 
 
 def tables(out: Path) -> dict[str, bytes]:
+    """Return the bytes of each nuclei.parquet by slide id."""
     return {path.parent.name: path.read_bytes() for path in out.glob("slides/*/nuclei.parquet")}
 
 
 def steady(units: list[dict[str, Any]], networks: int) -> dict[str, float]:
-    """Over the middle half of the units, when all networks are up and none has run out of work."""
+    """Return throughput, busy fraction of the networks, and overhead over the middle half of the units.
+
+    In that time all networks are running, and none has run out of work.
+    """
     ends = sorted(event["spans"]["infer"][1] for event in units)
     first, last = len(ends) // 4, 3 * len(ends) // 4
     rate = (last - first) / (ends[last] - ends[first])
@@ -106,7 +116,7 @@ def steady(units: list[dict[str, Any]], networks: int) -> dict[str, float]:
 
 
 def whole_cohort(cohort: Path, folder: Path, seconds: float, networks: int) -> dict[str, Any]:
-    """The driver's memory and time, what Ray costs beside the networks' own time, and what is written."""
+    """Run a cohort, and return throughput, memory and CPU time of the driver, and sizes of the output."""
     out = folder / "out"
     found = ended(start(cohort, out, gpus=networks, cpus=2, nodes=1, seconds=seconds))
     units, samples = predicted(out), found["samples"]
@@ -134,14 +144,14 @@ def whole_cohort(cohort: Path, folder: Path, seconds: float, networks: int) -> d
 
 
 def cores_of(out: Path) -> float:
-    """Seconds of all stages but the network's, told by the events, over the units."""
-    told = [*events(out, "unit_done"), *events(out, "region_done")]
-    busy: float = sum(value for event in told for stage, value in event["seconds"].items() if stage != "infer")
+    """Return the seconds per unit of all stages but the network's, as recorded in the events."""
+    recorded = [*events(out, "unit_done"), *events(out, "region_done")]
+    busy: float = sum(value for event in recorded for stage, value in event["seconds"].items() if stage != "infer")
     return busy / len(predicted(out))
 
 
 def killed_and_resumed(cohort: Path, folder: Path, seconds: float, networks: int) -> dict[str, Any]:
-    """kill -9 of the driver when half of the slides are done, and the same run again."""
+    """Kill the driver (kill -9) when half of the slides are done, run again, and compare with an uninterrupted run."""
     plan = {"gpus": networks, "cpus": 2, "nodes": 1, "seconds": seconds}
     ended(start(cohort, folder / "whole", **plan))
     reference, out = tables(folder / "whole"), folder / "killed"
@@ -159,7 +169,7 @@ def killed_and_resumed(cohort: Path, folder: Path, seconds: float, networks: int
         run.stdout.close()
     before, markers = predicted(out), len(list(out.glob("slides/*/markers/*.json")))
     finished = len(events(out, "slide_done"))
-    struck = time.time()
+    resumed_at = time.time()
     ended(start(cohort, out, **plan))
     after = predicted(out)[len(before) :]
     twice = Counter((event["slide_id"], event["column"], event["row"]) for event in before + after)
@@ -172,32 +182,39 @@ def killed_and_resumed(cohort: Path, folder: Path, seconds: float, networks: int
         "most_units_in_flight": 3 * networks,
         "units_predicted_twice": sum(n - 1 for n in twice.values()),
         "units_with_a_marker_predicted_again": len(after) - (slides - markers),
-        "seconds_to_the_next_unit": min(event["spans"]["infer"][1] for event in after) - struck,
+        "seconds_to_the_next_unit": min(event["spans"]["infer"][1] for event in after) - resumed_at,
         "tables_as_of_the_whole_run": tables(out) == reference,
     }
 
 
 def headers(folder: Path, slides: int) -> dict[str, Any]:
-    """CPU milliseconds for each slide, a pyramidal TIFF of 1000² pixels, before anything runs, and bytes kept of it."""
+    """Return the CPU milliseconds for planning one slide, and the bytes of memory that its plan occupies.
+
+    The slides are `slides` links to a pyramidal TIFF of 1000² pixels in `folder`.
+    """
     slide, card = write_example(folder).parent / "he_0.25.tif", find_package("starter").card
     for number in range(slides):
         (folder / f"s{number:06d}.tif").hardlink_to(slide)
     cohort = str(folder / "many.csv")
     (folder / "many.csv").write_text("path\n" + "".join(f"s{number:06d}.tif\n" for number in range(slides)))
-    plan_cohort(read_cohort(cohort), card)  # what is imported and cached
+    plan_cohort(read_cohort(cohort), card)  # fills caches and imports modules
     started = time.process_time()
     planned = plan_cohort(read_cohort(cohort), card)
     spent = time.process_time() - started
     del planned
     tracemalloc.start()
     planned = plan_cohort(read_cohort(cohort), card)
-    held, _ = tracemalloc.get_traced_memory()
+    kept_bytes, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(planned.slides) == slides
-    return {"slides": slides, "core_ms_per_slide": 1000 * spent / slides, "bytes_per_slide": held / slides}
+    return {"slides": slides, "core_ms_per_slide": 1000 * spent / slides, "bytes_per_slide": kept_bytes / slides}
 
 
 def networks(folder: Path, seconds: float, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Run a cohort with each number of networks, and return their throughput relative to the first.
+
+    `seconds`: duration of a unit in a network.
+    """
     rows: list[dict[str, Any]] = []
     for count in counts:
         (folder / f"n{count}").mkdir()
@@ -223,17 +240,22 @@ def networks(folder: Path, seconds: float, counts: Sequence[int]) -> list[dict[s
 
 
 def main() -> None:
+    """Run one of the benchmarks and print its result as JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["cohort", "killed", "networks", "headers"])
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--slides", type=int, default=1000, help="of all but `networks`")
+    parser.add_argument("--slides", type=int, default=1000, help="number of slides (not for `networks`)")
     parser.add_argument(
-        "--seconds", type=float, help="of a unit in a network; default: 1 for `cohort`, 4 for `networks`"
+        "--seconds", type=float, help="duration of a unit in a network; default: 4 for `networks`, else 1"
     )
     parser.add_argument(
-        "--networks", type=int, nargs="+", default=[1, 2, 4, 8], help="counts; `cohort` uses the second"
+        "--networks",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="numbers of networks; `cohort` and `killed` use the second one",
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/tmp") as name:

@@ -1,13 +1,12 @@
-"""The whole of `segment`, and tiatoolbox's engine over the same tissue of the same slide: with the same student, and
-with HoVerNet-fast.
+"""Speed of `segment` and of tiatoolbox's engine on the same tissue, with the same student and with HoVerNet-fast.
 
     python -m benchmarks.segment [--json FILE] [--repeats N] [--teacher-repeats N]
 
-Each side runs in processes of its own, in alternation; medians. `work` is the time from the slide's first pixel to its
-finished table, `process` that of the whole command, with its imports and the loading of the weights. The engine of
-tiatoolbox is given what it is best at: the batch of ours, as many workers as cores, QuPath's JSON as its result.
-HoVerNet's weights are random, and what is dark is taken for its nuclei, so that its post-processing has some. Of ours,
-the compilation by OpenVINO is in `process` alone. Nothing here judges the times.
+Each side runs in its own processes, in alternation; medians are reported. `work` is the time from the first pixel read
+to the finished table; `process` is the time of the whole command, with imports and loading of weights. tiatoolbox's
+engine has favourable settings: our batch size, one worker per core, and QuPath JSON as output. HoVerNet has random
+weights, and dark pixels stand in for its output, so that its post-processing has nuclei to work on. The compilation by
+OpenVINO is in `process`, but not in `work`. The benchmark only reports times; it does not check them.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from hover_batch.slide.reader import open_slide
 REGION, MPP = "region.tif", 0.25
 BATCH = 8
 DARK = 130
-"""Mean of red, green and blue below which a pixel is nucleus for a HoVerNet of random weights."""
+"""Mean of red, green and blue below which pixels are nuclei for the HoVerNet with random weights."""
 OURS, ON_RAY, BY_TORCH = "segment, local", "segment, ray", "segment, local, torch"
 SAME, TEACHER = "tiatoolbox, student", "tiatoolbox, HoVerNet-fast"
 FLAGS = {
@@ -47,7 +46,7 @@ STAGES = ("survey", "read", "infer", "write", "post", "finalize")
 
 
 def prepare(folder: Path) -> None:
-    """The densest field of the slide as a slide of its own, pyramidal, and the cohort of it."""
+    """Write the densest field of SLIDE as a pyramidal TIFF to `folder`, with a cohort.csv."""
     with open_slide(SlideRecord("benchmark", SLIDE, row=1)) as reader:
         pixels = reader.read(DENSE_FIELD, Grid.over(reader.info.level0, reader.info.mpp, MPP))
     write_pyramidal_tiff(folder / REGION, pixels, MPP)
@@ -55,6 +54,7 @@ def prepare(folder: Path) -> None:
 
 
 def ours(folder: Path, side: str) -> dict[str, Any]:
+    """Run `segment` with FLAGS[side], and return its times in seconds, its stages and the number of nuclei."""
     out = folder / "out"
     words = ["segment", str(folder / "cohort.csv"), "-o", str(out), *FLAGS[side]]
     words += ["--batch", str(BATCH), "--tissue", "all"]
@@ -70,6 +70,7 @@ def ours(folder: Path, side: str) -> dict[str, Any]:
 
 
 def tiatoolbox(folder: Path, which: str) -> dict[str, Any]:
+    """Run tiatoolbox with the model SAME or TEACHER in a new process; return times in seconds and number of nuclei."""
     printed, process = _timed([sys.executable, "-m", "benchmarks.segment", "--child", which, str(folder)])
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return {"process": process, **found}
@@ -85,7 +86,7 @@ def _timed(command: list[str]) -> tuple[str, float]:
 
 
 def child(which: str, folder: Path) -> dict[str, Any]:
-    """tiatoolbox's engine over the field, in this process."""
+    """Run tiatoolbox's engine on the field, in this process; return the `work` time and the number of nuclei."""
     warnings.simplefilter("ignore")
     from tiatoolbox.models.engine.io_config import IOInstanceSegmentorConfig
     from tiatoolbox.models.engine.multi_task_segmentor import MultiTaskSegmentor
@@ -105,7 +106,7 @@ def child(which: str, folder: Path) -> dict[str, Any]:
         patch_output_shape=[tile_out, tile_out],
         stride_shape=[tile_out, tile_out],
     )
-    # By path it would take the file for one picture, and read it whole.
+    # Given a path, tiatoolbox would read the whole file as one image.
     reader = OpenSlideWSIReader(folder / REGION, mpp=(MPP, MPP))
     started = time.monotonic()
     engine.run(
@@ -123,7 +124,7 @@ def child(which: str, folder: Path) -> dict[str, Any]:
 
 
 def _model(which: str) -> tuple[Any, int, int]:
-    """The engine's model, and the sides of a tile that goes in and of what is kept of it."""
+    """Return the engine's model, and the sides in pixels of its input and output tiles."""
     from collections import OrderedDict
 
     from tiatoolbox.models.architecture.hovernet import HoVerNet
@@ -131,8 +132,8 @@ def _model(which: str) -> tuple[Any, int, int]:
     if which == TEACHER:
 
         class Teacher(HoVerNet):  # type: ignore[misc]  # untyped
-            """It computes what HoVerNet does; then what is dark is nuclei, for random weights find none, which its
-            engine does not survive."""
+            """HoVerNet with dark pixels instead of its foreground: random weights find no nuclei, and the engine fails
+            without nuclei."""
 
             def forward(self, images: Any) -> Any:
                 maps = super().forward(images)
@@ -152,7 +153,7 @@ def _model(which: str) -> tuple[Any, int, int]:
     margin = card.margin
 
     class Student(HoVerNet):  # type: ignore[misc]  # untyped
-        """HoVerNet's post-processing behind the student's network."""
+        """Network of the student with HoVerNet's post-processing."""
 
         def __init__(self) -> None:
             super().__init__(num_types=len(card.taxonomy.classes), mode="fast")
@@ -168,17 +169,20 @@ def _model(which: str) -> tuple[Any, int, int]:
 
 
 def main() -> None:
+    """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--teacher-repeats", type=int, default=1, help="HoVerNet takes minutes on a CPU")
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    parser.add_argument("--repeats", type=int, default=3, help="number of runs; medians are reported")
+    parser.add_argument(
+        "--teacher-repeats", type=int, default=1, help="number of runs of HoVerNet, which take minutes on a CPU"
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(arguments.child[0], Path(arguments.child[1]))))
         return
     if not SLIDE.exists():
-        raise SystemExit(f"{SLIDE} is not there")
+        raise SystemExit(f"{SLIDE}: no such file; put this TCGA slide there")
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in (*FLAGS, SAME, TEACHER)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

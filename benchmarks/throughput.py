@@ -1,16 +1,16 @@
-"""What a network does in a second, by batch, precision, runtime and tile; and what `segment` makes of it.
+"""Throughput of networks by batch size, precision, runtime and tile size, and of `segment` on a slide.
 
     python -m benchmarks.throughput [--json FILE] network [--device cuda] [--batches 1,8,64] [--precisions fp32,fp16]
     scripts/loopback uv run python -m benchmarks.throughput [--json FILE] slide [--side 20000] [-- --batch 64 …]
 
-`network`: the starter, and HoVerNet-fast with random weights, as `segment` calls them: tiles in as bytes, maps out as
-bytes, copies and quantisation included. Every batch with every precision; at the first batch and precision also the
-other runtimes, larger tiles with the same margin, and what it would take without one of the savings: normalisations
-taken into convolutions, margins left out, upsampling done by the convolution behind it. All in alternation; medians.
-`--networks starter` leaves HoVerNet out, which is slow on a CPU.
+`network`: the starter, and HoVerNet-fast with random weights, called as in `segment`: tiles and maps are bytes, and
+copies and quantisation are included. All batch sizes are combined with all precisions. With the first batch size and
+precision, also the other runtimes, larger tiles with the same margin, and the networks without one of the optimisations
+are measured: folding normalisations into convolutions, not computing margins, merging upsampling with the next
+convolution. Runs alternate; medians are reported. `--networks starter` leaves out HoVerNet, which is slow on a CPU.
 
-`slide`: a synthetic slide of side² pixels, tissue on a quarter of it, by `segment` with the flags behind `--`: seconds
-a mm² of tissue, and the share of the time in which the networks computed.
+`slide`: `segment` with the flags after `--` on a synthetic slide of side × side pixels, a quarter of it tissue. Reports
+seconds per mm² of tissue, and the fraction of time in which the networks were busy.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ from hover_batch.model import predict
 from hover_batch.model.package import STARTER
 
 TEACHER = "hovernet_fast-pannuke"
+"""Published model with the architecture of the random HoVerNet-fast."""
 TISSUE = 0.25
+"""Fraction of the synthetic slide that is tissue."""
 MPP = 0.25
+"""Pixel size of the synthetic slide in µm."""
 
 
 SAVINGS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
@@ -49,26 +52,31 @@ SAVINGS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
     "leaving the margin out": ("without_margin", lambda network, *_: network),
     "merged upsampling": ("upsampling_merged", lambda network: network),
 }
-"""What each is called in `predict`, and what does without it."""
+"""Optimisation → its function in `hover_batch.model.predict`, and a replacement that leaves it out."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to compute one network."""
+    """Way to run a network."""
 
     network: str
+    """starter or hovernet-fast."""
     batch: int
+    """Tiles per batch."""
     precision: str
+    """fp32, fp16 or bf16."""
     runtime: str = "torch"
+    """torch, compile or openvino."""
     tile: int = 0
-    """Side of the tiles that go in; 0: the card's."""
+    """Side of input tiles in pixels; 0: the side in the card."""
     without: str = ""
-    """The saving that is not made, of SAVINGS."""
+    """Optimisation of SAVINGS that is left out."""
 
 
 def ways(
     networks: list[str], batches: list[int], precisions: list[str], runtimes: list[str], tiles: list[int]
 ) -> Iterator[Way]:
+    """Yield all ways to measure for these networks, batch sizes, precisions, runtimes and sides of input tiles."""
     for network in networks:
         for precision in precisions:
             for batch in batches:
@@ -84,13 +92,14 @@ def ways(
 
 
 def savings(network: str, runtime: str) -> Iterator[str]:
-    """Those that are made for this network with this runtime."""
+    """Yield the optimisations that are used for this network with this runtime."""
     for saving in SAVINGS:
         if saving == "folding" or (network == "starter" and (saving != "merged upsampling" or runtime == "openvino")):
             yield saving
 
 
 def predictor_of(way: Way, sides: dict[str, Side], device: str) -> predict.Predictor:
+    """Return the predictor for a way. `sides`: networks by name."""
     side = sides[way.network]
     card = side.card
     if way.tile:
@@ -108,6 +117,7 @@ def predictor_of(way: Way, sides: dict[str, Side], device: str) -> predict.Predi
 
 
 def network(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print the throughput of networks in all ways; return it as JSON values."""
     plain = InferSettings(device=arguments.device)
     sides = {"starter": side_of(str(STARTER), "", plain), "hovernet-fast": random_teacher(TEACHER, plain)}
     todo = list(ways(arguments.networks, arguments.batches, arguments.precisions, arguments.runtimes, arguments.tiles))
@@ -121,7 +131,7 @@ def network(arguments: argparse.Namespace) -> dict[str, Any]:
         for n, predictor in enumerate(predictors):
             started = time.perf_counter()
             predictor.predict(tiles[n])
-            if turn:  # the first is for warming up
+            if turn:  # the first turn is a warm-up
                 seconds[n].append(time.perf_counter() - started)
         print(f"{turn} of {arguments.repeats}", file=sys.stderr, flush=True)
     rows: list[dict[str, Any]] = []
@@ -143,16 +153,17 @@ def network(arguments: argparse.Namespace) -> dict[str, Any]:
     firsts = {row["network"]: row["us_per_kept_pixel"] for row in reversed(rows)}
     print(f"{'':80} {'tiles/s':>9} {'µs/px':>8} {'mm²/s':>8} {'÷ first':>8}")
     for row in rows:
-        says = f"{row['network']}, {row['batch']} tiles of {row['tile']}, {row['precision']} by {row['runtime']}"
-        says += f", without {row['without']}" if row["without"] else ""
+        title = f"{row['network']}, {row['batch']} tiles of {row['tile']}, {row['precision']} by {row['runtime']}"
+        title += f", without {row['without']}" if row["without"] else ""
         print(
-            f"{says:80} {row['tiles_per_second']:9.2f} {row['us_per_kept_pixel']:8.3f} {row['mm2_per_second']:8.4f} "
+            f"{title:80} {row['tiles_per_second']:9.2f} {row['us_per_kept_pixel']:8.3f} {row['mm2_per_second']:8.4f} "
             f"{row['us_per_kept_pixel'] / firsts[row['network']]:8.2f}"
         )
     return {"device": device_name(arguments.device), "ways": rows}
 
 
 def slide(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print the throughput of `segment` on a synthetic slide; return it as JSON values."""
     from tests.synthetic_slide import write_synthetic_slide
 
     with tempfile.TemporaryDirectory() as name:
@@ -179,19 +190,21 @@ def slide(arguments: argparse.Namespace) -> dict[str, Any]:
         "timings": timings,
     }
     print(
-        f"{mm2:.1f} mm² of tissue, {done['nuclei']} nuclei: {found['seconds_per_mm2']:.2f} s a mm² with start and end, "
+        f"{mm2:.1f} mm² of tissue, {done['nuclei']} nuclei: {found['seconds_per_mm2']:.2f} s per mm² in all, "
         f"networks busy {found['model_busy']:.0%}"
     )
     return found
 
 
 def device_name(device: str) -> str:
+    """Return the name of the GPU, or the number of CPU threads."""
     return torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
+    """Run one of the benchmarks and print its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
     of = parser.add_subparsers(required=True)
     cuda = torch.cuda.is_available()
     one = of.add_parser("network")

@@ -1,9 +1,9 @@
-"""Looking at one million nuclei: start, memory, and what tiles cost.
+"""Cost of viewing one million nuclei: start, memory, and tiles.
 
     python -m benchmarks.view [--json FILE] [--nuclei N]
 
-The table is that of benchmarks.exports. Tiles are made as the server makes them, each once, in one thread, without what
-HTTP and the browser take. Nothing here judges the numbers.
+The table is that of benchmarks.exports. Every tile is made once as in the server, in one thread; the time for HTTP and
+for the browser is not included. The benchmark only reports numbers; it does not check them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from hover_batch.view.nuclei import CELLS, NucleiTiles
 
 
 def measured(tiles: Iterable[Callable[[], bytes | None]]) -> dict[str, float]:
-    """Of some tiles: their number, and median and largest milliseconds and KB."""
+    """Make the tiles, and return their number (`tiles`) and median and largest milliseconds and KB.
+
+    `tiles`: functions that return a tile's bytes, or None for an empty tile.
+    """
     ms, kb = [], []
     for make in tiles:
         started = time.perf_counter()
@@ -45,7 +48,10 @@ def measured(tiles: Iterable[Callable[[], bytes | None]]) -> dict[str, float]:
 
 
 def costs(path: Path) -> dict[str, Any]:
-    """In a process of its own, lest memory that making the table left free counts as held already."""
+    """Return the costs of viewing the table at `path`, as JSON values.
+
+    To be called in a new process: memory that was freed after making the table would hide the memory of the view.
+    """
     table = NucleiTable.open(path)
     before, started, computed = resident("VmRSS"), time.perf_counter(), time.process_time()
     view = NucleiTiles(table)
@@ -75,9 +81,10 @@ def _row(view: NucleiTiles, nucleus_id: int) -> bytes:
 
 
 def main() -> None:
+    """Run the benchmark and print a Markdown table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.view", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--nuclei", type=int, default=1_000_000)
+    parser.add_argument("--nuclei", type=int, default=1_000_000, help="number of nuclei in the table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         table = replicated_table(Path(folder) / "nuclei.parquet", arguments.nuclei, annotated_parts())
@@ -87,8 +94,8 @@ def main() -> None:
         f"{result['nuclei']:,} nuclei: read in {result['start_s']:.1f} s ({result['start_cpu_s']:.1f} s of CPU time);",
         end=" ",
     )
-    print(f"{result['held_mb']:.0f} MB are held, {result['peak_mb']:.0f} MB at the most.\n")
-    print("| asked for | tiles | ms, median | most | KB, median | most |\n|---|---|---|---|---|---|")
+    print(f"{result['held_mb']:.0f} MB of memory, {result['peak_mb']:.0f} MB at the peak.\n")
+    print("| request | tiles | ms, median | ms, largest | KB, median | KB, largest |\n|---|---|---|---|---|---|")
     for name, cost in result.items():
         if isinstance(cost, dict):
             values = (cost["ms"], cost["most_ms"], cost["kb"], cost["most_kb"])

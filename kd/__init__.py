@@ -1,3 +1,3 @@
-"""Knowledge distillation: trains the student that `hover_batch` runs. What it gives back is a model package."""
+"""Knowledge distillation: train students and teachers as model packages, which `hover_batch` runs."""
 
-import hover_batch  # noqa: F401  # completes the environment before a module of kd imports numba
+import hover_batch  # noqa: F401  # sets environment variables, which must be done before numba is imported

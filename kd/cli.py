@@ -1,4 +1,4 @@
-"""The command `hover-batch kd`, of which each part has a file in `kd.commands`."""
+"""Command `hover-batch kd`: mounts the commands of `kd.commands`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from kd.commands.train import train
 
 kd_app = typer.Typer(
     name="kd",
-    help="Distil a student from a HoVerNet: annotated images → packages, scores, tables.",
+    help="Train networks on annotated images, distil students from HoVerNet, and score them: prepare → teach → train → "
+    "evaluate → tables.",
     no_args_is_help=True,
     suggest_commands=False,
     pretty_exceptions_enable=False,

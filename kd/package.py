@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a model package: calibrate and score its weights, and write them with a card."""
+"""Model packages from training checkpoints: calibrate and score the weights, and write them with a card."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from kd.training.initial_weights import build_network
 from kd.training.state import contents, read_checkpoint
 
 OPEN = {"tnbc": "TNBC", "nuinsseg": "NuInsSeg", "dsb2018": "DSB 2018"}
-"""Sources under CC BY 4.0 or CC0, and their proper names: weights trained on these alone are under CC BY 4.0."""
+"""Sources under CC BY 4.0 or CC0 → their proper names. Weights trained only on these are under CC BY 4.0."""
 KNOWN = OPEN | {
     "consep": "CoNSeP",
     "monuseg": "MoNuSeg",
@@ -39,27 +39,29 @@ KNOWN = OPEN | {
     "lgg_tcga": "LGG-TCGA",
     "cpm15": "CPM-15",
 }
-"""Sources for which weights trained on them are under CC BY-NC-SA 4.0 here: with those of OPEN some that say so, and
-some that state no licence but are given for research."""
+"""All known sources → their proper names. Those that are not in OPEN are under CC BY-NC-SA 4.0, or published for
+research without a licence; weights trained on them are under CC BY-NC-SA 4.0."""
 ORGANS = {"consep": "colon", "monusac": "kidney, lung, prostate and breast", "pannuke": "19 tissues"}
-"""Tissues of the sources whose types are read."""
-NOT_CALIBRATED = "none, for want of validation images: the Sobel constants are the starter's"
+"""Sources with types that are read → their tissues."""
+NOT_CALIBRATED = "none, because there are no validation images: the Sobel constants are the starter's"
+"""Entry for the calibration in the card of a package that could not be calibrated."""
 TILE = (320, 256)
-"""Sides in pixels of a student's input and output tile. The margin of 32 px is one step of the deepest features."""
+"""Sides in pixels of a student's input and output tiles. The margin of 32 px is one pixel of the deepest features."""
 
 
 def package_path(config: TrainConfig) -> Path:
-    """Return the file that a training's package is written to, in its output folder."""
+    """Return the path of the package in the output folder: student.safetensors or teacher.safetensors."""
     return config.out / ("student.safetensors" if config.model == "unet" else "teacher.safetensors")
 
 
 def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> str:
-    """Write the package to `out` and return lines with its scores. It takes minutes, and prints its progress.
+    """Write the weights of a checkpoint as a package to `out`, and return text with its path and scores.
 
-    The Sobel constants are searched on the validation folds of `data`; if these are empty, the starter's are used, and
-    the card says so. The card has scores of the validation folds and, if training was on the fold train, of test,
-    computed with the weights as shipped. Raises InputError if there is no checkpoint, PackageError if a weight is not
-    finite.
+    `data`: the annotated images of the training. The Sobel constants are searched on its validation folds; if these are
+    empty, the starter's constants are used, and the card says so. The card has scores on the validation folds and, if
+    the network was trained on the fold train, also on the fold test, computed with the packaged weights (students:
+    float16). Takes minutes and prints its progress. `threads`: threads of the network on the CPU, 0 = all cores. Raises
+    InputError if the checkpoint or the data cannot be read, PackageError if a weight is not finite.
     """
     saved = read_checkpoint(checkpoint)
     config, record = saved["config"], saved["record"]
@@ -68,10 +70,13 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     network.load_state_dict(saved["shipped"])
     student = not isinstance(network, HoVerNet)
     if student:
-        network.half().float()  # what is scored is what is shipped
+        network.half().float()  # score the weights as they are stored in the package
     if not all(t.isfinite().all() for t in network.state_dict().values()):
         too_large = " or too large for float16" if student else ""
-        raise PackageError(f"{checkpoint}: a weight is not finite{too_large}; the training has diverged")
+        raise PackageError(
+            f"{checkpoint}: a weight is not finite{too_large}, because the training has diverged; train again with a "
+            "lower --lr"
+        )
     folds = {"val": config["val_folds"]} | ({"test": ["test"]} if config["train_folds"] == ["train"] else {})
     sources = record["data"]["train"]
     splits = {part: [s for s in read_data(data, named).samples if s.source in sources] for part, named in folds.items()}
@@ -102,12 +107,12 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     def maps_of(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return predict_image(predictor, image)
 
-    how: dict[str, Any] | str = NOT_CALIBRATED
+    calibration: dict[str, Any] | str = NOT_CALIBRATED
     constants = SobelConstants.from_json(find_package("starter").card.sobel)
     if whole := fully_annotated(splits["val"]):
         print(f"calibrating on {len(whole)} images of {', '.join(folds['val'])}", flush=True)
         found = calibrate(maps_of, whole)
-        constants, how = found.constants, {**found.to_json(), "saw": hashes_of(whole)}
+        constants, calibration = found.constants, {**found.to_json(), "saw": hashes_of(whole)}
     scores = {}
     for part, samples in splits.items():
         print(f"scoring {len(samples)} images of {', '.join(folds[part])}", flush=True)
@@ -115,29 +120,32 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     card = replace(
         card,
         sobel=constants.to_json(),
-        metrics={**scores, "calibration": how, "precision": predictor.precision},
+        metrics={**scores, "calibration": calibration, "precision": predictor.precision},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     save_package(out, network, card, half=student)
-    return "\n".join([str(out), *([] if whole else [f"calibration: {how}"]), *_lines(scores)])
+    return "\n".join([str(out), *([] if whole else [f"calibration: {calibration}"]), *_lines(scores)])
 
 
 def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
-    """Return the card with the best Sobel constants for `network` on the fold val of `data`, all sources.
+    """Return a copy of the card with the best Sobel constants for `network`, found on the fold val of `data`.
 
-    Raises InputError if the fold is empty.
+    All sources are used that outline every nucleus. Raises InputError if the fold has no image of these.
     """
     samples = fully_annotated(read_data(data, ["val"]).samples)
     if not samples:
-        raise InputError(f"--calibrate {data}: has no image of the fold val whose nuclei are all outlined")
+        raise InputError(
+            f"--calibrate {data}: has no image of the fold val whose nuclei are all outlined; give other data"
+        )
     predictor = Predictor(network, card, InferSettings(batch=batch_of(card)))
     found = calibrate(lambda image: predict_image(predictor, image), samples)
-    how = {**found.to_json(), "data": contents(samples), "saw": hashes_of(samples), "precision": predictor.precision}
-    return replace(card, sobel=found.constants.to_json(), metrics={**card.metrics, "calibration": how})
+    calibration = found.to_json() | {"data": contents(samples), "saw": hashes_of(samples)}
+    calibration |= {"precision": predictor.precision}
+    return replace(card, sobel=found.constants.to_json(), metrics={**card.metrics, "calibration": calibration})
 
 
 def _licence(sources: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> str:
-    """Return the licence that follows from the sources, and from the teacher if there is one."""
+    """Return the licence of weights trained on these sources and, if there was a teacher, distilled from it."""
     if sources.keys() <= KNOWN.keys():
         names = _list([KNOWN[source] for source in sorted(sources)])
         free = sources.keys() <= OPEN.keys()
@@ -148,7 +156,7 @@ def _licence(sources: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> s
 
 
 def _note(sources: Mapping[str, Mapping[str, int]], taxonomy: Taxonomy) -> str:
-    """Return what a reader of the scores should know: among others which class was learnt from which source."""
+    """Return caveats for readers of the scores, such as the sources from which each class was learnt."""
     notes = []
     if "consep" in sources:
         notes.append("CoNSeP's tiles are split by tile: patients may be shared between splits.")
@@ -168,11 +176,13 @@ def _note(sources: Mapping[str, Mapping[str, int]], taxonomy: Taxonomy) -> str:
 
 
 def _list(names: list[str]) -> str:
-    """Join names as in `a, b and c`."""
+    """Join names: a, b and c."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _lines(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Return one line for each part (val, test) and source."""
+
     def cell(value: float | None) -> str:
         return "–" if value is None else f"{value:.4f}"
 

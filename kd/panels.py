@@ -1,4 +1,4 @@
-"""Pictures side by side, such as the annotations and the predictions of a teacher and a student."""
+"""Pictures of images side by side, such as annotations and the predictions of a teacher and a student."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from hover_batch.taxonomy import Rgb, Taxonomy
 UNTYPED: Rgb = (0, 220, 255)
 """Colour of contours without a known class."""
 GAP = 6
+"""Space between images in pixels."""
 HEADING = 22
+"""Height of the column names in pixels."""
 
 Image = NDArray[np.uint8]
+"""(y, x, 3) uint8 RGB."""
 
 
 def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8] | None, taxonomy: Taxonomy) -> Image:
-    """Return a copy of the image (y, x, 3) with outlines of the nuclei in the colours of their classes.
+    """Return a copy of the image (y, x, 3) uint8 RGB with outlines of the nuclei in the colours of their classes.
 
-    Outlines are one pixel wide, inside the nuclei. `instances`: (y, x) int32, 0 = background. `types`: (y, x) uint8
-    class ids, of which the majority within a nucleus counts; None if unknown.
+    Outlines are one pixel wide, inside the nuclei. `instances`: (y, x) int32 ids, 0 = background. `types`: (y, x) uint8
+    class ids; a nucleus has the class of most of its pixels, without those of class 0. None if types are unknown.
     """
     edge = np.zeros(instances.shape, bool)
     for axis in (0, 1):
@@ -37,7 +40,7 @@ def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8
     if types is None:
         kinds = np.zeros(int(instances.max()) + 1, np.int64)
     else:
-        # Pixels of class 0 do not vote; a nucleus that has no others stays without a class.
+        # Pixels of class 0 are not counted; a nucleus with no other pixels has no class.
         n = len(colors)
         votes = np.bincount(
             (instances.astype(np.int64) * n + types).ravel(), minlength=(int(instances.max()) + 1) * n
@@ -50,9 +53,10 @@ def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8
 
 
 def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
-    """Return one picture of the images (y, x, 3) uint8 in rows, under the columns' names, on white.
+    """Return a picture (y, x, 3) uint8 RGB of images in rows and columns, with the column names above, on white.
 
-    Each row is as high as its highest image, each column as wide as its widest.
+    `rows`: one image (y, x, 3) uint8 RGB for each column. Each row is as high as its highest image, and each column as
+    wide as its widest. Raises ValueError if a row does not have one image per column.
     """
     widths = [max(image.shape[1] for image in column) for column in zip(*rows, strict=True)]
     heights = [max(image.shape[0] for image in row) for row in rows]
@@ -69,6 +73,6 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
 
 
 def write_panel(path: Path, picture: Image) -> None:
-    """Write the picture (y, x, 3) uint8 RGB in the format of the path's suffix; missing folders are made."""
+    """Write a picture (y, x, 3) uint8 RGB in the format of the path's suffix; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), picture[..., ::-1])  # OpenCV writes BGR

@@ -1,7 +1,7 @@
-"""A sweep: one training for each point of a grid, each in a folder of its own.
+"""Sweeps: one training for each point of a grid, each in its own folder.
 
-A run trains a student, packages it and scores it on the test folds. It resumes by itself, a failure costs that run
-only, and it is done once its scores are written.
+A run trains a student, packages it and scores it on the test folds. It is done once its scores are written; until then,
+the next sweep resumes it. A failed run does not affect the others.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ from kd.training.state import CHECKPOINT
 from kd.training.train import train
 
 SCORES = "scores.json"
+"""Evaluation in the folder of a run, written when the run is done."""
 ARGUMENTS = "arguments.json"
+"""Settings in the folder of a run."""
 REPORT = "sweep.csv"
+"""Table of all runs in the folder of the sweep."""
 SUMMARY_SCORES = ("pq", "aji", "dice", "f_d")
-"""Scores of each source that the report shows."""
+"""Scores in the report, for each source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The values of each axis; an empty axis has the preset's value."""
+    """Values of each axis of a sweep; on an empty axis, all runs have the preset's value."""
 
     encoders: Sequence[str] = ()
     alphas: Sequence[float] = ()
@@ -44,7 +47,7 @@ class Grid:
     seeds: Sequence[int] = ()
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """Settings of `TrainConfig.of` at each point, in order; None stands for the preset's value."""
+        """Yield the settings of each point for `TrainConfig.of`, in order; None stands for the preset's value."""
         axes = {"encoder": self.encoders, "alpha": self.alphas, "temperature": self.temperatures, "seed": self.seeds}
         for values in product(*(axis or (None,) for axis in axes.values())):
             yield dict(zip(axes, values, strict=True))
@@ -52,34 +55,35 @@ class Grid:
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a sweep.
-
-    `config`: its settings; `config.out` is the run's folder. `varied`: the settings that differ between runs, for the
-    report. `test_folds`: the folds that its student is scored on.
-    """
+    """One training of a sweep."""
 
     config: TrainConfig
+    """Settings of the training; `config.out` is the folder of the run."""
     varied: dict[str, Any]
+    """Settings that differ between runs, for the report."""
     test_folds: tuple[str, ...]
+    """Folds that the student is scored on."""
 
     @property
     def folder(self) -> Path:
+        """Folder of the run."""
         return self.config.out
 
     @property
     def name(self) -> str:
+        """Name of the run and of its folder, such as mit_b0_a0.5_t1."""
         return self.folder.name
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The settings as JSON values, without the folder and the threads."""
+        """Settings as JSON values, without the folder and the threads."""
         values = {name: value for name, value in asdict(self.config).items() if name not in ("out", "threads")}
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return plain
 
     @property
     def scores(self) -> dict[str, dict[str, Any]] | None:
-        """Scores by source; None if the run is not done, or was scored on other folds."""
+        """Scores by source, as in `SourceScores.to_json`; None if the run is not done, or was scored on other folds."""
         try:
             stored = json.loads((self.folder / SCORES).read_bytes())
         except FileNotFoundError:
@@ -90,11 +94,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Ended:
-    """The outcome of a run: its scores by source, or the reason why it has none."""
+    """Outcome of a run."""
 
     run: Run
     scores: dict[str, dict[str, Any]] | None
+    """Scores by source; None if the run failed."""
     reason: str = ""
+    """First line of the error if the run failed."""
 
 
 def runs_of(
@@ -108,11 +114,12 @@ def runs_of(
     threads: int,
     settings: Mapping[str, Any],
 ) -> list[Run]:
-    """Return the runs of a grid, in order.
+    """Return the runs of a grid in the folder `out`, in order.
 
-    Points that train the same student, such as all temperatures without distillation, are one run. `settings`: further
-    settings of `TrainConfig.of` for every run. Raises InputError if a setting is wrong, or the folder of a run was
-    begun with other arguments.
+    Points that train the same student, such as all temperatures without distillation, are one run. `data`: annotated
+    images. `teacher`: folder written by `kd teach`. `test_folds`: folds to score on. `threads`: CPU cores for each run.
+    `settings`: further settings of `TrainConfig.of` for all runs. Raises InputError if a setting is wrong, or if a
+    run's folder belongs to a run with other settings.
     """
     shared = {"data": data.resolve(), "threads": threads, **settings}
     taught = {"teacher": teacher and teacher.resolve()}
@@ -133,7 +140,7 @@ def runs_of(
         begun = run.folder / ARGUMENTS
         if begun.exists() and json.loads(begun.read_bytes()) != run.arguments:
             raise InputError(
-                f"{run.folder} was begun with other arguments (see {ARGUMENTS} in it); give another folder"
+                f"{run.folder} was begun with other arguments (see {ARGUMENTS} in it); give them, or another -o"
             )
     return list(runs.values())
 
@@ -141,9 +148,10 @@ def runs_of(
 def sweep(
     runs: Sequence[Run], out: Path, *, gpus_per_run: float, engine: EngineSettings, say: Callable[[str], None]
 ) -> list[Ended]:
-    """Do the runs that are not done, and write `out`/sweep.csv; returns how all of them ended.
+    """Do all runs that are not done, write `out`/sweep.csv, and return the outcome of every run.
 
-    A failure costs its run only. `say` is called with lines of progress. Raises InputError if `out` cannot be written.
+    A failed run does not stop the others. `gpus_per_run`: fraction of a GPU for each run, if there are GPUs. `engine`:
+    where to run. `say` is called with lines of progress. Raises InputError if `out` cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -167,7 +175,7 @@ def sweep(
 
 
 def work(run: Run) -> None:
-    """Train, package and score one run. Its output goes to train.txt in its folder."""
+    """Train, package and score one run; write its output to train.txt in its folder. Errors propagate."""
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(run.folder / ARGUMENTS, to_json(run.arguments))
     config, package = run.config, package_path(run.config)
@@ -196,7 +204,10 @@ def _write_report(path: Path, ended: Sequence[Ended]) -> None:
 
 
 def report(ended: Sequence[Ended]) -> list[dict[str, Any]]:
-    """Return a row for each run: its name, what varies, its scores as SOURCE_SCORE, and why it failed."""
+    """Return one row per run for the table.
+
+    Its columns are the name, the varied settings, the scores as SOURCE_SCORE, and the reason if the run failed.
+    """
     return [
         {
             "run": e.run.name,

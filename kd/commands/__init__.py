@@ -1,1 +1,4 @@
-"""The commands `hover-batch kd …`, one file each. Heavy imports stand inside them, so that `--help` answers at once."""
+"""Commands of `hover-batch kd`: one function per file, mounted by `kd.cli`.
+
+Heavy imports are inside the functions, so that `--help` is fast.
+"""

@@ -1,4 +1,4 @@
-"""`kd calibrate`: package and annotated images → the package with the Sobel constants that fit them best."""
+"""`kd calibrate`: model package and annotated images → the package with the best Sobel constants."""
 
 from __future__ import annotations
 
@@ -16,26 +16,34 @@ if TYPE_CHECKING:
     from kd.evaluation.calibrate import Trial
 
 WORTHWHILE = 0.003
-"""Gain in mean PQ on both folds from which changing a number is worth it."""
+"""Smallest gain in mean PQ, on both folds, for which changing a number is reported as worth a search."""
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="A package: `starter`, a .safetensors file or its folder.")],
+    model: Annotated[
+        str, typer.Argument(help="Model package: `starter`, a .safetensors file, or its folder.", show_default=False)
+    ],
     data: Data,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Package to write, a .safetensors file.", show_default=False)
+    ],
     source: Annotated[
-        list[str] | None, typer.Option(help="A source of the data; repeat for several.", show_default="all")
+        list[str] | None, typer.Option(help="Source of the data to use; repeat for several.", show_default="all")
     ] = None,
-    fold: Annotated[str, typer.Option(help="Fold to search on.")] = "val",
-    check: Annotated[str, typer.Option(help="Fold to report on, which the search does not use.")] = "test",
+    fold: Annotated[str, typer.Option(help="Fold whose images the search uses.")] = "val",
+    check: Annotated[str, typer.Option(help="Another fold, for a check of the result.")] = "test",
     threads: Annotated[int, typer.Option(help="Threads of the network on the CPU; 0 = all cores.")] = 0,
 ) -> None:
-    """Search for the four Sobel constants of the best PQ, and write a package with them; its weights do not change.
+    """Find the Sobel constants with the best PQ, and write a copy of the package with them; the weights do not change.
 
-    It prints PQ, F_d and the ratio of found to annotated nuclei on both folds, compared with the reference (`window`).
+    HoVerNet's post-processing scales the Sobel maps of h and v by their minimum and maximum in each image. This tool
+    uses four constants instead (--sobel-norm fixed), so that nuclei do not depend on how a slide is tiled.
 
-    It also prints whether changing the other numbers of HoVerNet's post-processing (nucleus threshold, Sobel kernel,
-    opening) would be worth it.
+    Prints PQ, F_d and the ratio of predicted to annotated nuclei for both folds, compared with HoVerNet's normalisation
+    (`window`). Also prints whether other values of HoVerNet's nucleus threshold, Sobel kernel or opening would improve
+    PQ on both folds.
+
+    hover-batch kd calibrate student.safetensors --data annotated.zarr -o calibrated.safetensors
     """
     import dataclasses
 
@@ -56,18 +64,21 @@ def calibrate(
     samples = {name: fully_annotated(read_data(data, [name], source).samples) for name in (fold, check)}
     if not samples[fold]:
         of = f" of {', '.join(source)}" if source else ""
-        raise InputError(f"--fold {fold}: {data} has no such image{of} whose nuclei are all outlined")
+        raise InputError(
+            f"--fold {fold}: {data} has no image of this fold{of} whose nuclei are all outlined; give another fold or "
+            "--source"
+        )
     predictor = load_predictor(package, InferSettings(threads=threads, batch=batch_of(package.card)))
     predicted = {}
-    for name, some in samples.items():
-        typer.echo(f"predicting {len(some)} images of {name}", err=True)
-        predicted[name] = predict_all(lambda image: predict_image(predictor, image), some)
+    for name, images in samples.items():
+        typer.echo(f"predicting {len(images)} images of {name}", err=True)
+        predicted[name] = predict_all(lambda image: predict_image(predictor, image), images)
     found = search(predicted[fold])
     typer.echo("search done; trying other numbers", err=True)
     trials = {name: (trial(p, None, None), trial(p, found.cut, found.constants)) for name, p in predicted.items() if p}
     others = {name: try_others(p, found.cut) for name, p in predicted.items() if p}
 
-    _print(f"{package.card.name}, cut by cut on {fold}", {_cut(t): t for t in found.trials})
+    _print(f"{package.card.name}, each cut on {fold}", {_cut(t): t for t in found.trials})
     if check in trials:
         window, fixed = trials[check]
         _print(f"the same, on {check}", {_cut(window): window, _cut(fixed): fixed})
@@ -109,7 +120,7 @@ def _print(title: str, trials: dict[str, Trial]) -> None:
     from rich.table import Table
 
     sources = list(next(iter(trials.values())).pq)
-    table = Table(title=title, caption="PQ / F_d / nuclei found per annotated one")
+    table = Table(title=title, caption="PQ / F_d / predicted ÷ annotated nuclei")
     for column in ("", *sources, "mean"):
         table.add_column(column, justify="right" if column else "left")
     for name, t in trials.items():

@@ -1,4 +1,4 @@
-"""`kd evaluate`: a package and annotated images → scores, as a table, as JSON, as a picture."""
+"""`kd evaluate`: model package and annotated images → scores as a table, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -8,85 +8,100 @@ from typing import Annotated
 
 import typer
 
-from hover_batch.config import PostSettings
+from hover_batch.config import PostSettings, SobelNorm
 from hover_batch.errors import InputError
 from kd.commands.options import Data
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A package: `starter`, a .safetensors file or its folder.")],
+    model: Annotated[
+        str, typer.Argument(help="Model package: `starter`, a .safetensors file, or its folder.", show_default=False)
+    ],
     data: Data,
     fold: Annotated[
         list[str] | None,
-        typer.Option(help="train, val, test, or a published fold's number; repeat for several.", show_default="test"),
+        typer.Option(
+            help="Fold: train, val, test, or the number of a published fold; repeat for several.", show_default="test"
+        ),
     ] = None,
     source: Annotated[
         list[str] | None,
-        typer.Option(help="A source of the data; repeat for several.", show_default="all there are"),
+        typer.Option(help="Source of the data to score; repeat for several.", show_default="all"),
     ] = None,
     sobel_norm: Annotated[
-        str, typer.Option(help="fixed: the card's Sobel constants; window: each image's own, as the reference does.")
+        SobelNorm,
+        typer.Option(
+            help="Scaling of the Sobel maps. fixed: the constants in the package; window: minimum and maximum of each "
+            "image, as in HoVerNet."
+        ),
     ] = "fixed",
     min_area_px: Annotated[
         int,
         typer.Option(
             "--min-area-px",
-            help="Drop predicted nuclei of fewer pixels. Published figures were found with 10, the reference's value.",
+            help="Drop predicted nuclei with fewer pixels. Published scores use 10, HoVerNet's value.",
         ),
     ] = PostSettings.min_area_px,
     shift: Annotated[
         bool,
         typer.Option(
-            "--shift", help="Also score the images darkened, restained, blurred, compressed, and at other pixel sizes."
+            "--shift", help="Also score changed images: darker, restained, blurred, compressed, with other pixel sizes."
         ),
     ] = False,
     against: Annotated[
         str | None,
         typer.Option(
-            help="Another package, or the --json file of an earlier evaluation: PQ compared image by image.",
+            help="Compare PQ image by image with another package, or with the --json file of an earlier evaluation.",
             show_default=False,
         ),
     ] = None,
     label: Annotated[
         str | None,
         typer.Option(
-            help="What `kd tables` calls it; evaluations of one label (the folds of one setting) share a row.",
+            help="Name of the row in `kd tables`; evaluations with the same label (folds of one setting) share a row.",
             show_default="the package's name",
         ),
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="Write everything to this file, for `kd tables` and for a later --against."),
+        typer.Option("--json", help="File to write all results to, for `kd tables` and for --against."),
     ] = None,
     panel: Annotated[
-        Path | None, typer.Option(help="Write a picture (.png): image, truth and prediction side by side.")
+        Path | None, typer.Option(help="Picture to write (.png): image, annotations and prediction side by side.")
     ] = None,
     beside: Annotated[
-        str | None, typer.Option(help="Another package for the picture, as the teacher is.", show_default=False)
+        str | None,
+        typer.Option(help="Another package to show in the picture, such as the teacher.", show_default=False),
     ] = None,
     clock: Annotated[
-        bool, typer.Option("--time", help="Time the network alone on a batch of 16 patches, as the paper does.")
+        bool,
+        typer.Option(
+            "--time", help="Measure the time of the network alone on a batch of 16 patches, as in arXiv 2311.12553."
+        ),
     ] = False,
     threads: Annotated[int, typer.Option(help="Threads of the network on the CPU; 0 = all cores.")] = 0,
 ) -> None:
-    """Score a package on annotated images.
+    """Score a model package on annotated images, source by source.
 
-    Dice, AJI, DQ, SQ, PQ: means over images. bPQ, mPQ: means over tissues, as PanNuke-metrics has them.
+    Dice, AJI, DQ, SQ and PQ are means over images, as in HoVerNet; bPQ and mPQ are means over tissues, as in
+    PanNuke-metrics. F_d (detection) and F_c (classes) count the nuclei of all images together.
 
-    F_d and F_c: over all nuclei. Where the classes of data and model differ, those that both have.
+    If the classes of the data and of the model differ, the classes that both have are scored. For sources that outline
+    only some of the nuclei (monusac, nucls), only recall and the accuracy of types are scored. Sources with images that
+    the model has seen in training are marked.
 
-    Of sources that outline only some of the nuclei (monusac, nucls): the recall of these and the accuracy of types.
+    hover-batch kd evaluate student.safetensors --data annotated.zarr --json student.json
     """
     if beside and not panel:
-        raise InputError("--beside: is shown in the picture; give its file by --panel")
+        raise InputError("--beside: is shown in the picture, but there is none; give its file with --panel")
     if panel and panel.suffix != ".png":
-        raise InputError(f"--panel {panel}: the picture is a .png file")
+        raise InputError(f"--panel {panel}: must be a .png file; change the ending")
     for flag, file in (("--json", json_file), ("--panel", panel)):
         if file and not file.parent.is_dir():
-            raise InputError(f"{flag} {file}: the folder {file.parent} does not exist")
+            raise InputError(f"{flag} {file}: the folder {file.parent} does not exist; create it first")
         if file and file.is_dir():
-            raise InputError(f"{flag} {file}: is a folder; name a file")
-    post = PostSettings(sobel_norm=sobel_norm, min_area_px=min_area_px)  # type: ignore[arg-type]  # it checks both
+            raise InputError(f"{flag} {file}: is a folder; give a file")
+    post = PostSettings(sobel_norm=sobel_norm, min_area_px=min_area_px)
 
     from kd.commands.score_tables import show
     from kd.evaluation.evaluate_package import evaluate_package
@@ -113,5 +128,5 @@ def evaluate(
         import cv2
 
         if not cv2.imwrite(str(panel), evaluation.picture[..., ::-1]):
-            raise InputError(f"--panel {panel}: cannot be written")
+            raise InputError(f"--panel {panel}: cannot be written; give a file in a folder that can be written")
         typer.echo(panel)

@@ -1,34 +1,29 @@
-"""Options that several commands share."""
+"""Options that several commands of `hover-batch kd` share."""
 
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hover_batch.config import EngineSettings
+from hover_batch.config import Backend
 from hover_batch.errors import InputError
 
 Data = Annotated[
     Path,
-    typer.Option(help="What `kd prepare` wrote (.zarr, .npz), or a folder with dataset.csv.", show_default=False),
+    typer.Option(
+        help="Annotated images: a cache that `kd prepare` wrote (.zarr, .npz), or a folder with dataset.csv.",
+        show_default=False,
+    ),
 ]
-
-
-class Backend(StrEnum):
-    """Where tasks run."""
-
-    ray = "ray"
-    local = "local"
 
 
 BackendOption = Annotated[
     Backend,
     typer.Option(
-        help="ray: tasks on all cores and GPUs, of this machine or a cluster; local: one process. Same results.",
+        help="ray: all cores and GPUs of this machine or a cluster; local: one process. The results are the same.",
         envvar="HOVER_BATCH_BACKEND",
     ),
 ]
@@ -43,20 +38,15 @@ Address = Annotated[
 
 
 def check_package_file(out: Path) -> None:
-    """Make the folder of a package before minutes of work.
+    """Create the folder of the package `out`, and check that it can be written before minutes of work.
 
     Raises InputError if the name does not end in .safetensors, or the file cannot be written.
     """
     if out.suffix != ".safetensors":
-        raise InputError(f"-o {out}: the name of a package must end in .safetensors")
+        raise InputError(f"-o {out}: the name of a package must end in .safetensors; add it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"-o {out}: {error.strerror}; give a folder that can be written") from error
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise InputError(f"-o {out}: cannot be written; give a file in a folder that can be written")
-
-
-def engine_settings(backend: Backend, cpus: int, gpus: int, address: str) -> EngineSettings:
-    """Return the settings. Raises InputError if they are out of range or contradict each other."""
-    return EngineSettings(backend=backend.value, cpus=cpus, gpus=gpus, address=address)

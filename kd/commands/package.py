@@ -1,4 +1,4 @@
-"""`kd package`: checkpoint → model package."""
+"""`kd package`: training checkpoint → model package."""
 
 from __future__ import annotations
 
@@ -11,11 +11,22 @@ from kd.commands.options import Data, check_package_file
 
 
 def package(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint.pt of a training run.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="checkpoint.pt in the output folder of `kd train`.", show_default=False)
+    ],
     data: Data,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Package to write, a .safetensors file.", show_default=False)
+    ],
 ) -> None:
-    """Turn a checkpoint into a model package: its best weights, calibrated on the validation folds, and the card."""
+    """Turn a checkpoint of `kd train` into a model package for `segment`.
+
+    Needed only for a training that was stopped early, because `kd train` writes the package at its end. The package
+    contains the averaged or best weights, and a card with Sobel constants found on the validation folds and with
+    scores.
+
+    hover-batch kd package student/checkpoint.pt --data annotated.zarr -o student.safetensors
+    """
     check_package_file(out)
     from kd.package import make_package
 

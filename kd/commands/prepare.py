@@ -1,4 +1,4 @@
-"""`kd prepare`: annotated images in their published layouts → one cache to train from."""
+"""`kd prepare`: annotated images in their published layouts → one cache for training and evaluation."""
 
 from __future__ import annotations
 
@@ -17,32 +17,40 @@ def prepare(
     source: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders as published: PanNuke (Fold 1 …, or one of them), CoNSeP (Train, Test), or one with "
-            "dataset.csv.",
+            help="Folders as published: PanNuke (with Fold 1 …, or a single fold), CoNSeP (with Train and Test); or a "
+            "folder with dataset.csv.",
             show_default=False,
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The cache to write: a .zarr, or a .npz file.", show_default=False)
+        Path, typer.Option("--out", "-o", help="Cache to write: a .zarr folder or a .npz file.", show_default=False)
     ],
     classes: Annotated[
         str | None,
         typer.Option(
-            help="consep or pannuke: the classes that types are mapped to.",
-            show_default="pannuke if PanNuke is among the folders, else consep",
+            help="Classes to map the annotated types to: consep or pannuke.",
+            show_default="pannuke if one of the folders is PanNuke, else consep",
         ),
     ] = None,
     val: Annotated[
         int,
-        typer.Option(min=0, help="Number of CoNSeP's last training tiles that become the fold val, which it lacks."),
+        typer.Option(
+            min=0, help="Number of CoNSeP's training tiles, the last ones, to use as fold val; CoNSeP has none."
+        ),
     ] = 0,
     sheet: Annotated[
-        Path | None, typer.Option(help="The contact sheet to write, a PNG.", show_default="beside the cache")
+        Path | None, typer.Option(help="Contact sheet to write, a PNG.", show_default="next to the cache")
     ] = None,
 ) -> None:
-    """Read annotated images, check them, and write them to one cache, with a contact sheet to look at.
+    """Read and check annotated images, and write them to one cache, with a contact sheet for a check by eye.
 
-    Give the cache to the other commands as --data. The folds are the published ones: train, val, test, or 1, 2, 3.
+    The other commands take the cache as --data. The folds are the published ones: train, val, test for CoNSeP; 1, 2, 3
+    for PanNuke. Images must have pixels of 0.25 µm (40×).
+
+    A folder with dataset.csv has one row per image, with the columns sample_id, image, labels (16-bit PNG of instance
+    ids), types (8-bit PNG of class codes, or empty), source and split (train, val or test).
+
+    hover-batch kd prepare CoNSeP/ PanNuke/ -o annotated.zarr --val 5
     """
     from kd.data.prepare import prepare as run
 

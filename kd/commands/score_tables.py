@@ -1,4 +1,4 @@
-"""An evaluation as tables in the terminal."""
+"""Terminal tables of an evaluation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from kd.evaluation.paired import Baseline, Paired
 from kd.evaluation.shift_scores import SCORES, ShiftScores
 
 SHOWN = {"pq": "PQ", "dice": "Dice", "f_d": "F_d"}
+"""Column titles of the scores in the table of shifts."""
 
 
 def show(evaluation: Evaluation) -> None:
-    """Print the scores, the model's cost, and where they were asked for, the shifts and the comparison."""
+    """Print the scores and the cost of the model, and the shifts and the comparison if they were computed."""
     console = Console()
     name = evaluation.package.card.name
     console.print(_scores(evaluation))
@@ -31,13 +32,11 @@ def show(evaluation: Evaluation) -> None:
 
 
 def _scores(evaluation: Evaluation) -> Table:
-    """A row for each score and a column for each source; what the model has seen stands below."""
+    """Return a table with one row per score and one column per source, and leakage below."""
     columns = [s.to_json() for s in evaluation.scores]
     partial = [s.source for s in evaluation.scores if s.source in PARTIAL]
     notes = [f"{leak.mark} {leak}" for leak in evaluation.leaks]
-    notes += [
-        f"{source}: only some nuclei are outlined, so that only recall and types are scored" for source in partial
-    ]
+    notes += [f"{source}: only some nuclei are outlined, so only recall and types are scored" for source in partial]
     title = f"{evaluation.package.card.name} on {evaluation.data}, {' '.join(evaluation.folds)}"
     table = Table(
         title=f"{title}, nuclei from {evaluation.post.min_area_px} px",
@@ -60,15 +59,19 @@ def _scores(evaluation: Evaluation) -> Table:
 
 def _cost(cost: Cost) -> str:
     return (
-        f"{cost.parameters / 1e6:.1f} M parameters, {cost.macs_per_patch / 1e9:.2f} GMac a patch of {cost.patch} px, "
-        f"{cost.macs_per_kept_pixel / 1e3:.0f} kMac a kept pixel"
+        f"{cost.parameters / 1e6:.1f} M parameters, {cost.macs_per_patch / 1e9:.2f} GMac per patch of {cost.patch} px, "
+        f"{cost.macs_per_kept_pixel / 1e3:.0f} kMac per kept pixel"
     )
 
 
 def shift_table(rows: Sequence[ShiftScores], title: str) -> Table:
-    """A row for each source and shift, a collapse in red with an arrow."""
+    """Return a table with one row per source and shift; rows in which PQ collapsed are red, with an arrow."""
     collapsed = any(row.collapsed for row in rows)
-    table = Table(title=title, caption="◀ PQ is halved or worse" if collapsed else None, caption_justify="left")
+    table = Table(
+        title=title,
+        caption="◀ PQ is at most half of that on unchanged images" if collapsed else None,
+        caption_justify="left",
+    )
     table.add_column("")
     for name in SCORES:
         table.add_column(SHOWN[name], justify="right")
@@ -86,11 +89,11 @@ def shift_table(rows: Sequence[ShiftScores], title: str) -> Table:
 
 
 def _paired(rows: Sequence[Paired], old: Baseline, name: str) -> Table:
-    """A row for each source, with the numbers of images on which the model is better and worse."""
+    """Return a table with one row per source; the last column counts images with higher and with lower PQ."""
     table = Table(
         title=f"PQ of {name} against {old.name} on the same images",
         caption=f"{old.name}: {old.sha256[:12]}, --sobel-norm {old.sobel_norm}, --min-area-px {old.min_area_px}\n"
-        "±: difference, its interval by resampling images; images on which PQ is better, and worse",
+        "±: mean difference of PQ; its interval is from resampling images; number of images with higher and lower PQ",
         caption_justify="left",
         min_width=72,
     )

@@ -1,4 +1,4 @@
-"""`kd sweep`: encoders × α × T × seeds → a trained and scored student for each, and one table."""
+"""`kd sweep`: encoders × α × T × seeds → a trained and scored student for each combination, and one table."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hover_batch.config import EngineSettings
 from hover_batch.errors import InputError
-from kd.commands.options import Address, Backend, BackendOption, Cpus, Data, Gpus, engine_settings
-from kd.commands.train import train_settings
+from kd.commands.options import Address, BackendOption, Cpus, Data, Gpus
+from kd.commands.train import train, train_settings
 from kd.training.config import PRESETS
 
 if TYPE_CHECKING:
@@ -18,46 +19,59 @@ if TYPE_CHECKING:
 
 EXIT_SOME_FAILED, EXIT_NONE = 3, 4
 REQUIRED = ("data", "out", "preset")
+"""Options of `kd train` with a value in any case."""
 OWN = (*REQUIRED, "encoder", "alpha", "temperature", "seed", "teacher", "threads")
-"""Options of `kd train` that the sweep gives to each run."""
+"""Options of `kd train` that the sweep sets for each run."""
 
 
 def sweep(
     data: Data,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for sweep.csv and a folder for each run.", show_default=False)
+        Path, typer.Option("--out", "-o", help="Folder for sweep.csv, with one subfolder per run.", show_default=False)
     ],
-    encoder: Annotated[list[str] | None, typer.Option(help="Repeat for several.", show_default="the preset's")] = None,
-    alpha: Annotated[
-        list[float] | None, typer.Option(help="As of `kd train`; repeat for several.", show_default="the preset's")
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(help="Encoder, as for `kd train`; repeat for several.", show_default="the preset's"),
     ] = None,
-    temperature: Annotated[list[float] | None, typer.Option(help="Repeat for several.", show_default="1")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Repeat for several.", show_default="7")] = None,
+    alpha: Annotated[
+        list[float] | None, typer.Option(help="α, as for `kd train`; repeat for several.", show_default="the preset's")
+    ] = None,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(help="T, as for `kd train`; repeat for several.", show_default="1"),
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed, as for `kd train`; repeat for several.", show_default="7")
+    ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="Folder written by `kd teach`.", show_default="none: α of 1 only")
+        Path | None, typer.Option(help="Folder written by `kd teach`.", show_default="none; then α must be 1")
     ] = None,
     preset: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}; see `kd train`.")] = "quick",
     test_fold: Annotated[
-        list[str] | None, typer.Option(help="A fold to score on; repeat for several.", show_default="test")
+        list[str] | None, typer.Option(help="Fold to score on; repeat for several.", show_default="test")
     ] = None,
-    threads: Annotated[int, typer.Option(help="Cores of each run.")] = 2,
-    gpus_per_run: Annotated[float, typer.Option(help="Share of a GPU that each run has, where there are GPUs.")] = 1.0,
-    backend: BackendOption = Backend.ray,
+    threads: Annotated[int, typer.Option(help="CPU cores for each run.")] = 2,
+    gpus_per_run: Annotated[float, typer.Option(help="Fraction of a GPU for each run, if there are GPUs.")] = 1.0,
+    backend: BackendOption = "ray",
     cpus: Cpus = 0,
     gpus: Gpus = -1,
     address: Address = "",
     more: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- TRAIN OPTIONS]", help="Further options of `kd train`.")
+        list[str] | None,
+        typer.Argument(metavar="[-- TRAIN OPTIONS]", help="Further options of `kd train`, the same for all runs."),
     ] = None,
 ) -> None:
-    """Train and score a student for every combination of the values given.
+    """Train and score a student for every combination of --encoder, --alpha, --temperature and --seed.
 
-    Interrupt it at any time: the same command skips finished runs and resumes the others.
+    Interrupt it at any time: the same command skips finished runs and resumes the others. A failed run does not stop
+    the others. The scores of all runs are written to sweep.csv in OUT.
+
+    Exit codes: 0 all runs done, 3 some runs failed, 4 all runs failed.
 
     hover-batch kd sweep --data annotated/ --teacher taught/ -o runs/ --alpha 0 --alpha 0.5 -- --steps 900
     """
     if not 0 < gpus_per_run <= 1:
-        raise InputError(f"--gpus-per-run {gpus_per_run}: must be above 0 and at most 1; a run computes on one GPU")
+        raise InputError(f"--gpus-per-run {gpus_per_run}: must be above 0 and at most 1, because a run uses one GPU")
     if threads < 1:
         raise InputError(f"--threads {threads}: must be at least 1")
     from kd.sweep import REPORT, Grid, runs_of
@@ -77,7 +91,7 @@ def sweep(
         runs,
         out,
         gpus_per_run=gpus_per_run,
-        engine=engine_settings(backend, cpus, gpus, address),
+        engine=EngineSettings(backend=backend, cpus=cpus, gpus=gpus, address=address),
         say=lambda line: typer.echo(line, err=True),
     )
     _print(ended)
@@ -87,28 +101,28 @@ def sweep(
 
 
 def _train_settings(arguments: Sequence[str]) -> dict[str, Any]:
-    """Parse options of `kd train` into settings of `TrainConfig.of`; those not given are left out.
+    """Parse options of `kd train` into settings of `TrainConfig.of`; options that are not given are left out.
 
-    Raises InputError if one is the sweep's to give, and typer's usage error if one is wrong.
+    Raises InputError if the sweep sets an option itself, and typer's usage error if an option does not exist.
     """
     parser = typer.Typer(add_completion=False)
-    parser.command()(train_settings)
+    parser.command()(train)
     command = typer.main.get_command(parser)
     unset = [word for name in REQUIRED for word in (f"--{name}", "")]
     with command.make_context("kd train", [*unset, *arguments]) as context:
         for name in OWN:
             if context.params[name] not in ("", None):
-                raise InputError(f"-- --{name}: the sweep gives it to each run; give it before the --")
-        settings = command.invoke(context)
+                raise InputError(f"-- --{name}: the sweep sets it for each run; give it before the --")
+        settings = train_settings(context.params)
     if settings["model"] not in (None, "unet"):
         raise InputError(
-            f"-- --model {settings['model']}: a sweep trains students; train a teacher with `hover-batch kd train`"
+            f"-- --model {settings['model']}: a sweep trains students only; train a teacher with `hover-batch kd train`"
         )
     return {name: value for name, value in settings.items() if value is not None and name not in REQUIRED}
 
 
 def _print(ended: list[Ended]) -> None:
-    """Print the report as a table, without the columns that are part of the runs' names."""
+    """Print the report as a table, without the columns that are part of the name of a run."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""`kd tables`: evaluations → the paper's tables, with our rows."""
+"""`kd tables`: evaluations → tables of published scores with rows for the evaluated models."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ def tables(
         Path, typer.Option("--out", "-o", help="Folder for tables.md and the CSV files.", show_default=False)
     ],
 ) -> None:
-    """Write the paper's tables with its rows and ours, as Markdown and CSV.
+    """Write tables of published scores, with rows for your evaluations, as Markdown and CSV.
 
-    Evaluations with the same label share a row: their mean ± standard deviation. Each row names its files and models,
-    and marks scores on images that a model has seen.
+    The published rows are from HoVer-UNet (arXiv 2311.12553), Tables 1 to 3. Evaluations with the same label share a
+    row, with their mean ± standard deviation. Each row lists its files and models, and marks scores on images that a
+    model has seen in training.
+
+    hover-batch kd tables fold1.json fold2.json fold3.json -o tables/
     """
     from kd.evaluation.tables import read_runs, write_tables
     from kd.evaluation.tables import tables as make

@@ -1,4 +1,4 @@
-"""`kd teach`: images and a teacher → the teacher's outputs, for students to learn from."""
+"""`kd teach`: annotated images and a teacher → the teacher's outputs, from which students are distilled."""
 
 from __future__ import annotations
 
@@ -7,40 +7,51 @@ from typing import Annotated
 
 import typer
 
-from kd.commands.options import Address, Backend, BackendOption, Cpus, Gpus, engine_settings
+from hover_batch.config import EngineSettings
+from kd.commands.options import Address, BackendOption, Cpus, Gpus
 
 
 def teach(
-    data: Annotated[Path, typer.Argument(help="Annotated images, as `kd train` takes them.", show_default=False)],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Annotated images: a cache that `kd prepare` wrote (.zarr, .npz), or a folder with dataset.csv.",
+            show_default=False,
+        ),
+    ],
     teacher: Annotated[
         str,
         typer.Option(
-            help="The teacher's package; `models import` makes one of a published checkpoint.", show_default=False
+            help="Package of the teacher; `models import` converts a published HoVerNet checkpoint.", show_default=False
         ),
     ],
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="Folder for the outputs; other data can be added later.", show_default=False),
+        typer.Option(
+            "--out", "-o", help="Folder for the outputs; outputs for other data can be added later.", show_default=False
+        ),
     ],
     fold: Annotated[
         list[str] | None,
-        typer.Option(help="A fold or split of the data; repeat for several.", show_default="train val"),
+        typer.Option(help="Fold of the data; repeat for several.", show_default="train and val"),
     ] = None,
     source: Annotated[
-        list[str] | None, typer.Option(help="A source of the data; repeat for several.", show_default="all")
+        list[str] | None, typer.Option(help="Source of the data to use; repeat for several.", show_default="all")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Tiles a batch.")] = 4,
+    batch: Annotated[int, typer.Option(help="Tiles per batch.")] = 4,
     tta: Annotated[
-        int, typer.Option(help="8: average over the turns and flips of each image, at eight times the cost.")
+        int,
+        typer.Option(help="8: average over the rotations and flips of each image, at eight times the cost; 1: do not."),
     ] = 1,
-    backend: BackendOption = Backend.local,
+    backend: BackendOption = "local",
     cpus: Cpus = 0,
     gpus: Gpus = -1,
     address: Address = "",
 ) -> None:
-    """Run the teacher once over the images and store its outputs, every pixel predicted with its real surroundings.
+    """Run a HoVerNet teacher over all images once, and store its outputs (logits of np and tp, and h and v).
 
-    Interrupt it at any time: the same command resumes.
+    `kd train --teacher` reads them instead of running the teacher in every epoch. Whole images are predicted tile by
+    tile with their real surroundings. Interrupt it at any time: the same command resumes.
 
     hover-batch kd teach annotated/ --teacher hovernet.safetensors -o taught/
     """
@@ -54,7 +65,7 @@ def teach(
         source,
         batch=batch,
         tta=tta,
-        engine=engine_settings(backend, cpus, gpus, address),
+        engine=EngineSettings(backend=backend, cpus=cpus, gpus=gpus, address=address),
         say=lambda line: typer.echo(line, err=True),
     )
     typer.echo(cache.path)

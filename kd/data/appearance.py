@@ -1,8 +1,6 @@
-"""Changes of an image's appearance: stain, colour, tone, sharpness, resolution, noise, JPEG.
+"""Changes of the appearance of images: stain, colour, tone, sharpness, resolution, noise, JPEG.
 
-Images are (y, x, 3) uint8 RGB.
-
-Training draws them at random; `kd.evaluation.shifts` applies fixed ones.
+Images are (y, x, 3) uint8 RGB. Training draws the changes at random; `kd.evaluation.shifts` applies fixed ones.
 """
 
 from __future__ import annotations
@@ -15,13 +13,15 @@ from numpy.typing import ArrayLike, NDArray
 from skimage.color import hed_from_rgb, rgb_from_hed
 
 RGB_TO_HED: NDArray[np.float32] = hed_from_rgb.astype(np.float32)
+"""Matrix (3, 3) from optical densities of red, green and blue to hematoxylin, eosin and the residual."""
 HED_TO_RGB: NDArray[np.float32] = rgb_from_hed.astype(np.float32)
+"""Inverse of RGB_TO_HED."""
 
 
 def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Change stain, colour, tone, sharpness, resolution, noise and JPEG, each with a probability of its own.
+    """Return an image (y, x, 3) uint8 RGB with random changes of stain, colour, tone, sharpness, resolution and noise.
 
-    (y, x, 3) uint8 in and out, as in the functions below.
+    The last change is JPEG compression. Each change is applied with its own probability.
     """
     if rng.random() < 0.7:
         image = jitter_stain(image, rng)
@@ -44,7 +44,10 @@ def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDA
 
 
 def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Change colour and blur, each with a probability of its own, as in HoVer-UNet's released code."""
+    """Return an image (y, x, 3) uint8 RGB with random colour and blur, as in HoVer-UNet's released code.
+
+    Each change is applied with its own probability.
+    """
     if rng.random() < 0.5:
         image = jitter_color(image, rng)
     if rng.random() < 0.3:
@@ -53,23 +56,30 @@ def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArra
 
 
 def blur(image: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
-    """Blur by a Gaussian of `sigma` pixels. (y, x, 3) uint8 in and out, as are all that follow."""
+    """Return an image (y, x, 3) uint8, blurred by a Gaussian with a standard deviation of `sigma` pixels."""
     return np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), np.uint8)
 
 
 def jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
-    """Compress as JPEG and decompress; OpenCV takes BGR."""
-    encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    """Return an image (y, x, 3) uint8 RGB after JPEG compression of this quality, from 0 to 100."""
+    encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]  # OpenCV expects BGR
     return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1], np.uint8)
 
 
 def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Scale and shift hematoxylin, eosin and the residual apart (Tellez et al. 2018)."""
+    """Return an image (y, x, 3) uint8 RGB with randomly changed stains (Tellez et al. 2018).
+
+    Hematoxylin, eosin and the residual are scaled and shifted independently.
+    """
     return change_stain(image, rng.uniform(0.65, 1.6, 3), rng.uniform(-0.03, 0.03, 3))
 
 
 def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLike = (0, 0, 0)) -> NDArray[np.uint8]:
-    """Scale and shift the optical densities of hematoxylin, eosin and the residual (stain vectors of Ruifrok)."""
+    """Return an image (y, x, 3) uint8 RGB with scaled and shifted optical densities of the stains.
+
+    `factors`, `offsets`: three values, for hematoxylin, eosin and the residual (stain vectors of Ruifrok & Johnston
+    2001).
+    """
     density = -np.log((image.astype(np.float32) + 1) / 256)
     stains: NDArray[np.float32] = density @ RGB_TO_HED
     stains = stains * np.asarray(factors, np.float32) + np.asarray(offsets, np.float32)
@@ -78,7 +88,7 @@ def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLik
 
 
 def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Change contrast about the mean, brightness, saturation and hue."""
+    """Return an image (y, x, 3) uint8 RGB with random changes of contrast, brightness, saturation and hue."""
     pixels = image.astype(np.float32)
     pixels = (pixels - pixels.mean()) * rng.uniform(0.8, 1.25) + pixels.mean() + rng.uniform(-20, 20)
     grey = pixels.mean(axis=2, keepdims=True)
@@ -90,25 +100,28 @@ def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 
 
 def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Darker or lighter midtones, the exponent from 0.6 to 2.5: old scanners and thick sections show black nuclei."""
+    """Return an image (y, x, 3) uint8 with randomly lighter or darker midtones.
+
+    The exponent is between 0.6 and 2.5, because nuclei are black on old scanners and in thick sections.
+    """
     return change_gamma(image, math.exp(rng.uniform(math.log(0.6), math.log(2.5))))
 
 
 def change_gamma(image: NDArray[np.uint8], exponent: float) -> NDArray[np.uint8]:
-    """Darken the midtones by an exponent above 1, lighten them by one below."""
+    """Return an image (y, x, 3) uint8 after the gamma curve x^`exponent` on [0, 1]; above 1, midtones are darker."""
     table = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(np.uint8)
     return table[image]
 
 
 def sharpen(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Apply an unsharp mask, as some scanners do."""
+    """Return an image (y, x, 3) uint8 after a random unsharp mask, as some scanners apply it."""
     amount = rng.uniform(0.3, 1.5)
     soft = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 2.0))
     return np.asarray(cv2.addWeighted(image, 1 + amount, soft, -amount, 0), np.uint8)
 
 
 def lose_resolution(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Resample as if the slide had been scanned at 1.3 to 2.2 times the pixel size."""
+    """Return a square image (y, x, 3) uint8, resampled as if scanned with pixels 1.3 to 2.2 times as large."""
     side = image.shape[0]
     small = int(side / rng.uniform(1.3, 2.2))
     reduced = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)

@@ -1,13 +1,14 @@
-"""The cache of annotated images that `kd prepare` writes: a zarr group, or the same content in one .npz file.
+"""Cache of annotated images, written by `kd prepare`: a zarr group, or the same content in one .npz file.
 
-Both hold a header: format, taxonomy, and for each image its id, source, tissue, group, fold, height, width, whether its
-types are annotated, and the SHA-256 of its content. Images differ in size, so the zarr (v3) group stores the pixels of
-all images one after the other in raster order: `image` (pixel, 3) uint8, `instances` (pixel,) int32, `types` (pixel,)
-uint8, where image i begins at the sum of the areas before it; the header is the group's attributes. The .npz has
-`image/<i>` (y, x, 3), `instances/<i>` and `types/<i>` (y, x) for each image, and `header`, JSON as bytes.
+Both have a header with the format, the taxonomy, and for each image its id, source, tissue, group, fold, height, width,
+whether its types are annotated, and the SHA-256 of its content. Images differ in size, so the zarr (v3) group stores
+the pixels of all images one after the other in raster order: `image` (pixel, 3) uint8, `instances` (pixel,) int32,
+`types` (pixel,) uint8, where image i begins at the sum of the areas before it; the header is the group's attributes.
+The .npz file has `image/<i>` (y, x, 3), `instances/<i>` and `types/<i>` (y, x) for each image, and `header`, JSON as
+bytes.
 
-A cache is written under a hidden name and renamed once it is complete; the next run removes what a killed run left
-behind. Every image is compared with its hash when it is read, because a missing zarr chunk reads as zeros.
+A cache is written under a hidden name and renamed once it is complete; the next run removes the remains of a killed
+run. The hash of every image is checked when it is read, because missing zarr chunks are read as zeros.
 """
 
 from __future__ import annotations
@@ -28,48 +29,61 @@ from kd.data.samples import Sample
 from kd.data.stores import ARRAYS, Arrays, NpzStore, Store, ZarrStore
 
 FORMAT = "hover-batch annotated images"
+"""Format in the header."""
 VERSION = 1
+"""Format version in the header."""
 SUFFIXES = (".zarr", ".npz")
+"""Suffixes of caches."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One image in the header."""
+    """Entry of one image in the header."""
 
     id: str
+    """Id of the image."""
     source: str
+    """Data set that the image is from."""
     tissue: str
+    """Tissue; empty if unknown."""
     group: str
+    """Patient or slide; empty if unknown."""
     fold: str
+    """Fold of the image."""
     height: int
+    """Height in pixels."""
     width: int
+    """Width in pixels."""
     typed: bool
+    """Whether types are annotated."""
     sha256: str
+    """SHA-256 of the shapes and bytes of image, instances and types."""
 
     @property
     def area(self) -> int:
+        """Number of pixels."""
         return self.height * self.width
 
 
 def is_cache(path: Path) -> bool:
-    """Whether the path has the name of a cache."""
+    """Return whether the path has the suffix of a cache."""
     return path.suffix in SUFFIXES
 
 
 class CacheWriter:
-    """Writes images one by one; their ids must differ."""
+    """Writer of a cache, one image at a time."""
 
     def __init__(self, path: Path) -> None:
         self._store: Store = ZarrStore.create(path) if path.suffix == ".zarr" else NpzStore.create(path)
         self._entries: dict[str, Entry] = {}
 
     def add(self, sample: Sample) -> None:
-        """Append an image. Raises InputError if there is an image of this id already."""
+        """Append an image. Raises InputError if an image with this id has been added already."""
         height, width = sample.instances.shape
         if sample.id in self._entries:
             raise InputError(
                 f"{sample.id}: two images have this id, one of {self._entries[sample.id].source} and one of "
-                f"{sample.source}; give each folder once, and every image an id of its own"
+                f"{sample.source}; give each folder once, and every image its own id"
             )
         typed = sample.types is not None
         types = np.zeros((height, width), np.uint8) if sample.types is None else sample.types
@@ -88,22 +102,22 @@ class CacheWriter:
         self._store.append(len(self._entries) - 1, arrays)
 
     def finish(self, taxonomy: Taxonomy) -> None:
-        """Write the header; nothing can be appended afterwards."""
+        """Write the header. No image can be added afterwards."""
         listed = [asdict(e) for e in self._entries.values()]
         self._store.finish({"format": FORMAT, "version": VERSION, "taxonomy": taxonomy.to_json(), "images": listed})
 
 
 @contextmanager
 def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
-    """Write a cache in the block; it replaces one at `path` if the block succeeds, and is removed if it fails.
+    """Yield a writer for a cache at `path`. The cache replaces an older one if the block succeeds, else it is removed.
 
-    Raises InputError if `path` does not end in .zarr or .npz, its folder is missing, something other than a cache is at
-    `path`, it cannot be written, or the disk is full.
+    `taxonomy`: classes of the types. Raises InputError if `path` does not end in .zarr or .npz, its folder is missing,
+    `path` exists and is not a cache, it cannot be written, or the disk is full.
     """
     if not is_cache(path):
-        raise InputError(f"--out {path}: give it the ending .zarr or .npz")
+        raise InputError(f"--out {path}: must end in .zarr or .npz; change the ending")
     if not path.parent.is_dir():
-        raise InputError(f"--out {path}: the folder {path.parent} does not exist; make it first")
+        raise InputError(f"--out {path}: the folder {path.parent} does not exist; create it first")
     if path.exists():
         try:
             open_cache(path)
@@ -127,13 +141,13 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
 
 
 class Cache:
-    """A cache that exists, opened for reading."""
+    """Cache, opened for reading. Raises InputError if the header is of another format or version."""
 
     def __init__(self, path: Path, store: Store) -> None:
         self._path, self._store = path, store
         header = store.header
         if header.get("format") != FORMAT:
-            raise InputError(f"{path} is not a cache of annotated images; `hover-batch kd prepare` makes one")
+            raise InputError(f"{path} is not a cache of annotated images; write one with `hover-batch kd prepare`")
         if header["version"] != VERSION:
             raise InputError(
                 f"{path} has format version {header['version']}, not {VERSION}; run `hover-batch kd prepare` again"
@@ -152,9 +166,9 @@ class Cache:
         return list(dict.fromkeys(entry.source for entry in self.entries))
 
     def samples(self, fold: str, sources: Collection[str] | None) -> Iterator[Sample]:
-        """Yield the images of one fold and the named sources (None: all), in order.
+        """Yield the images of one fold and of the given sources (None: all), in order.
 
-        Raises InputError if one is damaged.
+        Raises InputError if an image is corrupted.
         """
         offset = 0
         for i, entry in enumerate(self.entries):
@@ -166,10 +180,10 @@ class Cache:
         try:
             arrays = self._store.read(i, (entry.height, entry.width), offset)
             intact = _sha256(arrays) == entry.sha256
-        except Exception as error:  # zarr, its codecs, zip and numpy raise many kinds on a damaged file
-            raise self._damaged(entry) from error
+        except Exception as error:  # zarr, its codecs, zip and numpy raise many kinds for corrupted files
+            raise self._corrupted(entry) from error
         if not intact:
-            raise self._damaged(entry)
+            raise self._corrupted(entry)
         types = arrays["types"] if entry.typed else None
         return Sample(
             id=entry.id,
@@ -182,16 +196,16 @@ class Cache:
             fold=entry.fold,
         )
 
-    def _damaged(self, entry: Entry) -> InputError:
+    def _corrupted(self, entry: Entry) -> InputError:
         return InputError(
-            f"{self._path}: the image {entry.id} is damaged; run `hover-batch kd prepare` again to replace the cache"
+            f"{self._path}: the image {entry.id} is corrupted; run `hover-batch kd prepare` again to replace the cache"
         )
 
 
 def open_cache(path: Path) -> Cache:
-    """Open the cache at `path`. Raises InputError if there is none, or it cannot be read."""
+    """Open the cache at `path` for reading. Raises InputError if there is none, or it cannot be read."""
     if not path.exists():
-        raise InputError(f"{path}: no such cache; `hover-batch kd prepare` makes one")
+        raise InputError(f"{path}: no such cache; write one with `hover-batch kd prepare`")
     try:
         return Cache(path, ZarrStore.open(path) if path.suffix == ".zarr" else NpzStore.open(path))
     except InputError:
@@ -201,7 +215,7 @@ def open_cache(path: Path) -> Cache:
 
 
 def _sha256(arrays: Arrays) -> str:
-    """SHA-256 of shapes and bytes, in the order of ARRAYS."""
+    """Return the SHA-256 of shapes and bytes, in the order of ARRAYS."""
     digest = hashlib.sha256()
     for name in ARRAYS:
         digest.update(f"{arrays[name].shape}".encode())

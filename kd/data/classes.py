@@ -1,6 +1,7 @@
-"""From the class codes of published annotations to the ids of one taxonomy.
+"""Mapping of the class codes of published annotations to the class ids of one taxonomy.
 
-Names are mapped, not cells: what one data set calls epithelial may be neoplastic in the other.
+Classes are mapped by name, although the same cells may have another name in another data set: what one data set calls
+epithelial may be neoplastic in the other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hover_batch.taxonomy import CONSEP, PANNUKE, Taxonomy
 from kd.data.samples import Sample
 
 TAXONOMIES = {"consep": CONSEP, "pannuke": PANNUKE}
-"""What annotations can be mapped to, by the name that `kd prepare --classes` has for it."""
+"""Taxonomies to which annotations can be mapped, by their names in `kd prepare --classes`."""
 
 CODES: dict[str, dict[str, tuple[str, str]]] = {
     "consep": {
@@ -41,27 +42,29 @@ CODES: dict[str, dict[str, tuple[str, str]]] = {
         "epithelial": ("epithelial", "epithelial"),
     },
 }
-"""Source → its classes in the order of their codes from 1 → the name among CONSEP's and among PANNUKE's classes.
+"""Source → its classes in the order of their codes from 1 on → their names in CONSEP and in PANNUKE.
 
-To CONSEP as HoVerNet merges (Graham et al. 2019, section 4.1). An empty name: the taxonomy has no class for it, so such
-nuclei teach no class. CoNSeP's `other` (dead, dividing, unclear) is none of PANNUKE's classes. MoNuSAC's epithelial
-nuclei are benign and malignant alike, which PANNUKE tells apart; its macrophages are outlined as whole cells. Types of
-sources that are not listed are not read."""
+The mapping to CONSEP is HoVerNet's (Graham et al. 2019, section 4.1). An empty name means that the taxonomy has no such
+class; nothing is learned about the class of these nuclei. CoNSeP's `other` (dead, dividing, unclear) is none of
+PANNUKE's classes. MoNuSAC's epithelial nuclei are benign or malignant, which are two classes in PANNUKE; its
+macrophages are outlined as whole cells. Types of sources that are not listed are not read."""
 
 PARTIAL = frozenset({"monusac", "nucls"})
-"""Sources that outline only some of the nuclei: MoNuSAC four cell types and nothing else, NuCLS not all, and many as
-rectangles. What they leave out is not background, so they teach classes alone. A prediction without a partner may be
-right there, so Dice, AJI, PQ, F_d and precision have no meaning; the recall of the outlined nuclei and the accuracy of
-their types do."""
+"""Sources that outline only some of the nuclei: MoNuSAC only four cell types, NuCLS a selection, many as rectangles.
+
+Their other pixels may be nuclei, so they are used to train classes only. A prediction without an annotated partner may
+be correct, so Dice, AJI, PQ, F_d and precision are meaningless, but not the recall of the outlined nuclei and the
+accuracy of their types."""
 
 
 def fully_annotated(samples: Iterable[Sample]) -> list[Sample]:
-    """Return the samples of sources that outline every nucleus: only these can be scored by PQ."""
+    """Return the samples of sources that outline every nucleus; only these can be scored with PQ."""
     return [sample for sample in samples if sample.source not in PARTIAL]
 
 
 def classes_by_source(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, list[str]]:
-    """Return for each class of `taxonomy` which of the sources teach it; nothing if it is not one of TAXONOMIES."""
+    """Return for each class of `taxonomy` the sources with annotated nuclei of this class; nothing for other classes than
+    those of TAXONOMIES."""
     if taxonomy not in TAXONOMIES.values():
         return {}
     column = list(TAXONOMIES.values()).index(taxonomy)
@@ -70,9 +73,10 @@ def classes_by_source(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, l
 
 
 def class_ids(codes: NDArray[np.integer], source: str, taxonomy: Taxonomy, where: str) -> NDArray[np.uint8] | None:
-    """Class codes (y, x) of a source, 0 = background → ids (y, x) uint8 of `taxonomy`, one of TAXONOMIES.
+    """Return the class ids (y, x) uint8 in `taxonomy`, one of TAXONOMIES, of a source's class codes (y, x).
 
-    None where the source's codes are not known. Raises InputError, naming `where`, for a code that is none of them.
+    0 is background in both; nuclei without a class in `taxonomy` are 0, too. Returns None if the meaning of the
+    source's codes is unknown. Raises InputError, naming `where`, if a code is not one of the source's.
     """
     names = CODES.get(source)
     if names is None:
@@ -81,7 +85,7 @@ def class_ids(codes: NDArray[np.integer], source: str, taxonomy: Taxonomy, where
     if low < 0 or high > len(names):
         raise InputError(
             f"{where}: class code {high if low >= 0 else low} is not one of {source}'s, which are 1 to {len(names)} "
-            f"({', '.join(names)})"
+            f"({', '.join(names)}); correct it"
         )
     column = list(TAXONOMIES.values()).index(taxonomy)
     ids = {c.name: c.id for c in taxonomy.nuclei} | {"": 0}

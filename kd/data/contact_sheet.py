@@ -1,6 +1,6 @@
-"""A contact sheet: some of the images with their annotations drawn on them, to check that the two fit.
+"""Contact sheet: some of the images with their annotations drawn on them, for a check by eye.
 
-It shows at a glance a wrong axis order, a shifted mask or swapped classes, which no count does.
+It reveals a wrong axis order, a shifted mask or swapped classes, which counts do not.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from kd.data.samples import Sample
 from kd.panels import UNTYPED, outlined
 
 PICTURES, COLUMNS = 24, 6
+"""Largest number of pictures, and of pictures per row."""
 SIDE = 256
-"""Side in pixels of the central part of each image that is shown."""
+"""Side in pixels of the central part of an image that is shown."""
 ZOOM = 2
 """Magnification of the pictures before contours are drawn, so that these hide less of the nuclei."""
 _FONT, _SIZE, _LINE = cv2.FONT_HERSHEY_SIMPLEX, 0.5, 22
 
 
 class ContactSheet:
-    """Draws PICTURES of the samples, chosen at random; the same samples give the same sheet."""
+    """Contact sheet of up to PICTURES random samples; the same samples give the same sheet."""
 
     def __init__(self, taxonomy: Taxonomy) -> None:
         self._taxonomy = taxonomy
@@ -36,7 +37,7 @@ class ContactSheet:
         self._random = np.random.default_rng(0)
 
     def add(self, sample: Sample) -> None:
-        """Choose the sample with the same chance as every other one."""
+        """Add a sample to those from which the sheet is drawn at random, all with the same probability."""
         index, self._seen = self._seen, self._seen + 1
         if index >= PICTURES:
             drawn = int(self._random.integers(index + 1))
@@ -46,7 +47,10 @@ class ContactSheet:
         self._kept[index] = draw(sample, self._taxonomy)
 
     def write(self, path: Path) -> None:
-        """Write the sheet as a PNG, in the order of the samples. Raises InputError if the file cannot be written."""
+        """Write the sheet as a PNG, in the order of the samples. At least one must have been added.
+
+        Raises InputError if the file cannot be written.
+        """
         pictures = [self._kept[index] for index in sorted(self._kept)]
         columns = min(COLUMNS, len(pictures))
         blank = np.full_like(pictures[0], 255)
@@ -71,9 +75,9 @@ class ContactSheet:
 
 
 def draw(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
-    """Return a picture (y, x, 3) uint8 RGB of the centre of a sample, magnified, with a caption of two lines.
+    """Return a picture (y, x, 3) uint8 RGB of the magnified centre of a sample, with a caption of two lines.
 
-    Contours have the colours of the classes. Pictures of all samples have the same size.
+    Nuclei are outlined in the colours of their classes. The pictures of all samples have the same size.
     """
     height, width = (min(SIDE, extent) for extent in sample.instances.shape)
     y, x = (sample.instances.shape[0] - height) // 2, (sample.instances.shape[1] - width) // 2

@@ -1,4 +1,4 @@
-"""Read annotated images for training and evaluation, from a cache that `kd prepare` wrote or an instance folder."""
+"""Annotated images for training and evaluation, read from a cache of `kd prepare` or from an instance folder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from kd.data.samples import MPP, Data, Sample
 __all__ = ["MPP", "Data", "Sample", "folds_of", "read_data", "taxonomy_of"]
 
 MAY_BE_EMPTY = ("train", "val", "test")
-"""Folds that may be requested even if the data does not have them."""
+"""Folds that may be requested even if the data does not contain them."""
 
 
 def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = None) -> Data:
-    """Read the images of the given folds and sources (None: all), fold by fold in the data's order.
+    """Return the images of the given folds and sources (None: all), fold by fold in the order of the data.
 
-    `path`: a cache (.zarr or .npz), or an instance folder, whose splits are the folds and whose types are mapped to
-    CoNSeP's merged classes. The folds train, val and test may be empty or absent. Raises InputError if another fold or
-    a source does not exist, or a file is missing, unreadable, damaged or inconsistent with the others.
+    `path`: a cache (.zarr or .npz), or an instance folder (with dataset.csv), whose splits are the folds and whose
+    types are mapped to CoNSeP's merged classes. The folds train, val and test may be empty or absent. Raises InputError
+    if another fold or a source does not exist, or if a file is missing, unreadable, corrupted or inconsistent with
+    others.
     """
     wanted, named = list(folds), None if sources is None else set(sources)
     data = _open(path)
@@ -36,12 +37,15 @@ def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = 
 
 
 def folds_of(path: Path) -> list[str]:
-    """Return the folds of the data at `path` (as for `read_data`), in the order in which they appear."""
+    """Return the folds of the data at `path` (as for `read_data`), in the order in which they appear.
+
+    Raises InputError if the data cannot be read.
+    """
     return _open(path).folds
 
 
 def taxonomy_of(path: Path) -> Taxonomy:
-    """Return the classes of the data at `path` (as for `read_data`)."""
+    """Return the classes of the data at `path` (as for `read_data`). Raises InputError if it cannot be read."""
     data = _open(path)
     return data.taxonomy if isinstance(data, Cache) else CONSEP
 
@@ -52,6 +56,6 @@ def _open(path: Path) -> Cache | InstanceFolder:
     if not (path / TABLE).is_file():
         raise InputError(
             f"{path / TABLE} is missing; give a folder with dataset.csv, images and labels, or a .zarr or .npz that "
-            "`hover-batch kd prepare` makes of other data"
+            "`hover-batch kd prepare` has written"
         )
     return InstanceFolder(path)

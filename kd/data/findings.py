@@ -1,4 +1,4 @@
-"""Counts and oddities of annotated images, for the table and the warnings of `kd prepare`."""
+"""Counts and irregularities of annotated images, for the table and the warnings of `kd prepare`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from kd.data.pieces import pieces_of
 from kd.data.samples import Sample
 
 PUBLISHED_FOLDS = {"pannuke": ("1", "2", "3")}
+"""Folds of sources with a published cross-validation."""
 _LISTED = 5
-"""Number of images in several folds that are named."""
+"""Largest number of images in several folds that are listed by name."""
 
 
 @dataclass
@@ -22,18 +23,20 @@ class Part:
     """Counts of one source in one fold."""
 
     images: int = 0
+    """Number of images."""
     nuclei: int = 0
+    """Number of nuclei."""
     by_class: Counter[int] = field(default_factory=Counter)
-    """Nuclei by class id, 0 = without a class; only of images with annotated types."""
+    """Number of nuclei by class id, 0 = without a class; only for images with annotated types."""
 
 
 class Findings:
-    """Counts over samples whose types are of `taxonomy`."""
+    """Counts and irregularities of samples with types in `taxonomy`."""
 
     def __init__(self, taxonomy: Taxonomy) -> None:
         self.taxonomy = taxonomy
         self.parts: dict[tuple[str, str], Part] = defaultdict(Part)
-        """By source and fold."""
+        """Counts by source and fold."""
         self.unread_types: list[str] = []
         """Sources whose types were not read."""
         self._odd: Counter[str] = Counter()
@@ -41,7 +44,7 @@ class Findings:
         """image_sha256 → fold → the image's id there."""
 
     def add(self, sample: Sample) -> None:
-        """Count one image."""
+        """Add one image to the counts."""
         part = self.parts[sample.source, sample.fold]
         part.images += 1
         self._folds_of_image[sample.image_sha256][sample.fold] = sample.id
@@ -56,22 +59,22 @@ class Findings:
         np.add.at(votes, (row, sample.types[inside]), 1)
         part.by_class.update(votes.argmax(axis=1).tolist())
         self._odd["nuclei have pixels of several classes"] += int(((votes > 0).sum(axis=1) > 1).sum())
-        self._odd["typed pixels are on no nucleus"] += int(np.count_nonzero(sample.types[~inside]))
+        self._odd["typed pixels are outside nuclei"] += int(np.count_nonzero(sample.types[~inside]))
 
     def warnings(self) -> list[str]:
-        """Return a sentence for each oddity that a user may want to correct; none of them is an error."""
-        lines = [f"{n:,} {what}; kept as they are" for what, n in self._odd.items() if n]
+        """Return one sentence for each irregularity that a user may want to correct; none of them is an error."""
+        lines = [f"{n:,} {what}; not changed" for what, n in self._odd.items() if n]
         if self.unread_types:
             lines.append(
-                f"the types of {', '.join(self.unread_types)} are not read, because the meaning of their codes is only "
-                f"known for {', '.join(CODES)}"
+                f"the types of {', '.join(self.unread_types)} are not read, because the meaning of codes is known "
+                f"only for {', '.join(CODES)}"
             )
         if unclassed := sum(part.by_class[0] for part in self.parts.values()):
             lines.append(f"{unclassed:,} nuclei have none of the classes of {self.taxonomy.name}; their type is 0")
         shared = [folds for folds in self._folds_of_image.values() if len(folds) > 1]
         for folds in shared[:_LISTED]:
             listed = ", ".join(f"{fold}: {name}" for fold, name in folds.items())
-            lines.append(f"the same image is in several folds ({listed}); scores on it are too good")
+            lines.append(f"the same image is in several folds ({listed}); its scores are too good; keep it in one")
         if len(shared) > _LISTED:
             lines.append(f"{len(shared) - _LISTED:,} more images are in several folds")
         for source, published in PUBLISHED_FOLDS.items():
@@ -81,6 +84,6 @@ class Findings:
         folds_there = {fold for _, fold in self.parts}
         if "train" in folds_there and "val" not in folds_there:
             lines.append(
-                "there is no fold val, which training calibrates on; --val makes one of CoNSeP's training tiles"
+                "there is no fold val, which training needs for validation; --val takes it from CoNSeP's tiles"
             )
         return lines

@@ -1,4 +1,4 @@
-"""Connected pieces of annotated nuclei."""
+"""Connected components of annotated nuclei."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from skimage.measure import label
 
 
 def pieces_of(instances: NDArray[np.int32], smallest: int = 1) -> NDArray[np.int64]:
-    """Return the number of pieces (n,) of each nucleus in (y, x), in the order of their ids.
+    """Return the number of connected pieces (n,) int64 of each of the n nuclei, in the order of their ids.
 
-    Pixels that touch at a corner are connected. Pieces of fewer than `smallest` pixels are not counted.
+    `instances`: (y, x) int32 ids, 0 = background. Pixels that touch at a corner are connected. Pieces with fewer than
+    `smallest` pixels are not counted.
     """
     components, n = label(instances, connectivity=2, return_num=True)  # type: ignore[no-untyped-call]  # skimage's
     id_of = np.zeros(n + 1, np.int32)

@@ -1,4 +1,4 @@
-"""The pixel size of annotated images, which a model must share."""
+"""Check that a model is for the pixel size of the annotated images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_pixel_size(card: Card, where: str) -> None:
-    """Raise InputError, naming `where` (the option and its value), if the model is for pixels of another size."""
+    """Raise InputError, naming `where` (the option and its value), if the model is not for pixels of MPP ± 2 %."""
     if not math.isclose(card.mpp, MPP, rel_tol=0.02):
         raise InputError(
             f"{where}: is for pixels of {card.mpp:g} µm, but the annotated images have {MPP} µm; give another model"

@@ -1,4 +1,4 @@
-"""Annotated images of all known layouts → one cache, with a contact sheet and what is to be known of them."""
+"""Preparation of annotated images: read all known layouts, and write one cache and a contact sheet."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from kd.data.layouts.folder import InstanceFolder
 from kd.data.samples import Sample
 
 Watch = Callable[[Iterable[Sample], int], Iterable[Sample]]
-"""(samples, their number) → the same samples, while progress is shown."""
+"""Function from samples and their number to the same samples, which shows progress while they are iterated."""
 
 
 def prepare(folders: Sequence[Path], out: Path, sheet: Path, classes: str | None, val: int, watch: Watch) -> Findings:
-    """Write the images of all folders to the cache `out` and some of them to the contact sheet `sheet`.
+    """Write the images of all folders to the cache `out` and some of them to the PNG `sheet`; return their counts.
 
-    `classes`: a name in TAXONOMIES; None: PanNuke's if a folder has them, else CoNSeP's. `val`: number of CoNSeP's
-    training tiles that become the fold val. `watch`: wraps the samples to show progress. One image at a time is in
-    memory. Returns counts and warnings. Raises InputError if a folder or an image is faulty; `out` is then unchanged.
+    `classes`: name in TAXONOMIES of the classes to map types to; None: pannuke if a folder has PanNuke's types, else
+    consep. `val`: number of CoNSeP's last training tiles to use as fold val. `watch`: shows progress. Only one image at
+    a time is in memory. Raises InputError if a folder or an image cannot be read, or a file cannot be written; `out` is
+    unchanged unless only the contact sheet could not be written.
     """
     layouts = [recognise(folder, val) for folder in folders]
     if val and not any(isinstance(layout, Consep) for layout in layouts):
-        raise InputError(f"--val {val}: applies to CoNSeP (Train, Test), and none of the folders is one; leave it out")
+        raise InputError(f"--val {val}: is for CoNSeP (Train, Test), but none of the folders is CoNSeP; leave it out")
     if not sheet.parent.is_dir():
-        raise InputError(f"--sheet {sheet}: the folder {sheet.parent} does not exist; make it first")
+        raise InputError(f"--sheet {sheet}: the folder {sheet.parent} does not exist; create it first")
     taxonomy = _taxonomy(classes, layouts)
     findings, pictures = Findings(taxonomy), ContactSheet(taxonomy)
     with writing(out, taxonomy) as cache:
@@ -40,7 +41,7 @@ def prepare(folders: Sequence[Path], out: Path, sheet: Path, classes: str | None
             findings.add(sample)
             pictures.add(sample)
         if not findings.parts:
-            raise InputError(f"{', '.join(map(str, folders))}: no image found; give folders with annotated images")
+            raise InputError(f"{', '.join(map(str, folders))}: no images found; give folders with annotated images")
     findings.unread_types = [s for layout in layouts if isinstance(layout, InstanceFolder) for s in layout.unread_types]
     pictures.write(sheet)
     return findings
@@ -50,7 +51,7 @@ def _taxonomy(classes: str | None, layouts: Sequence[Layout]) -> Taxonomy:
     if classes is None:
         classes = "pannuke" if any(layout.classes == "pannuke" for layout in layouts) else "consep"
     if classes not in TAXONOMIES:
-        raise InputError(f"--classes {classes}: give one of {', '.join(TAXONOMIES)}")
+        raise InputError(f"--classes {classes}: unknown; give one of {', '.join(TAXONOMIES)}")
     return TAXONOMIES[classes]
 
 

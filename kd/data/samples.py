@@ -1,4 +1,4 @@
-"""An annotated image, and lists of them, independent of the layout that they were read from."""
+"""Annotated images, independent of the layout that they were read from."""
 
 from __future__ import annotations
 
@@ -21,35 +21,38 @@ SHA_DIGITS = 16
 
 @dataclass(frozen=True)
 class Sample:
-    """One annotated image.
-
-    `image`: (y, x, 3) uint8 RGB. `instances`: (y, x) int32, 0 = background. `types`: (y, x) uint8 class ids of the
-    data's taxonomy, or None if the source annotates no types; 0 on a nucleus means that the taxonomy has no class for
-    it. `group`: patient or slide; empty if unknown.
-    """
+    """One annotated image with pixels of MPP."""
 
     id: str
+    """Id, unique in a data set."""
     source: str
+    """Data set that the image is from."""
     group: str
+    """Patient or slide; empty if unknown."""
     image: NDArray[np.uint8]
+    """Image (y, x, 3) uint8 RGB."""
     instances: NDArray[np.int32]
+    """Ids of nuclei (y, x) int32, 0 = background."""
     types: NDArray[np.uint8] | None
+    """Class ids (y, x) uint8 in the taxonomy of the data, 0 on nuclei without a class; None if types are not
+    annotated."""
     tissue: str = ""
+    """Tissue; empty if unknown."""
     fold: str = ""
     """train, val, test, or the number of a published fold."""
 
     @cached_property
     def image_sha256(self) -> str:
-        """SHA-256 of shape and pixels, which identifies an image independent of its name and file format."""
+        """SHA-256 of shape and pixels, which identifies an image independently of its name and file format."""
         digest = hashlib.sha256(f"{self.image.shape}".encode())
         digest.update(np.ascontiguousarray(self.image).tobytes())
         return digest.hexdigest()
 
 
 def renumbered(instances: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return instances (y, x) with ids from 1 on if an id needs more than 16 bits, else unchanged.
+    """Return instances (y, x) int32 with ids renumbered from 1 on if an id needs more than 16 bits, else unchanged.
 
-    Training has a table row for every id up to the largest, and warps labels as float32, which is exact up to 2^24.
+    Training has a table row for every id up to the largest, and warps ids as float32, which is exact only up to 2^24.
     """
     if instances.max(initial=0) <= np.iinfo(np.uint16).max:
         return instances
@@ -57,7 +60,7 @@ def renumbered(instances: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 def truth_sha256(samples: Iterable[Sample]) -> str:
-    """Return the SHA-256 of all instances and types, in order."""
+    """Return the SHA-256 of the instances and types of all samples, in order, as hexadecimal digits."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(np.ascontiguousarray(sample.instances).tobytes())
@@ -66,7 +69,10 @@ def truth_sha256(samples: Iterable[Sample]) -> str:
 
 
 def hashes_of(samples: Iterable[Sample]) -> list[str]:
-    """Return image hashes as stored in a model card: the first SHA_DIGITS of each `image_sha256`, sorted."""
+    """Return the image hashes as stored in a model card, sorted and without duplicates.
+
+    A hash is the first SHA_DIGITS digits of `image_sha256`.
+    """
     return sorted({sample.image_sha256[:SHA_DIGITS] for sample in samples})
 
 
@@ -75,4 +81,6 @@ class Data:
     """Annotated images, and the taxonomy of their types."""
 
     taxonomy: Taxonomy
+    """Taxonomy of the types."""
     samples: list[Sample]
+    """Annotated images."""

@@ -1,4 +1,4 @@
-"""File formats of a cache: a zarr group of ragged arrays, or a zip of .npy files."""
+"""File formats of a cache: a zarr group with the pixels of all images in a row, or a zip of .npy files."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHUNK = 1 << 20
-"""Pixels in a chunk of the zarr arrays."""
+"""Number of pixels in a chunk of the zarr arrays."""
 
 ARRAYS = {"image": (np.uint8, (3,)), "instances": (np.int32, ()), "types": (np.uint8, ())}
-"""Name → dtype, and shape of one pixel."""
+"""Name of an array → its dtype, and the shape of one pixel."""
 
 Arrays = dict[str, NDArray[Any]]
-"""Arrays of one image by the names of ARRAYS: (y, x, …)."""
+"""Arrays (y, x, …) of one image, by the names in ARRAYS."""
 
 
 class Store(Protocol):
-    """Images are appended in order, then `finish` writes the header. They are read in any order."""
+    """Storage of a cache. Images are appended in order, then `finish` writes the header; they are read in any order."""
 
     @property
     def header(self) -> dict[str, Any]:
-        """The header that `finish` wrote; empty if there is none."""
+        """Header that `finish` wrote; empty if there is none."""
 
     def append(self, i: int, arrays: Arrays) -> None:
         """Append image `i`, the next one."""
@@ -35,14 +35,14 @@ class Store(Protocol):
         """Write the header and close the store."""
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
-        """Return image `i`, whose shape is (y, x), and before which `offset` pixels are stored."""
+        """Return image `i` with this (y, x) shape. `offset`: number of pixels of all images before it."""
 
 
 class ZarrStore:
-    """A zarr group.
+    """Storage in a zarr group.
 
-    Appended images are buffered until they fill whole chunks. The last chunk read is kept, because patches are smaller
-    than chunks and are read one after the other.
+    Appended images are buffered until they fill whole chunks. The last chunk that was read is kept in memory, because
+    patches are smaller than chunks and are read one after the other.
     """
 
     def __init__(self, group: Any) -> None:
@@ -53,6 +53,7 @@ class ZarrStore:
 
     @classmethod
     def create(cls, path: Path) -> ZarrStore:
+        """Create an empty group at `path`, which replaces any other."""
         import zarr
         from zarr.codecs import ZstdCodec
 
@@ -70,15 +71,18 @@ class ZarrStore:
 
     @classmethod
     def open(cls, path: Path) -> ZarrStore:
+        """Open the group at `path` for reading. Errors of zarr propagate."""
         import zarr
 
         return cls(zarr.open_group(path, mode="r"))
 
     @property
     def header(self) -> dict[str, Any]:
+        """Header that `finish` wrote."""
         return dict(self._group.attrs)
 
     def append(self, i: int, arrays: Arrays) -> None:
+        """Append image `i`, the next one, to the buffer, and write whole chunks."""
         self._buffer.append({name: a.reshape(-1, *ARRAYS[name][1]) for name, a in arrays.items()})
         if sum(len(a["instances"]) for a in self._buffer) >= CHUNK:
             self._write(whole_chunks=True)
@@ -95,11 +99,13 @@ class ZarrStore:
         self._buffer = [{name: values[n:] for name, values in joined.items()}]
 
     def finish(self, header: dict[str, Any]) -> None:
+        """Write the rest of the buffer, and the header as attributes of the group."""
         if self._buffer:
             self._write(whole_chunks=False)
         self._group.attrs.put(header)
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
+        """Return the arrays of the image with this (y, x) shape, which begins at pixel `offset`."""
         stop = offset + math.prod(shape)
         return {
             name: np.concatenate(
@@ -118,32 +124,38 @@ class ZarrStore:
 
 
 class NpzStore:
-    """A zip of .npy files, readable with `np.load`."""
+    """Storage in a zip of .npy files, readable with `np.load`."""
 
     def __init__(self, zip: zipfile.ZipFile) -> None:
         self._zip = zip
 
     @classmethod
     def create(cls, path: Path) -> NpzStore:
+        """Create an empty file at `path`, which replaces any other."""
         return cls(zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1))
 
     @classmethod
     def open(cls, path: Path) -> NpzStore:
+        """Open the file at `path` for reading. Errors of zipfile propagate."""
         return cls(zipfile.ZipFile(path))
 
     @property
     def header(self) -> dict[str, Any]:
+        """Header that `finish` wrote."""
         return dict(json.loads(self._load("header").tobytes()))
 
     def append(self, i: int, arrays: Arrays) -> None:
+        """Write the arrays of image `i`."""
         for name, array in arrays.items():
             self._save(f"{name}/{i}", array)
 
     def finish(self, header: dict[str, Any]) -> None:
+        """Write the header, and close the file."""
         self._save("header", np.frombuffer(json.dumps(header).encode(), np.uint8))
         self._zip.close()
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
+        """Return the arrays of image `i`."""
         return {name: self._load(f"{name}/{i}") for name in ARRAYS}
 
     def _save(self, name: str, array: NDArray[Any]) -> None:

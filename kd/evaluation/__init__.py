@@ -1,1 +1,1 @@
-"""Scores against annotated nuclei, calibration and published tables."""
+"""Scores against annotated nuclei, calibration of Sobel constants, and tables of published scores."""

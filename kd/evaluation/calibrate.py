@@ -1,10 +1,10 @@
-"""Search for the four Sobel constants of a model that give the best panoptic quality on annotated images.
+"""Search for the four Sobel constants of a model with the best panoptic quality on annotated images.
 
-HoVerNet's reference scales its Sobel maps by the extremes of the current window, so its nuclei depend on the position
-of windows. With constants they do not. What matters is one number in each direction: the Sobel sum above which a pixel
-is in the smooth inside of a nucleus and becomes a marker. (The scale itself only orders the flooding: between 0.03 and
-1 times the medians, PQ changes by 0.001.) The *cut* is this number as a share of the median, over the images, of the
-window's minimum. The reference's cut is about -0.06; a higher one splits fewer nuclei.
+HoVerNet's reference implementation scales its Sobel maps by their minimum and maximum in the current window, so its
+nuclei depend on the positions of windows. With constants they do not. Only one number in each direction matters: the
+Sobel value above which a pixel is in the smooth interior of a nucleus and becomes a marker. (The scale only decides the
+order of flooding: between 0.03 and 1 times the medians, PQ changes by 0.001.) The *cut* is this value divided by the
+median, over images, of the window's minimum. The reference's cut is about -0.06; higher cuts split fewer nuclei.
 """
 
 from __future__ import annotations
@@ -28,95 +28,108 @@ from kd.evaluation.evaluate import MapsOf, true_nuclei
 from kd.evaluation.variants import Numbers, extremes, from_stored, instances_by
 
 CUTS = (-0.1, -0.05, 0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
+"""Cuts to try."""
 F_D_MARGIN = 0.005
-"""Loss of mean F_d, against the best cut, up to which a cut may be chosen. PQ rewards good outlines of the nuclei that
-are found, and alone would choose a cut that merges one in ten; but the counts matter most in the tables."""
+"""Largest loss of mean F_d, compared with the cut of the best F_d, with which a cut may be chosen. PQ rewards good
+outlines of detected nuclei and would choose a cut that merges one nucleus in ten, but tables need correct counts."""
 OTHERS = (
     *(Numbers(nucleus=p) for p in (0.4, 0.45, 0.55, 0.6)),
     *(Numbers(sobel=size) for size in (15, 27)),
     *(Numbers(opening=diameter) for diameter in (0, 3, 7)),
 )
-"""Other values for the numbers of HoVerNet's post-processing. The marker threshold is not among them, because changing
-it is the same as changing the cut."""
+"""Other values of HoVerNet's post-processing parameters to try. The marker threshold is not among them, because
+changing it has the same effect as changing the cut."""
 
 Planes = NDArray[np.uint8]
-"""(3, y, x): np, h, v as stored."""
+"""Stored np, h and v of an image, (3, y, x) uint8."""
 Predicted = list[tuple[Sample, Planes]]
+"""Samples with their predicted planes."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Scores of one setting by source: PQ as mean over images; F_d and the count over all nuclei.
+    """Scores of one setting of the post-processing, by source.
 
-    F_d pairs as `match_centroids` does, since the pairs of HoVerNet's reference change abruptly with small differences.
+    F_d uses the pairs of `match_centroids`, because the pairs of HoVerNet's reference change abruptly with small
+    differences.
     """
 
     norm: str
-    """fixed, or window: each image by its own extremes, like the reference; for comparison only, never chosen."""
+    """Scaling of the Sobel maps: fixed (constants), or window (extremes of each image, for comparison only)."""
     cut: float | None
-    """None for window."""
+    """Cut of the constants; None for window."""
     pq: dict[str, float]
+    """Mean PQ over the images of a source."""
     f_d: dict[str, float]
+    """F_d over all nuclei of a source."""
     count: dict[str, float]
-    """Nuclei found divided by nuclei annotated."""
+    """Number of predicted nuclei divided by number of annotated nuclei."""
 
     @property
     def mean_pq(self) -> float:
-        """Unweighted mean over the sources."""
+        """Unweighted mean of PQ over the sources."""
         return mean_defined(self.pq.values())
 
     @property
     def mean_f_d(self) -> float:
-        """Unweighted mean over the sources."""
+        """Unweighted mean of F_d over the sources."""
         return mean_defined(self.f_d.values())
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The chosen constants, their cut, the medians that it is a share of, and all trials."""
+    """Result of a search."""
 
     constants: SobelConstants
+    """Chosen constants."""
     cut: float
+    """Cut of the chosen constants."""
     medians: SobelConstants
+    """Medians over the images of each image's extremes, which the cut refers to."""
     trials: tuple[Trial, ...]
+    """Scores of all settings that were tried: first `window`, then each cut."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the search for the model card, which holds the constants in another place."""
+        """Return the cut, medians and trials as JSON values for the card, which stores the constants separately."""
         return {"cut": self.cut, "medians": self.medians.to_json(), "trials": [asdict(t) for t in self.trials]}
 
 
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
-    """Return each sample with its stored np, h and v (3, y, x) uint8, predicted by `maps_of`."""
+    """Return each sample with its np, h and v, stored planes (3, y, x) uint8, as predicted by `maps_of`."""
     stored = [MapLayout.NP, MapLayout.H, MapLayout.V]
     return [(s, np.ascontiguousarray(maps_of(s.image)[stored])) for s in samples]
 
 
 def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] = CUTS) -> Calibration:
-    """Predict the images of `samples` by `maps_of`, then `search`."""
+    """Predict the images of `samples` with `maps_of`, and return the result of `search` on them.
+
+    Raises InputError as `search` does.
+    """
     return search(predict_all(maps_of, samples), cuts)
 
 
 def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
-    """Choose the cut of the best mean PQ among those whose mean F_d is within F_D_MARGIN of the best.
+    """Return the constants with the best mean PQ among the cuts whose mean F_d is within F_D_MARGIN of the best F_d.
 
-    Of equal cuts the lowest is chosen. Raises InputError if there is no nucleus at all, which leaves PQ undefined.
+    If several cuts are equal, the lowest is chosen. Raises InputError if there are neither annotated nor predicted
+    nuclei, because PQ is then undefined.
     """
     middle = medians([SobelConstants.of_window(h, v) for _, (_, h, v) in predicted])
     window = trial(predicted, None, None)
     fixed = [trial(predicted, cut, placed(middle, cut)) for cut in sorted(cuts)]
-    most = max((t.mean_f_d for t in fixed), default=np.nan)
-    allowed = [t for t in fixed if t.mean_f_d >= most - F_D_MARGIN]
+    best_f_d = max((t.mean_f_d for t in fixed), default=np.nan)
+    allowed = [t for t in fixed if t.mean_f_d >= best_f_d - F_D_MARGIN]
     if not allowed or np.isnan(allowed[0].mean_pq):
         raise InputError(
-            "calibration needs annotated nuclei, but neither the images nor the predictions hold any; give other images"
+            "calibration needs annotated nuclei, but neither annotations nor predictions have any; give other images"
         )
     best = max(allowed, key=lambda t: t.mean_pq)
-    assert best.cut is not None  # only a window has no cut
+    assert best.cut is not None  # only `window` has no cut
     return Calibration(placed(middle, best.cut), best.cut, middle, (window, *fixed))
 
 
 def placed(medians: SobelConstants, cut: float) -> SobelConstants:
-    """Return constants as far apart as the medians, shifted so that the marker threshold is `cut` times the minimum."""
+    """Return the medians, shifted so that the marker threshold is at `cut` times the minimum, in each direction."""
 
     def moved(low: float, high: float) -> tuple[float, float]:
         start = cut * low - (1 - MARKER_ENERGY) * (high - low)
@@ -126,21 +139,25 @@ def placed(medians: SobelConstants, cut: float) -> SobelConstants:
 
 
 def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
-    """Return the median of each constant."""
+    """Return the median of each of the four constants over `windows`, which must not be empty."""
     names = windows[0].to_json()
     return SobelConstants(**{name: float(np.median([w.to_json()[name] for w in windows])) for name in names})
 
 
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
-    """Score the instances that a slide would get; `constants` None: by each image's own extremes."""
+    """Return the scores of the post-processing of slides with these constants; None: the extremes of each image.
+
+    `cut`: the cut of the constants, which is recorded only.
+    """
     scores = _scores(predicted, lambda planes: instances_of(planes, constants))
     return Trial("window" if constants is None else "fixed", cut, *scores)
 
 
 def try_others(predicted: Predicted, cut: float) -> dict[str, Trial]:
-    """Try OTHERS at this cut, and HoVerNet's own numbers by the same slow steps; keys are such as 'nucleus 0.4'.
+    """Return the scores with each of OTHERS at this cut, by a name such as "nucleus 0.4".
 
-    Medians are computed anew for each Sobel kernel, because its sums differ.
+    The entry "as they are" has HoVerNet's own parameters in the same, slow implementation. The medians are computed for
+    each Sobel kernel, because their values depend on its size.
     """
     found = {}
     standard = Numbers()

@@ -1,7 +1,7 @@
-"""From a network and annotated images to scores, by source: Dice, AJI, PQ, detection and class F1.
+"""Scores of a network on annotated images, by source: Dice, AJI, PQ, detection and class F1.
 
-Everything is computed from stored maps (`hover_batch.model.heads.MapLayout`), by the post-processing that slides go
-through, so that these are the scores of what users get.
+Scores are computed from stored maps (`hover_batch.model.heads.MapLayout`) with the post-processing of slides, so they
+are valid for the tables that `segment` writes.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from kd.evaluation.scores import ImageScores, SourceScores, pooled
 from kd.evaluation.shifts import UNCHANGED, Shift
 
 MapsOf = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-"""RGB (y, x, 3) uint8 → the stored maps (plane, y, x) uint8 of the same pixels."""
+"""Function from an image (y, x, 3) uint8 RGB to the stored maps (plane, y, x) uint8 of the same pixels."""
 
 MOST_DISTANCES = 10**8
-"""Between annotated and predicted nuclei of an image; these take 3 GB, and minutes to assign."""
+"""Largest number of annotated × predicted nuclei of an image; their distances take 3 GB, and minutes to assign."""
 
 
 def evaluate(
@@ -50,11 +50,11 @@ def evaluate(
     min_area_px: int = PostSettings.min_area_px,
     shift: Shift = UNCHANGED,
 ) -> list[SourceScores]:
-    """Score the maps that `maps_of` gives for each sample's image, source by source in the order of appearance.
+    """Return the scores of the maps that `maps_of` predicts, by source in the order of appearance.
 
-    `constants`: of the Sobel maps, or None to normalise each image by its own extremes, as the reference does.
-    `min_area_px`: predicted nuclei of fewer pixels are dropped. `shift`: a change of each sample before it is scored.
-    Raises InputError where an image holds too many nuclei.
+    `constants`: Sobel constants; None: scale by the extremes of each image, as HoVerNet's reference does. `taxonomy`:
+    classes of both the samples and the maps. `min_area_px`: drop predicted nuclei with fewer pixels. `shift`: change of
+    each sample before prediction. Raises InputError if an image has too many nuclei to pair.
     """
     by_source: dict[str, list[ImageScores]] = {}
     for sample in samples:
@@ -73,8 +73,11 @@ def evaluate_data(
     min_area_px: int = PostSettings.min_area_px,
     shift: Shift = UNCHANGED,
 ) -> list[SourceScores]:
-    """As `evaluate`, for a model whose classes may be others than the data's: each source is scored by the classes that
-    both have (`kd.evaluation.remap`). Raises InputError, before anything is predicted, where these are not known.
+    """Return the scores as `evaluate` does, for a model whose classes may differ from those of the data.
+
+    `model`: classes of the model. Each source is scored in the classes that data and model have in common (see
+    `kd.evaluation.remap`). Raises InputError, before anything is predicted, if these are unknown for a source; and if
+    an image has too many nuclei to pair.
     """
     remaps = remaps_of(data, model)
     scores = []
@@ -96,14 +99,17 @@ def _remapped(maps_of: MapsOf, remap: Remap, image: NDArray[np.uint8]) -> NDArra
 
 
 def _score(sample: Sample, found: NDArray[np.int32], nuclei: Nuclei, taxonomy: Taxonomy, mpp: float) -> ImageScores:
-    """`found` (y, x), `nuclei`: the predicted ones; `mpp`: pixel size in µm of the sample."""
+    """Return the scores of one image.
+
+    `found`: predicted instances (y, x); `nuclei`: their measurements; `mpp`: pixel size of the sample in µm.
+    """
     n_types = len(taxonomy.classes)
     true_xy, true_types = true_nuclei(sample, n_types)
     pred_xy = np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1)
     if len(true_xy) * len(pred_xy) > MOST_DISTANCES:
         raise InputError(
             f"{sample.id} of {sample.source}: {len(true_xy):,} annotated nuclei and {len(pred_xy):,} predicted ones "
-            "are too many for HoVerNet's pairing, which looks at all distances at once; cut the image into tiles"
+            "are too many for HoVerNet's pairing, which needs all distances at once; cut the image into tiles"
         )
     pairs = match_as_hovernet(true_xy, pred_xy, DETECTION_RADIUS_UM / mpp)
     quality = panoptic_quality(sample.instances, found)
@@ -127,9 +133,10 @@ def _score(sample: Sample, found: NDArray[np.int32], nuclei: Nuclei, taxonomy: T
 
 
 def true_nuclei(sample: Sample, n_types: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Centroids (n, 2) x, y, pixel centres at +0.5, and types (n,) of the annotated nuclei, in the order of their ids.
+    """Return centroids (n, 2) float64 as x, y and types (n,) int64 of the annotated nuclei, in the order of their ids.
 
-    The type is that of most pixels, the lower among equals; 0 where the sample annotates none.
+    Centroids are in pixels, with pixel centres at +0.5. The type is the class of most pixels, the lower class id if
+    several are equal; 0 if the sample has no types. `n_types`: number of classes with the background.
     """
     ys, xs = np.nonzero(sample.instances)
     ids, row = np.unique(sample.instances[ys, xs], return_inverse=True)

@@ -1,4 +1,4 @@
-"""A package on annotated images: its scores, what of the images it has seen, its cost."""
+"""Evaluation of a model package on annotated images: scores, leakage and cost."""
 
 from __future__ import annotations
 
@@ -32,11 +32,14 @@ from kd.evaluation.shift_scores import ShiftScores, score_shifts
 from kd.evaluation.shifts import UNCHANGED, Shift
 
 FOLD = "test"
+"""Fold that is scored by default."""
 SAY_EVERY_S = 30.0
-"""Seconds between lines of progress."""
+"""Shortest interval between progress lines, in seconds."""
 
 Say = Callable[[str], object]
+"""Function that is called with lines of progress."""
 Image = NDArray[np.uint8]
+"""(y, x, 3) uint8 RGB."""
 
 
 def _silent(line: str) -> None:
@@ -45,28 +48,39 @@ def _silent(line: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What `evaluate_package` found."""
+    """Result of `evaluate_package`."""
 
     label: str
+    """Name of the row in tables."""
     package: Package
+    """Evaluated package."""
     data: str
-    """Name of the folder or cache."""
+    """Name of the folder or cache with the images."""
     folds: tuple[str, ...]
+    """Scored folds."""
     post: PostSettings
+    """Settings of the post-processing."""
     precision: str
+    """Precision of the network: fp32, fp16 or bf16."""
     scores: list[SourceScores]
+    """Scores of each source."""
     leaks: list[Leak]
+    """Images that the model has seen in training."""
     cost: Cost
+    """Parameters and operations of the network."""
     timed: dict[str, Any]
-    """Seconds a patch, and on what; empty where nothing was timed."""
+    """`seconds_per_patch` and `timed_on`, the hardware; empty if nothing was timed."""
     shifts: list[ShiftScores]
+    """Scores on changed images; empty if not requested."""
     baseline: Baseline | None
+    """Scores to compare with; None without a comparison."""
     paired: list[Paired]
-    """The comparison with the baseline."""
+    """Comparison with the baseline, by source; empty without one."""
     picture: Image | None
+    """Picture of images, annotations and predictions; None if not requested."""
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the picture, as `kd tables` and later comparisons read it."""
+        """Return everything but the picture as JSON values, for `kd tables` and for later comparisons."""
         card = self.package.card
         report = {
             "label": self.label,
@@ -96,12 +110,12 @@ class Evaluation:
         return report
 
     def write(self, path: Path) -> None:
-        """Write `to_json` to a file, which is there whole or not at all."""
+        """Write `to_json` to a file, atomically."""
         write_atomically(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
 
 
 def by_image(scores: Sequence[SourceScores]) -> dict[str, list[dict[str, Any]]]:
-    """By source: a row for each image."""
+    """Return by source one row per image, as from `SourceScores.images_to_json`."""
     return {s.source: s.images_to_json() for s in scores}
 
 
@@ -121,13 +135,14 @@ def evaluate_package(
     threads: int = 0,
     say: Say = _silent,
 ) -> Evaluation:
-    """Score the package `model` on the images of `data` (as for `read_data`).
+    """Return the evaluation of the package `model` on the annotated images `data`.
 
-    `post`: its `sobel_norm` and `min_area_px` are used; None: the defaults. `shift`: also score the images after each
-    of SHIFTS. `against`: a package, or a .json of an earlier evaluation, to compare with. `picture`: draw what the
-    model finds beside the annotations, and beside what the package `beside` finds. `clock`: time the network. `say`:
-    called with lines on the progress. Raises InputError or PackageError for a faulty argument, before anything is
-    predicted.
+    `data`, `folds`, `sources`: as for `read_data`. `post`: only `sobel_norm` and `min_area_px` are used; None: the
+    defaults. `label`: name of the row in tables; None: the package's name. `shift`: also score the images after each of
+    SHIFTS. `against`: a package, or the .json file of an earlier evaluation, to compare with. `picture`: draw the
+    predictions next to the annotations and, if `beside` is given, to the predictions of that package. `clock`: measure
+    the time of the network. `threads`: threads of the network on the CPU, 0 = all cores. `say`: called with lines of
+    progress. Raises InputError or PackageError, before anything is predicted, if an argument does not fit.
     """
     post = post or PostSettings()
     package = _package(model, "package")
@@ -137,15 +152,17 @@ def evaluate_package(
     found = read_data(data, folds, sources)
     if not found.samples:
         of = f" of {', '.join(sources)}" if sources else ""
-        raise InputError(f"--fold {' '.join(folds)}: {data} has no such image{of}")
+        raise InputError(
+            f"--fold {' '.join(folds)}: {data} has no image of this fold{of}; give another --fold or --data"
+        )
     if old:
         old.check(found.samples)
     ready = _Ready.of(package, found, post, threads, say)
     network = load_network(package)
     scores = ready.scores(found, UNCHANGED)
     if rival:
-        theirs = _Ready.of(rival, found, post, threads, say).scores(found, UNCHANGED)
-        old = Baseline(rival.card.name, rival.sha256, post.sobel_norm, post.min_area_px, by_image(theirs))
+        rival_scores = _Ready.of(rival, found, post, threads, say).scores(found, UNCHANGED)
+        old = Baseline(rival.card.name, rival.sha256, post.sobel_norm, post.min_area_px, by_image(rival_scores))
     drawn = None
     if picture:
         second = [_Ready.of(other, found, post, threads, say).shown] if other else []
@@ -169,15 +186,17 @@ def evaluate_package(
 
 
 def judged(predictor: Predictor, constants: SobelConstants, data: Path) -> dict[str, Any]:
-    """`sources`: the scores of a network on each, as `kd evaluate --json` has them; `leakage`: what was seen, in words.
+    """Return the scores of a loaded network on the fold test of `data`, as JSON values.
 
-    InputError where there are no images of the fold, or their pixels are not the network's.
+    `sources`: scores by source, as in `SourceScores.to_json`. `leakage`: a list of {"text": sentence} about images that
+    the model has seen in training. `constants`: Sobel constants. Raises InputError if the fold has no images, or if the
+    model is for another pixel size or for classes that do not fit.
     """
     card = predictor.card
     check_pixel_size(card, card.name)
     found = read_data(data, [FOLD], None)
     if not found.samples:
-        raise InputError(f"--truth {data}: holds no image of the fold {FOLD}")
+        raise InputError(f"--truth {data}: has no image of the fold {FOLD}; give other annotated images")
     scores = evaluate_data(lambda image: predict_image(predictor, image), found, constants, card.taxonomy)
     return {
         "sources": {s.source: s.to_json() for s in scores},
@@ -193,7 +212,7 @@ def _package(name: str, where: str) -> Package:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A package whose network is loaded."""
+    """Package with a loaded network."""
 
     package: Package
     predictor: Predictor
@@ -202,11 +221,13 @@ class _Ready:
 
     @classmethod
     def of(cls, package: Package, data: Data, post: PostSettings, threads: int, say: Say) -> _Ready:
+        """Load the network of `package`, with a batch size for the images of `data`."""
         batch = batch_of(package.card, (sample.image.shape for sample in data.samples))
         return cls(package, load_predictor(package, InferSettings(threads=threads, batch=batch)), post, say)
 
     @property
     def shown(self) -> Shown:
+        """Model as it is shown in the picture."""
         card = self.package.card
         constants = SobelConstants.from_json(card.sobel) if self.post.sobel_norm == "fixed" else None
         return Shown(
@@ -218,6 +239,7 @@ class _Ready:
         )
 
     def scores(self, data: Data, shift: Shift) -> list[SourceScores]:
+        """Return the scores on `data` after a shift, and report progress."""
         shown = self.shown
         what = f"{shown.name}, {shift.name}"
         self.say(what)
@@ -226,7 +248,7 @@ class _Ready:
 
 
 def _reporting(maps_of: MapsOf, what: str, images: int, say: Say) -> MapsOf:
-    """`maps_of`, which says once every SAY_EVERY_S seconds how many of the `images` are predicted."""
+    """Return `maps_of` with progress: a line at most every SAY_EVERY_S seconds. `images`: number of calls expected."""
     done, printed_at = 0, time.monotonic()
 
     def reporting(image: Image) -> Image:
@@ -242,7 +264,7 @@ def _reporting(maps_of: MapsOf, what: str, images: int, say: Say) -> MapsOf:
 
 
 def _timed(network: torch.nn.Module, predictor: Predictor) -> dict[str, Any]:
-    """Seconds a patch, and the hardware, without which a time means nothing."""
+    """Return the seconds per patch, and the hardware on which they were measured."""
     seconds = seconds_per_patch(on_device(network, predictor.device), predictor.card)
     cpu = f"a CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu

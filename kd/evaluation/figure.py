@@ -1,4 +1,4 @@
-"""The paper's Figure 2: image, annotations and predictions of models, side by side."""
+"""Picture with images, annotations and predictions of models side by side (as Figure 2 of arXiv 2311.12553)."""
 
 from __future__ import annotations
 
@@ -25,24 +25,30 @@ SIDE = 256
 SCALE = 2
 """Magnification of the crops, so that an outline of one pixel covers little of the nucleus."""
 ROWS = 4
+"""Number of images in the picture."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A model in the figure: its name, its maps of an image, the Sobel constants, its classes, and the area in pixels
-    below which its nuclei are dropped."""
+    """Model to show in the picture."""
 
     name: str
+    """Title of its column."""
     maps_of: MapsOf
+    """Function from an image to the model's stored maps."""
     constants: SobelConstants | None
+    """Sobel constants; None: scale by the extremes of each image."""
     taxonomy: Taxonomy
+    """Classes of the model."""
     min_area_px: int = PostSettings.min_area_px
+    """Smallest area in pixels of a predicted nucleus."""
 
 
 def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uint8]:
-    """Return a picture (y, x, 3) uint8 RGB with a row for each of the `n` fullest images of `data`, and a colour key.
+    """Return a picture (y, x, 3) uint8 RGB with a row for each of the `n` images with most nuclei, and a colour key.
 
-    Each model is shown in the classes that it shares with the data, the annotations in those of the last model.
+    Columns: image, annotations, then the predictions of each model, in the classes that it has in common with the data.
+    The annotations are drawn in those of the last model. Raises InputError if common classes are unknown.
     """
     remaps = [remaps_of(data, model.taxonomy) for model in models]
     rows, shown = [], list[Taxonomy]()
@@ -59,7 +65,7 @@ def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uin
 
 
 def fullest(samples: Sequence[Sample], n: int) -> list[Sample]:
-    """Return the n images with most nuclei in their central crop, taken from each source in turn."""
+    """Return the `n` samples with most nuclei in their central crop, taken from each source in turn."""
     ranked: list[tuple[int, int, int]] = []
     for source in {s.source for s in samples}:
         counts = [(_count(s), i) for i, s in enumerate(samples) if s.source == source]
@@ -79,7 +85,7 @@ def _middle(sample: Sample) -> tuple[slice, slice]:
 
 
 def _predicted(sample: Sample, model: Shown, common: Remap) -> Sample:
-    """Return the sample with the model's nuclei instead of the true ones; without types if they share no classes."""
+    """Return the sample with predicted nuclei; without types if data and model have no classes in common."""
     maps = common.maps(model.maps_of(sample.image))
     layout = MapLayout(len(common.taxonomy.classes))
     found, nuclei = nuclei_of(maps, model.constants, layout, model.min_area_px)
@@ -90,7 +96,7 @@ def _predicted(sample: Sample, model: Shown, common: Remap) -> Sample:
 
 
 def _drawn(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
-    """Draw the magnified central crop with outlined nuclei; a smaller image is padded with white."""
+    """Return the magnified central crop with outlined nuclei; smaller images are padded with white."""
     part = _middle(sample)
     height, width = sample.instances[part].shape
     lacking = ((0, SIDE - height), (0, SIDE - width))
@@ -105,7 +111,7 @@ def _drawn(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
 
 
 def _key(taxonomies: Sequence[Taxonomy], width: int) -> NDArray[np.uint8]:
-    """Draw a strip (y, width, 3) with the name of each class beside its colour, in as many lines as needed."""
+    """Return a strip (y, width, 3) with the colour and the name of each class, in as many lines as needed."""
     colors: dict[str, Rgb] = {}
     for taxonomy in taxonomies:
         colors |= {"no class": UNTYPED} if taxonomy is NUCLEI else {c.name: c.color for c in taxonomy.nuclei}

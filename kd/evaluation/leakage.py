@@ -1,11 +1,11 @@
-"""Whether a model has seen the images that it is scored on.
+"""Leakage: images on which a model is scored and which it has seen in training or calibration.
 
-A card's `training` says what was seen: `saw` (fold → first hexadecimal digits of `Sample.image_sha256`), `saw_groups`
-(fold → `source/group`). Older cards have only `data` (fold → source → counts), which identifies images by fold and
-source; cards of published models have `seen`, in words. `before` is the training of the model that this one started
-from, and `teacher` holds that of its teacher; both count as seen. On folds other than `train` something was chosen: the
-checkpoint, or the Sobel constants. Constants that were found later were found on the images of `saw` in the card's
-`metrics["calibration"]`; in older cards, on the fold val of the sources in its `data`.
+The entry `training` of a card records the images: `saw` (fold → first hexadecimal digits of `Sample.image_sha256`) and
+`saw_groups` (fold → `source/group`). Older cards have only `data` (fold → source → counts), which identifies images by
+fold and source; cards of published models have `seen`, a sentence. `before` is the training of the initial weights, and
+`teacher` contains the training of the teacher; the images of both count as seen. Folds other than `train` were used to
+choose the checkpoint or the Sobel constants. The images of a later calibration are `saw` in the card's
+`metrics["calibration"]`; in older cards, the fold val of the sources in its `data`.
 """
 
 from __future__ import annotations
@@ -19,54 +19,58 @@ from hover_batch.model.package import Card
 from kd.data.samples import SHA_DIGITS, Sample
 
 SAME_IMAGES = {"monuseg": "kumar", "kumar": "monuseg"}
-"""Sources that share images under two names."""
+"""Sources with the same images under another name."""
 
 Training = Mapping[str, Any]
+"""Entry `training` of a card."""
 
 
 @dataclass(frozen=True)
 class Leak:
-    """Images of one source that were seen.
-
-    `certain`: False if only the patients may be the same, or the record does not say which images were seen.
-    `samples`: ids of the images.
-    """
+    """Images of one source that a model has seen."""
 
     source: str
+    """Name of the source."""
     how: str
+    """Clause that states how they were seen."""
     certain: bool
+    """False if only the patients may be the same, or if it is not recorded which images were seen."""
     samples: tuple[str, ...]
+    """Ids of the images."""
     of: int
-    """Number of the source's images that are scored."""
+    """Number of scored images of the source."""
 
     @property
     def mark(self) -> str:
-        """Sign that marks the source in tables."""
+        """Sign that marks the source in tables: † if certain, else ‡."""
         return "†" if self.certain else "‡"
 
     def __str__(self) -> str:
         return f"{self.source}, {len(self.samples)} of {self.of} images: {self.how}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, and the sentence for readers as `text`."""
+        """Return the fields as JSON values, and under `text` the sentence for readers."""
         return {**asdict(self), "samples": list(self.samples), "text": str(self)}
 
 
 def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
-    """Return the images that leaked into training, source by source, the certain ones first.
+    """Return the samples that the model of `card` has seen, by source, certain leaks first.
 
-    An image that was trained on is not listed again as one that constants were found on, or whose patient was seen.
+    A sample is listed for its strongest reason only: seen in training, else in calibration, else of a seen patient,
+    else possibly seen.
     """
     records = [*_records("the model", card.training), *_calibration(card)]
     found: list[Leak] = []
     for source in dict.fromkeys(s.source for s in samples):
-        ours = [s for s in samples if s.source == source]
+        of_source = [s for s in samples if s.source == source]
         listed: set[str] = set()
         for what in (_IMAGE, _CONSTANTS, _PATIENT, _DOUBT):
             hits = [
-                (r, tuple(s.id for s in ours if s.id not in listed and r.holds(s))) for r in records if r.what is what
+                (r, tuple(s.id for s in of_source if s.id not in listed and r.holds(s)))
+                for r in records
+                if r.what is what
             ]
-            found += [Leak(source, r.how, what is not _DOUBT, ids, len(ours)) for r, ids in hits if ids]
+            found += [Leak(source, r.how, what is not _DOUBT, ids, len(of_source)) for r, ids in hits if ids]
             listed.update(*(ids for _, ids in hits))
     return found
 
@@ -76,15 +80,18 @@ _IMAGE, _CONSTANTS, _PATIENT, _DOUBT = "image", "constants", "patient", "doubt"
 
 @dataclass(frozen=True)
 class _Record:
-    """What a card says was seen: images, images for the constants only, patients, or possibly any of these."""
+    """One entry of a card about seen images."""
 
     what: str
+    """_IMAGE, _CONSTANTS (seen in calibration only), _PATIENT, or _DOUBT (possibly seen)."""
     how: str
+    """Clause that states how they were seen."""
     holds: Callable[[Sample], bool]
+    """Returns whether a sample is among them."""
 
 
 def _records(who: str, training: Training) -> Iterator[_Record]:
-    """Yield what one training, and those that it builds on, have seen."""
+    """Yield the images seen in one training, and in those of its initial weights and its teacher."""
     saw: Mapping[str, Sequence[str]] = training.get("saw") or {}
     by_name: Mapping[str, Mapping[str, Any]] = training.get("data") or {}
     for fold, hashes in saw.items():
@@ -100,7 +107,7 @@ def _records(who: str, training: Training) -> Iterator[_Record]:
         how = f"{who} was trained on other images of this source; patients, which are not recorded, may be shared"
         yield _Record(_DOUBT, how, _of_unknown_patient(trained_on))
     if seen := training.get("seen"):
-        # Certain only if the published model has seen all of the source.
+        # It is certain only if the published model has seen the whole source.
         what = _IMAGE if "whole data set" in seen or "seen all of it" in seen else _DOUBT
         yield _Record(what, f"{who} has seen: {seen}", _named_in(seen))
     if before := training.get("before"):
@@ -110,7 +117,7 @@ def _records(who: str, training: Training) -> Iterator[_Record]:
 
 
 def _calibration(card: Card) -> Iterator[_Record]:
-    """Yield the images that the model's Sobel constants were found on."""
+    """Yield the images on which the Sobel constants were found."""
     calibration = card.metrics.get("calibration")
     if not isinstance(calibration, Mapping):
         return
@@ -150,5 +157,5 @@ def _of_group(groups: Sequence[str]) -> Callable[[Sample], bool]:
 
 
 def _of_unknown_patient(sources: Mapping[str, Any]) -> Callable[[Sample], bool]:
-    """A group of its own for every image does not identify patients."""
+    """Return a test for samples of these sources whose patient is unknown: no group, or a group for each image."""
     return lambda sample: sample.source in sources and sample.group in ("", sample.id)

@@ -1,4 +1,4 @@
-"""Two models on the same images: the difference of their PQ, image by image, with a bootstrap interval."""
+"""Paired comparison of two models: the difference of their PQ on the same images, with a bootstrap interval."""
 
 from __future__ import annotations
 
@@ -18,44 +18,51 @@ from kd.evaluation.scores import plain
 from kd.evaluation.tables import read_runs
 
 RESAMPLES = 10_000
+"""Number of bootstrap samples."""
 LEVEL = 0.95
+"""Coverage of the interval."""
 AT_ONCE = 2**20
-"""Draws that are held in memory together."""
+"""Number of draws to keep in memory at once."""
 
 Key = tuple[str, str, int]
-"""What makes an annotated image the same: its id, its pixels, and the number of its nuclei."""
+"""Identity of an annotated image: its id, the hash of its pixels, and its number of annotated nuclei."""
 ImageRow = Mapping[str, Any]
-"""As `SourceScores.images_to_json` gives it."""
+"""Scores of one image, as from `SourceScores.images_to_json`."""
 COLUMNS = {"id", "sha256", "nuclei", "pq"}
-"""Those that are compared."""
+"""Keys that a row must have for a comparison."""
 ByImage = Mapping[str, Sequence[ImageRow]]
-"""By source."""
+"""Source → scores of its images."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a model is compared with: another one's scores, and the settings that they were found with."""
+    """Scores of another model to compare with, and the settings that they were computed with."""
 
     name: str
+    """Label of the evaluation."""
     sha256: str
+    """Hash of the package (`Package.sha256`)."""
     sobel_norm: str
+    """Scaling of the Sobel maps: fixed or window."""
     min_area_px: int
+    """Smallest area in pixels of a predicted nucleus."""
     by_image: ByImage
+    """Scores of each image, by source."""
 
     @classmethod
     def read(cls, path: Path) -> Baseline:
-        """From what `kd evaluate --json` wrote. InputError where it is something else."""
+        """Read the scores from a file that `kd evaluate --json` wrote. Raises InputError if it is anything else."""
         (run,) = read_runs([path])
-        held = run.report
-        for rows in held["by_image"].values():
+        report = run.report
+        for rows in report["by_image"].values():
             if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= COLUMNS for row in rows):
                 raise InputError(
                     f"{path}: its by_image lacks {', '.join(sorted(COLUMNS))}; run `kd evaluate --json` again"
                 )
-        return cls(run.label, held["sha256"], held["sobel_norm"], held["min_area_px"], held["by_image"])
+        return cls(run.label, report["sha256"], report["sobel_norm"], report["min_area_px"], report["by_image"])
 
     def check(self, samples: Iterable[Sample]) -> None:
-        """InputError where these, without the sources in PARTIAL, are not the images that were scored."""
+        """Raise InputError if these samples, without the sources in PARTIAL, are not the images that were scored."""
         wanted: dict[str, set[Key]] = {}
         for sample in samples:
             if sample.source not in PARTIAL:
@@ -67,41 +74,49 @@ class Baseline:
             ):
                 raise InputError(
                     f"--against {self.name}: was scored on other images or annotations of {source} ({other} are not in "
-                    "both); give the --data, --fold and --source of then, or its package"
+                    "both); give the --data, --fold and --source of that evaluation, or compare with the package"
                 )
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Mean PQ of two models on the images of one source where both are defined. NaN where there is none.
-
-    `low`, `high`: LEVEL interval of the difference, by resampling images; NaN for fewer than two. `better`, `worse`:
-    images on which the new model has the higher PQ, or the lower.
-    """
+    """Comparison of two models on the images of one source for which both have a PQ."""
 
     source: str
+    """Name of the source."""
     images: int
+    """Number of images."""
     new: float
+    """Mean PQ of the new model; NaN without images."""
     old: float
+    """Mean PQ of the baseline; NaN without images."""
     difference: float
+    """Mean of new - old; NaN without images."""
     low: float
+    """Lower end of the interval of the difference (see `interval`); NaN for fewer than two images."""
     high: float
+    """Upper end of the interval."""
     better: int
+    """Number of images on which the new model has the higher PQ."""
     worse: int
+    """Number of images on which the new model has the lower PQ."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; NaN becomes None."""
+        """Return the fields as JSON values; NaN becomes None."""
         return {name: plain(value) for name, value in asdict(self).items()}
 
 
 def compared(new: ByImage, baseline: Baseline) -> list[Paired]:
-    """Compare PQ on the same images, source by source, without those in PARTIAL, which have none."""
+    """Return the comparison for each source but those in PARTIAL, which have no PQ.
+
+    The baseline must have scores for the same images (see `Baseline.check`).
+    """
     return [_compared(source, rows, baseline.by_image[source]) for source, rows in new.items() if source not in PARTIAL]
 
 
-def _compared(source: str, ours: Sequence[ImageRow], theirs: Sequence[ImageRow]) -> Paired:
-    old_of = {row["id"]: row["pq"] for row in theirs}
-    pairs = [(row["pq"], old_of[row["id"]]) for row in ours if None not in (row["pq"], old_of[row["id"]])]
+def _compared(source: str, new_rows: Sequence[ImageRow], old_rows: Sequence[ImageRow]) -> Paired:
+    old_of = {row["id"]: row["pq"] for row in old_rows}
+    pairs = [(row["pq"], old_of[row["id"]]) for row in new_rows if None not in (row["pq"], old_of[row["id"]])]
     new, old = np.array(pairs, np.float64).reshape(-1, 2).T
     difference = new - old
     low, high = interval(difference)
@@ -123,7 +138,10 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `differences` (n,), the same at each call; NaN for n < 2."""
+    """Return the ends of the percentile bootstrap interval of the mean of `differences` (n,); NaN for n < 2.
+
+    It has the coverage LEVEL and uses RESAMPLES samples with a fixed seed.
+    """
     n = len(differences)
     if n < 2:
         return math.nan, math.nan

@@ -1,7 +1,7 @@
-"""The published tables that ours are compared with, each cell as printed.
+"""Published tables to compare with; cells are as printed.
 
-Source: Tommasino et al., "HoVer-UNet", arXiv 2311.12553, Tables 1 to 3 and section 3; it quotes the rows of the other
-models on PanNuke.
+Source: Tommasino et al., "HoVer-UNet", arXiv 2311.12553, Tables 1 to 3 and section 3. The paper quotes the rows of the
+other models on PanNuke.
 """
 
 from __future__ import annotations
@@ -16,36 +16,46 @@ PAPER = "arXiv 2311.12553"
 
 @dataclass(frozen=True)
 class Column:
-    """A column. `path`: keys of our value in the scores of a source, or in the cost; it is multiplied by `scale`."""
+    """Column of a table."""
 
     title: str
+    """Title of the column."""
     path: tuple[str, ...]
+    """Keys of the value in the scores of a source, or in the cost."""
     scale: float = 1.0
+    """Factor by which the value is multiplied."""
     digits: int = 4
+    """Number of decimal places."""
     setting: bool = False
-    """The same number for all runs that share a row, so that it has no standard deviation."""
+    """True for a setting, which is the same for all runs of a row, so that it has no standard deviation."""
 
 
 MIN_AREA = Column("min px", ("min_area_px",), digits=0, setting=True)
-"""Predicted nuclei of fewer pixels were dropped."""
+"""Smallest area in pixels of a predicted nucleus."""
 REFERENCE_MIN_AREA = "10"
-"""Of HoVerNet's post-processing, which the published rows went through."""
+"""MIN_AREA of the published rows, which were computed with HoVerNet's post-processing."""
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the paper. Our rows are the scores on `source` in the classes of `taxonomy`."""
+    """Table of the paper."""
 
     name: str
-    """Name of the file."""
+    """Name of the file to write, without its suffix."""
     title: str
+    """Heading of the table."""
     source: str
+    """Source whose scores are shown."""
     taxonomy: Taxonomy
+    """Classes in which the scores must have been computed."""
     columns: tuple[Column, ...]
+    """Columns of the table."""
     rows: dict[str, tuple[str, ...]]
-    """Cells by model, one for each column; empty if unknown."""
+    """Model → its published cells, one for each column; "" if unknown."""
     origin: str
+    """Reference for the published rows."""
     notes: tuple[str, ...] = ()
+    """Sentences below the table."""
 
 
 def _of_classes(kind: str, *names: str) -> tuple[Column, ...]:
@@ -54,7 +64,7 @@ def _of_classes(kind: str, *names: str) -> tuple[Column, ...]:
 
 _FIVE = tuple(c.name for c in PANNUKE.nuclei)
 _SEEN = (
-    "HoVer-UNet's released code takes the published HoVerNet weights for its teacher. They were fine-tuned on all of "
+    "HoVer-UNet's released code uses the published HoVerNet weights as its teacher. They were fine-tuned on all of "
     "PanNuke (vqdang/hover_net issue 275), so the teacher had seen every test fold."
 )
 
@@ -107,9 +117,9 @@ TABLES = (
         },
         f"{PAPER}, Table 3",
         (
-            "The columns of the published rows were identified by the paper's text. Its F of neoplastic and epithelial "
-            "are, in an order that the text leaves open, 0.495 and 0.415 for HoVerNet, 0.603 and 0.599 for HoVer-UNet. "
-            "It gives times of about 48 s and 17 s.",
+            "The columns of the published rows were identified from the paper's text. Its F scores of neoplastic and "
+            "epithelial are 0.495 and 0.415 for HoVerNet, 0.603 and 0.599 for HoVer-UNet, but the text does not say "
+            "which is which. It states times of about 48 s and 17 s.",
         ),
     ),
 )
@@ -117,9 +127,9 @@ TABLES = (
 COST_COLUMNS = (
     Column("M parameters", ("parameters",), 1e-6, 2),
     Column("patch px", ("patch",), digits=0),
-    Column("GMac a patch", ("macs_per_patch",), 1e-9, 2),
-    Column("kMac a kept pixel", ("macs_per_kept_pixel",), 1e-3, 1),
-    Column("s a patch", ("seconds_per_patch",), digits=4),
+    Column("GMac per patch", ("macs_per_patch",), 1e-9, 2),
+    Column("kMac per kept pixel", ("macs_per_kept_pixel",), 1e-3, 1),
+    Column("s per patch", ("seconds_per_patch",), digits=4),
 )
 COST_ROWS = {
     "HoVerNet": ("", "256", "149.73", "", "0.835"),
@@ -127,5 +137,5 @@ COST_ROWS = {
 }
 COST_ORIGIN = f"{PAPER}, section 3"
 COST_NOTES = (
-    "Seconds are the mean over a batch of 16 patches, the network alone. Compare only times of the same machine.",
+    "Seconds are the mean over a batch of 16 patches, for the network alone. Compare only times from one machine.",
 )

@@ -1,8 +1,8 @@
-"""Classes that annotations and a model have in common, where theirs are different.
+"""Common classes of annotations and a model whose classes differ.
 
-Sources: Tommasino et al. (arXiv 2311.12553), section 3, for a PanNuke model on CoNSeP: neoplastic, inflammatory,
-epithelial as they are, all others miscellaneous. CoNSeP's merged classes do not tell healthy from malignant epithelium,
-so that with them on either side three classes remain.
+Source: Tommasino et al. (arXiv 2311.12553), section 3, for a PanNuke model on CoNSeP: neoplastic, inflammatory and
+epithelial are kept, and all other classes are miscellaneous. CoNSeP's merged classes do not separate healthy from
+malignant epithelium, so with them three common classes remain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hover_batch.taxonomy import CONSEP, NUCLEI, PANNUKE, NucleusClass, Taxonomy
 from kd.data.datasets import Data, Sample
 
 Ids = tuple[int, ...]
-"""By class id of one taxonomy, the background's first: the id in another one."""
+"""Ids in another taxonomy, indexed by class id; the first one is the background's."""
 
 
 def _common(name: str, *colors_of: NucleusClass) -> Taxonomy:
@@ -38,6 +38,7 @@ PAPER_CONSEP = _common(
 )
 """The paper's classes for CoNSeP."""
 THREE = _common("pannuke-consep-merged", _CONSEP["epithelial"], _CONSEP["inflammatory"], _CONSEP["miscellaneous"])
+"""Common classes of PanNuke and of CoNSeP's merged classes."""
 
 _PAPER_OF_PANNUKE = {"connective": "miscellaneous", "dead": "miscellaneous"}
 _THREE_OF_PANNUKE = {**_PAPER_OF_PANNUKE, "neoplastic": "epithelial"}
@@ -46,16 +47,19 @@ _THREE_OF_CONSEP = {"spindle": "miscellaneous"}
 
 @dataclass(frozen=True)
 class Remap:
-    """The common classes, and the ids in them of the data's classes and of the model's."""
+    """Mapping of the classes of annotations and of a model to common classes."""
 
     taxonomy: Taxonomy
+    """Common classes."""
     data: Ids
+    """Common class id by class id of the data."""
     model: Ids
+    """Common class id by class id of the model."""
     unnamed: int = 0
-    """The id of nuclei for which the data's taxonomy has no class; 0 where the common one has none, either."""
+    """Common class id of nuclei without a class in the data's taxonomy; 0 if they have no common class either."""
 
     def sample(self, sample: Sample) -> Sample:
-        """The sample with types of the common classes; without any where only nuclei are common."""
+        """Return the sample with types in the common classes; without types if only nuclei are common."""
         if sample.types is None or self.taxonomy is NUCLEI:
             return replace(sample, types=None)
         types = np.array(self.data, np.uint8)[sample.types]
@@ -63,17 +67,17 @@ class Remap:
         return replace(sample, types=types)
 
     def maps(self, maps: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The model's maps (plane, y, x) uint8 as those of a model of the common classes."""
+        """Return the model's stored maps (plane, y, x) uint8, with the type planes merged to the common classes."""
         return MapLayout(len(self.model)).merge(maps, self.model)
 
 
 def remap_of(data: Taxonomy, model: Taxonomy, source: str, typed: bool = True) -> Remap:
-    """How a model of these classes is judged on annotations of those.
+    """Return the mapping of the data's and the model's classes to common classes, for one source.
 
-    Equal classes stay as they are; but PanNuke's on the source `consep` become the paper's four, and what PanNuke has
-    no class for (CoNSeP's "other") is miscellaneous. `typed`: whether the
-    source annotates types; without them, or with a model that has none, only nuclei are common. Raises InputError where
-    no common classes are known.
+    Equal classes are kept, with one exception: for the source `consep` mapped to PanNuke's classes, these become the
+    four classes of the paper, and CoNSeP's "other", for which PanNuke has no class, is miscellaneous. `typed`: whether
+    the source has annotated types; without types, or with a model without types, only nuclei are common. Raises
+    InputError if no common classes are known.
     """
     kinds = (_names(data), _names(model))
     pannuke, consep = _names(PANNUKE), _names(CONSEP)
@@ -95,12 +99,15 @@ def remap_of(data: Taxonomy, model: Taxonomy, source: str, typed: bool = True) -
         return Remap(THREE, three[kinds[0]], three[kinds[1]], unnamed)
     raise InputError(
         f"source {source}: its classes are {', '.join(kinds[0])}, the model's {', '.join(kinds[1])}, and which of them "
-        "are the same is not known; choose other sources by --source, or a model of the same classes"
+        "are the same is not known; choose other sources with --source, or a model with the same classes"
     )
 
 
 def remaps_of(data: Data, model: Taxonomy) -> dict[str, Remap]:
-    """`remap_of` each source of the data, in the order of appearance."""
+    """Return the mapping of each source of the data to common classes, in the order of appearance.
+
+    Raises InputError if no common classes are known for a source.
+    """
     typed = {s.source: False for s in data.samples} | {s.source: True for s in data.samples if s.types is not None}
     return {source: remap_of(data.taxonomy, model, source, typed[source]) for source in typed}
 
@@ -114,7 +121,7 @@ def _all_nuclei(taxonomy: Taxonomy) -> Ids:
 
 
 def _ids(taxonomy: Taxonomy, common: Taxonomy, renamed: Mapping[str, str]) -> Ids:
-    """Of each class of `taxonomy` the id in `common`, where it has the name that `renamed` gives it, or its own."""
+    """Return for each class of `taxonomy` the id of the class in `common` with the same or the `renamed` name."""
     return tuple(_id_in(common, renamed.get(c.name, c.name)) for c in taxonomy.classes)
 
 

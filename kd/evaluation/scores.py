@@ -1,9 +1,9 @@
-"""Scores of a source from those of its images, averaged as the field does, each score its own way.
+"""Scores of a source, averaged over its images as in the publications that define them.
 
-HoVerNet's: Dice, AJI, DQ, SQ, PQ are means over images; F_d and F_c count the nuclei of all images together.
-PanNuke-metrics': bPQ and mPQ are means over the images of a tissue, then over the tissues; PQ of a class is the mean
-over all images. They leave an image, or a class in an image, out where the annotation is empty; HoVerNet's PQ does so
-only where the prediction is empty, too.
+As in HoVerNet (Graham et al. 2019), Dice, AJI, DQ, SQ and PQ are means over images, and F_d and F_c count the nuclei of
+all images together. As in PanNuke-metrics (Gamper et al. 2020), bPQ and mPQ are means over the images of a tissue, then
+over the tissues, and PQ of a class is the mean over all images. PanNuke-metrics leaves out images, and classes in an
+image, without annotated nuclei; HoVerNet's PQ leaves out an image only if it has no predicted nuclei either.
 """
 
 from __future__ import annotations
@@ -22,70 +22,100 @@ from kd.data.classes import PARTIAL
 
 @dataclass(frozen=True)
 class ImageScores:
-    """Of one image. `pq_c`: by class in the order of their ids from 1 on, NaN where the image has none of the class;
-    None where its types are not annotated. `sha256`: of the image, by which another evaluation knows it again."""
+    """Scores of one image; NaN if a score is undefined."""
 
     id: str
+    """Id of the image."""
     sha256: str
+    """`Sample.image_sha256`, which identifies the image in other evaluations."""
     tissue: str
+    """Tissue; empty if unknown."""
     dice: float
+    """Dice coefficient of the foreground."""
     aji: float
+    """Aggregated Jaccard index."""
     dq: float
+    """Detection quality."""
     sq: float
+    """Segmentation quality."""
     pq: float
+    """Panoptic quality, DQ × SQ."""
     bpq: float
+    """PQ; NaN if there are no annotated nuclei."""
     pq_c: tuple[float, ...] | None
+    """PQ of each class from id 1 on, NaN if the image has no nucleus of the class; None if types are not annotated."""
     pairs: PairCounts
+    """Counts of paired and unpaired nuclei by class."""
 
 
 @dataclass(frozen=True)
 class TissueScores:
-    """Means over the images of one tissue."""
+    """Mean scores over the images of one tissue."""
 
     images: int
+    """Number of images."""
     bpq: float
+    """Binary PQ."""
     mpq: float
+    """Multi-class PQ."""
 
 
 @dataclass(frozen=True)
 class SourceScores:
-    """Scores of one source; NaN where a score is undefined.
+    """Scores of one source; NaN if a score is undefined.
 
-    Those of classes (`mpq`; `pq_c`, `f_c` by class name; `type_accuracy`) are of images with annotated types only, and
-    NaN or empty where there are none. Of a source in PARTIAL only `recall` and `type_accuracy` are defined.
+    Scores of classes (`mpq`, `pq_c`, `f_c`, `type_accuracy`) are computed from images with annotated types only;
+    without any, they are NaN or empty. For sources in PARTIAL only `recall` and `type_accuracy` are defined.
     """
 
     source: str
+    """Name of the source."""
     classes: tuple[str, ...]
+    """Names of the classes that are scored."""
     images: int
+    """Number of images."""
     nuclei: int
+    """Number of annotated nuclei."""
     predicted: int
+    """Number of predicted nuclei."""
     dice: float
+    """Dice coefficient of the foreground, mean over images."""
     aji: float
+    """Aggregated Jaccard index, mean over images."""
     dq: float
+    """Detection quality, mean over images."""
     sq: float
+    """Segmentation quality, mean over images."""
     pq: float
+    """Panoptic quality, mean over images."""
     bpq: float
-    """Binary PQ as PanNuke-metrics has it: without images that have no nucleus, mean over tissues."""
+    """Binary PQ of PanNuke-metrics: mean over the images of a tissue that have nuclei, then over tissues."""
     mpq: float
-    """Multi-class PQ: mean over the classes of an image, its tissue's images, the tissues."""
+    """Multi-class PQ of PanNuke-metrics: mean over the classes of an image, then the images of a tissue, then
+    tissues."""
     pq_c: dict[str, float]
+    """PQ by class name, mean over images."""
     by_tissue: dict[str, TissueScores]
-    """Images of no known tissue are under the empty name, one tissue among others."""
+    """Scores by tissue; images of unknown tissue are one tissue with an empty name."""
     f_d: float
+    """F1 score of detection, over all nuclei."""
     precision: float
+    """Precision of detection, over all nuclei."""
     recall: float
+    """Recall of detection, over all nuclei."""
     f_c: dict[str, float]
+    """F1 score of classification by class name, over all nuclei."""
     type_accuracy: float
-    """Share of the paired nuclei of known type whose type is right."""
+    """Fraction of the paired nuclei with an annotated class whose predicted class is correct."""
     by_image: tuple[ImageScores, ...]
+    """Scores of each image."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for cards and reports, without those of images; what is undefined becomes None."""
+        """Return the scores as JSON values for cards and reports, without `by_image`; NaN becomes None."""
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "by_image"}
 
     def images_to_json(self) -> list[dict[str, Any]]:
-        """Rows with the id, hash, number of annotated nuclei, PQ, Dice and F_d of each image; None where undefined."""
+        """Return one row per image with id, sha256, nuclei (annotated), pq, dice and f_d; None if undefined."""
         defined = self.source not in PARTIAL
         rows = []
         for image in self.by_image:
@@ -99,9 +129,9 @@ class SourceScores:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON holds it; NaN becomes None."""
+    """Return `value` as a JSON value: tuples become lists, NaN becomes None, in dictionaries, too."""
     if isinstance(value, dict):
-        return {key: plain(held) for key, held in value.items()}
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, tuple):
         return list(value)
     if isinstance(value, TissueScores):
@@ -110,7 +140,7 @@ def plain(value: Any) -> Any:
 
 
 def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> SourceScores:
-    """The scores of a source, of which there is one image at least."""
+    """Return the scores of a source from those of its images, of which there must be at least one."""
     counts = sum((i.pairs for i in images[1:]), images[0].pairs)
     detection = detection_scores(counts)
     typed = [i for i in images if i.pq_c is not None]
@@ -121,7 +151,7 @@ def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> So
         types = sum((i.pairs for i in typed[1:]), typed[0].pairs)
         f_c = {c.name: class_scores(types, c.id).f1 for c in taxonomy.nuclei}
         pq_c = {c.name: mean_defined(i.pq_c[c.id - 1] for i in typed if i.pq_c) for c in taxonomy.nuclei}
-        paired = types.table[1:-1, :-1]  # without those for which the taxonomy has no class
+        paired = types.table[1:-1, :-1]  # without nuclei for which the taxonomy has no class
         accuracy = float(np.trace(paired[:, 1:]) / paired.sum()) if paired.any() else math.nan
     by_tissue = {
         tissue: _tissue([i for i in images if i.tissue == tissue]) for tissue in sorted({i.tissue for i in images})

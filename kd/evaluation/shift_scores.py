@@ -1,4 +1,4 @@
-"""Scores on images after each shift, beside those of the unchanged images."""
+"""Scores on changed images, compared with the scores on the unchanged images."""
 
 from __future__ import annotations
 
@@ -12,37 +12,46 @@ from kd.evaluation.scores import SourceScores, plain
 from kd.evaluation.shifts import SHIFTS, Shift
 
 COLLAPSE = 0.5
-"""Share of the PQ of unchanged images at or below which a shift counts as a collapse."""
+"""Fraction of the PQ on unchanged images at or below which the PQ on changed images has collapsed."""
 SCORES = ("pq", "dice", "f_d")
+"""Scores that are compared."""
 
 
 @dataclass(frozen=True)
 class ShiftScores:
-    """SCORES of one source after a shift, and their changes from those of the unchanged images; NaN if undefined."""
+    """Scores of one source after a shift; NaN if undefined."""
 
     source: str
+    """Name of the source."""
     shift: str
+    """Name of the shift."""
     scores: dict[str, float]
+    """SCORES on the changed images."""
     changes: dict[str, float]
+    """Differences from the scores on the unchanged images."""
     collapsed: bool
+    """Whether PQ is at most COLLAPSE × the PQ on the unchanged images."""
 
     @classmethod
     def of(cls, shift: Shift, before: SourceScores, after: SourceScores) -> ShiftScores:
+        """Return the comparison of the scores `before` and `after` a shift of the same source."""
         scores = {name: getattr(after, name) for name in SCORES}
         changes = {name: value - getattr(before, name) for name, value in scores.items()}
         collapsed = before.pq > 0 and after.pq <= COLLAPSE * before.pq
         return cls(before.source, shift.name, scores, changes, collapsed)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; NaN becomes None."""
+        """Return the fields as JSON values; NaN becomes None."""
         return {name: plain(value) for name, value in asdict(self).items()}
 
 
 def score_shifts(
     scores_of: Callable[[Data, Shift], list[SourceScores]], data: Data, unchanged: Sequence[SourceScores]
 ) -> list[ShiftScores]:
-    """Score `data` after each of SHIFTS; source by source, a row for each shift. Sources in PARTIAL have no such scores
-    and no rows."""
+    """Return the scores after each of SHIFTS, source by source, without the sources in PARTIAL, which have no PQ.
+
+    `scores_of`: computes the scores of data after a shift. `unchanged`: scores on the unchanged images.
+    """
     before = {scores.source: scores for scores in unchanged if scores.source not in PARTIAL}
     scored = Data(data.taxonomy, [sample for sample in data.samples if sample.source in before])
     after = [(shift, {scores.source: scores for scores in scores_of(scored, shift)}) for shift in SHIFTS]

@@ -1,4 +1,4 @@
-"""Fixed changes of annotated images, which show what a model tolerates: other stains, scanners, pixel sizes."""
+"""Shifts: fixed changes of annotated images that simulate other stains, scanners and pixel sizes."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from kd.data.appearance import blur, change_gamma, change_stain, jpeg
 from kd.data.samples import MPP, Sample
 
 Image = NDArray[np.uint8]
+"""(y, x, 3) uint8 RGB."""
 
 
-def _as_it_is(image: Image) -> Image:
+def _unchanged(image: Image) -> Image:
     return image
 
 
 @dataclass(frozen=True)
 class Shift:
-    """A change of appearance, or of the pixel size `mpp` in µm, of which the model is not told."""
+    """Change of the appearance or of the pixel size of images."""
 
     name: str
-    change: Callable[[Image], Image] = _as_it_is
-    """Image (y, x, 3) uint8 → the changed image, of the same size."""
+    """Name in tables."""
+    change: Callable[[Image], Image] = _unchanged
+    """Function from an image (y, x, 3) uint8 RGB to the changed image of the same size."""
     mpp: float = MPP
+    """Pixel size in µm to which images are resampled; the model still assumes MPP."""
 
     def of(self, sample: Sample) -> Sample:
-        """The changed image, with its labels."""
+        """Return the sample with the changed image, and with labels resampled to the same size."""
         image = self.change(sample.image)
         if self.mpp == MPP:
             return replace(sample, image=image)
@@ -59,12 +62,12 @@ SHIFTS = (
     Shift("pixels of 0.20 µm", mpp=0.2),
     Shift("pixels of 0.30 µm", mpp=0.3),
 )
-"""Nuclei are black at gamma 2.5, as on dark, sharpened scans; smaller pixels make them 25 % longer, larger ones 17 %
-shorter than those that models for 0.25 µm have learned."""
+"""All shifts. At gamma 2.5, nuclei are black, as on dark and sharpened scans. In images with pixels of 0.20 µm, nuclei
+are 25 % larger in each direction than models for 0.25 µm expect; with 0.30 µm, they are 17 % smaller."""
 
 
 def _nearest(labels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
-    """Labels (y, x) at another size, each pixel that of the nearest centre; OpenCV's nearest is half a pixel off."""
+    """Return labels (y, x) resampled by nearest pixel centres; OpenCV's nearest neighbour is off by half a pixel."""
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip((height, width), labels.shape, strict=True)
     )

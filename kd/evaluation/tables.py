@@ -1,7 +1,8 @@
-"""The paper's tables: its rows and ours, each of ours traced to the evaluations that it comes from.
+"""Tables of published scores with additional rows for our evaluations.
 
-Evaluations of one label (the folds of one setting) share a row: their mean, and the standard deviation between them. A
-model that has seen what it was judged on is marked in its row; below the table stands why.
+Evaluations with the same label (such as the folds of one setting) share a row, with their mean and standard deviation.
+Each row lists its evaluations. Rows with scores on images that a model has seen in training are marked, and a note
+below the table gives the reason.
 """
 
 from __future__ import annotations
@@ -28,63 +29,83 @@ from kd.evaluation.published_rows import (
 )
 
 GENERAL = ("images", "nuclei", "dice", "aji", "dq", "sq", "pq", "bpq", "mpq", "f_d", "precision", "recall")
-"""Scores that every source has, in the order of our own tables."""
+"""Scores of every source, in the order of the columns of our own tables."""
 RUN = "run"
-"""What the column is called that says where a row comes from."""
+"""Title of the column with the origin of a row."""
 MARKS = {True: "†", False: "‡"}
-"""By whether it is certain that images were seen."""
+"""Mark of a row, by whether it is certain that images were seen."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """An evaluation: what `kd evaluate --json` wrote, and its file."""
+    """Evaluation read from a file."""
 
     path: Path
+    """File that `kd evaluate --json` wrote."""
     report: Mapping[str, Any]
+    """Content of the file, as from `Evaluation.to_json`."""
 
     @property
     def label(self) -> str:
+        """Name of the row to which the evaluation belongs."""
         return str(self.report["label"])
 
     @property
     def sources(self) -> Mapping[str, Any]:
+        """Scores by source."""
         sources: Mapping[str, Any] = self.report["sources"]
         return sources
 
 
 @dataclass(frozen=True)
 class Row:
-    """`means`, `deviations`: by title; None where there is none. `leaks`: mark and reason."""
+    """Row of our evaluations with the same label."""
 
     name: str
+    """Label."""
     means: dict[str, float | None]
+    """Mean by column title; None if there is no value."""
     deviations: dict[str, float | None]
+    """Standard deviation by column title; None for fewer than two values."""
     run: str
+    """Files and model hashes of the evaluations."""
     leaks: tuple[tuple[str, str], ...] = ()
+    """(mark, reason) for images that a model has seen."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Published rows, cells as printed, then ours."""
+    """Table with published rows, then our rows."""
 
     name: str
+    """Name of the CSV file, without its suffix."""
     title: str
+    """Heading."""
     columns: Sequence[Column]
+    """Columns after the model's name."""
     published: Mapping[str, Sequence[str]]
+    """Model → its cells as printed."""
     origin: str
+    """Reference for the published rows."""
     ours: Sequence[Row]
+    """Rows of our evaluations."""
     notes: Sequence[str] = ()
+    """Sentences below the table."""
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Raises InputError where a file is no evaluation, or two share a label and cannot share a row."""
+    """Read evaluations from files that `kd evaluate --json` wrote.
+
+    Raises InputError if a file is not an evaluation of this version, or if two have the same label but another
+    architecture or other settings, or are of the same model on the same images.
+    """
     runs = [Run(path, _read(path)) for path in paths]
     for run in runs:
         try:
             tables([run], Path())
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
-                f"{run.path}: no evaluation of this version ({type(error).__name__}: {error}); run `kd evaluate "
+                f"{run.path}: not an evaluation of this version ({type(error).__name__}: {error}); run `kd evaluate "
                 "--json` again"
             ) from error
     seen: dict[tuple[str, ...], Run] = {}
@@ -93,13 +114,15 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         for what in ("architecture", "sobel_norm", "min_area_px"):
             if run.report[what] != first.report[what]:
                 raise InputError(
-                    f"{run.path}: its {what} is {run.report[what]}, that of {first.path} {first.report[what]}, "
-                    f"and both are called {run.label}; evaluate one of them with another --label"
+                    f"{run.path}: its {what} is {run.report[what]}, but that of {first.path} is {first.report[what]}, "
+                    f"and both have the label {run.label}; evaluate one of them with another --label"
                 )
         for source in run.sources:
             what_was_done = (run.label, source, run.report["sha256"], str(run.report["folds"]), run.report["data"])
             if other := seen.get(what_was_done):
-                raise InputError(f"{run.path} and {other.path}: the same model on the same {source}; give one of them")
+                raise InputError(
+                    f"{run.path} and {other.path}: the same model on the same images of {source}; give only one of them"
+                )
             seen[what_was_done] = run
     return runs
 
@@ -120,16 +143,20 @@ def _read(path: Path) -> Mapping[str, Any]:
         "leakage": list,
         "cost": dict,
     }
-    held = report if isinstance(report, dict) else {}
-    if missing := [name for name, kind in sorted(needed.items()) if not isinstance(held.get(name), kind)]:
-        lacking = ", ".join(missing) if held else "everything"
-        raise InputError(f"{path}: no evaluation of this version, it lacks {lacking}; run `kd evaluate --json` again")
-    return held
+    values = report if isinstance(report, dict) else {}
+    if missing := [name for name, kind in sorted(needed.items()) if not isinstance(values.get(name), kind)]:
+        lacking = ", ".join(missing) if values else "everything"
+        raise InputError(
+            f"{path}: not an evaluation of this version, it lacks {lacking}; run `kd evaluate --json` again"
+        )
+    return values
 
 
 def tables(runs: Sequence[Run], out: Path) -> list[Table]:
-    """The paper's three, the cost, and one for each source with all that was measured. `out`: where they will lie, so
-    that files of runs are named relative to it."""
+    """Return the three tables of the paper, the table of cost, and for each source a table with all scores.
+
+    `out`: folder that the tables will be written to; the files of evaluations are named relative to it.
+    """
     made = []
     for paper in TABLES:
         classes = [c.name for c in paper.taxonomy.nuclei]
@@ -145,15 +172,19 @@ def tables(runs: Sequence[Run], out: Path) -> list[Table]:
     notes = (*COST_NOTES, *dict.fromkeys(machines))
     made.append(Table("cost", "Cost", COST_COLUMNS, COST_ROWS, COST_ORIGIN, cost, notes))
     for source in dict.fromkeys(s for run in runs for s in run.sources):
-        judged = [run for run in runs if source in run.sources]
-        columns = _all_columns([run.sources[source] for run in judged])
-        rows = _rows(judged, columns, _scores_on(source), source, out)
+        scored = [run for run in runs if source in run.sources]
+        columns = _all_columns([run.sources[source] for run in scored])
+        rows = _rows(scored, columns, _scores_on(source), source, out)
         made.append(Table(f"ours_{source}", f"Ours: {source}", columns, {}, "", rows))
     return made
 
 
 def write_tables(made: Sequence[Table], out: Path) -> None:
-    """`tables.md`, and a CSV for each table: numbers to eight digits, a column more for each deviation."""
+    """Write `out`/tables.md, and a CSV file for each table.
+
+    The CSV files have numbers with eight significant digits, and an additional column for each standard deviation.
+    Raises OSError if a file cannot be written.
+    """
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text("\n".join(line for table in made for line in _markdown(table)), "utf-8")
     for table in made:
@@ -169,7 +200,7 @@ def _scores_on(source: str) -> Callable[[Run], Mapping[str, Any]]:
 
 
 def _all_columns(scores: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """The general ones, then those of all classes that occur."""
+    """Return the general columns, then the columns of all classes that occur."""
     columns = [Column(name, (name,), digits=0 if name in ("images", "nuclei") else 4) for name in GENERAL]
     for kind in ("pq_c", "f_c"):
         names = dict.fromkeys(name for s in scores for name in s[kind])
@@ -184,7 +215,7 @@ def _rows(
     source: str | None,
     out: Path,
 ) -> list[Row]:
-    """A row for each label. `source`: what the values are scores on; None where they are none."""
+    """Return one row per label. `source`: the source of the scores; None if the values are not scores."""
     rows = []
     for label in dict.fromkeys(run.label for run in runs):
         group = [run for run in runs if run.label == label]
@@ -207,7 +238,7 @@ def _at(values: Any, path: Sequence[str]) -> float | None:
 
 
 def _trace(run: Run, out: Path) -> str:
-    """The file and the model's hash."""
+    """Return the file of an evaluation, and the hash of its model."""
     return f"{Path(os.path.relpath(run.path, out)).as_posix()} ({run.report['sha256'][:12]})"
 
 
@@ -232,7 +263,7 @@ def _markdown(table: Table) -> Iterator[str]:
         marks = "".join(sorted({mark for mark, _ in row.leaks}))
         yield f"| {f'{row.name} {marks}'.strip()} | {' | '.join(_cell(row, c) for c in table.columns)} | {row.run} |"
     if not table.ours:
-        yield "\nNone of the evaluations given belongs here.\n"
+        yield "\nNo evaluation was given for this table.\n"
     yield ""
     for row in table.ours:
         yield from (f"{mark} {row.name}: {reason}\n" for mark, reason in row.leaks)

@@ -1,9 +1,9 @@
-"""HoVerNet's post-processing on maps of floats with its numbers as parameters, to test other values.
+"""HoVerNet's post-processing with all its parameters variable, to test other values.
 
-The steps are those of the reference (tiatoolbox's `HoVerNet._proc_np_hv`; see `hover_batch.nuclei.watershed`), in the
-libraries' own functions over the whole image. They are about ten times slower than the code for slides, and only the
-search uses them. With the reference's numbers and stored maps they give the instances of slides, except for nested
-components.
+The steps are those of the reference (tiatoolbox's `HoVerNet._proc_np_hv`; see `hover_batch.nuclei.watershed`), written
+with library functions over the whole image. This is about ten times slower than the code for slides, and is used only
+in the search. With the reference's parameters and stored maps, the instances are equal to those on slides, except in
+nested components.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Maps = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of the post-processing that HoVerNet fixes for all models."""
+    """Parameters of the post-processing, which HoVerNet fixes for all models; the defaults are HoVerNet's values."""
 
     nucleus: float = MapLayout.NP_NUCLEUS / 256
-    """Lowest probability of the foreground."""
+    """Smallest nucleus probability of foreground pixels."""
     marker: float = MARKER_ENERGY
-    """Energy below which foreground becomes a marker."""
+    """Energy below which foreground pixels become markers."""
     sobel: int = SOBEL_SIZE
     """Side in pixels of the Sobel kernel."""
     opening: int = 5
@@ -59,7 +59,7 @@ def extremes(maps: Maps, size: int) -> SobelConstants:
 
 
 def instances_by(maps: Maps, constants: SobelConstants, numbers: Numbers) -> NDArray[np.int32]:
-    """Return instances (y, x) int32, 0 = background."""
+    """Return instances (y, x) int32, 0 = background, from the maps of one image."""
     foreground = _large(maps[0] >= numbers.nucleus) > 0
     (scale_h, scale_v), (low_h, low_v) = constants.scaling
     x, y = sobel(maps, numbers.sobel)

@@ -1,1 +1,1 @@
-"""Maps of the teacher for training images."""
+"""Stored outputs of a teacher for the training images."""

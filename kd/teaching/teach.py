@@ -1,6 +1,6 @@
-"""Run a teacher once over the training images and keep its outputs in a cache.
+"""Run a teacher once over the training images, and store its outputs in a cache.
 
-The teacher computes in float32 on every machine.
+The teacher computes in float32 on all machines, so that its outputs do not depend on the hardware's precision.
 """
 
 from __future__ import annotations
@@ -26,31 +26,39 @@ if TYPE_CHECKING:
     from hover_batch.model.predict import Predictor
 
 TILES_A_TASK = 16
+"""Number of tiles from which a task is full."""
 THREADS = 4
-"""Threads of each teacher on the CPU if Ray runs several."""
+"""Threads of each teacher on the CPU with Ray, which may run several teachers."""
 SAY_EVERY_S = 10.0
-"""Seconds between lines of progress."""
+"""Shortest interval between progress lines, in seconds."""
 
 
 @dataclass(frozen=True)
 class Teaching:
-    """What all tasks share: the images, the teacher, the folder of its outputs, and how it computes."""
+    """Settings that all tasks share."""
 
     data: Path
+    """Annotated images."""
     teacher: Path
+    """Package of the teacher."""
     cache: Path
+    """Folder of the outputs."""
     sources: tuple[str, ...] | None
+    """Sources to use; None: all."""
     infer: InferSettings
+    """Batch size, precision, threads and device of the teacher."""
     tta: int
+    """Number of views to average over: 8, or 1 for none."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A task: a few images of a fold, by index, so that messages hold no pixels."""
+    """Task with a few images of one fold. It has their indices, so that no pixels are sent between processes."""
 
     teaching: Teaching
     fold: str
     places: tuple[int, ...]
+    """Indices of the images in the fold."""
 
 
 def teach(
@@ -65,25 +73,26 @@ def teach(
     engine: EngineSettings,
     say: Callable[[str], None],
 ) -> TeacherCache:
-    """Store the teacher's output for every image of the folds and sources (None: all) in `cache`.
+    """Store the teacher's output for every image of the folds and sources (None: all) in `cache`, and return the cache.
 
-    Outputs that exist are kept, corrupted ones are made again, so an interrupted run resumes. Only one run at a time
-    may write a cache. `batch`: tiles a batch. `tta`: 8 to average over the turns and flips of each image, else 1. `say`
-    is called with lines of progress. Raises InputError if the data or the teacher does not fit, and PackageError if
-    the teacher cannot be loaded; outputs stored so far remain.
+    Existing outputs are kept and corrupted ones computed again, so an interrupted run resumes. Only one run at a time
+    may write to a cache. `data`: annotated images (see `read_data`). `teacher`: a package. `batch`: tiles per batch.
+    `tta`: 8 to average over the rotations and flips of each image, else 1. `engine`: where to run. `say` is called with
+    lines of progress. Raises InputError if the data or the teacher does not fit, and PackageError if the teacher cannot
+    be loaded or its output is not finite; the outputs stored so far remain.
     """
     if tta not in (1, len(VIEWS)):
-        raise InputError(f"--tta {tta}: must be 1 or {len(VIEWS)}, the right-angle turns and flips of an image")
+        raise InputError(f"--tta {tta}: must be 1, or {len(VIEWS)} for the rotations and flips of an image")
     if teacher != "starter" and not Path(teacher).exists():
         raise PackageError(
-            f"--teacher {teacher}: no such package; make one of a published checkpoint with `hover-batch models import`"
+            f"--teacher {teacher}: no such package; convert a published checkpoint with `hover-batch models import`"
         )
     package = find_package(teacher, "--teacher")
     check_pixel_size(package.card, f"--teacher {teacher}")
-    theirs, ours = package.card.taxonomy, taxonomy_of(data)
-    if theirs.classes != ours.classes:
+    given, wanted = package.card.taxonomy, taxonomy_of(data)
+    if given.classes != wanted.classes:
         raise InputError(
-            f"--teacher {teacher}: its classes are those of {theirs.name}, but the data's are those of {ours.name}; "
+            f"--teacher {teacher}: its classes are those of {given.name}, but the data's are those of {wanted.name}; "
             "give a teacher with the data's classes, or other --classes to `hover-batch kd prepare`"
         )
     kept = TeacherCache.create(cache, package, tta)
@@ -92,7 +101,7 @@ def teach(
         threads = 0 if on_gpu else min(THREADS, found.cpus) if ray else engine.cpus
         device = ("cuda" if on_gpu else "cpu") if ray else "cpu" if engine.gpus == 0 else "auto"
         infer = InferSettings(batch=batch, precision="fp32", threads=threads, device=device)
-        # The processes of a cluster may start in another working directory.
+        # Processes of a cluster may have another working directory.
         teaching = Teaching(
             data=data.resolve(),
             teacher=package.path.resolve(),
@@ -131,7 +140,7 @@ def _lessons(
     progress: ProgressCounter,
     say: Callable[[str], None],
 ) -> Iterator[Lesson]:
-    """Yield the work that is left, fold by fold; an image that occurs twice is done once."""
+    """Yield the remaining tasks, fold by fold; an image that occurs twice is done once."""
     seen: set[str] = set()
     for fold in folds:
         samples = _samples(teaching, fold)
@@ -141,16 +150,16 @@ def _lessons(
         progress.expect(len(new), len(new) - len(left))
         say(f"fold {fold}: {len(new)} images, {len(new) - len(left)} of them done before")
         while left:
-            some, tiles = [], 0
+            places, tiles = [], 0
             while left and tiles < TILES_A_TASK:
-                some.append(left.pop(0))
-                height, width = samples[some[-1]].image.shape[:2]
+                places.append(left.pop(0))
+                height, width = samples[places[-1]].image.shape[:2]
                 tiles += -(-height // card.tile_out) * -(-width // card.tile_out)
-            yield Lesson(teaching, fold, tuple(some))
+            yield Lesson(teaching, fold, tuple(places))
 
 
 def take(lesson: Lesson) -> None:
-    """Do one task: compute and store the teacher's outputs for a few images."""
+    """Compute and store the teacher's outputs for the images of one task, without those already stored."""
     from hover_batch.model.images import image_logits
 
     cache = TeacherCache.open(lesson.teaching.cache)
@@ -167,18 +176,20 @@ def take(lesson: Lesson) -> None:
 
 @lru_cache(maxsize=1)
 def _samples(teaching: Teaching, fold: str) -> list[Sample]:
-    """Read the images of a fold, once in each process."""
+    """Read the images of a fold, once per process."""
     samples = read_data(teaching.data, [fold], teaching.sources).samples
     if not samples:
         of = f" of {', '.join(teaching.sources)}" if teaching.sources else ""
         folds = ", ".join(folds_of(teaching.data))
-        raise InputError(f"--fold {fold}: {teaching.data} has no such image{of}; give one of its folds, {folds}")
+        raise InputError(
+            f"--fold {fold}: {teaching.data} has no image of this fold{of}; give one of its folds, {folds}"
+        )
     return samples
 
 
 @lru_cache(maxsize=1)
 def _predictor(teaching: Teaching) -> Predictor:
-    """Load the teacher, once in each process."""
+    """Load the teacher, once per process."""
     from hover_batch.model.predict import load_predictor
 
     return load_predictor(find_package(str(teaching.teacher), "--teacher"), teaching.infer)

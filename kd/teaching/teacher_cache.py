@@ -1,8 +1,9 @@
-"""Outputs of one teacher for every image, kept in a folder from which students learn.
+"""Cache of one teacher's outputs for all training images, from which students are distilled.
 
-teacher.json says whose outputs these are. Each image, known by the hash of its pixels, has a zarr v3 array
-IMAGE[:2]/IMAGE.zarr, (channel, y, x) float16 as `hover_batch.model.heads` lays out. Its attributes hold the hash of its
-bytes; an array takes its final name once it is complete.
+A cache is a folder. teacher.json contains the card and the hash of the teacher. The output for an image is a zarr v3
+array HASH[:2]/HASH.zarr, where HASH is the SHA-256 of the image's pixels: (channel, y, x) float16 as in
+`hover_batch.model.heads`. Its attributes contain the SHA-256 of its bytes. An array gets its final name once it is
+complete.
 """
 
 from __future__ import annotations
@@ -27,26 +28,30 @@ from kd.data.samples import Sample
 
 FORMAT = "hover-batch teacher cache 1"
 CHUNK = 256
-"""Side in pixels of a compressed chunk; one file holds a whole image."""
+"""Side in pixels of a compressed chunk; the chunks of an image are in one file."""
 
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """The outputs of one teacher.
-
-    `taxonomy`: the teacher's classes. `sha256`: the hash of its package (`Package.sha256`). `card`: its card, as JSON.
-    `tta`: the number of views of an image over which each output is averaged.
-    """
+    """Cache of one teacher's outputs."""
 
     path: Path
+    """Folder of the cache."""
     taxonomy: Taxonomy
+    """Classes of the teacher."""
     sha256: str
+    """Hash of the teacher's package (`Package.sha256`)."""
     card: dict[str, Any]
+    """Card of the teacher's package, as JSON."""
     tta: int = 1
+    """Number of rotated and flipped views of an image over which each output is averaged; 1: no averaging."""
 
     @classmethod
     def open(cls, path: Path) -> TeacherCache:
-        """Open a cache that `kd teach` wrote. Raises InputError if it is not one."""
+        """Open the cache at `path`, which `kd teach` wrote.
+
+        Raises InputError if there is none, or it cannot be read.
+        """
         try:
             about = json.loads((path / "teacher.json").read_bytes())
             if about["format"] != FORMAT:
@@ -63,9 +68,9 @@ class TeacherCache:
 
     @classmethod
     def create(cls, path: Path, teacher: Package, tta: int = 1) -> TeacherCache:
-        """Open the cache at `path`, or begin one.
+        """Open the cache at `path` for the outputs of `teacher`, or create it.
 
-        Raises InputError if it is another teacher's, averaged over another number of views, or not writable.
+        Raises InputError if it has outputs of another teacher or with another `tta`, or cannot be written.
         """
         if not (path / "teacher.json").exists():
             try:
@@ -87,9 +92,9 @@ class TeacherCache:
         return cache
 
     def logits(self, sample: Sample) -> NDArray[np.float16]:
-        """Return the teacher's output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`.
+        """Return the output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`.
 
-        Raises InputError if there is none, or it is corrupted.
+        Raises InputError if it is missing or corrupted.
         """
         path = self._array(sample)
         if not self.covers(sample):
@@ -106,19 +111,19 @@ class TeacherCache:
             if logits.shape != expected or logits.dtype != np.float16:
                 raise ValueError(f"it is {logits.dtype} {logits.shape}, not float16 {expected}")
             if array.attrs["teacher_sha256"] != self.sha256:
-                raise ValueError("it is of another teacher")
+                raise ValueError("it is an output of another teacher")
             if array.attrs["sha256"] != _sha256(logits):
                 raise ValueError("checksum mismatch")
-        except Exception as error:  # zarr, zstd and JSON raise many kinds on a damaged file
+        except Exception as error:  # zarr, zstd and JSON raise many kinds for corrupted files
             raise InputError(f"{path}: corrupted ({error}); delete it and run `hover-batch kd teach` again") from error
         return logits
 
     def covers(self, sample: Sample) -> bool:
-        """Whether there is an output for this image, intact or corrupted."""
+        """Return whether there is an output for this image; it may be corrupted."""
         return self._array(sample).is_dir()
 
     def has(self, sample: Sample) -> bool:
-        """Whether there is an intact output for this image. A corrupted one is deleted."""
+        """Return whether there is an intact output for this image. Delete it if it is corrupted."""
         if not self.covers(sample):
             return False
         try:
@@ -129,19 +134,22 @@ class TeacherCache:
         return True
 
     def keep(self, sample: Sample, logits: NDArray[np.floating[Any]]) -> None:
-        """Store the output (channel, y, x) for an image that has none yet. Raises PackageError if it is not finite.
+        """Store the output (channel, y, x) for an image that has none yet, as float16.
 
-        Values are clipped to the range of float16, ±65504, beyond which no softmax changes.
+        Values are clipped to the range of float16, ±65504, which does not change any softmax. Raises PackageError if a
+        value is not finite.
         """
         import zarr
         from zarr.codecs import ZstdCodec
 
         if not np.isfinite(logits).all():
-            raise PackageError(f"--teacher {self.card['name']}: its output for the image {sample.id} is not finite")
+            raise PackageError(
+                f"--teacher {self.card['name']}: its output for the image {sample.id} is not finite; give another one"
+            )
         limit = float(np.finfo(np.float16).max)
         halves = logits.clip(-limit, limit).astype(np.float16)
         path = self._array(sample)
-        temporary = path.with_name(f".{path.name}.partial")  # overwritten if a killed run left it behind
+        temporary = path.with_name(f".{path.name}.partial")  # overwritten if a killed run left one behind
         path.parent.mkdir(exist_ok=True)
         channels, height, width = halves.shape
         array = zarr.create_array(

@@ -1,4 +1,4 @@
-"""Test-time augmentation: a network's output averaged over the eight right-angle turns and flips of an image."""
+"""Test-time augmentation: average a network's output over the eight right-angle rotations and flips of an image."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from hover_batch.model.heads import HV, NP, Heads
 
 Logits = NDArray[np.float32]
 LogitsOf = Callable[[Sequence[NDArray[np.uint8]]], list[Logits]]
-"""Images (y, x, 3) uint8 RGB → the network's outputs (channel, y, x) float32, as `hover_batch.model.heads` lays out."""
+"""Images (y, x, 3) uint8 RGB → the network's outputs (channel, y, x) float32, as in `hover_batch.model.heads`."""
 
 VIEWS = tuple(product(range(4), (False, True)))
-"""Quarter turns, and whether the turned image is flipped from left to right."""
+"""Views as (number of quarter turns, whether the turned image is flipped from left to right)."""
 
 
 def averaged(logits_of: LogitsOf, images: Sequence[NDArray[np.uint8]], n_types: int) -> list[Logits]:
-    """Return each image's mean output over VIEWS: of h and v, and of the probabilities of np and tp, as logarithms."""
+    """Return for each image (y, x, 3) uint8 RGB the mean output over VIEWS, (channel, y, x) float32.
+
+    h and v are averaged; for np and tp, the probabilities are averaged and returned as logarithms. `logits_of`:
+    computes the network's outputs. `n_types`: number of classes with the background.
+    """
     views = [np.ascontiguousarray(turned(image, *view)) for image in images for view in VIEWS]
     outputs = iter(logits_of(views))
     return [_mean(np.stack([turned_back(next(outputs), *view) for view in VIEWS]), Heads(n_types)) for _ in images]
@@ -35,15 +39,15 @@ def _mean(outputs: Logits, heads: Heads) -> Logits:
 
 
 def turned(image: NDArray[np.uint8], turns: int, flip: bool) -> NDArray[np.uint8]:
-    """Return a view of an image (y, x, 3), turned counterclockwise by quarters, then flipped from left to right."""
+    """Return the image (y, x, 3) uint8, rotated counterclockwise by `turns` × 90°, then flipped from left to right."""
     view = np.rot90(image, turns)
     return view[:, ::-1] if flip else view
 
 
 def turned_back(output: Logits, turns: int, flip: bool) -> Logits:
-    """Return the network's output (channel, y, x) for such a view as an output for the image itself.
+    """Return a network's output (channel, y, x) for the view of `turned` as an output for the original image.
 
-    h and v are distances along the axes, so they change sign and place with them.
+    h and v are distances along the axes, so they swap and change sign when the axes do.
     """
     h, v = output[HV]
     if flip:

@@ -1,1 +1,1 @@
-"""Training of a student."""
+"""Training of students, distilled or not, and of HoVerNet teachers."""

@@ -1,23 +1,23 @@
 """Random views of an annotated image.
 
-Geometry changes image, labels and a teacher's output alike, appearance only the image.
+Geometry changes the image, the labels and a teacher's output in the same way; appearance changes only the image.
 
 ========== ============================================== ===========================================
 kind       geometry                                       appearance
 ========== ============================================== ===========================================
-full       place, any turn, flip, scale                   stain, color, tone, sharpness, noise, JPEG
-turns      place, right-angle turn, flip                  color and blur
-color      place                                          color and blur
-none       place                                          as it is
+full       position, any rotation, flip, scale            stain, color, tone, sharpness, noise, JPEG
+turns      position, right-angle rotation, flip           color and blur
+color      position                                       color and blur
+none       position                                       unchanged
 ========== ============================================== ===========================================
 
-The ranges are meant to cover scanners and stains: 20× slides are seen upsampled (hence the loss of resolution), JPEG
-tiles are common (hence recompression), H and E vary independently between laboratories (hence stain jitter), and
-some scanners sharpen and darken until nuclei are black (hence gamma and unsharp masks).
+The ranges are meant to cover scanners and stains: 20× slides are upsampled for the network (hence the loss of
+resolution), JPEG tiles are common (hence recompression), hematoxylin and eosin vary independently between laboratories
+(hence stain jitter), and some scanners sharpen and darken until nuclei are black (hence gamma and unsharp masks).
 
-A teacher's h and v can be turned by right angles only. Each is scaled by the extents of the nucleus along its own axis,
-so those of a turned nucleus are not a mixture of the two. Right-angle turns and flips swap and negate them, and scaling
-leaves them unchanged; with a teacher, `full` is limited to these.
+A teacher's h and v can be rotated by right angles only. Each is scaled by the extent of the nucleus along its own axis,
+so h and v of a rotated nucleus are not a mixture of the original two. Right-angle rotations and flips swap and negate
+them, and scaling leaves them unchanged; with a teacher, `full` is limited to these.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ LABEL_MARGIN = 32
 distances of the whole nucleus, as when tiles are predicted with a margin."""
 
 SCALE = (0.8, 1.25)
+"""Smallest and largest magnification of `full`."""
 RIGHT = math.pi / 2
+"""A right angle in radians."""
 
 
 class View(NamedTuple):
     """A training crop before its targets are computed.
 
-    `image`: (size, size, 3) uint8 RGB. `instances` int32 and `types` uint8: square, size + 2 × LABEL_MARGIN; types are
-    0 if the sample has none. `planes`: the teacher's output (c, size, size) float32, or None.
+    `image`: (size, size, 3) uint8 RGB. `instances` (int32 ids, 0 = background) and `types` (uint8 class ids): (side,
+    side) with side = size + 2 × LABEL_MARGIN; types are 0 everywhere if the sample has none. `planes`: the teacher's
+    output (channel, size, size) float32 as in `hover_batch.model.heads`, or None without a teacher.
     """
 
     image: NDArray[np.uint8]
@@ -61,9 +64,10 @@ def random_view(
     kind: str = "full",
     planes: NDArray[np.float16] | None = None,
 ) -> View:
-    """Return a crop of `size` pixels a side, changed at random as `kind` says (see the table above).
+    """Return a random crop of `size` × `size` pixels with the augmentation `kind`, a row of the module's table.
 
-    `planes`: the teacher's output (c, y, x) for the whole image, as in `hover_batch.model.heads`.
+    `planes`: the teacher's output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`, or
+    None. The image must be at least `size` pixels high and wide.
     """
     view = random_geometry(sample, size, rng, kind, planes)
     if kind == "full":
@@ -80,9 +84,10 @@ def random_geometry(
     kind: str = "full",
     planes: NDArray[np.float16] | None = None,
 ) -> View:
-    """Crop, turn, flip and scale by one affine map; the image part of the view lies inside the source.
+    """Return a crop of `size` × `size` pixels, moved, rotated, flipped and scaled by one random affine map.
 
-    The image must be at least `size` pixels a side.
+    Arguments as for `random_view`; the appearance is unchanged. The image part of the view lies inside the sample's
+    image, which must be at least `size` pixels high and wide.
     """
     scale, angle, flip = 1.0, 0.0, 1
     if kind == "full":
@@ -96,18 +101,19 @@ def random_geometry(
     height, width = sample.instances.shape
     small = 2 * _reach(size, angle, scale) > min(height, width)
     if small:
-        # The image is hardly larger than the view, as in PanNuke; nothing is known beyond it, so the view stays inside.
+        # The image is hardly larger than the view, as in PanNuke. There are no labels outside it, so the
+        # view stays inside.
         angle = round(angle / RIGHT) * RIGHT
         if kind == "full":
             scale = max(scale, size / min(height, width))
-    # Source offset of a step of one view pixel along x and along y.
+    # Columns: the offset in the source of one view pixel along x, and along y.
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     step = np.array([[cos, -sin * flip], [sin, cos * flip]])
     reach = _reach(size, angle, scale)
     centre = np.array([_uniform_inside(width, reach, rng), _uniform_inside(height, reach, rng)])
     if small or kind != "full":
-        centre -= 0.5  # from edges to centres of pixels, so that a view that just fits is not off by half a pixel
-    if kind != "full":  # pixels fall on pixels
+        centre -= 0.5  # from pixel edges to pixel centres: a view that just fits must not be off by half a pixel
+    if kind != "full":  # align the pixel grids, so that nothing is interpolated
         step = np.rint(step)
         half = step @ np.array([size / 2 - 0.5, size / 2 - 0.5])
         centre = np.rint(centre - half) + half
@@ -122,7 +128,7 @@ def random_geometry(
 
     image = warp(sample.image, size, cv2.INTER_LINEAR)
     wide = size + 2 * LABEL_MARGIN
-    # OpenCV warps no int32; float32 holds ids up to 2^24 exactly.
+    # OpenCV cannot warp int32; float32 represents ids up to 2^24 exactly.
     instances = warp(sample.instances.astype(np.float32), wide, cv2.INTER_NEAREST).astype(np.int32)
     if sample.types is None:
         types = np.zeros((wide, wide), np.uint8)
@@ -137,17 +143,18 @@ def random_geometry(
 
 
 def turn_hv(hv: NDArray[np.float32], step: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Turn h and v (2, y, x) to the axes of a view.
+    """Return h and v (2, y, x) float32 relative to the axes of a rotated or flipped view.
 
-    `step` (2, 2): the source's x and y (rows) of one pixel along the view's x and y (columns). It is a right-angle turn
-    or flip: each row and column has a single 1 or -1, else 0.
+    `hv`: h and v relative to the axes of the source image. `step` (2, 2): the source's x and y (rows) of one pixel
+    along the view's x and y (columns). It must be a right-angle rotation or flip: each row and each column has a single
+    1 or -1, and else 0.
     """
     h, v = (sum(step[axis, i] * hv[axis] for axis in range(2)) for i in range(2))
     return np.stack([h, v]).astype(np.float32)
 
 
 def _reach(size: int, angle: float, scale: float) -> float:
-    """Return how far, in source pixels, a view extends from its centre along each axis."""
+    """Return the distance in source pixels from the centre of a view to its farthest edge along each axis."""
     return (abs(math.cos(angle) / scale) + abs(math.sin(angle) / scale)) * size / 2
 
 

@@ -1,11 +1,10 @@
-"""Weights of the classes by their rarity, from the pixels of the training data.
+"""Class weights for the cross-entropies: rare classes of the training data have larger weights.
 
-w_c = C · f_c^(-1/2) / Σ_k f_k^(-1/2), f_c being the share of the pixels that are of class c and C the number of
-classes, so that the weights have the mean 1. A class without any pixel is left out of C and the sum, and has the
-weight 1.
+w_c = C · f_c^(-1/2) / Σ_k f_k^(-1/2), where f_c is the fraction of pixels with class c and C the number of classes; the
+weights have the mean 1. Classes without pixels have the weight 1 and are left out of C and of the sum.
 
-HoVer-UNet's released code has literals for PanNuke without saying where they come from; they fit this: in its six
-weights of types the nuclei's classes have together the share of .167 of the pixels, the same as by its two of np.
+HoVer-UNet's released code has constants for PanNuke whose origin it does not state. They fit this formula: solved for
+the pixel fractions, both its six weights of tp and its two of np give nuclei 16.7 % of the pixels.
 """
 
 from __future__ import annotations
@@ -27,12 +26,17 @@ from kd.training.losses import UNKNOWN
 FILE = "class_weights.json"
 
 Weights = dict[str, dict[str, list[float]]]
-"""Of `annotated` and, with a teacher, of `taught` pixels: the weights by branch, np and tp."""
+"""`annotated` and, with a teacher, `taught` → branch (np, tp) → one weight per class, by class id."""
 
 
 def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | None, folder: Path) -> Weights:
-    """The weights for the annotations and for a teacher's preferred classes; kept in `folder`, since a teacher's
-    outputs take long to read. Pixels from which a branch learns nothing do not count."""
+    """Return the weights of the annotated classes (`annotated`) and of the teacher's most probable ones (`taught`).
+
+    `n_types`: number of classes with the background. Pixels that a branch does not learn from are not counted. The
+    result is cached in `folder`/class_weights.json, because reading a teacher's outputs takes long; it is computed
+    again if the samples, the classes or the teacher have changed. Raises InputError if a teacher's output is missing or
+    corrupted.
+    """
     digest = hashlib.sha256(f"{n_types} {teacher.sha256 if teacher else ''}".encode())
     for sample in samples:
         digest.update(sample.image_sha256.encode())
@@ -41,9 +45,9 @@ def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | No
     key = digest.hexdigest()
     file = folder / FILE
     if file.is_file():
-        held = json.loads(file.read_text())
-        if held["data"] == key:
-            return dict(held["weights"])
+        cached = json.loads(file.read_text())
+        if cached["data"] == key:
+            return dict(cached["weights"])
     weights = {"annotated": _annotated(samples, n_types)}
     if teacher is not None:
         weights["taught"] = _taught(samples, n_types, teacher)
@@ -54,7 +58,7 @@ def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | No
 
 
 def by_rarity(counts: NDArray[np.int64]) -> list[float]:
-    """The weights of classes that have so many pixels."""
+    """Return the weight of each class from its number of pixels (class,), by the formula in this module's docstring."""
     weights = np.ones(len(counts))
     present = counts > 0
     rarity = (counts[present] / counts.sum()) ** -0.5

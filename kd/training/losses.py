@@ -1,10 +1,11 @@
-"""The losses of HoVerNet and HoVer-UNet, branch by branch, and their sum.
+"""Losses of HoVerNet and HoVer-UNet for each branch, and their weighted sum.
 
-Shapes: b batch, c channel, y, x. Every function takes float32 and returns a scalar. p and q are softmax probabilities,
-t and s truths, i pixels of the batch (N of them), c classes (C of them).
-Sources: Graham et al. 2019 (HoVer-Net), equations 3–6, with weights of 1 as in the reference implementation, which
-also has the gradient kernel; Hinton et al. 2015, equation 1; Tommasino et al. (HoVer-UNet, arXiv 2311.12553),
-equation 1.
+Shapes: b batch, c channel, y, x. The functions take float32 tensors and return scalars. In formulas, p and q are
+softmax probabilities, t is the true class (as one-hot vector: t_ic), h and v are predicted distances and h' and v' true
+ones, i runs over the N pixels of the batch and c over the C classes.
+
+Sources: Graham et al. 2019 (HoVer-Net), equations 3–6, with weights of 1 and the gradient kernel of the reference
+implementation; Hinton et al. 2015, equation 1; Tommasino et al. (HoVer-UNet, arXiv 2311.12553), equation 1.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from hover_batch.model.heads import HV, NP, Heads
 from kd.training.config import TrainConfig
 
 UNKNOWN = -1
-"""In place of a class: nothing is to be learnt from the pixel."""
+"""Placeholder for the class of a pixel that no loss counts."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """One batch of targets.
+    """Targets of one batch.
 
-    np: (b, y, x) int64, 1 on nuclei, 0 on the background, UNKNOWN where the image is not annotated; there hv counts
-    neither · hv: (b, 2, y, x) float32 · tp: (b, y, x) int64 class ids, UNKNOWN where the class is not annotated ·
-    teacher: (b, c, y, x) float32, the teacher's output as `hover_batch.model.heads` lays it out, NaN outside its image,
-    or None.
+    `np`: (b, y, x) int64, 1 on nuclei, 0 on the background, UNKNOWN where nuclei are not annotated. `hv`: (b, 2, y, x)
+    float32, h and v in [-1, 1], 0 on the background; ignored where np is UNKNOWN. `tp`: (b, y, x) int64 class ids,
+    UNKNOWN where classes are not annotated. `teacher`: (b, c, y, x) float32, the teacher's output as in
+    `hover_batch.model.heads`, NaN outside its image; None without a teacher.
     """
 
     np: Tensor
@@ -40,26 +41,27 @@ class Targets:
 
 @dataclass(frozen=True)
 class BranchWeights:
-    """Weights of the classes in the cross-entropies: np (2,), tp (n_types,); None weighs all alike."""
+    """Class weights of the cross-entropies: `np` (2,), `tp` (n_types,) float32; None: all weights are 1."""
 
     np: Tensor | None = None
     tp: Tensor | None = None
 
 
 def weighted_ce(logits: Tensor, truth: Tensor, weight: Tensor | None = None) -> Tensor:
-    """CE = -Σ_i w_{t_i} log p_i(t_i) / Σ_i w_{t_i} (HoVer-Net eq. 5, weighted), over pixels that are not UNKNOWN.
+    """Return the weighted cross-entropy over pixels that are not UNKNOWN (HoVer-Net eq. 5, with class weights).
 
-    logits: (b, c, y, x); truth: (b, y, x) int64; weight: (c,), or None for 1.
+    CE = -Σ_i w_{t_i} log p_i(t_i) / Σ_i w_{t_i}. `logits`: (b, c, y, x). `truth`: (b, y, x) int64 class ids. `weight`:
+    (c,); None: 1. NaN if all pixels are UNKNOWN.
     """
     return F.cross_entropy(logits, truth, weight, ignore_index=UNKNOWN)
 
 
 def dice_loss(probabilities: Tensor, truth: Tensor, over: str = "sum", eps: float = 1e-3) -> Tensor:
-    """Dice = Σ_c 1 - (2·Σ_i p_ic t_ic + ε) / (Σ_i p_ic + Σ_i t_ic + ε) (HoVer-Net eq. 6, for each class), over
-    pixels that are not UNKNOWN.
+    """Return the Dice loss over pixels that are not UNKNOWN (HoVer-Net eq. 6, for each class).
 
-    probabilities: (b, c, y, x); truth: (b, y, x) int64. over `present`: the mean over the classes that `truth` holds
-    in place of the sum over all, so that a class that is absent from the batch does not count as a miss.
+    Dice = Σ_c 1 - (2·Σ_i p_ic t_ic + ε) / (Σ_i p_ic + Σ_i t_ic + ε). `probabilities`: (b, c, y, x). `truth`: (b, y, x)
+    int64 class ids. `over`: "sum", the sum over all classes, or "present", the mean over the classes that occur in
+    `truth`, so that absent classes are not counted as missed. `eps`: ε.
     """
     known = (truth != UNKNOWN).unsqueeze(1).to(probabilities.dtype)
     one_hot = F.one_hot(truth.clamp(min=0), probabilities.shape[1]).movedim(-1, 1).to(probabilities.dtype) * known
@@ -74,18 +76,20 @@ def dice_loss(probabilities: Tensor, truth: Tensor, over: str = "sum", eps: floa
 
 
 def mse_loss(hv: Tensor, truth: Tensor, known: Tensor) -> Tensor:
-    """MSE = 1/(2N)·Σ_i (h_i - h'_i)² + (v_i - v'_i)² (HoVer-Net eq. 3, over both maps), over the N `known` pixels.
+    """Return the mean squared error of h and v over the N `known` pixels (HoVer-Net eq. 3, over both maps).
 
-    hv, truth: (b, 2, y, x); known: (b, y, x) bool.
+    MSE = 1/(2N)·Σ_i (h_i - h'_i)² + (v_i - v'_i)². `hv`, `truth`: (b, 2, y, x). `known`: (b, y, x) bool. 0 if no pixel
+    is known.
     """
     error = _where(known, hv - truth)
     return (error * error).sum() / (2 * known.sum()).clamp(min=1)
 
 
 def gradient_kernels(size: int, like: Tensor) -> Tensor:
-    """The derivative kernels (2, 1, size, size) along x and along y, with the reference's weights i / (i² + j²).
+    """Return the derivative kernels (2, 1, size, size) along x and along y, with the reference's weights i / (i² + j²).
 
-    That of h runs along x and that of v along y, as eq. 4 says; the reference's meshgrid has them the other way.
+    The kernel for h is along x and the kernel for v along y, as in HoVer-Net eq. 4; the meshgrid of the reference
+    implementation swaps them. `size`: odd side in pixels. `like`: tensor with the dtype and device to use.
     """
     steps = torch.arange(-(size // 2), size // 2 + 1, dtype=like.dtype, device=like.device)
     v, h = torch.meshgrid(steps, steps, indexing="ij")
@@ -94,9 +98,10 @@ def gradient_kernels(size: int, like: Tensor) -> Tensor:
 
 
 def msge_loss(hv: Tensor, truth: Tensor, nuclei: Tensor, known: Tensor) -> Tensor:
-    """MSGE = 1/(2M)·Σ_{i∈M} (∂x h_i - ∂x h'_i)² + (∂y v_i - ∂y v'_i)², M the nucleus pixels (HoVer-Net eq. 4).
+    """Return the mean squared error of the gradients of h and v over the M nucleus pixels (HoVer-Net eq. 4).
 
-    hv, truth: (b, 2, y, x); nuclei, known: (b, y, x) bool. Pixels that are not known count as without error.
+    MSGE = 1/(2M)·Σ_{i∈M} (∂x h_i - ∂x h'_i)² + (∂y v_i - ∂y v'_i)². `hv`, `truth`: (b, 2, y, x). `nuclei`, `known`:
+    (b, y, x) bool. Errors of h and v at unknown pixels are set to 0 before the derivative.
     """
     kernels = gradient_kernels(5, hv)
     error = F.conv2d(_where(known, hv - truth), kernels, padding=2, groups=2)
@@ -105,11 +110,12 @@ def msge_loss(hv: Tensor, truth: Tensor, nuclei: Tensor, known: Tensor) -> Tenso
 
 
 def kl_loss(logits: Tensor, teacher: Tensor, known: Tensor, temperature: float = 1.0, mean: str = "pixels") -> Tensor:
-    """KL = 1/N·Σ_i Σ_c p_ic log(p_ic / q_ic), with p = softmax(teacher / T) and q = softmax(logits / T)
-    (softened as in Hinton et al. eq. 1), over the N `known` pixels. Without a factor of T.
+    """Return the KL divergence of the softened student from the teacher over the N `known` pixels.
 
-    logits, teacher: (b, c, y, x); known: (b, y, x) bool. mean `elements`: 1/(N·C) in place of 1/N, as the released
-    code reduces.
+    KL = 1/N·Σ_i Σ_c p_ic log(p_ic / q_ic), with p = softmax(teacher / T) and q = softmax(logits / T), softened as in
+    Hinton et al. eq. 1; it is not multiplied by a power of T. `logits`, `teacher`: (b, c, y, x). `known`: (b, y, x)
+    bool. `temperature`: T. `mean`: "pixels" for 1/N, or "elements" for 1/(N·C) as in HoVer-UNet's released code. 0 if
+    no pixel is known.
     """
     p, q = (F.log_softmax(z / temperature, dim=1) for z in (teacher, logits))
     each = _where(known, F.kl_div(q, p, reduction="none", log_target=True))
@@ -120,10 +126,11 @@ def kl_loss(logits: Tensor, teacher: Tensor, known: Tensor, temperature: float =
 def student_loss(
     output: Tensor, targets: Targets, heads: Heads, weights: BranchWeights | None = None, dice_over: str = "sum"
 ) -> dict[str, Tensor]:
-    """The terms by name of L_student = (CE + Dice)_np + (MSE + MSGE)_hv + (CE + Dice)_tp, their plain sum.
+    """Return the terms of L_student by name: np_ce, np_dice, hv_mse, hv_msge, tp_ce, tp_dice.
 
-    Without those of np and hv where no pixel of the batch is annotated, without those of tp where none has a class.
-    output: (b, c, y, x) as `heads` lays it out. dice_over: see `dice_loss`.
+    L_student = (CE + Dice)_np + (MSE + MSGE)_hv + (CE + Dice)_tp. Terms of np and hv are left out if no pixel of the
+    batch is annotated, terms of tp if no pixel has a class. `output`: the network's output (b, c, y, x) as in `heads`.
+    `weights`: class weights; None: 1. `dice_over`: as `over` in `dice_loss`.
     """
     weights = weights or BranchWeights()
     np_logits, hv, tp_logits = output[:, NP], output[:, HV], output[:, heads.tp]
@@ -149,12 +156,15 @@ def distill_loss(
     kl_scale: str = "1/T²",
     kl_mean: str = "pixels",
 ) -> dict[str, Tensor]:
-    """The terms by name of L_distill = (CE + k·KL)_np + (MSE + MSGE)_hv + (CE + k·KL)_tp, their plain sum.
+    """Return the terms of L_distill by name: np_ce, np_kl, hv_mse, hv_msge, tp_ce, tp_kl.
 
-    k is 1/T², as the paper states, or T², as Hinton et al. and the released code have it. The truth of CE is the
-    class that the teacher prefers, of MSE and MSGE the teacher's h and v, MSGE over its nucleus pixels. The teacher
-    has types for every image, so that the type branch learns from images whose annotations have none.
-    output, teacher: (b, c, y, x) as `heads` lays it out; where the teacher is NaN, nothing is learnt.
+    L_distill = (CE + k·KL)_np + (MSE + MSGE)_hv + (CE + k·KL)_tp, where k is 1/T² as in the HoVer-UNet paper, or T² as
+    in Hinton et al. and in HoVer-UNet's released code (`kl_scale`). The truth of CE is the teacher's most probable
+    class; the truth of MSE and MSGE is the teacher's h and v, MSGE over the teacher's nucleus pixels. The teacher
+    predicts types for every image, so the branch tp also learns from images without annotated types.
+
+    `output`, `teacher`: (b, c, y, x) as in `heads`; pixels where the teacher is NaN are not counted. `weights`: class
+    weights; None: 1. `temperature`: T. `kl_mean`: as `mean` in `kl_loss`. The KL terms are multiplied by k already.
     """
     weights = weights or BranchWeights()
     factor = temperature**2 if kl_scale == "T²" else temperature**-2
@@ -172,13 +182,16 @@ def distill_loss(
 
 
 def _where(known: Tensor, planes: Tensor) -> Tensor:
-    """Planes (b, c, y, x) with zeros where `known` (b, y, x) is False; no gradient passes there."""
+    """Return planes (b, c, y, x) with zeros, and without a gradient, where `known` (b, y, x) is False."""
     return torch.where(known.unsqueeze(1), planes, torch.zeros((), dtype=planes.dtype, device=planes.device))
 
 
 @dataclass(frozen=True)
 class Loss:
-    """L = α·L_student + (1 - α)·L_distill (HoVer-UNet eq. 1), as a configuration has it."""
+    """Loss of a configuration: L = α·L_student + (1 - α)·L_distill (HoVer-UNet eq. 1).
+
+    In both parts, the terms of a branch are multiplied by the weight of the branch.
+    """
 
     heads: Heads
     config: TrainConfig
@@ -186,13 +199,16 @@ class Loss:
     distill_weights: BranchWeights = field(default_factory=BranchWeights)
 
     def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """The terms by name, those of L_distill as `kd_…`, and `loss`, which is to be made small."""
-        ours, theirs = self.config.loss_shares
+        """Return the terms by name, those of L_distill with the prefix `kd_`, and under `loss` the loss to minimise.
+
+        `output`: the network's output (b, c, y, x) float32 as in `heads`.
+        """
+        student_share, distill_share = self.config.loss_shares
         terms = student_loss(output, targets, self.heads, self.student_weights, self.config.dice_over)
-        # Where nothing is annotated at all, the loss is a zero that still depends on the output.
-        loss = ours * self._sum(terms) + 0 * output.sum()
-        if theirs:
-            assert targets.teacher is not None, "crops of a configuration that distils have the teacher's output"
+        # Without any annotation the loss is 0, and must still depend on the output for backward().
+        loss = student_share * self._sum(terms) + 0 * output.sum()
+        if distill_share:
+            assert targets.teacher is not None, "distillation needs crops with the teacher's output"
             config = self.config
             distilled = distill_loss(
                 output,
@@ -203,11 +219,11 @@ class Loss:
                 config.kl_scale,
                 config.kl_mean,
             )
-            loss = loss + theirs * self._sum(distilled)
+            loss = loss + distill_share * self._sum(distilled)
             terms |= {f"kd_{name}": term for name, term in distilled.items()}
         return terms | {"loss": loss}
 
     def _sum(self, terms: dict[str, Tensor]) -> Tensor | float:
-        """Sum of the terms, each times the weight of its branch."""
+        """Return the sum of the terms, each multiplied by the weight of its branch."""
         of_branch = {"np": self.config.np_weight, "hv": self.config.hv_weight, "tp": self.config.tp_weight}
         return sum(of_branch[name[:2]] * term for name, term in terms.items())

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate, which also decide when training ends."""
+"""Learning rate schedules, which also decide when training ends."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from kd.training.config import TrainConfig
 
 
 class Schedule(Protocol):
-    """A schedule that can be stored in a checkpoint."""
+    """Learning rate schedule whose state can be stored in a checkpoint."""
 
     def before(self, step: int) -> None:
-        """Set the learning rate before each step."""
+        """Set the learning rate of the optimiser before each step. `step`: number of steps done."""
 
     def after(self, loss: float) -> bool:
-        """Take the validation loss after each epoch; False ends the training."""
+        """Update the schedule after each epoch with its validation loss; return False if training shall end."""
 
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for the checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Schedule:
-    """Build the schedule of a training of `steps` steps."""
+    """Build the schedule of `config` for a training of `steps` steps; the optimiser has its initial rates."""
     return Plateau(config, optimizer) if config.schedule == "plateau" else Cosine(config, optimizer, steps)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Return the rate at `step`: linear warm-up, then half a cosine to zero at step `steps`."""
+    """Return the learning rate at `step`: linear warm-up to `config.lr`, then half a cosine to zero at step `steps`."""
     warmup = min(300, steps // 10) if config.warmup is None else config.warmup
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -38,33 +41,38 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 class Cosine:
-    """The rate is a function of the step, in the proportions that the groups begin with; training ends with the last
-    step."""
+    """Schedule with the rate of `learning_rate`; it never ends training early.
+
+    The ratios between the rates of the optimiser's parameter groups stay constant.
+    """
 
     def __init__(self, config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> None:
         self.config, self.optimizer, self.steps = config, optimizer, steps
         self.shares = [group["lr"] / config.lr for group in optimizer.param_groups]
 
     def before(self, step: int) -> None:
+        """Set the learning rate of every parameter group for `step`."""
         for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
             group["lr"] = learning_rate(self.config, step, self.steps) * share
 
     def after(self, loss: float) -> bool:
+        """Return True: training ends at its last step."""
         return True
 
     def state_dict(self) -> dict[str, Any]:
+        """Return an empty state: the rate depends only on the step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Do nothing: there is no state."""
 
 
 class Plateau:
-    """The rate falls when the validation loss stops falling; some epochs later training ends.
+    """Schedule that reduces the rate, and later ends training, when the validation loss stops falling.
 
-    Progress is a loss more than `plateau_delta` below the lowest so far. After more than `plateau_patience` epochs
-    without progress the rate is multiplied by `plateau_factor`, down to `min_lr`; with the `early_stop`-th such epoch
-    training ends.
+    An epoch has progress if its loss is more than `plateau_delta` below the lowest loss so far. After more than
+    `plateau_patience` epochs without progress, the rate is multiplied by `plateau_factor`, but not below `min_lr`.
+    After `early_stop` epochs without progress, training ends; 0: it does not end early.
     """
 
     def __init__(self, config: TrainConfig, optimizer: torch.optim.Optimizer) -> None:
@@ -81,9 +89,10 @@ class Plateau:
         self.waited = 0
 
     def before(self, step: int) -> None:
-        pass
+        """Do nothing: the rate changes only after epochs."""
 
     def after(self, loss: float) -> bool:
+        """Update the rate with the validation loss of an epoch; return False if training shall end."""
         self.rate.step(loss)
         if loss < self.least - self.config.plateau_delta:
             self.least, self.waited = loss, 0
@@ -92,9 +101,11 @@ class Plateau:
         return not self.config.early_stop or self.waited < self.config.early_stop
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state of the plateau detection for the checkpoint."""
         rate = {name: value for name, value in self.rate.state_dict().items() if name != "min_lrs"}
         return {"rate": rate, "least": self.least, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
         self.rate.load_state_dict(state["rate"])
         self.least, self.waited = state["least"], state["waited"]

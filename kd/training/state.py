@@ -1,4 +1,4 @@
-"""The state of a training, which its checkpoint stores so that it resumes as if it had never stopped."""
+"""State of a training run, saved in its checkpoint so that an interrupted run gives the same result."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ from kd.training.crops import Teacher
 from kd.training.schedule import Schedule
 
 CHECKPOINT = "checkpoint.pt"
+"""Name of the checkpoint in the output folder."""
 
 
 @dataclass
 class State:
-    """The part that changes during training.
-
-    `shipped`: the network with the weights to package, which are averages or those of the best epoch.
-    """
+    """Everything that changes during training."""
 
     model: nn.Module
+    """Network that is trained."""
     shipped: nn.Module
+    """Network with the weights to package: the moving average, or the weights of the best epoch."""
     optimizer: torch.optim.Optimizer
+    """Optimiser of `model`."""
     schedule: Schedule
+    """Learning rate schedule of `optimizer`."""
     step: int = 0
     """Number of steps done."""
     best: float = math.inf
@@ -42,47 +44,62 @@ class State:
     ended: bool = False
     """True once the schedule has ended the training."""
     row: dict[str, float] | None = None
-    """Log row of an epoch that is trained but not yet validated."""
+    """Log row of an epoch that is trained but not yet validated; None if there is none."""
 
     def save(self, config: TrainConfig, record: dict[str, Any]) -> None:
-        """Write the checkpoint atomically. `record`: see `record_of`. Raises HoverBatchError if that fails."""
+        """Write the checkpoint of `config.out` atomically. `record`: see `record_of`.
+
+        Raises HoverBatchError if it cannot be written; the previous checkpoint then remains.
+        """
         path = config.out / CHECKPOINT
         temporary = path.with_suffix(".tmp")
-        held = {name: getattr(self, name).state_dict() for name in ("model", "shipped", "optimizer", "schedule")}
-        held |= {name: getattr(self, name) for name in ("step", "best", "ended", "row")}
+        values = {name: getattr(self, name).state_dict() for name in ("model", "shipped", "optimizer", "schedule")}
+        values |= {name: getattr(self, name) for name in ("step", "best", "ended", "row")}
         try:
-            torch.save({"config": config.to_json(), "record": record, **held}, temporary)
-        except RuntimeError as error:  # on a full disk torch reports an unexpected position
+            torch.save({"config": config.to_json(), "record": record, **values}, temporary)
+        except RuntimeError as error:  # torch's error on a full disk: "unexpected pos"
             temporary.unlink(missing_ok=True)
             raise HoverBatchError(
-                f"{path} cannot be written; make sure that its disk has space and run the same command again: it "
-                f"resumes from the last checkpoint ({str(error).splitlines()[0]})"
+                f"{path} cannot be written ({str(error).splitlines()[0]}); make sure that its disk has space and run "
+                "the same command again: it resumes from the last checkpoint"
             ) from error
         os.replace(temporary, path)
 
     def resume(self, config: TrainConfig, record: dict[str, Any]) -> None:
-        """Load the checkpoint, if there is one.
+        """Load the checkpoint of `config.out`, if there is one. `record`: see `record_of`.
 
-        Raises InputError if it was made with other settings, images or annotations, or another teacher.
+        Raises InputError if it was written with other settings, images, annotations or another teacher.
         """
         path = config.out / CHECKPOINT
         if not path.exists():
             return
         saved = read_checkpoint(path)
         if saved["config"] != config.to_json():
-            raise InputError(f"{path} was made with other settings; give another --out, or the same settings")
+            raise InputError(
+                f"{path} was written with other settings ({_difference(saved['config'], config.to_json())}); give "
+                "another --out, or the same settings"
+            )
         for what, flag in (("saw", "--data"), ("truth_sha256", "--data"), ("teacher", "--teacher")):
             if saved["record"].get(what) != record[what]:
-                raise InputError(f"{flag}: {path} was made with another; give another --out, or the same {flag}")
+                raise InputError(
+                    f"{flag}: {path} was written with other contents of {flag}; give another --out, or the same {flag}"
+                )
         for name in ("model", "shipped", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(saved[name])
         self.step, self.best, self.ended, self.row = (saved[name] for name in ("step", "best", "ended", "row"))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `State.save` wrote; only tensors and plain values are unpickled.
+def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Return the first setting that differs, with both values."""
+    name = next(n for n in (saved | wanted) if saved.get(n) != wanted.get(n))
+    return f"{name} {saved.get(name)}, not {wanted.get(name)}"
 
-    Raises InputError if there is no such file, it is not a checkpoint, or another version wrote it.
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint that `State.save` wrote; only tensors and plain values are unpickled.
+
+    Its keys are `config` (`TrainConfig.to_json`), `record` (see `record_of`), and the fields of `State`. Raises
+    InputError if there is no such file, it is not a checkpoint, or an older version wrote it.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; write one with `hover-batch kd train`")
@@ -90,11 +107,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise InputError(
-            f"{path}: not a checkpoint of `hover-batch kd train`, or damaged; train anew into another --out"
+            f"{path}: not a checkpoint of `hover-batch kd train`, or corrupted; train again with another --out"
         ) from error
     if not isinstance(saved, dict) or not saved.keys() >= {"config", "record", "shipped", "step"}:
         raise InputError(
-            f"{path} was written by an older version and cannot be resumed by this one; train anew into another --out"
+            f"{path} was written by an older version, and this one cannot resume it; train again with another --out"
         )
     return saved
 
@@ -104,12 +121,19 @@ def record_of(
     training: Sequence[Sample],
     validation: Sequence[Sample],
     teacher: Teacher | None,
-    before: dict[str, Any],
+    origin: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the record of a training for the model card.
+    """Return the record of a training for the checkpoint and the model card, as JSON values.
 
-    `saw`: image hashes by part, as `hashes_of` gives them. `saw_groups`: their patients as source/group, if known.
-    `truth_sha256`: hashes of their annotations. `before`: the training, or the source, of the weights it started from.
+    `origin`: the origin of the initial weights, as from `starting_network`. The keys are
+
+    - `taxonomy`: the classes;
+    - `saw`: image hashes (see `hashes_of`) by part, train and val;
+    - `saw_groups`: patients as source/group by part, where they are known;
+    - `truth_sha256`: hash of the annotations by part;
+    - `data`: counts by part and source (see `contents`);
+    - `teacher`: package hash, tta, name, licence and training of the teacher, or None;
+    - `before`: `origin`.
     """
     parts = {"train": training, "val": validation}
     taught = None
@@ -127,12 +151,12 @@ def record_of(
         "truth_sha256": {part: truth_sha256(samples) for part, samples in parts.items()},
         "data": {part: contents(samples) for part, samples in parts.items()},
         "teacher": taught,
-        "before": before,
+        "before": origin,
     }
 
 
 def contents(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """Count, by source, the images, their nuclei, and the images with types."""
+    """Return, by source, the number of `images`, of their `nuclei`, and of the images with types (`typed`)."""
     found: dict[str, dict[str, int]] = {}
     for sample in samples:
         entry = found.setdefault(sample.source, {"images": 0, "nuclei": 0, "typed": 0})

@@ -1,7 +1,7 @@
-"""HoVerNet's targets from an instance map: horizontal and vertical distances.
+"""HoVerNet's distance targets, computed from an instance map.
 
 Source: Graham et al. 2019 (HoVer-Net), section 3.1; the scaling of each side by its own extreme and the rounding of
-the centroid are those of the reference implementation's `gen_instance_hv_map`.
+the centroid follow the reference implementation's `gen_instance_hv_map`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 @njit(cache=True, nogil=True)
 def hv_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Return distance maps (2, y, x) float32 in [-1, 1], h then v, zero on the background.
+    """Return distance maps (2, y, x) float32 in [-1, 1], h (along x) then v (along y), zero on the background.
 
-    `instances`: (y, x) int32, 0 = background. Along each axis the distance of a pixel to its instance's rounded
-    centroid is divided by the largest distance on the same side, so that both ends reach -1 and 1. The number of passes
-    over the pixels does not depend on the number of instances.
+    `instances`: (y, x) int32 ids, values up to 0 = background. The distance of a pixel to the rounded centroid of its
+    instance is divided, along each axis, by the largest distance on the same side, so that the ends have -1 and 1. The
+    number of passes over the pixels does not depend on the number of instances.
     """
     height, width = instances.shape
     n = int(instances.max()) + 1

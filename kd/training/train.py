@@ -1,7 +1,7 @@
-"""The training loop, top to bottom: crops → network → loss → step; at each epoch a validation and a checkpoint.
+"""Training loop: crops → network → loss → optimiser step; validation and a checkpoint after each epoch.
 
-One loop for students, distilled or not, and for teachers. Needs torch, OpenCV and numba, but neither ray, zarr nor
-tiatoolbox.
+The same loop trains students, distilled or not, and teachers. It does not import ray, zarr or tiatoolbox, except that
+reading a teacher's outputs or a .zarr cache needs zarr.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ from kd.training.state import State, record_of
 from kd.training.validate import examples, validate, validation_loss
 
 PANELS = "panels"
+"""Folder of the example pictures in the output folder, one per epoch."""
 
 
 def train(config: TrainConfig) -> nn.Module:
-    """Train, or go on where the checkpoint in `config.out` stands; returns the weights to be shipped in a module.
+    """Train a network, or resume from the checkpoint in `config.out`; return it with the weights to package.
 
-    Raises InputError where the checkpoint there was made with other settings or data.
+    Writes the checkpoint, log.csv, TensorBoard files and pictures to `config.out`, and prints progress. Raises
+    InputError if the data, the teacher or the initial weights do not fit, or the checkpoint was written with other
+    settings or data; HoverBatchError if the loss is not finite or the checkpoint cannot be written.
     """
     torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,7 +51,10 @@ def train(config: TrainConfig) -> nn.Module:
     typed = config.distils or config.init is not None or any(s.types is not None for s in samples)
     taxonomy = data.taxonomy if typed else NUCLEI
     if config.schedule == "plateau" and not validation:
-        raise InputError(f"--val-fold {' '.join(config.val_folds)}: no image, and the preset needs a validation loss")
+        raise InputError(
+            f"--val-fold {' '.join(config.val_folds)}: {config.data} has no images of this fold, but the preset "
+            f"{config.preset} needs a validation loss; give a fold with images"
+        )
     teacher = open_teacher(config.teacher, taxonomy) if config.distils and config.teacher else None
     try:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -56,17 +62,17 @@ def train(config: TrainConfig) -> nn.Module:
         raise InputError(f"--out {config.out}: {error.strerror}; give a folder that can be written") from error
 
     torch.manual_seed(config.seed)
-    model, before = starting_network(config, taxonomy)
+    model, origin = starting_network(config, taxonomy)
     cut = cut_of(model)
     model.to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     shipped = copy.deepcopy(model).eval().requires_grad_(False)
     crops, epoch_steps = training_crops(samples, shares, config, cut, teacher)
     steps = len(crops) // config.batch
     fixed = validation_crops(validation, shares, config, cut, teacher) if validation else None
     optimizer = _optimizer(config, model)
     state = State(model, shipped, optimizer, build_schedule(config, optimizer, steps))
-    record = record_of(taxonomy, samples, validation, teacher, before)
+    record = record_of(taxonomy, samples, validation, teacher, origin)
     state.resume(config, record)
     loss_of = Loss(Heads(len(taxonomy.classes)), config)
     if config.class_weights:
@@ -75,12 +81,16 @@ def train(config: TrainConfig) -> nn.Module:
     log = Log(config.out)
 
     def end_epoch(row: dict[str, float], whole: bool) -> None:
-        """Validate, and let the schedule see it. An epoch that --max-steps cut short leaves no trace in the state."""
-        looked_at = shipped if config.ema_decay else model.eval()
+        """Validate, log, update the schedule and save.
+
+        `whole`: False if --max-steps ended the epoch early; the schedule and the best loss then stay unchanged, so that
+        the run can continue as if it had not paused.
+        """
+        validated = shipped if config.ema_decay else model.eval()
         if fixed is not None:
-            row["val_loss"] = validation_loss(looked_at, fixed, loss_of, config.batch, device)
-            row |= validate(looked_at, validation, device, taxonomy)
-            picture = examples(looked_at, validation, device, taxonomy, teacher)
+            row["val_loss"] = validation_loss(validated, fixed, loss_of, config.batch, device)
+            row |= validate(validated, validation, device, taxonomy)
+            picture = examples(validated, validation, device, taxonomy, teacher)
             write_panel(config.out / PANELS / f"epoch_{math.ceil(state.step / epoch_steps):04d}.jpg", picture)
         log.write(row)
         reached = row.get("val_loss", -math.inf)
@@ -93,7 +103,7 @@ def train(config: TrainConfig) -> nn.Module:
             state.row = None
         state.save(config, record)
 
-    if state.row is not None:  # interrupted after the epoch's steps
+    if state.row is not None:  # interrupted between the last step of an epoch and the end of its validation
         end_epoch(state.row, whole=True)
     stop = min(steps, config.max_steps or steps)
     if state.ended or state.step >= stop:
@@ -107,19 +117,19 @@ def train(config: TrainConfig) -> nn.Module:
     for step, (image, targets) in enumerate(batches(crops, config.batch, device, state.step), start=state.step):
         state.schedule.before(step)
         model.train()
-        torch.manual_seed((config.seed << 32) + step)  # the encoder drops paths: what it drops is the step's, too
+        torch.manual_seed((config.seed << 32) + step)  # for the encoder's stochastic depth: the same when resumed
         with torch.autocast(device.type, dtype=torch.bfloat16):
             output = model(image)
         terms = loss_of(output.float(), targets)
         optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        terms["loss"].backward()  # type: ignore[no-untyped-call]  # untyped in torch
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         if config.ema_decay:
             _average(shipped, model, min(config.ema_decay, (1 + step) / (10 + step)))
         for name, term in terms.items():
             sums[name] = sums.get(name, torch.zeros((), device=device)) + term.detach().double()
-        counts.update(terms.keys())  # a batch without types lacks theirs
+        counts.update(terms.keys())  # a batch without types has no terms of tp
         state.step = done = step + 1
         log.step(done, stop, (time.monotonic() - started) / (done - since))
         whole = done % epoch_steps == 0 or done == steps
@@ -129,10 +139,10 @@ def train(config: TrainConfig) -> nn.Module:
             row |= {name: float(total) / counts[name] for name, total in sums.items()}
             if not math.isfinite(row["loss"]):
                 raise HoverBatchError(
-                    f"the loss is not finite after step {done}: training has diverged; give a lower --lr. "
-                    f"{config.out} holds the last checkpoint before"
+                    f"the loss is not finite after step {done} (the checkpoint in {config.out} is older): training has "
+                    "diverged; give a lower --lr and another --out"
                 )
-            if whole:  # saved first: whatever befalls the validation, the steps are kept
+            if whole:  # save before validating, so that the steps are not lost if validation fails
                 state.row = dict(row)
                 state.save(config, record)
             end_epoch(row, whole)
@@ -157,7 +167,7 @@ def _branch_weights(weights: dict[str, list[float]], device: torch.device) -> Br
 
 @torch.no_grad()
 def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the averaged weights towards the model's; counters and running statistics are averaged alike."""
+    """Move the average towards the model's weights and running statistics in place; integers are copied."""
     for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
         if mean.is_floating_point():
             mean.lerp_(value, 1 - decay)

@@ -1,5 +1,8 @@
-"""Quick validation during training: the loss on fixed crops, scores of the central part of each validation image by
-source, and a picture of some."""
+"""Quick validation during training.
+
+It consists of the loss on fixed crops, scores by source on the central part of validation images, and a picture of
+some.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,14 @@ from kd.training.crops import Crops, Teacher, batches
 from kd.training.losses import Targets
 
 SIDE = 512
-"""Side in pixels of the central part of each image that is scored."""
+"""Side in pixels of the scored central part of each image."""
 SCORED = 64
-"""Largest number of images of a source that are scored, evenly spaced among all."""
+"""Largest number of scored images per source, evenly spaced among all."""
 EXAMPLES, EXAMPLE_SIDE = 4, 256
 """Number of rows of the picture, and the side of its images in pixels."""
 
 TYPICAL = SobelConstants(h_min=-1.191e11, h_max=7.051e10, v_min=-1.17e11, v_max=6.913e10)
-"""Numbers that calibration of the starter gave. `kd.evaluation.calibrate` finds those of a package after training."""
+"""Sobel constants of the starter, used until `kd.evaluation.calibrate` has found those of the trained network."""
 
 
 @torch.inference_mode()
@@ -45,7 +48,10 @@ def validation_loss(
     batch: int,
     device: torch.device,
 ) -> float:
-    """Return the mean training loss over the batches of `crops`. `model` must be in evaluation mode."""
+    """Return the mean of `loss` over the batches of `crops`. `model` must be in evaluation mode.
+
+    `loss`: (output, targets) → terms by name, among them `loss`. `batch`: crops per batch.
+    """
     losses = []
     for image, targets in batches(crops, batch, device):
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -55,11 +61,12 @@ def validation_loss(
 
 
 def validate(model: nn.Module, samples: Sequence[Sample], device: torch.device, taxonomy: Taxonomy) -> dict[str, float]:
-    """Return scores `val_pq_<source>`, `val_dice_<source>`, `val_f_d_<source>` and, where types are annotated,
-    `val_f_c_<source>`: the mean F_c over the classes. Of a source in PARTIAL: `val_recall_<source>` alone.
+    """Return scores by name, for the log: `val_pq_<source>`, `val_dice_<source>` and `val_f_d_<source>`.
 
-    `model` must be in evaluation mode. Only the central SIDE × SIDE pixels of each image are scored; of a smaller
-    image, the largest multiples of 32. Pixels around them are mirrored.
+    Sources with annotated types also have `val_f_c_<source>`, the mean F_c over the classes. Sources in PARTIAL have
+    `val_recall_<source>` instead of PQ, Dice and F_d. `model` must be in evaluation mode. The central SIDE × SIDE
+    pixels of at most SCORED images per source are scored; smaller images are cropped to multiples of 32 pixels. The
+    network sees mirrored pixels around this part.
     """
     maps_of = maps_by(model, device, taxonomy)
     chosen: list[Sample] = []
@@ -77,8 +84,11 @@ def validate(model: nn.Module, samples: Sequence[Sample], device: torch.device, 
 def examples(
     model: nn.Module, samples: Sequence[Sample], device: torch.device, taxonomy: Taxonomy, teacher: Teacher | None
 ) -> Image:
-    """Return a picture (y, x, 3) uint8 RGB of up to EXAMPLES images, as they are, annotated, and predicted by the
-    teacher, if there is one, and by `model`, which must be in evaluation mode."""
+    """Return a picture (y, x, 3) uint8 RGB with one row for each of up to EXAMPLES images.
+
+    Its columns are the image, its annotations, the teacher's prediction if there is a teacher, and the prediction of
+    `model`, which must be in evaluation mode.
+    """
     maps_of = maps_by(model, device, taxonomy)
     layout = MapLayout(len(taxonomy.classes))
 
@@ -99,9 +109,9 @@ def examples(
 
 
 def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsOf:
-    """Return a function from an image (y, x, 3) uint8, its sides multiples of 32, to the network's stored maps.
+    """Return a function from images (y, x, 3) uint8 RGB to the network's stored maps (plane, y, x) uint8.
 
-    Pixels around the image are mirrored.
+    The sides of the images must be multiples of 32. The network sees mirrored pixels around them.
     """
     layout = MapLayout(len(taxonomy.classes))
 
@@ -120,7 +130,7 @@ def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsO
 
 
 def _margin(model: nn.Module, side: int) -> int:
-    """Return the margin in pixels that a network needs around a part of `side` pixels, a multiple of 32."""
+    """Return the margin in pixels that the network needs around an image with this side, a multiple of 32 pixels."""
     if not isinstance(model, HoVerNet):
         return LABEL_MARGIN
     arch = model.arch
@@ -129,7 +139,7 @@ def _margin(model: nn.Module, side: int) -> int:
 
 
 def _spread(samples: Sequence[Sample], n: int) -> list[Sample]:
-    """Return up to n of the samples, evenly spaced."""
+    """Return up to `n` of the samples, evenly spaced."""
     if len(samples) <= n:
         return list(samples)
     return [samples[i * len(samples) // n] for i in range(n)]

@@ -92,7 +92,7 @@ def test_a_damaged_chunk_names_cache_and_image(tmp_path, monkeypatch, part, dama
     cache = open_cache(path).samples("1", None)
     assert next(cache).id == "sound"
     with pytest.raises(
-        InputError, match=r"data\.zarr: the image damaged is damaged; run `hover-batch kd prepare` again"
+        InputError, match=r"data\.zarr: the image damaged is corrupted; run `hover-batch kd prepare` again"
     ):
         next(cache)
 
@@ -102,7 +102,7 @@ def test_a_damaged_npz_names_cache_and_image(tmp_path):
     content = bytearray(path.read_bytes())
     content[500] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"data\.npz: the image a is damaged"):
+    with pytest.raises(InputError, match=r"data\.npz: the image a is corrupted"):
         read_data(path, ["1"])
 
 

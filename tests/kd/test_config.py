@@ -51,14 +51,14 @@ def test_with_a_teacher_quick_distils_by_half():
 @pytest.mark.parametrize(
     ("preset", "given", "message"),
     [
-        ("best", {}, "--preset best: not known; known are quick, starter, starter-open, paper, released"),
-        ("paper", {}, "--alpha 1 trains without"),
-        ("released", {}, "--alpha 0 trains without"),
+        ("best", {}, "--preset best: unknown; give one of quick, starter, starter-open, paper, released"),
+        ("paper", {}, "--alpha 1 to train without"),
+        ("released", {}, "--alpha 0 to train without"),
         ("quick", {"alpha": 0.5}, "kd teach"),
         ("quick", {"alpha": 1.5}, "--alpha 1.5"),
         ("quick", {"alpha": float("nan")}, "--alpha nan"),
         ("quick", {"temperature": 0.0}, "--temperature 0"),
-        ("quick", {"model": "resnet"}, "--model resnet: not known; known are unet, hovernet-fast"),
+        ("quick", {"model": "resnet"}, "--model resnet: unknown; give one of unet, hovernet-fast"),
         ("quick", {"size": 100}, "--size 100: must be a multiple of 32"),
         ("quick", {"model": "hovernet-original", "size": 256}, "--size 256: must be 6 more than a multiple of 8"),
         ("quick", {"model": "hovernet-fast", "size": 120}, "--size 120: .* at least 128"),

@@ -75,7 +75,7 @@ def test_evaluate_prints_a_table_and_writes_json(folder, package, tmp_path, norm
     out = tmp_path / "scores.json"
     result = run("evaluate", package, "--data", folder, "--sobel-norm", norm, "--json", out, "--threads", 1)
     assert result.exit_code == 0, result.exception
-    for text in ("untaught on ", ", test", "consep", "tnbc", "mpq", "f_d", "f epithelial", "GMac a patch of 256 px"):
+    for text in ("untaught on ", ", test", "consep", "tnbc", "mpq", "f_d", "f epithelial", "GMac per patch of 256 px"):
         assert text in result.stdout
     report = json.loads(out.read_text())
     assert (report["model"], report["label"], report["folds"], report["sobel_norm"]) == (
@@ -105,8 +105,7 @@ def test_evaluate_one_source(folder, package, tmp_path):
         (["--beside", "starter"], "--beside: is shown in the picture"),
         (["--json", "nowhere/scores.json"], "--json nowhere/scores.json: the folder nowhere does not exist"),
         (["--json", "."], "--json .: is a folder"),
-        (["--panel", "panel.jpg"], "--panel panel.jpg: the picture is a .png file"),
-        (["--sobel-norm", "none"], "--sobel-norm none"),
+        (["--panel", "panel.jpg"], "--panel panel.jpg: must be a .png file"),
         (["--min-area-px", "-1"], "--min-area-px -1"),
         (["--against", "nowhere.json"], "nowhere.json: No such file"),
     ],
@@ -115,6 +114,12 @@ def test_evaluate_says_what_is_wrong(folder, package, flags, message):
     result = run("evaluate", package, "--data", folder, *flags)
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception)
+
+
+def test_evaluate_knows_two_scalings_of_sobel_maps(folder, package):
+    result = run("evaluate", package, "--data", folder, "--sobel-norm", "none")
+    assert result.exit_code == 2
+    assert all(text in result.stderr for text in ("--sobel-norm", "none", "fixed", "window"))
 
 
 def test_evaluate_calls_a_missing_package_by_the_words_of_its_user(folder, tmp_path):

@@ -238,7 +238,7 @@ def test_a_folder_with_types_of_known_codes(tmp_path):
         (lambda f: as_tiff(f, "types", np.ones((64, 64), np.float32)), r"x_types\.tif: float32 .* but should be"),
         (
             lambda f: (f / "dataset.csv").write_text((f / "dataset.csv").read_text() + ROW),
-            "rows 2 and 3 have the sample_id x; ids must differ",
+            "rows 2 and 3 have the same sample_id x; change one",
         ),
         (lambda f: (f / "dataset.csv").write_text(f"{HEADER}\n"), "it lists no image"),
         (

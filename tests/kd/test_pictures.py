@@ -58,7 +58,7 @@ def test_a_tiff_with_an_orientation_is_refused(tmp_path, orientation):
     tags = [(ORIENTATION, "H", 1, orientation, True)]
     tifffile.imwrite(tmp_path / "x.tif", ramp(20, 30), photometric="rgb", extratags=tags)
     tifffile.imwrite(tmp_path / "l.tif", ramp(20, 30)[..., 0].astype(np.uint16), extratags=tags)
-    message = f"orientation tag {orientation}; save its pixels as a PNG"
+    message = f"orientation tag {orientation}; save its stored pixels as a PNG"
     with pytest.raises(InputError, match=rf"x\.tif: .*{message}"):
         read_image(tmp_path / "x.tif")
     with pytest.raises(InputError, match=rf"l\.tif: .*{message}"):
@@ -127,11 +127,11 @@ def discs(n: int) -> np.ndarray:
         ((discs(40) > 0) * np.uint8(255), "semantic mask.*1 in all.*on up to 40 separate nuclei"),
         ((discs(40) > 0).astype(np.uint16), "semantic mask"),
         ((discs(40) % 5).astype(np.uint8), "semantic mask.*4 in all"),
-        (((discs(40) + 220) % 256 * (discs(40) > 0)).astype(np.uint8), "8-bit labels that hold 255.*16-bit grey PNG"),
-        (discs(600).astype(np.uint8), "8-bit labels that hold 255"),
+        (((discs(40) + 220) % 256 * (discs(40) > 0)).astype(np.uint8), "8-bit labels with 255.*16-bit grey PNG"),
+        (discs(600).astype(np.uint8), "8-bit labels with 255"),
         (discs(1000).astype(np.uint8), "semantic mask"),
-        (discs(300).clip(0, 255).astype(np.uint8), "8-bit labels that hold 255"),
-        ((discs(1) > 0) * np.uint8(255), "8-bit labels that hold 255.*a mask of 0 and 255"),
+        (discs(300).clip(0, 255).astype(np.uint8), "8-bit labels with 255"),
+        ((discs(1) > 0) * np.uint8(255), "8-bit labels with 255.*a mask of 0 and 255"),
     ],
 )
 def test_labels_that_are_no_instance_ids_are_refused(tmp_path, labels, message):

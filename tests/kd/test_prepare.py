@@ -77,7 +77,7 @@ def test_what_is_odd_is_noted(folders, tmp_path):
     for note in (
         "2 nuclei are in several pieces",
         "2 nuclei have pixels of several classes",
-        "2 typed pixels are on no nucleus",
+        "2 typed pixels are outside nuclei",
         "2 nuclei have none of the classes of pannuke",
         "the same image is in several folds (train: x, test: y)",
     ):
@@ -97,9 +97,9 @@ def test_types_whose_codes_are_not_known_are_told_of(folders, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["consep", "-o", "data.h5"], "give it the ending .zarr or .npz"),
+        (["consep", "-o", "data.h5"], "must end in .zarr or .npz"),
         (["consep", "-o", "absent/data.npz"], "the folder .*absent does not exist"),
-        (["consep", "-o", "data.npz", "--classes", "kumar"], "--classes kumar: give one of consep, pannuke"),
+        (["consep", "-o", "data.npz", "--classes", "kumar"], "--classes kumar: unknown; give one of consep, pannuke"),
         (["pannuke", "-o", "data.npz", "--val", "2"], "--val 2"),
         (["consep", "-o", "/proc/data.zarr"], "--out /proc/data.zarr: cannot be written"),
         (["consep", "consep", "-o", "data.npz"], "two images have this id"),

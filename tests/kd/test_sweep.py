@@ -145,7 +145,7 @@ def test_what_is_wrong_is_said_before_anything_runs(tmp_path, trained, arguments
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--alpha", 0.3], "-- --alpha: the sweep gives it to each run"),
+        (["--alpha", 0.3], "-- --alpha: the sweep sets it for each run"),
         (["--data", "other"], "-- --data"),
         (["--preset", "paper"], "-- --preset"),
         (["--threads", 4], "-- --threads"),

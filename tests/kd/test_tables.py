@@ -109,8 +109,8 @@ def test_ours_beside_the_papers(runs: list[Path], tmp_path: Path) -> None:
     ours = read(out, "ours_consep")
     assert (ours["starter"]["f spindle"], ours["b2"]["f spindle"]) == ("0.34", "")
     cost = read(out, "cost")
-    assert float(cost["b2"]["GMac a patch"]) == pytest.approx(7.179, abs=1e-3) and cost["b2"]["s a patch"] == ""
-    assert (cost["HoVerNet"]["GMac a patch"], cost["HoVerNet"]["s a patch"]) == ("149.73", "0.835")
+    assert float(cost["b2"]["GMac per patch"]) == pytest.approx(7.179, abs=1e-3) and cost["b2"]["s per patch"] == ""
+    assert (cost["HoVerNet"]["GMac per patch"], cost["HoVerNet"]["s per patch"]) == ("149.73", "0.835")
 
 
 def test_every_cell_of_ours_has_a_run(runs: list[Path], tmp_path: Path) -> None:
@@ -127,16 +127,16 @@ def test_published_rows_fill_their_columns() -> None:
 
 def test_a_table_of_published_rows_alone_says_so(runs: list[Path], tmp_path: Path) -> None:
     write_tables(tables(read_runs(runs[2:3]), tmp_path), tmp_path)
-    assert (tmp_path / "tables.md").read_text().count("None of the evaluations given belongs here.") == 3
+    assert (tmp_path / "tables.md").read_text().count("No evaluation was given for this table.") == 3
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({}, "the same model on the same pannuke"),
+        ({}, "the same model on the same images of pannuke"),
         ({"architecture": "unet mit_b0", "folds": ["1"]}, "its architecture is unet mit_b0, .* another --label"),
         ({"sobel_norm": "window", "folds": ["1"]}, "its sobel_norm is window"),
-        ({"min_area_px": 10, "folds": ["1"]}, "its min_area_px is 10, that of .* 64, .* another --label"),
+        ({"min_area_px": 10, "folds": ["1"]}, "its min_area_px is 10, but that of .* is 64, .* another --label"),
     ],
 )
 def test_what_cannot_share_a_row_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -175,7 +175,7 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path, text: str, message: st
 )
 def test_what_looks_like_an_evaluation_and_is_none_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
     path = write(tmp_path / "x.json", **{"sources": {"pannuke": scores(PANNUKE, 0.4)}} | changed)
-    with pytest.raises(InputError, match="x.json: no evaluation of this version"):
+    with pytest.raises(InputError, match="x.json: not an evaluation of this version"):
         read_runs([path])
 
 

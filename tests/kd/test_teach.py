@@ -298,7 +298,7 @@ def test_the_command_goes_on_with_a_cache(taught, images, professor):
             ["--teacher", "hovernet.tar"],
             "--teacher hovernet.tar: no such package; make one of a published checkpoint with",
         ),
-        (["--fold", "test"], "--fold test: .* has no such image; give one of its folds, train, val"),
+        (["--fold", "test"], "--fold test: .* has no image of this fold; give one of its folds, train, val"),
         (["--source", "consep"], "has no source consep; its sources are tnbc"),
         (["--batch", "0"], "--batch 0"),
         (["--cpus", "100000"], "--cpus 100000: there are"),

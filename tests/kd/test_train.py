@@ -317,7 +317,7 @@ def test_a_source_without_training_images_is_refused(config, tmp_path):
 
 
 def test_a_fold_without_images_is_refused(config, paper, tmp_path, taught):
-    with pytest.raises(InputError, match="--fold test: .* has no such image; it has train, val"):
+    with pytest.raises(InputError, match="--fold test: .* has no images of this fold; its folds are train, val"):
         train(replace(config, out=tmp_path, sources=None, train_folds=("test",)))
     with pytest.raises(InputError, match="--val-fold test"):
         train(replace(paper, out=tmp_path, val_folds=("test",)))
@@ -357,7 +357,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of_and_the_last_one_stays(c
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2093440 vs 2093328")
 
     monkeypatch.setattr(torch, "save", on_a_full_disk)
-    with pytest.raises(HoverBatchError, match="checkpoint.pt cannot be written; make sure that its disk has space"):
+    with pytest.raises(HoverBatchError, match="checkpoint.pt cannot be written .*; make sure that its disk has space"):
         train(config)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "log.csv", "panels", "tensorboard"}

@@ -1,4 +1,4 @@
-"""Published data sets in their layouts on disk, one file each. The layout of a folder is recognised by its content."""
+"""Layouts of published data sets on disk, one file each. The layout of a folder is recognised by its content."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Layout(Protocol):
     def __len__(self) -> int: ...
 
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
-        """Yield the images, their types mapped to `taxonomy`. Raises InputError if one is faulty."""
+        """Yield the images, with types mapped to `taxonomy`. Raises InputError if an image cannot be read."""
 
 
 def recognise(folder: Path, val: int = 0) -> Layout:
-    """Recognise and open the layout in `folder`. `val`: number of CoNSeP's training tiles that become the fold val.
+    """Return the layout of `folder`, opened. `val`: number of CoNSeP's last training tiles to use as fold val.
 
     Raises InputError if there is no such folder, its layout is unknown, or it is incomplete.
     """

@@ -1,7 +1,7 @@
 """CoNSeP as its authors publish it: `Train|Test/Images/*.png` and `Train|Test/Labels/*.mat`, 1000 × 1000 px at 40×.
 
-A .mat holds inst_map (y, x) of instance ids and type_map (y, x) of class codes, both 0 on the background; the rest of
-it (inst_type, inst_centroid) follows from these. Train and Test are the folds train and test.
+A .mat file has inst_map (y, x) with instance ids and type_map (y, x) with class codes, both 0 on the background; its
+other arrays (inst_type, inst_centroid) are redundant. Train and Test are the folds train and test.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PARTS = {"train": "Train", "test": "Test"}
 
 
 class Consep:
-    """The tiles in `folder`; the last `val` tiles of Train, by number, are the fold val.
+    """Tiles of CoNSeP in `folder`. The last `val` tiles of Train, by number, are the fold val.
 
     Raises InputError if an image has no labels, labels have no image, or `val` leaves no tile to train on.
     """
@@ -51,7 +51,7 @@ class Consep:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Whether the folder has a part of this layout."""
+        """Return whether the folder has a part of this layout."""
         return any((folder / part / kind).is_dir() for part in PARTS.values() for kind in ("Images", "Labels"))
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ def _read_mat(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
 
     try:
         content = loadmat(path, variable_names=["inst_map", "type_map"])
-    except Exception as error:  # the parser raises many kinds on a damaged file
+    except Exception as error:  # the parser raises many kinds for corrupted files
         raise InputError(f"{path} cannot be read as a .mat file ({error}); download it again") from error
     maps = []
     for name in ("inst_map", "type_map"):

@@ -1,8 +1,9 @@
-"""An instance folder: images with label images, described by a table.
+"""Instance folder: images and label images that a table describes.
 
-dataset.csv has a row for each image: sample_id, image (RGB PNG), labels (uint16 PNG of instance ids, 0 = background),
-types (uint8 PNG of class codes, or empty), source, split (train/val/test); where known, group (patient or slide) and
-tissue. Paths are relative to the folder. Images are at 40× (0.25 µm), and a column magnification must say so.
+dataset.csv has one row per image, with the columns sample_id, image (RGB PNG), labels (uint16 PNG of instance ids, 0 =
+background), types (uint8 PNG of class codes, or empty), source and split (train, val or test). Optional columns are
+group (patient or slide), tissue and magnification, which must be 40. Paths are relative to the folder. Images must be
+at 40× (0.25 µm).
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ TABLE = "dataset.csv"
 COLUMNS = ("sample_id", "image", "labels", "types", "source", "split")
 """Required columns."""
 MAGNIFICATION = 40
+"""Magnification of the images."""
 
 
 class InstanceFolder:
-    """The images that `folder` / dataset.csv lists.
+    """Images of an instance folder.
 
-    Raises InputError if the table is not a CSV in UTF-8, has no rows, lacks a column or a field, repeats a sample_id,
-    or names another magnification than 40.
+    Raises InputError if dataset.csv is not a CSV in UTF-8, has no rows, lacks a column or a value, repeats a sample_id,
+    or states another magnification than 40.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,27 +45,27 @@ class InstanceFolder:
         try:
             header, *rows = [[cell.strip() for cell in row] for row in cells if row] or [[]]
         except csv.Error as error:
-            raise InputError(f"{folder / TABLE} cannot be read as CSV ({error}); save it anew") from error
+            raise InputError(f"{folder / TABLE} cannot be read as CSV ({error}); save it again as CSV UTF-8") from error
         if missing := [c for c in COLUMNS if c not in header]:
             raise InputError(
                 f"{folder / TABLE}: no column {', '.join(missing)}; add it, and separate columns by commas"
             )
         self._rows = [dict(zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
         if not self._rows:
-            raise InputError(f"{folder / TABLE}: it lists no image; add a row for each")
+            raise InputError(f"{folder / TABLE}: it lists no image; add one row per image")
         lines: dict[str, int] = {}
         for line, row in enumerate(self._rows, start=2):
             if empty := [c for c in COLUMNS if not row[c] and c != "types"]:
                 raise InputError(f"{folder / TABLE}: row {line} has no {', '.join(empty)}; fill it in")
             if (first := lines.setdefault(row["sample_id"], line)) != line:
                 raise InputError(
-                    f"{folder / TABLE}: rows {first} and {line} have the sample_id {row['sample_id']}; ids must differ"
+                    f"{folder / TABLE}: rows {first} and {line} have the same sample_id {row['sample_id']}; change one"
                 )
             scanned = re.match(r"\d+(\.\d+)?", row.get("magnification") or "")
             if scanned and float(scanned[0]) != MAGNIFICATION:
                 raise InputError(
                     f"{folder / TABLE}: row {line} has magnification {scanned[0]}; rescale images and labels to "
-                    f"{MAGNIFICATION} (0.25 µm a pixel)"
+                    f"{MAGNIFICATION} (0.25 µm per pixel)"
                 )
 
     def __len__(self) -> int:
@@ -92,9 +94,9 @@ class InstanceFolder:
     def samples(
         self, taxonomy: Taxonomy, fold: str | None = None, sources: Collection[str] | None = None
     ) -> Iterator[Sample]:
-        """Yield the images of one fold and the named sources (None: all), in the order of the table.
+        """Yield the images of one fold and of the given sources (None: all), in the order of the table.
 
-        Raises InputError if one cannot be read.
+        Types are mapped to `taxonomy`. Raises InputError if an image cannot be read.
         """
         for row in self._rows:
             if fold in (None, row["split"]) and (sources is None or row["source"] in sources):

@@ -1,8 +1,8 @@
-"""PanNuke as its authors publish it: three folds of 256 × 256 px patches at 40×, each fold in three arrays.
+"""PanNuke as its authors publish it: three folds of 256 × 256 px patches at 40×, with three arrays per fold.
 
-`Fold 1/images/fold1/images.npy` (n, y, x, 3) RGB, `Fold 1/images/fold1/types.npy` (n,) names of tissues,
-`Fold 1/masks/fold1/masks.npy` (n, y, x, 6) instance ids in a channel for each class and, last, the background. They are
-stored as float64, up to 8 GB a file, so they are memory-mapped, and one patch at a time is read.
+The files of fold 1 are `Fold 1/images/fold1/images.npy` (n, y, x, 3) RGB, `Fold 1/images/fold1/types.npy` (n,) names of
+tissues, and `Fold 1/masks/fold1/masks.npy` (n, y, x, 6) with instance ids in one channel per class; the last channel is
+the background. Files have up to 8 GB of float64 values, so they are memory-mapped and read one patch at a time.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CHANNELS = len(CODES["pannuke"]) + 1
 
 
 class PanNuke:
-    """The folds in `folder`, which may also be a single fold. They are called "1", "2" and "3".
+    """Folds "1", "2" and "3" of PanNuke in `folder`, which may also be a single fold.
 
-    Raises InputError if a file of a fold is missing, unreadable or there twice, or its length or shape does not fit the
-    others'.
+    Raises InputError if a file of a fold is missing or unreadable, if a fold occurs twice, or if the shapes of the
+    files of a fold do not match.
     """
 
     classes = "pannuke"
@@ -38,21 +38,21 @@ class PanNuke:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Whether the folder has a fold of this layout."""
+        """Return whether the folder has a fold of this layout."""
         return bool(_folds(folder))
 
     def __len__(self) -> int:
         return sum(len(fold) for fold in self._folds.values())
 
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
-        """Yield the patches, fold by fold. Raises InputError if one holds values out of range."""
+        """Yield the patches, fold by fold, with types mapped to `taxonomy`. Raises InputError if a value is invalid."""
         for fold in self._folds.values():
             for i in range(len(fold)):
                 yield fold.read(i, taxonomy)
 
 
 def _folds(folder: Path) -> dict[str, Path]:
-    """Return, by fold number, the folder with `images` and `masks`; its name may have a space or not."""
+    """Return by fold number the folder with `images` and `masks`, at most three levels deep."""
     found: dict[str, Path] = {}
     for depth in ("", "*/", "*/*/"):
         for path in sorted(folder.glob(f"{depth}*/fold[0-9]")):
@@ -64,9 +64,9 @@ def _folds(folder: Path) -> dict[str, Path]:
 
 
 class _Fold:
-    """The patches of one fold.
+    """Patches of one fold.
 
-    Files are mapped anew for each patch, because pages that were read stay in memory while the mapping lives.
+    Files are memory-mapped again for each patch, because pages stay in memory as long as their mapping.
     """
 
     def __init__(self, fold: str, root: Path) -> None:
@@ -78,8 +78,8 @@ class _Fold:
         for name, n in (("masks.npy", masks_shape[0]), ("types.npy", len(self.tissues))):
             if n != shape[0]:
                 raise InputError(
-                    f"{root}: {name} has {n} entries, but images.npy {shape[0]}; they are of different "
-                    "folds, or a download was cut short; download them again"
+                    f"{root}: {name} has {n} entries, but images.npy {shape[0]}; they are from different "
+                    "folds, or a download is incomplete; download them again"
                 )
         if shape[1:3] != masks_shape[1:3]:
             raise InputError(f"{root}: images are {shape[1:3]}, but masks {masks_shape[1:3]}; download them again")
@@ -88,6 +88,7 @@ class _Fold:
         return len(self.tissues)
 
     def read(self, i: int, taxonomy: Taxonomy) -> Sample:
+        """Return patch `i`, with types mapped to `taxonomy`. Raises InputError if a value is invalid."""
         image = _whole(_map(self.images_file, 3)[i], f"{self.images_file}: image {i}", 255)
         mask = _whole(_map(self.masks_file, CHANNELS)[i], f"{self.masks_file}: mask {i}", np.iinfo(np.int32).max)
         instances, codes = merge_channels(mask)
@@ -104,10 +105,11 @@ class _Fold:
 
 
 def merge_channels(mask: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-    """Merge ids (y, x, 6) of a channel for each class into instances (y, x) int32 and class codes (y, x) uint8.
+    """Return instances (y, x) int32 and class codes (y, x) uint8 of a PanNuke mask (y, x, 6).
 
-    Instances are numbered from 1 on. The same id in two channels is two nuclei. Where two channels overlap, the later
-    one has the pixel, as in the authors' metrics (Gamper et al. 2020).
+    `mask`: instance ids in one channel per class, and the background in the last channel. Instances are numbered from 1
+    on. The same id in two channels is two nuclei. Where two channels overlap, pixels belong to the later one, as in the
+    authors' metrics (Gamper et al. 2020).
     """
     instances = np.zeros(mask.shape[:2], np.int32)
     codes = np.zeros(mask.shape[:2], np.uint8)
@@ -140,7 +142,7 @@ def _load(path: Path) -> NDArray[Any]:
 
 
 def _whole(values: NDArray[Any], where: str, highest: int) -> NDArray[np.int32]:
-    """Convert values that the files hold as float64 to int32.
+    """Return the values of a file, stored as float64, as int32.
 
     Raises InputError, naming `where`, if one is not a whole number from 0 to `highest`.
     """

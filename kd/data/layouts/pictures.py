@@ -1,7 +1,7 @@
-"""Pictures of annotated images as stored: RGB images, instance ids and class codes.
+"""Image files of annotated images: RGB images, instance ids and class codes.
 
-Orientation tags are ignored, since labels are drawn on the stored pixels. Pictures that would be misread are refused:
-images of more than 8 bits, and labels that hold something else than instance ids.
+Orientation tags are ignored, because annotations refer to the pixels as stored. Files that would be misread are
+rejected: images with more than 8 bits, and labels that are not instance ids.
 """
 
 from __future__ import annotations
@@ -18,49 +18,49 @@ from hover_batch.errors import InputError
 from kd.data.pieces import pieces_of
 
 UPRIGHT = 1
-"""Orientation tag of a picture that is shown as it is stored."""
+"""Orientation tag of images that are displayed as stored."""
 NUCLEUS_AREA = 20
-"""Smallest area in pixels of a piece that may be a nucleus of its own."""
+"""Smallest area in pixels of a piece that may be a separate nucleus."""
 SEMANTIC_PIECES = 3
-"""Number of such pieces from which an id looks like a class."""
+"""Number of such pieces from which a value looks like a class instead of an id."""
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
     """Return the RGB image (y, x, 3) uint8 as stored.
 
-    Raises InputError if the file cannot be read as an image, or holds more than 8 bits a channel.
+    Raises InputError if the file cannot be read as an image, or has more than 8 bits per channel.
     """
-    # Without ANYDEPTH, OpenCV drops the low bits, and a 12-bit image in 16 bits comes out nearly black.
+    # Without ANYDEPTH, OpenCV drops the low bits, so that a 12-bit image in 16 bits becomes nearly black.
     image = _read(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
     if image.dtype != np.uint8:
         raise InputError(
-            f"{path}: an image of {image.dtype}, but 8 bits a channel are needed; scale its full range to 0–255 and "
+            f"{path}: an image of {image.dtype}, but must have 8 bits per channel; scale its full range to 0–255 and "
             "save it as an 8-bit RGB PNG"
         )
     return np.ascontiguousarray(image[..., ::-1])  # OpenCV reads BGR
 
 
 def read_instances(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
-    """Return the instance ids (y, x) int32, 0 = background, of an image of this (y, x) shape.
+    """Return the instance ids (y, x) int32, 0 = background, of an image with this (y, x) shape.
 
-    Raises InputError as `read_codes` does, and if the values look like classes or like ids cut to 8 bits.
+    Raises InputError as `read_codes` does, and if the values look like classes, or like ids truncated to 8 bits.
     """
     ids, dtype = _read_labels(path, shape)
     refuse_semantic(ids, str(path))
     limit = np.iinfo(np.uint8).max
     if dtype == np.uint8 and ids.max(initial=0) == limit:
         raise InputError(
-            f"{path}: 8-bit labels that hold {limit}, the largest value of 8 bits: a mask of 0 and {limit}, or ids of "
-            "which those above wrapped around or were cut off; save the original instance ids as a 16-bit grey PNG"
+            f"{path}: 8-bit labels with {limit}, the largest value of 8 bits: a mask of 0 and {limit}, or ids of which "
+            "the larger ones were truncated; save the original instance ids as a 16-bit grey PNG"
         )
     return ids
 
 
 def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
-    """Return the class codes (y, x) int32, 0 = background, of an image of this (y, x) shape.
+    """Return the class codes (y, x) int32, 0 = background, of an image with this (y, x) shape.
 
-    Raises InputError if the file cannot be read, holds something else than whole numbers from 0 on in one channel, or
-    has another shape.
+    Raises InputError if the file cannot be read, has anything else than one channel of whole numbers from 0 on, or has
+    another shape.
     """
     return _read_labels(path, shape)[0]
 
@@ -68,20 +68,20 @@ def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
 def refuse_semantic(instances: NDArray[np.int32], where: str) -> None:
     """Raise InputError, naming `where`, if instance ids (y, x) look like a semantic mask.
 
-    In a semantic mask one value, such as 1 or 255, or one for each class, is on many nuclei. Published annotations do
-    hold a few nuclei in several pieces; these pass.
+    In a semantic mask, many nuclei have the same value, such as 1, 255 or a class code. Published annotations contain a
+    few nuclei in several pieces; these are accepted.
     """
     pieces = pieces_of(instances, NUCLEUS_AREA)
     if len(pieces) and np.mean(pieces >= SEMANTIC_PIECES) >= 0.5:
         raise InputError(
-            f"{where}: looks like a semantic mask, not like instance ids: its values besides 0 ({len(pieces)} in all) "
-            f"are on up to {pieces.max()} separate nuclei each; give every nucleus a number of its own (1, 2, 3, …) "
-            "and save them as 16-bit labels"
+            f"{where}: looks like a semantic mask, not like instance ids: its values other than 0 ({len(pieces)} in "
+            f"all) are on up to {pieces.max()} separate nuclei each; give every nucleus its own id (1, 2, 3, …) and "
+            "save them as 16-bit labels"
         )
 
 
 def _read_labels(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.int32], np.dtype[Any]]:
-    """The labels, and the dtype in which they are stored."""
+    """Return the labels (y, x) int32, and the dtype in which they are stored."""
     labels = _read(path, cv2.IMREAD_UNCHANGED)
     if labels.ndim != 2 or labels.dtype.kind not in "ui" or labels.min(initial=0) < 0:
         raise InputError(
@@ -89,25 +89,25 @@ def _read_labels(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.int32],
             "PNG of 16 bits"
         )
     if labels.shape != shape:
-        raise InputError(f"{path}: shape {labels.shape}, but its image has {shape}")
+        raise InputError(f"{path}: shape {labels.shape}, but its image has {shape}; save labels of the same size")
     return labels.astype(np.int32), labels.dtype
 
 
 def _read(path: Path, flags: int) -> NDArray[Any]:
-    """The pixels as OpenCV reads them with `flags`. Raises InputError if it cannot."""
-    # OpenCV turns a TIFF by its tag, whatever the flags.
+    """Return the pixels as OpenCV reads them with `flags`. Raises InputError if it cannot read them as stored."""
+    # OpenCV always rotates a TIFF according to its tag, even with IGNORE_ORIENTATION.
     if path.suffix.lower() in (".tif", ".tiff") and (orientation := _tiff_orientation(path)) != UPRIGHT:
         raise InputError(
-            f"{path}: a TIFF with the orientation tag {orientation}; save its pixels as a PNG, as they are stored"
+            f"{path}: a TIFF with the orientation tag {orientation}; save its stored pixels as a PNG without rotation"
         )
     pixels = cv2.imread(str(path), flags)
     if pixels is None:
-        raise InputError(f"{path} cannot be read as an image; see that it exists and save it as a PNG")
+        raise InputError(f"{path} cannot be read as an image; check that it exists, and save it as a PNG")
     return np.asarray(pixels)
 
 
 def _tiff_orientation(path: Path) -> int:
-    """The orientation tag of the first page; UPRIGHT if there is none or the file is no TIFF."""
+    """Return the orientation tag of the first page; UPRIGHT if there is no tag or the file is not a TIFF."""
     try:
         with tifffile.TiffFile(path) as file:
             tag = file.pages.first.tags.get("Orientation")
