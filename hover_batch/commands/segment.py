@@ -100,6 +100,14 @@ def segment(
         bool, typer.Option("--force", help="Remove the results in the output folder, and start anew.")
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry quarantined slides, too.")] = False,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-on",
+            metavar="FLAG",
+            help="Record slides with this quality flag (docs/numbers.md) as failed; repeatable. Results stay.",
+        ),
+    ] = None,
     max_failures: Annotated[
         int | None, setting("--max-failures", "Stop when more slides than this have failed.", ENGINE, "never")
     ] = None,
@@ -146,6 +154,7 @@ def segment(
         force=force,
         command=sys.argv[1:],
         retry_failed=retry_failed,
+        fail_on=fail_on or (),
         log_format=log_format,
     )
     for line in outcome.closing_lines():
