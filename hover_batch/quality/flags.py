@@ -34,7 +34,7 @@ Limits = Mapping[str, tuple[float, float]]
 
 LIMITS: Limits = {
     "nuclei_per_mm2": (100, 30_000),
-    "area_um2": (10, 100),
+    "area_um2": (11, 100),
     "sharpness": (0.75, math.inf),
     "h_od": (0.10, 1.40),
     "e_od": (0.0, 0.50),
@@ -47,9 +47,9 @@ MIN_COHORT = 8
 """Slides from which a slide is compared with the cohort."""
 MAX_Z = 3.5
 """Robust z-score (Iglewicz and Hoaglin 1993) beyond which a slide is an outlier."""
-_LOGARITHMIC = {"nuclei_per_mm2", "area_um2"}
+_LOGARITHMIC = {"nuclei_per_mm2", "area_um2", "sharpness"}
 """Measures that differ between slides by a factor."""
-_MIN_SPREAD = {"nuclei_per_mm2": 0.2, "area_um2": 0.12, "seg_score": 0.01, "type_prob": 0.02}
+_MIN_SPREAD = {"nuclei_per_mm2": 0.2, "area_um2": 0.12, "sharpness": 0.2, "seg_score": 0.01, "type_prob": 0.02}
 """Standard deviation that the cohort has at least, logarithmic for factors: serial sections are too alike otherwise."""
 
 _BLURRED_SHARE = 0.3
@@ -94,8 +94,8 @@ class _Slide:
 
     @property
     def out_of_focus(self) -> float:
-        """Share of the sampled fields whose nuclei are blurred."""
-        return _out_of_focus(self.measures, self.limits) or 0.0
+        """Share of the sampled fields whose nuclei are blurred, in themselves or compared with the cohort."""
+        return _share_below(self["sharpness"], max(b["sharpness"][0] for b in (self.limits, self.nearest))) or 0.0
 
     @property
     def mpp_factor(self) -> float:
@@ -145,7 +145,7 @@ RULES = (
     _Rule(
         "pixel_size",
         lambda s: s.outside("area_um2", s.limits) or s.outside("area_um2", s.cohort),
-        "The median nucleus has {s[area_um2]:.3g} µm², which is implausible. The pixel size is probably wrong: about "
+        "The median nucleus has {s[area_um2]:.3g} µm², which is implausible. The pixel size is probably wrong: "
         "{s.mpp_factor:.2g} times the present one would fit. Check the magnification of the scan, then give the right "
         "mpp in the cohort CSV.",
     ),
@@ -153,7 +153,7 @@ RULES = (
         "out_of_focus",
         lambda s: s.out_of_focus >= _BLURRED_SHARE,
         "The nuclei are blurred in {s.out_of_focus:.0%} of the sampled fields. Look at overlay.jpg; scan the slide "
-        "again, or exclude the blurred part with mask_path.",
+        "again, or exclude the blurred part with mask_path. Nuclei that look large and smooth have a wrong pixel size.",
     ),
     _Rule(
         "ink",
@@ -212,7 +212,7 @@ def summary_columns(slide: Mapping[str, Any], flags: Sequence[Flag]) -> dict[str
     measures = _measures(slide)
     columns = {f"{name}_mean": measures.get(name) for name in ("h_od", "e_od", "seg_score", "type_prob")}
     return columns | {
-        "out_of_focus": _out_of_focus(measures, _limits(slide)),
+        "out_of_focus": _share_below(measures.get("sharpness"), _limits(slide)["sharpness"][0]),
         "ink": measures.get("ink"),
         "flags": ";".join(flag.name for flag in flags),
     }
@@ -231,10 +231,9 @@ def _measures(slide: Mapping[str, Any]) -> dict[str, Any]:
     return counted | slide.get("quality", {})
 
 
-def _out_of_focus(measures: Mapping[str, Any], limits: Limits) -> float | None:
-    """Return the share of the sampled fields whose nuclei are blurred; None where no field has enough nuclei."""
-    fields = measures.get("sharpness")
-    return sum(value < limits["sharpness"][0] for value in fields) / len(fields) if fields else None
+def _share_below(values: Sequence[float] | None, limit: float) -> float | None:
+    """Return the share of the values that are below the limit; None where there are none."""
+    return sum(value < limit for value in values) / len(values) if values else None
 
 
 def _cohort_bounds(slides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -243,7 +242,7 @@ def _cohort_bounds(slides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float
     bounds = {}
     for name, least in _MIN_SPREAD.items():
         log = name in _LOGARITHMIC
-        values = [slide[name] for slide in slides if slide.get(name)]
+        values = [median(v) if isinstance(v, list) else v for slide in slides if (v := slide.get(name))]
         if len(values) >= MIN_COHORT:
             scaled = [math.log(value) if log else value for value in values]
             middle = median(scaled)

@@ -16,7 +16,7 @@ from hover_batch.model.heads import MapLayout
 FIELD = 512
 """Side in inference pixels of a sampled field: a chunk of the store."""
 MAX_FIELDS = 16
-MIN_NUCLEI = 10
+MIN_NUCLEI = 5
 """Nuclei of a field that is sampled."""
 _MEANS = {"h_od": "h_od_mean", "e_od": "e_od_mean", "seg_score": "seg_score", "type_prob": "type_prob"}
 _BINNING = 2
