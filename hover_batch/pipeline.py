@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import SlideLayout
+from hover_batch.cohort.run_folder import read_json
 from hover_batch.errors import SlideError
 from hover_batch.export.pictures import View, densest_field, write_overlay, write_thumbnail
 from hover_batch.export.summary import slide_summary
@@ -28,9 +29,11 @@ from hover_batch.model.heads import MapLayout
 from hover_batch.nuclei.stitch import nuclei_of_region
 from hover_batch.nuclei.table import merge_parts, to_arrow, write_part
 from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.quality.measures import field_sharpness, mean_measures, sampled_fields
+from hover_batch.quality.picture import PICTURE_MEASURES, picture_measures
 from hover_batch.slide.reader import SlideReader
 from hover_batch.slide.tiles import Unit
-from hover_batch.slide_work import SlideWork, stand_aside
+from hover_batch.slide_work import SlideWork, open_store, stand_aside
 from hover_batch.store import PredictionStore
 
 if TYPE_CHECKING:  # it imports torch, which readers and post-processing do not need
@@ -286,10 +289,10 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     """Merge the parts into nuclei.parquet and draw the pictures. Return the content of slide.json, with the summary.
 
     `seconds`: times of all earlier steps of the slide, to which those of this step are added. If `reader` is None,
-    there are no pixels to draw on, and the thumbnail is copied from the run that stored the maps.
+    there are no pixels to draw on, and the thumbnail and its measures are copied from the run that stored the maps.
 
-    UnitsMissing if parts or markers that another machine wrote are not visible here yet, SlideError if another run has
-    taken over the slide's folder.
+    UnitsMissing if parts, markers or maps that another machine wrote are not visible here yet, SlideError if another run
+    has taken over the slide's folder.
     """
     layout, record = work.layout, work.record
     cells = [(unit.column, unit.row) for unit in work.units]
@@ -301,10 +304,8 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
         stand_aside(work)
         merged = merge_parts(parts, layout.nuclei_parquet, work.context, keep)
         work.mask.write_geojson(layout.tissue_geojson, work.info.bounds)
-        if reader is not None:
-            _draw(work, reader)
-        elif work.maps.thumbnail_jpg.is_file():
-            shutil.copyfile(work.maps.thumbnail_jpg, layout.thumbnail_jpg)
+        picture = _draw(work, reader) if reader is not None else _copy_picture(work)
+        quality = {**_measure_nuclei(work), **picture}
     write_atomically(layout.timings_json, to_json(seconds.totals))
     return {
         "nuclei": merged.nuclei,
@@ -315,6 +316,8 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
         "mpp": [work.info.mpp.x, work.info.mpp.y],
         "inference_mpp": [work.grid.mpp.x, work.grid.mpp.y],
         "warnings": [*work.info.warnings, *_smaller_batches(work)],
+        "quality": quality,
+        "limits": dict(work.card.limits),
         "summary": slide_summary(
             record,
             work.taxonomy,
@@ -337,8 +340,26 @@ def _smaller_batches(work: SlideWork) -> list[str]:
     return []
 
 
-def _draw(work: SlideWork, reader: SlideReader) -> None:
-    """Draw the thumbnail with the tissue's outline, and the densest field with its nuclei at full resolution."""
+def _measure_nuclei(work: SlideWork) -> dict[str, Any]:
+    """Measure the quality of what the table and the stored maps hold."""
+    layout = MapLayout(len(work.taxonomy.classes))
+    fields = sampled_fields(work.layout.nuclei_parquet, work.grid)
+    read = _complete(open_store(work), work)
+    return {**mean_measures(work.layout.nuclei_parquet), "sharpness": field_sharpness(fields, read, layout)}
+
+
+def _copy_picture(work: SlideWork) -> dict[str, float]:
+    """Copy the thumbnail of the run that stored the maps, and return its measures; none where an older version made
+    that run."""
+    if work.maps.thumbnail_jpg.is_file():
+        shutil.copyfile(work.maps.thumbnail_jpg, work.layout.thumbnail_jpg)
+    held = (read_json(work.maps.slide_json) or {}).get("quality", {})
+    return {name: held[name] for name in PICTURE_MEASURES if name in held}
+
+
+def _draw(work: SlideWork, reader: SlideReader) -> dict[str, float]:
+    """Draw the thumbnail with the tissue's outline, and the densest field with its nuclei at full resolution. Return
+    the measures of the thumbnail."""
     layout, canvas = work.layout, work.grid.level0
     image = reader.thumbnail(THUMBNAIL_SIDE)
     small = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
@@ -348,6 +369,7 @@ def _draw(work: SlideWork, reader: SlideReader) -> None:
     level0 = Grid(canvas, 1.0, 1.0, work.info.mpp, canvas)
     close = View(reader.read(field, level0), field.x0, field.y0, 1.0, 1.0)
     write_overlay(layout.overlay_jpg, close, layout.nuclei_parquet, work.taxonomy)
+    return picture_measures(image, small.scale_x * work.info.mpp.x)
 
 
 def discard_predictions(layout: SlideLayout) -> None:

@@ -23,15 +23,21 @@ from hover_batch.export.summary import cohort_summary
 from hover_batch.formatting import duration
 from hover_batch.model.package import find_package
 from hover_batch.report.charts import Strip, histogram, strips
-from hover_batch.report.content import Report, Share, SlideRow
+from hover_batch.report.content import Flagged, Report, Share, SlideRow
 from hover_batch.report.measure import MEASURES, Measured
 from hover_batch.report.page import Pages
+from hover_batch.report.pictures import smaller
 from hover_batch.report.slide import report_slide
 from hover_batch.status import RunStatus, read_status
 from hover_batch.taxonomy import NucleusClass
 from hover_batch.version import __version__
 
 Notify = Callable[[str], None]
+
+PICTURED = 50
+"""Flagged slides that are shown with their thumbnails: a cohort in which all are flagged still makes a small page."""
+THUMBNAIL = 160
+"""Longer side in pixels of these."""
 
 
 def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
@@ -107,7 +113,13 @@ def _rows(stands: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRo
         elif begun := open_slides.get(record.slide_id):
             row = replace(row, state="begun" if stands.going_on is False else "under way", note=begun.line())
         elif nuclei_if_done(slide) is not None and "summary" in (held := read_json(slide.slide_json) or {}):
-            row = replace(row, state="done", summary=held["summary"], warnings=held.get("warnings", ()))
+            row = replace(
+                row,
+                state="done",
+                summary=held["summary"],
+                warnings=held.get("warnings", ()),
+                flags=stands.flags.get(record.slide_id, ()),
+            )
         rows.append(row)
     rows += [
         SlideRow(failure.slide_id, failure.row, "left out", _reason(failure.stage, failure.reason))
@@ -141,6 +153,7 @@ def _report(stands: RunStatus, rows: Sequence[SlideRow], found: _Found, title: s
         counts={name: n for name, n in counts.items() if n or name in ("done", "failed")},
         facts=_facts(stands, cohort),
         missing=_missing(stands, rows, found),
+        flagged=_flagged(layout, rows),
         classes=classes,
         shares=[_share(kind, cohort) for kind in classes],
         rows=rows,
@@ -153,6 +166,15 @@ def _report(stands: RunStatus, rows: Sequence[SlideRow], found: _Found, title: s
         versions=read_json(layout.versions_json),
         run={"folder": layout.root, **run},
     )
+
+
+def _flagged(layout: RunLayout, rows: Sequence[SlideRow]) -> list[Flagged]:
+    """Return the flagged slides, the first ones with their thumbnails."""
+    flagged = [row for row in rows if row.flags]
+    return [
+        Flagged(row, smaller(layout.slide(row.slide_id).thumbnail_jpg, THUMBNAIL) if i < PICTURED else None)
+        for i, row in enumerate(flagged)
+    ]
 
 
 def _share(kind: NucleusClass, cohort: Mapping[str, Any]) -> Share:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from hover_batch.logs import LogFormat
 from hover_batch.model.package import find_package
 from hover_batch.nuclei.table import SCHEMA_VERSION
 from hover_batch.plan import plan_cohort
+from hover_batch.quality.flags import FLAG_NAMES, Flag, flag_slides, summary_columns
 from hover_batch.slide_work import result_key
 from hover_batch.stored_run import StoredRun
 from hover_batch.taxonomy import Taxonomy
@@ -37,11 +38,16 @@ RECORDED = ("hover-batch", "torch", "segmentation-models-pytorch", "tiatoolbox",
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a run. `slides`: content of slide.json of each finished slide; `failures`: rows of failures.csv."""
+    """Result of a run.
+
+    `slides`: content of slide.json of each finished slide. `failures`: rows of failures.csv. `flags`: quality flags of
+    these slides and of those that --fail-on failed, by slide_id.
+    """
 
     layout: RunLayout
     slides: tuple[dict[str, Any], ...]
     failures: tuple[SlideFailure, ...]
+    flags: Mapping[str, tuple[Flag, ...]]
     model_busy: float | None
     """Share of the time in which the networks computed; None if this run predicted nothing."""
 
@@ -69,6 +75,15 @@ class Outcome:
                 lines.append(f"  store    {paths.predictions_zarr}")
         if len(self.slides) > LISTED:
             lines.append(f"… and {len(self.slides) - LISTED} more in {self.layout.slides}")
+        flagged = {slide_id: flags for slide_id, flags in self.flags.items() if flags}
+        if flagged:
+            lines.append(f"flagged: {counted(len(flagged), 'slide')} of {len(self.flags):,}; look at them before use")
+            shown = list(flagged.items())[:LISTED]
+            lines += [f"  {slide_id}: {flag.name}: {flag.sentence}" for slide_id, flags in shown for flag in flags]
+        if len(flagged) > LISTED:
+            lines.append(f"  … and {len(flagged) - LISTED:,} more in the column flags of {self.layout.summary_csv}")
+        if old := sum("quality" not in slide for slide in self.slides):
+            lines.append(f"{counted(old, 'slide')} of an older version: not checked for focus, ink, stain and scores")
         if self.failures:
             lines.append(f"failures: {self.layout.failures_csv}")
             lines += [f"  {f.slide_id}: {f.reason}" for f in self.failures[:LISTED]]
@@ -84,19 +99,22 @@ def run_segment(
     force: bool,
     command: Sequence[str],
     retry_failed: bool = False,
+    fail_on: Collection[str] = (),
     log_format: LogFormat = LogFormat.text,
 ) -> Outcome:
     """Run the cohort `source` into the folder `output`, or resume the run there. Return its outcome.
 
     `source`: a CSV, folder or glob pattern, a cohort that was read already, or a stored run, of whose predictions new
     tables are made. `skip_invalid`: leave out invalid rows instead of stopping. `force`: remove the results in `output`
-    first. `command`: the command line, for run.json. `retry_failed`: also retry quarantined slides. `log_format`: of
-    the messages on stderr.
+    first. `fail_on`: quality flags whose slides are recorded as failed; their results stay. `command`: the command line,
+    for run.json. `retry_failed`: also retry quarantined slides. `log_format`: of the messages on stderr.
 
     Before anything runs, InputError if a row, a setting or the output folder is invalid, and
     PackageError if the model cannot be loaded. Later, TooManyFailures if more slides fail than --max-failures allows,
     and OSError if the disk is full. Failures of single slides are part of the outcome.
     """
+    if unknown := [name for name in fail_on if name not in FLAG_NAMES]:
+        raise InputError(f"--fail-on {unknown[0]}: is not a flag; flags are {', '.join(FLAG_NAMES)}")
     predicts = not isinstance(source, StoredRun)
     if isinstance(source, StoredRun):
         source.check(settings, output, force=force)
@@ -153,6 +171,7 @@ def run_segment(
                 recorder.refuse(record, reason)
             todo = [slide for slide in plan.slides if not recorder.skip_done(slide)]
             backend.run(context, [slide for slide in todo if not recorder.skip_quarantined(slide, retry=retry_failed)])
+            flags = _flag(ledger, records, fail_on)
             stopped = False
         finally:
             if copies:
@@ -166,10 +185,28 @@ def run_segment(
         # By row, since an invalid row may have the slide_id of a slide that was run.
         failed = {failure.row for failure in failures}
         done = [record for record in records if record.row not in failed]
-        slides = tuple(json.loads(layout.slide(record.slide_id).slide_json.read_bytes()) for record in done)
+        slides = tuple(_slide_json(layout, record.slide_id) for record in done)
         left_out = [record for record in records if record.row in failed]
-        _summarise(layout, taxonomy, done, slides, left_out, recorder.model_busy)
-    return Outcome(layout, slides, failures, recorder.model_busy)
+        _summarise(layout, taxonomy, done, slides, left_out, flags, recorder.model_busy)
+    return Outcome(layout, slides, failures, flags, recorder.model_busy)
+
+
+def _flag(ledger: Ledger, records: Sequence[SlideRecord], fail_on: Collection[str]) -> dict[str, tuple[Flag, ...]]:
+    """Return the flags of the finished slides, and record those with a flag of `fail_on` as failed."""
+    failed = {failure.row for failure in ledger.failures()}
+    done = {record.slide_id: record for record in records if record.row not in failed}
+    flags = flag_slides({slide_id: _slide_json(ledger.layout, slide_id) for slide_id in done})
+    for slide_id, record in done.items():
+        for flag in flags[slide_id]:
+            if flag.name in fail_on:
+                reason = f"--fail-on {flag.name}: {flag.sentence}"
+                ledger.record_failure(slide_id, record.row, record.path, Stage.QUALITY, reason)
+    return flags
+
+
+def _slide_json(layout: RunLayout, slide_id: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(layout.slide(slide_id).slide_json.read_bytes())
+    return values
 
 
 def _summarise(
@@ -178,12 +215,18 @@ def _summarise(
     done: Sequence[SlideRecord],
     slides: Sequence[dict[str, Any]],
     failed: Sequence[SlideRecord],
+    flags: Mapping[str, tuple[Flag, ...]],
     model_busy: float | None,
 ) -> None:
     """Write summary.csv and summary.parquet. `slides`: content of slide.json of each of `done`."""
-    rows = [relabelled(slide["summary"], record, taxonomy) for slide, record in zip(slides, done, strict=True)]
+    rows = [
+        relabelled(slide["summary"], record, taxonomy) | summary_columns(slide, flags[record.slide_id])
+        for slide, record in zip(slides, done, strict=True)
+    ]
     rows += [
-        slide_summary(record, taxonomy, status="failed", nuclei=None, tissue_mm2=None, seconds={}) for record in failed
+        slide_summary(record, taxonomy, status="failed", nuclei=None, tissue_mm2=None, seconds={})
+        | {"flags": ";".join(flag.name for flag in flags.get(record.slide_id, ()))}
+        for record in failed
     ]
     tables = [layout.slide(record.slide_id).nuclei_parquet for record in done]
     rows.append(cohort_summary(rows, tables, taxonomy, model_busy))

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from hover_batch.cohort.layout import RunLayout
-from hover_batch.cohort.run_folder import nuclei_if_done, read_file, read_slides, require_run
+from hover_batch.cohort.run_folder import read_file, read_slides, require_run, slide_if_done
 from hover_batch.cohort.run_lock import is_locked
 from hover_batch.cohort.run_log import RETRY_CAUSES, LoggedFailure, Rate, RunLog, to_utc
 from hover_batch.errors import InputError
 from hover_batch.formatting import LISTED, counted, duration
+from hover_batch.quality.flags import Flag, counts_of, flag_slides
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class RunStatus:
     """Number of failed slides."""
     left_out: int
     """Number of invalid rows of the cohort, which were left out."""
+    flags: Mapping[str, tuple[Flag, ...]]
+    """Of the slides that are done, by slide_id; without those that have none."""
 
     @property
     def pending(self) -> int:
@@ -132,6 +135,9 @@ class RunStatus:
         if len(self.open) > LISTED:
             lines.append(f"  … and {len(self.open) - LISTED:,} more")
         lines.append(f"nuclei: {self.nuclei:,} in {counted(self.done, 'slide')}")
+        if self.flags:
+            kinds = ", ".join(f"{name} {count:,}" for name, count in counts_of(self.flags).items())
+            lines.append(f"flagged: {counted(len(self.flags), 'slide')} ({kinds}); `hover-batch report` shows them")
         for rate, what in ((self.log.tile_rate, "tiles"), (self.log.region_rate, "regions")):
             if rate:
                 until = f"in the {duration(rate.seconds)} up to {_clock(rate.until)}"
@@ -211,6 +217,9 @@ class RunStatus:
                 for slide in self.open
             ],
             "nuclei": self.nuclei,
+            "flagged": {
+                slide_id: {flag.name: flag.sentence for flag in flags} for slide_id, flags in self.flags.items()
+            },
             "tiles_per_s": tiles.per_s if tiles else None,
             "regions_per_s": regions.per_s if regions else None,
             "rate_until": _iso(last.until if last else None),
@@ -247,14 +256,14 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
 
     slides = read_slides(layout)
     failed_at: dict[int | None, datetime] = {failure.row: time for failure, time in log.failures}
-    done, nuclei, recovered, failed = 0, 0, set(), set()
+    done: dict[str, dict[str, Any]] = {}
+    recovered, failed = set(), set()
     unfinished: list[UnfinishedSlide] = []
     for record in slides or ():
         slide, row = layout.slide(record.slide_id), record.row
-        found = nuclei_if_done(slide, failed_at.get(row))
-        if found is not None:
-            done += 1
-            nuclei += found
+        held = slide_if_done(slide, failed_at.get(row))
+        if held is not None:
+            done[slide.slide_id] = held
             recovered.add(row)
         elif row in failed_at:
             failed.add(row)
@@ -271,12 +280,13 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
         holder=holder if locked else "",
         log=log,
         slides=None if slides is None else len(slides),
-        done=done,
-        nuclei=nuclei,
+        done=len(done),
+        nuclei=sum(held["nuclei"] for held in done.values()),
         open=tuple(unfinished),
         failures=tuple(failure for failure, _ in log.failures if failure.row not in recovered),
         failed=len(failed),
         left_out=0 if slides is None else len(failed_at.keys() - {record.row for record in slides}),
+        flags={slide_id: flags for slide_id, flags in flag_slides(done).items() if flags},
     )
 
 

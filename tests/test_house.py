@@ -24,7 +24,7 @@ FLOORS = (
     ("errors", "files", "formatting", "progress", "geometry", "taxonomy", "logs", "version", "environment"),
     ("config", "cohort", "model"),
     ("slide", "store", "nuclei", "metrics"),
-    ("export", "report"),
+    ("export", "report", "quality"),
     ("pipeline", "slide_work", "plan", "stored_run", "status", "convert", "compare", "reporting", "view"),
     ("executor",),
     ("segment", "doctor", "cli_errors"),

@@ -265,6 +265,7 @@ class Ledger:
     def record_failure(self, slide_id: str, row: int, path: Path | Url | str, stage: str, reason: str) -> None:
         """Record that a slide, or a row that never became one, failed; `finish` writes failures.csv."""
         self._failures.append(SlideFailure(slide_id, row, str(path), stage, reason))
+        self._done.discard(slide_id)
         self.events.append("slide_failed", slide_id=slide_id, row=row, path=str(path), stage=stage, reason=reason)
 
     def quarantine(self, slide_id: str, key: str, stage: str, reason: str) -> None:

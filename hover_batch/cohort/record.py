@@ -74,6 +74,8 @@ class Stage(StrEnum):
     POST = "post"
     FINALIZE = "finalize"
     """Merge the tables and draw the pictures."""
+    QUALITY = "quality"
+    """Check the finished slide for the flags of --fail-on."""
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,14 @@ def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
     return {record.slide_id: layout.slide(record.slide_id) for record in read_slides(layout) or ()}
 
 
-def nuclei_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> int | None:
-    """Return the number of nuclei of a finished slide; None if the slide is not done.
+def nuclei_if_done(slide: SlideLayout) -> int | None:
+    """Return the number of nuclei of a finished slide, else None."""
+    done = slide_if_done(slide)
+    return None if done is None else int(done["nuclei"])
+
+
+def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict[str, Any] | None:
+    """Return the slide.json of a finished slide, else None.
 
     A slide.json older than `failed_at`, the time when the slide failed in the last start, does not count: that start
     rejected it.
@@ -109,9 +115,9 @@ def nuclei_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> int
         modified = slide.slide_json.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return None
-    nuclei = (read_json(slide.slide_json) or {}).get("nuclei")
+    held = read_json(slide.slide_json) or {}
     outdated = failed_at is not None and modified < failed_at.timestamp()
-    return nuclei if isinstance(nuclei, int) and not outdated else None
+    return held if isinstance(held.get("nuclei"), int) and not outdated else None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

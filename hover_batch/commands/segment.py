@@ -135,6 +135,14 @@ def segment(
             "Other failed slides are retried in any case.",
         ),
     ] = False,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-on",
+            metavar="FLAG",
+            help="Record slides with this quality flag (docs/numbers.md) as failed; repeatable. Results stay.",
+        ),
+    ] = None,
     max_failures: Annotated[
         int | None, setting("--max-failures", "Stop the run when more slides than this have failed.", ENGINE, "never")
     ] = None,
@@ -190,6 +198,7 @@ def segment(
         force=force,
         command=sys.argv[1:],
         retry_failed=retry_failed,
+        fail_on=fail_on or (),
         log_format=log_format,
     )
     for line in outcome.closing_lines():

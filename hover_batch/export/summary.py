@@ -26,6 +26,9 @@ Row = dict[str, Any]
 MORPHOLOGY = ("area_um2", "eccentricity", "solidity")
 QUARTILES = {"p25": 0.25, "p50": 0.5, "p75": 0.75}
 
+QUALITY = ("h_od_mean", "e_od_mean", "seg_score_mean", "type_prob_mean", "out_of_focus", "ink")
+"""Measures of `hover_batch.quality`; densities and scores are means over the nuclei, the others shares."""
+
 _STAGE = "seconds_"
 _BATCH = 131_072
 
@@ -50,6 +53,8 @@ def summary_schema(taxonomy: Taxonomy) -> pa.Schema:
         *((f"{c.name}_per_mm2", pa.float64()) for c in taxonomy.nuclei),
         *((f"{name}_{quartile}", pa.float64()) for name in MORPHOLOGY for quartile in QUARTILES),
         ("model_busy", pa.float64()),
+        *((name, pa.float64()) for name in QUALITY),
+        ("flags", pa.string()),
     ]
     return pa.schema(columns)
 

@@ -34,7 +34,7 @@ MAX_TILE = 4096
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("name", "architecture", "encoder", "licence", "input_scaling", "weights_sha256"), (str,)),
     **dict.fromkeys(("tile_in", "tile_out"), (int,)),
-    **dict.fromkeys(("taxonomy", "sobel", "training", "metrics"), (dict,)),
+    **dict.fromkeys(("taxonomy", "sobel", "training", "metrics", "limits"), (dict,)),
     "mpp": (int, float),
 }
 """JSON types of the card's entries. Packages are untrusted, so every entry is checked."""
@@ -47,7 +47,9 @@ class Card:
 
     `mpp`: µm per pixel. `tile_in`, `tile_out`: sides in pixels of the input and of the part of the output that is kept,
     without the margin. `sobel`: the four constants of `hover_batch.nuclei.watershed.SobelConstants` by name.
-    `weights_sha256`: hash of names, dtypes, shapes and bytes of all tensors. PackageError if the tile sizes do not fit.
+    `limits`: lowest and highest value of the measures of a slide (`hover_batch.quality.flags.LIMITS`) that the training
+    images support; those that are not given have defaults. `weights_sha256`: hash of names, dtypes, shapes and bytes of
+    all tensors. PackageError if the tile sizes do not fit.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Card:
     input_scaling: str = "RGB / 255"
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     weights_sha256: str = ""
 
     def __post_init__(self) -> None:
@@ -83,7 +86,8 @@ class Card:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for JSON; the inverse of `from_json`."""
-        return {"format": FORMAT, **asdict(self), "taxonomy": self.taxonomy.to_json()}
+        values = {"format": FORMAT, **asdict(self), "taxonomy": self.taxonomy.to_json()}
+        return values if self.limits else {name: value for name, value in values.items() if name != "limits"}
 
     @classmethod
     def from_json(cls, data: Any) -> Card:
@@ -120,6 +124,10 @@ class Card:
         numbers = [v for v in self.sobel.values() if type(v) in (int, float) and math.isfinite(v)]
         if self.sobel.keys() != _SOBEL or len(numbers) != len(_SOBEL):
             raise PackageError(f"the card's sobel is {_short(self.sobel)}: must be {', '.join(sorted(_SOBEL))}")
+        for name, bounds in self.limits.items():
+            pair = bounds if isinstance(bounds, (list, tuple)) else ()
+            if len(pair) != 2 or not all(type(v) in (int, float) and math.isfinite(v) for v in pair):
+                raise PackageError(f"the card's limits of {_short(name)} are {_short(bounds)}: must be two numbers")
 
 
 def _short(value: object) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hover_batch.quality.flags import Flag
 from hover_batch.report.charts import Histogram, Strip
 from hover_batch.report.pictures import Heatmap
 from hover_batch.taxonomy import NucleusClass
@@ -30,6 +31,7 @@ class SlideRow:
     group: str | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    flags: Sequence[Flag] = ()
     page: str | None = None
 
     @property
@@ -79,6 +81,14 @@ class SlideDetail:
 
 
 @dataclass(frozen=True)
+class Flagged:
+    """A slide to look at. `thumbnail`: a data URI; None where the file is not there, or many slides are flagged."""
+
+    row: SlideRow
+    thumbnail: str | None
+
+
+@dataclass(frozen=True)
 class Share:
     """Nuclei of one class in the cohort.
 
@@ -106,6 +116,7 @@ class Report:
     counts: Mapping[str, int]
     facts: Mapping[str, str]
     missing: Sequence[str]
+    flagged: Sequence[Flagged]
     classes: Sequence[NucleusClass]
     shares: Sequence[Share]
     rows: Sequence[SlideRow]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hover_batch.cohort.layout import RunLayout, SlideLayout
-from hover_batch.cohort.run_folder import nuclei_if_done, read_slides, require_run
+from hover_batch.cohort.run_folder import nuclei_if_done, read_slides, require_run, slide_if_done
 from hover_batch.errors import InputError
 from hover_batch.formatting import LISTED, listed
 
@@ -31,6 +31,7 @@ def serve(folder: Path, slide_id: str | None, port: int, notify: Notify) -> Serv
     slide = _chosen(layout, list(records), slide_id)
     # After the quick checks, since these imports take seconds.
     from hover_batch.export.read import NucleiTable
+    from hover_batch.quality.flags import flag_slides
     from hover_batch.view.backdrop import open_backdrop
     from hover_batch.view.nuclei import NucleiTiles
     from hover_batch.view.server import Server, Site
@@ -42,7 +43,9 @@ def serve(folder: Path, slide_id: str | None, port: int, notify: Notify) -> Serv
         backdrop = open_backdrop(slide, records[slide.slide_id], table)
         if backdrop.missing:
             notify(f"{slide.slide_id}: the slide cannot be opened, its thumbnail is shown instead: {backdrop.missing}")
-        server.site = Site(backdrop, NucleiTiles(table))
+        # Flags compare the slide with the others of the run.
+        done = {name: held for name in records if (held := slide_if_done(layout.slide(name)))}
+        server.site = Site(backdrop, NucleiTiles(table), flag_slides(done)[slide.slide_id])
     except BaseException:
         server.server_close()
         raise

@@ -12,13 +12,14 @@ import re
 import secrets
 import socketserver
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from importlib.resources import files
 from typing import Any
 
 from hover_batch.errors import HoverBatchError, InputError
+from hover_batch.quality.flags import Flag
 from hover_batch.view.backdrop import TILE, Backdrop
 from hover_batch.view.nuclei import CELLS, NucleiTiles
 
@@ -54,7 +55,7 @@ Answer = tuple[bytes, str]
 class Site:
     """Resources that the server offers, by their path after the token."""
 
-    def __init__(self, backdrop: Backdrop, nuclei: NucleiTiles) -> None:
+    def __init__(self, backdrop: Backdrop, nuclei: NucleiTiles, flags: Sequence[Flag]) -> None:
         self._kinds: dict[tuple[str, int], Callable[..., Answer | None]] = {
             ("slide", 3): lambda level, x, y: _typed(backdrop.tile(level, x, y), "image/jpeg"),
             ("nuclei", 2): lambda x, y: _typed(nuclei.contours(x, y), "application/octet-stream"),
@@ -63,7 +64,7 @@ class Site:
         }
         package_files = files("hover_batch.view") / "page"
         self._fixed = {path: ((package_files / name).read_bytes(), kind) for path, (name, kind) in PAGE.items()}
-        self._fixed["info.json"] = _json(_info(backdrop, nuclei)) or (b"", "")
+        self._fixed["info.json"] = _json(_info(backdrop, nuclei, flags)) or (b"", "")
 
     def answer(self, path: str) -> Answer | None:
         """Return the resource at `path`; None if there is none.
@@ -77,7 +78,7 @@ class Site:
         return self._fixed.get(path)
 
 
-def _info(backdrop: Backdrop, nuclei: NucleiTiles) -> dict[str, Any]:
+def _info(backdrop: Backdrop, nuclei: NucleiTiles, flags: Sequence[Flag]) -> dict[str, Any]:
     """Return what the page needs before it draws: sizes in level-0 pixels, classes with their colours and counts."""
     table = nuclei.table
     return {
@@ -86,6 +87,7 @@ def _info(backdrop: Backdrop, nuclei: NucleiTiles) -> dict[str, Any]:
         "height": table.level0.height,
         "mpp": [table.mpp.x, table.mpp.y],
         "missing": backdrop.missing,
+        "flags": [{"name": flag.name, "sentence": flag.sentence} for flag in flags],
         "slide": {"finest": backdrop.finest, "max_level": backdrop.max_level, "tile": TILE},
         "nuclei": {"tile": nuclei.tile, "step": nuclei.step, "cells": CELLS, "count": table.rows},
         "classes": [

@@ -63,8 +63,10 @@ def fully_annotated(samples: Iterable[Sample]) -> list[Sample]:
 
 
 def classes_by_source(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, list[str]]:
-    """Return for each class of `taxonomy` the sources with annotated nuclei of this class; nothing for other classes than
-    those of TAXONOMIES."""
+    """Return for each class of `taxonomy` the sources with annotated nuclei of this class.
+
+    Empty if `taxonomy` is not one of TAXONOMIES.
+    """
     if taxonomy not in TAXONOMIES.values():
         return {}
     column = list(TAXONOMIES.values()).index(taxonomy)

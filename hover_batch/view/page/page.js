@@ -26,6 +26,7 @@ function start(info) {
   document.title = `${info.slide_id} – hover-batch`;
   $("title").textContent = info.slide_id;
   $("number").max = info.nuclei.count;
+  $("flags").append(...info.flags.map(flagged));
   if (info.missing) say(`Shown on the run's thumbnail: ${info.missing}`);
 
   const shown = new Set(info.classes.keys());
@@ -111,6 +112,15 @@ function start(info) {
 function say(text) {
   $("note").hidden = false;
   $("note").textContent = text;
+}
+
+function flagged(flag) {
+  const item = document.createElement("li");
+  const name = document.createElement("b");
+  item.className = "note";
+  name.textContent = flag.name;
+  item.append(name, flag.sentence);
+  return item;
 }
 
 function openSlide(info) {

@@ -1,0 +1,1 @@
+"""Quality control of slides: measures of each one, and the flags that follow from them."""

@@ -1,0 +1,259 @@
+"""The flags of a slide: one table of their names, conditions and sentences.
+
+A flag follows from the slide's measures (slide.json), the limits and the other slides of the cohort, and from nothing
+else. It informs; it never drops a slide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal, get_args
+
+FlagName = Literal[
+    "no_tissue",
+    "no_nuclei",
+    "few_nuclei",
+    "many_nuclei",
+    "pixel_size",
+    "out_of_focus",
+    "ink",
+    "grey",
+    "ihc",
+    "stain",
+    "low_seg_score",
+    "low_type_prob",
+]
+FLAG_NAMES: tuple[FlagName, ...] = get_args(FlagName)
+
+Limits = Mapping[str, tuple[float, float]]
+"""Measure → the lowest and the highest value that need no second look."""
+
+LIMITS: Limits = {
+    "nuclei_per_mm2": (100, 30_000),
+    "area_um2": (11, 100),
+    "sharpness": (0.75, math.inf),
+    "h_od": (0.10, 1.40),
+    "e_od": (0.0, 0.50),
+    "seg_score": (0.65, 1.0),
+    "type_prob": (0.45, 1.0),
+}
+"""Limits of a model whose card has none: what the public nuclei data sets span at 0.25 µm, with a margin."""
+
+MIN_COHORT = 8
+"""Slides from which a slide is compared with the cohort."""
+MAX_Z = 3.5
+"""Robust z-score (Iglewicz and Hoaglin 1993) beyond which a slide is an outlier."""
+_LOGARITHMIC = {"nuclei_per_mm2", "area_um2", "sharpness"}
+"""Measures that differ between slides by a factor."""
+_MIN_SPREAD = {"nuclei_per_mm2": 0.2, "area_um2": 0.12, "sharpness": 0.2, "seg_score": 0.01, "type_prob": 0.02}
+"""Standard deviation that the cohort has at least, logarithmic for factors: serial sections are too alike otherwise."""
+
+_BLURRED_SHARE = 0.3
+_INK_SHARE = 0.005
+_BROWN_SHARE = 0.15
+_GREY_CHROMA = 12
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`sentence`: what is wrong, what to look at and what to do."""
+
+    name: FlagName
+    sentence: str
+
+
+@dataclass(frozen=True)
+class _Slide:
+    """Measures of a slide, the limits of its model, and the bounds that the cohort sets."""
+
+    measures: Mapping[str, Any]
+    limits: Limits
+    cohort: Limits
+
+    def __getitem__(self, name: str) -> Any:
+        """The measure; None where the run did not take it."""
+        return self.measures.get(name)
+
+    def below(self, name: str, bounds: Limits) -> bool:
+        return self[name] is not None and name in bounds and self[name] < bounds[name][0]
+
+    def above(self, name: str, bounds: Limits) -> bool:
+        return self[name] is not None and name in bounds and self[name] > bounds[name][1]
+
+    def outside(self, name: str, bounds: Limits) -> bool:
+        return self.below(name, bounds) or self.above(name, bounds)
+
+    @property
+    def nearest(self) -> Limits:
+        """The cohort's bounds where it has them, else the limits."""
+        return {**self.limits, **self.cohort}
+
+    @property
+    def out_of_focus(self) -> float:
+        """Share of the sampled fields whose nuclei are blurred, in themselves or compared with the cohort."""
+        return _share_below(self["sharpness"], max(b["sharpness"][0] for b in (self.limits, self.nearest))) or 0.0
+
+    @property
+    def mpp_factor(self) -> float:
+        """By what the pixel size must be multiplied so that the nuclei become as large as usual: a power of two where
+        one is near, since a wrong magnification is the usual cause."""
+        usual = self.cohort.get("area_um2") or self.limits["area_um2"]
+        ratio = math.sqrt(math.sqrt(usual[0] * usual[1]) / self["area_um2"])
+        power = 2.0 ** round(math.log2(ratio))
+        return power if power != 1 and 0.7 < ratio / power < 1.42 else ratio
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """`applies` says whether a slide gets the flag; `sentence` is formatted with the slide as `s`."""
+
+    name: FlagName
+    applies: Callable[[_Slide], bool]
+    sentence: str
+
+
+RULES = (
+    _Rule(
+        "no_tissue",
+        lambda s: s["tissue_mm2"] == 0,
+        "No tissue was found. Look at thumbnail.jpg: if there is tissue, run the slide with --tissue all or give its "
+        "outline as mask_path.",
+    ),
+    _Rule(
+        "no_nuclei",
+        lambda s: s["nuclei"] == 0 and s["tissue_mm2"] != 0,
+        "No nucleus was found in the tissue. Look at overlay.jpg: check that the slide is H&E, in focus, and has the "
+        "right pixel size.",
+    ),
+    _Rule(
+        "few_nuclei",
+        lambda s: bool(s["nuclei"]) and s.below("nuclei_per_mm2", s.nearest),
+        "Only {s[nuclei_per_mm2]:,.0f} nuclei per mm² of tissue; at least {s.nearest[nuclei_per_mm2][0]:,.0f} are "
+        "expected here. Look at overlay.jpg for missed nuclei and at the tissue outline in thumbnail.jpg; check the "
+        "pixel size and the focus.",
+    ),
+    _Rule(
+        "many_nuclei",
+        lambda s: s.above("nuclei_per_mm2", s.nearest),
+        "{s[nuclei_per_mm2]:,.0f} nuclei per mm² of tissue; at most {s.nearest[nuclei_per_mm2][1]:,.0f} are expected "
+        "here. Look at overlay.jpg for objects that are not nuclei; check the pixel size and the tissue outline.",
+    ),
+    _Rule(
+        "pixel_size",
+        lambda s: s.outside("area_um2", s.limits) or s.outside("area_um2", s.cohort),
+        "The median nucleus has {s[area_um2]:.3g} µm², which is implausible. The pixel size is probably wrong: "
+        "{s.mpp_factor:.2g} times the present one would fit. Check the magnification of the scan, then give the right "
+        "mpp in the cohort CSV.",
+    ),
+    _Rule(
+        "out_of_focus",
+        lambda s: s.out_of_focus >= _BLURRED_SHARE,
+        "The nuclei are blurred in {s.out_of_focus:.0%} of the sampled fields. Look at overlay.jpg; scan the slide "
+        "again, or exclude the blurred part with mask_path. Nuclei that look large and smooth have a wrong pixel size.",
+    ),
+    _Rule(
+        "ink",
+        lambda s: (s["ink"] or 0) >= _INK_SHARE,
+        "{s[ink]:.1%} of the picture looks like pen or ink. Look at thumbnail.jpg: if the tissue outline contains ink, "
+        "give the tissue as mask_path.",
+    ),
+    _Rule(
+        "grey",
+        lambda s: s["chroma"] is not None and s["chroma"] < _GREY_CHROMA and s["dark"] > 0.01,
+        "The picture has no colour. Look at thumbnail.jpg: the model needs H&E in colour; export it again as RGB.",
+    ),
+    _Rule(
+        "ihc",
+        lambda s: (s["brown"] or 0) >= _BROWN_SHARE,
+        "{s[brown]:.0%} of the stained area is brown, as in immunohistochemistry (DAB). Look at thumbnail.jpg: the "
+        "model knows H&E only; remove slides with other stains from the cohort.",
+    ),
+    _Rule(
+        "stain",
+        lambda s: s.outside("h_od", s.limits) or s.outside("e_od", s.limits),
+        "The stain of the nuclei (optical density: hematoxylin {s[h_od]:.2f}, eosin {s[e_od]:.2f}) is unlike that of "
+        "the training images. Look at overlay.jpg for missed nuclei before you use the counts.",
+    ),
+    _Rule(
+        "low_seg_score",
+        lambda s: s.below("seg_score", s.nearest),
+        "The mean seg_score is {s[seg_score]:.2f}; at least {s.nearest[seg_score][0]:.2f} is expected here. Look at "
+        "the outlines in overlay.jpg before you use the counts.",
+    ),
+    _Rule(
+        "low_type_prob",
+        lambda s: s.below("type_prob", s.nearest),
+        "The mean type_prob is {s[type_prob]:.2f}; at least {s.nearest[type_prob][0]:.2f} is expected here. Check the "
+        "classes in overlay.jpg before you count them.",
+    ),
+)
+
+
+def flag_slides(slides: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Flag, ...]]:
+    """Return the flags of each slide of a cohort. `slides`: the content of slide.json by slide_id.
+
+    A measure that a slide lacks, because an older version made it, gives no flag.
+    """
+    measures = {slide_id: _measures(slide) for slide_id, slide in slides.items()}
+    cohort = _cohort_bounds(list(measures.values()))
+    flags = {}
+    for slide_id, values in measures.items():
+        slide = _Slide(values, _limits(slides[slide_id]), cohort)
+        flags[slide_id] = tuple(Flag(r.name, r.sentence.format(s=slide)) for r in RULES if r.applies(slide))
+    return flags
+
+
+def summary_columns(slide: Mapping[str, Any], flags: Sequence[Flag]) -> dict[str, Any]:
+    """Return the columns of quality in the summary. `slide`: the content of slide.json."""
+    measures = _measures(slide)
+    columns = {f"{name}_mean": measures.get(name) for name in ("h_od", "e_od", "seg_score", "type_prob")}
+    return columns | {
+        "out_of_focus": _share_below(measures.get("sharpness"), _limits(slide)["sharpness"][0]),
+        "ink": measures.get("ink"),
+        "flags": ";".join(flag.name for flag in flags),
+    }
+
+
+def _limits(slide: Mapping[str, Any]) -> Limits:
+    return {**LIMITS, **slide.get("limits", {})}
+
+
+def _measures(slide: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the measures in a slide.json: those of `quality`, and what the summary has counted."""
+    summary = slide.get("summary", {})
+    counted = {name: summary[name] for name in ("nuclei", "tissue_mm2", "nuclei_per_mm2") if name in summary}
+    if "area_um2_p50" in summary:
+        counted["area_um2"] = summary["area_um2_p50"]
+    return counted | slide.get("quality", {})
+
+
+def _share_below(values: Sequence[float] | None, limit: float) -> float | None:
+    """Return the share of the values that are below the limit; None where there are none."""
+    return sum(value < limit for value in values) / len(values) if values else None
+
+
+def _cohort_bounds(slides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Return the bounds beyond which a slide is an outlier: median ± MAX_Z robust standard deviations of each measure
+    that at least MIN_COHORT slides have."""
+    bounds = {}
+    for name, least in _MIN_SPREAD.items():
+        log = name in _LOGARITHMIC
+        values = [median(v) if isinstance(v, list) else v for slide in slides if (v := slide.get(name))]
+        if len(values) >= MIN_COHORT:
+            scaled = [math.log(value) if log else value for value in values]
+            middle = median(scaled)
+            # 1.4826 × MAD estimates the standard deviation of a normal distribution.
+            spread = max(least, 1.4826 * median(abs(value - middle) for value in scaled))
+            low, high = middle - MAX_Z * spread, middle + MAX_Z * spread
+            bounds[name] = (math.exp(low), math.exp(high)) if log else (low, high)
+    return bounds
+
+
+def counts_of(flags: Mapping[str, Sequence[Flag]]) -> dict[FlagName, int]:
+    """Return the number of slides with each flag, in the table's order, without zeros."""
+    counts = Counter(flag.name for of_slide in flags.values() for flag in of_slide)
+    return {name: counts[name] for name in FLAG_NAMES if counts[name]}

@@ -1,0 +1,43 @@
+"""Measures of a slide's picture: ink, brown stain, colour."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+PICTURE_MEASURES = ("ink", "brown", "chroma", "dark")
+_CELL_UM = 4.0
+"""Side of a pixel at least: on a finer one, dark nuclei look like black ink."""
+_PADDING = 3
+"""Pixels that are no brighter were not scanned."""
+
+
+def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, float]:
+    """Return measures of the thumbnail, RGB (y, x, 3) with nothing drawn on it; `pixel_um`: the side of its pixels.
+
+    `ink`: share of the picture that has the colours of pens (blue, green, red, black) in spots several pixels wide.
+    `brown`: share of the stained pixels that absorb blue most, as DAB does. `chroma`: 95th percentile of the
+    difference between the largest and the smallest of R, G and B. `dark`: share of pixels that are not white.
+    """
+    scale = min(1.0, pixel_um / _CELL_UM)
+    size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.float32)
+    red, green, blue = np.moveaxis(small, 2, 0)
+    high = small.max(axis=2)
+    chroma = high - small.min(axis=2)
+    od_red, od_green, od_blue = -np.log10((np.moveaxis(small, 2, 0) + 1) / 256)
+    scanned = high > _PADDING
+    stained = scanned & (np.maximum(np.maximum(od_red, od_green), od_blue) > 0.2) & (chroma > 20)
+    # Hematoxylin and eosin absorb green most; blue and green ink red, red ink blue as much as green.
+    blue_or_green = (od_red > 1.3 * od_green) & (chroma > 70) | (od_red > 0.95 * od_green) & (chroma > 130) & (red < 90)
+    reds = (od_red < 0.25) & (od_green > 0.5) & (od_blue > 0.75 * od_green) & (chroma > 130)
+    black = (high < 60) & (chroma < 30) & scanned
+    spots = cv2.morphologyEx((blue_or_green | reds | black).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    brown = stained & (od_blue > 1.1 * od_green) & (od_blue > od_red)
+    return {
+        "ink": float(spots.mean()),
+        "brown": float(np.count_nonzero(brown) / max(1, np.count_nonzero(stained))),
+        "chroma": float(np.percentile(chroma[scanned], 95)) if scanned.any() else 0.0,
+        "dark": float((high < 200).mean()),
+    }
