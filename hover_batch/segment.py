@@ -93,9 +93,9 @@ def run_segment(
     first. `command`: the command line, for run.json. `retry_failed`: also retry quarantined slides. `log_format`: of
     the messages on stderr.
 
-    Before anything runs, InputError if a row, a setting or the output folder is invalid, and
-    PackageError if the model cannot be loaded. Later, TooManyFailures if more slides fail than --max-failures allows,
-    and OSError if the disk is full. Failures of single slides are part of the outcome.
+    Before anything runs, InputError if a row, a setting or the output folder is invalid, and PackageError if the model
+    cannot be loaded. Later, TooManyFailures if more slides fail than --max-failures allows, and OSError if the disk is
+    full. Failures of single slides are part of the outcome.
     """
     predicts = not isinstance(source, StoredRun)
     if isinstance(source, StoredRun):
