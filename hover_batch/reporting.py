@@ -211,8 +211,7 @@ def _missing(stands: RunStatus, rows: Sequence[SlideRow], found: _Found) -> list
     if waiting:
         missing.append(
             f"The run is not finished: {len(found.done):,} of {len(rows):,} slides are done, and only "
-            "these are counted "
-            f"here; {waiting:,} are not done yet."
+            f"these are counted here; {waiting:,} are not done yet."
         )
     if bad := len(found.done) - len(found.good):
         missing.append(f"Tables that cannot be read, and are not counted: {bad:,}. The section of each slide says why.")

@@ -109,9 +109,9 @@ def run_segment(
     first. `fail_on`: quality flags whose slides are recorded as failed; their results stay. `command`: the command line,
     for run.json. `retry_failed`: also retry quarantined slides. `log_format`: of the messages on stderr.
 
-    Before anything runs, InputError if a row, a setting or the output folder is invalid, and
-    PackageError if the model cannot be loaded. Later, TooManyFailures if more slides fail than --max-failures allows,
-    and OSError if the disk is full. Failures of single slides are part of the outcome.
+    Before anything runs, InputError if a row, a setting or the output folder is invalid, and PackageError if the model
+    cannot be loaded. Later, TooManyFailures if more slides fail than --max-failures allows, and OSError if the disk is
+    full. Failures of single slides are part of the outcome.
     """
     if unknown := [name for name in fail_on if name not in FLAG_NAMES]:
         raise InputError(f"--fail-on {unknown[0]}: is not a flag; flags are {', '.join(FLAG_NAMES)}")

@@ -84,8 +84,8 @@ class StoredRun:
                         f"--from {self.layout.root}: was predicted with {name} = {old}, not {new}; leave this option, "
                         "variable or setting out, or run segment on the slides themselves"
                     )
-        here, there = output.resolve(), self.layout.root.resolve()
-        if here == there or there in here.parents:
+        target, source = output.resolve(), self.layout.root.resolve()
+        if target == source or source in target.parents:
             raise InputError(
                 f"--output {output}: is in the folder of --from, which must not change; name another folder"
             )
