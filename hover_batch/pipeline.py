@@ -291,8 +291,8 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     `seconds`: times of all earlier steps of the slide, to which those of this step are added. If `reader` is None,
     there are no pixels to draw on, and the thumbnail and its measures are copied from the run that stored the maps.
 
-    UnitsMissing if parts, markers or maps that another machine wrote are not visible here yet, SlideError if another run
-    has taken over the slide's folder.
+    UnitsMissing if parts, markers or maps that another machine wrote are not visible here yet, SlideError if another
+    run has taken over the slide's folder.
     """
     layout, record = work.layout, work.record
     cells = [(unit.column, unit.row) for unit in work.units]
