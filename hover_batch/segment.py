@@ -106,7 +106,7 @@ def run_segment(
 
     `source`: a CSV, folder or glob pattern, a cohort that was read already, or a stored run, of whose predictions new
     tables are made. `skip_invalid`: leave out invalid rows instead of stopping. `force`: remove the results in `output`
-    first. `fail_on`: quality flags whose slides are recorded as failed; their results stay. `command`: the command line,
+    first. `fail_on`: quality flags whose slides are recorded as failed; their results stay. `command`: the command line
     for run.json. `retry_failed`: also retry quarantined slides. `log_format`: of the messages on stderr.
 
     Before anything runs, InputError if a row, a setting or the output folder is invalid, and PackageError if the model
