@@ -24,6 +24,7 @@ from kd.data.datasets import MPP, read_data
 from kd.data.samples import hashes_of
 from kd.evaluation.calibrate import calibrate
 from kd.evaluation.evaluate import evaluate
+from kd.evaluation.slide_limits import slide_limits
 from kd.training.config import TrainConfig
 from kd.training.initial_weights import build_network
 from kd.training.state import contents, read_checkpoint
@@ -55,9 +56,9 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     """Write the package to `out` and return lines with its scores. It takes minutes, and prints its progress.
 
     The Sobel constants are searched on the validation folds of `data`; if these are empty, the starter's are used, and
-    the card says so. The card has scores of the validation folds and, if training was on the fold train, of test,
-    computed with the weights as shipped. Raises InputError if there is no checkpoint, PackageError if a weight is not
-    finite.
+    the card says so. The card also has the limits of slides like these images; and scores of the validation folds and,
+    if training was on the fold train, of test, computed with the weights as shipped. Raises InputError if there is no
+    checkpoint, PackageError if a weight is not finite.
     """
     saved = read_checkpoint(checkpoint)
     config, record = saved["config"], saved["record"]
@@ -113,6 +114,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     card = replace(
         card,
         sobel=constants.to_json(),
+        limits=slide_limits(whole),
         metrics={**scores, "calibration": how, "precision": predictor.precision},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
