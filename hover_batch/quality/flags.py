@@ -34,7 +34,7 @@ Limits = Mapping[str, tuple[float, float]]
 
 LIMITS: Limits = {
     "nuclei_per_mm2": (100, 30_000),
-    "area_um2": (11, 100),
+    "area_um2": (8.5, 100),
     "sharpness": (0.75, math.inf),
     "h_od": (0.10, 1.40),
     "e_od": (0.0, 0.50),
@@ -49,7 +49,7 @@ MAX_Z = 3.5
 """Robust z-score (Iglewicz and Hoaglin 1993) beyond which a slide is an outlier."""
 _LOGARITHMIC = {"nuclei_per_mm2", "area_um2", "sharpness"}
 """Measures that differ between slides by a factor."""
-_MIN_SPREAD = {"nuclei_per_mm2": 0.2, "area_um2": 0.12, "sharpness": 0.2, "seg_score": 0.01, "type_prob": 0.02}
+_MIN_SPREAD = {"nuclei_per_mm2": 0.2, "area_um2": 0.12, "sharpness": 0.2, "seg_score": 0.04, "type_prob": 0.03}
 """Standard deviation that the cohort has at least, logarithmic for factors: serial sections are too alike otherwise."""
 
 _BLURRED_SHARE = 0.3
@@ -228,7 +228,7 @@ def _measures(slide: Mapping[str, Any]) -> dict[str, Any]:
     counted = {name: summary[name] for name in ("nuclei", "tissue_mm2", "nuclei_per_mm2") if name in summary}
     if "area_um2_p50" in summary:
         counted["area_um2"] = summary["area_um2_p50"]
-    return counted | slide.get("quality", {})
+    return {**counted, **slide.get("quality", {})}
 
 
 def _share_below(values: Sequence[float] | None, limit: float) -> float | None:

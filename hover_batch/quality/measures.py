@@ -66,7 +66,7 @@ def sharpness(hematoxylin: NDArray[np.uint8], near: NDArray[np.bool_]) -> float 
     height, width = (extent // _BINNING * _BINNING for extent in near.shape)
     blocks = (height // _BINNING, _BINNING, width // _BINNING, _BINNING)
     binned = hematoxylin[:height, :width].reshape(blocks).mean((1, 3), dtype=np.float32)
-    whole = near[:height, :width].reshape(blocks).all((1, 3)).astype(np.uint8)
+    whole = np.asarray(near[:height, :width].reshape(blocks).all((1, 3)), np.uint8)
     # Neighbours of every pixel that counts must be stored, too: beyond the rim all is zero.
     inner = cv2.erode(whole, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=(0,)) > 0
     pixels = np.count_nonzero(inner)

@@ -23,21 +23,20 @@ def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, flo
     scale = min(1.0, pixel_um / _CELL_UM)
     size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.float32)
-    red, green, blue = np.moveaxis(small, 2, 0)
     high = small.max(axis=2)
     chroma = high - small.min(axis=2)
     od_red, od_green, od_blue = -np.log10((np.moveaxis(small, 2, 0) + 1) / 256)
     scanned = high > _PADDING
     stained = scanned & (np.maximum(np.maximum(od_red, od_green), od_blue) > 0.2) & (chroma > 20)
     # Hematoxylin and eosin absorb green most; blue and green ink red, red ink blue as much as green.
-    blue_or_green = (od_red > 1.3 * od_green) & (chroma > 70) | (od_red > 0.95 * od_green) & (chroma > 130) & (red < 90)
+    blue_or_green = (od_red > 1.3 * od_green) & (chroma > 70) | (od_red > 1.1 * od_green) & (chroma > 100)
     reds = (od_red < 0.25) & (od_green > 0.5) & (od_blue > 0.75 * od_green) & (chroma > 130)
-    black = (high < 60) & (chroma < 30) & scanned
+    black = (high < 50) & (chroma < 30) & scanned
     spots = cv2.morphologyEx((blue_or_green | reds | black).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     brown = stained & (od_blue > 1.1 * od_green) & (od_blue > od_red)
     return {
         "ink": float(spots.mean()),
-        "brown": float(np.count_nonzero(brown) / max(1, np.count_nonzero(stained))),
+        "brown": float(brown.sum() / stained.sum()) if stained.any() else 0.0,
         "chroma": float(np.percentile(chroma[scanned], 95)) if scanned.any() else 0.0,
         "dark": float((high < 200).mean()),
     }

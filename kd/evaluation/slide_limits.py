@@ -1,0 +1,37 @@
+"""Limits of a model card: what the nuclei of a slide look like where the model knows its way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from hover_batch.model.predict import stain_density
+from kd.data.samples import MPP, Sample
+
+MIN_IMAGES = 20
+"""Images that are needed: the extremes of fewer say little about others."""
+_MARGIN = 1.5
+"""Factor by which limits lie beyond the images: a slide is not a new kind of image because it is the palest so far."""
+
+
+def slide_limits(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
+    """Return the limits of `area_um2`, `h_od` and `e_od`, as `hover_batch.quality.flags.LIMITS` has them, from images
+    whose nuclei are all outlined: the 1st and the 99th percentile over images, with a margin. Empty if there are too
+    few images.
+    """
+    measured = np.array([_measures(sample) for sample in samples if sample.instances.any()]).reshape(-1, 3)
+    if len(measured) < MIN_IMAGES:
+        return {}
+    low, high = np.percentile(measured, (1, 99), axis=0)
+    area, hematoxylin, eosin = ((float(a / _MARGIN), float(b * _MARGIN)) for a, b in zip(low, high, strict=True))
+    return {"area_um2": area, "h_od": hematoxylin, "e_od": (0.0, eosin[1])}  # nuclei may be without eosin
+
+
+def _measures(sample: Sample) -> tuple[float, float, float]:
+    """Return the median area of the nuclei in µm², and the mean densities of hematoxylin and eosin in them."""
+    areas = np.unique(sample.instances[sample.instances > 0], return_counts=True)[1]
+    densities = stain_density(torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None])[0].numpy()
+    hematoxylin, eosin = densities[:, sample.instances > 0].mean(axis=1)
+    return float(np.median(areas)) * MPP**2, float(hematoxylin), float(eosin)
