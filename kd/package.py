@@ -60,10 +60,10 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
 
     `data`: the annotated images of the training. The Sobel constants are searched on its validation folds; if these are
     empty, the starter's constants are used, and the card says so. The card has the limits of slides like these images,
-    and scores on the validation folds and, if the network was trained on the fold train, also on the fold test, computed
-    with the packaged weights (students: float16). Takes minutes and prints its progress. `threads`: threads of the
-    network on the CPU, 0 = all cores. Raises InputError if the checkpoint or the data cannot be read, PackageError if a
-    weight is not finite.
+    and scores on the validation folds and, if the network was trained on the fold train, also on the fold test. They
+    are computed with the packaged weights (students: float16). Takes minutes and prints its progress. `threads`:
+    threads of the network on the CPU, 0 = all cores. Raises InputError if the checkpoint or the data cannot be read,
+    PackageError if a weight is not finite.
     """
     saved = read_checkpoint(checkpoint)
     config, record = saved["config"], saved["record"]
