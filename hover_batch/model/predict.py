@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -49,6 +50,12 @@ class Predictor:
         """Lock held while predicting one batch, so that threads share the device fairly."""
         if self.device.type == "cpu":
             torch.set_num_threads(settings.threads or torch.get_num_threads())
+        self._threads: ThreadPoolExecutor | None = None
+        if self.device.type == "cpu" and settled.runtime == "torch":
+            # An image per thread: the last bits of some convolutions depend on the number of threads that share one.
+            self._threads = ThreadPoolExecutor(
+                torch.get_num_threads(), "predict", initializer=torch.set_num_threads, initargs=(1,)
+            )
         network = on_device(network, self.device)
         if settled.runtime == "openvino":  # torch's transposed convolutions depend on the number of threads
             network = upsampling_merged(network)
@@ -104,11 +111,19 @@ class Predictor:
     def _output(self, rgb: Tensor) -> Tensor:
         """Return the output (n, channels, tile_out, tile_out) float32 for RGB (n, 3, tile_in, tile_in) uint8."""
         image = rgb.float().div(255).contiguous(memory_format=torch.channels_last)
-        with self.autocast():
-            output = _centre(self.network(image), self.card.tile_out).float()
+        if self._threads is None:
+            output = self._forward(image)
+        else:
+            output = torch.cat(list(self._threads.map(self._forward, image.split(1))))
         if self.precision == "fp16" and not output.isfinite().all():  # an intermediate value exceeded 65504
             output = _centre(self.network(image), self.card.tile_out).float()
         return output
+
+    @torch.inference_mode()
+    def _forward(self, image: Tensor) -> Tensor:
+        """Return the network's output (n, channels, tile_out, tile_out) for RGB (n, 3, tile_in, tile_in) in [0, 1]."""
+        with self.autocast():
+            return _centre(self.network(image), self.card.tile_out).float()
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the network computes in its `precision`."""

@@ -89,7 +89,7 @@ def test_costs_are_those_counted_by_hand() -> None:
 def test_the_starter_costs_as_much_as_its_encoder() -> None:
     package = find_package("starter")
     cost = cost_of(load_network(package), package.card)
-    assert cost.macs_per_patch / 1e9 == pytest.approx(3.06, abs=0.02)
+    assert cost.macs_per_patch / 1e9 == pytest.approx(2.957, abs=0.002)
     assert cost.parameters == sum(p.numel() for p in load_network(package).parameters())
 
 

@@ -106,9 +106,10 @@ def test_out_of_memory_halves_the_batch_and_loses_no_tile() -> None:
     tiles = np.random.default_rng(0).integers(0, 256, (7, 64, 64, 3), dtype=np.uint8)
     network = Holds(2)
     predictor = Predictor(network, card, settings)
+    by_two = Predictor(network, card, replace(settings, batch=2))
+    predictor._threads = by_two._threads = None  # whole batches, as on a GPU
     found = predictor.predict(tiles)
     assert predictor.at_once == 2 and predictor.batch == 8 and len(found) == 7
-    by_two = Predictor(network, card, replace(settings, batch=2))
     assert np.array_equal(found, np.concatenate([by_two.predict(tiles[i : i + 2]) for i in range(0, 7, 2)]))
     predictor.network.most = 0  # type: ignore[assignment]  # folded, a copy
     with pytest.raises(torch.OutOfMemoryError):
