@@ -31,7 +31,7 @@ def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, flo
     # Hematoxylin and eosin absorb green most; blue and green ink red, red ink blue as much as green.
     blue_or_green = (od_red > 1.3 * od_green) & (chroma > 70) | (od_red > 1.1 * od_green) & (chroma > 100)
     reds = (od_red < 0.25) & (od_green > 0.5) & (od_blue > 0.75 * od_green) & (chroma > 130)
-    black = (high < 50) & (chroma < 30) & scanned
+    black = (high < 60) & (chroma < 12) & scanned  # dark nuclei are purple
     spots = cv2.morphologyEx((blue_or_green | reds | black).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     brown = stained & (od_blue > 1.1 * od_green) & (od_blue > od_red)
     return {

@@ -71,7 +71,7 @@ def test_limits_hold_without_a_cohort(value: dict[str, Any], expected: list[str]
         (slide({"nuclei_per_mm2": 16_000.0}), ["many_nuclei"]),
         (slide({"area_um2_p50": 15.0}), ["pixel_size"]),
         (slide(sharpness=[0.9, 0.9, 2.0]), ["out_of_focus"]),
-        (slide(seg_score=0.8), ["low_seg_score"]),
+        (slide(seg_score=0.7), ["low_seg_score"]),
         (slide(type_prob=0.7), ["low_type_prob"]),
     ],
 )
