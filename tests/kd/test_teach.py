@@ -245,7 +245,7 @@ def test_outputs_averaged_over_another_number_of_views_are_refused(taught, image
     before = files_of(taught)
     with pytest.raises(InputError, match="holds outputs with --tta 1, not 8; give another folder, or delete"):
         taught_in(taught.path, images, professor, tta=8)
-    with pytest.raises(InputError, match="--tta 3: must be 1 or 8"):
+    with pytest.raises(InputError, match="--tta 3: must be 1, or 8 for"):
         taught_in(taught.path, images, professor, tta=3)
     assert files_of(taught) == before
 
@@ -296,12 +296,12 @@ def test_the_command_goes_on_with_a_cache(taught, images, professor):
     [
         (
             ["--teacher", "hovernet.tar"],
-            "--teacher hovernet.tar: no such package; make one of a published checkpoint with",
+            "--teacher hovernet.tar: no such package; convert a published checkpoint with",
         ),
         (["--fold", "test"], "--fold test: .* has no image of this fold; give one of its folds, train, val"),
         (["--source", "consep"], "has no source consep; its sources are tnbc"),
         (["--batch", "0"], "--batch 0"),
-        (["--cpus", "100000"], "--cpus 100000: there are"),
+        (["--cpus", "100000"], "--cpus 100000: only"),
     ],
 )
 def test_the_command_says_what_is_wrong(images, professor, tmp_path, arguments, message):
