@@ -84,7 +84,7 @@ def test_a_run_of_another_device_needs_none_of_it(real: Path, tmp_path: Path) ->
     # A store that is laid out otherwise than the settings say fails its slide, as any harm does.
     settings.write_text(settings.read_text().replace("unit = 256", "unit = 512"))
     assert run("--from", elsewhere, "-o", tmp_path / "other").exit_code == 4
-    assert "is not laid out" in failures(tmp_path / "other")["field"]
+    assert "shape does not match" in failures(tmp_path / "other")["field"]
 
 
 def test_classes_are_merged(real: Path, tmp_path: Path) -> None:
