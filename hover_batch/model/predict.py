@@ -114,7 +114,7 @@ class Predictor:
         if self._threads is None:
             output = self._forward(image)
         else:
-            output = torch.cat(list(self._threads.map(self._forward, image.split(1))))
+            output = torch.cat(list(self._threads.map(self._forward, torch.split(image, 1))))
         if self.precision == "fp16" and not output.isfinite().all():  # an intermediate value exceeded 65504
             output = _centre(self.network(image), self.card.tile_out).float()
         return output
