@@ -2,7 +2,7 @@
 
 Two writers of one shard lose data, so a writer writes a whole unit at once, and the first writer of a shard wins, so
 that a late one cannot change what neighbours have already read. Shards of zeros alone are not written: a unit is done
-when its marker exists (see `hover_batch.cohort.ledger`).
+when its marker exists (see `hover_batch.cohort.layout`).
 """
 
 from __future__ import annotations

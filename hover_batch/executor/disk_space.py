@@ -31,6 +31,7 @@ class DiskSpace:
         self._record = record
         self.full = False
         """Whether the disk was full at the last check."""
+        self._watched = folder
         self._check_at = 0.0
         self._wait_s = CHECK_EVERY_S
         self._free_since = -MAX_WAIT_S
@@ -43,9 +44,10 @@ class DiskSpace:
         self._wait_s = min(2 * self._wait_s, MAX_WAIT_S) if again else CHECK_EVERY_S
         self.full, self._check_at = True, time.monotonic() + self._wait_s
         self._record("disk_full", slide_id=slide_id)
-        folder = error.filename if isinstance(error, ScratchFull) else self.folder
+        full = Path(error.filename) if isinstance(error, ScratchFull) else self.folder
+        self._watched = full if full.is_dir() else self.folder  # another machine's copies are not visible here
         self._warn(
-            f"no space left on disk at {slide_id}: waiting for space in {folder}. Free some, and the run goes on by "
+            f"no space left on disk at {slide_id}: waiting for space in {full}. Free some, and the run goes on by "
             "itself; or stop it by Ctrl-C and resume it later by the same command"
         )
 
@@ -53,7 +55,7 @@ class DiskSpace:
         """Whether the run may go on. Checks the file system, quotas included, every few seconds while it is full."""
         if self.full and time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + self._wait_s
-            if _can_reserve(self.folder, NEEDED_BYTES):
+            if _can_reserve(self._watched, NEEDED_BYTES):
                 self.full, self._free_since = False, time.monotonic()
                 self._record("disk_has_room")
                 self._warn("there is space on disk again: going on")

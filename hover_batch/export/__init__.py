@@ -1,1 +1,1 @@
-"""Writers of a run's results in formats for people and other programs; one module per format."""
+"""Writers of a run's results for people and other programs; `Format` in `cohort/layout.py` lists the formats."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
+from hover_batch.errors import ScratchFull
 from hover_batch.executor import disk_space
 from hover_batch.executor.disk_space import CHECK_EVERY_S, MAX_WAIT_S, DiskSpace
 
@@ -43,6 +45,21 @@ def test_it_is_full_until_a_check_finds_space(tmp_path: Path, clock: Clock, monk
     clock.now += CHECK_EVERY_S
     assert disk.available() and not disk.full
     assert events == ["disk_full", "disk_has_room"]
+
+
+def test_the_disk_of_the_copies_is_watched_if_it_is_the_full_one(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, gone, checked = tmp_path / "scratch", tmp_path / "gone", []
+    scratch.mkdir()
+    monkeypatch.setattr(disk_space, "_can_reserve", lambda folder, n: checked.append(folder) or True)
+    disk = DiskSpace(tmp_path, lambda line: None, lambda event, **values: None)
+    for folder in (scratch, gone, None):
+        error = ScratchFull(errno.ENOSPC, "full", str(folder)) if folder else OSError(errno.ENOSPC, "full")
+        disk.report_full("slide", error)
+        clock.now += MAX_WAIT_S
+        assert disk.available()
+    assert checked == [scratch, tmp_path, tmp_path]
 
 
 def test_waits_grow_if_it_fills_up_again(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
