@@ -269,7 +269,10 @@ class Ledger:
         self.events.append("slide_failed", slide_id=slide_id, row=row, path=str(path), stage=stage, reason=reason)
 
     def quarantine(self, slide_id: str, key: str, stage: str, reason: str) -> None:
-        """Quarantine a slide that repeatedly crashed its workers. The quarantine holds for this run key only."""
+        """Write quarantine.json for a slide that repeatedly crashed its workers; an existing one is replaced.
+
+        The quarantine holds only for the run key `key`. `stage`: step that crashed. `reason`: message for failures.csv.
+        """
         content = to_json({"run_key": key, "stage": stage, "reason": reason})
         write_atomically(self.layout.slide(slide_id).quarantine_json, content)
 

@@ -21,7 +21,7 @@ BATCHES = "1,4,16"
 def compare(
     cohort: CohortArgument = None,
     use_example: Annotated[
-        bool, typer.Option("--example", help="Run on real H&E that ships inside a dependency: needs no data.")
+        bool, typer.Option("--example", help="Run on the included H&E slides; no data of your own is needed.")
     ] = False,
     teacher: Annotated[
         bool, typer.Option("--teacher", help="Compare with HoVerNet, with the weights that --teacher-weights gives.")
@@ -44,7 +44,7 @@ def compare(
         Runtime, typer.Option(help="Runtime of the teacher or the --against package.")
     ] = "torch",
     student: Annotated[
-        str, typer.Option(help="The package that is to replace the teacher or the --against package.")
+        str, typer.Option(help="Package that may replace the teacher or the --against package.")
     ] = "starter",
     precision: Annotated[Precision, typer.Option(help="Precision of the student.")] = "auto",
     runtime: Annotated[Runtime, typer.Option(help="Runtime of the student.")] = "torch",
@@ -74,11 +74,15 @@ def compare(
         "hover-batch-compare"
     ),
 ) -> None:
-    """Compare two networks on the same pixels: their costs, and where they disagree.
+    """Compare two networks on the same pixels: their costs, and where their nuclei differ.
 
-    Prints a table, and writes compare.json and compare.html. --student is to replace the other network.
+    The --student is the candidate to replace the other network, a HoVerNet (--teacher) or another package (--against).
+    By default, two fields of each of the first three slides are compared. --timing-only measures only costs; --truth
+    also scores both networks on annotated images.
 
-    Examples: with a HoVerNet; with a HoVerNet for costs only; the same package on another runtime.
+    Prints a table, and writes compare.json and compare.html.
+
+    Examples: compare the starter with a HoVerNet; measure only the costs; compare two runtimes of one package.
 
     hover-batch compare cohort.csv --teacher --teacher-weights hovernet.safetensors
 

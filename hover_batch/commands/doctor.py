@@ -23,9 +23,9 @@ def doctor(
 ) -> None:
     """Check that this machine has what a run needs.
 
-    Each check prints PASS, WARN or FAIL, and how to fix it.
+    Prints PASS, WARN or FAIL for each check, and for WARN and FAIL how to fix the problem.
 
-    Exit codes: 0 no check failed (there may be warnings), 2 at least one failed.
+    Exit codes: 0 no check failed (there may be warnings), 2 at least one check failed.
 
     Example:
 

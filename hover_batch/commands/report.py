@@ -20,7 +20,7 @@ def report(
 
     Prints the path of the report, which opens in any browser, offline. The run need not be finished.
 
-    With more than 200 slides, the pictures go to further pages in a folder next to it.
+    With more than 200 slides, the pictures are on separate pages, in a folder next to the report.
 
     Example:
 

@@ -32,7 +32,7 @@ def segment(
     ctx: typer.Context,
     cohort: CohortArgument = None,
     example: Annotated[
-        bool, typer.Option("--example", help="Run on real H&E that ships inside a dependency: needs no data.")
+        bool, typer.Option("--example", help="Run on the included H&E slides; no data of your own is needed.")
     ] = False,
     from_run: Annotated[
         Path | None,
@@ -140,7 +140,8 @@ def segment(
         typer.Option(
             "--fail-on",
             metavar="FLAG",
-            help="Record slides with this quality flag (docs/numbers.md) as failed; repeatable. Results stay.",
+            help="Record slides with this quality flag (docs/numbers.md) as failed, but keep their results; repeat the "
+            "option for several flags.",
         ),
     ] = None,
     max_failures: Annotated[
@@ -171,7 +172,7 @@ def segment(
 
     Repeat the command to resume a run that stopped, and to retry the slides that failed.
 
-    Examples: a cohort; real slides that need no data; new tables from the predictions of the first run.
+    Examples: process a cohort; try the included slides; make new tables from the stored predictions of the first run.
 
     hover-batch segment cohort.csv -o out/
 

@@ -28,7 +28,8 @@ def view(
 
     The printed address holds a secret token and works only on this machine.
 
-    To view a run on a server: `ssh -L 8000:localhost:8000 SERVER`, and there --no-browser --port 8000.
+    To view a run on a server, connect with `ssh -L 8000:localhost:8000 SERVER`, run `view` there with
+    --no-browser --port 8000, and open the address that it prints.
 
     Example:
 

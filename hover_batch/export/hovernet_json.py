@@ -27,9 +27,10 @@ _to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def write_hovernet_json(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to `path` (.json), batch by batch.
+    """Write a table of nuclei as HoVerNet JSON (see the module's docstring) to `path`, batch by batch.
 
-    OSError if it cannot be written, SlideError if the table is corrupted.
+    An existing file is replaced only if all is written. OSError if `path` cannot be written, SlideError if the table is
+    corrupted.
     """
     mag = round(10 / math.sqrt(nuclei.mpp.x * nuclei.mpp.y))
     info = {str(c.id): [c.name, list(c.color)] for c in nuclei.taxonomy.classes}

@@ -74,13 +74,19 @@ class Nuclei:
 
 
 def empty(n_types: int) -> Nuclei:
-    """Return no nuclei, for a model of `n_types` classes, background included."""
+    """Return a `Nuclei` with n = 0, whose class_probs is (0, n_types - 1).
+
+    `n_types`: number of classes, including background.
+    """
     layout = MapLayout(n_types)
     return measure(np.zeros((1, 1), np.int32), np.zeros((layout.planes, 1, 1), np.uint8), layout)
 
 
 def concatenate(parts: Sequence[Nuclei]) -> Nuclei:
-    """Concatenate the nuclei of one or more parts of a slide, sorted by anchor."""
+    """Return the nuclei of all parts of a slide as one `Nuclei`, sorted by anchor (y, then x).
+
+    ValueError if `parts` is empty.
+    """
     columns = {
         f.name: np.concatenate([getattr(part, f.name) for part in parts])
         for f in fields(Nuclei)

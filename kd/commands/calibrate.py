@@ -31,7 +31,7 @@ def calibrate(
         list[str] | None, typer.Option(help="Source of the data to use; repeat for several.", show_default="all")
     ] = None,
     fold: Annotated[str, typer.Option(help="Fold whose images the search uses.")] = "val",
-    check: Annotated[str, typer.Option(help="Another fold, for a check of the result.")] = "test",
+    check: Annotated[str, typer.Option(help="Fold on which the result is checked.")] = "test",
     threads: Annotated[int, typer.Option(help="Threads of the network on the CPU; 0 = all cores.")] = 0,
 ) -> None:
     """Find the Sobel constants with the best PQ, and write a copy of the package with them; the weights do not change.

@@ -21,7 +21,7 @@ def package(
 ) -> None:
     """Turn a checkpoint of `kd train` into a model package for `segment`.
 
-    Needed only for a training that was stopped early, because `kd train` writes the package at its end. The package
+    Needed only for a training run that was stopped early, because `kd train` writes the package at its end. The package
     contains the averaged or best weights, and a card with Sobel constants found on the validation folds and with
     scores.
 

@@ -35,7 +35,8 @@ def prepare(
     val: Annotated[
         int,
         typer.Option(
-            min=0, help="Number of CoNSeP's training tiles, the last ones, to use as fold val; CoNSeP has none."
+            min=0,
+            help="Use the last N training tiles of CoNSeP as fold val, because CoNSeP has no validation fold.",
         ),
     ] = 0,
     sheet: Annotated[
@@ -44,8 +45,8 @@ def prepare(
 ) -> None:
     """Read and check annotated images, and write them to one cache, with a contact sheet for a check by eye.
 
-    The other commands take the cache as --data. The folds are the published ones: train, val, test for CoNSeP; 1, 2, 3
-    for PanNuke. Images must have pixels of 0.25 µm (40×).
+    The other commands take the cache as --data. The folds are the published ones: train and test for CoNSeP (--val
+    takes a fold val from train); 1, 2, 3 for PanNuke. Images must have a pixel size of 0.25 µm (40×).
 
     A folder with dataset.csv has one row per image, with the columns sample_id, image, labels (16-bit PNG of instance
     ids), types (8-bit PNG of class codes, or empty), source and split (train, val or test).

@@ -115,7 +115,7 @@ class Evaluation:
 
 
 def by_image(scores: Sequence[SourceScores]) -> dict[str, list[dict[str, Any]]]:
-    """Return by source one row per image, as from `SourceScores.images_to_json`."""
+    """Return a dictionary of source → one row of scores per image, see `SourceScores.images_to_json`."""
     return {s.source: s.images_to_json() for s in scores}
 
 

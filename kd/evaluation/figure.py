@@ -65,7 +65,11 @@ def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uin
 
 
 def fullest(samples: Sequence[Sample], n: int) -> list[Sample]:
-    """Return the `n` samples with most nuclei in their central crop, taken from each source in turn."""
+    """Return up to `n` samples in rounds over the sources.
+
+    The first round takes each source's sample with the most nuclei in its central crop, the second round each source's
+    second, and so on. Within a round, samples with more nuclei come first.
+    """
     ranked: list[tuple[int, int, int]] = []
     for source in {s.source for s in samples}:
         counts = [(_count(s), i) for i, s in enumerate(samples) if s.source == source]

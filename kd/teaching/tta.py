@@ -20,10 +20,11 @@ VIEWS = tuple(product(range(4), (False, True)))
 
 
 def averaged(logits_of: LogitsOf, images: Sequence[NDArray[np.uint8]], n_types: int) -> list[Logits]:
-    """Return for each image (y, x, 3) uint8 RGB the mean output over VIEWS, (channel, y, x) float32.
+    """Return the network's output, averaged over the eight VIEWS, for each image (y, x, 3) uint8 RGB.
 
-    h and v are averaged; for np and tp, the probabilities are averaged and returned as logarithms. `logits_of`:
-    computes the network's outputs. `n_types`: number of classes with the background.
+    An output is (channel, y, x) float32. h and v are averaged. For np and tp, probabilities are averaged and their
+    logarithms returned. `logits_of`: runs the network; it is called once, with 8 views per image. `n_types`: number of
+    classes, including background.
     """
     views = [np.ascontiguousarray(turned(image, *view)) for image in images for view in VIEWS]
     outputs = iter(logits_of(views))

@@ -159,12 +159,13 @@ def distill_loss(
     """Return the terms of L_distill by name: np_ce, np_kl, hv_mse, hv_msge, tp_ce, tp_kl.
 
     L_distill = (CE + k·KL)_np + (MSE + MSGE)_hv + (CE + k·KL)_tp, where k is 1/T² as in the HoVer-UNet paper, or T² as
-    in Hinton et al. and in HoVer-UNet's released code (`kl_scale`). The truth of CE is the teacher's most probable
-    class; the truth of MSE and MSGE is the teacher's h and v, MSGE over the teacher's nucleus pixels. The teacher
+    in Hinton et al. and in HoVer-UNet's released code (`kl_scale`). The target of CE is the teacher's most probable
+    class; the targets of MSE and MSGE are the teacher's h and v (MSGE only in the teacher's nuclei). The teacher
     predicts types for every image, so the branch tp also learns from images without annotated types.
 
-    `output`, `teacher`: (b, c, y, x) as in `heads`; pixels where the teacher is NaN are not counted. `weights`: class
-    weights; None: 1. `temperature`: T. `kl_mean`: as `mean` in `kl_loss`. The KL terms are multiplied by k already.
+    `output`, `teacher`: (b, c, y, x) as in `heads`. Pixels where any channel of the teacher is not finite are not
+    counted; the CE terms are NaN if no pixel is left. `weights`: class weights; None: 1. `temperature`: T. `kl_mean`:
+    as `mean` in `kl_loss`. The KL terms are returned already multiplied by k.
     """
     weights = weights or BranchWeights()
     factor = temperature**2 if kl_scale == "T²" else temperature**-2
