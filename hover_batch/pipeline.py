@@ -286,13 +286,14 @@ def _complete(store: PredictionStore, work: SlideWork) -> Callable[[Box], NDArra
 
 
 def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dict[str, Any]:
-    """Merge the parts into nuclei.parquet and draw the pictures. Return the content of slide.json, with the summary.
+    """Merge the parts into nuclei.parquet, and write the pictures, tissue.geojson and timings.json.
 
-    `seconds`: times of all earlier steps of the slide, to which those of this step are added. If `reader` is None,
-    there are no pixels to draw on, and the thumbnail and its measures are copied from the run that stored the maps.
+    Return the content of slide.json, with the summary. `seconds`: times of all earlier steps of the slide, to which
+    those of this step are added. If `reader` is None, there are no pixels to draw on, and the thumbnail and its
+    measures are copied from the run that stored the maps.
 
     UnitsMissing if parts, markers or maps that another machine wrote are not visible here yet, SlideError if another
-    run has taken over the slide's folder.
+    run has taken over the slide's folder, or two regions hold the same nucleus.
     """
     layout, record = work.layout, work.record
     cells = [(unit.column, unit.row) for unit in work.units]

@@ -34,7 +34,7 @@ ASKED_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class StoredMaps:
-    """Maps that another run stored: the slide's `layout` there, and the `run_key` of its results."""
+    """Prediction maps that another run stored: the slide's folder there (`layout`) and the key of its results."""
 
     layout: SlideLayout
     run_key: str
@@ -42,10 +42,11 @@ class StoredMaps:
 
 @dataclass(frozen=True)
 class PlannedSlide:
-    """A slide whose header could be read. The whole canvas is the upper bound of what will be predicted.
+    """Slide whose header could be read. The whole canvas is the upper bound of what will be predicted.
 
-    A slide in other storage is copied during the run and its header read then: `info` holds its size and fingerprint,
-    and `grid` and `tiles` are unknown.
+    `info`: properties of the slide. `grid`: inference grid. `tiles`: number of tiles that cover the canvas. A slide in
+    other storage is copied during the run, and its header is read only then: `info` holds its size in bytes and its
+    fingerprint, `grid` is None and `tiles` is 0.
     """
 
     record: SlideRecord
@@ -57,15 +58,17 @@ class PlannedSlide:
 
     @property
     def pixels(self) -> int:
+        """Number of inference pixels of the whole canvas; 0 for a slide in other storage, whose size is unknown."""
         return self.grid.size.pixels if self.grid else 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked cohort: the one that was read, with the faults of headers and masks added and their records removed.
+    """Checked cohort.
 
-    `unreadable`: records (still in the cohort) whose file cannot be opened, with the reason. They are not faults of the
-    CSV and become failures of the run.
+    `cohort`: the cohort that was read, with the faults of headers and masks added and the faulty records removed.
+    `slides`: those that can be run. `unreadable`: records, still in the cohort, whose file cannot be opened, with the
+    reason. These are not faults of the CSV and become failures of the run.
     """
 
     cohort: Cohort
@@ -74,13 +77,20 @@ class Plan:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the run that would follow: 3 with unreadable or faulty slides, 4 if there are no others."""
+        """Exit code of the run that would follow.
+
+        0 without unreadable or faulty slides; otherwise 3, or 4 if there are no other slides.
+        """
         if not self.unreadable and not self.cohort.faults:
             return 0
         return 3 if self.slides else 4
 
     def lines(self, settings: Settings, card: Card) -> list[str]:
-        """The plan in words. Tissue is found in the run, so that all figures are upper bounds: the whole canvas."""
+        """Return the plan as lines of text.
+
+        The numbers of tiles and pixels are upper bounds for whole canvases, since tissue is found only during the run;
+        disk space and time are estimated from them. Slides in other storage are not counted.
+        """
         lines = [f"{self.cohort.source}: {counted(len(self.slides), 'slide')} to run with model {card.name}"]
         lines += [f"  warning: {w}" for w in self.cohort.warnings]
         for slide in self.slides:
@@ -112,9 +122,10 @@ class Plan:
 
 
 def plan_cohort(cohort: Cohort, card: Card) -> Plan:
-    """Read every header and mask; for slides in other storage, check that they exist and take their fingerprint.
+    """Check the slides of a cohort and return the plan.
 
-    InputError where the package for a storage is missing.
+    Read all headers and masks. For slides in other storage, check that they exist and compute their fingerprints.
+    Faults of slides are collected in the plan, not raised. InputError if the package for a storage is missing.
     """
     remote = [record for record in cohort.records if isinstance(record.path, Url)]
     require_packages(record.path for record in remote if isinstance(record.path, Url))

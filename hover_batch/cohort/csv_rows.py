@@ -33,6 +33,7 @@ class Row:
 
     @property
     def label(self) -> str:
+        """Name of the slide in messages: its slide_id, or else its path, with credentials in a URL redacted."""
         path = self.cells.get("path", "")
         return self.cells.get("slide_id") or str(Url.of(path) or path)
 

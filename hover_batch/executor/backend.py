@@ -26,16 +26,20 @@ CLEANUP_S = 30.0
 
 @dataclass(frozen=True)
 class OpenBackend:
-    """`settings`, with `auto` settled for the machines that will do the work, and `run`, which runs slides on them."""
+    """Backend that is ready to run slides.
+
+    `settings`: with `auto` resolved for the machines that do the work. `run`: runs slides on them.
+    """
 
     settings: Settings
     run: Callable[[RunContext, Sequence[PlannedSlide]], None]
 
 
 def settled_here(settings: Settings) -> Settings:
-    """The settings with `auto` settled for this machine; unchanged if `open_backend` settles it for a cluster.
+    """Return the settings with `auto` resolved for this machine.
 
-    InputError if a device cannot be used.
+    They are returned unchanged if they name a cluster, for which `open_backend` resolves them. InputError if a device
+    cannot be used.
     """
     name = settings.infer.device
     if settings.engine.backend == "ray" and ":" in name:
@@ -51,12 +55,13 @@ def settled_here(settings: Settings) -> Settings:
 
 @contextlib.contextmanager
 def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[OpenBackend]:
-    """The backend for settings that are `settled_here`. A named cluster is joined at once; a cluster of our own starts
-    with the first slide.
+    """Yield the backend for settings from `settled_here`, and close it when the block ends.
 
-    A run that `predicts` nothing has no networks, and its `auto` stays as it is.
+    A cluster that the settings name is joined at once; one of our own starts with the first slide. `layout`: the run's
+    output folder. `predicts`: False for a run without networks, whose `auto` stays unresolved.
 
-    InputError if the settings ask for more than there is, no cluster answers, or not all of it sees the output folder.
+    InputError if the settings request more than is available, no cluster answers, or a node does not see the output
+    folder.
     """
     if settings.engine.backend == "local":
         yield OpenBackend(settings, lambda context, slides: LocalExecutor(context).run(slides))

@@ -50,9 +50,9 @@ _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 
 @contextlib.contextmanager
 def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[None]:
-    """Run a Ray cluster with these cores and GPUs on this machine for the duration of the block.
+    """Run a Ray cluster with these cores and GPUs on this machine while the block runs.
 
-    `log`: file for Ray's output, since stdout is for results. `object_store_bytes`: size of its object store.
+    `log`: file for Ray's output, since stdout is for results. `object_store_bytes`: size of Ray's object store.
     HoverBatchError if Ray does not start.
     """
     ask_for_token()
@@ -70,10 +70,10 @@ def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_ST
 
 @contextlib.contextmanager
 def own_folder(parent: Path) -> Iterator[Path]:
-    """Yield a new folder for Ray's files in `parent`, which is removed when the block ends. Also remove folders that
-    killed processes left there.
+    """Yield a new folder for Ray's files in `parent`, and remove it when the block ends.
 
-    The owner locks a file in the folder; the system releases the lock when the process ends, even if it is killed.
+    Folders that killed processes left in `parent` are removed, too. The owner locks a file in its folder; the system
+    releases the lock when the process ends, even if it is killed.
     """
     for left in parent.glob(f"{_PREFIX}*"):
         if _owner_is_dead(left):
@@ -120,7 +120,7 @@ def _prepare() -> None:
 
 
 def ray_version() -> str:
-    """Installed Ray version; import errors propagate."""
+    """Return the installed Ray version. Import errors propagate."""
     _prepare()
     import ray
 
@@ -166,7 +166,7 @@ def _start(resources: Resources, object_store_bytes: int, folder: Path) -> None:
 
 @contextlib.contextmanager
 def joined(address: str, log: Path) -> Iterator[None]:
-    """Join the Ray cluster at `address` for the duration of the block.
+    """Join the Ray cluster at `address` while the block runs, and leave it afterwards.
 
     `log`: file for Ray's output, since stdout is for results. InputError if no cluster answers there.
     """
@@ -203,9 +203,9 @@ def _require_listener(address: str) -> None:
 
 
 def settled(settings: InferSettings, on_gpu: bool) -> InferSettings:
-    """Return the settings with `auto` resolved on a node of the joined cluster, on which networks can run.
+    """Return the settings with `auto` resolved on a node of the joined cluster on which networks can run.
 
-    `on_gpu`: whether the node must have a GPU. Wait for such a node if none is up yet. Errors of
+    `on_gpu`: whether the node must have a GPU. If no such node is up yet, wait for one. Errors of
     `hover_batch.model.predict.resolve` propagate from the node.
     """
     import ray

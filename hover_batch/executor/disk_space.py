@@ -18,12 +18,15 @@ MAX_WAIT_S = 300.0
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the disk, or this user's quota of it, is full."""
+    """Return whether an error means that the disk, or this user's quota on it, is full."""
     return isinstance(error, OSError) and error.errno in DISK_FULL
 
 
 class DiskSpace:
-    """Watches `folder` once a write to it has failed. `warn` shows a line to the user, `record` logs an event."""
+    """Monitor of the disk space in `folder`, active once a write has failed.
+
+    `warn`: shows a line to the user. `record`: logs an event.
+    """
 
     def __init__(self, folder: Path, warn: Callable[[str], None], record: Callable[..., None]) -> None:
         self.folder = folder
@@ -37,7 +40,11 @@ class DiskSpace:
         self._free_since = -MAX_WAIT_S
 
     def report_full(self, slide_id: str, error: BaseException | None = None) -> None:
-        """Pause the run: a write for this slide failed, in `folder` or in the one that ScratchFull names."""
+        """Pause the run, warn the user and log the event, because a write for this slide failed.
+
+        The full disk is that of `folder`, or of the folder that `error` names if it is ScratchFull. Do nothing if the
+        run is already paused.
+        """
         if self.full:
             return
         again = time.monotonic() - self._free_since < self._wait_s + CHECK_EVERY_S
@@ -52,7 +59,11 @@ class DiskSpace:
         )
 
     def available(self) -> bool:
-        """Whether the run may go on. Checks the file system, quotas included, every few seconds while it is full."""
+        """Return whether the run can continue.
+
+        While the disk is full, check every few seconds whether space can be reserved, quotas included. OSError if the
+        check fails for another reason.
+        """
         if self.full and time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + self._wait_s
             if _can_reserve(self._watched, NEEDED_BYTES):
@@ -62,7 +73,7 @@ class DiskSpace:
         return not self.full
 
     def wait(self) -> None:
-        """Return when there is space."""
+        """Wait until there is space."""
         while not self.available():
             time.sleep(0.2)
 

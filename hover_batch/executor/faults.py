@@ -38,7 +38,10 @@ VERDICTS: tuple[tuple[type[Exception], Verdict], ...] = (
 
 
 class WorkerDied(HoverBatchError):
-    """A task did not end: its process died, or its node did. Stands for Ray's exception, with the verdict on it."""
+    """Error of a task that could not end because its process or node died.
+
+    It replaces Ray's exception. `verdict`: the verdict on that exception.
+    """
 
     def __init__(self, verdict: Verdict, reason: str) -> None:
         super().__init__(verdict, reason)  # both, for pickle
@@ -49,7 +52,7 @@ class WorkerDied(HoverBatchError):
 
 
 def verdict_on(error: BaseException) -> Verdict:
-    """The verdict on what `cause_of` returned."""
+    """Return the verdict on an exception that `cause_of` returned or the driver raised."""
     if isinstance(error, WorkerDied):
         return error.verdict
     if is_disk_full(error):
@@ -58,7 +61,10 @@ def verdict_on(error: BaseException) -> Verdict:
 
 
 def cause_of(error: RayError, process: str = "its process") -> Exception:
-    """What a task raised; or WorkerDied if it could not end, with `process` as the one that died."""
+    """Return the exception that a task raised, or WorkerDied if the task could not end.
+
+    `process`: words for the process that died. RuntimeError stands in for an exception that could not be pickled.
+    """
     if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
         cause: Exception = error.cause
         return cause

@@ -13,16 +13,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def raise_interrupt() -> None:
-    """Raise KeyboardInterrupt, as Python does at Ctrl-C."""
+    """Raise KeyboardInterrupt, as Python does on Ctrl-C."""
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def on_interrupt(call: Callable[[], None] = raise_interrupt) -> Iterator[None]:
-    """While the block runs, each of SIGNALS calls `call`.
+    """Call `call` on each of SIGNALS while the block runs, and restore the previous handlers afterwards.
 
-    Signals that the process ignores stay ignored, such as SIGHUP under nohup. Only the main thread receives signals: in
-    other threads nothing changes.
+    Signals that the process ignores stay ignored, such as SIGHUP under nohup. Only the main thread receives signals, so
+    nothing changes in other threads.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

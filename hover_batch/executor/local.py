@@ -16,7 +16,7 @@ from hover_batch.slide_work import opened, survey, swept_store
 
 
 class LocalExecutor(Executor):
-    """Runs a cohort in this process. `load` is called when the first tile needs the network."""
+    """Executor that runs a cohort in this process. `load`: loads the network when the first tile needs it."""
 
     def __init__(self, context: RunContext, load: LoadNetwork = load_predictor) -> None:
         self.context = context
@@ -26,9 +26,15 @@ class LocalExecutor(Executor):
 
     @cached_property
     def predictor(self) -> Predictor:
+        """Network of the run, loaded on first use. PackageError if it cannot be loaded."""
         return self.load(self.context.package, self.context.settings.infer)
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
+        """Run the slides one after the other, each until it is done or failed.
+
+        If the disk is full, wait for space and run the slide again. PackageError, TooManyFailures and KeyboardInterrupt
+        stop the run.
+        """
         with on_interrupt(self._interrupt):
             for slide in slides:
                 while not self._end(slide):

@@ -20,16 +20,20 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class TaskFailed:
-    """Takes the place of a result: what the function raised, or WorkerDied if its process died MAX_STRIKES times."""
+    """Failed task, in place of its result.
+
+    `error`: the exception that the function raised, or WorkerDied if its process died MAX_STRIKES times.
+    """
 
     error: Exception
 
 
 @contextlib.contextmanager
 def machines(engine: EngineSettings, log: Path) -> Iterator[Resources]:
-    """The resources of `map_tasks` while the block runs; with Ray those of a cluster, started here or joined.
+    """Yield the resources for `map_tasks`: those of this machine or, with Ray, of a cluster that is started or joined.
 
-    `log`: file for Ray's output. InputError if the settings ask for more than there is, or no cluster answers.
+    The cluster is stopped or left when the block ends. `log`: file for Ray's output. InputError if the settings request
+    more than is available, or no cluster answers; HoverBatchError if Ray does not start.
     """
     settings = Settings(engine=engine)
     if engine.backend == "local":
@@ -59,12 +63,14 @@ def map_tasks(
     at_once: int = 1,
     stay: bool = False,
 ) -> Iterator[tuple[Item, Result | TaskFailed]]:
-    """Yield each item with the function's result, or with TaskFailed, which does not stop the others.
+    """Yield each item with the function's result, or with TaskFailed, which does not stop the other items.
 
-    `local` runs them in this process, in order. `ray` runs them on the cluster that `machines` has started or joined,
-    and yields them in the order in which they end. Each task reserves `cpus` and `gpus` (fractions share one GPU);
-    `at_once` of them are under way, so that `items` may be endless. A process with a GPU ends with its task and frees
-    the memory, unless `stay` lets it go on to the next one with what it has loaded.
+    With `local`, the items run in this process, in order. With `ray`, they run on the cluster that `machines` started
+    or joined, and are yielded in the order in which they end.
+
+    Each task reserves `cpus` and `gpus`; with fractions, several tasks share one GPU. `at_once`: number of tasks in
+    progress, so that `items` may be endless. `stay`: whether a process with a GPU takes further tasks, with what it has
+    loaded, instead of ending after one to free the memory.
     """
     if backend == "local":
         yield from _here(function, items)

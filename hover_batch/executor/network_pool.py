@@ -28,7 +28,11 @@ MAX_FAILED_STARTS = 3
 
 @dataclass(eq=False)
 class Network:
-    """One network. `node`: id of its node, once known; `load`: units under way in it, the only one `alone` or not."""
+    """Network in an actor.
+
+    `handle`: the actor. `node`: id of its node, empty until it is known. `ready`: whether it has loaded. `load`: number
+    of units in progress in it. `alone`: whether its only unit must run alone.
+    """
 
     handle: Any
     nodes_lost_before: int
@@ -44,7 +48,7 @@ class Network:
 
 
 class NetworkPool:
-    """The networks that are loading or ready. `nodes`: those of a cluster that was joined."""
+    """Networks that are loading or ready. `load`: loads a network. `nodes`: nodes of a joined cluster, or None."""
 
     def __init__(
         self, package: Package, settings: InferSettings, load: LoadNetwork, nodes: ClusterNodes | None
@@ -61,18 +65,26 @@ class NetworkPool:
 
     @property
     def ready(self) -> list[Network]:
+        """Networks that have loaded."""
         return [network for network in self._networks if network.ready]
 
     def least_loaded(self) -> Network | None:
+        """Return the ready network with the fewest units in progress, or None if no network is ready."""
         return min(self.ready, key=lambda network: network.load, default=None)
 
     def freest(self, at_once: int, spared: Network | None = None) -> Network | None:
-        """The least loaded network of those with fewer than `at_once` units, `spared` and those left alone excluded."""
+        """Return the least loaded ready network with fewer than `at_once` units, or None.
+
+        Networks in which a unit must run alone, and the network `spared`, are excluded.
+        """
         free = [n for n in self.ready if not n.alone and n is not spared and n.load < at_once]
         return min(free, key=lambda network: network.load, default=None)
 
     def start(self, plan: EnginePlan) -> Network:
-        """Add a network; Ray places it where there is room. `ready` comes after its `where` and `start` returned."""
+        """Start a network and return it. Ray places it on a node with enough free resources.
+
+        It is not ready yet: call its `where` and `start`, and then `started`.
+        """
         options = InferActor.options(  # type: ignore[attr-defined]  # what ray.remote makes of a class
             num_cpus=plan.actor_cpus,
             num_gpus=plan.actor_gpus,
@@ -87,15 +99,15 @@ class NetworkPool:
         return network
 
     def started(self, network: Network) -> None:
-        """The network has loaded."""
+        """Mark a network as ready, because it has loaded."""
         network.ready = True
         self._failed_starts = 0
 
     def died(self, network: Network, error: RayError) -> Verdict | None:
-        """Remove a network whose process died, by `error`.
+        """Remove a network whose process died with `error`. Return the verdict on the units in progress in it.
 
-        Return the verdict on what was under way in it; None while it is unknown whether its process, its node or only
-        the connection is gone: then ask `verdict_on_silent` until it knows.
+        None if it is not known yet whether its process, its node or only the connection is lost: then call
+        `verdict_on_silent` until it returns a verdict.
         """
         self._remove(network)
         if network.stopped:
@@ -108,7 +120,7 @@ class NetworkPool:
         return self._verdict_on_dead(network)
 
     def verdict_on_silent(self, network: Network) -> Verdict | None:
-        """The verdict on what was under way in a network that does not answer; None while it is unknown."""
+        """Return the verdict on the units in progress in a network that does not answer; None if still unknown."""
         if time.monotonic() < network.silent_until and self._node_is_up(network):
             return None
         return self._verdict_on_dead(network)
@@ -127,7 +139,10 @@ class NetworkPool:
         return self._nodes.is_up(network.node)
 
     def died_loading(self, verdict: Verdict, error: RayError) -> None:
-        """Count networks that die while they load, through no fault of their node. HoverBatchError if all do."""
+        """Count a network that died while it was loading, unless its node was lost or it was stopped.
+
+        HoverBatchError if this happens MAX_FAILED_STARTS times in a row.
+        """
         if verdict in (Verdict.RETRY, Verdict.NODE_LOST):
             return
         self._failed_starts += 1
@@ -138,14 +153,21 @@ class NetworkPool:
             )
 
     def stop(self, network: Network) -> None:
-        """End a network, unless it is dead. The units in it come back as those of a dead one, for another to do."""
+        """Stop a network and remove it from the pool, if it is still there.
+
+        Its units are retried in another network, without blame.
+        """
         if network in self._networks:
             network.stopped = True
             self._remove(network)
             ray.kill(network.handle)
 
     def adapt(self, most: int) -> None:
-        """Keep at most so many networks: remove those of lost nodes, then stop those that load, then the idlest."""
+        """Reduce the pool to at most `most` networks.
+
+        Networks on lost nodes are removed first. Then networks that are still loading are stopped, and then the least
+        loaded.
+        """
         for network in [n for n in self._networks if not self._node_is_up(n)]:
             self._remove(network)  # its units come back by themselves
         by_use = sorted(self._networks, key=lambda network: (network.ready, network.load))
@@ -153,7 +175,7 @@ class NetworkPool:
             self.stop(network)
 
     def close(self) -> None:
-        """End all networks."""
+        """Kill the processes of all networks."""
         for network in self._networks:
             ray.kill(network.handle)
 
@@ -163,12 +185,15 @@ class NetworkPool:
 
 
 def is_death(error: RayError) -> bool:
-    """Whether an error of a network's call says that the network's process is gone."""
+    """Return whether the error of a call to a network means that the network's process is dead."""
     return isinstance(error, RayActorError | OutOfMemoryError)
 
 
 def load_error(error: RayError) -> HoverBatchError:
-    """What stops the run when a network that lives could not be loaded."""
+    """Return the error that stops the run when a network could not be loaded although its process is alive.
+
+    It is the PackageError that the network raised, or else a HoverBatchError with the cause.
+    """
     cause = cause_of(error)
     if isinstance(cause, PackageError):
         return cause

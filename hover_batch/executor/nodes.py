@@ -28,7 +28,7 @@ VISIBLE_WITHIN_S = 10.0
 
 
 class ClusterNodes:
-    """Live nodes that have a core to work on, as of the last look."""
+    """Nodes of the joined cluster that are live and have at least one CPU core, as of the last query."""
 
     def __init__(self) -> None:
         self._nodes = _live_nodes()
@@ -42,7 +42,7 @@ class ClusterNodes:
 
     @property
     def resources(self) -> Resources:
-        """InputError if there is no node to work on."""
+        """CPU cores, GPUs and memory of the nodes. InputError if there is no node."""
         if not self._nodes:
             raise InputError("--address: the cluster has no machine with a free core; add one, or use another cluster")
         offered = [node["Resources"] for _, node in sorted(self._nodes.items())]
@@ -51,9 +51,10 @@ class ClusterNodes:
         )
 
     def replan(self, plan: EnginePlan, context: RunContext) -> EnginePlan | None:
-        """The plan for the nodes that are live now, if nodes came or went. Asks the cluster every few seconds.
+        """Return a new plan if nodes joined or left the cluster, else None. Query the cluster every few seconds.
 
-        InputError if a new node does not see the output folder.
+        If no node is left, warn the user and return None. InputError if a new node does not see the output folder, or
+        cannot run hover-batch.
         """
         if time.monotonic() >= self._look_at:
             self.look()
@@ -79,7 +80,7 @@ class ClusterNodes:
         return plan
 
     def look(self) -> None:
-        """Ask the cluster for its nodes now."""
+        """Query the cluster for its live nodes now."""
         self._look_at = time.monotonic() + LOOK_EVERY_S
         nodes = _live_nodes()
         self.lost += len(self._nodes.keys() - nodes.keys())
@@ -87,11 +88,14 @@ class ClusterNodes:
         self._nodes = nodes
 
     def is_up(self, node: str) -> bool:
-        """Whether the node with this id was live at the last look."""
+        """Return whether the node with this id was live at the last query."""
         return node in self._nodes
 
     def on_each(self, function: Callable[[], object], wait_s: float = 0.0) -> None:
-        """Call the function on every live node, wait at most so long, and ignore failures."""
+        """Call the function on every live node, and ignore failures.
+
+        `wait_s`: maximum time in seconds to wait for the calls to end.
+        """
         calls = [
             _call.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(function)
             for node in self._nodes
@@ -100,9 +104,10 @@ class ClusterNodes:
             ray.wait(calls, num_returns=len(calls), timeout=wait_s)
 
     def refuse_unshared(self, folder: Path, wait: bool = False) -> None:
-        """InputError if a node does not see what this process writes into `folder`.
+        """Check that all nodes see the files that this process writes into `folder`.
 
-        Each node is asked once. Without `wait`, a later call takes its answer.
+        Each node is asked once. `wait`: whether to wait for the answers; otherwise a later call reads them. InputError
+        if a node does not see the files, or cannot run hover-batch; OSError if the test file cannot be written.
         """
         here = ray.get_runtime_context().get_node_id()
         probe = folder / self._probe

@@ -34,7 +34,10 @@ class _Console(Console):
 
 
 class CohortProgress:
-    """Progress of the slides, and of the tiles and regions of the slides begun so far."""
+    """Progress of the run's slides, and of the tiles and regions of the slides that have begun.
+
+    It is shown on stderr as bars, as lines of text, or as lines of JSON, and is a context manager.
+    """
 
     def __init__(self, slides: int, log_format: LogFormat = LogFormat.text) -> None:
         self._console = _Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
@@ -74,14 +77,18 @@ class CohortProgress:
             self._bars.stop()
 
     def say(self, line: str, level: str = "info", **fields: object) -> None:
-        """Print a line that stays. `level` (info, warning or error) and `fields` are for JSON."""
+        """Print a permanent line. `level` (info, warning or error) and `fields` are used for JSON only."""
         self._console.print(json_line(level, line.strip(), **fields) if self._json else line, soft_wrap=True)
 
     def warn(self, line: str) -> None:
+        """Print a warning."""
         self.say(line, "warning")
 
     def expect(self, tiles: int, regions: int, tiles_before: int = 0, regions_before: int = 0) -> None:
-        """Add a slide's tiles and regions to the totals; those `before` were done by an earlier run."""
+        """Add a slide's tiles and regions to the totals.
+
+        `tiles_before` and `regions_before` of them were done by an earlier run.
+        """
         self._counts[Stage.INFER].expect(tiles, tiles_before)
         self._counts[Stage.POST].expect(regions, regions_before)
         self._show()
@@ -116,13 +123,16 @@ class CohortProgress:
             )
 
     def slide_done(self, slide_id: str, nuclei: int, seconds: float) -> None:
+        """Count a slide as finished, and print its number of nuclei and the time that it took in seconds."""
         line = f"{slide_id}: {nuclei:,} nuclei in {duration(seconds)}"
         self._finish(line, event="slide_done", slide_id=slide_id, nuclei=nuclei, seconds=round(seconds, 2))
 
     def slide_skipped(self, slide_id: str) -> None:
+        """Count a slide as finished and print that an earlier run completed it."""
         self._finish(f"{slide_id}: done before", event="slide_skipped", slide_id=slide_id)
 
     def slide_failed(self, slide_id: str, reason: str) -> None:
+        """Count a slide as finished and print why it failed."""
         line = f"{slide_id}: FAILED: {reason}"
         self._finish(line, "error", event="slide_failed", slide_id=slide_id, reason=reason)
 

@@ -23,21 +23,21 @@ LoadNetwork = Callable[[Package, InferSettings], "Predictor"]
 
 
 class Executor(Protocol):
-    """Runs the slides of a cohort."""
+    """Executor that runs the slides of a cohort."""
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
-        """Take every slide to its end, done or failed; a failed slide does not stop the others.
+        """Run every slide until it is done or failed. A failed slide does not stop the others.
 
-        Raise what is no slide's fault and stops the cohort: PackageError if the model cannot be loaded, HoverBatchError
-        if its process does not survive, TooManyFailures, InputError for a setting that a node cannot follow, and
-        KeyboardInterrupt after Ctrl-C.
+        Errors that are not caused by a slide stop the cohort: PackageError if the model cannot be loaded,
+        HoverBatchError if its process dies repeatedly, TooManyFailures, InputError if a node cannot follow a setting,
+        and KeyboardInterrupt after Ctrl-C.
         """
         ...
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """One run, as executors see it."""
+    """Settings, model and records of one run, as executors need them."""
 
     package: Package
     settings: Settings
@@ -50,7 +50,7 @@ class RunContext:
     def of(
         cls, package: Package, settings: Settings, ledger: Ledger, progress: CohortProgress, run_keys: Mapping[str, str]
     ) -> Self:
-        """`run_keys`: by slide_id."""
+        """Build the context of a run. `run_keys`: keys of the results by slide_id."""
         root = ledger.layout.root
         recorder = RunRecorder(settings, ledger, progress, run_keys)
         disk = DiskSpace(root, progress.warn, ledger.events.append)

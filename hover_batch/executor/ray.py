@@ -46,8 +46,10 @@ class _Call:
 
 
 class RayExecutor(Executor):
-    """Runs a cohort on the Ray cluster that this process is connected to. `nodes`: those of a cluster that was joined,
-    None for one of its own."""
+    """Executor that runs a cohort on the Ray cluster to which this process is connected.
+
+    `load`: loads a network. `nodes`: nodes of a cluster that was joined, None for one that this process started.
+    """
 
     def __init__(
         self,
@@ -73,7 +75,11 @@ class RayExecutor(Executor):
         self._shown: set[str] = set()
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
-        """After one Ctrl-C, wait for the tasks that are under way, then raise KeyboardInterrupt; after two, at once."""
+        """Run the slides, several at once, until each is done or failed.
+
+        After one Ctrl-C, wait for the tasks in progress and raise KeyboardInterrupt; after a second one, raise it at
+        once. Other errors as in `Executor.run`.
+        """
         self._waiting = deque(slides)
         patience_ends = time.monotonic() + PATIENCE_S
         try:

@@ -30,7 +30,7 @@ _POST_BYTES_PER_PIXEL = 64
 
 @dataclass(frozen=True)
 class Node:
-    """Machine, with what a run may use of it: CPU cores, GPUs, and memory in bytes."""
+    """CPU cores, GPUs and memory in bytes of a machine that a run may use."""
 
     cpus: int
     gpus: int
@@ -38,7 +38,7 @@ class Node:
 
     @classmethod
     def here(cls) -> Node:
-        """Return what this process may use of this machine.
+        """Return the CPU cores, GPUs and memory of this machine that this process may use.
 
         CPU affinity, control group and CUDA_VISIBLE_DEVICES are respected.
         """
@@ -47,7 +47,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Resources:
-    """Machines that a run may use."""
+    """Nodes that a run may use, with their CPU cores, GPUs and memory."""
 
     nodes: tuple[Node, ...]
 
@@ -62,9 +62,10 @@ class Resources:
         return sum(node.gpus for node in self.nodes)
 
     def limited(self, settings: Settings) -> Resources:
-        """Return the part that the settings request, from the first nodes on.
+        """Return the CPU cores and GPUs that the settings request, taken from the nodes in order.
 
-        InputError if they request more than exists.
+        Without `--cpus` or `--gpus`, all are taken; with device cpu, no GPUs. Nodes of which nothing is used are left
+        out. InputError if the settings request more than is available.
         """
         engine = settings.engine
         if engine.cpus > self.cpus:
@@ -79,7 +80,10 @@ class Resources:
         return self.at_most(settings)
 
     def at_most(self, settings: Settings) -> Resources:
-        """Return the part that the settings request, or less if there is less, since a cluster may still grow."""
+        """Return the CPU cores and GPUs that the settings request, as `limited` does, or fewer if fewer are available.
+
+        It raises no error, since a cluster may still grow.
+        """
         engine = settings.engine
         on_cpu = settings.infer.device == "cpu"
         cpus_left = engine.cpus or self.cpus
@@ -95,7 +99,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Distribution of a run's resources.
+    """Distribution of a run's CPU cores, GPUs and memory.
 
     `actors`: number of networks, each on a GPU of its own or on the CPU; 0 for a run that makes new tables from stored
     predictions. `actor_gpus`, `actor_cpus`: GPUs and cores reserved for each network. `threads`: of each network on the
@@ -125,7 +129,7 @@ class EnginePlan:
         return replace(self, posts=-(-self.posts // 2), units_at_once=-(-self.units_at_once // 2))
 
     def lines(self) -> list[str]:
-        """Return the plan as lines of text."""
+        """Return the plan as lines of text for the user."""
         memory = min(node.memory for node in self.resources.nodes) / 2**30
         available = (
             f"resources: {counted(len(self.resources.nodes), 'node')}, cores: {self.resources.cpus}, "

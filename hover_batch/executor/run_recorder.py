@@ -20,7 +20,10 @@ from hover_batch.slide.tiles import Unit
 
 
 class RunRecorder:
-    """The record of one run, written by one thread. `run_keys`: by slide_id."""
+    """Recorder of one run's events in its ledger and on the progress display. Use it from one thread.
+
+    `run_keys`: keys of the results by slide_id.
+    """
 
     def __init__(
         self, settings: Settings, ledger: Ledger, progress: CohortProgress, run_keys: Mapping[str, str]
@@ -38,15 +41,15 @@ class RunRecorder:
         """Tiles and regions still to be done, by slide."""
 
     def event(self, event: str, **values: Any) -> None:
-        """Log an event of the run."""
+        """Append an event to the run's event log."""
         self._ledger.events.append(event, **values)
 
     def refuse(self, record: SlideRecord, reason: str) -> None:
-        """Record as failed a slide whose header could not be read before the run."""
+        """Record a slide as failed because its header could not be read. TooManyFailures as in `fail`."""
         self._failed(record, Stage.OPEN, reason)
 
     def skip_done(self, slide: PlannedSlide) -> bool:
-        """Skip the slide if an earlier run with the same key finished it. Whether it did."""
+        """Skip the slide if an earlier run with the same key finished it. Return whether it is skipped."""
         slide_id = slide.record.slide_id
         if not self._ledger.slide_done(slide_id, self._run_keys[slide_id]):
             return False
@@ -55,8 +58,10 @@ class RunRecorder:
         return True
 
     def skip_quarantined(self, slide: PlannedSlide, *, retry: bool) -> bool:
-        """Record the slide as failed if an earlier start quarantined it; lift the quarantine with `retry`. Whether it
-        is to be skipped."""
+        """Record the slide as failed if an earlier start quarantined it. Return whether it is skipped.
+
+        `retry`: remove the slide from quarantine instead. TooManyFailures as in `fail`.
+        """
         record = slide.record
         quarantined = self._ledger.quarantined(record.slide_id, self._run_keys[record.slide_id])
         if quarantined is None:
@@ -69,7 +74,10 @@ class RunRecorder:
         return True
 
     def begin(self, slide: PlannedSlide) -> SlideLayout:
-        """Open the slide's folder. Unfinished work of the same key in it is kept."""
+        """Open the slide's folder, record the start and show the slide's warnings. Return the folder's layout.
+
+        Unfinished work with the same key is kept.
+        """
         slide_id = slide.record.slide_id
         self._started[slide_id] = time.monotonic()
         layout = self._ledger.open_slide(slide_id, self._run_keys[slide_id])
@@ -79,7 +87,10 @@ class RunRecorder:
         return layout
 
     def surveyed(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:
-        """The slide has these units. Earlier runs predicted those `inferred` and post-processed `posted` regions."""
+        """Record the units of a slide, and add its tiles and regions to the progress.
+
+        `inferred`: units that earlier runs predicted. `posted`: number of regions that they post-processed.
+        """
         tiles = sum(len(u.cells) for u in units)
         self.event("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
         before = sum(len(u.cells) for u in inferred)
@@ -87,19 +98,22 @@ class RunRecorder:
         self._left[slide_id] = [tiles - before, len(units) - posted]
 
     def unit_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
-        """A unit's maps are in the store. The executor has counted its tiles as progress."""
+        """Record that a unit's maps are in the store, with the seconds by stage.
+
+        The executor has already counted its tiles as progress.
+        """
         self.network_used(seconds)
         self._left[slide_id][0] -= len(unit.cells)
         predicted = len(unit.cells) if Stage.INFER in seconds.spans else 0
         self._timed_event("unit_done", slide_id, unit, seconds, tiles=predicted)
 
     def network_used(self, seconds: Seconds) -> None:
-        """Count the time that a network took for a unit, even if its slide has failed since."""
+        """Add the time that a network spent on a unit to `model_busy`, even if its slide has failed since."""
         if Stage.INFER in seconds.spans:
             self._model.add(seconds)
 
     def region_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
-        """A region's nuclei are on disk."""
+        """Record that a region's nuclei are on disk, with the seconds by stage, and count it as progress."""
         self._left[slide_id][1] -= 1
         self._timed_event("region_done", slide_id, unit, seconds)
         self.progress.regions(1)
@@ -117,14 +131,17 @@ class RunRecorder:
 
     @property
     def model_busy(self) -> float | None:
-        """Share of the time from the first to the last prediction in which the networks computed; None without any."""
+        """Fraction of the time between the first and the last prediction in which the networks computed.
+
+        It is the mean of all networks, from 0 to 1; None if nothing was predicted.
+        """
         if Stage.INFER not in self._model.spans:
             return None
         started, ended = self._model.spans[Stage.INFER]
         return min(1.0, self._model.totals[Stage.INFER] / (self.networks * max(1e-9, ended - started)))
 
     def finish(self, slide_id: str, values: Mapping[str, Any]) -> None:
-        """Declare the slide done: its tables and pictures are on disk. `values`: those that `finalize` returned."""
+        """Record that the slide is done and its tables and pictures are on disk. `values`: the result of `finalize`."""
         self._ledger.write_slide_json(slide_id, self._run_keys[slide_id], values)
         del self._left[slide_id]
         self._discard_predictions(slide_id)
@@ -135,14 +152,15 @@ class RunRecorder:
             discard_predictions(self.layout.slide(slide_id))
 
     def withdraw(self, slide: PlannedSlide) -> None:
-        """Expect no more progress of the slide: it failed, or will begin again."""
+        """Remove the slide's remaining tiles and regions from the progress, because it failed or starts again."""
         tiles, regions = self._left.pop(slide.record.slide_id, [0, 0])
         self.progress.expect(-tiles, -regions)
 
     def fail(self, slide: PlannedSlide, stage: Stage, error: Exception, trace: str | None = None) -> None:
-        """Record that the slide failed at `stage`. `trace`: the traceback, if the error was raised elsewhere.
+        """Record that the slide failed at `stage`, and quarantine it if the error is SlideQuarantined.
 
-        Raise PackageError, which stops the cohort and blames no slide; TooManyFailures if the settings allow no more.
+        `trace`: traceback, if the error was raised in another process. A PackageError is raised again, since it is not
+        caused by the slide. TooManyFailures if more slides failed than the settings allow.
         """
         record = slide.record
         if isinstance(error, PackageError):

@@ -26,7 +26,7 @@ RETRY_S = 1.0
 
 
 class Verdict(Enum):
-    """What a fault means for the task that it interrupted."""
+    """Consequence of a fault for the task that it interrupted."""
 
     RETRY = "retry, nothing is to blame"
     STRIKE = "retry, but blame the task"
@@ -47,7 +47,7 @@ work on the same task, it may be its fault. RETRY: network file systems may show
 
 @dataclass(frozen=True)
 class Task:
-    """A stage of a slide, and the index of the unit or region that it is about, if any."""
+    """Stage of a slide, with the index of its unit or region if it has one."""
 
     stage: Stage
     index: int = 0
@@ -57,8 +57,8 @@ class Task:
 class Surveyed:
     """Result of the survey of a slide.
 
-    `work` is passed to all later tasks. `inferred` and `posted`: indices of the units in it that an earlier run
-    predicted and post-processed.
+    `work`: passed to all later tasks. `inferred` and `posted`: indices of its units that an earlier run predicted and
+    post-processed. `seconds`: duration of the survey.
     """
 
     work: SlideWork
@@ -69,7 +69,7 @@ class Surveyed:
 
 @dataclass(eq=False)
 class SlideState:
-    """One slide under way. Units, and the regions around their cores, are named by their index."""
+    """State of a slide in progress. Units, and the regions around them, are identified by their index."""
 
     planned: PlannedSlide
     layout: SlideLayout
@@ -99,9 +99,11 @@ class SlideState:
 
     @property
     def slide_id(self) -> str:
+        """Id of the slide in the cohort."""
         return self.planned.record.slide_id
 
     def survey_done(self, found: Surveyed) -> None:
+        """Store the result of the survey, and queue the units and regions that are not done yet."""
         self.surveyed = True
         self.units = found.work.units
         self.seconds.add(found.seconds)
@@ -114,6 +116,7 @@ class SlideState:
         self._finalize_if_complete()
 
     def unit_inferred(self, index: int) -> None:
+        """Mark a unit as predicted, and queue the regions that waited only for it."""
         self.inferred.add(index)
         for region, needed in list(self.needs.items()):
             needed.discard(index)
@@ -123,11 +126,12 @@ class SlideState:
         self._finalize_if_complete()
 
     def region_posted(self) -> None:
+        """Count a region as post-processed. The slide can be finalized after the last one."""
         self.regions_left -= 1
         self._finalize_if_complete()
 
     def retry(self, task: Task) -> None:
-        """Make the task the next of its kind to be submitted."""
+        """Queue the task again, before others of its kind. A unit with a strike is queued to run alone."""
         if task.stage is Stage.INFER:
             (self.suspects if self.verdicts[Verdict.STRIKE, task] else self.to_infer).appendleft(task.index)
         elif task.stage is Stage.POST:
@@ -136,13 +140,17 @@ class SlideState:
             self.next_stage = task.stage
 
     def retry_due(self, now: float) -> None:
-        """Retry the tasks whose time has come."""
+        """Queue the tasks again whose retry time has passed. `now`: time in seconds."""
         for task in [task for task, at in self.retry_at.items() if at <= now]:
             del self.retry_at[task]
             self.retry(task)
 
     def blame(self, verdict: Verdict, task: Task, reason: str) -> SlideQuarantined | None:
-        """Retry a task that got STRIKE or NODE_LOST; or return the slide's failure if it got it too often."""
+        """Retry a task with the verdict STRIKE or NODE_LOST.
+
+        If it has got this verdict too often, return the error for which the slide is quarantined instead. `reason`:
+        text for its message.
+        """
         if not self._too_often(verdict, task):
             self.retry(task)
             return None
@@ -154,10 +162,10 @@ class SlideState:
         )
 
     def units_missing(self, task: Task, cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
-        """Retry a task that lacked the results of the units in `cells`, (column, row).
+        """Retry a task that lacked the results of the units in `cells`, (column, row), later.
 
-        A region waits for units that are still to be predicted. Otherwise the results exist on a file system that does
-        not show them yet; return the slide's failure if it never does.
+        A region waits for units that are not predicted yet. Otherwise the results exist but the file system does not
+        show them yet: retry RETRY_S after `now`, or return the slide's failure after too many retries.
         """
         needed = self._indices(cells)
         if task.stage is Stage.POST and not needed <= self.inferred:
@@ -194,9 +202,9 @@ class SlideState:
 
 
 class OpenSlides:
-    """The slides under way, oldest first, and what a fault of one does to it and to the others.
+    """Slides in progress, oldest first, with the effect of faults on them.
 
-    `record` logs an event. `pause` has the run wait for disk space, for the slide and error that it is given.
+    `record`: logs an event. `pause`: pauses the run until there is disk space; it takes the slide_id and the error.
     """
 
     def __init__(self, record: Callable[..., None], pause: Callable[[str, Exception], None]) -> None:
@@ -211,10 +219,11 @@ class OpenSlides:
         return len(self._slides)
 
     def add(self, slide: SlideState) -> None:
+        """Add a slide as the newest."""
         self._slides.append(slide)
 
     def close(self, slide: SlideState) -> None:
-        """End a slide. Its copy goes, so that slides on hold can try again."""
+        """Remove a slide that is done or failed. Slides on hold can try again, since its copy is removed."""
         slide.ended = True
         self._slides.remove(slide)
         for other in self._slides:
@@ -222,13 +231,18 @@ class OpenSlides:
 
     @property
     def any_on_hold(self) -> bool:
+        """Whether a slide waits for disk space for its copy."""
         return any(slide.on_hold for slide in self._slides)
 
     def take_tasks(
         self, running: Counter[Stage], surveys: int, posts: int, now: float
     ) -> Iterator[tuple[SlideState, Task]]:
-        """Take the tasks to submit besides units: so many `surveys`, and so many `posts` and finalizations, at once,
-        less those `running`. Finalizations come first, since they end a slide, then the oldest slide's regions."""
+        """Yield the tasks to submit now, except units, and remove them from the queues.
+
+        `surveys`: maximum number of surveys in progress. `posts`: maximum number of regions and finalizations in
+        progress. `running`: number of tasks in progress now, by stage. `now`: time in seconds. Finalizations come
+        before regions, since they end a slide, and regions of the oldest slide come first.
+        """
         surveys -= running[Stage.SURVEY]
         posts -= running[Stage.POST] + running[Stage.FINALIZE]
         for slide in self._slides:
@@ -248,8 +262,10 @@ class OpenSlides:
                 yield slide, Task(Stage.POST, slide.to_post.popleft())
 
     def apply(self, verdict: Verdict, slide: SlideState, task: Task, error: Exception, now: float) -> Exception | None:
-        """Apply the verdict on `error`, which interrupted `task`: retry the task, or close the slide and return the
-        reason of its failure."""
+        """Apply the verdict on `error`, which interrupted `task`.
+
+        Retry the task and return None, or close the slide and return the reason of its failure. `now`: time in seconds.
+        """
         if slide.ended:
             return None
         values = {"slide_id": slide.slide_id, "stage": task.stage, "index": task.index}

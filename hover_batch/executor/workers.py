@@ -51,9 +51,9 @@ BLOCKS_PER_TASK = 4
 
 
 def limit_threads() -> None:
-    """Keep this process to the one core that its task reserves, and off the GPUs.
+    """Restrict this process to one CPU core, which its task reserves, and hide the GPUs from it.
 
-    OpenMP and BLAS follow OMP_NUM_THREADS, which Ray sets to what is reserved; OpenCV and zarr do not.
+    OpenMP and BLAS follow OMP_NUM_THREADS, which Ray sets to the reserved number; OpenCV and zarr do not.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _limit_libraries()
@@ -89,7 +89,10 @@ def _copies(layout: SlideLayout, settings: Settings) -> Copies:
 
 @ray.remote(num_cpus=1, max_retries=0)
 def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout) -> Surveyed:
-    """Find the tissue, and what an earlier run left. Nothing else may write the slide's store meanwhile."""
+    """Find the tissue of a slide, and its units that earlier runs have done. Remove incomplete results from its store.
+
+    Nothing else may write to the store at the same time. InputError or SlideError if the slide cannot be read.
+    """
     limit_threads()
     seconds = Seconds()
     with seconds.of(Stage.SURVEY), opened(slide, _copies(layout, settings)) as reader:
@@ -108,7 +111,11 @@ def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layo
 def read_blocks(
     record: SlideRecord, fingerprint: str, copies: Copies, grid: Grid, boxes: list[Box]
 ) -> tuple[list[NDArray[np.uint8]], Seconds]:
-    """RGB (h, w, 3) of each box."""
+    """Read boxes of a slide. Return the pixels of each as RGB (y, x, 3) uint8, and the seconds by stage.
+
+    `boxes`: in inference pixels of `grid`. `fingerprint`: of the slide, which its copy must have. InputError or
+    SlideError if the slide cannot be read, ScratchFull if there is no space for its copy.
+    """
     limit_threads()
     seconds = Seconds()
     try:
@@ -123,14 +130,21 @@ def read_blocks(
 
 @ray.remote(num_cpus=1, max_retries=0)
 def post_region(work: SlideWork, index: int) -> Seconds:
-    """Post-process the region of one unit. UnitsMissing if it needs units that are not visible on this node."""
+    """Post-process the region of one unit, given its index. Return the seconds by stage.
+
+    UnitsMissing if it needs units that are not predicted, or not visible on this node.
+    """
     limit_threads()
     return post(work.units[index], work, open_store(work))
 
 
 @ray.remote(num_cpus=1, max_retries=0)
 def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any]:
-    """Make the tables and pictures. UnitsMissing if results of units are not visible on this node."""
+    """Write the slide's tables and pictures. Return the content of slide.json.
+
+    `seconds`: times of its earlier stages. UnitsMissing if results of units are not visible on this node. Other errors
+    as in `hover_batch.pipeline.finalize`.
+    """
     limit_threads()
     with opened(work, _copies(work.layout, work.settings)) as reader:
         return finalize(work, reader, seconds)
@@ -138,7 +152,10 @@ def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any]:
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class InferActor:
-    """One network on its GPU, or on its share of the CPU, fed by several threads that take turns at it."""
+    """Actor with one network, on its GPU or on its share of the CPU.
+
+    Several threads prepare units and take turns at the network.
+    """
 
     def __init__(self, package: Package, settings: InferSettings, load: LoadNetwork) -> None:
         self.package = package
@@ -151,16 +168,20 @@ class InferActor:
         )
 
     def where(self) -> str:
-        """The id of the node."""
+        """Return the id of the actor's node."""
         return ray.get_runtime_context().get_node_id()
 
     def start(self) -> None:
-        """Load the weights. Call it once, before any unit."""
+        """Load the network. Call it once, before any unit. PackageError if the network cannot be loaded."""
         _limit_libraries()
         self.predictor = self.load(self.package, self.settings)
 
     def infer(self, work: SlideWork, index: int) -> Seconds:
-        """Predict one unit into the slide's store. WorkerDied if a reader of its pixels did not end."""
+        """Predict one unit, given its index, and write its maps to the slide's store. Return the seconds by stage.
+
+        WorkerDied if a process that reads its pixels died, NetworkFailed if the network raises, SlideError if the slide
+        cannot be read.
+        """
         return infer(work.units[index], work, self._reading(work), self.predictor, open_store(work), lambda _: None)
 
     def _reading(self, work: SlideWork) -> ReadBlocks:

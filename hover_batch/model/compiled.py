@@ -25,6 +25,10 @@ class CompiledNetwork(nn.Module):
         self._call = torch.compile(network, dynamic=False, options={"freezing": True})
 
     def forward(self, image: torch.Tensor) -> Any:
+        """Return the output of the network for a batch `image`, float (batch, 3, y, x).
+
+        PackageError if the network cannot be compiled.
+        """
         try:
             # tiatoolbox sets suppress_errors, so that a failure would only be logged.
             with torch._dynamo.config.patch(suppress_errors=False):

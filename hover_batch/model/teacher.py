@@ -101,6 +101,11 @@ class HoVerNet(nn.Module):
         self.upsample2x = _Upsample()
 
     def forward(self, image: Tensor) -> Tensor:
+        """Return the outputs of all branches for the centre of `image`, float (batch, channels, y, x).
+
+        `image`: RGB in [0, 1], float (batch, 3, y, x). The channels are those of np, hv and tp in this order; without a
+        type branch, those of np are repeated as tp. ValueError for invalid sides.
+        """
         if any(side % 8 != self.arch.excess for side in image.shape[2:]):
             raise ValueError(
                 f"HoVerNet {self.arch.form} takes sides that leave {self.arch.excess} when divided by 8, "

@@ -21,8 +21,11 @@ _NAMED = 3
 
 @contextmanager
 def quiet_wsidicom() -> Iterator[None]:
-    """Keep what wsidicom and pydicom say about instances off the terminal: wsidicom logs to the root logger, and sets
-    that up where it has no handler. `open_dicom` reports the faults that matter."""
+    """Suppress the log messages and warnings of wsidicom and pydicom while the block runs.
+
+    wsidicom logs to the root logger, and configures it if it has no handler. `open_dicom` reports the faults that
+    matter.
+    """
     root, guard = logging.getLogger(), logging.NullHandler()
 
     def is_ours(entry: logging.LogRecord) -> bool:
@@ -41,9 +44,10 @@ def quiet_wsidicom() -> Iterator[None]:
 
 @contextmanager
 def open_dicom(folder: Path) -> Iterator[WsiDicom]:
-    """Open the slide of a folder. InputError where it holds several, SlideError where an instance cannot be read.
+    """Open the slide of a DICOM folder, and close it when the block ends.
 
-    wsidicom by itself would take the largest slide and leave out the rest, and instances that are corrupted.
+    InputError if the folder holds several slides; SlideError if it holds none, or an instance cannot be read or has no
+    pixel spacing. wsidicom alone would open the largest slide and silently skip the others, and corrupted instances.
     """
     slides = _slides_in(folder)
     if len(slides) > 1:

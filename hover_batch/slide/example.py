@@ -22,9 +22,11 @@ _SMALLEST_LEVEL = 256
 
 
 def write_example(folder: Path) -> Path:
-    """Write he_0.25.tif, he_0.5.tif and cohort.csv into `folder`; return the path of cohort.csv.
+    """Write the example slides he_0.25.tif and he_0.5.tif (RGB, 0.25 and 0.5 µm per pixel) and their cohort.csv.
 
-    Existing files with the same content are not touched, so that a second run finds nothing changed.
+    They are written into `folder`, which is created if it does not exist. Return the path of cohort.csv. Files with the
+    same content are left untouched, so that a second run finds nothing changed. HoverBatchError if tiatoolbox, which
+    holds the picture, is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     field = _field()
@@ -37,8 +39,11 @@ def write_example(folder: Path) -> Path:
 
 
 def write_pyramidal_tiff(path: Path, array: NDArray[np.uint8], mpp: float) -> None:
-    """Write an RGB (h, w, 3) array as a tiled TIFF with levels of half the size each, without loss; OpenSlide opens
-    it as generic-tiff and finds `mpp` (µm) in its resolution tags."""
+    """Write a lossless tiled TIFF with a pyramid of levels, each half the size of the previous one.
+
+    `array`: RGB (y, x, 3) uint8. `mpp`: pixel size in µm, stored in the resolution tags. OpenSlide opens the file as
+    generic-tiff. An existing file with the same content is left untouched.
+    """
     _write(path, _pyramidal_tiff(array, mpp))
 
 

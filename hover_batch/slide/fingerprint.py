@@ -15,8 +15,11 @@ ReadParts = Callable[[list[tuple[int, int]]], Iterable[bytes]]
 
 
 def fingerprint(path: Path, mpp: Mpp | None) -> str:
-    """Return the SHA-256 (hex) of the size, head, middle and tail (1 MiB each) of a slide's files, and of the pixel
-    size that the cohort gives, if it does. It does not depend on path, host or time."""
+    """Return the fingerprint of a slide on disk, a SHA-256 in hex that identifies its content.
+
+    It covers the size and the first, middle and last MiB of each of the slide's files, and the pixel size if the cohort
+    gives one (`mpp`). It does not depend on path, host or time. OSError if a file cannot be read.
+    """
 
     def parts(file: Path) -> ReadParts:
         def read(ranges: list[tuple[int, int]]) -> Iterator[bytes]:
@@ -31,7 +34,11 @@ def fingerprint(path: Path, mpp: Mpp | None) -> str:
 
 
 def fingerprint_of(files: Iterable[tuple[int, ReadParts]], mpp: Mpp | None) -> str:
-    """Return the `fingerprint` of files in any storage: the size of each in bytes, and how parts of it are read."""
+    """Return the `fingerprint` of a slide's files in any storage.
+
+    `files`: for each, its size in bytes and a function that reads ranges of it, in the order in which they are hashed.
+    `mpp`: pixel size that the cohort gives, if it does.
+    """
     digest = hashlib.sha256()
     for size, read in files:
         digest.update(size.to_bytes(8, "little"))

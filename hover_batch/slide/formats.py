@@ -32,7 +32,11 @@ _UNSIGNED = (1, 4)
 
 @dataclass(frozen=True)
 class Header:
-    """A file's own description. `levels`: sizes, largest first. `bounds`: in level-0 pixels."""
+    """Header of a slide's file, as its library reads it.
+
+    `levels`: sizes in pixels, largest first. `size`: pixel size that the file gives. `bounds`: non-empty region in
+    level-0 pixels, None if the format has none. `magnification`: objective power, None if unknown.
+    """
 
     levels: tuple[Size, ...]
     size: StatedSize
@@ -42,6 +46,10 @@ class Header:
 
 
 def openslide_header(path: Path) -> Header:
+    """Read the header of a file that OpenSlide opens.
+
+    SlideError if it is a TIFF whose pixels are not unsigned 8-bit. Errors of OpenSlide propagate.
+    """
     import openslide
 
     with openslide.OpenSlide(str(path)) as slide:
@@ -93,6 +101,7 @@ def _check_samples(path: Path, tiff: tifffile.TiffFile) -> None:
 
 
 def is_ome(path: Path) -> bool:
+    """Return whether a file is an OME-TIFF."""
     tiff = _open_tiff(path)
     if tiff is None:
         return False
@@ -101,6 +110,11 @@ def is_ome(path: Path) -> bool:
 
 
 def ome_tiff_header(path: Path) -> Header:
+    """Read the header of an OME-TIFF: its largest image, and that image's pyramid.
+
+    The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. SlideError unless the image
+    is one plane of 8-bit RGB. Errors of tifffile propagate.
+    """
     with tifffile.TiffFile(path) as tiff:
         series = list(tiff.series)
         index = max(range(len(series)), key=lambda i: _plane(series[i].axes, series[i].shape).pixels)
@@ -143,6 +157,10 @@ def _ome_size(pixels: Mapping[str, str]) -> StatedSize:
 
 
 def dicom_header(path: Path) -> Header:
+    """Read the header of the slide in a DICOM folder.
+
+    SlideError if its pixels are not 8-bit, and the errors of `open_dicom`.
+    """
     with open_dicom(path) as wsi:
         levels = tuple(Size(level.size.width, level.size.height) for level in wsi.levels)
         dataset = wsi.levels.base_level.datasets[0]
@@ -157,6 +175,11 @@ def dicom_header(path: Path) -> Header:
 
 
 def picture_header(path: Path) -> Header:
+    """Read the header of a plain picture (PNG, JPEG or TIFF), which has one level.
+
+    The pixel size is taken from TIFF tags only, not from the resolution of a PNG or JPEG. SlideError as in
+    `open_picture`.
+    """
     with open_picture(path) as picture:
         size = StatedSize(None)
         if picture.format != "TIFF" and (dpi := picture.info.get("dpi")) and min(dpi) > 0:
@@ -171,8 +194,11 @@ def picture_header(path: Path) -> Header:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Open a PNG, JPEG or TIFF tile without decoding it. SlideError for pixels that are no 8-bit grey or colour, and
-    for more than MAX_PICTURE_PIXELS."""
+    """Open a PNG, JPEG or TIFF picture without decoding it.
+
+    SlideError if the format is unknown, the pixels are not 8-bit grey or colour, or there are more than
+    MAX_PICTURE_PIXELS.
+    """
     if (tiff := _open_tiff(path)) is not None:
         with tiff:
             _check_samples(path, tiff)
@@ -201,9 +227,10 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def bands(picture: Image.Image, mode: str | None = None) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
-    """Decode a picture and yield (rows, pixels) from top to bottom, converted to `mode` where one is given.
+    """Decode a picture in horizontal bands, and yield the rows and the pixels of each, from top to bottom.
 
-    A conversion of the whole picture would hold several copies of it.
+    Pixels are (y, x) or (y, x, channels) uint8, but bool for Pillow's mode 1. They are converted to Pillow's `mode` if
+    it is given. Converting the whole picture at once would hold several copies of it in memory.
     """
     for top in range(0, picture.height, _BAND_ROWS):
         bottom = min(top + _BAND_ROWS, picture.height)

@@ -30,9 +30,12 @@ _MAX_OUTSIDE = 0.01
 
 
 def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> NDArray[np.bool_]:
-    """Return the mask, bool (y, x), spanning the canvas. InputError where it cannot be read or does not fit the slide.
+    """Read a mask of the cohort (GeoJSON or PNG), and return it as bool (y, x) that spans the slide's whole canvas.
 
-    `scale`: level-0 pixels per mask pixel for polygons; a PNG keeps its own.
+    `level0`: size of the canvas in pixels. `bounds`: the slide's non-empty region in level-0 pixels, None if it has
+    none. `scale`: level-0 pixels per mask pixel, used for polygons; a PNG keeps its own resolution up to MAX_MASK_SIDE.
+
+    InputError if the mask cannot be read, does not fit the slide, or has no tissue on it.
     """
     if _is_png(path):
         picture = _read_png(path)
@@ -45,8 +48,11 @@ def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> ND
 
 
 def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None) -> list[str]:
-    """Raise InputError where a mask cannot be used, on a slide of that canvas and bounds if they are known. Return
-    warnings."""
+    """Check that a mask of the cohort can be used, and return warnings for the user.
+
+    `level0` and `bounds` are the slide's canvas size and non-empty region in level-0 pixels. If they are unknown, check
+    only that the mask can be read. InputError if it cannot be read or does not fit the slide.
+    """
     if not _is_png(path):
         outline = _read_geojson(path)
         if level0 is not None:

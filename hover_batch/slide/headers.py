@@ -37,11 +37,11 @@ LARGE_PICTURE_PIXELS = 100_000_000
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """A slide's properties, as its header and its row of the cohort give them.
+    """Properties of a slide, from its header and its row of the cohort.
 
-    `level0`: full canvas in pixels. `mpp`: µm per level-0 pixel; `mpp_source`: whether the file or the cohort's row
-    gave it. `bounds`: OpenSlide's non-empty region in level-0 pixels, None where the format has none. `downsamples`: of
-    each level, mean of its `level_ratios`; the first is 1.0. `magnification`: objective power, None if unknown.
+    `level0`: size of the full canvas in pixels. `mpp`: µm per level-0 pixel; `mpp_source`: whether it is from the file
+    or the cohort. `bounds`: OpenSlide's non-empty region in level-0 pixels, None if the format has none. `downsamples`:
+    mean of the `level_ratios` of each level; the first is 1.0. `magnification`: objective power, None if unknown.
     `fingerprint`: see `hover_batch.slide.fingerprint`. `warnings`: sentences for the user.
     """
 
@@ -57,12 +57,18 @@ class SlideInfo:
 
 
 def peek(record: SlideRecord) -> SlideInfo:
-    """Read headers only. InputError where the pixel size is unknown, SlideError where the file cannot be read."""
+    """Return the properties of a slide on disk, from its header and its row of the cohort, without reading pixels.
+
+    InputError if the pixel size is unknown, SlideError if the file cannot be read.
+    """
     return describe(record, read_header(record.file, kind_of(record.file)))
 
 
 def describe(record: SlideRecord, header: Header) -> SlideInfo:
-    """Join the file's header with the cohort's row, whose pixel size takes precedence."""
+    """Combine a file's header with its row of the cohort, whose pixel size and magnification take precedence.
+
+    InputError if neither gives a pixel size, SlideError if the file cannot be read for its fingerprint.
+    """
     stated = header.size.mpp
     mpp = record.mpp or stated
     if mpp is None:
@@ -97,8 +103,8 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
 def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
     """Return the level-0 pixels per pixel of a level, (x, y).
 
-    A pyramid's extents are rounded: 32914 rows make 8228 at a quarter, and its pixels are still 4 wide, not 4.0002. So
-    a whole number that explains the extent to less than one of the level's pixels is taken; else the extents' ratio.
+    The sizes of the levels are rounded: 32914 rows become 8228 at a quarter, but each pixel is still 4 wide, not
+    4.0002. So the ratio is rounded to a whole number if this explains the size to within one pixel of the level.
     """
 
     def ratio(full: int, reduced: int) -> float:
@@ -109,7 +115,10 @@ def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
 
 
 def kind_of(path: Path) -> Kind:
-    """Return which library reads this file or folder. SlideError where a scanner's file cannot be read by any."""
+    """Return which library reads this file or folder.
+
+    SlideError if there is no such file, or if it has a scanner's suffix but OpenSlide does not recognise it.
+    """
     if path.is_dir():
         return "dicom"
     if not path.is_file():
@@ -128,7 +137,10 @@ def kind_of(path: Path) -> Kind:
 
 
 def read_header(path: Path, kind: Kind) -> Header:
-    """Return the header. SlideError with path and reason where it cannot be read."""
+    """Read the header of a file or folder of this kind.
+
+    SlideError with path and reason if it cannot be read. InputError if a DICOM folder holds several slides.
+    """
     readers = {
         "openslide": openslide_header,
         "ome-tiff": ome_tiff_header,
@@ -141,7 +153,10 @@ def read_header(path: Path, kind: Kind) -> Header:
 
 @contextmanager
 def slide_errors(path: Path) -> Iterator[None]:
-    """Turn what the decoding libraries raise into a SlideError of one line."""
+    """Convert errors of the decoding libraries in the block to a SlideError of one line, with path and reason.
+
+    Errors of hover-batch pass through.
+    """
     try:
         yield
     except HoverBatchError:

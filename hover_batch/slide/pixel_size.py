@@ -30,14 +30,17 @@ _IMAGEJ_UNITS = {"micron": "µm", "microns": "µm", "um": "µm", "\\u00B5m": "µ
 
 @dataclass(frozen=True)
 class StatedSize:
-    """A file's own pixel size. `unusable`: why the value that was read is not taken, or ""."""
+    """Pixel size that a file gives.
+
+    `mpp`: None if there is none, or it cannot be used. `unusable`: why the value in the file is not used, or "".
+    """
 
     mpp: Mpp | None
     unusable: str = ""
 
 
 def to_float(text: object) -> float | None:
-    """Return a finite number; None for anything else."""
+    """Convert a value to a finite number. Return None if it is not one."""
     try:
         value = float(str(text))
     except ValueError:
@@ -46,7 +49,11 @@ def to_float(text: object) -> float | None:
 
 
 def stated_size(x: object, y: object, source: str, unit: str = "µm") -> StatedSize:
-    """Judge the size that `source` (words for the message) gives a pixel along x and y; None where it gives none."""
+    """Check the pixel size along x and y that a file gives in `unit`, and convert it to µm.
+
+    `source`: words for the message, such as "its header". The result has no size if both values are None, and no size
+    but a reason if they are not plausible numbers in a known unit.
+    """
     if x is None and y is None:
         return StatedSize(None)
     across, down = to_float(x), to_float(y)
@@ -62,7 +69,11 @@ def stated_size(x: object, y: object, source: str, unit: str = "µm") -> StatedS
 
 
 def tiff_size(page: tifffile.TiffPage) -> StatedSize:
-    """Judge the resolution tags of a TIFF page, in pixels per cm or inch, or in the unit that ImageJ writes."""
+    """Return the pixel size from the resolution tags of a TIFF page.
+
+    They are in pixels per cm or inch, or per unit that ImageJ writes. The result gives the reason if they cannot be
+    used.
+    """
     x, y = (_per_unit(page, name) for name in ("XResolution", "YResolution"))
     if x is None or y is None:
         return StatedSize(None)
@@ -85,13 +96,17 @@ def _per_unit(page: tifffile.TiffPage, name: str) -> float | None:
 
 
 def check_given(mpp: Mpp) -> None:
-    """Raise InputError for a pixel size of the cohort that no slide can have."""
+    """Check a pixel size from the cohort. InputError if no slide can have it."""
     if fault := _fault_of(mpp.x, mpp.y):
         raise InputError(f"mpp {mpp}: {fault}")
 
 
 def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> list[str]:
-    """Return what is odd about the size `mpp` that is used, next to the file's own and the objective's power."""
+    """Return warnings about the pixel size `mpp` that is used.
+
+    They say if it differs from the size `stated` in the file, is unusual for slides, or does not match the objective's
+    `magnification`.
+    """
     found = []
     if stated is not None:
         off = max(abs(mpp.x / stated.x - 1), abs(mpp.y / stated.y - 1))

@@ -32,20 +32,31 @@ _LEVEL_TOLERANCE = 0.01
 
 
 class SlideReader(Protocol):
-    """An open slide. A context manager; may be used by several threads."""
+    """Open slide. It is a context manager and may be used by several threads."""
 
     @property
-    def info(self) -> SlideInfo: ...
+    def info(self) -> SlideInfo:
+        """Properties of the slide."""
+        ...
 
     def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:
-        """RGB (h, w, 3) of `box`, in inference pixels of `grid`; mirrored outside of grid.size."""
+        """Read a box of the inference grid and return it as RGB (y, x, 3) uint8.
+
+        `box`: in pixels of `grid`; the parts outside `grid.size` are mirrored. ValueError if the grid belongs to a
+        slide of another size, SlideError if the pixels cannot be read.
+        """
         ...
 
     def thumbnail(self, max_side: int) -> NDArray[np.uint8]:
-        """The whole canvas, RGB (h, w, 3), its longer side at most `max_side`; never enlarged."""
+        """Return the whole canvas as RGB (y, x, 3) uint8, with a longer side of at most `max_side` pixels.
+
+        It is never enlarged. SlideError if the pixels cannot be read.
+        """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the slide's files. The slide cannot be read afterwards."""
+        ...
 
     def __enter__(self) -> Self: ...
 
@@ -55,7 +66,10 @@ class SlideReader(Protocol):
 
 
 def open_slide(record: SlideRecord) -> SlideReader:
-    """Open for reading. InputError where the pixel size is unknown, SlideError where the file cannot be read."""
+    """Open a slide on disk for reading.
+
+    InputError if its pixel size is unknown, SlideError if the file cannot be read.
+    """
     kind = kind_of(record.file)
     info = describe(record, read_header(record.file, kind))
     with slide_errors(record.file):
@@ -63,7 +77,7 @@ def open_slide(record: SlideRecord) -> SlideReader:
 
 
 class GridReader:
-    """The SlideReader over any `Source`."""
+    """SlideReader that reads from any `Source`. `path`: for error messages."""
 
     def __init__(self, info: SlideInfo, source: Source, path: Path) -> None:
         self.info = info
@@ -71,6 +85,12 @@ class GridReader:
         self._path = path
 
     def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:
+        """Read a box of the inference grid and return it as RGB (y, x, 3) uint8.
+
+        `box`: in pixels of `grid`; the parts outside `grid.size` are mirrored. The pixels do not depend on the box in
+        which they are read. ValueError if the grid belongs to a slide of another size, SlideError if the pixels cannot
+        be read.
+        """
         if grid.level0 != self.info.level0:
             raise ValueError(f"the grid was laid over {grid.level0}, the slide has {self.info.level0}")
         if box.empty:
@@ -117,10 +137,15 @@ class GridReader:
             self._fill(out[half.slices_in(box)], half, grid, level)
 
     def thumbnail(self, max_side: int) -> NDArray[np.uint8]:
+        """Return the whole canvas as RGB (y, x, 3) uint8, with a longer side of at most `max_side` pixels.
+
+        It is never enlarged. SlideError if the pixels cannot be read.
+        """
         grid = whole_grid(self.info, max(1.0, max(self.info.level0.width, self.info.level0.height) / max_side))
         return self.read(grid.size.box, grid)
 
     def close(self) -> None:
+        """Close the source. The slide cannot be read afterwards."""
         self.source.close()
 
     def __enter__(self) -> Self:
@@ -133,8 +158,10 @@ class GridReader:
 
 
 def whole_grid(info: SlideInfo, scale: float) -> Grid:
-    """A grid of about `scale` level-0 pixels a pixel whose whole pixels cover the canvas exactly, for pictures of
-    the whole slide."""
+    """Return a grid for pictures of the whole slide, whose pixels cover the canvas exactly.
+
+    `scale`: level-0 pixels per pixel, adjusted slightly along x and y so that the grid has whole pixels.
+    """
     width, height = max(1, round(info.level0.width / scale)), max(1, round(info.level0.height / scale))
     scale_x, scale_y = info.level0.width / width, info.level0.height / height
     return Grid(
@@ -147,7 +174,10 @@ def whole_grid(info: SlideInfo, scale: float) -> Grid:
 
 
 def best_level(levels: Sequence[Size], grid: Grid) -> int:
-    """The coarsest level that is no coarser than the grid."""
+    """Return the index of the coarsest level that is not coarser than the grid (1 % is tolerated), or else 0.
+
+    `levels`: sizes in pixels, largest first.
+    """
     allowed = 1 + _LEVEL_TOLERANCE
     ratios = [level_ratios(grid.level0, size) for size in levels]
     fine_enough = [i for i, (x, y) in enumerate(ratios) if x <= grid.scale_x * allowed and y <= grid.scale_y * allowed]

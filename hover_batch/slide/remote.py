@@ -23,8 +23,11 @@ _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
 
 @dataclass(frozen=True)
 class RemoteInfo:
-    """Properties of a slide before it is copied. `size`: bytes of all its files; `fingerprint`: as
-    `hover_batch.slide.fingerprint.fingerprint` of a copy."""
+    """Properties of a slide in other storage before it is copied.
+
+    `size`: of all its files, in bytes. `fingerprint`: the same as that of a copy on disk. `warnings`: sentences for the
+    user.
+    """
 
     size: int
     fingerprint: str
@@ -33,7 +36,10 @@ class RemoteInfo:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a slide. `key`: its name in the storage; `name`: beside or below the slide's own."""
+    """File of a slide in other storage.
+
+    `key`: its name in the storage. `name`: its path in a copy, relative to the folder of the slide. `size`: in bytes.
+    """
 
     key: str
     name: PurePosixPath
@@ -41,7 +47,10 @@ class RemoteFile:
 
 
 def require_packages(urls: Iterable[Url]) -> None:
-    """Raise InputError where the package for one of these storages is missing, naming what to install."""
+    """Check that fsspec and the packages for these storages are installed.
+
+    InputError if one is missing, with the command that installs it, or if fsspec does not know the storage.
+    """
     import fsspec
 
     for protocol in sorted({url.protocol for url in urls}):
@@ -56,10 +65,12 @@ def require_packages(urls: Iterable[Url]) -> None:
 
 
 def ask(url: Url, mpp: Mpp | None) -> RemoteInfo:
-    """Return size and fingerprint, by a few requests and 3 MiB of each file.
+    """Return the size and the fingerprint of a slide in other storage.
 
-    InputError where the slide does not exist or access is denied, SlideError where the storage cannot be reached or
-    serves no parts of files.
+    This takes a few requests and reads up to 3 MiB of each file. `mpp`: pixel size that the cohort gives, if it does.
+
+    InputError if the slide does not exist or access is denied; SlideError if the storage cannot be reached, or cannot
+    serve parts of files.
     """
     with storage_errors(url):
         storage, files = files_of(url)
@@ -68,7 +79,11 @@ def ask(url: Url, mpp: Mpp | None) -> RemoteInfo:
 
 
 def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
-    """The file system, and the slide's files in the order of `fingerprint`. Raises what fsspec raises."""
+    """Return the fsspec file system, and the slide's files in the order in which `fingerprint` hashes them.
+
+    SlideError if the storage does not give the size of a file. Other errors of fsspec and the storage's library
+    propagate.
+    """
     import fsspec
 
     storage, path = fsspec.url_to_fs(url.text)
@@ -107,7 +122,11 @@ def _parts(url: Url, storage: Any, file: RemoteFile) -> ReadParts:
 
 @contextmanager
 def storage_errors(url: Url) -> Iterator[None]:
-    """Turn what the storage's library raises into one line. A full disk passes through."""
+    """Convert errors of the storage's library in the block to InputError or SlideError of one line, without secrets.
+
+    InputError if the file does not exist or access is denied, SlideError otherwise. Errors of hover-batch, and an
+    OSError for a full disk, pass through.
+    """
     try:
         yield
     except HoverBatchError:

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 
 def reopen(record: SlideRecord, survey: Path) -> SlideReader:
-    """Open the slide. SlideError where it is missing, in a bucket or unreadable, or is not the slide that the run's
-    survey.json (`survey`) describes."""
+    """Open the slide of a finished run for viewing.
+
+    `survey`: path of the run's survey.json. SlideError if the slide is missing, in a bucket or unreadable, or is not
+    the file that was segmented.
+    """
     if isinstance(record.path, Url):
         raise SlideError(f"{record.path} is in a bucket, and is not fetched for viewing")
     if not record.path.exists():

@@ -22,10 +22,11 @@ _ROW_BITS = 6
 
 
 def taps(step: float, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Return sources and weights of the output pixels start…stop−1 along one axis.
+    """Return the source pixels and the weights for output pixels `start` … `stop`−1 along one axis.
 
-    `step`: source pixels per output pixel. Returns `first` (n,): index of the first source pixel, which may lie
-    outside the source; `weights` (n, taps): integer weights of it and its successors, each row summing to 2^14.
+    `step`: source pixels per output pixel. Returns `first` (n,) int64, the index of the first source pixel of each,
+    which may lie outside the source, and `weights` (n, taps) int32, for it and the pixels after it. Each row sums to
+    2^14.
     """
     width = max(step, 1.0)
     count = math.ceil(4 * width)
@@ -56,9 +57,10 @@ def resample(
     column_weights: NDArray[np.int32],
     out: NDArray[np.uint8],
 ) -> None:
-    """Fill `out` (h, w, 3) from `source` (sh, sw, 3).
+    """Resample `source`, RGB (y, x, 3) uint8, into `out`, RGB (h, w, 3) uint8.
 
-    `rows` (h, taps) and `columns` (w, taps) index the source; weights as `taps` gives them.
+    `rows` (h, taps) and `columns` (w, taps) are indices into the source, which must lie inside it. `row_weights` and
+    `column_weights` have the same shapes and come from `taps`. Values are rounded and clipped to 0 … 255.
     """
     _resample(np.ascontiguousarray(source), rows, row_weights, columns, column_weights, out)
 

@@ -28,20 +28,31 @@ _TIFF_CACHE_BYTES = 1 << 26
 
 
 class Source(Protocol):
-    """One opened slide. `levels`: their sizes, largest first."""
+    """Open slide that reads pixels of its levels unchanged, without resampling."""
 
     @property
-    def levels(self) -> tuple[Size, ...]: ...
-
-    def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """RGB (h, w, 3) of `box`, in pixels of that level and inside it; transparent or missing parts white."""
+    def levels(self) -> tuple[Size, ...]:
+        """Sizes of the levels in pixels, largest first."""
         ...
 
-    def close(self) -> None: ...
+    def read(self, level: int, box: Box) -> NDArray[np.uint8]:
+        """Read a box of a level and return it as RGB (y, x, 3) uint8.
+
+        `box`: in pixels of that level, inside it. Transparent or missing parts are white. Errors of the library
+        propagate.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the slide's files, or free its memory."""
+        ...
 
 
 def open_source(path: Path, kind: Kind) -> Source:
-    """Open with the reader of that kind; never a VirtualWSIReader, which holds a pyramid in memory whole."""
+    """Open a file or folder with the library for its kind.
+
+    A VirtualWSIReader is never used, since it holds the whole pyramid in memory. Errors of the library propagate.
+    """
     if kind == "picture":
         return PictureSource(path)
     readers = _tiatoolbox_readers()
@@ -74,7 +85,7 @@ def _tiatoolbox_readers() -> ModuleType:
 
 
 class OpenSlideSource:
-    """Everything that OpenSlide opens: SVS, NDPI, MRXS, SCN, BIF, pyramidal TIFF …"""
+    """Source for all formats that OpenSlide opens: SVS, NDPI, MRXS, SCN, BIF, pyramidal TIFF …"""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -82,6 +93,7 @@ class OpenSlideSource:
         self.levels = tuple(Size(w, h) for w, h in self._slide.level_dimensions)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
+        """Read a box in pixels of a level through OpenSlide. Return RGB (y, x, 3) uint8, transparent parts white."""
         downsample = float(self._slide.level_downsamples[level])
         if downsample.is_integer():
             return self._read(level, box, int(downsample))
@@ -102,11 +114,12 @@ class OpenSlideSource:
         return _on_white(self._slide.read_region(corner, level, (box.width, box.height)))
 
     def close(self) -> None:
+        """Close the OpenSlide handle."""
         self._slide.close()
 
 
 class TiffSource:
-    """OME-TIFF through tifffile's arrays, one per level."""
+    """Source for OME-TIFF, from tifffile's arrays, one per level."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -114,16 +127,18 @@ class TiffSource:
         self.levels = tuple(Size(array.shape[1], array.shape[0]) for array in self._arrays)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
+        """Read a box in pixels of a level through tifffile. Return RGB (y, x, 3) uint8, contiguous."""
         pixels: NDArray[np.uint8] = self._arrays[level][box.y0 : box.y1, box.x0 : box.x1]
         return np.ascontiguousarray(pixels)
 
     def close(self) -> None:
+        """Close the TIFF file and its zarr store."""
         self.reader._zarr_store.close()
         self.reader.tiff.close()
 
 
 class DicomSource:
-    """A folder of DICOM instances through wsidicom."""
+    """Source for a folder of DICOM instances, through wsidicom."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -132,15 +147,20 @@ class DicomSource:
         self.levels = tuple(Size(level.size.width, level.size.height) for level in self._wsi.levels)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
+        """Read a box in pixels of a level through wsidicom. Return RGB (y, x, 3) uint8, transparent parts white."""
         # wsidicom counts positions in pixels of the level, unlike OpenSlide.
         return _on_white(self._wsi.read_region((box.x0, box.y0), self._numbers[level], (box.width, box.height)))
 
     def close(self) -> None:
+        """Close the files of the DICOM slide."""
         self._wsi.close()
 
 
 class PictureSource:
-    """A PNG, JPEG or plain TIFF tile, in memory; one level."""
+    """Source for a PNG, JPEG or plain TIFF, decoded into memory; one level.
+
+    SlideError if its format or its number of pixels is not supported. Errors of Pillow propagate.
+    """
 
     def __init__(self, path: Path) -> None:
         with open_picture(path) as picture:
@@ -151,9 +171,11 @@ class PictureSource:
         self.levels = (Size(self._pixels.shape[1], self._pixels.shape[0]),)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
+        """Return the pixels of a box as RGB (y, x, 3) uint8, a view of the picture in memory. `level` is ignored."""
         return self._pixels[box.y0 : box.y1, box.x0 : box.x1]
 
     def close(self) -> None:
+        """Free the memory of the picture."""
         self._pixels = np.empty((0, 0, 3), np.uint8)
 
 

@@ -43,14 +43,21 @@ _holding = threading.Lock()
 
 @dataclass(frozen=True)
 class Copies:
-    """Local copies of the slides of one `run`, below `scratch`; empty: the machine's folder for temporary files."""
+    """Local copies of a run's slides on this machine.
+
+    `scratch`: folder for them; if empty, the machine's folder for temporary files. `run`: name of the run's folder in
+    it.
+    """
 
     scratch: str
     run: str
 
     @classmethod
     def of_run(cls, root: Path, scratch: str) -> Self:
-        """`root`: the output folder, in which one run writes at a time."""
+        """Return the copies of the run that writes into the output folder `root`.
+
+        Only one run writes into a folder at a time.
+        """
         return cls(scratch, hashlib.sha256(os.fsencode(root)).hexdigest()[:16])
 
     @property
@@ -67,10 +74,13 @@ class Copies:
 
     @contextlib.contextmanager
     def staged(self, record: SlideRecord, planned: str) -> Iterator[SlideRecord]:
-        """The record with the path of a copy on this machine; itself where it lies on disk. `planned`: the fingerprint
-        that the copy must have. Errors of the block that name the copy name the URL instead.
+        """Yield the record with the path of a copy on this machine, which is fetched if it does not exist.
 
-        InputError and SlideError where it cannot be fetched, ScratchFull where there is no room for it.
+        A record of a slide on disk is yielded unchanged. `planned`: fingerprint that the copy must have. In errors that
+        the block raises, the path of the copy is replaced by the URL.
+
+        InputError or SlideError if the slide cannot be fetched or its fingerprint differs, ScratchFull if there is no
+        space for the copy now.
         """
         if not isinstance(record.path, Url):
             yield record
@@ -126,9 +136,10 @@ class Copies:
             storage.get_file(file.key, str(folder / file.name))
 
     def open(self) -> None:
-        """Hold the run's copies on this machine until the process ends; the first time, sweep those of dead runs.
+        """Lock the run's folder of copies on this machine until the process ends, and create it if it does not exist.
 
-        InputError where the folder cannot be written.
+        The first call also removes copies of dead runs. InputError if the folder cannot be written, ScratchFull if its
+        disk is full.
         """
         with _holding:
             if self._is_held():
@@ -175,11 +186,11 @@ class Copies:
                 lock.unlink()
 
     def release(self, slide_id: str) -> None:
-        """Remove the slide's copy on this machine. Processes that have it open can read on."""
+        """Remove the slide's copy on this machine. Processes that have it open can still read it."""
         shutil.rmtree(self._folder / slide_id, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove all copies of the run on this machine: it has ended."""
+        """Remove all copies of the run on this machine, and release its lock, when the run ends."""
         shutil.rmtree(self._folder, ignore_errors=True)
         with _holding:
             self._lock.unlink(missing_ok=True)

@@ -22,9 +22,9 @@ from hover_batch.slide.tissue import TissueMask
 
 
 def write_survey(path: Path, info: SlideInfo, mask: TissueMask) -> None:
-    """Write the header and the mask atomically.
+    """Write a slide's properties and its tissue mask to survey.json atomically.
 
-    `runs` of the mask are the lengths of its runs of equal pixels in raster order, the first one being background.
+    The mask is stored as lengths of runs of equal pixels in raster order; the first run is background.
     """
     flat = mask.array.ravel()
     turns = np.flatnonzero(np.diff(flat, prepend=False))
@@ -39,7 +39,7 @@ def write_survey(path: Path, info: SlideInfo, mask: TissueMask) -> None:
 
 
 def read_info(path: Path) -> SlideInfo:
-    """Return the header. SlideError where the file is corrupted."""
+    """Read the slide's properties from survey.json. SlideError if the file is corrupted, OSError if it is missing."""
     with _content_of(path) as content:
         values = content["slide"]
         bounds = values["bounds"]
@@ -56,7 +56,7 @@ def read_info(path: Path) -> SlideInfo:
 
 
 def read_tissue(path: Path) -> TissueMask:
-    """Return the mask. SlideError where the file is corrupted."""
+    """Read the tissue mask from survey.json. SlideError if the file is corrupted, OSError if it is missing."""
     with _content_of(path) as content:
         values = content["tissue"]
         runs = np.array(values["runs"].split(), np.int64)

@@ -16,10 +16,11 @@ mask, and the regions that are post-processed are read that much wider."""
 
 @dataclass(frozen=True)
 class Unit:
-    """One cell of the unit grid, which is read, predicted and stored at once.
+    """Cell of the unit grid with its tiles, which is read, predicted and stored at once.
 
-    `box`: the cell, cut to the slide, in inference pixels. `cells`: (column, row) in the grid of kept parts of tiles,
-    of side `keep`, of the tiles to predict, in raster order. Kept small, since it is sent between processes.
+    `box`: the cell in inference pixels, cut to the slide. `keep`: side in inference pixels of a tile's output without
+    its margins. `cells`: (column, row) of the tiles to predict, in the grid of side `keep`, in raster order. Units are
+    kept small, since they are sent between processes.
     """
 
     column: int
@@ -30,19 +31,21 @@ class Unit:
 
     @property
     def tiles(self) -> tuple[Box, ...]:
-        """The kept parts of the tiles in inference pixels; at the slide's edges they may reach outside of it."""
+        """Boxes in inference pixels of the tiles' outputs without their margins, in the order of `cells`; at the
+        slide's edges they may extend beyond it."""
         return tuple(cell_box(column, row, self.keep) for column, row in self.cells)
 
     @property
     def unit_id(self) -> str:
+        """Name of the unit by row and column in the unit grid, such as r00002_c00005."""
         return f"r{self.row:05d}_c{self.column:05d}"
 
 
 def plan_units(grid: Grid, mask: TissueMask, unit: int, keep: int) -> tuple[Unit, ...]:
-    """The units with at least one tile near tissue, in raster order.
+    """Return the units with at least one tile near tissue, in raster order.
 
-    `unit`: side of a unit; `keep`: side of a tile's kept part, which divides it. The choice of tiles does not depend
-    on the unit's side.
+    `unit`: side of a unit in inference pixels. `keep`: side of a tile's output without its margins, which must divide
+    it. The choice of tiles does not depend on `unit`. ValueError if `unit` is not a multiple of `keep`.
     """
     if unit % keep:
         raise ValueError(f"a unit of {unit} does not hold whole tiles of {keep}")

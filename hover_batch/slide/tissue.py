@@ -38,21 +38,27 @@ _PEN_GREEN = 12
 
 @dataclass(frozen=True, eq=False)
 class TissueMask:
-    """`array`: bool (y, x), True on tissue, spanning the canvas exactly. `level0_per_pixel`: (x, y) level-0 pixels
-    per mask pixel. `given`: the user supplied it, so nuclei outside of it are not wanted."""
+    """Tissue mask that spans the slide's canvas exactly.
+
+    `array`: bool (y, x), True on tissue. `level0_per_pixel`: level-0 pixels per mask pixel, (x, y). `given`: whether
+    the user supplied it, so that nuclei outside it are removed.
+    """
 
     array: NDArray[np.bool_]
     level0_per_pixel: tuple[float, float]
     given: bool = False
 
     def meets(self, box: Box, grid: Grid) -> bool:
-        """Return whether there is tissue under a box of inference pixels."""
+        """Return whether there is tissue under a box in inference pixels of `grid`."""
         return bool(self.meets_product([(box.x0, box.x1)], [(box.y0, box.y1)], grid)[0, 0])
 
     def meets_product(
         self, columns: list[tuple[int, int]], rows: list[tuple[int, int]], grid: Grid
     ) -> NDArray[np.bool_]:
-        """(rows, columns): any tissue under each pairing of spans [start, stop) in inference pixels."""
+        """Return, as bool (rows, columns), whether there is tissue under each pair of a row span and a column span.
+
+        `columns` and `rows`: spans [start, stop) in inference pixels of `grid` along x and y.
+        """
         x0, x1 = _pixels(columns, grid.scale_x / self.level0_per_pixel[0], self.array.shape[1])
         y0, y1 = _pixels(rows, grid.scale_y / self.level0_per_pixel[1], self.array.shape[0])
         found = np.zeros((len(rows), len(columns)), bool)
@@ -62,7 +68,10 @@ class TissueMask:
         return found
 
     def contains(self, x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-        """Return which of the level-0 positions lie on tissue; positions outside the canvas do not."""
+        """Return, as bool of the same shape, whether each position lies on tissue.
+
+        `x` and `y`: arrays of positions in level-0 pixels. Positions outside the canvas do not lie on tissue.
+        """
         column = np.floor(np.asarray(x) / self.level0_per_pixel[0]).astype(np.int64)
         row = np.floor(np.asarray(y) / self.level0_per_pixel[1]).astype(np.int64)
         height, width = self.array.shape
@@ -71,12 +80,15 @@ class TissueMask:
         return found
 
     def area_mm2(self, slide_mpp: Mpp) -> float:
-        """Tissue area in mm², given the size of a level-0 pixel."""
+        """Return the tissue area in mm². `slide_mpp`: size of a level-0 pixel in µm."""
         pixel_um2 = self.level0_per_pixel[0] * slide_mpp.x * self.level0_per_pixel[1] * slide_mpp.y
         return float(np.count_nonzero(self.array) * pixel_um2 / 1e6)
 
     def polygons(self) -> shapely.MultiPolygon:
-        """The outline along the mask pixels' edges, in level-0 pixels; its area is the mask's."""
+        """Return the outline of the tissue in level-0 pixels, along the edges of the mask pixels.
+
+        It is empty if there is no tissue. Its area is that of the mask.
+        """
         padded = np.pad(self.array, 1).astype(np.int8)
         across = _runs(np.diff(padded, axis=0)[:, 1:-1])  # (line y, first x, last x)
         down = _runs(np.diff(padded, axis=1)[1:-1].T)  # (line x, first y, last y)
@@ -95,8 +107,11 @@ class TissueMask:
         return shapely.MultiPolygon(list(shapely.transform(tissue, lambda xy: xy * scale)))
 
     def write_geojson(self, path: Path, bounds: Box | None = None) -> None:
-        """Write a FeatureCollection for QuPath: one annotation, none where there is no tissue. Positions are level-0
-        pixels from the corner of the slide's `bounds`, as in the QuPath export of nuclei."""
+        """Write the outline as a GeoJSON FeatureCollection for QuPath.
+
+        It has one annotation, or none if there is no tissue. Positions are in level-0 pixels from the corner of the
+        slide's `bounds`, or of the canvas if it has none, as in the QuPath export of nuclei.
+        """
         origin = qupath_origin(bounds)
         outline = shapely.transform(self.polygons(), lambda points: points - origin)
         feature = {
@@ -110,11 +125,16 @@ class TissueMask:
 
 
 def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettings) -> TissueMask:
-    """Return the mask of the cohort's row where it has one; else a found one (`auto`) or the whole canvas (`all`).
+    """Return the tissue mask of a slide.
 
-    Tissue is what is coloured relative to the slide's own background: grey, black and green or blue pen is not, red pen
-    is. Pieces and holes below settings.min_tissue_um2 are dropped and filled. A canvas below 1 mm² is taken whole
-    unless it is white.
+    It is the mask of the cohort's row if there is one. Otherwise tissue is detected (`auto`) or is the whole canvas
+    (`all`).
+
+    Tissue is what is coloured relative to the slide's own background: grey, black and green or blue pen are excluded,
+    but red pen is not. Pieces smaller than `settings.min_tissue_um2` are removed, and holes smaller than it are filled.
+    A canvas below 1 mm² is tissue as a whole, unless it is nearly all background.
+
+    SlideError if the row's mask cannot be used on this slide, or the pixels cannot be read.
     """
     info = reader.info
     if record.mask_path is not None:
