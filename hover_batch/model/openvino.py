@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from hover_batch.errors import InputError, PackageError
+
+
+@cache
+def _core() -> Any:
+    """Return the OpenVINO core of this process, which is never destroyed.
+
+    On CPUs with AMX a core gives its thread another signal stack, and its destruction frees that stack and restores the
+    one before. If two cores do this out of order, the restored stack is freed memory, and the next signal, such as
+    Ctrl-C, crashes the process (seen with OpenVINO 2026).
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class OpenVinoNetwork(nn.Module):
@@ -50,7 +64,7 @@ class OpenVinoNetwork(nn.Module):
             frontend = FrontEndManager().load_by_framework("pytorch")
             model = frontend.convert(frontend.load(decoder))
             model.reshape(one)
-            compiled = openvino.Core().compile_model(model, "CPU", options)
+            compiled = _core().compile_model(model, "CPU", options)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise PackageError(f"OpenVINO cannot run this network ({reason}); use --runtime torch") from error
