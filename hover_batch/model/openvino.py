@@ -39,7 +39,6 @@ class OpenVinoNetwork(nn.Module):
     def __init__(self, network: nn.Module, shape: tuple[int, ...], threads: int) -> None:
         super().__init__()
         try:
-            import openvino
             from openvino.frontend import FrontEndManager
             from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
         except ImportError as error:
