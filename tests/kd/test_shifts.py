@@ -150,4 +150,4 @@ def test_every_shift_has_its_row_and_a_collapse_is_marked(sample: Sample) -> Non
     for shift in SHIFTS:
         (line,) = [line for line in lines if shift.name in line]
         assert ("◀" in line) == ("\x1b[1;31m" in line) == (shift.name in collapsed)
-    assert "◀ PQ is halved or worse" in lines[-1]
+    assert "◀ PQ is at most half of that on unchanged images" in lines[-1]

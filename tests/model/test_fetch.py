@@ -254,7 +254,7 @@ def test_a_name_in_use_is_not_overwritten(server: Server, checkpoint: bytes, tmp
     assert run("import", tmp_path / "net.pth", "-o", tmp_path / "mine.safetensors").exit_code == 0
     (tmp_path / "starter.pth").write_bytes(checkpoint)
     result = run("import", tmp_path / "starter.pth")
-    assert result.exit_code == 2 and "cannot be a name" in result.stderr
+    assert result.exit_code == 2 and "cannot be the name" in result.stderr
 
 
 def _flip(path: Path) -> None:
