@@ -373,7 +373,7 @@ def test_a_run_goes_on_when_nobody_reads_its_progress(tile: Path, tmp_path: Path
 def test_an_output_whose_name_is_not_utf8(tile: Path, tmp_path: Path) -> None:
     out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     result = run("segment", cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), "-o", out)
-    assert result.exit_code == 2 and "not UTF-8" in result.stderr
+    assert result.exit_code == 2 and "not valid UTF-8" in result.stderr
     assert not out.exists()
 
 
