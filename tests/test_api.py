@@ -143,5 +143,5 @@ def test_a_corrupted_table_is_refused(table: Path, tmp_path: Path) -> None:
         start = file.metadata.row_group(0).column(3).data_page_offset
     content[start : start + 40] = b"\xff" * 40
     (tmp_path / "nuclei.parquet").write_bytes(content)
-    with pytest.raises(SlideError, match="no table of nuclei"):
+    with pytest.raises(SlideError, match="cannot be read as a table of nuclei"):
         hover_batch.load_nuclei(tmp_path)
