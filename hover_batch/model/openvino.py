@@ -59,7 +59,9 @@ class OpenVinoNetwork(nn.Module):
             # `openvino.convert_model` would send telemetry.
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch deprecates tracing, which OpenVINO builds on
-                decoder = TorchScriptPythonDecoder(network.eval().float(), example_input=torch.zeros(one))
+                decoder = TorchScriptPythonDecoder(
+                    network.eval().float(), example_input=torch.zeros(one), trace_kwargs={"check_trace": False}
+                )
             frontend = FrontEndManager().load_by_framework("pytorch")
             model = frontend.convert(frontend.load(decoder))
             model.reshape(one)
