@@ -51,7 +51,7 @@ def real(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     mask[8:60, 4:50] = 255
     Image.fromarray(mask).save(folder / "cohort" / "mask.png")
     cohort.write_text("path,mpp,mask_path,group,site\nfield.png,0.25,mask.png,g,north\nempty.png,0.5,,,\n")
-    flags = ["--unit", "256", "--threads", "1", "--halo", "32"]
+    flags = ["--unit", "256", "--batch", "1", "--threads", "1", "--halo", "32"]
     assert run(cohort, "-o", folder / "run", *flags).exit_code == 0
     shutil.rmtree(folder / "cohort")
     return folder / "run"

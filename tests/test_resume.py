@@ -19,7 +19,7 @@ from hover_batch.cli import app
 from hover_batch.cohort.events import read_events
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = ["--unit", "256", "--tissue", "all", "--threads", "1"]
+SETTINGS = ["--unit", "256", "--batch", "1", "--tissue", "all", "--threads", "1"]
 UNITS = 16
 
 
@@ -154,7 +154,7 @@ def test_a_harmed_unit_is_predicted_again(cohort: Path, undisturbed: bytes, fini
 @pytest.mark.parametrize("unit", ["512", "1024"])
 def test_the_side_of_the_units_changes_nothing(cohort: Path, undisturbed: bytes, tmp_path: Path, unit: str) -> None:
     out = tmp_path / "out"
-    settings = ["--unit", unit, "--tissue", "all", "--threads", "1"]
+    settings = ["--unit", unit, "--batch", "1", "--tissue", "all", "--threads", "1"]
     assert CliRunner().invoke(app, ["segment", str(cohort), "-o", str(out), *settings]).exit_code == 0
     assert (out / "slides" / "field" / "nuclei.parquet").read_bytes() == undisturbed
 

@@ -173,7 +173,7 @@ def test_a_job_survives_the_loss_of_a_node(cluster: Site, environment: dict[str,
     (tmp_path / "cohort.csv").write_text("path,mpp\n" + "".join(f"s{number}.png,0.25\n" for number in range(4)))
     out = tmp_path / "out"
     words = ["segment", str(tmp_path / "cohort.csv"), "-o", str(out), "--address", "auto"]
-    words += ["--tissue", "all", "--unit", "256", "--threads", "1"]
+    words += ["--tissue", "all", "--unit", "256", "--batch", "1", "--threads", "1"]
     with ThreadPoolExecutor() as pool:
         job = pool.submit(submit, environment | {"RAY_AUTH_MODE": "token"}, "hover-batch", *words)
         until = time.monotonic() + 2 * UP_S

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = ["--unit", "256", "--tissue", "all", "--threads", "1"]
+SETTINGS = ["--unit", "256", "--batch", "1", "--tissue", "all", "--threads", "1"]
 UNITS = 16
 GONE_S = 120
 """Ray's helpers notice the death of their driver within a minute."""
