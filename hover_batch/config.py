@@ -17,6 +17,7 @@ SobelNorm = Literal["fixed", "window"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 Runtime = Literal["auto", "torch", "compile", "openvino"]
 Backend = Literal["ray", "local"]
+BackendChoice = Literal["auto", "ray", "local"]
 
 
 MAX_WORKERS = 1_000_000
@@ -138,9 +139,9 @@ class OutputSettings(Section):
 class EngineSettings(Section):
     """Where the work is done. These settings do not change results."""
 
-    backend: Backend = "ray"
-    """ray: processes on all cores and GPUs of this machine or of a cluster; local: all in this process, for debuggers
-    and as the reference."""
+    backend: BackendChoice = "auto"
+    """ray: processes on all cores and GPUs of this machine or of a cluster; local: all in this process; auto: local for
+    runs with few tiles on this machine, which end before Ray has started."""
     cpus: int = 0
     """Cores to use; 0 = all of this machine or cluster."""
     gpus: int = -1

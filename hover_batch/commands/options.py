@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hover_batch.config import SECTION_OF, Backend, Settings, nested
+from hover_batch.config import SECTION_OF, BackendChoice, Settings, nested
 from hover_batch.errors import InputError
 
 MODEL = "Model and inference"
@@ -47,10 +47,11 @@ ModelOption = Annotated[
     str | None, setting("--model", "`starter`, a name that `models list` shows, or a .safetensors file.", MODEL)
 ]
 BackendOption = Annotated[
-    Backend | None,
+    BackendChoice | None,
     setting(
         "--backend",
-        "ray: use all cores and GPUs of this machine or a cluster; local: one process, for debugging. Same results.",
+        "ray: use all cores and GPUs of this machine or a cluster; local: one process; auto: local for few tiles. "
+        "Same results.",
         ENGINE,
     ),
 ]

@@ -49,6 +49,6 @@ def plan(
     planned = plan_cohort(read_cohort(cohort), package.card)
     if not skip_invalid:
         raise_if_faulty(planned.cohort)
-    for line in [*planned.lines(settings, package.card), *resource_lines(settings, package.card)]:
+    for line in [*planned.lines(settings, package.card), *resource_lines(settings, package.card, planned.slides)]:
         typer.echo(line)
     raise typer.Exit(planned.exit_code)

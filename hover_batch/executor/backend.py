@@ -14,7 +14,14 @@ from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.executor.local import LocalExecutor
 from hover_batch.executor.protocol import RunContext
-from hover_batch.executor.resources import EnginePlan, Node, Resources, engine_plan
+from hover_batch.executor.resources import (
+    EnginePlan,
+    Node,
+    Resources,
+    engine_plan,
+    in_process_line,
+    runs_in_process,
+)
 from hover_batch.plan import PlannedSlide
 
 if TYPE_CHECKING:  # it imports Ray, which must wait until the environment is set
@@ -64,7 +71,7 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
     folder.
     """
     if settings.engine.backend == "local":
-        yield OpenBackend(settings, lambda context, slides: LocalExecutor(context).run(slides))
+        yield OpenBackend(settings, _run_here)
     elif settings.engine.address:
         from hover_batch.executor.cluster import joined, settled
 
@@ -90,6 +97,10 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
         def run(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
             if not slides:
                 return
+            # A slide that was begun before may have crashed its process: only Ray survives that and quarantines it.
+            if runs_in_process(settings.engine, slides) and not any(context.recorder.begun(slide) for slide in slides):
+                context.recorder.progress.say(in_process_line(slides))
+                return _run_here(context, slides)
             from hover_batch.executor.cluster import started
 
             plan = engine_plan(resources, settings, context.package.card, predicts=predicts)
@@ -98,6 +109,12 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
                 _run_on_ray(context, slides, plan)
 
         yield OpenBackend(settings, run)
+
+
+def _run_here(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
+    infer, cpus = context.settings.infer, context.settings.engine.cpus
+    settings = replace(context.settings, infer=replace(infer, threads=infer.threads or cpus))
+    LocalExecutor(replace(context, settings=settings)).run(slides)
 
 
 def _this_node(settings: Settings) -> Node:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hover_batch.config import Backend, EngineSettings, Settings
+from hover_batch.config import BackendChoice, EngineSettings, Settings
 from hover_batch.executor.resources import Node, Resources
 
 Item = TypeVar("Item")
@@ -57,7 +57,7 @@ def map_tasks(
     function: Callable[[Item], Result],
     items: Iterable[Item],
     *,
-    backend: Backend,
+    backend: BackendChoice,
     cpus: float = 1,
     gpus: float = 0,
     at_once: int = 1,
@@ -65,7 +65,7 @@ def map_tasks(
 ) -> Iterator[tuple[Item, Result | TaskFailed]]:
     """Yield each item with the function's result, or with TaskFailed, which does not stop the other items.
 
-    With `local`, the items run in this process, in order. With `ray`, they run on the cluster that `machines` started
+    With `local`, the items run in this process, in order; otherwise they run on the cluster that `machines` started
     or joined, and are yielded in the order in which they end.
 
     Each task reserves `cpus` and `gpus`; with fractions, several tasks share one GPU. `at_once`: number of tasks in

@@ -6,13 +6,15 @@ Nothing here imports Ray or torch, so that `plan` quickly shows what `segment` w
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hover_batch.config import Settings
+from hover_batch.config import EngineSettings, Settings
 from hover_batch.errors import InputError
 from hover_batch.formatting import counted
 from hover_batch.model.package import Card
+from hover_batch.plan import PlannedSlide
 
 UNITS_AT_ONCE = 3
 """Units in progress per network: while one is predicted, another is read and a third is written."""
@@ -20,6 +22,8 @@ BLOCKS_AHEAD = 8
 """Blocks of 1024² pixels that are read ahead for each unit."""
 CPU_THREADS = 4
 """Maximum threads per network on the CPU. More threads gain little; further cores get networks of their own."""
+IN_PROCESS_TILES = 512
+"""Tiles, 2 mm² at 0.25 µm, up to which `--backend auto` runs in one process: starting Ray takes longer."""
 _BLOCK_BYTES = 4 << 20
 """Memory of one block, with its margins."""
 _NETWORK_BYTES = 2 << 30
@@ -200,14 +204,30 @@ def engine_plan(
     )
 
 
-def resource_lines(settings: Settings, card: Card) -> list[str]:
+def runs_in_process(engine: EngineSettings, slides: Sequence[PlannedSlide]) -> bool:
+    """Return whether `--backend auto` runs the slides in one process: on this machine, with few tiles."""
+    known = engine.backend == "auto" and not engine.address and all(slide.grid for slide in slides)
+    return known and sum(slide.tiles for slide in slides) <= IN_PROCESS_TILES
+
+
+def in_process_line(slides: Sequence[PlannedSlide]) -> str:
+    """Return the line that says that `auto` runs the slides in one process, and why."""
+    tiles = sum(slide.tiles for slide in slides)
+    return f"backend: one process, because Ray would take longer to start than {counted(tiles, 'tile')} take (auto)"
+
+
+def resource_lines(settings: Settings, card: Card, slides: Sequence[PlannedSlide]) -> list[str]:
     """Return the resources that `segment` will use as lines of text, as far as they are known without Ray or torch.
 
     InputError if the settings request more than this machine has.
     """
     engine = settings.engine
-    if engine.backend == "local":
-        return [f"resources: one process; threads of the network: {settings.infer.threads or _cpus()}"]
+    in_process = [in_process_line(slides)] if runs_in_process(engine, slides) else []
+    if engine.backend == "local" or in_process:
+        return [
+            *in_process,
+            f"resources: one process; threads of the network: {settings.infer.threads or engine.cpus or _cpus()}",
+        ]
     if engine.address:
         return [f"resources: those of the Ray cluster at {engine.address}, which are known once the run joins it"]
     return engine_plan(Resources((Node.here(),)).limited(settings), settings, card).lines()

@@ -73,6 +73,10 @@ class RunRecorder:
         self._failed(record, stage, f"{reason} (quarantined by an earlier start; --retry-failed tries it again)")
         return True
 
+    def begun(self, slide: PlannedSlide) -> bool:
+        """Return whether an earlier start has begun the slide."""
+        return self._ledger.layout.slide(slide.record.slide_id).folder.exists()
+
     def begin(self, slide: PlannedSlide) -> SlideLayout:
         """Open the slide's folder, record the start and show the slide's warnings. Return the folder's layout.
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hover_batch.config import EngineSettings, InferSettings, Settings
 from hover_batch.errors import InputError
-from hover_batch.executor.resources import Node, Resources, engine_plan, resource_lines
+from hover_batch.executor.resources import Node, Resources, engine_plan, resource_lines, runs_in_process
 from hover_batch.model.package import find_package
+from hover_batch.plan import PlannedSlide
 
 CARD = find_package("starter").card
 
@@ -89,8 +93,24 @@ def test_gpus_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (EngineSettings(backend="local"), "one process"),
         (EngineSettings(address="10.0.0.1:6379"), "cluster at 10.0.0.1:6379"),
-        (EngineSettings(cpus=1), "cores: 1"),
+        (EngineSettings(backend="ray", cpus=1), "cores: 1"),
+        (EngineSettings(cpus=1), "one process, because Ray would take longer to start than 512 tiles take"),
+        (EngineSettings(cpus=1), "threads of the network: 1"),
     ],
 )
 def test_plan_says_what_would_be_asked_for(engine: EngineSettings, words: str) -> None:
-    assert words in "\n".join(resource_lines(Settings(engine=engine), CARD))
+    assert words in "\n".join(resource_lines(Settings(engine=engine), CARD, [planned(400), planned(112)]))
+
+
+def planned(tiles: int, grid: object = "known") -> PlannedSlide:
+    """A slide with a number of tiles; without a grid, one in other storage."""
+    return cast(PlannedSlide, SimpleNamespace(tiles=tiles, grid=grid))
+
+
+def test_few_tiles_are_processed_without_ray() -> None:
+    auto = EngineSettings()
+    assert runs_in_process(auto, [planned(400), planned(112)])
+    assert not runs_in_process(auto, [planned(400), planned(113)])
+    assert not runs_in_process(auto, [planned(0, None)])
+    assert not runs_in_process(EngineSettings(backend="ray"), [planned(1)])
+    assert not runs_in_process(EngineSettings(address="auto"), [planned(1)])
