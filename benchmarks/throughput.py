@@ -36,7 +36,7 @@ from torch import nn
 
 from hover_batch.compare.sides import Side, random_teacher, side_of
 from hover_batch.config import InferSettings
-from hover_batch.model import predict
+from hover_batch.model import predict, prepare
 from hover_batch.model.package import STARTER
 
 TEACHER = "hovernet_fast-pannuke"
@@ -52,7 +52,7 @@ SAVINGS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
     "leaving the margin out": ("without_margin", lambda network, *_: network),
     "merged upsampling": ("upsampling_merged", lambda network: network),
 }
-"""Optimisation → its function in `hover_batch.model.predict`, and a replacement that leaves it out."""
+"""Optimisation → its function in `hover_batch.model.prepare`, and a replacement that leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def predictor_of(way: Way, sides: dict[str, Side], device: str) -> predict.Predi
     )
     with contextlib.ExitStack() as without:
         if way.without:
-            without.enter_context(patch.object(predict, *SAVINGS[way.without]))
+            without.enter_context(patch.object(prepare, *SAVINGS[way.without]))
         return predict.Predictor(side.network, card, settings)
 
 

@@ -15,7 +15,7 @@ from hover_batch.compare.fields import Field
 from hover_batch.compare.sides import Side
 from hover_batch.model.cost import seconds_per_patch
 from hover_batch.model.images import predict_image
-from hover_batch.model.predict import on_device
+from hover_batch.model.prepare import on_device
 from hover_batch.nuclei.image import nuclei_of
 from hover_batch.nuclei.measure import Nuclei
 

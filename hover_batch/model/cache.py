@@ -5,6 +5,7 @@
       downloads/NAME.pth                        file of a published name
       downloads/<hash of the URL>/FILE          file of a URL
       downloads/….sha256                        SHA-256 of the file at its first use, in the format of sha256sum
+      openvino/KEY/                             converted network of a package (see `hover_batch.model.openvino`)
 
 A file's hash is recorded at its first use and compared at every later one.
 """

@@ -1,9 +1,21 @@
-"""Network run by OpenVINO on the CPU, with fused operations, which torch's eager mode lacks."""
+"""Network run by OpenVINO on the CPU, with fused operations, which torch's eager mode lacks.
+
+The conversion of a package's network is cached, since the libraries that it needs take seconds to import:
+
+    HOVER_BATCH_CACHE/openvino/KEY/network.xml  network.bin  *.sha256
+
+KEY depends on the package, the code in this folder and the versions of the libraries. The folder may be removed.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import warnings
+from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from hover_batch.errors import InputError, PackageError
+from hover_batch.files import replacing_folder, sha256_file
+from hover_batch.model.cache import cache_folder, check_download
+
+XML, WEIGHTS = "network.xml", "network.bin"
+LIBRARIES = ("openvino", "torch", "segmentation-models-pytorch", "timm")
+"""Packages whose versions can change a converted network."""
 
 
 @cache
@@ -29,22 +47,15 @@ def _core() -> Any:
 class OpenVinoNetwork(nn.Module):
     """Network compiled for the CPU, with the same input and output up to float32's rounding.
 
-    `shape` (b, 3, y, x): the only shape of its float32 input. `threads`: 0 = as many as torch uses. Nothing is written
-    to disk. Each thread processes one image of the batch, so threads do not wait for each other within a layer, and at
-    most as many maps as threads are held.
+    `model`: openvino.Model for one image. `batch`: the number of images that it is called with. `threads`: 0 = as many
+    as torch uses. Each thread processes one image of the batch, so threads do not wait for each other within a layer,
+    and at most as many maps as threads are held.
 
-    InputError if OpenVINO is not installed, PackageError if it cannot run the network.
+    PackageError if OpenVINO cannot run it.
     """
 
-    def __init__(self, network: nn.Module, shape: tuple[int, ...], threads: int) -> None:
+    def __init__(self, model: Any, batch: int, threads: int) -> None:
         super().__init__()
-        try:
-            from openvino.frontend import FrontEndManager
-            from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-        except ImportError as error:
-            raise InputError(
-                "--runtime openvino: OpenVINO is not installed; pip install openvino, or leave --runtime out"
-            ) from error
         threads = threads or torch.get_num_threads()
         options: dict[str, Any] = {
             # By default it may choose a faster, less exact precision.
@@ -54,22 +65,9 @@ class OpenVinoNetwork(nn.Module):
             # Several networks may share a machine and would all be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
-        one = (1, *shape[1:])
-        try:
-            # `openvino.convert_model` would send telemetry.
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch deprecates tracing, which OpenVINO builds on
-                decoder = TorchScriptPythonDecoder(
-                    network.eval().float(), example_input=torch.zeros(one), trace_kwargs={"check_trace": False}
-                )
-            frontend = FrontEndManager().load_by_framework("pytorch")
-            model = frontend.convert(frontend.load(decoder))
-            model.reshape(one)
+        with _as_package_error():
             compiled = _core().compile_model(model, "CPU", options)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise PackageError(f"OpenVINO cannot run this network ({reason}); use --runtime torch") from error
-        self._requests = [compiled.create_infer_request() for _ in range(shape[0])]
+        self._requests = [compiled.create_infer_request() for _ in range(batch)]
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the network's output (b, channels, y, x) float32."""
@@ -79,3 +77,66 @@ class OpenVinoNetwork(nn.Module):
         for request in self._requests:
             request.wait()
         return torch.from_numpy(np.concatenate([request.get_output_tensor(0).data for request in self._requests]))
+
+
+def convert(network: nn.Module, side: int) -> Any:
+    """Convert a network to an openvino.Model for one image (1, 3, side, side) float32.
+
+    InputError if OpenVINO is not installed, PackageError if it cannot convert the network.
+    """
+    try:
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+    except ImportError as error:
+        raise InputError(
+            "--runtime openvino: OpenVINO is not installed; pip install openvino, or leave --runtime out"
+        ) from error
+    shape = (1, 3, side, side)
+    # `openvino.convert_model` would send telemetry.
+    with _as_package_error(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates tracing, which OpenVINO builds on
+        decoder = TorchScriptPythonDecoder(
+            network.eval().float(), example_input=torch.zeros(shape), trace_kwargs={"check_trace": False}
+        )
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        model = frontend.convert(frontend.load(decoder))
+        model.reshape(shape)
+    return model
+
+
+def cached_conversion(package_sha256: str, side: int, load: Callable[[], nn.Module]) -> Any:
+    """Return the package's network as an openvino.Model, from the cache or from `convert(load(), side)`.
+
+    The cache is used as far as it can be read and written.
+    """
+    folder = cache_folder() / "openvino" / _key(package_sha256, side)
+    with contextlib.suppress(OSError, PackageError, RuntimeError, ImportError):
+        for name in (XML, WEIGHTS):
+            check_download(folder / name, (folder / f"{name}.sha256").read_text().split()[0])
+        return _core().read_model(folder / XML)
+    model = convert(load(), side)
+    with contextlib.suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(folder) as new:
+            import openvino
+
+            new.mkdir()
+            openvino.save_model(model, new / XML, compress_to_fp16=False)
+            for name in (XML, WEIGHTS):
+                check_download(new / name)
+    return model
+
+
+def _key(package_sha256: str, side: int) -> str:
+    code = [sha256_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    versions = [version(name) for name in LIBRARIES]
+    return hashlib.sha256(" ".join([package_sha256, str(side), *code, *versions]).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _as_package_error() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise PackageError(f"OpenVINO cannot run this network ({reason}); use --runtime torch") from error

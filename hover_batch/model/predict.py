@@ -21,11 +21,9 @@ from torch import Tensor, nn
 
 from hover_batch.config import InferSettings, Precision, Runtime
 from hover_batch.errors import InputError
-from hover_batch.model.fold import folded
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
-from hover_batch.model.margins import without_margin
+from hover_batch.model.openvino import OpenVinoNetwork, cached_conversion, convert
 from hover_batch.model.package import Card, Package, load_network
-from hover_batch.model.upsampling import upsampling_merged
 
 STAIN_FROM_OD = torch.tensor(hed_from_rgb[:, :2], dtype=torch.float32)
 """Matrix (3, 2) from optical densities of RGB to hematoxylin and eosin (Ruifrok and Johnston 2001, as in skimage)."""
@@ -35,7 +33,10 @@ _SHORT = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Predictor:
-    """Network on its device, with its precision and batch shape resolved."""
+    """Network on its device, with its precision and batch shape resolved.
+
+    `network`: as a package has it, or already compiled by OpenVINO.
+    """
 
     def __init__(self, network: nn.Module, card: Card, settings: InferSettings) -> None:
         self.card = card
@@ -56,15 +57,13 @@ class Predictor:
             self._threads = ThreadPoolExecutor(
                 torch.get_num_threads(), "predict", initializer=torch.set_num_threads, initargs=(1,)
             )
-        network = on_device(network, self.device)
-        if settled.runtime == "openvino":  # torch's transposed convolutions depend on the number of threads
-            network = upsampling_merged(network)
-        self.network: nn.Module = without_margin(network, card.tile_in, card.tile_out)
-        if settled.runtime == "openvino":
-            from hover_batch.model.openvino import OpenVinoNetwork
+        self.network = network
+        if not isinstance(network, OpenVinoNetwork):
+            from hover_batch.model.prepare import prepared
 
-            shape = (self.batch, 3, card.tile_in, card.tile_in)
-            self.network = OpenVinoNetwork(self.network, shape, settings.threads)
+            self.network = prepared(network, card, self.device, settled.runtime)
+            if settled.runtime == "openvino":
+                self.network = OpenVinoNetwork(convert(self.network, card.tile_in), self.batch, settings.threads)
         if settled.runtime == "compile":
             from hover_batch.model.compiled import CompiledNetwork
 
@@ -131,16 +130,19 @@ class Predictor:
         return torch.autocast(self.device.type, short or torch.bfloat16, enabled=short is not None)
 
 
-def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Prepare a network for inference on a device: folded and in channels-last layout."""
-    network = folded(network).to(device)
-    laid_out: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
-    return laid_out
-
-
 def load_predictor(package: Package, settings: InferSettings) -> Predictor:
     """Load a package's network onto its device. PackageError if its weights cannot be loaded."""
-    return Predictor(load_network(package), package.card, settings)
+    card, settled = package.card, resolve(settings)
+    if settled.runtime != "openvino":
+        return Predictor(load_network(package), card, settings)
+
+    def load() -> nn.Module:
+        from hover_batch.model.prepare import prepared
+
+        return prepared(load_network(package), card, torch.device("cpu"), "openvino")
+
+    model = cached_conversion(package.sha256, card.tile_in, load)
+    return Predictor(OpenVinoNetwork(model, settings.batch, settings.threads), card, settings)
 
 
 def _centre(planes: Tensor, side: int) -> Tensor:

@@ -19,7 +19,8 @@ from hover_batch.files import write_atomically
 from hover_batch.model.cost import Cost, cost_of, seconds_per_patch
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import Package, find_package, load_network
-from hover_batch.model.predict import Predictor, load_predictor, on_device
+from hover_batch.model.predict import Predictor, load_predictor
+from hover_batch.model.prepare import on_device
 from hover_batch.nuclei.watershed import SobelConstants
 from kd.data.datasets import Data, read_data
 from kd.data.pixel_size import check_pixel_size

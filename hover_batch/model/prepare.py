@@ -1,0 +1,34 @@
+"""Prepare a network for inference: fold and merge its layers, leave out the margin, and move it to the device.
+
+The output is that of the network within float32's rounding. This module imports the libraries that build networks,
+which take seconds; a converted network from the cache does without them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hover_batch.config import Runtime
+from hover_batch.model.fold import folded
+from hover_batch.model.margins import without_margin
+from hover_batch.model.package import Card
+from hover_batch.model.upsampling import upsampling_merged
+
+
+def on_device(network: nn.Module, device: torch.device) -> nn.Module:
+    """Return the network on a device, folded and in channels-last layout."""
+    network = folded(network).to(device)
+    laid_out: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+    return laid_out
+
+
+def prepared(network: nn.Module, card: Card, device: torch.device, runtime: Runtime) -> nn.Module:
+    """Return the network, ready for a device and a runtime.
+
+    It maps RGB in [0, 1] (b, 3, tile_in, tile_in) to (b, channels, y, x), whose centre are the kept pixels.
+    """
+    network = on_device(network, device)
+    if runtime == "openvino":  # torch's transposed convolutions depend on the number of threads
+        network = upsampling_merged(network)
+    return without_margin(network, card.tile_in, card.tile_out)
