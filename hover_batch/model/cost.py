@@ -24,18 +24,20 @@ PATCH = {"hovernet-original": 270}
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters and multiply-accumulates of a network.
-
-    `macs_per_patch`: for one image of `patch` × `patch` pixels. `macs_per_kept_pixel`: for a tile of `tile_in` pixels,
-    divided by the pixels kept of its output. This is the cost on slides, since margins are computed and discarded.
-    """
+    """Parameters and multiply-accumulates of a network."""
 
     parameters: int
     patch: int
+    """Side in pixels of the image that `macs_per_patch` counts."""
     macs_per_patch: int
+    """Multiply-accumulates for one image of `patch` × `patch` pixels."""
     macs_per_kept_pixel: float
+    """Multiply-accumulates for a tile, divided by the pixels of its output that are kept: the cost on slides, where
+    margins are computed and discarded."""
     tile_in: int
+    """Side in pixels of the tiles on slides."""
     tile_out: int
+    """Side in pixels of the kept part of their output."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -36,7 +36,7 @@ class Heads:
 
     @property
     def channels(self) -> int:
-        """Number of channels."""
+        """Number of channels of the output."""
         return _TP_START + self.n_types
 
 
@@ -88,10 +88,10 @@ class MapLayout:
         return 5 + self.n_types
 
     def merge(self, maps: NDArray[np.uint8], ids: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Return maps (plane, y, x) uint8 of this layout as maps of MapLayout(max(ids) + 1), with merged classes.
+        """Merge classes: return maps (plane, y, x) uint8 of this layout as maps of MapLayout(max(ids) + 1).
 
-        `ids` (n_types): new id of each class, to which its probability is added. Sums that rounding brings above 1 are
-        clipped.
+        `ids` (n_types): new id of each class. The probabilities of classes with the same new id are added; sums that
+        rounding brings above 1 are clipped.
         """
         sums = np.zeros((max(ids) + 1, *maps.shape[1:]), np.uint16)
         for plane, merged in zip(maps[self.tp], ids, strict=True):
@@ -100,5 +100,6 @@ class MapLayout:
         return np.concatenate([maps[: self.tp.start], merged_planes, maps[self.tp.stop :]])
 
     def names(self, classes: tuple[str, ...]) -> list[str]:
-        """Return the names of all planes in order, for the store's attributes."""
+        """Return the names of all planes in order, with `classes` (n_types) as the names of the classes, background
+        first."""
         return ["np", "h", "v", *(f"tp_{name}" for name in classes), "hematoxylin", "eosin"]

@@ -14,12 +14,14 @@ HUB = "https://huggingface.co/TIACentre/TIAToolbox_pretrained_weights"
 
 @dataclass(frozen=True)
 class Kind:
-    """Published model. `types`: channels of the type branch, 0 without one; `seen`: training data."""
+    """Published model that can be imported."""
 
     architecture: str
     taxonomy: Taxonomy
     types: int
+    """Number of channels of the type branch; 0 without one."""
     seen: str
+    """Images that the model has seen in training, in words."""
     licence: str
     by_name: bool = True
     """Whether tiatoolbox can download it by its name."""
