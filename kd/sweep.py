@@ -118,7 +118,7 @@ def runs_of(
 
     Points that train the same student, such as all temperatures without distillation, are one run. `data`: annotated
     images. `teacher`: folder written by `kd teach`. `test_folds`: folds to score on. `threads`: CPU cores for each run.
-    `settings`: further settings of `TrainConfig.of` for all runs. Raises InputError if a setting is wrong, or if a
+    `settings`: further settings of `TrainConfig.of` for all runs. Raises InputError if a setting is invalid, or if a
     run's folder belongs to a run with other settings.
     """
     shared = {"data": data.resolve(), "threads": threads, **settings}

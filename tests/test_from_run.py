@@ -196,8 +196,8 @@ ALL = ["miscellaneous", "inflammatory", "epithelial", "spindle"]
     [
         ({"a": ALL[:3]}, "spindle not mapped"),
         ({"a": ALL, "b": ["spindle"]}, "spindle is named twice, in a and in b"),
-        ({"a": [*ALL, "dead"]}, "dead is no class of the model; it has miscellaneous"),
-        ({"a": [*ALL, "background"]}, "background is no class"),
+        ({"a": [*ALL, "dead"]}, "dead is not a class of the model; it has miscellaneous"),
+        ({"a": [*ALL, "background"]}, "background is not a class"),
         ({"background": ALL}, "'background' cannot name a class"),
         ({"nuclei": ALL}, "'nuclei' cannot name a class"),
         ({"a b": ALL}, "'a b' cannot name a class"),

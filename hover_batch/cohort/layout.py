@@ -57,7 +57,7 @@ _SUFFIXES = {
 class SlideLayout:
     """Paths of one slide's results in the run at `root`.
 
-    InputError for a slide_id with which a path could leave the run's folder.
+    InputError if a path with this slide_id could leave the run's folder.
     """
 
     root: Path
@@ -177,12 +177,12 @@ class RunLayout:
         object.__setattr__(self, "root", self.root.absolute())
 
     def slide(self, slide_id: str) -> SlideLayout:
-        """Paths of one slide. InputError for a slide_id with which a path could leave the run's folder."""
+        """Paths of one slide. InputError if a path with this slide_id could leave the run's folder."""
         return SlideLayout(self.root, slide_id)
 
     @property
     def lock(self) -> Path:
-        """Locked while a run writes here; the file stays."""
+        """Lock file, locked while a run writes here and never removed."""
         return self.root / ".lock"
 
     @property
@@ -227,7 +227,7 @@ class RunLayout:
 
     @property
     def report_html(self) -> Path:
-        """Report, by the command `report`."""
+        """Report, written by the command `report`."""
         return self.root / "report.html"
 
     @property

@@ -30,7 +30,7 @@ def compare(
         str,
         typer.Option(
             help="Weights of the teacher: a package, hover_net's .tar, tiatoolbox's .pth, or a "
-            "published name, which is fetched."
+            "published name, which is downloaded."
         ),
     ] = TEACHER,
     against: Annotated[

@@ -1,4 +1,4 @@
-"""Write compare.html: a single file, in which all text is escaped and which loads nothing from elsewhere."""
+"""Write compare.html: a single file whose text is escaped, and which loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hover_batch.report.pictures import data_uri
 from hover_batch.taxonomy import Taxonomy
 
 AROUND = 32
-"""Pixels that a panel shows around the cell."""
+"""Pixels around the cell that a panel shows."""
 ZOOM = 2
 """Pixels of the panel for each pixel of the field."""
 WIDTH, HEIGHT = 420, 220
@@ -29,21 +29,24 @@ WIDTH, HEIGHT = 420, 220
 
 @dataclass(frozen=True)
 class Panel:
-    """Pictures of a place where the networks disagree.
-
-    `x`, `y`: its upper left corner in inference pixels of the slide. `alone`: nuclei that only one side found.
-    `pictures`: PNG data URIs: the plain pixels, then those with each side's contours in the colours of its classes.
-    """
+    """Pictures of a place where the networks disagree."""
 
     slide_id: str
     x: int
+    """Left edge of the cell in inference pixels of the slide."""
     y: int
+    """Upper edge of the cell in inference pixels of the slide."""
     alone: int
+    """Number of nuclei in the cell that only one side found."""
     pictures: tuple[str, ...]
+    """PNG data URIs: the plain pixels, then one with each side's contours in the colours of its classes."""
 
     @classmethod
     def of(cls, field: Field, dispute: Dispute, results: Sequence[tuple[NDArray[np.int32], Nuclei, Taxonomy]]) -> Panel:
-        """Draw the panel of `dispute`. `results`: of each side, instances (y, x) int32, their nuclei, and classes."""
+        """Draw the panel of `dispute`.
+
+        `results`: instances (y, x) int32 of each side, the measurements of its nuclei, and its classes.
+        """
         height, width = field.image.shape[:2]
         rows = slice(max(0, dispute.y - AROUND), min(height, dispute.y + CELL + AROUND))
         columns = slice(max(0, dispute.x - AROUND), min(width, dispute.x + CELL + AROUND))
@@ -74,7 +77,7 @@ def _large(image: NDArray[Any]) -> NDArray[Any]:
 
 
 def render(found: dict[str, Any], panels: Sequence[Panel]) -> str:
-    """Return the HTML page. `found`: the content of compare.json; `panels`: pictures of disagreements, worst first."""
+    """Return the HTML page. `found`: content of compare.json. `panels`: pictures of disagreements, worst first."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hover_batch.compare"), autoescape=True, undefined=jinja2.StrictUndefined
     )

@@ -48,8 +48,7 @@ def write_pyramidal_tiff(path: Path, array: NDArray[np.uint8], mpp: float) -> No
 
 
 def _field() -> NDArray[np.uint8]:
-    """Return the image of tiatoolbox.data.stain_norm_target(), (1000, 1000, 3) uint8 RGB; does not import tiatoolbox.
-    """
+    """Return tiatoolbox's example field, (1000, 1000, 3) uint8 RGB, without importing tiatoolbox and torch."""
     package = importlib.util.find_spec("tiatoolbox")
     if package is None or not package.submodule_search_locations:
         raise HoverBatchError("the example needs tiatoolbox, which is not installed; reinstall hover-batch")

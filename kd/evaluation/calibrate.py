@@ -95,7 +95,8 @@ class Calibration:
 
 
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
-    """Return each sample with its np, h and v, stored planes (3, y, x) uint8, as predicted by `maps_of`."""
+    """Predict the images of `samples` with `maps_of`; return each sample with its stored np, h and v (3, y, x) uint8.
+    """
     stored = [MapLayout.NP, MapLayout.H, MapLayout.V]
     return [(s, np.ascontiguousarray(maps_of(s.image)[stored])) for s in samples]
 
@@ -129,7 +130,7 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
 
 
 def placed(medians: SobelConstants, cut: float) -> SobelConstants:
-    """Return the medians, shifted so that the marker threshold is at `cut` times the minimum, in each direction."""
+    """Shift the medians so that the marker threshold is at `cut` times the minimum, in each direction."""
 
     def moved(low: float, high: float) -> tuple[float, float]:
         start = cut * low - (1 - MARKER_ENERGY) * (high - low)
@@ -145,9 +146,9 @@ def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
 
 
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
-    """Return the scores of the post-processing of slides with these constants; None: the extremes of each image.
+    """Score the post-processing of slides with these constants; None: with the extremes of each image.
 
-    `cut`: the cut of the constants, which is recorded only.
+    `cut`: cut of the constants, for the record.
     """
     scores = _scores(predicted, lambda planes: instances_of(planes, constants))
     return Trial("window" if constants is None else "fixed", cut, *scores)
@@ -156,7 +157,7 @@ def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | N
 def try_others(predicted: Predicted, cut: float) -> dict[str, Trial]:
     """Return the scores with each of OTHERS at this cut, by a name such as "nucleus 0.4".
 
-    The entry "as they are" has HoVerNet's own parameters in the same, slow implementation. The medians are computed for
+    The entry "as they are" has HoVerNet's own parameters in the same slow implementation. The medians are computed for
     each Sobel kernel, because their values depend on its size.
     """
     found = {}

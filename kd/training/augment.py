@@ -145,9 +145,9 @@ def random_geometry(
 def turn_hv(hv: NDArray[np.float32], step: NDArray[np.float64]) -> NDArray[np.float32]:
     """Return h and v (2, y, x) float32 relative to the axes of a rotated or flipped view.
 
-    `hv`: h and v relative to the axes of the source image. `step` (2, 2): the source's x and y (rows) of one pixel
-    along the view's x and y (columns). It must be a right-angle rotation or flip: each row and each column has a single
-    1 or -1, and else 0.
+    `hv` (2, y, x): h and v relative to the axes of the source image. `step` (2, 2): column k is the step (x, y) in the
+    source for one pixel along the view's x (k = 0) or y (k = 1). It must be a right-angle rotation or flip: each row
+    and each column has a single 1 or -1, and else 0.
     """
     h, v = (sum(step[axis, i] * hv[axis] for axis in range(2)) for i in range(2))
     return np.stack([h, v]).astype(np.float32)

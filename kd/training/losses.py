@@ -20,7 +20,7 @@ from hover_batch.model.heads import HV, NP, Heads
 from kd.training.config import TrainConfig
 
 UNKNOWN = -1
-"""Placeholder for the class of a pixel that no loss counts."""
+"""Class of a pixel that no loss counts."""
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def test_without_credentials(server: str, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     bucket.use(monkeypatch, server)
-    with pytest.raises(InputError, match="give credentials by the environment"):
+    with pytest.raises(InputError, match="give credentials in the environment"):
         ask(Url("s3://slides/a.svs"), None)
 
 
@@ -230,7 +230,7 @@ def test_an_object_that_changed_since_the_plan_fails(server: str, copies: Copies
     before = planned(url)
     bucket.put("slides", {"a.svs": now})
     with (
-        pytest.raises(SlideError, match=f"{url}: what arrives is not .*4 attempts"),
+        pytest.raises(SlideError, match=f"{url}: the copy differs from .*4 attempts"),
         copies.staged(record(url), before),
     ):
         pass
