@@ -76,7 +76,9 @@ class Taxonomy:
             members, color = _members_and_color(name, value)
             for member in members:
                 if member not in by_name:
-                    raise InputError(f"class map: {name}: {member} is not a class of the model; it has {_list(by_name)}")
+                    raise InputError(
+                        f"class map: {name}: {member} is not a class of the model; it has {_list(by_name)}"
+                    )
                 if member in name_of:
                     raise InputError(f"class map: {member} is named twice, in {name_of[member]} and in {name}")
                 name_of[member] = name

@@ -1,4 +1,4 @@
-"""Runs' folders as `segment` leaves them, of annotated nuclei: many slides within seconds, and no network needed."""
+"""Make the folders of runs as `segment` leaves them, from annotated nuclei: many slides in seconds, without a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`segment --from RUN`: new tables of the predictions that a run kept, without its slides."""
+"""`segment --from RUN`: new tables from the predictions that a run stored, without its slides."""
 
 from __future__ import annotations
 

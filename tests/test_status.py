@@ -1,4 +1,4 @@
-"""Where a run stands, told from its folder: finished, killed, failed, held by another process, and no run at all."""
+"""Status of a run from its folder: finished, killed, failed, held by another process, and no run at all."""
 
 from __future__ import annotations
 

@@ -88,7 +88,10 @@ class SlideLayout:
         return self.folder / "markers"
 
     def marker(self, column: int, row: int) -> Path:
-        """Marker of the unit in this cell of the unit grid; exists once the unit is predicted and stored."""
+        """Return the path of a unit's marker, which exists once the unit is predicted and stored.
+
+        `column`, `row`: cell of the unit in the unit grid.
+        """
         return self.markers / f"{column}_{row}.json"
 
     @property
@@ -97,7 +100,10 @@ class SlideLayout:
         return self.folder / "parts"
 
     def part(self, column: int, row: int) -> Path:
-        """Part of the table with the nuclei that the region in this cell of the region grid owns."""
+        """Return the path of the part of the table with the nuclei that a region owns.
+
+        `column`, `row`: cell of the region in the region grid.
+        """
         return self.parts / f"{column}_{row}.parquet"
 
     @property
@@ -121,7 +127,7 @@ class SlideLayout:
         return self.folder / "nuclei.parquet"
 
     def exported(self, format: Format) -> Path:
-        """Table of nuclei in another format."""
+        """Return the path of the table of nuclei in another format."""
         return self.folder / f"nuclei.{format.suffix}"
 
     @property
@@ -177,7 +183,7 @@ class RunLayout:
         object.__setattr__(self, "root", self.root.absolute())
 
     def slide(self, slide_id: str) -> SlideLayout:
-        """Paths of one slide. InputError if a path with this slide_id could leave the run's folder."""
+        """Return the paths of one slide. InputError if a path with this slide_id could leave the run's folder."""
         return SlideLayout(self.root, slide_id)
 
     @property

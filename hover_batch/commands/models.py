@@ -278,7 +278,7 @@ def _line(value: object) -> str:
 
 
 def _architecture(card: Card) -> str:
-    """Return the names of the architecture and, where there is one, its encoder."""
+    """Return the names of the architecture and of its encoder, if it has one."""
     return f"{card.architecture} {card.encoder}".rstrip()
 
 

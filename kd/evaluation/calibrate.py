@@ -95,8 +95,7 @@ class Calibration:
 
 
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
-    """Predict the images of `samples` with `maps_of`; return each sample with its stored np, h and v (3, y, x) uint8.
-    """
+    """Predict the images of `samples` with `maps_of`; return each with its stored np, h and v, (3, y, x) uint8."""
     stored = [MapLayout.NP, MapLayout.H, MapLayout.V]
     return [(s, np.ascontiguousarray(maps_of(s.image)[stored])) for s in samples]
 

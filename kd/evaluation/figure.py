@@ -66,10 +66,10 @@ def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uin
 
 
 def fullest(samples: Sequence[Sample], n: int) -> list[Sample]:
-    """Return up to `n` samples in rounds over the sources.
+    """Return up to `n` samples with many nuclei, taken from all sources in turn.
 
-    The first round takes each source's sample with the most nuclei in its central crop, the second round each source's
-    second, and so on. Within a round, samples with more nuclei come first.
+    In the first round, each source gives the sample with the most nuclei in its central crop, in the second round the
+    next one, and so on. Within a round, samples with more nuclei come first.
     """
     ranked: list[tuple[int, int, int]] = []
     for source in {s.source for s in samples}:

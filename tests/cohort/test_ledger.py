@@ -1,3 +1,5 @@
+"""Ledger of a run: what it writes, and how it resumes, refuses or removes earlier results."""
+
 from __future__ import annotations
 
 import csv

@@ -1,3 +1,5 @@
+"""Cohorts from a CSV, a folder or a glob, and the faults and warnings that are reported."""
+
 from __future__ import annotations
 
 import csv

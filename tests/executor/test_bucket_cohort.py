@@ -1,4 +1,4 @@
-"""A cohort of which one slide lies in a bucket: the same tables as from disk, and nothing left behind."""
+"""A cohort with one slide in a bucket gives the same tables as from disk, and leaves nothing behind."""
 
 from __future__ import annotations
 

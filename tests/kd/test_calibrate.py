@@ -1,4 +1,4 @@
-"""The search for the Sobel constants, on maps made from real annotations by blurring and noise."""
+"""Search for the Sobel constants, on maps made from real annotations with blur and noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training starts from: encoders that do and do not serve, and weights from a file, from the hub, or neither."""
+"""Initial weights: suitable and unsuitable encoders, and weights from a file, from the hub, or random."""
 
 from __future__ import annotations
 

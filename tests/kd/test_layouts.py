@@ -1,4 +1,4 @@
-"""Published layouts are read for what they are, and what is wrong with a copy of one is said."""
+"""Published layouts are recognised and read, and faults in a copy of one are reported."""
 
 from __future__ import annotations
 

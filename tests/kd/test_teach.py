@@ -1,4 +1,5 @@
-"""The teacher's outputs: of real surroundings, kept whole or not at all, known again, and never another teacher's."""
+"""Teacher outputs: computed with real surroundings, stored completely or not at all, and never mixed with another
+teacher's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The steps with their numbers as parameters: with HoVerNet's own they are what slides go through; and what storing
-maps as bytes costs."""
+"""Post-processing with variable parameters: with HoVerNet's it equals that of slides; and the cost of storing maps as
+bytes."""
 
 from __future__ import annotations
 

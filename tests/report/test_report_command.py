@@ -1,4 +1,4 @@
-"""`report`: what its pages say of runs of all kinds; nothing in them is markup but ours, and nothing is fetched."""
+"""`report`: its pages for runs of all kinds; all text is escaped, and nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 

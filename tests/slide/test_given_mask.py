@@ -1,4 +1,4 @@
-"""Masks of the cohort on slides with bounds, and the ways in which GeoJSON is stored."""
+"""Masks of the cohort on slides with bounds, and the forms in which GeoJSON is stored."""
 
 from __future__ import annotations
 

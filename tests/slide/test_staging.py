@@ -1,4 +1,4 @@
-"""Slides in a bucket, against a real server on loopback: what is told of them, and their copies on this machine."""
+"""Slides in a bucket, with a real server on loopback: their properties, and their copies on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `view` answers: the slide's own pixels, its nuclei, and nothing to those who do not know the token."""
+"""Responses of `view`: the slide's own pixels, its nuclei, and nothing without the token."""
 
 from __future__ import annotations
 
