@@ -22,8 +22,10 @@ class CommandGroup(TyperGroup):
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Run the command line with the arguments of typer's `main`; without colours and cursor movements if NO_COLOR
-        is set."""
+        """Run the command line. Arguments and result are those of typer's `main`.
+
+        Without colours and cursor movements if NO_COLOR is set.
+        """
         if os.environ.get("NO_COLOR"):
             # By itself, rich leaves out only the colours; it would still print bold text and move the cursor.
             os.environ["TERM"] = "dumb"

@@ -222,8 +222,10 @@ SECTION_OF = {
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Group settings that are given by their bare names by section, for `Settings.from_dict`. InputError for unknown
-    names."""
+    """Group settings by section, for `Settings.from_dict`.
+
+    `settings`: values by the bare names of the settings. InputError for unknown names.
+    """
     data: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in SECTION_OF:

@@ -268,7 +268,10 @@ class DetectionScores:
 
 
 def detection_scores(counts: PairCounts) -> DetectionScores:
-    """Return F_d = 2·TP / (2·TP + FP + FN) with precision and recall (Graham et al. 2019, section 4.3)."""
+    """Return F_d = 2·TP / (2·TP + FP + FN) with precision and recall (Graham et al. 2019, section 4.3).
+
+    `counts`: counts of one or more images; types are ignored.
+    """
     table = counts.table
     tp, fp, fn = int(table[:-1, :-1].sum()), int(table[-1, :-1].sum()), int(table[:-1, -1].sum())
     return DetectionScores(

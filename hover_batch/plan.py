@@ -79,8 +79,10 @@ class Plan:
 
     @property
     def exit_code(self) -> int:
-        """Exit code that the run would have: 0 without unreadable or faulty slides, else 3, or 4 if no slide can be
-        run."""
+        """Exit code of the run that would follow.
+
+        0 without unreadable or faulty slides; otherwise 3, or 4 if no slide can be run.
+        """
         if not self.unreadable and not self.cohort.faults:
             return 0
         return 3 if self.slides else 4

@@ -60,12 +60,11 @@ class Taxonomy:
         return self.classes[1:]
 
     def merged(self, class_map: Mapping[str, Any]) -> tuple[Taxonomy, tuple[int, ...]]:
-        """Apply a class map; return the new taxonomy, and the new id of each class of this one, in the order of its
-        ids.
+        """Apply a class map: return the new taxonomy, and the new id of each class in the order of the old ids.
 
         `class_map`: by new name, the list of the classes that it replaces, or a mapping with this list (`classes`) and
-        a `color`. An empty map changes nothing. Ids follow the order of the model, not of the map. InputError if the
-        map is malformed, or if a class other than the background is not named exactly once.
+        a `color`. An empty map changes nothing. New ids follow the order of the model, not of the map. InputError if
+        the map is malformed, or if a class other than the background is not named exactly once.
         """
         if not class_map:
             return self, tuple(c.id for c in self.classes)

@@ -1,4 +1,4 @@
-"""Make the folders of runs as `segment` leaves them, from annotated nuclei: many slides in seconds, without a network."""
+"""Write the folders of runs as `segment` leaves them, from annotated nuclei: quick, and without a network."""
 
 from __future__ import annotations
 

@@ -16,12 +16,12 @@ _DEVICES = frozenset(
 
 
 def fold(slide_id: str) -> str:
-    """Return the id in lower case, in which ids are equal if a case-insensitive file system takes them for one."""
+    """Return the form of an id in which ids are equal if a case-insensitive file system takes them for one."""
     return slide_id.lower()
 
 
 def fault_in(slide_id: str) -> str | None:
-    """Return why `slide_id` cannot name a folder; None if it can."""
+    """Return why `slide_id` cannot name a folder, in words that follow the id in a message; None if it can."""
     if not _FITS.fullmatch(slide_id):
         return "may contain only A-Z a-z 0-9 . _ - and must start with a letter or digit"
     if len(slide_id) > _MAX_LENGTH:

@@ -112,7 +112,7 @@ class Costs:
     """Seconds of post-processing."""
 
     def add(self, field: Field, result: SideResult) -> None:
-        """Add one field and the network's times on it."""
+        """Add the size of one field, and the times of the network on it."""
         self.pixels += field.pixels
         self.mm2 += field.pixels * (field.mpp / 1000) ** 2
         self.tiles += -(-field.box.height // self.keep) * -(-field.box.width // self.keep)

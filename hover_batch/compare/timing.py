@@ -23,9 +23,10 @@ Notify = Callable[[str], None]
 
 
 def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, notify: Notify) -> list[dict[int, float]]:
-    """Return the median seconds per patch of each side's network by batch size, as measured in HoVerNet's paper.
+    """Return, for each of `sides`, the median seconds per patch of its network by batch size, as in HoVerNet's paper.
 
-    The mapping is empty for a side whose runtime is not torch, since its network is compiled for one input shape.
+    `batches`: batch sizes. `repeats`: repetitions of each measurement. The mapping is empty for a side whose runtime is
+    not torch, since its network is compiled for one input shape.
     """
     found: list[dict[int, float]] = [{} for _ in sides]
     # Whole patches, as in the paper, rather than only the pixels that are kept.

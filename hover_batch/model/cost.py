@@ -45,7 +45,7 @@ class Cost:
 
 
 def cost_of(network: nn.Module, card: Card) -> Cost:
-    """Count the cost of a package's network, without running or changing it."""
+    """Return the cost of a package's network, which is neither run nor changed."""
     hollow = copy.deepcopy(network).to("meta").eval()
     patch = patch_of(card)
     return Cost(

@@ -31,7 +31,7 @@ class Heads:
 
     @property
     def tp(self) -> slice:
-        """Channels of the class logits."""
+        """Channels of the class logits, background first."""
         return slice(_TP_START, _TP_START + self.n_types)
 
     @property
@@ -69,17 +69,17 @@ class MapLayout:
 
     @property
     def tp(self) -> slice:
-        """Planes of the class probabilities."""
+        """Planes of the class probabilities, background first."""
         return slice(3, 3 + self.n_types)
 
     @property
     def hematoxylin(self) -> int:
-        """Plane of the hematoxylin density."""
+        """Index of the plane of the hematoxylin density."""
         return 3 + self.n_types
 
     @property
     def eosin(self) -> int:
-        """Plane of the eosin density."""
+        """Index of the plane of the eosin density."""
         return 4 + self.n_types
 
     @property
@@ -100,6 +100,8 @@ class MapLayout:
         return np.concatenate([maps[: self.tp.start], merged_planes, maps[self.tp.stop :]])
 
     def names(self, classes: tuple[str, ...]) -> list[str]:
-        """Return the names of all planes in order, with `classes` (n_types) as the names of the classes, background
-        first."""
+        """Return the names of all planes in order, for the store's attributes.
+
+        `classes` (n_types): names of the classes, background first.
+        """
         return ["np", "h", "v", *(f"tp_{name}" for name in classes), "hematoxylin", "eosin"]

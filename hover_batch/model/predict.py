@@ -142,7 +142,10 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def load_predictor(package: Package, settings: InferSettings) -> Predictor:
-    """Load a package's network onto its device. PackageError if its weights cannot be loaded."""
+    """Load a package's network onto its device.
+
+    PackageError if its weights cannot be loaded, InputError if the device cannot be used.
+    """
     return Predictor(load_network(package), package.card, settings)
 
 

@@ -67,8 +67,10 @@ class TeacherArch:
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Distances in pixels within which a value depends on the position of the left or upper edge, and of the
-        others."""
+        """Distances in pixels within which a value depends on the position of an edge.
+
+        The first is for the left and upper edges, the second for the right and lower ones.
+        """
         return (95, 103) if self.form == "fast" else (145, 153)
 
     @property

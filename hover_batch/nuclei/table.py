@@ -65,7 +65,7 @@ class TableContext:
     """Version of hover-batch."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the `hover_batch` entry of the file metadata."""
+        """Return the content of the entry `hover_batch` of the file metadata, as plain values."""
         grid = self.grid
         return {
             "schema_version": SCHEMA_VERSION,
@@ -125,8 +125,10 @@ def table_schema(taxonomy: Taxonomy) -> pa.Schema:
 
 
 def part_schema(taxonomy: Taxonomy) -> pa.Schema:
-    """Return the columns of a part: anchor_y and anchor_x in inference pixels, then those of nuclei.parquet without
-    nucleus_id."""
+    """Return the columns of a part: those of nuclei.parquet, with the anchor instead of nucleus_id.
+
+    The anchor, anchor_y and anchor_x in inference pixels, comes first; the merge sorts by it.
+    """
     anchors = [pa.field(name, pa.int64(), nullable=False) for name in ("anchor_y", "anchor_x")]
     return pa.schema(anchors + [field for field in table_schema(taxonomy) if field.name != "nucleus_id"])
 

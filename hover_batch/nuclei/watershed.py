@@ -155,12 +155,11 @@ def split(
     chosen: NDArray[np.bool_],
     constants: SobelConstants,
 ) -> NDArray[np.int32]:
-    """Split the `chosen` (n,) components of a window of stored maps (y, x) into instances: (y, x) int32, 0 =
-    background.
+    """Split the `chosen` (n,) components of a window into instances: (y, x) int32, 0 = background.
 
-    A component with one marker becomes one instance (flooding from one marker fills its component); a component without
-    markers is dropped. Instances are numbered by component, then by the first pixel of their marker. The result is
-    exact for components at least REACH pixels from the window's edge.
+    `np_map`, `h`, `v` (y, x): stored maps. A component with one marker becomes one instance (flooding from one marker
+    fills its component); a component without markers is dropped. Instances are numbered by component, then by the first
+    pixel of their marker. The result is exact for components at least REACH pixels from the window's edge.
     """
     labels, bounds, kept = components.labels, components.bounds, components.kept
     # All components that are large enough enter the energy: the blur reads diagonal neighbours.

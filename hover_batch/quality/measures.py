@@ -67,12 +67,11 @@ def field_sharpness(fields: list[Box], read: Callable[[Box], NDArray[np.uint8]],
 
 
 def sharpness(hematoxylin: NDArray[np.uint8], near: NDArray[np.bool_]) -> float | None:
-    """Return the sharpness of nuclei: about 2 in a sharp field, 0.5 in a blurred one; None if too few pixels are near
-    nuclei.
+    """Return the sharpness of nuclei: about 2 in a sharp field, and 0.5 in a blurred one.
 
     `hematoxylin` (y, x): stored densities. `near` (y, x): where they are stored. The value is the root of the energy of
     the Laplacian divided by that of the gradient, which is the mean spatial frequency and does not depend on contrast
-    and stain.
+    and stain. None if too few pixels are near nuclei.
     """
     height, width = (extent // _BINNING * _BINNING for extent in near.shape)
     blocks = (height // _BINNING, _BINNING, width // _BINNING, _BINNING)

@@ -14,12 +14,14 @@ _PADDING = 3
 
 
 def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, float]:
-    """Return measures of a thumbnail by name. `image`: RGB (y, x, 3) uint8, without drawings; `pixel_um`: its pixel
-    size.
+    """Return the measures of a thumbnail by name.
 
-    `ink`: share of the picture with the colours of pens (blue, green, red, black), in spots several pixels wide.
-    `brown`: share of the stained pixels that absorb blue most, as DAB does. `chroma`: 95th percentile of the difference
-    between the largest and the smallest of R, G and B. `dark`: share of pixels that are not white.
+    `image`: RGB (y, x, 3) uint8, without drawings. `pixel_um`: side of its pixels in µm. The measures are
+
+    - `ink`: share of the picture with the colours of pens (blue, green, red, black), in spots several pixels wide;
+    - `brown`: share of the stained pixels that absorb blue most, as DAB does;
+    - `chroma`: 95th percentile of the difference between the largest and the smallest of R, G and B;
+    - `dark`: share of pixels that are not white.
     """
     scale = min(1.0, pixel_um / _CELL_UM)
     size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])

@@ -57,10 +57,10 @@ class Cells:
 
     @classmethod
     def over(cls, canvas: Size, mpp: Mpp) -> Cells:
-        """Return the finest grid over a slide with at most CELLS cells along a side and cells of at least MIN_CELL_UM
-        µm.
+        """Return the finest grid over a slide with at most CELLS cells along a side.
 
-        `canvas`: size of the slide in level-0 pixels. `mpp`: pixel size of level 0.
+        Cells have a side of at least MIN_CELL_UM. `canvas`: size of the slide in level-0 pixels. `mpp`: pixel size of
+        level 0.
         """
         side = max(max(canvas.width, canvas.height) / CELLS, MIN_CELL_UM / mpp.x)
         return cls(canvas, mpp, math.ceil(side))

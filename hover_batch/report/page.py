@@ -46,8 +46,7 @@ class Pages:
 
     @property
     def to_front(self) -> str:
-        """Relative link from the page with a slide's pictures to the folder of the front page; "" if they are the same
-        page."""
+        """Relative link from the pages with pictures to the folder of the front page; "" if all is on one page."""
         return "../" if self.count else ""
 
     def add(self, detail: SlideDetail) -> None:

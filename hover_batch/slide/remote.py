@@ -1,5 +1,4 @@
-"""Find the files of a slide in storage that fsspec supports (S3, GCS, Azure, HTTP …), their sizes and their
-fingerprint.
+"""Find a slide's files in storage that fsspec supports (S3, GCS, Azure, HTTP …), their sizes and their fingerprint.
 
 The fingerprint equals that of the same bytes on disk. Credentials come from the environment, through the storage's own
 library. Messages redact credentials in URLs.

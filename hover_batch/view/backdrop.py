@@ -28,11 +28,11 @@ _QUALITY = 90
 
 
 class Backdrop:
-    """Tile pyramid of a slide or of its thumbnail; thread-safe. Level 0 fits into one tile; each level doubles the
-    size.
+    """Tile pyramid of a slide or of its thumbnail; thread-safe.
 
-    `finest`: level-0 pixels of the slide per pixel of the finest level, `max_level`. `missing`: reason why the
-    thumbnail is shown instead of the slide; None if the slide is shown.
+    Level 0 fits into one tile; each level doubles the size. `finest`: level-0 pixels of the slide per pixel of the
+    finest level, `max_level`. `missing`: reason why the thumbnail is shown instead of the slide; None if the slide is
+    shown.
     """
 
     def __init__(self, reader: SlideReader, finest: int = 1, missing: str | None = None) -> None:

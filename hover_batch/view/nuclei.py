@@ -130,8 +130,8 @@ class NucleiTiles:
     def density(self, level: int, column: int, row: int) -> bytes | None:
         """Return the number of nuclei in each cell of one density tile; None if there is no such tile.
 
-        The bytes are an array (class, y, x) of little-endian uint32 with CELLS cells along y and x. A cell is 2^level
-        level-0 pixels wide.
+        `column`, `row`: position of the tile in the grid of tiles of this level. The bytes are an array (class, y, x)
+        of little-endian uint32 with CELLS cells along y and x. A cell is 2^level level-0 pixels wide.
         """
         side = CELLS << min(level, 32)
         x0, y0 = column * side, row * side
@@ -154,10 +154,9 @@ class NucleiTiles:
         return np.bincount(cells[inside], minlength=self._classes * CELLS**2).astype("<u4").tobytes()
 
     def row(self, nucleus_id: int) -> dict[str, Any] | None:
-        """Return a nucleus's columns by name, without those of its slide and geometry; None if there is no such
-        nucleus.
+        """Return the columns of one nucleus by name, without those of its slide and geometry.
 
-        Values that are not finite become None. SlideError if the file is corrupted.
+        Values that are not finite become None. None if there is no such nucleus. SlideError if the file is corrupted.
         """
         if not 1 <= nucleus_id <= self.table.rows:
             return None

@@ -1,5 +1,4 @@
-"""Teacher outputs: computed with real surroundings, stored completely or not at all, and never mixed with another
-teacher's."""
+"""Teacher outputs: with real surroundings, stored completely or not at all, never mixed with another teacher's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Post-processing with variable parameters: with HoVerNet's it equals that of slides; and the cost of storing maps as
-bytes."""
+"""Post-processing with variable parameters: HoVerNet's give the same as on slides; and the cost of storing bytes."""
 
 from __future__ import annotations
 
