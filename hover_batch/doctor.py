@@ -60,6 +60,7 @@ class Check:
     """One check."""
 
     name: str
+    """Name in the output."""
     look: Callable[[], Finding]
     """Function that does the check."""
     fix: str

@@ -30,11 +30,17 @@ class PanopticQuality:
     """Detection quality, segmentation quality, their product PQ, and the underlying counts."""
 
     dq: float
+    """Detection quality."""
     sq: float
+    """Segmentation quality."""
     pq: float
+    """Panoptic quality, DQ · SQ."""
     tp: int
+    """Number of pairs."""
     fp: int
+    """Number of unpaired predicted instances."""
     fn: int
+    """Number of unpaired true instances."""
     iou_sum: float
     """Sum of IoU over the `tp` pairs."""
 
@@ -257,14 +263,20 @@ def count_pairs(
 
 @dataclass(frozen=True)
 class DetectionScores:
-    """F_d, precision and recall, regardless of types; NaN where the denominator is 0."""
+    """Scores of detection, regardless of types; NaN if the denominator is 0."""
 
     f1: float
+    """F_d."""
     precision: float
+    """Fraction of the predicted nuclei that are paired."""
     recall: float
+    """Fraction of the true nuclei that are paired."""
     tp: int
+    """Number of pairs."""
     fp: int
+    """Number of unpaired predicted nuclei."""
     fn: int
+    """Number of unpaired true nuclei."""
 
 
 def detection_scores(counts: PairCounts) -> DetectionScores:
@@ -286,9 +298,10 @@ def detection_scores(counts: PairCounts) -> DetectionScores:
 
 @dataclass(frozen=True)
 class ClassScores:
-    """F of one class and the underlying counts; NaN if the class is neither present nor predicted."""
+    """F of one class and the underlying counts."""
 
     f1: float
+    """F_c; NaN if the class is neither present nor predicted."""
     tp: int
     """Pairs with this class on both sides."""
     fp: int

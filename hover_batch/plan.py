@@ -50,6 +50,7 @@ class PlannedSlide:
     """
 
     record: SlideRecord
+    """Slide's row of the cohort."""
     info: SlideInfo | RemoteInfo
     """Properties of the slide; in other storage, only its size in bytes and its fingerprint."""
     grid: Grid | None

@@ -61,7 +61,9 @@ class RunStatus:
     """Progress of a run."""
 
     layout: RunLayout
+    """Paths of the run's results."""
     model: str
+    """Name of the model."""
     created: datetime | None
     """Time of the first start; None if unknown."""
     going_on: bool | None
@@ -71,6 +73,7 @@ class RunStatus:
     holder: str
     """Process that is running it; empty if there is none."""
     log: RunLog
+    """Summary of the log."""
     slides: int | None
     """Number of slides in the cohort; None if slides.csv is not written yet."""
     done: int

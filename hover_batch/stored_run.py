@@ -28,6 +28,7 @@ class StoredRun:
     """Finished run whose predictions are the source of new tables."""
 
     layout: RunLayout
+    """Paths of the run's results."""
     settings: Settings
     """Settings that the run's tables depend on; all others have their defaults."""
     package: Package

@@ -46,7 +46,9 @@ class Taxonomy:
     """
 
     name: str
+    """Name of the taxonomy."""
     classes: tuple[NucleusClass, ...]
+    """Classes in the order of their ids, background first."""
 
     def __post_init__(self) -> None:
         if [c.id for c in self.classes] != list(range(len(self.classes))):

@@ -36,7 +36,9 @@ class RowFault:
     row: int
     """Line of the CSV (the header is line 1), or position in the listing of a folder or glob."""
     slide_id_or_path: str
+    """Name of the slide in messages (see `Row.label`)."""
     message: str
+    """What is wrong, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Cohort:
     records: tuple[SlideRecord, ...]
     """Valid rows, in the source's order."""
     faults: tuple[RowFault, ...]
+    """All faults of all rows."""
     warnings: tuple[str, ...]
     """Sentences for the user."""
 
@@ -119,7 +122,7 @@ def _as_rows(entries: Iterable[Path], source: str) -> tuple[list[Row], list[str]
     if not slides:
         raise InputError(
             f"{source}: no slide found; looked for {' '.join(sorted(_SLIDE_SUFFIXES))} and DICOM folders, "
-            "not in deeper folders; other files can be listed in a CSV"
+            "not in subfolders; other files can be listed in a CSV"
         )
     companions = {slide.with_suffix("") for slide in slides if slide.suffix.lower() == ".mrxs"}
     others = [entry for entry in entries if entry not in slides and entry not in companions]

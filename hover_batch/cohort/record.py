@@ -96,9 +96,11 @@ class SlideRecord:
     mask_path: Path | None = None
     """Absolute path of the tissue mask; None to detect the tissue."""
     patient_id: str | None = None
+    """Patient, for the summary; None if the cohort gives none."""
     group: str | None = None
+    """Group of slides, for the summary; None if the cohort gives none."""
     extra: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Other columns of the cohort, which are only copied to the results."""
+    """Other columns of the cohort by name, which are only copied to the results."""
 
     @property
     def file(self) -> Path:

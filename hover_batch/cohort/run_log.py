@@ -22,10 +22,13 @@ class LoggedFailure:
     """Failure of a slide, or of an invalid row of the cohort, since the last start."""
 
     slide_id: str
+    """Slide, or name of the row in messages."""
     row: int | None
     """Row of the cohort; None if the log does not give it."""
     stage: str
+    """`Stage` in which it failed; empty if the log does not give it."""
     reason: str
+    """Message of the error."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class RunLog:
     failures: list[tuple[LoggedFailure, datetime]] = field(default_factory=list)
     """Failures and their times."""
     slides_done: int = 0
+    """Number of slides finished since the last start."""
     last_slide: datetime | None = None
     """Time when the last slide was finished."""
     stopped: bool = False

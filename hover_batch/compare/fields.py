@@ -22,6 +22,7 @@ class Field:
     """Square of a slide with its pixels. Both networks mirror the image at its border."""
 
     slide_id: str
+    """Slide of the field."""
     box: Box
     """Position in inference pixels."""
     image: NDArray[np.uint8]
@@ -42,9 +43,11 @@ class Place:
     """Position of a field, whose pixels are read only when it is compared."""
 
     record: SlideRecord
+    """Slide of the field."""
     box: Box
     """Position in inference pixels of `mpp` µm."""
     mpp: float
+    """Size of an inference pixel in µm."""
 
     def read(self) -> Field:
         """Read the pixels of the field, and time it. SlideError if the slide cannot be read."""

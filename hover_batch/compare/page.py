@@ -89,10 +89,10 @@ def render(found: dict[str, Any], panels: Sequence[Panel]) -> str:
 def _chart(sides: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the chart of seconds per patch over batch size, on logarithmic axes; None if nothing was timed."""
     points = [{int(b): s for b, s in side["seconds_per_patch"].items()} for side in sides]
-    seconds = [s for of in points for s in of.values()]
+    seconds = [s for curve in points for s in curve.values()]
     if not seconds:
         return None
-    batches = sorted({b for of in points for b in of})
+    batches = sorted({b for curve in points for b in curve})
     low, high = math.log10(min(seconds)), math.log10(max(seconds))
     span, widest = max(high - low, 1e-9), math.log2(batches[-1]) or 1.0
 
@@ -100,7 +100,7 @@ def _chart(sides: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return f"{math.log2(batch) / widest * WIDTH:.1f},{HEIGHT * (1 - (math.log10(value) - low) / span):.1f}"
 
     return {
-        "lines": [" ".join(place(b, s) for b, s in sorted(of.items())) for of in points],
+        "lines": [" ".join(place(b, s) for b, s in sorted(curve.items())) for curve in points],
         "ticks": [(math.log2(b) / widest * WIDTH, b) for b in batches],
         "low": 10**low,
         "high": 10**high,

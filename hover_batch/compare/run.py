@@ -22,7 +22,7 @@ from hover_batch.model.cost import cost_of
 PANELS = 8
 """Number of disagreements that the page shows."""
 
-Judge = Callable[[Side], dict[str, Any]]
+Scorer = Callable[[Side], dict[str, Any]]
 """Function that returns a side's scores on annotated images, by source, and the images it was trained on, if any."""
 
 
@@ -39,12 +39,18 @@ class Options:
 
 
 def compare(
-    first: Side, second: Side, places: Sequence[Place], options: Options, out: Path, notify: Notify, judge: Judge | None
+    first: Side,
+    second: Side,
+    places: Sequence[Place],
+    options: Options,
+    out: Path,
+    notify: Notify,
+    scorer: Scorer | None,
 ) -> dict[str, Any]:
     """Compare `first` with `second`, which is to replace it; write compare.json and compare.html to `out`.
 
-    `places`: fields to compare on. `notify` is called with lines about the progress. `judge` scores a side on annotated
-    images; None to omit that. Return the content of compare.json. InputError if `places` is empty.
+    `places`: fields to compare on. `notify` is called with lines about the progress. `scorer` scores a side on
+    annotated images; None to omit that. Return the content of compare.json. InputError if `places` is empty.
     """
     if not places:
         raise InputError(
@@ -55,9 +61,9 @@ def compare(
     notify("warming up …")
     peaks = warm_up(sides, places[0].read())
     truth = None
-    if judge:  # first, since it fails if the images are missing, and the rest takes long
+    if scorer:  # first, since it fails if the images are missing, and the rest takes long
         notify("scores on annotated images …")
-        truth = [judge(side) for side in sides]
+        truth = [scorer(side) for side in sides]
     by_batch = latencies(sides, options.batches, options.repeats, notify)
     agreed = Agreement([side.card.taxonomy for side in sides])
     panels: list[Panel] = []

@@ -25,8 +25,11 @@ class Side:
     """One of the two networks of a comparison."""
 
     name: str
+    """Name for the reader."""
     card: Card
+    """Card of the network."""
     network: nn.Module
+    """Network with its weights, in evaluation mode."""
     settings: InferSettings
     """Settings of inference; `predictor` resolves `auto` for this machine."""
     random: bool = False

@@ -40,9 +40,9 @@ def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, notif
                 if predictor.runtime == "torch":
                     with predictor.autocast():
                         seconds[number].append(seconds_per_patch(networks[number], side.card, batch))
-        for number, of in enumerate(seconds):
-            if of:
-                found[number][batch] = statistics.median(of)
+        for number, measured in enumerate(seconds):
+            if measured:
+                found[number][batch] = statistics.median(measured)
     return found
 
 
@@ -74,8 +74,8 @@ def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[Sid
             if turn == 0:
                 found.append(nuclei)
     return [
-        SideResult(instances, nuclei, *(statistics.median(column) for column in zip(*of, strict=True)))
-        for (instances, nuclei), of in zip(found, seconds, strict=True)
+        SideResult(instances, nuclei, *(statistics.median(column) for column in zip(*times, strict=True)))
+        for (instances, nuclei), times in zip(found, seconds, strict=True)
     ]
 
 

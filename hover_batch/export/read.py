@@ -38,8 +38,10 @@ class NucleiTable:
     """Table of one slide's nuclei in the file `path` (nuclei.parquet)."""
 
     path: Path
+    """File of the table."""
     slide_id: str
     taxonomy: Taxonomy
+    """Classes of the nuclei."""
     level0: Size
     """Size of the slide in level-0 pixels, to which all positions refer."""
     mpp: Mpp

@@ -86,7 +86,7 @@ def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = N
 def _tensors(path: Path) -> dict[str, Tensor]:
     """Return the state dict of a checkpoint: bare, or under `desc` (hover_net) or `model_state_dict` (HoVer-UNet)."""
     if path.suffix == ".safetensors":
-        raise PackageError(f"{path}: safetensors already; published checkpoints are .tar and .pth files")
+        raise PackageError(f"{path}: is already a .safetensors file; published checkpoints are .tar and .pth files")
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -27,6 +27,7 @@ class Cost:
     """Parameters and multiply-accumulates of a network."""
 
     parameters: int
+    """Number of weights, trained or not."""
     patch: int
     """Side in pixels of the image that `macs_per_patch` counts."""
     macs_per_patch: int

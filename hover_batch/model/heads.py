@@ -28,6 +28,7 @@ class Heads:
     """Channel layout for `n_types` classes, background included."""
 
     n_types: int
+    """Number of classes, background included."""
 
     @property
     def tp(self) -> slice:
@@ -56,6 +57,7 @@ class MapLayout:
     """
 
     n_types: int
+    """Number of classes, background included."""
 
     NP = 0
     H = 1

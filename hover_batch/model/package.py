@@ -49,11 +49,13 @@ class Card:
     """
 
     name: str
+    """Name of the model, one line."""
     architecture: str
     """One of ARCHITECTURES."""
     encoder: str
     """Encoder's name in segmentation-models-pytorch; empty for HoVerNet."""
     taxonomy: Taxonomy
+    """Classes of the model."""
     mpp: float
     """Pixel size of the training images in µm."""
     tile_in: int
@@ -63,7 +65,9 @@ class Card:
     sobel: Mapping[str, float]
     """The four constants of `hover_batch.nuclei.watershed.SobelConstants` by name."""
     licence: str
+    """Licence of the weights, in words."""
     input_scaling: str = "RGB / 255"
+    """Scaling of the pixels; only "RGB / 255" is supported."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Training data and settings, as recorded at export."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -148,11 +152,14 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Package:
-    """Package on disk: its file, its card and the SHA-256 of the whole file, which identifies it in a run."""
+    """Package on disk."""
 
     path: Path
+    """File of the package."""
     card: Card
+    """Card in the file."""
     sha256: str
+    """SHA-256 of the whole file, which identifies the package in a run."""
 
 
 def find_package(name_or_path: str, option: str = "--model") -> Package:

@@ -44,6 +44,7 @@ class TeacherArch:
     """Arguments of the network."""
 
     form: Form
+    """Published form: fast or original."""
     n_types: int | None
     """Number of classes, background included; None without a type branch."""
     width: int = 64

@@ -23,7 +23,7 @@ def owned(core: Box, nuclei: Nuclei) -> Nuclei:
     return nuclei.take((core.x0 <= x) & (x < core.x1) & (core.y0 <= y) & (y < core.y1))
 
 
-def keeps_clear(bounds: NDArray[np.int64], window: Box) -> NDArray[np.bool_]:
+def clear_of_margin(bounds: NDArray[np.int64], window: Box) -> NDArray[np.bool_]:
     """Return whether each box lies in `window` without touching its margin: (n,) bool.
 
     `bounds` (n, 4): x0, y0, x1, y1, half-open, relative to the window.

@@ -26,7 +26,7 @@ from hover_batch.config import PostSettings
 from hover_batch.geometry import Box, cell_box
 from hover_batch.model.heads import MapLayout
 from hover_batch.nuclei.measure import Nuclei, concatenate, empty, measure
-from hover_batch.nuclei.regions import MARGIN, keeps_clear, owned
+from hover_batch.nuclei.regions import MARGIN, clear_of_margin, owned
 from hover_batch.nuclei.watershed import Components, SobelConstants, split
 
 SEAM_VIEW = 80
@@ -51,7 +51,7 @@ def nuclei_of_region(
     if constants is None:
         constants = SobelConstants.of_window(view.maps[layout.H], view.maps[layout.V])
     in_core = view.components_in(core)
-    whole = in_core & keeps_clear(view.components.bounds, view.window) & (view.sides <= settings.max_component)
+    whole = in_core & clear_of_margin(view.components.bounds, view.window) & (view.sides <= settings.max_component)
     found = [view.nuclei(whole, constants)]
     oversized = np.zeros_like(in_core)
     pending = in_core & ~whole

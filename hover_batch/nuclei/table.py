@@ -51,8 +51,11 @@ class TableContext:
     """Slide and model of a table. It has no time, host or path, so that equal runs give equal bytes."""
 
     slide_id: str
+    """Name of the slide."""
     taxonomy: Taxonomy
+    """Classes of the nuclei."""
     grid: Grid
+    """Inference grid of the slide."""
     slide_mpp: Mpp
     """Pixel size of level 0."""
     mpp_source: str
@@ -60,7 +63,9 @@ class TableContext:
     bounds: Box | None
     """OpenSlide's bounds in level-0 pixels, the scanned part of the canvas; None if the file has none."""
     model_id: str
+    """Name of the model."""
     model_sha256: str
+    """Hash of the model's package."""
     software: str
     """Version of hover-batch."""
 

@@ -63,6 +63,7 @@ class Flag:
     """Flag of a slide."""
 
     name: FlagName
+    """Name of the flag."""
     sentence: str
     """What is wrong, what to look at and what to do."""
 

@@ -21,6 +21,7 @@ class Curve:
     """Curve of one class."""
 
     kind: NucleusClass
+    """Class of the curve."""
     points: str
     """Points "x,y x,y …" of an SVG polyline."""
 
@@ -30,6 +31,7 @@ class Histogram:
     """Histogram of a measurement, with one curve per class that has nuclei."""
 
     label: str
+    """Name and unit of the measurement."""
     curves: Sequence[Curve]
     """Share of the class's nuclei in each bin, as steps."""
     top: float

@@ -29,7 +29,9 @@ class SlideRow:
     summary: Mapping[str, Any] = field(default_factory=dict)
     """Columns of `export.summary` by name; empty unless the slide is done."""
     warnings: Sequence[str] = ()
+    """Sentences about the slide, such as an unusual pixel size."""
     flags: Sequence[Flag] = ()
+    """Quality flags; empty unless the slide is done."""
     page: str | None = None
     """Link to the page with the pictures; "" if they are on the same page, None if there are none."""
 
@@ -66,6 +68,7 @@ class SlideDetail:
     """Pictures of one slide, as data URIs; None for a picture whose file is missing."""
 
     row: SlideRow
+    """Row of the slide in the table."""
     extra: Mapping[str, str]
     """Cohort CSV's own columns."""
     mpp: float | None
@@ -75,7 +78,9 @@ class SlideDetail:
     overlay_file: str | None
     """Link from the page to the full overlay; None if the report is outside of the run's folder."""
     heatmaps: Sequence[Heatmap]
+    """Heatmaps of density; empty if the table cannot be read."""
     crops: Sequence[Crop]
+    """Crops with contours; empty if the slide cannot be opened."""
     missing: Sequence[str]
     """One sentence for each thing that is missing."""
 
@@ -85,6 +90,7 @@ class Flagged:
     """Slide with quality flags."""
 
     row: SlideRow
+    """Row of the slide in the table."""
     thumbnail: str | None
     """JPEG data URI; None if the file is missing, or many slides are flagged."""
 
@@ -94,7 +100,9 @@ class Share:
     """Number of nuclei of one class in the cohort."""
 
     kind: NucleusClass
+    """Class of the nuclei."""
     count: int
+    """Number of nuclei."""
     share: float | None
     """Share of all nuclei; None if there are none."""
     per_mm2: float | None
@@ -106,8 +114,11 @@ class Report:
     """Content of the front page."""
 
     title: str
+    """Title of the page."""
     written: str
+    """Time of the report, in UTC."""
     version: str
+    """Version of hover-batch."""
     status: Sequence[str]
     """First lines of `hover-batch status`."""
     counts: Mapping[str, int]
@@ -117,14 +128,19 @@ class Report:
     missing: Sequence[str]
     """One sentence for each thing that the report lacks."""
     flagged: Sequence[Flagged]
+    """Slides with quality flags."""
     classes: Sequence[NucleusClass]
     """Classes without the background; empty if no table can be read."""
     shares: Sequence[Share]
+    """Number of nuclei of each class."""
     rows: Sequence[SlideRow]
+    """All slides, in the order of the cohort."""
     cohort: Mapping[str, Any]
     """Cohort's row of the summary; empty if no table can be read."""
     densities: Sequence[Strip]
+    """Dot plots of nuclei per mm² of tissue."""
     histograms: Sequence[Histogram]
+    """Histograms of measurements by class."""
     failures: Sequence[SlideRow]
     """Failed slides and invalid rows of the cohort."""
     card: Mapping[str, Any] | None

@@ -24,6 +24,7 @@ class Measure:
     """Column of the table, and the histogram that is made of it."""
 
     column: str
+    """Name of the column."""
     label: str
     """Name and unit for the reader."""
     low: float
@@ -97,6 +98,7 @@ class Measured:
     """Result of one pass over a slide's table. The class axis is indexed by class id, background first."""
 
     cells: Cells
+    """Grid of the cells."""
     histograms: dict[str, NDArray[np.int64]]
     """Number of nuclei in each bin by column: (classes, bins) int64."""
     counts: NDArray[np.int64]

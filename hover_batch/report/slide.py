@@ -30,6 +30,7 @@ class SlideReport:
     """Report on one slide."""
 
     detail: SlideDetail
+    """Pictures of the slide."""
     table: NucleiTable | None
     """Table of nuclei; None if it cannot be read, as `detail.missing` then says."""
     measured: Measured | None

@@ -59,7 +59,9 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
         try:
             wsi = WsiDicom.open(folder)
         except WsiDicomNoResolutionError as error:  # has no text; and no column of the cohort helps
-            raise SlideError(f"{folder}: the DICOM instances have no pixel spacing, which wsidicom needs") from error
+            raise SlideError(
+                f"{folder}: the DICOM instances have no pixel spacing; add it, or convert the slide to TIFF"
+            ) from error
         with wsi:
             if len(wsi.pyramids) > 1:
                 raise InputError(

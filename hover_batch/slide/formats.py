@@ -41,6 +41,7 @@ class Header:
     bounds: Box | None
     """Non-empty region in level-0 pixels; None if the format has none."""
     vendor: str
+    """Format or manufacturer, as the library names it."""
     magnification: float | None
     """Objective's power; None if unknown."""
 
@@ -216,7 +217,7 @@ def open_picture(path: Path) -> Image.Image:
         if width * height > MAX_PICTURE_PIXELS:
             picture.close()
             raise SlideError(
-                f"{path}: a plain picture of {width} × {height} pixels would have to be held in memory whole; "
+                f"{path}: a plain picture of {width} × {height} pixels would have to be held in memory as a whole; "
                 "convert it to a pyramidal tiled TIFF"
             )
         # Pillow opens 16-bit colour as 8-bit and keeps only the high byte, which makes 12-bit pictures black.

@@ -116,7 +116,7 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
     """
     middle = medians([SobelConstants.of_window(h, v) for _, (_, h, v) in predicted])
     window = trial(predicted, None, None)
-    fixed = [trial(predicted, cut, placed(middle, cut)) for cut in sorted(cuts)]
+    fixed = [trial(predicted, cut, constants_at(middle, cut)) for cut in sorted(cuts)]
     best_f_d = max((t.mean_f_d for t in fixed), default=np.nan)
     allowed = [t for t in fixed if t.mean_f_d >= best_f_d - F_D_MARGIN]
     if not allowed or np.isnan(allowed[0].mean_pq):
@@ -125,10 +125,10 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
         )
     best = max(allowed, key=lambda t: t.mean_pq)
     assert best.cut is not None  # only `window` has no cut
-    return Calibration(placed(middle, best.cut), best.cut, middle, (window, *fixed))
+    return Calibration(constants_at(middle, best.cut), best.cut, middle, (window, *fixed))
 
 
-def placed(medians: SobelConstants, cut: float) -> SobelConstants:
+def constants_at(medians: SobelConstants, cut: float) -> SobelConstants:
     """Shift the medians so that the marker threshold is at `cut` times the minimum, in each direction."""
 
     def moved(low: float, high: float) -> tuple[float, float]:
@@ -163,7 +163,7 @@ def try_others(predicted: Predicted, cut: float) -> dict[str, Trial]:
     standard = Numbers()
     for numbers in (standard, *OTHERS):
         maps = [from_stored(planes) for _, planes in predicted]
-        constants = placed(medians([extremes(m, numbers.sobel) for m in maps]), cut)
+        constants = constants_at(medians([extremes(m, numbers.sobel) for m in maps]), cut)
 
         def instances(
             planes: Planes, numbers: Numbers = numbers, constants: SobelConstants = constants

@@ -118,7 +118,7 @@ def teach(
         )
         progress = ProgressCounter("images")
         results = map_tasks(
-            take,
+            run_lesson,
             _lessons(teaching, folds, kept, package.card, progress, say),
             backend=engine.backend,
             cpus=max(1, threads),
@@ -164,7 +164,7 @@ def _lessons(
             yield Lesson(teaching, fold, tuple(places))
 
 
-def take(lesson: Lesson) -> None:
+def run_lesson(lesson: Lesson) -> None:
     """Compute and store the outputs of the teacher for the images of one task, except those already stored."""
     from hover_batch.model.images import image_logits
 

@@ -44,17 +44,16 @@ RIGHT = math.pi / 2
 
 
 class View(NamedTuple):
-    """A training crop before its targets are computed.
-
-    `image`: (size, size, 3) uint8 RGB. `instances` (int32 ids, 0 = background) and `types` (uint8 class ids): (side,
-    side) with side = size + 2 × LABEL_MARGIN; types are 0 everywhere if the sample has none. `planes`: the teacher's
-    output (channel, size, size) float32 as in `hover_batch.model.heads`, or None without a teacher.
-    """
+    """Training crop before its targets are computed. Labels have the side size + 2 × LABEL_MARGIN."""
 
     image: NDArray[np.uint8]
+    """Image (size, size, 3) uint8 RGB."""
     instances: NDArray[np.int32]
+    """Ids of nuclei (side, side) int32, 0 = background."""
     types: NDArray[np.uint8]
+    """Class ids (side, side) uint8; 0 everywhere if the sample has no types."""
     planes: NDArray[np.float32] | None
+    """Teacher's output (channel, size, size) float32, as in `hover_batch.model.heads`; None without a teacher."""
 
 
 def random_view(

@@ -140,7 +140,7 @@ def test_a_large_picture_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert peek(record(path, mpp=0.25)).warnings == ()
     monkeypatch.setattr(headers, "LARGE_PICTURE_PIXELS", 100_000)
     (warning,) = peek(record(path, mpp=0.25)).warnings
-    assert warning.startswith("a plain picture is held in memory whole")
+    assert warning.startswith("a plain picture is held in memory as a whole")
 
 
 def test_the_memory_of_a_picture_is_as_told(tmp_path: Path) -> None:
