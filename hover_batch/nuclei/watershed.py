@@ -109,7 +109,7 @@ class Components:
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        """Components of at least MIN_PIXELS pixels, without the background: (n,) bool."""
+        """Whether each component has at least MIN_PIXELS pixels; False for the background: (n,) bool."""
         kept = self.pixels >= MIN_PIXELS
         kept[0] = False
         return kept

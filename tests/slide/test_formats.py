@@ -130,7 +130,7 @@ def test_refused_values_of_ome_are_quoted(tmp_path: Path, sizes: dict[str, Any],
 def test_the_resolution_of_png_and_jpeg_is_quoted_but_not_taken(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"tile.{suffix}"
     Image.fromarray(FIELD).save(path, dpi=(50800, 50800))
-    with pytest.raises(InputError, match="0.5 µm a pixel, which is not taken.*column mpp"):
+    with pytest.raises(InputError, match="0.5 µm a pixel, which is ignored.*column mpp"):
         peek(record(path))
 
 

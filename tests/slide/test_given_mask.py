@@ -118,7 +118,7 @@ def test_a_mask_without_tissue_is_refused_before_the_run(tmp_path: Path) -> None
     away = {"type": "Polygon", "coordinates": [[[900, 900], [990, 900], [990, 990], [900, 900]]]}
     (tmp_path / "mask.geojson").write_text(json.dumps(away))
     for name in ("mask.png", "mask.geojson"):
-        with pytest.raises(InputError, match="no tissue of this mask lies on the slide of 500 × 500"):
+        with pytest.raises(InputError, match="the mask has no tissue on the slide of 500 × 500"):
             check_mask(tmp_path / name, Size(500, 500))
 
 
