@@ -117,7 +117,7 @@ def test_refused_values_of_aperio_are_quoted(tmp_path: Path, mpp: str, said: str
     ("sizes", "said"),
     [
         ({"PhysicalSizeX": 250.0, "PhysicalSizeY": 250.0}, "250 µm.*in nm"),
-        ({"PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel", "PhysicalSizeY": 1.0}, "1.0 pixel a pixel, an unknown unit"),
+        ({"PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel", "PhysicalSizeY": 1.0}, "1.0 pixel a pixel, an unknown"),
     ],
 )
 def test_refused_values_of_ome_are_quoted(tmp_path: Path, sizes: dict[str, Any], said: str) -> None:
