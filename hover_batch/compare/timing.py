@@ -61,7 +61,7 @@ class SideResult:
 
 
 def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[SideResult]:
-    """Return each side's nuclei in a field, with the median times of `repeats` repetitions."""
+    """Return the nuclei of each of `sides` in a field, with the median times of `repeats` repetitions."""
     seconds: list[list[tuple[float, float]]] = [[] for _ in sides]
     found: list[tuple[NDArray[np.int32], Nuclei]] = []
     for turn in range(repeats):

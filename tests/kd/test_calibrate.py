@@ -121,7 +121,7 @@ def test_at_equal_quality_the_lower_cut():
 
 
 @pytest.mark.parametrize("cut", [-0.1, 0.0, 0.1])
-def test_placed(cut):
+def test_constants_at_a_cut(cut):
     """The marker threshold lies at the cut; the extremes are as far apart as before."""
     medians = SobelConstants(h_min=-4, h_max=3, v_min=-2, v_max=1)
     got = constants_at(medians, cut)
