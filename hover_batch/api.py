@@ -1,4 +1,4 @@
-"""The Python API: segment a slide, load its table and its maps, and predict images in memory."""
+"""Python API: segment a slide, load its table and its maps, and predict images in memory."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def segment_slide(
     slide_id: str | None = None,
     **settings: Any,
 ) -> Path:
-    """Find the nuclei of one slide, as `hover-batch segment` does; the same call again resumes where it stopped.
+    """Find the nuclei of one slide, as `hover-batch segment` does. Repeat the call to resume where it stopped.
 
-    `path`: a slide file, a DICOM folder or a URL. `output`: the run's folder; several slides may share one, if their
-    settings are the same. `mpp`: µm per pixel at level 0, if the file lacks it or is wrong. `slide_id`: by
+    `path`: a slide file, a DICOM folder or a URL. `output`: the run's folder; several slides may share one if their
+    settings are the same. `mpp`: pixel size of level 0 in µm, if the file gives none or a wrong one. `slide_id`: by
     default the file's stem. `settings`: those of the command, by their names in settings.toml (`batch=4`,
     `backend="local"`, `class_map={"stroma": ["spindle"], …}`).
 
-    Returns the table's path, for `load_nuclei`. Raises InputError where an argument is wrong, PackageError where
-    the model cannot be used, SlideError where the slide cannot be processed.
+    Returns the path of the table, for `load_nuclei`. Raises InputError if an argument is invalid, PackageError if the
+    model cannot be used, SlideError if the slide cannot be processed.
     """
     from hover_batch.segment import run_segment
 
@@ -69,19 +69,19 @@ def segment_slide(
 
 
 def load_nuclei(path: str | Path) -> pd.DataFrame:
-    """Load the nuclei of one slide, from its nuclei.parquet or its folder.
+    """Load the nuclei of one slide from its nuclei.parquet or its folder.
 
-    One row per nucleus, with the columns of the table; `geometry` holds shapely polygons in level-0 pixels (`bbox` is
-    left out), `slide_id` and `type` are categories. `attrs["hover_batch"]` holds the file's metadata: pixel size,
-    classes with colours, model. `geopandas.GeoDataFrame(nuclei)` makes a GeoDataFrame of it.
+    Returns one row per nucleus, with the columns of the table except `bbox`. `geometry` holds shapely polygons in
+    level-0 pixels; `slide_id` and `type` are categories. `attrs["hover_batch"]` holds the file's metadata: pixel size,
+    classes with colours, model. `geopandas.GeoDataFrame(nuclei)` converts it to a GeoDataFrame.
 
-    Raises SlideError where the table is missing or corrupted.
+    Raises SlideError if the table is missing or corrupted.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "nuclei.parquet"
     if not path.exists():
-        raise SlideError(f"{path}: is not there; give a finished slide's folder (out/slides/ID) or its nuclei.parquet")
+        raise SlideError(f"{path}: does not exist; give the folder of a finished slide, out/slides/ID, or its table")
     NucleiTable.open(path)
     try:
         with pq.ParquetFile(path) as file:
@@ -99,21 +99,22 @@ def _frame(table: pa.Table, about: Mapping[str, Any]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Plane:
-    """One channel of a prediction store, read when it is indexed: `plane[y0:y1, x0:x1]`, `plane[:]` or `numpy.asarray`.
+    """One channel of a prediction store, read on indexing: `plane[y0:y1, x0:x1]`, `plane[:]` or `numpy.asarray(plane)`.
 
-    Values are float32 in the channel's own unit; outside of tissue they are 0.
+    Values are float32 in the channel's own unit, and 0 outside of tissue.
     """
 
     array: Any = field(repr=False)
     index: int
+    """Position of the channel in the store."""
     steps: float
     """Stored steps per unit."""
     signed: bool = False
-    """Whether stored bytes are two's-complement."""
+    """Whether stored bytes are in two's complement."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns, in inference pixels."""
+        """Number of rows and columns, in inference pixels."""
         return self.array.shape[1], self.array.shape[2]
 
     def __getitem__(self, window: Any) -> NDArray[np.float32]:
@@ -128,32 +129,36 @@ class Plane:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Maps of a slide as the network predicted them, on the inference grid; its pixel (0, 0) begins at that of level 0.
-
-    `np`: probability of a nucleus, 0 to 1. `h`, `v`: signed distances to the nucleus's centroid along x and y, -1 to 1.
-    `classes`: probability of each class by name, background included, where np ≥ 0.25, else 0. `hematoxylin`, `eosin`:
-    optical density there. `mpp`: size of an inference pixel in µm; `level0_per_pixel`: level-0 pixels per inference
-    pixel along x and y; `level0`: size of the canvas; `bounds`: its scanned part in level-0 pixels, or None if the
-    slide has no bounds.
-    """
+    """Maps of a slide as the network predicted them, on the inference grid, which starts at level-0 pixel (0, 0)."""
 
     np: Plane
+    """Probability of a nucleus, 0 to 1."""
     h: Plane
+    """Signed distance to the nucleus's centroid along x, -1 to 1."""
     v: Plane
+    """Signed distance to the nucleus's centroid along y, -1 to 1."""
     classes: Mapping[str, Plane]
+    """Probability of each class by name, background included; 0 where np < 0.25."""
     hematoxylin: Plane
+    """Optical density of hematoxylin; 0 where np < 0.25."""
     eosin: Plane
+    """Optical density of eosin; 0 where np < 0.25."""
     card: Card = field(repr=False)
+    """Card of the model."""
     mpp: Mpp
+    """Size of an inference pixel in µm."""
     level0_per_pixel: tuple[float, float]
+    """Level-0 pixels per inference pixel: (x, y)."""
     level0: Size
+    """Size of the canvas in level-0 pixels."""
     bounds: Box | None
+    """Scanned part of the canvas in level-0 pixels; None if the slide has no bounds."""
 
 
 def load_predictions(slide_folder: str | Path) -> Predictions:
-    """Open the prediction store of a slide, by the slide's folder (out/slides/ID). Nothing is read yet.
+    """Open the prediction store of a slide, given the slide's folder (out/slides/ID). No pixels are read yet.
 
-    Raises InputError where it is missing, SlideError or PackageError where it is corrupted.
+    Raises InputError if it is missing, SlideError or PackageError if it is corrupted.
     """
     folder = Path(slide_folder).absolute()
     layout = SlideLayout(folder.parent.parent, folder.name)
@@ -186,7 +191,7 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
 
 
 class Model:
-    """Network that is ready to predict. Images must have pixels of `card.mpp` µm."""
+    """Network that is ready to predict. Images must have a pixel size of `card.mpp` µm."""
 
     def __init__(self, predictor: Predictor, sha256: str) -> None:
         self.card = predictor.card
@@ -194,9 +199,9 @@ class Model:
         self.sha256 = sha256
 
     def predict(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the maps (plane, y, x) uint8, see `hover_batch.model.heads.MapLayout`, of RGB pixels (y, x, 3) uint8.
+        """Return the maps (plane, y, x) uint8 of an image (see `hover_batch.model.heads.MapLayout`).
 
-        The image is reflected at its border. InputError for other arrays.
+        `rgb`: (y, x, 3) uint8 RGB; it is reflected at its border. InputError for other arrays.
         """
         if (
             not isinstance(rgb, np.ndarray)
@@ -210,10 +215,11 @@ class Model:
         return predict_image(self.predictor, rgb)
 
     def nuclei(self, rgb: NDArray[np.uint8]) -> tuple[NDArray[np.int32], pd.DataFrame]:
-        """Return the instances (y, x) int32, 0 = background, of an image (y, x, 3) uint8 RGB, and their table.
+        """Return the instances (y, x) int32, 0 = background, of an image and the table of its nuclei.
 
-        The table has the columns of `load_nuclei`, positions in pixels of the image, and `nucleus_id` is the number in
-        the instances. The result is that of a run with default settings. InputError for other arrays.
+        `rgb`: (y, x, 3) uint8 RGB. The table has the columns of `load_nuclei`, with positions in pixels of the image;
+        `nucleus_id` is the number in the instance map. The result is that of a run with default settings. InputError
+        for other arrays.
         """
         from hover_batch.nuclei.image import nuclei_of
 
@@ -231,10 +237,10 @@ class Model:
 
 
 def load_model(name_or_path: str | Path = "starter", **settings: Any) -> Model:
-    """Load the network of a package, on a GPU if there is one. `settings`: those of inference (`device`, `precision`,
-    `batch`, `runtime`, `threads`).
+    """Load the network of a package, on a GPU if there is one.
 
-    PackageError if it cannot be loaded, InputError if a setting is wrong or the device cannot be used.
+    `settings`: those of inference (`device`, `precision`, `batch`, `runtime`, `threads`). PackageError if the package
+    cannot be loaded, InputError if a setting is invalid or the device cannot be used.
     """
     from hover_batch.model.predict import load_predictor
 

@@ -41,7 +41,7 @@ app.add_typer(models_app, name="models")
 def main(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
-    """Print the version if it is asked for; the commands do all else."""
+    """Print the version if --version is given."""
     if version:
         typer.echo(__version__)
         raise typer.Exit

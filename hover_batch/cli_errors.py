@@ -18,11 +18,14 @@ from hover_batch.logs import LogFormat, json_line
 class CommandGroup(TyperGroup):
     """Group of all commands.
 
-    It reports a HoverBatchError, a full disk and Ctrl-C as one message, with their exit codes.
+    A HoverBatchError, a full disk and Ctrl-C end the program with one message and their exit code.
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Run the command line, without colours and movements of the cursor if NO_COLOR is set."""
+        """Run the command line. Arguments and result are those of typer's `main`.
+
+        Without colours and cursor movements if NO_COLOR is set.
+        """
         if os.environ.get("NO_COLOR"):
             # By itself, rich leaves out only the colours; it would still print bold text and move the cursor.
             os.environ["TERM"] = "dumb"
@@ -30,7 +33,7 @@ class CommandGroup(TyperGroup):
         return super().main(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; typer.Exit with the exit code of an error, after its message."""
+        """Run a command; on an error, print its message to stderr and raise typer.Exit with its exit code."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # else µ and → raise an error on a terminal that is not UTF-8
                 stream.reconfigure(errors="backslashreplace")

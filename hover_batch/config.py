@@ -23,7 +23,7 @@ BackendChoice = Literal["auto", "ray", "local"]
 MAX_WORKERS = 1_000_000
 """Limit of cores and GPUs; larger values are treated as typos."""
 MAX_SIDE = 16_384
-"""Limit in inference pixels of what is held in memory at once: all planes of such a square are a few GB."""
+"""Limit in inference pixels of the side of what is held in memory at once; all planes of such a square are a few GB."""
 
 
 def _check(ok: bool, flag: str, value: object, rule: str) -> None:
@@ -49,7 +49,7 @@ def _typed(name: str, value: object, kind: type) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base of the sections: fields of a Literal type take only its values."""
+    """Base of the sections. Fields of a Literal type accept only its values. InputError for invalid values."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -61,7 +61,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class TissueSettings(Section):
-    """Where to look for nuclei."""
+    """Settings of the tissue mask."""
 
     tissue: Tissue = "auto"
     """auto: a mask from a thumbnail; all: the whole canvas. A mask from the cohort CSV takes precedence."""
@@ -78,7 +78,7 @@ class TissueSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class InferSettings(Section):
-    """How tiles go through the network."""
+    """Settings of inference."""
 
     unit: int = 4096
     """Side in inference pixels of a unit, which is read, predicted and stored at once, as one shard."""
@@ -88,12 +88,12 @@ class InferSettings(Section):
     """auto: fp16 on a GPU with hardware for it, else fp32; both find the same nuclei. bf16 has fewer digits and shifts
     outlines."""
     runtime: Runtime = "auto"
-    """auto: openvino on a CPU, where it is installed and the precision is fp32; else torch. compile: torch after
+    """auto: openvino on a CPU, if it is installed and the precision is fp32; else torch. compile: torch after
     torch.compile. They round differently and find the same nuclei."""
     threads: int = 0
     """Threads of one copy of the network on the CPU; 0 = chosen for the machine. It does not change results."""
     device: str = "auto"
-    """auto: cuda where available, else cpu; or a torch device name."""
+    """auto: cuda if available, else cpu; or a torch device name."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +105,7 @@ class InferSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class PostSettings(Section):
-    """How maps become nuclei (the numbers of HoVerNet's reference post-processing are the defaults)."""
+    """Settings of post-processing. The defaults are those of HoVerNet's reference, except where noted."""
 
     sobel_norm: SobelNorm = "fixed"
     """fixed: the model card's constants, the same nuclei wherever seams fall; window: as in the reference."""
@@ -129,7 +129,7 @@ class PostSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings(Section):
-    """What is kept on disk beside the tables."""
+    """Settings of what is kept on disk besides the tables."""
 
     discard_predictions: bool = False
     """Remove a slide's prediction store once its table is written."""
@@ -137,11 +137,11 @@ class OutputSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings(Section):
-    """Where the work is done. These settings do not change results."""
+    """Settings of execution, which do not change results."""
 
     backend: BackendChoice = "auto"
-    """ray: processes on all cores and GPUs of this machine or of a cluster; local: all in this process; auto: local for
-    runs with few tiles on this machine, which end before Ray has started."""
+    """ray: processes on all cores and GPUs of this machine or a cluster. local: all work in this process. auto: local
+    for runs with few tiles on this machine, which end before Ray has started."""
     cpus: int = 0
     """Cores to use; 0 = all of this machine or cluster."""
     gpus: int = -1
@@ -149,7 +149,7 @@ class EngineSettings(Section):
     address: str = ""
     """Ray cluster to join; empty: start Ray on this machine for the run."""
     scratch: str = ""
-    """Folder on each machine for copies of slides from buckets; empty: the one for temporary files."""
+    """Folder on each machine for copies of slides from cloud storage; empty: the folder for temporary files."""
     max_failures: int = -1
     """Stop when more slides than this have failed; -1 = never."""
 
@@ -175,13 +175,15 @@ class Settings:
     engine: EngineSettings = field(default_factory=EngineSettings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested plain values, as settings.toml holds them."""
+        """Return nested plain values, as in settings.toml."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build the settings from nested values; missing ones take their defaults. InputError for unknown names, wrong
-        types and wrong values."""
+        """Build the settings from nested values, with defaults for missing ones.
+
+        InputError for unknown names, wrong types and invalid values.
+        """
         sections = {name: section for name, section in vars(cls()).items() if isinstance(section, Section)}
         known: dict[str, Any] = {}
         for key, value in data.items():
@@ -195,13 +197,16 @@ class Settings:
                 defaults = vars(sections[key])
                 if unknown := sorted(value.keys() - defaults.keys()):
                     names = ", ".join(sorted(defaults))
-                    raise InputError(f"setting {key}.{unknown[0]} is not known; [{key}] knows {names}")
+                    raise InputError(f"setting {key}.{unknown[0]} is not known; known in [{key}] are {names}")
                 typed = {name: _typed(f"{key}.{name}", v, type(defaults[name])) for name, v in value.items()}
                 known[key] = type(sections[key])(**typed)
         return cls(**known)
 
     def results_key(self) -> dict[str, Any]:
-        """Return the settings that change results, for the run key, where the weights' hash stands for the model."""
+        """Return the settings that change results, for the run key.
+
+        The model is left out, since its hash is also part of the key.
+        """
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # all GPUs of a node give the same results
         del infer["threads"]  # tests/test_precision.py: the maps are the same, bit for bit
@@ -218,7 +223,10 @@ SECTION_OF = {
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nest settings given by their bare names, as `Settings.from_dict` takes them. InputError for unknown names."""
+    """Group settings by section, for `Settings.from_dict`.
+
+    `settings`: values by the bare names of the settings. InputError for unknown names.
+    """
     data: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in SECTION_OF:

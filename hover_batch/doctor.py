@@ -1,6 +1,6 @@
 """Check whether this machine has what a run needs: PASS, WARN or FAIL, and the fix.
 
-A check looks at one thing and does no real work; one that raises is a FAIL with its message.
+A check looks at one thing and does no real work. If it raises an exception, the result is FAIL with its message.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from hover_batch.model.package import find_package, load_tensors
 
 GIB = 2**30
 LOW_MEMORY = 4 * GIB
-"""Least memory for a network, a reader and a region in post-processing together."""
+"""Memory below which there is a warning: a network, a reader and a region in post-processing need it together."""
 LOW_DISK = 10 * GIB
-"""Less space is filled by the prediction stores of one or two large slides."""
+"""Free space below which there is a warning: the prediction stores of one or two large slides fill it."""
 RAY_FULL = 0.95
 """Fraction of the disk above which Ray stops spilling."""
 LOW_FILES = 4096
-"""Least limit of open files: Ray's processes hold a few hundred connections on a machine with many cores."""
+"""Limit of open files below which there is a warning: Ray has hundreds of connections on a machine with many cores."""
 _OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 _EXTRAS = {
     "spatialdata": ("spatialdata", "export --to spatialdata and anndata"),
@@ -46,23 +46,28 @@ _EXTRAS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of a check, and the fix (empty for PASS)."""
+    """Result of a check."""
 
     status: Literal["PASS", "WARN", "FAIL"]
     found: str
+    """What was found, in words."""
     fix: str = ""
+    """Advice how to fix the problem; empty for PASS."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check: `look` does it; `fix` is the advice where `look` raises."""
+    """One check."""
 
     name: str
+    """Name in the output."""
     look: Callable[[], Finding]
+    """Function that does the check."""
     fix: str
+    """Advice if `look` raises an exception."""
 
     def run(self) -> Finding:
-        """Do the check without raising or warning."""
+        """Do the check. It does not raise or warn: an exception gives FAIL."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -74,7 +79,7 @@ class Check:
 
 
 def checks(output: Path, *, start_ray: bool = False) -> list[Check]:
-    """Return all checks in the order of the output. `output`: the folder for a run."""
+    """Return all checks in the order of the output. `output`: folder for a run. `start_ray`: whether to start Ray."""
     reinstall = "reinstall hover-batch"
     temporary = Path(tempfile.gettempdir())
     return [
@@ -159,7 +164,7 @@ def _ray() -> Finding:
 
 
 def _ray_starts() -> Finding:
-    """Start Ray before anything else imports it: it reads its token on import."""
+    """Start Ray before anything else imports it, since it reads its token on import."""
     from hover_batch.executor.cluster import ray_version
     from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
 
@@ -172,7 +177,7 @@ def _ray_starts() -> Finding:
 
 
 def _token() -> Finding:
-    """Joining a cluster needs its token; a cluster that a run starts makes one."""
+    """Check the token for joining a cluster; a cluster that a run starts makes its own."""
     mode = os.environ.get("RAY_AUTH_MODE", "")
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if os.environ.get("RAY_AUTH_TOKEN") or path.is_file():
@@ -201,7 +206,7 @@ def _open_files() -> Finding:
 
 
 def _disk(folder: Path) -> Finding:
-    """Check the disk of the folder, or of the one in which it would be made."""
+    """Check the disk of a folder, or of the nearest parent that exists."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return Finding("FAIL", f"{there} cannot be written", "name another folder, or change its permissions")
@@ -236,7 +241,7 @@ def _weights() -> Finding:
 
 
 def _numba() -> Finding:
-    """Check that compiled code is cached, else each process of a run compiles for seconds. Raises where it is not."""
+    """Check that numba caches compiled code, else each process of a run compiles for seconds. Raises if it does not."""
     from numba import njit
 
     return _passed(f"{version('numba')} keeps compiled code in {njit(cache=True)(_cores).stats.cache_path}")
@@ -270,8 +275,8 @@ def _sqlite() -> Finding:
             database.enable_load_extension(True)
         except (AttributeError, sqlite3.Error):
             return _warned(
-                "this Python loads no extensions: an exported AnnotationStore cannot be read by it",
-                "read it by a Python built with --enable-loadable-sqlite-extensions (uv's and conda's are)",
+                "this Python loads no extensions, so it cannot read an exported AnnotationStore",
+                "read it with a Python built with --enable-loadable-sqlite-extensions (uv's and conda's are)",
             )
     return _passed(f"{sqlite3.sqlite_version}, loads extensions (to read an AnnotationStore)")
 

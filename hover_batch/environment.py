@@ -1,9 +1,9 @@
-"""Environment variables for libraries that expect a user name and a home folder that can be written.
+"""Set environment variables for libraries that expect a user name and a writable home folder.
 
-Containers often have neither: the installation and the home are read-only, and an arbitrary user id has no entry in
-the password file. There numba refuses to define a kernel (it finds no folder for compiled code), matplotlib warns, and
-torch.compile cannot find out the user's name. Numba and matplotlib read these variables when they are imported, so
-`hover_batch` sets them when it is imported itself.
+Containers often have neither: the installation and the home are read-only, and an arbitrary user id has no entry in the
+password file. Then numba refuses to define a kernel (it finds no folder for compiled code), matplotlib warns, and
+torch.compile cannot find the user's name. Numba and matplotlib read these variables when they are imported, so
+`hover_batch` sets them on its own import.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib"}
 
 
 def complete_environment() -> None:
-    """Set what is missing; change nothing where the user has a name and a cache folder that can be written.
+    """Set missing variables. Nothing changes for a user with a name and a writable cache folder.
 
-    Without such a cache folder, caches go to a folder in the temporary directory that is this user's alone, since numba
-    unpickles what it finds in its cache. Without any home folder, that folder stands in for it. Never raises OSError:
+    Without such a cache folder, caches go to a folder in the temporary directory that belongs to this user alone, since
+    numba unpickles the files in its cache. Without a home folder, HOME is set to that folder. Never raises OSError:
     commands that compile nothing work without a temporary directory, too.
     """
     try:
@@ -40,7 +40,7 @@ def complete_environment() -> None:
 
 
 def _user_cache_is_writable() -> bool:
-    """Whether numba can use the folder for compiled code that it takes where the installation is read-only."""
+    """Whether numba can write to the cache folder that it uses if the installation is read-only."""
     folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "numba")
     try:
         os.makedirs(folder, exist_ok=True)  # numba does the same; os.access cannot say whether it would succeed
@@ -50,9 +50,9 @@ def _user_cache_is_writable() -> bool:
 
 
 def _private_folder() -> str:
-    """A folder in the temporary directory that belongs to this user alone, the same one for all processes.
+    """Return a folder in the temporary directory that belongs to this user alone, the same for all processes.
 
-    Where something else has that name (a folder of another user's, a link), a new folder, removed at exit.
+    If the name is taken (by another user's folder or a link), return a new folder, which is removed at exit.
     """
     import atexit
     import contextlib

@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of a full disk and of an exhausted quota, for which no slide is to blame."""
+"""Error numbers of a full disk and an exhausted quota, which are not faults of a slide."""
 
 
 class ScratchFull(OSError):
@@ -38,11 +38,11 @@ class InputError(HoverBatchError):
 
 
 class SettingsChanged(InputError):
-    """The output folder holds results of settings that give other results."""
+    """The output folder holds results of other settings, which give other results."""
 
 
 class SlideError(HoverBatchError):
-    """Slide that cannot be opened, read or processed."""
+    """A slide cannot be opened, read or processed."""
 
     exit_code = 3
 
@@ -58,6 +58,6 @@ class TooManyFailures(HoverBatchError):
 
 
 class PackageError(HoverBatchError):
-    """Model package or checkpoint that cannot be read or does not fit."""
+    """A model package or checkpoint cannot be read or used."""
 
     exit_code = 2

@@ -1,7 +1,8 @@
-"""Write files atomically and durably: a reader sees the old file or the new one, also after a kill or a power cut.
+"""Write files atomically and durably: a reader sees the old file or the new one, even after a kill or a power cut.
 
 A write goes to a hidden temporary file in the same folder, which is synced to disk and renamed; then the folder is
-synced, so that the new name survives too. A killed write leaves its temporary file behind, until `sweeping` removes it.
+synced, so that the new name survives, too. A killed write leaves its temporary file behind, until `sweeping` removes
+it.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path` for the block to write to. On success the file there replaces `path`; on an
-    error it is removed, and `path` stays as it was.
+    """Yield a temporary path in the folder of `path` for the block to write to.
 
-    The name is unique to the call, so that two writers of one file cannot rename each other's half-written one.
+    On success, the temporary file replaces `path`; on an error it is removed, and `path` is unchanged. The name is
+    unique to the call, so that concurrent writers of one file do not use the same temporary file.
     """
     with _temporary(path) as temporary:
         yield temporary
@@ -38,8 +39,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """`replacing` for a folder that can be made again: its files are not synced, and while an old folder is replaced,
-    neither the old nor the new one exists for a moment."""
+    """Yield a temporary path for the block to create a folder at, which then replaces the folder `path`.
+
+    For folders that can be made again: files are not synced, and for a moment during the replacement neither the old
+    nor the new folder exists. On an error, `path` is unchanged.
+    """
     temporary = _hidden_name(path)
     try:
         yield temporary
@@ -56,12 +60,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 MAX_JSON_BYTES = 1 << 30
-"""Larger JSON files, uncompressed, are refused: a small gzip file can hold terabytes."""
+"""Limit of an uncompressed JSON file, since a small gzip file can expand to terabytes."""
 
 
 def load_json(path: Path) -> Any:
-    """Return the content of a JSON file, gzipped or not, with or without a byte order mark. OSError where it cannot be
-    opened, ValueError for any other content."""
+    """Return the content of a JSON file, gzipped or not, with or without a byte order mark.
+
+    OSError if the file cannot be opened, ValueError if its content is not valid.
+    """
     content = path.read_bytes()
     if content.startswith(b"\x1f\x8b"):
         try:
@@ -75,13 +81,13 @@ def load_json(path: Path) -> Any:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write or replace `path` in one step. Text is stored as UTF-8."""
+    """Write or replace `path` in one step. Text is written as UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_first(path: Path, data: bytes) -> bool:
-    """Write `path` unless it exists. Return False if another writer was first."""
+    """Write `path` unless it exists. Return whether it was written; False if another writer was first."""
     with _temporary(path) as temporary:
         temporary.write_bytes(data)
         _sync(temporary)
@@ -112,8 +118,11 @@ def remove_leftovers(path: Path) -> None:
 
 @contextlib.contextmanager
 def sweeping(path: Path) -> Iterator[None]:
-    """Remove the `leftovers` of `path` before the block writes it, unless another such block is writing in the folder,
-    on this machine or on one that shares the file system's locks."""
+    """Remove the `leftovers` of `path` before the block writes it.
+
+    They are kept if another such block is writing in the same folder, on this machine or one that shares the file
+    system's locks.
+    """
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         # Some network file systems cannot lock folders: leftovers stay there.
@@ -129,7 +138,7 @@ def sweeping(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """Yield an unused hidden name beside `path`; remove what is there afterwards."""
+    """Yield an unused hidden path in the folder of `path`; remove the file there afterwards."""
     temporary = _hidden_name(path)
     try:
         yield temporary

@@ -1,4 +1,4 @@
-"""Counts, durations and lists of names as messages have them."""
+"""Format counts, durations and lists of names for messages."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Collection
 from itertools import islice
 
 LISTED = 10
-"""Items that a message names; a cohort may have thousands."""
+"""Maximum number of names in a message; a cohort may have thousands."""
 _UNITS = (("s", 1, 90), ("min", 60, 90 * 60), ("h", 3600, 48 * 3600), ("days", 86400, math.inf))
 """Unit, its seconds, and the seconds from which a longer unit is used."""
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 slide`, `1,200 slides`."""
+    """Format a number with its noun, such as `1 slide` or `1,200 slides`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """Two digits in the unit that fits: `3.4 s`, `12 min`, `1.5 h`, `2.1 days`."""
+    """Format seconds with two digits in a suitable unit, such as `3.4 s`, `12 min`, `1.5 h` or `2.1 days`."""
     unit, length = next((unit, length) for unit, length, below in _UNITS if seconds < below)
     value = seconds / length
     return f"{value:.1f}".removesuffix(".0") + f" {unit}" if value < 9.95 else f"{value:,.0f} {unit}"
 
 
 def listed(names: Collection[str]) -> str:
-    """The first ten names, and an ellipsis where there are more."""
+    """Join the first LISTED names with commas, with an ellipsis if there are more."""
     return ", ".join(islice(names, LISTED)) + (", …" if len(names) > LISTED else "")

@@ -1,8 +1,7 @@
 """Sizes, boxes and the two pixel grids: level 0 of the slide and the inference grid.
 
-Axis order: names say x (columns) and y (rows); arrays are always (…, y, x). A pixel (i, j) covers
-[i, i+1) × [j, j+1), so its centre lies at +0.5. Level-0 position = inference position × scale, with one common
-origin: both grids start at slide (0, 0).
+Axis order: names say x (columns) and y (rows); arrays are always (…, y, x). A pixel (i, j) covers [i, i+1) × [j, j+1),
+so its centre lies at +0.5. Both grids start at slide (0, 0), so a level-0 position is an inference position × scale.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ class Size:
 
     @property
     def box(self) -> Box:
-        """Box from (0, 0) of this size."""
+        """Box of this size with its corner at (0, 0)."""
         return Box(0, 0, self.width, self.height)
 
 
 @dataclass(frozen=True, order=True)
 class Box:
-    """Half-open rectangle [x0, x1) × [y0, y1) of whole pixels; may reach outside the canvas."""
+    """Half-open rectangle [x0, x1) × [y0, y1) of whole pixels. It may extend beyond the canvas."""
 
     x0: int
     y0: int
@@ -41,12 +40,12 @@ class Box:
 
     @property
     def width(self) -> int:
-        """Columns, 0 if the box is empty."""
+        """Number of columns; 0 if the box is empty."""
         return max(0, self.x1 - self.x0)
 
     @property
     def height(self) -> int:
-        """Rows, 0 if the box is empty."""
+        """Number of rows; 0 if the box is empty."""
         return max(0, self.y1 - self.y0)
 
     @property
@@ -76,14 +75,19 @@ class Box:
         return self.x0 <= other.x0 and self.y0 <= other.y0 and other.x1 <= self.x1 and other.y1 <= self.y1
 
     def slices_in(self, frame: Box) -> tuple[slice, slice]:
-        """Return the (y, x) slices of this box in an array that covers `frame`. ValueError if it reaches outside."""
+        """Return the (y, x) slices of this box in an array that covers `frame`.
+
+        ValueError if the box extends beyond `frame`.
+        """
         if not frame.contains_box(self):
             raise ValueError(f"{self} does not lie inside {frame}")
         return slice(self.y0 - frame.y0, self.y1 - frame.y0), slice(self.x0 - frame.x0, self.x1 - frame.x0)
 
     def cells(self, side: int) -> Iterator[tuple[int, int]]:
-        """Yield (column, row), in raster order, of the cells that this box intersects, in the grid of `side` pixels
-        that starts at (0, 0)."""
+        """Yield (column, row) of each cell that this box intersects, in raster order.
+
+        The cells are those of the grid of `side` pixels that starts at (0, 0).
+        """
         if self.empty:
             return
         for row in range(self.y0 // side, (self.y1 - 1) // side + 1):
@@ -112,33 +116,36 @@ class Mpp:
 
 
 def qupath_origin(bounds: Box | None) -> tuple[int, int]:
-    """Return the level-0 pixel (x, y) from which QuPath counts positions: the corner of OpenSlide's bounds, to which
-    QuPath crops a slide."""
+    """Return the level-0 pixel (x, y) from which QuPath counts positions.
+
+    QuPath crops a slide to OpenSlide's `bounds`, so it is their corner; (0, 0) for None.
+    """
     return (0, 0) if bounds is None else (bounds.x0, bounds.y0)
 
 
 SNAP = 0.02
-"""Relative deviation from a power of two below which the scale is rounded to that power: the network is insensitive to
-2 %, whereas interpolation at a drifting phase blurs some pixels and not others."""
+"""Relative deviation from a power of two up to which the scale is rounded to that power. The network is insensitive to
+2 %, whereas interpolation at a drifting phase would blur some pixels and not others."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Inference grid over level 0 of one slide.
-
-    `scale_x`, `scale_y`: level-0 pixels per inference pixel. `mpp`: the resulting inference pixel size, within
-    SNAP of the model's. `size`: inference pixels that cover the canvas; the last ones may reach beyond it.
-    """
+    """Inference grid over level 0 of one slide."""
 
     level0: Size
+    """Size of the canvas in level-0 pixels."""
     scale_x: float
+    """Level-0 pixels per inference pixel along x."""
     scale_y: float
+    """Level-0 pixels per inference pixel along y."""
     mpp: Mpp
+    """Size of an inference pixel in µm, within SNAP of the model's."""
     size: Size
+    """Number of inference pixels that cover the canvas; the last ones may extend beyond it."""
 
     @classmethod
     def over(cls, level0: Size, slide_mpp: Mpp, model_mpp: float) -> Grid:
-        """Build the grid of a model of `model_mpp` µm per pixel over a slide of `slide_mpp`."""
+        """Return the grid of a model for pixels of `model_mpp` µm over a slide with pixels of `slide_mpp` µm."""
         scale_x, scale_y = _snap(model_mpp / slide_mpp.x), _snap(model_mpp / slide_mpp.y)
         return cls(
             level0=level0,

@@ -22,29 +22,35 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 DETECTION_RADIUS_UM = 3.0
-"""Largest distance in µm of paired centroids: 12 px at 40× (Graham et al. 2019, section 4.3)."""
+"""Maximum distance in µm of paired centroids: 12 px at 40× (Graham et al. 2019, section 4.3)."""
 
 
 @dataclass(frozen=True)
 class PanopticQuality:
-    """Detection quality, segmentation quality, their product, and the underlying counts."""
+    """Detection quality, segmentation quality, their product PQ, and the underlying counts."""
 
     dq: float
+    """Detection quality."""
     sq: float
+    """Segmentation quality."""
     pq: float
+    """Panoptic quality, DQ · SQ."""
     tp: int
+    """Number of pairs."""
     fp: int
+    """Number of unpaired predicted instances."""
     fn: int
+    """Number of unpaired true instances."""
     iou_sum: float
     """Sum of IoU over the `tp` pairs."""
 
 
 def panoptic_quality(true: NDArray[np.integer], pred: NDArray[np.integer]) -> PanopticQuality:
-    """Return the PQ of two instance maps (Kirillov et al. 2019, equation 1; binary, as Graham et al. 2019 use it).
+    """Return the PQ of two instance maps (y, x) (Kirillov et al. 2019, equation 1; binary, as in Graham et al. 2019).
 
-    Instances are paired if their IoU exceeds 0.5, which at most one partner can. DQ = TP / (TP + FP/2 +
-    FN/2), SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ; all are NaN if both maps are empty.
-    HoVerNet's reference divides by TP + 1e-6 in SQ; here by TP. ValueError for maps of different shapes.
+    Instances are paired if their IoU exceeds 0.5, so that each has at most one partner. DQ = TP / (TP + FP/2 + FN/2),
+    SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ; all are NaN if both maps are empty. HoVerNet's reference
+    divides by TP + 1e-6 in SQ; here it is TP. ValueError for maps of different shapes.
     """
     overlap = _Overlap.of(true, pred)
     matched = overlap.iou[overlap.iou > 0.5]
@@ -66,10 +72,10 @@ def class_quality(
 ) -> float:
     """Return the PQ of the instances of one class, with all others as background.
 
-    true, pred: instance maps (y, x); true_types (n,), pred_types (m,): class ids of their instances, in the order of
-    the instances' ids. NaN if no true instance is of the class, regardless of the prediction: in PanNuke-metrics, where
-    class PQ comes from, a false positive counts only in images that contain the class. ValueError if the numbers of
-    types and instances differ.
+    `true`, `pred`: instance maps (y, x). `true_types` (n,), `pred_types` (m,): class ids of their instances, in the
+    order of the instances' ids. NaN if no true instance has the class, whatever the prediction: in PanNuke-metrics,
+    where class PQ comes from, a false positive counts only in images that contain the class. ValueError if the numbers
+    of types and instances differ.
     """
     ours = _only(true, true_types == type_id)
     return panoptic_quality(ours, _only(pred, pred_types == type_id)).pq if ours.any() else math.nan
@@ -86,11 +92,12 @@ def _only(instances: NDArray[np.integer], chosen: NDArray[np.bool_]) -> NDArray[
 
 
 def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
-    """Return the aggregated Jaccard index of two instance maps (Kumar et al. 2017, algorithm 1).
+    """Return the aggregated Jaccard index of two instance maps (y, x) (Kumar et al. 2017, algorithm 1).
 
     Each true instance is paired with the prediction of highest IoU (if equal, the larger intersection, then the lower
     id, as in HoVerNet's reference); a prediction may be in several pairs. The index is the sum of intersections divided
-    by the sum of unions plus the areas of all instances without pair. NaN if both maps are empty.
+    by the sum of unions plus the areas of all unpaired instances. NaN if both maps are empty. ValueError for maps of
+    different shapes.
     """
     overlap = _Overlap.of(true, pred)
     order = np.lexsort((overlap.pred_id, -overlap.intersection, -overlap.iou, overlap.true_id))
@@ -104,7 +111,10 @@ def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
 
 
 def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
-    """Return the Dice of the foregrounds: 2·|∩| / (|true| + |pred|) in pixels. NaN if both maps are empty."""
+    """Return the Dice score of the foregrounds of two instance maps (y, x): 2·|∩| / (|true| + |pred|) in pixels.
+
+    NaN if both maps are empty. ValueError for maps of different shapes.
+    """
     _check_maps(true, pred)
     a, b = true > 0, pred > 0
     total = int(a.sum()) + int(b.sum())
@@ -112,7 +122,7 @@ def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
 
 
 def mean_defined(scores: Iterable[float]) -> float:
-    """Return the mean of a score over images, ignoring NaN; NaN if all are."""
+    """Return the mean of a score over images, ignoring NaN; NaN if there is no other value."""
     defined = [s for s in scores if not math.isnan(s)]
     return sum(defined) / len(defined) if defined else math.nan
 
@@ -165,9 +175,10 @@ def _check_maps(true: NDArray[np.integer], pred: NDArray[np.integer]) -> None:
 
 
 def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating], radius: float) -> NDArray[np.intp]:
-    """Pair centroids one to one: the most pairs at distances ≤ radius, and among these the least total distance.
+    """Pair centroids one to one: as many pairs as possible at distances ≤ radius, with the least total distance.
 
-    true_xy (n, 2), pred_xy (m, 2) and radius in the same unit. Returns (k, 2) indices, sorted by the first column.
+    `true_xy` (n, 2), `pred_xy` (m, 2) and `radius` in the same unit. Returns indices (k, 2) into both, sorted by the
+    first.
 
     Pairs beyond the radius never count, so the assignment splits into the connected components of the graph of all
     pairs within the radius. Each is solved exactly by the Hungarian method; the total cost is nearly linear in the
@@ -196,9 +207,9 @@ def match_as_hovernet(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floatin
     """Pair centroids as HoVerNet's reference does, for comparison with published results.
 
     Arguments and result are those of `match_centroids`. All centroids are assigned together by least total distance,
-    then pairs beyond the radius are dropped. Nuclei without partner affect that assignment, so there may be fewer pairs
-    than possible, never more: on annotated tiles with noisy predictions F_d is 1 to 4 points lower. The cost is cubic
-    in the number of nuclei: for tiles, not for slides.
+    then pairs beyond the radius are dropped. Unpaired nuclei affect that assignment, so there may be fewer pairs than
+    possible, never more: on annotated tiles with noisy predictions, F_d is 1 to 4 points lower. The cost is cubic in
+    the number of nuclei, so use it for tiles, not for slides.
     """
     distance = np.linalg.norm(np.asarray(true_xy, np.float64)[:, None] - np.asarray(pred_xy)[None], axis=2)
     rows, columns = linear_sum_assignment(distance)
@@ -221,13 +232,11 @@ def _assign(i: NDArray[np.intp], j: NDArray[np.intp], distance: NDArray[np.float
 
 @dataclass(frozen=True)
 class PairCounts:
-    """Counts of paired and unpaired nuclei by type; counts of several images add up.
-
-    `table` (n + 1, n + 1) int64: row = true type 0 … n - 1, column = predicted type (0: none); the last row counts
-    predicted nuclei without partner, the last column true nuclei without partner.
-    """
+    """Counts of paired and unpaired nuclei by type. Add up the counts of several images."""
 
     table: NDArray[np.int64]
+    """(n + 1, n + 1) int64: rows are true types 0 … n - 1, columns predicted types. The last row counts unpaired
+    predicted nuclei, the last column unpaired true nuclei."""
 
     def __add__(self, other: PairCounts) -> PairCounts:
         return PairCounts(self.table + other.table)
@@ -238,7 +247,8 @@ def count_pairs(
 ) -> PairCounts:
     """Count the pairs of `match_centroids` by the types of all nuclei.
 
-    true_types (n,), pred_types (m,): ids 0 … `n_types` - 1; all 0 for detection only. ValueError for other ids.
+    `pairs` (k, 2): indices of true and predicted nuclei. `true_types` (n,), `pred_types` (m,): ids 0 … `n_types` - 1;
+    all 0 for detection only. ValueError for other ids.
     """
     for name, types in (("true", true_types), ("predicted", pred_types)):
         if len(types) and not 0 <= int(types.min()) <= int(types.max()) < n_types:
@@ -253,18 +263,27 @@ def count_pairs(
 
 @dataclass(frozen=True)
 class DetectionScores:
-    """F_d, precision and recall, regardless of types; NaN where the denominator is 0."""
+    """Scores of detection, regardless of types; NaN if the denominator is 0."""
 
     f1: float
+    """F_d."""
     precision: float
+    """Fraction of the predicted nuclei that are paired."""
     recall: float
+    """Fraction of the true nuclei that are paired."""
     tp: int
+    """Number of pairs."""
     fp: int
+    """Number of unpaired predicted nuclei."""
     fn: int
+    """Number of unpaired true nuclei."""
 
 
 def detection_scores(counts: PairCounts) -> DetectionScores:
-    """Return F_d = 2·TP / (2·TP + FP + FN) with precision and recall (Graham et al. 2019, section 4.3)."""
+    """Return F_d = 2·TP / (2·TP + FP + FN) with precision and recall (Graham et al. 2019, section 4.3).
+
+    `counts`: counts of one or more images; types are ignored.
+    """
     table = counts.table
     tp, fp, fn = int(table[:-1, :-1].sum()), int(table[-1, :-1].sum()), int(table[:-1, -1].sum())
     return DetectionScores(
@@ -279,9 +298,10 @@ def detection_scores(counts: PairCounts) -> DetectionScores:
 
 @dataclass(frozen=True)
 class ClassScores:
-    """F of one class and the underlying counts; NaN if the class is neither present nor predicted."""
+    """F of one class and the underlying counts."""
 
     f1: float
+    """F_c; NaN if the class is neither present nor predicted."""
     tp: int
     """Pairs with this class on both sides."""
     fp: int
@@ -289,9 +309,9 @@ class ClassScores:
     fn: int
     """Pairs of this class predicted as another."""
     fp_d: int
-    """Predicted nuclei of this class without partner."""
+    """Unpaired predicted nuclei of this class."""
     fn_d: int
-    """True nuclei of this class without partner."""
+    """Unpaired true nuclei of this class."""
 
 
 def class_scores(counts: PairCounts, type_id: int) -> ClassScores:

@@ -1,6 +1,6 @@
-"""Plan a run: check rows and headers, and estimate tiles, disk and time. Needs neither torch nor weights.
+"""Plan a run: check rows and headers, and estimate tiles, disk space and time. Needs neither torch nor weights.
 
-`plan` and `segment` both begin here, so that the dry run and the run reject the same input.
+`plan` and `segment` both start with this, so that the dry run and the run reject the same input.
 """
 
 from __future__ import annotations
@@ -22,39 +22,43 @@ from hover_batch.model.package import Card
 from hover_batch.slide.given_mask import check_mask
 from hover_batch.slide.headers import SlideInfo, peek
 from hover_batch.slide.pixel_size import check_given, warnings_of
-from hover_batch.slide.remote import RemoteInfo, ask, require_packages
+from hover_batch.slide.remote import RemoteInfo, remote_info, require_packages
 
 STORE_BYTES_PER_PIXEL = 4.0
 """Compressed size of all planes per predicted pixel of dense tissue (3.8 on the example)."""
 MPX_PER_CORE_SECOND = 0.5
 """Inference megapixels that one core processes in a second, for the estimate only."""
 ASKED_AT_ONCE = 16
-"""Number of slides in buckets that are asked for at once; each takes a few requests and 3 MiB."""
+"""Number of slides in cloud storage that are checked at once; each takes a few requests and 3 MiB."""
 
 
 @dataclass(frozen=True)
 class StoredMaps:
-    """Prediction maps that another run stored: the slide's folder there (`layout`) and the key of its results."""
+    """Prediction maps that another run stored."""
 
     layout: SlideLayout
+    """Paths of the slide in that run's folder."""
     run_key: str
+    """Run key of the results there."""
 
 
 @dataclass(frozen=True)
 class PlannedSlide:
-    """Slide whose header could be read. The whole canvas is the upper bound of what will be predicted.
+    """Slide that can be run. Its whole canvas is the upper bound of what will be predicted.
 
-    `info`: properties of the slide. `grid`: inference grid. `tiles`: number of tiles that cover the canvas. A slide in
-    other storage is copied during the run, and its header is read only then: `info` holds its size in bytes and its
-    fingerprint, `grid` is None and `tiles` is 0.
+    A slide in other storage is copied during the run, and its header is read only then.
     """
 
     record: SlideRecord
+    """Slide's row of the cohort."""
     info: SlideInfo | RemoteInfo
+    """Properties of the slide; in other storage, only its size in bytes and its fingerprint."""
     grid: Grid | None
+    """Inference grid; None for a slide in other storage."""
     tiles: int
+    """Number of tiles that cover the canvas; 0 for a slide in other storage."""
     kept: StoredMaps | None = None
-    """Set where new tables are made from these maps: nothing is predicted, and the slide is not opened."""
+    """Maps from which a new table is made; nothing is predicted, and the slide is not opened. None for a normal run."""
 
     @property
     def pixels(self) -> int:
@@ -64,22 +68,21 @@ class PlannedSlide:
 
 @dataclass(frozen=True)
 class Plan:
-    """Checked cohort.
-
-    `cohort`: the cohort that was read, with the faults of headers and masks added and the faulty records removed.
-    `slides`: those that can be run. `unreadable`: records, still in the cohort, whose file cannot be opened, with the
-    reason. These are not faults of the CSV and become failures of the run.
-    """
+    """Checked cohort."""
 
     cohort: Cohort
+    """Cohort that was read, with the faults of headers and masks added, and the faulty records removed."""
     slides: tuple[PlannedSlide, ...]
+    """Slides that can be run."""
     unreadable: tuple[tuple[SlideRecord, str], ...]
+    """Records of the cohort whose file cannot be opened, with the reason. They are not faults of the CSV, and become
+    failures of the run."""
 
     @property
     def exit_code(self) -> int:
         """Exit code of the run that would follow.
 
-        0 without unreadable or faulty slides; otherwise 3, or 4 if there are no other slides.
+        0 without unreadable or faulty slides; otherwise 3, or 4 if no slide can be run.
         """
         if not self.unreadable and not self.cohort.faults:
             return 0
@@ -124,18 +127,19 @@ class Plan:
 def plan_cohort(cohort: Cohort, card: Card) -> Plan:
     """Check the slides of a cohort and return the plan.
 
-    Read all headers and masks. For slides in other storage, check that they exist and compute their fingerprints.
-    Faults of slides are collected in the plan, not raised. InputError if the package for a storage is missing.
+    All headers and masks are read. Slides in other storage are checked for existence, and their fingerprints are
+    computed. Faults of slides are collected in the plan, not raised. InputError if a package for the storage is
+    missing.
     """
     remote = [record for record in cohort.records if isinstance(record.path, Url)]
     require_packages(record.path for record in remote if isinstance(record.path, Url))
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        asked = {r.row: pool.submit(ask, r.path, r.mpp) for r in remote if isinstance(r.path, Url)}
+        asked = {r.row: pool.submit(remote_info, r.path, r.mpp) for r in remote if isinstance(r.path, Url)}
         return _plan(cohort, card, asked)
 
 
 def _plan(cohort: Cohort, card: Card, asked: dict[int, Future[RemoteInfo]]) -> Plan:
-    """`asked`: answers of the storage, by row."""
+    """Return the plan. `asked`: pending results of `remote_info`, by row."""
     slides: list[PlannedSlide] = []
     unreadable: list[tuple[SlideRecord, str]] = []
     faults, warnings = list(cohort.faults), list(cohort.warnings)
@@ -177,7 +181,7 @@ def _plan(cohort: Cohort, card: Card, asked: dict[int, Future[RemoteInfo]]) -> P
 
 @contextmanager
 def _collected(messages: list[str]) -> Iterator[None]:
-    """Append an InputError to `messages`, so that the row's other faults are found too."""
+    """Append an InputError to `messages`, so that the row's other faults are found, too."""
     try:
         yield
     except InputError as error:
@@ -185,7 +189,7 @@ def _collected(messages: list[str]) -> Iterator[None]:
 
 
 def _remote(record: SlideRecord, info: RemoteInfo) -> RemoteInfo:
-    """Add what the cohort's pixel size and magnification say without the header."""
+    """Add the warnings that the cohort's pixel size and magnification give without the header."""
     if record.mpp is None:
         return info
     return replace(info, warnings=tuple(warnings_of(record.mpp, None, record.magnification)))

@@ -8,9 +8,9 @@ from hover_batch.formatting import duration
 
 
 class ProgressCounter:
-    """Items done of a total that may grow while the work goes on.
+    """Counter of items done, of a total that may grow during the work.
 
-    `done` includes items that an earlier start did; the rate counts only those of this process.
+    `done` includes items of an earlier start; the rate counts only those of this process.
     """
 
     def __init__(self, name: str) -> None:
@@ -20,7 +20,7 @@ class ProgressCounter:
         self._started: float | None = None
 
     def expect(self, total: int, before: int = 0) -> None:
-        """Add `total` items, of which `before` are done already. The clock starts at the first call."""
+        """Add `total` items, of which `before` are already done. The clock starts at the first call."""
         if self._started is None:
             self._started = time.monotonic()
         self.total += total
@@ -33,18 +33,18 @@ class ProgressCounter:
 
     @property
     def done_now(self) -> int:
-        """Items that this process did."""
+        """Number of items done by this process."""
         return self.done - self._before
 
     @property
     def rate(self) -> float:
-        """Items a second since the clock started."""
+        """Items per second since the clock started; 0 before."""
         elapsed = 0.0 if self._started is None else time.monotonic() - self._started
         return self.done_now / max(1e-6, elapsed)
 
     @property
     def line(self) -> str:
-        """`NAME DONE/TOTAL`, with the rate and the time left where they are known."""
+        """Progress as `NAME DONE/TOTAL`, with the rate and the time left if they are known."""
         words, rate = f"{self.name} {self.done}/{self.total}", self.rate
         if rate > 0 and self.done < self.total:
             words += f", {rate:.1f}/s, {duration((self.total - self.done) / rate)} left"

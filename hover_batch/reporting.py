@@ -35,25 +35,25 @@ from hover_batch.version import __version__
 Notify = Callable[[str], None]
 
 PICTURED = 50
-"""Flagged slides that are shown with their thumbnails: a cohort in which all are flagged still makes a small page."""
+"""Number of flagged slides shown with their thumbnails, so that the page stays small if all are flagged."""
 THUMBNAIL = 160
-"""Longer side in pixels of these."""
+"""Longer side in pixels of their thumbnails."""
 
 
 def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
-    """Write the HTML report of the run in `folder`. Return its path.
+    """Write the HTML report of the run in `folder` and return its path.
 
-    `output`: the file; None for report.html in the run's folder. With many slides, the pictures go to further pages in
-    a folder next to it. `notify` is called with a line about each slide. InputError if the folder holds no run, or the
-    report cannot be written; OSError if the disk is full.
+    `output`: file to write; None for report.html in the run's folder. With many slides, the pictures are on further
+    pages in a folder next to it. `notify` is called with a line about each slide. InputError if the folder holds no
+    run, or the report cannot be written; OSError if the disk is full.
     """
-    stands = read_status(folder)
-    layout = stands.layout
+    status = read_status(folder)
+    layout = status.layout
     path = output or layout.report_html
     if path.is_dir():
         raise InputError(f"-o {path}: is a folder; give the path of a file, such as {path / 'report.html'}")
     records = {record.slide_id: record for record in read_slides(layout) or ()}
-    rows = _rows(stands, records)
+    rows = _rows(status, records)
     title = f"Cohort {layout.root.name}"
     number_done = sum(row.state == "done" for row in rows)
     found = _Found()
@@ -67,7 +67,7 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
                 reported = report_slide(layout.slide(row.slide_id), row, records[row.slide_id], to_run)
                 found.add(row, reported.table, reported.measured)
                 pages.add(reported.detail)
-        pages.close(_report(stands, rows, found, title))
+        pages.close(_report(status, rows, found, title))
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
@@ -77,7 +77,7 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
 
 @dataclass
 class _Found:
-    """Sums over the slides' tables. `done`: the finished slides; `good`: those whose table can be read."""
+    """Sums over the tables of the slides. `done`: finished slides; `good`: those whose table can be read."""
 
     done: list[SlideRow] = field(default_factory=list)
     good: list[SlideRow] = field(default_factory=list)
@@ -100,25 +100,25 @@ class _Found:
         return self.tables[0].taxonomy.nuclei if self.tables else ()
 
 
-def _rows(stands: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRow]:
+def _rows(status: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRow]:
     """Return every row of the cohort in order, including invalid rows that were left out."""
-    failures = {failure.row: failure for failure in stands.failures}
-    open_slides = {slide.slide_id: slide for slide in stands.open}
+    failures = {failure.row: failure for failure in status.failures}
+    open_slides = {slide.slide_id: slide for slide in status.open}
     rows = []
     for record in records.values():
-        slide = stands.layout.slide(record.slide_id)
+        slide = status.layout.slide(record.slide_id)
         row = SlideRow(record.slide_id, record.row, "pending", patient_id=record.patient_id, group=record.group)
         if failure := failures.pop(record.row, None):
             row = replace(row, state="failed", note=_reason(failure.stage, failure.reason))
         elif begun := open_slides.get(record.slide_id):
-            row = replace(row, state="begun" if stands.going_on is False else "under way", note=begun.line())
+            row = replace(row, state="begun" if status.going_on is False else "under way", note=begun.line())
         elif nuclei_if_done(slide) is not None and "summary" in (held := read_json(slide.slide_json) or {}):
             row = replace(
                 row,
                 state="done",
                 summary=held["summary"],
                 warnings=held.get("warnings", ()),
-                flags=stands.flags.get(record.slide_id, ()),
+                flags=status.flags.get(record.slide_id, ()),
             )
         rows.append(row)
     rows += [
@@ -133,14 +133,14 @@ def _reason(stage: str, reason: str) -> str:
     return f"{stage}: {reason}" if stage else reason
 
 
-def _report(stands: RunStatus, rows: Sequence[SlideRow], found: _Found, title: str) -> Report:
+def _report(status: RunStatus, rows: Sequence[SlideRow], found: _Found, title: str) -> Report:
     """Return the content of the front page."""
-    layout, classes = stands.layout, found.classes
+    layout, classes = status.layout, found.classes
     cohort: dict[str, Any] = {}
     if found.tables:
         summaries = [dict(row.summary) for row in found.good]
         paths, taxonomy = [table.path for table in found.tables], found.tables[0].taxonomy
-        cohort = cohort_summary(summaries, paths, taxonomy, stands.log.model_busy)
+        cohort = cohort_summary(summaries, paths, taxonomy, status.log.model_busy)
     counts = dict.fromkeys(("done", "failed", "left out", "under way", "begun", "pending"), 0)
     for row in rows:
         counts[row.state] += 1
@@ -149,10 +149,10 @@ def _report(stands: RunStatus, rows: Sequence[SlideRow], found: _Found, title: s
         title=title,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         version=__version__,
-        stands=stands.lines()[:2],
+        status=status.lines()[:2],
         counts={name: n for name, n in counts.items() if n or name in ("done", "failed")},
-        facts=_facts(stands, cohort),
-        missing=_missing(stands, rows, found),
+        facts=_facts(status, cohort),
+        missing=_missing(status, rows, found),
         flagged=_flagged(layout, rows),
         classes=classes,
         shares=[_share(kind, cohort) for kind in classes],
@@ -183,8 +183,8 @@ def _share(kind: NucleusClass, cohort: Mapping[str, Any]) -> Share:
     return Share(kind, count, count / total if total else None, cohort.get(f"{kind.name}_per_mm2"))
 
 
-def _facts(stands: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
-    """Return the cohort's figures by name; unknown ones are left out."""
+def _facts(status: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
+    """Return the figures of the cohort by name, without unknown ones."""
     facts: dict[str, str] = {}
     if cohort:
         facts["nuclei"] = f"{cohort['nuclei']:,}"
@@ -192,7 +192,7 @@ def _facts(stands: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
             facts["mm² of tissue"] = f"{cohort['tissue_mm2']:,.4g}"
         if "nuclei_per_mm2" in cohort:
             facts["nuclei per mm²"] = f"{cohort['nuclei_per_mm2']:,.0f}"
-    log = stands.log
+    log = status.log
     if log.started and log.finished:
         facts["duration of the last start"] = duration((log.finished - log.started).total_seconds())
     if log.tile_rate:
@@ -202,10 +202,10 @@ def _facts(stands: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
-def _missing(stands: RunStatus, rows: Sequence[SlideRow], found: _Found) -> list[str]:
+def _missing(status: RunStatus, rows: Sequence[SlideRow], found: _Found) -> list[str]:
     """Return one sentence for each thing that the report lacks."""
     missing = []
-    if stands.slides is None:
+    if status.slides is None:
         missing.append("slides.csv is not written yet: the run has not listed its slides.")
     waiting = sum(row.state in ("under way", "begun", "pending") for row in rows)
     if waiting:

@@ -1,6 +1,6 @@
-"""Report the progress of a run from its files. Nothing is written and no lock is kept, so that the run may go on.
+"""Report the progress of a run from its files. Nothing is written and no lock is kept, so that the run can go on.
 
-Unknown values are left out, not guessed: the log of an older run may lack some events, files may disappear while they
+Unknown values are omitted, not guessed: the log of an older run may lack some events, files may disappear while they
 are read, and another machine's lock may not be visible here.
 """
 
@@ -26,25 +26,26 @@ from hover_batch.quality.flags import Flag, counts_of, flag_slides
 
 @dataclass(frozen=True)
 class UnfinishedSlide:
-    """Slide that is in progress.
-
-    `predicted`: units done. `posted`: regions done. `units`, `tiles`: their totals, None if the log lacks them.
-    """
+    """Slide that is in progress."""
 
     slide_id: str
     predicted: int
+    """Number of units that are predicted."""
     posted: int
+    """Number of regions that are post-processed."""
     units: int | None
+    """Total number of units, and of regions; None if the log lacks it."""
     tiles: int | None
+    """Total number of tiles; None if the log lacks it."""
 
     @property
     def regions_left(self) -> float | None:
-        """Number of regions still to be post-processed; None if the total is not known."""
+        """Number of regions still to be post-processed; None if the total is unknown."""
         return None if self.units is None else max(0, self.units - self.posted)
 
     @property
     def tiles_left(self) -> float | None:
-        """Estimated number of tiles still to be predicted; None if the total is not known."""
+        """Estimated number of tiles still to be predicted; None if the total is unknown."""
         if self.units is None or self.tiles is None:
             return None
         return self.tiles * (1 - min(1.0, self.predicted / self.units)) if self.units else 0.0
@@ -57,40 +58,46 @@ class UnfinishedSlide:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Progress of a run.
-
-    `going_on`: whether a process runs it; None if that is not known, and `unknown` then says why. `holder`: that
-    process. `done`: number of finished slides, and `nuclei` in them. `open`: slides in progress. `failures`: since the
-    last start.
-    """
+    """Progress of a run."""
 
     layout: RunLayout
+    """Paths of the run's results."""
     model: str
+    """Name of the model."""
     created: datetime | None
+    """Time of the first start; None if unknown."""
     going_on: bool | None
+    """Whether a process is running it; None if unknown."""
     unknown: str
+    """Reason why `going_on` is None; else empty."""
     holder: str
+    """Process that is running it; empty if there is none."""
     log: RunLog
+    """Summary of the log."""
     slides: int | None
     """Number of slides in the cohort; None if slides.csv is not written yet."""
     done: int
+    """Number of finished slides."""
     nuclei: int
+    """Number of nuclei in the finished slides."""
     open: tuple[UnfinishedSlide, ...]
+    """Slides in progress."""
     failures: tuple[LoggedFailure, ...]
+    """Failures since the last start."""
     failed: int
     """Number of failed slides."""
     left_out: int
-    """Number of invalid rows of the cohort, which were left out."""
+    """Number of invalid rows of the cohort, which were skipped."""
     flags: Mapping[str, tuple[Flag, ...]]
-    """Of the slides that are done, by slide_id; without those that have none."""
+    """Flags of finished slides by slide_id; only slides that have some."""
 
     @property
     def pending(self) -> int:
-        """Number of slides that have not been begun."""
+        """Number of slides that have not been started."""
         return (self.slides or 0) - self.done - self.failed - len(self.open)
 
     def seconds_left(self) -> tuple[float, str] | None:
-        """Return the estimated seconds left and the basis of the estimate; None if it cannot be estimated."""
+        """Return the estimated seconds left, and the basis of the estimate in words; None if it cannot be estimated."""
         log = self.log
         if self.going_on is False or log.finished or log.disk_full:
             return None
@@ -159,11 +166,11 @@ class RunStatus:
 
     @property
     def _failures_file(self) -> Path:
-        """File that lists the failures of the last start: failures.csv is written only when it has ended."""
+        """File that lists the failures of the last start; failures.csv is written only when it has ended."""
         return self.layout.failures_csv if self.log.finished else self.layout.events_jsonl
 
     def _running(self) -> str:
-        """Return whether the run goes on, by which process, and since when, as text."""
+        """Return in words whether the run goes on, in which process, and since when."""
         log = self.log
         times = f"; started {_clock(log.started)}" if log.started else ""
         if log.last:
@@ -248,7 +255,7 @@ def read_status(folder: Path) -> RunStatus:
 
 
 def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, holder: str, log: RunLog) -> RunStatus:
-    """Return the progress. `locked`: whether `holder`, a process, holds the run's lock; None if that is not known."""
+    """Return the progress. `locked`: whether a process, `holder`, holds the lock of the run; None if unknown."""
     unknown = "" if locked is not None else "this file system does not show locks"
     host = holder.rpartition(" on ")[2]
     if locked is False and log.started and not log.finished and host not in ("", socket.gethostname()):
@@ -291,7 +298,7 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
 
 
 def _count_files(folder: Path) -> int:
-    """Count the files in `folder`, without hidden ones, which are still being written."""
+    """Count the files in `folder`, except hidden ones, which are still being written."""
     try:
         return sum(not name.startswith(".") for name in os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -299,7 +306,7 @@ def _count_files(folder: Path) -> int:
 
 
 def _time_for(left: Sequence[float | None], rate: Rate, what: str) -> tuple[float, str] | None:
-    """Return the seconds for all that is left, and `what`; None if nothing is left or an amount is not known."""
+    """Return the seconds for all that is left, and `what`; None if nothing is left or an amount is unknown."""
     known = [n for n in left if n is not None]
     return (total / rate.per_s, what) if len(known) == len(left) and (total := sum(known)) > 0 else None
 

@@ -1,6 +1,6 @@
 """Open a finished run as the source of new tables: its settings, its model's card and its slides.
 
-Everything is read from the run's folder, and nothing is written there. Neither slides nor weights are needed.
+Only the run's folder is read, and nothing is written there. Neither slides nor weights are needed.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from hover_batch.slide.survey import read_info
 
 @dataclass(frozen=True)
 class StoredRun:
-    """Finished run whose predictions are the source of new tables.
-
-    `settings`: those that its tables depend on; the others have their defaults. `package`: card and hash of its model,
-    without weights. `plan`: its slides; those without usable predictions are in `plan.unreadable`.
-    """
+    """Finished run whose predictions are the source of new tables."""
 
     layout: RunLayout
+    """Paths of the run's results."""
     settings: Settings
+    """Settings that the run's tables depend on; all others have their defaults."""
     package: Package
+    """Card and hash of the model, without weights."""
     plan: Plan
+    """Slides of the run; those without usable predictions are in `plan.unreadable`."""
 
     @classmethod
     def open(cls, folder: Path) -> Self:

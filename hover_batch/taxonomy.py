@@ -1,13 +1,14 @@
 """Nucleus classes with id, name and colour. Each model has one taxonomy; id 0 is always the background.
 
 Sources: CoNSeP's merged classes as HoVerNet uses them (Graham et al. 2019, section 4.1: malignant and healthy
-epithelium merged, fibroblast, muscle and endothelial merged to spindle-shaped); PanNuke's five (Gamper et al. 2020);
+epithelium merged; fibroblast, muscle and endothelial merged to spindle-shaped); PanNuke's five (Gamper et al. 2020);
 MoNuSAC's four (Verma et al. 2021).
 
 CoNSeP's order is that of the annotations' codes, which hover_net's training code merges in place (1 other, 2
 inflammatory, 3 + 4 → 3, 5 + 6 + 7 → 4): 1 miscellaneous, 2 inflammatory, 3 epithelial, 4 spindle. The authors'
-inference code uses the same names. tiatoolbox 2.1 names the same weights (hovernet_original-consep) epithelial,
-inflammatory, spindle, miscellaneous; this project follows the training instead. For other data sets both agree.
+inference code uses the same names. tiatoolbox 2.1 names the classes of the same weights (hovernet_original-consep)
+epithelial, inflammatory, spindle, miscellaneous; this project follows the training code instead. For other data sets
+both agree.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ Rgb = tuple[int, int, int]
 TAKEN = ("background", "nuclei")
 """Reserved names: background is class 0, and a summary's nuclei_per_mm2 counts all classes together."""
 MAX_CLASSES = 256
-"""Limit of classes in a taxonomy, background included: an id is a byte in the tables."""
+"""Maximum number of classes in a taxonomy, background included, since an id is one byte in the tables."""
 
 
 @dataclass(frozen=True)
 class NucleusClass:
-    """Class of nuclei. `id` is its channel among the type probabilities; 0 is the background."""
+    """Class of nuclei."""
 
     id: int
+    """Channel of the class among the type probabilities; 0 is the background."""
     name: str
     color: Rgb
+    """Red, green and blue, each 0 to 255."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Taxonomy:
     """
 
     name: str
+    """Name of the taxonomy."""
     classes: tuple[NucleusClass, ...]
+    """Classes in the order of their ids, background first."""
 
     def __post_init__(self) -> None:
         if [c.id for c in self.classes] != list(range(len(self.classes))):
@@ -57,11 +62,11 @@ class Taxonomy:
         return self.classes[1:]
 
     def merged(self, class_map: Mapping[str, Any]) -> tuple[Taxonomy, tuple[int, ...]]:
-        """Return the taxonomy after applying a class map, and the new id of each of these classes.
+        """Apply a class map: return the new taxonomy, and the new id of each class in the order of the old ids.
 
-        `class_map`: new name → the names of the classes that it replaces, or a table with these (`classes`) and its
-        `color`; an empty map changes nothing. Ids follow the order of the model, not of the map. InputError if the map
-        is malformed, or if a class other than the background is not named exactly once.
+        `class_map`: by new name, the list of the classes that it replaces, or a mapping with this list (`classes`) and
+        a `color`. An empty map changes nothing. New ids follow the order of the model, not of the map. InputError if
+        the map is malformed, or if a class other than the background is not named exactly once.
         """
         if not class_map:
             return self, tuple(c.id for c in self.classes)
@@ -72,7 +77,9 @@ class Taxonomy:
             members, color = _members_and_color(name, value)
             for member in members:
                 if member not in by_name:
-                    raise InputError(f"class map: {name}: {member} is no class of the model; it has {_list(by_name)}")
+                    raise InputError(
+                        f"class map: {name}: {member} is not a class of the model; it has {_list(by_name)}"
+                    )
                 if member in name_of:
                     raise InputError(f"class map: {member} is named twice, in {name_of[member]} and in {name}")
                 name_of[member] = name

@@ -1,3 +1,3 @@
-"""The version, for everyone who records it."""
+"""Version of the package."""
 
 __version__ = "0.1.0"

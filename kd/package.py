@@ -131,9 +131,9 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
 
 
 def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
-    """Return a copy of the card with the best Sobel constants for `network`, found on the fold val of `data`.
+    """Return a copy of `card` with the best Sobel constants for `network`, found on the fold val of `data`.
 
-    All sources are used that outline every nucleus. Raises InputError if the fold has no image of these.
+    Only sources that outline every nucleus are used. Raises InputError if the fold has no image of these.
     """
     samples = fully_annotated(read_data(data, ["val"]).samples)
     if not samples:

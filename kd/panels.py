@@ -73,6 +73,6 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
 
 
 def write_panel(path: Path, picture: Image) -> None:
-    """Write a picture (y, x, 3) uint8 RGB in the format of the path's suffix; missing folders are created."""
+    """Write a picture (y, x, 3) uint8 RGB to a file, in the format of its suffix. Missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), picture[..., ::-1])  # OpenCV writes BGR

@@ -42,9 +42,13 @@ class Grid:
     """Values of each axis of a sweep; on an empty axis, all runs have the preset's value."""
 
     encoders: Sequence[str] = ()
+    """Encoders of the student."""
     alphas: Sequence[float] = ()
+    """Values of α."""
     temperatures: Sequence[float] = ()
+    """Values of T."""
     seeds: Sequence[int] = ()
+    """Seeds of the training."""
 
     def points(self) -> Iterator[dict[str, Any]]:
         """Yield the settings of each point for `TrainConfig.of`, in order; None stands for the preset's value."""
@@ -118,7 +122,7 @@ def runs_of(
 
     Points that train the same student, such as all temperatures without distillation, are one run. `data`: annotated
     images. `teacher`: folder written by `kd teach`. `test_folds`: folds to score on. `threads`: CPU cores for each run.
-    `settings`: further settings of `TrainConfig.of` for all runs. Raises InputError if a setting is wrong, or if a
+    `settings`: further settings of `TrainConfig.of` for all runs. Raises InputError if a setting is invalid, or if a
     run's folder belongs to a run with other settings.
     """
     shared = {"data": data.resolve(), "threads": threads, **settings}
@@ -165,7 +169,7 @@ def sweep(
             cpus = min(left[0].config.threads, found.cpus)
             gpus = gpus_per_run if found.gpus else 0
             at_once = max(1, min(found.cpus // cpus, int(found.gpus / gpus) if gpus else found.cpus))
-            for run, result in map_tasks(work, left, backend=engine.backend, cpus=cpus, gpus=gpus, at_once=at_once):
+            for run, result in map_tasks(do_run, left, backend=engine.backend, cpus=cpus, gpus=gpus, at_once=at_once):
                 if isinstance(result, TaskFailed):
                     reasons[run.name] = (str(result.error).splitlines() or [type(result.error).__name__])[0]
                 say(f"{run.name}: {'FAILED: ' + reasons[run.name] if run.name in reasons else 'done'}")
@@ -174,7 +178,7 @@ def sweep(
     return ended
 
 
-def work(run: Run) -> None:
+def do_run(run: Run) -> None:
     """Train, package and score one run; write its output to train.txt in its folder. Errors propagate."""
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(run.folder / ARGUMENTS, to_json(run.arguments))

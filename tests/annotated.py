@@ -1,4 +1,4 @@
-"""Nuclei as post-processing hands them to the tables, made from an annotated instance map."""
+"""Nuclei as post-processing passes them to the tables, made from an annotated instance map."""
 
 from __future__ import annotations
 

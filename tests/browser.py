@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over a pipe by its DevTools protocol: no port is opened, nothing need be installed."""
+"""Headless Chromium, driven over a pipe by its DevTools protocol: no port is opened, nothing needs installation."""
 
 from __future__ import annotations
 

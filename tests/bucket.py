@@ -1,4 +1,4 @@
-"""S3 on loopback: moto's server, and a line to it that breaks."""
+"""S3 on loopback: moto's server, and a connection to it that can be broken."""
 
 from __future__ import annotations
 

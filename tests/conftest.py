@@ -1,5 +1,4 @@
-"""What many tests share: where the real data lies, which backend runs cohorts unless a test says otherwise, and
-tiatoolbox's HoVerNet, the reference."""
+"""Shared by all tests: the folder of real data, a quick backend and runtime, and the reference HoVerNet."""
 
 from __future__ import annotations
 
@@ -14,33 +13,33 @@ from hover_batch.executor.cluster import ask_for_token
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-# Ray takes many seconds to start; what both backends must do is told by the suite in tests/executor.
+# Ray takes many seconds to start; tests/executor checks that both backends give the same results.
 os.environ["HOVER_BATCH_BACKEND"] = "local"
 
-# OpenVINO takes seconds to compile a network, for each of hundreds of small runs.
+# OpenVINO takes seconds to compile a network, in each of hundreds of small runs.
 os.environ["HOVER_BATCH_RUNTIME"] = "torch"
 
-# The last batch of a unit is padded to the whole size, and most fields in the tests have few tiles.
+# The last batch of a unit is padded to the full size, and most fields in the tests have few tiles.
 os.environ["HOVER_BATCH_BATCH"] = "2"
 
-# Packages that the user has downloaded must not change the tests.
+# Tests must not depend on packages in the user's cache.
 os.environ["HOVER_BATCH_CACHE"] = "/dev/null/cache"
 
-# Ray keeps the environment that it is imported with, and some tests import it that start no cluster.
+# Ray keeps the environment at its import, and some tests import it without starting a cluster.
 ask_for_token()
 
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The folder ../shared/data with real slides and annotated nuclei; tests that need it skip where it is absent."""
+    """Return the folder ../shared/data with real slides and annotated nuclei; skip the test if it does not exist."""
     if not DATA.is_dir():
-        pytest.skip("../shared/data is absent: real slides and annotations are not here")
+        pytest.skip("../shared/data does not exist: it holds the real slides and annotations")
     return DATA
 
 
 @pytest.fixture(scope="session")
 def hovernet() -> Any:
-    """tiatoolbox's HoVerNet, network and post-processing. Its import alone takes many seconds, and warns."""
+    """Return tiatoolbox's HoVerNet, network and post-processing. Its import takes many seconds and gives warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from tiatoolbox.models.architecture.hovernet import HoVerNet

@@ -1,4 +1,4 @@
-"""Runs' folders as `segment` leaves them, of annotated nuclei: many slides within seconds, and no network needed."""
+"""Write the folders of runs as `segment` leaves them, from annotated nuclei: quick, and without a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slides of any size that look like H&E, written tile by tile: for tests, and to measure memory with.
+"""Slides of any size that look like H&E, written tile by tile, for tests and to measure memory.
 
 python -m tests.synthetic_slide PATH [SIDE]
 """

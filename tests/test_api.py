@@ -127,7 +127,7 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
             hover_batch.load_model().predict(wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="kept predictions"):
         hover_batch.load_predictions(tmp_path)
-    with pytest.raises(SlideError, match="nuclei.parquet: is not there"):
+    with pytest.raises(SlideError, match="nuclei.parquet: does not exist"):
         hover_batch.load_nuclei(tmp_path)
     store = tmp_path / "out" / "slides" / "tile" / "predictions.zarr" / "zarr.json"
     store.write_text(store.read_text().replace('"od_scale"', '"od"').replace('"mpp"', '"pixel"'))

@@ -288,7 +288,7 @@ def test_predictions_of_slides_done_before_are_discarded_too(tile: Path, tmp_pat
         ("[[infer]]\nunit = 512", "setting infer ="),
         ("[infer]\nunit = 'x'", "infer.unit = 'x': must be a whole number"),
         ("[infer]\nunit = 512.0", "infer.unit = 512.0: must be a whole number"),
-        ("[infer]\nbatch = true", "infer.batch = True: must be a whole number"),
+        ("[infer]\nthreads = true", "infer.threads = True: must be a whole number"),
         ("[infer]\nunit = 1048576", "--unit 1048576"),
         ("[infer]\nthreads = 1000000", "--threads 1000000"),
         ("[post]\nhalo = [64]", "post.halo = [64]: must be a whole number"),

@@ -1,5 +1,4 @@
-"""The guide: it builds without a dead link, and each of its commands does what it says, one after the other, on a small
-real slide."""
+"""The guide builds without a dead link, and its commands work, one after the other, on a small real slide."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Installations, homes and user ids as containers have them: read-only, missing, without a name."""
+"""Installations, homes and user ids as in containers: read-only, missing, without a name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`export`: which slides and formats are written where, what is passed over, and what is refused."""
+"""`export`: which slides and formats are written to which files, which are skipped, and which are refused."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Atomic and durable writing of files, and reading of JSON."""
+
 from __future__ import annotations
 
 import errno

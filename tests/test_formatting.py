@@ -1,4 +1,4 @@
-"""Words of messages: counts, durations, lists, and the progress of long work."""
+"""Text in messages: counts, durations, lists, and the progress of long work."""
 
 from __future__ import annotations
 

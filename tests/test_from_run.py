@@ -1,4 +1,4 @@
-"""`segment --from RUN`: new tables of the predictions that a run kept, without its slides."""
+"""`segment --from RUN`: new tables from the predictions that a run stored, without its slides."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def real(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     mask[8:60, 4:50] = 255
     Image.fromarray(mask).save(folder / "cohort" / "mask.png")
     cohort.write_text("path,mpp,mask_path,group,site\nfield.png,0.25,mask.png,g,north\nempty.png,0.5,,,\n")
-    flags = ["--unit", "256", "--batch", "1", "--threads", "1", "--halo", "32"]
+    flags = ["--unit", "256", "--threads", "1", "--halo", "32"]
     assert run(cohort, "-o", folder / "run", *flags).exit_code == 0
     shutil.rmtree(folder / "cohort")
     return folder / "run"
@@ -196,8 +196,8 @@ ALL = ["miscellaneous", "inflammatory", "epithelial", "spindle"]
     [
         ({"a": ALL[:3]}, "spindle not mapped"),
         ({"a": ALL, "b": ["spindle"]}, "spindle is named twice, in a and in b"),
-        ({"a": [*ALL, "dead"]}, "dead is no class of the model; it has miscellaneous"),
-        ({"a": [*ALL, "background"]}, "background is no class"),
+        ({"a": [*ALL, "dead"]}, "dead is not a class of the model; it has miscellaneous"),
+        ({"a": [*ALL, "background"]}, "background is not a class"),
         ({"background": ALL}, "'background' cannot name a class"),
         ({"nuclei": ALL}, "'nuclei' cannot name a class"),
         ({"a b": ALL}, "'a b' cannot name a class"),

@@ -1,4 +1,4 @@
-"""Check the structure of the packages: floors without circles, stations that keep to themselves, short files.
+"""Check the structure of the packages: floors without circles, independent stations, short files.
 
 The sources are read with `ast`, so that imports inside functions count, and nothing is imported.
 """

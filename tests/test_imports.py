@@ -1,6 +1,6 @@
-"""What must answer at once imports nothing heavy: torch, Ray and tiatoolbox take many seconds.
+"""Commands that must start fast import nothing heavy: torch, Ray and tiatoolbox take many seconds.
 
-Each probe is a fresh interpreter, since this one has long imported them.
+Each probe is a new interpreter, since this one has already imported them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""requirements.lock, from which images and clusters install, says what pyproject.toml says."""
+"""requirements.lock, from which images and clusters install, matches pyproject.toml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory does not grow with the slide: 40,000² pixels take what 10,000² take, tissue on a quarter of each."""
+"""Memory does not grow with the slide: 40,000² pixels need no more than 10,000², with tissue on a quarter of each."""
 
 from __future__ import annotations
 

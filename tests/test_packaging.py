@@ -1,4 +1,4 @@
-"""The wheel and the sdist hold what the program needs, and work where there is no checkout."""
+"""The wheel and the sdist contain what the program needs, and work without a checkout."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_all_faults_of_a_row_come_at_once(tmp_path: Path) -> None:
         (3, "b"),
         (4, "c"),
     ]
-    parts = ["353 µm", "holds no polygon", "no tissue of this mask", "0.25 µm if it is in nm"]
+    parts = ["353 µm", "holds no polygon", "the mask has no tissue", "0.25 µm if it is in nm"]
     assert all(part in fault.message for part, fault in zip(parts, plan.cohort.faults, strict=True))
     assert [slide.record.slide_id for slide in plan.slides] == ["d"] and plan.exit_code == 3
 

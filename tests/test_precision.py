@@ -1,5 +1,4 @@
-"""Other precisions and runtimes find the nuclei of fp32 and torch; threads change nothing. Real tiles, the
-starter."""
+"""Other precisions and runtimes find the same nuclei as fp32 with torch; threads change nothing."""
 
 from __future__ import annotations
 

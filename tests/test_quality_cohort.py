@@ -1,4 +1,4 @@
-"""Quality flags on a cohort of good slides with planted bad ones of six kinds, in several degrees."""
+"""Quality flags on a cohort of good slides with bad ones of six kinds, in several degrees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run interrupted by Ctrl-C or kill -9 ends as an undisturbed one: the same nuclei.parquet, byte for byte."""
+"""A run that is interrupted by Ctrl-C or kill -9 gives the same nuclei.parquet as an undisturbed one, byte for byte."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""What made the program fast is still there. Ratios of CPU time within this run alone, medians of several, and bounds
-well below what was measured: a step that has become twice as slow is seen, a busy machine is not."""
+"""Optimisations are still in effect.
+
+Only ratios of CPU time within this run are compared, as medians of several, with bounds well below the measured ones.
+So a step that becomes twice as slow is noticed, but a busy machine is not.
+"""
 
 from __future__ import annotations
 

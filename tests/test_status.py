@@ -1,4 +1,4 @@
-"""Where a run stands, told from its folder: finished, killed, failed, held by another process, and no run at all."""
+"""Status of a run from its folder: finished, killed, failed, held by another process, and no run at all."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_no_runs_folder(tmp_path: Path, kind: str) -> None:
         (folder / "run.json").write_text('{"format": "other"}')
     result = run("status", folder)
     assert result.exit_code == 2 and not result.stdout
-    absent = "holds no run; give the folder that was the --output of `segment`"
+    absent = "holds no run; give the --output folder of `segment`"
     foreign = "its run.json was written by another program"
     assert result.stderr.startswith(f"Error: {folder}: {foreign if kind == 'foreign' else absent}")
 

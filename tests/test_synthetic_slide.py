@@ -1,4 +1,4 @@
-"""The synthetic slide is what tests and measurements take it for."""
+"""The synthetic slide has the properties that tests and measurements rely on."""
 
 from __future__ import annotations
 

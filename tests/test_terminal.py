@@ -1,4 +1,4 @@
-"""What the command shows where: a terminal, one that wants no colour, a dumb one, a log file, a scheduler, a shell."""
+"""Output of the command on a terminal, without colours, on a dumb terminal, in a log file, a scheduler, a shell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of training share: a tiny made-up instance folder, and a teacher that knows the truth."""
+"""Shared by tests of training: a tiny synthetic instance folder, and a teacher that knows the truth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of a cohort's CSV: columns under their known names, cells as text."""
+"""Read the rows of a cohort's CSV: cells as text, by the known names of their columns."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hover_batch.errors import InputError
 
 COLUMNS = ("path", "slide_id", "mpp", "magnification", "mask_path", "patient_id", "group")
 RUN_COLUMNS = ("row", "status")
-"""Written by a run beside the cohort's own columns in slides.csv."""
+"""Columns that a run adds to the cohort's own in slides.csv."""
 MPP_COLUMNS = ("mpp_x", "mpp_y")
-"""Pixel sizes in µm along x and y, instead of mpp where they differ. slides.csv has them as extra columns."""
+"""Pixel sizes in µm along x and y, given instead of mpp if they differ. slides.csv has them as extra columns."""
 _NEAR_MISSES = ("mpp", "mask")
 """Beginnings of extra columns that were probably meant for a known one."""
 _ALIASES = {"wsi": "path", "slide": "path", "sample": "slide_id", "slide_mpp": "mpp"}
@@ -23,13 +23,16 @@ _ALIASES = {"wsi": "path", "slide": "path", "sample": "slide_id", "slide_mpp": "
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the source. `cells`: the filled ones, under the names in COLUMNS and MPP_COLUMNS."""
+    """One row of a cohort."""
 
     number: int
+    """Line of the CSV (the header is line 1), or position in the listing of a folder or glob."""
     cells: Mapping[str, str]
+    """Filled cells by the names in COLUMNS and MPP_COLUMNS."""
     extra: Mapping[str, str] = field(default_factory=dict)
+    """Cells of all other columns, by name."""
     surplus: int = 0
-    """Filled cells beyond the header's last column."""
+    """Number of filled cells beyond the header's last column."""
 
     @property
     def label(self) -> str:
@@ -39,11 +42,14 @@ class Row:
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """Return the rows and warnings. InputError where the file is no cohort; OSError where it cannot be read."""
+    """Return the rows of a CSV, in order, and warnings for the user.
+
+    InputError if the file is not a valid cohort, OSError if it cannot be read.
+    """
     lines = _csv_records(path)
     _, header = next(lines, (0, []))
     if not header:
-        raise InputError(f"{path}: is empty; its first line names the columns, at least path")
+        raise InputError(f"{path}: is empty; the first line must name the columns, at least path")
     names, warnings = _column_names(path, header)
     rows = []
     unnamed = False
@@ -57,7 +63,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     if not rows:
         raise InputError(f"{path}: has a header but no slides; add a line for each slide")
     if unnamed:
-        warnings.append(f"{path}: a column without a name is left out")
+        warnings.append(f"{path}: a column without a name is ignored")
     return rows, warnings
 
 
@@ -102,7 +108,7 @@ def _column_names(path: Path, header: list[str]) -> tuple[list[str], list[str]]:
         known = name != plain or name in COLUMNS or name in MPP_COLUMNS
         if not known and name.startswith(_NEAR_MISSES):
             near = [column for column in (*COLUMNS, *MPP_COLUMNS) if column[:3] == name[:3]]
-            warnings.append(f"{path}: column {cell} is not used, only passed on; known are {', '.join(near)}")
+            warnings.append(f"{path}: column {cell} is not used, only copied to results; known are {', '.join(near)}")
         names.append(name if known else cell)
     if "path" not in written:
         faults.append(f"no column path (or wsi, slide) among {', '.join(header)}")

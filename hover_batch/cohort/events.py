@@ -16,9 +16,9 @@ _BLOCK = 1 << 16
 
 
 class EventLog:
-    """Log of events in the file `path`, thread-safe.
+    """Log of events in the file `path`; thread-safe.
 
-    A last line that is incomplete, because the process was killed, is removed on opening. OSError if the file cannot be
+    An incomplete last line, left when a process was killed, is removed on opening. OSError if the file cannot be
     opened.
     """
 
@@ -61,7 +61,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 def stream_events(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the events of a log as dictionaries, oldest first; none if the file does not exist.
 
-    The log may be long, and may grow meanwhile. Incomplete and corrupted lines are skipped.
+    The log may be long, and may grow meanwhile. Incomplete and corrupted lines are skipped. OSError if the file cannot
+    be read.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115  (closed below)

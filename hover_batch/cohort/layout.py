@@ -57,7 +57,7 @@ _SUFFIXES = {
 class SlideLayout:
     """Paths of one slide's results in the run at `root`.
 
-    InputError for a slide_id with which a path could leave the run's folder.
+    InputError if a path with this slide_id could leave the run's folder.
     """
 
     root: Path
@@ -88,7 +88,10 @@ class SlideLayout:
         return self.folder / "markers"
 
     def marker(self, column: int, row: int) -> Path:
-        """Marker of the unit in this cell of the unit grid; exists once the unit is predicted and stored."""
+        """Return the path of a unit's marker, which exists once the unit is predicted and stored.
+
+        `column`, `row`: cell of the unit in the unit grid.
+        """
         return self.markers / f"{column}_{row}.json"
 
     @property
@@ -97,7 +100,10 @@ class SlideLayout:
         return self.folder / "parts"
 
     def part(self, column: int, row: int) -> Path:
-        """Part of the table with the nuclei that the region in this cell of the region grid owns."""
+        """Return the path of the part of the table with the nuclei that a region owns.
+
+        `column`, `row`: cell of the region in the region grid.
+        """
         return self.parts / f"{column}_{row}.parquet"
 
     @property
@@ -121,7 +127,7 @@ class SlideLayout:
         return self.folder / "nuclei.parquet"
 
     def exported(self, format: Format) -> Path:
-        """Table of nuclei in another format."""
+        """Return the path of the table of nuclei in another format."""
         return self.folder / f"nuclei.{format.suffix}"
 
     @property
@@ -177,12 +183,12 @@ class RunLayout:
         object.__setattr__(self, "root", self.root.absolute())
 
     def slide(self, slide_id: str) -> SlideLayout:
-        """Paths of one slide. InputError for a slide_id with which a path could leave the run's folder."""
+        """Return the paths of one slide. InputError if a path with this slide_id could leave the run's folder."""
         return SlideLayout(self.root, slide_id)
 
     @property
     def lock(self) -> Path:
-        """Locked while a run writes here; the file stays."""
+        """Lock file, locked while a run writes here and never removed."""
         return self.root / ".lock"
 
     @property
@@ -227,7 +233,7 @@ class RunLayout:
 
     @property
     def report_html(self) -> Path:
-        """Report, by the command `report`."""
+        """Report, written by the command `report`."""
         return self.root / "report.html"
 
     @property

@@ -31,28 +31,35 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class RowFault:
-    """One fault of one row. `row`: line of the CSV (the header is line 1) or position in the listing."""
+    """One fault of one row."""
 
     row: int
+    """Line of the CSV (the header is line 1), or position in the listing of a folder or glob."""
     slide_id_or_path: str
+    """Name of the slide in messages (see `Row.label`)."""
     message: str
+    """What is wrong, and what to do."""
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Slides of a source. `records`: the rows without a fault, in the source's order."""
+    """Slides of a source, with the faults of its rows."""
 
     source: str
+    """Absolute path or glob that was read."""
     records: tuple[SlideRecord, ...]
+    """Valid rows, in the source's order."""
     faults: tuple[RowFault, ...]
+    """All faults of all rows."""
     warnings: tuple[str, ...]
+    """Sentences for the user."""
 
 
 def read_cohort(source: str | Path) -> Cohort:
     """Read a CSV, a folder of slides, a glob, or a single slide.
 
-    Faults of rows are collected, not raised. InputError where there are no rows: the source does not exist, is not a
-    CSV, has a wrong or ambiguous header, or lists nothing.
+    Faults of rows are collected, not raised. InputError if no rows can be read: the source does not exist, is not a
+    CSV, has an invalid or ambiguous header, or lists nothing.
     """
     if not str(source).strip():
         raise InputError("the cohort is an empty name: give a CSV, a folder of slides or a quoted glob")
@@ -74,7 +81,7 @@ def read_cohort(source: str | Path) -> Cohort:
 
 
 def one_slide(path: str | Path, mpp: float | None = None, slide_id: str | None = None) -> Cohort:
-    """Return a cohort of one slide, checked like a row of a CSV. InputError where it has a fault."""
+    """Return a cohort of one slide, checked like a row of a CSV. InputError if it has a fault."""
     cells = {"path": str(path), "mpp": "" if mpp is None else str(mpp), "slide_id": slide_id or ""}
     row = Row(1, {name: cell for name, cell in cells.items() if cell})
     cohort = _check(str(path), [row], Path().absolute(), [])
@@ -84,7 +91,7 @@ def one_slide(path: str | Path, mpp: float | None = None, slide_id: str | None =
 
 
 def raise_if_faulty(cohort: Cohort) -> None:
-    """Raise InputError if there are faults, with a line for each and the remedy."""
+    """Raise InputError if the cohort has faults, with a line for each and the remedy."""
     if not cohort.faults:
         return
     lines = [f"{cohort.source}: {counted(len(cohort.faults), 'fault')}, nothing was run"]
@@ -93,7 +100,7 @@ def raise_if_faulty(cohort: Cohort) -> None:
         for fault in cohort.faults
     ]
     lines.append(
-        "Correct these rows (for a folder or glob: list its slides in a CSV), or leave them out with --skip-invalid."
+        "Correct these rows (for a folder or glob: list its slides in a CSV), or skip them with --skip-invalid."
     )
     raise InputError("\n".join(lines))
 
@@ -115,14 +122,14 @@ def _as_rows(entries: Iterable[Path], source: str) -> tuple[list[Row], list[str]
     if not slides:
         raise InputError(
             f"{source}: no slide found; looked for {' '.join(sorted(_SLIDE_SUFFIXES))} and DICOM folders, "
-            "not in deeper folders; other files can be listed in a CSV"
+            "not in subfolders; other files can be listed in a CSV"
         )
     companions = {slide.with_suffix("") for slide in slides if slide.suffix.lower() == ".mrxs"}
     others = [entry for entry in entries if entry not in slides and entry not in companions]
     warnings = []
     if others:
         names = ", ".join(entry.name for entry in others[:3]) + (", …" if len(others) > 3 else "")
-        warnings.append(f"{source}: left out {len(others)} whose names are not those of slides: {names}")
+        warnings.append(f"{source}: skipped {len(others)} that do not look like slides: {names}")
     rows = [Row(number, {"path": str(slide.absolute())}) for number, slide in enumerate(slides, start=1)]
     return rows, warnings
 
@@ -197,7 +204,7 @@ def _location(cell: str, base: Path) -> Path | Url:
 
 
 def _slide_id(row: Row, base: Path) -> str:
-    """Return the slide_id as given; else the file's stem or the folder's name; "" where there is no path either."""
+    """Return the slide_id as given, else the file's stem or the folder's name; "" if there is no path either."""
     if "slide_id" in row.cells:
         return row.cells["slide_id"]
     if "path" not in row.cells:
@@ -212,7 +219,7 @@ def _slide_id(row: Row, base: Path) -> str:
 
 
 def _fault_of_id(row: Row, slide_id: str, first_with_id: Mapping[str, int], taken: set[str]) -> str | None:
-    """Return the fault of the id with a suggestion, which counts as taken from then on; None for a good id."""
+    """Return the fault of an id, with a suggestion that then counts as taken; None if the id is valid."""
     given = "slide_id" in row.cells
     if fault := fault_in(slide_id):
         reason, near = f"slide_id {slide_id!r} {fault}", slide_id
@@ -229,13 +236,13 @@ def _fault_of_id(row: Row, slide_id: str, first_with_id: Mapping[str, int], take
 
 def _faults_of_slide(path: Path | Url, base: Path) -> list[str]:
     if isinstance(path, Url):  # `plan` asks for all such slides at once whether they exist
-        return ["chained URLs (::) are not read; name the slide itself"] if "::" in path.text else []
+        return ["chained URLs (::) are not supported; name the slide itself"] if "::" in path.text else []
     try:
         str(path).encode()
         if path.is_dir():
             return [] if _is_dicom_folder(path) else ["is a folder without DICOM files (*.dcm)"]
         if path.exists() and not path.is_file():  # opening a pipe would block
-            return ["is no file"]
+            return ["is not a regular file"]
         with open(path, "rb"):
             return []
     except UnicodeEncodeError:
@@ -247,17 +254,17 @@ def _faults_of_slide(path: Path | Url, base: Path) -> list[str]:
 
 
 def _faults_of_mask(path: Path, base: Path) -> list[str]:
-    """Return the faults of a mask: unreadable, or not of the kind of its suffix. `plan` checks its content."""
+    """Return the faults of a mask: unreadable, or not of the kind that its suffix says. `plan` checks its content."""
     name = path.name.lower()
     if not name.endswith(_MASK_SUFFIXES):
-        return [f"masks are {', '.join(_MASK_SUFFIXES)}"]
+        return [f"unknown kind of mask; known are {', '.join(_MASK_SUFFIXES)}"]
     try:
         if name.endswith(".png"):
             with open(path, "rb") as file:
-                return [] if file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE else ["is no PNG image"]
-        return [] if isinstance(load_json(path), dict | list) else ["is no GeoJSON"]
+                return [] if file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE else ["is not a PNG image"]
+        return [] if isinstance(load_json(path), dict | list) else ["is not GeoJSON"]
     except (ValueError, RecursionError):
-        return ["is no JSON"]
+        return ["is not JSON"]
     except FileNotFoundError:
         return [f"no such file{near_name(path, base)}"]
     except OSError as error:
@@ -302,7 +309,7 @@ def _magnification(row: Row, messages: list[str]) -> float | None:
 
 
 def _number(text: str) -> float:
-    """Parse a number as people write them; NaN for others: float would read 0_25 as 25."""
+    """Parse a number; NaN if it is not one, or is written as 0_25, which float would read as 25."""
     try:
         return math.nan if "_" in text else float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Remedies for a path that does not exist: Windows separators, and names that differ in Unicode form or case."""
+"""Hints for a path that does not exist: Windows separators, and names that differ in Unicode form or case."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ _WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 def near_name(path: Path, base: Path) -> str:
-    """Return what to add to the words "no such file"; "" where nothing on disk is like `path`.
+    """Return a hint to append to the message "no such file"; "" if nothing on disk has a similar name.
 
-    `base`: the absolute folder to which the user's paths are relative.
+    `base`: absolute folder to which the user's paths are relative.
     """
     # Only the part that the user wrote: the folders above may contain backslashes.
     written = str(path.relative_to(base)) if path.is_relative_to(base) else str(path)
     if _WINDOWS_ROOT.match(written):
         return "; give a Windows path as this machine sees it, with / between folders"
     slashed = base / written.replace("\\", "/")
-    there = _existing(slashed)
+    similar = _existing(slashed)
     if "\\" in written:
-        return "; write / between folders, not \\" + (f": {there} is there" if there else "")
-    if there is None:
+        return "; write / between folders, not \\" + (f": {similar} exists" if similar else "")
+    if similar is None:
         return ""
-    if _normal(str(there)) != _normal(str(slashed)):
-        return f"; {there} is there, which differs in upper and lower case"
-    form = next((form for form in ("NFC", "NFD") if unicodedata.is_normalized(form, there.name)), "mixed")
+    if _normal(str(similar)) != _normal(str(slashed)):
+        return f"; {similar} exists, which differs in upper and lower case"
+    form = next((form for form in ("NFC", "NFD") if unicodedata.is_normalized(form, similar.name)), "mixed")
     return (
-        f"; {there} is there, the same letters in another Unicode form ({form} on disk): copy the name from the folder "
+        f"; {similar} exists, the same letters in another Unicode form ({form} on disk): copy the name from the folder "
         "into the CSV"
     )
 
 
 def _existing(path: Path) -> Path | None:
-    """Return the path on disk that is `path` but for case and Unicode form."""
+    """Return the path on disk that equals `path` except for case and Unicode form; None if there is none."""
     found = Path(path.anchor)
     for part in path.parts[1:]:
         step = found / part

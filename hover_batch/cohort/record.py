@@ -1,4 +1,4 @@
-"""Slide of a cohort as its row in the CSV describes it, and the URL of a slide in cloud storage."""
+"""Record of a slide, as its row in the cohort describes it, and the URL of a slide in cloud storage."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ _CONTAINER = ("abfs", "abfss", "wasb", "wasbs")
 class Url:
     """URL of a slide in storage that fsspec can open.
 
-    `str()` and `repr()` redact credentials: user, password and query. `text`: the complete URL, for opening it.
+    `str()` and `repr()` redact credentials: user, password and query.
     """
 
     text: str
+    """Complete URL, credentials included, for opening it."""
 
     @classmethod
     def of(cls, text: str) -> Url | None:
-        """Parse a cell of the cohort; None if the text is not a URL."""
+        """Parse a cell of the cohort; None if `text` is not a URL."""
         return cls(text) if _SCHEME.match(text) else None
 
     @property
@@ -80,26 +81,29 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class SlideRecord:
-    """Valid row of a cohort.
-
-    `path` and `mask_path` are absolute. `extra`: the columns that are only copied to the results, as text.
-    """
+    """Valid row of a cohort."""
 
     slide_id: str
+    """Unique name of the slide, which is also the name of its folder in the results."""
     path: Path | Url
+    """Absolute path of the slide, or its URL in cloud storage."""
     row: int
-    """Line of the CSV, the header being line 1; position in the listing for a folder or glob."""
+    """Line of the CSV (the header is line 1), or position in the listing of a folder or glob."""
     mpp: Mpp | None = None
-    """µm per level-0 pixel; overrides the file's value."""
+    """Pixel size of level 0 in µm; takes precedence over the file's. None to use the file's."""
     magnification: float | None = None
-    """Objective magnification, such as 40; gives the pixel size if neither `mpp` nor the file does."""
+    """Objective's power, such as 40; only used to check the pixel size."""
     mask_path: Path | None = None
+    """Absolute path of the tissue mask; None to detect the tissue."""
     patient_id: str | None = None
+    """Patient, for the summary; None if the cohort gives none."""
     group: str | None = None
+    """Group of slides, for the summary; None if the cohort gives none."""
     extra: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Other columns of the cohort by name, which are only copied to the results."""
 
     @property
     def file(self) -> Path:
-        """Path of the slide on this machine. Call it only for a slide that is not in cloud storage, or was copied."""
+        """Path of the slide on this machine. Use it only for a slide on disk or one that was copied to it."""
         assert isinstance(self.path, Path)
         return self.path

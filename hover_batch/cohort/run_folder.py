@@ -1,6 +1,6 @@
-"""Read what a run has written into its folder: run.json, slides.csv and each slide's slide.json. Writes nothing.
+"""Read the files of a run's folder: run.json, slides.csv and each slide's slide.json. Nothing is written.
 
-All commands read a run through this module, so that a missing or corrupted file gets the same message from each.
+All commands read a run through this module, so that a missing or corrupted file gives the same message in each.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from hover_batch.errors import InputError
 from hover_batch.geometry import Mpp
 
 RUN_FORMAT = "hover-batch run"
-"""Value of `format` in run.json, which distinguishes it from other programs' files of that name."""
+"""Value of `format` in run.json, which distinguishes it from files of that name by other programs."""
 
 
 def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
-    """Return run.json; None if it does not exist.
+    """Return the content of run.json; None if it does not exist.
 
-    `flag`: the option that gave the folder, with which the message begins. InputError if the file is corrupted or
-    belongs to another program.
+    `flag`: option that gave the folder, for the message. InputError if the file is corrupted or belongs to another
+    program. OSError if it cannot be read.
     """
     content = read_file(layout.run_json)
     if content is None:
@@ -44,10 +44,10 @@ def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
 
 
 def require_run(layout: RunLayout, flag: str = "") -> dict[str, Any]:
-    """Return run.json. InputError as from `read_run`, and if the folder holds no run."""
+    """Return the content of run.json. InputError as in `read_run`, and if the folder holds no run."""
     run = read_run(layout, flag)
     if run is None:
-        raise InputError(f"{_named(layout, flag)}: holds no run; give the folder that was the --output of `segment`")
+        raise InputError(f"{_named(layout, flag)}: holds no run; give the --output folder of `segment`")
     return run
 
 
@@ -100,16 +100,16 @@ def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
 
 
 def nuclei_if_done(slide: SlideLayout) -> int | None:
-    """Return the number of nuclei of a finished slide, else None."""
+    """Return the number of nuclei of a finished slide; None if the slide is not finished."""
     done = slide_if_done(slide)
     return None if done is None else int(done["nuclei"])
 
 
 def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict[str, Any] | None:
-    """Return the slide.json of a finished slide, else None.
+    """Return the content of slide.json of a finished slide; None if the slide is not finished.
 
-    A slide.json older than `failed_at`, the time when the slide failed in the last start, does not count: that start
-    rejected it.
+    `failed_at`: time when the slide failed in the last start, if it did. An older slide.json does not count, since that
+    start rejected it.
     """
     try:
         modified = slide.slide_json.stat().st_mtime

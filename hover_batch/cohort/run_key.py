@@ -14,9 +14,9 @@ from hover_batch.files import to_json
 
 
 def run_key(model_sha256: str, results_key: Mapping[str, Any], slide_fingerprint: str, schema_version: int) -> str:
-    """Return the SHA-256, as hexadecimal text, of everything that a slide's results depend on.
+    """Return the SHA-256, in hex, of everything that a slide's results depend on. Equal keys mean equal results.
 
-    `results_key`: the settings that change results. `schema_version`: of the table. Equal keys mean equal results.
+    `results_key`: settings that change results. `schema_version`: version of the table's columns.
     """
     parts = {
         "model": model_sha256,
@@ -30,16 +30,18 @@ def run_key(model_sha256: str, results_key: Mapping[str, Any], slide_fingerprint
 
 @dataclass(frozen=True)
 class ModelId:
-    """Model of a run. `id`: its name; `sha256`: of its weights."""
+    """Model of a run."""
 
     id: str
+    """Name of the model."""
     sha256: str
+    """Hash of its package, weights and card."""
 
 
 def run_identity(model: ModelId, results_key: Mapping[str, Any], schema_version: int) -> dict[str, Any]:
     """Return what all results of a run have in common, as plain JSON values for run.json.
 
-    `results_key`: the settings that change results. `schema_version`: of the table.
+    `results_key`: settings that change results. `schema_version`: version of the table's columns.
     """
     identity = {
         "model_id": model.id,
@@ -52,9 +54,10 @@ def run_identity(model: ModelId, results_key: Mapping[str, Any], schema_version:
 
 
 def refuse_changes(root: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Compare the identity of the run in `root` with that of the run that would go there.
+    """Raise SettingsChanged if the identity of the run in `root` differs from that of the run to be started.
 
-    SettingsChanged, with a line for each difference, old → new, if they differ. The model's name may differ.
+    `stored`, `wanted`: the two identities. The message has a line for each difference, old → new. The model's name may
+    differ.
     """
     changes = []
     if stored.get("model_sha256") != wanted["model_sha256"]:

@@ -17,11 +17,12 @@ _log = logging.getLogger(__name__)
 
 
 def lock(path: Path) -> int:
-    """Lock the file and return the descriptor that holds the lock. InputError if another process holds it, OSError if
-    the file cannot be opened.
+    """Lock a file and return the descriptor that holds the lock.
 
     The system releases the lock once no process has the file open any more, even if they are killed. A forked child
-    that outlives the run keeps the lock, since it may still write.
+    that outlives the run keeps the lock, since it may still write. On a file system without locks, a warning is logged.
+
+    InputError if another process holds the lock, OSError if the file cannot be opened.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -45,9 +46,9 @@ def lock(path: Path) -> int:
 
 
 def is_locked(path: Path) -> bool | None:
-    """Return whether a process holds the lock; None if the file system does not support locks.
+    """Return whether a process holds the lock; None if unknown, as on a file system without locks.
 
-    Nothing is written: the test takes a shared lock and releases it at once.
+    False if the file does not exist. Nothing is written: the test takes a shared lock and releases it at once.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)

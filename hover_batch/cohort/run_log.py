@@ -22,32 +22,36 @@ class LoggedFailure:
     """Failure of a slide, or of an invalid row of the cohort, since the last start."""
 
     slide_id: str
+    """Slide, or name of the row in messages."""
     row: int | None
+    """Row of the cohort; None if the log does not give it."""
     stage: str
+    """`Stage` in which it failed; empty if the log does not give it."""
     reason: str
+    """Message of the error."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Rate of work.
-
-    `per_s`: tiles or regions per second, over `seconds` of wall time up to `until`, when the last was done.
-    """
+    """Rate of work."""
 
     per_s: float
+    """Tiles or regions per second."""
     seconds: float
+    """Length of the window in seconds of wall time."""
     until: datetime
+    """Time at which the last of the work was done."""
 
 
 class RateWindow:
-    """Sliding window over the work of the last RATE_WINDOW_S seconds. `begin`: when the work began."""
+    """Sliding window over the work of the last RATE_WINDOW_S seconds. `begin`: time when the work began."""
 
     def __init__(self, begin: datetime) -> None:
         self._entries = deque([(begin, 0)])
         """The first entry only marks where the window begins."""
 
     def add(self, time: datetime, amount: int) -> None:
-        """Add an amount of work that was done at `time`, and drop what has left the window."""
+        """Add an amount of work that was done at `time`, and drop entries that have left the window."""
         self._entries.append((time, amount))
         while len(self._entries) > 2 and (time - self._entries[1][0]).total_seconds() >= RATE_WINDOW_S:
             self._entries.popleft()
@@ -62,27 +66,30 @@ class RateWindow:
 
 @dataclass
 class RunLog:
-    """Summary of events.jsonl since the last start. `surveyed` and `model_busy` are the latest values of all starts.
-
-    Times are UTC. `last`: the last event; `last_slide`: when the last slide was finished.
-    """
+    """Summary of events.jsonl since the last start. Times are UTC."""
 
     started: datetime | None = None
+    """Time of the last start; None if the log has none."""
     last: datetime | None = None
+    """Time of the last event."""
     finished: datetime | None = None
+    """Time when the last start ended; None if it has not."""
     failures: list[tuple[LoggedFailure, datetime]] = field(default_factory=list)
+    """Failures and their times."""
     slides_done: int = 0
+    """Number of slides finished since the last start."""
     last_slide: datetime | None = None
+    """Time when the last slide was finished."""
     stopped: bool = False
     """Whether the last start ended before its cohort was done: by Ctrl-C, or because the disk was full."""
     surveyed: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Number of units and tiles by slide_id."""
+    """Number of units and tiles by slide_id, over all starts."""
     model_busy: float | None = None
-    """Share of the time in which the networks computed, from the end of the last run that logged it."""
+    """Share of the time in which the networks computed, as logged at the end of the last run."""
     disk_full: datetime | None = None
     """Since when the run has been waiting for disk space; None if it is not."""
     retries: Counter[str] = field(default_factory=Counter)
-    """Number of events by kind, of the kinds in RETRY_CAUSES."""
+    """Number of events of each kind in RETRY_CAUSES."""
     machines: tuple[int, int] | None = None
     """Nodes and networks after the last change of the cluster; None if it has not changed."""
     _tiles: RateWindow | None = None
@@ -97,7 +104,7 @@ class RunLog:
         return log
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Add the next event. Events without a time and of unknown kinds are skipped."""
+        """Add the next event. Events without a time or of an unknown kind are skipped."""
         if (time := to_utc(event.get("time"))) is None:
             return
         self.last = time
@@ -141,7 +148,7 @@ class RunLog:
 
     @property
     def region_rate(self) -> Rate | None:
-        """Regions post-processed per second; None if none was since the start."""
+        """Regions post-processed per second; None if there are none since the start."""
         return self._regions.rate if self._regions else None
 
 

@@ -1,4 +1,4 @@
-"""Slide ids that can be folder names on every file system, and suggestions in place of others."""
+"""Slide ids that are valid folder names on every file system, and suggestions for others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Container
 
 _FITS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MAX_LENGTH = 128
-"""Far below the 255 bytes of common file systems, so that whole paths stay short enough too."""
+"""Far below the 255 bytes of common file systems, so that whole paths stay short enough, too."""
 _DEVICES = frozenset(
     ["con", "prn", "aux", "nul", *(f"com{i}" for i in range(1, 10)), *(f"lpt{i}" for i in range(1, 10))]
 )
@@ -16,14 +16,14 @@ _DEVICES = frozenset(
 
 
 def fold(slide_id: str) -> str:
-    """Return the form that ids share if a case-insensitive file system takes them for one."""
+    """Return the form of an id in which ids are equal if a case-insensitive file system takes them for one."""
     return slide_id.lower()
 
 
 def fault_in(slide_id: str) -> str | None:
-    """Return why `slide_id` cannot name a folder, or None where it can."""
+    """Return why `slide_id` cannot name a folder, in words that follow the id in a message; None if it can."""
     if not _FITS.fullmatch(slide_id):
-        return "may hold only A-Z a-z 0-9 . _ - and begins with a letter or digit"
+        return "may contain only A-Z a-z 0-9 . _ - and must start with a letter or digit"
     if len(slide_id) > _MAX_LENGTH:
         return f"is longer than {_MAX_LENGTH} characters"
     if slide_id.endswith("."):
@@ -34,7 +34,7 @@ def fault_in(slide_id: str) -> str | None:
 
 
 def suggest(text: str, taken: Container[str]) -> str:
-    """Return a valid id like `text` whose `fold` is not in `taken`."""
+    """Return a valid id, similar to `text`, whose `fold` is not in `taken`."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", ascii_text)
     # Room is left for the counter below.

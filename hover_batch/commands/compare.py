@@ -30,7 +30,7 @@ def compare(
         str,
         typer.Option(
             help="Weights of the teacher: a package, hover_net's .tar, tiatoolbox's .pth, or a "
-            "published name, which is fetched."
+            "published name, which is downloaded."
         ),
     ] = TEACHER,
     against: Annotated[
@@ -106,7 +106,7 @@ def compare(
     from hover_batch.compare.run import compare as run
     from hover_batch.compare.sides import random_teacher, side_of
     from hover_batch.slide.example import write_example
-    from kd.evaluation.evaluate_package import judged
+    from kd.evaluation.evaluate_package import score_predictor
 
     sizes = _batches(batches)
     plain = InferSettings(device=device)
@@ -120,8 +120,8 @@ def compare(
         other = side_of(teacher_weights, "--teacher", other_settings)
     if other.name == replacement.name:
         replacement, other = (
-            replace(of, name=f"{of.name}, {of.predictor.precision} by {of.predictor.runtime}")
-            for of in (replacement, other)
+            replace(network, name=f"{network.name}, {network.predictor.precision} by {network.predictor.runtime}")
+            for network in (replacement, other)
         )
     replacement, other = replacement.for_fields(side), other.for_fields(side)
     if other.card.mpp != replacement.card.mpp:
@@ -146,7 +146,7 @@ def compare(
         Options(sizes, repeats, timing_only),
         output,
         lambda line: typer.echo(line, err=True),
-        (lambda of: judged(of.predictor, of.constants, truth)) if truth is not None else None,
+        (lambda network: score_predictor(network.predictor, network.constants, truth)) if truth is not None else None,
     )
     _print(found)
     typer.echo(output / "compare.json")

@@ -168,7 +168,7 @@ def _copy(source: str, sha256: str | None, target: Path, *, replaceable: bool) -
 
 
 def _refuse_another(target: Path, same: Callable[[Package], bool]) -> None:
-    """InputError if `target` holds a package of another source, which other commands may use by this name."""
+    """Raise InputError if `target` holds a package of another source, which other commands may use by this name."""
     if target.exists() and not same(find_package(str(target), "package")):
         raise InputError(
             f"{target}: a package from another source has this name already; remove it, or give -o FILE.safetensors"
@@ -255,7 +255,7 @@ def print_card(model: PackageArgument) -> None:
 
 
 def describe(card: Card) -> list[str]:
-    """Return the card as lines of text: its name, then one line per fact, indented. Control characters are removed."""
+    """Return a card as lines of text: its name, then one indented line per fact. Control characters are removed."""
     calibration = card.metrics.get("calibration", "not recorded")
     if isinstance(calibration, Mapping):
         calibration = f"found on annotated images: cut at {calibration.get('cut')} of their median minimum"
@@ -278,7 +278,7 @@ def _line(value: object) -> str:
 
 
 def _architecture(card: Card) -> str:
-    """Return the names of the architecture and, where there is one, its encoder."""
+    """Return the names of the architecture and of its encoder, if it has one."""
     return f"{card.architecture} {card.encoder}".rstrip()
 
 

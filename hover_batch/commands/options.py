@@ -22,9 +22,9 @@ ENGINE = "Execution"
 
 
 def setting(flag: str, help: str, panel: str, default: str | None = None) -> Any:
-    """Return the typer option of a setting. `default`: how the help describes the default, if its value needs it.
+    """Return the typer option of a setting. Its default for typer is None, so that --config can supply the value.
 
-    The default for typer is None, so that --config can supply the value.
+    `panel`: group of options in the help. `default`: description of the default in the help; None to show its value.
     """
     name = flag.removeprefix("--").replace("-", "_")
     if default is None:
@@ -80,9 +80,8 @@ SkipInvalidOption = Annotated[
 def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Settings:
     """Return the settings of a command: option > environment variable > --config > `base` > default.
 
-    InputError if a file cannot be read, or for unknown names and wrong values.
-
-    typer has already chosen between option and environment variable.
+    typer has already chosen between option and environment variable. InputError if a file cannot be read, or for
+    unknown names and invalid values.
     """
     given = {name: value for name, value in ctx.params.items() if value is not None and name in SECTION_OF}
     if "class_map" in given:
@@ -99,7 +98,8 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Merge section by section; values of `above` take precedence.
 
-    Where one has a section and `below` a plain value, the plain value is kept, so that `Settings.from_dict` rejects it.
+    If `above` has a section and `below` a plain value of the same name, the plain value is kept, so that
+    `Settings.from_dict` rejects it.
     """
     merged = dict(below)
     for key, value in above.items():
@@ -120,7 +120,7 @@ def _class_map(path: Path) -> dict[str, Any]:
 
 
 def read_toml(flag: str, path: Path) -> dict[str, Any]:
-    """Return the content of the TOML file `path`. InputError, which names the option `flag`, if it cannot be read."""
+    """Return the content of a TOML file. InputError, which names the option `flag`, if it cannot be read."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

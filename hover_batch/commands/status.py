@@ -25,6 +25,6 @@ def status(
     """
     from hover_batch.status import read_status
 
-    stands = read_status(output)
-    for line in [stands.to_json()] if as_json else stands.lines():
+    found = read_status(output)
+    for line in [found.to_json()] if as_json else found.lines():
         typer.echo(line)

@@ -1,4 +1,4 @@
-"""Measure how far two networks find the same nuclei, and locate where they do not."""
+"""Measure how far two networks agree on nuclei, and locate where they do not."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from hover_batch.nuclei.measure import Nuclei
 from hover_batch.taxonomy import Taxonomy
 
 CELL = 128
-"""Side, in inference pixels, of the cells in which densities are compared and disagreements counted: 32 µm at 40×."""
+"""Side in inference pixels of the cells in which densities and disagreements are counted: 32 µm at 40×."""
 
 
 @dataclass(frozen=True)
 class Dispute:
-    """A CELL × CELL cell of a field in which the sides disagree.
-
-    `x`, `y`: its upper left corner, in inference pixels from that of the field. `alone`: nuclei in it that only one of
-    the two sides found.
-    """
+    """CELL × CELL cell of a field in which the sides disagree."""
 
     x: int
+    """Left edge in inference pixels, from the field's left edge."""
     y: int
+    """Upper edge in inference pixels, from the field's upper edge."""
     alone: int
+    """Number of nuclei in the cell that only one side found."""
 
 
 class Agreement:
-    """Sums over fields of what two networks have in common. `taxonomies`: the classes of the first and the second."""
+    """Sums over fields of what two networks have in common.
+
+    `taxonomies`: classes of the first and of the second network.
+    """
 
     def __init__(self, taxonomies: Sequence[Taxonomy]) -> None:
         self._names = [[c.name for c in taxonomy.nuclei] for taxonomy in taxonomies]
@@ -44,10 +46,10 @@ class Agreement:
         self._densities: list[NDArray[np.int64]] = []
 
     def add(self, first: SideResult, second: SideResult, mpp: float) -> list[Dispute]:
-        """Add one field, whose inference pixels are `mpp` µm wide.
+        """Add one field; return its cells with nuclei that only one side found, in raster order.
 
-        Return its cells that hold nuclei which only one side found, in raster order. Detections match if their
-        centroids are at most DETECTION_RADIUS_UM apart.
+        `mpp`: size of its inference pixels in µm. Detections match if their centroids are at most DETECTION_RADIUS_UM
+        apart.
         """
         self._qualities.append(panoptic_quality(first.instances, second.instances).pq)
         places = [np.stack([seen.nuclei.centroid_x, seen.nuclei.centroid_y], axis=1) for seen in (first, second)]
@@ -67,11 +69,12 @@ class Agreement:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the sums as plain values; a value is None where it is undefined, as F1 is without nuclei.
+        """Return the results as plain values, None where one is undefined, as F1 is without nuclei.
 
-        `pq`: mean over fields. `detection_f1`: F1 of detections within 12 pixels at 40×. `nuclei`: both counts.
-        `density_correlation`: Pearson correlation of the nuclei per cell. `confusion`: counts of matched nuclei by
-        class, rows for the first side and columns for the second; the last of each, `none`, is for unmatched nuclei.
+        `pq`: mean over fields. `detection_f1`: F1 of detections within 12 pixels at 40×. `nuclei`: number found by each
+        side. `density_correlation`: Pearson correlation of the nuclei per cell. `confusion`: number of matched nuclei
+        by class, rows for the first side and columns for the second; the last row and column, `none`, are for unmatched
+        nuclei.
         """
         cells = np.concatenate(self._densities, axis=1).astype(float)
         varied = cells.shape[1] > 1 and bool((cells.std(axis=1) > 0).all())

@@ -1,4 +1,4 @@
-"""Choose the fields on which two networks are compared: the squares of each slide with most tissue, or all of them."""
+"""Choose the fields on which two networks are compared: the squares with most tissue, or all with tissue."""
 
 from __future__ import annotations
 
@@ -19,34 +19,38 @@ from hover_batch.slide.tissue import TissueMask, tissue_mask
 
 @dataclass(frozen=True)
 class Field:
-    """A square of a slide with its pixels; both networks mirror what lies beyond its border.
-
-    `box`: its place in inference pixels. `image`: RGB (y, x, 3) uint8. `mpp`: µm per pixel of the image.
-    """
+    """Square of a slide with its pixels. Both networks mirror the image at its border."""
 
     slide_id: str
+    """Slide of the field."""
     box: Box
+    """Position in inference pixels."""
     image: NDArray[np.uint8]
+    """RGB (y, x, 3) uint8."""
     mpp: float
+    """Pixel size of the image in µm."""
     read_s: float
     """Wall time of reading the pixels, in seconds."""
 
     @property
     def pixels(self) -> int:
-        """Number of pixels."""
+        """Number of inference pixels."""
         return self.box.width * self.box.height
 
 
 @dataclass(frozen=True)
 class Place:
-    """Position of a field, whose pixels are read only when it is compared. `box`: in inference pixels of `mpp` µm."""
+    """Position of a field, whose pixels are read only when it is compared."""
 
     record: SlideRecord
+    """Slide of the field."""
     box: Box
+    """Position in inference pixels of `mpp` µm."""
     mpp: float
+    """Size of an inference pixel in µm."""
 
     def read(self) -> Field:
-        """Read the pixels of the field. SlideError if the slide cannot be read."""
+        """Read the pixels of the field, and time it. SlideError if the slide cannot be read."""
         with open_slide(self.record) as reader:
             started = time.perf_counter()
             image = reader.read(self.box, Grid.over(reader.info.level0, reader.info.mpp, self.mpp))
@@ -54,11 +58,11 @@ class Place:
 
 
 def choose_fields(records: Sequence[SlideRecord], mpp: float, side: int, per_slide: int) -> Iterator[Place]:
-    """Yield the `per_slide` squares of each slide that hold most tissue, most first and ties in raster order; for 0,
-    all squares with tissue, in raster order.
+    """Yield the fields of each slide: the `per_slide` squares with most tissue, most first; ties in raster order.
 
-    `mpp`: µm per inference pixel. `side`: of a square, in inference pixels; squares are cut off at the canvas.
-    InputError if a slide is given by a URL, SlideError if one cannot be read.
+    With `per_slide` 0, all squares with tissue are yielded in raster order. `mpp`: size of an inference pixel in µm.
+    `side`: side of a square in inference pixels; squares are cut off at the canvas. InputError if a slide is given by a
+    URL, SlideError if one cannot be read.
     """
     for record in records:
         if isinstance(record.path, Url):

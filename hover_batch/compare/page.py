@@ -1,4 +1,4 @@
-"""Write compare.html: a single file, in which all text is escaped and which loads nothing from elsewhere."""
+"""Write compare.html: a single file whose text is escaped, and which loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hover_batch.report.pictures import data_uri
 from hover_batch.taxonomy import Taxonomy
 
 AROUND = 32
-"""Pixels that a panel shows around the cell."""
+"""Pixels around the cell that a panel shows."""
 ZOOM = 2
 """Pixels of the panel for each pixel of the field."""
 WIDTH, HEIGHT = 420, 220
@@ -29,21 +29,24 @@ WIDTH, HEIGHT = 420, 220
 
 @dataclass(frozen=True)
 class Panel:
-    """Pictures of a place where the networks disagree.
-
-    `x`, `y`: its upper left corner in inference pixels of the slide. `alone`: nuclei that only one side found.
-    `pictures`: PNG data URIs: the plain pixels, then those with each side's contours in the colours of its classes.
-    """
+    """Pictures of a place where the networks disagree."""
 
     slide_id: str
     x: int
+    """Left edge of the cell in inference pixels of the slide."""
     y: int
+    """Upper edge of the cell in inference pixels of the slide."""
     alone: int
+    """Number of nuclei in the cell that only one side found."""
     pictures: tuple[str, ...]
+    """PNG data URIs: the plain pixels, then one with each side's contours in the colours of its classes."""
 
     @classmethod
     def of(cls, field: Field, dispute: Dispute, results: Sequence[tuple[NDArray[np.int32], Nuclei, Taxonomy]]) -> Panel:
-        """Draw the panel of `dispute`. `results`: of each side, instances (y, x) int32, their nuclei, and classes."""
+        """Draw the panel of `dispute`.
+
+        `results`: instances (y, x) int32 of each side, the measurements of its nuclei, and its classes.
+        """
         height, width = field.image.shape[:2]
         rows = slice(max(0, dispute.y - AROUND), min(height, dispute.y + CELL + AROUND))
         columns = slice(max(0, dispute.x - AROUND), min(width, dispute.x + CELL + AROUND))
@@ -74,7 +77,7 @@ def _large(image: NDArray[Any]) -> NDArray[Any]:
 
 
 def render(found: dict[str, Any], panels: Sequence[Panel]) -> str:
-    """Return the HTML page. `found`: the content of compare.json; `panels`: pictures of disagreements, worst first."""
+    """Return the HTML page. `found`: content of compare.json. `panels`: pictures of disagreements, worst first."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hover_batch.compare"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -86,10 +89,10 @@ def render(found: dict[str, Any], panels: Sequence[Panel]) -> str:
 def _chart(sides: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the chart of seconds per patch over batch size, on logarithmic axes; None if nothing was timed."""
     points = [{int(b): s for b, s in side["seconds_per_patch"].items()} for side in sides]
-    seconds = [s for of in points for s in of.values()]
+    seconds = [s for curve in points for s in curve.values()]
     if not seconds:
         return None
-    batches = sorted({b for of in points for b in of})
+    batches = sorted({b for curve in points for b in curve})
     low, high = math.log10(min(seconds)), math.log10(max(seconds))
     span, widest = max(high - low, 1e-9), math.log2(batches[-1]) or 1.0
 
@@ -97,7 +100,7 @@ def _chart(sides: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return f"{math.log2(batch) / widest * WIDTH:.1f},{HEIGHT * (1 - (math.log10(value) - low) / span):.1f}"
 
     return {
-        "lines": [" ".join(place(b, s) for b, s in sorted(of.items())) for of in points],
+        "lines": [" ".join(place(b, s) for b, s in sorted(curve.items())) for curve in points],
         "ticks": [(math.log2(b) / widest * WIDTH, b) for b in batches],
         "low": 10**low,
         "high": 10**high,

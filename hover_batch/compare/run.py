@@ -22,30 +22,35 @@ from hover_batch.model.cost import cost_of
 PANELS = 8
 """Number of disagreements that the page shows."""
 
-Judge = Callable[[Side], dict[str, Any]]
-"""Function that returns a side's scores on annotated images, by source, and which of these it was trained on."""
+Scorer = Callable[[Side], dict[str, Any]]
+"""Function that returns a side's scores on annotated images, by source, and the images it was trained on, if any."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a comparison.
-
-    `batches`: batch sizes to time. `repeats`: repetitions of each measurement, whose median is reported. `timing_only`:
-    measure costs, and do not compare nuclei.
-    """
+    """Options of a comparison."""
 
     batches: Sequence[int]
+    """Batch sizes to time."""
     repeats: int
+    """Repetitions of each measurement, whose median is reported."""
     timing_only: bool = False
+    """Whether to measure only costs, without comparing nuclei."""
 
 
 def compare(
-    first: Side, second: Side, places: Sequence[Place], options: Options, out: Path, notify: Notify, judge: Judge | None
+    first: Side,
+    second: Side,
+    places: Sequence[Place],
+    options: Options,
+    out: Path,
+    notify: Notify,
+    scorer: Scorer | None,
 ) -> dict[str, Any]:
-    """Compare `first` with `second`, which is to replace it, on the fields `places`, and write both files to `out`.
+    """Compare `first` with `second`, which is to replace it; write compare.json and compare.html to `out`.
 
-    `notify` is called with lines about the progress. `judge` scores a side on annotated images; None: it is not scored.
-    Return the content of compare.json. InputError if `places` is empty.
+    `places`: fields to compare on. `notify` is called with lines about the progress. `scorer` scores a side on
+    annotated images; None to omit that. Return the content of compare.json. InputError if `places` is empty.
     """
     if not places:
         raise InputError(
@@ -56,9 +61,9 @@ def compare(
     notify("warming up …")
     peaks = warm_up(sides, places[0].read())
     truth = None
-    if judge:  # first, since it fails if the images are missing, and the rest takes long
+    if scorer:  # first, since it fails if the images are missing, and the rest takes long
         notify("scores on annotated images …")
-        truth = [judge(side) for side in sides]
+        truth = [scorer(side) for side in sides]
     by_batch = latencies(sides, options.batches, options.repeats, notify)
     agreed = Agreement([side.card.taxonomy for side in sides])
     panels: list[Panel] = []
@@ -95,21 +100,25 @@ def compare(
 
 @dataclass
 class Costs:
-    """Time that one network spent on all fields, and the amount of work.
-
-    `keep`: side in pixels of what the network keeps of a tile. `pixels`: inference pixels. Times are in seconds.
-    """
+    """Time that one network spent on all fields, and the amount of work."""
 
     keep: int
+    """Side in pixels of a tile's output without its margins."""
     pixels: int = 0
+    """Number of inference pixels."""
     mm2: float = 0.0
+    """Area in mm²."""
     tiles: int = 0
+    """Number of tiles."""
     read_s: float = 0.0
+    """Seconds of reading."""
     infer_s: float = 0.0
+    """Seconds of inference."""
     post_s: float = 0.0
+    """Seconds of post-processing."""
 
     def add(self, field: Field, result: SideResult) -> None:
-        """Add one field and the network's times on it."""
+        """Add the size of one field, and the times of the network on it."""
         self.pixels += field.pixels
         self.mm2 += field.pixels * (field.mpp / 1000) ** 2
         self.tiles += -(-field.box.height // self.keep) * -(-field.box.width // self.keep)

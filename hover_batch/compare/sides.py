@@ -1,4 +1,4 @@
-"""Load the networks to be compared, each with its card, precision and runtime; or build one with random weights."""
+"""Load the networks to be compared, each with its card, precision and runtime, or build one with random weights."""
 
 from __future__ import annotations
 
@@ -22,37 +22,38 @@ from hover_batch.nuclei.watershed import SobelConstants
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two networks of a comparison.
-
-    `settings`: of its inference; `predictor` resolves `auto` for this machine. `random`: its weights are random, so
-    that its times are meaningful and its nuclei are not.
-    """
+    """One of the two networks of a comparison."""
 
     name: str
+    """Name for the reader."""
     card: Card
+    """Card of the network."""
     network: nn.Module
+    """Network with its weights, in evaluation mode."""
     settings: InferSettings
+    """Settings of inference; `predictor` resolves `auto` for this machine."""
     random: bool = False
+    """Whether the weights are random, so that times are meaningful but nuclei are not."""
 
     @cached_property
     def predictor(self) -> Predictor:
-        """The network, ready to predict."""
+        """Network on its device, loaded at first use."""
         return Predictor(self.network, self.card, self.settings)
 
     def for_fields(self, side: int) -> Side:
-        """Return this side with a batch size of at most the tiles in a field of `side` × `side` inference pixels."""
+        """Return this side with a batch no larger than the tiles of a field of `side` × `side` inference pixels."""
         return replace(self, settings=replace(self.settings, batch=batch_of(self.card, [(side, side)])))
 
     @property
     def constants(self) -> SobelConstants:
-        """The card's Sobel constants, for post-processing."""
+        """Sobel constants of the card, for post-processing."""
         return SobelConstants.from_json(self.card.sobel)
 
 
 def side_of(name: str, flag: str, settings: InferSettings) -> Side:
-    """Load the network `name`: `starter`, a package, a published checkpoint or the name of one, which is fetched.
+    """Load a network: `starter`, a package, a published checkpoint, or the name of one, which is downloaded.
 
-    `flag`: the option that gave the name, for messages. PackageError if it cannot be loaded or fetched.
+    `flag`: option that gave `name`, for messages. PackageError if the network cannot be loaded or downloaded.
     """
     path = Path(name)
     published = name in KINDS and not path.exists() and not cached_package(name).exists()
@@ -63,8 +64,8 @@ def side_of(name: str, flag: str, settings: InferSettings) -> Side:
             if not published:
                 raise
             raise PackageError(
-                f"{flag}: the weights {name} cannot be fetched ({error}). Download the checkpoint on a machine with a "
-                "network connection (see https://github.com/vqdang/hover_net), and give the file: --teacher-weights "
+                f"{flag}: the weights {name} cannot be downloaded ({error}). Download the checkpoint on a machine with "
+                "a network connection (see https://github.com/vqdang/hover_net), and give the file: --teacher-weights "
                 "FILE.tar; or compare only costs, with random weights: --timing-only"
             ) from error
         return Side(name, card, network.eval().requires_grad_(False), settings)
@@ -73,7 +74,7 @@ def side_of(name: str, flag: str, settings: InferSettings) -> Side:
 
 
 def random_teacher(name: str, settings: InferSettings) -> Side:
-    """Return the HoVerNet published as `name`, with random weights. PackageError if no HoVerNet has this name."""
+    """Return the HoVerNet that is published as `name`, with random weights. PackageError if there is none."""
     kind = KINDS.get(name)
     if kind is None or not kind.architecture.startswith("hovernet-"):
         known = ", ".join(n for n, k in KINDS.items() if k.architecture.startswith("hovernet-"))

@@ -1,4 +1,4 @@
-"""Time two networks in alternation, so that other load on the machine affects both alike; medians are reported."""
+"""Time two networks in alternation, so that other load on the machine affects both equally. Medians are reported."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ Notify = Callable[[str], None]
 
 
 def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, notify: Notify) -> list[dict[int, float]]:
-    """Return, for each side, batch size → median seconds per patch of the network alone, as in HoVerNet's paper.
+    """Return, for each of `sides`, the median seconds per patch of its network by batch size, as in HoVerNet's paper.
 
-    The mapping is empty for a side whose runtime is not torch, since it is compiled for one input shape.
+    `batches`: batch sizes. `repeats`: repetitions of each measurement. The mapping is empty for a side whose runtime is
+    not torch, since its network is compiled for one input shape.
     """
     found: list[dict[int, float]] = [{} for _ in sides]
     # Whole patches, as in the paper, rather than only the pixels that are kept.
@@ -39,28 +40,28 @@ def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, notif
                 if predictor.runtime == "torch":
                     with predictor.autocast():
                         seconds[number].append(seconds_per_patch(networks[number], side.card, batch))
-        for number, of in enumerate(seconds):
-            if of:
-                found[number][batch] = statistics.median(of)
+        for number, measured in enumerate(seconds):
+            if measured:
+                found[number][batch] = statistics.median(measured)
     return found
 
 
 @dataclass(frozen=True)
 class SideResult:
-    """Result of one network on one field.
-
-    `instances`: (y, x) int32, 0 for the background. `nuclei`: their measurements, in inference pixels of the field.
-    `infer_s`, `post_s`: median seconds of inference and of post-processing.
-    """
+    """Result of one network on one field."""
 
     instances: NDArray[np.int32]
+    """Instance map (y, x) int32, 0 = background."""
     nuclei: Nuclei
+    """Measurements of the instances, in inference pixels of the field."""
     infer_s: float
+    """Median seconds of inference."""
     post_s: float
+    """Median seconds of post-processing."""
 
 
 def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[SideResult]:
-    """Return each side's nuclei in a field, and the median times of `repeats` repetitions."""
+    """Return the nuclei of each of `sides` in a field, with the median times of `repeats` repetitions."""
     seconds: list[list[tuple[float, float]]] = [[] for _ in sides]
     found: list[tuple[NDArray[np.int32], Nuclei]] = []
     for turn in range(repeats):
@@ -73,15 +74,15 @@ def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[Sid
             if turn == 0:
                 found.append(nuclei)
     return [
-        SideResult(instances, nuclei, *(statistics.median(column) for column in zip(*of, strict=True)))
-        for (instances, nuclei), of in zip(found, seconds, strict=True)
+        SideResult(instances, nuclei, *(statistics.median(column) for column in zip(*times, strict=True)))
+        for (instances, nuclei), times in zip(found, seconds, strict=True)
     ]
 
 
 def warm_up(sides: Sequence[Side], field: Field) -> list[int | None]:
-    """Run each side once on `field`, so that compilation and caches do not count as time of the comparison.
+    """Run each side once on `field`, so that compilation and cold caches do not count in the comparison.
 
-    Return the peak device memory of each in bytes, None on the CPU.
+    Return the peak device memory of each side in bytes; None on the CPU.
     """
     peaks: list[int | None] = []
     for side in sides:

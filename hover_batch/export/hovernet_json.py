@@ -29,8 +29,8 @@ _to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 def write_hovernet_json(nuclei: NucleiTable, path: Path) -> None:
     """Write a table of nuclei as HoVerNet JSON (see the module's docstring) to `path`, batch by batch.
 
-    An existing file is replaced only if all is written. OSError if `path` cannot be written, SlideError if the table is
-    corrupted.
+    An existing file is replaced only when all is written. OSError if `path` cannot be written, SlideError if the table
+    is corrupted.
     """
     mag = round(10 / math.sqrt(nuclei.mpp.x * nuclei.mpp.y))
     info = {str(c.id): [c.name, list(c.color)] for c in nuclei.taxonomy.classes}

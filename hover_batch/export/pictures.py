@@ -34,20 +34,21 @@ _LINE = 22
 
 @dataclass(frozen=True)
 class View:
-    """Picture of a part of a slide, and its position.
-
-    `image`: RGB (y, x, 3) uint8. `x0`, `y0`: its upper left corner in level-0 pixels. `scale_x`, `scale_y`: size of one
-    of its pixels in level-0 pixels.
-    """
+    """Picture of a part of a slide, and its position."""
 
     image: NDArray[np.uint8]
+    """RGB (y, x, 3) uint8."""
     x0: float
+    """Left edge in level-0 pixels."""
     y0: float
+    """Upper edge in level-0 pixels."""
     scale_x: float
+    """Level-0 pixels per pixel of the picture, along x."""
     scale_y: float
+    """Level-0 pixels per pixel of the picture, along y."""
 
     def place(self, points: NDArray[np.float64]) -> NDArray[np.int32]:
-        """Convert level-0 positions (…, 2), x, y, to OpenCV's fixed-point coordinates in the image, int32.
+        """Convert level-0 positions (…, 2) of x, y to OpenCV's fixed-point coordinates in the image, int32.
 
         Integers are pixel centres in OpenCV and pixel corners in our positions, so half a pixel is subtracted.
         """
@@ -62,7 +63,7 @@ class View:
 
 
 def write_thumbnail(path: Path, view: View, outline: Sequence[NDArray[np.float64]]) -> None:
-    """Write `view` with the tissue's outline as a JPEG.
+    """Write `view` as a JPEG, with the outline of the tissue.
 
     `outline`: rings of the tissue and its holes, each (k, 2), x, y in level-0 pixels. OSError if it cannot be written.
     """
@@ -114,8 +115,8 @@ def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.
 def densest_field(nuclei: Path, side: int, canvas: Size) -> Box:
     """Return the square of `side` level-0 pixels that holds most centroids of the table `nuclei` (nuclei.parquet).
 
-    Squares are tried at steps of a quarter side; ties go to the first in raster order. Without nuclei, it is the middle
-    of the canvas. The square is moved inside the canvas, and cut if the canvas is smaller.
+    Squares are tried at steps of a quarter of `side`; of equal ones, the first in raster order is returned. Without
+    nuclei, it is the middle of the canvas. The square is moved inside the canvas, and cut if the canvas is smaller.
     """
     step = max(1, side // 4)
     counts = np.zeros((-(-canvas.height // step), -(-canvas.width // step)), np.int64)

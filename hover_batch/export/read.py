@@ -27,7 +27,7 @@ _COLUMNS = frozenset(
     ["slide_id", "nucleus_id", "centroid_x", "centroid_y", "bbox", "type_id", "type", "type_prob", "area_um2"]
     + ["eccentricity", "solidity", "touches_border", "seam_uncertain", "geometry"]
 )
-"""Columns that the exporters need; a table may hold more."""
+"""Columns that the exporters need; a table may have more."""
 
 _NAMESPACE = uuid.UUID("5f0c2f52-9a0b-5d0e-8f55-3c1f6f3f7c11")
 """Namespace of the nuclei's UUIDs. It must never change, or the UUIDs would."""
@@ -35,21 +35,23 @@ _NAMESPACE = uuid.UUID("5f0c2f52-9a0b-5d0e-8f55-3c1f6f3f7c11")
 
 @dataclass(frozen=True)
 class NucleiTable:
-    """Table of one slide's nuclei in the file `path` (nuclei.parquet).
-
-    `level0`: size of the slide in level-0 pixels, to which all positions refer. `mpp`: µm per level-0 pixel. `bounds`:
-    the scanned part in level-0 pixels, None if the slide does not name one. `rows`: number of nuclei. `schema`:
-    columns.
-    """
+    """Table of one slide's nuclei in the file `path` (nuclei.parquet)."""
 
     path: Path
+    """File of the table."""
     slide_id: str
     taxonomy: Taxonomy
+    """Classes of the nuclei."""
     level0: Size
+    """Size of the slide in level-0 pixels, to which all positions refer."""
     mpp: Mpp
+    """Pixel size of level 0 in µm."""
     bounds: Box | None
+    """Scanned part of the slide in level-0 pixels; None if the file gives none."""
     rows: int
+    """Number of nuclei."""
     schema: pa.Schema
+    """Columns of the table."""
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -82,7 +84,7 @@ class NucleiTable:
         return [field.name for field in self.schema if field.type == pa.float32()]
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield all rows in order, at most BATCH at a time, with `columns` or, if None, all columns.
+        """Yield all rows in order, at most BATCH at a time, with `columns`; with all columns if None.
 
         SlideError if the file is corrupted.
         """
@@ -97,7 +99,7 @@ class NucleiTable:
             raise unreadable(self.path, error) from error
 
     def _check_types(self, batch: pa.RecordBatch) -> None:
-        """SlideError for class ids that do not exist: a sign of corruption that Parquet does not detect."""
+        """Raise SlideError for class ids that do not exist, a corruption that Parquet does not detect."""
         known = len(self.taxonomy.classes)
         if (batch["type_id"].to_numpy() >= known).any():
             raise unreadable(self.path, ValueError(f"it has a type_id above {known - 1}, the last of its classes"))
@@ -113,13 +115,14 @@ class NucleiTable:
             raise unreadable(self.path, error) from error
 
     def uuids(self, batch: pa.RecordBatch) -> list[str]:
-        """Return the UUID of each nucleus, made of slide_id and nucleus_id: the same in all formats and exports."""
+        """Return the UUID of each nucleus. It depends on slide_id and nucleus_id only, and is equal in all exports."""
         return [str(uuid.uuid5(_NAMESPACE, f"{self.slide_id}/{number}")) for number in batch["nucleus_id"].to_pylist()]
 
     def measurements(self, batch: pa.RecordBatch) -> list[dict[str, float]]:
         """Return the `measured` columns of each nucleus by name, without values that are not finite.
 
-        A float32 becomes the shortest decimal that reads back as the same float32: 0.1, not 0.10000000149011612.
+        A float32 becomes the shortest decimal that reads back as the same float32, such as 0.1, not
+        0.10000000149011612.
         """
         names = self.measured
         columns = [batch[name].cast(pa.string()).cast(pa.float64()).to_pylist() for name in names]
@@ -130,7 +133,7 @@ class NucleiTable:
 
 
 def unreadable(path: Path, error: Exception) -> SlideError:
-    """Return the error for a table `path` that is missing or corrupted; `error` says in which way."""
+    """Return a SlideError for the table `path`, which is missing or corrupted, with `error` as the reason."""
     return SlideError(
         f"{path}: cannot be read as a table of nuclei ({error}); remove it and repeat the segment command"
     )

@@ -29,7 +29,7 @@ _SHAPES = "nuclei"
 
 
 def require_extra() -> None:
-    """InputError if anndata or spatialdata is not installed."""
+    """Check that anndata and spatialdata are installed. InputError if one of them is not."""
     if not (find_spec("anndata") and find_spec("spatialdata")):
         raise InputError(
             "--to spatialdata and --to anndata need packages that are not installed; run: pip install "
@@ -59,7 +59,7 @@ def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
     OSError if it cannot be written, SlideError if the table is corrupted.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its dependencies warn at import of what users cannot fix
+        warnings.simplefilter("ignore")  # on import, its dependencies give warnings that users cannot fix
         from spatialdata import SpatialData
     import geopandas
     import pandas as pd
@@ -112,7 +112,7 @@ def _anndata(nuclei: NucleiTable) -> AnnData:
 
 
 def _plain_strings() -> Any:
-    """Return a context in which pandas 3 makes strings as pandas 2 does, since anndata < 0.13 cannot write new ones."""
+    """Return a context in which pandas 3 makes strings as pandas 2 does; anndata < 0.13 cannot write the new ones."""
     import pandas as pd
 
     return pd.option_context("future.infer_string", False)

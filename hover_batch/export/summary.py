@@ -1,7 +1,7 @@
 """Write summary.csv and summary.parquet: one row per slide and one for the cohort.
 
 The slides' nuclei.parquet are read one column and one batch at a time, so that a cohort of any size needs the memory of
-one batch. Quantiles are exact, also those of the cohort: neither sampled nor binned.
+one batch. Quantiles are exact, neither sampled nor binned, for slides and for the cohort.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MORPHOLOGY = ("area_um2", "eccentricity", "solidity")
 QUARTILES = {"p25": 0.25, "p50": 0.5, "p75": 0.75}
 
 QUALITY = ("h_od_mean", "e_od_mean", "seg_score_mean", "type_prob_mean", "out_of_focus", "ink")
-"""Measures of `hover_batch.quality`; densities and scores are means over the nuclei, the others shares."""
+"""Measures of `hover_batch.quality`: means over the nuclei, except for the shares out_of_focus and ink."""
 
 _STAGE = "seconds_"
 _BATCH = 131_072
@@ -36,7 +36,7 @@ _BATCH = 131_072
 def summary_schema(taxonomy: Taxonomy) -> pa.Schema:
     """Return the columns that every summary has, in order.
 
-    The seconds of each stage and the cohort CSV's own columns follow them.
+    In a summary, they are followed by the seconds of each stage and the cohort CSV's own columns.
     """
     columns: list[tuple[str, pa.DataType]] = [
         ("level", pa.string()),
@@ -70,7 +70,7 @@ def slide_summary(
 ) -> Row:
     """Return the row of one slide, whose `level` is "slide".
 
-    `nuclei`: its nuclei.parquet, None for a slide that failed. `tissue_mm2`: the area that was searched. `seconds`: the
+    `nuclei`: path of its nuclei.parquet; None for a slide that failed. `tissue_mm2`: area that was searched. `seconds`:
     wall time of each stage by name.
     """
     row: Row = {"level": "slide", "status": status, "slides": 1, "failed": int(nuclei is None)}
@@ -83,7 +83,7 @@ def slide_summary(
 def relabelled(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Row:
     """Return the row of a finished slide with the cohort CSV's columns taken from `record`.
 
-    `row`: as `slide_summary` returned it; the CSV may have changed since.
+    `row`: result of `slide_summary` in an earlier start, since which the CSV may have changed.
     """
     known = set(summary_schema(taxonomy).names)
     measured = {name: value for name, value in row.items() if name in known or name.startswith(_STAGE)}
@@ -105,7 +105,7 @@ def cohort_summary(
 ) -> Row:
     """Return the row of the cohort, whose `level` is "cohort".
 
-    `slides`: the rows of its slides; counts, tissue area and seconds are their sums. `nuclei`: their tables; densities
+    `slides`: rows of its slides; counts, tissue area and seconds are summed. `nuclei`: paths of their tables; densities
     and quartiles are those of all nuclei together, not means over slides. `model_busy`: share of the time in which the
     networks computed.
     """
@@ -121,11 +121,11 @@ def cohort_summary(
 
 
 def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parquet_path: Path) -> None:
-    """Write `rows` to both files, with the same columns: those of `summary_schema`, seconds by stage, and the cohort
-    CSV's own as text.
+    """Write `rows` to a CSV and a Parquet file.
 
-    Missing values are empty in the CSV and null in Parquet. The CSV has six significant digits, Parquet all. OSError if
-    a file cannot be written.
+    The columns are those of `summary_schema`, the seconds by stage, and the cohort CSV's own as text. Missing values
+    are empty in the CSV and null in Parquet. The CSV has six significant digits, Parquet all. OSError if a file cannot
+    be written.
     """
     schema = summary_schema(taxonomy)
     for stage in _stages(rows):
@@ -169,12 +169,12 @@ def _of_nuclei(paths: Sequence[Path], taxonomy: Taxonomy, tissue_mm2: float | No
 
 
 def _quantiles(paths: Sequence[Path], column: str, total: int) -> list[float]:
-    """Return the exact QUARTILES of a float32 column without negative values, by numpy's method "inverted_cdf": the
-    smallest value that at least that share of the nuclei do not exceed.
+    """Return the exact QUARTILES of a float32 column without negative values.
 
-    The bits of non-negative floats sort as the floats do, so that two passes suffice for any number of nuclei: the
-    first counts the upper 16 bits and finds those of each quantile, the second counts the lower 16 bits of values with
-    them.
+    A quantile is the smallest value that at least that share of the nuclei do not exceed (numpy's method
+    "inverted_cdf"). The bits of non-negative floats sort as the floats do, so two passes suffice for any number of
+    nuclei. The first counts the upper 16 bits and finds those of each quantile; the second counts the lower 16 bits of
+    values with the same upper bits.
     """
     ranks = [max(1, int(np.ceil(share * total))) for share in QUARTILES.values()]
     upper = np.zeros(1 << 16, np.int64)

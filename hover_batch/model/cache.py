@@ -33,12 +33,12 @@ def cache_folder() -> Path:
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` can name a package in the cache: not `starter`, a path or a URL."""
+    """Whether `text` can be the name of a package in the cache, and is not `starter`, a path or a URL."""
     return text != "starter" and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", text) is not None
 
 
 def cached_package(name: str) -> Path:
-    """Return the path of the package of this name, whether or not it exists."""
+    """Return the path in the cache of the package `name`, whether or not it exists."""
     return cache_folder() / "models" / f"{name}.safetensors"
 
 
@@ -48,7 +48,7 @@ def cached_packages() -> list[Path]:
 
 
 def cached_downloads() -> Iterator[Path]:
-    """Yield the files that were downloaded or placed there, and used at least once."""
+    """Yield the files in the downloads folder that were used at least once, sorted by path."""
     for record in sorted((cache_folder() / "downloads").rglob("*.sha256")):
         yield record.with_suffix("")
 
@@ -63,9 +63,10 @@ def download_path(source: str) -> Path:
 
 
 def check_download(path: Path, expected: str | None = None) -> None:
-    """Compare the file's SHA-256 with `expected`, or else with the recorded one; record it if it is new.
+    """Compare the SHA-256 of a cached file with `expected`, or else with the recorded one; record it if it is new.
 
-    PackageError if the hash differs, the file cannot be read, or the hash cannot be recorded.
+    PackageError if the hash differs, the file cannot be read, or the hash cannot be recorded. OSError if the disk is
+    full.
     """
     record = path.with_name(f"{path.name}.sha256")
     try:

@@ -40,8 +40,9 @@ _DAMAGED = (
 def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = None) -> tuple[nn.Module, Card]:
     """Return the network in a checkpoint, in evaluation mode, and its card, with the Sobel constants of the starter.
 
-    `source`: a file, a URL, or a name of tiatoolbox. `kind`: a key of KINDS; by default the one that the shapes fit.
-    `sha256`: expected hash of the file. PackageError if the file cannot be downloaded or read, or is of no known kind.
+    `source`: a file, a URL, or the name of one of tiatoolbox's models. `kind`: a key of KINDS; by default the first one
+    that matches the shapes. `sha256`: expected hash of the file. PackageError if the file cannot be downloaded or read,
+    its hash differs, or it is not a known kind.
     """
     if kind is not None and kind not in KINDS:
         raise PackageError(f"--kind {kind}: not known; known are {', '.join(KINDS)}")
@@ -85,7 +86,7 @@ def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = N
 def _tensors(path: Path) -> dict[str, Tensor]:
     """Return the state dict of a checkpoint: bare, or under `desc` (hover_net) or `model_state_dict` (HoVer-UNet)."""
     if path.suffix == ".safetensors":
-        raise PackageError(f"{path}: safetensors already; published checkpoints are .tar and .pth files")
+        raise PackageError(f"{path}: is already a .safetensors file; published checkpoints are .tar and .pth files")
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

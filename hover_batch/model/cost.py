@@ -24,18 +24,21 @@ PATCH = {"hovernet-original": 270}
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters and multiply-accumulates of a network.
-
-    `macs_per_patch`: for one image of `patch` × `patch` pixels. `macs_per_kept_pixel`: for a tile of `tile_in` pixels,
-    divided by the pixels kept of its output. This is the cost on slides, since margins are computed and discarded.
-    """
+    """Parameters and multiply-accumulates of a network."""
 
     parameters: int
+    """Number of weights, trained or not."""
     patch: int
+    """Side in pixels of the image that `macs_per_patch` counts."""
     macs_per_patch: int
+    """Multiply-accumulates for one image of `patch` × `patch` pixels."""
     macs_per_kept_pixel: float
+    """Multiply-accumulates for a tile, divided by the pixels of its output that are kept: the cost on slides, where
+    margins are computed and discarded."""
     tile_in: int
+    """Side in pixels of the tiles on slides."""
     tile_out: int
+    """Side in pixels of the kept part of their output."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -43,7 +46,7 @@ class Cost:
 
 
 def cost_of(network: nn.Module, card: Card) -> Cost:
-    """Count the cost of a package's network, without running or changing it."""
+    """Return the cost of a package's network, which is neither run nor changed."""
     hollow = copy.deepcopy(network).to("meta").eval()
     patch = patch_of(card)
     return Cost(

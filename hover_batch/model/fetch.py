@@ -28,8 +28,8 @@ _TIMEOUT_S = 60.0
 def fetched(source: str, sha256: str | None = None) -> Path:
     """Return the cached file of a published name or a URL, downloading it if necessary.
 
-    `sha256`: expected hash; by default that of its first use. PackageError if it cannot be downloaded, with the file to
-    copy and its place, or if its hash differs.
+    `sha256`: expected hash; by default the one recorded at its first use. PackageError if the hash differs or the file
+    cannot be downloaded; the message then says which file to copy and where. OSError if the disk is full.
     """
     path = download_path(source)
     there = path.is_file()
@@ -94,11 +94,11 @@ def _download(url: str, path: Path) -> None:
             temporary.open("wb") as file,
         ):
             if answer.headers.get_content_type() == "text/html":  # a login page, or a notice that the file has moved
-                raise OSError("a web page came in its place")
-            promised = answer.headers.get("Content-Length", "")
+                raise OSError("the server sent a web page instead")
+            expected = answer.headers.get("Content-Length", "")
             shutil.copyfileobj(answer, file, 1 << 20)
-            if promised.isdigit() and file.tell() != int(promised):
-                raise OSError(f"the connection ended after {file.tell()} of {promised} bytes")
+            if expected.isdigit() and file.tell() != int(expected):
+                raise OSError(f"the connection ended after {file.tell()} of {expected} bytes")
     except urllib.error.HTTPError as error:
         error.close()
         raise OSError(f"{error.code} {error.reason}") from error

@@ -10,10 +10,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def folded(network: nn.Module) -> nn.Module:
-    """Return the network in evaluation mode with batch normalisations folded into convolutions.
+    """Return the network in evaluation mode, with batch normalisations folded into the convolutions before them.
 
-    Folded are pairs that follow each other in a Sequential, in a copy whose outputs differ in their last bits. Without
-    such pairs, the network itself is returned.
+    Only pairs that follow each other in a Sequential are folded, in a copy whose outputs differ in their last bits. A
+    network without such pairs is returned itself. `network` is set to evaluation mode.
     """
     network = network.eval()
     if next(_pairs(network), None) is None:

@@ -28,15 +28,16 @@ class Heads:
     """Channel layout for `n_types` classes, background included."""
 
     n_types: int
+    """Number of classes, background included."""
 
     @property
     def tp(self) -> slice:
-        """Channels of the class logits."""
+        """Channels of the class logits, background first."""
         return slice(_TP_START, _TP_START + self.n_types)
 
     @property
     def channels(self) -> int:
-        """Number of channels."""
+        """Number of channels of the output."""
         return _TP_START + self.n_types
 
 
@@ -56,6 +57,7 @@ class MapLayout:
     """
 
     n_types: int
+    """Number of classes, background included."""
 
     NP = 0
     H = 1
@@ -69,17 +71,17 @@ class MapLayout:
 
     @property
     def tp(self) -> slice:
-        """Planes of the class probabilities."""
+        """Planes of the class probabilities, background first."""
         return slice(3, 3 + self.n_types)
 
     @property
     def hematoxylin(self) -> int:
-        """Plane of the hematoxylin density."""
+        """Index of the plane of the hematoxylin density."""
         return 3 + self.n_types
 
     @property
     def eosin(self) -> int:
-        """Plane of the eosin density."""
+        """Index of the plane of the eosin density."""
         return 4 + self.n_types
 
     @property
@@ -88,10 +90,10 @@ class MapLayout:
         return 5 + self.n_types
 
     def merge(self, maps: NDArray[np.uint8], ids: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Return maps (plane, y, x) uint8 of this layout as maps of MapLayout(max(ids) + 1), with merged classes.
+        """Merge classes: return maps (plane, y, x) uint8 of this layout as maps of MapLayout(max(ids) + 1).
 
-        `ids` (n_types): new id of each class, to which its probability is added. Sums that rounding brings above 1 are
-        clipped.
+        `ids` (n_types): new id of each class. The probabilities of classes with the same new id are added; sums that
+        rounding brings above 1 are clipped.
         """
         sums = np.zeros((max(ids) + 1, *maps.shape[1:]), np.uint16)
         for plane, merged in zip(maps[self.tp], ids, strict=True):
@@ -100,5 +102,8 @@ class MapLayout:
         return np.concatenate([maps[: self.tp.start], merged_planes, maps[self.tp.stop :]])
 
     def names(self, classes: tuple[str, ...]) -> list[str]:
-        """Return the names of all planes in order, for the store's attributes."""
+        """Return the names of all planes in order, for the store's attributes.
+
+        `classes` (n_types): names of the classes, background first.
+        """
         return ["np", "h", "v", *(f"tp_{name}" for name in classes), "hematoxylin", "eosin"]

@@ -25,7 +25,7 @@ _LICENCES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "CC BY 4.0": "cc-by-4.0", "Ap
 
 
 def hub_card(package: Package) -> str:
-    """Return the whole README.md. The licence is the card's, not a default of the library."""
+    """Return the text of README.md for a package: YAML metadata, then Markdown. The licence is that of the card."""
     from huggingface_hub import EvalResult, ModelCardData
 
     card = package.card
@@ -120,7 +120,7 @@ def entry(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
 
 
 def listed(values: Mapping[str, Any]) -> str:
-    """Format the values as `a 1, b 2`, and sources with their numbers of images."""
+    """Format a mapping as `a 1, b 2`; a value that is a mapping with `images` becomes `a 3 images`."""
     return ", ".join(
         f"{k} {v['images']} images" if isinstance(v, Mapping) and "images" in v else f"{k} {v}"
         for k, v in values.items()

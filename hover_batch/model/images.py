@@ -23,9 +23,10 @@ OfTiles = Callable[[NDArray[np.uint8]], NDArray[Any]]
 
 
 def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
-    """Return the number of tiles per batch: smaller for HoVerNet, whose features are large.
+    """Return the number of tiles per batch, which is smaller for HoVerNet, whose features are large.
 
-    `shapes`: (y, x, …) of images that are processed one by one; the batch is no larger than the largest one's tiles.
+    `shapes`: (y, x, …) of images that are processed one by one. The batch is then at most the number of tiles of the
+    largest image.
     """
     tiles = [-(-shape[0] // card.tile_out) * -(-shape[1] // card.tile_out) for shape in shapes]
     most = 2 if card.architecture.startswith("hovernet") else InferSettings.batch

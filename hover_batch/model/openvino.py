@@ -70,7 +70,10 @@ class OpenVinoNetwork(nn.Module):
         self._requests = [compiled.create_infer_request() for _ in range(batch)]
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the network's output (b, channels, y, x) float32."""
+        """Return the network's output (b, channels, y, x) float32.
+
+        `image`: (b, 3, y, x) float32 on the CPU, of the shape given at construction.
+        """
         pixels = image.contiguous().numpy()
         for request, one in zip(self._requests, pixels, strict=True):
             request.start_async({0: one[None]}, share_inputs=True)

@@ -45,32 +45,46 @@ _SOBEL = {"h_min", "h_max", "v_min", "v_max"}
 class Card:
     """Description of a model: architecture, classes, training data and scores.
 
-    `mpp`: µm per pixel. `tile_in`, `tile_out`: sides in pixels of the input and of the part of the output that is kept,
-    without the margin. `sobel`: the four constants of `hover_batch.nuclei.watershed.SobelConstants` by name.
-    `limits`: lowest and highest value of the measures of a slide (`hover_batch.quality.flags.LIMITS`) that the training
-    images support; those that are not given have defaults. `weights_sha256`: hash of names, dtypes, shapes and bytes of
-    all tensors. PackageError if the tile sizes do not fit.
+    PackageError if the tile sizes are invalid.
     """
 
     name: str
+    """Name of the model, one line."""
     architecture: str
+    """One of ARCHITECTURES."""
     encoder: str
+    """Encoder's name in segmentation-models-pytorch; empty for HoVerNet."""
     taxonomy: Taxonomy
+    """Classes of the model."""
     mpp: float
+    """Pixel size of the training images in µm."""
     tile_in: int
+    """Side in pixels of the input."""
     tile_out: int
+    """Side in pixels of the part of the output that is kept, without the margin."""
     sobel: Mapping[str, float]
+    """The four constants of `hover_batch.nuclei.watershed.SobelConstants` by name."""
     licence: str
+    """Licence of the weights, in words."""
     input_scaling: str = "RGB / 255"
+    """Scaling of the pixels; only "RGB / 255" is supported."""
     training: Mapping[str, Any] = field(default_factory=dict)
+    """Training data and settings, as recorded at export."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Scores by split and data set, and the calibration."""
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Lowest and highest value of each measure of a slide (`hover_batch.quality.flags.LIMITS`) that the training images
+    support; measures without an entry have default limits."""
     weights_sha256: str = ""
+    """SHA-256 of names, dtypes, shapes and bytes of all tensors (see `tensors_sha256`)."""
 
     def __post_init__(self) -> None:
         margin = self.tile_in - self.tile_out
         if margin < 0 or margin % 2 or self.tile_out < 32 or self.tile_in > MAX_TILE:
-            raise PackageError(f"package {self.name}: tile_in {self.tile_in} and tile_out {self.tile_out} do not fit")
+            raise PackageError(
+                f"package {self.name}: tile_in {self.tile_in} and tile_out {self.tile_out} are invalid: tile_out is at "
+                f"least 32, tile_in at most {MAX_TILE}, and their difference even and not negative; export it again"
+            )
 
     @property
     def margin(self) -> int:
@@ -91,7 +105,7 @@ class Card:
 
     @classmethod
     def from_json(cls, data: Any) -> Card:
-        """Read the output of `to_json`. PackageError, with the invalid entry, if `data` is not a valid card."""
+        """Read the output of `to_json`. PackageError, which names the invalid entry, if `data` is not a valid card."""
         if not isinstance(data, Mapping):
             raise PackageError("the card is not a JSON object")
         values = dict(data)
@@ -138,16 +152,18 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Package:
-    """Package on disk: its file, its card and the SHA-256 of the whole file, which identifies it in a run."""
+    """Package on disk."""
 
     path: Path
+    """File of the package."""
     card: Card
+    """Card in the file."""
     sha256: str
+    """SHA-256 of the whole file, which identifies the package in a run."""
 
 
 def find_package(name_or_path: str, option: str = "--model") -> Package:
-    """Return a package by name or path: `starter`, a .safetensors file, a folder with one such file, or a name in the
-    cache.
+    """Find a package: `starter`, a .safetensors file, a folder with one such file, or a name in the cache.
 
     `option`: the option or argument by which the user named it, for messages. PackageError if there is no such package
     or it has no valid card.
@@ -211,7 +227,10 @@ def load_network(package: Package) -> nn.Module:
 
 
 def load_tensors(package: Package) -> dict[str, torch.Tensor]:
-    """Return the package's weights as stored. PackageError if they cannot be read or do not match the card's hash."""
+    """Return the package's weights by name, as stored.
+
+    PackageError if they cannot be read or do not match the card's hash.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -256,10 +275,10 @@ def _build(card: Card, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
 
 
 def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = True) -> None:
-    """Write weights and card to `path` atomically.
+    """Write a package with the weights of `network` and `card` to `path`, atomically.
 
-    `half`: store floating-point weights as float16, for students, whose training ensures that they fit; else unchanged,
-    since the statistics of other networks may exceed float16's range.
+    `half`: store floating-point weights as float16, for students, whose training ensures that they fit. Otherwise
+    weights are stored unchanged, since the statistics of other networks may exceed float16's range.
     """
     import torch
 
@@ -271,7 +290,7 @@ def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = Tru
 
 
 def with_card(package: Package, card: Card, path: Path) -> None:
-    """Write the weights of `package`, unchanged, with another card to `path` atomically.
+    """Write a copy of `package` with another card to `path`, atomically. The weights are unchanged.
 
     PackageError if the weights do not match the package's own card.
     """

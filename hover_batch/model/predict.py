@@ -35,7 +35,9 @@ _SHORT = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class Predictor:
     """Network on its device, with its precision and batch shape resolved.
 
-    `network`: as a package has it, or already compiled by OpenVINO.
+    `network`: as a package has it, or compiled by OpenVINO already.
+
+    InputError if the device cannot be used; PackageError if the network cannot be compiled for it.
     """
 
     def __init__(self, network: nn.Module, card: Card, settings: InferSettings) -> None:
@@ -72,9 +74,9 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the maps of up to `batch` tiles.
+        """Return the maps (n, plane, tile_out, tile_out) uint8 of up to `batch` tiles (see MapLayout).
 
-        tiles: (n, tile_in, tile_in, 3) uint8 RGB. Returns (n, planes, tile_out, tile_out) uint8 (see MapLayout).
+        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB.
         """
         return self._as_fits(
             tiles, lambda rgb: quantise(self._output(rgb), _centre(rgb, self.card.tile_out), self.card.layout)
@@ -82,9 +84,9 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the network's output for up to `batch` tiles.
+        """Return the network's output (n, channel, tile_out, tile_out) float32 for up to `batch` tiles (see Heads).
 
-        tiles: (n, tile_in, tile_in, 3) uint8 RGB. Returns (n, channels, tile_out, tile_out) float32 (see Heads).
+        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB.
         """
         return self._as_fits(tiles, self._output)
 
@@ -131,7 +133,10 @@ class Predictor:
 
 
 def load_predictor(package: Package, settings: InferSettings) -> Predictor:
-    """Load a package's network onto its device. PackageError if its weights cannot be loaded."""
+    """Load a package's network onto its device.
+
+    PackageError if its weights cannot be loaded, InputError if the device cannot be used.
+    """
     card, settled = package.card, resolve(settings)
     if settled.runtime != "openvino":
         return Predictor(load_network(package), card, settings)
@@ -152,8 +157,10 @@ def _centre(planes: Tensor, side: int) -> Tensor:
 
 
 def quantise(output: Tensor, rgb: Tensor, layout: MapLayout) -> Tensor:
-    """Quantise the output (b, channel, y, x) float32 and the RGB (b, 3, y, x) uint8 of the same pixels to maps
-    (b, plane, y, x) uint8 (see MapLayout)."""
+    """Quantise a network's output to the maps (b, plane, y, x) uint8 that are stored (see MapLayout).
+
+    `output`: (b, channel, y, x) float32 (see Heads). `rgb`: (b, 3, y, x) uint8, the same pixels.
+    """
     nucleus = (output[:, NP].softmax(1)[:, 1:] * 256).floor().clamp(max=255)
     near = nucleus >= layout.NP_NEAR
     hv = (output[:, HV].clamp(-1, 1) * 127).round().to(torch.int8).view(torch.uint8)
@@ -163,10 +170,10 @@ def quantise(output: Tensor, rgb: Tensor, layout: MapLayout) -> Tensor:
 
 
 def stain_density(rgb: Tensor) -> Tensor:
-    """Return hematoxylin and eosin optical density (b, 2, y, x) float32, at least 0, of RGB (b, 3, y, x) uint8.
+    """Return the optical densities of hematoxylin and eosin (b, 2, y, x) float32, at least 0.
 
-    The density is -log10((I + 1) / 256). The product with the stain matrix is written out, so that results do not
-    depend on the batch's shape.
+    `rgb`: (b, 3, y, x) uint8. A channel of intensity I has the density -log10((I + 1) / 256). The product with the
+    stain matrix is written out, so that results do not depend on the batch's shape.
     """
     red, green, blue = (-torch.log10((rgb.float() + 1) / 256)).unbind(1)
     matrix = STAIN_FROM_OD.to(rgb.device)
@@ -177,7 +184,7 @@ def stain_density(rgb: Tensor) -> Tensor:
 def resolve(settings: InferSettings) -> InferSettings:
     """Return the settings with `auto` resolved for this machine, as a run records them.
 
-    InputError if the device cannot be used.
+    InputError if the device cannot be used, or not with the runtime and the precision.
     """
     if settings.runtime == "openvino":
         device = _device("cpu" if settings.device == "auto" else settings.device)

@@ -14,13 +14,18 @@ HUB = "https://huggingface.co/TIACentre/TIAToolbox_pretrained_weights"
 
 @dataclass(frozen=True)
 class Kind:
-    """Published model. `types`: channels of the type branch, 0 without one; `seen`: training data."""
+    """Published model that can be imported."""
 
     architecture: str
+    """One of `hover_batch.model.package.ARCHITECTURES`."""
     taxonomy: Taxonomy
+    """Classes of the model."""
     types: int
+    """Number of channels of the type branch; 0 without one."""
     seen: str
+    """Images that the model has seen in training, in words."""
     licence: str
+    """Licence of the weights, in words."""
     by_name: bool = True
     """Whether tiatoolbox can download it by its name."""
 

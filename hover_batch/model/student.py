@@ -16,10 +16,12 @@ from hover_batch.model.heads import Heads
 
 @dataclass(frozen=True)
 class StudentArch:
-    """Arguments of the network: the encoder's name in segmentation-models-pytorch and the number of classes."""
+    """Arguments of the network."""
 
     encoder: str = "mit_b0"
+    """Encoder's name in segmentation-models-pytorch."""
     n_types: int = 5
+    """Number of classes, background included."""
 
 
 def build_student(arch: StudentArch) -> nn.Module:

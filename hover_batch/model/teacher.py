@@ -41,49 +41,52 @@ Form = Literal["fast", "original"]
 
 @dataclass(frozen=True)
 class TeacherArch:
-    """Arguments of the network.
-
-    `n_types`: number of classes, background included; None without a type branch. `width`: channels of the first
-    convolution, to which all others are proportional; 64 in the published networks, any multiple of 8 is valid.
-    """
+    """Arguments of the network."""
 
     form: Form
+    """Published form: fast or original."""
     n_types: int | None
+    """Number of classes, background included; None without a type branch."""
     width: int = 64
+    """Channels of the first convolution, to which all others are proportional: 64 in the published networks; any
+    multiple of 8 is valid."""
 
     @property
     def kernel(self) -> int:
-        """Side of the decoder's convolution kernels."""
+        """Side in pixels of the decoder's convolution kernels."""
         return 3 if self.form == "fast" else 5
 
     @property
     def shrink(self) -> int:
-        """Difference of the input's and the output's side in pixels."""
+        """Number of pixels by which the output's side is smaller than the input's."""
         return 92 if self.form == "fast" else 190
 
     @property
     def excess(self) -> int:
-        """Remainder of an input's side modulo 8; the first convolution of `original` does not pad."""
+        """Remainder of an input's side modulo 8; not 0 in `original`, whose first convolution does not pad."""
         return 0 if self.form == "fast" else 6
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Distances in pixels within which values depend on the left and upper, and on the other edges."""
+        """Distances in pixels within which a value depends on the position of an edge.
+
+        The first is for the left and upper edges, the second for the right and lower ones.
+        """
         return (95, 103) if self.form == "fast" else (145, 153)
 
     @property
     def tile(self) -> tuple[int, int]:
-        """`tile_in` and `tile_out` of a package."""
+        """`tile_in` and `tile_out` of a package, in pixels."""
         return (352, 256) if self.form == "fast" else (446, 256)
 
 
 class HoVerNet(nn.Module):
     """HoVerNet with random weights.
 
-    Takes (batch, 3, y, x) float RGB in [0, 1] (the published code divides 0 … 255 by 255 itself), with y and x as in
-    the module's docstring. Returns (batch, `Heads(n).channels`, y - shrink, x - shrink) in the layout of
-    `hover_batch.model.heads`, of the input's centre. Without a type branch n is 2, and the types background and nucleus
-    have the logits of np. ValueError for invalid sides.
+    Takes (batch, 3, y, x) float RGB in [0, 1] (the published code divides 0 … 255 by 255 itself); the module's
+    docstring gives the valid sides. Returns the output for the input's centre, (batch, `Heads(n).channels`, y - shrink,
+    x - shrink), in the layout of `hover_batch.model.heads`. Without a type branch n is 2, and the types background and
+    nucleus have the logits of np.
     """
 
     def __init__(self, arch: TeacherArch) -> None:
@@ -125,12 +128,12 @@ class HoVerNet(nn.Module):
 
 
 def build_teacher(arch: TeacherArch) -> nn.Module:
-    """Build the teacher with random weights."""
+    """Build the teacher (see `HoVerNet`) with random weights."""
     return HoVerNet(arch)
 
 
 def arch_of(weights: Mapping[str, Tensor]) -> TeacherArch:
-    """Return the architecture of a state dict, by its shapes. KeyError if it is not a HoVerNet's."""
+    """Return the architecture of a state dict, as given by its shapes. KeyError if it is not that of a HoVerNet."""
     kernel = weights["decoder.np.u3.conva.weight"].shape[-1]
     types = weights.get("decoder.tp.u0.conv.bias")
     return TeacherArch(

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 
 def upsampling_merged(network: nn.Module) -> nn.Module:
-    """Return a copy of a U-Net with merged decoder blocks; `network` itself if its blocks cannot be merged."""
+    """Return a copy of a U-Net whose decoder blocks merge upsampling and convolution.
+
+    Other networks, and U-Nets whose blocks cannot be merged, are returned unchanged, not copied.
+    """
     if not isinstance(network, smp.Unet) or not all(_doubles(block) for block in network.decoder.blocks):
         return network
     network = copy.deepcopy(network)

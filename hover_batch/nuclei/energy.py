@@ -26,9 +26,10 @@ _ACROSS_F64, _ALONG_F64 = _BINOMIAL.astype(np.float64), _DIFFERENCE.astype(np.fl
 
 
 def sobel_extremes(h: NDArray[np.uint8], v: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Return minimum and maximum of Sobel_x(h), then of Sobel_y(v), over a window of stored maps (y, x): (4,) float64.
+    """Return the extremes (4,) float64 of two Sobel maps: minimum and maximum of Sobel_x(h), then of Sobel_y(v).
 
-    Values are in stored steps. Borders are reflected about the outermost pixels (OpenCV's BORDER_REFLECT_101).
+    `h`, `v` (y, x): a window of stored maps. The values are in stored steps. Borders are reflected about the outermost
+    pixels (OpenCV's BORDER_REFLECT_101).
     """
     return np.asarray(_extremes(_signed(h), _signed(v)), np.float64)
 
@@ -41,12 +42,12 @@ def energy_of(
     scales: tuple[float, float],
     lows: tuple[float, float],
 ) -> NDArray[np.float32]:
-    """Return max(1 - Sobel_x(h), 1 - Sobel_y(v), 0) of the scaled Sobel maps: (y, x) float32, 1 outside the foreground.
+    """Return the energy landscape (y, x) float32: max(1 - Sobel_x(h), 1 - Sobel_y(v), 0) of the scaled Sobel maps.
 
-    `h`, `v`: stored maps (y, x). A Sobel sum s is scaled to s·scale - low, with the first of `scales` and `lows` for h,
-    the second for v. The energy is high where the distances to the centroid jump from one nucleus to the next. The
-    foreground is the components `inside` (n,) of `labels` (y, x). Elsewhere the reference masks what it derives from
-    the energy, which equals an energy of 1, so nothing is computed there.
+    It is high where the distances to the centroid jump from one nucleus to the next. `h`, `v` (y, x): stored maps. A
+    Sobel sum s is scaled to s·scale - low; the first of `scales` and `lows` is for h, the second for v. `labels` (y,
+    x): component of each pixel; `inside` (n,): whether a component belongs to the foreground. The energy of all other
+    pixels is 1 and is not computed: the reference masks them later, with the same effect.
     """
     return np.asarray(_energy(_signed(h), _signed(v), inside, labels, scales, lows), np.float32)
 

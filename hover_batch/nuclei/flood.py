@@ -30,10 +30,9 @@ def fill_and_flood(
 ) -> NDArray[np.int32]:
     """Return the instances (y, x) int32, 0 = background, of the components in `labels` (y, x).
 
-    `bounds` (n, 4): x0, y0, x1, y1 of each component, half-open; `pixels` (n,): its number of pixels.
-    `markers` (y, x): marker numbers, 0 = none; `ids` (m,): instance of each marker. `markers_of` (n,): number of
-    markers of each component; `only_id` (n,): instance of a component with a single marker. `energy` (y, x): 1
-    outside the components that are large enough.
+    `bounds` (n, 4): x0, y0, x1, y1 of each component, half-open. `pixels` (n,): its number of pixels. `energy` (y, x):
+    see `energy_of`. `markers` (y, x): marker numbers, 0 = none. `ids` (m,): instance of each marker. `markers_of` (n,):
+    number of markers of each component. `only_id` (n,): instance of a component with a single marker.
     """
     height, width = labels.shape
     instances = np.zeros((height, width), np.int32)
@@ -81,8 +80,8 @@ def _flood(
     Popping a pixel in the interior of a marker changes nothing, so interiors need not be queued. But the order in
     which markers of equal value are popped depends on all items of the heap. Equal markers are popped one after the
     other (what they reach comes later), so a tie is detected when it occurs; most ties, between markers at the minimum,
-    already while they are queued. The flood then stops and returns False, and the caller repeats it from the start with
-    `interiors` queued, in the textbook heap operations that scikit-image uses, too. Returns True when finished.
+    already while markers are queued. The flood then stops and returns False, and the caller repeats it from the start
+    with `interiors` queued, by the same textbook heap operations as in scikit-image. Returns True when finished.
     """
     height, width = labels.shape
     size = 0

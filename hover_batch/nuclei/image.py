@@ -1,4 +1,4 @@
-"""Nuclei of an image whose maps fit in memory, as a run reports them."""
+"""Find the nuclei of an image whose maps fit in memory, with the same results as a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_d
 def instances_of(
     planes: NDArray[np.uint8], constants: SobelConstants | None, min_area_px: int = PostSettings.min_area_px
 ) -> NDArray[np.int32]:
-    """Return the instances (y, x) int32 of stored np, h and v (3, y, x) uint8 of at least `min_area_px` pixels."""
+    """Return the instances (y, x) int32 of at least `min_area_px` pixels, numbered 1 … n; 0 = background.
+
+    `planes` (3, y, x) uint8: stored np, h and v (see `MapLayout`). `constants`: None normalises the Sobel maps by their
+    own extremes (see `instance_map`).
+    """
     return without_debris(instance_map(planes[0], planes[1], planes[2], constants), min_area_px)
 
 
@@ -24,14 +28,18 @@ def nuclei_of(
     layout: MapLayout,
     min_area_px: int = PostSettings.min_area_px,
 ) -> tuple[NDArray[np.int32], Nuclei]:
-    """Return the instances (y, x) int32 of stored maps (plane, y, x) uint8, and their measurements.
+    """Return the instances (y, x) int32, 0 = background, and their measurements, in pixels of the image.
 
-    `constants`: None normalises the Sobel maps by their own extremes (see `instance_map`).
+    `maps` (plane, y, x) uint8: stored maps in the planes of `layout`. `constants`: None normalises the Sobel maps by
+    their own extremes (see `instance_map`). Instances below `min_area_px` pixels are dropped.
     """
     found = instances_of(maps[[layout.NP, layout.H, layout.V]], constants, min_area_px)
     return found, measure(found, maps, layout)
 
 
 def types_by_id(found: NDArray[np.int32], nuclei: Nuclei) -> NDArray[np.uint8]:
-    """Return the class ids (n,) uint8 ordered by instance id; `nuclei` are ordered by anchor."""
+    """Return the class id of each instance, ordered by instance id: (n,) uint8.
+
+    `found` (y, x): instance map. `nuclei`: its measurements, in any order.
+    """
     return nuclei.type_id[np.argsort(found[nuclei.anchor_y, nuclei.anchor_x])]

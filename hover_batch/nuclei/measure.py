@@ -99,10 +99,11 @@ def concatenate(parts: Sequence[Nuclei]) -> Nuclei:
 def measure(
     instances: NDArray[np.int32], maps: NDArray[np.uint8], layout: MapLayout, origin: tuple[int, int] = (0, 0)
 ) -> Nuclei:
-    """Measure every instance of a window.
+    """Measure every instance of a window; return them sorted by anchor (y, then x).
 
     `instances` (y, x) int32: 0 = background, 1 … n without gaps. `maps` (plane, y, x) uint8: stored maps of the same
-    window, in the planes of `layout`. `origin`: absolute (x, y) of the window's first pixel.
+    window, in the planes of `layout`. `origin`: absolute (x, y) of the window's first pixel, which is added to all
+    positions.
     """
     n = int(instances.max())
     maps = np.ascontiguousarray(maps)

@@ -29,11 +29,12 @@ def outlines(
     area: NDArray[np.int64],
     origin: tuple[int, int],
 ) -> list[NDArray[np.float64]]:
-    """Return n closed, valid rings (k, 2) float64 of x, y, of the instances 1 … n in (y, x).
+    """Return the outline of each instance 1 … n: a closed, valid ring (k, 2) float64 of x, y.
 
-    `bounds` (n, 4): x0, y0, x1, y1, half-open; `anchor_x` (n,): column of the first pixel in raster order; `area` (n,):
-    number of pixels; `origin` (x, y) is added. Parts one pixel wide have no area and are dropped; of several parts the
-    largest is kept; an instance without any area becomes the bounding rectangle of its pixels, edges included.
+    `instances` (y, x). `bounds` (n, 4): x0, y0, x1, y1, half-open. `anchor_x` (n,): column of the first pixel in raster
+    order. `area` (n,): number of pixels. `origin`: (x, y), added to all points. Of several parts, the largest is kept;
+    parts one pixel wide have no area and are dropped. An instance without any area becomes the bounding rectangle of
+    its pixels, edges included.
     """
     points, ends, plain = _follow(instances, bounds, anchor_x, area)
     ring_points = points + (np.array(origin) + 0.5)

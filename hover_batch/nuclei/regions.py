@@ -18,13 +18,13 @@ MARGIN = 16
 
 
 def owned(core: Box, nuclei: Nuclei) -> Nuclei:
-    """Return the nuclei whose anchor lies in `core`."""
+    """Return the nuclei whose anchor lies in `core`, a box in the same pixels as the anchors."""
     x, y = nuclei.anchor_x, nuclei.anchor_y
     return nuclei.take((core.x0 <= x) & (x < core.x1) & (core.y0 <= y) & (y < core.y1))
 
 
-def keeps_clear(bounds: NDArray[np.int64], window: Box) -> NDArray[np.bool_]:
-    """Return which boxes do not touch the margin of `window`: (n,) bool.
+def clear_of_margin(bounds: NDArray[np.int64], window: Box) -> NDArray[np.bool_]:
+    """Return whether each box lies in `window` without touching its margin: (n,) bool.
 
     `bounds` (n, 4): x0, y0, x1, y1, half-open, relative to the window.
     """

@@ -26,7 +26,7 @@ from hover_batch.config import PostSettings
 from hover_batch.geometry import Box, cell_box
 from hover_batch.model.heads import MapLayout
 from hover_batch.nuclei.measure import Nuclei, concatenate, empty, measure
-from hover_batch.nuclei.regions import MARGIN, keeps_clear, owned
+from hover_batch.nuclei.regions import MARGIN, clear_of_margin, owned
 from hover_batch.nuclei.watershed import Components, SobelConstants, split
 
 SEAM_VIEW = 80
@@ -35,22 +35,23 @@ FIRST_STEP = 128
 """First step in pixels of the search for a component's end; later steps are half of its extent so far."""
 
 Read = Callable[[Box], NDArray[np.uint8]]
+"""Function of a box in absolute pixels that returns its maps (plane, y, x)."""
 
 
 def nuclei_of_region(
     read: Read, core: Box, layout: MapLayout, settings: PostSettings, constants: SobelConstants | None
 ) -> Nuclei:
-    """Return the nuclei that the region `core` owns, in absolute pixels of the inference grid.
+    """Return the nuclei that the region `core` owns, in absolute pixels of the inference grid, sorted by anchor.
 
-    `read(box)` returns the maps (plane, y, x) uint8 of any box, in the planes of `layout`, with zeros where nothing was
-    predicted and outside of the canvas; its exceptions propagate. `constants`: None uses the extremes of this region's
-    window, for `--sobel-norm window`.
+    `read(box)` returns the maps (plane, y, x) uint8 of any box, in the planes of `layout`, with zeros outside of the
+    canvas and where nothing was predicted; its exceptions propagate. `constants`: None uses the extremes of this
+    region's window, for `--sobel-norm window`.
     """
     view = _View.of(read, core.expand(settings.halo), layout)
     if constants is None:
         constants = SobelConstants.of_window(view.maps[layout.H], view.maps[layout.V])
     in_core = view.components_in(core)
-    whole = in_core & keeps_clear(view.components.bounds, view.window) & (view.sides <= settings.max_component)
+    whole = in_core & clear_of_margin(view.components.bounds, view.window) & (view.sides <= settings.max_component)
     found = [view.nuclei(whole, constants)]
     oversized = np.zeros_like(in_core)
     pending = in_core & ~whole
@@ -138,8 +139,11 @@ class _View:
 
 
 def _follow(read: Read, view: _View, component: int, cap: int) -> tuple[_View, int]:
-    """Return a view in which a component that touches the margin of `view` is complete or has a side above `cap`, and
-    its number there. The view grows geometrically, towards the sides that the component reaches."""
+    """Grow `view` until a component that touches its margin is complete or has a side above `cap`.
+
+    Return the grown view and the component's number in it. The view grows geometrically, towards the sides that the
+    component reaches.
+    """
     at = view.pixel_of(component)
     while view.sides[component] <= cap:
         box, inner = view.box(component), view.window.expand(-MARGIN)

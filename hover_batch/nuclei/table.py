@@ -48,11 +48,14 @@ Keep = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class TableContext:
-    """Slide and model of a table. Without time, host and path, so that equal runs give equal bytes."""
+    """Slide and model of a table. It has no time, host or path, so that equal runs give equal bytes."""
 
     slide_id: str
+    """Name of the slide."""
     taxonomy: Taxonomy
+    """Classes of the nuclei."""
     grid: Grid
+    """Inference grid of the slide."""
     slide_mpp: Mpp
     """Pixel size of level 0."""
     mpp_source: str
@@ -60,12 +63,14 @@ class TableContext:
     bounds: Box | None
     """OpenSlide's bounds in level-0 pixels, the scanned part of the canvas; None if the file has none."""
     model_id: str
+    """Name of the model."""
     model_sha256: str
+    """Hash of the model's package."""
     software: str
     """Version of hover-batch."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the `hover_batch` entry of the file metadata."""
+        """Return the content of the entry `hover_batch` of the file metadata, as plain values."""
         grid = self.grid
         return {
             "schema_version": SCHEMA_VERSION,
@@ -84,13 +89,16 @@ class TableContext:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Counts of a merge. `by_class`: class name → nuclei, in the order of the taxonomy, zeros included."""
+    """Counts of a merge."""
 
     nuclei: int
+    """Number of nuclei in the merged table."""
     by_class: dict[str, int]
+    """Number of nuclei by class name, in the order of the taxonomy, zeros included."""
     seam_uncertain: int
+    """Number of nuclei flagged as `seam_uncertain`."""
     dropped: int
-    """Nuclei that `keep` removed."""
+    """Number of nuclei that `keep` removed."""
 
 
 def table_schema(taxonomy: Taxonomy) -> pa.Schema:
@@ -122,7 +130,10 @@ def table_schema(taxonomy: Taxonomy) -> pa.Schema:
 
 
 def part_schema(taxonomy: Taxonomy) -> pa.Schema:
-    """Return the columns of a part: the anchor in inference pixels, to sort by, instead of nucleus_id."""
+    """Return the columns of a part: those of nuclei.parquet, with the anchor instead of nucleus_id.
+
+    The anchor, anchor_y and anchor_x in inference pixels, comes first; the merge sorts by it.
+    """
     anchors = [pa.field(name, pa.int64(), nullable=False) for name in ("anchor_y", "anchor_x")]
     return pa.schema(anchors + [field for field in table_schema(taxonomy) if field.name != "nucleus_id"])
 
@@ -182,7 +193,7 @@ def _wkb(contours: Sequence[NDArray[np.float64]], scale: NDArray[np.float64]) ->
 
 
 def write_part(path: Path, part: pa.Table) -> None:
-    """Write the rows of one region atomically."""
+    """Write the nuclei of one region (see `part_schema`) atomically."""
     with replacing(path) as temporary:
         pq.write_table(part, temporary, compression="zstd", compression_level=1, use_dictionary=_DICTIONARY)
 
@@ -190,11 +201,12 @@ def write_part(path: Path, part: pa.Table) -> None:
 def merge_parts(
     parts: Iterable[tuple[int, Path]], out: Path, context: TableContext, keep: Keep | None = None
 ) -> MergeResult:
-    """Sort, number and write all nuclei of a slide, one row of regions at a time.
+    """Sort and number all nuclei of a slide and write them to `out`, one row of regions at a time.
 
-    `parts` are (row of regions, file). The anchors of one row of regions all lie above those of the next, so memory
-    holds one row of regions and one row group, independent of the slide's height. `keep` selects by centroid before the
-    nuclei are numbered. SlideError if two regions hold the same nucleus.
+    `parts`: the file of each region, with its row in the grid of regions. The anchors of one row of regions all lie
+    above those of the next, so memory holds one row of regions and one row group, independent of the slide's height.
+    `keep` selects nuclei by their centroids before they are numbered; None keeps all. SlideError if two regions hold
+    the same nucleus.
     """
     schema = table_schema(context.taxonomy)
     by_type = np.zeros(len(context.taxonomy.classes), np.int64)

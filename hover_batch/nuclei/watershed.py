@@ -60,12 +60,12 @@ class SobelConstants:
 
     @classmethod
     def of_window(cls, h: NDArray[np.uint8], v: NDArray[np.uint8]) -> Self:
-        """Return the extremes over one window (y, x) of stored maps, as the reference does."""
+        """Return the extremes over one window of stored maps `h` and `v` (y, x), as in the reference."""
         return cls(*(sobel_extremes(h, v) / HV_STEPS).tolist())
 
     @property
     def scaling(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """(scale of h, of v) and (offset of h, of v): a Sobel sum s of stored steps is scaled by s·scale - offset."""
+        """Scales (h, v) and offsets (h, v): a Sobel sum s of stored steps is scaled to s·scale - offset."""
         scale_h, scale_v = _scale(self.h_min, self.h_max), _scale(self.v_min, self.v_max)
         return (scale_h / HV_STEPS, scale_v / HV_STEPS), (self.h_min * scale_h, self.v_min * scale_v)
 
@@ -102,14 +102,14 @@ class Components:
 
     @classmethod
     def of(cls, np_map: NDArray[np.uint8]) -> Self:
-        """Label the components of np ≥ 0.5 in a stored map (y, x)."""
+        """Label the 4-connected components of the pixels with np ≥ 0.5 in a stored map (y, x)."""
         foreground = (np_map >= MapLayout.NP_NUCLEUS).view(np.uint8)
         count, labels = cv2.connectedComponents(foreground, connectivity=4, ltype=cv2.CV_32S)
         return cls(np.asarray(labels, np.int32), *_extents(labels, count))
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        """Components of at least MIN_PIXELS pixels, without the background: (n,) bool."""
+        """Whether each component has at least MIN_PIXELS pixels; False for the background: (n,) bool."""
         kept = self.pixels >= MIN_PIXELS
         kept[0] = False
         return kept
@@ -125,9 +125,9 @@ def instance_map(
 ) -> NDArray[np.int32]:
     """Return the instances (y, x) int32, 0 = background, of a window of stored maps (y, x) uint8 (see `MapLayout`).
 
-    With `constants`, the maps are zero outside of the window, so that the maps of a whole canvas give the same
-    instances as any tiling of it. With None, Sobel maps are normalised by their own extremes, and the window's edge is
-    treated as in the reference.
+    With `constants`, the maps count as zero outside of the window, so that a whole canvas gives the same instances as
+    any tiling of it. With None, the Sobel maps are normalised by their own extremes, and the window's edge is treated
+    as in the reference.
     """
     if constants is None:
         components = Components.of(np_map)
@@ -141,7 +141,7 @@ def instance_map(
 
 
 def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.int32]:
-    """Return the instance map (y, x) without instances below `min_pixels`, the others renumbered 1 … n in order."""
+    """Remove instances of fewer than `min_pixels` pixels; renumber the others 1 … n in order: (y, x) int32."""
     kept = np.bincount(instances.ravel()) >= min_pixels
     kept[0] = False
     return np.where(kept, np.cumsum(kept), 0).astype(np.int32)[instances]
@@ -155,11 +155,11 @@ def split(
     chosen: NDArray[np.bool_],
     constants: SobelConstants,
 ) -> NDArray[np.int32]:
-    """Split the `chosen` (n,) components of a window of stored maps (y, x) into instances: (y, x) int32.
+    """Split the `chosen` (n,) components of a window into instances: (y, x) int32, 0 = background.
 
-    A component with one marker is one instance (flooding from one marker fills its component), one without markers is
-    none. Instances are numbered by component, then by the first pixel of their marker. Exact for components at least
-    REACH pixels from the window's edge.
+    `np_map`, `h`, `v` (y, x): stored maps. A component with one marker becomes one instance (flooding from one marker
+    fills its component); a component without markers is dropped. Instances are numbered by component, then by the first
+    pixel of their marker. The result is exact for components at least REACH pixels from the window's edge.
     """
     labels, bounds, kept = components.labels, components.bounds, components.kept
     # All components that are large enough enter the energy: the blur reads diagonal neighbours.
@@ -171,7 +171,11 @@ def split(
 def flooded(
     components: Components, energy: NDArray[np.float32], markers: NDArray[np.int32], owners: NDArray[np.int64]
 ) -> NDArray[np.int32]:
-    """Return the instances (y, x) int32; `energy` and `markers` (y, x), `owners` (m,): the component of each marker."""
+    """Grow the markers of each component into instances: (y, x) int32, 0 = background.
+
+    `energy`, `markers` (y, x): see `energy_of` and `markers_of`. `owners` (m,): component of each marker, 0 for unused
+    numbers.
+    """
     n = len(components.bounds)
     used = np.flatnonzero(owners)
     ids = np.zeros(len(owners), np.int32)

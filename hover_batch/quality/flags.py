@@ -1,7 +1,7 @@
-"""The flags of a slide: one table of their names, conditions and sentences.
+"""Flags of a slide: their names, conditions and sentences.
 
-A flag follows from the slide's measures (slide.json), the limits and the other slides of the cohort, and from nothing
-else. It informs; it never drops a slide.
+A flag depends only on the slide's measures (slide.json), the limits and the other slides of the cohort. Flags inform;
+they never drop a slide.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FlagName = Literal[
 FLAG_NAMES: tuple[FlagName, ...] = get_args(FlagName)
 
 Limits = Mapping[str, tuple[float, float]]
-"""Measure → the lowest and the highest value that need no second look."""
+"""Lowest and highest usual value of each measure."""
 
 LIMITS: Limits = {
     "nuclei_per_mm2": (100, 30_000),
@@ -41,16 +41,16 @@ LIMITS: Limits = {
     "seg_score": (0.65, 1.0),
     "type_prob": (0.45, 1.0),
 }
-"""Limits of a model whose card has none: what the public nuclei data sets span at 0.25 µm, with a margin."""
+"""Limits for models whose card has none: the range of public nuclei data sets at 0.25 µm, with a margin."""
 
 MIN_COHORT = 8
-"""Slides from which a slide is compared with the cohort."""
+"""Smallest number of slides for which slides are compared with their cohort."""
 MAX_Z = 3.5
-"""Robust z-score (Iglewicz and Hoaglin 1993) beyond which a slide is an outlier."""
+"""Robust z-score (Iglewicz and Hoaglin 1993) above which a slide is an outlier."""
 _LOGARITHMIC = {"nuclei_per_mm2", "area_um2", "sharpness"}
 """Measures that differ between slides by a factor."""
 _MIN_SPREAD = {"nuclei_per_mm2": 0.2, "area_um2": 0.12, "sharpness": 0.2, "seg_score": 0.04, "type_prob": 0.03}
-"""Standard deviation that the cohort has at least, logarithmic for factors: serial sections are too alike otherwise."""
+"""Minimum standard deviation of a cohort, logarithmic for factors, since serial sections are nearly equal."""
 
 _BLURRED_SHARE = 0.3
 _INK_SHARE = 0.005
@@ -60,10 +60,12 @@ _GREY_CHROMA = 12
 
 @dataclass(frozen=True)
 class Flag:
-    """`sentence`: what is wrong, what to look at and what to do."""
+    """Flag of a slide."""
 
     name: FlagName
+    """Name of the flag."""
     sentence: str
+    """What is wrong, what to look at and what to do."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class _Slide:
     cohort: Limits
 
     def __getitem__(self, name: str) -> Any:
-        """The measure; None where the run did not take it."""
+        """Return a measure; None if the run did not take it."""
         return self.measures.get(name)
 
     def below(self, name: str, bounds: Limits) -> bool:
@@ -89,7 +91,7 @@ class _Slide:
 
     @property
     def nearest(self) -> Limits:
-        """The cohort's bounds where it has them, else the limits."""
+        """Bounds from the cohort if it has them, else the limits."""
         return {**self.limits, **self.cohort}
 
     @property
@@ -99,8 +101,10 @@ class _Slide:
 
     @property
     def mpp_factor(self) -> float:
-        """By what the pixel size must be multiplied so that the nuclei become as large as usual: a power of two where
-        one is near, since a wrong magnification is the usual cause."""
+        """Factor by which the pixel size must be multiplied for nuclei of the usual size.
+
+        It is a power of two if one is near, since a wrong magnification is the usual cause.
+        """
         usual = self.cohort.get("area_um2") or self.limits["area_um2"]
         ratio = math.sqrt(math.sqrt(usual[0] * usual[1]) / self["area_um2"])
         power = 2.0 ** round(math.log2(ratio))
@@ -109,7 +113,7 @@ class _Slide:
 
 @dataclass(frozen=True)
 class _Rule:
-    """`applies` says whether a slide gets the flag; `sentence` is formatted with the slide as `s`."""
+    """Condition and text of a flag. `sentence` is formatted with the slide as `s`."""
 
     name: FlagName
     applies: Callable[[_Slide], bool]
@@ -194,9 +198,9 @@ RULES = (
 
 
 def flag_slides(slides: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Flag, ...]]:
-    """Return the flags of each slide of a cohort. `slides`: the content of slide.json by slide_id.
+    """Return the flags of each slide of a cohort, by slide_id. `slides`: content of slide.json by slide_id.
 
-    A measure that a slide lacks, because an older version made it, gives no flag.
+    Measures that a slide lacks, because an older version made it, give no flags.
     """
     measures = {slide_id: _measures(slide) for slide_id, slide in slides.items()}
     cohort = _cohort_bounds(list(measures.values()))
@@ -208,7 +212,10 @@ def flag_slides(slides: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Flag
 
 
 def summary_columns(slide: Mapping[str, Any], flags: Sequence[Flag]) -> dict[str, Any]:
-    """Return the columns of quality in the summary. `slide`: the content of slide.json."""
+    """Return one slide's quality columns in the summary, by name; None for values that the run did not measure.
+
+    `slide`: content of slide.json. `flags`: flags of the slide.
+    """
     measures = _measures(slide)
     columns = {f"{name}_mean": measures.get(name) for name in ("h_od", "e_od", "seg_score", "type_prob")}
     return columns | {
@@ -232,13 +239,15 @@ def _measures(slide: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _share_below(values: Sequence[float] | None, limit: float) -> float | None:
-    """Return the share of the values that are below the limit; None where there are none."""
+    """Return the share of the values below the limit; None if there are no values."""
     return sum(value < limit for value in values) / len(values) if values else None
 
 
 def _cohort_bounds(slides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Return the bounds beyond which a slide is an outlier: median ± MAX_Z robust standard deviations of each measure
-    that at least MIN_COHORT slides have."""
+    """Return the bounds beyond which a slide is an outlier, for each measure that at least MIN_COHORT slides have.
+
+    They are median ± MAX_Z robust standard deviations.
+    """
     bounds = {}
     for name, least in _MIN_SPREAD.items():
         log = name in _LOGARITHMIC
@@ -254,6 +263,6 @@ def _cohort_bounds(slides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float
 
 
 def counts_of(flags: Mapping[str, Sequence[Flag]]) -> dict[FlagName, int]:
-    """Return the number of slides with each flag, in the table's order, without zeros."""
+    """Return the number of slides with each flag, in the order of FLAG_NAMES, without zeros. `flags`: by slide_id."""
     counts = Counter(flag.name for of_slide in flags.values() for flag in of_slide)
     return {name: counts[name] for name in FLAG_NAMES if counts[name]}

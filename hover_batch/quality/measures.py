@@ -1,4 +1,4 @@
-"""Measures of a slide's nuclei: from its table, and from the stored maps of a few fields."""
+"""Measure the nuclei of a slide, from its table and from the stored maps of a few fields."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from hover_batch.model.heads import MapLayout
 FIELD = 512
 """Side in inference pixels of a sampled field: a chunk of the store."""
 MAX_FIELDS = 16
+"""Maximum number of sampled fields of a slide."""
 MIN_NUCLEI = 5
-"""Nuclei of a field that is sampled."""
+"""Minimum number of nuclei in a sampled field."""
 _MEANS = {"h_od": "h_od_mean", "e_od": "e_od_mean", "seg_score": "seg_score", "type_prob": "type_prob"}
 _BINNING = 2
-"""Inference pixels per pixel whose sharpness is measured: at 0.5 µm a 20× scan is as sharp as a 40× one."""
+"""Inference pixels per pixel whose sharpness is measured: at 0.5 µm, 20× scans are as sharp as 40× scans."""
 _MIN_PIXELS = 200
 
 
 def mean_measures(nuclei: Path) -> dict[str, float]:
-    """Return the means of stain density, seg_score and type_prob over a table; empty where it has no nuclei."""
+    """Return the means of h_od, e_od, seg_score and type_prob over a table of nuclei; empty if it has no nuclei.
+
+    `nuclei`: path of nuclei.parquet.
+    """
     sums, count = dict.fromkeys(_MEANS, 0.0), 0
     with pq.ParquetFile(nuclei) as table:
         for batch in table.iter_batches(columns=list(_MEANS.values())):
@@ -36,7 +40,11 @@ def mean_measures(nuclei: Path) -> dict[str, float]:
 
 
 def sampled_fields(nuclei: Path, grid: Grid) -> list[Box]:
-    """Return at most MAX_FIELDS chunk-aligned fields in inference pixels, spread over those with enough nuclei."""
+    """Return at most MAX_FIELDS fields in inference pixels, spread over those with at least MIN_NUCLEI nuclei.
+
+    `nuclei`: path of nuclei.parquet. Fields are squares of side FIELD, aligned with the chunks of the store and clipped
+    to the slide.
+    """
     counts = np.zeros((-(-grid.size.height // FIELD), -(-grid.size.width // FIELD)), np.int64)
     with pq.ParquetFile(nuclei) as table:
         for batch in table.iter_batches(columns=["centroid_x", "centroid_y"]):
@@ -50,31 +58,33 @@ def sampled_fields(nuclei: Path, grid: Grid) -> list[Box]:
 
 
 def field_sharpness(fields: list[Box], read: Callable[[Box], NDArray[np.uint8]], layout: MapLayout) -> list[float]:
-    """Return the sharpness of each field in which there is enough to measure. `read`: box → its stored maps (plane, y,
-    x)."""
+    """Return the `sharpness` of each field, without fields that have too few pixels near nuclei.
+
+    `fields`: boxes in inference pixels. `read(box)` returns the stored maps (plane, y, x), in the planes of `layout`.
+    """
     values = [sharpness(maps[layout.hematoxylin], maps[layout.NP] >= layout.NP_NEAR) for maps in map(read, fields)]
     return [value for value in values if value is not None]
 
 
 def sharpness(hematoxylin: NDArray[np.uint8], near: NDArray[np.bool_]) -> float | None:
-    """Return how fine the texture and edges of nuclei are, about 2 in a sharp field and 0.5 in a blurred one.
+    """Return the sharpness of nuclei: about 2 in a sharp field, and 0.5 in a blurred one.
 
-    `hematoxylin` (y, x) as stored; `near` (y, x): where it is stored. The value is the root of the energy of the
-    Laplacian over that of the gradient: the mean spatial frequency, whatever the contrast and the stain. None where
-    too few pixels are near nuclei.
+    `hematoxylin` (y, x): stored densities. `near` (y, x): where they are stored. The value is the root of the energy of
+    the Laplacian divided by that of the gradient, which is the mean spatial frequency and does not depend on contrast
+    and stain. None if too few pixels are near nuclei.
     """
     height, width = (extent // _BINNING * _BINNING for extent in near.shape)
     blocks = (height // _BINNING, _BINNING, width // _BINNING, _BINNING)
     binned = hematoxylin[:height, :width].reshape(blocks).mean((1, 3), dtype=np.float32)
     whole = np.asarray(near[:height, :width].reshape(blocks).all((1, 3)), np.uint8)
-    # Neighbours of every pixel that counts must be stored, too: beyond the rim all is zero.
+    # The neighbours of every pixel that counts must be stored, too; elsewhere the maps are zero.
     inner = cv2.erode(whole, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=(0,)) > 0
     pixels = np.count_nonzero(inner)
     if pixels < _MIN_PIXELS:
         return None
     laplacian = cv2.Laplacian(binned, cv2.CV_32F)[inner].astype(np.float64)
     across, down = (cv2.Sobel(binned, cv2.CV_32F, dx, 1 - dx)[inner].astype(np.float64) / 8 for dx in (1, 0))
-    # What rounding to whole steps adds: the variance of a step, 1 / 12, by the squares of the kernels' weights.
+    # Energy from rounding to whole steps: the variance of a step, 1 / 12, times the squares of the kernels' weights.
     rounding = pixels / 12 / _BINNING**2
     fine = float((laplacian**2).sum()) - 20 * rounding
     coarse = float((across**2 + down**2).sum()) - 0.375 * rounding

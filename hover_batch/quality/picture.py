@@ -1,4 +1,4 @@
-"""Measures of a slide's picture: ink, brown stain, colour."""
+"""Measure the thumbnail of a slide: ink, brown stain, colour."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from numpy.typing import NDArray
 
 PICTURE_MEASURES = ("ink", "brown", "chroma", "dark")
 _CELL_UM = 4.0
-"""Side of a pixel at least: on a finer one, dark nuclei look like black ink."""
+"""Minimum side of a pixel in µm: on finer pixels, dark nuclei look like black ink."""
 _PADDING = 3
-"""Pixels that are no brighter were not scanned."""
+"""Brightness up to which pixels count as not scanned."""
 
 
 def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, float]:
-    """Return measures of the thumbnail, RGB (y, x, 3) with nothing drawn on it; `pixel_um`: the side of its pixels.
+    """Return the measures of a thumbnail by name.
 
-    `ink`: share of the picture that has the colours of pens (blue, green, red, black) in spots several pixels wide.
-    `brown`: share of the stained pixels that absorb blue most, as DAB does. `chroma`: 95th percentile of the
-    difference between the largest and the smallest of R, G and B. `dark`: share of pixels that are not white.
+    `image`: RGB (y, x, 3) uint8, without drawings. `pixel_um`: side of its pixels in µm. The measures are
+
+    - `ink`: share of the picture with the colours of pens (blue, green, red, black), in spots several pixels wide;
+    - `brown`: share of the stained pixels that absorb blue most, as DAB does;
+    - `chroma`: 95th percentile of the difference between the largest and the smallest of R, G and B;
+    - `dark`: share of pixels that are not white.
     """
     scale = min(1.0, pixel_um / _CELL_UM)
     size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])

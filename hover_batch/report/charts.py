@@ -18,44 +18,48 @@ WIDTH, HEIGHT = 360, 150
 
 @dataclass(frozen=True)
 class Curve:
-    """Curve of one class. `points`: "x,y x,y …", in the format of an SVG polyline."""
+    """Curve of one class."""
 
     kind: NucleusClass
+    """Class of the curve."""
     points: str
+    """Points "x,y x,y …" of an SVG polyline."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Histogram of a measurement, with one curve per class that has nuclei.
-
-    A curve gives the share of the class's nuclei in each bin. `top`: the share at the upper edge. `ticks`: x → label.
-    """
+    """Histogram of a measurement, with one curve per class that has nuclei."""
 
     label: str
+    """Name and unit of the measurement."""
     curves: Sequence[Curve]
+    """Share of the class's nuclei in each bin, as steps."""
     top: float
+    """Share at the upper edge of the plotting area."""
     ticks: Mapping[float, str]
+    """Label of each tick by its x in SVG units."""
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Dot plot of one value per slide.
-
-    `kind`: the class, None for all classes together. `dots`: x and label of each slide. `median`: x of the median,
-    whose value is `median_value`. `top`: the value at the right edge; the left edge is 0.
-    """
+    """Dot plot of one value per slide."""
 
     kind: NucleusClass | None
+    """Class that the values are of; None for all classes together."""
     dots: Sequence[tuple[float, str]]
+    """x in SVG units and label of each slide."""
     median: float
+    """x of the median in SVG units."""
     median_value: float
+    """Median of the values."""
     top: float
+    """Value at the right edge; the left edge is 0."""
 
 
 def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[NucleusClass]) -> Histogram:
     """Return the histogram of `measure`.
 
-    `counts`: nuclei by (class id, bin), int64; `classes`: those that get a curve.
+    `counts`: number of nuclei, (class id, bin) int64. `classes`: classes that get a curve.
     """
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
@@ -80,7 +84,7 @@ def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[Nuc
 def strips(values: Mapping[NucleusClass | None, Sequence[tuple[float, str]]]) -> list[Strip]:
     """Return one strip per class that has values, all on the same scale.
 
-    `values`: class → (value, label) of each slide.
+    `values`: (value, label) of each slide, by class; None for all classes together.
     """
     everything = [value for dots in values.values() for value, _ in dots]
     top = nice_ceiling(max(everything, default=0.0))
@@ -100,7 +104,7 @@ def strips(values: Mapping[NucleusClass | None, Sequence[tuple[float, str]]]) ->
 def nice_ceiling(value: float) -> float:
     """Return the smallest number of the form 1, 2 or 5 × 10^n that is at least `value`; 1 if `value` is not positive.
 
-    Few scales end at such numbers, so that neighbouring slides mostly have the same one.
+    Such coarse steps give most slides the same scale, so that they can be compared.
     """
     if value <= 0:
         return 1.0

@@ -1,4 +1,4 @@
-"""Content of a report, as its templates receive it."""
+"""Content of a report, as the templates receive it."""
 
 from __future__ import annotations
 
@@ -16,126 +16,149 @@ State = Literal["done", "failed", "left out", "under way", "begun", "pending"]
 
 @dataclass(frozen=True)
 class SlideRow:
-    """Row of the table of slides.
-
-    `row`: row in the cohort, None if it is not known. `summary`: the columns of `export.summary` by name; empty unless
-    the slide is done. `note`: its progress, or why it failed. `page`: the file with its pictures, "" if they are on the
-    same page, None if it has none.
-    """
+    """Row of the table of slides."""
 
     slide_id: str
     row: int | None
+    """Row in the cohort; None if unknown."""
     state: State
     note: str = ""
+    """Progress, or reason of the failure."""
     patient_id: str | None = None
     group: str | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
+    """Columns of `export.summary` by name; empty unless the slide is done."""
     warnings: Sequence[str] = ()
+    """Sentences about the slide, such as an unusual pixel size."""
     flags: Sequence[Flag] = ()
+    """Quality flags; empty unless the slide is done."""
     page: str | None = None
+    """Link to the page with the pictures; "" if they are on the same page, None if there are none."""
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of all stages together; None unless the slide is done."""
+        """Seconds of all stages together; None if there are none, as for a slide that is not done."""
         stages = self.stages
         return sum(stages.values()) if stages else None
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds of the slide by stage."""
+        """Seconds by stage; empty unless the slide is done."""
         return stages_of(self.summary)
 
 
 @dataclass(frozen=True)
 class Crop:
-    """Field of a slide with contours drawn on it.
-
-    `picture`: data URI. `x0`, `y0`: its upper left corner in level-0 pixels. `side_um`: its width in µm. `nuclei`:
-    number of nuclei drawn.
-    """
+    """Field of a slide with contours drawn on it."""
 
     picture: str
+    """JPEG data URI."""
     x0: int
+    """Left edge in level-0 pixels."""
     y0: int
+    """Upper edge in level-0 pixels."""
     side_um: float
+    """Width in µm."""
     nuclei: int
+    """Number of nuclei drawn."""
 
 
 @dataclass(frozen=True)
 class SlideDetail:
-    """Pictures of one slide, as data URIs; None if a file is missing.
-
-    `extra`: the cohort CSV's own columns. `mpp`: µm per level-0 pixel. `overlay_file`: link from the page to the full
-    overlay. `missing`: a sentence for each picture that is missing.
-    """
+    """Pictures of one slide, as data URIs; None for a picture whose file is missing."""
 
     row: SlideRow
+    """Row of the slide in the table."""
     extra: Mapping[str, str]
+    """Cohort CSV's own columns."""
     mpp: float | None
+    """Pixel size of level 0 in µm; None if the table cannot be read."""
     thumbnail: str | None
     overlay: str | None
     overlay_file: str | None
+    """Link from the page to the full overlay; None if the report is outside of the run's folder."""
     heatmaps: Sequence[Heatmap]
+    """Heatmaps of density; empty if the table cannot be read."""
     crops: Sequence[Crop]
+    """Crops with contours; empty if the slide cannot be opened."""
     missing: Sequence[str]
+    """One sentence for each thing that is missing."""
 
 
 @dataclass(frozen=True)
 class Flagged:
-    """A slide to look at. `thumbnail`: a data URI; None where the file is not there, or many slides are flagged."""
+    """Slide with quality flags."""
 
     row: SlideRow
+    """Row of the slide in the table."""
     thumbnail: str | None
+    """JPEG data URI; None if the file is missing, or many slides are flagged."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Nuclei of one class in the cohort.
-
-    `share`: of all nuclei, None if there are none; `per_mm2`: per mm² of tissue.
-    """
+    """Number of nuclei of one class in the cohort."""
 
     kind: NucleusClass
+    """Class of the nuclei."""
     count: int
+    """Number of nuclei."""
     share: float | None
+    """Share of all nuclei; None if there are none."""
     per_mm2: float | None
+    """Nuclei per mm² of tissue; None if the area is unknown or 0."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Content of the front page.
-
-    `stands`: the first lines of `status`. `counts`: slides by state. `facts`: figures by name, as text. `missing`: a
-    sentence for each thing that cannot be shown. `card`, `settings`, `versions`, `run`: provenance.
-    """
+    """Content of the front page."""
 
     title: str
+    """Title of the page."""
     written: str
+    """Time of the report, in UTC."""
     version: str
-    stands: Sequence[str]
+    """Version of hover-batch."""
+    status: Sequence[str]
+    """First lines of `hover-batch status`."""
     counts: Mapping[str, int]
+    """Number of slides by state."""
     facts: Mapping[str, str]
+    """Figures of the cohort by name, as text."""
     missing: Sequence[str]
+    """One sentence for each thing that the report lacks."""
     flagged: Sequence[Flagged]
+    """Slides with quality flags."""
     classes: Sequence[NucleusClass]
+    """Classes without the background; empty if no table can be read."""
     shares: Sequence[Share]
+    """Number of nuclei of each class."""
     rows: Sequence[SlideRow]
+    """All slides, in the order of the cohort."""
     cohort: Mapping[str, Any]
+    """Cohort's row of the summary; empty if no table can be read."""
     densities: Sequence[Strip]
+    """Dot plots of nuclei per mm² of tissue."""
     histograms: Sequence[Histogram]
+    """Histograms of measurements by class."""
     failures: Sequence[SlideRow]
+    """Failed slides and invalid rows of the cohort."""
     card: Mapping[str, Any] | None
+    """Model's card; None if it is not available."""
     settings: str | None
+    """Content of settings.toml; None if the file is missing."""
     versions: Mapping[str, str] | None
+    """Content of versions.json; None if the file is missing."""
     run: Mapping[str, Any]
+    """Content of run.json, and the folder."""
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds of all slides together, by stage."""
+        """Seconds of all slides together by stage."""
         return stages_of(self.cohort)
 
 
 def stages_of(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds by stage from a row of the summary."""
+    """Return the seconds by stage in one row of the summary, without missing values."""
     prefix = "seconds_"
     return {k.removeprefix(prefix): v for k, v in summary.items() if k.startswith(prefix) and v is not None}

@@ -1,4 +1,4 @@
-"""Measure a slide's table in one pass: histograms by class, nuclei per grid cell, and a random choice of nuclei."""
+"""Measure a slide's table in one pass: histograms by class, nuclei per grid cell, and randomly chosen nuclei."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ MIN_CELL_UM = 50.0
 
 @dataclass(frozen=True)
 class Measure:
-    """Column of the table, and the histogram that is made of it.
-
-    `low`, `high`: its range, cut into `bins` equal bins; values outside are counted in the outer bins.
-    """
+    """Column of the table, and the histogram that is made of it."""
 
     column: str
+    """Name of the column."""
     label: str
+    """Name and unit for the reader."""
     low: float
+    """Lower end of the range; smaller values count in the first bin."""
     high: float
+    """Upper end of the range; larger values count in the last bin."""
     bins: int
+    """Number of equal bins."""
 
 
 MEASURES = (
@@ -42,24 +44,31 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Cells:
-    """Grid of square cells over a slide, from its upper left corner; the last column and row are cut off at the canvas.
+    """Grid of square cells over a slide, from its upper left corner.
 
-    `canvas`: size of the slide, and `side`: of a cell, both in level-0 pixels. `mpp`: µm per level-0 pixel.
+    The last column and row are cut off at the canvas.
     """
 
     canvas: Size
+    """Size of the slide in level-0 pixels."""
     mpp: Mpp
+    """Pixel size of level 0 in µm."""
     side: int
+    """Side of a cell in level-0 pixels."""
 
     @classmethod
     def over(cls, canvas: Size, mpp: Mpp) -> Cells:
-        """Return the finest grid with at most CELLS cells along a side, and cells of at least MIN_CELL_UM."""
+        """Return the finest grid over a slide with at most CELLS cells along a side.
+
+        Cells have a side of at least MIN_CELL_UM. `canvas`: size of the slide in level-0 pixels. `mpp`: pixel size of
+        level 0.
+        """
         side = max(max(canvas.width, canvas.height) / CELLS, MIN_CELL_UM / mpp.x)
         return cls(canvas, mpp, math.ceil(side))
 
     @property
     def spans(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Start and stop of every column, and of every row, in level-0 pixels."""
+        """[start, stop) in level-0 pixels of every column, and of every row."""
         wide, high = (
             [(start, min(start + self.side, extent)) for start in range(0, extent, self.side)]
             for extent in (self.canvas.width, self.canvas.height)
@@ -74,34 +83,35 @@ class Cells:
 
     @property
     def mm2(self) -> NDArray[np.float64]:
-        """Area of each cell in mm², as (rows, columns)."""
+        """Area of each cell in mm²: (rows, columns) float64."""
         wide, high = (np.array([stop - start for start, stop in spans]) for spans in self.spans)
         return np.outer(high * self.mpp.y, wide * self.mpp.x) / 1e6
 
     @property
     def grid(self) -> Grid:
-        """Grid of the slide's level-0 pixels."""
+        """Grid of the slide's level-0 pixels, for `TissueMask.meets_product`."""
         return Grid(self.canvas, 1.0, 1.0, self.mpp, self.canvas)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Result of one pass over a slide's table. The class axis is indexed by class id, with the background first.
-
-    `histograms`: column → number of nuclei, (classes, bins) int64. `counts`: nuclei in each cell, (classes, rows,
-    columns) int64. `chosen`: centroids of randomly chosen nuclei, (k, 2) x, y in level-0 pixels.
-    """
+    """Result of one pass over a slide's table. The class axis is indexed by class id, background first."""
 
     cells: Cells
+    """Grid of the cells."""
     histograms: dict[str, NDArray[np.int64]]
+    """Number of nuclei in each bin by column: (classes, bins) int64."""
     counts: NDArray[np.int64]
+    """Number of nuclei in each cell: (classes, rows, columns) int64."""
     chosen: NDArray[np.float64]
+    """Centroids of the randomly chosen nuclei: (k, 2) x, y in level-0 pixels."""
 
 
 def measure(table: NucleiTable, choose: int) -> Measured:
-    """Measure the table in one pass, with the memory of one batch, and choose at most `choose` nuclei at random.
+    """Measure a table in one pass, in the memory of one batch, and choose at most `choose` nuclei at random.
 
-    The slide_id is the seed of the choice, so that a report can be repeated. SlideError if the file is corrupted.
+    The slide_id is the seed of the choice, so that equal reports show equal nuclei. SlideError if the file is
+    corrupted.
     """
     cells, classes = Cells.over(table.level0, table.mpp), len(table.taxonomy.classes)
     rows, columns = cells.shape

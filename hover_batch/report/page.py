@@ -24,9 +24,10 @@ PER_PAGE = 100
 
 
 class Pages:
-    """Writer of a report. `path`: the front page; `slides`: number of slides with pictures; `title`: of all pages.
+    """Writer of a report.
 
-    Call `add` for each slide, in order, and then `close`. Both raise OSError if a file cannot be written.
+    `path`: front page. `slides`: number of slides with pictures. `title`: title of all pages. Call `add` for each
+    slide, in order, and then `close`. Both raise OSError if a file cannot be written.
     """
 
     def __init__(self, path: Path, slides: int, title: str) -> None:
@@ -45,7 +46,7 @@ class Pages:
 
     @property
     def to_front(self) -> str:
-        """Relative link from the page with a slide's pictures to the folder of the front page."""
+        """Relative link from the pages with pictures to the folder of the front page; "" if all is on one page."""
         return "../" if self.count else ""
 
     def add(self, detail: SlideDetail) -> None:
@@ -55,7 +56,7 @@ class Pages:
             self._write_page()
 
     def close(self, report: Report) -> None:
-        """Write the last page of pictures and the front page, and remove pages left by an earlier report."""
+        """Write the last page of pictures and the front page; remove pages left by an earlier report."""
         if self.count and self._waiting:
             self._write_page()
         links = [self._link(number) for number in range(self.count)]

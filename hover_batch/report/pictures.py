@@ -1,4 +1,4 @@
-"""Make the pictures inside a page, as data URIs: heatmaps of density, and smaller copies of a run's JPEGs."""
+"""Make the pictures inside a page, as data URIs: density heatmaps, and smaller copies of a run's JPEGs."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ _QUALITY = 75
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Density of one class as a picture.
-
-    `kind`: the class, None for all classes together. `picture`: PNG data URI, one pixel per cell. `top`: nuclei per mm²
-    from which on the brightest colour is used; None if there are no nuclei.
-    """
+    """Density of one class as a picture."""
 
     kind: NucleusClass | None
+    """Class that is shown; None for all classes together."""
     picture: str
+    """PNG data URI, one pixel per cell."""
     top: float | None
+    """Nuclei per mm² from which on the brightest colour is used; None if there are no nuclei."""
 
 
 def heatmaps(measured: Measured, classes: Sequence[NucleusClass], tissue: TissueMask | None) -> list[Heatmap]:
     """Return a heatmap of all classes together, then one of each class.
 
-    `tissue`: where the run searched, None if it is not known. Cells with neither tissue nor nuclei are transparent.
+    `tissue`: where the run searched; None if unknown. Cells with neither tissue nor nuclei are transparent.
     """
     cells, mm2 = measured.cells, measured.cells.mm2
     shown = np.ones(cells.shape, bool) if tissue is None else tissue.meets_product(*cells.spans, cells.grid)
@@ -57,9 +56,9 @@ def _heatmap(kind: NucleusClass | None, density: NDArray[np.float64], shown: NDA
 
 
 def smaller(path: Path, max_side: int) -> str | None:
-    """Return the picture in the file as a JPEG data URI; None if the file is missing or corrupted.
+    """Return a picture as a JPEG data URI, reduced to at most `max_side` pixels along its longer side.
 
-    It is reduced so that its longer side has at most `max_side` pixels.
+    None if the file is missing or corrupted.
     """
     image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
     if image is None:
@@ -73,7 +72,7 @@ def smaller(path: Path, max_side: int) -> str | None:
 def data_uri(image: NDArray[np.uint8], suffix: str) -> str:
     """Encode an image as a data URI.
 
-    `image`: BGR or BGRA (y, x, 3 or 4) uint8; `suffix`: .png, or .jpg without alpha.
+    `image`: BGR (y, x, 3) or, for .png only, BGRA (y, x, 4) uint8. `suffix`: .png or .jpg.
     """
     _, encoded = cv2.imencode(suffix, image, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY] if suffix == ".jpg" else [])
     kind = {".jpg": "jpeg", ".png": "png"}[suffix]

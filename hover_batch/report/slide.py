@@ -1,4 +1,4 @@
-"""Gather one slide's part of the report from its folder, and the crops from the slide itself if it can be opened."""
+"""Gather one slide's part of the report from its folder; crops come from the slide itself, if it can be opened."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hover_batch.slide.survey import read_tissue
 from hover_batch.slide.tissue import TissueMask
 
 CROPS = 4
+"""Maximum number of crops of a slide."""
 CROP_UM = 64.0
 """Side of a crop in µm: about ten nuclei, and 256 pixels at 40×."""
 _THUMBNAIL, _OVERLAY = 320, 480
@@ -26,18 +27,22 @@ _THUMBNAIL, _OVERLAY = 320, 480
 
 @dataclass(frozen=True)
 class SlideReport:
-    """Report on one slide. `table` and `measured` are None if the table cannot be read; `detail` then says why."""
+    """Report on one slide."""
 
     detail: SlideDetail
+    """Pictures of the slide."""
     table: NucleiTable | None
+    """Table of nuclei; None if it cannot be read, as `detail.missing` then says."""
     measured: Measured | None
+    """Measurements of the table; None if it cannot be read."""
 
 
 def report_slide(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str | None) -> SlideReport:
-    """Return the pictures and measurements of a finished slide. Files that are missing or corrupted are listed in the
-    detail.
+    """Return the pictures and measurements of a finished slide.
 
-    `to_run`: relative link from the page to the run's folder; None if the report is elsewhere.
+    Missing and corrupted files are listed in `detail.missing` of the result. `layout`: folder of the slide. `row`: its
+    row in the report's table. `record`: its row in the cohort. `to_run`: relative link from the page to the run's
+    folder; None if the report is outside of it.
     """
     missing: list[str] = []
     table = measured = None

@@ -1,4 +1,4 @@
-"""A DICOM folder: which slides its instances belong to, and its header as wsidicom reads it."""
+"""Open the slide of a DICOM folder with wsidicom, after a check that the folder holds one slide."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
         try:
             wsi = WsiDicom.open(folder)
         except WsiDicomNoResolutionError as error:  # has no text; and no column of the cohort helps
-            raise SlideError(f"{folder}: the DICOM instances have no pixel spacing, which wsidicom needs") from error
+            raise SlideError(
+                f"{folder}: the DICOM instances have no pixel spacing; add it, or convert the slide to TIFF"
+            ) from error
         with wsi:
             if len(wsi.pyramids) > 1:
                 raise InputError(
@@ -70,10 +72,10 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
 
 
 def _slides_in(folder: Path) -> list[str]:
-    """Describe each slide of which the folder holds pixels; labels and overviews count for none."""
+    """Describe each slide whose pixels are in the folder; labels and overview images are ignored."""
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".dcm" and not file.name.startswith("."))
     if not files:
-        raise SlideError(f"{folder}: a folder without .dcm files is no DICOM slide")
+        raise SlideError(f"{folder}: holds no .dcm files; give a folder with the DICOM instances of one slide")
     import pydicom
     from pydicom.uid import VLWholeSlideMicroscopyImageStorage
 
@@ -84,7 +86,7 @@ def _slides_in(folder: Path) -> list[str]:
             with quiet_wsidicom():
                 wanted = ["SOPClassUID", "ImageType", "ContainerIdentifier", *names]
                 header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=wanted)
-        except Exception as error:  # pydicom raises what it likes on broken files
+        except Exception as error:  # pydicom raises exceptions of many kinds for broken files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise SlideError(f"{file}: cannot be read as DICOM: {reason}; copy it again, or remove it") from error
         if header.get("SOPClassUID") == VLWholeSlideMicroscopyImageStorage and "VOLUME" in header.get("ImageType", ()):

@@ -24,9 +24,9 @@ _SMALLEST_LEVEL = 256
 def write_example(folder: Path) -> Path:
     """Write the example slides he_0.25.tif and he_0.5.tif (RGB, 0.25 and 0.5 µm per pixel) and their cohort.csv.
 
-    They are written into `folder`, which is created if it does not exist. Return the path of cohort.csv. Files with the
-    same content are left untouched, so that a second run finds nothing changed. HoverBatchError if tiatoolbox, which
-    holds the picture, is not installed.
+    Return the path of cohort.csv. `folder` is created if it does not exist. Files with the same content are left
+    untouched, so that a second run finds nothing changed. HoverBatchError if tiatoolbox, which holds the picture, is
+    not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     field = _field()
@@ -41,14 +41,14 @@ def write_example(folder: Path) -> Path:
 def write_pyramidal_tiff(path: Path, array: NDArray[np.uint8], mpp: float) -> None:
     """Write a lossless tiled TIFF with a pyramid of levels, each half the size of the previous one.
 
-    `array`: RGB (y, x, 3) uint8. `mpp`: pixel size in µm, stored in the resolution tags. OpenSlide opens the file as
+    `array`: (y, x, 3) uint8 RGB. `mpp`: pixel size in µm, stored in the resolution tags. OpenSlide opens the file as
     generic-tiff. An existing file with the same content is left untouched.
     """
     _write(path, _pyramidal_tiff(array, mpp))
 
 
 def _field() -> NDArray[np.uint8]:
-    """tiatoolbox.data.stain_norm_target(), RGB (1000, 1000, 3), found without importing tiatoolbox and torch."""
+    """Return tiatoolbox's example field, (1000, 1000, 3) uint8 RGB, without importing tiatoolbox and torch."""
     package = importlib.util.find_spec("tiatoolbox")
     if package is None or not package.submodule_search_locations:
         raise HoverBatchError("the example needs tiatoolbox, which is not installed; reinstall hover-batch")

@@ -1,4 +1,4 @@
-"""The fingerprint of a slide: names its content wherever the files are."""
+"""Fingerprint of a slide, which identifies its content wherever the files are."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hover_batch.geometry import Mpp
 _BLOCK = 1 << 20
 
 ReadParts = Callable[[list[tuple[int, int]]], Iterable[bytes]]
-"""Ranges of a file, [start, stop) in bytes → their bytes."""
+"""Function of byte ranges [start, stop) of one file that returns their bytes, in the same order."""
 
 
 def fingerprint(path: Path, mpp: Mpp | None) -> str:
-    """Return the fingerprint of a slide on disk, a SHA-256 in hex that identifies its content.
+    """Return the fingerprint of a slide on disk: a SHA-256 in hex that identifies its content.
 
-    It covers the size and the first, middle and last MiB of each of the slide's files, and the pixel size if the cohort
-    gives one (`mpp`). It does not depend on path, host or time. OSError if a file cannot be read.
+    It covers the size and the first, middle and last MiB of each of the slide's files, and `mpp`, the pixel size if the
+    cohort gives one. It does not depend on path, host or time. OSError if a file cannot be read.
     """
 
     def parts(file: Path) -> ReadParts:
@@ -34,10 +34,10 @@ def fingerprint(path: Path, mpp: Mpp | None) -> str:
 
 
 def fingerprint_of(files: Iterable[tuple[int, ReadParts]], mpp: Mpp | None) -> str:
-    """Return the `fingerprint` of a slide's files in any storage.
+    """Return the `fingerprint` of a slide whose files are in any storage.
 
-    `files`: for each, its size in bytes and a function that reads ranges of it, in the order in which they are hashed.
-    `mpp`: pixel size that the cohort gives, if it does.
+    `files`: size in bytes of each file and a function that reads ranges of it, in the order in which they are hashed.
+    `mpp`: pixel size if the cohort gives one.
     """
     digest = hashlib.sha256()
     for size, read in files:

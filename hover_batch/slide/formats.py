@@ -21,28 +21,29 @@ from hover_batch.slide.dicom import open_dicom
 from hover_batch.slide.pixel_size import StatedSize, stated_size, tiff_size, to_float
 
 MAX_PICTURE_PIXELS = 400_000_000
-"""Larger plain pictures are refused: they are held in memory whole."""
+"""Largest plain picture that is opened, since it is held in memory as a whole."""
 PICTURE_BYTES = (3, 7)
-"""Memory per pixel of a plain picture: while it is open, and at most while it is decoded."""
+"""Memory per pixel of a plain picture in bytes: while it is open, and at most while it is decoded."""
 _BAND_ROWS = 256
 
 _UNSIGNED = (1, 4)
-"""SampleFormat of whole numbers from 0 on, and of values that the writer did not define."""
+"""SampleFormat of unsigned integers, and of values that the writer did not define."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Header of a slide's file, as its library reads it.
-
-    `levels`: sizes in pixels, largest first. `size`: pixel size that the file gives. `bounds`: non-empty region in
-    level-0 pixels, None if the format has none. `magnification`: objective power, None if unknown.
-    """
+    """Header of a slide, as read by the library that opens it."""
 
     levels: tuple[Size, ...]
+    """Sizes of the levels in pixels, largest first."""
     size: StatedSize
+    """Pixel size that the file gives."""
     bounds: Box | None
+    """Non-empty region in level-0 pixels; None if the format has none."""
     vendor: str
+    """Format or manufacturer, as the library names it."""
     magnification: float | None
+    """Objective's power; None if unknown."""
 
 
 def openslide_header(path: Path) -> Header:
@@ -61,12 +62,12 @@ def openslide_header(path: Path) -> Header:
     if None not in corner:
         x, y, width, height = (int(str(value)) for value in corner)
         bounds = Box(x, y, x + width, y + height)
-    raw = properties.get("aperio.MPP")  # left as text where OpenSlide makes no number of it
+    raw = properties.get("aperio.MPP")  # kept as text if OpenSlide cannot parse it
     size = stated_size(properties.get("openslide.mpp-x", raw), properties.get("openslide.mpp-y", raw), "its header")
     if (tiff := _open_tiff(path)) is not None:
         with tiff:
             _check_samples(path, tiff)
-            # OpenSlide reads the tags of a generic TIFF only where their unit is the centimetre.
+            # OpenSlide reads the tags of a generic TIFF only if their unit is the centimetre.
             if size.mpp is None and vendor == "generic-tiff":
                 size = tiff_size(_first_page(tiff))
     return Header(levels, size, bounds, vendor, to_float(properties.get("openslide.objective-power")))
@@ -86,8 +87,11 @@ def _first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
 
 
 def _check_samples(path: Path, tiff: tifffile.TiffFile) -> None:
-    """Refuse samples of more than 8 bits, signed or float ones: OpenSlide and Pillow keep the high byte of 16 bits,
-    which makes 12-bit pictures black, and read the others as if they were unsigned."""
+    """Raise SlideError for samples of more than 8 bits, and for signed and float ones.
+
+    OpenSlide and Pillow keep the high byte of 16 bits, which makes 12-bit pictures black, and read the others as
+    unsigned.
+    """
     for number, page in enumerate(tiff.pages):
         assert isinstance(page, tifffile.TiffPage)
         if number and not page.is_tiled:  # a label or macro picture
@@ -110,7 +114,7 @@ def is_ome(path: Path) -> bool:
 
 
 def ome_tiff_header(path: Path) -> Header:
-    """Read the header of an OME-TIFF: its largest image, and that image's pyramid.
+    """Read the header of an OME-TIFF: the levels of its largest image.
 
     The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. SlideError unless the image
     is one plane of 8-bit RGB. Errors of tifffile propagate.
@@ -159,7 +163,7 @@ def _ome_size(pixels: Mapping[str, str]) -> StatedSize:
 def dicom_header(path: Path) -> Header:
     """Read the header of the slide in a DICOM folder.
 
-    SlideError if its pixels are not 8-bit, and the errors of `open_dicom`.
+    SlideError if its pixels are not 8-bit. Errors of `open_dicom` propagate.
     """
     with open_dicom(path) as wsi:
         levels = tuple(Size(level.size.width, level.size.height) for level in wsi.levels)
@@ -184,8 +188,8 @@ def picture_header(path: Path) -> Header:
         size = StatedSize(None)
         if picture.format != "TIFF" and (dpi := picture.info.get("dpi")) and min(dpi) > 0:
             x, y = (25_400 / float(value) for value in dpi)
-            said = f"its resolution says {x:.4g} × {y:.4g} µm a pixel"
-            size = StatedSize(None, f"{said}, which is not taken from PNG and JPEG: most programs invent it")
+            found = f"its resolution says {x:.4g} × {y:.4g} µm a pixel"
+            size = StatedSize(None, f"{found}, which is ignored in PNG and JPEG: most programs write any value")
         extent = Size(*picture.size)
     if (tiff := _open_tiff(path)) is not None:
         with tiff:
@@ -206,28 +210,28 @@ def open_picture(path: Path) -> Image.Image:
     for plugin in (PngImagePlugin.PngImageFile, JpegImagePlugin.JpegImageFile, TiffImagePlugin.TiffImageFile):
         try:
             picture: ImageFile.ImageFile = plugin(path)
-        except SyntaxError:  # what Pillow's plugins raise on another format's first bytes
+        except SyntaxError:  # raised by Pillow's plugins for files of another format
             continue
         width, height = picture.size
         mode = picture.mode
         if width * height > MAX_PICTURE_PIXELS:
             picture.close()
             raise SlideError(
-                f"{path}: a plain picture of {width} × {height} pixels would have to be held in memory whole; "
+                f"{path}: a plain picture of {width} × {height} pixels would have to be held in memory as a whole; "
                 "convert it to a pyramidal tiled TIFF"
             )
-        # Pillow opens 16-bit colour as 8-bit and keeps the high byte alone, which turns 12-bit pictures black.
+        # Pillow opens 16-bit colour as 8-bit and keeps only the high byte, which makes 12-bit pictures black.
         deep = any(";16" in str(tile) for tile in picture.tile)
         if deep or mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
             picture.close()
             kind = "16 bits a channel" if deep else f"type {mode}"
             raise SlideError(f"{path}: pixels of {kind}; 8-bit grey or colour is needed")
         return picture
-    raise SlideError(f"{path}: cannot be read: no slide or picture format that OpenSlide, tifffile or Pillow knows")
+    raise SlideError(f"{path}: cannot be read: OpenSlide, tifffile and Pillow do not support its format")
 
 
 def bands(picture: Image.Image, mode: str | None = None) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
-    """Decode a picture in horizontal bands, and yield the rows and the pixels of each, from top to bottom.
+    """Decode a picture in horizontal bands; yield the rows and the pixels of each, from top to bottom.
 
     Pixels are (y, x) or (y, x, channels) uint8, but bool for Pillow's mode 1. They are converted to Pillow's `mode` if
     it is given. Converting the whole picture at once would hold several copies of it in memory.

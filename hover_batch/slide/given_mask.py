@@ -1,7 +1,7 @@
-"""Masks that the cohort gives: GeoJSON polygons and PNG pictures, laid over a slide's canvas.
+"""Read tissue masks that the cohort gives, GeoJSON polygons or PNG pictures, and fit them to a slide's canvas.
 
-Polygons count from the corner of the slide's bounds, as QuPath counts. A PNG covers the bounds or the whole canvas: its
-aspect ratio shows which.
+Positions of polygons are relative to the corner of the slide's bounds, as in QuPath. A PNG covers the bounds or the
+whole canvas, as its aspect ratio shows.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from hover_batch.geometry import Box, Size, qupath_origin
 from hover_batch.slide.formats import MAX_PICTURE_PIXELS, bands
 
 MAX_MASK_SIDE = 8192
-"""Longest side of any mask: 67 MB, and 3 µm a pixel on a slide 25 mm wide."""
+"""Maximum length in pixels of the sides of a mask: 67 MB, and 3 µm a pixel on a slide 25 mm wide."""
 
 _MAX_OUTSIDE = 0.01
-"""Fraction of a mask's area that may lie outside of the bounds: outlines drawn by hand reach over the edge a little."""
+"""Fraction of a mask's area that may lie outside of the bounds, since outlines drawn by hand may cross the edge."""
 
 
 def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> NDArray[np.bool_]:
-    """Read a mask of the cohort (GeoJSON or PNG), and return it as bool (y, x) that spans the slide's whole canvas.
+    """Read a mask of the cohort (GeoJSON or PNG) as bool (y, x), True on tissue, that spans the slide's whole canvas.
 
     `level0`: size of the canvas in pixels. `bounds`: the slide's non-empty region in level-0 pixels, None if it has
     none. `scale`: level-0 pixels per mask pixel, used for polygons; a PNG keeps its own resolution up to MAX_MASK_SIDE.
@@ -48,10 +48,10 @@ def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> ND
 
 
 def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None) -> list[str]:
-    """Check that a mask of the cohort can be used, and return warnings for the user.
+    """Check that a mask of the cohort can be used; return warnings for the user.
 
-    `level0` and `bounds` are the slide's canvas size and non-empty region in level-0 pixels. If they are unknown, check
-    only that the mask can be read. InputError if it cannot be read or does not fit the slide.
+    `level0` and `bounds`: the slide's canvas size and non-empty region in level-0 pixels. Without `level0`, only check
+    that the mask can be read. InputError if it cannot be read or does not fit the slide.
     """
     if not _is_png(path):
         outline = _read_geojson(path)
@@ -78,13 +78,13 @@ def _is_png(path: Path) -> bool:
 
 def _no_tissue(path: Path, level0: Size) -> InputError:
     return InputError(
-        f"{path}: no tissue of this mask lies on the slide of {level0.width} × {level0.height} pixels; "
+        f"{path}: the mask has no tissue on the slide of {level0.width} × {level0.height} pixels; "
         "polygons are in level-0 pixels, a PNG is nonzero on tissue"
     )
 
 
 def _on_canvas(path: Path, outline: shapely.Geometry, level0: Size, bounds: Box | None) -> shapely.Geometry:
-    """Move polygons from the corner of the bounds to the canvas."""
+    """Move polygons from the corner of the bounds to the canvas. InputError if they do not lie on the slide."""
     origin = qupath_origin(bounds)
     moved = shapely.transform(outline, lambda points: points + origin)
     frame = bounds or level0.box
@@ -110,16 +110,14 @@ def _frame(path: Path, picture: NDArray[np.bool_], level0: Size, bounds: Box | N
     same_size = [frame for frame in frames if (frame.width, frame.height) == (width, height)]
     if len(same_size or frames) == 1 or bounds == level0.box and frames:
         return (same_size or frames)[0]
-    parts = (
-        f"scanned part ({bounds.width} × {bounds.height}) {'and' if frames else 'nor of'} its canvas "
-        f"({level0.width} × {level0.height})"
-    )
-    fault = f"could be of the slide's {parts}" if frames else f"has the aspect ratio neither of the slide's {parts}"
+    scanned = f"the slide's scanned part ({bounds.width} × {bounds.height})"
+    canvas = f"its canvas ({level0.width} × {level0.height})"
+    fault = f"fits both {scanned} and {canvas}" if frames else f"fits neither {scanned} nor {canvas}"
     raise InputError(f"{path}: a mask of {width} × {height} pixels {fault}; export it again, or give GeoJSON")
 
 
 def _has_aspect(picture: NDArray[np.bool_], frame: Box) -> bool:
-    """Return whether the picture is the frame reduced, with sides rounded to whole pixels."""
+    """Whether the picture has the frame's aspect ratio, up to the rounding of its sides to whole pixels."""
     height, width = picture.shape
     return bool(abs(width * frame.height - height * frame.width) <= frame.width + frame.height)
 
@@ -173,7 +171,7 @@ def _read_geojson(path: Path) -> shapely.Geometry:
         outline = shapely.union_all(polygons)
     except OSError as error:
         raise InputError(f"{path}: the mask cannot be read: {error.strerror}; check mask_path") from error
-    # A file can be broken in as many ways as json, and shapely's reading of it, have exceptions.
+    # json and shapely raise exceptions of many kinds for broken files.
     except (
         ValueError,
         TypeError,
@@ -183,15 +181,17 @@ def _read_geojson(path: Path) -> shapely.Geometry:
         shapely.errors.ShapelyError,
     ) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path}: the mask is no readable GeoJSON ({reason}); {remedy}") from error
+        raise InputError(f"{path}: the mask is not valid GeoJSON ({reason}); {remedy}") from error
     if outline.is_empty:
         raise InputError(f"{path}: the mask holds no polygon; {remedy}")
     return outline
 
 
 def _geometries(data: Any) -> Iterator[dict[str, Any]]:
-    """Yield the polygons in a FeatureCollection, Feature, GeometryCollection, geometry, or a list of these, which
-    QuPath's scripts write. Points and lines have no area and are left out."""
+    """Yield the polygons in a FeatureCollection, Feature, GeometryCollection or geometry, or in a list of these.
+
+    QuPath's scripts write such lists. Points and lines have no area and are skipped.
+    """
     if isinstance(data, list):
         for item in data:
             yield from _geometries(item)
@@ -211,7 +211,7 @@ def _geometries(data: Any) -> Iterator[dict[str, Any]]:
 
 
 def _read_png(path: Path) -> NDArray[np.bool_]:
-    """Return the nonzero pixels, (y, x), reduced to MAX_MASK_SIDE."""
+    """Return the nonzero pixels as bool (y, x), reduced to MAX_MASK_SIDE."""
     try:
         with PngImagePlugin.PngImageFile(path) as picture:
             if picture.width * picture.height > MAX_PICTURE_PIXELS:
@@ -224,7 +224,7 @@ def _read_png(path: Path) -> NDArray[np.bool_]:
     except OSError as error:
         raise InputError(f"{path}: the mask cannot be read: {error.strerror or error}; check mask_path") from error
     except (SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a file of another format
-        raise InputError(f"{path}: the mask is no readable PNG ({error}); give a PNG, nonzero on tissue") from error
+        raise InputError(f"{path}: the mask is not a valid PNG ({error}); give a PNG, nonzero on tissue") from error
     if max(mask.shape) > MAX_MASK_SIDE:
         shrink = MAX_MASK_SIDE / max(mask.shape)
         size = max(1, round(mask.shape[1] * shrink)), max(1, round(mask.shape[0] * shrink))

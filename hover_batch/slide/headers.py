@@ -1,6 +1,6 @@
-"""A slide's header: size, pixel size, levels; and which library opens it.
+"""Read a slide's header: its size, pixel size and levels, and which library opens it.
 
-`plan` reads every header of a cohort, so nothing here imports torch. `reader.open_slide` takes its SlideInfo from here
+`plan` reads every header of a cohort, so nothing here imports torch. `reader.open_slide` takes its SlideInfo from here,
 too, so that a dry run and a run cannot disagree.
 """
 
@@ -32,28 +32,31 @@ _SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide
 """Suffixes of files that only OpenSlide reads."""
 
 LARGE_PICTURE_PIXELS = 100_000_000
-"""Plain pictures from this size on are worth a warning: they take 0.7 GB of memory to open."""
+"""Size from which plain pictures give a warning, since they take 0.7 GB of memory to open."""
 
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """Properties of a slide, from its header and its row of the cohort.
-
-    `level0`: size of the full canvas in pixels. `mpp`: µm per level-0 pixel; `mpp_source`: whether it is from the file
-    or the cohort. `bounds`: OpenSlide's non-empty region in level-0 pixels, None if the format has none. `downsamples`:
-    mean of the `level_ratios` of each level; the first is 1.0. `magnification`: objective power, None if unknown.
-    `fingerprint`: see `hover_batch.slide.fingerprint`. `warnings`: sentences for the user.
-    """
+    """Properties of a slide, from its header and its row of the cohort."""
 
     level0: Size
+    """Size of the full canvas in pixels."""
     mpp: Mpp
+    """Pixel size of level 0 in µm."""
     mpp_source: Literal["file", "cohort"]
+    """Origin of `mpp`."""
     bounds: Box | None
+    """OpenSlide's non-empty region in level-0 pixels; None if the format has none."""
     downsamples: tuple[float, ...]
+    """Level-0 pixels per pixel of each level, the mean of x and y; the first is 1.0."""
     vendor: str
+    """Format or manufacturer, as the library names it."""
     magnification: float | None
+    """Objective's power; None if unknown."""
     fingerprint: str
+    """Hash of the content (see `hover_batch.slide.fingerprint`)."""
     warnings: tuple[str, ...]
+    """Sentences for the user."""
 
 
 def peek(record: SlideRecord) -> SlideInfo:
@@ -73,7 +76,7 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
     mpp = record.mpp or stated
     if mpp is None:
         raise InputError(
-            f"{record.path}: {header.size.unusable or 'the file does not say its pixel size'}; give it in µm in the "
+            f"{record.path}: {header.size.unusable or 'the file gives no pixel size'}; give it in µm in the "
             f"column mpp of the cohort (row {record.row}, slide_id {record.slide_id})"
         )
     with slide_errors(record.file):
@@ -84,8 +87,8 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
     if header.vendor == "picture" and level0.pixels >= LARGE_PICTURE_PIXELS:
         kept, decoding = (level0.pixels * size / 1e9 for size in PICTURE_BYTES)
         warnings.append(
-            f"a plain picture is held in memory whole, in each process that reads it: {decoding:.1f} GB while it is "
-            f"decoded, then {kept:.1f} GB; convert it to a pyramidal tiled TIFF if that is too much"
+            f"a plain picture is held in memory as a whole, in each process that reads it: {decoding:.1f} GB while it "
+            f"is decoded, then {kept:.1f} GB; convert it to a pyramidal tiled TIFF if that is too much"
         )
     return SlideInfo(
         level0=level0,
@@ -101,7 +104,7 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
 
 
 def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
-    """Return the level-0 pixels per pixel of a level, (x, y).
+    """Return the number of level-0 pixels per pixel of a level: (x, y).
 
     The sizes of the levels are rounded: 32914 rows become 8228 at a quarter, but each pixel is still 4 wide, not
     4.0002. So the ratio is rounded to a whole number if this explains the size to within one pixel of the level.
@@ -115,9 +118,9 @@ def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
 
 
 def kind_of(path: Path) -> Kind:
-    """Return which library reads this file or folder.
+    """Return which library reads a file or folder.
 
-    SlideError if there is no such file, or if it has a scanner's suffix but OpenSlide does not recognise it.
+    SlideError if the file does not exist, or has a scanner's suffix but is not recognised by OpenSlide.
     """
     if path.is_dir():
         return "dicom"
@@ -127,17 +130,19 @@ def kind_of(path: Path) -> Kind:
 
     with slide_errors(path):
         vendor = openslide.OpenSlide.detect_format(str(path))
-        # OpenSlide takes any tiled TIFF for a generic one and then overlooks the levels that OME keeps in sub-IFDs.
+        # OpenSlide opens any tiled TIFF as a generic one, and then misses the levels that OME keeps in sub-IFDs.
         if vendor in (None, "generic-tiff") and is_ome(path):
             return "ome-tiff"
     if vendor is None and path.suffix.lower() in _SCANNERS:
-        # Another library may still find a picture in it, without its pixel size, and not report the damage.
-        raise SlideError(f"{path}: cannot be read: OpenSlide does not know it as a slide; truncated or corrupted?")
+        # Another library might find a picture in it, without the pixel size, and not report the corruption.
+        raise SlideError(
+            f"{path}: cannot be read: OpenSlide does not recognise it; it may be truncated or corrupted: copy it again"
+        )
     return "picture" if vendor is None else "openslide"
 
 
 def read_header(path: Path, kind: Kind) -> Header:
-    """Read the header of a file or folder of this kind.
+    """Read the header of a file or folder with the library for its kind.
 
     SlideError with path and reason if it cannot be read. InputError if a DICOM folder holds several slides.
     """
@@ -161,6 +166,6 @@ def slide_errors(path: Path) -> Iterator[None]:
         yield
     except HoverBatchError:
         raise
-    except Exception as error:  # broken files raise anything: struct.error, KeyError, zlib.error …
+    except Exception as error:  # the libraries raise many kinds: struct.error, KeyError, zlib.error …
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SlideError(f"{path}: cannot be read: {reason}") from error

@@ -1,4 +1,4 @@
-"""Pixel sizes in µm: which values a slide can have, and what to say of the others."""
+"""Pixel sizes in µm: which values are plausible for a slide, and the messages for others."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from hover_batch.errors import InputError
 from hover_batch.geometry import Mpp
 
 PLAUSIBLE_MPP = (0.01, 20.0)
-"""Range in µm that a slide scanner can have written. Programs that know no pixel size write 72 dpi (353 µm)."""
+"""Range in µm that a slide scanner may write. Programs that do not know the pixel size write 72 dpi (353 µm)."""
 
 USUAL_MPP = (0.1, 1.2)
-"""Range in µm of nearly all brightfield scans; values outside are worth a warning."""
+"""Range in µm of nearly all brightfield scans; values outside of it give a warning."""
 
 USUAL_MPP_TIMES_POWER = (4.0, 16.0)
-"""Range of µm per pixel × objective power, about 10 on most scanners. 20× lenses before a finer camera reach 4.6."""
+"""Range of µm per pixel × objective power: about 10 on most scanners, 4.6 for 20× lenses with a finer camera."""
 
 MPP_TOLERANCE = 0.05
-"""A pixel size from the cohort that differs by more than this fraction from the file's is worth a warning."""
+"""Fraction by which the cohort's pixel size may differ from the file's without a warning."""
 
 _MICROMETRES = {"nm": 1e-3, "µm": 1.0, "mm": 1e3, "cm": 1e4, "inch": 25_400.0}
 _TIFF_UNITS = {2: "inch", 3: "cm", 4: "mm", 5: "µm"}
@@ -30,17 +30,16 @@ _IMAGEJ_UNITS = {"micron": "µm", "microns": "µm", "um": "µm", "\\u00B5m": "µ
 
 @dataclass(frozen=True)
 class StatedSize:
-    """Pixel size that a file gives.
-
-    `mpp`: None if there is none, or it cannot be used. `unusable`: why the value in the file is not used, or "".
-    """
+    """Pixel size that a file gives."""
 
     mpp: Mpp | None
+    """Size of a pixel in µm; None if the file gives none, or one that cannot be used."""
     unusable: str = ""
+    """Reason why the value in the file is not used; "" if there is none."""
 
 
 def to_float(text: object) -> float | None:
-    """Convert a value to a finite number. Return None if it is not one."""
+    """Convert a value, such as the text of a tag, to a finite number; None if it is not one."""
     try:
         value = float(str(text))
     except ValueError:
@@ -51,17 +50,17 @@ def to_float(text: object) -> float | None:
 def stated_size(x: object, y: object, source: str, unit: str = "µm") -> StatedSize:
     """Check the pixel size along x and y that a file gives in `unit`, and convert it to µm.
 
-    `source`: words for the message, such as "its header". The result has no size if both values are None, and no size
-    but a reason if they are not plausible numbers in a known unit.
+    `source`: where the values are, for messages, such as "its header". The result has no size if both values are None,
+    and no size but a reason if they are not plausible numbers in a known unit.
     """
     if x is None and y is None:
         return StatedSize(None)
     across, down = to_float(x), to_float(y)
-    said = f"{source} says {x if x == y else f'{x} × {y}'} {unit} a pixel"
+    found = f"{source} says {x if x == y else f'{x} × {y}'} {unit} a pixel"
     if unit not in _MICROMETRES:
-        return StatedSize(None, f"{said}, a unit that is not known")
+        return StatedSize(None, f"{found}, an unknown unit")
     if across is None or down is None:
-        return StatedSize(None, f"{said}, which is not a pair of numbers")
+        return StatedSize(None, f"{found}, which is not a pair of numbers")
     across, down = across * _MICROMETRES[unit], down * _MICROMETRES[unit]
     if fault := _fault_of(across, down):
         return StatedSize(None, f"{source} says {_words(across, down)} µm a pixel; {fault}")
@@ -69,10 +68,9 @@ def stated_size(x: object, y: object, source: str, unit: str = "µm") -> StatedS
 
 
 def tiff_size(page: tifffile.TiffPage) -> StatedSize:
-    """Return the pixel size from the resolution tags of a TIFF page.
+    """Return the pixel size from the resolution tags of a TIFF page, with the reason if they cannot be used.
 
-    They are in pixels per cm or inch, or per unit that ImageJ writes. The result gives the reason if they cannot be
-    used.
+    The tags are in pixels per cm or inch, or per unit that ImageJ writes.
     """
     x, y = (_per_unit(page, name) for name in ("XResolution", "YResolution"))
     if x is None or y is None:
@@ -81,7 +79,7 @@ def tiff_size(page: tifffile.TiffPage) -> StatedSize:
     if unit is None and page.is_imagej:
         found = re.search(r"^unit=(\S+)$", page.description, re.MULTILINE)
         unit = _IMAGEJ_UNITS.get(found[1]) if found else None
-    if unit is None:  # writers that know no resolution give 1 × 1 without a unit
+    if unit is None:  # writers that do not know the resolution give 1 × 1 without a unit
         return StatedSize(None, "" if x == y == 1 else f"its resolution of {_words(x, y)} has no unit")
     return stated_size(1 / x, 1 / y, f"its resolution of {_words(x, y)} per {unit}", unit)
 
@@ -96,7 +94,7 @@ def _per_unit(page: tifffile.TiffPage, name: str) -> float | None:
 
 
 def check_given(mpp: Mpp) -> None:
-    """Check a pixel size from the cohort. InputError if no slide can have it."""
+    """Check a pixel size from the cohort. InputError if it is not plausible for a slide."""
     if fault := _fault_of(mpp.x, mpp.y):
         raise InputError(f"mpp {mpp}: {fault}")
 
@@ -104,8 +102,8 @@ def check_given(mpp: Mpp) -> None:
 def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> list[str]:
     """Return warnings about the pixel size `mpp` that is used.
 
-    They say if it differs from the size `stated` in the file, is unusual for slides, or does not match the objective's
-    `magnification`.
+    There is one if it differs from the size `stated` in the file, and one if it is unusual for slides or does not match
+    the objective's `magnification`.
     """
     found = []
     if stated is not None:
@@ -124,7 +122,7 @@ def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> li
 
 
 def _fault_of(x: float, y: float) -> str:
-    """Return why no slide has pixels of that size in µm, with the unit that was probably meant; "" where one can."""
+    """Return why a pixel size in µm is not plausible, with the unit that was probably meant; "" if it is."""
     low, high = PLAUSIBLE_MPP
     if low <= x <= high and low <= y <= high:
         return ""

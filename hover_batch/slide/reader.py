@@ -1,8 +1,8 @@
-"""A slide's pixels on the inference grid, the same whichever block asks for them.
+"""Read a slide's pixels on the inference grid. A pixel does not depend on the block in which it is read.
 
 A block is read in whole pixels of the level just finer than the grid, with the margin that the filter needs, and
-resampled at the phase that each pixel's absolute index gives it (`resample`). Where a level has exactly the grid's
-pixels they pass through untouched. Outside the canvas the picture is mirrored about its border, the border pixel
+resampled at the phase that each pixel's absolute index gives it (`resample`). If a level has exactly the grid's pixels,
+they are returned unchanged. Outside the canvas the picture is mirrored about its border, with the border pixel
 repeated: … 1 0 | 0 1 2 … n−1 | n−1 n−2 …
 """
 
@@ -25,10 +25,10 @@ from hover_batch.slide.sources import Source, open_source
 __all__ = ["SlideInfo", "SlideReader", "open_slide", "peek"]
 
 MAX_SOURCE_PIXELS = 1 << 23
-"""Source pixels that are decoded at once; larger blocks are read in parts. Pixels do not depend on the parts."""
+"""Maximum number of source pixels decoded at once; larger blocks are read in parts, with the same result."""
 
 _LEVEL_TOLERANCE = 0.01
-# A level this much coarser than the grid still serves: reading a level four times as large to win 1 % would not.
+"""Fraction by which a level may be coarser than the grid: 1 % is not worth reading a level four times as large."""
 
 
 class SlideReader(Protocol):
@@ -42,8 +42,8 @@ class SlideReader(Protocol):
     def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:
         """Read a box of the inference grid and return it as RGB (y, x, 3) uint8.
 
-        `box`: in pixels of `grid`; the parts outside `grid.size` are mirrored. ValueError if the grid belongs to a
-        slide of another size, SlideError if the pixels cannot be read.
+        `box`: in pixels of `grid`; parts outside `grid.size` are mirrored. ValueError if the grid belongs to a slide of
+        another size, SlideError if the pixels cannot be read.
         """
         ...
 
@@ -77,7 +77,7 @@ def open_slide(record: SlideRecord) -> SlideReader:
 
 
 class GridReader:
-    """SlideReader that reads from any `Source`. `path`: for error messages."""
+    """SlideReader that reads from any `Source`. `path` is used in error messages."""
 
     def __init__(self, info: SlideInfo, source: Source, path: Path) -> None:
         self.info = info
@@ -87,9 +87,9 @@ class GridReader:
     def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:
         """Read a box of the inference grid and return it as RGB (y, x, 3) uint8.
 
-        `box`: in pixels of `grid`; the parts outside `grid.size` are mirrored. The pixels do not depend on the box in
-        which they are read. ValueError if the grid belongs to a slide of another size, SlideError if the pixels cannot
-        be read.
+        `box`: in pixels of `grid`; parts outside `grid.size` are mirrored. The pixels do not depend on the box in which
+        they are read. ValueError if the grid belongs to a slide of another size, SlideError if the pixels cannot be
+        read.
         """
         if grid.level0 != self.info.level0:
             raise ValueError(f"the grid was laid over {grid.level0}, the slide has {self.info.level0}")
@@ -174,9 +174,9 @@ def whole_grid(info: SlideInfo, scale: float) -> Grid:
 
 
 def best_level(levels: Sequence[Size], grid: Grid) -> int:
-    """Return the index of the coarsest level that is not coarser than the grid (1 % is tolerated), or else 0.
+    """Return the index of the coarsest level that is not coarser than the grid; 0 if all are.
 
-    `levels`: sizes in pixels, largest first.
+    `levels`: sizes in pixels, largest first. A level that is coarser by up to 1 % counts as not coarser.
     """
     allowed = 1 + _LEVEL_TOLERANCE
     ratios = [level_ratios(grid.level0, size) for size in levels]
@@ -185,6 +185,6 @@ def best_level(levels: Sequence[Size], grid: Grid) -> int:
 
 
 def _mirror(start: int, stop: int, extent: int) -> NDArray[np.int64]:
-    """Indices inside [0, extent) for start…stop−1, reflected with the border pixel repeated."""
+    """Return the indices in [0, extent) for start … stop−1, reflected with the border pixel repeated."""
     turn = np.arange(start, stop, dtype=np.int64) % (2 * extent)
     return np.minimum(turn, 2 * extent - 1 - turn)

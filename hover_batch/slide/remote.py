@@ -1,7 +1,7 @@
-"""A slide in storage that fsspec reaches (S3, GCS, Azure, HTTP …): its files, their sizes, and the fingerprint of their
-bytes, which equals that of the same bytes on disk.
+"""Find a slide's files in storage that fsspec supports (S3, GCS, Azure, HTTP …), their sizes and their fingerprint.
 
-Credentials come from the environment, through the storage's own library. Messages redact credentials in URLs.
+The fingerprint equals that of the same bytes on disk. Credentials come from the environment, through the storage's own
+library. Messages redact credentials in URLs.
 """
 
 from __future__ import annotations
@@ -23,33 +23,32 @@ _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
 
 @dataclass(frozen=True)
 class RemoteInfo:
-    """Properties of a slide in other storage before it is copied.
-
-    `size`: of all its files, in bytes. `fingerprint`: the same as that of a copy on disk. `warnings`: sentences for the
-    user.
-    """
+    """Properties of a slide in other storage, before it is copied."""
 
     size: int
+    """Size of all its files in bytes."""
     fingerprint: str
+    """Hash of the content, equal to that of a copy on disk."""
     warnings: tuple[str, ...] = ()
+    """Sentences for the user."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """File of a slide in other storage.
-
-    `key`: its name in the storage. `name`: its path in a copy, relative to the folder of the slide. `size`: in bytes.
-    """
+    """File of a slide in other storage."""
 
     key: str
+    """Name of the file in the storage."""
     name: PurePosixPath
+    """Path of the file in a copy, relative to the folder of the slide."""
     size: int
+    """Size in bytes."""
 
 
 def require_packages(urls: Iterable[Url]) -> None:
-    """Check that fsspec and the packages for these storages are installed.
+    """Check that fsspec and the packages for the storage of `urls` are installed.
 
-    InputError if one is missing, with the command that installs it, or if fsspec does not know the storage.
+    InputError if one is missing, with the command that installs it, or if fsspec does not support the storage.
     """
     import fsspec
 
@@ -58,16 +57,16 @@ def require_packages(urls: Iterable[Url]) -> None:
             fsspec.get_filesystem_class(protocol)
         except ImportError as error:
             s3 = protocol in ("s3", "s3a")
-            remedy = "pip install 'hover-batch[s3]'" if s3 else "install it beside hover-batch"
+            remedy = "pip install 'hover-batch[s3]'" if s3 else "install it in the same environment"
             raise InputError(f"slides at {protocol}://…: a package is missing ({error}); {remedy}") from error
         except ValueError as error:
-            raise InputError(f"slides at {protocol}://…: fsspec knows no such storage") from error
+            raise InputError(f"slides at {protocol}://…: fsspec does not support this storage") from error
 
 
-def ask(url: Url, mpp: Mpp | None) -> RemoteInfo:
+def remote_info(url: Url, mpp: Mpp | None) -> RemoteInfo:
     """Return the size and the fingerprint of a slide in other storage.
 
-    This takes a few requests and reads up to 3 MiB of each file. `mpp`: pixel size that the cohort gives, if it does.
+    This takes a few requests and reads up to 3 MiB of each file. `mpp`: pixel size if the cohort gives one.
 
     InputError if the slide does not exist or access is denied; SlideError if the storage cannot be reached, or cannot
     serve parts of files.
@@ -93,7 +92,7 @@ def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
     if held["type"] == "directory":
         return storage, _inside(storage, path, url.name)
     if held.get("size") is None:
-        raise SlideError(f"{url}: its storage does not give its size")
+        raise SlideError(f"{url}: the storage does not report its size")
     files = [RemoteFile(path, PurePosixPath(url.name), held["size"])]
     if url.name.lower().endswith(".mrxs"):
         files += _inside(storage, path[: -len(".mrxs")], url.stem)
@@ -114,7 +113,7 @@ def _parts(url: Url, storage: Any, file: RemoteFile) -> ReadParts:
         starts, stops = [start for start, _ in wanted], [stop for _, stop in wanted]
         parts: list[bytes] = storage.cat_ranges([file.key] * len(wanted), starts, stops, on_error="raise")
         if [len(part) for part in parts] != [stop - start for start, stop in wanted]:
-            raise SlideError(f"{url}: its storage does not serve parts of files; copy it to disk yourself")
+            raise SlideError(f"{url}: the storage does not serve parts of files; copy the slide to disk yourself")
         return parts
 
     return read
@@ -132,15 +131,15 @@ def storage_errors(url: Url) -> Iterator[None]:
     except HoverBatchError:
         raise
     except FileNotFoundError as error:
-        raise InputError(f"{url}: no such file in that storage") from error
-    except Exception as error:  # each library has its own
+        raise InputError(f"{url}: no such file in the storage") from error
+    except Exception as error:  # each library has exceptions of its own
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         reason = url.without_secrets(" ".join(str(error).split())) or type(error).__name__
         denied = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
         if denied or type(error).__name__ in _NO_CREDENTIALS:
             raise InputError(
-                f"{url}: access denied ({reason}); give credentials by the environment, for S3 AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, a profile or the machine's role"
+                f"{url}: access denied ({reason}); give credentials in the environment: for S3 AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, a profile, or the machine's role"
             ) from error
         raise SlideError(f"{url}: cannot be fetched: {reason}") from error

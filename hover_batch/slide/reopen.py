@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 def reopen(record: SlideRecord, survey: Path) -> SlideReader:
     """Open the slide of a finished run for viewing.
 
-    `survey`: path of the run's survey.json. SlideError if the slide is missing, in a bucket or unreadable, or is not
-    the file that was segmented.
+    `survey`: path of the run's survey.json for this slide. SlideError if the slide is missing, in cloud storage or
+    unreadable, or is not the file that was segmented.
     """
     if isinstance(record.path, Url):
-        raise SlideError(f"{record.path} is in a bucket, and is not fetched for viewing")
+        raise SlideError(f"{record.path} is in cloud storage, and is not downloaded for viewing")
     if not record.path.exists():
-        raise SlideError(f"{record.path} is not there")
+        raise SlideError(f"{record.path} does not exist")
     from hover_batch.slide.reader import open_slide  # this import takes many seconds
 
     reader = open_slide(record)

@@ -1,7 +1,7 @@
 """Resample a level to the inference grid, at a phase that depends only on the pixel's own index.
 
-Output pixel i has its centre at (i + 0.5) · step in source pixels. It is a weighted sum of the source pixels round it:
-Catmull-Rom's cubic (Keys 1981, a = −1/2), widened by `step` when shrinking so that nothing aliases. Weights and sums
+Output pixel i has its centre at (i + 0.5) · step in source pixels. It is a weighted sum of the source pixels around it:
+Catmull-Rom's cubic (Keys 1981, a = −1/2), widened by `step` when shrinking to avoid aliasing. Weights and sums
 are whole numbers: an integer sum is the same in any order, in any block and on any processor.
 """
 
@@ -14,19 +14,19 @@ from numba import njit
 from numpy.typing import NDArray
 
 WEIGHT_BITS = 14
-"""Weights of one output pixel sum to 2^14."""
+"""Binary logarithm of the sum of the weights of one output pixel."""
 
 _ROW_BITS = 6
-# A row that has been filtered vertically is kept with 6 fractional bits: 255 · 64, overshoot included, fits 16 bits,
-# and 16 bits times a weight, summed over the taps, fits 32.
+"""Fractional bits of a row that is filtered vertically: 255 · 64, overshoot included, fits 16 bits, and 16 bits times a
+weight, summed over the taps, fits 32."""
 
 
 def taps(step: float, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Return the source pixels and the weights for output pixels `start` … `stop`−1 along one axis.
 
-    `step`: source pixels per output pixel. Returns `first` (n,) int64, the index of the first source pixel of each,
-    which may lie outside the source, and `weights` (n, taps) int32, for it and the pixels after it. Each row sums to
-    2^14.
+    `step`: source pixels per output pixel. Returns `first` (n,) int64, the index of the first source pixel of each
+    output pixel, which may lie outside the source, and `weights` (n, taps) int32, for that pixel and those after it.
+    Each row of the weights sums to 2^14.
     """
     width = max(step, 1.0)
     count = math.ceil(4 * width)

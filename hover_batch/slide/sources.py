@@ -1,8 +1,8 @@
-"""The pixels of one level as the file holds them, from tiatoolbox's readers.
+"""Read the stored pixels of one level, without resampling, through tiatoolbox's readers.
 
-tiatoolbox's own read calls resample, and what they return depends on the block that was asked for. So each source
-below takes the reader that tiatoolbox builds for the format and asks the handle inside it for whole pixels of one
-level. Importing tiatoolbox brings torch: only `open_source` does it.
+tiatoolbox's own read calls resample, and their result depends on the requested block. So each source below takes the
+reader that tiatoolbox builds for the format and asks the library's handle inside it for whole pixels of one level.
+Importing tiatoolbox imports torch, so only `open_source` does it.
 """
 
 from __future__ import annotations
@@ -65,12 +65,15 @@ def open_source(path: Path, kind: Kind) -> Source:
 
 
 def _tiatoolbox_readers() -> ModuleType:
-    """Import tiatoolbox.wsicore.wsireader without its effects on the whole program: it sends the root logger's
-    messages to stdout, where results belong, diverts Python's warnings to it, and leaves a file unclosed."""
+    """Import tiatoolbox.wsicore.wsireader without its side effects.
+
+    It sends the root logger's messages to stdout, where results belong, diverts Python's warnings to the log, and
+    leaves a file open.
+    """
     first = "tiatoolbox" not in sys.modules
     root = logging.getLogger()
     guard = logging.NullHandler()
-    root.addHandler(guard)  # tiatoolbox leaves a root logger that has a handler alone
+    root.addHandler(guard)  # tiatoolbox does not change a root logger that has a handler
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="unclosed file .*pretrained_model", category=ResourceWarning)
@@ -97,9 +100,9 @@ class OpenSlideSource:
         downsample = float(self._slide.level_downsamples[level])
         if downsample.is_integer():
             return self._read(level, box, int(downsample))
-        # OpenSlide wants level-0 positions, and a position between two pixels of the level is interpolated: the
-        # caller's box would show in the pixels. So such a level is always read in the same blocks, each of them off
-        # by half a level-0 pixel at most.
+        # OpenSlide takes level-0 positions and interpolates between two pixels of the level, so that pixels would
+        # depend on the caller's box. Such a level is therefore always read in the same blocks, each shifted by at most
+        # half a level-0 pixel.
         out = np.empty((*box.shape, 3), np.uint8)
         for column, row in box.cells(_LATTICE):
             left, top = column * _LATTICE, row * _LATTICE
@@ -157,7 +160,7 @@ class DicomSource:
 
 
 class PictureSource:
-    """Source for a PNG, JPEG or plain TIFF, decoded into memory; one level.
+    """Source for a PNG, JPEG or plain TIFF, decoded into memory, with one level.
 
     SlideError if its format or its number of pixels is not supported. Errors of Pillow propagate.
     """

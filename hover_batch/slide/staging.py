@@ -1,11 +1,11 @@
 """Copies of slides from other storage on the disk of the machine that reads them.
 
-    scratch/hover-batch-<user>/<run>.lock     shared by all processes of a run that are alive
-    scratch/hover-batch-<user>/<run>/<slide_id>/<fingerprint>/<name>
+scratch/hover-batch-<user>/<run>.lock shared by all live processes of a run
+scratch/hover-batch-<user>/<run>/<slide_id>/<fingerprint>/<name>
 
-A machine copies a slide once, whichever of its processes is first; the others wait for it. The copy goes when the slide
-ends, all copies when the run does, and those of a run that was killed when another begins on the machine: the system
-drops a lock with the process that held it.
+Each machine copies a slide once: the first of its processes that needs it makes the copy, and the others wait. The copy
+is removed when the slide is finished, and all copies when the run ends. Copies of a run that was killed are removed
+when another run starts on the machine, since the system releases a lock when its process ends.
 """
 
 from __future__ import annotations
@@ -31,33 +31,29 @@ from hover_batch.slide.fingerprint import fingerprint
 from hover_batch.slide.remote import files_of, storage_errors
 
 ATTEMPTS = 4
+"""Attempts to copy a slide."""
 FIRST_WAIT_S = 1.0
-"""Wait before the second attempt; each is three times the last. The storage's library retries by itself, too."""
+"""Seconds before the second attempt; each wait is three times the previous one. The storage's library also retries."""
 SPARED_BYTES = 256 << 20
-"""Space left free on the scratch disk, which others use, too."""
+"""Space left free on the scratch disk for other programs."""
 
 _held: dict[Path, int] = {}
-"""Lock file → the descriptor by which this process holds it."""
+"""Lock file → descriptor by which this process holds it."""
 _holding = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Local copies of a run's slides on this machine.
-
-    `scratch`: folder for them; if empty, the machine's folder for temporary files. `run`: name of the run's folder in
-    it.
-    """
+    """Local copies of a run's slides on this machine."""
 
     scratch: str
+    """Folder for the copies; "" for the machine's folder for temporary files."""
     run: str
+    """Name of the run's folder in it."""
 
     @classmethod
     def of_run(cls, root: Path, scratch: str) -> Self:
-        """Return the copies of the run that writes into the output folder `root`.
-
-        Only one run writes into a folder at a time.
-        """
+        """Return the copies of the run with the output folder `root`, into which only one run writes at a time."""
         return cls(scratch, hashlib.sha256(os.fsencode(root)).hexdigest()[:16])
 
     @property
@@ -74,12 +70,12 @@ class Copies:
 
     @contextlib.contextmanager
     def staged(self, record: SlideRecord, planned: str) -> Iterator[SlideRecord]:
-        """Yield the record with the path of a copy on this machine, which is fetched if it does not exist.
+        """Yield the record with the path of a copy on this machine, which is made if it does not exist.
 
         A record of a slide on disk is yielded unchanged. `planned`: fingerprint that the copy must have. In errors that
         the block raises, the path of the copy is replaced by the URL.
 
-        InputError or SlideError if the slide cannot be fetched or its fingerprint differs, ScratchFull if there is no
+        InputError or SlideError if the slide cannot be copied or its fingerprint differs, ScratchFull if there is no
         space for the copy now.
         """
         if not isinstance(record.path, Url):
@@ -107,8 +103,8 @@ class Copies:
                         self._download(url, partial)
                     if fingerprint(partial / url.name, record.mpp) != planned:
                         raise SlideError(
-                            f"{url}: what arrives is not what the storage had when the run was planned: changed "
-                            "since, or damaged on the way; run the same command again"
+                            f"{url}: the copy differs from the file for which the run was planned: it was changed "
+                            "since then, or corrupted in transfer; run the same command again"
                         )
                 return
             except SlideError as error:
@@ -126,8 +122,8 @@ class Copies:
         needed, disk = sum(file.size for file in files) + SPARED_BYTES, shutil.disk_usage(folder)
         if disk.total < needed:
             raise InputError(
-                f"{url}: its {needed / 1e9:.1f} GB do not fit on the disk of {self._base}, were it empty; name a "
-                "larger one by --scratch"
+                f"{url}: needs {needed / 1e9:.1f} GB, more than the whole disk of {self._base}; name a folder on a "
+                "larger one with --scratch"
             )
         if disk.free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -136,7 +132,7 @@ class Copies:
             storage.get_file(file.key, str(folder / file.name))
 
     def open(self) -> None:
-        """Lock the run's folder of copies on this machine until the process ends, and create it if it does not exist.
+        """Create the run's folder of copies on this machine if it does not exist, and lock it until the process ends.
 
         The first call also removes copies of dead runs. InputError if the folder cannot be written, ScratchFull if its
         disk is full.
@@ -148,7 +144,7 @@ class Copies:
                 self._base.mkdir(mode=0o700, parents=True, exist_ok=True)
                 if self._base.stat(follow_symlinks=False).st_uid != os.getuid():
                     raise PermissionError(errno.EPERM, "belongs to another user")
-                while not self._is_held():  # a sweep may have taken the file away before it was locked
+                while not self._is_held():  # another process may have removed the file before it was locked
                     descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
                     fcntl.flock(descriptor, fcntl.LOCK_SH)
                     self._drop()
@@ -158,8 +154,8 @@ class Copies:
                 if error.errno in DISK_FULL:
                     raise ScratchFull(error.errno, error.strerror, str(self._base)) from error
                 raise InputError(
-                    f"--scratch {self._base.parent}: cannot be written ({error.strerror}); name a folder on a disk of "
-                    "each machine"
+                    f"--scratch {self._base.parent}: cannot be written ({error.strerror}); name a folder that can be "
+                    "written on each machine"
                 ) from error
             self._sweep()
 
@@ -181,7 +177,7 @@ class Copies:
             if lock == self._lock:
                 continue
             with contextlib.suppress(OSError), lock.open("r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: somebody of that run is alive
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: a process of that run is alive
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink()
 
@@ -190,7 +186,7 @@ class Copies:
         shutil.rmtree(self._folder / slide_id, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove all copies of the run on this machine, and release its lock, when the run ends."""
+        """Remove all copies of the run on this machine and release its lock. Call it when the run ends."""
         shutil.rmtree(self._folder, ignore_errors=True)
         with _holding:
             self._lock.unlink(missing_ok=True)

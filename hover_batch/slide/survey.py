@@ -1,6 +1,6 @@
-"""survey.json: a slide's header and tissue mask, as they were before its first pixel was predicted.
+"""Write and read survey.json: a slide's header and tissue mask, saved before its first pixel is predicted.
 
-With it and the prediction store, new tables can be made without the slide.
+With it and the prediction store, tables can be made again without the slide.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def read_tissue(path: Path) -> TissueMask:
 
 @contextmanager
 def _content_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the file's content; what the block raises on a corrupted one becomes a SlideError."""
+    """Yield the content of the file; convert exceptions of the block, from corrupted content, to SlideError."""
     try:
         yield json.loads(path.read_bytes())
     except (LookupError, TypeError, ValueError) as error:

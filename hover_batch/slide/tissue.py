@@ -1,4 +1,4 @@
-"""The tissue mask of a slide: found on a low-resolution picture of it, or given with the cohort."""
+"""Tissue mask of a slide: detected on a low-resolution picture of it, or given with the cohort."""
 
 from __future__ import annotations
 
@@ -23,39 +23,38 @@ from hover_batch.slide.given_mask import MAX_MASK_SIDE, given_mask
 from hover_batch.slide.reader import SlideReader, whole_grid
 
 GIVEN_MPP = 2.0
-"""Pixel size in µm at which polygons from the cohort are rasterised: it decides which nuclei are kept."""
+"""Pixel size in µm at which polygons from the cohort are rasterised; it affects which nuclei are kept."""
 
 SMALL_CANVAS_MM2 = 1.0
-"""Smaller canvases are tiles cut from a slide, without a background to find."""
+"""Area below which a canvas is taken for a tile cut from a slide, without a background to detect."""
 
 _SMALL_CANVAS_TISSUE = 0.02
 _CLOSING_UM = 24.0
 _CHROMA = (10, 22)
-# Otsu's threshold is held between these: glass stays below 10 after white balance, and stained tissue is seldom
+# Otsu's threshold is limited to this range: glass stays below 10 after white balance, and stained tissue is rarely
 # paler than 22, so that a picture of tissue alone is not split in two.
 _PEN_GREEN = 12
 
 
 @dataclass(frozen=True, eq=False)
 class TissueMask:
-    """Tissue mask that spans the slide's canvas exactly.
-
-    `array`: bool (y, x), True on tissue. `level0_per_pixel`: level-0 pixels per mask pixel, (x, y). `given`: whether
-    the user supplied it, so that nuclei outside it are removed.
-    """
+    """Tissue mask that spans the canvas of a slide exactly."""
 
     array: NDArray[np.bool_]
+    """Mask (y, x), True on tissue."""
     level0_per_pixel: tuple[float, float]
+    """Level-0 pixels per mask pixel: (x, y)."""
     given: bool = False
+    """Whether the user supplied the mask, so that nuclei outside it are removed."""
 
     def meets(self, box: Box, grid: Grid) -> bool:
-        """Return whether there is tissue under a box in inference pixels of `grid`."""
+        """Whether there is tissue under a box in inference pixels of `grid`."""
         return bool(self.meets_product([(box.x0, box.x1)], [(box.y0, box.y1)], grid)[0, 0])
 
     def meets_product(
         self, columns: list[tuple[int, int]], rows: list[tuple[int, int]], grid: Grid
     ) -> NDArray[np.bool_]:
-        """Return, as bool (rows, columns), whether there is tissue under each pair of a row span and a column span.
+        """Return whether there is tissue under each pair of a row span and a column span: bool (rows, columns).
 
         `columns` and `rows`: spans [start, stop) in inference pixels of `grid` along x and y.
         """
@@ -68,9 +67,9 @@ class TissueMask:
         return found
 
     def contains(self, x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-        """Return, as bool of the same shape, whether each position lies on tissue.
+        """Return whether each position lies on tissue, as bool of the same shape.
 
-        `x` and `y`: arrays of positions in level-0 pixels. Positions outside the canvas do not lie on tissue.
+        `x`, `y`: arrays of positions in level-0 pixels. Positions outside the canvas do not lie on tissue.
         """
         column = np.floor(np.asarray(x) / self.level0_per_pixel[0]).astype(np.int64)
         row = np.floor(np.asarray(y) / self.level0_per_pixel[1]).astype(np.int64)
@@ -107,10 +106,11 @@ class TissueMask:
         return shapely.MultiPolygon(list(shapely.transform(tissue, lambda xy: xy * scale)))
 
     def write_geojson(self, path: Path, bounds: Box | None = None) -> None:
-        """Write the outline as a GeoJSON FeatureCollection for QuPath.
+        """Write the outline to `path` as a GeoJSON FeatureCollection for QuPath.
 
         It has one annotation, or none if there is no tissue. Positions are in level-0 pixels from the corner of the
-        slide's `bounds`, or of the canvas if it has none, as in the QuPath export of nuclei.
+        slide's `bounds`, or of the canvas if that is None, as in the QuPath export of nuclei. OSError if the file
+        cannot be written.
         """
         origin = qupath_origin(bounds)
         outline = shapely.transform(self.polygons(), lambda points: points - origin)
@@ -127,12 +127,12 @@ class TissueMask:
 def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettings) -> TissueMask:
     """Return the tissue mask of a slide.
 
-    It is the mask of the cohort's row if there is one. Otherwise tissue is detected (`auto`) or is the whole canvas
-    (`all`).
+    It is the mask of the cohort's row if there is one. Otherwise tissue is detected (`auto`), or the whole canvas
+    counts as tissue (`all`).
 
-    Tissue is what is coloured relative to the slide's own background: grey, black and green or blue pen are excluded,
-    but red pen is not. Pieces smaller than `settings.min_tissue_um2` are removed, and holes smaller than it are filled.
-    A canvas below 1 mm² is tissue as a whole, unless it is nearly all background.
+    Tissue is detected by its colour relative to the slide's own background. Grey, black, and green or blue pen are
+    excluded, but red pen is not. Pieces smaller than `settings.min_tissue_um2` are removed, and holes smaller than it
+    are filled. A canvas below 1 mm² is tissue as a whole, unless it is nearly all background.
 
     SlideError if the row's mask cannot be used on this slide, or the pixels cannot be read.
     """
@@ -158,25 +158,25 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
 
 
 def _mask_scale(level0: Size, mpp: Mpp, mask_mpp: float) -> float:
-    """Level-0 pixels per mask pixel."""
+    """Return the number of level-0 pixels per mask pixel."""
     return max(1.0, mask_mpp / min(mpp.x, mpp.y), max(level0.width, level0.height) / MAX_MASK_SIDE)
 
 
 def _coloured(picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Stained pixels of an RGB (h, w, 3) picture: more colourful than the glass, and not green or blue ink."""
+    """Return the stained pixels of an RGB (y, x, 3) picture: more colourful than glass, and not green or blue ink."""
     balanced = cv2.LUT(picture, _white_balance(picture))
     red, green, blue = cv2.split(balanced)
     chroma = cv2.subtract(cv2.max(cv2.max(red, green), blue), cv2.min(cv2.min(red, green), blue))
     otsu, _ = cv2.threshold(chroma, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
     threshold = min(max(otsu, _CHROMA[0]), _CHROMA[1])
-    # Hematoxylin and eosin both absorb green most: what is greener than red is ink.
+    # Hematoxylin and eosin both absorb green most, so pixels greener than red are ink.
     ink = cv2.subtract(green, red) > _PEN_GREEN
     found: NDArray[np.bool_] = (chroma > threshold) & ~ink
     return found
 
 
 def _white_balance(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Table (1, 256, 3) that makes the glass white. Glass: bright and nearly grey, on 1 % of the picture at least."""
+    """Return a table (1, 256, 3) that makes the glass white: bright, nearly grey, at least 1 % of the picture."""
     low, high = picture.min(axis=2), picture.max(axis=2)
     glass = picture[(low > 200) & (high - low < 20)]
     white = np.median(glass, axis=0) if len(glass) >= 0.01 * low.size else np.full(3, 255.0)
@@ -185,7 +185,7 @@ def _white_balance(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _tidy(tissue: NDArray[np.bool_], pixel_um: float, min_pixels: float) -> NDArray[np.bool_]:
-    """Close gaps, then drop pieces and fill holes below min_pixels."""
+    """Close gaps, then drop pieces and fill holes smaller than `min_pixels`."""
     radius = round(_CLOSING_UM / pixel_um)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     closed = np.asarray(cv2.morphologyEx(tissue.astype(np.uint8), cv2.MORPH_CLOSE, kernel), np.uint8)
@@ -194,7 +194,7 @@ def _tidy(tissue: NDArray[np.bool_], pixel_um: float, min_pixels: float) -> NDAr
 
 
 def _large_pieces(mask: NDArray[np.uint8], min_pixels: float, *, keep_at_border: bool) -> NDArray[np.bool_]:
-    """The connected pieces of at least min_pixels; those at the border, which are no holes, on demand too."""
+    """Return the connected pieces of at least `min_pixels`, and optionally those at the border, which are not holes."""
     # 4-connected background is the complement of 8-connected tissue.
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4 if keep_at_border else 8)
     keep = stats[:, cv2.CC_STAT_AREA] >= min_pixels
@@ -208,7 +208,7 @@ def _large_pieces(mask: NDArray[np.uint8], min_pixels: float, *, keep_at_border:
 
 
 def _pixels(spans: list[tuple[int, int]], scale: float, extent: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First and one-past-last mask pixel under each span, cut to the mask."""
+    """Return the first and one-past-last mask pixel under each span, clipped to the mask."""
     edges = np.array(spans, float).reshape(-1, 2) * scale
     # A sliver of a millionth of a pixel is rounding.
     first = np.floor(edges[:, 0] + 1e-6).astype(np.int64)
@@ -218,8 +218,11 @@ def _pixels(spans: list[tuple[int, int]], scale: float, extent: int) -> tuple[ND
 
 
 def _runs(steps: NDArray[np.int8]) -> NDArray[np.int64]:
-    """(n, 3): line, start and stop of each run of equal nonzero values along the second axis. The sign of a step
-    shows on which side tissue lies: a run ends where that changes, which is where two corners touch."""
+    """Return the line, start and stop of each run of equal nonzero values along the second axis: (n, 3).
+
+    The sign of a step shows on which side tissue lies. A run ends where the sign changes, which is where two corners
+    touch.
+    """
     edges = np.pad(steps, ((0, 0), (1, 1)))
     change = np.diff(edges, axis=1) != 0
     start_line, start = np.nonzero(change & (edges[:, 1:] != 0))

@@ -28,10 +28,11 @@ _QUALITY = 90
 
 
 class Backdrop:
-    """Tile pyramid of a slide or its thumbnail, thread-safe. Level 0 fits into one tile; each level doubles the size.
+    """Tile pyramid of a slide or of its thumbnail; thread-safe.
 
-    `finest`: the slide's level-0 pixels per pixel of the finest level, `max_level`. `missing`: why the thumbnail is
-    shown instead of the slide; None for the slide itself.
+    Level 0 fits into one tile; each level doubles the size. `finest`: level-0 pixels of the slide per pixel of the
+    finest level, `max_level`. `missing`: reason why the thumbnail is shown instead of the slide; None if the slide is
+    shown.
     """
 
     def __init__(self, reader: SlideReader, finest: int = 1, missing: str | None = None) -> None:
@@ -42,9 +43,9 @@ class Backdrop:
         self.max_level = max(0, math.ceil(math.log2(max(level0.width, level0.height) / finest / TILE)))
 
     def tile(self, level: int, column: int, row: int) -> bytes | None:
-        """Return the tile as a JPEG of at most TILE × TILE pixels; None if there is no such tile.
+        """Return a tile as a JPEG of at most TILE × TILE pixels; None if there is no such tile.
 
-        It is smaller at the right and lower edges. SlideError if the slide can no longer be read.
+        Tiles at the right and lower edges are smaller. SlideError if the slide can no longer be read.
         """
         if not 0 <= level <= self.max_level:
             return None
@@ -65,7 +66,7 @@ class Backdrop:
 def open_backdrop(slide: SlideLayout, record: SlideRecord, table: NucleiTable) -> Backdrop:
     """Return the pyramid of the slide, or of its thumbnail if the slide cannot be opened.
 
-    InputError if neither can be.
+    InputError if neither can be opened.
     """
     try:
         return Backdrop(reopen(record, slide.survey_json))
@@ -79,10 +80,9 @@ def open_backdrop(slide: SlideLayout, record: SlideRecord, table: NucleiTable) -
 
 
 def _thumbnail(path: Path, table: NucleiTable, missing: str) -> Backdrop:
-    """Open the thumbnail as a slide with one level. Its nominal size is the slide's, to which the nuclei's positions
-    refer.
+    """Open the thumbnail as a slide with one level, with the nominal size of the slide, to which positions refer.
 
-    `missing`: why the slide itself is not shown.
+    `missing`: reason why the slide itself is not shown.
     """
     source = open_source(path, kind_of(path))
     info = SlideInfo(

@@ -1,8 +1,8 @@
 """Serve the nuclei of one slide: contours and densities by tile, and the table row of one nucleus.
 
 The table is read once. A nucleus belongs to the tile that holds its centroid, so that it is in exactly one tile. Only
-what is drawn stays in memory, about 200 bytes per nucleus. The other columns are read when the user points at a
-nucleus, one row group at a time.
+what is drawn stays in memory, about 200 bytes per nucleus. The other columns are read on demand when the user points at
+a nucleus, one row group at a time.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ TILE_UM = 256.0
 CELLS = 128
 """Cells along each side of a tile of densities."""
 _STEP = 1 / 16
-"""Resolution of contours in level-0 pixels. It is coarser if a nucleus is over 4095 pixels long, since points are
-uint16."""
+"""Resolution of contours in level-0 pixels; coarser if a nucleus is over 4095 pixels long, since points are uint16."""
 _GROUPS = 4
 """Row groups that stay in memory: about 15 MB each."""
 
 
 class NucleiTiles:
-    """Tiles of one slide's nuclei, thread-safe.
+    """Tiles of one slide's nuclei; thread-safe.
 
-    `tile`: side of a contour tile in level-0 pixels, a power of 2. `columns`, `rows`: number of contour tiles.
-    `step`: resolution of contours in level-0 pixels. `counts`: (classes,) nuclei of each class, by id. `peaks`:
-    (classes,) the highest density of each class in a contour tile, in nuclei per level-0 pixel.
+    `tile`: side of a contour tile in level-0 pixels, a power of 2. `columns`, `rows`: number of contour tiles. `step`:
+    resolution of contours in level-0 pixels. `counts` (classes,): number of nuclei of each class, by id. `peaks`
+    (classes,): highest density of each class in a contour tile, in nuclei per level-0 pixel.
     """
 
     def __init__(self, table: NucleiTable) -> None:
@@ -131,8 +130,8 @@ class NucleiTiles:
     def density(self, level: int, column: int, row: int) -> bytes | None:
         """Return the number of nuclei in each cell of one density tile; None if there is no such tile.
 
-        The bytes are an array (classes, CELLS, CELLS) of little-endian uint32, with the axes class, y, x. A cell is
-        2^level level-0 pixels wide, and a tile CELLS cells.
+        `column`, `row`: position of the tile in the grid of tiles of this level. The bytes are an array (class, y, x)
+        of little-endian uint32 with CELLS cells along y and x. A cell is 2^level level-0 pixels wide.
         """
         side = CELLS << min(level, 32)
         x0, y0 = column * side, row * side
@@ -155,9 +154,9 @@ class NucleiTiles:
         return np.bincount(cells[inside], minlength=self._classes * CELLS**2).astype("<u4").tobytes()
 
     def row(self, nucleus_id: int) -> dict[str, Any] | None:
-        """Return the nucleus's columns, without those of its slide and geometry; NaN becomes None.
+        """Return the columns of one nucleus by name, without those of its slide and geometry.
 
-        None if there is no such nucleus. SlideError if the file is corrupted.
+        Values that are not finite become None. None if there is no such nucleus. SlideError if the file is corrupted.
         """
         if not 1 <= nucleus_id <= self.table.rows:
             return None

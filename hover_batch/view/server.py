@@ -33,7 +33,7 @@ PAGE = {
 }
 """Static files of the page: path → (file name, content type)."""
 _OPENSEADRAGON_RULE = "'sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE='"
-"""Hash of the only style rule that OpenSeadragon adds to the page: no outline where there is no mouse."""
+"""Hash of the only style rule that OpenSeadragon adds to the page: no outline if the device has no mouse."""
 HEADERS = {
     # The browser refuses all other scripts, everything from other hosts, and frames of other pages. Cache-Control keeps
     # the slide out of its cache on disk.
@@ -49,7 +49,7 @@ HEADERS = {
 _PATH = re.compile(r"(slide|nuclei|density|nucleus)((?:/[0-9]{1,9})+)")
 
 Answer = tuple[bytes, str]
-"""Content and its content type."""
+"""Content, and its content type."""
 
 
 class Site:
@@ -113,7 +113,7 @@ def _json(value: dict[str, Any] | None) -> Answer | None:
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """Server that listens once it is made, and answers once `site` is set and `serve_forever` runs.
+    """Server that listens from its construction on, and answers once `site` is set and `serve_forever` runs.
 
     `port`: 0 for any free port. InputError if it is taken.
     """
@@ -139,7 +139,7 @@ class Server(socketserver.ThreadingTCPServer):
         return f"http://{ADDRESS}:{self.server_address[1]}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print errors, except that the browser closed a connection, as it does for tiles that it no longer needs."""
+        """Print an error, unless the browser closed the connection, as it does for tiles that it no longer needs."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 

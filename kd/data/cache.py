@@ -71,7 +71,10 @@ def is_cache(path: Path) -> bool:
 
 
 class CacheWriter:
-    """Writer of a cache, one image at a time."""
+    """Writer of a cache, one image at a time.
+
+    `path`: zarr group or .npz file to create, by its suffix; an existing one is replaced.
+    """
 
     def __init__(self, path: Path) -> None:
         self._store: Store = ZarrStore.create(path) if path.suffix == ".zarr" else NpzStore.create(path)
@@ -102,7 +105,7 @@ class CacheWriter:
         self._store.append(len(self._entries) - 1, arrays)
 
     def finish(self, taxonomy: Taxonomy) -> None:
-        """Write the header. No image can be added afterwards."""
+        """Write the header, with the classes of the types. No image can be added afterwards."""
         listed = [asdict(e) for e in self._entries.values()]
         self._store.finish({"format": FORMAT, "version": VERSION, "taxonomy": taxonomy.to_json(), "images": listed})
 
@@ -141,7 +144,10 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
 
 
 class Cache:
-    """Cache, opened for reading. Raises InputError if the header is of another format or version."""
+    """Cache, opened for reading.
+
+    `path`: used in messages. Raises InputError if the header is of another format or version.
+    """
 
     def __init__(self, path: Path, store: Store) -> None:
         self._path, self._store = path, store

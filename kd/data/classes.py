@@ -63,7 +63,7 @@ def fully_annotated(samples: Iterable[Sample]) -> list[Sample]:
 
 
 def classes_by_source(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, list[str]]:
-    """Return for each class of `taxonomy` the sources with annotated nuclei of this class.
+    """Return the sources with annotated nuclei of each class of `taxonomy`, by class name.
 
     Empty if `taxonomy` is not one of TAXONOMIES.
     """

@@ -37,7 +37,7 @@ class ContactSheet:
         self._random = np.random.default_rng(0)
 
     def add(self, sample: Sample) -> None:
-        """Add a sample to those from which the sheet is drawn at random, all with the same probability."""
+        """Add a sample. The sheet shows a random choice of all samples, each with the same probability."""
         index, self._seen = self._seen, self._seen + 1
         if index >= PICTURES:
             drawn = int(self._random.integers(index + 1))

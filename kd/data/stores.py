@@ -35,7 +35,10 @@ class Store(Protocol):
         """Write the header and close the store."""
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
-        """Return image `i` with this (y, x) shape. `offset`: number of pixels of all images before it."""
+        """Return the arrays of image `i`, which has this (y, x) shape.
+
+        `offset`: number of pixels of all images before it.
+        """
 
 
 class ZarrStore:
@@ -105,7 +108,7 @@ class ZarrStore:
         self._group.attrs.put(header)
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
-        """Return the arrays of the image with this (y, x) shape, which begins at pixel `offset`."""
+        """Return the arrays of the image with this (y, x) shape that begins at pixel `offset`; `i` is ignored."""
         stop = offset + math.prod(shape)
         return {
             name: np.concatenate(
@@ -155,7 +158,7 @@ class NpzStore:
         self._zip.close()
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
-        """Return the arrays of image `i`."""
+        """Return the arrays of image `i`; `shape` and `offset` are ignored."""
         return {name: self._load(f"{name}/{i}") for name in ARRAYS}
 
     def _save(self, name: str, array: NDArray[Any]) -> None:

@@ -95,7 +95,7 @@ class Calibration:
 
 
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
-    """Return each sample with its np, h and v, stored planes (3, y, x) uint8, as predicted by `maps_of`."""
+    """Predict the images of `samples` with `maps_of`; return each with its stored np, h and v, (3, y, x) uint8."""
     stored = [MapLayout.NP, MapLayout.H, MapLayout.V]
     return [(s, np.ascontiguousarray(maps_of(s.image)[stored])) for s in samples]
 
@@ -116,7 +116,7 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
     """
     middle = medians([SobelConstants.of_window(h, v) for _, (_, h, v) in predicted])
     window = trial(predicted, None, None)
-    fixed = [trial(predicted, cut, placed(middle, cut)) for cut in sorted(cuts)]
+    fixed = [trial(predicted, cut, constants_at(middle, cut)) for cut in sorted(cuts)]
     best_f_d = max((t.mean_f_d for t in fixed), default=np.nan)
     allowed = [t for t in fixed if t.mean_f_d >= best_f_d - F_D_MARGIN]
     if not allowed or np.isnan(allowed[0].mean_pq):
@@ -125,11 +125,11 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
         )
     best = max(allowed, key=lambda t: t.mean_pq)
     assert best.cut is not None  # only `window` has no cut
-    return Calibration(placed(middle, best.cut), best.cut, middle, (window, *fixed))
+    return Calibration(constants_at(middle, best.cut), best.cut, middle, (window, *fixed))
 
 
-def placed(medians: SobelConstants, cut: float) -> SobelConstants:
-    """Return the medians, shifted so that the marker threshold is at `cut` times the minimum, in each direction."""
+def constants_at(medians: SobelConstants, cut: float) -> SobelConstants:
+    """Shift the medians so that the marker threshold is at `cut` times the minimum, in each direction."""
 
     def moved(low: float, high: float) -> tuple[float, float]:
         start = cut * low - (1 - MARKER_ENERGY) * (high - low)
@@ -145,9 +145,9 @@ def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
 
 
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
-    """Return the scores of the post-processing of slides with these constants; None: the extremes of each image.
+    """Score the post-processing of slides with these constants; None: with the extremes of each image.
 
-    `cut`: the cut of the constants, which is recorded only.
+    `cut`: cut of the constants, for the record.
     """
     scores = _scores(predicted, lambda planes: instances_of(planes, constants))
     return Trial("window" if constants is None else "fixed", cut, *scores)
@@ -156,14 +156,14 @@ def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | N
 def try_others(predicted: Predicted, cut: float) -> dict[str, Trial]:
     """Return the scores with each of OTHERS at this cut, by a name such as "nucleus 0.4".
 
-    The entry "as they are" has HoVerNet's own parameters in the same, slow implementation. The medians are computed for
+    The entry "as they are" has HoVerNet's own parameters in the same slow implementation. The medians are computed for
     each Sobel kernel, because their values depend on its size.
     """
     found = {}
     standard = Numbers()
     for numbers in (standard, *OTHERS):
         maps = [from_stored(planes) for _, planes in predicted]
-        constants = placed(medians([extremes(m, numbers.sobel) for m in maps]), cut)
+        constants = constants_at(medians([extremes(m, numbers.sobel) for m in maps]), cut)
 
         def instances(
             planes: Planes, numbers: Numbers = numbers, constants: SobelConstants = constants

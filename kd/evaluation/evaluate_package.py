@@ -116,7 +116,7 @@ class Evaluation:
 
 
 def by_image(scores: Sequence[SourceScores]) -> dict[str, list[dict[str, Any]]]:
-    """Return a dictionary of source → one row of scores per image, see `SourceScores.images_to_json`."""
+    """Return the rows of scores of each image by source (see `SourceScores.images_to_json`)."""
     return {s.source: s.images_to_json() for s in scores}
 
 
@@ -136,14 +136,14 @@ def evaluate_package(
     threads: int = 0,
     say: Say = _silent,
 ) -> Evaluation:
-    """Return the evaluation of the package `model` on the annotated images `data`.
+    """Evaluate the package `model` on the annotated images `data`.
 
     `data`, `folds`, `sources`: as for `read_data`. `post`: only `sobel_norm` and `min_area_px` are used; None: the
     defaults. `label`: name of the row in tables; None: the package's name. `shift`: also score the images after each of
     SHIFTS. `against`: a package, or the .json file of an earlier evaluation, to compare with. `picture`: draw the
     predictions next to the annotations and, if `beside` is given, to the predictions of that package. `clock`: measure
-    the time of the network. `threads`: threads of the network on the CPU, 0 = all cores. `say`: called with lines of
-    progress. Raises InputError or PackageError, before anything is predicted, if an argument does not fit.
+    the time of the network. `threads`: threads of the network on the CPU, 0 = all cores. `say` is called with lines
+    about the progress. Raises InputError or PackageError, before anything is predicted, if an argument is invalid.
     """
     post = post or PostSettings()
     package = _package(model, "package")
@@ -186,12 +186,12 @@ def evaluate_package(
     )
 
 
-def judged(predictor: Predictor, constants: SobelConstants, data: Path) -> dict[str, Any]:
-    """Return the scores of a loaded network on the fold test of `data`, as JSON values.
+def score_predictor(predictor: Predictor, constants: SobelConstants, data: Path) -> dict[str, Any]:
+    """Score a loaded network on the fold test of `data`; return JSON values.
 
-    `sources`: scores by source, as in `SourceScores.to_json`. `leakage`: a list of {"text": sentence} about images that
-    the model has seen in training. `constants`: Sobel constants. Raises InputError if the fold has no images, or if the
-    model is for another pixel size or for classes that do not fit.
+    `sources` has the scores by source, as in `SourceScores.to_json`, and `leakage` a list of {"text": sentence} about
+    images that the model has seen in training. `constants`: Sobel constants for post-processing. Raises InputError if
+    the fold has no images, or if the model is for another pixel size or for unknown classes.
     """
     card = predictor.card
     check_pixel_size(card, card.name)

@@ -45,10 +45,11 @@ class Shown:
 
 
 def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uint8]:
-    """Return a picture (y, x, 3) uint8 RGB with a row for each of the `n` images with most nuclei, and a colour key.
+    """Draw a picture (y, x, 3) uint8 RGB with a row for each of `n` images with many nuclei, and a colour key.
 
-    Columns: image, annotations, then the predictions of each model, in the classes that it has in common with the data.
-    The annotations are drawn in those of the last model. Raises InputError if common classes are unknown.
+    The images are those of `fullest`. Columns are the image, the annotations, and the predictions of each model in the
+    classes that it has in common with the data. The annotations are drawn in those of the last model. Raises InputError
+    if common classes are unknown.
     """
     remaps = [remaps_of(data, model.taxonomy) for model in models]
     rows, shown = [], list[Taxonomy]()
@@ -65,10 +66,10 @@ def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uin
 
 
 def fullest(samples: Sequence[Sample], n: int) -> list[Sample]:
-    """Return up to `n` samples in rounds over the sources.
+    """Return up to `n` samples with many nuclei, taken from all sources in turn.
 
-    The first round takes each source's sample with the most nuclei in its central crop, the second round each source's
-    second, and so on. Within a round, samples with more nuclei come first.
+    In the first round, each source gives the sample with the most nuclei in its central crop, in the second round the
+    next one, and so on. Within a round, samples with more nuclei come first.
     """
     ranked: list[tuple[int, int, int]] = []
     for source in {s.source for s in samples}:

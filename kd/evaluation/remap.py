@@ -74,8 +74,8 @@ class Remap:
 def remap_of(data: Taxonomy, model: Taxonomy, source: str, typed: bool = True) -> Remap:
     """Return the mapping of the data's and the model's classes to common classes, for one source.
 
-    Equal classes are kept, with one exception: for the source `consep` mapped to PanNuke's classes, these become the
-    four classes of the paper, and CoNSeP's "other", for which PanNuke has no class, is miscellaneous. `typed`: whether
+    Equal classes are kept, with one exception: for the source `consep` mapped to PanNuke's classes, the common classes
+    are the four of the paper, and CoNSeP's "other", which has no class in PanNuke, is miscellaneous. `typed`: whether
     the source has annotated types; without types, or with a model without types, only nuclei are common. Raises
     InputError if no common classes are known.
     """

@@ -129,7 +129,7 @@ class SourceScores:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` as a JSON value: tuples become lists, NaN becomes None, in dictionaries, too."""
+    """Convert `value` to a JSON value: tuples become lists and NaN becomes None, also inside dictionaries."""
     if isinstance(value, dict):
         return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, tuple):
@@ -140,7 +140,7 @@ def plain(value: Any) -> Any:
 
 
 def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> SourceScores:
-    """Return the scores of a source from those of its images, of which there must be at least one."""
+    """Return the scores of a source from those of its images, at least one."""
     counts = sum((i.pairs for i in images[1:]), images[0].pairs)
     detection = detection_scores(counts)
     typed = [i for i in images if i.pq_c is not None]

@@ -34,7 +34,7 @@ class ShiftScores:
 
     @classmethod
     def of(cls, shift: Shift, before: SourceScores, after: SourceScores) -> ShiftScores:
-        """Return the comparison of the scores `before` and `after` a shift of the same source."""
+        """Compare the scores of one source before and after a shift."""
         scores = {name: getattr(after, name) for name in SCORES}
         changes = {name: value - getattr(before, name) for name, value in scores.items()}
         collapsed = before.pq > 0 and after.pq <= COLLAPSE * before.pq

@@ -34,7 +34,7 @@ class Shift:
     """Pixel size in µm to which images are resampled; the model still assumes MPP."""
 
     def of(self, sample: Sample) -> Sample:
-        """Return the sample with the changed image, and with labels resampled to the same size."""
+        """Apply the shift to the image of a sample; labels are resampled to the size of the new image."""
         image = self.change(sample.image)
         if self.mpp == MPP:
             return replace(sample, image=image)

@@ -1,4 +1,4 @@
-"""Limits of a model card: what the nuclei of a slide look like where the model knows its way."""
+"""Limits of a model card: the range of nuclei in the training images, to flag slides that look different."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from hover_batch.model.predict import stain_density
 from kd.data.samples import MPP, Sample
 
 MIN_IMAGES = 20
-"""Images that are needed: the extremes of fewer say little about others."""
+"""Minimum number of images; the extremes of fewer say little about other images."""
 _MARGIN = 1.5
-"""Factor by which limits lie beyond the images: a slide is not a new kind of image because it is the palest so far."""
+"""Factor by which limits extend beyond the images, since a slide that is slightly paler is not a new kind of image."""
 
 
 def slide_limits(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
-    """Return the limits of `area_um2`, `h_od` and `e_od`, as `hover_batch.quality.flags.LIMITS` has them, from images
-    whose nuclei are all outlined: the 1st and the 99th percentile over images, with a margin. Empty if there are too
-    few images.
+    """Return the limits of `area_um2`, `h_od` and `e_od` for a card (see `hover_batch.quality.flags.LIMITS`).
+
+    `samples`: images in which all nuclei are outlined. The limits are the 1st and the 99th percentile over images, with
+    a margin. Empty if fewer than MIN_IMAGES images have nuclei.
     """
     measured = np.array([_measures(sample) for sample in samples if sample.instances.any()]).reshape(-1, 3)
     if len(measured) < MIN_IMAGES:

@@ -46,7 +46,10 @@ def from_stored(planes: NDArray[np.uint8]) -> Maps:
 
 
 def sobel(maps: Maps, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return Sobel_x(h) and Sobel_y(v), each (y, x) float64, with a kernel of `size` pixels."""
+    """Return Sobel_x(h) and Sobel_y(v), each (y, x) float64, with a kernel of `size` × `size` pixels.
+
+    Borders are reflected about the outermost pixels.
+    """
     _, h, v = maps
     x = cv2.Sobel(h, cv2.CV_64F, 1, 0, ksize=size)
     return np.asarray(x), np.asarray(cv2.Sobel(v, cv2.CV_64F, 0, 1, ksize=size))
@@ -59,7 +62,10 @@ def extremes(maps: Maps, size: int) -> SobelConstants:
 
 
 def instances_by(maps: Maps, constants: SobelConstants, numbers: Numbers) -> NDArray[np.int32]:
-    """Return instances (y, x) int32, 0 = background, from the maps of one image."""
+    """Return instances (y, x) int32, 0 = background, from the maps of one image.
+
+    `constants`: extremes that scale the Sobel maps; `numbers`: all other parameters.
+    """
     foreground = _large(maps[0] >= numbers.nucleus) > 0
     (scale_h, scale_v), (low_h, low_v) = constants.scaling
     x, y = sobel(maps, numbers.sobel)

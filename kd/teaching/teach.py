@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hover_batch.model.predict import Predictor
 
 TILES_A_TASK = 16
-"""Number of tiles from which a task is full."""
+"""Number of tiles at which a task is full."""
 THREADS = 4
 """Threads of each teacher on the CPU with Ray, which may run several teachers."""
 SAY_EVERY_S = 10.0
@@ -53,10 +53,12 @@ class Teaching:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Task with a few images of one fold. It has their indices, so that no pixels are sent between processes."""
+    """Task with a few images of one fold. It holds their indices, so that no pixels are sent between processes."""
 
     teaching: Teaching
+    """Settings that all tasks share."""
     fold: str
+    """Fold of the images."""
     places: tuple[int, ...]
     """Indices of the images in the fold."""
 
@@ -73,13 +75,17 @@ def teach(
     engine: EngineSettings,
     say: Callable[[str], None],
 ) -> TeacherCache:
-    """Store the teacher's output for every image of the folds and sources (None: all) in `cache`, and return the cache.
+    """Store the teacher's output for every image of the folds and sources in a cache, and return the cache.
 
     Existing outputs are kept and corrupted ones computed again, so an interrupted run resumes. Only one run at a time
-    may write to a cache. `data`: annotated images (see `read_data`). `teacher`: a package. `batch`: tiles per batch.
-    `tta`: 8 to average over the rotations and flips of each image, else 1. `engine`: where to run. `say` is called with
-    lines of progress. Raises InputError if the data or the teacher does not fit, and PackageError if the teacher cannot
-    be loaded or its output is not finite; the outputs stored so far remain.
+    may write to a cache.
+
+    `data`: annotated images (see `read_data`). `teacher`: a package. `cache`: folder of the outputs. `sources`: None
+    for all. `batch`: tiles per batch. `tta`: 8 to average over the rotations and flips of each image, else 1. `engine`:
+    where to run. `say` is called with lines about the progress.
+
+    Raises InputError if the data or the teacher does not fit, and PackageError if the teacher cannot be loaded or its
+    output is not finite; the outputs stored so far remain.
     """
     if tta not in (1, len(VIEWS)):
         raise InputError(f"--tta {tta}: must be 1, or {len(VIEWS)} for the rotations and flips of an image")
@@ -112,7 +118,7 @@ def teach(
         )
         progress = ProgressCounter("images")
         results = map_tasks(
-            take,
+            run_lesson,
             _lessons(teaching, folds, kept, package.card, progress, say),
             backend=engine.backend,
             cpus=max(1, threads),
@@ -158,8 +164,8 @@ def _lessons(
             yield Lesson(teaching, fold, tuple(places))
 
 
-def take(lesson: Lesson) -> None:
-    """Compute and store the teacher's outputs for the images of one task, without those already stored."""
+def run_lesson(lesson: Lesson) -> None:
+    """Compute and store the outputs of the teacher for the images of one task, except those already stored."""
     from hover_batch.model.images import image_logits
 
     cache = TeacherCache.open(lesson.teaching.cache)

@@ -123,7 +123,7 @@ class TeacherCache:
         return self._array(sample).is_dir()
 
     def has(self, sample: Sample) -> bool:
-        """Return whether there is an intact output for this image. Delete it if it is corrupted."""
+        """Return whether there is an intact output for this image; a corrupted one is deleted."""
         if not self.covers(sample):
             return False
         try:

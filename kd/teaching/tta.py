@@ -13,18 +13,18 @@ from hover_batch.model.heads import HV, NP, Heads
 
 Logits = NDArray[np.float32]
 LogitsOf = Callable[[Sequence[NDArray[np.uint8]]], list[Logits]]
-"""Images (y, x, 3) uint8 RGB → the network's outputs (channel, y, x) float32, as in `hover_batch.model.heads`."""
+"""Function of images (y, x, 3) uint8 RGB that returns a network's outputs (channel, y, x) float32."""
 
 VIEWS = tuple(product(range(4), (False, True)))
 """Views as (number of quarter turns, whether the turned image is flipped from left to right)."""
 
 
 def averaged(logits_of: LogitsOf, images: Sequence[NDArray[np.uint8]], n_types: int) -> list[Logits]:
-    """Return the network's output, averaged over the eight VIEWS, for each image (y, x, 3) uint8 RGB.
+    """Return the network's output for each image (y, x, 3) uint8 RGB, averaged over the eight VIEWS.
 
     An output is (channel, y, x) float32. h and v are averaged. For np and tp, probabilities are averaged and their
-    logarithms returned. `logits_of`: runs the network; it is called once, with 8 views per image. `n_types`: number of
-    classes, including background.
+    logarithms returned. `logits_of` runs the network; it is called once, with 8 views per image. `n_types`: number of
+    classes, background included.
     """
     views = [np.ascontiguousarray(turned(image, *view)) for image in images for view in VIEWS]
     outputs = iter(logits_of(views))
@@ -40,13 +40,13 @@ def _mean(outputs: Logits, heads: Heads) -> Logits:
 
 
 def turned(image: NDArray[np.uint8], turns: int, flip: bool) -> NDArray[np.uint8]:
-    """Return the image (y, x, 3) uint8, rotated counterclockwise by `turns` × 90°, then flipped from left to right."""
+    """Rotate an image (y, x, 3) uint8 counterclockwise by `turns` × 90°, then flip it from left to right if `flip`."""
     view = np.rot90(image, turns)
     return view[:, ::-1] if flip else view
 
 
 def turned_back(output: Logits, turns: int, flip: bool) -> Logits:
-    """Return a network's output (channel, y, x) for the view of `turned` as an output for the original image.
+    """Convert a network's output (channel, y, x) for the view of `turned` to an output for the original image.
 
     h and v are distances along the axes, so they swap and change sign when the axes do.
     """

@@ -44,17 +44,16 @@ RIGHT = math.pi / 2
 
 
 class View(NamedTuple):
-    """A training crop before its targets are computed.
-
-    `image`: (size, size, 3) uint8 RGB. `instances` (int32 ids, 0 = background) and `types` (uint8 class ids): (side,
-    side) with side = size + 2 × LABEL_MARGIN; types are 0 everywhere if the sample has none. `planes`: the teacher's
-    output (channel, size, size) float32 as in `hover_batch.model.heads`, or None without a teacher.
-    """
+    """Training crop before its targets are computed. Labels have the side size + 2 × LABEL_MARGIN."""
 
     image: NDArray[np.uint8]
+    """Image (size, size, 3) uint8 RGB."""
     instances: NDArray[np.int32]
+    """Ids of nuclei (side, side) int32, 0 = background."""
     types: NDArray[np.uint8]
+    """Class ids (side, side) uint8; 0 everywhere if the sample has no types."""
     planes: NDArray[np.float32] | None
+    """Teacher's output (channel, size, size) float32, as in `hover_batch.model.heads`; None without a teacher."""
 
 
 def random_view(
@@ -145,9 +144,9 @@ def random_geometry(
 def turn_hv(hv: NDArray[np.float32], step: NDArray[np.float64]) -> NDArray[np.float32]:
     """Return h and v (2, y, x) float32 relative to the axes of a rotated or flipped view.
 
-    `hv`: h and v relative to the axes of the source image. `step` (2, 2): the source's x and y (rows) of one pixel
-    along the view's x and y (columns). It must be a right-angle rotation or flip: each row and each column has a single
-    1 or -1, and else 0.
+    `hv` (2, y, x): h and v relative to the axes of the source image. `step` (2, 2): column k is the step (x, y) in the
+    source for one pixel along the view's x (k = 0) or y (k = 1). It must be a right-angle rotation or flip: each row
+    and each column has a single 1 or -1, and else 0.
     """
     h, v = (sum(step[axis, i] * hv[axis] for axis in range(2)) for i in range(2))
     return np.stack([h, v]).astype(np.float32)

@@ -30,9 +30,9 @@ Weights = dict[str, dict[str, list[float]]]
 
 
 def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | None, folder: Path) -> Weights:
-    """Return the weights of the annotated classes (`annotated`) and of the teacher's most probable ones (`taught`).
+    """Return the class weights from the annotations (`annotated`) and, with a teacher, from its predictions (`taught`).
 
-    `n_types`: number of classes with the background. Pixels that a branch does not learn from are not counted. The
+    `n_types`: number of classes, background included. Pixels that a branch does not learn from are not counted. The
     result is cached in `folder`/class_weights.json, because reading a teacher's outputs takes long; it is computed
     again if the samples, the classes or the teacher have changed. Raises InputError if a teacher's output is missing or
     corrupted.

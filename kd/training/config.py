@@ -68,6 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "augmentation": "turns",
     },
 }
+"""Settings of each preset that differ from the defaults of TrainConfig."""
 # HoVer-UNet's released code, where it differs from the paper.
 PRESETS["released"] = PRESETS["paper"] | {
     "alpha_of": "distillation",

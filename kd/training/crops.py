@@ -111,7 +111,8 @@ class Crops(Dataset[tuple[Tensor, ...]]):
     An item is the image (3, y, x) uint8, then np, hv and tp as in `Targets`, but without the batch axis, and with a
     teacher its output (channel, y, x) float32. Targets and output cover the central part of the image, `cut` pixels
     smaller on each side. Images that are smaller than a crop are padded by mirroring, and nothing is learned from the
-    padding. `validation`: draw other crops than in training, without augmentation.
+    padding. `shares`: fraction of the crops from each source (see `source_shares`). `validation`: draw other crops than
+    in training, without augmentation.
 
     Raises InputError if the teacher has no output for one of the samples.
     """

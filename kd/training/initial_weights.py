@@ -66,7 +66,7 @@ def _build_student(encoder: str, n_types: int) -> nn.Module:
     except (KeyError, ValueError, RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).strip("\"'").split(", supported", 1)[0].splitlines()[0][:200]
         raise InputError(
-            f"--encoder {encoder}: no encoder of five stages for a U-Net ({reason}); "
+            f"--encoder {encoder}: not an encoder of five stages for a U-Net ({reason}); "
             "give mit_b0 … mit_b3, or one of timm's that halves the side five times, such as tu-resnet18"
         ) from error
     if side != (64, 96):

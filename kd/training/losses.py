@@ -20,31 +20,32 @@ from hover_batch.model.heads import HV, NP, Heads
 from kd.training.config import TrainConfig
 
 UNKNOWN = -1
-"""Placeholder for the class of a pixel that no loss counts."""
+"""Class of a pixel that no loss counts."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets of one batch.
-
-    `np`: (b, y, x) int64, 1 on nuclei, 0 on the background, UNKNOWN where nuclei are not annotated. `hv`: (b, 2, y, x)
-    float32, h and v in [-1, 1], 0 on the background; ignored where np is UNKNOWN. `tp`: (b, y, x) int64 class ids,
-    UNKNOWN where classes are not annotated. `teacher`: (b, c, y, x) float32, the teacher's output as in
-    `hover_batch.model.heads`, NaN outside its image; None without a teacher.
-    """
+    """Targets of one batch."""
 
     np: Tensor
+    """(b, y, x) int64: 1 on nuclei, 0 on the background, UNKNOWN where nuclei are not annotated."""
     hv: Tensor
+    """(b, 2, y, x) float32: h and v in [-1, 1], 0 on the background; ignored where np is UNKNOWN."""
     tp: Tensor
+    """(b, y, x) int64: class ids, UNKNOWN where classes are not annotated."""
     teacher: Tensor | None = None
+    """(b, c, y, x) float32: the teacher's output as in `hover_batch.model.heads`, NaN outside its image; None without a
+    teacher."""
 
 
 @dataclass(frozen=True)
 class BranchWeights:
-    """Class weights of the cross-entropies: `np` (2,), `tp` (n_types,) float32; None: all weights are 1."""
+    """Class weights of the cross-entropies."""
 
     np: Tensor | None = None
+    """(2,) float32: weights of background and nucleus; None: 1."""
     tp: Tensor | None = None
+    """(n_types,) float32: weights of the classes; None: 1."""
 
 
 def weighted_ce(logits: Tensor, truth: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -195,9 +196,13 @@ class Loss:
     """
 
     heads: Heads
+    """Channels of the output."""
     config: TrainConfig
+    """Settings of the training."""
     student_weights: BranchWeights = field(default_factory=BranchWeights)
+    """Class weights for the annotations."""
     distill_weights: BranchWeights = field(default_factory=BranchWeights)
+    """Class weights for the teacher's predictions."""
 
     def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Return the terms by name, those of L_distill with the prefix `kd_`, and under `loss` the loss to minimise.

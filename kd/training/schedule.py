@@ -17,7 +17,7 @@ class Schedule(Protocol):
         """Set the learning rate of the optimiser before each step. `step`: number of steps done."""
 
     def after(self, loss: float) -> bool:
-        """Update the schedule after each epoch with its validation loss; return False if training shall end."""
+        """Update the schedule after each epoch with its validation loss; return False if training should end."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for the checkpoint."""
@@ -27,7 +27,10 @@ class Schedule(Protocol):
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Schedule:
-    """Build the schedule of `config` for a training of `steps` steps; the optimiser has its initial rates."""
+    """Build the schedule of `config` for a training of `steps` steps.
+
+    `optimizer` must have its initial rates.
+    """
     return Plateau(config, optimizer) if config.schedule == "plateau" else Cosine(config, optimizer, steps)
 
 
@@ -92,7 +95,7 @@ class Plateau:
         """Do nothing: the rate changes only after epochs."""
 
     def after(self, loss: float) -> bool:
-        """Update the rate with the validation loss of an epoch; return False if training shall end."""
+        """Update the rate with the validation loss of an epoch; return False if training should end."""
         self.rate.step(loss)
         if loss < self.least - self.config.plateau_delta:
             self.least, self.waited = loss, 0

@@ -156,7 +156,7 @@ def record_of(
 
 
 def contents(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """Return, by source, the number of `images`, of their `nuclei`, and of the images with types (`typed`)."""
+    """Return the number of `images`, `nuclei` and images with types (`typed`) by source."""
     found: dict[str, dict[str, int]] = {}
     for sample in samples:
         entry = found.setdefault(sample.source, {"images": 0, "nuclei": 0, "typed": 0})

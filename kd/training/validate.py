@@ -1,8 +1,4 @@
-"""Quick validation during training.
-
-It consists of the loss on fixed crops, scores by source on the central part of validation images, and a picture of
-some.
-"""
+"""Quick validation during training: the loss on fixed crops, scores by source on parts of images, and a picture."""
 
 from __future__ import annotations
 
@@ -109,7 +105,7 @@ def examples(
 
 
 def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsOf:
-    """Return a function from images (y, x, 3) uint8 RGB to the network's stored maps (plane, y, x) uint8.
+    """Return a function of images (y, x, 3) uint8 RGB that returns the stored maps (plane, y, x) uint8 of `model`.
 
     The sides of the images must be multiples of 32. The network sees mirrored pixels around them.
     """

@@ -1,3 +1,5 @@
+"""Importing the cohort package imports nothing heavy."""
+
 from __future__ import annotations
 
 import subprocess

@@ -1,3 +1,5 @@
+"""Event log: appended lines survive kills, and incomplete lines are removed or skipped."""
+
 from __future__ import annotations
 
 import threading

@@ -1,3 +1,5 @@
+"""Paths of a run's results."""
+
 from __future__ import annotations
 
 from pathlib import Path

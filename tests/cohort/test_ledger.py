@@ -1,3 +1,5 @@
+"""Ledger of a run: what it writes, and how it resumes, refuses or removes earlier results."""
+
 from __future__ import annotations
 
 import csv
@@ -290,7 +292,7 @@ def test_work_of_the_same_key_stays_and_of_another_goes(layout: RunLayout, cohor
 def test_a_slide_id_cannot_leave_the_folder(layout: RunLayout, cohort: Cohort) -> None:
     with Ledger(layout) as ledger:
         start(ledger, cohort)
-        with pytest.raises(InputError, match="may hold only"):
+        with pytest.raises(InputError, match="may contain only"):
             ledger.open_slide("../x", "k")
 
 

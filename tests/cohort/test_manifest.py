@@ -1,3 +1,5 @@
+"""Cohorts from a CSV, a folder or a glob, and the faults and warnings that are reported."""
+
 from __future__ import annotations
 
 import csv
@@ -162,16 +164,20 @@ def test_all_faults_of_all_rows_at_once(slides: Path) -> None:
     assert [record.slide_id for record in cohort.records] == ["good"]
     expected = [
         (4, "missing.svs: no such file"),
-        (5, "slide_id '../x' may hold only A-Z a-z 0-9 . _ - and begins with a letter or digit; use for example x"),
+        (
+            5,
+            "slide_id '../x' may contain only A-Z a-z 0-9 . _ - and must start with a letter or digit; "
+            "use for example x",
+        ),
         (6, "slide_id 'GOOD' is also that of row 2 (upper and lower case count as the same); use for example GOOD-2"),
         (7, "is a folder without DICOM files (*.dcm)"),
         (8, "path is empty"),
         (9, "mpp '0,25': write the pixel size in µm as a number, for example 0.25"),
         (10, "mpp '-1': write"),
         (10, "magnification 'forty': write"),
-        (11, "mask.png: is no PNG image"),
-        (12, "mask.json: is no JSON"),
-        (13, "mask.tif: masks are .geojson, .geojson.gz, .json, .json.gz, .png"),
+        (11, "mask.png: is not a PNG image"),
+        (12, "mask.json: is not JSON"),
+        (13, "mask.tif: unknown kind of mask; known are .geojson, .geojson.gz, .json, .json.gz, .png"),
         (14, "none.png: no such file"),
         (15, "has 1 more cells than the header"),
     ]
@@ -217,7 +223,7 @@ def test_sizes_that_are_none(slides: Path, value: str) -> None:
 def test_a_pipe_is_no_slide(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "p.svs")
     (fault,) = read_cohort(write(tmp_path, "path\np.svs\n")).faults
-    assert fault.message.endswith("is no file")
+    assert fault.message.endswith("is not a regular file")
 
 
 def test_a_path_beyond_what_the_system_takes(tmp_path: Path) -> None:
@@ -288,7 +294,7 @@ def test_a_folder(slides: Path) -> None:
         ("z", 5, slides / "z.NDPI"),
     ]
     assert cohort.faults == ()
-    assert cohort.warnings == (f"{slides}: left out 2 whose names are not those of slides: c, notes.txt",)
+    assert cohort.warnings == (f"{slides}: skipped 2 that do not look like slides: c, notes.txt",)
 
 
 def test_stems_of_a_folder_collide(slides: Path) -> None:
@@ -387,9 +393,9 @@ def test_windows_paths(slides: Path) -> None:
     cohort = read_cohort(write(slides, text))
     assert [row for row, _ in messages(cohort)] == [2, 3, 4, 5, 6]
     texts = [message for _, message in messages(cohort)]
-    assert f"write / between folders, not \\: {slides}/c/a.svs is there" in texts[0]
+    assert f"write / between folders, not \\: {slides}/c/a.svs exists" in texts[0]
     assert texts[1].endswith("no such file; write / between folders, not \\")
-    assert f"{slides}/c/mask.json is there" in texts[2]
+    assert f"{slides}/c/mask.json exists" in texts[2]
     assert "Windows" in texts[3] and "Windows" in texts[4]
 
 
@@ -406,9 +412,9 @@ def test_names_in_another_unicode_form(tmp_path: Path, on_disk: str, asked: str)
     texts = [message for _, message in messages(read_cohort(write(tmp_path, text)))]
     assert len(texts) == 2
     for message, file in zip(texts, ("Präparat.svs", "ä.json"), strict=True):
-        assert f"{folder / name(on_disk, file)} is there" in message and f"({on_disk} on disk)" in message
+        assert f"{folder / name(on_disk, file)} exists" in message and f"({on_disk} on disk)" in message
 
 
 def test_names_in_another_case(slides: Path) -> None:
     (_, message), *_ = messages(read_cohort(write(slides, "path,slide_id\nA.SVS,x\n")))
-    assert f"{slides}/a.svs is there, which differs in upper and lower case" in message
+    assert f"{slides}/a.svs exists, which differs in upper and lower case" in message

@@ -1,3 +1,5 @@
+"""Valid slide ids, and suggestions for others."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,4 @@
-"""`hover-batch compare`: both sides over the same pixels, what is random marked so, a page that is safe to open."""
+"""`hover-batch compare`: both networks on the same pixels, marks for random weights, a page that is safe to open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that stand in deploy's files, read by the programs' own parsers, without running any of them."""
+"""Commands in the files of deploy/, parsed with the programs' own parsers without running them."""
 
 from __future__ import annotations
 

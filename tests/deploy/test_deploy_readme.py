@@ -1,4 +1,4 @@
-"""deploy/README.md: its commands exist with the flags that it gives them, and it knows all files of its folder."""
+"""deploy/README.md: its commands exist with the flags that it gives, and it names all files of its folder."""
 
 from __future__ import annotations
 

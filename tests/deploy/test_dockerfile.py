@@ -1,4 +1,4 @@
-"""The image: who runs it, what goes into it, and that its environment does without a home."""
+"""Container image: its user and content, and an environment that works without a home folder."""
 
 from __future__ import annotations
 

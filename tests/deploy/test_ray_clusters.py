@@ -1,4 +1,4 @@
-"""The two clusters that Ray itself starts over SSH: in the cloud, and of machines that are there."""
+"""The two clusters that Ray starts over SSH: in the cloud, and on existing machines."""
 
 from __future__ import annotations
 

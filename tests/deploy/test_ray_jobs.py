@@ -1,4 +1,4 @@
-"""A cluster started by the commands of ray-onprem.yaml, two nodes on this machine, and a cohort sent to it as a job."""
+"""A cluster from the commands of ray-onprem.yaml, with two nodes on this machine, and a cohort submitted as a job."""
 
 from __future__ import annotations
 

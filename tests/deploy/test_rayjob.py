@@ -1,4 +1,4 @@
-"""The cohort on Kubernetes: KubeRay's own schema, and what keeps it to itself there."""
+"""A cohort on Kubernetes: KubeRay's own schema, and the isolation of the cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""slurm.sh, run for real with an `srun` that only writes down what it was asked to run."""
+"""slurm.sh, run with an `srun` that only records its arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fake networks: quick ones, one that sleeps as long as a GPU would compute, and ones that crash."""
+"""Fake networks: fast ones, one that sleeps as long as a GPU would compute, and ones that crash."""
 
 from __future__ import annotations
 

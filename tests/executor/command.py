@@ -1,4 +1,4 @@
-"""The command as a process of its own, in a session of its own."""
+"""Run the command as a process in a session of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Ray cluster for all tests of this folder, and runs of small cohorts on either backend."""
+"""Ray cluster for all tests of this folder, and runs of small cohorts on either backend."""
 
 from __future__ import annotations
 

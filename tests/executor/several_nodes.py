@@ -1,10 +1,10 @@
-"""A cohort on a cluster of several nodes on this machine, run as a program: `several_nodes.py PLAN.json`.
+"""Run a cohort on a cluster of several nodes on this machine: `several_nodes.py PLAN.json`.
 
-A program of its own, since a process can have one cluster only. The plan: `cohort`, `out`, `gpus` (logical GPUs of each
-node; 0: networks on the CPU), `cpus`, `nodes` (their number at first, beside a head without cores), `seconds` (of a
-batch), `unit`, `events` (list of [event of the run, its count, "remove" or "add"]: what to do with a node once the
-event was logged so often). The last line of output is JSON: the exit code, the seconds from the first unit to the last,
-the share in which networks were busy, and samples of the driver's memory and CPU time.
+It is a program, since a process can have only one cluster. The plan has `cohort`, `out`, `gpus` (logical GPUs of each
+node; 0: networks on the CPU), `cpus`, `nodes` (initial number, besides a head without cores), `seconds` (of a batch),
+`unit`, and `events`: a list of [event of the run, count, "remove" or "add"], the change of a node once the event was
+logged that often. The last line of output is JSON: the exit code, the seconds from the first unit to the last, the
+share of the time in which networks were busy, and samples of the driver's memory and CPU time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A cohort of which one slide lies in a bucket: the same tables as from disk, and nothing left behind."""
+"""A cohort with one slide in a bucket gives the same tables as from disk, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_slide_in_a_bucket_that_is_none_costs_itself_only(
     assert outcome.exit_code == 3 and set(tables(tmp_path / "out")) == {"a"}
     reasons = pd.read_csv(tmp_path / "out" / "failures.csv").set_index("slide_id").reason
     assert reasons["b"].startswith("s3://slides/b.png: cannot be read")
-    assert reasons["c"].startswith("s3://slides/c.png: the file does not say its pixel size")
+    assert reasons["c"].startswith("s3://slides/c.png: the file gives no pixel size")
     assert_nothing_secret_and_nothing_left(tmp_path / "out", tmp_path / "scratch")
 
 

@@ -1,4 +1,4 @@
-"""The command itself, as a process: its driver killed, its disk full, its memory short, its slides cut short."""
+"""The command as a process: driver killed, disk full, memory short, slides truncated."""
 
 from __future__ import annotations
 

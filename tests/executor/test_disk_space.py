@@ -1,4 +1,4 @@
-"""Disk space: checked every few seconds, less often if it fills up again and again."""
+"""The disk is checked every few seconds, less often if it repeatedly fills up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fault policy without Ray: whatever fails and in whatever order, no work is lost and every slide ends once."""
+"""The fault policy without Ray: in any order of faults, no work is lost and every slide ends once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP act like Ctrl-C, and handlers are put back."""
+"""SIGTERM and SIGHUP act like Ctrl-C, and the previous handlers are restored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kd asks of Ray: a teacher's outputs are the same as those made in one process."""
+"""kd on Ray: a teacher's outputs equal those computed in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""New tables of kept predictions: on both backends the same bytes, without slides or networks, the run only read."""
+"""New tables from stored predictions: the same bytes on both backends, without slides or networks; the run is only
+read."""
 
 from __future__ import annotations
 

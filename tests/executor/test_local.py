@@ -1,4 +1,4 @@
-"""What only the reference executor does."""
+"""Properties of the reference executor alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One function over many items, the same on both backends; a crash costs one item at most."""
+"""One function over many items gives the same results on both backends; a crash costs at most one item."""
 
 from __future__ import annotations
 

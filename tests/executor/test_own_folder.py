@@ -1,4 +1,4 @@
-"""Ray's folder of a killed process is removed by the next start, others are not; Ray's output goes to its own log."""
+"""Ray's folder of a killed process is removed at the next start, but no other; Ray's output goes to its own log."""
 
 from __future__ import annotations
 

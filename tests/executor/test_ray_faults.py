@@ -1,4 +1,4 @@
-"""Processes die in the middle of their work: once costs an attempt, twice the slide, never the cohort."""
+"""Processes crash during their work: one crash costs an attempt, two cost the slide, none the cohort."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The command on Ray, interrupted: the same command goes on, the tables are those of an undisturbed run, byte for byte,
-and no process stays behind."""
+"""The command on Ray, interrupted and repeated, gives the same tables, byte for byte, and no process is left behind."""
 
 from __future__ import annotations
 

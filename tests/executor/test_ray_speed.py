@@ -1,6 +1,6 @@
-"""Networks do not wait: how busy they are, what Ray costs, and that memory stays flat; figures are printed.
+"""Networks are kept busy on Ray: their load, the overhead of Ray, and constant memory. Figures are printed.
 
-The accelerator is simulated: a network that holds its device by sleeping, as a GPU would while the CPU is free.
+The accelerator is simulated: a network holds its device by sleeping, as a GPU would while the CPU is free.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a machine is shared out: nobody waits for cores that nobody gives back, and memory is not overdrawn."""
+"""Resources of a machine are divided so that nothing waits for cores forever, and memory is not exceeded."""
 
 from __future__ import annotations
 

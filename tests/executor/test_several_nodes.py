@@ -1,4 +1,4 @@
-"""Machines of a cluster come and go during a run: nothing is lost, no slide is blamed, new ones are put to work."""
+"""Nodes join and leave a cluster during a run: nothing is lost, no slide is blamed, and new nodes are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In whatever order units and regions come back: no region before its units, no table before all of both."""
+"""In any order of results: no region before its units, no table before all units and regions."""
 
 from __future__ import annotations
 

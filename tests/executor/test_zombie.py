@@ -1,4 +1,4 @@
-"""A process that was taken for dead comes back with other bytes: the first writer wins, and nothing changes."""
+"""A process that was considered dead returns with other bytes: the first writer wins, and nothing changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each format, read back by a reader of its own: no nucleus, class or coordinate is lost on the way."""
+"""Each format, read back with an independent reader: no nucleus, class or coordinate is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures: contours lie on the pixels they were drawn round, at every scale, and the field chosen is the fullest."""
+"""Pictures: contours lie on their pixels at every scale, and the field with most nuclei is chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Summaries: counts, densities and exact quartiles of slides and of the cohort, in CSV and Parquet alike."""
+"""Summaries: counts, densities and exact quartiles of slides and of the cohort, in CSV and Parquet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets in their published layouts, made of real tiles, or of discs where these are absent."""
+"""Data sets in their published layouts, made from real tiles, or from discs if there are none."""
 
 from __future__ import annotations
 

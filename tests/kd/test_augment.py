@@ -1,4 +1,4 @@
-"""Image, instances and types go through the same geometry: the ids are painted into the image and read back."""
+"""Image, instances and types get the same geometry: ids are painted into the image and read back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache gives back what was written, in both forms; damage is noticed, and a killed write leaves nothing behind."""
+"""Caches return what was written, in both formats; corruption is detected, and a killed write leaves no remains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search for the Sobel constants, on maps made from real annotations by blurring and noise."""
+"""Search for the Sobel constants, on maps made from real annotations with blur and noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_d
 from hover_batch.taxonomy import CONSEP
 from kd.cli import kd_app
 from kd.data.datasets import Sample, read_data
-from kd.evaluation.calibrate import CUTS, F_D_MARGIN, OTHERS, calibrate, placed, trial, try_others
+from kd.evaluation.calibrate import CUTS, F_D_MARGIN, OTHERS, calibrate, constants_at, trial, try_others
 from kd.training.targets import hv_targets
 
 LAYOUT = MapLayout(len(CONSEP.classes))
@@ -65,7 +65,7 @@ def test_the_best_pq_among_the_cuts_that_find_as_many(predicted):
     windows = [SobelConstants.of_window(maps[LAYOUT.H], maps[LAYOUT.V]) for _, maps in predicted]
     for name in ("h_min", "h_max", "v_min", "v_max"):
         assert getattr(found.medians, name) == np.median([getattr(w, name) for w in windows])
-    assert found.constants == placed(found.medians, found.cut)
+    assert found.constants == constants_at(found.medians, found.cut)
 
 
 def test_counts_go_before_pq():
@@ -121,10 +121,10 @@ def test_at_equal_quality_the_lower_cut():
 
 
 @pytest.mark.parametrize("cut", [-0.1, 0.0, 0.1])
-def test_placed(cut):
+def test_constants_at_a_cut(cut):
     """The marker threshold lies at the cut; the extremes are as far apart as before."""
     medians = SobelConstants(h_min=-4, h_max=3, v_min=-2, v_max=1)
-    got = placed(medians, cut)
+    got = constants_at(medians, cut)
     assert got.h_max - got.h_min == pytest.approx(7)
     assert got.v_max - got.v_min == pytest.approx(3)
     assert got.h_min + (1 - MARKER_ENERGY) * 7 == pytest.approx(cut * -4)
@@ -142,7 +142,7 @@ def test_other_numbers_are_tried_at_the_same_cut(predicted):
     some = [(s, np.ascontiguousarray(maps[:3])) for s, maps in predicted[:1]]
     found = try_others(some, 0.05)
     assert len(found) == len(OTHERS) + 1
-    alike = trial(some, 0.05, placed(SobelConstants.of_window(*some[0][1][1:]), 0.05))
+    alike = trial(some, 0.05, constants_at(SobelConstants.of_window(*some[0][1][1:]), 0.05))
     assert found["as they are"].mean_pq == pytest.approx(alike.mean_pq, abs=0.01)  # nested components, image borders
     assert found["nucleus 0.6"].mean_pq != found["nucleus 0.4"].mean_pq
 

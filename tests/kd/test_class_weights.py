@@ -1,4 +1,4 @@
-"""Rare classes weigh more, by one formula, which the literals of the released code fit."""
+"""Class weights follow one formula, which matches the constants of HoVer-UNet's released code."""
 
 from __future__ import annotations
 

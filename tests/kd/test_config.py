@@ -1,4 +1,4 @@
-"""Presets are what they say, flags go before them, and what does not fit is refused by the flag's name."""
+"""Presets give their settings, flags take precedence, and invalid values are refused with the name of the flag."""
 
 from __future__ import annotations
 

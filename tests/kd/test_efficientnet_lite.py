@@ -1,4 +1,4 @@
-"""EfficientNet-Lite's ImageNet weights: what the network says of real pictures, the folded input, and refusals."""
+"""EfficientNet-Lite's ImageNet weights: predictions on real pictures, the folded input scaling, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of made-up predictions whose every score is known, and of the truth itself turned into maps."""
+"""Scores of synthetic predictions with known scores, and of the annotations themselves turned into maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's Figure 2, pixel by pixel where it can be told."""
+"""Picture of images, annotations and predictions, checked pixel by pixel where possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training starts from: encoders that do and do not serve, and weights from a file, from the hub, or neither."""
+"""Initial weights: suitable and unsuitable encoders, and weights from a file, from the hub, or random."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_timm_encoders_serve(encoder):
 
 @pytest.mark.parametrize("encoder", ["nonsense", "tu-nonsense", "tu-vit_tiny_patch16_224"])
 def test_what_is_no_such_encoder_is_refused(encoder):
-    with pytest.raises(InputError, match=f"--encoder {encoder}: no encoder of five stages") as error:
+    with pytest.raises(InputError, match=f"--encoder {encoder}: not an encoder of five stages") as error:
         build_network(config(encoder=encoder).to_json(), 5)
     assert len(str(error.value)) < 400
 

@@ -1,4 +1,4 @@
-"""The kd commands, from flags to files, on a tiny made-up folder and a network that has learnt nothing."""
+"""The kd commands, from flags to files, on a tiny synthetic folder and an untrained network."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""kd's commands as processes, killed -9 at moments of chance and run again: what comes out is what an undisturbed run
-makes."""
+"""kd commands, killed with -9 at random moments and run again, give the results of an undisturbed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a package that runs: of students and of teachers, with and without images to calibrate on."""
+"""From a checkpoint to a working package: students and teachers, with and without images to calibrate on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures are read as stored, and those that would be misread are refused with a remedy."""
+"""Image files are read as stored, and those that would be misread are refused with a remedy."""
 
 from __future__ import annotations
 

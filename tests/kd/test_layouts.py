@@ -1,4 +1,4 @@
-"""Published layouts are read for what they are, and what is wrong with a copy of one is said."""
+"""Published layouts are recognised and read, and faults in a copy of one are reported."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ MASKS, IMAGES, TYPES = "Fold 2/masks/fold2/masks.npy", "Fold 2/images/fold2/imag
         (lambda f: (f / MASKS).unlink(), r"masks\.npy is missing"),
         (lambda f: shutil.rmtree(f / "Fold 2" / "masks"), r"masks\.npy is missing"),
         (lambda f: (f / TYPES).unlink(), r"types\.npy is missing"),
-        (lambda f: shutil.copytree(f / "Fold 1", f / "Fold1"), "fold 1 is there twice"),
+        (lambda f: shutil.copytree(f / "Fold 1", f / "Fold1"), "fold 1 occurs twice"),
         (lambda f: _change(f / MASKS, lambda a: a[:1]), r"masks\.npy has 1 entries, but images\.npy 2"),
         (lambda f: _change(f / TYPES, lambda a: a[:1]), r"types\.npy has 1 entries, but images\.npy 2"),
         (lambda f: _change(f / MASKS, lambda a: a[..., :5]), r"should be numbers \(n, y, x, 6\)"),

@@ -1,4 +1,4 @@
-"""What a card says was seen, held against images: by their pixels, their patients, their names."""
+"""Leakage between a card and images: by pixels, by patients, by names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows by step, columns that come late, and nothing but the CSV where TensorBoard is not installed."""
+"""Log rows by step, columns that are added later, and only the CSV if TensorBoard is not installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses against closed forms and limits, and their gradients against differences."""
+"""Losses compared with closed forms and limits, and their gradients with finite differences."""
 
 from __future__ import annotations
 

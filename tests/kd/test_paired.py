@@ -1,4 +1,4 @@
-"""Paired comparisons: the interval against its theory and a plain loop, and images that are not the same."""
+"""Paired comparisons: the interval compared with theory and with a plain loop, and images that differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outlines in the colours of the classes, and sheets of pictures."""
+"""Outlines in the colours of the classes, and panels of pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Common classes: the paper's for CoNSeP, on real types, and what happens where none are known."""
+"""Common classes: the paper's for CoNSeP, on real types, and an error if none are known."""
 
 from __future__ import annotations
 

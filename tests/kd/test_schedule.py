@@ -1,4 +1,4 @@
-"""Warm-up and cosine; the plateau lowers the rate, and the early stop stops; both go on from where they were."""
+"""Learning rate schedules: warm-up and cosine, plateau and early stopping, and resuming both."""
 
 from __future__ import annotations
 

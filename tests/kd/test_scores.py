@@ -1,4 +1,4 @@
-"""PanNuke-metrics' averages against an implementation written here from its definition, on real annotations."""
+"""PanNuke-metrics' averages compared with an implementation from its definition, on real annotations."""
 
 from __future__ import annotations
 

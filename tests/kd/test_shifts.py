@@ -1,4 +1,4 @@
-"""Shifts of real tissue: what each changes, what it leaves, and how a collapse is recognised."""
+"""Shifts of real tissue: what each changes and leaves unchanged, and how a collapse is detected."""
 
 from __future__ import annotations
 

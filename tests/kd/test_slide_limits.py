@@ -1,4 +1,4 @@
-"""Limits that a model card takes from annotated images."""
+"""Limits of a model card, computed from annotated images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A grid of trainings: each in its folder, those done skipped, those that fail alone in their failure."""
+"""Sweeps: each run in its own folder, finished runs are skipped, and a failure does not stop the others."""
 
 from __future__ import annotations
 

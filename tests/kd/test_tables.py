@@ -1,4 +1,4 @@
-"""The tables, cell by cell, from evaluations whose numbers are known."""
+"""Tables, cell by cell, from evaluations with known numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The targets against a slow reference, written from the paper: one nucleus after the other."""
+"""Distance targets compared with a slow reference, written from the paper, one nucleus at a time."""
 
 from __future__ import annotations
 

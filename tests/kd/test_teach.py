@@ -1,4 +1,4 @@
-"""The teacher's outputs: of real surroundings, kept whole or not at all, known again, and never another teacher's."""
+"""Teacher outputs: with real surroundings, stored completely or not at all, never mixed with another teacher's."""
 
 from __future__ import annotations
 

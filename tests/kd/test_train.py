@@ -1,4 +1,4 @@
-"""The training loop on a tiny made-up folder: it learns, it resumes to the same weights, it refuses other settings."""
+"""The training loop on a tiny synthetic folder: it learns, resumes to the same weights, and refuses other settings."""
 
 from __future__ import annotations
 

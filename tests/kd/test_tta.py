@@ -1,4 +1,4 @@
-"""Averaging over turns and flips: an output that turns with its image is its own mean."""
+"""Averaging over rotations and flips: an output that turns with its image equals its own mean."""
 
 from __future__ import annotations
 

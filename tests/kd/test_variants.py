@@ -1,5 +1,4 @@
-"""The steps with their numbers as parameters: with HoVerNet's own they are what slides go through; and what storing
-maps as bytes costs."""
+"""Post-processing with variable parameters: HoVerNet's give the same as on slides; and the cost of storing bytes."""
 
 from __future__ import annotations
 

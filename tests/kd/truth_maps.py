@@ -1,4 +1,4 @@
-"""What a perfect network would be stored as, for tests."""
+"""Stored maps that a perfect network would predict."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def test_redirects_through_an_untrusted_server_are_refused(
 def test_a_web_page_is_refused_and_not_kept(server: Server, checkpoint: bytes, cache: Path) -> None:
     server.files["/net.pth"], server.kind = b"<html>log in</html>", "text/html; charset=utf-8"
     result = run("import", f"{server.url}/net.pth")
-    assert result.exit_code == 2 and "a web page came in its place" in result.stderr
+    assert result.exit_code == 2 and "the server sent a web page instead" in result.stderr
     assert whole_files(cache) == []
     server.files["/net.pth"], server.kind = checkpoint, "application/octet-stream"
     assert run("import", f"{server.url}/net.pth").exit_code == 0

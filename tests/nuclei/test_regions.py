@@ -7,7 +7,7 @@ from synthetic_maps import LAYOUT
 
 from hover_batch.geometry import Box
 from hover_batch.nuclei.measure import concatenate, measure
-from hover_batch.nuclei.regions import MARGIN, keeps_clear, owned
+from hover_batch.nuclei.regions import MARGIN, clear_of_margin, owned
 from hover_batch.nuclei.watershed import REACH
 
 
@@ -28,4 +28,4 @@ def test_the_margin_covers_all_pixels_that_affect_a_component() -> None:
     window = Box(1000, 2000, 1100, 2050)
     inside = [MARGIN, MARGIN, 100 - MARGIN, 50 - MARGIN]
     bounds = np.array([inside] + [[*inside[:k], inside[k] + (1 if k > 1 else -1), *inside[k + 1 :]] for k in range(4)])
-    assert keeps_clear(bounds, window).tolist() == [True, False, False, False, False]
+    assert clear_of_margin(bounds, window).tolist() == [True, False, False, False, False]

@@ -149,7 +149,7 @@ def _flagged(nuclei: Nuclei, seam_uncertain: np.ndarray) -> Nuclei:
 
 def test_without_the_rule_tilings_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """The property above is not trivial: processing each component as its window shows it breaks it."""
-    monkeypatch.setattr(stitch, "keeps_clear", lambda bounds, window: np.ones(len(bounds), bool))
+    monkeypatch.setattr(stitch, "clear_of_margin", lambda bounds, window: np.ones(len(bounds), bool))
     for seed in range(5):
         canvas = random_canvas(seed, 256, 256)
         with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""`report`: what its pages say of runs of all kinds; nothing in them is markup but ours, and nothing is fetched."""
+"""`report`: its pages for runs of all kinds; all text is escaped, and nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_without_the_slide_the_crops_are_left_out(tmp_path: Path, field: Field) 
     assert f"{image} is not the file that was segmented" in shown(layout).text
     image.unlink()
     page = shown(layout)
-    assert f"No crops: {image} is not there" in page.text
+    assert f"No crops: {image} does not exist" in page.text
     assert "crop" not in page.all("alt") and {"thumbnail", "overlay", "density"} <= set(page.all("alt"))
 
 
@@ -168,8 +168,8 @@ def test_unfinished_and_all_failed_and_nothing_listed(tmp_path: Path, field: Fie
     text = shown(layout).text
     for words in (
         "slides.csv is not written yet: the run has not listed",
-        "versions.json is not there",
-        "settings.toml is not there",
+        "versions.json does not exist",
+        "settings.toml does not exist",
     ):
         assert words in text
 

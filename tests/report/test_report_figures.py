@@ -1,4 +1,4 @@
-"""What the report counts and draws: histograms, densities in cells, scales, and which nuclei are looked at."""
+"""Figures of the report: histograms, densities in cells, scales, and randomly chosen nuclei."""
 
 from __future__ import annotations
 

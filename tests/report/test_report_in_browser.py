@@ -1,4 +1,4 @@
-"""The report in a real browser: it sorts and filters, stays inside the window, and asks nobody for anything."""
+"""The report in a real browser: it sorts and filters, fits the window, and sends no requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A DICOM whole-slide image, one uncompressed instance a level, as a scanner would leave it in a folder."""
+"""Write a DICOM whole-slide image with one uncompressed instance per level, as a scanner would."""
 
 from __future__ import annotations
 

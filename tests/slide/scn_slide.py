@@ -1,4 +1,4 @@
-"""A Leica SCN file whose scanned part begins away from the canvas's corner: OpenSlide gives it bounds."""
+"""Write a Leica SCN file whose scanned part starts away from the canvas's corner, so that OpenSlide gives bounds."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_refused_values_of_aperio_are_quoted(tmp_path: Path, mpp: str, said: str
     ("sizes", "said"),
     [
         ({"PhysicalSizeX": 250.0, "PhysicalSizeY": 250.0}, "250 µm.*in nm"),
-        ({"PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel", "PhysicalSizeY": 1.0}, "1.0 pixel a pixel, a unit"),
+        ({"PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel", "PhysicalSizeY": 1.0}, "1.0 pixel a pixel, an unknown"),
     ],
 )
 def test_refused_values_of_ome_are_quoted(tmp_path: Path, sizes: dict[str, Any], said: str) -> None:
@@ -130,7 +130,7 @@ def test_refused_values_of_ome_are_quoted(tmp_path: Path, sizes: dict[str, Any],
 def test_the_resolution_of_png_and_jpeg_is_quoted_but_not_taken(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"tile.{suffix}"
     Image.fromarray(FIELD).save(path, dpi=(50800, 50800))
-    with pytest.raises(InputError, match="0.5 µm a pixel, which is not taken.*column mpp"):
+    with pytest.raises(InputError, match="0.5 µm a pixel, which is ignored.*column mpp"):
         peek(record(path))
 
 
@@ -140,7 +140,7 @@ def test_a_large_picture_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert peek(record(path, mpp=0.25)).warnings == ()
     monkeypatch.setattr(headers, "LARGE_PICTURE_PIXELS", 100_000)
     (warning,) = peek(record(path, mpp=0.25)).warnings
-    assert warning.startswith("a plain picture is held in memory whole")
+    assert warning.startswith("a plain picture is held in memory as a whole")
 
 
 def test_the_memory_of_a_picture_is_as_told(tmp_path: Path) -> None:

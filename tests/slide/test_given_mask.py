@@ -1,4 +1,4 @@
-"""Masks of the cohort on slides with bounds, and the ways in which GeoJSON is stored."""
+"""Masks of the cohort on slides with bounds, and the forms in which GeoJSON is stored."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_png_of_another_aspect_is_refused_and_one_that_fits_both(tmp_path: Pat
         check_mask(path, CANVAS, BOUNDS)
     Image.new("L", (100, 100), 255).save(path)
     inner = Box(100, 100, 600, 600)
-    with pytest.raises(InputError, match=r"could be of.*500 × 500.*1000 × 1000"):
+    with pytest.raises(InputError, match=r"fits both.*500 × 500.*1000 × 1000"):
         check_mask(path, Size(1000, 1000), inner)
     Image.new("L", (500, 500), 255).save(path)
     assert check_mask(path, Size(1000, 1000), inner) == []
@@ -118,7 +118,7 @@ def test_a_mask_without_tissue_is_refused_before_the_run(tmp_path: Path) -> None
     away = {"type": "Polygon", "coordinates": [[[900, 900], [990, 900], [990, 990], [900, 900]]]}
     (tmp_path / "mask.geojson").write_text(json.dumps(away))
     for name in ("mask.png", "mask.geojson"):
-        with pytest.raises(InputError, match="no tissue of this mask lies on the slide of 500 × 500"):
+        with pytest.raises(InputError, match="the mask has no tissue on the slide of 500 × 500"):
             check_mask(tmp_path / name, Size(500, 500))
 
 
@@ -143,7 +143,7 @@ def test_geojson_of_every_encoding(slide: Path, tmp_path: Path, content: bytes, 
 def test_torn_and_endless_gzip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mask.geojson.gz"
     path.write_bytes(gzip.compress(TEXT.encode())[:-20])
-    with pytest.raises(InputError, match="no readable GeoJSON.*gzip"):
+    with pytest.raises(InputError, match="not valid GeoJSON.*gzip"):
         check_mask(path)
     monkeypatch.setattr(files, "MAX_JSON_BYTES", 1 << 20)
     path.write_bytes(gzip.compress(b" " * (1 << 21)))

@@ -1,4 +1,4 @@
-"""Warnings where a pixel size is unusual or does not fit the objective."""
+"""Warnings for pixel sizes that are unusual or do not match the objective."""
 
 from __future__ import annotations
 

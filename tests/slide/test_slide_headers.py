@@ -1,4 +1,4 @@
-"""What headers say, and what is refused."""
+"""Properties from slide headers, and files that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pixels that do not depend on the block that asked for them, in the right place, from every format."""
+"""Pixels do not depend on the block in which they are read and are in the right place, in every format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slides in a bucket, against a real server on loopback: what is told of them, and their copies on this machine."""
+"""Slides in a bucket, with a real server on loopback: their properties, and their copies on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hover_batch.geometry import Grid, Mpp
 from hover_batch.slide import staging
 from hover_batch.slide.fingerprint import fingerprint
 from hover_batch.slide.reader import open_slide
-from hover_batch.slide.remote import ask, require_packages
+from hover_batch.slide.remote import remote_info, require_packages
 from hover_batch.slide.staging import Copies
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def record(url: str) -> SlideRecord:
 
 
 def planned(url: str) -> str:
-    return ask(Url(url), MPP).fingerprint
+    return remote_info(Url(url), MPP).fingerprint
 
 
 def files_in(folder: Path) -> set[str]:
@@ -62,7 +62,7 @@ def noise(size: int, seed: int = 0) -> bytes:
 def test_the_same_bytes_have_the_same_fingerprint(server: str, tmp_path: Path, size: int) -> None:
     (tmp_path / "a.svs").write_bytes(noise(size))
     bucket.put("slides", {"x/a.svs": noise(size)})
-    info = ask(Url("s3://slides/x/a.svs"), MPP)
+    info = remote_info(Url("s3://slides/x/a.svs"), MPP)
     assert (info.size, info.fingerprint) == (size, fingerprint(tmp_path / "a.svs", MPP))
 
 
@@ -92,7 +92,7 @@ def test_a_real_slide_reads_as_from_disk(server: str, copies: Copies, data: Path
     path = data / "slides" / "CMU-1-Small-Region.svs"
     bucket.put("slides", {path.name: path.read_bytes()})
     there = SlideRecord("one", Url(f"s3://slides/{path.name}"), row=2)
-    told = ask(Url(f"s3://slides/{path.name}"), None)
+    told = remote_info(Url(f"s3://slides/{path.name}"), None)
     with open_slide(SlideRecord("one", path, row=2)) as local:
         grid = Grid.over(local.info.level0, local.info.mpp, MPP.x)
         with copies.staged(there, told.fingerprint) as here, open_slide(here) as reader:
@@ -104,11 +104,11 @@ def test_what_is_not_there_and_what_may_not_be_read(server: str) -> None:
     bucket.put("slides", {"a.svs": b"a"})
     for url in ("s3://slides/b.svs", "s3://nowhere/a.svs"):
         with pytest.raises(InputError, match=f"{url}: no such file"):
-            ask(Url(url), None)
+            remote_info(Url(url), None)
     bucket.deny(server)
     try:
         with pytest.raises(InputError, match="s3://slides/a.svs: access denied.*AWS_ACCESS_KEY_ID") as denied:
-            ask(Url("s3://slides/a.svs"), None)
+            remote_info(Url("s3://slides/a.svs"), None)
         assert bucket.SECRET not in str(denied.value)
     finally:
         bucket.let_in(server)
@@ -120,8 +120,8 @@ def test_without_credentials(server: str, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     bucket.use(monkeypatch, server)
-    with pytest.raises(InputError, match="give credentials by the environment"):
-        ask(Url("s3://slides/a.svs"), None)
+    with pytest.raises(InputError, match="give credentials in the environment"):
+        remote_info(Url("s3://slides/a.svs"), None)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(InputError, match=r"pip install 'hover-batch\[s3\]'"):
         require_packages([Url("s3://slides/a.svs")])
-    with pytest.raises(InputError, match="knows no such storage"):
+    with pytest.raises(InputError, match="does not support this storage"):
         require_packages([Url("s4://slides/a.svs")])
 
 
@@ -230,7 +230,7 @@ def test_an_object_that_changed_since_the_plan_fails(server: str, copies: Copies
     before = planned(url)
     bucket.put("slides", {"a.svs": now})
     with (
-        pytest.raises(SlideError, match=f"{url}: what arrives is not .*4 attempts"),
+        pytest.raises(SlideError, match=f"{url}: the copy differs from .*4 attempts"),
         copies.staged(record(url), before),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Where tissue is found, and what a given mask does."""
+"""Tissue detection, and masks that the cohort gives."""
 
 from __future__ import annotations
 

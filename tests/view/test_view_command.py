@@ -67,7 +67,7 @@ def test_a_slide_without_pixels_is_refused(tmp_path: Path, field: Field) -> None
     image.unlink()
     layout.slide("a").thumbnail_jpg.unlink()
     told = refused(layout.root)
-    assert f"{image} is not there, and {layout.slide('a').thumbnail_jpg} is missing, too; restore the slide" in told
+    assert f"{image} does not exist, and {layout.slide('a').thumbnail_jpg} is missing, too; restore the slide" in told
 
 
 def test_a_port_that_is_taken_is_refused(tmp_path: Path, field: Field) -> None:

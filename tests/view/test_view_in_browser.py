@@ -1,4 +1,4 @@
-"""The viewer in a real browser: nuclei lie on the slide's, tell their rows, and can be switched off."""
+"""The viewer in a real browser: nuclei lie on those of the slide, show their rows, and can be hidden."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tiles that a page asks for hold the table's nuclei, each once, where the table has them."""
+"""The tiles that a page requests contain the nuclei of the table, each once, at their positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `view` answers: the slide's own pixels, its nuclei, and nothing to those who do not know the token."""
+"""Responses of `view`: the slide's own pixels, its nuclei, and nothing without the token."""
 
 from __future__ import annotations
 
@@ -211,9 +211,9 @@ def test_a_slide_that_is_gone_is_shown_on_its_thumbnail(tmp_path: Path) -> None:
     field[0].unlink()
     with viewing(layout.root) as (server, told):
         viewed = Viewed(layout.root, thumbnail, server)
-        assert f"a: the slide cannot be opened, its thumbnail is shown instead: {field[0]} is not there" in told
+        assert f"a: the slide cannot be opened, its thumbnail is shown instead: {field[0]} does not exist" in told
         info = json.loads(viewed.ask("/TOKEN/info.json").content)
-        assert info["missing"] == f"{field[0]} is not there"
+        assert info["missing"] == f"{field[0]} does not exist"
         # The thumbnail's pixels are 5 wide: tiles of 4 lose nothing of it.
         assert info["slide"] == {"finest": 4, "max_level": 0, "tile": backdrop.TILE}
         tile = viewed.tile(0, 0, 0)

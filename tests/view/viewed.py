@@ -1,4 +1,4 @@
-"""`view` at work: in a thread of the test, or as the command that a user gives."""
+"""Run `view` in a thread of the test, or as a command."""
 
 from __future__ import annotations
 

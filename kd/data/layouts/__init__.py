@@ -1,4 +1,4 @@
-"""Layouts of published data sets on disk, one file each. The layout of a folder is recognised by its content."""
+"""Layouts of published data sets on disk, one module each. The layout of a folder is recognised by its content."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class Layout(Protocol):
 
 
 def recognise(folder: Path, val: int = 0) -> Layout:
-    """Return the layout of `folder`, opened. `val`: number of CoNSeP's last training tiles to use as fold val.
+    """Recognise the layout of a folder by its content, and open it.
 
-    Raises InputError if there is no such folder, its layout is unknown, or it is incomplete.
+    `val`: number of CoNSeP's last training tiles to use as fold val. Raises InputError if there is no such folder, its
+    layout is unknown, or it is incomplete.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give one with annotated images")

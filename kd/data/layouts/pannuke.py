@@ -59,7 +59,7 @@ def _folds(folder: Path) -> dict[str, Path]:
             if path.parent.name in ("images", "masks") and path.is_dir():
                 fold, root = path.name.removeprefix("fold"), path.parent.parent
                 if found.setdefault(fold, root) != root:
-                    raise InputError(f"{folder}: fold {fold} is there twice, in {found[fold]} and in {root}; keep one")
+                    raise InputError(f"{folder}: fold {fold} occurs twice, in {found[fold]} and in {root}; keep one")
     return dict(sorted(found.items()))
 
 

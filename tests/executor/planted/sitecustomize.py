@@ -1,7 +1,7 @@
-"""Faults planted in the processes of a Ray cluster: Python imports this at the start of each, where PLANTED names a
-folder and this one stands on PYTHONPATH.
+"""Faults planted in the processes of a Ray cluster.
 
-A fault affects the slides whose id contains its name. With the suffix -once it does so the first time only.
+Python imports this module at the start of each process if its folder is on PYTHONPATH. PLANTED names the folder with
+the faults. A fault affects the slides whose id contains its name; with the suffix -once, only the first time.
 
 - `sigsegv`, `post`, `finalize`: kill the process that reads, post-processes or finalizes the slide.
 - `torn-shard`, `torn-marker`, `torn-part`, `torn-table`, `torn-done`: kill the process that has written such a file and
