@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hover_batch.errors import InputError, SlideError
+from hover_batch.files import is_dicom
 
 if TYPE_CHECKING:
     from wsidicom import WsiDicom
@@ -71,9 +72,9 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
 
 def _slides_in(folder: Path) -> list[str]:
     """Describe each slide of which the folder holds pixels; labels and overviews count for none."""
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".dcm" and not file.name.startswith("."))
+    files = sorted(filter(is_dicom, folder.iterdir()))
     if not files:
-        raise SlideError(f"{folder}: a folder without .dcm files is no DICOM slide")
+        raise SlideError(f"{folder}: a folder without DICOM files is no slide")
     import pydicom
     from pydicom.uid import VLWholeSlideMicroscopyImageStorage
 
