@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hover_batch.compare.agreement import Agreement, Dispute
+from hover_batch.compare.budget import Options, Speed, announced, reduced
 from hover_batch.compare.fields import Field, Place
 from hover_batch.compare.page import Panel, render
 from hover_batch.compare.sides import Side
@@ -26,26 +27,14 @@ Judge = Callable[[Side], dict[str, Any]]
 """Function that returns a side's scores on annotated images, by source, and which of these it was trained on."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of a comparison.
-
-    `batches`: batch sizes to time. `repeats`: repetitions of each measurement, whose median is reported. `timing_only`:
-    measure costs, and do not compare nuclei.
-    """
-
-    batches: Sequence[int]
-    repeats: int
-    timing_only: bool = False
-
-
 def compare(
     first: Side, second: Side, places: Sequence[Place], options: Options, out: Path, notify: Notify, judge: Judge | None
 ) -> dict[str, Any]:
     """Compare `first` with `second`, which is to replace it, on the fields `places`, and write both files to `out`.
 
-    `notify` is called with lines about the progress. `judge` scores a side on annotated images; None: it is not scored.
-    Return the content of compare.json. InputError if `places` is empty.
+    If it would take longer than the options allow, less is measured. `notify` is called with lines about the progress:
+    first, what is measured and about how long it takes. `judge` scores a side on annotated images; None: it is not
+    scored. Return the content of compare.json. InputError if `places` is empty.
     """
     if not places:
         raise InputError(
@@ -53,6 +42,13 @@ def compare(
         )
     sides = (first, second)
     nuclei_compared = not options.timing_only and not any(side.random for side in sides)
+    notify("timing one patch …")
+    speeds = [Speed.of(side) for side in sides]
+    wanted = places, options
+    places, options = reduced(speeds, places, options)
+    if wanted != (places, options):
+        notify(f"reduced from {announced(speeds, *wanted)}; --minutes gives it more time")
+    notify(announced(speeds, places, options))
     notify("warming up …")
     peaks = warm_up(sides, places[0].read())
     truth = None
