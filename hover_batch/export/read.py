@@ -153,7 +153,8 @@ class NucleiTable:
 def read_polygons(path: Path, geometry: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
     """Return WKB of the table `path` as an array (n,) of shapely polygons. SlideError if one is no finite polygon."""
     try:
-        polygons: NDArray[Any] = np.asarray(shapely.from_wkb(geometry.to_numpy(zero_copy_only=False)))
+        with np.errstate(invalid="ignore"):  # NaN is refused below
+            polygons: NDArray[Any] = np.asarray(shapely.from_wkb(geometry.to_numpy(zero_copy_only=False)))
     except (TypeError, shapely.errors.ShapelyError) as error:
         raise unreadable(path, error) from error
     if not ((shapely.get_type_id(polygons) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(polygons)).all():
