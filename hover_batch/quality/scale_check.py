@@ -51,9 +51,9 @@ class Trial:
 
     @property
     def plausible(self) -> bool:
-        """Whether slides have such pixels, and nuclei such a size."""
+        """Whether nuclei have such a size."""
         low, high = LIMITS["area_um2"]
-        return _usual(self.mpp) and low <= self.area_um2 <= high
+        return low <= self.area_um2 <= high
 
     @property
     def fit(self) -> float:
@@ -74,7 +74,8 @@ def check_scale(record: SlideRecord, predictor: Predictor, tissue: TissueSetting
         found = [trial for trial in _trials(reader, mask, predictor) if trial.nuclei >= _MIN_NUCLEI]
     if not found:
         return f"pixel size not checked, because the densest field has fewer than {_MIN_NUCLEI} nuclei"
-    plausible = [trial for trial in found if trial.plausible] or found
+    usual = [trial for trial in found if _usual(trial.mpp)] or found
+    plausible = [trial for trial in usual if trial.plausible] or usual
     highest = max(trial.fit for trial in plausible)
     likely = [trial for trial in plausible if highest - trial.fit < _CLOSE]
     best = max(likely, key=lambda trial: (trial.mpp == given, trial.fit))
