@@ -67,13 +67,13 @@ def test_slides_without_tissue_are_flagged_everywhere(out: Path) -> None:
 def test_tissue_without_a_nucleus_is_flagged_everywhere(tmp_path: Path) -> None:
     """Plain pink, which the model searches; a single pixel of it; and a part that a mask leaves out."""
     pink = np.full((200, 300, 3), (225, 160, 200), np.uint8)
-    for name, picture in {"pink": pink, "dot": pink[:1, :1]}.items():
+    for name, picture in {"pink": pink, "dot": pink[:1, :1], "masked": pink}.items():
         Image.fromarray(picture).save(tmp_path / f"{name}.png")
     mask = np.zeros((200, 300), np.uint8)
     mask[:20, :20] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     (tmp_path / "cohort.csv").write_text(
-        "path,slide_id,mpp,mask_path\npink.png,pink,0.25,\ndot.png,dot,0.25,\npink.png,masked,0.25,mask.png\n"
+        "path,slide_id,mpp,mask_path\npink.png,pink,0.25,\ndot.png,dot,0.25,\nmasked.png,masked,0.25,mask.png\n"
     )
     out = tmp_path / "out"
     result = run("segment", tmp_path / "cohort.csv", "-o", out, "--batch", "1")
