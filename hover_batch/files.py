@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import uuid
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,20 +65,50 @@ MAX_JSON_BYTES = 1 << 30
 
 
 def load_json(path: Path) -> Any:
-    """Return the content of a JSON file, gzipped or not, with or without a byte order mark.
+    """Return the content of a JSON file, gzipped, zipped or plain, with or without a byte order mark.
 
-    OSError if the file cannot be opened, ValueError if its content is not valid.
+    A zip archive must hold no other file. OSError if the file cannot be opened, ValueError if its content is not valid.
     """
     content = path.read_bytes()
-    if content.startswith(b"\x1f\x8b"):
-        try:
+    try:
+        if content.startswith(b"\x1f\x8b"):
             with gzip.open(io.BytesIO(content)) as file:
                 content = file.read(MAX_JSON_BYTES + 1)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"gzip: {error}") from error
+        elif content.startswith(b"PK"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive, archive.open(_only_file(archive)) as file:
+                content = file.read(MAX_JSON_BYTES + 1)
+    # zipfile raises RuntimeError for encrypted files, and NotImplementedError for unknown compressions.
+    except (OSError, EOFError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"gzip or zip: {error}") from error
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
     return json.loads(content)
+
+
+def _only_file(archive: zipfile.ZipFile) -> str:
+    """Return the name of the archive's only file; macOS adds hidden ones."""
+    names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
+    if len(names) != 1:
+        raise ValueError(f"a zip archive of {len(names)} files; one GeoJSON file is needed")
+    return names[0]
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a path is a DICOM file: by its suffix, or by its preamble, since many instances have no suffix.
+
+    Hidden files are none.
+    """
+    if path.name.startswith(".") or path.name == "DICOMDIR":
+        return False
+    if path.suffix.lower() == ".dcm":
+        return True
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import tifffile
 from PIL import Image
+from typer.testing import CliRunner
 
+from hover_batch.cli import app
 from hover_batch.cohort.manifest import read_cohort
 from hover_batch.config import Settings
 from hover_batch.plan import Plan, plan_cohort
@@ -73,3 +76,22 @@ def test_a_stretched_mask_is_warned_of(tmp_path: Path) -> None:
     Image.new("L", (200, 100), 255).save(tmp_path / "mask.png")
     (warning,) = planned(tmp_path, "path,mask_path\nslide.tif,mask.png\n").cohort.warnings
     assert warning.startswith("slide: ") and "stretched" in warning
+
+
+def test_pixel_sizes_are_checked_by_the_nuclei(data: Path, tmp_path: Path) -> None:
+    with (data / "nuclei" / "dataset.csv").open(newline="") as file:
+        image = next(row["image"] for row in csv.DictReader(file) if row["sample_id"] == "cpm15_06")
+    Image.new("RGB", (60, 60), "white").save(tmp_path / "white.png")
+    (tmp_path / "run.toml").write_text('[infer]\nruntime = "torch"\nthreads = 1\n')
+    declared = {"right": 0.25, "fourfold": 1.0}
+    rows = [f"{data / 'nuclei' / image},{name},{mpp}\n" for name, mpp in declared.items()]
+    (tmp_path / "cohort.csv").write_text("path,slide_id,mpp\n" + "".join(rows) + "white.png,white,0.25\n")
+    result = CliRunner().invoke(
+        app, ["plan", str(tmp_path / "cohort.csv"), "--check-scale", "--config", str(tmp_path / "run.toml")]
+    )
+    assert result.exit_code == 0, result.output
+    said = dict(line.strip().split(": ", 1) for line in result.stdout.splitlines()[-3:])
+    assert said["right"].startswith("the nuclei fit the pixel size of 0.25 µm (")
+    assert said["fourfold"].startswith("warning: the nuclei fit 0.25 µm better than the given 1 (")
+    assert said["fourfold"].endswith("put 0.25 into the column mpp of the cohort")
+    assert said["white"] == "pixel size not checked, because no tissue was found"

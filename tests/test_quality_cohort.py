@@ -79,7 +79,7 @@ def filled(value: int) -> Callable[[Picture], Picture]:
 
 WRONG_SIZE = {"pixel_size", "no_nuclei", "few_nuclei", "many_nuclei"}
 GROSS: dict[str, tuple[Callable[[Picture], Picture], set[str]]] = {
-    "scale_quarter_tnbc": (scaled(0.25), WRONG_SIZE),
+    **{f"scale_quarter_{source}": (scaled(0.25), WRONG_SIZE) for source in ("consep", "monuseg", "tnbc")},
     **{f"scale_4_{source}": (scaled(4), WRONG_SIZE | {"out_of_focus"}) for source in ("consep", "monuseg", "tnbc")},
     "blur_4": (blurred(4), {"out_of_focus", "few_nuclei"}),
     "blur_8": (blurred(8), {"out_of_focus", "few_nuclei"}),
@@ -96,8 +96,6 @@ GROSS: dict[str, tuple[Callable[[Picture], Picture], set[str]]] = {
 }
 """Name → change, and the flags of which the slide must get one."""
 UNSURE: dict[str, Callable[[Picture], Picture]] = {
-    # The model takes groups of nuclei for nuclei of the usual size.
-    **{f"scale_quarter_{source}": scaled(0.25) for source in ("consep", "monuseg")},
     **{f"scale_half_{source}": scaled(0.5) for source in ("consep", "monuseg", "tnbc")},
     **{f"scale_2_{source}": scaled(2) for source in ("consep", "monuseg", "tnbc")},
     "blur_2": blurred(2),

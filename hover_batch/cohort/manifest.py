@@ -18,14 +18,14 @@ from hover_batch.cohort.near_name import near_name
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.cohort.slide_id import fault_in, fold, suggest
 from hover_batch.errors import InputError
-from hover_batch.files import load_json
+from hover_batch.files import is_dicom, load_json
 from hover_batch.formatting import counted
 from hover_batch.geometry import Mpp
 
 _SLIDE_SUFFIXES = frozenset(
     ".svs .tif .tiff .ndpi .mrxs .scn .bif .svslide .vms .vmu .qptiff .png .jpg .jpeg".split()  # noqa: SIM905
 )
-_MASK_SUFFIXES = (".geojson", ".geojson.gz", ".json", ".json.gz", ".png")
+_MASK_SUFFIXES = (".geojson", ".geojson.gz", ".json", ".json.gz", ".zip", ".png")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -142,7 +142,7 @@ def _looks_like_slide(path: Path) -> bool:
 
 
 def _is_dicom_folder(path: Path) -> bool:
-    return any(entry.suffix.lower() == ".dcm" for entry in path.iterdir())
+    return any(map(is_dicom, path.iterdir()))
 
 
 # Rows
@@ -240,7 +240,7 @@ def _faults_of_slide(path: Path | Url, base: Path) -> list[str]:
     try:
         str(path).encode()
         if path.is_dir():
-            return [] if _is_dicom_folder(path) else ["is a folder without DICOM files (*.dcm)"]
+            return [] if _is_dicom_folder(path) else ["is a folder without DICOM files"]
         if path.exists() and not path.is_file():  # opening a pipe would block
             return ["is not a regular file"]
         with open(path, "rb"):
@@ -263,8 +263,8 @@ def _faults_of_mask(path: Path, base: Path) -> list[str]:
             with open(path, "rb") as file:
                 return [] if file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE else ["is not a PNG image"]
         return [] if isinstance(load_json(path), dict | list) else ["is not GeoJSON"]
-    except (ValueError, RecursionError):
-        return ["is not JSON"]
+    except (ValueError, RecursionError) as error:
+        return [f"is not JSON ({error})"]
     except FileNotFoundError:
         return [f"no such file{near_name(path, base)}"]
     except OSError as error:

@@ -17,6 +17,9 @@ SIDE, PER_SLIDE, SLIDES = 512, 2, 3
 BATCHES = "1,4,16"
 """Default batch sizes. HoVerNet's paper times 1 to 64, which takes minutes on a CPU."""
 
+MINUTES = 5.0
+"""Default of --minutes with --timing-only: without a limit, a HoVerNet takes half an hour on two cores."""
+
 
 def compare(
     cohort: CohortArgument = None,
@@ -70,6 +73,15 @@ def compare(
     full: Annotated[bool, typer.Option("--full", help="Compare on all tissue of all slides.")] = False,
     batches: Annotated[str, typer.Option(help="Batch sizes to time, separated by commas.")] = BATCHES,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement; medians are reported.")] = 3,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            help="Time that the comparison may take: if needed, it uses fewer repetitions, then fewer fields and batch "
+            "sizes.",
+            show_default=f"{MINUTES:g} with --timing-only, else no limit",
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for compare.json and compare.html.")] = Path(
         "hover-batch-compare"
     ),
@@ -101,14 +113,16 @@ def compare(
     from dataclasses import replace
 
     from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
+    from hover_batch.compare.budget import Options
     from hover_batch.compare.fields import choose_fields
-    from hover_batch.compare.run import Options
     from hover_batch.compare.run import compare as run
     from hover_batch.compare.sides import random_teacher, side_of
     from hover_batch.slide.example import write_example
     from kd.evaluation.evaluate_package import score_predictor
 
     sizes = _batches(batches)
+    if minutes is None and timing_only:
+        minutes = MINUTES
     plain = InferSettings(device=device)
     replacement = side_of(student, "--student", replace(plain, precision=precision, runtime=runtime))
     other_settings = replace(plain, precision=against_precision, runtime=against_runtime)
@@ -143,7 +157,7 @@ def compare(
         other,
         replacement,
         places,
-        Options(sizes, repeats, timing_only),
+        Options(sizes, repeats, timing_only, None if minutes is None else 60 * minutes),
         output,
         lambda line: typer.echo(line, err=True),
         (lambda network: score_predictor(network.predictor, network.constants, truth)) if truth is not None else None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
 from hover_batch.commands.options import (
@@ -15,7 +18,12 @@ from hover_batch.commands.options import (
     SkipInvalidOption,
     settings_of,
 )
-from hover_batch.errors import InputError
+from hover_batch.errors import HoverBatchError, InputError
+
+if TYPE_CHECKING:
+    from hover_batch.config import Settings
+    from hover_batch.model.package import Package
+    from hover_batch.plan import Plan
 
 
 def plan(
@@ -28,14 +36,24 @@ def plan(
     cpus: CpusOption = None,
     gpus: GpusOption = None,
     address: AddressOption = None,
+    check_scale: Annotated[
+        bool,
+        typer.Option(
+            "--check-scale",
+            help="Also predict one dense field of each slide at several pixel sizes, and say which fits its nuclei "
+            "best. Takes seconds per slide; slides in buckets are not checked.",
+        ),
+    ] = False,
 ) -> None:
     """Check a cohort, and estimate the tiles, disk space and time of its run.
 
     Checks every row and slide header. Writes nothing.
 
-    Example:
+    Examples: check a cohort; check the pixel sizes by the nuclei, too.
 
     hover-batch plan cohort.csv
+
+    hover-batch plan cohort.csv --check-scale
     """
     if cohort is None:
         raise InputError("COHORT is missing: give a CSV, a folder of slides or a glob pattern")
@@ -51,4 +69,25 @@ def plan(
         raise_if_faulty(planned.cohort)
     for line in [*planned.lines(settings, package.card), *resource_lines(settings, package.card, planned.slides)]:
         typer.echo(line)
+    if check_scale:
+        _check_scales(planned, package, settings)
     raise typer.Exit(planned.exit_code)
+
+
+def _check_scales(planned: Plan, package: Package, settings: Settings) -> None:
+    """Print a line about the pixel size of each slide on disk."""
+    from hover_batch.model.images import batch_of
+    from hover_batch.model.predict import load_predictor
+    from hover_batch.quality import scale_check
+
+    field = (scale_check.FIELD, scale_check.FIELD)
+    predictor = load_predictor(package, replace(settings.infer, batch=batch_of(package.card, [field])))
+    for slide in planned.slides:
+        if slide.grid is None:
+            line = "pixel size not checked, because the slide is not on this machine"
+        else:
+            try:
+                line = scale_check.check_scale(slide.record, predictor, settings.tissue)
+            except HoverBatchError as error:
+                line = f"pixel size not checked: {error}"
+        typer.echo(f"  {slide.record.slide_id}: {line}")

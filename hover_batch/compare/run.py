@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hover_batch.compare.agreement import Agreement, Dispute
+from hover_batch.compare.budget import Options, Speed, announced, reduced
 from hover_batch.compare.fields import Field, Place
 from hover_batch.compare.page import Panel, render
 from hover_batch.compare.sides import Side
@@ -26,18 +27,6 @@ Scorer = Callable[[Side], dict[str, Any]]
 """Function that returns a side's scores on annotated images, by source, and the images it was trained on, if any."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of a comparison."""
-
-    batches: Sequence[int]
-    """Batch sizes to time."""
-    repeats: int
-    """Repetitions of each measurement, whose median is reported."""
-    timing_only: bool = False
-    """Whether to measure only costs, without comparing nuclei."""
-
-
 def compare(
     first: Side,
     second: Side,
@@ -49,7 +38,8 @@ def compare(
 ) -> dict[str, Any]:
     """Compare `first` with `second`, which is to replace it; write compare.json and compare.html to `out`.
 
-    `places`: fields to compare on. `notify` is called with lines about the progress. `scorer` scores a side on
+    If it would take longer than the options allow, less is measured. `places`: fields to compare on. `notify` is called
+    with lines about the progress: first, what is measured and about how long it takes. `scorer` scores a side on
     annotated images; None to omit that. Return the content of compare.json. InputError if `places` is empty.
     """
     if not places:
@@ -58,6 +48,13 @@ def compare(
         )
     sides = (first, second)
     nuclei_compared = not options.timing_only and not any(side.random for side in sides)
+    notify("timing one patch …")
+    speeds = [Speed.of(side) for side in sides]
+    wanted = places, options
+    places, options = reduced(speeds, places, options)
+    if wanted != (places, options):
+        notify(f"reduced from {announced(speeds, *wanted)}; --minutes gives it more time")
+    notify(announced(speeds, places, options))
     notify("warming up …")
     peaks = warm_up(sides, places[0].read())
     truth = None

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
-from hover_batch.export.read import unreadable
+from hover_batch.export.read import read_polygons, unreadable
 from hover_batch.geometry import Box, Size
 from hover_batch.taxonomy import Rgb, Taxonomy
 
@@ -100,9 +100,9 @@ def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.
     # No partitioning: else a folder named key=value would become a column.
     try:
         table = pq.read_table(nuclei, columns=["type_id", "geometry"], filters=meets, partitioning=None)
-        polygons = shapely.from_wkb(table["geometry"].to_numpy())
-    except (pa.ArrowException, shapely.errors.ShapelyError) as error:
+    except pa.ArrowException as error:
         raise unreadable(nuclei, error) from error
+    polygons = read_polygons(nuclei, table["geometry"])
     types = table["type_id"].to_numpy()
     canvas = view.image.copy()
     for kind in taxonomy.nuclei:

@@ -23,11 +23,19 @@ from hover_batch.taxonomy import Taxonomy
 BATCH = 10_000
 """Rows per batch: at most about 50 MB as Python objects, independent of the table's length."""
 
-_COLUMNS = frozenset(
-    ["slide_id", "nucleus_id", "centroid_x", "centroid_y", "bbox", "type_id", "type", "type_prob", "area_um2"]
-    + ["eccentricity", "solidity", "touches_border", "seam_uncertain", "geometry"]
-)
-"""Columns that the exporters need; a table may have more."""
+_POSITIONS = ("centroid_x", "centroid_y")
+_SHAPES = ("area_um2", "eccentricity", "solidity")
+_COLUMNS = {
+    **dict.fromkeys(("slide_id", "type"), "string"),
+    "nucleus_id": "uint32",
+    "type_id": "uint8",
+    **dict.fromkeys(_POSITIONS, "double"),
+    "bbox": "struct<xmin: double, ymin: double, xmax: double, ymax: double>",
+    **dict.fromkeys(("type_prob", *_SHAPES), "float"),
+    **dict.fromkeys(("touches_border", "seam_uncertain"), "bool"),
+    "geometry": "binary",
+}
+"""Columns that the exporters need, with their Arrow types; a table may hold more."""
 
 _NAMESPACE = uuid.UUID("5f0c2f52-9a0b-5d0e-8f55-3c1f6f3f7c11")
 """Namespace of the nuclei's UUIDs. It must never change, or the UUIDs would."""
@@ -62,8 +70,11 @@ class NucleiTable:
                 schema, rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
             if about is None:
                 raise ValueError("another program wrote it")
-            if missing := sorted(_COLUMNS.difference(schema.names)):
+            if missing := sorted(_COLUMNS.keys() - set(schema.names)):
                 raise ValueError(f"it has no column {', '.join(missing)}")
+            for name, kind in _COLUMNS.items():
+                if (found := str(schema.field(name).type).replace(" not null", "")) != kind:
+                    raise ValueError(f"its column {name} is of the type {found}, not {kind}")
             held = json.loads(about)
             return cls(
                 path=path,
@@ -86,33 +97,43 @@ class NucleiTable:
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Yield all rows in order, at most BATCH at a time, with `columns`; with all columns if None.
 
-        SlideError if the file is corrupted.
+        SlideError if the file is corrupted, or was altered so that values are missing or impossible.
         """
         try:
             # Without read-ahead, only one row group at a time is in memory.
             with pq.ParquetFile(self.path, pre_buffer=False) as file:
                 for batch in file.iter_batches(BATCH, columns=columns):
-                    if "type_id" in batch.schema.names:
-                        self._check_types(batch)
-                    yield batch
+                    yield self.checked(batch)
         except (OSError, pa.ArrowException) as error:
             raise unreadable(self.path, error) from error
 
-    def _check_types(self, batch: pa.RecordBatch) -> None:
-        """Raise SlideError for class ids that do not exist, a corruption that Parquet does not detect."""
+    def checked(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Return the batch. SlideError if values are missing or impossible, which Parquet does not detect."""
+        if fault := self._fault_of(batch):
+            raise unreadable(self.path, ValueError(fault))
+        return batch
+
+    def _fault_of(self, batch: pa.RecordBatch) -> str:
         known = len(self.taxonomy.classes)
-        if (batch["type_id"].to_numpy() >= known).any():
-            raise unreadable(self.path, ValueError(f"it has a type_id above {known - 1}, the last of its classes"))
+        for name in (name for name in (*_COLUMNS, *self.measured) if name in batch.schema.names):
+            column = batch[name]
+            parts = column.flatten() if name == "bbox" else [column]
+            if any(part.null_count for part in (column, *parts)):
+                return f"its column {name} has missing values"
+            if name in (*_POSITIONS, *_SHAPES, "bbox") and not all(np.isfinite(p.to_numpy()).all() for p in parts):
+                return f"its column {name} has values that are not finite"
+            if name in _POSITIONS and (column.to_numpy() < 0).any():
+                return f"its column {name} has values below 0"
+            if name == "type_id" and (column.to_numpy() >= known).any():
+                return f"it has a type_id above {known - 1}, the last of its classes"
+        return ""
 
     def polygons(self, batch: pa.RecordBatch) -> NDArray[Any]:
         """Return the batch's contours as an array (n,) of shapely polygons in level-0 pixels.
 
-        SlideError if one is corrupted.
+        SlideError if one is corrupted, or is no polygon.
         """
-        try:
-            return np.asarray(shapely.from_wkb(batch["geometry"].to_numpy(zero_copy_only=False)))
-        except shapely.errors.ShapelyError as error:
-            raise unreadable(self.path, error) from error
+        return read_polygons(self.path, batch["geometry"])
 
     def uuids(self, batch: pa.RecordBatch) -> list[str]:
         """Return the UUID of each nucleus. It depends on slide_id and nucleus_id only, and is equal in all exports."""
@@ -130,6 +151,20 @@ class NucleiTable:
             {name: value for name, value in zip(names, values, strict=True) if math.isfinite(value)}
             for values in zip(*columns, strict=True)
         ]
+
+
+def read_polygons(path: Path, geometry: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
+    """Return WKB of the table `path` as an array (n,) of shapely polygons. SlideError if one is no finite polygon."""
+    try:
+        with np.errstate(invalid="ignore"):  # NaN is refused below
+            polygons: NDArray[Any] = np.asarray(shapely.from_wkb(geometry.to_numpy(zero_copy_only=False)))
+    except (TypeError, shapely.errors.ShapelyError) as error:
+        raise unreadable(path, error) from error
+    if not ((shapely.get_type_id(polygons) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(polygons)).all():
+        raise unreadable(path, ValueError("its geometry holds something else than polygons"))
+    if not np.isfinite(shapely.get_coordinates(polygons)).all():
+        raise unreadable(path, ValueError("its geometry has coordinates that are not finite"))
+    return polygons
 
 
 def unreadable(path: Path, error: Exception) -> SlideError:

@@ -34,7 +34,7 @@ Limits = Mapping[str, tuple[float, float]]
 
 LIMITS: Limits = {
     "nuclei_per_mm2": (100, 30_000),
-    "area_um2": (8.5, 100),
+    "area_um2": (10.5, 100),
     "sharpness": (0.75, math.inf),
     "h_od": (0.10, 1.40),
     "e_od": (0.0, 0.50),
@@ -226,7 +226,11 @@ def summary_columns(slide: Mapping[str, Any], flags: Sequence[Flag]) -> dict[str
 
 
 def _limits(slide: Mapping[str, Any]) -> Limits:
-    return {**LIMITS, **slide.get("limits", {})}
+    """Return the card's limits, and the defaults of the others. The card can only narrow those of the area: one small
+    training image may have smaller nuclei than any slide has in the median."""
+    limits = {**LIMITS, **slide.get("limits", {})}
+    low, high = LIMITS["area_um2"]
+    return limits | {"area_um2": (max(low, limits["area_um2"][0]), min(high, limits["area_um2"][1]))}
 
 
 def _measures(slide: Mapping[str, Any]) -> dict[str, Any]:

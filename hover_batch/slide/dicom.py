@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hover_batch.errors import InputError, SlideError
+from hover_batch.files import is_dicom
 
 if TYPE_CHECKING:
     from wsidicom import WsiDicom
@@ -73,9 +74,9 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
 
 def _slides_in(folder: Path) -> list[str]:
     """Describe each slide whose pixels are in the folder; labels and overview images are ignored."""
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".dcm" and not file.name.startswith("."))
+    files = sorted(filter(is_dicom, folder.iterdir()))
     if not files:
-        raise SlideError(f"{folder}: holds no .dcm files; give a folder with the DICOM instances of one slide")
+        raise SlideError(f"{folder}: holds no DICOM files; give a folder with the DICOM instances of one slide")
     import pydicom
     from pydicom.uid import VLWholeSlideMicroscopyImageStorage
 

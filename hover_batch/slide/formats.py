@@ -227,7 +227,10 @@ def open_picture(path: Path) -> Image.Image:
             kind = "16 bits a channel" if deep else f"type {mode}"
             raise SlideError(f"{path}: pixels of {kind}; 8-bit grey or colour is needed")
         return picture
-    raise SlideError(f"{path}: cannot be read: OpenSlide, tifffile and Pillow do not support its format")
+    raise SlideError(
+        f"{path}: cannot be read: OpenSlide, tifffile and Pillow do not support its format; convert it to an OME-TIFF "
+        "with 8-bit RGB pixels, for example with QuPath or bfconvert"
+    )
 
 
 def bands(picture: Image.Image, mode: str | None = None) -> Iterator[tuple[slice, NDArray[np.uint8]]]:

@@ -171,6 +171,7 @@ class NucleiTiles:
         try:
             with self._lock:  # an open file may be read by one thread at a time
                 columns = [name for name in self.table.schema.names if name not in left_out]
-                return self._file.read_row_group(number, columns=columns).combine_chunks().to_batches()[0]
+                group = self._file.read_row_group(number, columns=columns).combine_chunks()
+                return self.table.checked(group.to_batches()[0])
         except (OSError, pa.ArrowException) as error:
             raise unreadable(self.table.path, error) from error

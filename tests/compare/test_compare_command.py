@@ -15,6 +15,10 @@ from training_folder import write_folder
 from typer.testing import CliRunner
 
 from hover_batch.cli import app
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.compare.budget import Options, Speed, estimate, reduced
+from hover_batch.compare.fields import Place
+from hover_batch.geometry import Box
 from hover_batch.model.package import Card, find_package, save_package
 from hover_batch.model.student import StudentArch, build_student
 from hover_batch.model.teacher import TeacherArch, build_teacher
@@ -110,6 +114,7 @@ def test_random_weights_are_marked_everywhere(
     words = ["--teacher", "--timing-only", "--student", packages["small"]]
     done = compare(cohort, *words, *QUICK, "-o", tmp_path / "out")
     assert done.exit_code == 0, done.output
+    assert "1 field, batch sizes 1, 2, 1 repetition: about" in done.stderr
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert found["sides"][0]["random_weights"] and found["agreement"] is None and found["truth"] is None
     page = (tmp_path / "out" / "compare.html").read_text()
@@ -157,3 +162,17 @@ def test_annotated_images_that_are_not_there_are_told_before_the_work(
     )
     assert done.exit_code == 2 and "dataset.csv is missing" in done.stderr
     assert "batch size" not in done.stderr and "field 1" not in done.stderr
+
+
+def test_a_comparison_is_reduced_to_its_time() -> None:
+    box = Box(0, 0, 512, 512)
+    places = [Place(SlideRecord("s", Path("s.tif"), 2), box, 0.25)] * 6
+    student, teacher = Speed(0.25, 256, 320, 256), Speed(5.0, 256, 256, 164)
+    assert student.of_field(box) == 4 * 0.25 * (320 / 256) ** 2 and teacher.of_field(box) == 16 * 5.0
+    wanted = Options((1, 4, 16), 3, budget_s=300)
+    fits, options = reduced([student, teacher], places, wanted)
+    assert (len(fits), options.repeats, options.batches) == (1, 1, (1, 4, 16))
+    assert estimate([student, teacher], fits, options) <= 300 < estimate([student, teacher], places, wanted)
+    shortest = reduced([student, teacher], places, Options((1, 4, 16), 3, budget_s=1))
+    assert shortest == (places[:1], Options((1,), 1, budget_s=1))
+    assert reduced([student, teacher], places, Options((1, 4, 16), 3)) == (places, Options((1, 4, 16), 3))

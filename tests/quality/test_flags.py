@@ -100,6 +100,12 @@ def test_limits_of_the_card_take_precedence() -> None:
     assert names({**slide(), "limits": {"h_od": [0.5, 2.0]}}) == ["stain"]
 
 
+def test_the_card_can_only_narrow_the_limits_of_the_area() -> None:
+    assert names({**slide({"area_um2_p50": 9.5}), "limits": {"area_um2": [4.9, 66.7]}}) == ["pixel_size"]
+    assert names({**slide({"area_um2_p50": 70.0}), "limits": {"area_um2": [4.9, 66.7]}}) == ["pixel_size"]
+    assert names({**slide({"area_um2_p50": 13.8}), "limits": {"area_um2": [4.9, 66.7]}}) == []
+
+
 def test_what_was_not_measured_gives_no_flag() -> None:
     old = {"summary": {"nuclei": 0, "tissue_mm2": 1.0, "nuclei_per_mm2": 0.0}}
     assert names(old) == ["no_nuclei"]

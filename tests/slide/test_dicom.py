@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from dicom_slide import write_dicom_slide
 
+from hover_batch.cohort.manifest import read_cohort
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import InputError, SlideError
 from hover_batch.geometry import Size
@@ -64,6 +65,7 @@ def test_a_label_of_another_series_and_other_objects_are_no_slides(tmp_path: Pat
     assert peek(record(folder)).level0 == Size(260, 200)
     code = f"""
 from pathlib import Path
+from hover_batch.cohort.manifest import read_cohort
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.slide.headers import peek
 from hover_batch.slide.reader import open_slide
@@ -83,6 +85,19 @@ def test_an_instance_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match=r"a_level0\.dcm: cannot be read as DICOM") as caught:
         peek(record(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_instances_without_a_suffix_are_read_and_counted(tmp_path: Path) -> None:
+    folder = flat_folder(tmp_path, "a")
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(folder / f"1.2.840.{number}")
+    (folder / "notes.txt").write_text("no DICOM")
+    (read,) = read_cohort(tmp_path / "flat*").records
+    assert peek(read).level0 == Size(260, 200)
+    write_dicom_slide(tmp_path / "b", LEVELS, 0.25, "b")
+    (tmp_path / "b" / "level0.dcm").rename(folder / "IM0")
+    with pytest.raises(InputError, match="holds several slides"):
+        peek(record(folder))
 
 
 def test_sixteen_bits_are_refused(tmp_path: Path) -> None:

@@ -161,3 +161,10 @@ print((peak() - before) / 30e6 <= PICTURE_BYTES[1] + 0.7, (peak() - before) / 30
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("True"), done.stdout
+
+
+def test_formats_that_no_library_reads_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "slide.czi").write_bytes(b"ZISRAWFILE".ljust(600, b"\0"))
+    with pytest.raises(SlideError, match=r"slide\.czi: cannot be read: .*; convert it to an OME-TIFF") as caught:
+        peek(SlideRecord("s", tmp_path / "slide.czi", 2))
+    assert "\n" not in str(caught.value)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from scn_slide import write_scn_slide
 
 from hover_batch import files
+from hover_batch.cohort.manifest import read_cohort
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import TissueSettings
 from hover_batch.errors import InputError
@@ -125,6 +128,15 @@ def test_a_mask_without_tissue_is_refused_before_the_run(tmp_path: Path) -> None
 TEXT = json.dumps([{"type": "Feature", "properties": {}, "geometry": LEFT_HALF}])
 
 
+def zipped(files: dict[str, str]) -> bytes:
+    """A zip archive of these files, as QuPath exports one."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return content.getvalue()
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -132,12 +144,28 @@ TEXT = json.dumps([{"type": "Feature", "properties": {}, "geometry": LEFT_HALF}]
         TEXT.encode("utf-16"),
         gzip.compress(TEXT.encode()),
         gzip.compress(TEXT.encode("utf-8-sig")),
+        zipped({"objects.geojson": TEXT, "__MACOSX/._objects.geojson": "x"}),
     ],
 )
-@pytest.mark.parametrize("name", ["mask.geojson", "mask.geojson.gz"])
+@pytest.mark.parametrize("name", ["mask.geojson", "mask.geojson.gz", "mask.zip"])
 def test_geojson_of_every_encoding(slide: Path, tmp_path: Path, content: bytes, name: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert laid(slide, tmp_path / name).contains(X, Y).tolist() == [True, False, False]
+
+
+def test_torn_zip_files_and_those_of_several_masks_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mask.zip"
+    for content, said in (
+        (zipped({"a.geojson": TEXT, "b.geojson": TEXT}), "a zip archive of 2 files; one GeoJSON file is needed"),
+        (zipped({"a.geojson": TEXT})[:-30], "zip"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"no readable GeoJSON.*{said}"):
+            check_mask(path)
+        (tmp_path / "a.png").touch()
+        (tmp_path / "cohort.csv").write_text("path,mask_path,mpp\na.png,mask.zip,0.25\n")
+        (fault,) = read_cohort(tmp_path / "cohort.csv").faults
+        assert said in fault.message
 
 
 def test_torn_and_endless_gzip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
