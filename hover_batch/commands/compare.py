@@ -106,7 +106,7 @@ def compare(
     from hover_batch.compare.run import compare as run
     from hover_batch.compare.sides import random_teacher, side_of
     from hover_batch.slide.example import write_example
-    from kd.evaluation.evaluate_package import judged
+    from kd.evaluation.evaluate_package import score_test_fold
 
     sizes = _batches(batches)
     plain = InferSettings(device=device)
@@ -146,7 +146,7 @@ def compare(
         Options(sizes, repeats, timing_only),
         output,
         lambda line: typer.echo(line, err=True),
-        (lambda of: judged(of.predictor, of.constants, truth)) if truth is not None else None,
+        (lambda of: score_test_fold(of.predictor, of.constants, truth)) if truth is not None else None,
     )
     _print(found)
     typer.echo(output / "compare.json")

@@ -18,7 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,16 @@ _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 
 
 @contextlib.contextmanager
-def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[None]:
+def started(
+    resources: Resources,
+    log: Path,
+    object_store_bytes: int = OBJECT_STORE_BYTES,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Iterator[None]:
     """Run a Ray cluster with these cores and GPUs on this machine while the block runs.
 
     `log`: file for Ray's output, since stdout is for results. `object_store_bytes`: size of Ray's object store.
-    HoverBatchError if Ray does not start.
+    `warn`: shows a line about each failed attempt. HoverBatchError if Ray does not start.
     """
     ask_for_token()
     import ray
@@ -61,8 +67,7 @@ def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_ST
     with own_folder(Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())) as folder:
         try:
             with _stdout_to(log):
-                with _stderr_to(log):
-                    _start(resources, object_store_bytes, folder)
+                _start(resources, object_store_bytes, folder, log, warn)
                 yield
         finally:
             ray.shutdown()
@@ -137,30 +142,32 @@ def _init(**settings: Any) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(resources: Resources, object_store_bytes: int, folder: Path) -> None:
+def _start(resources: Resources, object_store_bytes: int, folder: Path, log: Path, warn: Callable[[str], None]) -> None:
     """Start Ray with its files in `folder`. HoverBatchError if it fails START_ATTEMPTS times."""
     import ray
 
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            _init(
-                address="local",  # or it would join any cluster that it finds
-                num_cpus=resources.cpus,
-                num_gpus=resources.gpus,
-                object_store_memory=object_store_bytes,
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder),
-            )
+            with _stderr_to(log):
+                _init(
+                    address="local",  # or it would join any cluster that it finds
+                    num_cpus=resources.cpus,
+                    num_gpus=resources.gpus,
+                    object_store_memory=object_store_bytes,
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(folder),
+                )
             return
         except Exception as error:  # Ray raises plain Exception here
             ray.shutdown()
+            reason = str(error).strip().splitlines()[0]
             if attempt == START_ATTEMPTS:
-                reason = str(error).strip().splitlines()[0]
                 raise HoverBatchError(
                     f"Ray did not start on this machine in {START_ATTEMPTS} attempts ({reason}); try again when the "
                     "machine is less busy, or use --backend local, which does not need Ray"
                 ) from error
+            warn(f"Ray did not start ({reason}): trying again (attempt {attempt} of {START_ATTEMPTS} failed)")
             time.sleep(2)
 
 

@@ -19,21 +19,21 @@ class Unit:
     """Cell of the unit grid with its tiles, which is read, predicted and stored at once.
 
     `box`: the cell in inference pixels, cut to the slide. `keep`: side in inference pixels of a tile's output without
-    its margins. `cells`: (column, row) of the tiles to predict, in the grid of side `keep`, in raster order. Units are
-    kept small, since they are sent between processes.
+    its margins. `tile_cells`: (column, row) of the tiles to predict, in the grid of side `keep`, in raster order. Units
+    are kept small, since they are sent between processes.
     """
 
     column: int
     row: int
     box: Box
     keep: int
-    cells: tuple[tuple[int, int], ...]
+    tile_cells: tuple[tuple[int, int], ...]
 
     @property
     def tiles(self) -> tuple[Box, ...]:
-        """Boxes in inference pixels of the tiles' outputs without their margins, in the order of `cells`; at the
+        """Boxes in inference pixels of the tiles' outputs without their margins, in the order of `tile_cells`; at the
         slide's edges they may extend beyond it."""
-        return tuple(cell_box(column, row, self.keep) for column, row in self.cells)
+        return tuple(cell_box(column, row, self.keep) for column, row in self.tile_cells)
 
     @property
     def unit_id(self) -> str:

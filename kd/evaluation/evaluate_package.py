@@ -185,7 +185,7 @@ def evaluate_package(
     )
 
 
-def judged(predictor: Predictor, constants: SobelConstants, data: Path) -> dict[str, Any]:
+def score_test_fold(predictor: Predictor, constants: SobelConstants, data: Path) -> dict[str, Any]:
     """Return the scores of a loaded network on the fold test of `data`, as JSON values.
 
     `sources`: scores by source, as in `SourceScores.to_json`. `leakage`: a list of {"text": sentence} about images that
