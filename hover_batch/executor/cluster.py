@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def started(
     resources: Resources,
     log: Path,
     object_store_bytes: int = OBJECT_STORE_BYTES,
-    warn: Callable[[str], None] = warnings.warn,
+    warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Iterator[None]:
     """Run a Ray cluster with these cores and GPUs on this machine while the block runs.
 
@@ -161,6 +160,7 @@ def _start(resources: Resources, object_store_bytes: int, folder: Path, log: Pat
             return
         except Exception as error:  # Ray raises plain Exception here
             ray.shutdown()
+            _kill_processes_of(folder)
             reason = str(error).strip().splitlines()[0]
             if attempt == START_ATTEMPTS:
                 raise HoverBatchError(
@@ -169,6 +169,17 @@ def _start(resources: Resources, object_store_bytes: int, folder: Path, log: Pat
                 ) from error
             warn(f"Ray did not start ({reason}): trying again (attempt {attempt} of {START_ATTEMPTS} failed)")
             time.sleep(2)
+
+
+def _kill_processes_of(folder: Path) -> None:
+    """Kill the processes that a failed start left behind, which Ray forgets and which would slow the next attempt.
+
+    The name of the folder, which is random, is in their command lines.
+    """
+    for command_line in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(folder) in command_line.read_bytes():
+                os.kill(int(command_line.parent.name), signal.SIGKILL)
 
 
 @contextlib.contextmanager
