@@ -188,7 +188,7 @@ def joined(address: str, log: Path) -> Iterator[None]:
 
     `log`: file for Ray's output, since stdout is for results. InputError if no cluster answers there.
     """
-    _require_listener(address)
+    named = _require_listener(address)
     _prepare()
     import ray
 
@@ -196,7 +196,11 @@ def joined(address: str, log: Path) -> Iterator[None]:
         with _stdout_to(log):
             try:
                 with _stderr_to(log):
+                    if named:
+                        _require_token(address)
                     _init(address=address)
+            except InputError:
+                raise
             except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and more
                 raise InputError(
                     f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, "
@@ -207,17 +211,37 @@ def joined(address: str, log: Path) -> Iterator[None]:
         ray.shutdown()
 
 
-def _require_listener(address: str) -> None:
-    """InputError if nothing listens at HOST:PORT; Ray itself would try for minutes."""
+def _require_listener(address: str) -> bool:
+    """Return whether the address is HOST:PORT.
+
+    InputError if nothing listens there; Ray itself would try for minutes.
+    """
     host, colon, port = address.rpartition(":")
     if not colon or "/" in host or not port.isdigit():  # auto, local, ray://…: for Ray to resolve
-        return
+        return False
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
         raise InputError(
             f"--address {address}: nothing answers there ({error}); check the address, or start the cluster"
         ) from error
+    return True
+
+
+def _require_token(address: str) -> None:
+    """InputError if the cluster refuses the token; Ray itself would try for 20 s, and not give the reason."""
+    from ray._raylet import GcsClient
+    from ray.exceptions import AuthenticationError, RpcError
+
+    try:
+        GcsClient(address=address).internal_kv_keys(b"", None, timeout=CONNECT_S)
+    except AuthenticationError as error:
+        raise InputError(
+            f"--address {address}: the cluster refuses the token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the "
+            "token of the cluster"
+        ) from error
+    except RpcError:  # busy, or not a cluster: ray.init finds out
+        return
 
 
 def settled(settings: InferSettings, on_gpu: bool) -> InferSettings:
