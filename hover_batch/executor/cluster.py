@@ -230,7 +230,7 @@ def _require_listener(address: str) -> bool:
 
 def _require_token(address: str) -> None:
     """InputError if the cluster refuses the token; Ray itself would try for 20 s, and not give the reason."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # in compiled code
     from ray.exceptions import AuthenticationError, RpcError
 
     try:

@@ -183,7 +183,9 @@ class NetworkPool:
         ray.kill(network.handle)  # in case it lives after all
         if self._nodes:
             self._nodes.look()
-        return cause_of(error if self._node_is_up(network) else NodeDiedError("its machine was lost"))
+        if not self._node_is_up(network):
+            error = NodeDiedError("its machine was lost")  # type: ignore[no-untyped-call]
+        return cause_of(error)
 
     def _node_is_up(self, network: Network) -> bool:
         if self._nodes is None:
