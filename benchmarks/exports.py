@@ -27,8 +27,8 @@ import shapely
 from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import Format
-from hover_batch.convert import writer
 from hover_batch.export.read import NucleiTable
+from hover_batch.exporting import writer
 from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.model.heads import MapLayout
 from hover_batch.nuclei.measure import measure

@@ -33,7 +33,7 @@ from hover_batch.quality.measures import field_sharpness, mean_measures, sampled
 from hover_batch.quality.picture import PICTURE_MEASURES, picture_measures
 from hover_batch.slide.reader import SlideReader
 from hover_batch.slide.tiles import Unit
-from hover_batch.slide_work import SlideWork, open_store, stand_aside
+from hover_batch.slide_work import SlideWork, open_store, refuse_if_taken_over
 from hover_batch.store import PredictionStore
 
 if TYPE_CHECKING:  # it imports torch, which readers and post-processing do not need
@@ -92,16 +92,16 @@ class UnitsMissing(Exception):
     """Units that a step needs are not predicted yet, or the results that another machine wrote are not visible here
     yet.
 
-    `cells`: (column, row) of the units.
+    `unit_cells`: (column, row) of the units.
     """
 
-    def __init__(self, cells: tuple[tuple[int, int], ...]) -> None:
-        super().__init__(cells)
-        self.cells = cells
+    def __init__(self, unit_cells: tuple[tuple[int, int], ...]) -> None:
+        super().__init__(unit_cells)
+        self.unit_cells = unit_cells
 
 
-def inferred(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
-    """Return whether the unit's maps are in the store and intact: its marker exists and has the hash of the shard.
+def keep_if_intact(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
+    """Keep the unit's maps if they are intact, and return True: its marker exists and has the hash of the shard.
 
     On a checksum mismatch, remove the shard, its marker, and the parts of the regions that may have read it, so that
     they are made again; SlideError if the store belongs to another run. Call it only while nothing writes to the slide.
@@ -155,7 +155,7 @@ def infer(
     seconds = Seconds()
     digest = store.shard_sha256(unit.box)
     if digest is not None:
-        advance(len(unit.cells))
+        advance(len(unit.tile_cells))
     else:
         maps = np.zeros((work.card.layout.planes, *unit.box.shape), np.uint8)
         for tiles, pixels in _batches(unit, work, read, predictor.batch, seconds):
@@ -170,13 +170,13 @@ def infer(
                 tile_rows, tile_columns = inside.slices_in(tile)
                 maps[:, rows, columns] = tile_maps[:, tile_rows, tile_columns]
             advance(len(tiles))
-        stand_aside(work)
+        refuse_if_taken_over(work)
         with seconds.of("write"):
             digest = store.write(unit.box, maps)
-    marker: dict[str, Any] = {"unit": unit.unit_id, "tiles": len(unit.cells), "shard_sha256": digest}
+    marker: dict[str, Any] = {"unit": unit.unit_id, "tiles": len(unit.tile_cells), "shard_sha256": digest}
     if predictor.at_once < predictor.batch:
         marker["batch"] = predictor.at_once
-    stand_aside(work)
+    refuse_if_taken_over(work)
     write_first(work.layout.marker(unit.column, unit.row), to_json(marker))
     return seconds
 
@@ -246,7 +246,7 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     with seconds.of("post"):
         layout = MapLayout(len(work.taxonomy.classes))
         nuclei = nuclei_of_region(_complete(store, work), unit.box, layout, settings, constants)
-        stand_aside(work)
+        refuse_if_taken_over(work)
         write_part(work.layout.part(unit.column, unit.row), to_arrow(nuclei, work.context))
     return seconds
 
@@ -302,7 +302,7 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     with seconds.of("finalize"):
         keep = work.mask.contains if work.mask.given else None
         parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]
-        stand_aside(work)
+        refuse_if_taken_over(work)
         merged = merge_parts(parts, layout.nuclei_parquet, work.context, keep)
         work.mask.write_geojson(layout.tissue_geojson, work.info.bounds)
         picture = _draw(work, reader) if reader is not None else _copy_picture(work)
@@ -313,7 +313,7 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
         "nuclei_sha256": sha256_file(layout.nuclei_parquet),
         "seam_uncertain": merged.seam_uncertain,
         "units": len(work.units),
-        "tiles": sum(len(u.cells) for u in work.units),
+        "tiles": sum(len(u.tile_cells) for u in work.units),
         "mpp": [work.info.mpp.x, work.info.mpp.y],
         "inference_mpp": [work.grid.mpp.x, work.grid.mpp.y],
         "warnings": [*work.info.warnings, *_smaller_batches(work)],

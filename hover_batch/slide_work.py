@@ -43,7 +43,7 @@ class SlideWork:
     settings: Settings
     layout: SlideLayout
     key_mark: bytes
-    """Content of the slide's key.json when the work began; see `stand_aside`."""
+    """Content of the slide's key.json when the work began; see `refuse_if_taken_over`."""
     kept: StoredMaps | None = None
 
     @property
@@ -123,7 +123,7 @@ def survey(
     return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, mark, slide.kept)
 
 
-def stand_aside(work: SlideWork) -> None:
+def refuse_if_taken_over(work: SlideWork) -> None:
     """SlideError if a run with another key has taken over the slide's folder.
 
     Call it before each write, so that a process on a node that was considered lost does not mix its results into those

@@ -25,7 +25,7 @@ FLOORS = (
     ("config", "cohort", "model"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report", "quality"),
-    ("pipeline", "slide_work", "plan", "stored_run", "status", "convert", "compare", "reporting", "view"),
+    ("pipeline", "slide_work", "plan", "stored_run", "status", "exporting", "compare", "reporting", "view"),
     ("executor",),
     ("segment", "doctor", "cli_errors"),
     ("api", "commands"),

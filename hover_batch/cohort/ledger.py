@@ -27,7 +27,7 @@ from hover_batch.cohort.events import EventLog
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord, Url
-from hover_batch.cohort.run_folder import RUN_FORMAT, read_json, read_run
+from hover_batch.cohort.run_folder import RUN_FORMAT, nuclei_if_done, read_json, read_run
 from hover_batch.cohort.run_key import ModelId, refuse_changes, run_identity
 from hover_batch.cohort.run_lock import lock
 from hover_batch.config import Settings
@@ -76,21 +76,21 @@ class Ledger:
             write_first(probe, b"can be written and linked\n")
             probe.unlink()
         except OSError as error:
-            self._release()
+            self._close()
             # Only os.link reports two file names.
             reason = "its file system has no hard links" if error.filename2 is not None else error.strerror
             raise InputError(f"--output {root}: cannot be written ({reason}); name another folder") from error
         except InputError:
-            self._release()
+            self._close()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._release()
+        self._close()
 
-    def _release(self) -> None:
+    def _close(self) -> None:
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -284,8 +284,8 @@ class Ledger:
         except KeyError:
             return None
 
-    def release(self, slide_id: str) -> None:
-        """End the slide's quarantine."""
+    def end_quarantine(self, slide_id: str) -> None:
+        """Remove the slide's quarantine.json, so that the slide runs again."""
         _remove(self.layout.slide(slide_id).quarantine_json)
 
     def failures(self) -> tuple[SlideFailure, ...]:
@@ -309,14 +309,20 @@ class Ledger:
     def write_slides(self, records: Sequence[SlideRecord]) -> None:
         """Write slides.csv: the cohort's columns, extra ones included, and the row and status of each slide.
 
-        The status is done, failed or pending. OSError if the file cannot be written.
+        The status is done, failed, begun (its folder holds unfinished work) or pending. OSError if the file cannot be
+        written.
         """
         extra = list(dict.fromkeys(name for record in records for name in record.extra))
         header = [*COLUMNS, *extra, *RUN_COLUMNS]
         failed = {failure.row for failure in self._failures}
         rows = []
         for record in records:
-            status = "failed" if record.row in failed else "pending"
+            slide = self.layout.slide(record.slide_id)
+            status = "begun" if slide.key_json.is_file() else "pending"
+            if record.row in failed:
+                status = "failed"
+            elif record.slide_id in self._done or nuclei_if_done(slide) is not None:
+                status = "done"
             cells = {
                 **record.extra,
                 "path": record.path,
@@ -327,7 +333,7 @@ class Ledger:
                 "patient_id": record.patient_id,
                 "group": record.group,
                 "row": record.row,
-                "status": "done" if record.slide_id in self._done else status,
+                "status": status,
             }
             rows.append([cells.get(name) for name in header])
         write_atomically(self.layout.slides_csv, _csv(header, rows))

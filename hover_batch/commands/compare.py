@@ -118,7 +118,7 @@ def compare(
     from hover_batch.compare.run import compare as run
     from hover_batch.compare.sides import random_teacher, side_of
     from hover_batch.slide.example import write_example
-    from kd.evaluation.evaluate_package import score_predictor
+    from kd.evaluation.evaluate_package import score_test_fold
 
     sizes = _batches(batches)
     if minutes is None and timing_only:
@@ -160,7 +160,7 @@ def compare(
         Options(sizes, repeats, timing_only, None if minutes is None else 60 * minutes),
         output,
         lambda line: typer.echo(line, err=True),
-        (lambda network: score_predictor(network.predictor, network.constants, truth)) if truth is not None else None,
+        (lambda network: score_test_fold(network.predictor, network.constants, truth)) if truth is not None else None,
     )
     _print(found)
     typer.echo(output / "compare.json")

@@ -32,7 +32,7 @@ def export(
 
     hover-batch export out/ --to qupath --to csv
     """
-    from hover_batch.convert import export_run
+    from hover_batch.exporting import export_run
 
     exported = export_run(run, to, output, slide or (), lambda line: typer.echo(line, err=True))
     for path in exported.files:

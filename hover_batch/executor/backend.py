@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -87,14 +86,16 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
                 nodes.look()
             nodes.refuse_unshared(layout.root, wait=True)
             available = nodes.resources.at_most(settings)
-            plan = functools.partial(engine_plan, available, settings, predicts=predicts)
-            yield OpenBackend(
-                settings, lambda context, slides: _run_on_ray(context, slides, plan(context.package.card), nodes)
-            )
+
+            def run_there(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
+                plan = engine_plan(available, settings, context.package.card, predicts=predicts)
+                _run_on_ray(context, slides, plan, nodes)
+
+            yield OpenBackend(settings, run_there)
     else:
         resources = Resources((_this_node(settings),)).limited(settings)
 
-        def run(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
+        def run_here(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
             if not slides:
                 return
             # A slide that was begun before may have crashed its process: only Ray survives that and quarantines it.
@@ -105,10 +106,10 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
 
             plan = engine_plan(resources, settings, context.package.card, predicts=predicts)
             context.recorder.progress.say("starting Ray on this machine, for this run only …")
-            with started(resources, layout.ray_log, plan.object_store_bytes):
+            with started(resources, layout.ray_log, plan.object_store_bytes, context.recorder.progress.warn):
                 _run_on_ray(context, slides, plan)
 
-        yield OpenBackend(settings, run)
+        yield OpenBackend(settings, run_here)
 
 
 def _run_here(context: RunContext, slides: Sequence[PlannedSlide]) -> None:

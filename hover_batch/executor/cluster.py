@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,16 @@ _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 
 
 @contextlib.contextmanager
-def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[None]:
+def started(
+    resources: Resources,
+    log: Path,
+    object_store_bytes: int = OBJECT_STORE_BYTES,
+    warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> Iterator[None]:
     """Run a Ray cluster with these cores and GPUs on this machine while the block runs.
 
     `log`: file for Ray's output, since stdout is for results. `object_store_bytes`: size of Ray's object store.
-    HoverBatchError if Ray does not start.
+    `warn`: shows a line about each failed attempt. HoverBatchError if Ray does not start.
     """
     ask_for_token()
     import ray
@@ -61,8 +66,7 @@ def started(resources: Resources, log: Path, object_store_bytes: int = OBJECT_ST
     with own_folder(Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())) as folder:
         try:
             with _stdout_to(log):
-                with _stderr_to(log):
-                    _start(resources, object_store_bytes, folder)
+                _start(resources, object_store_bytes, folder, log, warn)
                 yield
         finally:
             ray.shutdown()
@@ -137,31 +141,45 @@ def _init(**settings: Any) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(resources: Resources, object_store_bytes: int, folder: Path) -> None:
+def _start(resources: Resources, object_store_bytes: int, folder: Path, log: Path, warn: Callable[[str], None]) -> None:
     """Start Ray with its files in `folder`. HoverBatchError if it fails START_ATTEMPTS times."""
     import ray
 
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            _init(
-                address="local",  # or it would join any cluster that it finds
-                num_cpus=resources.cpus,
-                num_gpus=resources.gpus,
-                object_store_memory=object_store_bytes,
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder),
-            )
+            with _stderr_to(log):
+                _init(
+                    address="local",  # or it would join any cluster that it finds
+                    num_cpus=resources.cpus,
+                    num_gpus=resources.gpus,
+                    object_store_memory=object_store_bytes,
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(folder),
+                )
             return
         except Exception as error:  # Ray raises plain Exception here
             ray.shutdown()
+            _kill_processes_of(folder)
+            reason = str(error).strip().splitlines()[0]
             if attempt == START_ATTEMPTS:
-                reason = str(error).strip().splitlines()[0]
                 raise HoverBatchError(
                     f"Ray did not start on this machine in {START_ATTEMPTS} attempts ({reason}); try again when the "
                     "machine is less busy, or use --backend local, which does not need Ray"
                 ) from error
+            warn(f"Ray did not start ({reason}): trying again (attempt {attempt} of {START_ATTEMPTS} failed)")
             time.sleep(2)
+
+
+def _kill_processes_of(folder: Path) -> None:
+    """Kill the processes that a failed start left behind, which Ray forgets and which would slow the next attempt.
+
+    The name of the folder, which is random, is in their command lines.
+    """
+    for command_line in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(folder) in command_line.read_bytes():
+                os.kill(int(command_line.parent.name), signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -170,7 +188,7 @@ def joined(address: str, log: Path) -> Iterator[None]:
 
     `log`: file for Ray's output, since stdout is for results. InputError if no cluster answers there.
     """
-    _require_listener(address)
+    named = _require_listener(address)
     _prepare()
     import ray
 
@@ -178,7 +196,11 @@ def joined(address: str, log: Path) -> Iterator[None]:
         with _stdout_to(log):
             try:
                 with _stderr_to(log):
+                    if named:
+                        _require_token(address)
                     _init(address=address)
+            except InputError:
+                raise
             except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and more
                 raise InputError(
                     f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, "
@@ -189,17 +211,37 @@ def joined(address: str, log: Path) -> Iterator[None]:
         ray.shutdown()
 
 
-def _require_listener(address: str) -> None:
-    """InputError if nothing listens at HOST:PORT; Ray itself would try for minutes."""
+def _require_listener(address: str) -> bool:
+    """Return whether the address is HOST:PORT.
+
+    InputError if nothing listens there; Ray itself would try for minutes.
+    """
     host, colon, port = address.rpartition(":")
     if not colon or "/" in host or not port.isdigit():  # auto, local, ray://…: for Ray to resolve
-        return
+        return False
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
         raise InputError(
             f"--address {address}: nothing answers there ({error}); check the address, or start the cluster"
         ) from error
+    return True
+
+
+def _require_token(address: str) -> None:
+    """InputError if the cluster refuses the token; Ray itself would try for 20 s, and not give the reason."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # in compiled code
+    from ray.exceptions import AuthenticationError, RpcError
+
+    try:
+        GcsClient(address=address).internal_kv_keys(b"", None, timeout=CONNECT_S)
+    except AuthenticationError as error:
+        raise InputError(
+            f"--address {address}: the cluster refuses the token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the "
+            "token of the cluster"
+        ) from error
+    except RpcError:  # busy, or not a cluster: ray.init finds out
+        return
 
 
 def settled(settings: InferSettings, on_gpu: bool) -> InferSettings:

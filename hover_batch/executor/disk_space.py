@@ -39,8 +39,8 @@ class DiskSpace:
         self._wait_s = CHECK_EVERY_S
         self._free_since = -MAX_WAIT_S
 
-    def report_full(self, slide_id: str, error: BaseException | None = None) -> None:
-        """Pause the run, warn the user and log the event, because a write for this slide failed.
+    def report_full(self, slide_id: str | None, error: BaseException | None = None) -> None:
+        """Pause the run, warn the user and log the event, because a write failed, for this slide if one is given.
 
         The full disk is that of `folder`, or of the folder that `error` names if it is ScratchFull. Do nothing if the
         run is already paused.
@@ -53,8 +53,9 @@ class DiskSpace:
         self._record("disk_full", slide_id=slide_id)
         full = Path(error.filename) if isinstance(error, ScratchFull) else self.folder
         self._watched = full if full.is_dir() else self.folder  # another machine's copies are not visible here
+        where = f" at {slide_id}" if slide_id else ""
         self._warn(
-            f"no space left on disk at {slide_id}: waiting for space in {full}. Free some, and the run goes on by "
+            f"no space left on disk{where}: waiting for space in {full}. Free some, and the run goes on by "
             "itself; or stop it by Ctrl-C and resume it later by the same command"
         )
 

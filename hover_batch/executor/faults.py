@@ -1,6 +1,6 @@
-"""The fault policy: which verdict each exception gets.
+"""The fault policy: which verdict each exception gets. `OpenSlides.apply` says what a verdict does.
 
-`OpenSlides.apply` says what a verdict does. Import this after `hover_batch.executor.cluster` has been entered.
+It imports Ray, so import it inside `cluster.started` or `cluster.joined`, which set Ray's environment.
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.slide_state import Verdict
 from hover_batch.pipeline import NetworkFailed, UnitsMissing
 
+
+class NetworkStopped(Exception):
+    """The driver stopped the network that worked on the task."""
+
+
 VERDICTS: tuple[tuple[type[Exception], Verdict], ...] = (
-    # Raised by a task.
+    # Raised by a task, or by the driver about one.
     (UnitsMissing, Verdict.RETRY),
+    (NetworkStopped, Verdict.RETRY),
     (NetworkFailed, Verdict.STRIKE),  # its device may be broken: another network takes over
     (MemoryError, Verdict.SHORT_OF_MEMORY),
     # Raised by Ray in place of a task that could not end.
@@ -38,9 +44,9 @@ VERDICTS: tuple[tuple[type[Exception], Verdict], ...] = (
 
 
 class WorkerDied(HoverBatchError):
-    """Error of a task that could not end because its process or node died.
+    """Error that stands in for Ray's exception when the process or the node of a task died before the task ended.
 
-    It replaces Ray's exception. `verdict`: the verdict on that exception.
+    `verdict`: the verdict on Ray's exception. Unlike Ray's, it can be raised by a task and reach the driver unchanged.
     """
 
     def __init__(self, verdict: Verdict, reason: str) -> None:
@@ -52,7 +58,7 @@ class WorkerDied(HoverBatchError):
 
 
 def verdict_on(error: BaseException) -> Verdict:
-    """Return the verdict on an exception that `cause_of` returned or the driver raised."""
+    """Return the verdict on an exception that a task or the driver raised, or that Ray raised in place of a task."""
     if isinstance(error, WorkerDied):
         return error.verdict
     if is_disk_full(error):
@@ -61,9 +67,10 @@ def verdict_on(error: BaseException) -> Verdict:
 
 
 def cause_of(error: RayError, process: str = "its process") -> Exception:
-    """Return the exception that a task raised, or WorkerDied if the task could not end.
+    """Return the exception that a task raised, or WorkerDied if its process ended before the task.
 
-    `process`: words for the process that died. RuntimeError stands in for an exception that could not be pickled.
+    `process`: words for that process in the message. An exception that could not be pickled becomes a RuntimeError with
+    its text.
     """
     if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
         cause: Exception = error.cause

@@ -1,6 +1,6 @@
 """Map a function over many items on either backend, for work other than slides, as in `kd`.
 
-On Ray each item is a task in a process of its own, and is retried once if that process dies.
+On Ray each item is a task in a process of its own, and is retried if that process dies, as the fault policy says.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 class TaskFailed:
     """Failed task, in place of its result.
 
-    `error`: the exception that the function raised, or WorkerDied if its process died MAX_STRIKES times.
+    `error`: the exception that the function raised, or WorkerDied if its process died too often (MAX_TIMES).
     """
 
     error: Exception
@@ -96,7 +96,7 @@ def _on_ray(
     from ray.exceptions import RayError
 
     from hover_batch.executor.faults import WorkerDied, cause_of
-    from hover_batch.executor.slide_state import MAX_STRIKES
+    from hover_batch.executor.slide_state import MAX_STRIKES, MAX_TIMES
 
     task: Any = ray.remote(max_retries=0, **options)(function)
     running: dict[Any, tuple[Item, int]] = {}
@@ -120,7 +120,7 @@ def _on_ray(
                 result = ray.get(reference)
             except RayError as error:
                 cause = cause_of(error)
-                if isinstance(cause, WorkerDied) and attempt < MAX_STRIKES:
+                if isinstance(cause, WorkerDied) and attempt < MAX_TIMES.get(cause.verdict, MAX_STRIKES):
                     running[task.remote(item)] = (item, attempt + 1)
                     continue
                 result = TaskFailed(cause)

@@ -1,20 +1,22 @@
 """The networks of a run: as many as its plan says, each in an actor, replaced when they die.
 
-Import this after `hover_batch.executor.cluster` has been entered.
+It imports Ray, so import it inside `cluster.started` or `cluster.joined`, which set Ray's environment.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayActorError, RayError
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import HoverBatchError, PackageError
-from hover_batch.executor.faults import WorkerDied, cause_of
+from hover_batch.executor.faults import NetworkStopped, WorkerDied, cause_of, verdict_on
 from hover_batch.executor.nodes import NOTICED_S, ClusterNodes
 from hover_batch.executor.protocol import LoadNetwork
 from hover_batch.executor.resources import EnginePlan
@@ -24,14 +26,16 @@ from hover_batch.model.package import Package
 
 MAX_FAILED_STARTS = 3
 """Networks that may die one after the other while they load, before the run gives up."""
+MAX_LOST_STARTS = 20
+"""The same for networks whose nodes are lost: one node with eight GPUs takes eight of them with it."""
 
 
 @dataclass(eq=False)
 class Network:
     """Network in an actor.
 
-    `handle`: the actor. `node`: id of its node, empty until it is known. `ready`: whether it has loaded. `load`: number
-    of units in progress in it. `alone`: whether its only unit must run alone.
+    `handle`: the actor. `node`: id of its node, empty until it is known. `ready`: whether it has loaded. `units`:
+    number of units in progress in it. `alone`: whether its only unit must run alone.
     """
 
     handle: Any
@@ -39,7 +43,7 @@ class Network:
     """Nodes that the cluster had lost when it was started."""
     node: str = ""
     ready: bool = False
-    load: int = 0
+    units: int = 0
     alone: bool = False
     stopped: bool = False
     """By `NetworkPool.stop`, so that the units in it are not to blame."""
@@ -48,17 +52,31 @@ class Network:
 
 
 class NetworkPool:
-    """Networks that are loading or ready. `load`: loads a network. `nodes`: nodes of a joined cluster, or None."""
+    """Networks that are loading or ready.
+
+    `load`: loads a network. `nodes`: nodes of a joined cluster, or None. `warn`: shows a line to the user.
+    """
 
     def __init__(
-        self, package: Package, settings: InferSettings, load: LoadNetwork, nodes: ClusterNodes | None
+        self,
+        package: Package,
+        settings: InferSettings,
+        load: LoadNetwork,
+        nodes: ClusterNodes | None,
+        warn: Callable[[str], None],
     ) -> None:
         self._package = package
         self._settings = settings
         self._load = load
         self._nodes = nodes
+        self._warn = warn
         self._networks: list[Network] = []
-        self._failed_starts = 0
+        self.starting: dict[Any, Network] = {}
+        """Networks that are starting, by the reference to wait for; `continue_start` takes it when it is ready."""
+        self._silent: list[tuple[Network, RayError, Callable[[Exception], None]]] = []
+        """Networks that do not answer and may be dead or not, with what to call once that is known."""
+        self._failed_starts = Counter[Verdict]()
+        """Since a network last loaded."""
 
     def __len__(self) -> int:
         return len(self._networks)
@@ -68,23 +86,25 @@ class NetworkPool:
         """Networks that have loaded."""
         return [network for network in self._networks if network.ready]
 
+    @property
+    def any_silent(self) -> bool:
+        """Whether it is unknown of a network if it is dead."""
+        return bool(self._silent)
+
     def least_loaded(self) -> Network | None:
         """Return the ready network with the fewest units in progress, or None if no network is ready."""
-        return min(self.ready, key=lambda network: network.load, default=None)
+        return min(self.ready, key=lambda network: network.units, default=None)
 
     def freest(self, at_once: int, spared: Network | None = None) -> Network | None:
         """Return the least loaded ready network with fewer than `at_once` units, or None.
 
         Networks in which a unit must run alone, and the network `spared`, are excluded.
         """
-        free = [n for n in self.ready if not n.alone and n is not spared and n.load < at_once]
-        return min(free, key=lambda network: network.load, default=None)
+        free = [n for n in self.ready if not n.alone and n is not spared and n.units < at_once]
+        return min(free, key=lambda network: network.units, default=None)
 
-    def start(self, plan: EnginePlan) -> Network:
-        """Start a network and return it. Ray places it on a node with enough free resources.
-
-        It is not ready yet: call its `where` and `start`, and then `started`.
-        """
+    def start(self, plan: EnginePlan) -> None:
+        """Start a network. Ray places it on a node with enough free resources."""
         options = InferActor.options(  # type: ignore[attr-defined]  # what ray.remote makes of a class
             num_cpus=plan.actor_cpus,
             num_gpus=plan.actor_gpus,
@@ -96,40 +116,76 @@ class NetworkPool:
         handle = options.remote(self._package, settings, self._load)
         network = Network(handle, self._nodes.lost if self._nodes else 0)
         self._networks.append(network)
-        return network
+        self.starting[handle.where.remote()] = network
 
-    def started(self, network: Network) -> None:
-        """Mark a network as ready, because it has loaded."""
-        network.ready = True
-        self._failed_starts = 0
+    def continue_start(self, reference: Any) -> None:
+        """Take the next step of a start whose `reference` is ready: load the network once its node is known.
 
-    def died(self, network: Network, error: RayError) -> Verdict | None:
-        """Remove a network whose process died with `error`. Return the verdict on the units in progress in it.
+        PackageError or HoverBatchError if the network cannot be loaded, or too many starts failed in a row.
+        """
+        network = self.starting.pop(reference)
+        try:
+            node = ray.get(reference)
+        except RayError as error:
+            if not is_death(error):
+                raise _load_error(error) from error
+            self.lost(network, error, self._start_failed)
+            return
+        if network.node:
+            network.ready = True
+            self._failed_starts.clear()
+        else:
+            network.node = node
+            self.starting[network.handle.start.remote()] = network
 
-        None if it is not known yet whether its process, its node or only the connection is lost: then call
-        `verdict_on_silent` until it returns a verdict.
+    def _start_failed(self, cause: Exception) -> None:
+        """Report a failed start. HoverBatchError if there were too many in a row."""
+        verdict = verdict_on(cause)
+        if verdict is Verdict.RETRY:
+            return
+        self._failed_starts[verdict] += 1
+        failed, most = self._failed_starts[verdict], MAX_FAILED_STARTS
+        if verdict is Verdict.NODE_LOST:
+            most = MAX_LOST_STARTS
+        if failed >= most:
+            raise HoverBatchError(
+                f"the process of the model died {failed} times in a row while it was loading: {cause}; memory may be "
+                "too small: use fewer --cpus or --gpus"
+            )
+        self._warn(f"a network did not start: {cause}; starting another one (failed {failed} of at most {most} times)")
+
+    def lost(self, network: Network, error: RayError, then: Callable[[Exception], None]) -> None:
+        """Remove a network whose call ended with `error`, see `is_death`, and call `then` with the cause.
+
+        If it is not known yet whether its process, its node or only the connection is lost, `settle` calls it later.
         """
         self._remove(network)
         if network.stopped:
-            return Verdict.RETRY
-        if isinstance(error, OutOfMemoryError):
-            return Verdict.SHORT_OF_MEMORY
-        if isinstance(error, ActorUnavailableError) and self._nodes:
+            then(NetworkStopped("its network was stopped"))
+        elif isinstance(error, ActorUnavailableError) and self._nodes:
             network.silent_until = network.silent_until or time.monotonic() + NOTICED_S
-            return None
-        return self._verdict_on_dead(network)
+            self._silent.append((network, error, then))
+        else:
+            then(self._cause(network, error))
 
-    def verdict_on_silent(self, network: Network) -> Verdict | None:
-        """Return the verdict on the units in progress in a network that does not answer; None if still unknown."""
-        if time.monotonic() < network.silent_until and self._node_is_up(network):
-            return None
-        return self._verdict_on_dead(network)
+    def settle(self) -> bool:
+        """Settle the networks of which it is known by now that they are dead. Return whether there were any."""
+        silent, self._silent = self._silent, []
+        for network, error, then in silent:
+            if time.monotonic() < network.silent_until and self._node_is_up(network):
+                self._silent.append((network, error, then))
+            else:
+                then(self._cause(network, error))
+        return len(self._silent) < len(silent)
 
-    def _verdict_on_dead(self, network: Network) -> Verdict:
+    def _cause(self, network: Network, error: RayError) -> Exception:
+        """Return why a network is dead: its node is lost, or else the cause of `error`."""
         ray.kill(network.handle)  # in case it lives after all
         if self._nodes:
             self._nodes.look()
-        return Verdict.STRIKE if self._node_is_up(network) else Verdict.NODE_LOST
+        if not self._node_is_up(network):
+            error = NodeDiedError("its machine was lost")  # type: ignore[no-untyped-call]
+        return cause_of(error)
 
     def _node_is_up(self, network: Network) -> bool:
         if self._nodes is None:
@@ -137,20 +193,6 @@ class NetworkPool:
         if not network.node:  # not known yet: any node lost since it was started may have been its own
             return self._nodes.lost == network.nodes_lost_before
         return self._nodes.is_up(network.node)
-
-    def died_loading(self, verdict: Verdict, error: RayError) -> None:
-        """Count a network that died while it was loading, unless its node was lost or it was stopped.
-
-        HoverBatchError if this happens MAX_FAILED_STARTS times in a row.
-        """
-        if verdict in (Verdict.RETRY, Verdict.NODE_LOST):
-            return
-        self._failed_starts += 1
-        if self._failed_starts == MAX_FAILED_STARTS:
-            raise HoverBatchError(
-                f"the process of the model died {MAX_FAILED_STARTS} times in a row while it was loading "
-                f"({type(error).__name__}); memory may be too small: use fewer --cpus or --gpus"
-            )
 
     def stop(self, network: Network) -> None:
         """Stop a network and remove it from the pool, if it is still there.
@@ -170,7 +212,7 @@ class NetworkPool:
         """
         for network in [n for n in self._networks if not self._node_is_up(n)]:
             self._remove(network)  # its units come back by themselves
-        by_use = sorted(self._networks, key=lambda network: (network.ready, network.load))
+        by_use = sorted(self._networks, key=lambda network: (network.ready, network.units))
         for network in by_use[: max(0, len(by_use) - most)]:
             self.stop(network)
 
@@ -189,7 +231,7 @@ def is_death(error: RayError) -> bool:
     return isinstance(error, RayActorError | OutOfMemoryError)
 
 
-def load_error(error: RayError) -> HoverBatchError:
+def _load_error(error: RayError) -> HoverBatchError:
     """Return the error that stops the run when a network could not be loaded although its process is alive.
 
     It is the PackageError that the network raised, or else a HoverBatchError with the cause.

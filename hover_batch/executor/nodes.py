@@ -1,6 +1,6 @@
 """The nodes of a Ray cluster that was joined: they come and go during a run.
 
-Import this after `hover_batch.executor.cluster` has been entered.
+It imports Ray, so import it inside `cluster.started` or `cluster.joined`, which set Ray's environment.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ClusterNodes:
         except OSError as error:
             if not is_disk_full(error):
                 raise
-            context.disk.report_full(str(root))
+            context.disk.report_full(None)
         if not self._changed:
             return None
         self._changed = False

@@ -19,13 +19,13 @@ from ray.exceptions import RayError
 
 from hover_batch.cohort.record import Stage, Url
 from hover_batch.executor.disk_space import is_disk_full
-from hover_batch.executor.faults import WorkerDied, cause_of, verdict_on
+from hover_batch.executor.faults import cause_of, verdict_on
 from hover_batch.executor.interrupts import on_interrupt
-from hover_batch.executor.network_pool import Network, NetworkPool, is_death, load_error
+from hover_batch.executor.network_pool import Network, NetworkPool, is_death
 from hover_batch.executor.nodes import ClusterNodes
 from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.executor.resources import EnginePlan
-from hover_batch.executor.slide_state import OpenSlides, SlideState, Task, Verdict
+from hover_batch.executor.slide_state import OpenSlides, SlideState, Task
 from hover_batch.executor.workers import finalize_slide, post_region, survey_slide
 from hover_batch.model.predict import load_predictor
 from hover_batch.pipeline import NetworkFailed
@@ -63,14 +63,12 @@ class RayExecutor(Executor):
         self._progress = context.recorder.progress
         self._plan = plan
         self._nodes = nodes
-        self._pool = NetworkPool(context.package, context.settings.infer, load, nodes)
+        self._pool = NetworkPool(context.package, context.settings.infer, load, nodes, self._progress.warn)
         self._recorder.networks = plan.actors
         self._waiting: deque[PlannedSlide] = deque()
-        self._slides = OpenSlides(context.recorder.event, context.disk.report_full)
-        self._running: dict[Any, _Call | Network] = {}
-        """By Ray's reference; a network is one that starts."""
-        self._silent: list[tuple[_Call | Network, Network, RayError]] = []
-        """Calls of networks that do not answer, which may be dead or not."""
+        self._slides = OpenSlides(context.recorder.event, context.disk.report_full, self._use_less)
+        self._running: dict[Any, _Call] = {}
+        """By Ray's reference."""
         self._draining = False
         self._shown: set[str] = set()
 
@@ -89,7 +87,8 @@ class RayExecutor(Executor):
                     if self._draining:
                         self._say_once("Finishing what is under way; press Ctrl-C again to stop at once.")
                     else:
-                        self._start_networks()
+                        while len(self._pool) < self._plan.actors:
+                            self._pool.start(self._plan)
                         if self._context.disk.available():
                             self._open_slides()
                             self._submit_units()
@@ -116,15 +115,9 @@ class RayExecutor(Executor):
 
     def _unfinished(self) -> bool:
         """Whether anything is left to do or to wait for, apart from networks that nobody needs."""
-        left = not self._draining and (self._slides or self._waiting)
-        return bool(left or any(isinstance(call, _Call) for call in self._running.values()))
+        return bool(self._running or (not self._draining and (self._slides or self._waiting)))
 
     # Submit.
-
-    def _start_networks(self) -> None:
-        while len(self._pool) < self._plan.actors:
-            network = self._pool.start(self._plan)
-            self._running[network.handle.where.remote()] = network
 
     def _follow_nodes(self) -> None:
         """Adapt to nodes of the cluster that came or went."""
@@ -170,33 +163,32 @@ class RayExecutor(Executor):
                 self._infer(slide, slide.to_infer.popleft(), network)
 
     def _infer(self, slide: SlideState, index: int, network: Network, alone: bool = False) -> None:
-        network.load += 1
+        network.units += 1
         network.alone = alone
         call = _Call(slide, Task(Stage.INFER, index), network)
-        self._running[network.handle.infer.remote(slide.work, index)] = call
+        self._running[network.handle.infer.remote(slide.work_ref, index)] = call
 
     def _submit_tasks(self) -> None:
-        context, running = self._context, Counter[Stage]()
-        running.update(call.task.stage for call in self._running.values() if isinstance(call, _Call))
+        context, running = self._context, Counter(call.task.stage for call in self._running.values())
         surveys, posts = len(self._pool) or self._plan.posts, self._plan.posts
         for slide, task in self._slides.take_tasks(running, surveys, posts, time.monotonic()):
             match task.stage:
                 case Stage.SURVEY:
                     call: Any = survey_slide.remote(slide.planned, context.package, context.settings, slide.layout)
                 case Stage.POST:
-                    call = post_region.remote(slide.work, task.index)
+                    call = post_region.remote(slide.work_ref, task.index)
                 case _:
-                    call = finalize_slide.remote(slide.work, slide.seconds)
+                    call = finalize_slide.remote(slide.work_ref, slide.seconds)
             self._running[call] = _Call(slide, task)
 
     # Wait.
 
     def _wait(self) -> None:
         """Wait a moment for calls to end, and route those that have."""
-        settled = self._settle_silent()
-        running = list(self._running)
+        settled = self._pool.settle()
+        running = [*self._running, *self._pool.starting]
         if not running:
-            waits = self._silent or self._context.disk.full or any(slide.retry_at for slide in self._slides)
+            waits = self._pool.any_silent or self._context.disk.full or any(slide.retry_at for slide in self._slides)
             if not (settled or waits):
                 left = len(self._slides) + len(self._waiting)
                 raise RuntimeError(f"nothing is under way, yet {left} slides are left")
@@ -206,39 +198,26 @@ class RayExecutor(Executor):
         if ended and len(running) > 1:
             ended, _ = ray.wait(running, num_returns=len(running), timeout=0)
         for reference in ended:
-            self._route(self._running.pop(reference), reference)
-
-    def _settle_silent(self) -> bool:
-        """Route the calls of networks that turned out to be dead. Whether there were any."""
-        silent, self._silent = self._silent, []
-        for call, network, error in silent:
-            self._network_lost(call, network, error, self._pool.verdict_on_silent(network))
-        return len(self._silent) < len(silent)
+            if reference in self._pool.starting:
+                self._pool.continue_start(reference)
+            else:
+                self._route(self._running.pop(reference), reference)
 
     # Route.
 
-    def _route(self, call: _Call | Network, reference: Any) -> None:
-        network = call if isinstance(call, Network) else call.network
-        if isinstance(call, _Call) and network:
-            network.load -= 1
-            network.alone = False
+    def _route(self, call: _Call, reference: Any) -> None:
+        if call.network:
+            call.network.units -= 1
+            call.network.alone = False
         try:
             result = ray.get(reference)
         except RayError as error:
-            if network and is_death(error):
-                self._network_lost(call, network, error, self._pool.died(network, error))
-            elif isinstance(call, Network):
-                raise load_error(error) from error
+            if call.network and is_death(error):
+                self._pool.lost(call.network, error, functools.partial(self._failed, call))
             else:
                 self._failed(call, cause_of(error), trace=str(error))
-            return
-        if isinstance(call, _Call):
-            self._succeeded(call, result)
-        elif not call.node:
-            call.node = result
-            self._running[call.handle.start.remote()] = call
         else:
-            self._pool.started(call)
+            self._succeeded(call, result)
 
     def _succeeded(self, call: _Call, result: Any) -> None:
         slide, recorder = call.slide, self._recorder
@@ -248,7 +227,7 @@ class RayExecutor(Executor):
             case _ if slide.ended:
                 pass
             case Stage.SURVEY:
-                slide.work = ray.put(result.work)
+                slide.work_ref = ray.put(result.work)
                 slide.survey_done(result)
                 inferred = [slide.units[i] for i in result.inferred]
                 recorder.surveyed(slide.slide_id, slide.units, inferred, len(result.posted))
@@ -256,7 +235,7 @@ class RayExecutor(Executor):
                 unit = slide.units[call.task.index]
                 slide.seconds.add(result)
                 slide.unit_inferred(call.task.index)
-                self._progress.tiles(len(unit.cells))
+                self._progress.tiles(len(unit.tile_cells))
                 recorder.unit_done(slide.slide_id, unit, result)
             case Stage.POST:
                 slide.seconds.add(result)
@@ -271,36 +250,26 @@ class RayExecutor(Executor):
                     self._slides.close(slide)
                     self._release_copies(slide)
 
-    def _network_lost(self, call: _Call | Network, network: Network, error: RayError, verdict: Verdict | None) -> None:
-        if verdict is None:  # unknown as yet
-            self._silent.append((call, network, error))
-        elif isinstance(call, Network):
-            self._pool.died_loading(verdict, error)
-        else:
-            self._failed(call, WorkerDied(verdict, f"its process died ({type(error).__name__})"))
-
     def _failed(self, call: _Call, error: Exception, trace: str | None = None) -> None:
         """Apply the fault policy to a call that failed."""
-        slide, stage = call.slide, call.task.stage
-        if isinstance(error, NetworkFailed):  # its device may be broken
-            error = WorkerDied(verdict_on(error), f"its network failed ({error})")
-            if call.network:
-                self._pool.stop(call.network)
-        if slide.ended:
-            return
-        verdict = verdict_on(error)
-        if verdict is Verdict.SHORT_OF_MEMORY:
-            if smaller := self._plan.halved():
-                self._plan = smaller
-                self._progress.warn(
-                    f"memory ran out in stage {stage} of {slide.slide_id}: from now on at most {smaller.posts} regions "
-                    f"are post-processed at once, and {smaller.units_at_once} units are under way in a network"
-                )
-            else:
-                verdict, error = Verdict.STRIKE, MemoryError("memory ran out")
-        if failure := self._slides.apply(verdict, slide, call.task, error, time.monotonic()):
+        slide, task = call.slide, call.task
+        if isinstance(error, NetworkFailed) and call.network:  # its device may be broken
+            self._pool.stop(call.network)
+        if failure := self._slides.apply(verdict_on(error), slide, task, error, time.monotonic()):
             self._release_copies(slide)
-            self._recorder.fail(slide.planned, stage, failure, trace)
+            self._recorder.fail(slide.planned, task.stage, failure, trace)
+
+    def _use_less(self, stage: Stage, slide_id: str) -> bool:
+        """Halve the work at once, since memory ran out. Return whether this was possible."""
+        smaller = self._plan.halved()
+        if smaller is None:
+            return False
+        self._plan = smaller
+        self._progress.warn(
+            f"memory ran out in stage {stage} of {slide_id}: from now on at most {smaller.posts} regions are "
+            f"post-processed at once, and {smaller.units_at_once} units are under way in a network"
+        )
+        return True
 
     def _release_copies(self, slide: SlideState) -> None:
         """Remove the copies of a slide that lies in other storage, on all nodes."""

@@ -109,7 +109,7 @@ class EnginePlan:
     predictions. `actor_gpus`, `actor_cpus`: GPUs and cores reserved for each network. `threads`: of each network on the
     CPU. `units_at_once`: units in progress per network. `slots`: cores that read, post-process and finalize. `posts`:
     regions and slides that are post-processed and finalized at once; fewer than `slots` if there are at least two, so
-    that readers always have a core.
+    that readers always have a core. `halvings`: how often the work at once was halved since memory ran out.
     """
 
     resources: Resources
@@ -120,6 +120,7 @@ class EnginePlan:
     units_at_once: int
     slots: int
     posts: int
+    halvings: int = 0
 
     @property
     def object_store_bytes(self) -> int:
@@ -130,7 +131,12 @@ class EnginePlan:
         """Return the plan with half as much work at once, to save memory; None if it cannot be halved."""
         if self.posts == self.units_at_once == 1:
             return None
-        return replace(self, posts=-(-self.posts // 2), units_at_once=-(-self.units_at_once // 2))
+        return replace(
+            self,
+            posts=-(-self.posts // 2),
+            units_at_once=-(-self.units_at_once // 2),
+            halvings=self.halvings + 1,
+        )
 
     def lines(self) -> list[str]:
         """Return the plan as lines of text for the user."""
@@ -155,7 +161,8 @@ def engine_plan(
     """Share `resources` among networks, readers and post-processing. Return the plan.
 
     `predicts`: False for a run without networks, which makes new tables from stored predictions. `begun`: the plan of a
-    run in progress whose nodes have changed; its networks stay as they are, and only their number changes.
+    run in progress whose nodes have changed; its networks stay as they are, and only their number changes. Its
+    halvings apply to the new plan, too.
 
     Each node is shared separately. There are at least as many networks on GPUs as the settings request, even if the
     cluster does not have the GPUs yet.
@@ -172,9 +179,10 @@ def engine_plan(
     threads = settings.infer.threads or max(1, min(CPU_THREADS, smallest))
     # All networks reserve the same number: at most what the smallest node can spare.
     actor_cpus = 0 if on_gpus or not predicts else min(threads, smallest - 1)
-    units_at_once = UNITS_AT_ONCE
+    units_at_once, halvings = UNITS_AT_ONCE, 0
     if begun:
         threads, actor_cpus, units_at_once = begun.threads, begun.actor_cpus, begun.units_at_once
+        halvings = begun.halvings
     actors = posts = slots = 0
     for node in resources.nodes:
         if not predicts:
@@ -200,7 +208,8 @@ def engine_plan(
         threads=threads,
         units_at_once=units_at_once,
         slots=slots,
-        posts=posts,
+        posts=-(-posts // 2**halvings),
+        halvings=halvings,
     )
 
 

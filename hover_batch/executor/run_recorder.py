@@ -67,7 +67,7 @@ class RunRecorder:
         if quarantined is None:
             return False
         if retry:
-            self._ledger.release(record.slide_id)
+            self._ledger.end_quarantine(record.slide_id)
             return False
         stage, reason = quarantined
         self._failed(record, stage, f"{reason} (quarantined by an earlier start; --retry-failed tries it again)")
@@ -95,9 +95,9 @@ class RunRecorder:
 
         `inferred`: units that earlier runs predicted. `posted`: number of regions that they post-processed.
         """
-        tiles = sum(len(u.cells) for u in units)
+        tiles = sum(len(u.tile_cells) for u in units)
         self.event("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
-        before = sum(len(u.cells) for u in inferred)
+        before = sum(len(u.tile_cells) for u in inferred)
         self.progress.expect(tiles, len(units), before, posted)
         self._left[slide_id] = [tiles - before, len(units) - posted]
 
@@ -107,8 +107,8 @@ class RunRecorder:
         The executor has already counted its tiles as progress.
         """
         self.network_used(seconds)
-        self._left[slide_id][0] -= len(unit.cells)
-        predicted = len(unit.cells) if Stage.INFER in seconds.spans else 0
+        self._left[slide_id][0] -= len(unit.tile_cells)
+        predicted = len(unit.tile_cells) if Stage.INFER in seconds.spans else 0
         self._timed_event("unit_done", slide_id, unit, seconds, tiles=predicted)
 
     def network_used(self, seconds: Seconds) -> None:

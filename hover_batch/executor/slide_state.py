@@ -41,7 +41,8 @@ MAX_TIMES = {Verdict.STRIKE: MAX_STRIKES, Verdict.NODE_LOST: 5, Verdict.RETRY: 1
 """Times that a task may get a verdict before its slide fails.
 
 A unit with a strike is retried alone, so that an innocent one passes. If nodes are lost one after the other while they
-work on the same task, it may be its fault. RETRY: network file systems may show new files a minute late.
+work on the same task, it may be its fault. RETRY: network file systems may show new files a minute late, and no task is
+retried for ever.
 """
 
 
@@ -74,7 +75,7 @@ class SlideState:
     planned: PlannedSlide
     layout: SlideLayout
     seconds: Seconds = field(default_factory=Seconds)
-    work: Any = None
+    work_ref: Any = None
     """Reference to its SlideWork in the driver's object store, which survives the loss of other nodes."""
     units: tuple[Unit, ...] = ()
     surveyed: bool = False
@@ -145,13 +146,13 @@ class SlideState:
             del self.retry_at[task]
             self.retry(task)
 
-    def blame(self, verdict: Verdict, task: Task, reason: str) -> SlideQuarantined | None:
-        """Retry a task with the verdict STRIKE or NODE_LOST.
+    def retry_or_quarantine(self, verdict: Verdict, task: Task, reason: str) -> SlideQuarantined | None:
+        """Count the verdict, one of those in MAX_TIMES, and retry the task.
 
         If it has got this verdict too often, return the error for which the slide is quarantined instead. `reason`:
         text for its message.
         """
-        if not self._too_often(verdict, task):
+        if self._count(verdict, task) < MAX_TIMES[verdict]:
             self.retry(task)
             return None
         where = f" of unit {self.units[task.index].unit_id}" if task.stage in (Stage.INFER, Stage.POST) else ""
@@ -161,33 +162,33 @@ class SlideState:
             "small: check both, then use --retry-failed"
         )
 
-    def units_missing(self, task: Task, cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
-        """Retry a task that lacked the results of the units in `cells`, (column, row), later.
+    def units_missing(self, task: Task, unit_cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
+        """Retry a task that lacked the results of the units in `unit_cells`, (column, row), later.
 
         A region waits for units that are not predicted yet. Otherwise the results exist but the file system does not
         show them yet: retry RETRY_S after `now`, or return the slide's failure after too many retries.
         """
-        needed = self._indices(cells)
+        needed = self._indices(unit_cells)
         if task.stage is Stage.POST and not needed <= self.inferred:
             self._wait(task.index, needed)
-        elif self._too_often(Verdict.RETRY, task):
+        elif self._count(Verdict.RETRY, task) >= MAX_TIMES[Verdict.RETRY]:
             return SlideError(
-                f"{task.stage}: results of the units {list(cells)} (column, row) are gone from {self.layout.folder}; "
-                "run the same command again to make them anew"
+                f"{task.stage}: results of the units {list(unit_cells)} (column, row) are gone from "
+                f"{self.layout.folder}; run the same command again to make them anew"
             )
         else:
             self.retry_at[task] = now + RETRY_S
         return None
 
-    def _too_often(self, verdict: Verdict, task: Task) -> bool:
-        """Count the verdict. Whether the task has got it too often."""
+    def _count(self, verdict: Verdict, task: Task) -> int:
+        """Count the verdict. Return how often the task has got it."""
         self.verdicts[verdict, task] += 1
-        return self.verdicts[verdict, task] >= MAX_TIMES[verdict]
+        return self.verdicts[verdict, task]
 
-    def _indices(self, cells: Iterable[tuple[int, int]]) -> set[int]:
-        """Units of the slide in these cells (column, row)."""
+    def _indices(self, unit_cells: Iterable[tuple[int, int]]) -> set[int]:
+        """Units of the slide in these cells (column, row) of the unit grid."""
         index = {(unit.column, unit.row): i for i, unit in enumerate(self.units)}
-        return {index[cell] for cell in cells if cell in index}
+        return {index[cell] for cell in unit_cells if cell in index}
 
     def _wait(self, region: int, units: set[int]) -> None:
         if needed := units - self.inferred:
@@ -205,11 +206,19 @@ class OpenSlides:
     """Slides in progress, oldest first, with the effect of faults on them.
 
     `record`: logs an event. `pause`: pauses the run until there is disk space; it takes the slide_id and the error.
+    `use_less`: reduces the work at once, since memory ran out in the stage of the slide_id that it takes, or returns
+    False if it cannot be reduced.
     """
 
-    def __init__(self, record: Callable[..., None], pause: Callable[[str, Exception], None]) -> None:
+    def __init__(
+        self,
+        record: Callable[..., None],
+        pause: Callable[[str, Exception], None],
+        use_less: Callable[[Stage, str], bool],
+    ) -> None:
         self._record = record
         self._pause = pause
+        self._use_less = use_less
         self._slides: list[SlideState] = []
 
     def __iter__(self) -> Iterator[SlideState]:
@@ -270,16 +279,18 @@ class OpenSlides:
             return None
         values = {"slide_id": slide.slide_id, "stage": task.stage, "index": task.index}
         failure: Exception | None = None
+        if verdict is Verdict.SHORT_OF_MEMORY and not self._use_less(task.stage, slide.slide_id):
+            verdict, error = Verdict.STRIKE, MemoryError("memory ran out")
         match verdict:
             case Verdict.RETRY if isinstance(error, UnitsMissing):
-                failure = slide.units_missing(task, error.cells, now)
+                failure = slide.units_missing(task, error.unit_cells, now)
             case Verdict.RETRY:
-                slide.retry(task)
+                failure = slide.retry_or_quarantine(verdict, task, str(error))
             case Verdict.STRIKE:
-                failure = slide.blame(verdict, task, str(error))
+                failure = slide.retry_or_quarantine(verdict, task, str(error))
                 self._record("strike", **values, strikes=slide.verdicts[verdict, task], reason=str(error))
             case Verdict.NODE_LOST:
-                failure = slide.blame(verdict, task, "its machine was lost")
+                failure = slide.retry_or_quarantine(verdict, task, "its machine was lost")
                 self._record("lost", **values)
             case Verdict.SHORT_OF_MEMORY:
                 slide.retry(task)

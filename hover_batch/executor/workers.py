@@ -1,8 +1,8 @@
 """The tasks and the actor that run in Ray's processes: thin wrappers of `hover_batch.pipeline`.
 
 A network lives in an actor and has its blocks read by tasks on its own node, so that a crash in libopenslide kills a
-reader, not the model. Ray itself retries nothing; `RayExecutor` does. Import this after `hover_batch.executor.cluster`
-has been entered.
+reader, not the model. Ray itself retries nothing; `RayExecutor` does. This module imports Ray, so it must be
+imported inside `cluster.started` or `cluster.joined`, which set Ray's environment.
 """
 
 from __future__ import annotations
@@ -29,15 +29,7 @@ from hover_batch.executor.resources import BLOCKS_AHEAD
 from hover_batch.executor.slide_state import Surveyed
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.package import Package
-from hover_batch.pipeline import (
-    ReadBlocks,
-    Seconds,
-    finalize,
-    infer,
-    inferred,
-    post,
-    posted,
-)
+from hover_batch.pipeline import ReadBlocks, Seconds, finalize, infer, keep_if_intact, post, posted
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.reader import SlideReader, open_slide
 from hover_batch.slide.staging import Copies
@@ -101,7 +93,7 @@ def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layo
     numbered = list(enumerate(work.units))
     return Surveyed(
         work,
-        tuple(i for i, unit in numbered if inferred(unit, work, store)),
+        tuple(i for i, unit in numbered if keep_if_intact(unit, work, store)),
         tuple(i for i, unit in numbered if posted(unit, work)),
         seconds,
     )

@@ -29,16 +29,16 @@ class Unit:
     """Cell in inference pixels, clipped to the slide."""
     keep: int
     """Side in inference pixels of a tile's output without its margins."""
-    cells: tuple[tuple[int, int], ...]
+    tile_cells: tuple[tuple[int, int], ...]
     """(column, row) of the tiles to predict, in the grid of side `keep`, in raster order."""
 
     @property
     def tiles(self) -> tuple[Box, ...]:
-        """Boxes in inference pixels of the tiles' outputs without their margins, in the order of `cells`.
+        """Boxes in inference pixels of the tiles' outputs without their margins, in the order of `tile_cells`.
 
         At the slide's edges they may extend beyond it.
         """
-        return tuple(cell_box(column, row, self.keep) for column, row in self.cells)
+        return tuple(cell_box(column, row, self.keep) for column, row in self.tile_cells)
 
     @property
     def unit_id(self) -> str:

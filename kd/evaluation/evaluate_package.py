@@ -186,7 +186,7 @@ def evaluate_package(
     )
 
 
-def score_predictor(predictor: Predictor, constants: SobelConstants, data: Path) -> dict[str, Any]:
+def score_test_fold(predictor: Predictor, constants: SobelConstants, data: Path) -> dict[str, Any]:
     """Score a loaded network on the fold test of `data`; return JSON values.
 
     `sources` has the scores by source, as in `SourceScores.to_json`, and `leakage` a list of {"text": sentence} about

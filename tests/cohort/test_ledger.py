@@ -451,7 +451,7 @@ def test_a_quarantine_is_remembered_for_its_run_key_until_released(layout: RunLa
     with Ledger(layout) as ledger:
         start(ledger, cohort)
         assert ledger.quarantined("a", "key") is not None
-        ledger.release("a")
+        ledger.end_quarantine("a")
         assert ledger.quarantined("a", "key") is None
         ledger.quarantine("a", "key", "inference", "its reader died")
         layout.slide("a").quarantine_json.write_text("{")

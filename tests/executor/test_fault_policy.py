@@ -40,7 +40,9 @@ class Cohort:
         self.open = OpenSlides(
             lambda event, **values: self.events.append((event, values)),
             lambda slide_id, error: self.pauses.append(slide_id),
+            lambda stage, slide_id: self.can_use_less,
         )
+        self.can_use_less = True
         self.slides = [slide() for _ in range(slides)]
         for state in self.slides:
             self.open.add(state)
@@ -177,6 +179,22 @@ def test_a_slide_without_space_for_its_copy_waits_for_another_to_end() -> None:
     assert cohort.running == [(second, Task(Stage.SURVEY))]
 
 
+def test_a_unit_that_is_short_of_memory_with_the_least_at_once_is_to_blame() -> None:
+    cohort, state = unit_with([])
+    cohort.can_use_less = False
+    for _ in range(MAX_STRIKES):
+        cohort.submit()
+        cohort.fail(state, Task(Stage.INFER, 1), Verdict.SHORT_OF_MEMORY)
+    ((_, failure),) = cohort.failed
+    assert isinstance(failure, SlideQuarantined) and "memory ran out, 2 times" in str(failure)
+
+
+def test_no_task_is_retried_for_ever() -> None:
+    cohort, _ = unit_with([Verdict.RETRY] * MAX_TIMES[Verdict.RETRY])
+    ((_, failure),) = cohort.failed
+    assert isinstance(failure, SlideQuarantined) and f"{MAX_TIMES[Verdict.RETRY]} times" in str(failure)
+
+
 def test_results_that_stay_invisible_end_the_slide() -> None:
     state, cohort = surveyed([(0, 0)], {0}, {0}), Cohort(0)
     cohort.open.add(state)
@@ -193,7 +211,7 @@ def test_each_exception_has_its_verdict() -> None:
     ask_for_token()  # before Ray is imported, for the tests after this one
     from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-    from hover_batch.executor.faults import WorkerDied, cause_of, verdict_on
+    from hover_batch.executor.faults import NetworkStopped, WorkerDied, cause_of, verdict_on
 
     raised = [
         (NetworkFailed("x"), Verdict.STRIKE),
@@ -207,6 +225,7 @@ def test_each_exception_has_its_verdict() -> None:
     for error, verdict in raised:
         cause = cause_of(RayTaskError("function", "trace", error, ip="127.0.0.1"))
         assert cause is error and verdict_on(cause) is verdict
+    assert verdict_on(NetworkStopped()) is Verdict.RETRY
     died = [
         (WorkerCrashedError(), Verdict.STRIKE),
         (NodeDiedError("x"), Verdict.NODE_LOST),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from accelerators import LoadQuick, Quick
 from conftest import runner
@@ -43,6 +44,7 @@ def test_a_ctrl_c_that_is_lost_on_its_way_still_stops_the_run(
         run(fields("a"), out, load_deaf)
     assert signal.getsignal(signal.SIGINT) is before
     assert not events(out, "unit_done") and events(out, "run_stopped")
+    assert list(pd.read_csv(out / "slides.csv").status) == ["begun"]
     assert run(fields("a"), out, LoadQuick()).exit_code == 0
     run(fields("a"), tmp_path / "reference", LoadQuick())
     assert tables(out) == tables(tmp_path / "reference")

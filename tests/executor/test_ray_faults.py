@@ -13,7 +13,6 @@ from accelerators import LoadBroken, LoadDeadly, LoadQuick, die_loading
 from conftest import SETTINGS, Run, engine_of, runner
 from test_contract import events, tables
 
-from hover_batch.cohort.record import Stage
 from hover_batch.errors import HoverBatchError
 
 Fields = Callable[..., Path]
@@ -66,23 +65,21 @@ def test_a_unit_of_a_silent_network_is_retried_if_it_was_the_last_one_under_way(
 ) -> None:
     """The loop must not take the moment in which nothing runs for the end."""
     from hover_batch.executor.network_pool import Network
-    from hover_batch.executor.ray import RayExecutor, _Call
-    from hover_batch.executor.slide_state import Task, Verdict
+    from hover_batch.executor.ray import RayExecutor
 
     context: Any = SimpleNamespace(
         package=None,
         settings=SETTINGS,
-        recorder=SimpleNamespace(progress=None, networks=0, event=None),
+        recorder=SimpleNamespace(progress=SimpleNamespace(warn=None), networks=0, event=None),
         disk=SimpleNamespace(full=False, report_full=None),
     )
     executor = RayExecutor(context, engine_of(0))
-    retried: list[object] = []
-    monkeypatch.setattr(executor, "_failed", lambda call, error: retried.append(error.verdict))
-    monkeypatch.setattr(executor._pool, "verdict_on_silent", lambda network: Verdict.STRIKE)
-    slide, network, error = (cast(Any, None),) * 3
-    executor._silent.append((_Call(slide, Task(Stage.INFER), network), Network(None, 0), error))
+    retried: list[Exception] = []
+    cause, error = RuntimeError("its process died"), cast(Any, None)
+    monkeypatch.setattr(executor._pool, "_cause", lambda network, error: cause)
+    executor._pool._silent.append((Network(None, 0), error, retried.append))
     executor._wait()
-    assert retried == [Verdict.STRIKE]
+    assert retried == [cause]
     with pytest.raises(RuntimeError, match="nothing is under way"):
         executor._wait()
 
@@ -129,9 +126,15 @@ def test_a_network_that_raises_is_replaced(
 
 
 def test_networks_that_die_while_they_load_stop_the_cohort_and_blame_no_slide(
-    fields: Fields, run_on_ray: Run, tmp_path: Path
+    fields: Fields, run_on_ray: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(HoverBatchError, match="died 3 times in a row while it was loading"):
         run_on_ray(fields("a"), tmp_path / "out", die_loading)
+    printed = capfd.readouterr().err
+    assert [f"starting another one (failed {n} of at most 3 times)" in printed for n in (1, 2, 3)] == [
+        True,
+        True,
+        False,
+    ]
     assert list(pd.read_csv(tmp_path / "out" / "failures.csv").slide_id) == []
     assert strikes(tmp_path / "out") == []

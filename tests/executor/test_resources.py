@@ -83,6 +83,21 @@ def test_networks_stay_as_they_are_when_machines_come_and_go(before: list[Node],
         assert now.actors == 1, "where no machine has room, one network waits for one that has"
 
 
+@given(before=nodes, after=nodes, times=st.integers(1, 4))
+def test_work_that_was_halved_stays_halved_when_machines_come_and_go(
+    before: list[Node], after: list[Node], times: int
+) -> None:
+    """Memory ran out; no change of the nodes brings back what was too much."""
+    begun = engine_plan(Resources(tuple(before)), Settings(), CARD)
+    halved = begun
+    for _ in range(times):
+        halved = halved.halved() or halved
+    assert engine_plan(Resources(tuple(before)), Settings(), CARD, begun=halved) == halved
+    now = engine_plan(Resources(tuple(after)), Settings(), CARD, begun=halved)
+    whole = engine_plan(Resources(tuple(after)), Settings(), CARD, begun=begun)
+    assert now.posts == max(1, -(-whole.posts // 2**halved.halvings)) and now.units_at_once <= halved.units_at_once
+
+
 def test_gpus_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert Node.here().gpus == 0

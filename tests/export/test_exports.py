@@ -25,11 +25,11 @@ from annotated import nuclei_from
 from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import Format
-from hover_batch.convert import writer
 from hover_batch.errors import InputError, SlideError
 from hover_batch.export import annotation_store, read, spatial
 from hover_batch.export.annotation_store import sqlite_store
 from hover_batch.export.read import NucleiTable
+from hover_batch.exporting import writer
 from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.nuclei.table import TableContext, merge_parts, to_arrow, write_part
 from hover_batch.taxonomy import CONSEP
