@@ -96,7 +96,7 @@ def _only_file(archive: zipfile.ZipFile) -> str:
 def is_dicom(path: Path) -> bool:
     """Return whether a path is a DICOM file: by its suffix, or by its preamble, since many instances have no suffix.
 
-    Hidden files are none.
+    Hidden files do not count.
     """
     if path.name.startswith(".") or path.name == "DICOMDIR":
         return False
