@@ -26,6 +26,7 @@ from hover_batch.export.summary import slide_summary
 from hover_batch.files import sha256_file, to_json, write_atomically, write_first
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.energy import mask_hv
 from hover_batch.nuclei.stitch import nuclei_of_region
 from hover_batch.nuclei.table import merge_parts, to_arrow, write_part
 from hover_batch.nuclei.watershed import SobelConstants
@@ -172,6 +173,8 @@ def infer(
             advance(len(tiles))
         refuse_if_taken_over(work)
         with seconds.of("write"):
+            if store.hv_masked:
+                mask_hv(maps)
             digest = store.write(unit.box, maps)
     marker: dict[str, Any] = {"unit": unit.unit_id, "tiles": len(unit.tile_cells), "shard_sha256": digest}
     if predictor.at_once < predictor.batch:

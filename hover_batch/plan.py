@@ -40,6 +40,8 @@ class StoredMaps:
     """Paths of the slide in that run's folder."""
     run_key: str
     """Run key of the results there."""
+    hv_masked: bool
+    """Whether h and v are zero away from the foreground, so that windows cannot be scaled by their extremes."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from hover_batch.slide.staging import Copies
 from hover_batch.slide.survey import read_info, read_tissue, write_survey
 from hover_batch.slide.tiles import Unit, plan_units
 from hover_batch.slide.tissue import TissueMask, tissue_mask
-from hover_batch.store import PredictionStore
+from hover_batch.store import HV_MASKED, PredictionStore
 from hover_batch.taxonomy import Taxonomy
 from hover_batch.version import __version__
 
@@ -162,6 +162,7 @@ def open_store(work: SlideWork) -> PredictionStore:
             "level0_size": [work.grid.level0.width, work.grid.level0.height],
             "planes": card.layout.names(tuple(c.name for c in card.taxonomy.classes)),
             "od_scale": card.layout.OD_SCALE,
+            HV_MASKED: work.settings.post.sobel_norm == "fixed",
             "model": card.to_json(),
             "model_sha256": work.package.sha256,
         },

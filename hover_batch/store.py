@@ -3,22 +3,26 @@
 Two writers of one shard lose data, so a writer writes a whole unit at once, and the first writer of a shard wins, so
 that a late one cannot change what neighbours have already read. Shards of zeros alone are not written: a unit is done
 when its marker exists (see `hover_batch.cohort.layout`).
+
+Shards are encoded and decoded by zarrs, which needs a third of zarr-python's time for the same format, or without it by
+zarr-python. With several threads, zarrs may order the chunks of a shard differently each time: equal maps do not always
+give equal files.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import Store
 from zarr.codecs import ZstdCodec
-from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from hover_batch.files import write_first
@@ -27,23 +31,8 @@ from hover_batch.geometry import Box, Size
 CHUNK = 512
 """Side of a chunk in inference pixels, where it divides the unit."""
 
-
-class _FirstWriterWins(LocalStore):
-    """Local store that never replaces an existing shard and has synced it to disk when `set` returns."""
-
-    async def set(self, key: str, value: Buffer) -> None:
-        if not key.startswith("c/"):
-            await super().set(key, value)
-            return
-        path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # zarr's set_if_not_exists names a shard before it is on disk, so that a power cut may leave it truncated.
-        await asyncio.to_thread(write_first, path, value.to_bytes())
-
-    async def delete(self, key: str) -> None:
-        # zarr deletes a shard that is overwritten with zeros; the first writer must win here, too.
-        if not key.startswith("c/"):
-            await super().delete(key)
+HV_MASKED = "hv_masked"
+"""Attribute of stores with masked h and v; those of older versions lack it and are whole."""
 
 
 class PredictionStore:
@@ -53,6 +42,8 @@ class PredictionStore:
         self.array = array
         self.path = path
         self.canvas = Size(array.shape[2], array.shape[1]).box
+        self.hv_masked = bool(array.attrs.get(HV_MASKED, False))
+        """Whether h and v are zero away from the foreground (see `hover_batch.nuclei.energy.mask_hv`)."""
 
     @classmethod
     def create(cls, path: Path, size: Size, planes: int, unit: int, attributes: Mapping[str, Any]) -> PredictionStore:
@@ -64,8 +55,8 @@ class PredictionStore:
         if (path / "zarr.json").exists():
             return cls.open(path)
         chunk = CHUNK if unit % CHUNK == 0 else unit
-        array = zarr.create_array(
-            _FirstWriterWins(path),
+        zarr.create_array(
+            LocalStore(path),
             shape=(planes, size.height, size.width),
             shards=(planes, unit, unit),
             chunks=(1, chunk, chunk),
@@ -76,21 +67,28 @@ class PredictionStore:
             dimension_names=("plane", "y", "x"),
             zarr_format=3,
         )
-        return cls(array, path)
+        return cls.open(path)
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False) -> PredictionStore:
         """Open an existing store for reading and, unless `read_only`, for writing units."""
-        store: Store = _FirstWriterWins(path, read_only=read_only)
-        return cls(zarr.open_array(store, mode="r" if read_only else "r+"), path)
+        return cls(_open(path, read_only), path)
 
     def write(self, box: Box, maps: NDArray[np.uint8]) -> str | None:
-        """Write a whole unit, unless its shard exists. `box`: the unit, clipped to the canvas; `maps`: (plane, y, x)
-        of its shape.
+        """Write a whole unit, unless its shard exists, and sync it to disk. `box`: the unit, clipped to the canvas;
+        `maps`: (plane, y, x) of its shape.
 
         Returns the SHA-256 of the shard on disk, or None if it holds only zeros.
         """
-        self.array[:, box.y0 : box.y1, box.x0 : box.x1] = maps
+        # zarr would replace an existing shard, and name a new one before it is on disk: it writes into another folder.
+        with tempfile.TemporaryDirectory(dir=self.path, prefix=".shard.", suffix=".partial") as folder:
+            shutil.copy(self.path / "zarr.json", folder)
+            _open(Path(folder))[:, box.y0 : box.y1, box.x0 : box.x1] = maps
+            shard = self._shard(box)
+            written = Path(folder) / shard.relative_to(self.path)
+            if written.exists():
+                shard.parent.mkdir(parents=True, exist_ok=True)
+                write_first(shard, written.read_bytes())
         return self.shard_sha256(box)
 
     def shard_sha256(self, box: Box) -> str | None:
@@ -107,8 +105,11 @@ class PredictionStore:
 
     def sweep(self) -> None:
         """Remove partial files of killed writers. Only safe while nobody writes."""
-        for leftover in self.path.rglob(".*.partial"):
-            leftover.unlink(missing_ok=True)
+        for leftover in list(self.path.rglob(".*.partial")):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
 
     def remove(self, box: Box) -> None:
         """Remove the shard of the unit at `box`, which then reads as zero. For repair only, while nobody writes."""
@@ -129,3 +130,10 @@ class PredictionStore:
             rows, columns = inside.slices_in(box)
             maps[:, rows, columns] = self.array[:, inside.y0 : inside.y1, inside.x0 : inside.x1]
         return maps
+
+
+def _open(path: Path, read_only: bool = False) -> zarr.Array[Any]:
+    """Open the array at `path` for reading and, unless `read_only`, for writing."""
+    codecs = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if find_spec("zarrs") else {}
+    with zarr.config.set(codecs):
+        return zarr.open_array(LocalStore(path, read_only=read_only), mode="r" if read_only else "r+")

@@ -16,11 +16,12 @@ from hover_batch.cohort.record import SlideRecord
 from hover_batch.cohort.run_folder import read_json, read_run, read_slides, require_run
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, PackageError, SlideError
-from hover_batch.formatting import LISTED
+from hover_batch.formatting import LISTED, listed
 from hover_batch.geometry import Grid
 from hover_batch.model.package import Card, Package
 from hover_batch.plan import Plan, PlannedSlide, StoredMaps
 from hover_batch.slide.survey import read_info
+from hover_batch.store import HV_MASKED
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ class StoredRun:
                         f"--from {self.layout.root}: was predicted with {name} = {old}, not {new}; leave this option, "
                         "variable or setting out, or run segment on the slides themselves"
                     )
+        masked = [slide.record.slide_id for slide in self.plan.slides if slide.kept and slide.kept.hv_masked]
+        if settings.post.sobel_norm == "window" and masked:
+            raise InputError(
+                f"--sobel-norm window: needs h and v of the background, which {self.layout.root} did not store "
+                f"({listed(masked)}); run segment with this option on the slides themselves"
+            )
         target, source = output.resolve(), self.layout.root.resolve()
         if target == source or source in target.parents:
             raise InputError(
@@ -127,4 +134,5 @@ def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple
     card, info = Card.from_json(attributes["model"]), read_info(slide.survey_json)
     grid = Grid.over(info.level0, info.mpp, card.mpp)
     tiles = sum(1 for _ in grid.size.box.cells(card.tile_out))
-    return PlannedSlide(record, info, grid, tiles, StoredMaps(slide, done["run_key"])), card
+    kept = StoredMaps(slide, done["run_key"], bool(attributes.get(HV_MASKED)))
+    return PlannedSlide(record, info, grid, tiles, kept), card

@@ -178,6 +178,7 @@ def test_the_output_is_no_run_of_something_else(tmp_path: Path) -> None:
         (["--model", "other.safetensors"], "model = starter, not other.safetensors"),
         (["--example"], "exactly one of COHORT, --example and --from"),
         (["--class-map", "none.toml"], "--class-map none.toml"),
+        (["--sobel-norm", "window"], "--sobel-norm window: needs h and v of the background"),
     ],
 )
 def test_what_was_predicted_cannot_be_asked_otherwise(tmp_path: Path, flags: list[str], message: str) -> None:
@@ -186,6 +187,14 @@ def test_what_was_predicted_cannot_be_asked_otherwise(tmp_path: Path, flags: lis
     result = run("--from", source, "-o", tmp_path / "out", *flags)
     assert result.exit_code == 2 and message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_maps_of_window_runs_are_whole_and_serve_both(tmp_path: Path) -> None:
+    cohort, source = white(tmp_path / "cohort", "a"), tmp_path / "source"
+    assert run(cohort, "-o", source, "--sobel-norm", "window").exit_code == 0
+    for norm in ("window", "fixed"):
+        result = run("--from", source, "-o", tmp_path / norm, "--sobel-norm", norm)
+        assert result.exit_code == 0, result.output
 
 
 ALL = ["miscellaneous", "inflammatory", "epithelial", "spindle"]

@@ -16,7 +16,7 @@ from real_slides import CMU, COMPLETE, TCGA, write_real_cohort
 from typer.testing import CliRunner
 
 from hover_batch.cli import app
-from hover_batch.config import PostSettings, SobelNorm
+from hover_batch.config import PostSettings
 from hover_batch.geometry import cell_box
 from hover_batch.metrics import match_centroids
 from hover_batch.model.package import Card
@@ -112,32 +112,26 @@ def test_units_of_1024_pixels_give_the_same_nuclei(out: Path, data: Path, tmp_pa
     assert tables[0] == tables[1]
 
 
-def nuclei_in_cores(store: PredictionStore, card: Card, core: int, norm: SobelNorm) -> Nuclei:
+def nuclei_in_cores(store: PredictionStore, card: Card, core: int) -> Nuclei:
     """All nuclei of a slide, post-processed in regions of `core` pixels."""
-    settings = PostSettings(sobel_norm=norm)
-    constants = SobelConstants.from_json(card.sobel) if norm == "fixed" else None
+    settings, constants = PostSettings(), SobelConstants.from_json(card.sobel)
     boxes = [cell_box(*cell, core).intersect(store.canvas) for cell in store.canvas.cells(core)]
     return concatenate([nuclei_of_region(store.read, box, card.layout, settings, constants) for box in boxes])
 
 
 def test_cores_of_any_size_give_the_same_nuclei(out: Path) -> None:
-    """The whole TCGA slide in cores of 512, 1024 and 2048 pixels and as one; and what seams do in `window` mode."""
+    """The whole TCGA slide in cores of 512, 1024 and 2048 pixels and as one."""
     store = PredictionStore.open(out / "slides" / TCGA / "predictions.zarr")
     card = Card.from_json(store.array.attrs["model"])
     side = max(store.canvas.width, store.canvas.height)
-    whole = nuclei_in_cores(store, card, side, "fixed")
+    whole = nuclei_in_cores(store, card, side)
     assert len(whole) > 5000
     for core in (512, 1024, 2048):
-        part = nuclei_in_cores(store, card, core, "fixed")
+        part = nuclei_in_cores(store, card, core)
         for field in fields(Nuclei):
             if field.name != "contours":
                 assert getattr(part, field.name).tobytes() == getattr(whole, field.name).tobytes(), (core, field.name)
         assert all((a == b).all() for a, b in zip(part.contours, whole.contours, strict=True))
-    outlines = {"whole": rings(nuclei_in_cores(store, card, side, "window"))}
-    for core in (512, 1024, 2048):
-        outlines[str(core)] = rings(nuclei_in_cores(store, card, core, "window"))
-        differ = 1 - len(outlines[str(core)] & outlines["whole"]) / len(outlines["whole"])
-        print(f"\nwindow mode, cores of {core}: {differ:.1%} of the nuclei are not those of the whole slide")
 
 
 def rings(nuclei: Nuclei) -> set[bytes]:

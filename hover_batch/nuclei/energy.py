@@ -8,9 +8,12 @@ for bit, at a tenth of its cost. Only two rows of sums are held at a time.
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+from hover_batch.model.heads import MapLayout
 
 SOBEL_SIZE = 21
 SOBEL_RADIUS = SOBEL_SIZE // 2
@@ -50,6 +53,21 @@ def energy_of(
     pixels is 1 and is not computed: the reference masks them later, with the same effect.
     """
     return np.asarray(_energy(_signed(h), _signed(v), inside, labels, scales, lows), np.float32)
+
+
+def mask_hv(maps: NDArray[np.uint8]) -> None:
+    """Zero h and v, in place, where no energy of the foreground depends on them: beyond the reach of its Sobel filters.
+
+    `maps` (plane, y, x): a unit (see MapLayout). A band along its edges, as wide as the reach, is kept for the
+    foreground of its neighbours. Do not use it where Sobel maps are scaled by the extremes of windows, which take in
+    the background.
+    """
+    foreground = (maps[MapLayout.NP] >= MapLayout.NP_NUCLEUS).view(np.uint8)
+    kept = cv2.dilate(foreground, np.ones((SOBEL_SIZE, SOBEL_SIZE), np.uint8))
+    for edge in (kept[:SOBEL_RADIUS], kept[-SOBEL_RADIUS:], kept[:, :SOBEL_RADIUS], kept[:, -SOBEL_RADIUS:]):
+        edge[:] = 1
+    maps[MapLayout.H] *= kept
+    maps[MapLayout.V] *= kept
 
 
 def _signed(plane: NDArray[np.uint8]) -> NDArray[np.int8]:
