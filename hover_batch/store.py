@@ -13,23 +13,31 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.store import Store
 from zarr.codecs import ZstdCodec
-from zarr.storage import LocalStore
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore, MemoryStore
 
 from hover_batch.files import write_first
 from hover_batch.geometry import Box, Size
 
 CHUNK = 512
 """Side of a chunk in inference pixels, where it divides the unit."""
+
+_ONLY_SHARD = "c/0/0/0"
+"""Key of the shard of an array with one."""
+
+_configuring = Lock()
 
 HV_MASKED = "hv_masked"
 """Attribute of stores with masked h and v; those of older versions lack it and are whole."""
@@ -54,19 +62,9 @@ class PredictionStore:
         """
         if (path / "zarr.json").exists():
             return cls.open(path)
-        chunk = CHUNK if unit % CHUNK == 0 else unit
-        zarr.create_array(
-            LocalStore(path),
-            shape=(planes, size.height, size.width),
-            shards=(planes, unit, unit),
-            chunks=(1, chunk, chunk),
-            dtype="uint8",
-            fill_value=0,
-            compressors=ZstdCodec(level=1),
-            attributes=dict(attributes),
-            dimension_names=("plane", "y", "x"),
-            zarr_format=3,
-        )
+        shape = (planes, size.height, size.width)
+        names = ("plane", "y", "x")
+        _create(LocalStore(path), shape, unit, attributes=dict(attributes), dimension_names=names)
         return cls.open(path)
 
     @classmethod
@@ -80,16 +78,31 @@ class PredictionStore:
 
         Returns the SHA-256 of the shard on disk, or None if it holds only zeros.
         """
-        # zarr would replace an existing shard, and name a new one before it is on disk: it writes into another folder.
-        with tempfile.TemporaryDirectory(dir=self.path, prefix=".shard.", suffix=".partial") as folder:
-            shutil.copy(self.path / "zarr.json", folder)
-            _open(Path(folder))[:, box.y0 : box.y1, box.x0 : box.x1] = maps
-            shard = self._shard(box)
-            written = Path(folder) / shard.relative_to(self.path)
-            if written.exists():
-                shard.parent.mkdir(parents=True, exist_ok=True)
-                write_first(shard, written.read_bytes())
+        shard = self._encoded(maps)
+        if shard is not None:
+            path = self._shard(box)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_first(path, shard)
         return self.shard_sha256(box)
+
+    def _encoded(self, maps: NDArray[np.uint8]) -> bytes | None:
+        """Return the content of the shard of a unit with these maps, or None if they are zeros alone.
+
+        It is written to a folder of its own, since zarr would replace an existing shard, and name a new one before it
+        is on disk.
+        """
+        unit = (self.array.shards or self.array.chunks)[1]
+        try:
+            with TemporaryDirectory(dir=self.path, prefix=".shard.", suffix=".partial") as folder:
+                _create(LocalStore(folder), maps.shape, unit)
+                _open(Path(folder))[:] = maps
+                shard = Path(folder, _ONLY_SHARD)
+                return shard.read_bytes() if shard.exists() else None
+        except RuntimeError:
+            # zarrs raises it for a full disk, too: write_first then raises an OSError that says so.
+            held: dict[str, Buffer] = {}
+            _create(MemoryStore(held), maps.shape, unit)[:] = maps
+            return held[_ONLY_SHARD].to_bytes() if _ONLY_SHARD in held else None
 
     def shard_sha256(self, box: Box) -> str | None:
         """Return the SHA-256 of the shard of the unit at `box`, or None without a shard."""
@@ -132,8 +145,25 @@ class PredictionStore:
         return maps
 
 
+def _create(store: Store, shape: tuple[int, ...], unit: int, **more: Any) -> zarr.Array[Any]:
+    """Create an empty array of `shape` (plane, y, x) with shards of `unit` pixels. `more`: arguments of zarr."""
+    chunk = CHUNK if unit % CHUNK == 0 else unit
+    return zarr.create_array(
+        store,
+        shape=shape,
+        shards=(shape[0], unit, unit),
+        chunks=(1, chunk, chunk),
+        dtype="uint8",
+        fill_value=0,
+        compressors=ZstdCodec(level=1),
+        zarr_format=3,
+        **more,
+    )
+
+
 def _open(path: Path, read_only: bool = False) -> zarr.Array[Any]:
     """Open the array at `path` for reading and, unless `read_only`, for writing."""
     codecs = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if find_spec("zarrs") else {}
-    with zarr.config.set(codecs):
+    # zarr keeps its configuration for the whole process: threads must not restore each other's values.
+    with _configuring, zarr.config.set(codecs):
         return zarr.open_array(LocalStore(path, read_only=read_only), mode="r" if read_only else "r+")
