@@ -62,6 +62,45 @@ def test_the_first_writer_wins(tmp_path: Path) -> None:
     assert np.array_equal(store.read(box), first)
 
 
+@pytest.mark.parametrize("shape", [(512, 512), (388, 276)])
+def test_without_zarrs_the_shards_are_read_and_written_by_zarr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    box = Box(0, 0, 512, 512) if shape == (512, 512) else Box(1024, 512, 1300, 900)
+    maps = random_maps(shape)
+    (tmp_path / "zarrs").mkdir()
+    fast = make(tmp_path / "zarrs")
+    pipeline = zarr.config.get("codec_pipeline.path")
+    fast.write(box, maps)
+    assert zarr.config.get("codec_pipeline.path") == pipeline, "users' arrays keep their codecs"
+    monkeypatch.setattr("hover_batch.store.find_spec", lambda _: None)
+    slow = make(tmp_path)
+    slow.write(box, maps)
+    assert type(slow.array._async_array.codec_pipeline) is not type(fast.array._async_array.codec_pipeline)
+    assert np.array_equal(slow.read(box), maps) and np.array_equal(make(tmp_path / "zarrs").read(box), maps)
+
+
+def test_an_error_of_zarrs_is_reported_by_zarr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is a RuntimeError there; the executors wait for space on an OSError."""
+    store, box = make(tmp_path), Box(512, 0, 1024, 512)
+
+    async def full(*_: object, **__: object) -> None:
+        raise RuntimeError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("zarrs.ZarrsCodecPipeline.write", full)
+    maps = random_maps(box.shape)
+    assert store.write(box, maps) is not None
+    assert np.array_equal(store.read(box), maps)
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    (store.path / ".shard.x.partial" / "c").mkdir(parents=True)
+    (store.path / ".y.partial").touch()
+    store.sweep()
+    assert [path.name for path in store.path.iterdir()] == ["zarr.json"]
+
+
 def test_an_empty_unit_has_no_shard(tmp_path: Path) -> None:
     store, box = make(tmp_path), Box(0, 0, 512, 512)
     assert store.write(box, np.zeros((PLANES, 512, 512), np.uint8)) is None

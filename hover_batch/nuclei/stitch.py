@@ -66,10 +66,10 @@ def nuclei_of_region(
             oversized |= same
         else:
             found.append(followed.nuclei_alone(component, constants))
-    for column, row in core.cells(settings.max_component):
-        found.append(
-            _nuclei_of_cell(read, view, oversized, core, cell_box(column, row, settings.max_component), constants)
-        )
+    if oversized.any():
+        for column, row in core.cells(settings.max_component):
+            cell = cell_box(column, row, settings.max_component)
+            found.append(_nuclei_of_cell(read, view, oversized, core, cell, constants))
     nuclei = owned(core, concatenate(found))
     return nuclei.take(nuclei.area_px >= settings.min_area_px)
 
@@ -114,11 +114,17 @@ class _View:
         return box.x0 + x, box.y0
 
     def components_in(self, area: Box) -> NDArray[np.bool_]:
-        """Return which components have a pixel in `area`, which lies in the window: (n,) bool."""
-        present = np.zeros(len(self.components.pixels), np.bool_)
-        present[self.components.labels[area.slices_in(self.window)]] = True
+        """Return which components have a pixel in `area`, which lies in the window and is not empty: (n,) bool."""
+        x, y = self.window.x0, self.window.y0
+        low, high = (area.x0 - x, area.y0 - y), (area.x1 - x, area.y1 - y)
+        bounds = self.components.bounds
+        present = np.all((bounds[:, :2] >= low) & (bounds[:, 2:] <= high), axis=1)
+        # Being connected, any other one has a pixel in the area's outermost rows or columns.
+        inside = self.components.labels[area.slices_in(self.window)]
+        for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):
+            present[edge] = True
         present[0] = False
-        return present
+        return np.asarray(present, np.bool_)
 
     def nuclei(self, chosen: NDArray[np.bool_], constants: SobelConstants) -> Nuclei:
         """Return the nuclei of the `chosen` (n,) components."""

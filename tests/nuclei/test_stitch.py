@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from synthetic_maps import LAYOUT, Canvas, maps_of, random_canvas
 
 from hover_batch.config import PostSettings
-from hover_batch.geometry import Box, cell_box
+from hover_batch.geometry import Box
 from hover_batch.nuclei import stitch
-from hover_batch.nuclei.energy import mask_hv
 from hover_batch.nuclei.measure import Nuclei, concatenate, measure
 from hover_batch.nuclei.stitch import nuclei_of_region
 from hover_batch.nuclei.watershed import SobelConstants, instance_map
@@ -80,29 +79,6 @@ def test_any_tiling_in_cores_of_a_run_equals_the_whole(
     canvas = random_canvas(seed, *size)
     offset = (offset[0] % core, offset[1] % core)
     assert_same(tiled(canvas, core, offset, PostSettings(min_area_px=0, halo=halo)), whole(canvas))
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    seed=st.integers(0, 10**6), size=st.tuples(st.integers(40, 260), st.integers(40, 260)), unit=st.integers(21, 256)
-)
-def test_masked_gradients_give_the_same_nuclei(seed: int, size: tuple[int, int], unit: int) -> None:
-    canvas = random_canvas(seed, *size)
-    masked = Canvas(canvas.maps.copy())
-    for column, row in canvas.box.cells(unit):
-        rows, columns = cell_box(column, row, unit).intersect(canvas.box).slices_in(canvas.box)
-        mask_hv(masked.maps[:, rows, columns])
-    post = PostSettings(min_area_px=0)
-    assert_same(tiled(masked, unit, (0, 0), post), tiled(canvas, unit, (0, 0), post))
-
-
-def test_masked_gradients_of_real_nuclei(noisy_tiles) -> None:
-    """Most of the background is zero, and the nuclei are the same."""
-    maps = noisy_tiles[0].maps.copy()
-    mask_hv(maps)
-    background = (maps[LAYOUT.NP] < 128).sum()
-    assert (maps[LAYOUT.H] == 0).sum() > background / 4
-    assert_same(whole(Canvas(maps)), whole(Canvas(noisy_tiles[0].maps)))
 
 
 @pytest.mark.parametrize("core", [250, 333])
