@@ -9,12 +9,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hover_batch.config import EngineSettings, Settings
 from hover_batch.errors import InputError
 from hover_batch.formatting import counted
 from hover_batch.model.package import Card
-from hover_batch.plan import PlannedSlide
+
+if TYPE_CHECKING:  # it imports the readers, and `doctor` also runs where one of their libraries is broken
+    from hover_batch.plan import PlannedSlide
 
 UNITS_AT_ONCE = 3
 """Units in progress per network: while one is predicted, another is read and a third is written."""

@@ -177,7 +177,7 @@ def test_all_faults_of_all_rows_at_once(slides: Path) -> None:
         (10, "magnification 'forty': write"),
         (11, "mask.png: is not a PNG image"),
         (12, "mask.json: is not JSON"),
-        (13, "mask.tif: unknown kind of mask; known are .geojson, .geojson.gz, .json, .json.gz, .png"),
+        (13, "mask.tif: unknown kind of mask; known are .geojson, .geojson.gz, .json, .json.gz, .zip, .png"),
         (14, "none.png: no such file"),
         (15, "has 1 more cells than the header"),
     ]

@@ -160,7 +160,7 @@ def test_torn_zip_files_and_those_of_several_masks_are_refused(tmp_path: Path) -
         (zipped({"a.geojson": TEXT})[:-30], "zip"),
     ):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=f"no readable GeoJSON.*{said}"):
+        with pytest.raises(InputError, match=f"not valid GeoJSON.*{said}"):
             check_mask(path)
         (tmp_path / "a.png").touch()
         (tmp_path / "cohort.csv").write_text("path,mask_path,mpp\na.png,mask.zip,0.25\n")
