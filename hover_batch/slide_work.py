@@ -94,12 +94,16 @@ def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str
 def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideReader | None]:
     """Yield a reader of the slide; None if its maps are stored, since the slide is not needed then.
 
-    A slide in cloud storage is copied to this machine first. SlideError if it cannot be copied or opened.
+    A slide in cloud storage is copied to this machine first. SlideError if it cannot be copied or opened, or its file
+    was replaced after the run began.
     """
     if slide.kept is not None:
         yield None
         return
     with copies.staged(slide.record, slide.info.fingerprint) as record, open_slide(record) as reader:
+        # `staged` compares copies itself.
+        if record is slide.record and reader.info.fingerprint != slide.info.fingerprint:
+            raise SlideError(f"{record.path}: was replaced or changed after the run began; repeat the segment command")
         yield reader
 
 

@@ -18,6 +18,9 @@ def near_name(path: Path, base: Path) -> str:
     written = str(path.relative_to(base)) if path.is_relative_to(base) else str(path)
     if _WINDOWS_ROOT.match(written):
         return "; give a Windows path as this machine sees it, with / between folders"
+    link = base / written
+    if link.is_symlink():
+        return f"; it is a link to {link.readlink()}, which does not exist: fetch that file, or copy it here"
     slashed = base / written.replace("\\", "/")
     similar = _existing(slashed)
     if "\\" in written:

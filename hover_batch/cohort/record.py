@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from hover_batch.geometry import Mpp
 
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _SECRETS = re.compile(r"(?<=://)[^/@\s]*@|[?#][^\s'\"]*", re.IGNORECASE)
 _CONTAINER = ("abfs", "abfss", "wasb", "wasbs")
 """Schemes of URLs in which the part before the @ is the container, not a user."""

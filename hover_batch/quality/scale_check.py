@@ -80,6 +80,11 @@ def check_scale(record: SlideRecord, predictor: Predictor, tissue: TissueSetting
     likely = [trial for trial in plausible if highest - trial.fit < _CLOSE]
     best = max(likely, key=lambda trial: (trial.mpp == given, trial.fit))
     seen = f"{best.nuclei:,} nuclei, mean seg_score {best.seg_score:.2f}, median {best.area_um2:.3g} µm²"
+    if not (_usual(best.mpp) and best.plausible):
+        return (
+            f"warning: the pixel size of {given} µm is not confirmed: no usual one gives enough nuclei of a usual size "
+            f"(best at {best.mpp} µm: {seen}); check it in the scanner's software"
+        )
     close = [str(trial.mpp) for trial in likely if trial is not best]
     doubt = f"; {' and '.join(close)} µm fits about as well: check the magnification of the scan" if close else ""
     if best.mpp == given:

@@ -66,11 +66,15 @@ def openslide_header(path: Path) -> Header:
     size = stated_size(properties.get("openslide.mpp-x", raw), properties.get("openslide.mpp-y", raw), "its header")
     if (tiff := _open_tiff(path)) is not None:
         with tiff:
-            _check_samples(path, tiff)
+            _check_pages(path, tiff)
             # OpenSlide reads the tags of a generic TIFF only if their unit is the centimetre.
             if size.mpp is None and vendor == "generic-tiff":
                 size = tiff_size(_first_page(tiff))
     return Header(levels, size, bounds, vendor, to_float(properties.get("openslide.objective-power")))
+
+
+_ORIENTATION = 274
+"""TIFF tag of how to turn or flip the stored pixels; 1 = not at all."""
 
 
 def _open_tiff(path: Path) -> tifffile.TiffFile | None:
@@ -86,11 +90,11 @@ def _first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
     return page
 
 
-def _check_samples(path: Path, tiff: tifffile.TiffFile) -> None:
-    """Raise SlideError for samples of more than 8 bits, and for signed and float ones.
+def _check_pages(path: Path, tiff: tifffile.TiffFile) -> None:
+    """Raise SlideError for samples of more than 8 bits, for signed and float ones, and for turned pages.
 
     OpenSlide and Pillow keep the high byte of 16 bits, which makes 12-bit pictures black, and read the others as
-    unsigned.
+    unsigned. OpenSlide turns each tile of a turned page on its own, Pillow the whole page.
     """
     for number, page in enumerate(tiff.pages):
         assert isinstance(page, tifffile.TiffPage)
@@ -101,6 +105,12 @@ def _check_samples(path: Path, tiff: tifffile.TiffFile) -> None:
             raise SlideError(
                 f"{path}: pixels of {kind}{page.bitspersample} bits a channel; 8-bit grey or colour is needed: scale "
                 "its values to 0 … 255 and save it again"
+            )
+        turned = page.tags.get(_ORIENTATION)
+        if turned is not None and turned.value != 1:
+            raise SlideError(
+                f"{path}: the tag Orientation is {turned.value}, so that programs turn or flip the picture; save it "
+                "upright, without this tag"
             )
 
 
@@ -205,7 +215,7 @@ def open_picture(path: Path) -> Image.Image:
     """
     if (tiff := _open_tiff(path)) is not None:
         with tiff:
-            _check_samples(path, tiff)
+            _check_pages(path, tiff)
     # The plugins are called by name: Image.open warns of sizes that are ordinary here, and refuses some.
     for plugin in (PngImagePlugin.PngImageFile, JpegImagePlugin.JpegImageFile, TiffImagePlugin.TiffImageFile):
         try:

@@ -216,11 +216,17 @@ def _read_png(path: Path) -> NDArray[np.bool_]:
         with PngImagePlugin.PngImageFile(path) as picture:
             if picture.width * picture.height > MAX_PICTURE_PIXELS:
                 raise InputError(f"{path}: a mask of {picture.width} × {picture.height} pixels; reduce it")
-            has_alpha = picture.mode in ("LA", "RGBA")
+            is_palette = picture.mode == "P"
+            has_alpha = picture.mode in ("LA", "RGBA") or is_palette
             mask = np.empty((picture.height, picture.width), bool)
-            for rows, values in bands(picture):
+            for rows, values in bands(picture, "RGBA" if is_palette else None):
                 colours = values if values.ndim == 2 else values[..., : values.shape[2] - has_alpha].any(axis=2)
                 mask[rows] = (colours != 0) & (values[..., -1] != 0) if has_alpha else colours != 0
+            if is_palette and any((mask[rows] != (indices != 0)).any() for rows, indices in bands(picture)):
+                raise InputError(
+                    f"{path}: a palette picture in which the colour of number 0 is not black, or another one is: what "
+                    "is tissue is ambiguous; save it as a grey PNG, nonzero on tissue"
+                )
     except OSError as error:
         raise InputError(f"{path}: the mask cannot be read: {error.strerror or error}; check mask_path") from error
     except (SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a file of another format

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hover_batch.cohort.manifest import Cohort, RowFault, raise_if_faulty, read_cohort
+from hover_batch.cohort.near_name import near_name
 from hover_batch.errors import InputError
 from hover_batch.geometry import Mpp
 
@@ -418,3 +419,8 @@ def test_names_in_another_unicode_form(tmp_path: Path, on_disk: str, asked: str)
 def test_names_in_another_case(slides: Path) -> None:
     (_, message), *_ = messages(read_cohort(write(slides, "path,slide_id\nA.SVS,x\n")))
     assert f"{slides}/a.svs exists, which differs in upper and lower case" in message
+
+
+def test_a_link_to_a_missing_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "slide.svs").symlink_to("annex/slide.svs")
+    assert "a link to annex/slide.svs, which does not exist" in near_name(tmp_path / "slide.svs", tmp_path)

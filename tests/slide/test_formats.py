@@ -14,7 +14,7 @@ from PIL import Image
 
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import InputError, SlideError
-from hover_batch.geometry import Mpp
+from hover_batch.geometry import Mpp, Size
 from hover_batch.slide import headers
 from hover_batch.slide.headers import peek
 from hover_batch.slide.reader import open_slide
@@ -53,6 +53,17 @@ def test_other_than_unsigned_8_bit_samples_are_refused(tmp_path: Path, layout: s
     with pytest.raises(SlideError, match="8-bit") as caught:
         peek(record(path, mpp=0.25))
     assert kind in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", [{"tile": (128, 128)}, {"rowsperstrip": 64}], ids=["tiles", "strips"])
+def test_turned_pictures_are_refused(tmp_path: Path, layout: dict[str, Any]) -> None:
+    """OpenSlide would turn each tile on its own: a shuffled mosaic."""
+    upright, turned = (
+        written(tmp_path / f"{value}.tif", extratags=[(274, "H", 1, value, True)], **layout) for value in (1, 6)
+    )
+    assert peek(record(upright, mpp=0.25)).level0 == Size(FIELD.shape[1], FIELD.shape[0])
+    with pytest.raises(SlideError, match="Orientation is 6.*save it upright"):
+        peek(record(turned, mpp=0.25))
 
 
 def test_a_deep_level_below_an_8_bit_label_is_refused(tmp_path: Path) -> None:

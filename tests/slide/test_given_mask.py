@@ -177,3 +177,18 @@ def test_torn_and_endless_gzip_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     path.write_bytes(gzip.compress(b" " * (1 << 21)))
     with pytest.raises(InputError, match="larger than 1 MiB"):
         check_mask(path)
+
+
+def test_palette_masks_are_read_only_where_number_and_colour_agree(slide: Path, tmp_path: Path) -> None:
+    indices = np.zeros((480, 480), np.uint8)
+    indices[:, :240] = 1
+    path = tmp_path / "mask.png"
+    for palette, agrees in (([0, 0, 0, 255, 0, 0], True), ([255, 255, 255, 0, 0, 0], False)):
+        picture = Image.fromarray(indices).convert("P")
+        picture.putpalette(palette)
+        picture.save(path)
+        if agrees:
+            assert laid(slide, path).contains(X, Y).tolist() == [True, False, False]
+        else:
+            with pytest.raises(InputError, match="palette picture .* save it as a grey PNG"):
+                check_mask(path, CANVAS, BOUNDS)

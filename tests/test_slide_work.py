@@ -1,0 +1,29 @@
+"""Slides whose files change between the plan and their turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hover_batch.cohort.manifest import read_cohort
+from hover_batch.errors import SlideError
+from hover_batch.model.package import find_package
+from hover_batch.plan import plan_cohort
+from hover_batch.slide.staging import Copies
+from hover_batch.slide_work import opened
+
+
+def test_a_slide_that_was_replaced_after_the_plan_is_not_run_under_the_old_key(tmp_path: Path) -> None:
+    (tmp_path / "cohort.csv").write_text("path,mpp\nfield.png,0.25\n")
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "field.png")
+    (slide,) = plan_cohort(read_cohort(str(tmp_path / "cohort.csv")), find_package("starter").card).slides
+    copies = Copies.of_run(tmp_path / "out", "")
+    with opened(slide, copies) as reader:
+        assert reader is not None
+    Image.fromarray(pixels[:, :48]).save(tmp_path / "field.png")
+    with pytest.raises(SlideError, match="replaced or changed after the run began"), opened(slide, copies):
+        pass
