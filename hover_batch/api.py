@@ -48,10 +48,10 @@ def segment_slide(
 ) -> Path:
     """Find the nuclei of one slide, as `hover-batch segment` does. Repeat the call to resume where it stopped.
 
-    `path`: a slide file, a DICOM folder or a URL. `output`: the run's folder; several slides may share one if their
-    settings are the same. `mpp`: pixel size of level 0 in µm, if the file gives none or a wrong one. `slide_id`: by
-    default the file's stem. `settings`: those of the command, by their names in settings.toml (`batch=4`,
-    `backend="local"`, `class_map={"stroma": ["spindle"], …}`).
+    `path`: a slide file, a DICOM folder or a URL. `output`: the run's folder. Slides may share one if their settings
+    are the same, but slides.csv and the summary then list only the last one. `mpp`: pixel size of level 0 in µm, if the
+    file gives none or a wrong one. `slide_id`: by default the file's stem. `settings`: those of the command, by their
+    names in settings.toml (`batch=4`, `backend="local"`, `class_map={"stroma": ["spindle"], …}`).
 
     Returns the path of the table, for `load_nuclei`. Raises InputError if an argument is invalid, PackageError if the
     model cannot be used, SlideError if the slide cannot be processed.

@@ -3,7 +3,7 @@
 ::
 
     HoverBatchError            exit code 1 unless a subclass overrides it
-    ├── InputError             2: found before anything ran: CSV, settings, paths, headers; the message names the remedy
+    ├── InputError             2: invalid input: CSV, settings, paths, headers; the message names the remedy
     │   └── SettingsChanged    2: the output folder holds results made with other settings
     ├── SlideError             3: one slide cannot be opened or processed; the cohort continues
     │   └── SlideQuarantined   3: workers crashed repeatedly on it; skipped until the user asks for a retry
@@ -32,7 +32,7 @@ class HoverBatchError(Exception):
 
 
 class InputError(HoverBatchError):
-    """Invalid input by the user; nothing was run."""
+    """Invalid input by the user, usually found before anything runs."""
 
     exit_code = 2
 
@@ -48,7 +48,7 @@ class SlideError(HoverBatchError):
 
 
 class SlideQuarantined(SlideError):
-    """Workers crashed repeatedly on a slide; it is not retried unless the user asks for it."""
+    """A task of the slide failed too often (crashes or lost nodes); it is not retried unless the user asks for it."""
 
 
 class TooManyFailures(HoverBatchError):

@@ -295,8 +295,9 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     those of this step are added. If `reader` is None, there are no pixels to draw on, and the thumbnail and its
     measures are copied from the run that stored the maps.
 
-    UnitsMissing if parts, markers or maps that another machine wrote are not visible here yet, SlideError if another
-    run has taken over the slide's folder, or two regions hold the same nucleus.
+    UnitsMissing if parts, markers or maps that another machine wrote are not visible here yet. SlideError if another
+    run has taken over the slide's folder, two regions hold the same nucleus, or the slide cannot be read. OSError if a
+    file cannot be written.
     """
     layout, record = work.layout, work.record
     cells = [(unit.column, unit.row) for unit in work.units]

@@ -36,7 +36,10 @@ class Row:
 
     @property
     def label(self) -> str:
-        """Name of the slide in messages: its slide_id, or else its path, with credentials in a URL redacted."""
+        """Name of the slide in messages: its slide_id, or else its path; empty if the row has neither.
+
+        Credentials in a URL are redacted.
+        """
         path = self.cells.get("path", "")
         return self.cells.get("slide_id") or str(Url.of(path) or path)
 

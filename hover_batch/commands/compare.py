@@ -47,7 +47,7 @@ def compare(
         Runtime, typer.Option(help="Runtime of the teacher or the --against package.")
     ] = "torch",
     student: Annotated[
-        str, typer.Option(help="Package that may replace the teacher or the --against package.")
+        str, typer.Option(help="Package of the student: a name that `models list` shows, or a .safetensors file.")
     ] = "starter",
     precision: Annotated[Precision, typer.Option(help="Precision of the student.")] = "auto",
     runtime: Annotated[Runtime, typer.Option(help="Runtime of the student.")] = "torch",
@@ -88,9 +88,10 @@ def compare(
 ) -> None:
     """Compare two networks on the same pixels: their costs, and where their nuclei differ.
 
-    The --student is the candidate to replace the other network, a HoVerNet (--teacher) or another package (--against).
-    By default, two fields of each of the first three slides are compared. --timing-only measures only costs; --truth
-    also scores both networks on annotated images.
+    --student names the first network. The second one is a HoVerNet (--teacher) or any package (--against).
+
+    By default, two fields of each of the first three slides are compared. Use --timing-only to measure only costs, and
+    --truth to also score both networks on annotated images.
 
     Prints a table, and writes compare.json and compare.html.
 

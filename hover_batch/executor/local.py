@@ -26,7 +26,10 @@ class LocalExecutor(Executor):
 
     @cached_property
     def predictor(self) -> Predictor:
-        """Network of the run, loaded on first use. PackageError if it cannot be loaded."""
+        """Network of the run, loaded on first use.
+
+        PackageError if its weights cannot be loaded, InputError if the device cannot be used.
+        """
         return self.load(self.context.package, self.context.settings.infer)
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:

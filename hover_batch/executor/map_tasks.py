@@ -1,6 +1,7 @@
 """Map a function over many items on either backend, for work other than slides, as in `kd`.
 
-On Ray each item is a task in a process of its own, and is retried if that process dies, as the fault policy says.
+On Ray each item is a task in a process of its own. A task whose process dies is retried, by the same limits as those of
+a slide's tasks; a lack of memory or disk counts like a crash.
 """
 
 from __future__ import annotations

@@ -227,7 +227,10 @@ class NetworkPool:
 
 
 def is_death(error: RayError) -> bool:
-    """Return whether the error of a call to a network means that the network's process is dead."""
+    """Return whether a call failed because its actor died, was killed for lack of memory, or cannot be reached.
+
+    An unreachable actor (ActorUnavailableError) may still be alive; `NetworkPool.lost` decides.
+    """
     return isinstance(error, RayActorError | OutOfMemoryError)
 
 

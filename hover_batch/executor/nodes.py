@@ -51,10 +51,11 @@ class ClusterNodes:
         )
 
     def replan(self, plan: EnginePlan, context: RunContext) -> EnginePlan | None:
-        """Return a new plan if nodes joined or left the cluster, else None. Query the cluster every few seconds.
+        """Return a new plan if nodes joined or left the cluster since the last call, else None.
 
-        If no node is left, warn the user and return None. InputError if a new node does not see the output folder, or
-        cannot run hover-batch.
+        The cluster is queried at most every LOOK_EVERY_S. A change is logged and shown to the user. If no node is left,
+        the user is warned and None is returned. A full disk pauses the run. InputError if a new node does not see the
+        output folder or cannot run hover-batch; OSError if the test file cannot be written for another reason.
         """
         if time.monotonic() >= self._look_at:
             self.look()

@@ -85,9 +85,9 @@ class CohortProgress:
         self.say(line, "warning")
 
     def expect(self, tiles: int, regions: int, tiles_before: int = 0, regions_before: int = 0) -> None:
-        """Add a slide's tiles and regions to the totals.
+        """Add a slide's tiles and regions to the totals; negative numbers remove them.
 
-        `tiles_before` and `regions_before` of them were done by an earlier run.
+        `tiles_before`, `regions_before`: how many of them an earlier run has done.
         """
         self._counts[Stage.INFER].expect(tiles, tiles_before)
         self._counts[Stage.POST].expect(regions, regions_before)

@@ -38,10 +38,10 @@ class Verdict(Enum):
 
 MAX_STRIKES = 2
 MAX_TIMES = {Verdict.STRIKE: MAX_STRIKES, Verdict.NODE_LOST: 5, Verdict.RETRY: 120}
-"""Times that a task may get a verdict before its slide fails.
+"""Number of times a verdict on one task at which its slide fails: the last one is not retried.
 
-A unit with a strike is retried alone, so that an innocent one passes. If nodes are lost one after the other while they
-work on the same task, it may be its fault. RETRY: network file systems may show new files a minute late, and no task is
+A unit with a strike is retried alone, to tell whether it caused the crash. Repeated node losses during one task may be
+its fault. RETRY: network file systems may show new files a minute late, and no task is
 retried for ever.
 """
 
@@ -147,10 +147,10 @@ class SlideState:
             self.retry(task)
 
     def retry_or_quarantine(self, verdict: Verdict, task: Task, reason: str) -> SlideQuarantined | None:
-        """Count the verdict, one of those in MAX_TIMES, and retry the task.
+        """Count the verdict on a task, and queue the task again.
 
-        If it has got this verdict too often, return the error for which the slide is quarantined instead. `reason`:
-        text for its message.
+        At the MAX_TIMES[verdict]-th time, the task is not queued; the error with which the slide must be quarantined is
+        returned instead. `verdict`: a key of MAX_TIMES. `reason`: cause of the fault, for the message.
         """
         if self._count(verdict, task) < MAX_TIMES[verdict]:
             self.retry(task)

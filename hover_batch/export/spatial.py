@@ -54,9 +54,10 @@ def write_anndata(nuclei: NucleiTable, path: Path) -> None:
 
 
 def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to the folder `path` (.zarr).
+    """Write the table `nuclei` to the folder `path` (.zarr), which replaces an existing one.
 
-    OSError if it cannot be written, SlideError if the table is corrupted.
+    All nuclei are held in memory. An empty table gives no shapes, since the library does not support them. OSError if
+    the folder cannot be written, SlideError if the table is corrupted. Call `require_extra` first.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on import, its dependencies give warnings that users cannot fix

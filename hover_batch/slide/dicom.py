@@ -22,24 +22,24 @@ _NAMED = 3
 
 @contextmanager
 def quiet_wsidicom() -> Iterator[None]:
-    """Suppress the log messages and warnings of wsidicom and pydicom while the block runs.
+    """Suppress messages of wsidicom on the root logger, and all Python warnings, while the block runs.
 
-    wsidicom logs to the root logger, and configures it if it has no handler. `open_dicom` reports the faults that
-    matter.
+    wsidicom logs to the root logger, and would configure it if it had no handler. pydicom's records are dropped only if
+    the root logger has no other handler. `open_dicom` reports the faults that matter. Not thread-safe.
     """
     root, guard = logging.getLogger(), logging.NullHandler()
 
-    def is_ours(entry: logging.LogRecord) -> bool:
+    def not_from_wsidicom(entry: logging.LogRecord) -> bool:
         return "wsidicom" not in Path(entry.pathname).parts
 
     root.addHandler(guard)
-    root.addFilter(is_ours)
+    root.addFilter(not_from_wsidicom)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        root.removeFilter(is_ours)
+        root.removeFilter(not_from_wsidicom)
         root.removeHandler(guard)
 
 

@@ -100,10 +100,11 @@ def check_given(mpp: Mpp) -> None:
 
 
 def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> list[str]:
-    """Return warnings about the pixel size `mpp` that is used.
+    """Return up to two warnings about the pixel size `mpp`, in µm; an empty list if it is plausible.
 
-    There is one if it differs from the size `stated` in the file, and one if it is unusual for slides or does not match
-    the objective's `magnification`.
+    The first says that it differs from the size `stated` in the file by more than MPP_TOLERANCE (None: not compared).
+    The second says that it is unusual for slides, or does not match the objective's `magnification` (None: not
+    checked).
     """
     found = []
     if stated is not None:

@@ -49,9 +49,10 @@ class Source(Protocol):
 
 
 def open_source(path: Path, kind: Kind) -> Source:
-    """Open a file or folder with the library for its kind.
+    """Open a slide with the library for its kind; the caller closes it.
 
-    A VirtualWSIReader is never used, since it holds the whole pyramid in memory. Errors of the library propagate.
+    `kind`: picture, openslide, ome-tiff or, for any other value, DICOM. A picture is loaded into memory; of the others,
+    only the headers of the levels are read. Errors of the library propagate.
     """
     if kind == "picture":
         return PictureSource(path)
@@ -130,7 +131,10 @@ class TiffSource:
         self.levels = tuple(Size(array.shape[1], array.shape[0]) for array in self._arrays)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Read a box in pixels of a level through tifffile. Return RGB (y, x, 3) uint8, contiguous."""
+        """Read a box of a level through tifffile. Return RGB (y, x, 3) uint8, contiguous.
+
+        `box`: in pixels of the level, inside it. Errors of the library propagate.
+        """
         pixels: NDArray[np.uint8] = self._arrays[level][box.y0 : box.y1, box.x0 : box.x1]
         return np.ascontiguousarray(pixels)
 

@@ -66,7 +66,7 @@ class Backdrop:
 def open_backdrop(slide: SlideLayout, record: SlideRecord, table: NucleiTable) -> Backdrop:
     """Return the pyramid of the slide, or of its thumbnail if the slide cannot be opened.
 
-    InputError if neither can be opened.
+    InputError if the slide cannot be opened and there is no thumbnail. Errors of a corrupted thumbnail propagate.
     """
     try:
         return Backdrop(reopen(record, slide.survey_json))

@@ -67,9 +67,10 @@ class Site:
         self._fixed["info.json"] = _json(_info(backdrop, nuclei, flags)) or (b"", "")
 
     def answer(self, path: str) -> Answer | None:
-        """Return the resource at `path`; None if there is none.
+        """Return the content and content type of a resource; None if it does not exist.
 
-        SlideError if the slide or its table can no longer be read.
+        `path`: as in the URL, after the token and its slash, such as "slide/3/0/1". SlideError if the slide or its
+        table can no longer be read.
         """
         if match := _PATH.fullmatch(path):
             numbers = [int(number) for number in match[2][1:].split("/")]

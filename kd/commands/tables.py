@@ -18,6 +18,8 @@ def tables(
 ) -> None:
     """Write tables of published scores, with rows for your evaluations, as Markdown and CSV.
 
+    Also writes a table of costs, and for each source a table of all its scores.
+
     The published rows are from HoVer-UNet (arXiv 2311.12553), Tables 1 to 3. Evaluations with the same label share a
     row, with their mean ± standard deviation. Each row lists its files and models, and marks scores on images that a
     model has seen in training.

@@ -168,6 +168,8 @@ def train(
     starter: like quick, but from ImageNet weights of EfficientNet-Lite0, with the nine sources and 20,000 steps of the
     packaged starter; about a day on a CPU.
 
+    starter-open: like starter, but only on data under CC BY 4.0 or CC0, and 8,000 steps.
+
     paper: HoVer-UNet as in arXiv 2311.12553: mit_b2 from ImageNet weights, weighted cross-entropy, Adam, learning rate
     reduced on plateaus, early stopping, KL × 1/T².
 

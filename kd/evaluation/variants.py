@@ -46,9 +46,9 @@ def from_stored(planes: NDArray[np.uint8]) -> Maps:
 
 
 def sobel(maps: Maps, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return Sobel_x(h) and Sobel_y(v), each (y, x) float64, with a kernel of `size` × `size` pixels.
+    """Return Sobel_x(h) and Sobel_y(v), each (y, x) float64, not normalised.
 
-    Borders are reflected about the outermost pixels.
+    `size`: odd side of the kernel in pixels. Borders are reflected about the outermost pixels.
     """
     _, h, v = maps
     x = cv2.Sobel(h, cv2.CV_64F, 1, 0, ksize=size)
