@@ -158,7 +158,7 @@ class Predictions:
 def load_predictions(slide_folder: str | Path) -> Predictions:
     """Open the prediction store of a slide, given the slide's folder (out/slides/ID). No pixels are read yet.
 
-    Away from nuclei, h and v are 0 unless the run used `sobel_norm="window"`. Raises InputError if the store is missing,
+    Away from nuclei, h and v are 0 unless the run used `sobel_norm="window"`. InputError if the store is missing,
     SlideError or PackageError if it is corrupted.
     """
     folder = Path(slide_folder).absolute()

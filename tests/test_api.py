@@ -104,7 +104,7 @@ def test_maps_of_an_image_are_those_of_a_slide(tmp_path: Path) -> None:
     assert maps.shape == stored.shape
     inner = np.s_[:, 256:512, 256:512]
     assert not np.array_equal(maps[inner], stored[inner])
-    mask_hv(maps)
+    mask_hv(maps[:, :512, :512])  # in place: the first unit
     assert maps[inner].any() and np.array_equal(maps[inner], stored[inner])
 
 
