@@ -4,9 +4,9 @@ Two writers of one shard lose data, so a writer writes a whole unit at once, and
 that a late one cannot change what neighbours have already read. Shards of zeros alone are not written: a unit is done
 when its marker exists (see `hover_batch.cohort.layout`).
 
-Shards are encoded and decoded by zarrs, which needs a third of zarr-python's time for the same format, or without it by
-zarr-python. With several threads, zarrs may order the chunks of a shard differently each time: equal maps do not always
-give equal files.
+Shards are encoded and decoded by zarrs, which needs less than half of zarr-python's time for the same format; where it
+is not installed, by zarr-python. With several threads, zarrs may order the chunks of a shard differently each time:
+equal maps do not always give equal files.
 """
 
 from __future__ import annotations

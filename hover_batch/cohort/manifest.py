@@ -198,9 +198,9 @@ def _check(source: str, rows: list[Row], base: Path, warnings: list[str]) -> Coh
 
 def _location(cell: str, base: Path) -> Path | Url:
     url = Url.of(cell)
-    if url is None or url.protocol in ("file", "local"):
-        return base / cell.split("://", 1)[-1]
-    return url
+    if url is None:
+        return base / cell
+    return base / cell.split("://", 1)[1] if url.protocol in ("file", "local") else url
 
 
 def _slide_id(row: Row, base: Path) -> str:

@@ -70,7 +70,7 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
     folder.
     """
     if settings.engine.backend == "local":
-        yield OpenBackend(settings, _run_here)
+        yield OpenBackend(settings, _run_in_process)
     elif settings.engine.address:
         from hover_batch.executor.cluster import joined, settled
 
@@ -87,21 +87,21 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
             nodes.refuse_unshared(layout.root, wait=True)
             available = nodes.resources.at_most(settings)
 
-            def run_there(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
+            def run_on_cluster(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
                 plan = engine_plan(available, settings, context.package.card, predicts=predicts)
                 _run_on_ray(context, slides, plan, nodes)
 
-            yield OpenBackend(settings, run_there)
+            yield OpenBackend(settings, run_on_cluster)
     else:
         resources = Resources((_this_node(settings),)).limited(settings)
 
-        def run_here(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
+        def run_on_this_machine(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
             if not slides:
                 return
             # A slide that was begun before may have crashed its process: only Ray survives that and quarantines it.
             if runs_in_process(settings.engine, slides) and not any(context.recorder.begun(slide) for slide in slides):
                 context.recorder.progress.say(in_process_line(slides))
-                return _run_here(context, slides)
+                return _run_in_process(context, slides)
             from hover_batch.executor.cluster import started
 
             plan = engine_plan(resources, settings, context.package.card, predicts=predicts)
@@ -109,10 +109,10 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
             with started(resources, layout.ray_log, plan.object_store_bytes, context.recorder.progress.warn):
                 _run_on_ray(context, slides, plan)
 
-        yield OpenBackend(settings, run_here)
+        yield OpenBackend(settings, run_on_this_machine)
 
 
-def _run_here(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
+def _run_in_process(context: RunContext, slides: Sequence[PlannedSlide]) -> None:
     infer, cpus = context.settings.infer, context.settings.engine.cpus
     settings = replace(context.settings, infer=replace(infer, threads=infer.threads or cpus))
     LocalExecutor(replace(context, settings=settings)).run(slides)

@@ -424,3 +424,9 @@ def test_names_in_another_case(slides: Path) -> None:
 def test_a_link_to_a_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "slide.svs").symlink_to("annex/slide.svs")
     assert "a link to annex/slide.svs, which does not exist" in near_name(tmp_path / "slide.svs", tmp_path)
+
+
+def test_a_drive_is_not_a_scheme(tmp_path: Path) -> None:
+    (tmp_path / "cohort.csv").write_text("path,mpp\nC://slides/a.svs,0.25\n")
+    (fault,) = read_cohort(str(tmp_path / "cohort.csv")).faults
+    assert "give a Windows path as this machine sees it" in fault.message
