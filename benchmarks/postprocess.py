@@ -33,10 +33,8 @@ from benchmarks.maps import SLIDE, real_maps, synthetic_maps
 from hover_batch.model.heads import MapLayout
 from hover_batch.model.package import find_package
 from hover_batch.nuclei import measure as measuring
-from hover_batch.nuclei.energy import energy_of
-from hover_batch.nuclei.markers import markers_of
 from hover_batch.nuclei.outlines import outlines
-from hover_batch.nuclei.watershed import Components, SobelConstants, flooded, instance_map
+from hover_batch.nuclei.watershed import Components, SobelConstants, instance_map, split
 
 Maps = NDArray[np.uint8]
 """Stored maps (plane, y, x) uint8."""
@@ -182,19 +180,14 @@ def steps(maps: Maps, layout: MapLayout) -> dict[str, Callable[[], Any]]:
     """Return the steps of our post-processing in window mode, each with the results of the previous steps."""
     np_map, h, v = maps[layout.NP], maps[layout.H], maps[layout.V]
     components = Components.of(np_map)
-    labels, bounds, kept = components.labels, components.bounds, components.kept
     constants = SobelConstants.of_window(h, v)
-    energy = energy_of(h, v, kept, labels, *constants.scaling)
-    markers, owners = markers_of(labels, bounds, kept, energy)
-    instances = flooded(components, energy, markers, owners)
+    instances = split(h, v, components, components.kept, constants)
     n = int(instances.max())
     anchor, box, _, area, _ = measuring._places(instances, maps[layout.tp], n)
     return {
         "components": lambda: Components.of(np_map),
         "extremes of the Sobel maps": lambda: SobelConstants.of_window(h, v),
-        "energy": lambda: energy_of(h, v, kept, labels, *constants.scaling),
-        "markers": lambda: markers_of(labels, bounds, kept, energy),
-        "filling and flooding": lambda: flooded(components, energy, markers, owners),
+        "energy, markers, flooding": lambda: split(h, v, components, components.kept, constants),
         "area, centroid, box, type": lambda: measuring._places(instances, maps[layout.tp], n),
         "contours": lambda: outlines(instances, box, anchor[:, 0], area, (0, 0)),
         "extra: probabilities, stain, moments": lambda: sums(instances, maps, layout, anchor),

@@ -3,7 +3,7 @@
 HoVerNet's Sobel filter is separable: binomial weights of order 20 across the direction, their differences along it. On
 stored bytes a column sum stays below 2^31 (127·2^20) and the total below 2^53, so int32 and then float64 hold every sum
 without rounding. The order of additions does not matter, and the result equals `cv2.Sobel(…, cv2.CV_64F, ksize=21)` bit
-for bit, at a tenth of its cost. Only two rows of sums are held at a time.
+for bit, at a tenth of its cost. Borders are reflected about the outermost pixels (OpenCV's BORDER_REFLECT_101).
 """
 
 from __future__ import annotations
@@ -31,28 +31,66 @@ _ACROSS_F64, _ALONG_F64 = _BINOMIAL.astype(np.float64), _DIFFERENCE.astype(np.fl
 def sobel_extremes(h: NDArray[np.uint8], v: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Return the extremes (4,) float64 of two Sobel maps: minimum and maximum of Sobel_x(h), then of Sobel_y(v).
 
-    `h`, `v` (y, x): a window of stored maps. The values are in stored steps. Borders are reflected about the outermost
-    pixels (OpenCV's BORDER_REFLECT_101).
+    `h`, `v` (y, x): a window of stored maps. The values are in stored steps.
     """
-    return np.asarray(_extremes(_signed(h), _signed(v)), np.float64)
+    r = SOBEL_RADIUS
+    h, v = (cv2.copyMakeBorder(np.ascontiguousarray(plane), r, r, r, r, cv2.BORDER_REFLECT_101) for plane in (h, v))
+    return np.asarray(_extremes(h.view(np.int8), v.view(np.int8)), np.float64)
 
 
-def energy_of(
-    h: NDArray[np.uint8],
-    v: NDArray[np.uint8],
+@njit(cache=True, nogil=True)
+def energy_around(
+    h: NDArray[np.int8],
+    v: NDArray[np.int8],
     inside: NDArray[np.bool_],
     labels: NDArray[np.int32],
+    box: tuple[int, int, int, int],
     scales: tuple[float, float],
     lows: tuple[float, float],
 ) -> NDArray[np.float32]:
-    """Return the energy landscape (y, x) float32: max(1 - Sobel_x(h), 1 - Sobel_y(v), 0) of the scaled Sobel maps.
+    """Return the energy landscape of a box x0, y0, x1, y1 and one pixel around it: (y1 - y0 + 2, x1 - x0 + 2) float32.
 
-    It is high where the distances to the centroid jump from one nucleus to the next. `h`, `v` (y, x): stored maps. A
-    Sobel sum s is scaled to s·scale - low; the first of `scales` and `lows` is for h, the second for v. `labels` (y,
-    x): component of each pixel; `inside` (n,): whether a component belongs to the foreground. The energy of all other
-    pixels is 1 and is not computed: the reference masks them later, with the same effect.
+    It is max(1 - Sobel_x(h), 1 - Sobel_y(v), 0) of the scaled Sobel maps, which is high where the distances to the
+    centroid jump from one nucleus to the next. `h`, `v` (y, x): stored maps of a window. A Sobel sum s is scaled to
+    s·scale - low; the first of `scales` and `lows` is for h, the second for v. `labels` (y, x): component of each
+    pixel; `inside` (n,): whether a component belongs to the foreground. The energy of all other pixels is 1: the
+    reference masks them later, with the same effect. Beyond the window's edge it is reflected.
     """
-    return np.asarray(_energy(_signed(h), _signed(v), inside, labels, scales, lows), np.float32)
+    height, width = labels.shape
+    x0, y0, x1, y1 = box
+    rows, columns = y1 - y0 + 2, x1 - x0 + 2
+    near_h = _cut(h, x0 - 1 - SOBEL_RADIUS, y0 - 1 - SOBEL_RADIUS, columns + 2 * SOBEL_RADIUS, rows + 2 * SOBEL_RADIUS)
+    near_v = _cut(v, x0 - 1 - SOBEL_RADIUS, y0 - 1 - SOBEL_RADIUS, columns + 2 * SOBEL_RADIUS, rows + 2 * SOBEL_RADIUS)
+    energy = np.ones((rows, columns), np.float32)
+    sums = np.empty(columns + 2 * SOBEL_RADIUS, np.int32)
+    along_x, along_y = np.empty(columns), np.empty(columns)
+    one = np.float32(1)
+    # Without the columns and rows that lie outside of the window.
+    left, right = max(0, 1 - x0), min(columns, width + 1 - x0)
+    for row in range(max(0, 1 - y0), min(rows, height + 1 - y0)):
+        here = labels[y0 - 1 + row, x0 - 1 + left : x0 - 1 + right]
+        row_is_empty = True
+        for label in here:
+            if inside[label]:
+                row_is_empty = False
+                break
+        if row_is_empty:
+            continue
+        _sobel_row(near_h, near_v, row + SOBEL_RADIUS, sums, along_x, along_y)
+        for x in range(left, right):
+            if inside[here[x - left]]:
+                slope_x = one - np.float32(along_x[x] * scales[0] - lows[0])
+                slope_y = one - np.float32(along_y[x] * scales[1] - lows[1])
+                energy[row, x] = max(slope_x, slope_y, np.float32(0))
+    if y0 == 0:
+        energy[0] = energy[_mirrored(-1, height) + 1]
+    if y1 == height:
+        energy[-1] = energy[_mirrored(height, height) - y0 + 1]
+    if x0 == 0:
+        energy[:, 0] = energy[:, _mirrored(-1, width) + 1]
+    if x1 == width:
+        energy[:, -1] = energy[:, _mirrored(width, width) - x0 + 1]
+    return energy
 
 
 def mask_hv(maps: NDArray[np.uint8]) -> None:
@@ -70,13 +108,11 @@ def mask_hv(maps: NDArray[np.uint8]) -> None:
     maps[MapLayout.V] *= kept
 
 
-def _signed(plane: NDArray[np.uint8]) -> NDArray[np.int8]:
-    return np.ascontiguousarray(plane).view(np.int8)
-
-
 @njit(cache=True, nogil=True)
 def _mirrored(i: int, n: int) -> int:
-    """Return the index in [0, n) of a position beyond the edge, reflected: … 2 1 0 1 2 …"""
+    """Return the index in [0, n) of a position that may lie beyond the edge, reflected: … 2 1 0 1 2 …"""
+    if 0 <= i < n:
+        return i
     if n == 1:
         return 0
     i %= 2 * (n - 1)
@@ -84,18 +120,30 @@ def _mirrored(i: int, n: int) -> int:
 
 
 @njit(cache=True, nogil=True)
+def _cut(plane: NDArray[np.int8], x0: int, y0: int, width: int, height: int) -> NDArray[np.int8]:
+    """Return a copy (height, width) of a part of a plane, reflected beyond the plane's edges."""
+    cut = np.empty((height, width), np.int8)
+    of_plane = np.array([_mirrored(x0 + x, plane.shape[1]) for x in range(width)])
+    for y in range(height):
+        row = plane[_mirrored(y0 + y, plane.shape[0])]
+        for x in range(width):
+            cut[y, x] = row[of_plane[x]]
+    return cut
+
+
+@njit(cache=True, nogil=True)
 def _down_columns(
     plane: NDArray[np.int8], y: int, weights: NDArray[np.int32], sign: int, out: NDArray[np.int32]
 ) -> None:
     """Write the weighted sums of the 21 rows around row `y` to `out` (x,) int32; `sign` multiplies the rows above."""
-    height, width = plane.shape
+    width = plane.shape[1]
     middle = plane[y]
     for x in range(width):
         out[x] = np.int32(weights[0] * middle[x])
     for k in range(1, SOBEL_RADIUS, 2):
         near, far = np.int32(weights[k]), np.int32(weights[k + 1])
-        a, b = plane[_mirrored(y - k, height)], plane[_mirrored(y + k, height)]
-        c, d = plane[_mirrored(y - k - 1, height)], plane[_mirrored(y + k + 1, height)]
+        a, b = plane[y - k], plane[y + k]
+        c, d = plane[y - k - 1], plane[y + k + 1]
         # Cast at every step: numba widens to int64 otherwise, and half as many values fit a register.
         if sign > 0:
             for x in range(width):
@@ -109,14 +157,9 @@ def _down_columns(
 
 @njit(cache=True, nogil=True)
 def _along_row(sums: NDArray[np.int32], weights: NDArray[np.float64], sign: int, out: NDArray[np.float64]) -> None:
-    """Write the weighted sums of 21 neighbours to `out` (x,); `sign` multiplies those before the centre.
-
-    `sums` (x + 20,): its 10 columns on each side are filled here, by reflection.
-    """
+    """Write the weighted sums of 21 neighbours in `sums` (x + 20,) to `out` (x,); `sign` multiplies those before the
+    centre."""
     width = len(out)
-    for k in range(1, SOBEL_RADIUS + 1):
-        sums[SOBEL_RADIUS - k] = sums[SOBEL_RADIUS + _mirrored(-k, width)]
-        sums[SOBEL_RADIUS + width - 1 + k] = sums[SOBEL_RADIUS + _mirrored(width - 1 + k, width)]
     middle = sums[SOBEL_RADIUS : SOBEL_RADIUS + width]
     for x in range(width):
         out[x] = weights[0] * middle[x]
@@ -133,7 +176,7 @@ def _along_row(sums: NDArray[np.int32], weights: NDArray[np.float64], sign: int,
 
 
 @njit(cache=True, nogil=True)
-def _sobel_rows(
+def _sobel_row(
     h: NDArray[np.int8],
     v: NDArray[np.int8],
     y: int,
@@ -141,22 +184,25 @@ def _sobel_rows(
     along_x: NDArray[np.float64],
     along_y: NDArray[np.float64],
 ) -> None:
-    """Write row `y` of Sobel_x(h) and Sobel_y(v) to `along_x` and `along_y` (x,); `sums` (x + 20,) is a work buffer."""
-    columns = sums[SOBEL_RADIUS : SOBEL_RADIUS + h.shape[1]]
-    _down_columns(h, y, _ACROSS, 1, columns)
+    """Write row `y` of Sobel_x(h) and Sobel_y(v) to `along_x` and `along_y` (x,), without the outermost 10 columns.
+
+    `h`, `v` (y, x + 20), with at least 10 rows above and below row `y`. `sums` (x + 20,) is a work buffer.
+    """
+    _down_columns(h, y, _ACROSS, 1, sums)
     _along_row(sums, _ALONG_F64, -1, along_x)
-    _down_columns(v, y, _ALONG, -1, columns)
+    _down_columns(v, y, _ALONG, -1, sums)
     _along_row(sums, _ACROSS_F64, 1, along_y)
 
 
 @njit(cache=True, nogil=True)
 def _extremes(h: NDArray[np.int8], v: NDArray[np.int8]) -> NDArray[np.float64]:
+    """Return the extremes (4,) of the Sobel maps of `h` and `v`, which have 10 pixels of border on all sides."""
     height, width = h.shape
-    sums = np.empty(width + 2 * SOBEL_RADIUS, np.int32)
-    along_x, along_y = np.empty(width), np.empty(width)
+    sums = np.empty(width, np.int32)
+    along_x, along_y = np.empty(width - 2 * SOBEL_RADIUS), np.empty(width - 2 * SOBEL_RADIUS)
     found = np.array([np.inf, -np.inf, np.inf, -np.inf])
-    for y in range(height):
-        _sobel_rows(h, v, y, sums, along_x, along_y)
+    for y in range(SOBEL_RADIUS, height - SOBEL_RADIUS):
+        _sobel_row(h, v, y, sums, along_x, along_y)
         low_x, high_x = _least_and_most(along_x)
         low_y, high_y = _least_and_most(along_y)
         found[0], found[1] = min(found[0], low_x), max(found[1], high_x)
@@ -172,34 +218,3 @@ def _least_and_most(row: NDArray[np.float64]) -> tuple[float, float]:
         least = min(least, value)
         most = max(most, value)
     return least, most
-
-
-@njit(cache=True, nogil=True)
-def _energy(
-    h: NDArray[np.int8],
-    v: NDArray[np.int8],
-    inside: NDArray[np.bool_],
-    labels: NDArray[np.int32],
-    scales: tuple[float, float],
-    lows: tuple[float, float],
-) -> NDArray[np.float32]:
-    height, width = h.shape
-    energy = np.ones((height, width), np.float32)
-    sums = np.empty(width + 2 * SOBEL_RADIUS, np.int32)
-    along_x, along_y = np.empty(width), np.empty(width)
-    one = np.float32(1)
-    for y in range(height):
-        row_is_empty = True
-        for x in range(width):
-            if inside[labels[y, x]]:
-                row_is_empty = False
-                break
-        if row_is_empty:
-            continue
-        _sobel_rows(h, v, y, sums, along_x, along_y)
-        for x in range(width):
-            if inside[labels[y, x]]:
-                slope_x = one - np.float32(along_x[x] * scales[0] - lows[0])
-                slope_y = one - np.float32(along_y[x] * scales[1] - lows[1])
-                energy[y, x] = max(slope_x, slope_y, np.float32(0))
-    return energy

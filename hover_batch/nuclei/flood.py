@@ -1,8 +1,7 @@
-"""Instances from markers: a component with one marker is filled, one with several is flooded.
+"""Instances of one component from its markers, by flooding.
 
 Flooding follows `skimage.segmentation.watershed`, which the reference calls once for the whole window. Water never
-crosses from one component to another (both neighbourhoods are 4-connected), so each component is flooded separately,
-and one with a single marker becomes that marker's instance as a whole.
+crosses from one component to another (both neighbourhoods are 4-connected), so each component is flooded separately.
 
 The reference differs in ties: it has a single heap, which pops markers of equal value in an order that depends on all
 other items, those of other components included. So a pixel half-way between two such markers goes to either one
@@ -18,60 +17,31 @@ from numpy.typing import NDArray
 
 
 @njit(cache=True, nogil=True)
-def fill_and_flood(
-    labels: NDArray[np.int32],
-    bounds: NDArray[np.int64],
-    pixels: NDArray[np.int64],
-    energy: NDArray[np.float32],
-    markers: NDArray[np.int32],
-    ids: NDArray[np.int32],
-    markers_of: NDArray[np.int64],
-    only_id: NDArray[np.int32],
-) -> NDArray[np.int32]:
-    """Return the instances (y, x) int32, 0 = background, of the components in `labels` (y, x).
+def flood(own: NDArray[np.bool_], energy: NDArray[np.float32], markers: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Grow the markers of a component until they fill it: (y, x) int32, 0 outside of the component.
 
-    `bounds` (n, 4): x0, y0, x1, y1 of each component, half-open. `pixels` (n,): its number of pixels. `energy` (y, x):
-    see `energy_of`. `markers` (y, x): marker numbers, 0 = none. `ids` (m,): instance of each marker. `markers_of` (n,):
-    number of markers of each component. `only_id` (n,): instance of a component with a single marker.
+    `own` (y, x): the component's pixels in its bounding box. `energy` (y + 2, x + 2): see `energy_around`. `markers`
+    (y, x): numbers of the markers, 0 = none.
     """
-    height, width = labels.shape
-    instances = np.zeros((height, width), np.int32)
-    for y in range(height):
-        for x in range(width):
-            c = labels[y, x]
-            if c == 0:
-                continue
-            if markers_of[c] == 1:
-                instances[y, x] = only_id[c]
-            elif markers_of[c] > 1 and markers[y, x] > 0:
-                instances[y, x] = ids[markers[y, x]]
-    room = 0
-    for c in range(1, len(bounds)):
-        if markers_of[c] > 1:
-            room = max(room, pixels[c])
+    room = np.count_nonzero(own)
     values, items = np.empty(room), np.empty(room, np.int64)
-    for c in range(1, len(bounds)):
-        if markers_of[c] > 1 and not _flood(labels, c, bounds[c], energy, instances, values, items, False):
-            for y in range(bounds[c, 1], bounds[c, 3]):
-                for x in range(bounds[c, 0], bounds[c, 2]):
-                    if labels[y, x] == c:
-                        instances[y, x] = ids[markers[y, x]] if markers[y, x] > 0 else 0
-            _flood(labels, c, bounds[c], energy, instances, values, items, True)
+    instances = markers.copy()
+    if not _flood(own, energy, instances, values, items, False):
+        instances[:] = markers
+        _flood(own, energy, instances, values, items, True)
     return instances
 
 
 @njit(cache=True, nogil=True)
 def _flood(
-    labels: NDArray[np.int32],
-    component: int,
-    bound: NDArray[np.int64],
+    own: NDArray[np.bool_],
     energy: NDArray[np.float32],
     instances: NDArray[np.int32],
     values: NDArray[np.float64],
     items: NDArray[np.int64],
     interiors: bool,
 ) -> bool:
-    """Grow the instances of one component from its markers until they fill it, lowest values first.
+    """Grow the `instances`, which are the markers at first, until they fill the component, lowest values first.
 
     The order, and thus every tie, is scikit-image's: a binary heap ordered by value, then age. Markers are pushed
     first, in raster order, all with age 0. Other pixels get their instance and the next age when they are pushed, in
@@ -83,15 +53,11 @@ def _flood(
     already while markers are queued. The flood then stops and returns False, and the caller repeats it from the start
     with `interiors` queued, by the same textbook heap operations as in scikit-image. Returns True when finished.
     """
-    height, width = labels.shape
+    height, width = own.shape
     size = 0
-    for y in range(bound[1], bound[3]):
-        for x in range(bound[0], bound[2]):
-            if (
-                labels[y, x] == component
-                and instances[y, x] > 0
-                and (interiors or _has_dry_neighbour(labels, instances, y, x))
-            ):
+    for y in range(height):
+        for x in range(width):
+            if instances[y, x] > 0 and (interiors or _has_dry_neighbour(own, instances, y, x)):
                 value = -_depth(energy, y, x)
                 if size > 0 and value == values[0] and not interiors:
                     return False
@@ -110,7 +76,7 @@ def _flood(
         for ny, nx in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
             if ny < 0 or nx < 0 or ny == height or nx == width:
                 continue
-            if labels[ny, nx] == component and instances[ny, nx] == 0:
+            if own[ny, nx] and instances[ny, nx] == 0:
                 instances[ny, nx] = instances[y, x]
                 age += 1
                 value = max(level, -_depth(energy, ny, nx))
@@ -119,33 +85,28 @@ def _flood(
 
 
 @njit(cache=True, nogil=True)
-def _has_dry_neighbour(labels: NDArray[np.int32], instances: NDArray[np.int32], y: int, x: int) -> bool:
-    """Whether one of the four neighbours belongs to the same component and to no instance yet."""
-    height, width = labels.shape
-    c = labels[y, x]
+def _has_dry_neighbour(own: NDArray[np.bool_], instances: NDArray[np.int32], y: int, x: int) -> bool:
+    """Whether one of the four neighbours belongs to the component and to no instance yet."""
+    height, width = own.shape
     return bool(
-        (y > 0 and labels[y - 1, x] == c and instances[y - 1, x] == 0)
-        or (x > 0 and labels[y, x - 1] == c and instances[y, x - 1] == 0)
-        or (x + 1 < width and labels[y, x + 1] == c and instances[y, x + 1] == 0)
-        or (y + 1 < height and labels[y + 1, x] == c and instances[y + 1, x] == 0)
+        (y > 0 and own[y - 1, x] and instances[y - 1, x] == 0)
+        or (x > 0 and own[y, x - 1] and instances[y, x - 1] == 0)
+        or (x + 1 < width and own[y, x + 1] and instances[y, x + 1] == 0)
+        or (y + 1 < height and own[y + 1, x] and instances[y + 1, x] == 0)
     )
 
 
 @njit(cache=True, nogil=True)
 def _depth(energy: NDArray[np.float32], y: int, x: int) -> float:
-    """Return 1 - energy at one pixel, blurred by the 3×3 Gaussian (¼ ½ ¼) with reflected borders.
+    """Return 1 - energy at pixel (y, x) of the bounding box, blurred by the 3×3 Gaussian (¼ ½ ¼).
 
     Equals `cv2.GaussianBlur` of the whole map, computed only where a flood arrives. Energies are multiples of 2^-24, so
     no sum is rounded and the order of additions does not matter.
     """
-    height, width = energy.shape
-    above, below = abs(y - 1), y + 1 if y + 1 < height else max(0, height - 2)
-    left, right = abs(x - 1), x + 1 if x + 1 < width else max(0, width - 2)
-    above, left = min(above, height - 1), min(left, width - 1)
     one = 1.0
-    upper = 0.25 * ((one - energy[above, left]) + (one - energy[above, right])) + 0.5 * (one - energy[above, x])
-    here = 0.25 * ((one - energy[y, left]) + (one - energy[y, right])) + 0.5 * (one - energy[y, x])
-    lower = 0.25 * ((one - energy[below, left]) + (one - energy[below, right])) + 0.5 * (one - energy[below, x])
+    upper = 0.25 * ((one - energy[y, x]) + (one - energy[y, x + 2])) + 0.5 * (one - energy[y, x + 1])
+    here = 0.25 * ((one - energy[y + 1, x]) + (one - energy[y + 1, x + 2])) + 0.5 * (one - energy[y + 1, x + 1])
+    lower = 0.25 * ((one - energy[y + 2, x]) + (one - energy[y + 2, x + 2])) + 0.5 * (one - energy[y + 2, x + 1])
     return float(0.25 * (upper + lower) + 0.5 * here)
 
 

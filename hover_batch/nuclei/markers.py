@@ -1,19 +1,11 @@
-"""Markers: the low-energy interiors of nuclei, with holes filled, opened and labelled.
+"""Markers of one component: the low-energy interiors of its nuclei, with holes filled, opened and labelled.
 
-The reference processes the mask of the whole window. Here the result is that of each component processed separately,
-which differs only where one component lies inside a ring of another (see watershed.py). All components are nevertheless
-processed in one pass, since for almost all of them the whole mask gives the same result as their own:
-
-- A bounded gap of the mask whose border belongs to a single component is a hole of that component; this finds all
-  holes without other markers inside. Where a border belongs to several components (a ring with something inside, a ring
-  closed diagonally), they are *entangled* and are processed one by one in their own crops.
-- The opening's ellipse is 4-connected, and so are components. Filled masks of components that are not entangled
-  never share an edge, so the ellipse fits only inside one of them, and connected pieces lie inside one of them.
+The reference processes the mask of the whole window. Here the result is that of each component processed on its own,
+which differs only where one component lies inside a ring of another (see watershed.py).
 """
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -22,149 +14,117 @@ MARKER_ENERGY = 0.4
 """Energy below which a foreground pixel belongs to the interior of a nucleus."""
 MIN_PIXELS = 10
 """Smaller components and markers, in pixels, are dropped."""
-_ELLIPSE = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
-_OUTSIDE = 1
-"""Number of the outermost region of gaps: OpenCV numbers regions in raster order, and the frame comes first."""
-_ROOM = 3
-"""Pixels around an entangled component in its crop: the opening's radius plus one."""
+_RADIUS = 2
+"""Radius in pixels of the opening's ellipse, `cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))`: three whole rows,
+and the middle pixel of the rows above and below them."""
+_ERASED = -1
 
 
+@njit(cache=True, nogil=True)
 def markers_of(
-    labels: NDArray[np.int32], bounds: NDArray[np.int64], chosen: NDArray[np.bool_], energy: NDArray[np.float32]
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Return the markers (y, x) int32 of the `chosen` (n,) components, and the component (m,) int64 of each marker.
+    own: NDArray[np.bool_], energy: NDArray[np.float32], edges: tuple[bool, bool, bool, bool]
+) -> tuple[NDArray[np.int32], int]:
+    """Return the markers (y, x) int32 of a component, 0 = none, and their number m: 1 … m by their first pixels.
 
-    Marker 0 is the background; unused numbers have component 0. Within a component, numbers increase in the raster
-    order of the markers' first pixels. `labels` (y, x): components; `bounds` (n, 4): x0, y0, x1, y1 of each, half-open;
-    `energy` (y, x): see `energy_of`.
+    `own` (y, x): the component's pixels in its bounding box. `energy` (y + 2, x + 2): see `energy_around`. `edges`:
+    whether the box touches the left, upper, right and lower edge of the window, beyond which the opening takes all
+    pixels for set, as OpenCV does.
     """
-    gaps = _gaps(labels, chosen, energy)
-    count, regions = cv2.connectedComponents(gaps, connectivity=4, ltype=cv2.CV_32S)
-    owners, entangled = _owners(labels, regions, count, len(bounds))
-    filled = _filled(gaps, labels, regions, owners, entangled, bool(entangled.any()))
-    del gaps
-    opened = cv2.morphologyEx(filled, cv2.MORPH_OPEN, _ELLIPSE)
-    del filled
-    count, markers = cv2.connectedComponents(opened, connectivity=4, ltype=cv2.CV_32S)
-    del opened
-    components = _settle(labels, regions, owners, markers, count)
-    more: list[int] = []
-    for component in np.flatnonzero(entangled).tolist():
-        x0, y0, x1, y1 = bounds[component].tolist()
-        crop = np.s_[max(0, y0 - _ROOM) : y1 + _ROOM, max(0, x0 - _ROOM) : x1 + _ROOM]
-        own = labels[crop] == component
-        alone = _markers_alone(own & (energy[crop] < MARKER_ENERGY))
-        alone[~own] = 0
-        markers[crop][alone > 0] = alone[alone > 0] + (len(components) + len(more) - 1)
-        present = np.bincount(alone.ravel())[1:] > 0
-        more.extend(np.where(present, component, 0).tolist())
-    return np.asarray(markers, np.int32), np.concatenate([components, np.array(more, np.int64)])
+    filled = _filled(own, energy)
+    height, width = own.shape
+    left, upper, right, lower = edges
+    if left:
+        filled[:, :_RADIUS] = True
+    if upper:
+        filled[:_RADIUS] = True
+    if right:
+        filled[:, width + _RADIUS :] = True
+    if lower:
+        filled[height + _RADIUS :] = True
+    eroded = np.zeros_like(filled)
+    eroded[_RADIUS : height + _RADIUS, _RADIUS : width + _RADIUS] = ~_dilated(~filled)
+    return _labelled(_dilated(eroded), own)
 
 
 @njit(cache=True, nogil=True)
-def _gaps(labels: NDArray[np.int32], chosen: NDArray[np.bool_], energy: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return 0 in the interiors of chosen components, else 1: (y + 2, x + 2) uint8, with a frame of 1."""
-    height, width = labels.shape
-    gaps = np.ones((height + 2, width + 2), np.uint8)
+def _filled(own: NDArray[np.bool_], energy: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return the interior of a component with holes filled, and two pixels of False around it: (y + 4, x + 4) bool.
+
+    A pixel is in a hole if no path of 4-connected pixels outside of the interior leads from it to the frame.
+    """
+    height, width = own.shape
     limit = np.float32(MARKER_ENERGY)
-    for y in range(height):
-        for x in range(width):
-            if energy[y, x] < limit and chosen[labels[y, x]]:
-                gaps[y + 1, x + 1] = 0
-    return gaps
-
-
-@njit(cache=True, nogil=True)
-def _owners(
-    labels: NDArray[np.int32], regions: NDArray[np.int32], count: int, n: int
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Return a component (count,) on the border of each bounded region of gaps, and which of `n` are entangled (n,).
-
-    `regions` (y + 2, x + 2): 0 is the mask itself, _OUTSIDE the region of the frame. If a hole of a component contains
-    other pixels of the mask, a path from its border inwards meets them across a region that touches both, so
-    inspecting borders finds every entangled component.
-    """
-    height, width = labels.shape
-    owners = np.zeros(count, np.int32)
-    entangled = np.zeros(n, np.bool_)
-    for y in range(1, height + 1):
-        for x in range(1, width + 1):
-            region = regions[y, x]
-            if region <= _OUTSIDE:
+    filled = np.ones((height + 2 * _RADIUS, width + 2 * _RADIUS), np.bool_)
+    filled[0] = filled[-1] = filled[:, 0] = filled[:, -1] = False
+    # Flooded from the frame of one pixel around the box; True is what the flood has not reached.
+    waiting = np.empty((height + 2) * (width + 2), np.int64)
+    stride = width + 2 * _RADIUS
+    waiting[0] = stride + 1
+    filled[1, 1] = False
+    size = 1
+    while size > 0:
+        size -= 1
+        y, x = waiting[size] // stride, waiting[size] % stride
+        for ny, nx in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
+            if not filled[ny, nx]:
                 continue
-            for ny, nx in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
-                if regions[ny, nx] == 0:
-                    component = labels[ny - 1, nx - 1]
-                    if owners[region] == 0:
-                        owners[region] = component
-                    elif owners[region] != component:
-                        entangled[owners[region]] = entangled[component] = True
-    return owners, entangled
-
-
-@njit(cache=True, nogil=True)
-def _filled(
-    gaps: NDArray[np.uint8],
-    labels: NDArray[np.int32],
-    regions: NDArray[np.int32],
-    owners: NDArray[np.int32],
-    entangled: NDArray[np.bool_],
-    any_entangled: bool,
-) -> NDArray[np.uint8]:
-    """Return the mask (y, x) uint8 with holes filled, without entangled components."""
-    height, width = labels.shape
-    filled = np.empty((height, width), np.uint8)
-    for y in range(height):
-        for x in range(width):
-            filled[y, x] = 1 - gaps[y + 1, x + 1]
-        for x in range(width):
-            region = regions[y + 1, x + 1]
-            if region > _OUTSIDE:
-                filled[y, x] = not entangled[owners[region]]
-            elif any_entangled and region == 0:
-                filled[y, x] = not entangled[labels[y, x]]
+            if 2 <= ny < height + 2 and 2 <= nx < width + 2 and own[ny - 2, nx - 2] and energy[ny - 1, nx - 1] < limit:
+                continue
+            filled[ny, nx] = False
+            waiting[size] = ny * stride + nx
+            size += 1
     return filled
 
 
 @njit(cache=True, nogil=True)
-def _settle(
-    labels: NDArray[np.int32],
-    regions: NDArray[np.int32],
-    owners: NDArray[np.int32],
-    markers: NDArray[np.int32],
-    count: int,
-) -> NDArray[np.int64]:
-    """Return the component (m,) of each marker; erase small markers and pixels of other components in place."""
-    height, width = labels.shape
-    pixels = np.zeros(count, np.int64)
+def _dilated(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return a mask (y + 4, x + 4) dilated by the ellipse: (y, x) bool."""
+    height, width = mask.shape[0] - 2 * _RADIUS, mask.shape[1] - 2 * _RADIUS
+    rows = np.empty((height + 2 * _RADIUS, width), np.bool_)
+    for y in range(height + 2 * _RADIUS):
+        m = mask[y]
+        for x in range(width):
+            rows[y, x] = m[x] | m[x + 1] | m[x + 2] | m[x + 3] | m[x + 4]
+    dilated = np.empty((height, width), np.bool_)
     for y in range(height):
         for x in range(width):
-            if markers[y, x] > 0:
-                pixels[markers[y, x]] += 1
-    components = np.zeros(count, np.int64)
-    for y in range(height):
-        for x in range(width):
-            marker = markers[y, x]
-            if marker == 0:
+            dilated[y, x] = mask[y, x + 2] | rows[y + 1, x] | rows[y + 2, x] | rows[y + 3, x] | mask[y + 4, x + 2]
+    return dilated
+
+
+@njit(cache=True, nogil=True)
+def _labelled(opened: NDArray[np.bool_], own: NDArray[np.bool_]) -> tuple[NDArray[np.int32], int]:
+    """Return the 4-connected pieces of `opened` (y, x) with at least MIN_PIXELS pixels, and their number.
+
+    Pixels that are not `own` count for the size, and are then erased.
+    """
+    height, width = own.shape
+    markers = np.zeros((height, width), np.int32)
+    waiting = np.empty(height * width, np.int64)
+    number = 0
+    for start_y in range(height):
+        for start_x in range(width):
+            if not opened[start_y, start_x] or markers[start_y, start_x] != 0:
                 continue
-            region = regions[y + 1, x + 1]
-            own = region == 0 or owners[region] == labels[y, x]
-            if own and pixels[marker] >= MIN_PIXELS:
-                components[marker] = labels[y, x]
-            else:
-                markers[y, x] = 0
-    return components
-
-
-def _markers_alone(inside: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Return the markers (y, x) int32 of the interior (y, x) of a single component, by the same steps."""
-    marker = inside.view(np.uint8)
-    outside = cv2.copyMakeBorder(marker, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(0,))
-    cv2.floodFill(outside, None, (0, 0), (1,), flags=4)
-    filled = marker | (outside[1:-1, 1:-1] == 0)
-    opened = cv2.morphologyEx(filled, cv2.MORPH_OPEN, _ELLIPSE)
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(opened, connectivity=4, ltype=cv2.CV_32S)
-    small = stats[:, cv2.CC_STAT_AREA] < MIN_PIXELS
-    small[0] = False
-    labels[small[labels]] = 0
-    return np.asarray(labels, np.int32)
+            markers[start_y, start_x] = number + 1
+            waiting[0] = start_y * width + start_x
+            done, found, mine = 0, 1, 0
+            while done < found:
+                y, x = waiting[done] // width, waiting[done] % width
+                done += 1
+                mine += own[y, x]
+                for ny, nx in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
+                    if 0 <= ny < height and 0 <= nx < width and opened[ny, nx] and markers[ny, nx] == 0:
+                        markers[ny, nx] = number + 1
+                        waiting[found] = ny * width + nx
+                        found += 1
+            keep = found >= MIN_PIXELS and mine > 0
+            for i in range(found):
+                y, x = waiting[i] // width, waiting[i] % width
+                if not (keep and own[y, x]):
+                    markers[y, x] = _ERASED
+            number += keep
+    for y in range(height):
+        for x in range(width):
+            markers[y, x] = max(markers[y, x], 0)
+    return markers, number

@@ -131,7 +131,7 @@ class _View:
         if not chosen.any():
             return empty(self.layout.n_types)
         layout, maps = self.layout, self.maps
-        instances = split(maps[layout.NP], maps[layout.H], maps[layout.V], self.components, chosen, constants)
+        instances = split(maps[layout.H], maps[layout.V], self.components, chosen, constants)
         return measure(instances, maps, layout, (self.window.x0, self.window.y0))
 
     def nuclei_alone(self, component: int, constants: SobelConstants) -> Nuclei:

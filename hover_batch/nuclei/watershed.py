@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from hover_batch.errors import PackageError
 from hover_batch.geometry import Box
 from hover_batch.model.heads import MapLayout
-from hover_batch.nuclei.energy import HV_STEPS, energy_of, sobel_extremes
-from hover_batch.nuclei.flood import fill_and_flood
+from hover_batch.nuclei.energy import HV_STEPS, energy_around, sobel_extremes
+from hover_batch.nuclei.flood import flood
 from hover_batch.nuclei.markers import MIN_PIXELS, markers_of
 
 REACH = 11
@@ -131,13 +131,13 @@ def instance_map(
     """
     if constants is None:
         components = Components.of(np_map)
-        return split(np_map, h, v, components, components.kept, SobelConstants.of_window(h, v))
+        return split(h, v, components, components.kept, SobelConstants.of_window(h, v))
     frame = Box(0, 0, np_map.shape[1], np_map.shape[0])
     around = frame.expand(REACH)
     np_map, h, v = (np.pad(plane, REACH) for plane in (np_map, h, v))
     components = Components.of(np_map)
     rows, columns = frame.slices_in(around)
-    return np.ascontiguousarray(split(np_map, h, v, components, components.kept, constants)[rows, columns])
+    return np.ascontiguousarray(split(h, v, components, components.kept, constants)[rows, columns])
 
 
 def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.int32]:
@@ -148,7 +148,6 @@ def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.
 
 
 def split(
-    np_map: NDArray[np.uint8],
     h: NDArray[np.uint8],
     v: NDArray[np.uint8],
     components: Components,
@@ -157,35 +156,46 @@ def split(
 ) -> NDArray[np.int32]:
     """Split the `chosen` (n,) components of a window into instances: (y, x) int32, 0 = background.
 
-    `np_map`, `h`, `v` (y, x): stored maps. A component with one marker becomes one instance (flooding from one marker
-    fills its component); a component without markers is dropped. Instances are numbered by component, then by the first
-    pixel of their marker. The result is exact for components at least REACH pixels from the window's edge.
+    `h`, `v` (y, x): stored maps. A component with one marker becomes one instance (flooding from one marker fills its
+    component); a component without markers, or of fewer than MIN_PIXELS pixels, is dropped. Instances are numbered by
+    component, then by the first pixel of their marker. The result is exact for components at least REACH pixels from
+    the window's edge.
     """
-    labels, bounds, kept = components.labels, components.bounds, components.kept
     # All components that are large enough enter the energy: the blur reads diagonal neighbours.
-    energy = energy_of(h, v, kept, labels, *constants.scaling)
-    markers, owners = markers_of(labels, bounds, chosen & kept, energy)
-    return flooded(components, energy, markers, owners)
-
-
-def flooded(
-    components: Components, energy: NDArray[np.float32], markers: NDArray[np.int32], owners: NDArray[np.int64]
-) -> NDArray[np.int32]:
-    """Grow the markers of each component into instances: (y, x) int32, 0 = background.
-
-    `energy`, `markers` (y, x): see `energy_of` and `markers_of`. `owners` (m,): component of each marker, 0 for unused
-    numbers.
-    """
-    n = len(components.bounds)
-    used = np.flatnonzero(owners)
-    ids = np.zeros(len(owners), np.int32)
-    ids[used[np.argsort(owners[used], kind="stable")]] = np.arange(1, len(used) + 1)
-    counts = np.bincount(owners[used], minlength=n)
-    first_ids = (np.cumsum(counts) - counts + 1).astype(np.int32)
-    instances = fill_and_flood(
-        components.labels, components.bounds, components.pixels, energy, markers, ids, counts, first_ids
-    )
+    kept = components.kept
+    h, v = (np.ascontiguousarray(plane).view(np.int8) for plane in (h, v))
+    instances = _split(h, v, components.labels, components.bounds, kept, chosen & kept, *constants.scaling)
     return np.asarray(instances, np.int32)
+
+
+@njit(cache=True, nogil=True)
+def _split(
+    h: NDArray[np.int8],
+    v: NDArray[np.int8],
+    labels: NDArray[np.int32],
+    bounds: NDArray[np.int64],
+    kept: NDArray[np.bool_],
+    chosen: NDArray[np.bool_],
+    scales: tuple[float, float],
+    lows: tuple[float, float],
+) -> NDArray[np.int32]:
+    height, width = labels.shape
+    instances = np.zeros((height, width), np.int32)
+    before = 0
+    for component in np.flatnonzero(chosen):
+        x0, y0, x1, y1 = bounds[component]
+        own = labels[y0:y1, x0:x1] == component
+        energy = energy_around(h, v, kept, labels, (x0, y0, x1, y1), scales, lows)
+        markers, number = markers_of(own, energy, (x0 == 0, y0 == 0, x1 == width, y1 == height))
+        if number > 1:
+            markers = flood(own, energy, markers)
+        if number > 0:
+            for y in range(y0, y1):
+                for x in range(x0, x1):
+                    if own[y - y0, x - x0]:
+                        instances[y, x] = before + (markers[y - y0, x - x0] if number > 1 else 1)
+        before += number
+    return instances
 
 
 @njit(cache=True, nogil=True)

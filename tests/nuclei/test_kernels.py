@@ -13,8 +13,8 @@ from skimage.measure import label
 from skimage.segmentation import watershed
 from synthetic_maps import LAYOUT, random_canvas
 
-from hover_batch.nuclei.energy import HV_STEPS, energy_of, sobel_extremes
-from hover_batch.nuclei.flood import fill_and_flood
+from hover_batch.nuclei.energy import HV_STEPS, energy_around, sobel_extremes
+from hover_batch.nuclei.flood import flood
 from hover_batch.nuclei.measure import measure
 from hover_batch.nuclei.outlines import _repaired, outlines
 from hover_batch.nuclei.watershed import Components, SobelConstants, split
@@ -37,7 +37,12 @@ def test_sobel_rows_equal_opencv(seed: int, shape: tuple[int, int], largest: int
     scales, lows = (1e-11 / HV_STEPS, 1.1e-11 / HV_STEPS), (-0.4, -0.5)
     slopes = [np.float32(1) - (s * k - low).astype(np.float32) for s, k, low in zip((x, y), scales, lows, strict=True)]
     expected = np.where(labels > 0, np.maximum(np.maximum(*slopes), 0), 1)
-    np.testing.assert_array_equal(energy_of(h, v, np.array([False, True]), labels, scales, lows), expected)
+    around = cv2.copyMakeBorder(expected, 1, 1, 1, 1, cv2.BORDER_REFLECT_101)
+    (y0, y1), (x0, x1) = (sorted(rng.choice(side + 1, 2, replace=False).tolist()) for side in shape)
+    found = energy_around(
+        h.view(np.int8), v.view(np.int8), np.array([False, True]), labels, (x0, y0, x1, y1), scales, lows
+    )
+    np.testing.assert_array_equal(found, around[y0 : y1 + 2, x0 : x1 + 2])
 
 
 def test_the_steepest_maps_do_not_overflow() -> None:
@@ -62,23 +67,15 @@ def test_flooding_equals_scikit_image(seed: int, shape: tuple[int, int], values:
     for k in range(1, 6):
         y, x = rng.integers(0, height), rng.integers(0, width)
         markers[y : y + 4, x : x + 4] = k
-    markers[~foreground] = 0
-    # A marker of its own for each component that it lies in.
-    pairs, inverse = np.unique(components.labels * 6 + markers, return_inverse=True)
-    ids = np.where(pairs % 6 > 0, np.cumsum(pairs % 6 > 0), 0).astype(np.int32)
-    markers = ids[inverse.reshape(shape)]
-    counts = np.bincount((pairs // 6)[pairs % 6 > 0], minlength=len(components.bounds))
-    only = (np.cumsum(counts) - counts + 1).astype(np.int32)
-    numbers = np.arange(ids.max() + 1, dtype=np.int32)
-    found = fill_and_flood(
-        components.labels, components.bounds, components.pixels, energy, markers, numbers, counts, only
-    )
     landscape = -cv2.GaussianBlur(1.0 - energy.astype(np.float64), (3, 3), 0)
-    expected = np.zeros(shape, np.int32)
+    around = cv2.copyMakeBorder(energy, 1, 1, 1, 1, cv2.BORDER_REFLECT_101)
     for component in range(1, len(components.bounds)):
         mask = components.labels == component
-        expected += watershed(landscape, np.where(mask, markers, 0), mask=mask)
-    np.testing.assert_array_equal(found, expected)
+        own_markers = np.where(mask, markers, 0).astype(np.int32)
+        x0, y0, x1, y1 = components.bounds[component]
+        crop = np.s_[y0:y1, x0:x1]
+        found = flood(mask[crop], around[y0 : y1 + 2, x0 : x1 + 2], own_markers[crop])
+        np.testing.assert_array_equal(found, watershed(landscape, own_markers, mask=mask)[crop])
 
 
 @settings(deadline=None, max_examples=200)
@@ -108,11 +105,11 @@ def test_all_components_together_equal_each_alone(seed: int) -> None:
     np_map, h, v = maps[LAYOUT.NP], maps[LAYOUT.H], maps[LAYOUT.V]
     constants = SobelConstants(-1.8e10, 1.3e10, -1.7e10, 1.3e10)
     components = Components.of(np_map)
-    together = split(np_map, h, v, components, components.kept, constants)
+    together = split(h, v, components, components.kept, constants)
     last = 0
     for component in np.flatnonzero(components.kept):
         chosen = np.arange(len(components.kept)) == component
-        alone = split(np_map, h, v, components, chosen, constants)
+        alone = split(h, v, components, chosen, constants)
         np.testing.assert_array_equal(
             np.where(alone > 0, alone + last, 0), np.where(components.labels == component, together, 0)
         )
