@@ -64,20 +64,29 @@ def placed(instances: NDArray[np.int32], maps: Maps, layout: MapLayout) -> tuple
 def extras(instances: NDArray[np.int32], maps: Maps, layout: MapLayout) -> None:
     """Compute the other columns of a table: shapes, class probabilities, scores and stains."""
     anchor, bounds, first, area, _ = measuring._places(instances, maps[layout.tp], int(instances.max()))
-    sums(instances, maps, layout, anchor)
+    sums(instances, maps, layout, anchor, bounds)
     shapes(instances, bounds)
 
 
-def sums(instances: NDArray[np.int32], maps: Maps, layout: MapLayout, anchor: NDArray[np.int64]) -> None:
-    """Compute the sums over pixels of probabilities, stains and moments. `anchor`: (n, 2), as from `placed`."""
+def sums(
+    instances: NDArray[np.int32],
+    maps: Maps,
+    layout: MapLayout,
+    anchor: NDArray[np.int64],
+    bounds: NDArray[np.int64],
+) -> None:
+    """Compute the sums over pixels of probabilities, stains and moments.
+
+    `anchor` (n, 2), `bounds` (n, 4): as from `placed`.
+    """
     measuring._sums(
-        instances, maps, anchor, layout.n_types, layout.NP, layout.tp.start, layout.hematoxylin, layout.eosin
+        instances, maps, anchor, bounds, layout.n_types, layout.NP, layout.tp.start, layout.hematoxylin, layout.eosin
     )
 
 
 def shapes(instances: NDArray[np.int32], bounds: NDArray[np.int64]) -> None:
     """Compute perimeters and convex hulls. `bounds`: (n, 4), as from `placed`."""
-    measuring._perimeter_pixels(instances, len(bounds))
+    measuring._perimeter_pixels(instances, bounds)
     measuring._hull_pixels(instances, bounds)
 
 
@@ -190,7 +199,7 @@ def steps(maps: Maps, layout: MapLayout) -> dict[str, Callable[[], Any]]:
         "energy, markers, flooding": lambda: split(h, v, components, components.kept, constants),
         "area, centroid, box, type": lambda: measuring._places(instances, maps[layout.tp], n),
         "contours": lambda: outlines(instances, box, anchor[:, 0], area, (0, 0)),
-        "extra: probabilities, stain, moments": lambda: sums(instances, maps, layout, anchor),
+        "extra: probabilities, stain, moments": lambda: sums(instances, maps, layout, anchor, box),
         "extra: perimeter, convex hull": lambda: shapes(instances, box),
     }
 

@@ -3,41 +3,28 @@
 Two writers of one shard lose data, so a writer writes a whole unit at once, and the first writer of a shard wins, so
 that a late one cannot change what neighbours have already read. Shards of zeros alone are not written: a unit is done
 when its marker exists (see `hover_batch.cohort.layout`).
-
-Shards are encoded and decoded by zarrs, which needs less than half of zarr-python's time for the same format; where it
-is not installed, by zarr-python. With several threads, zarrs may order the chunks of a shard differently each time:
-equal maps do not always give equal files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import shutil
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import Lock
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import Store
 from zarr.codecs import ZstdCodec
-from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore
 
 from hover_batch.files import write_first
-from hover_batch.geometry import Box, Size
+from hover_batch.geometry import Box, Size, cell_box
+from hover_batch.shard import decode_shard, encode_shard
 
 CHUNK = 512
 """Side of a chunk in inference pixels, where it divides the unit."""
-
-_ONLY_SHARD = "c/0/0/0"
-"""Key of the shard of an array with one."""
-
-_configuring = Lock()
 
 HV_MASKED = "hv_masked"
 """Attribute of stores with masked h and v; those of older versions lack it and are whole."""
@@ -50,6 +37,8 @@ class PredictionStore:
         self.array = array
         self.path = path
         self.canvas = Size(array.shape[2], array.shape[1]).box
+        self.unit = (array.shards or array.chunks)[1]
+        """Side of a unit in inference pixels."""
         self.hv_masked = bool(array.attrs.get(HV_MASKED, False))
         """Whether h and v are zero away from the foreground (see `hover_batch.nuclei.energy.mask_hv`)."""
 
@@ -62,15 +51,26 @@ class PredictionStore:
         """
         if (path / "zarr.json").exists():
             return cls.open(path)
-        shape = (planes, size.height, size.width)
-        names = ("plane", "y", "x")
-        _create(LocalStore(path), shape, unit, attributes=dict(attributes), dimension_names=names)
-        return cls.open(path)
+        chunk = CHUNK if unit % CHUNK == 0 else unit
+        array = zarr.create_array(
+            LocalStore(path),
+            shape=(planes, size.height, size.width),
+            shards=(planes, unit, unit),
+            chunks=(1, chunk, chunk),
+            dtype="uint8",
+            fill_value=0,
+            compressors=ZstdCodec(level=1),
+            zarr_format=3,
+            dimension_names=("plane", "y", "x"),
+            attributes=dict(attributes),
+        )
+        return cls(array, path)
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False) -> PredictionStore:
         """Open an existing store for reading and, unless `read_only`, for writing units."""
-        return cls(_open(path, read_only), path)
+        store = LocalStore(path, read_only=read_only)
+        return cls(zarr.open_array(store, mode="r" if read_only else "r+"), path)
 
     def write(self, box: Box, maps: NDArray[np.uint8]) -> str | None:
         """Write a whole unit, unless its shard exists, and sync it to disk. `box`: the unit, clipped to the canvas;
@@ -78,31 +78,12 @@ class PredictionStore:
 
         Returns the SHA-256 of the shard on disk, or None if it holds only zeros.
         """
-        shard = self._encoded(maps)
+        shard = encode_shard(maps, self.unit, self.array.chunks[1])
         if shard is not None:
             path = self._shard(box)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_first(path, shard)
         return self.shard_sha256(box)
-
-    def _encoded(self, maps: NDArray[np.uint8]) -> bytes | None:
-        """Return the content of the shard of a unit with these maps, or None if they are zeros alone.
-
-        It is written to a folder of its own, since zarr would replace an existing shard, and name a new one before it
-        is on disk.
-        """
-        unit = (self.array.shards or self.array.chunks)[1]
-        try:
-            with TemporaryDirectory(dir=self.path, prefix=".shard.", suffix=".partial") as folder:
-                _create(LocalStore(folder), maps.shape, unit)
-                _open(Path(folder))[:] = maps
-                shard = Path(folder, _ONLY_SHARD)
-                return shard.read_bytes() if shard.exists() else None
-        except RuntimeError:
-            # zarrs raises it for a full disk, too: write_first then raises an OSError that says so.
-            held: dict[str, Buffer] = {}
-            _create(MemoryStore(held), maps.shape, unit)[:] = maps
-            return held[_ONLY_SHARD].to_bytes() if _ONLY_SHARD in held else None
 
     def shard_sha256(self, box: Box) -> str | None:
         """Return the SHA-256 of the shard of the unit at `box`, or None without a shard."""
@@ -119,51 +100,23 @@ class PredictionStore:
     def sweep(self) -> None:
         """Remove partial files of killed writers. Only safe while nobody writes."""
         for leftover in list(self.path.rglob(".*.partial")):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink(missing_ok=True)
+            leftover.unlink(missing_ok=True)
 
     def remove(self, box: Box) -> None:
         """Remove the shard of the unit at `box`, which then reads as zero. For repair only, while nobody writes."""
         self._shard(box).unlink(missing_ok=True)
 
     def _shard(self, box: Box) -> Path:
-        _, height, width = self.array.shards or self.array.chunks
-        return self.path / "c" / "0" / str(box.y0 // height) / str(box.x0 // width)
+        return self.path / "c" / "0" / str(box.y0 // self.unit) / str(box.x0 // self.unit)
 
     def read(self, box: Box) -> NDArray[np.uint8]:
-        """Return the maps (plane, y, x) uint8 of any box, zero where nothing was predicted or outside the canvas."""
-        inside = box.intersect(self.canvas)
-        planes = self.array.shape[0]
-        if inside == box:
-            return np.asarray(self.array[:, box.y0 : box.y1, box.x0 : box.x1])
-        maps = np.zeros((planes, *box.shape), np.uint8)
-        if not inside.empty:
-            rows, columns = inside.slices_in(box)
-            maps[:, rows, columns] = self.array[:, inside.y0 : inside.y1, inside.x0 : inside.x1]
+        """Return the maps (plane, y, x) uint8 of any box, zero where nothing was predicted or outside the canvas.
+
+        SlideError if a shard is damaged.
+        """
+        maps = np.zeros((self.array.shape[0], *box.shape), np.uint8)
+        for column, row in box.intersect(self.canvas).cells(self.unit):
+            cell = cell_box(column, row, self.unit)
+            with contextlib.suppress(FileNotFoundError):
+                decode_shard(self._shard(cell), cell, self.array.chunks[1], box, maps)
         return maps
-
-
-def _create(store: Store, shape: tuple[int, ...], unit: int, **more: Any) -> zarr.Array[Any]:
-    """Create an empty array of `shape` (plane, y, x) with shards of `unit` pixels. `more`: arguments of zarr."""
-    chunk = CHUNK if unit % CHUNK == 0 else unit
-    return zarr.create_array(
-        store,
-        shape=shape,
-        shards=(shape[0], unit, unit),
-        chunks=(1, chunk, chunk),
-        dtype="uint8",
-        fill_value=0,
-        compressors=ZstdCodec(level=1),
-        zarr_format=3,
-        **more,
-    )
-
-
-def _open(path: Path, read_only: bool = False) -> zarr.Array[Any]:
-    """Open the array at `path` for reading and, unless `read_only`, for writing."""
-    codecs = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if find_spec("zarrs") else {}
-    # zarr keeps its configuration for the whole process: threads must not restore each other's values.
-    with _configuring, zarr.config.set(codecs):
-        return zarr.open_array(LocalStore(path, read_only=read_only), mode="r" if read_only else "r+")

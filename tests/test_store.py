@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from hover_batch.errors import SlideError
 from hover_batch.geometry import Box, Size, cell_box
 from hover_batch.store import PredictionStore
 
@@ -62,40 +63,23 @@ def test_the_first_writer_wins(tmp_path: Path) -> None:
     assert np.array_equal(store.read(box), first)
 
 
-@pytest.mark.parametrize("shape", [(512, 512), (388, 276)])
-def test_without_zarrs_the_shards_are_read_and_written_by_zarr(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
-) -> None:
-    box = Box(0, 0, 512, 512) if shape == (512, 512) else Box(1024, 512, 1300, 900)
-    maps = random_maps(shape)
-    (tmp_path / "zarrs").mkdir()
-    fast = make(tmp_path / "zarrs")
-    pipeline = zarr.config.get("codec_pipeline.path")
-    fast.write(box, maps)
-    assert zarr.config.get("codec_pipeline.path") == pipeline, "users' arrays keep their codecs"
-    monkeypatch.setattr("hover_batch.store.find_spec", lambda _: None)
-    slow = make(tmp_path)
-    slow.write(box, maps)
-    assert type(slow.array._async_array.codec_pipeline) is not type(fast.array._async_array.codec_pipeline)
-    assert np.array_equal(slow.read(box), maps) and np.array_equal(make(tmp_path / "zarrs").read(box), maps)
-
-
-def test_an_error_of_zarrs_is_reported_by_zarr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk is a RuntimeError there; the executors wait for space on an OSError."""
+@pytest.mark.parametrize("spot", ["chunk", "index", "end"])
+def test_a_damaged_shard_is_named(tmp_path: Path, spot: str) -> None:
     store, box = make(tmp_path), Box(512, 0, 1024, 512)
-
-    async def full(*_: object, **__: object) -> None:
-        raise RuntimeError("No space left on device (os error 28)")
-
-    monkeypatch.setattr("zarrs.ZarrsCodecPipeline.write", full)
-    maps = random_maps(box.shape)
-    assert store.write(box, maps) is not None
-    assert np.array_equal(store.read(box), maps)
+    store.write(box, random_maps(box.shape))
+    shard = next(path for path in (store.path / "c").rglob("*") if path.is_file())
+    content = bytearray(shard.read_bytes())
+    if spot == "end":
+        content = content[: len(content) // 2]
+    else:
+        content[2 if spot == "chunk" else -20] ^= 0xFF
+    shard.write_bytes(content)
+    with pytest.raises(SlideError, match=f"{shard}: .* damaged .*; repeat the segment command"):
+        store.read(box)
 
 
 def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
     store = make(tmp_path)
-    (store.path / ".shard.x.partial" / "c").mkdir(parents=True)
     (store.path / ".y.partial").touch()
     store.sweep()
     assert [path.name for path in store.path.iterdir()] == ["zarr.json"]
@@ -107,14 +91,29 @@ def test_an_empty_unit_has_no_shard(tmp_path: Path) -> None:
     assert not store.read(box).any()
 
 
-def test_create_opens_an_existing_store_and_plain_zarr_reads_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("unit", "sparse"), [(512, False), (1024, True), (256, True)])
+def test_zarr_reads_what_we_write_and_writes_what_we_read(tmp_path: Path, unit: int, sparse: bool) -> None:
+    whole = random_maps((SIZE.height, SIZE.width))
+    if sparse:
+        whole[:, :600] = 0
+        whole[1] = 0
+    ours = PredictionStore.create(tmp_path / "ours", SIZE, PLANES, unit, {"mpp": [0.25, 0.25]})
+    theirs = PredictionStore.create(tmp_path / "theirs", SIZE, PLANES, unit, {})
+    theirs.array[:] = whole
+    for column, row in SIZE.box.cells(unit):
+        box = cell_box(column, row, unit).intersect(SIZE.box)
+        digest = ours.write(box, whole[:, box.y0 : box.y1, box.x0 : box.x1])
+        assert (digest is not None) == theirs.has_shard(box) == ours.has_shard(box)
+    array = zarr.open_array(tmp_path / "ours", mode="r")
+    assert array.attrs["mpp"] == [0.25, 0.25] and np.array_equal(array[:], whole)
+    assert np.array_equal(PredictionStore.open(tmp_path / "theirs", read_only=True).read(SIZE.box), whole)
+
+
+def test_create_opens_an_existing_store(tmp_path: Path) -> None:
     box = Box(1024, 512, 1300, 900)
     maps = random_maps(box.shape)
     make(tmp_path).write(box, maps)
     assert np.array_equal(make(tmp_path).read(box), maps)
-    array = zarr.open_array(tmp_path / "p.zarr", mode="r")
-    assert array.attrs["mpp"] == [0.25, 0.25]
-    assert np.array_equal(array[:, 512:900, 1024:1300], maps)
 
 
 def test_a_removed_shard_is_zero_and_can_be_written_again(tmp_path: Path) -> None:

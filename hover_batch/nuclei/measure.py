@@ -109,12 +109,12 @@ def measure(
     maps = np.ascontiguousarray(maps)
     anchor, bounds, first, area, votes = _places(instances, maps[layout.tp], n)
     second, values = _sums(
-        instances, maps, anchor, layout.n_types, layout.NP, layout.tp.start, layout.hematoxylin, layout.eosin
+        instances, maps, anchor, bounds, layout.n_types, layout.NP, layout.tp.start, layout.hematoxylin, layout.eosin
     )
     x0, y0 = origin
     dx, dy = (first / area[:, None]).T
     major, minor, eccentricity = _ellipse(second / area[:, None], dx, dy)
-    straight, diagonal, corner = _perimeter_pixels(instances, n).T
+    straight, diagonal, corner = _perimeter_pixels(instances, bounds).T
     type_id, class_probs = _classes(votes, values[:, 1:-2])
     nuclei = Nuclei(
         anchor_y=anchor[:, 1] + y0,
@@ -216,79 +216,71 @@ def _sums(
     instances: NDArray[np.int32],
     maps: NDArray[np.uint8],
     anchor: NDArray[np.int64],
+    bounds: NDArray[np.int64],
     n_types: int,
     np_plane: int,
     tp_start: int,
     hematoxylin: int,
     eosin: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return sums over the instances 1 … n of (y, x), in rows 0 … n - 1, in one pass.
+    """Return sums over the instances 1 … n of (y, x), in rows 0 … n - 1; `bounds` (n, 4) are their boxes.
 
     These are Σ dx², Σ dy², Σ dx·dy (n, 3) about the `anchor` (n, 2); and Σ np, Σ of each class's softmax,
     Σ hematoxylin, Σ eosin (n, 3 + n_types).
     """
     second = np.zeros((len(anchor), 3), np.int64)
     values = np.zeros((len(anchor), 3 + n_types), np.int64)
-    height, width = instances.shape
-    for y in range(height):
-        for x in range(width):
-            i = instances[y, x] - 1
-            if i < 0:
-                continue
-            dx, dy = x - anchor[i, 0], y - anchor[i, 1]
-            second[i, 0] += dx * dx
-            second[i, 1] += dy * dy
-            second[i, 2] += dx * dy
-            values[i, 0] += maps[np_plane, y, x]
-            for k in range(n_types):
-                values[i, 1 + k] += maps[tp_start + k, y, x]
-            values[i, 1 + n_types] += maps[hematoxylin, y, x]
-            values[i, 2 + n_types] += maps[eosin, y, x]
+    for i in range(len(anchor)):
+        x0, y0, x1, y1 = bounds[i]
+        for y in range(y0, y1):
+            for x in range(x0, x1):
+                if instances[y, x] != i + 1:
+                    continue
+                dx, dy = x - anchor[i, 0], y - anchor[i, 1]
+                second[i, 0] += dx * dx
+                second[i, 1] += dy * dy
+                second[i, 2] += dx * dy
+                values[i, 0] += maps[np_plane, y, x]
+                for k in range(n_types):
+                    values[i, 1 + k] += maps[tp_start + k, y, x]
+                values[i, 1 + n_types] += maps[hematoxylin, y, x]
+                values[i, 2 + n_types] += maps[eosin, y, x]
     return second, values
 
 
 @njit(cache=True, nogil=True)
-def _on_border(instances: NDArray[np.int32], y: int, x: int) -> bool:
-    """Whether one of the four neighbours does not belong to this pixel's instance."""
-    height, width = instances.shape
-    i = instances[y, x]
-    return (
-        y == 0
-        or x == 0
-        or y == height - 1
-        or x == width - 1
-        or instances[y - 1, x] != i
-        or instances[y + 1, x] != i
-        or instances[y, x - 1] != i
-        or instances[y, x + 1] != i
-    )
-
-
-@njit(cache=True, nogil=True)
-def _perimeter_pixels(instances: NDArray[np.int32], n: int) -> NDArray[np.int64]:
+def _perimeter_pixels(instances: NDArray[np.int32], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the numbers (n, 3) of border pixels with weights 1, √2 and (1 + √2) / 2 in each instance's perimeter.
 
-    The rule of `skimage.measure.perimeter` (Benkrid & Crookes): a border pixel is classified by the border pixels of
-    its own instance around it: 1 for itself, plus 2 for each 4-connected and 10 for each diagonal one.
+    A border pixel has a 4-connected neighbour outside of its instance. The rule of `skimage.measure.perimeter` (Benkrid
+    & Crookes): it is classified by the border pixels of its own instance around it: 1 for itself, plus 2 for each
+    4-connected and 10 for each diagonal one. `bounds` (n, 4): boxes of the instances.
     """
-    counts = np.zeros((n, 3), np.int64)
-    height, width = instances.shape
-    for y in range(height):
-        for x in range(width):
-            i = instances[y, x]
-            if i == 0 or not _on_border(instances, y, x):
-                continue
-            code = 1
-            for ny in range(max(0, y - 1), min(height, y + 2)):
-                for nx in range(max(0, x - 1), min(width, x + 2)):
-                    if (ny != y or nx != x) and instances[ny, nx] == i and _on_border(instances, ny, nx):
-                        code += 10 if ny != y and nx != x else 2
-            if code in (5, 7, 15, 17, 25, 27):
-                counts[i - 1, 0] += 1
-            elif code in (21, 33):
-                counts[i - 1, 1] += 1
-            elif code in (13, 23):
-                counts[i - 1, 2] += 1
+    counts = np.zeros((len(bounds), 3), np.int64)
+    for i in range(len(bounds)):
+        x0, y0, x1, y1 = bounds[i]
+        height, width = y1 - y0, x1 - x0
+        own = np.zeros((height + 2, width + 2), np.uint8)
+        for y in range(height):
+            for x in range(width):
+                own[y + 1, x + 1] = instances[y0 + y, x0 + x] == i + 1
+        border = np.zeros((height + 2, width + 2), np.uint8)
+        for y in range(1, height + 1):
+            for x in range(1, width + 1):
+                border[y, x] = own[y, x] & ~(own[y - 1, x] & own[y + 1, x] & own[y, x - 1] & own[y, x + 1])
+        for y in range(1, height + 1):
+            for x in range(1, width + 1):
+                if not border[y, x]:
+                    continue
+                straight = border[y - 1, x] + border[y, x - 1] + border[y, x + 1] + border[y + 1, x]
+                diagonal = border[y - 1, x - 1] + border[y - 1, x + 1] + border[y + 1, x - 1] + border[y + 1, x + 1]
+                code = 1 + 2 * straight + 10 * diagonal
+                if code in (5, 7, 15, 17, 25, 27):
+                    counts[i, 0] += 1
+                elif code in (21, 33):
+                    counts[i, 1] += 1
+                elif code in (13, 23):
+                    counts[i, 2] += 1
     return counts
 
 

@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-import cv2
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -91,7 +90,10 @@ def _scale(low: float, high: float) -> float:
 
 @dataclass(frozen=True)
 class Components:
-    """4-connected components of the foreground of a window; row 0 of each array is the background."""
+    """4-connected components of the foreground of a window, numbered by their first pixels in raster order.
+
+    Row 0 of each array is that of the background, whose values are not used.
+    """
 
     labels: NDArray[np.int32]
     """(y, x): component of each pixel, 0 = background."""
@@ -103,9 +105,7 @@ class Components:
     @classmethod
     def of(cls, np_map: NDArray[np.uint8]) -> Self:
         """Label the 4-connected components of the pixels with np ≥ 0.5 in a stored map (y, x)."""
-        foreground = (np_map >= MapLayout.NP_NUCLEUS).view(np.uint8)
-        count, labels = cv2.connectedComponents(foreground, connectivity=4, ltype=cv2.CV_32S)
-        return cls(np.asarray(labels, np.int32), *_extents(labels, count))
+        return cls(*_labelled(np.ascontiguousarray(np_map), MapLayout.NP_NUCLEUS))
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -199,23 +199,83 @@ def _split(
 
 
 @njit(cache=True, nogil=True)
-def _extents(labels: NDArray[np.int32], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return bounds (n, 4) x0, y0, x1, y1 and numbers of pixels (n,) of the labels 0 … n - 1 in (y, x), run by run."""
-    height, width = labels.shape
+def _labelled(np_map: NDArray[np.uint8], least: int) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """Label the 4-connected components of the pixels of at least `least`, run by run; return the fields of Components.
+
+    A run is joined to the runs that it touches in the row above. The joined runs are known by their first one, so
+    components are numbered by their first pixels in raster order, as by OpenCV.
+    """
+    height, width = np_map.shape
+    runs = _runs(np_map, least)
+    size = len(runs)
+    above = 0
+    for r in range(size):
+        y, x0, x1, _ = runs[r]
+        while runs[above, 0] < y - 1 or (runs[above, 0] == y - 1 and runs[above, 2] <= x0):
+            above += 1
+        touching = above
+        while runs[touching, 0] == y - 1 and runs[touching, 1] < x1:
+            a, b = _first_of(runs, r), _first_of(runs, touching)
+            runs[max(a, b), 3] = min(a, b)
+            touching += 1
+    labels = np.zeros((height, width), np.int32)
+    numbers = np.zeros(size, np.int64)
+    n = 1
+    for r in range(size):
+        if runs[r, 3] == r:
+            numbers[r] = n
+            n += 1
+        else:
+            numbers[r] = numbers[_first_of(runs, r)]
     bounds = np.zeros((n, 4), np.int64)
     pixels = np.zeros(n, np.int64)
+    bounds[1:, 0] = width
+    for r in range(size):
+        y, x0, x1, _ = runs[r]
+        i = numbers[r]
+        labels[y, x0:x1] = i
+        if pixels[i] == 0:
+            bounds[i, 1] = y
+        bounds[i, 0] = min(bounds[i, 0], x0)
+        bounds[i, 2] = max(bounds[i, 2], x1)
+        bounds[i, 3] = y + 1
+        pixels[i] += x1 - x0
+    return labels, bounds, pixels
+
+
+@njit(cache=True, nogil=True)
+def _runs(np_map: NDArray[np.uint8], least: int) -> NDArray[np.int64]:
+    """Return the runs (n, 4) of pixels of at least `least` in raster order: y, x0, x1, half-open, and its own number."""
+    height, width = np_map.shape
+    limit = np.uint8(least)
+    size = 0
     for y in range(height):
-        start = 0
-        while start < width:
-            i = labels[y, start]
-            end = start + 1
-            while end < width and labels[y, end] == i:
-                end += 1
-            if pixels[i] == 0:
-                bounds[i, 0], bounds[i, 1], bounds[i, 2] = start, y, end
-            bounds[i, 0] = min(bounds[i, 0], start)
-            bounds[i, 2] = max(bounds[i, 2], end)
-            bounds[i, 3] = y + 1
-            pixels[i] += end - start
-            start = end
-    return bounds, pixels
+        before = False
+        for x in range(width):
+            inside = np_map[y, x] >= limit
+            size += inside and not before
+            before = inside
+    runs = np.empty((size, 4), np.int64)
+    size = 0
+    for y in range(height):
+        row = np_map[y]
+        x = 0
+        while x < width:
+            if row[x] < limit:
+                x += 1
+                continue
+            runs[size, 0], runs[size, 1], runs[size, 3] = y, x, size
+            while x < width and row[x] >= limit:
+                x += 1
+            runs[size, 2] = x
+            size += 1
+    return runs
+
+
+@njit(cache=True, nogil=True)
+def _first_of(runs: NDArray[np.int64], r: int) -> int:
+    """Return the first run of the component of run `r`, and shorten the way to it."""
+    while runs[r, 3] != r:
+        runs[r, 3] = runs[runs[r, 3], 3]
+        r = runs[r, 3]
+    return r

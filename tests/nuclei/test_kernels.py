@@ -52,6 +52,18 @@ def test_the_steepest_maps_do_not_overflow() -> None:
     np.testing.assert_array_equal(sobel_extremes(h, v), [x.min(), x.max(), y.min(), y.max()])
 
 
+@settings(deadline=None, max_examples=100)
+@given(seed=st.integers(0, 10**6), shape=SIDES, share=st.sampled_from([0.0, 0.3, 0.6, 0.95, 1.0]))
+def test_components_are_those_of_opencv(seed: int, shape: tuple[int, int], share: float) -> None:
+    foreground = (np.random.default_rng(seed).random(shape) < share).astype(np.uint8)
+    found = Components.of(foreground * np.uint8(128))
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(foreground, connectivity=4, ltype=cv2.CV_32S)
+    np.testing.assert_array_equal(found.labels, labels)
+    np.testing.assert_array_equal(found.pixels[1:], stats[1:, cv2.CC_STAT_AREA])
+    sides = found.bounds[1:, 2:] - found.bounds[1:, :2]
+    np.testing.assert_array_equal(np.hstack([found.bounds[1:, :2], sides]), stats[1:, :4])
+
+
 @settings(deadline=None, max_examples=150)
 @given(seed=st.integers(0, 10**6), shape=SIDES, values=st.sampled_from([2, 5, 50, 2**24]))
 @example(seed=1, shape=(1, 26), values=2)
