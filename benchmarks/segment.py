@@ -1,12 +1,17 @@
 """Speed of `segment` and of tiatoolbox's engine on the same tissue, with the same student and with HoVerNet-fast.
 
     python -m benchmarks.segment [--json FILE] [--repeats N] [--teacher-repeats N]
+    python -m benchmarks.segment --budget [--json FILE] [--repeats N]
 
 Each side runs in its own processes, in alternation; medians are reported. `work` is the time from the first pixel read
 to the finished table; `process` is the time of the whole command, with imports and loading of weights. tiatoolbox's
 engine has favourable settings: our batch size, one worker per core, and QuPath JSON as output. HoVerNet has random
 weights, and dark pixels stand in for its output, so that its post-processing has nuclei to work on. The compilation by
 OpenVINO is in `process`, but not in `work`. The benchmark only reports times; it does not check them.
+
+`--budget` reports the CPU seconds of each stage per mm² of predicted tiles, on the whole of the TCGA slide. Where a GPU
+runs the network, the other stages are the wall. A cohort of the same slide is processed in one process: the first slide
+also pays for what a process does once, such as loading compiled functions, so it is reported apart.
 """
 
 from __future__ import annotations
@@ -21,13 +26,22 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks.maps import DENSE_FIELD, SLIDE
+from hover_batch import pipeline
+from hover_batch.cli import app
+from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import SlideRecord
+from hover_batch.config import InferSettings
+from hover_batch.executor import local
 from hover_batch.geometry import Grid
+from hover_batch.model.package import find_package
+from hover_batch.pipeline import Seconds
 from hover_batch.slide.example import write_pyramidal_tiff
 from hover_batch.slide.reader import open_slide
 
@@ -67,6 +81,66 @@ def ours(folder: Path, side: str) -> dict[str, Any]:
     shutil.rmtree(out)
     work = ended.timestamp() - begun
     return {"process": process, "work": work, "nuclei": done["nuclei"], "stages": stages}
+
+
+class CpuSeconds(Seconds):
+    """Seconds by stage that counts the CPU time of all threads of this process."""
+
+    @contextmanager
+    def of(self, stage: str) -> Iterator[None]:
+        """Add the CPU time of the block to `stage`."""
+        started, clock = time.time(), time.process_time()
+        try:
+            yield
+        finally:
+            self._add(stage, time.process_time() - clock, (started, time.time()))
+
+
+def budget_child(folder: Path, slides: int) -> list[dict[str, float]]:
+    """Process SLIDE `slides` times in this process; return the CPU seconds of each by stage, with the keys `mm2`, the
+    area of the predicted tiles, and `densest_mb`, the largest shard."""
+    rows = [f"{SLIDE},slide{i}" for i in range(slides)]
+    (folder / "cohort.csv").write_text("\n".join(["path,slide_id", *rows]) + "\n")
+    pipeline.Seconds = local.Seconds = CpuSeconds  # type: ignore[misc, attr-defined]
+    words = ["segment", str(folder / "cohort.csv"), "-o", str(folder / "out"), *FLAGS[OURS]]
+    app([*words, "--batch", str(BATCH), "--threads", "1"], standalone_mode=False)
+    tile_mm2 = (find_package("starter").card.tile_out * MPP / 1000) ** 2
+    found = []
+    for i in range(slides):
+        layout = RunLayout(folder / "out").slide(f"slide{i}")
+        tiles = json.loads(layout.slide_json.read_text())["tiles"]
+        shards = [path.stat().st_size for path in (layout.predictions_zarr / "c").rglob("*") if path.is_file()]
+        stages = json.loads(layout.timings_json.read_text())
+        found.append({**stages, "mm2": tiles * tile_mm2, "densest_mb": max(shards) / 1e6})
+    return found
+
+
+def budget(repeats: int) -> dict[str, Any]:
+    """Measure the budget in a new process: medians of `repeats` slides after the first, per mm², and the first's."""
+    with tempfile.TemporaryDirectory() as name:
+        command = [sys.executable, "-m", "benchmarks.segment", "--budget-child", name, "--repeats", str(repeats)]
+        slides = json.loads(_timed(command)[0].splitlines()[-1])
+    mm2 = slides[0]["mm2"]
+    stages = {stage: statistics.median(slide[stage] for slide in slides[1:]) / mm2 for stage in STAGES}
+    return {
+        "mm2": mm2,
+        "core_seconds_per_mm2": stages,
+        "first_slide_core_seconds_per_mm2": {stage: slides[0][stage] / mm2 for stage in STAGES},
+        "beside_the_network": sum(stages.values()) - stages["infer"],
+        "densest_unit_mb_per_mpx": slides[0]["densest_mb"] / (InferSettings().unit ** 2 / 1e6),
+    }
+
+
+def _show_budget(found: dict[str, Any]) -> None:
+    stages, first = found["core_seconds_per_mm2"], found["first_slide_core_seconds_per_mm2"]
+    print(f"{'CPU s per mm²':18} {'a slide':>9} {'the first':>10}")
+    for stage in STAGES:
+        print(f"{stage:18} {stages[stage]:9.2f} {first[stage]:10.2f}")
+    beside = found["beside_the_network"]
+    print(f"{'without infer':18} {beside:9.2f} {sum(first.values()) - first['infer']:10.2f}")
+    print(f"stored predictions of the densest unit: {found['densest_unit_mb_per_mpx']:.2f} MB per million pixels")
+    for cores in (8, 16, 32, 64):
+        print(f"{cores} cores beside a GPU that runs the network: {beside / cores:.3f} s per mm²")
 
 
 def tiatoolbox(folder: Path, which: str) -> dict[str, Any]:
@@ -176,13 +250,24 @@ def main() -> None:
     parser.add_argument(
         "--teacher-repeats", type=int, default=1, help="number of runs of HoVerNet, which take minutes on a CPU"
     )
+    parser.add_argument("--budget", action="store_true", help="report CPU seconds per mm² by stage instead")
+    parser.add_argument("--budget-child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.budget_child:
+        print(json.dumps(budget_child(arguments.budget_child, arguments.repeats + 1)))
+        return
     if arguments.child:
         print(json.dumps(child(arguments.child[0], Path(arguments.child[1]))))
         return
     if not SLIDE.exists():
         raise SystemExit(f"{SLIDE}: no such file; put this TCGA slide there")
+    if arguments.budget:
+        result = budget(arguments.repeats)
+        _show_budget(result)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        return
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in (*FLAGS, SAME, TEACHER)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -245,7 +245,7 @@ def _labelled(np_map: NDArray[np.uint8], least: int) -> tuple[NDArray[np.int32],
 
 @njit(cache=True, nogil=True)
 def _runs(np_map: NDArray[np.uint8], least: int) -> NDArray[np.int64]:
-    """Return the runs (n, 4) of pixels of at least `least` in raster order: y, x0, x1, half-open, and its own number."""
+    """Return the runs (n, 4) of pixels of at least `least`, in raster order: y, x0, x1, and the run's own number."""
     height, width = np_map.shape
     limit = np.uint8(least)
     size = 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -186,14 +187,18 @@ class PictureSource:
         self._pixels = np.empty((0, 0, 3), np.uint8)
 
 
+_OPAQUE = 0xFF000000
+"""Least value of an opaque RGBA pixel as one little-endian number, whose highest byte is A."""
+
+
 def _on_white(picture: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return RGB (h, w, 3), laid on white where the picture is transparent."""
     pixels = np.asarray(picture)
     if pixels.shape[2] == 3:
         return pixels
-    colour = np.ascontiguousarray(pixels[..., :3])
-    alpha = pixels[..., 3]
-    if alpha.min() < 255:
+    colour = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), np.uint8)
+    if pixels.view("<u4").min() < _OPAQUE:
+        alpha = pixels[..., 3]
         clear = alpha < 255
         weight = alpha[clear, None].astype(np.uint32)
         colour[clear] = (colour[clear] * weight + 255 * (255 - weight) + 127) // 255
