@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,18 +113,25 @@ def survey(
 ) -> SlideWork:
     """Find the tissue and cut it into units; for stored maps, read what their run found. Write survey.json.
 
-    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read.
+    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read, or if the cohort's mask was
+    replaced after the run began.
     """
+    mark = layout.key_json.read_bytes()
     if slide.kept is not None:
         path = slide.kept.layout.survey_json
         info, mask = read_info(path), read_tissue(path)
     else:
         assert reader is not None
         info, mask = reader.info, tissue_mask(reader, slide.record, settings.tissue)
+        # The file is hashed after it was read, so that a change before or during the reading is noticed.
+        if mask.given and json.loads(mark).get("run_key") != result_key(slide, package, settings):
+            raise SlideError(
+                f"{slide.record.mask_path}: the mask was replaced or changed after the run began; repeat the segment "
+                "command"
+            )
     write_survey(layout.survey_json, info, mask)
     grid = Grid.over(info.level0, info.mpp, package.card.mpp)
     units = plan_units(grid, mask, settings.infer.unit, package.card.tile_out)
-    mark = layout.key_json.read_bytes()
     return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, mark, slide.kept)
 
 
