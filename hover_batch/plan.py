@@ -22,7 +22,7 @@ from hover_batch.model.package import Card
 from hover_batch.slide.given_mask import check_mask
 from hover_batch.slide.headers import SlideInfo, peek
 from hover_batch.slide.pixel_size import check_given, warnings_of
-from hover_batch.slide.remote import RemoteInfo, remote_info, require_packages
+from hover_batch.slide.remote import RemoteInfo, remote_info
 
 STORE_BYTES_PER_PIXEL = 4.0
 """Compressed size of all planes per predicted pixel of dense tissue (3.8 on the example)."""
@@ -130,11 +130,9 @@ def plan_cohort(cohort: Cohort, card: Card) -> Plan:
     """Check the slides of a cohort and return the plan.
 
     All headers and masks are read. Slides in other storage are checked for existence, and their fingerprints are
-    computed. Faults of slides are collected in the plan, not raised. InputError if a package for the storage is
-    missing.
+    computed. Faults of slides are collected in the plan, not raised.
     """
     remote = [record for record in cohort.records if isinstance(record.path, Url)]
-    require_packages(record.path for record in remote if isinstance(record.path, Url))
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
         asked = {r.row: pool.submit(remote_info, r.path, r.mpp) for r in remote if isinstance(r.path, Url)}
         return _plan(cohort, card, asked)

@@ -113,7 +113,7 @@ def survey(
 ) -> SlideWork:
     """Find the tissue and cut it into units; for stored maps, read what their run found. Write survey.json.
 
-    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read, or if the cohort's mask was
+    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read, or if the row's mask was
     replaced after the run began.
     """
     mark = layout.key_json.read_bytes()

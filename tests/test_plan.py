@@ -71,9 +71,17 @@ def test_all_faults_of_a_row_come_at_once(tmp_path: Path) -> None:
     assert [slide.record.slide_id for slide in plan.slides] == ["d"] and plan.exit_code == 3
 
 
+def test_unknown_storage_is_a_fault_of_its_row_only(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "slide.tif", 0.25, 0.25)
+    plan = planned(tmp_path, "path,slide_id\nslide.tif,a\nsss://bucket/slide.svs,b\n")
+    assert [slide.record.slide_id for slide in plan.slides] == ["a"]
+    (fault,) = plan.cohort.faults
+    assert fault.row == 3 and "sss://bucket/slide.svs: fsspec does not support" in fault.message
+
+
 def test_a_stretched_mask_is_warned_of(tmp_path: Path) -> None:
     write_tiff(tmp_path / "slide.tif", 0.25, 0.25)
-    Image.new("L", (200, 100), 255).save(tmp_path / "mask.png")
+    Image.fromarray(np.triu(np.full((100, 200), 255, np.uint8))).save(tmp_path / "mask.png")
     (warning,) = planned(tmp_path, "path,mask_path\nslide.tif,mask.png\n").cohort.warnings
     assert warning.startswith("slide: ") and "stretched" in warning
 

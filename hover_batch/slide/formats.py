@@ -5,6 +5,7 @@ The libraries that tiatoolbox's readers use are called directly, since importing
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,15 +45,26 @@ class Header:
     """Format or manufacturer, as the library names it."""
     magnification: float | None
     """Objective's power; None if unknown."""
+    warnings: tuple[str, ...] = ()
+    """Sentences for the user."""
 
 
 def openslide_header(path: Path) -> Header:
     """Read the header of a file that OpenSlide opens.
 
-    SlideError if it is a TIFF whose pixels are not unsigned 8-bit. Errors of OpenSlide propagate.
+    SlideError if it is a TIFF that is truncated, holds several pictures, or whose pixels OpenSlide cannot decode
+    correctly. Errors of OpenSlide propagate.
     """
     import openslide
 
+    if (tiff := _open_tiff(path)) is not None:
+        with tiff:
+            # Before OpenSlide opens the file, since its libtiff writes to stderr.
+            _check_pages(path, tiff, _OPENSLIDE_COMPRESSIONS)
+            tags = tiff_size(_first_page(tiff))
+            if openslide.OpenSlide.detect_format(str(path)) == "generic-tiff":
+                _check_plain(path, tiff)
+                _check_extra_samples(path, _first_page(tiff))
     with openslide.OpenSlide(str(path)) as slide:
         properties: Mapping[str, str] = dict(slide.properties)
         levels = tuple(Size(w, h) for w, h in slide.level_dimensions)
@@ -64,24 +76,38 @@ def openslide_header(path: Path) -> Header:
         bounds = Box(x, y, x + width, y + height)
     raw = properties.get("aperio.MPP")  # kept as text if OpenSlide cannot parse it
     size = stated_size(properties.get("openslide.mpp-x", raw), properties.get("openslide.mpp-y", raw), "its header")
-    if (tiff := _open_tiff(path)) is not None:
-        with tiff:
-            _check_pages(path, tiff)
-            # OpenSlide reads the tags of a generic TIFF only if their unit is the centimetre.
-            if size.mpp is None and vendor == "generic-tiff":
-                size = tiff_size(_first_page(tiff))
+    # OpenSlide reads the tags of a generic TIFF only if their unit is the centimetre.
+    if size.mpp is None and vendor == "generic-tiff":
+        size = tags
     return Header(levels, size, bounds, vendor, to_float(properties.get("openslide.objective-power")))
 
 
 _ORIENTATION = 274
 """TIFF tag of how to turn or flip the stored pixels; 1 = not at all."""
+_REDUCED, _MASK = 1, 4
+"""Bits of the tag NewSubfileType."""
+_OPENSLIDE_COMPRESSIONS = frozenset((1, 5, 7, 8, 32773, 32946, 33003, 33005))
+"""None, LZW, JPEG, deflate (8, 32946), PackBits, and JPEG 2000 in SVS."""
+_PILLOW_COMPRESSIONS = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000))
+"""None, fax (2 to 4), LZW, JPEG (6, 7), deflate (8, 32946), PackBits, LZMA and Zstandard."""
+
+
+# Python would print its messages on stderr, beside the one that names the slide.
+tifffile.logger().addHandler(logging.NullHandler())
 
 
 def _open_tiff(path: Path) -> tifffile.TiffFile | None:
+    """Open a TIFF; None if the file is of another format. SlideError if it has no directory of its pixels."""
     try:
-        return tifffile.TiffFile(path)
+        tiff = tifffile.TiffFile(path)
     except tifffile.TiffFileError:
         return None
+    if not len(tiff.pages):
+        tiff.close()
+        raise SlideError(
+            f"{path}: is truncated: the part of the TIFF that describes its pixels is missing; copy it again"
+        )
+    return tiff
 
 
 def _first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
@@ -90,8 +116,8 @@ def _first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
     return page
 
 
-def _check_pages(path: Path, tiff: tifffile.TiffFile) -> None:
-    """Raise SlideError for samples of more than 8 bits, for signed and float ones, and for turned pages.
+def _check_pages(path: Path, tiff: tifffile.TiffFile, compressions: frozenset[int]) -> None:
+    """Raise SlideError for pages that are truncated, turned, compressed in another way, or not of 8 unsigned bits.
 
     OpenSlide and Pillow keep the high byte of 16 bits, which makes 12-bit pictures black, and read the others as
     unsigned. OpenSlide turns each tile of a turned page on its own, Pillow the whole page.
@@ -100,7 +126,8 @@ def _check_pages(path: Path, tiff: tifffile.TiffFile) -> None:
         assert isinstance(page, tifffile.TiffPage)
         if number and not page.is_tiled:  # a label or macro picture
             continue
-        if page.bitspersample > 8 or page.sampleformat not in _UNSIGNED:
+        too_few = page.bitspersample < 8 and page.is_tiled and not number
+        if page.bitspersample > 8 or too_few or page.sampleformat not in _UNSIGNED:
             kind = {2: "signed ", 3: "float "}.get(int(page.sampleformat), "")
             raise SlideError(
                 f"{path}: pixels of {kind}{page.bitspersample} bits a channel; 8-bit grey or colour is needed: scale "
@@ -112,6 +139,66 @@ def _check_pages(path: Path, tiff: tifffile.TiffFile) -> None:
                 f"{path}: the tag Orientation is {turned.value}, so that programs turn or flip the picture; save it "
                 "upright, without this tag"
             )
+        if page.compression not in compressions:
+            raise SlideError(
+                f"{path}: a TIFF with compression {getattr(page.compression, 'name', page.compression)}, which is read "
+                "only in an OME-TIFF; save it with JPEG, LZW or deflate, or convert it to an OME-TIFF with bfconvert"
+            )
+        _check_complete(path, page)
+
+
+def _check_complete(path: Path, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
+    """Raise SlideError if the file ends before the page's pixels do."""
+    end = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
+    size = page.parent.filehandle.size
+    if end > size:
+        raise SlideError(
+            f"{path}: is truncated: it has {size:,} bytes, and its pixels extend to {end:,}; copy it again"
+        )
+
+
+def _check_dense(path: Path, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
+    """Raise SlideError if the page leaves out tiles, which tifffile reads as black and OpenSlide rejects."""
+    if missing := sum(count == 0 for count in page.databytecounts):
+        raise SlideError(
+            f"{path}: {missing:,} of its {len(page.databytecounts):,} tiles are not stored; save it with all its tiles"
+        )
+
+
+def _check_plain(path: Path, tiff: tifffile.TiffFile) -> None:
+    """Raise SlideError for a plain TIFF of several full-size pictures, of which only the first is read.
+
+    Also raise it if that one leaves out tiles. Pages of half its pixels and fewer are levels of a pyramid, labels or
+    thumbnails.
+    """
+    first, *others = (page for page in tiff.pages if isinstance(page, tifffile.TiffPage))
+    _check_dense(path, first)
+    large = [p for p in others if 2 * _area(p) > _area(first) and not p.subfiletype & (_REDUCED | _MASK)]
+    if large:
+        raise _several(path, 1 + len(large))
+
+
+def _several(path: Path, number: int) -> SlideError:
+    return SlideError(f"{path}: holds {number} full-size pictures; save each as a file of its own")
+
+
+def _area(page: tifffile.TiffPage) -> int:
+    return page.imagewidth * page.imagelength
+
+
+def _check_extra_samples(path: Path, page: tifffile.TiffPage) -> None:
+    """Raise SlideError for colour with further samples that are not transparency, which OpenSlide takes for it."""
+    more = page.samplesperpixel - 3
+    if page.photometric == tifffile.PHOTOMETRIC.RGB and more > 0 and (more > 1 or not is_alpha(page.extrasamples)):
+        raise SlideError(
+            f"{path}: {page.samplesperpixel} samples a pixel, of which the fourth is not marked as transparency (tag "
+            "ExtraSamples); save it as RGB"
+        )
+
+
+def is_alpha(extra_samples: tuple[int, ...]) -> bool:
+    """Return whether the first extra sample of a TIFF is transparency; by the standard, it may be anything else."""
+    return extra_samples[:1] in ((1,), (2,))
 
 
 def is_ome(path: Path) -> bool:
@@ -127,7 +214,7 @@ def ome_tiff_header(path: Path) -> Header:
     """Read the header of an OME-TIFF: the levels of its largest image.
 
     The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. SlideError unless the image
-    is one plane of 8-bit RGB. Errors of tifffile propagate.
+    is one plane of 8-bit RGB, and the only large one. Errors of tifffile propagate.
     """
     with tifffile.TiffFile(path) as tiff:
         series = list(tiff.series)
@@ -139,19 +226,46 @@ def ome_tiff_header(path: Path) -> Header:
                 f"{path}: an OME-TIFF of axes {largest.axes}, shape {largest.shape}, {largest.dtype}; "
                 "one plane of 8-bit RGB is needed"
             )
+        large = [s for s in series if 2 * _plane(s.axes, s.shape).pixels > _plane(largest.axes, largest.shape).pixels]
+        if len(large) > 1:
+            raise _several(path, len(large))
+        page = largest.keyframe
+        # tifffile converts the colours of JPEG only.
+        if page.photometric.name not in ("RGB", "MINISBLACK") and page.compression != tifffile.COMPRESSION.JPEG:
+            raise SlideError(f"{path}: an OME-TIFF with colours of type {page.photometric.name}; save it as RGB")
+        for level in largest.levels:
+            for part in level.pages:
+                if part is not None:
+                    _check_complete(path, part)
+                    _check_dense(path, part)
         levels = sorted((_plane(level.axes, level.shape) for level in largest.levels), key=lambda s: -s.pixels)
         xml = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
         tags = tiff_size(_first_page(tiff))
     images = [element for element in xml.iter() if element.tag.endswith("}Image")]
-    pixels: Mapping[str, str] = {}
-    if index < len(images):
-        found = [element for element in images[index].iter() if element.tag.endswith("}Pixels")]
-        pixels = found[0].attrib if found else {}
+    elements = list(images[index].iter()) if index < len(images) else []
+    pixels: Mapping[str, str] = next((e.attrib for e in elements if e.tag.endswith("}Pixels")), {})
+    names = [e.attrib.get("Name", "") for e in elements if e.tag.endswith("}Channel")] if "C" in channels else []
     powers = [e.attrib.get("NominalMagnification") for e in xml.iter() if e.tag.endswith("}Objective")]
     size = _ome_size(pixels)
     if size == StatedSize(None):
         size = tags
-    return Header(tuple(levels), size, None, "ome-tiff", to_float(powers[0]) if powers else None)
+    power = to_float(powers[0]) if powers else None
+    return Header(tuple(levels), size, None, "ome-tiff", power, _warnings_of_channels(path, names))
+
+
+def _warnings_of_channels(path: Path, names: list[str]) -> tuple[str, ...]:
+    """Return a warning if separate channels have no names. SlideError if they are not red, green and blue.
+
+    `names`: of the channels in the file's order, "" for unnamed ones; empty if the file has no separate channels.
+    """
+    if [name.strip().lower() for name in names] in ([], ["red", "green", "blue"], ["r", "g", "b"]):
+        return ()
+    if any(names):
+        raise SlideError(
+            f"{path}: an OME-TIFF of separate channels {', '.join(names)}; Red, Green, Blue in this order are needed: "
+            "save it as RGB"
+        )
+    return ("its three separate channels have no names, and are taken for red, green and blue in this order",)
 
 
 def _plane(axes: str, shape: tuple[int, ...]) -> Size:
@@ -210,12 +324,13 @@ def picture_header(path: Path) -> Header:
 def open_picture(path: Path) -> Image.Image:
     """Open a PNG, JPEG or TIFF picture without decoding it.
 
-    SlideError if the format is unknown, the pixels are not 8-bit grey or colour, or there are more than
-    MAX_PICTURE_PIXELS.
+    SlideError if the format is unknown, the pixels are not 8-bit grey or colour, there are more than
+    MAX_PICTURE_PIXELS, or a TIFF is truncated or holds several pictures.
     """
     if (tiff := _open_tiff(path)) is not None:
         with tiff:
-            _check_pages(path, tiff)
+            _check_pages(path, tiff, _PILLOW_COMPRESSIONS)
+            _check_plain(path, tiff)
     # The plugins are called by name: Image.open warns of sizes that are ordinary here, and refuses some.
     for plugin in (PngImagePlugin.PngImageFile, JpegImagePlugin.JpegImageFile, TiffImagePlugin.TiffImageFile):
         try:

@@ -83,7 +83,7 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
         identity = fingerprint(record.file, record.mpp)
     level0 = header.levels[0]
     magnification = record.magnification if record.magnification is not None else header.magnification
-    warnings = warnings_of(mpp, stated, magnification)
+    warnings = [*header.warnings, *warnings_of(mpp, stated, magnification)]
     if header.vendor == "picture" and level0.pixels >= LARGE_PICTURE_PIXELS:
         kept, decoding = (level0.pixels * size / 1e9 for size in PICTURE_BYTES)
         warnings.append(
@@ -120,12 +120,14 @@ def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
 def kind_of(path: Path) -> Kind:
     """Return which library reads a file or folder.
 
-    SlideError if the file does not exist, or has a scanner's suffix but is not recognised by OpenSlide.
+    SlideError if the file does not exist or is empty, or has a scanner's suffix but is not recognised by OpenSlide.
     """
     if path.is_dir():
         return "dicom"
     if not path.is_file():
         raise SlideError(f"{path}: no such file")
+    if not path.stat().st_size:
+        raise SlideError(f"{path}: is empty; copy it again")
     import openslide
 
     with slide_errors(path):
@@ -168,4 +170,7 @@ def slide_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # the libraries raise many kinds: struct.error, KeyError, zlib.error …
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SlideError(f"{path}: cannot be read: {reason}") from error
+        raise SlideError(
+            f"{path}: cannot be read: {reason}; if it is truncated or corrupted, copy it again, else convert it to an "
+            "OME-TIFF, for example with QuPath or bfconvert"
+        ) from error
