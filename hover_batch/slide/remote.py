@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -60,9 +59,10 @@ def require_package(url: Url) -> None:
         remedy = "pip install 'hover-batch[s3]'" if s3 else "install it in the same environment"
         raise InputError(f"{url}: a package for {url.protocol}:// is missing ({error}); {remedy}") from error
     except ValueError as error:
-        near = get_close_matches(url.protocol, fsspec.available_protocols(), 1)
-        hint = f"did you mean {near[0]}://" if near else "copy the slide to disk"
-        raise InputError(f"{url}: fsspec does not support storage of the kind {url.protocol}://; {hint}") from error
+        raise InputError(
+            f"{url}: fsspec does not support storage of the kind {url.protocol}://; correct the path, or copy the slide "
+            "to disk"
+        ) from error
 
 
 def remote_info(url: Url, mpp: Mpp | None) -> RemoteInfo:

@@ -129,7 +129,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(InputError, match=r"pip install 'hover-batch\[s3\]'"):
         require_package(Url("s3://slides/a.svs"))
-    with pytest.raises(InputError, match="does not support storage of the kind s4://; did you mean s3"):
+    with pytest.raises(InputError, match="does not support storage of the kind s4://; correct the path"):
         require_package(Url("s4://slides/a.svs"))
 
 
