@@ -135,16 +135,20 @@ def _check_pages(path: Path, tiff: tifffile.TiffFile, compressions: frozenset[in
             )
         turned = page.tags.get(_ORIENTATION)
         if turned is not None and turned.value != 1:
-            raise SlideError(
-                f"{path}: the tag Orientation is {turned.value}, so that programs turn or flip the picture; save it "
-                "upright, without this tag"
-            )
+            raise _turned(path, turned.value)
         if page.compression not in compressions:
             raise SlideError(
                 f"{path}: a TIFF with compression {getattr(page.compression, 'name', page.compression)}, which is read "
                 "only in an OME-TIFF; save it with JPEG, LZW or deflate, or convert it to an OME-TIFF with bfconvert"
             )
         _check_complete(path, page)
+
+
+def _turned(path: Path, orientation: int) -> SlideError:
+    return SlideError(
+        f"{path}: the tag Orientation is {orientation}, so that programs turn or flip the picture; save it upright, "
+        "without this tag"
+    )
 
 
 def _check_complete(path: Path, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
@@ -235,9 +239,12 @@ def ome_tiff_header(path: Path) -> Header:
             raise SlideError(f"{path}: an OME-TIFF with colours of type {page.photometric.name}; save it as RGB")
         for level in largest.levels:
             for part in level.pages:
-                if part is not None:
-                    _check_complete(path, part)
-                    _check_dense(path, part)
+                if part is None:
+                    raise SlideError(
+                        f"{path}: lacks pixels that are in another file of the OME-TIFF; put it beside this one"
+                    )
+                _check_complete(path, part)
+                _check_dense(path, part)
         levels = sorted((_plane(level.axes, level.shape) for level in largest.levels), key=lambda s: -s.pixels)
         xml = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
         tags = tiff_size(_first_page(tiff))
@@ -292,8 +299,10 @@ def dicom_header(path: Path) -> Header:
     with open_dicom(path) as wsi:
         levels = tuple(Size(level.size.width, level.size.height) for level in wsi.levels)
         dataset = wsi.levels.base_level.datasets[0]
-        if dataset.BitsAllocated != 8:
-            raise SlideError(f"{path}: pixels of {dataset.BitsAllocated} bits a channel; 8-bit colour is needed")
+        if (dataset.SamplesPerPixel, dataset.BitsAllocated) != (3, 8):
+            raise SlideError(
+                f"{path}: pixels of {dataset.SamplesPerPixel} × {dataset.BitsAllocated} bits; 8-bit colour is needed"
+            )
         spacing = dataset.pixel_spacing  # millimetres
         optics = getattr(dataset, "OpticalPathSequence", None)
         power = getattr(optics[0], "ObjectiveLensPower", None) if optics else None
@@ -351,6 +360,9 @@ def open_picture(path: Path) -> Image.Image:
             picture.close()
             kind = "16 bits a channel" if deep else f"type {mode}"
             raise SlideError(f"{path}: pixels of {kind}; 8-bit grey or colour is needed")
+        if (orientation := picture.getexif().get(_ORIENTATION, 1)) not in (0, 1):
+            picture.close()
+            raise _turned(path, orientation)
         return picture
     raise SlideError(
         f"{path}: cannot be read: OpenSlide, tifffile and Pillow do not support its format; convert it to an OME-TIFF "

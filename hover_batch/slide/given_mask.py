@@ -29,6 +29,8 @@ _MAX_OUTSIDE = 0.01
 """Fraction of a mask's area that may lie outside of the slide, since outlines drawn by hand may cross the edge."""
 _ALL = 0.999
 """Fraction of the slide from which a mask is said to cover all of it."""
+_MIN_EXTENT = 0.001
+"""Fraction of the slide's longer side below which polygons are probably in other units."""
 _MAX_COORDINATE = 1e9
 """Largest position in pixels that a slide may have."""
 
@@ -64,6 +66,12 @@ def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None
         moved, inside = _on_canvas(path, outline, level0, bounds)
         frame = bounds or level0.box
         warnings = _warnings_of_cover(path, inside * shapely.area(moved) / (frame.width * frame.height))
+        x0, y0, x1, y1 = shapely.bounds(outline)
+        if max(x1 - x0, y1 - y0) < _MIN_EXTENT * max(frame.width, frame.height):
+            warnings.append(
+                f"{path}: the polygons measure only {x1 - x0:.3g} × {y1 - y0:.3g} pixels; positions must be in level-0 "
+                "pixels, not in mm or fractions"
+            )
         if inside < 1 - _MAX_OUTSIDE:
             warnings.append(
                 f"{path}: {1 - inside:.0%} of the mask lies outside of the slide of {level0.width} × {level0.height} "

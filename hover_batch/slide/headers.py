@@ -31,6 +31,9 @@ Kind = Literal["openslide", "ome-tiff", "dicom", "picture"]
 _SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
 """Suffixes of files that only OpenSlide reads."""
 
+_ASPECT_TOLERANCE = 0.02
+"""Fraction by which the aspect ratio of a level may differ from the slide's; two pixels are allowed in any case."""
+
 LARGE_PICTURE_PIXELS = 100_000_000
 """Size from which plain pictures give a warning, since they take 0.7 GB of memory to open."""
 
@@ -82,8 +85,15 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
     with slide_errors(record.file):
         identity = fingerprint(record.file, record.mpp)
     level0 = header.levels[0]
+    ratios = tuple(level_ratios(level0, size) for size in header.levels)
     magnification = record.magnification if record.magnification is not None else header.magnification
     warnings = [*header.warnings, *warnings_of(mpp, stated, magnification)]
+    warnings += [
+        f"its level of {size.width} × {size.height} pixels has another aspect ratio than the slide; if it shows "
+        "something else, such as the label, save the slide without it"
+        for size, (x, y) in zip(header.levels, ratios, strict=True)
+        if abs(x / y - 1) > _ASPECT_TOLERANCE and abs(x - y) * min(size.width, size.height) > 2 * max(x, y)
+    ]
     if header.vendor == "picture" and level0.pixels >= LARGE_PICTURE_PIXELS:
         kept, decoding = (level0.pixels * size / 1e9 for size in PICTURE_BYTES)
         warnings.append(
@@ -95,7 +105,7 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
         mpp=mpp,
         mpp_source="cohort" if record.mpp is not None else "file",
         bounds=header.bounds,
-        downsamples=tuple(sum(level_ratios(level0, size)) / 2 for size in header.levels),
+        downsamples=tuple((x + y) / 2 for x, y in ratios),
         vendor=header.vendor,
         magnification=magnification,
         fingerprint=identity,

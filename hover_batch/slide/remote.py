@@ -60,8 +60,8 @@ def require_package(url: Url) -> None:
         raise InputError(f"{url}: a package for {url.protocol}:// is missing ({error}); {remedy}") from error
     except ValueError as error:
         raise InputError(
-            f"{url}: fsspec does not support storage of the kind {url.protocol}://; correct the path, or copy the slide "
-            "to disk"
+            f"{url}: fsspec does not support storage of the kind {url.protocol}://; correct the path, or copy the "
+            "slide to disk"
         ) from error
 
 

@@ -66,6 +66,41 @@ def test_turned_pictures_are_refused(tmp_path: Path, layout: dict[str, Any]) -> 
         peek(record(turned, mpp=0.25))
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_pictures_that_exif_turns_are_refused(tmp_path: Path, suffix: str) -> None:
+    path, exif = tmp_path / f"field.{suffix}", Image.Exif()
+    for orientation in (1, 6):
+        exif[274] = orientation
+        Image.fromarray(FIELD).save(path, exif=exif)
+        if orientation == 1:
+            assert peek(record(path, mpp=0.25)).warnings == ()
+    with pytest.raises(SlideError, match="Orientation is 6.*save it upright"):
+        peek(record(path, mpp=0.25))
+
+
+def test_levels_of_another_aspect_are_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "slide.tif"
+    for level, warned in ((FIELD[:150, :151], False), (FIELD[:9, :10], False), (FIELD[:150, :100], True)):
+        with tifffile.TiffWriter(path) as tiff:
+            for kind, page in enumerate((FIELD, level)):
+                tiff.write(page.copy(), photometric="rgb", subfiletype=kind, metadata=None, **TILES)
+        warnings = peek(record(path, mpp=0.25)).warnings
+        assert [warning.startswith("its level of 100 × 150 pixels") for warning in warnings] == [True] * warned
+
+
+def test_an_ome_tiff_with_channels_in_a_missing_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "part.ome.tif"
+    planes = np.moveaxis(FIELD, 2, 0).copy()
+    tifffile.imwrite(path, planes, photometric="minisblack", metadata={"axes": "CYX"}, **TILES)
+    here, away = '<TiffData IFD="0" PlaneCount="1"/>', '<UUID FileName="away.ome.tif">urn:uuid:1</UUID></TiffData>'
+    text = tifffile.tiffcomment(path).replace(
+        '<TiffData IFD="0" PlaneCount="3"/>', f'{here}<TiffData FirstC="1" PlaneCount="2">{away}'
+    )
+    tifffile.tiffcomment(path, text)
+    with pytest.raises(SlideError, match="lacks pixels that are in another file.*put it beside"):
+        peek(record(path, mpp=0.25))
+
+
 def test_a_deep_level_below_an_8_bit_label_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "label_first.tif"
     with tifffile.TiffWriter(path) as tiff:

@@ -139,6 +139,14 @@ def test_polygons_mostly_beside_the_slide_are_warned_of(tmp_path: Path) -> None:
     assert "90% of the mask lies outside of the slide of 1000 × 1000 pixels" in warning
 
 
+def test_polygons_in_millimetres_are_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "mask.geojson"
+    path.write_text(json.dumps(shapely.geometry.mapping(shapely.box(1, 2, 5, 4))))
+    (warning,) = check_mask(path, Size(40_000, 30_000))
+    assert "measure only 4 × 2 pixels; positions must be in level-0 pixels" in warning
+    assert check_mask(path, Size(3000, 2000)) == []
+
+
 @pytest.mark.parametrize("value", ["1e300", "-1e12", "NaN", "Infinity"])
 def test_impossible_coordinates_are_refused(tmp_path: Path, value: str) -> None:
     path = tmp_path / "mask.geojson"
