@@ -5,8 +5,9 @@ The libraries that tiatoolbox's readers use are called directly, since importing
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -20,15 +21,21 @@ from hover_batch.errors import SlideError
 from hover_batch.geometry import Box, Mpp, Size
 from hover_batch.slide.dicom import open_dicom
 from hover_batch.slide.pixel_size import StatedSize, stated_size, tiff_size, to_float
+from hover_batch.slide.tiff_checks import (
+    ORIENTATION,
+    check_for_openslide,
+    check_for_pillow,
+    check_ome,
+    first_page,
+    open_tiff,
+    turned,
+)
 
 MAX_PICTURE_PIXELS = 400_000_000
 """Largest plain picture that is opened, since it is held in memory as a whole."""
 PICTURE_BYTES = (3, 7)
 """Memory per pixel of a plain picture in bytes: while it is open, and at most while it is decoded."""
 _BAND_ROWS = 256
-
-_UNSIGNED = (1, 4)
-"""SampleFormat of unsigned integers, and of values that the writer did not define."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +64,15 @@ def openslide_header(path: Path) -> Header:
     """
     import openslide
 
-    if (tiff := _open_tiff(path)) is not None:
+    generic = openslide.OpenSlide.detect_format(str(path)) == "generic-tiff"
+    tags = StatedSize(None)
+    if (tiff := open_tiff(path)) is not None:
         with tiff:
             # Before OpenSlide opens the file, since its libtiff writes to stderr.
-            _check_pages(path, tiff, _OPENSLIDE_COMPRESSIONS)
-            tags = tiff_size(_first_page(tiff))
-            if openslide.OpenSlide.detect_format(str(path)) == "generic-tiff":
-                _check_plain(path, tiff)
-                _check_extra_samples(path, _first_page(tiff))
+            check_for_openslide(path, tiff, generic=generic)
+            # OpenSlide reads the tags of a generic TIFF only if their unit is the centimetre.
+            if generic:
+                tags = tiff_size(first_page(tiff))
     with openslide.OpenSlide(str(path)) as slide:
         properties: Mapping[str, str] = dict(slide.properties)
         levels = tuple(Size(w, h) for w, h in slide.level_dimensions)
@@ -76,138 +84,14 @@ def openslide_header(path: Path) -> Header:
         bounds = Box(x, y, x + width, y + height)
     raw = properties.get("aperio.MPP")  # kept as text if OpenSlide cannot parse it
     size = stated_size(properties.get("openslide.mpp-x", raw), properties.get("openslide.mpp-y", raw), "its header")
-    # OpenSlide reads the tags of a generic TIFF only if their unit is the centimetre.
-    if size.mpp is None and vendor == "generic-tiff":
+    if size.mpp is None and generic:
         size = tags
     return Header(levels, size, bounds, vendor, to_float(properties.get("openslide.objective-power")))
 
 
-_ORIENTATION = 274
-"""TIFF tag of how to turn or flip the stored pixels; 1 = not at all."""
-_REDUCED, _MASK = 1, 4
-"""Bits of the tag NewSubfileType."""
-_OPENSLIDE_COMPRESSIONS = frozenset((1, 5, 7, 8, 32773, 32946, 33003, 33005))
-"""None, LZW, JPEG, deflate (8, 32946), PackBits, and JPEG 2000 in SVS."""
-_PILLOW_COMPRESSIONS = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000))
-"""None, fax (2 to 4), LZW, JPEG (6, 7), deflate (8, 32946), PackBits, LZMA and Zstandard."""
-
-
-# Python would print its messages on stderr, beside the one that names the slide.
-tifffile.logger().addHandler(logging.NullHandler())
-
-
-def _open_tiff(path: Path) -> tifffile.TiffFile | None:
-    """Open a TIFF; None if the file is of another format. SlideError if it has no directory of its pixels."""
-    try:
-        tiff = tifffile.TiffFile(path)
-    except tifffile.TiffFileError:
-        return None
-    if not len(tiff.pages):
-        tiff.close()
-        raise SlideError(
-            f"{path}: is truncated: the part of the TIFF that describes its pixels is missing; copy it again"
-        )
-    return tiff
-
-
-def _first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
-    page = tiff.pages.first
-    assert isinstance(page, tifffile.TiffPage)
-    return page
-
-
-def _check_pages(path: Path, tiff: tifffile.TiffFile, compressions: frozenset[int]) -> None:
-    """Raise SlideError for pages that are truncated, turned, compressed in another way, or not of 8 unsigned bits.
-
-    OpenSlide and Pillow keep the high byte of 16 bits, which makes 12-bit pictures black, and read the others as
-    unsigned. OpenSlide turns each tile of a turned page on its own, Pillow the whole page.
-    """
-    for number, page in enumerate(tiff.pages):
-        assert isinstance(page, tifffile.TiffPage)
-        if number and not page.is_tiled:  # a label or macro picture
-            continue
-        too_few = page.bitspersample < 8 and page.is_tiled and not number
-        if page.bitspersample > 8 or too_few or page.sampleformat not in _UNSIGNED:
-            kind = {2: "signed ", 3: "float "}.get(int(page.sampleformat), "")
-            raise SlideError(
-                f"{path}: pixels of {kind}{page.bitspersample} bits a channel; 8-bit grey or colour is needed: scale "
-                "its values to 0 … 255 and save it again"
-            )
-        turned = page.tags.get(_ORIENTATION)
-        if turned is not None and turned.value != 1:
-            raise _turned(path, turned.value)
-        if page.compression not in compressions:
-            raise SlideError(
-                f"{path}: a TIFF with compression {getattr(page.compression, 'name', page.compression)}, which is read "
-                "only in an OME-TIFF; save it with JPEG, LZW or deflate, or convert it to an OME-TIFF with bfconvert"
-            )
-        _check_complete(path, page)
-
-
-def _turned(path: Path, orientation: int) -> SlideError:
-    return SlideError(
-        f"{path}: the tag Orientation is {orientation}, so that programs turn or flip the picture; save it upright, "
-        "without this tag"
-    )
-
-
-def _check_complete(path: Path, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
-    """Raise SlideError if the file ends before the page's pixels do."""
-    end = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
-    size = page.parent.filehandle.size
-    if end > size:
-        raise SlideError(
-            f"{path}: is truncated: it has {size:,} bytes, and its pixels extend to {end:,}; copy it again"
-        )
-
-
-def _check_dense(path: Path, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
-    """Raise SlideError if the page leaves out tiles, which tifffile reads as black and OpenSlide rejects."""
-    if missing := sum(count == 0 for count in page.databytecounts):
-        raise SlideError(
-            f"{path}: {missing:,} of its {len(page.databytecounts):,} tiles are not stored; save it with all its tiles"
-        )
-
-
-def _check_plain(path: Path, tiff: tifffile.TiffFile) -> None:
-    """Raise SlideError for a plain TIFF of several full-size pictures, of which only the first is read.
-
-    Also raise it if that one leaves out tiles. Pages of half its pixels and fewer are levels of a pyramid, labels or
-    thumbnails.
-    """
-    first, *others = (page for page in tiff.pages if isinstance(page, tifffile.TiffPage))
-    _check_dense(path, first)
-    large = [p for p in others if 2 * _area(p) > _area(first) and not p.subfiletype & (_REDUCED | _MASK)]
-    if large:
-        raise _several(path, 1 + len(large))
-
-
-def _several(path: Path, number: int) -> SlideError:
-    return SlideError(f"{path}: holds {number} full-size pictures; save each as a file of its own")
-
-
-def _area(page: tifffile.TiffPage) -> int:
-    return page.imagewidth * page.imagelength
-
-
-def _check_extra_samples(path: Path, page: tifffile.TiffPage) -> None:
-    """Raise SlideError for colour with further samples that are not transparency, which OpenSlide takes for it."""
-    more = page.samplesperpixel - 3
-    if page.photometric == tifffile.PHOTOMETRIC.RGB and more > 0 and (more > 1 or not is_alpha(page.extrasamples)):
-        raise SlideError(
-            f"{path}: {page.samplesperpixel} samples a pixel, of which the fourth is not marked as transparency (tag "
-            "ExtraSamples); save it as RGB"
-        )
-
-
-def is_alpha(extra_samples: tuple[int, ...]) -> bool:
-    """Return whether the first extra sample of a TIFF is transparency; by the standard, it may be anything else."""
-    return extra_samples[:1] in ((1,), (2,))
-
-
 def is_ome(path: Path) -> bool:
     """Return whether a file is an OME-TIFF."""
-    tiff = _open_tiff(path)
+    tiff = open_tiff(path)
     if tiff is None:
         return False
     with tiff:
@@ -224,34 +108,14 @@ def ome_tiff_header(path: Path) -> Header:
         series = list(tiff.series)
         index = max(range(len(series)), key=lambda i: _plane(series[i].axes, series[i].shape).pixels)
         largest = series[index]
-        channels = dict(zip(largest.axes, largest.shape, strict=True))
-        if len(largest.axes) != 3 or channels.get("S", channels.get("C")) != 3 or largest.dtype != "uint8":
-            raise SlideError(
-                f"{path}: an OME-TIFF of axes {largest.axes}, shape {largest.shape}, {largest.dtype}; "
-                "one plane of 8-bit RGB is needed"
-            )
-        large = [s for s in series if 2 * _plane(s.axes, s.shape).pixels > _plane(largest.axes, largest.shape).pixels]
-        if len(large) > 1:
-            raise _several(path, len(large))
-        page = largest.keyframe
-        # tifffile converts the colours of JPEG only.
-        if page.photometric.name not in ("RGB", "MINISBLACK") and page.compression != tifffile.COMPRESSION.JPEG:
-            raise SlideError(f"{path}: an OME-TIFF with colours of type {page.photometric.name}; save it as RGB")
-        for level in largest.levels:
-            for part in level.pages:
-                if part is None:
-                    raise SlideError(
-                        f"{path}: lacks pixels that are in another file of the OME-TIFF; put it beside this one"
-                    )
-                _check_complete(path, part)
-                _check_dense(path, part)
+        check_ome(path, series, largest)
         levels = sorted((_plane(level.axes, level.shape) for level in largest.levels), key=lambda s: -s.pixels)
         xml = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
-        tags = tiff_size(_first_page(tiff))
+        tags = tiff_size(first_page(tiff))
     images = [element for element in xml.iter() if element.tag.endswith("}Image")]
     elements = list(images[index].iter()) if index < len(images) else []
     pixels: Mapping[str, str] = next((e.attrib for e in elements if e.tag.endswith("}Pixels")), {})
-    names = [e.attrib.get("Name", "") for e in elements if e.tag.endswith("}Channel")] if "C" in channels else []
+    names = [e.attrib.get("Name", "") for e in elements if e.tag.endswith("}Channel")] if "C" in largest.axes else []
     powers = [e.attrib.get("NominalMagnification") for e in xml.iter() if e.tag.endswith("}Objective")]
     size = _ome_size(pixels)
     if size == StatedSize(None):
@@ -324,9 +188,9 @@ def picture_header(path: Path) -> Header:
             found = f"its resolution says {x:.4g} × {y:.4g} µm a pixel"
             size = StatedSize(None, f"{found}, which is ignored in PNG and JPEG: most programs write any value")
         extent = Size(*picture.size)
-    if (tiff := _open_tiff(path)) is not None:
+    if (tiff := open_tiff(path)) is not None:
         with tiff:
-            size = tiff_size(_first_page(tiff))
+            size = tiff_size(first_page(tiff))
     return Header((extent,), size, None, "picture", None)
 
 
@@ -336,38 +200,60 @@ def open_picture(path: Path) -> Image.Image:
     SlideError if the format is unknown, the pixels are not 8-bit grey or colour, there are more than
     MAX_PICTURE_PIXELS, or a TIFF is truncated or holds several pictures.
     """
-    if (tiff := _open_tiff(path)) is not None:
+    if (tiff := open_tiff(path)) is not None:
         with tiff:
-            _check_pages(path, tiff, _PILLOW_COMPRESSIONS)
-            _check_plain(path, tiff)
+            check_for_pillow(path, tiff)
+    picture = _with_plugin(path)
+    width, height = picture.size
+    orientation = _orientation(picture)
+    # Pillow opens 16-bit colour as 8-bit and keeps only the high byte, which makes 12-bit pictures black.
+    deep = any(";16" in str(tile) for tile in picture.tile)
+    fault = None
+    if width * height > MAX_PICTURE_PIXELS:
+        fault = SlideError(
+            f"{path}: a plain picture of {width} × {height} pixels would have to be held in memory as a whole; "
+            "convert it to a pyramidal tiled TIFF"
+        )
+    elif deep or picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
+        kind = "16 bits a channel" if deep else f"type {picture.mode}"
+        fault = SlideError(f"{path}: pixels of {kind}; 8-bit grey or colour is needed")
+    elif orientation != 1:
+        fault = turned(path, orientation)
+    if fault:
+        picture.close()
+        raise fault
+    return picture
+
+
+def _with_plugin(path: Path) -> ImageFile.ImageFile:
+    """Open a picture with the plugin for its format. SlideError if there is none."""
     # The plugins are called by name: Image.open warns of sizes that are ordinary here, and refuses some.
     for plugin in (PngImagePlugin.PngImageFile, JpegImagePlugin.JpegImageFile, TiffImagePlugin.TiffImageFile):
-        try:
+        with suppress(SyntaxError), _quiet():  # raised by Pillow's plugins for files of another format
             picture: ImageFile.ImageFile = plugin(path)
-        except SyntaxError:  # raised by Pillow's plugins for files of another format
-            continue
-        width, height = picture.size
-        mode = picture.mode
-        if width * height > MAX_PICTURE_PIXELS:
-            picture.close()
-            raise SlideError(
-                f"{path}: a plain picture of {width} × {height} pixels would have to be held in memory as a whole; "
-                "convert it to a pyramidal tiled TIFF"
-            )
-        # Pillow opens 16-bit colour as 8-bit and keeps only the high byte, which makes 12-bit pictures black.
-        deep = any(";16" in str(tile) for tile in picture.tile)
-        if deep or mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
-            picture.close()
-            kind = "16 bits a channel" if deep else f"type {mode}"
-            raise SlideError(f"{path}: pixels of {kind}; 8-bit grey or colour is needed")
-        if (orientation := picture.getexif().get(_ORIENTATION, 1)) not in (0, 1):
-            picture.close()
-            raise _turned(path, orientation)
-        return picture
+            return picture
     raise SlideError(
         f"{path}: cannot be read: OpenSlide, tifffile and Pillow do not support its format; convert it to an OME-TIFF "
         "with 8-bit RGB pixels, for example with QuPath or bfconvert"
     )
+
+
+def _orientation(picture: Image.Image) -> int:
+    """Return how EXIF tells programs to turn or flip the picture, 2 to 8; 1 = not at all, or not readable."""
+    if "exif" not in picture.info:  # getexif would decode a PNG to search for it
+        return 1
+    with suppress(SyntaxError), _quiet():
+        value = picture.getexif().get(ORIENTATION)
+        return value if isinstance(value, int) and 2 <= value <= 8 else 1
+    return 1
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ignore Pillow's warnings about corrupted EXIF data, which is not used for anything else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def bands(picture: Image.Image, mode: str | None = None) -> Iterator[tuple[slice, NDArray[np.uint8]]]:

@@ -20,8 +20,9 @@ from PIL import Image, TiffImagePlugin
 
 from hover_batch.geometry import Box, Size
 from hover_batch.slide.dicom import quiet_wsidicom
-from hover_batch.slide.formats import bands, is_alpha, open_picture
+from hover_batch.slide.formats import bands, open_picture
 from hover_batch.slide.headers import Kind
+from hover_batch.slide.tiff_checks import is_alpha
 
 _LATTICE = 1024
 _TIFF_CACHE_BYTES = 1 << 26

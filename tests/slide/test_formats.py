@@ -78,6 +78,13 @@ def test_pictures_that_exif_turns_are_refused(tmp_path: Path, suffix: str) -> No
         peek(record(path, mpp=0.25))
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("exif", [b"garbage", b"II*\0\x08\0\0\0\x05\0\x12\x01", b"II*\0\xff\xff\xff\xff"])
+def test_corrupted_exif_is_ignored(tmp_path: Path, suffix: str, exif: bytes) -> None:
+    Image.fromarray(FIELD).save(tmp_path / f"field.{suffix}", exif=b"Exif\0\0" + exif)
+    assert peek(record(tmp_path / f"field.{suffix}", mpp=0.25)).warnings == ()
+
+
 def test_levels_of_another_aspect_are_warned_of(tmp_path: Path) -> None:
     path = tmp_path / "slide.tif"
     for level, warned in ((FIELD[:150, :151], False), (FIELD[:9, :10], False), (FIELD[:150, :100], True)):
