@@ -215,6 +215,7 @@ def _read_geojson(path: Path) -> shapely.Geometry:
         TypeError,
         LookupError,
         AttributeError,
+        OverflowError,
         RecursionError,
         shapely.errors.ShapelyError,
     ) as error:
