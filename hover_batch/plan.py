@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from hover_batch.cohort.layout import SlideLayout
-from hover_batch.cohort.manifest import Cohort, RowFault
+from hover_batch.cohort.manifest import Cohort, RowFault, raise_if_faulty
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, SlideError
@@ -89,6 +89,12 @@ class Plan:
         if not self.unreadable and not self.cohort.faults:
             return 0
         return 3 if self.slides else 4
+
+    def raise_if_faulty(self) -> None:
+        """Raise InputError if the cohort has faults, with everything that is known about its other slides, too."""
+        found = [f"{slide.record.slide_id}: {w}" for slide in self.slides for w in slide.info.warnings]
+        found += [f"{record.slide_id}: will fail: {reason}" for record, reason in self.unreadable]
+        raise_if_faulty(replace(self.cohort, warnings=(*self.cohort.warnings, *found)))
 
     def lines(self, settings: Settings, card: Card) -> list[str]:
         """Return the plan as lines of text.

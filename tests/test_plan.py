@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import tifffile
 from PIL import Image
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from hover_batch.cli import app
 from hover_batch.cohort.manifest import read_cohort
 from hover_batch.config import Settings
+from hover_batch.errors import InputError
 from hover_batch.plan import Plan, plan_cohort
 
 CARD: Any = SimpleNamespace(name="student", mpp=0.25, tile_out=256)
@@ -69,6 +71,18 @@ def test_all_faults_of_a_row_come_at_once(tmp_path: Path) -> None:
     parts = ["353 µm", "holds no polygon", "the mask has no tissue", "0.25 µm if it is in nm"]
     assert all(part in fault.message for part, fault in zip(parts, plan.cohort.faults, strict=True))
     assert [slide.record.slide_id for slide in plan.slides] == ["d"] and plan.exit_code == 3
+
+
+def test_warnings_and_unreadable_slides_are_shown_beside_faults(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "slide.tif", 0.25, 0.5)
+    (tmp_path / "broken.svs").write_bytes(b"no slide")
+    text = "path,slide_id,mask\nslide.tif,a,\nbroken.svs,b,\nnone.svs,c,\n"
+    with pytest.raises(InputError, match=r"1 fault, nothing was run\n  row 4 \(c\)") as caught:
+        planned(tmp_path, text).raise_if_faulty()
+    *_, column, odd, broken, remedy = str(caught.value).splitlines()
+    assert "column mask is not used" in column and remedy.startswith("Correct these rows")
+    assert odd.startswith("  warning: a: mpp 0.25 × 0.5: pixels of slides are square")
+    assert broken.startswith("  warning: b: will fail: ")
 
 
 def test_unknown_storage_is_a_fault_of_its_row_only(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None
         if inside < 1 - _MAX_OUTSIDE:
             warnings.append(
                 f"{path}: {1 - inside:.0%} of the mask lies outside of the slide of {level0.width} × {level0.height} "
-                "pixels, and is ignored; positions must be in level-0 pixels of this slide, not in µm"
+                "pixels, and is ignored; check that it was drawn on this slide, in level-0 pixels"
             )
         return warnings
     picture = _read_png(path)

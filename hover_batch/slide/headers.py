@@ -180,7 +180,10 @@ def slide_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # the libraries raise many kinds: struct.error, KeyError, zlib.error …
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SlideError(
-            f"{path}: cannot be read: {reason}; if it is truncated or corrupted, copy it again, else convert it to an "
-            "OME-TIFF, for example with QuPath or bfconvert"
-        ) from error
+        # An error with a number is the system's, such as a missing permission.
+        remedy = (
+            "; if it is truncated or corrupted, copy it again, else convert it to an OME-TIFF, for example with QuPath "
+            "or bfconvert"
+        )
+        by_system = isinstance(error, OSError) and error.errno
+        raise SlideError(f"{path}: cannot be read: {reason}{'' if by_system else remedy}") from error
