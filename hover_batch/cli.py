@@ -11,6 +11,7 @@ from hover_batch.commands.compare import compare
 from hover_batch.commands.doctor import doctor
 from hover_batch.commands.export import export
 from hover_batch.commands.models import models_app
+from hover_batch.commands.options import warn_of_unknown_variables
 from hover_batch.commands.plan import plan
 from hover_batch.commands.report import report
 from hover_batch.commands.segment import segment
@@ -39,9 +40,12 @@ app.add_typer(models_app, name="models")
 
 @app.callback(invoke_without_command=True)
 def main(
+    ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     """Print the version if --version is given."""
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    if ctx.invoked_subcommand != "segment":  # it warns in its own log format
+        warn_of_unknown_variables(ctx)

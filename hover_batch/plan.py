@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from hover_batch.cohort.layout import SlideLayout
-from hover_batch.cohort.manifest import Cohort, RowFault
+from hover_batch.cohort.manifest import Cohort, RowFault, raise_if_faulty
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, SlideError
@@ -22,7 +22,7 @@ from hover_batch.model.package import Card
 from hover_batch.slide.given_mask import check_mask
 from hover_batch.slide.headers import SlideInfo, peek
 from hover_batch.slide.pixel_size import check_given, warnings_of
-from hover_batch.slide.remote import RemoteInfo, remote_info, require_packages
+from hover_batch.slide.remote import RemoteInfo, remote_info
 
 STORE_BYTES_PER_PIXEL = 4.0
 """Compressed size of all planes per predicted pixel of dense tissue (3.8 on the example)."""
@@ -90,6 +90,12 @@ class Plan:
             return 0
         return 3 if self.slides else 4
 
+    def raise_if_faulty(self) -> None:
+        """Raise InputError if the cohort has faults, with everything that is known about its other slides, too."""
+        found = [f"{slide.record.slide_id}: {w}" for slide in self.slides for w in slide.info.warnings]
+        found += [f"{record.slide_id}: will fail: {reason}" for record, reason in self.unreadable]
+        raise_if_faulty(replace(self.cohort, warnings=(*self.cohort.warnings, *found)))
+
     def lines(self, settings: Settings, card: Card) -> list[str]:
         """Return the plan as lines of text.
 
@@ -130,11 +136,9 @@ def plan_cohort(cohort: Cohort, card: Card) -> Plan:
     """Check the slides of a cohort and return the plan.
 
     All headers and masks are read. Slides in other storage are checked for existence, and their fingerprints are
-    computed. Faults of slides are collected in the plan, not raised. InputError if a package for the storage is
-    missing.
+    computed. Faults of slides are collected in the plan, not raised.
     """
     remote = [record for record in cohort.records if isinstance(record.path, Url)]
-    require_packages(record.path for record in remote if isinstance(record.path, Url))
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
         asked = {r.row: pool.submit(remote_info, r.path, r.mpp) for r in remote if isinstance(r.path, Url)}
         return _plan(cohort, card, asked)

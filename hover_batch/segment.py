@@ -12,7 +12,7 @@ from typing import Any
 
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import Ledger, SlideFailure
-from hover_batch.cohort.manifest import Cohort, raise_if_faulty, read_cohort
+from hover_batch.cohort.manifest import Cohort, read_cohort
 from hover_batch.cohort.record import SlideRecord, Stage, Url
 from hover_batch.cohort.run_key import ModelId
 from hover_batch.config import Settings
@@ -130,7 +130,7 @@ def run_segment(
         plan = plan_cohort(read_cohort(source) if isinstance(source, str) else source, package.card)
     taxonomy, _ = package.card.taxonomy.merged(settings.post.class_map)
     if not skip_invalid:
-        raise_if_faulty(plan.cohort)
+        plan.raise_if_faulty()
     layout = RunLayout(output)
     versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED}}
     records = plan.cohort.records

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import SlideRecord
@@ -16,6 +17,7 @@ from hover_batch.geometry import Grid
 from hover_batch.model.package import Card, Package
 from hover_batch.nuclei.table import SCHEMA_VERSION, TableContext
 from hover_batch.plan import PlannedSlide, StoredMaps
+from hover_batch.slide.given_mask import check_mask
 from hover_batch.slide.reader import SlideInfo, SlideReader, open_slide
 from hover_batch.slide.staging import Copies
 from hover_batch.slide.survey import read_info, read_tissue, write_survey
@@ -112,18 +114,27 @@ def survey(
 ) -> SlideWork:
     """Find the tissue and cut it into units; for stored maps, read what their run found. Write survey.json.
 
-    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read.
+    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read, or if the row's mask was
+    replaced after the run began.
     """
+    mark = layout.key_json.read_bytes()
     if slide.kept is not None:
         path = slide.kept.layout.survey_json
         info, mask = read_info(path), read_tissue(path)
     else:
         assert reader is not None
         info, mask = reader.info, tissue_mask(reader, slide.record, settings.tissue)
+        if (given := slide.record.mask_path) is not None:
+            # For slides in other storage, the plan could not compare the mask with the slide.
+            info = replace(info, warnings=(*info.warnings, *check_mask(given, info.level0, info.bounds)))
+            # The file is hashed after it was read, so that a change before or during the reading is noticed.
+            if json.loads(mark).get("run_key") != result_key(slide, package, settings):
+                raise SlideError(
+                    f"{given}: the mask was replaced or changed after the run began; repeat the segment command"
+                )
     write_survey(layout.survey_json, info, mask)
     grid = Grid.over(info.level0, info.mpp, package.card.mpp)
     units = plan_units(grid, mask, settings.infer.unit, package.card.tile_out)
-    mark = layout.key_json.read_bytes()
     return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, mark, slide.kept)
 
 

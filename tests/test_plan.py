@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import tifffile
 from PIL import Image
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from hover_batch.cli import app
 from hover_batch.cohort.manifest import read_cohort
 from hover_batch.config import Settings
+from hover_batch.errors import InputError
 from hover_batch.plan import Plan, plan_cohort
 
 CARD: Any = SimpleNamespace(name="student", mpp=0.25, tile_out=256)
@@ -71,9 +73,29 @@ def test_all_faults_of_a_row_come_at_once(tmp_path: Path) -> None:
     assert [slide.record.slide_id for slide in plan.slides] == ["d"] and plan.exit_code == 3
 
 
+def test_warnings_and_unreadable_slides_are_shown_beside_faults(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "slide.tif", 0.25, 0.5)
+    (tmp_path / "broken.svs").write_bytes(b"no slide")
+    text = "path,slide_id,mask\nslide.tif,a,\nbroken.svs,b,\nnone.svs,c,\n"
+    with pytest.raises(InputError, match=r"1 fault, nothing was run\n  row 4 \(c\)") as caught:
+        planned(tmp_path, text).raise_if_faulty()
+    *_, column, odd, broken, remedy = str(caught.value).splitlines()
+    assert "column mask is not used" in column and remedy.startswith("Correct these rows")
+    assert odd.startswith("  warning: a: mpp 0.25 × 0.5: pixels of slides are square")
+    assert broken.startswith("  warning: b: will fail: ")
+
+
+def test_unknown_storage_is_a_fault_of_its_row_only(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "slide.tif", 0.25, 0.25)
+    plan = planned(tmp_path, "path,slide_id\nslide.tif,a\nsss://bucket/slide.svs,b\n")
+    assert [slide.record.slide_id for slide in plan.slides] == ["a"]
+    (fault,) = plan.cohort.faults
+    assert fault.row == 3 and "sss://bucket/slide.svs: fsspec does not support" in fault.message
+
+
 def test_a_stretched_mask_is_warned_of(tmp_path: Path) -> None:
     write_tiff(tmp_path / "slide.tif", 0.25, 0.25)
-    Image.new("L", (200, 100), 255).save(tmp_path / "mask.png")
+    Image.fromarray(np.triu(np.full((100, 200), 255, np.uint8))).save(tmp_path / "mask.png")
     (warning,) = planned(tmp_path, "path,mask_path\nslide.tif,mask.png\n").cohort.warnings
     assert warning.startswith("slide: ") and "stretched" in warning
 
@@ -83,15 +105,17 @@ def test_pixel_sizes_are_checked_by_the_nuclei(data: Path, tmp_path: Path) -> No
         image = next(row["image"] for row in csv.DictReader(file) if row["sample_id"] == "cpm15_06")
     Image.new("RGB", (60, 60), "white").save(tmp_path / "white.png")
     (tmp_path / "run.toml").write_text('[infer]\nruntime = "torch"\nthreads = 1\n')
-    declared = {"right": 0.25, "fourfold": 1.0}
+    declared = {"right": 0.25, "fourfold": 1.0, "tenfold": 2.5, "absurd": 15.0}
     rows = [f"{data / 'nuclei' / image},{name},{mpp}\n" for name, mpp in declared.items()]
     (tmp_path / "cohort.csv").write_text("path,slide_id,mpp\n" + "".join(rows) + "white.png,white,0.25\n")
     result = CliRunner().invoke(
         app, ["plan", str(tmp_path / "cohort.csv"), "--check-scale", "--config", str(tmp_path / "run.toml")]
     )
     assert result.exit_code == 0, result.output
-    said = dict(line.strip().split(": ", 1) for line in result.stdout.splitlines()[-3:])
+    said = dict(line.strip().split(": ", 1) for line in result.stdout.splitlines()[-5:])
     assert said["right"].startswith("the nuclei fit the pixel size of 0.25 µm (")
     assert said["fourfold"].startswith("warning: the nuclei fit 0.25 µm better than the given 1 (")
     assert said["fourfold"].endswith("put 0.25 into the column mpp of the cohort")
+    assert said["tenfold"].startswith("warning: the nuclei fit 0.25 µm better than the given 2.5 (")
+    assert said["absurd"].startswith("warning: the pixel size of 15 µm is not confirmed: it gives fewer than 5 nuclei")
     assert said["white"] == "pixel size not checked, because no tissue was found"

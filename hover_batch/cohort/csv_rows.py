@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,10 @@ MPP_COLUMNS = ("mpp_x", "mpp_y")
 """Pixel sizes in µm along x and y, given instead of mpp if they differ. slides.csv has them as extra columns."""
 _NEAR_MISSES = ("mpp", "mask")
 """Beginnings of extra columns that were probably meant for a known one."""
+_DELIMITERS = ",;\t"
+"""Excel writes semicolons where the comma is the decimal separator."""
+_SEPARATOR_LINE = re.compile(rf'"?sep=[{_DELIMITERS}]?"?[{_DELIMITERS}]*(\r\n|\n|\r)', re.IGNORECASE)
+"""First line that names the delimiter for Excel."""
 _ALIASES = {"wsi": "path", "slide": "path", "sample": "slide_id", "slide_mpp": "mpp"}
 
 
@@ -79,11 +84,13 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise InputError(fault) from error
     if "\0" in text:
         raise InputError(f"{path}: is not a CSV, it holds zero bytes; save it as CSV UTF-8")
+    separator = _SEPARATOR_LINE.match(text)
+    body = text[separator.end() :] if separator else text
     # strict: otherwise one stray quotation mark would swallow the rows that follow.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(body, newline=""), strict=True, delimiter=_delimiter(body))
     while True:
         # A quoted cell may span lines, so the line where a record ends is not its row.
-        number = reader.line_num + 1
+        number = reader.line_num + (2 if separator else 1)
         try:
             cells = [cell.strip() for cell in next(reader)]
         except StopIteration:
@@ -95,28 +102,41 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield number, cells
 
 
+def _delimiter(text: str) -> str:
+    """Return the delimiter with which the header has a column `path`; a comma if none has it."""
+    header = next((line for line in text.splitlines() if line.strip(_DELIMITERS)), "")
+    names = {mark: [_plain(cell.strip('"')) for cell in header.split(mark)] for mark in _DELIMITERS}
+    return next((mark for mark in _DELIMITERS if "path" in names[mark]), ",")
+
+
+def _plain(cell: str) -> str:
+    """Return the name of a column in lower case, with aliases resolved."""
+    name = "_".join(cell.lower().replace("-", " ").split())
+    return _ALIASES.get(name, name)
+
+
 def _column_names(path: Path, header: list[str]) -> tuple[list[str], list[str]]:
     """Return the header with aliases resolved, extra columns as written, "" for unnamed ones; and warnings."""
     written: dict[str, str] = {}
     names, faults, warnings = [], [], []
     for cell in header:
-        plain = "_".join(cell.lower().replace("-", " ").split())
-        name = _ALIASES.get(plain, plain)
-        if name in RUN_COLUMNS:
+        name = _plain(cell)
+        renamed = name in RUN_COLUMNS
+        if renamed:
             name = f"cohort_{name}"
             warnings.append(f"{path}: column {cell} becomes {name}, since the run writes a column {cell} itself")
         if name and name in written:
             faults.append(f"columns {written[name]} and {cell} both mean {name}: keep one")
         written[name] = cell
-        known = name != plain or name in COLUMNS or name in MPP_COLUMNS
+        known = renamed or name in COLUMNS or name in MPP_COLUMNS
         if not known and name.startswith(_NEAR_MISSES):
             near = [column for column in (*COLUMNS, *MPP_COLUMNS) if column[:3] == name[:3]]
             warnings.append(f"{path}: column {cell} is not used, only copied to results; known are {', '.join(near)}")
         names.append(name if known else cell)
     if "path" not in written:
         faults.append(f"no column path (or wsi, slide) among {', '.join(header)}")
-        if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
-            faults.append("columns must be separated by commas")
+        if len(header) == 1 and "|" in header[0]:
+            faults.append("columns must be separated by commas, semicolons or tabs")
     if faults:
         raise InputError(f"{path}: " + "; ".join(faults))
     return names, warnings

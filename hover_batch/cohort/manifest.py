@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ _SLIDE_SUFFIXES = frozenset(
     ".svs .tif .tiff .ndpi .mrxs .scn .bif .svslide .vms .vmu .qptiff .png .jpg .jpeg".split()  # noqa: SIM905
 )
 _MASK_SUFFIXES = (".geojson", ".geojson.gz", ".json", ".json.gz", ".zip", ".png")
+_DECIMAL_COMMA = re.compile(r"(?![1-9]\d{0,2},\d{3}$)\d+,\d+")
+"""Digits on both sides of a comma that does not separate thousands."""
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -91,7 +94,7 @@ def one_slide(path: str | Path, mpp: float | None = None, slide_id: str | None =
 
 
 def raise_if_faulty(cohort: Cohort) -> None:
-    """Raise InputError if the cohort has faults, with a line for each and the remedy."""
+    """Raise InputError if the cohort has faults, with a line for each, one for each warning, and the remedy."""
     if not cohort.faults:
         return
     lines = [f"{cohort.source}: {counted(len(cohort.faults), 'fault')}, nothing was run"]
@@ -99,6 +102,7 @@ def raise_if_faulty(cohort: Cohort) -> None:
         f"  row {fault.row}{f' ({fault.slide_id_or_path})' if fault.slide_id_or_path else ''}: {fault.message}"
         for fault in cohort.faults
     ]
+    lines += [f"  warning: {warning}" for warning in cohort.warnings]
     lines.append(
         "Correct these rows (for a folder or glob: list its slides in a CSV), or skip them with --skip-invalid."
     )
@@ -309,7 +313,12 @@ def _magnification(row: Row, messages: list[str]) -> float | None:
 
 
 def _number(text: str) -> float:
-    """Parse a number; NaN if it is not one, or is written as 0_25, which float would read as 25."""
+    """Parse a number with a decimal point or comma.
+
+    NaN if it is not a number, is ambiguous such as 1,250, or is written as 0_25, which float would read as 25.
+    """
+    if _DECIMAL_COMMA.fullmatch(text):
+        text = text.replace(",", ".")
     try:
         return math.nan if "_" in text else float(text)
     except ValueError:

@@ -6,8 +6,10 @@ its default and its choices come from config.
 
 from __future__ import annotations
 
+import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,8 @@ import typer
 
 from hover_batch.config import SECTION_OF, BackendChoice, Settings, nested
 from hover_batch.errors import InputError
+from hover_batch.logs import LogFormat, json_line
+from hover_batch.model.cache import VARIABLE as CACHE_VARIABLE
 
 MODEL = "Model and inference"
 POST = "Tissue and post-processing"
@@ -93,6 +97,26 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
     if ctx.params["config"] is not None:
         data = _merged(data, read_toml("--config", ctx.params["config"]))
     return Settings.from_dict(_merged(data, above))
+
+
+def warn_of_unknown_variables(ctx: typer.Context) -> None:
+    """Warn on stderr about environment variables HOVER_BATCH_* that no command reads, such as misspelt ones."""
+    root, prefix = ctx.find_root(), "HOVER_BATCH_"
+    known = {name.removeprefix(prefix) for name in (CACHE_VARIABLE, *_variables(root.command))}
+    given = {name.removeprefix(prefix) for name in os.environ if name.startswith(prefix)}
+    for name in sorted(given - known):
+        near = get_close_matches(name, known, 1)
+        hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+        message = f"the environment variable {prefix}{name} is not known, and has no effect{hint}"
+        line = json_line("warning", message) if root.obj is LogFormat.json else f"Warning: {message}"
+        typer.echo(line, err=True)
+
+
+def _variables(command: Any) -> Iterator[str]:
+    """Yield the environment variables that a command, or any of its subcommands, reads."""
+    yield from (option.envvar for option in command.params if option.envvar)
+    for subcommand in getattr(command, "commands", {}).values():
+        yield from _variables(subcommand)
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def plan(
     if cohort is None:
         raise InputError("COHORT is missing: give a CSV, a folder of slides or a glob pattern")
     settings = settings_of(ctx)
-    from hover_batch.cohort.manifest import raise_if_faulty, read_cohort
+    from hover_batch.cohort.manifest import read_cohort
     from hover_batch.executor.resources import resource_lines
     from hover_batch.model.package import find_package
     from hover_batch.plan import plan_cohort
@@ -66,7 +66,7 @@ def plan(
     package = find_package(settings.model)
     planned = plan_cohort(read_cohort(cohort), package.card)
     if not skip_invalid:
-        raise_if_faulty(planned.cohort)
+        planned.raise_if_faulty()
     for line in [*planned.lines(settings, package.card), *resource_lines(settings, package.card, planned.slides)]:
         typer.echo(line)
     if check_scale:

@@ -22,6 +22,7 @@ from hover_batch.commands.options import (
     SkipInvalidOption,
     setting,
     settings_of,
+    warn_of_unknown_variables,
 )
 from hover_batch.config import Precision, Runtime, SobelNorm, Tissue
 from hover_batch.errors import InputError
@@ -181,6 +182,7 @@ def segment(
     hover-batch segment --from out/ -o stricter/ --min-area-px 120
     """
     ctx.find_root().obj = log_format
+    warn_of_unknown_variables(ctx)
     if sum((cohort is not None, example, from_run is not None)) != 1:
         raise InputError("give exactly one of COHORT, --example and --from RUN")
     stored = None

@@ -72,6 +72,12 @@ def check_scale(record: SlideRecord, predictor: Predictor, tissue: TissueSetting
             return "pixel size not checked, because no tissue was found"
         given = reader.info.mpp
         found = [trial for trial in _trials(reader, mask, predictor) if trial.nuclei >= _MIN_NUCLEI]
+    if not found and not _usual(given):
+        low, high = USUAL_MPP
+        return (
+            f"warning: the pixel size of {given} µm is not confirmed: it gives fewer than {_MIN_NUCLEI} nuclei, and "
+            f"slides have {low:g} to {high:g} µm as a rule; check it in the scanner's software"
+        )
     if not found:
         return f"pixel size not checked, because the densest field has fewer than {_MIN_NUCLEI} nuclei"
     usual = [trial for trial in found if _usual(trial.mpp)] or found

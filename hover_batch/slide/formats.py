@@ -5,7 +5,9 @@ The libraries that tiatoolbox's readers use are called directly, since importing
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,15 +21,21 @@ from hover_batch.errors import SlideError
 from hover_batch.geometry import Box, Mpp, Size
 from hover_batch.slide.dicom import open_dicom
 from hover_batch.slide.pixel_size import StatedSize, stated_size, tiff_size, to_float
+from hover_batch.slide.tiff_checks import (
+    ORIENTATION,
+    check_for_openslide,
+    check_for_pillow,
+    check_ome,
+    first_page,
+    open_tiff,
+    turned,
+)
 
 MAX_PICTURE_PIXELS = 400_000_000
 """Largest plain picture that is opened, since it is held in memory as a whole."""
 PICTURE_BYTES = (3, 7)
 """Memory per pixel of a plain picture in bytes: while it is open, and at most while it is decoded."""
 _BAND_ROWS = 256
-
-_UNSIGNED = (1, 4)
-"""SampleFormat of unsigned integers, and of values that the writer did not define."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +52,27 @@ class Header:
     """Format or manufacturer, as the library names it."""
     magnification: float | None
     """Objective's power; None if unknown."""
+    warnings: tuple[str, ...] = ()
+    """Sentences for the user."""
 
 
 def openslide_header(path: Path) -> Header:
     """Read the header of a file that OpenSlide opens.
 
-    SlideError if it is a TIFF whose pixels are not unsigned 8-bit. Errors of OpenSlide propagate.
+    SlideError if it is a TIFF that is truncated, holds several pictures, or whose pixels OpenSlide cannot decode
+    correctly. Errors of OpenSlide propagate.
     """
     import openslide
 
+    generic = openslide.OpenSlide.detect_format(str(path)) == "generic-tiff"
+    tags = StatedSize(None)
+    if (tiff := open_tiff(path)) is not None:
+        with tiff:
+            # Before OpenSlide opens the file, since its libtiff writes to stderr.
+            check_for_openslide(path, tiff, generic=generic)
+            # OpenSlide reads the tags of a generic TIFF only if their unit is the centimetre.
+            if generic:
+                tags = tiff_size(first_page(tiff))
     with openslide.OpenSlide(str(path)) as slide:
         properties: Mapping[str, str] = dict(slide.properties)
         levels = tuple(Size(w, h) for w, h in slide.level_dimensions)
@@ -64,59 +84,14 @@ def openslide_header(path: Path) -> Header:
         bounds = Box(x, y, x + width, y + height)
     raw = properties.get("aperio.MPP")  # kept as text if OpenSlide cannot parse it
     size = stated_size(properties.get("openslide.mpp-x", raw), properties.get("openslide.mpp-y", raw), "its header")
-    if (tiff := _open_tiff(path)) is not None:
-        with tiff:
-            _check_pages(path, tiff)
-            # OpenSlide reads the tags of a generic TIFF only if their unit is the centimetre.
-            if size.mpp is None and vendor == "generic-tiff":
-                size = tiff_size(_first_page(tiff))
+    if size.mpp is None and generic:
+        size = tags
     return Header(levels, size, bounds, vendor, to_float(properties.get("openslide.objective-power")))
-
-
-_ORIENTATION = 274
-"""TIFF tag of how to turn or flip the stored pixels; 1 = not at all."""
-
-
-def _open_tiff(path: Path) -> tifffile.TiffFile | None:
-    try:
-        return tifffile.TiffFile(path)
-    except tifffile.TiffFileError:
-        return None
-
-
-def _first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
-    page = tiff.pages.first
-    assert isinstance(page, tifffile.TiffPage)
-    return page
-
-
-def _check_pages(path: Path, tiff: tifffile.TiffFile) -> None:
-    """Raise SlideError for samples of more than 8 bits, for signed and float ones, and for turned pages.
-
-    OpenSlide and Pillow keep the high byte of 16 bits, which makes 12-bit pictures black, and read the others as
-    unsigned. OpenSlide turns each tile of a turned page on its own, Pillow the whole page.
-    """
-    for number, page in enumerate(tiff.pages):
-        assert isinstance(page, tifffile.TiffPage)
-        if number and not page.is_tiled:  # a label or macro picture
-            continue
-        if page.bitspersample > 8 or page.sampleformat not in _UNSIGNED:
-            kind = {2: "signed ", 3: "float "}.get(int(page.sampleformat), "")
-            raise SlideError(
-                f"{path}: pixels of {kind}{page.bitspersample} bits a channel; 8-bit grey or colour is needed: scale "
-                "its values to 0 … 255 and save it again"
-            )
-        turned = page.tags.get(_ORIENTATION)
-        if turned is not None and turned.value != 1:
-            raise SlideError(
-                f"{path}: the tag Orientation is {turned.value}, so that programs turn or flip the picture; save it "
-                "upright, without this tag"
-            )
 
 
 def is_ome(path: Path) -> bool:
     """Return whether a file is an OME-TIFF."""
-    tiff = _open_tiff(path)
+    tiff = open_tiff(path)
     if tiff is None:
         return False
     with tiff:
@@ -127,31 +102,41 @@ def ome_tiff_header(path: Path) -> Header:
     """Read the header of an OME-TIFF: the levels of its largest image.
 
     The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. SlideError unless the image
-    is one plane of 8-bit RGB. Errors of tifffile propagate.
+    is one plane of 8-bit RGB, and the only large one. Errors of tifffile propagate.
     """
     with tifffile.TiffFile(path) as tiff:
         series = list(tiff.series)
         index = max(range(len(series)), key=lambda i: _plane(series[i].axes, series[i].shape).pixels)
         largest = series[index]
-        channels = dict(zip(largest.axes, largest.shape, strict=True))
-        if len(largest.axes) != 3 or channels.get("S", channels.get("C")) != 3 or largest.dtype != "uint8":
-            raise SlideError(
-                f"{path}: an OME-TIFF of axes {largest.axes}, shape {largest.shape}, {largest.dtype}; "
-                "one plane of 8-bit RGB is needed"
-            )
+        check_ome(path, series, largest)
         levels = sorted((_plane(level.axes, level.shape) for level in largest.levels), key=lambda s: -s.pixels)
         xml = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
-        tags = tiff_size(_first_page(tiff))
+        tags = tiff_size(first_page(tiff))
     images = [element for element in xml.iter() if element.tag.endswith("}Image")]
-    pixels: Mapping[str, str] = {}
-    if index < len(images):
-        found = [element for element in images[index].iter() if element.tag.endswith("}Pixels")]
-        pixels = found[0].attrib if found else {}
+    elements = list(images[index].iter()) if index < len(images) else []
+    pixels: Mapping[str, str] = next((e.attrib for e in elements if e.tag.endswith("}Pixels")), {})
+    names = [e.attrib.get("Name", "") for e in elements if e.tag.endswith("}Channel")] if "C" in largest.axes else []
     powers = [e.attrib.get("NominalMagnification") for e in xml.iter() if e.tag.endswith("}Objective")]
     size = _ome_size(pixels)
     if size == StatedSize(None):
         size = tags
-    return Header(tuple(levels), size, None, "ome-tiff", to_float(powers[0]) if powers else None)
+    power = to_float(powers[0]) if powers else None
+    return Header(tuple(levels), size, None, "ome-tiff", power, _warnings_of_channels(path, names))
+
+
+def _warnings_of_channels(path: Path, names: list[str]) -> tuple[str, ...]:
+    """Return a warning if separate channels have no names. SlideError if they are not red, green and blue.
+
+    `names`: of the channels in the file's order, "" for unnamed ones; empty if the file has no separate channels.
+    """
+    if [name.strip().lower() for name in names] in ([], ["red", "green", "blue"], ["r", "g", "b"]):
+        return ()
+    if any(names):
+        raise SlideError(
+            f"{path}: an OME-TIFF of separate channels {', '.join(names)}; Red, Green, Blue in this order are needed: "
+            "save it as RGB"
+        )
+    return ("its three separate channels have no names, and are taken for red, green and blue in this order",)
 
 
 def _plane(axes: str, shape: tuple[int, ...]) -> Size:
@@ -178,8 +163,10 @@ def dicom_header(path: Path) -> Header:
     with open_dicom(path) as wsi:
         levels = tuple(Size(level.size.width, level.size.height) for level in wsi.levels)
         dataset = wsi.levels.base_level.datasets[0]
-        if dataset.BitsAllocated != 8:
-            raise SlideError(f"{path}: pixels of {dataset.BitsAllocated} bits a channel; 8-bit colour is needed")
+        if (dataset.SamplesPerPixel, dataset.BitsAllocated) != (3, 8):
+            raise SlideError(
+                f"{path}: pixels of {dataset.SamplesPerPixel} × {dataset.BitsAllocated} bits; 8-bit colour is needed"
+            )
         spacing = dataset.pixel_spacing  # millimetres
         optics = getattr(dataset, "OpticalPathSequence", None)
         power = getattr(optics[0], "ObjectiveLensPower", None) if optics else None
@@ -201,46 +188,72 @@ def picture_header(path: Path) -> Header:
             found = f"its resolution says {x:.4g} × {y:.4g} µm a pixel"
             size = StatedSize(None, f"{found}, which is ignored in PNG and JPEG: most programs write any value")
         extent = Size(*picture.size)
-    if (tiff := _open_tiff(path)) is not None:
+    if (tiff := open_tiff(path)) is not None:
         with tiff:
-            size = tiff_size(_first_page(tiff))
+            size = tiff_size(first_page(tiff))
     return Header((extent,), size, None, "picture", None)
 
 
 def open_picture(path: Path) -> Image.Image:
     """Open a PNG, JPEG or TIFF picture without decoding it.
 
-    SlideError if the format is unknown, the pixels are not 8-bit grey or colour, or there are more than
-    MAX_PICTURE_PIXELS.
+    SlideError if the format is unknown, the pixels are not 8-bit grey or colour, there are more than
+    MAX_PICTURE_PIXELS, or a TIFF is truncated or holds several pictures.
     """
-    if (tiff := _open_tiff(path)) is not None:
+    if (tiff := open_tiff(path)) is not None:
         with tiff:
-            _check_pages(path, tiff)
+            check_for_pillow(path, tiff)
+    picture = _with_plugin(path)
+    width, height = picture.size
+    orientation = _orientation(picture)
+    # Pillow opens 16-bit colour as 8-bit and keeps only the high byte, which makes 12-bit pictures black.
+    deep = any(";16" in str(tile) for tile in picture.tile)
+    fault = None
+    if width * height > MAX_PICTURE_PIXELS:
+        fault = SlideError(
+            f"{path}: a plain picture of {width} × {height} pixels would have to be held in memory as a whole; "
+            "convert it to a pyramidal tiled TIFF"
+        )
+    elif deep or picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
+        kind = "16 bits a channel" if deep else f"type {picture.mode}"
+        fault = SlideError(f"{path}: pixels of {kind}; 8-bit grey or colour is needed")
+    elif orientation != 1:
+        fault = turned(path, orientation)
+    if fault:
+        picture.close()
+        raise fault
+    return picture
+
+
+def _with_plugin(path: Path) -> ImageFile.ImageFile:
+    """Open a picture with the plugin for its format. SlideError if there is none."""
     # The plugins are called by name: Image.open warns of sizes that are ordinary here, and refuses some.
     for plugin in (PngImagePlugin.PngImageFile, JpegImagePlugin.JpegImageFile, TiffImagePlugin.TiffImageFile):
-        try:
+        with suppress(SyntaxError), _quiet():  # raised by Pillow's plugins for files of another format
             picture: ImageFile.ImageFile = plugin(path)
-        except SyntaxError:  # raised by Pillow's plugins for files of another format
-            continue
-        width, height = picture.size
-        mode = picture.mode
-        if width * height > MAX_PICTURE_PIXELS:
-            picture.close()
-            raise SlideError(
-                f"{path}: a plain picture of {width} × {height} pixels would have to be held in memory as a whole; "
-                "convert it to a pyramidal tiled TIFF"
-            )
-        # Pillow opens 16-bit colour as 8-bit and keeps only the high byte, which makes 12-bit pictures black.
-        deep = any(";16" in str(tile) for tile in picture.tile)
-        if deep or mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
-            picture.close()
-            kind = "16 bits a channel" if deep else f"type {mode}"
-            raise SlideError(f"{path}: pixels of {kind}; 8-bit grey or colour is needed")
-        return picture
+            return picture
     raise SlideError(
         f"{path}: cannot be read: OpenSlide, tifffile and Pillow do not support its format; convert it to an OME-TIFF "
         "with 8-bit RGB pixels, for example with QuPath or bfconvert"
     )
+
+
+def _orientation(picture: Image.Image) -> int:
+    """Return how EXIF tells programs to turn or flip the picture, 2 to 8; 1 = not at all, or not readable."""
+    if "exif" not in picture.info:  # getexif would decode a PNG to search for it
+        return 1
+    with suppress(SyntaxError), _quiet():
+        value = picture.getexif().get(ORIENTATION)
+        return value if isinstance(value, int) and 2 <= value <= 8 else 1
+    return 1
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ignore Pillow's warnings about corrupted EXIF data, which is not used for anything else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def bands(picture: Image.Image, mode: str | None = None) -> Iterator[tuple[slice, NDArray[np.uint8]]]:

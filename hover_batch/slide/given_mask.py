@@ -26,7 +26,13 @@ MAX_MASK_SIDE = 8192
 """Maximum length in pixels of the sides of a mask: 67 MB, and 3 µm a pixel on a slide 25 mm wide."""
 
 _MAX_OUTSIDE = 0.01
-"""Fraction of a mask's area that may lie outside of the bounds, since outlines drawn by hand may cross the edge."""
+"""Fraction of a mask's area that may lie outside of the slide, since outlines drawn by hand may cross the edge."""
+_ALL = 0.999
+"""Fraction of the slide from which a mask is said to cover all of it."""
+_MIN_EXTENT = 0.001
+"""Fraction of the slide's longer side below which polygons are probably in other units."""
+_MAX_COORDINATE = 1e9
+"""Largest position in pixels that a slide may have."""
 
 
 def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> NDArray[np.bool_]:
@@ -41,7 +47,7 @@ def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> ND
         picture = _read_png(path)
         array = _over_canvas(picture, _frame(path, picture, level0, bounds), level0)
     else:
-        array = _rasterise(_on_canvas(path, _read_geojson(path), level0, bounds), level0, scale)
+        array = _rasterise(_on_canvas(path, _read_geojson(path), level0, bounds)[0], level0, scale)
     if not array.any():
         raise _no_tissue(path, level0)
     return array
@@ -55,21 +61,43 @@ def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None
     """
     if not _is_png(path):
         outline = _read_geojson(path)
-        if level0 is not None:
-            _on_canvas(path, outline, level0, bounds)
-        return []
+        if level0 is None:
+            return []
+        moved, inside = _on_canvas(path, outline, level0, bounds)
+        frame = bounds or level0.box
+        warnings = _warnings_of_cover(path, inside * shapely.area(moved) / (frame.width * frame.height))
+        x0, y0, x1, y1 = shapely.bounds(outline)
+        if max(x1 - x0, y1 - y0) < _MIN_EXTENT * max(frame.width, frame.height):
+            warnings.append(
+                f"{path}: the polygons measure only {x1 - x0:.3g} × {y1 - y0:.3g} pixels; positions must be in level-0 "
+                "pixels, not in mm or fractions"
+            )
+        if inside < 1 - _MAX_OUTSIDE:
+            warnings.append(
+                f"{path}: {1 - inside:.0%} of the mask lies outside of the slide of {level0.width} × {level0.height} "
+                "pixels, and is ignored; check that it was drawn on this slide, in level-0 pixels"
+            )
+        return warnings
     picture = _read_png(path)
+    warnings = _warnings_of_cover(path, float(picture.mean()))
     if level0 is None:
-        return []
+        return warnings
     frame = _frame(path, picture, level0, bounds)
     if not picture.any():
         raise _no_tissue(path, level0)
-    if _has_aspect(picture, frame):
+    if not _has_aspect(picture, frame):
+        warnings.append(
+            f"{path}: a mask of {picture.shape[1]} × {picture.shape[0]} pixels is stretched over a slide of "
+            f"{frame.width} × {frame.height}, which has another aspect ratio"
+        )
+    return warnings
+
+
+def _warnings_of_cover(path: Path, covered: float) -> list[str]:
+    """Return a warning if the mask covers the whole slide. `covered`: fraction that it covers."""
+    if covered < _ALL:
         return []
-    return [
-        f"{path}: a mask of {picture.shape[1]} × {picture.shape[0]} pixels is stretched over a slide of "
-        f"{frame.width} × {frame.height}, which has another aspect ratio"
-    ]
+    return [f"{path}: the mask covers the whole slide, background included; a PNG must be 0 on background"]
 
 
 def _is_png(path: Path) -> bool:
@@ -83,8 +111,13 @@ def _no_tissue(path: Path, level0: Size) -> InputError:
     )
 
 
-def _on_canvas(path: Path, outline: shapely.Geometry, level0: Size, bounds: Box | None) -> shapely.Geometry:
-    """Move polygons from the corner of the bounds to the canvas. InputError if they do not lie on the slide."""
+def _on_canvas(
+    path: Path, outline: shapely.Geometry, level0: Size, bounds: Box | None
+) -> tuple[shapely.Geometry, float]:
+    """Move polygons from the corner of the bounds to the canvas. Also return the fraction that lies on the slide.
+
+    InputError if none of them does, or too little lies in the bounds.
+    """
     origin = qupath_origin(bounds)
     moved = shapely.transform(outline, lambda points: points + origin)
     frame = bounds or level0.box
@@ -98,7 +131,7 @@ def _on_canvas(path: Path, outline: shapely.Geometry, level0: Size, bounds: Box 
             f"{bounds.height} pixels; give positions in level-0 pixels from the corner of that part, as QuPath does: "
             f"subtract {origin[0]}, {origin[1]} if they count from the corner of the whole canvas"
         )
-    return moved
+    return moved, inside
 
 
 def _frame(path: Path, picture: NDArray[np.bool_], level0: Size, bounds: Box | None) -> Box:
@@ -166,8 +199,13 @@ def _read_geojson(path: Path) -> shapely.Geometry:
     remedy = "give polygons as GeoJSON in level-0 pixels, or a PNG"
     try:
         geometries = _geometries(load_json(path))
-        shapes = [shapely.make_valid(shapely.geometry.shape(geometry)) for geometry in geometries]
-        polygons = [part for part in shapely.get_parts(shapes) if shapely.get_dimensions(part) == 2]
+        with np.errstate(invalid="ignore"):  # shapely warns of NaN, which is refused below
+            shapes = [shapely.geometry.shape(geometry) for geometry in geometries]
+        positions = shapely.get_coordinates(shapes)
+        if far := [f"{value:g}" for value in positions[~(abs(positions) < _MAX_COORDINATE)]]:
+            raise ValueError(f"a coordinate of {far[0]}")
+        valid = shapely.make_valid(shapes)
+        polygons = [part for part in shapely.get_parts(valid) if shapely.get_dimensions(part) == 2]
         outline = shapely.union_all(polygons)
     except OSError as error:
         raise InputError(f"{path}: the mask cannot be read: {error.strerror}; check mask_path") from error
@@ -177,6 +215,7 @@ def _read_geojson(path: Path) -> shapely.Geometry:
         TypeError,
         LookupError,
         AttributeError,
+        OverflowError,
         RecursionError,
         shapely.errors.ShapelyError,
     ) as error:

@@ -31,6 +31,9 @@ Kind = Literal["openslide", "ome-tiff", "dicom", "picture"]
 _SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
 """Suffixes of files that only OpenSlide reads."""
 
+_ASPECT_TOLERANCE = 0.02
+"""Fraction by which the aspect ratio of a level may differ from the slide's; two pixels are allowed in any case."""
+
 LARGE_PICTURE_PIXELS = 100_000_000
 """Size from which plain pictures give a warning, since they take 0.7 GB of memory to open."""
 
@@ -82,8 +85,15 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
     with slide_errors(record.file):
         identity = fingerprint(record.file, record.mpp)
     level0 = header.levels[0]
+    ratios = tuple(level_ratios(level0, size) for size in header.levels)
     magnification = record.magnification if record.magnification is not None else header.magnification
-    warnings = warnings_of(mpp, stated, magnification)
+    warnings = [*header.warnings, *warnings_of(mpp, stated, magnification)]
+    warnings += [
+        f"its level of {size.width} × {size.height} pixels has another aspect ratio than the slide; if it shows "
+        "something else, such as the label, save the slide without it"
+        for size, (x, y) in zip(header.levels, ratios, strict=True)
+        if abs(x / y - 1) > _ASPECT_TOLERANCE and abs(x - y) * min(size.width, size.height) > 2 * max(x, y)
+    ]
     if header.vendor == "picture" and level0.pixels >= LARGE_PICTURE_PIXELS:
         kept, decoding = (level0.pixels * size / 1e9 for size in PICTURE_BYTES)
         warnings.append(
@@ -95,7 +105,7 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
         mpp=mpp,
         mpp_source="cohort" if record.mpp is not None else "file",
         bounds=header.bounds,
-        downsamples=tuple(sum(level_ratios(level0, size)) / 2 for size in header.levels),
+        downsamples=tuple((x + y) / 2 for x, y in ratios),
         vendor=header.vendor,
         magnification=magnification,
         fingerprint=identity,
@@ -120,12 +130,14 @@ def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
 def kind_of(path: Path) -> Kind:
     """Return which library reads a file or folder.
 
-    SlideError if the file does not exist, or has a scanner's suffix but is not recognised by OpenSlide.
+    SlideError if the file does not exist or is empty, or has a scanner's suffix but is not recognised by OpenSlide.
     """
     if path.is_dir():
         return "dicom"
     if not path.is_file():
         raise SlideError(f"{path}: no such file")
+    if not path.stat().st_size:
+        raise SlideError(f"{path}: is empty; copy it again")
     import openslide
 
     with slide_errors(path):
@@ -168,4 +180,10 @@ def slide_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # the libraries raise many kinds: struct.error, KeyError, zlib.error …
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SlideError(f"{path}: cannot be read: {reason}") from error
+        # An error with a number is the system's, such as a missing permission.
+        remedy = (
+            "; if it is truncated or corrupted, copy it again, else convert it to an OME-TIFF, for example with QuPath "
+            "or bfconvert"
+        )
+        by_system = isinstance(error, OSError) and error.errno
+        raise SlideError(f"{path}: cannot be read: {reason}{'' if by_system else remedy}") from error

@@ -21,7 +21,7 @@ USUAL_MPP_TIMES_POWER = (4.0, 16.0)
 """Range of µm per pixel × objective power: about 10 on most scanners, 4.6 for 20× lenses with a finer camera."""
 
 MPP_TOLERANCE = 0.05
-"""Fraction by which the cohort's pixel size may differ from the file's without a warning."""
+"""Fraction by which the cohort's pixel size may differ from the file's, and x from y, without a warning."""
 
 _MICROMETRES = {"nm": 1e-3, "µm": 1.0, "mm": 1e3, "cm": 1e4, "inch": 25_400.0}
 _TIFF_UNITS = {2: "inch", 3: "cm", 4: "mm", 5: "µm"}
@@ -103,8 +103,8 @@ def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> li
     """Return up to two warnings about the pixel size `mpp`, in µm; an empty list if it is plausible.
 
     The first says that it differs from the size `stated` in the file by more than MPP_TOLERANCE (None: not compared).
-    The second says that it is unusual for slides, or does not match the objective's `magnification` (None: not
-    checked).
+    The second says that it is unusual for slides, not square, or does not match the objective's `magnification` (None:
+    not checked).
     """
     found = []
     if stated is not None:
@@ -114,6 +114,8 @@ def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> li
     odd = []
     if not all(USUAL_MPP[0] <= size <= USUAL_MPP[1] for size in (mpp.x, mpp.y)):
         odd.append(f"slides have {USUAL_MPP[0]:g} to {USUAL_MPP[1]:g} µm a pixel as a rule")
+    if max(mpp.x, mpp.y) > (1 + MPP_TOLERANCE) * min(mpp.x, mpp.y):
+        odd.append("pixels of slides are square as a rule")
     low, high = USUAL_MPP_TIMES_POWER
     if magnification is not None and not all(low <= size * magnification <= high for size in (mpp.x, mpp.y)):
         odd.append(f"at a magnification of {magnification:g} about {10 / magnification:.2g} µm are expected")

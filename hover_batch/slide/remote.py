@@ -6,7 +6,7 @@ library. Messages redact credentials in URLs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -45,22 +45,24 @@ class RemoteFile:
     """Size in bytes."""
 
 
-def require_packages(urls: Iterable[Url]) -> None:
-    """Check that fsspec and the packages for the storage of `urls` are installed.
+def require_package(url: Url) -> None:
+    """Check that fsspec and the package for the storage of `url` are installed.
 
     InputError if one is missing, with the command that installs it, or if fsspec does not support the storage.
     """
     import fsspec
 
-    for protocol in sorted({url.protocol for url in urls}):
-        try:
-            fsspec.get_filesystem_class(protocol)
-        except ImportError as error:
-            s3 = protocol in ("s3", "s3a")
-            remedy = "pip install 'hover-batch[s3]'" if s3 else "install it in the same environment"
-            raise InputError(f"slides at {protocol}://…: a package is missing ({error}); {remedy}") from error
-        except ValueError as error:
-            raise InputError(f"slides at {protocol}://…: fsspec does not support this storage") from error
+    try:
+        fsspec.get_filesystem_class(url.protocol)
+    except ImportError as error:
+        s3 = url.protocol in ("s3", "s3a")
+        remedy = "pip install 'hover-batch[s3]'" if s3 else "install it in the same environment"
+        raise InputError(f"{url}: a package for {url.protocol}:// is missing ({error}); {remedy}") from error
+    except ValueError as error:
+        raise InputError(
+            f"{url}: fsspec does not support storage of the kind {url.protocol}://; correct the path, or copy the "
+            "slide to disk"
+        ) from error
 
 
 def remote_info(url: Url, mpp: Mpp | None) -> RemoteInfo:
@@ -68,9 +70,10 @@ def remote_info(url: Url, mpp: Mpp | None) -> RemoteInfo:
 
     This takes a few requests and reads up to 3 MiB of each file. `mpp`: pixel size if the cohort gives one.
 
-    InputError if the slide does not exist or access is denied; SlideError if the storage cannot be reached, or cannot
-    serve parts of files.
+    InputError if a package for the storage is missing, the slide does not exist or access is denied; SlideError if the
+    storage cannot be reached, or cannot serve parts of files.
     """
+    require_package(url)
     with storage_errors(url):
         storage, files = files_of(url)
         parts = ((file.size, _parts(url, storage, file)) for file in files)

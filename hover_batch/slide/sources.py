@@ -17,12 +17,13 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from hover_batch.geometry import Box, Size
 from hover_batch.slide.dicom import quiet_wsidicom
 from hover_batch.slide.formats import bands, open_picture
 from hover_batch.slide.headers import Kind
+from hover_batch.slide.tiff_checks import is_alpha
 
 _LATTICE = 1024
 _TIFF_CACHE_BYTES = 1 << 26
@@ -173,6 +174,8 @@ class PictureSource:
     def __init__(self, path: Path) -> None:
         with open_picture(path) as picture:
             transparent = picture.mode in ("LA", "RGBA") or "transparency" in picture.info
+            if isinstance(picture, TiffImagePlugin.TiffImageFile):
+                transparent &= is_alpha(picture.tag_v2.get(TiffImagePlugin.EXTRASAMPLES, ()))
             self._pixels = np.empty((picture.height, picture.width, 3), np.uint8)
             for rows, pixels in bands(picture, "RGBA" if transparent else "RGB"):
                 self._pixels[rows] = _on_white(pixels)

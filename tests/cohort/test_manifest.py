@@ -108,6 +108,32 @@ def test_empty_lines_short_rows_and_unnamed_columns(slides: Path) -> None:
     assert len(cohort.warnings) == 1 and "without a name" in cohort.warnings[0]
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize("first", ["", "sep={}\r\n", '"sep={}"\r\n', "\ufeffsep={}\n\n"])
+def test_delimiters_and_decimal_commas_of_excel(slides: Path, mark: str, first: str) -> None:
+    header, row = ["slide_id", '"WSI"', "mpp", "magnification", "note"], ["x", "a.svs", '"0,2527"', '"40,0"', '"1,250"']
+    text = first.format(mark) + "".join(mark.join(cells) + "\r\n" for cells in (header, row))
+    cohort = read_cohort(write(slides, text))
+    assert (cohort.faults, cohort.warnings) == ((), ())
+    (record,) = cohort.records
+    assert (record.slide_id, record.mpp, record.magnification) == ("x", Mpp(0.2527, 0.2527), 40)
+    assert (dict(record.extra), record.row) == ({"note": "1,250"}, len(text.splitlines()))
+
+
+def test_unquoted_decimal_commas_are_a_fault(slides: Path) -> None:
+    cohort = read_cohort(write(slides, "path,mpp,group\na.svs,0,25\n"))
+    assert cohort.records == () and "mpp '0': write" in cohort.faults[0].message
+
+
+def test_warnings_are_shown_beside_faults(slides: Path) -> None:
+    cohort = read_cohort(write(slides, "path,slide_id,Status\na.svs,x,\na.svs,y,\nnone.svs,z,\n"))
+    with pytest.raises(InputError) as caught:
+        raise_if_faulty(cohort)
+    assert "row 4 (z)" in str(caught.value)
+    assert all(f"  warning: {warning}\n" in str(caught.value) for warning in cohort.warnings)
+    assert len(cohort.warnings) == 2
+
+
 def test_columns_that_a_run_writes_are_renamed(slides: Path) -> None:
     cohort = read_cohort(write(slides, "path,Status\na.svs,tumour\n"))
     assert dict(cohort.records[0].extra) == {"cohort_status": "tumour"}
@@ -153,7 +179,7 @@ def test_all_faults_of_all_rows_at_once(slides: Path) -> None:
             "c/a.svs,GOOD,,,,\n"
             "c,folder,,,,\n"
             ",nothing,,,,\n"
-            'b.tif,n1,"0,25",,,\n'
+            'b.tif,n1,"1,250",,,\n'
             "b.tif,n2,-1,forty,,\n"
             "b.tif,k1,,,mask.png,\n"
             "b.tif,k2,,,mask.json,\n"
@@ -173,7 +199,7 @@ def test_all_faults_of_all_rows_at_once(slides: Path) -> None:
         (6, "slide_id 'GOOD' is also that of row 2 (upper and lower case count as the same); use for example GOOD-2"),
         (7, "is a folder without DICOM files"),
         (8, "path is empty"),
-        (9, "mpp '0,25': write the pixel size in µm as a number, for example 0.25"),
+        (9, "mpp '1,250': write the pixel size in µm as a number, for example 0.25"),
         (10, "mpp '-1': write"),
         (10, "magnification 'forty': write"),
         (11, "mask.png: is not a PNG image"),
@@ -243,7 +269,7 @@ def test_a_path_beyond_what_the_system_takes(tmp_path: Path) -> None:
         (b"path,slide_id\n", "no slides"),
         (b"path,slide_id\n,\n\n", "no slides"),
         (b"slide_id,mpp\na,0.25\n", "no column path (or wsi, slide) among slide_id, mpp"),
-        (b"path;slide_id\na.svs;a\n", "separated by commas"),
+        (b"path|slide_id\na.svs|a\n", "separated by commas, semicolons or tabs"),
         (b"path,wsi,mpp,slide_mpp\na,b,c,d\n", "columns path and wsi both mean path: keep one; columns mpp and"),
         (b"path,note,Note\na,b,c\n", "columns note and Note both mean note"),
         ("path\na.svs\n".encode("utf-16"), "is not UTF-8 text"),

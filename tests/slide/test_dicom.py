@@ -110,3 +110,15 @@ def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
     deep.save_as(folder / "a_level0.dcm")
     with pytest.raises(SlideError):
         peek(record(folder))
+
+
+def test_grey_is_refused(tmp_path: Path) -> None:
+    import pydicom
+
+    folder = flat_folder(tmp_path, "a", levels=1)
+    grey = pydicom.dcmread(folder / "a_level0.dcm")
+    grey.SamplesPerPixel, grey.PhotometricInterpretation = 1, "MONOCHROME2"
+    grey.PixelData = grey.PixelData[::3]
+    grey.save_as(folder / "a_level0.dcm")
+    with pytest.raises(SlideError, match="pixels of 1 × 8 bits; 8-bit colour is needed"):
+        peek(record(folder))

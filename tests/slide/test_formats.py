@@ -66,6 +66,48 @@ def test_turned_pictures_are_refused(tmp_path: Path, layout: dict[str, Any]) -> 
         peek(record(turned, mpp=0.25))
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_pictures_that_exif_turns_are_refused(tmp_path: Path, suffix: str) -> None:
+    path, exif = tmp_path / f"field.{suffix}", Image.Exif()
+    for orientation in (1, 6):
+        exif[274] = orientation
+        Image.fromarray(FIELD).save(path, exif=exif)
+        if orientation == 1:
+            assert peek(record(path, mpp=0.25)).warnings == ()
+    with pytest.raises(SlideError, match="Orientation is 6.*save it upright"):
+        peek(record(path, mpp=0.25))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("exif", [b"garbage", b"II*\0\x08\0\0\0\x05\0\x12\x01", b"II*\0\xff\xff\xff\xff"])
+def test_corrupted_exif_is_ignored(tmp_path: Path, suffix: str, exif: bytes) -> None:
+    Image.fromarray(FIELD).save(tmp_path / f"field.{suffix}", exif=b"Exif\0\0" + exif)
+    assert peek(record(tmp_path / f"field.{suffix}", mpp=0.25)).warnings == ()
+
+
+def test_levels_of_another_aspect_are_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "slide.tif"
+    for level, warned in ((FIELD[:150, :151], False), (FIELD[:9, :10], False), (FIELD[:150, :100], True)):
+        with tifffile.TiffWriter(path) as tiff:
+            for kind, page in enumerate((FIELD, level)):
+                tiff.write(page.copy(), photometric="rgb", subfiletype=kind, metadata=None, **TILES)
+        warnings = peek(record(path, mpp=0.25)).warnings
+        assert [warning.startswith("its level of 100 × 150 pixels") for warning in warnings] == [True] * warned
+
+
+def test_an_ome_tiff_with_channels_in_a_missing_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "part.ome.tif"
+    planes = np.moveaxis(FIELD, 2, 0).copy()
+    tifffile.imwrite(path, planes, photometric="minisblack", metadata={"axes": "CYX"}, **TILES)
+    here, away = '<TiffData IFD="0" PlaneCount="1"/>', '<UUID FileName="away.ome.tif">urn:uuid:1</UUID></TiffData>'
+    text = tifffile.tiffcomment(path).replace(
+        '<TiffData IFD="0" PlaneCount="3"/>', f'{here}<TiffData FirstC="1" PlaneCount="2">{away}'
+    )
+    tifffile.tiffcomment(path, text)
+    with pytest.raises(SlideError, match="lacks pixels that are in another file.*put it beside"):
+        peek(record(path, mpp=0.25))
+
+
 def test_a_deep_level_below_an_8_bit_label_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "label_first.tif"
     with tifffile.TiffWriter(path) as tiff:
@@ -73,6 +115,108 @@ def test_a_deep_level_below_an_8_bit_label_is_refused(tmp_path: Path) -> None:
         tiff.write(FIELD.astype(np.uint16), tile=(128, 128), photometric="rgb", metadata=None)
     with pytest.raises(SlideError, match="16 bits a channel"):
         peek(record(path, mpp=0.25))
+
+
+@pytest.mark.parametrize("layout", [TILES, {"rowsperstrip": 64}], ids=["tiles", "strips"])
+def test_a_tiff_of_several_pictures_is_refused(tmp_path: Path, layout: dict[str, Any]) -> None:
+    """Levels and labels are no such pictures."""
+    path = tmp_path / "stack.tif"
+    for subfiletype, size, refused in ((0, 300, True), (2, 300, True), (1, 300, False), (0, 150, False)):
+        with tifffile.TiffWriter(path) as tiff:
+            for kind, page in ((0, FIELD), (subfiletype, FIELD[:size, :size].copy())):
+                tiff.write(page, photometric="rgb", subfiletype=kind, metadata=None, **layout)
+        if refused:
+            with pytest.raises(SlideError, match="holds 2 full-size pictures; save each"):
+                peek(record(path, mpp=0.25))
+        else:
+            assert peek(record(path, mpp=0.25)).warnings == ()
+
+
+def test_an_ome_tiff_of_several_pictures_is_refused(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "two.ome.tif") as tiff:
+        for _ in range(2):
+            tiff.write(FIELD, photometric="rgb", **TILES)
+    with pytest.raises(SlideError, match="holds 2 full-size pictures"):
+        peek(record(tmp_path / "two.ome.tif", mpp=0.25))
+
+
+@pytest.mark.parametrize(
+    "names", [None, ["Red", "Green", "Blue"], ["R", "G", "B"], ["B", "G", "R"], ["DAPI", "x", "y"]]
+)
+def test_separate_channels_are_taken_for_rgb_only_by_their_names(tmp_path: Path, names: list[str] | None) -> None:
+    path = tmp_path / "channels.ome.tif"
+    metadata = {"axes": "CYX"} | ({"Channel": {"Name": names}} if names else {})
+    tifffile.imwrite(path, np.moveaxis(FIELD, 2, 0).copy(), photometric="minisblack", metadata=metadata, **TILES)
+    if names and names[0][0] != "R":
+        with pytest.raises(SlideError, match=f"separate channels {', '.join(names)}; Red, Green, Blue in this order"):
+            peek(record(path, mpp=0.25))
+        return
+    with open_slide(record(path, mpp=0.25)) as slide:
+        assert (slide.thumbnail(300) == FIELD).all()
+        assert ["have no names" in warning for warning in slide.info.warnings] == [True] * (names is None)
+
+
+@pytest.mark.parametrize("name", ["sparse.tif", "sparse.ome.tif"])
+def test_tiles_that_are_not_stored_are_not_black(tmp_path: Path, name: str) -> None:
+    tiles = (None if number == 4 else FIELD[:128, :128] for number in range(9))
+    tifffile.imwrite(tmp_path / name, tiles, shape=FIELD.shape, dtype=np.uint8, photometric="rgb", **TILES)
+    with pytest.raises(SlideError, match="1 of its 9 tiles are not stored"):
+        peek(record(tmp_path / name, mpp=0.25))
+
+
+def test_colours_that_tifffile_does_not_convert_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ycbcr.ome.tif"
+    tifffile.imwrite(path, FIELD, photometric="ycbcr", **TILES)
+    with pytest.raises(SlideError, match="colours of type YCBCR; save it as RGB"):
+        peek(record(path, mpp=0.25))
+
+
+def test_a_fourth_sample_is_transparency_only_if_the_file_says_so(tmp_path: Path) -> None:
+    pixels, path = np.dstack([FIELD, np.zeros((300, 300), np.uint8)]), tmp_path / "four.tif"
+    for extra, tagged in (("unspecified", True), ("unspecified", False), ("unassalpha", True)):
+        written(path, pixels, extrasamples=[extra])
+        if not tagged:
+            with tifffile.TiffFile(path) as tiff:
+                where = tiff.pages.first.tags["ExtraSamples"].offset
+            content = bytearray(path.read_bytes())
+            content[where : where + 2] = (337).to_bytes(2, "little")  # another tag, which nobody reads
+            path.write_bytes(content)
+        with open_slide(record(path, mpp=0.25)) as slide:
+            assert (slide.thumbnail(300) == (255 if extra == "unassalpha" else FIELD)).all()
+    for extras in (["unspecified"], ["unassalpha", "unspecified"]):
+        many = np.dstack([pixels] + [pixels[..., :1]] * (len(extras) - 1))
+        written(path, many, extrasamples=extras, **TILES)
+        with pytest.raises(SlideError, match=f"{3 + len(extras)} samples a pixel.*save it as RGB"):
+            peek(record(path, mpp=0.25))
+
+
+@pytest.mark.parametrize("layout", [TILES, {"rowsperstrip": 64}], ids=["tiles", "strips"])
+@pytest.mark.parametrize("compression", ["jpeg2000", "webp", "lerc"])
+def test_other_compressions_are_named_without_a_word_of_libtiff(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], layout: dict[str, Any], compression: str
+) -> None:
+    path = written(tmp_path / "slide.tif", compression=compression, **layout)
+    with pytest.raises(SlideError, match=f"compression {compression.upper()}, .*; save it with JPEG"):
+        peek(record(path, mpp=0.25))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("layout", [TILES, {"rowsperstrip": 64}], ids=["tiles", "strips"])
+def test_truncated_and_empty_files_are_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], layout: dict[str, Any]
+) -> None:
+    path = written(tmp_path / "slide.tif", compression="jpeg", **layout)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SlideError, match="is truncated: it has .* bytes.*; copy it again"):
+        peek(record(path, mpp=0.25))
+    Image.fromarray(FIELD).save(path, compression="jpeg")  # Pillow writes the directory to the end
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(SlideError, match="is truncated: the part .* is missing; copy it again"):
+        peek(record(path, mpp=0.25))
+    path.write_bytes(b"")
+    with pytest.raises(SlideError, match="is empty; copy it again"):
+        peek(record(path, mpp=0.25))
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("tiles", [{}, TILES], ids=["strips", "tiles"])

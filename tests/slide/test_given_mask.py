@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapely
 from PIL import Image
 from scn_slide import write_scn_slide
 
@@ -104,16 +105,54 @@ def test_a_png_of_another_aspect_is_refused_and_one_that_fits_both(tmp_path: Pat
     inner = Box(100, 100, 600, 600)
     with pytest.raises(InputError, match=r"fits both.*500 × 500.*1000 × 1000"):
         check_mask(path, Size(1000, 1000), inner)
-    Image.new("L", (500, 500), 255).save(path)
+    Image.fromarray(np.triu(np.full((500, 500), 255, np.uint8))).save(path)
     assert check_mask(path, Size(1000, 1000), inner) == []
 
 
 def test_a_stretched_png_is_warned_of_without_bounds(tmp_path: Path) -> None:
     path = tmp_path / "mask.png"
-    Image.new("L", (200, 100), 255).save(path)
+    Image.fromarray(np.triu(np.full((100, 200), 255, np.uint8))).save(path)
     assert check_mask(path, Size(2000, 1000)) == []
     (warning,) = check_mask(path, Size(1000, 1000))
     assert "200 × 100" in warning and "1000 × 1000" in warning
+
+
+def test_a_mask_of_the_whole_slide_is_warned_of(tmp_path: Path) -> None:
+    """A PNG of labels 1 (background) and 2 (tissue), and a rectangle around everything."""
+    labels = np.ones((50, 100), np.uint8)
+    labels[:20] = 2
+    Image.fromarray(labels).save(tmp_path / "mask.png")
+    for canvas in ((), (Size(2000, 1000),)):
+        (warning,) = check_mask(tmp_path / "mask.png", *canvas)
+        assert "covers the whole slide" in warning and "0 on background" in warning
+    path = tmp_path / "mask.geojson"
+    path.write_text(json.dumps(shapely.geometry.mapping(shapely.box(0, 0, 2000, 1000))))
+    (warning,) = check_mask(path, Size(2000, 1000))
+    assert "covers the whole slide" in warning
+    assert check_mask(path, Size(2000, 2000)) == []
+
+
+def test_polygons_mostly_beside_the_slide_are_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "mask.geojson"
+    path.write_text(json.dumps(shapely.geometry.mapping(shapely.box(900, 0, 1900, 500))))
+    (warning,) = check_mask(path, Size(1000, 1000))
+    assert "90% of the mask lies outside of the slide of 1000 × 1000 pixels" in warning
+
+
+def test_polygons_in_millimetres_are_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "mask.geojson"
+    path.write_text(json.dumps(shapely.geometry.mapping(shapely.box(1, 2, 5, 4))))
+    (warning,) = check_mask(path, Size(40_000, 30_000))
+    assert "measure only 4 × 2 pixels; positions must be in level-0 pixels" in warning
+    assert check_mask(path, Size(3000, 2000)) == []
+
+
+@pytest.mark.parametrize("value", ["1e300", "-1e12", "NaN", "Infinity", "1" + 400 * "0"])
+def test_impossible_coordinates_are_refused(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "mask.geojson"
+    path.write_text(json.dumps(LEFT_HALF).replace("240", value))
+    with pytest.raises(InputError, match=r"not valid GeoJSON \((a coordinate of|int too large) .*level-0 pixels"):
+        check_mask(path, CANVAS, BOUNDS)
 
 
 def test_a_mask_without_tissue_is_refused_before_the_run(tmp_path: Path) -> None:

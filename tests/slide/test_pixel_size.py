@@ -41,6 +41,9 @@ def test_tenfold_and_mixed_up_sizes_are_warned_of(mpp: float, power: float | Non
 
 def test_either_axis_counts() -> None:
     assert warnings_of(Mpp(0.25, 2.5), None, None) and warnings_of(Mpp(0.02, 0.25), None, None)
+    (warning,) = warnings_of(Mpp(0.25, 0.5), None, None)
+    assert warning.startswith("mpp 0.25 × 0.5: pixels of slides are square as a rule;")
+    assert warnings_of(Mpp(0.2485, 0.25), None, None) == []
 
 
 def test_the_cohorts_values_are_judged_like_the_files(tmp_path: Path) -> None:

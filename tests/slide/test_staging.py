@@ -22,7 +22,7 @@ from hover_batch.geometry import Grid, Mpp
 from hover_batch.slide import staging
 from hover_batch.slide.fingerprint import fingerprint
 from hover_batch.slide.reader import open_slide
-from hover_batch.slide.remote import remote_info, require_packages
+from hover_batch.slide.remote import remote_info, require_package
 from hover_batch.slide.staging import Copies
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,9 +128,9 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(InputError, match=r"pip install 'hover-batch\[s3\]'"):
-        require_packages([Url("s3://slides/a.svs")])
-    with pytest.raises(InputError, match="does not support this storage"):
-        require_packages([Url("s4://slides/a.svs")])
+        require_package(Url("s3://slides/a.svs"))
+    with pytest.raises(InputError, match="does not support storage of the kind s4://; correct the path"):
+        require_package(Url("s4://slides/a.svs"))
 
 
 STAGE = """

@@ -1,0 +1,177 @@
+"""Refuse TIFFs that OpenSlide, Pillow or tifffile would read wrongly, without a message, or with one of their own.
+
+Each check raises SlideError with what is wrong and what to do. Only headers are read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import tifffile
+
+from hover_batch.errors import SlideError
+
+ORIENTATION = 274
+"""TIFF tag of how to turn or flip the stored pixels; 1 = not at all."""
+_REDUCED, _MASK = 1, 4
+"""Bits of the tag NewSubfileType."""
+_RGB_OR_GREY = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.MINISBLACK)
+_OPENSLIDE_COMPRESSIONS = frozenset((1, 5, 7, 8, 32773, 32946, 33003, 33005))
+"""None, LZW, JPEG, deflate (8, 32946), PackBits, and JPEG 2000 in SVS."""
+_PILLOW_COMPRESSIONS = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000))
+"""None, fax (2 to 4), LZW, JPEG (6, 7), deflate (8, 32946), PackBits, LZMA and Zstandard."""
+_UNSIGNED = (1, 4)
+"""SampleFormat of unsigned integers, and of values that the writer did not define."""
+
+# Python would print its messages on stderr, beside the one that names the slide.
+tifffile.logger().addHandler(logging.NullHandler())
+
+
+def open_tiff(path: Path) -> tifffile.TiffFile | None:
+    """Open a TIFF; None if the file is of another format. SlideError if it has no directory of its pixels."""
+    try:
+        tiff = tifffile.TiffFile(path)
+    except tifffile.TiffFileError:
+        return None
+    if not len(tiff.pages):
+        tiff.close()
+        raise SlideError(
+            f"{path}: is truncated: the part of the TIFF that describes its pixels is missing; copy it again"
+        )
+    return tiff
+
+
+def first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
+    """Return the first page with all its tags."""
+    page = tiff.pages.first
+    assert isinstance(page, tifffile.TiffPage)
+    return page
+
+
+def check_for_openslide(path: Path, tiff: tifffile.TiffFile, *, generic: bool) -> None:
+    """Raise SlideError if OpenSlide would read a TIFF wrongly. `generic`: not of a scanner that OpenSlide knows."""
+    _check_pages(path, tiff, _OPENSLIDE_COMPRESSIONS)
+    if generic:
+        _check_plain(path, tiff)
+        _check_extra_samples(path, first_page(tiff))
+
+
+def check_for_pillow(path: Path, tiff: tifffile.TiffFile) -> None:
+    """Raise SlideError if Pillow would read a TIFF wrongly."""
+    _check_pages(path, tiff, _PILLOW_COMPRESSIONS)
+    _check_plain(path, tiff)
+
+
+def check_ome(path: Path, images: Sequence[tifffile.TiffPageSeries], largest: tifffile.TiffPageSeries) -> None:
+    """Raise SlideError if tifffile would read an OME-TIFF wrongly. `largest`: the one of its `images` that is read."""
+    channels = dict(zip(largest.axes, largest.shape, strict=True))
+    if len(largest.axes) != 3 or channels.get("S", channels.get("C")) != 3 or largest.dtype != "uint8":
+        raise SlideError(
+            f"{path}: an OME-TIFF of axes {largest.axes}, shape {largest.shape}, {largest.dtype}; "
+            "one plane of 8-bit RGB is needed"
+        )
+    page = largest.keyframe
+    large = [image for image in images if 2 * _area(image.keyframe) > _area(page)]
+    if len(large) > 1:
+        raise _several(path, len(large))
+    # tifffile converts the colours of JPEG only.
+    if page.photometric not in _RGB_OR_GREY and page.compression != tifffile.COMPRESSION.JPEG:
+        kind = getattr(page.photometric, "name", page.photometric)
+        raise SlideError(f"{path}: an OME-TIFF with colours of type {kind}; save it as RGB")
+    for part in (part for level in largest.levels for part in level.pages):
+        if part is None:
+            raise SlideError(f"{path}: lacks pixels that are in another file of the OME-TIFF; put it beside this one")
+        _check_complete(path, part)
+        _check_dense(path, part)
+
+
+def _check_pages(path: Path, tiff: tifffile.TiffFile, compressions: frozenset[int]) -> None:
+    """Raise SlideError for pages that are truncated, turned, compressed in another way, or not of 8 unsigned bits.
+
+    OpenSlide and Pillow keep the high byte of 16 bits, which makes 12-bit pictures black, and read the others as
+    unsigned. OpenSlide turns each tile of a turned page on its own, Pillow the whole page.
+    """
+    for number, page in enumerate(tiff.pages):
+        assert isinstance(page, tifffile.TiffPage)
+        if number and not page.is_tiled:  # a label or macro picture
+            continue
+        too_few = page.bitspersample < 8 and page.is_tiled and not number
+        if page.bitspersample > 8 or too_few or page.sampleformat not in _UNSIGNED:
+            kind = {2: "signed ", 3: "float "}.get(int(page.sampleformat), "")
+            raise SlideError(
+                f"{path}: pixels of {kind}{page.bitspersample} bits a channel; 8-bit grey or colour is needed: scale "
+                "its values to 0 … 255 and save it again"
+            )
+        orientation = page.tags.get(ORIENTATION)
+        if orientation is not None and orientation.value != 1:
+            raise turned(path, orientation.value)
+        if page.compression not in compressions:
+            raise SlideError(
+                f"{path}: a TIFF with compression {getattr(page.compression, 'name', page.compression)}, which is read "
+                "only in an OME-TIFF; save it with JPEG, LZW or deflate, or convert it to an OME-TIFF with bfconvert"
+            )
+        _check_complete(path, page)
+
+
+def turned(path: Path, orientation: int) -> SlideError:
+    """Return the error for a picture with a tag Orientation other than 1."""
+    return SlideError(
+        f"{path}: the tag Orientation is {orientation}, so that programs turn or flip the picture; save it upright, "
+        "without this tag"
+    )
+
+
+def _check_complete(path: Path, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
+    """Raise SlideError if the file ends before the page's pixels do."""
+    end = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
+    size = page.parent.filehandle.size
+    if end > size:
+        raise SlideError(
+            f"{path}: is truncated: it has {size:,} bytes, and its pixels extend to {end:,}; copy it again"
+        )
+
+
+def _check_dense(path: Path, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
+    """Raise SlideError if the page leaves out tiles, which tifffile reads as black and OpenSlide rejects."""
+    if missing := sum(count == 0 for count in page.databytecounts):
+        raise SlideError(
+            f"{path}: {missing:,} of its {len(page.databytecounts):,} tiles are not stored; save it with all its tiles"
+        )
+
+
+def _check_plain(path: Path, tiff: tifffile.TiffFile) -> None:
+    """Raise SlideError for a plain TIFF of several full-size pictures, of which only the first is read.
+
+    Also raise it if that one leaves out tiles. Pages of half its pixels and fewer are levels of a pyramid, labels or
+    thumbnails.
+    """
+    first, *others = (page for page in tiff.pages if isinstance(page, tifffile.TiffPage))
+    _check_dense(path, first)
+    large = [p for p in others if 2 * _area(p) > _area(first) and not p.subfiletype & (_REDUCED | _MASK)]
+    if large:
+        raise _several(path, 1 + len(large))
+
+
+def _several(path: Path, number: int) -> SlideError:
+    return SlideError(f"{path}: holds {number} full-size pictures; save each as a file of its own")
+
+
+def _area(page: tifffile.TiffPage) -> int:
+    return page.imagewidth * page.imagelength
+
+
+def _check_extra_samples(path: Path, page: tifffile.TiffPage) -> None:
+    """Raise SlideError for colour with further samples that are not transparency, which OpenSlide takes for it."""
+    more = page.samplesperpixel - 3
+    if page.photometric == tifffile.PHOTOMETRIC.RGB and more > 0 and (more > 1 or not is_alpha(page.extrasamples)):
+        raise SlideError(
+            f"{path}: {page.samplesperpixel} samples a pixel, of which the fourth is not marked as transparency (tag "
+            "ExtraSamples); save it as RGB"
+        )
+
+
+def is_alpha(extra_samples: tuple[int, ...]) -> bool:
+    """Return whether the first extra sample of a TIFF is transparency; by the standard, it may be anything else."""
+    return extra_samples[:1] in ((1,), (2,))
