@@ -127,7 +127,7 @@ class NetworkPool:
         try:
             node = ray.get(reference)
         except RayError as error:
-            if not is_death(error):
+            if not is_actor_failure(error):
                 raise _load_error(error) from error
             self.lost(network, error, self._start_failed)
             return
@@ -155,7 +155,7 @@ class NetworkPool:
         self._warn(f"a network did not start: {cause}; starting another one (failed {failed} of at most {most} times)")
 
     def lost(self, network: Network, error: RayError, then: Callable[[Exception], None]) -> None:
-        """Remove a network whose call ended with `error`, see `is_death`, and call `then` with the cause.
+        """Remove a network whose call ended with `error`, see `is_actor_failure`, and call `then` with the cause.
 
         If it is not known yet whether its process, its node or only the connection is lost, `settle` calls it later.
         """
@@ -226,7 +226,7 @@ class NetworkPool:
             self._networks.remove(network)
 
 
-def is_death(error: RayError) -> bool:
+def is_actor_failure(error: RayError) -> bool:
     """Return whether a call failed because its actor died, was killed for lack of memory, or cannot be reached.
 
     An unreachable actor (ActorUnavailableError) may still be alive; `NetworkPool.lost` decides.

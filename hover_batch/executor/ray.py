@@ -21,7 +21,7 @@ from hover_batch.cohort.record import Stage, Url
 from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.faults import cause_of, verdict_on
 from hover_batch.executor.interrupts import on_interrupt
-from hover_batch.executor.network_pool import Network, NetworkPool, is_death
+from hover_batch.executor.network_pool import Network, NetworkPool, is_actor_failure
 from hover_batch.executor.nodes import ClusterNodes
 from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.executor.resources import EnginePlan
@@ -212,7 +212,7 @@ class RayExecutor(Executor):
         try:
             result = ray.get(reference)
         except RayError as error:
-            if call.network and is_death(error):
+            if call.network and is_actor_failure(error):
                 self._pool.lost(call.network, error, functools.partial(self._failed, call))
             else:
                 self._failed(call, cause_of(error), trace=str(error))
