@@ -83,7 +83,7 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
                 wanted = min(1, nodes.resources.at_most(settings).gpus)
             if predicts:
                 settings = replace(settings, infer=settled(settings.infer, on_gpu=wanted > 0))
-                nodes.look()
+                nodes.refresh()
             nodes.refuse_unshared(layout.root, wait=True)
             available = nodes.resources.at_most(settings)
 

@@ -182,7 +182,7 @@ class NetworkPool:
         """Return why a network is dead: its node is lost, or else the cause of `error`."""
         ray.kill(network.handle)  # in case it lives after all
         if self._nodes:
-            self._nodes.look()
+            self._nodes.refresh()
         if not self._node_is_up(network):
             error = NodeDiedError("its machine was lost")  # type: ignore[no-untyped-call]
         return cause_of(error)

@@ -20,7 +20,7 @@ from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.protocol import RunContext
 from hover_batch.executor.resources import EnginePlan, Node, Resources, engine_plan
 
-LOOK_EVERY_S = 3.0
+REFRESH_EVERY_S = 3.0
 NOTICED_S = 30.0
 """Time in which the cluster's head notices that a node is gone: five missed heartbeats, 3 s apart, and some more."""
 VISIBLE_WITHIN_S = 10.0
@@ -35,7 +35,7 @@ class ClusterNodes:
         self.lost = 0
         """Nodes that have gone so far."""
         self._changed = False
-        self._look_at = time.monotonic() + LOOK_EVERY_S
+        self._refresh_at = time.monotonic() + REFRESH_EVERY_S
         self._answers: dict[str, Any] = {}
         """By node id, whether it sees the output folder: a pending reference, or None once it has said yes."""
         self._probe = f".probe-{secrets.token_hex(8)}"
@@ -53,12 +53,12 @@ class ClusterNodes:
     def replan(self, plan: EnginePlan, context: RunContext) -> EnginePlan | None:
         """Return a new plan if nodes joined or left the cluster since the last call, else None.
 
-        The cluster is queried at most every LOOK_EVERY_S. A change is logged and shown to the user. If no node is left,
+        The cluster is queried at most every REFRESH_EVERY_S. A change is logged and shown to the user. If no node is left,
         the user is warned and None is returned. A full disk pauses the run. InputError if a new node does not see the
         output folder or cannot run hover-batch; OSError if the test file cannot be written for another reason.
         """
-        if time.monotonic() >= self._look_at:
-            self.look()
+        if time.monotonic() >= self._refresh_at:
+            self.refresh()
         recorder, settings, root = context.recorder, context.settings, context.recorder.layout.root
         try:
             self.refuse_unshared(root)
@@ -80,9 +80,9 @@ class ClusterNodes:
             recorder.progress.say(line)
         return plan
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Query the cluster for its live nodes now."""
-        self._look_at = time.monotonic() + LOOK_EVERY_S
+        self._refresh_at = time.monotonic() + REFRESH_EVERY_S
         nodes = _live_nodes()
         self.lost += len(self._nodes.keys() - nodes.keys())
         self._changed |= nodes.keys() != self._nodes.keys()
