@@ -61,17 +61,17 @@ class Check:
 
     name: str
     """Name in the output."""
-    look: Callable[[], Finding]
+    inspect: Callable[[], Finding]
     """Function that does the check."""
     fix: str
-    """Advice if `look` raises an exception."""
+    """Advice if `inspect` raises an exception."""
 
     def run(self) -> Finding:
         """Do the check. It does not raise or warn: an exception gives FAIL."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return self.look()
+                return self.inspect()
         except Exception as error:
             words = (str(error).strip() or "no message").splitlines()[0]
             message = words if isinstance(error, HoverBatchError) else f"{type(error).__name__}: {words}"
