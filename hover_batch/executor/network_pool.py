@@ -114,7 +114,7 @@ class NetworkPool:
         # Given to torch explicitly: an OMP_NUM_THREADS of the user's would override the reserved number.
         settings = replace(self._settings, threads=plan.threads)
         handle = options.remote(self._package, settings, self._load)
-        network = Network(handle, self._nodes.lost if self._nodes else 0)
+        network = Network(handle, self._nodes.nodes_lost if self._nodes else 0)
         self._networks.append(network)
         self.starting[handle.where.remote()] = network
 
@@ -129,7 +129,7 @@ class NetworkPool:
         except RayError as error:
             if not is_actor_failure(error):
                 raise _load_error(error) from error
-            self.lost(network, error, self._start_failed)
+            self.handle_failure(network, error, self._start_failed)
             return
         if network.node:
             network.ready = True
@@ -154,7 +154,7 @@ class NetworkPool:
             )
         self._warn(f"a network did not start: {cause}; starting another one (failed {failed} of at most {most} times)")
 
-    def lost(self, network: Network, error: RayError, then: Callable[[Exception], None]) -> None:
+    def handle_failure(self, network: Network, error: RayError, then: Callable[[Exception], None]) -> None:
         """Remove a network whose call ended with `error`, see `is_actor_failure`, and call `then` with the cause.
 
         If it is not known yet whether its process, its node or only the connection is lost, `settle` calls it later.
@@ -191,7 +191,7 @@ class NetworkPool:
         if self._nodes is None:
             return True
         if not network.node:  # not known yet: any node lost since it was started may have been its own
-            return self._nodes.lost == network.nodes_lost_before
+            return self._nodes.nodes_lost == network.nodes_lost_before
         return self._nodes.is_up(network.node)
 
     def stop(self, network: Network) -> None:
@@ -229,7 +229,7 @@ class NetworkPool:
 def is_actor_failure(error: RayError) -> bool:
     """Return whether a call failed because its actor died, was killed for lack of memory, or cannot be reached.
 
-    An unreachable actor (ActorUnavailableError) may still be alive; `NetworkPool.lost` decides.
+    An unreachable actor (ActorUnavailableError) may still be alive; `NetworkPool.handle_failure` decides.
     """
     return isinstance(error, RayActorError | OutOfMemoryError)
 

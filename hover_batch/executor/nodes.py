@@ -32,7 +32,7 @@ class ClusterNodes:
 
     def __init__(self) -> None:
         self._nodes = _live_nodes()
-        self.lost = 0
+        self.nodes_lost = 0
         """Nodes that have gone so far."""
         self._changed = False
         self._refresh_at = time.monotonic() + REFRESH_EVERY_S
@@ -84,7 +84,7 @@ class ClusterNodes:
         """Query the cluster for its live nodes now."""
         self._refresh_at = time.monotonic() + REFRESH_EVERY_S
         nodes = _live_nodes()
-        self.lost += len(self._nodes.keys() - nodes.keys())
+        self.nodes_lost += len(self._nodes.keys() - nodes.keys())
         self._changed |= nodes.keys() != self._nodes.keys()
         self._nodes = nodes
 

@@ -213,7 +213,7 @@ class RayExecutor(Executor):
             result = ray.get(reference)
         except RayError as error:
             if call.network and is_actor_failure(error):
-                self._pool.lost(call.network, error, functools.partial(self._failed, call))
+                self._pool.handle_failure(call.network, error, functools.partial(self._failed, call))
             else:
                 self._failed(call, cause_of(error), trace=str(error))
         else:
