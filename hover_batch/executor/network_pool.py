@@ -95,12 +95,12 @@ class NetworkPool:
         """Return the ready network with the fewest units in progress, or None if no network is ready."""
         return min(self.ready, key=lambda network: network.units, default=None)
 
-    def freest(self, at_once: int, spared: Network | None = None) -> Network | None:
-        """Return the least loaded ready network with fewer than `at_once` units, or None.
+    def free_network(self, max_units: int, excluded: Network | None = None) -> Network | None:
+        """Return the least loaded ready network with fewer than `max_units` units, or None.
 
-        Networks in which a unit must run alone, and the network `spared`, are excluded.
+        Networks in which a unit must run alone, and the network `excluded`, are left out.
         """
-        free = [n for n in self.ready if not n.alone and n is not spared and n.units < at_once]
+        free = [n for n in self.ready if not n.alone and n is not excluded and n.units < max_units]
         return min(free, key=lambda network: network.units, default=None)
 
     def start(self, plan: EnginePlan) -> None:

@@ -151,13 +151,13 @@ class RayExecutor(Executor):
         """The oldest slide's units first, to the least loaded network; a unit with a strike alone."""
         slides = [slide for slide in self._slides if not slide.on_hold]
         for slide in slides:
-            while slide.suspects and (network := self._pool.freest(at_once=1)):
+            while slide.suspects and (network := self._pool.free_network(max_units=1)):
                 self._infer(slide, slide.suspects.popleft(), network, alone=True)
         # Drain one network if a suspect still waits to run alone.
-        spared = self._pool.least_loaded() if any(slide.suspects for slide in slides) else None
+        drained = self._pool.least_loaded() if any(slide.suspects for slide in slides) else None
         for slide in slides:
             while slide.to_infer:
-                network = self._pool.freest(self._plan.units_at_once, spared)
+                network = self._pool.free_network(self._plan.units_at_once, drained)
                 if network is None:
                     return
                 self._infer(slide, slide.to_infer.popleft(), network)
