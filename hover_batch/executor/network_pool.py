@@ -47,7 +47,7 @@ class Network:
     alone: bool = False
     stopped: bool = False
     """By `NetworkPool.stop`, so that the units in it are not to blame."""
-    silent_until: float = 0.0
+    presumed_dead_at: float = 0.0
     """When (monotonic) a network that does not answer is taken for dead."""
 
 
@@ -73,7 +73,7 @@ class NetworkPool:
         self._networks: list[Network] = []
         self.starting: dict[Any, Network] = {}
         """Networks that are starting, by the reference to wait for; `continue_start` takes it when it is ready."""
-        self._silent: list[tuple[Network, RayError, Callable[[Exception], None]]] = []
+        self._unreachable: list[tuple[Network, RayError, Callable[[Exception], None]]] = []
         """Networks that do not answer and may be dead or not, with what to call once that is known."""
         self._failed_starts = Counter[Verdict]()
         """Since a network last loaded."""
@@ -87,9 +87,9 @@ class NetworkPool:
         return [network for network in self._networks if network.ready]
 
     @property
-    def any_silent(self) -> bool:
+    def any_unreachable(self) -> bool:
         """Whether it is unknown of a network if it is dead."""
-        return bool(self._silent)
+        return bool(self._unreachable)
 
     def least_loaded(self) -> Network | None:
         """Return the ready network with the fewest units in progress, or None if no network is ready."""
@@ -157,26 +157,26 @@ class NetworkPool:
     def handle_failure(self, network: Network, error: RayError, then: Callable[[Exception], None]) -> None:
         """Remove a network whose call ended with `error`, see `is_actor_failure`, and call `then` with the cause.
 
-        If it is not known yet whether its process, its node or only the connection is lost, `settle` calls it later.
+        If it is not known yet whether its process, its node or only the connection is lost, `report_dead` calls it later.
         """
         self._remove(network)
         if network.stopped:
             then(NetworkStopped("its network was stopped"))
         elif isinstance(error, ActorUnavailableError) and self._nodes:
-            network.silent_until = network.silent_until or time.monotonic() + NOTICED_S
-            self._silent.append((network, error, then))
+            network.presumed_dead_at = network.presumed_dead_at or time.monotonic() + NOTICED_S
+            self._unreachable.append((network, error, then))
         else:
             then(self._cause(network, error))
 
-    def settle(self) -> bool:
+    def report_dead(self) -> bool:
         """Settle the networks of which it is known by now that they are dead. Return whether there were any."""
-        silent, self._silent = self._silent, []
-        for network, error, then in silent:
-            if time.monotonic() < network.silent_until and self._node_is_up(network):
-                self._silent.append((network, error, then))
+        unreachable, self._unreachable = self._unreachable, []
+        for network, error, then in unreachable:
+            if time.monotonic() < network.presumed_dead_at and self._node_is_up(network):
+                self._unreachable.append((network, error, then))
             else:
                 then(self._cause(network, error))
-        return len(self._silent) < len(silent)
+        return len(self._unreachable) < len(unreachable)
 
     def _cause(self, network: Network, error: RayError) -> Exception:
         """Return why a network is dead: its node is lost, or else the cause of `error`."""

@@ -185,11 +185,13 @@ class RayExecutor(Executor):
 
     def _wait(self) -> None:
         """Wait a moment for calls to end, and route those that have."""
-        settled = self._pool.settle()
+        any_dead = self._pool.report_dead()
         running = [*self._running, *self._pool.starting]
         if not running:
-            waits = self._pool.any_silent or self._context.disk.full or any(slide.retry_at for slide in self._slides)
-            if not (settled or waits):
+            waits = (
+                self._pool.any_unreachable or self._context.disk.full or any(slide.retry_at for slide in self._slides)
+            )
+            if not (any_dead or waits):
                 left = len(self._slides) + len(self._waiting)
                 raise RuntimeError(f"nothing is under way, yet {left} slides are left")
             time.sleep(_POLL_S)
