@@ -17,7 +17,7 @@ from hover_batch.cohort.record import SlideRecord, Stage, Url
 from hover_batch.cohort.run_key import ModelId
 from hover_batch.config import Settings
 from hover_batch.errors import DISK_FULL, InputError
-from hover_batch.executor.backend import open_backend, settled_here
+from hover_batch.executor.backend import open_backend, resolve_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.executor.protocol import RunContext
 from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
@@ -126,7 +126,7 @@ def run_segment(
                 f"--unit {settings.infer.unit}: must be a multiple of {package.card.tile_out}, "
                 f"the side of what the model {package.card.name} keeps of a tile"
             )
-        settings = settled_here(settings)
+        settings = resolve_here(settings)
         plan = plan_cohort(read_cohort(source) if isinstance(source, str) else source, package.card)
     taxonomy, _ = package.card.taxonomy.merged(settings.post.class_map)
     if not skip_invalid:

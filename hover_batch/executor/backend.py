@@ -1,4 +1,4 @@
-"""The backend that a run's settings ask for, with its resources settled before anything is written."""
+"""The backend that a run's settings ask for, with its resources known before anything is written."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class OpenBackend:
     run: Callable[[RunContext, Sequence[PlannedSlide]], None]
 
 
-def settled_here(settings: Settings) -> Settings:
+def resolve_here(settings: Settings) -> Settings:
     """Return the settings with `auto` resolved for this machine.
 
     They are returned unchanged if they name a cluster, for which `open_backend` resolves them. InputError if a device
@@ -61,7 +61,7 @@ def settled_here(settings: Settings) -> Settings:
 
 @contextlib.contextmanager
 def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[OpenBackend]:
-    """Yield the backend for settings from `settled_here`, and close it when the block ends.
+    """Yield the backend for settings from `resolve_here`, and close it when the block ends.
 
     A cluster that the settings name is joined at once; one of our own starts with the first slide. `layout`: the run's
     output folder. `predicts`: False for a run without networks, whose `auto` stays unresolved.
@@ -72,7 +72,7 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
     if settings.engine.backend == "local":
         yield OpenBackend(settings, _run_in_process)
     elif settings.engine.address:
-        from hover_batch.executor.cluster import joined, settled
+        from hover_batch.executor.cluster import joined, resolve_on_cluster
 
         with joined(settings.engine.address, layout.ray_log):
             from hover_batch.executor.nodes import ClusterNodes
@@ -82,7 +82,7 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
             if wanted <= 0 or not predicts:
                 wanted = min(1, nodes.resources.at_most(settings).gpus)
             if predicts:
-                settings = replace(settings, infer=settled(settings.infer, on_gpu=wanted > 0))
+                settings = replace(settings, infer=resolve_on_cluster(settings.infer, on_gpu=wanted > 0))
                 nodes.refresh()
             nodes.refuse_unshared(layout.root, wait=True)
             available = nodes.resources.at_most(settings)

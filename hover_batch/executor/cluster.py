@@ -244,7 +244,7 @@ def _require_token(address: str) -> None:
         return
 
 
-def settled(settings: InferSettings, on_gpu: bool) -> InferSettings:
+def resolve_on_cluster(settings: InferSettings, on_gpu: bool) -> InferSettings:
     """Return the settings with `auto` resolved on a node of the joined cluster on which networks can run.
 
     `on_gpu`: whether the node must have a GPU. If no such node is up yet, wait for one. Errors of

@@ -45,16 +45,16 @@ class Predictor:
         self.batch = settings.batch
         self.at_once = settings.batch
         """Tiles per call of the network: `batch`, halved each time the device runs out of memory."""
-        settled = resolve(settings)
-        self.device = torch.device(settled.device)
-        self.precision = settled.precision
-        self.runtime = settled.runtime
+        resolved = resolve(settings)
+        self.device = torch.device(resolved.device)
+        self.precision = resolved.precision
+        self.runtime = resolved.runtime
         self.turn = threading.Lock()
         """Lock held while predicting one batch, so that threads share the device fairly."""
         if self.device.type == "cpu":
             torch.set_num_threads(settings.threads or torch.get_num_threads())
         self._threads: ThreadPoolExecutor | None = None
-        if self.device.type == "cpu" and settled.runtime == "torch":
+        if self.device.type == "cpu" and resolved.runtime == "torch":
             # An image per thread: the last bits of some convolutions depend on the number of threads that share one.
             self._threads = ThreadPoolExecutor(
                 torch.get_num_threads(), "predict", initializer=torch.set_num_threads, initargs=(1,)
@@ -63,10 +63,10 @@ class Predictor:
         if not isinstance(network, OpenVinoNetwork):
             from hover_batch.model.prepare import prepared
 
-            self.network = prepared(network, card, self.device, settled.runtime)
-            if settled.runtime == "openvino":
+            self.network = prepared(network, card, self.device, resolved.runtime)
+            if resolved.runtime == "openvino":
                 self.network = OpenVinoNetwork(convert(self.network, card.tile_in), self.batch, settings.threads)
-        if settled.runtime == "compile":
+        if resolved.runtime == "compile":
             from hover_batch.model.compiled import CompiledNetwork
 
             self.network = CompiledNetwork(self.network)
@@ -137,8 +137,8 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
 
     PackageError if its weights cannot be loaded, InputError if the device cannot be used.
     """
-    card, settled = package.card, resolve(settings)
-    if settled.runtime != "openvino":
+    card, resolved = package.card, resolve(settings)
+    if resolved.runtime != "openvino":
         return Predictor(load_network(package), card, settings)
 
     def load() -> nn.Module:

@@ -94,7 +94,7 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
         hover_batch.executor.ray.RayExecutor, load=LoadQuick(plan["seconds"])
     )
     # The GPUs are simulated, so torch would find none.
-    hover_batch.executor.cluster.settled = lambda settings, on_gpu: replace(  # type: ignore[assignment]
+    hover_batch.executor.cluster.resolve_on_cluster = lambda settings, on_gpu: replace(  # type: ignore[assignment]
         settings, device="cuda" if on_gpu else "cpu"
     )
     # Ray can set it in the main thread only, and here nodes are added by another one.
