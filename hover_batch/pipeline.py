@@ -116,7 +116,7 @@ def keep_if_intact(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
         marker = {}
     if marker and "shard_sha256" in marker and marker["shard_sha256"] == store.shard_sha256(unit.box):
         return True
-    if work.kept is not None:
+    if work.stored is not None:
         raise SlideError(
             f"{work.maps.predictions_zarr}: checksum mismatch in unit {unit.unit_id}; remove "
             f"{work.maps.slide_json} and repeat that run's own segment command, which predicts the unit again"

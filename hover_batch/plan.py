@@ -59,7 +59,7 @@ class PlannedSlide:
     """Inference grid; None for a slide in other storage."""
     tiles: int
     """Number of tiles that cover the canvas; 0 for a slide in other storage."""
-    kept: StoredMaps | None = None
+    stored: StoredMaps | None = None
     """Maps from which a new table is made; nothing is predicted, and the slide is not opened. None for a normal run."""
 
     @property

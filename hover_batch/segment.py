@@ -162,7 +162,7 @@ def run_segment(
             ledger.record_failure(fault.slide_id_or_path, fault.row, "", Stage.CHECK, fault.message)
         context = RunContext.of(package, settings, ledger, progress, keys)
         recorder = context.recorder
-        copies = any(isinstance(slide.record.path, Url) and slide.kept is None for slide in plan.slides)
+        copies = any(isinstance(slide.record.path, Url) and slide.stored is None for slide in plan.slides)
         if copies:
             context.copies.open()
         stopped = True

@@ -30,7 +30,7 @@ from hover_batch.version import __version__
 class SlideWork:
     """Slide that is ready to be processed.
 
-    `grid`: of its inference pixels. `mask`: the tissue to search. `units`: in the order of processing. `kept`: maps
+    `grid`: of its inference pixels. `mask`: the tissue to search. `units`: in the order of processing. `stored`: maps
     that another run stored, from which new tables are made; None if this run predicts the slide.
     """
 
@@ -44,7 +44,7 @@ class SlideWork:
     layout: SlideLayout
     key_mark: bytes
     """Content of the slide's key.json when the work began; see `refuse_if_taken_over`."""
-    kept: StoredMaps | None = None
+    stored: StoredMaps | None = None
 
     @property
     def card(self) -> Card:
@@ -54,7 +54,7 @@ class SlideWork:
     @property
     def maps(self) -> SlideLayout:
         """Paths of the store and the markers: in this run, or in the run that stored them, which is read-only."""
-        return self.layout if self.kept is None else self.kept.layout
+        return self.layout if self.stored is None else self.stored.layout
 
     @property
     def taxonomy(self) -> Taxonomy:
@@ -83,8 +83,8 @@ def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str
     For stored maps, their run key takes the place of the slide.
     """
     mask = slide.record.mask_path
-    if slide.kept is not None:
-        source = slide.kept.run_key
+    if slide.stored is not None:
+        source = slide.stored.run_key
     else:
         source = slide.info.fingerprint + ("" if mask is None else sha256_file(mask))
     return run_key(package.sha256, settings.results_key(), source, SCHEMA_VERSION)
@@ -97,7 +97,7 @@ def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideRea
     A slide in cloud storage is copied to this machine first. SlideError if it cannot be copied or opened, or its file
     was replaced after the run began.
     """
-    if slide.kept is not None:
+    if slide.stored is not None:
         yield None
         return
     with copies.staged(slide.record, slide.info.fingerprint) as record, open_slide(record) as reader:
@@ -114,8 +114,8 @@ def survey(
 
     SlideError if the slide or, for stored maps, the survey.json of their run cannot be read.
     """
-    if slide.kept is not None:
-        path = slide.kept.layout.survey_json
+    if slide.stored is not None:
+        path = slide.stored.layout.survey_json
         info, mask = read_info(path), read_tissue(path)
     else:
         assert reader is not None
@@ -124,7 +124,7 @@ def survey(
     grid = Grid.over(info.level0, info.mpp, package.card.mpp)
     units = plan_units(grid, mask, settings.infer.unit, package.card.tile_out)
     mark = layout.key_json.read_bytes()
-    return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, mark, slide.kept)
+    return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, mark, slide.stored)
 
 
 def refuse_if_taken_over(work: SlideWork) -> None:
@@ -146,7 +146,7 @@ def open_store(work: SlideWork) -> PredictionStore:
 
     SlideError if that store is missing, or does not match the settings and survey.json of its run.
     """
-    if work.kept is not None:
+    if work.stored is not None:
         store = PredictionStore.open(work.maps.predictions_zarr, read_only=True)
         planes, unit = work.card.layout.planes, work.settings.infer.unit
         if store.canvas != work.grid.size.box or store.array.shards != (planes, unit, unit):
@@ -179,6 +179,6 @@ def swept_store(work: SlideWork) -> PredictionStore:
     Another run's store is not changed. Call it only while nothing writes to the slide.
     """
     store = open_store(work)
-    if work.kept is None:
+    if work.stored is None:
         store.sweep()
     return store

@@ -85,7 +85,7 @@ class StoredRun:
                         f"--from {self.layout.root}: was predicted with {name} = {old}, not {new}; leave this option, "
                         "variable or setting out, or run segment on the slides themselves"
                     )
-        masked = [slide.record.slide_id for slide in self.plan.slides if slide.kept and slide.kept.hv_masked]
+        masked = [slide.record.slide_id for slide in self.plan.slides if slide.stored and slide.stored.hv_masked]
         if settings.post.sobel_norm == "window" and masked:
             raise InputError(
                 f"--sobel-norm window: needs h and v of the background, which {self.layout.root} did not store "
@@ -134,5 +134,5 @@ def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple
     card, info = Card.from_json(attributes["model"]), read_info(slide.survey_json)
     grid = Grid.over(info.level0, info.mpp, card.mpp)
     tiles = sum(1 for _ in grid.size.box.cells(card.tile_out))
-    kept = StoredMaps(slide, done["run_key"], bool(attributes.get(HV_MASKED)))
-    return PlannedSlide(record, info, grid, tiles, kept), card
+    maps = StoredMaps(slide, done["run_key"], bool(attributes.get(HV_MASKED)))
+    return PlannedSlide(record, info, grid, tiles, maps), card
