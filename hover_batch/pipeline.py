@@ -101,7 +101,7 @@ class UnitsMissing(Exception):
         self.unit_cells = unit_cells
 
 
-def keep_if_intact(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
+def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
     """Keep the unit's maps if they are intact, and return True: its marker exists and has the hash of the shard.
 
     On a checksum mismatch, remove the shard, its marker, and the parts of the regions that may have read it, so that

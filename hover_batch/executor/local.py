@@ -10,7 +10,7 @@ from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.interrupts import on_interrupt, raise_interrupt
 from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.model.predict import Predictor, load_predictor
-from hover_batch.pipeline import Seconds, finalize, infer, keep_if_intact, post, posted, reading
+from hover_batch.pipeline import Seconds, finalize, infer, verify_unit, post, posted, reading
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide_work import opened, survey, swept_store
 
@@ -80,7 +80,7 @@ class LocalExecutor(Executor):
             with seconds.of(self._stage):
                 work = survey(reader, slide, context.package, context.settings, layout)
             store = swept_store(work)
-            predicted = [unit for unit in work.units if keep_if_intact(unit, work, store)]
+            predicted = [unit for unit in work.units if verify_unit(unit, work, store)]
             done = [unit for unit in work.units if posted(unit, work)]
             recorder.surveyed(slide_id, work.units, predicted, len(done))
 

@@ -29,7 +29,7 @@ from hover_batch.executor.resources import BLOCKS_AHEAD
 from hover_batch.executor.slide_state import Surveyed
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.package import Package
-from hover_batch.pipeline import ReadBlocks, Seconds, finalize, infer, keep_if_intact, post, posted
+from hover_batch.pipeline import ReadBlocks, Seconds, finalize, infer, verify_unit, post, posted
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.reader import SlideReader, open_slide
 from hover_batch.slide.staging import Copies
@@ -93,7 +93,7 @@ def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layo
     numbered = list(enumerate(work.units))
     return Surveyed(
         work,
-        tuple(i for i, unit in numbered if keep_if_intact(unit, work, store)),
+        tuple(i for i, unit in numbered if verify_unit(unit, work, store)),
         tuple(i for i, unit in numbered if posted(unit, work)),
         seconds,
     )
