@@ -77,7 +77,7 @@ class LocalExecutor(Executor):
         seconds = Seconds()
         with opened(slide, context.copies) as reader:
             self._stage = Stage.SURVEY
-            with seconds.of(self._stage):
+            with seconds.measure(self._stage):
                 work = survey(reader, slide, context.package, context.settings, layout)
             store = swept_store(work)
             predicted = [unit for unit in work.units if verify_unit(unit, work, store)]

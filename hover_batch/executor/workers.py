@@ -87,7 +87,7 @@ def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layo
     """
     limit_threads()
     seconds = Seconds()
-    with seconds.of(Stage.SURVEY), opened(slide, _copies(layout, settings)) as reader:
+    with seconds.measure(Stage.SURVEY), opened(slide, _copies(layout, settings)) as reader:
         work = survey(reader, slide, package, settings, layout)
     store = swept_store(work)
     numbered = list(enumerate(work.units))
@@ -113,7 +113,7 @@ def read_blocks(
     try:
         with copies.staged(record, fingerprint) as here:
             reader = _reader(here, fingerprint)
-            with seconds.of(Stage.READ):
+            with seconds.measure(Stage.READ):
                 return [reader.read(box, grid) for box in boxes], seconds
     except BaseException:
         _close_reader()  # after an error OpenSlide fails every further read
