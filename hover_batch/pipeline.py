@@ -130,7 +130,7 @@ def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
     return False
 
 
-def posted(unit: Unit, work: SlideWork) -> bool:
+def is_posted(unit: Unit, work: SlideWork) -> bool:
     """Return whether the unit's part of the table exists."""
     return work.layout.part(unit.column, unit.row).exists()
 

@@ -10,7 +10,7 @@ from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.interrupts import on_interrupt, raise_interrupt
 from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.model.predict import Predictor, load_predictor
-from hover_batch.pipeline import Seconds, finalize, infer, verify_unit, post, posted, reading
+from hover_batch.pipeline import Seconds, finalize, infer, is_posted, post, reading, verify_unit
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide_work import opened, survey, swept_store
 
@@ -81,7 +81,7 @@ class LocalExecutor(Executor):
                 work = survey(reader, slide, context.package, context.settings, layout)
             store = swept_store(work)
             predicted = [unit for unit in work.units if verify_unit(unit, work, store)]
-            done = [unit for unit in work.units if posted(unit, work)]
+            done = [unit for unit in work.units if is_posted(unit, work)]
             recorder.surveyed(slide_id, work.units, predicted, len(done))
 
             self._stage = Stage.INFER

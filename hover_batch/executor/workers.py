@@ -29,7 +29,7 @@ from hover_batch.executor.resources import BLOCKS_AHEAD
 from hover_batch.executor.slide_state import Surveyed
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.package import Package
-from hover_batch.pipeline import ReadBlocks, Seconds, finalize, infer, verify_unit, post, posted
+from hover_batch.pipeline import ReadBlocks, Seconds, finalize, infer, is_posted, post, verify_unit
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.reader import SlideReader, open_slide
 from hover_batch.slide.staging import Copies
@@ -94,7 +94,7 @@ def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layo
     return Surveyed(
         work,
         tuple(i for i, unit in numbered if verify_unit(unit, work, store)),
-        tuple(i for i, unit in numbered if posted(unit, work)),
+        tuple(i for i, unit in numbered if is_posted(unit, work)),
         seconds,
     )
 
