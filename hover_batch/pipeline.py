@@ -214,7 +214,7 @@ def _hull(tiles: list[Box]) -> Box:
     return Box(min(t.x0 for t in tiles), min(t.y0 for t in tiles), max(t.x1 for t in tiles), max(t.y1 for t in tiles))
 
 
-def reading(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
+def block_reader(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
     """Return a function that reads blocks of a slide with an open reader, in this process."""
 
     def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:

@@ -10,7 +10,7 @@ from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.interrupts import on_interrupt, raise_interrupt
 from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.model.predict import Predictor, load_predictor
-from hover_batch.pipeline import Seconds, finalize, infer, is_posted, post, reading, verify_unit
+from hover_batch.pipeline import Seconds, block_reader, finalize, infer, is_posted, post, verify_unit
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide_work import opened, survey, swept_store
 
@@ -87,7 +87,7 @@ class LocalExecutor(Executor):
             self._stage = Stage.INFER
             for unit in work.units:
                 if unit not in predicted:
-                    spent = infer(unit, work, reading(reader, work), self.predictor, store, self._advance)
+                    spent = infer(unit, work, block_reader(reader, work), self.predictor, store, self._advance)
                     seconds.add(spent)
                     recorder.unit_done(slide_id, unit, spent)
 
