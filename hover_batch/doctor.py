@@ -166,10 +166,13 @@ def _ray() -> Finding:
 def _ray_starts() -> Finding:
     """Start Ray before anything else imports it, since it reads its token on import."""
     from hover_batch.executor.cluster import ray_version
-    from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
+    from hover_batch.executor.map_tasks import TaskFailed, map_tasks, task_resources
 
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, machines(EngineSettings(cpus=1, gpus=0), Path(folder, "ray.log")):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        task_resources(EngineSettings(cpus=1, gpus=0), Path(folder, "ray.log")),
+    ):
         ((_, result),) = map_tasks(_cores, [None], backend="ray")
     if isinstance(result, TaskFailed):
         raise result.error

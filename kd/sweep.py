@@ -19,7 +19,7 @@ from typing import Any
 
 from hover_batch.config import EngineSettings
 from hover_batch.errors import HoverBatchError, InputError
-from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
+from hover_batch.executor.map_tasks import TaskFailed, map_tasks, task_resources
 from hover_batch.files import to_json, write_atomically
 from kd.evaluation.evaluate_package import evaluate_package
 from kd.package import make_package, package_path
@@ -165,7 +165,7 @@ def sweep(
     say(f"{len(runs)} runs, {len(runs) - len(left)} of them done before")
     reasons: dict[str, str] = {}
     if left:
-        with machines(engine, out / "ray.log") as found:
+        with task_resources(engine, out / "ray.log") as found:
             cpus = min(left[0].config.threads, found.cpus)
             gpus = gpus_per_run if found.gpus else 0
             at_once = max(1, min(found.cpus // cpus, int(found.gpus / gpus) if gpus else found.cpus))

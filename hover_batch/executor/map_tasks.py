@@ -30,7 +30,7 @@ class TaskFailed:
 
 
 @contextlib.contextmanager
-def machines(engine: EngineSettings, log: Path) -> Iterator[Resources]:
+def task_resources(engine: EngineSettings, log: Path) -> Iterator[Resources]:
     """Yield the resources for `map_tasks`: those of this machine or, with Ray, of a cluster that is started or joined.
 
     The cluster is stopped or left when the block ends. `log`: file for Ray's output. InputError if the settings request
@@ -66,7 +66,7 @@ def map_tasks(
 ) -> Iterator[tuple[Item, Result | TaskFailed]]:
     """Yield each item with the function's result, or with TaskFailed, which does not stop the other items.
 
-    With `local`, the items run in this process, in order; otherwise they run on the cluster that `machines` started
+    With `local`, the items run in this process, in order; otherwise they run on the cluster that `task_resources` started
     or joined, and are yielded in the order in which they end.
 
     Each task reserves `cpus` and `gpus`; with fractions, several tasks share one GPU. `at_once`: number of tasks in

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from hover_batch.config import EngineSettings, InferSettings
 from hover_batch.errors import InputError, PackageError
-from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
+from hover_batch.executor.map_tasks import TaskFailed, map_tasks, task_resources
 from hover_batch.model.package import Card, find_package
 from hover_batch.progress import ProgressCounter
 from kd.data.datasets import Sample, folds_of, read_data, taxonomy_of
@@ -102,7 +102,7 @@ def teach(
             "give a teacher with the data's classes, or other --classes to `hover-batch kd prepare`"
         )
     kept = TeacherCache.create(cache, package, tta)
-    with machines(engine, cache / "ray.log") as found:
+    with task_resources(engine, cache / "ray.log") as found:
         on_gpu, ray = found.gpus > 0, engine.backend == "ray"
         threads = 0 if on_gpu else min(THREADS, found.cpus) if ray else engine.cpus
         device = ("cuda" if on_gpu else "cpu") if ray else "cpu" if engine.gpus == 0 else "auto"
