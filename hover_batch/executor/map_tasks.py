@@ -62,7 +62,7 @@ def map_tasks(
     cpus: float = 1,
     gpus: float = 0,
     at_once: int = 1,
-    stay: bool = False,
+    reuse_workers: bool = False,
 ) -> Iterator[tuple[Item, Result | TaskFailed]]:
     """Yield each item with the function's result, or with TaskFailed, which does not stop the other items.
 
@@ -70,14 +70,14 @@ def map_tasks(
     or joined, and are yielded in the order in which they end.
 
     Each task reserves `cpus` and `gpus`; with fractions, several tasks share one GPU. `at_once`: number of tasks in
-    progress, so that `items` may be endless. `stay`: whether a process with a GPU takes further tasks, with what it has
+    progress, so that `items` may be endless. `reuse_workers`: whether a process with a GPU takes further tasks, with what it has
     loaded, instead of ending after one to free the memory.
     """
     if backend == "local":
         yield from _here(function, items)
     else:
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
-        yield from _on_ray(function, items, options | ({"max_calls": 0} if stay else {}), at_once)
+        yield from _on_ray(function, items, options | ({"max_calls": 0} if reuse_workers else {}), at_once)
 
 
 def _here(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | TaskFailed]]:

@@ -124,7 +124,7 @@ def teach(
             cpus=max(1, threads),
             gpus=int(on_gpu),
             at_once=found.gpus or max(1, found.cpus // max(1, threads)),
-            stay=True,
+            reuse_workers=True,
         )
         printed_at = time.monotonic()
         for lesson, result in results:
