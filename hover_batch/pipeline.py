@@ -304,10 +304,10 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     if unseen := [c for c in cells if not (layout.part(*c).exists() and work.maps.marker(*c).exists())]:
         raise UnitsMissing(tuple(unseen))
     with seconds.measure("finalize"):
-        keep = work.mask.contains if work.mask.given else None
+        select = work.mask.contains if work.mask.given else None
         parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]
         refuse_if_taken_over(work)
-        merged = merge_parts(parts, layout.nuclei_parquet, work.context, keep)
+        merged = merge_parts(parts, layout.nuclei_parquet, work.context, select)
         work.mask.write_geojson(layout.tissue_geojson, work.info.bounds)
         picture = _draw(work, reader) if reader is not None else _copy_picture(work)
         quality = {**_measure_nuclei(work), **picture}

@@ -45,7 +45,7 @@ def test_both_backends_teach_the_same(
 ) -> None:
     # The tests' cluster is up; the machines of a run would start one more.
     there = Resources((Node(2, 0, 1 << 33),))
-    monkeypatch.setattr(kd.teaching.teach, "machines", lambda engine, log: contextlib.nullcontext(there))
+    monkeypatch.setattr(kd.teaching.teach, "task_resources", lambda engine, log: contextlib.nullcontext(there))
     monkeypatch.setattr(kd.teaching.teach, "TILES_A_TASK", 1)
     kept = {}
     for backend in ("local", "ray"):
