@@ -182,18 +182,18 @@ def steps(maps: Maps, layout: MapLayout) -> dict[str, Callable[[], Any]]:
     """Return the steps of our post-processing in window mode, each with the results of the previous steps."""
     np_map, h, v = maps[layout.NP], maps[layout.H], maps[layout.V]
     components = Components.of(np_map)
-    labels, bounds, kept = components.labels, components.bounds, components.kept
+    labels, bounds, large = components.labels, components.bounds, components.large
     constants = SobelConstants.of_window(h, v)
-    energy = energy_of(h, v, kept, labels, *constants.scaling)
-    markers, owners = markers_of(labels, bounds, kept, energy)
+    energy = energy_of(h, v, large, labels, *constants.scaling)
+    markers, owners = markers_of(labels, bounds, large, energy)
     instances = flooded(components, energy, markers, owners)
     n = int(instances.max())
     anchor, box, _, area, _ = measuring._places(instances, maps[layout.tp], n)
     return {
         "components": lambda: Components.of(np_map),
         "extremes of the Sobel maps": lambda: SobelConstants.of_window(h, v),
-        "energy": lambda: energy_of(h, v, kept, labels, *constants.scaling),
-        "markers": lambda: markers_of(labels, bounds, kept, energy),
+        "energy": lambda: energy_of(h, v, large, labels, *constants.scaling),
+        "markers": lambda: markers_of(labels, bounds, large, energy),
         "filling and flooding": lambda: flooded(components, energy, markers, owners),
         "area, centroid, box, type": lambda: measuring._places(instances, maps[layout.tp], n),
         "contours": lambda: outlines(instances, box, anchor[:, 0], area, (0, 0)),

@@ -58,16 +58,16 @@ def energy_of(
 def mask_hv(maps: NDArray[np.uint8]) -> None:
     """Zero h and v, in place, where no energy of the foreground depends on them: beyond the reach of its Sobel filters.
 
-    `maps` (plane, y, x): a unit (see MapLayout). A band along its edges, as wide as the reach, is kept for the
+    `maps` (plane, y, x): a unit (see MapLayout). A band along its edges, as wide as the reach, keeps its values for the
     foreground of its neighbours. Do not use it where Sobel maps are scaled by the extremes of windows, which take in
     the background.
     """
     foreground = (maps[MapLayout.NP] >= MapLayout.NP_NUCLEUS).view(np.uint8)
-    kept = cv2.dilate(foreground, np.ones((SOBEL_SIZE, SOBEL_SIZE), np.uint8))
-    for edge in (kept[:SOBEL_RADIUS], kept[-SOBEL_RADIUS:], kept[:, :SOBEL_RADIUS], kept[:, -SOBEL_RADIUS:]):
+    near = cv2.dilate(foreground, np.ones((SOBEL_SIZE, SOBEL_SIZE), np.uint8))
+    for edge in (near[:SOBEL_RADIUS], near[-SOBEL_RADIUS:], near[:, :SOBEL_RADIUS], near[:, -SOBEL_RADIUS:]):
         edge[:] = 1
-    maps[MapLayout.H] *= kept
-    maps[MapLayout.V] *= kept
+    maps[MapLayout.H] *= near
+    maps[MapLayout.V] *= near
 
 
 def _signed(plane: NDArray[np.uint8]) -> NDArray[np.int8]:

@@ -32,7 +32,7 @@ def outlines(
     """Return the outline of each instance 1 … n: a closed, valid ring (k, 2) float64 of x, y.
 
     `instances` (y, x). `bounds` (n, 4): x0, y0, x1, y1, half-open. `anchor_x` (n,): column of the first pixel in raster
-    order. `area` (n,): number of pixels. `origin`: (x, y), added to all points. Of several parts, the largest is kept;
+    order. `area` (n,): number of pixels. `origin`: (x, y), added to all points. Of several parts, the largest is used;
     parts one pixel wide have no area and are dropped. An instance without any area becomes the bounding rectangle of
     its pixels, edges included.
     """

@@ -108,11 +108,11 @@ class Components:
         return cls(np.asarray(labels, np.int32), *_extents(labels, count))
 
     @property
-    def kept(self) -> NDArray[np.bool_]:
+    def large(self) -> NDArray[np.bool_]:
         """Whether each component has at least MIN_PIXELS pixels; False for the background: (n,) bool."""
-        kept = self.pixels >= MIN_PIXELS
-        kept[0] = False
-        return kept
+        large = self.pixels >= MIN_PIXELS
+        large[0] = False
+        return large
 
     def box(self, component: int) -> Box:
         """Return the bounding box of a component in pixels of the window."""
@@ -131,20 +131,20 @@ def instance_map(
     """
     if constants is None:
         components = Components.of(np_map)
-        return split(np_map, h, v, components, components.kept, SobelConstants.of_window(h, v))
+        return split(np_map, h, v, components, components.large, SobelConstants.of_window(h, v))
     frame = Box(0, 0, np_map.shape[1], np_map.shape[0])
     around = frame.expand(REACH)
     np_map, h, v = (np.pad(plane, REACH) for plane in (np_map, h, v))
     components = Components.of(np_map)
     rows, columns = frame.slices_in(around)
-    return np.ascontiguousarray(split(np_map, h, v, components, components.kept, constants)[rows, columns])
+    return np.ascontiguousarray(split(np_map, h, v, components, components.large, constants)[rows, columns])
 
 
 def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.int32]:
     """Remove instances of fewer than `min_pixels` pixels; renumber the others 1 … n in order: (y, x) int32."""
-    kept = np.bincount(instances.ravel()) >= min_pixels
-    kept[0] = False
-    return np.where(kept, np.cumsum(kept), 0).astype(np.int32)[instances]
+    large = np.bincount(instances.ravel()) >= min_pixels
+    large[0] = False
+    return np.where(large, np.cumsum(large), 0).astype(np.int32)[instances]
 
 
 def split(
@@ -161,10 +161,10 @@ def split(
     fills its component); a component without markers is dropped. Instances are numbered by component, then by the first
     pixel of their marker. The result is exact for components at least REACH pixels from the window's edge.
     """
-    labels, bounds, kept = components.labels, components.bounds, components.kept
+    labels, bounds, large = components.labels, components.bounds, components.large
     # All components that are large enough enter the energy: the blur reads diagonal neighbours.
-    energy = energy_of(h, v, kept, labels, *constants.scaling)
-    markers, owners = markers_of(labels, bounds, chosen & kept, energy)
+    energy = energy_of(h, v, large, labels, *constants.scaling)
+    markers, owners = markers_of(labels, bounds, chosen & large, energy)
     return flooded(components, energy, markers, owners)
 
 

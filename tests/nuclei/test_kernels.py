@@ -108,10 +108,10 @@ def test_all_components_together_equal_each_alone(seed: int) -> None:
     np_map, h, v = maps[LAYOUT.NP], maps[LAYOUT.H], maps[LAYOUT.V]
     constants = SobelConstants(-1.8e10, 1.3e10, -1.7e10, 1.3e10)
     components = Components.of(np_map)
-    together = split(np_map, h, v, components, components.kept, constants)
+    together = split(np_map, h, v, components, components.large, constants)
     last = 0
-    for component in np.flatnonzero(components.kept):
-        chosen = np.arange(len(components.kept)) == component
+    for component in np.flatnonzero(components.large):
+        chosen = np.arange(len(components.large)) == component
         alone = split(np_map, h, v, components, chosen, constants)
         np.testing.assert_array_equal(
             np.where(alone > 0, alone + last, 0), np.where(components.labels == component, together, 0)
