@@ -86,9 +86,9 @@ def _only(instances: NDArray[np.integer], chosen: NDArray[np.bool_]) -> NDArray[
     ids = np.unique(instances[instances > 0])
     if len(ids) != len(chosen):
         raise ValueError(f"types of {len(chosen)} instances, but the map holds {len(ids)}")
-    kept = np.zeros(int(instances.max(initial=0)) + 1, bool)
-    kept[ids[chosen]] = True
-    return np.where(kept[instances], instances, 0)
+    chosen_ids = np.zeros(int(instances.max(initial=0)) + 1, bool)
+    chosen_ids[ids[chosen]] = True
+    return np.where(chosen_ids[instances], instances, 0)
 
 
 def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
@@ -226,8 +226,8 @@ def _assign(i: NDArray[np.intp], j: NDArray[np.intp], distance: NDArray[np.float
     cost = np.full((len(rows), len(columns)), apart, np.float64)
     cost[row, column] = distance
     a, b = linear_sum_assignment(cost)
-    kept = cost[a, b] < apart
-    return np.stack([rows[a[kept]], columns[b[kept]]], axis=1)
+    within = cost[a, b] < apart
+    return np.stack([rows[a[within]], columns[b[within]]], axis=1)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def compare(
 class Costs:
     """Time that one network spent on all fields, and the amount of work."""
 
-    keep: int
+    tile_side: int
     """Side in pixels of a tile's output without its margins."""
     pixels: int = 0
     """Number of inference pixels."""
@@ -118,7 +118,7 @@ class Costs:
         """Add the size of one field, and the times of the network on it."""
         self.pixels += field.pixels
         self.mm2 += field.pixels * (field.mpp / 1000) ** 2
-        self.tiles += -(-field.box.height // self.keep) * -(-field.box.width // self.keep)
+        self.tiles += -(-field.box.height // self.tile_side) * -(-field.box.width // self.tile_side)
         self.read_s += field.read_s
         self.infer_s += result.infer_s
         self.post_s += result.post_s

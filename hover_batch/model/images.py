@@ -47,10 +47,10 @@ def image_logits(predictor: Predictor, images: Sequence[NDArray[np.uint8]]) -> l
 
 
 def _by_tiles(of_tiles: OfTiles, images: Sequence[NDArray[np.uint8]], card: Card, batch: int) -> list[NDArray[Any]]:
-    keep = card.tile_out
+    side = card.tile_out
     padded = [_padded(image, card) for image in images]
-    grids = [(-(-image.shape[0] // keep), -(-image.shape[1] // keep)) for image in images]
-    places = [(i, r * keep, c * keep) for i, (rows, cols) in enumerate(grids) for r in range(rows) for c in range(cols)]
+    grids = [(-(-image.shape[0] // side), -(-image.shape[1] // side)) for image in images]
+    places = [(i, r * side, c * side) for i, (rows, cols) in enumerate(grids) for r in range(rows) for c in range(cols)]
     whole: list[NDArray[Any]] = []
     for first in range(0, len(places), batch):
         some = places[first : first + batch]
@@ -58,8 +58,8 @@ def _by_tiles(of_tiles: OfTiles, images: Sequence[NDArray[np.uint8]], card: Card
         for (i, y, x), planes in zip(some, of_tiles(tiles), strict=True):
             if i == len(whole):
                 rows, cols = grids[i]
-                whole.append(np.empty((len(planes), rows * keep, cols * keep), planes.dtype))
-            whole[i][:, y : y + keep, x : x + keep] = planes
+                whole.append(np.empty((len(planes), rows * side, cols * side), planes.dtype))
+            whole[i][:, y : y + side, x : x + side] = planes
     return [planes[:, : image.shape[0], : image.shape[1]] for planes, image in zip(whole, images, strict=True)]
 
 

@@ -47,7 +47,7 @@ def markers_of(
     del filled
     count, markers = cv2.connectedComponents(opened, connectivity=4, ltype=cv2.CV_32S)
     del opened
-    components = _settle(labels, regions, owners, markers, count)
+    components = _assigned(labels, regions, owners, markers, count)
     more: list[int] = []
     for component in np.flatnonzero(entangled).tolist():
         x0, y0, x1, y1 = bounds[component].tolist()
@@ -127,7 +127,7 @@ def _filled(
 
 
 @njit(cache=True, nogil=True)
-def _settle(
+def _assigned(
     labels: NDArray[np.int32],
     regions: NDArray[np.int32],
     owners: NDArray[np.int32],
