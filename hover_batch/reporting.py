@@ -111,7 +111,7 @@ def _rows(status: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRo
         if failure := failures.pop(record.row, None):
             row = replace(row, state="failed", note=_reason(failure.stage, failure.reason))
         elif begun := open_slides.get(record.slide_id):
-            row = replace(row, state="begun" if status.going_on is False else "under way", note=begun.line())
+            row = replace(row, state="begun" if status.is_running is False else "under way", note=begun.line())
         elif nuclei_if_done(slide) is not None and "summary" in (held := read_json(slide.slide_json) or {}):
             row = replace(
                 row,

@@ -66,10 +66,10 @@ class RunStatus:
     """Name of the model."""
     created: datetime | None
     """Time of the first start; None if unknown."""
-    going_on: bool | None
+    is_running: bool | None
     """Whether a process is running it; None if unknown."""
     unknown: str
-    """Reason why `going_on` is None; else empty."""
+    """Reason why `is_running` is None; else empty."""
     holder: str
     """Process that is running it; empty if there is none."""
     log: RunLog
@@ -99,7 +99,7 @@ class RunStatus:
     def seconds_left(self) -> tuple[float, str] | None:
         """Return the estimated seconds left, and the basis of the estimate in words; None if it cannot be estimated."""
         log = self.log
-        if self.going_on is False or log.finished or log.disk_full:
+        if self.is_running is False or log.finished or log.disk_full:
             return None
         left = self.pending + len(self.open)
         if self.pending and log.slides_done and log.started and log.last_slide:
@@ -118,7 +118,7 @@ class RunStatus:
         """Return the progress as lines of text for stdout."""
         made = f", begun {_clock(self.created)}" if self.created else ""
         lines = [f"{self.layout.root}: model {self.model}{made}", f"running: {self._running()}"]
-        if (full := self.log.disk_full) and self.going_on is not False:
+        if (full := self.log.disk_full) and self.is_running is not False:
             lines.append(
                 f"paused: the disk has been full since {_clock(full)}; free some space, and the run continues by itself"
             )
@@ -132,7 +132,7 @@ class RunStatus:
         if self.slides is None:
             lines.append("slides: not known, since slides.csv is not written yet")
         else:
-            word = "begun" if self.going_on is False else "under way"
+            word = "begun" if self.is_running is False else "under way"
             left_out = f"; {counted(self.left_out, 'row')} of the cohort left out" if self.left_out else ""
             lines.append(
                 f"slides: {self.done:,} done, {self.failed:,} failed, {len(self.open):,} {word}, "
@@ -176,9 +176,9 @@ class RunStatus:
         if log.last:
             ago = max(0.0, (datetime.now(UTC) - log.last).total_seconds())
             times += f", last event {_clock(log.last)} ({duration(ago)} ago)"
-        if self.going_on:
+        if self.is_running:
             return f"yes, {self.holder or 'by an unknown process'}{times}"
-        if self.going_on is None:
+        if self.is_running is None:
             how = "was stopped before its end" if log.stopped else "ended"
             ended = f"; the last start {how}" if log.finished else ""
             return f"not known, {self.unknown}{ended}{times}"
@@ -195,7 +195,7 @@ class RunStatus:
             "folder": str(self.layout.root),
             "model": self.model,
             "created": _iso(self.created),
-            "going_on": self.going_on,
+            "going_on": self.is_running,
             "holder": self.holder or None,
             "started": _iso(log.started),
             "last_event": _iso(log.last),
@@ -282,7 +282,7 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
         layout=layout,
         model=str(run.get("model_id", "not known")),
         created=to_utc(run.get("created")),
-        going_on=locked,
+        is_running=locked,
         unknown=unknown,
         holder=holder if locked else "",
         log=log,

@@ -21,7 +21,7 @@ from typing import Any
 from hover_batch.errors import InputError
 
 Rgb = tuple[int, int, int]
-TAKEN = ("background", "nuclei")
+RESERVED_NAMES = ("background", "nuclei")
 """Reserved names: background is class 0, and a summary's nuclei_per_mm2 counts all classes together."""
 MAX_CLASSES = 256
 """Maximum number of classes in a taxonomy, background included, since an id is one byte in the tables."""
@@ -123,10 +123,10 @@ class Taxonomy:
 
 def _members_and_color(name: str, value: Any) -> tuple[list[str], Rgb | None]:
     """Return the classes and the colour in one entry of a class map."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in TAKEN:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in RESERVED_NAMES:
         raise InputError(
             f"class map: {name!r} cannot name a class; use letters, digits, `.`, `_`, `-`, and neither of "
-            f"{_list(TAKEN)}"
+            f"{_list(RESERVED_NAMES)}"
         )
     table = value if isinstance(value, Mapping) else {"classes": value}
     members, color = table.get("classes"), table.get("color")
