@@ -168,7 +168,7 @@ def run_segment(
         stopped = True
         try:
             for record, reason in plan.unreadable:
-                recorder.refuse(record, reason)
+                recorder.fail_unreadable(record, reason)
             todo = [slide for slide in plan.slides if not recorder.skip_done(slide)]
             backend.run(context, [slide for slide in todo if not recorder.skip_quarantined(slide, retry=retry_failed)])
             flags = _flag(ledger, records, fail_on)

@@ -42,7 +42,7 @@ class SlideWork:
     package: Package
     settings: Settings
     layout: SlideLayout
-    key_mark: bytes
+    key_content: bytes
     """Content of the slide's key.json when the work began; see `refuse_if_taken_over`."""
     stored: StoredMaps | None = None
 
@@ -123,8 +123,8 @@ def survey(
     write_survey(layout.survey_json, info, mask)
     grid = Grid.over(info.level0, info.mpp, package.card.mpp)
     units = plan_units(grid, mask, settings.infer.unit, package.card.tile_out)
-    mark = layout.key_json.read_bytes()
-    return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, mark, slide.stored)
+    key_content = layout.key_json.read_bytes()
+    return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, key_content, slide.stored)
 
 
 def refuse_if_taken_over(work: SlideWork) -> None:
@@ -134,7 +134,7 @@ def refuse_if_taken_over(work: SlideWork) -> None:
     of the other run.
     """
     try:
-        unchanged = work.layout.key_json.read_bytes() == work.key_mark
+        unchanged = work.layout.key_json.read_bytes() == work.key_content
     except FileNotFoundError:
         unchanged = False
     if not unchanged:
@@ -173,7 +173,7 @@ def open_store(work: SlideWork) -> PredictionStore:
     )
 
 
-def swept_store(work: SlideWork) -> PredictionStore:
+def open_swept_store(work: SlideWork) -> PredictionStore:
     """Open the store as `open_store` does, and remove leftovers of killed writes from it.
 
     Another run's store is not changed. Call it only while nothing writes to the slide.

@@ -99,7 +99,9 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
             if not slides:
                 return
             # A slide that was begun before may have crashed its process: only Ray survives that and quarantines it.
-            if runs_in_process(settings.engine, slides) and not any(context.recorder.begun(slide) for slide in slides):
+            if runs_in_process(settings.engine, slides) and not any(
+                context.recorder.was_begun(slide) for slide in slides
+            ):
                 context.recorder.progress.say(in_process_line(slides))
                 return _run_in_process(context, slides)
             from hover_batch.executor.cluster import started

@@ -12,7 +12,7 @@ from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.model.predict import Predictor, load_predictor
 from hover_batch.pipeline import Seconds, block_reader, finalize, infer, is_posted, post, verify_unit
 from hover_batch.plan import PlannedSlide
-from hover_batch.slide_work import opened, survey, swept_store
+from hover_batch.slide_work import open_swept_store, opened, survey
 
 
 class LocalExecutor(Executor):
@@ -79,7 +79,7 @@ class LocalExecutor(Executor):
             self._stage = Stage.SURVEY
             with seconds.measure(self._stage):
                 work = survey(reader, slide, context.package, context.settings, layout)
-            store = swept_store(work)
+            store = open_swept_store(work)
             predicted = [unit for unit in work.units if verify_unit(unit, work, store)]
             done = [unit for unit in work.units if is_posted(unit, work)]
             recorder.surveyed(slide_id, work.units, predicted, len(done))

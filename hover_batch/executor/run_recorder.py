@@ -44,7 +44,7 @@ class RunRecorder:
         """Append an event to the run's event log."""
         self._ledger.events.append(event, **values)
 
-    def refuse(self, record: SlideRecord, reason: str) -> None:
+    def fail_unreadable(self, record: SlideRecord, reason: str) -> None:
         """Record a slide as failed because its header could not be read. TooManyFailures as in `fail`."""
         self._failed(record, Stage.OPEN, reason)
 
@@ -73,7 +73,7 @@ class RunRecorder:
         self._failed(record, stage, f"{reason} (quarantined by an earlier start; --retry-failed tries it again)")
         return True
 
-    def begun(self, slide: PlannedSlide) -> bool:
+    def was_begun(self, slide: PlannedSlide) -> bool:
         """Return whether an earlier start has begun the slide."""
         return self._ledger.layout.slide(slide.record.slide_id).folder.exists()
 

@@ -33,7 +33,7 @@ from hover_batch.pipeline import ReadBlocks, Seconds, finalize, infer, is_posted
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.reader import SlideReader, open_slide
 from hover_batch.slide.staging import Copies
-from hover_batch.slide_work import SlideWork, open_store, opened, survey, swept_store
+from hover_batch.slide_work import SlideWork, open_store, open_swept_store, opened, survey
 
 if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
     from hover_batch.model.predict import Predictor
@@ -89,7 +89,7 @@ def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layo
     seconds = Seconds()
     with seconds.measure(Stage.SURVEY), opened(slide, _copies(layout, settings)) as reader:
         work = survey(reader, slide, package, settings, layout)
-    store = swept_store(work)
+    store = open_swept_store(work)
     numbered = list(enumerate(work.units))
     return Surveyed(
         work,
