@@ -74,7 +74,7 @@ class ClusterNodes:
         except InputError:
             recorder.progress.warn("No machine of the cluster is left to work on: waiting for one")
             return None
-        plan = engine_plan(available, settings, context.package.card, predicts=plan.actors > 0, begun=plan)
+        plan = engine_plan(available, settings, context.package.card, predicts=plan.actors > 0, previous=plan)
         recorder.event("machines_changed", machines=len(available.nodes), networks=plan.actors)
         for line in ("the machines of the cluster changed:", *plan.lines()):
             recorder.progress.say(line)

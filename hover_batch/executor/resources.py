@@ -159,11 +159,11 @@ class EnginePlan:
 
 
 def engine_plan(
-    resources: Resources, settings: Settings, card: Card, *, predicts: bool = True, begun: EnginePlan | None = None
+    resources: Resources, settings: Settings, card: Card, *, predicts: bool = True, previous: EnginePlan | None = None
 ) -> EnginePlan:
     """Share `resources` among networks, readers and post-processing. Return the plan.
 
-    `predicts`: False for a run without networks, which makes new tables from stored predictions. `begun`: the plan of a
+    `predicts`: False for a run without networks, which makes new tables from stored predictions. `previous`: the plan of a
     run in progress whose nodes have changed; its networks stay as they are, and only their number changes. Its
     halvings apply to the new plan, too.
 
@@ -177,15 +177,15 @@ def engine_plan(
     side = settings.infer.unit
     unit = card.layout.planes * side**2 + BLOCKS_AHEAD * _BLOCK_BYTES
     region = (card.layout.planes + _POST_BYTES_PER_PIXEL) * (side + 2 * settings.post.halo) ** 2
-    on_gpus = begun.actor_gpus > 0 if begun else resources.gpus > 0
+    on_gpus = previous.actor_gpus > 0 if previous else resources.gpus > 0
     smallest = min(node.cpus for node in resources.nodes)
     threads = settings.infer.threads or max(1, min(CPU_THREADS, smallest))
     # All networks reserve the same number: at most what the smallest node can spare.
     actor_cpus = 0 if on_gpus or not predicts else min(threads, smallest - 1)
     units_at_once, halvings = UNITS_AT_ONCE, 0
-    if begun:
-        threads, actor_cpus, units_at_once = begun.threads, begun.actor_cpus, begun.units_at_once
-        halvings = begun.halvings
+    if previous:
+        threads, actor_cpus, units_at_once = previous.threads, previous.actor_cpus, previous.units_at_once
+        halvings = previous.halvings
     actors = posts = slots = 0
     for node in resources.nodes:
         if not predicts:
