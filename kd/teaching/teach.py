@@ -77,7 +77,7 @@ def teach(
 ) -> TeacherCache:
     """Store the teacher's output for every image of the folds and sources in a cache, and return the cache.
 
-    Existing outputs are kept and corrupted ones computed again, so an interrupted run resumes. Only one run at a time
+    Existing outputs are used and corrupted ones computed again, so an interrupted run resumes. Only one run at a time
     may write to a cache.
 
     `data`: annotated images (see `read_data`). `teacher`: a package. `cache`: folder of the outputs. `sources`: None
@@ -101,7 +101,7 @@ def teach(
             f"--teacher {teacher}: its classes are those of {given.name}, but the data's are those of {wanted.name}; "
             "give a teacher with the data's classes, or other --classes to `hover-batch kd prepare`"
         )
-    kept = TeacherCache.create(cache, package, tta)
+    outputs = TeacherCache.create(cache, package, tta)
     with task_resources(engine, cache / "ray.log") as found:
         on_gpu, ray = found.gpus > 0, engine.backend == "ray"
         threads = 0 if on_gpu else min(THREADS, found.cpus) if ray else engine.cpus
@@ -119,7 +119,7 @@ def teach(
         progress = ProgressCounter("images")
         results = map_tasks(
             run_lesson,
-            _lessons(teaching, folds, kept, package.card, progress, say),
+            _lessons(teaching, folds, outputs, package.card, progress, say),
             backend=engine.backend,
             cpus=max(1, threads),
             gpus=int(on_gpu),
@@ -135,7 +135,7 @@ def teach(
                 printed_at = now
                 say(f"  {progress.line}")
     say(f"{progress.done} images done, {progress.done_now} of them now")
-    return kept
+    return outputs
 
 
 def _lessons(
@@ -177,7 +177,7 @@ def run_lesson(lesson: Lesson) -> None:
     n_types = len(predictor.card.taxonomy.classes)
     outputs = logits_of(images) if lesson.teaching.tta == 1 else averaged(logits_of, images, n_types)
     for sample, logits in zip(samples, outputs, strict=True):
-        cache.keep(sample, logits)
+        cache.write(sample, logits)
 
 
 @lru_cache(maxsize=1)

@@ -133,7 +133,7 @@ class TeacherCache:
             return False
         return True
 
-    def keep(self, sample: Sample, logits: NDArray[np.floating[Any]]) -> None:
+    def write(self, sample: Sample, logits: NDArray[np.floating[Any]]) -> None:
         """Store the output (channel, y, x) for an image that has none yet, as float16.
 
         Values are clipped to the range of float16, ±65504, which does not change any softmax. Raises PackageError if a

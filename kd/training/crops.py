@@ -29,7 +29,7 @@ from kd.training.config import TrainConfig
 from kd.training.losses import UNKNOWN, Targets
 from kd.training.targets import hv_targets
 
-OUTPUTS_KEPT = 32
+OUTPUTS_CACHED = 32
 """Number of whole images whose teacher output a worker keeps in memory; 1000² pixels and 9 channels take 18 MB."""
 MAX_VALIDATION_CROPS = 256
 """Largest number of crops for the validation loss."""
@@ -142,7 +142,7 @@ class Crops(Dataset[tuple[Tensor, ...]]):
                 f"--teacher {config.teacher}: no output for {len(untaught)} of {len(samples)} images, the first "
                 f"{untaught[0].id}; run `hover-batch kd teach` on these images first"
             )
-        self.outputs = None if teacher is None else lru_cache(OUTPUTS_KEPT)(lambda i: teacher.logits(samples[i]))
+        self.outputs = None if teacher is None else lru_cache(OUTPUTS_CACHED)(lambda i: teacher.logits(samples[i]))
         self.padded = [_padded(sample, config.size) for sample in samples]
 
     def __len__(self) -> int:
