@@ -1,4 +1,4 @@
-"""The backend that a run's settings ask for, with its resources known before anything is written."""
+"""Open the backend that a run's settings request, and check its resources before anything is written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ CLEANUP_S = 30.0
 class OpenBackend:
     """Backend that is ready to run slides.
 
-    `settings`: with `auto` resolved for the machines that do the work. `run`: runs slides on them.
+    `settings`: those of the run, with `auto` resolved for the nodes that do the work. `run`: function that runs slides
+    on these nodes, as `Executor.run` does; on this machine, it also starts and stops Ray.
     """
 
     settings: Settings
@@ -42,10 +43,10 @@ class OpenBackend:
 
 
 def resolve_here(settings: Settings) -> Settings:
-    """Return the settings with `auto` resolved for this machine.
+    """Return the settings with device, precision and runtime `auto` resolved for this machine.
 
-    They are returned unchanged if they name a cluster, for which `open_backend` resolves them. InputError if a device
-    cannot be used.
+    If they name a cluster, only a device that must be the CPU is resolved here, and `open_backend` does the rest.
+    InputError if the device cannot be used, or not with the runtime and the precision.
     """
     name = settings.infer.device
     if settings.engine.backend == "ray" and ":" in name:
@@ -63,11 +64,11 @@ def resolve_here(settings: Settings) -> Settings:
 def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[OpenBackend]:
     """Yield the backend for settings from `resolve_here`, and close it when the block ends.
 
-    A cluster that the settings name is joined at once; one of our own starts with the first slide. `layout`: the run's
-    output folder. `predicts`: False for a run without networks, whose `auto` stays unresolved.
+    A cluster that the settings name is joined at once; on this machine, Ray starts only when there are slides to run.
+    `layout`: the run's output folder. `predicts`: False for a run without networks, whose `auto` stays unresolved.
 
-    InputError if the settings request more than is available, no cluster answers, or a node does not see the output
-    folder.
+    InputError if the settings request more than is available, no cluster answers, a node cannot use the device, or a
+    node does not see the output folder.
     """
     if settings.engine.backend == "local":
         yield OpenBackend(settings, _run_in_process)

@@ -1,4 +1,4 @@
-"""The reference executor: one process, one slide after the other, all units of a slide and then all its regions."""
+"""Reference executor: one process, one slide after the other, all units of a slide and then all its regions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hover_batch.slide_work import open_swept_store, opened, survey
 
 
 class LocalExecutor(Executor):
-    """Executor that runs a cohort in this process. `load`: loads the network when the first tile needs it."""
+    """Executor that runs a cohort in this process. `load`: function that loads the network, on its first use."""
 
     def __init__(self, context: RunContext, load: LoadNetwork = load_predictor) -> None:
         self.context = context
@@ -33,10 +33,10 @@ class LocalExecutor(Executor):
         return self.load(self.context.package, self.context.settings.infer)
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
-        """Run the slides one after the other, each until it is done or failed.
+        """Run the slides one after the other, each until it is done or has failed.
 
-        If the disk is full, wait for space and run the slide again. PackageError, TooManyFailures and KeyboardInterrupt
-        stop the run.
+        If the disk is full, wait for space and run the slide again. Errors as in `Executor.run`; KeyboardInterrupt is
+        raised at once.
         """
         with on_interrupt(self._interrupt):
             for slide in slides:
@@ -44,7 +44,7 @@ class LocalExecutor(Executor):
                     self.context.disk.wait()
 
     def _end(self, slide: PlannedSlide) -> bool:
-        """Take a slide to its end, done or failed. False if the disk was full before."""
+        """Process a slide until it is done or has failed. Return False if the disk was full before that."""
         context, slide_id = self.context, slide.record.slide_id
         self._stage = Stage.OPEN
         try:
@@ -63,13 +63,13 @@ class LocalExecutor(Executor):
         raise_interrupt()
 
     def _check_interrupted(self) -> None:
-        """Raise a KeyboardInterrupt that was lost: a compiler or a destructor swallows what is raised in it."""
+        """Raise a KeyboardInterrupt again that was swallowed, because a compiler or destructor was running."""
         if self._interrupted:
             raise KeyboardInterrupt
 
     def _advance(self, tiles: int) -> None:
         self._check_interrupted()
-        self.context.recorder.progress.tiles(tiles)
+        self.context.recorder.progress.add_tiles(tiles)
 
     def _process(self, slide: PlannedSlide) -> None:
         context, recorder, slide_id = self.context, self.context.recorder, slide.record.slide_id

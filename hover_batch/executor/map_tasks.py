@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class TaskFailed:
-    """Failed task, in place of its result.
+    """Result of a task that failed.
 
     `error`: the exception that the function raised, or WorkerDied if its process died too often (MAX_TIMES).
     """
@@ -31,10 +31,11 @@ class TaskFailed:
 
 @contextlib.contextmanager
 def task_resources(engine: EngineSettings, log: Path) -> Iterator[Resources]:
-    """Yield the resources for `map_tasks`: those of this machine or, with Ray, of a cluster that is started or joined.
+    """Yield the resources for `map_tasks`: of this machine or, with Ray, of a cluster that is started or joined.
 
-    The cluster is stopped or left when the block ends. `log`: file for Ray's output. InputError if the settings request
-    more than is available, or no cluster answers; HoverBatchError if Ray does not start.
+    `engine`: settings that choose the backend and limit its resources. `log`: file for Ray's output. The cluster is
+    stopped or left when the block ends. InputError if the settings request more than is available, or no cluster
+    answers; HoverBatchError if Ray does not start.
     """
     settings = Settings(engine=engine)
     if engine.backend == "local":
@@ -66,12 +67,14 @@ def map_tasks(
 ) -> Iterator[tuple[Item, Result | TaskFailed]]:
     """Yield each item with the function's result, or with TaskFailed, which does not stop the other items.
 
-    With `local`, the items run in this process, in order; otherwise they run on the cluster that `task_resources` started
-    or joined, and are yielded in the order in which they end.
+    With `backend` local, the items are processed here, in order. Otherwise they are processed on the cluster that
+    `task_resources` started or joined, and yielded in the order in which they end; `function`, items and results must
+    be picklable, and the remaining parameters apply:
 
-    Each task reserves `cpus` and `gpus`; with fractions, several tasks share one GPU. `at_once`: number of tasks in
-    progress, so that `items` may be endless. `reuse_workers`: whether a process with a GPU takes further tasks, with what it has
-    loaded, instead of ending after one to free the memory.
+    `cpus`, `gpus`: cores and GPUs that each task reserves; with fractions, several tasks share one GPU. `at_once`:
+    maximum number of tasks in progress; items are taken from `items` only as tasks start, so it may be endless.
+    `reuse_workers`: whether a process with a GPU runs several tasks and keeps what it has loaded, instead of ending
+    after each task to free the memory.
     """
     if backend == "local":
         yield from _here(function, items)

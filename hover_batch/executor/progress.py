@@ -93,12 +93,12 @@ class CohortProgress:
         self._counts[Stage.POST].expect(regions, regions_before)
         self._show()
 
-    def tiles(self, n: int) -> None:
+    def add_tiles(self, n: int) -> None:
         """Count `n` more tiles as predicted."""
         self._counts[Stage.INFER].advance(n)
         self._show()
 
-    def regions(self, n: int) -> None:
+    def add_regions(self, n: int) -> None:
         """Count `n` more regions as post-processed."""
         self._counts[Stage.POST].advance(n)
         self._show()

@@ -237,7 +237,7 @@ class RayExecutor(Executor):
                 unit = slide.units[call.task.index]
                 slide.seconds.add(result)
                 slide.unit_inferred(call.task.index)
-                self._progress.tiles(len(unit.tile_cells))
+                self._progress.add_tiles(len(unit.tile_cells))
                 recorder.unit_done(slide.slide_id, unit, result)
             case Stage.POST:
                 slide.seconds.add(result)

@@ -120,7 +120,7 @@ class RunRecorder:
         """Record that a region's nuclei are on disk, with the seconds by stage, and count it as progress."""
         self._left[slide_id][1] -= 1
         self._timed_event("region_done", slide_id, unit, seconds)
-        self.progress.regions(1)
+        self.progress.add_regions(1)
 
     def _timed_event(self, event: str, slide_id: str, unit: Unit, seconds: Seconds, **values: int) -> None:
         self.event(

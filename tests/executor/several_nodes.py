@@ -23,9 +23,9 @@ import psutil
 
 from hover_batch.cohort.events import read_events
 from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
-from hover_batch.executor.cluster import START_ATTEMPTS, ask_for_token
+from hover_batch.executor.cluster import START_ATTEMPTS, prepare_own_cluster
 
-ask_for_token()
+prepare_own_cluster()
 
 import ray  # noqa: E402  (its environment had to be set)
 from accelerators import LoadQuick  # noqa: E402
