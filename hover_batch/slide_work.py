@@ -28,23 +28,28 @@ from hover_batch.version import __version__
 
 @dataclass(frozen=True)
 class SlideWork:
-    """Slide that is ready to be processed.
-
-    `grid`: of its inference pixels. `mask`: the tissue to search. `units`: in the order of processing. `stored`: maps
-    that another run stored, from which new tables are made; None if this run predicts the slide.
-    """
+    """Slide that is ready to be processed."""
 
     record: SlideRecord
+    """Row of the cohort."""
     info: SlideInfo
+    """Header of the slide."""
     grid: Grid
+    """Inference grid."""
     mask: TissueMask
+    """Tissue to search."""
     units: tuple[Unit, ...]
+    """Units with tissue, in the order of processing."""
     package: Package
+    """Package of the model."""
     settings: Settings
+    """Settings in effect."""
     layout: SlideLayout
+    """Paths of the slide's results."""
     key_content: bytes
     """Content of the slide's key.json when the work began; see `refuse_if_taken_over`."""
     stored: StoredMaps | None = None
+    """Maps that another run stored, from which new tables are made; None if this run predicts the slide."""
 
     @property
     def card(self) -> Card:
@@ -53,7 +58,8 @@ class SlideWork:
 
     @property
     def maps(self) -> SlideLayout:
-        """Paths of the store and the markers: in this run, or in the run that stored them, which is read-only."""
+        """Paths of the prediction store and the markers: in this run, or in the run that stored them, which must not
+        change."""
         return self.layout if self.stored is None else self.stored.layout
 
     @property
@@ -63,7 +69,7 @@ class SlideWork:
 
     @property
     def context(self) -> TableContext:
-        """What the table records about its slide and model."""
+        """Properties of the slide and the model that the table records."""
         return TableContext(
             slide_id=self.record.slide_id,
             taxonomy=self.taxonomy,
@@ -78,9 +84,9 @@ class SlideWork:
 
 
 def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str:
-    """Return the slide's run key: the hex SHA-256 of everything that its results depend on, its mask included.
+    """Return the slide's run key: the hex SHA-256 of everything that its results depend on, its mask file included.
 
-    For stored maps, their run key takes the place of the slide.
+    For stored maps, their run key takes the place of the slide. OSError if the mask file cannot be read.
     """
     mask = slide.record.mask_path
     if slide.stored is not None:
@@ -92,10 +98,10 @@ def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str
 
 @contextmanager
 def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideReader | None]:
-    """Yield a reader of the slide; None if its maps are stored, since the slide is not needed then.
+    """Yield a reader of the slide, closed when the block ends; None if its maps are stored and the slide is not needed.
 
-    A slide in cloud storage is copied to this machine first. SlideError if it cannot be copied or opened, or its file
-    was replaced after the run began.
+    A slide in cloud storage is copied to this machine first. SlideError if it cannot be copied or opened, or if its
+    file was replaced after the run began; ScratchFull if there is no space for the copy.
     """
     if slide.stored is not None:
         yield None
@@ -110,9 +116,11 @@ def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideRea
 def survey(
     reader: SlideReader | None, slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout
 ) -> SlideWork:
-    """Find the tissue and cut it into units; for stored maps, read what their run found. Write survey.json.
+    """Find the tissue and cut it into units, write survey.json, and return the slide ready to be processed.
 
-    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read.
+    `reader`: open reader of the slide; None for stored maps, whose run has found the tissue. `layout`: paths of the
+    results, with key.json. InputError if a mask cannot be used; SlideError if the slide or, for stored maps, the
+    survey.json of their run cannot be read.
     """
     if slide.stored is not None:
         path = slide.stored.layout.survey_json
@@ -128,7 +136,7 @@ def survey(
 
 
 def refuse_if_taken_over(work: SlideWork) -> None:
-    """SlideError if a run with another key has taken over the slide's folder.
+    """Raise SlideError if a run with another run key has taken over the slide's folder.
 
     Call it before each write, so that a process on a node that was considered lost does not mix its results into those
     of the other run.
@@ -142,9 +150,9 @@ def refuse_if_taken_over(work: SlideWork) -> None:
 
 
 def open_store(work: SlideWork) -> PredictionStore:
-    """Open the slide's prediction store, or create it; another run's store is opened read-only.
+    """Open the slide's prediction store, or create it; the store of another run is opened read-only.
 
-    SlideError if that store is missing, or does not match the settings and survey.json of its run.
+    SlideError if the latter does not match the settings and survey.json of its run, FileNotFoundError if it is missing.
     """
     if work.stored is not None:
         store = PredictionStore.open(work.maps.predictions_zarr, read_only=True)
@@ -176,7 +184,7 @@ def open_store(work: SlideWork) -> PredictionStore:
 def open_swept_store(work: SlideWork) -> PredictionStore:
     """Open the store as `open_store` does, and remove leftovers of killed writes from it.
 
-    Another run's store is not changed. Call it only while nothing writes to the slide.
+    The store of another run is not changed. Call it only while nothing writes to the slide.
     """
     store = open_store(work)
     if work.stored is None:

@@ -1,6 +1,6 @@
-"""The executor on Ray: several slides are open at once, so that networks never wait for post-processing.
+"""Executor on Ray: several slides are open at once, so that networks never wait for post-processing.
 
-The driver holds a few numbers for each unit and decides everything; pixels and maps never pass through it. It submits
+The driver holds a few numbers for each unit and makes all decisions; pixels and maps never pass through it. It submits
 tasks, waits for them, and routes their results to `SlideState`, and their faults to `faults` and `OpenSlides`, which
 decide what is retried. Ray itself retries nothing.
 """
@@ -32,13 +32,14 @@ from hover_batch.pipeline import NetworkFailed
 from hover_batch.plan import PlannedSlide
 
 PATIENCE_S = 120.0
-"""Time until the user is told that no network has loaded yet."""
+"""Seconds after which the user is told that no network has loaded yet."""
 _POLL_S = 0.25
+"""Longest wait in seconds for tasks to end, before nodes and retries are checked again."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """A submitted task of a slide; in a network, if it is a unit."""
+    """Submitted task of a slide. `network`: the network that predicts it, if the task is a unit."""
 
     slide: SlideState
     task: Task
@@ -46,9 +47,10 @@ class _Call:
 
 
 class RayExecutor(Executor):
-    """Executor that runs a cohort on the Ray cluster to which this process is connected.
+    """Executor that runs a cohort on the Ray cluster to which this process is connected. Call `run` once.
 
-    `load`: loads a network. `nodes`: nodes of a cluster that was joined, None for one that this process started.
+    `plan`: distribution of the cluster's resources. `load`: function that loads a network. `nodes`: nodes of a cluster
+    that was joined; None for one that this process started.
     """
 
     def __init__(
@@ -73,10 +75,10 @@ class RayExecutor(Executor):
         self._shown: set[str] = set()
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
-        """Run the slides, several at once, until each is done or failed.
+        """Run the slides, several at once, until each is done or has failed.
 
-        After one Ctrl-C, wait for the tasks in progress and raise KeyboardInterrupt; after a second one, raise it at
-        once. Other errors as in `Executor.run`.
+        After the first Ctrl-C, wait for the tasks in progress and raise KeyboardInterrupt; after a second one, raise it
+        at once. Other errors as in `Executor.run`.
         """
         self._waiting = deque(slides)
         patience_ends = time.monotonic() + PATIENCE_S
@@ -114,21 +116,21 @@ class RayExecutor(Executor):
             self._progress.say(line)
 
     def _unfinished(self) -> bool:
-        """Whether anything is left to do or to wait for, apart from networks that nobody needs."""
+        """Whether anything is left to do or to wait for, apart from networks that are not needed any more."""
         return bool(self._running or (not self._draining and (self._slides or self._waiting)))
 
     # Submit.
 
     def _follow_nodes(self) -> None:
-        """Adapt to nodes of the cluster that came or went."""
+        """Adapt the plan and the networks to nodes that joined or left the cluster."""
         if self._nodes and (plan := self._nodes.replan(self._plan, self._context)):
             self._plan = plan
             self._recorder.networks = max(self._recorder.networks, plan.actors)
             self._pool.adapt(plan.actors)
 
     def _open_slides(self) -> None:
-        """Open slides ahead by what the networks can take, but not further than post-processing follows; for
-        post-processing alone if there are no networks."""
+        """Open slides until units for the next round of networks are known, but no more than post-processing can
+        follow. Without networks, open slides for post-processing alone."""
         at_once = len(self._pool) * self._plan.units_at_once
         ahead = 2 * (at_once or self._plan.posts)
         most = 2 * (at_once + self._plan.posts)
@@ -148,7 +150,7 @@ class RayExecutor(Executor):
             ready += 1
 
     def _submit_units(self) -> None:
-        """The oldest slide's units first, to the least loaded network; a unit with a strike alone."""
+        """Submit units, those of the oldest slide first, to the least loaded network; units with a strike alone."""
         slides = [slide for slide in self._slides if not slide.on_hold]
         for slide in slides:
             while slide.suspects and (network := self._pool.free_network(max_units=1)):

@@ -1,4 +1,4 @@
-"""The tasks and the actor that run in Ray's processes: thin wrappers of `hover_batch.pipeline`.
+"""Tasks and the actor that run in Ray's processes: thin wrappers of `hover_batch.pipeline`.
 
 A network lives in an actor and has its blocks read by tasks on its own node, so that a crash in libopenslide kills a
 reader, not the model. Ray itself retries nothing; `RayExecutor` does. This module imports Ray, so it must be
@@ -39,13 +39,13 @@ if TYPE_CHECKING:  # it brings torch, which readers and post-processing do witho
     from hover_batch.model.predict import Predictor
 
 BLOCKS_PER_TASK = 4
-"""Blocks of 1024² pixels that a reading task takes: some tenths of a second, to which Ray adds a few milliseconds."""
+"""Blocks of 1024² pixels that one task reads: some tenths of a second, to which Ray adds a few milliseconds."""
 
 
 def limit_threads() -> None:
-    """Restrict this process to one CPU core, which its task reserves, and hide the GPUs from it.
+    """Limit OpenCV and zarr in this process to one thread, for the core that a task reserves, and hide the GPUs.
 
-    OpenMP and BLAS follow OMP_NUM_THREADS, which Ray sets to the reserved number; OpenCV and zarr do not.
+    OpenMP and BLAS follow OMP_NUM_THREADS, which Ray sets to the number of reserved cores; OpenCV and zarr do not.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _limit_libraries()
@@ -60,7 +60,7 @@ _cached: tuple[tuple[SlideRecord, str], SlideReader] | None = None
 
 
 def _reader(record: SlideRecord, fingerprint: str) -> SlideReader:
-    """The open slide. The last one stays open, since the next task is likely to read it again."""
+    """Return a reader of the slide. The last one stays open, since the next task is likely to read it again."""
     global _cached
     if _cached is None or _cached[0] != (record, fingerprint):
         _close_reader()
@@ -81,9 +81,10 @@ def _copies(layout: SlideLayout, settings: Settings) -> Copies:
 
 @ray.remote(num_cpus=1, max_retries=0)
 def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout) -> Surveyed:
-    """Find the tissue of a slide, and its units that earlier runs have done. Remove incomplete results from its store.
+    """Find the tissue of a slide, and which of its units earlier starts have done.
 
-    Nothing else may write to the store at the same time. InputError or SlideError if the slide cannot be read.
+    Corrupted units and leftovers of killed writes are removed from its store, so nothing else may write to the slide at
+    the same time. InputError or SlideError if the slide cannot be read, ScratchFull if there is no space for its copy.
     """
     limit_threads()
     seconds = Seconds()
@@ -103,10 +104,11 @@ def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layo
 def read_blocks(
     record: SlideRecord, fingerprint: str, copies: Copies, grid: Grid, boxes: list[Box]
 ) -> tuple[list[NDArray[np.uint8]], Seconds]:
-    """Read boxes of a slide. Return the pixels of each as RGB (y, x, 3) uint8, and the seconds by stage.
+    """Read boxes of a slide. Return the pixels of each, RGB (y, x, 3) uint8, in order, and the seconds by stage.
 
-    `boxes`: in inference pixels of `grid`. `fingerprint`: of the slide, which its copy must have. InputError or
-    SlideError if the slide cannot be read, ScratchFull if there is no space for its copy.
+    `boxes`: in inference pixels of `grid`. `fingerprint`: that of the slide, which its copy must have. `copies`: for
+    slides in cloud storage. InputError or SlideError if the slide cannot be read, ScratchFull if there is no space for
+    its copy.
     """
     limit_threads()
     seconds = Seconds()
@@ -122,9 +124,10 @@ def read_blocks(
 
 @ray.remote(num_cpus=1, max_retries=0)
 def post_region(work: SlideWork, index: int) -> Seconds:
-    """Post-process the region of one unit, given its index. Return the seconds by stage.
+    """Post-process the region of the unit `work.units[index]`, and write its nuclei. Return the seconds by stage.
 
-    UnitsMissing if it needs units that are not predicted, or not visible on this node.
+    UnitsMissing if it needs units that are not predicted, or not visible on this node. Other errors as in
+    `hover_batch.pipeline.post`.
     """
     limit_threads()
     return post(work.units[index], work, open_store(work))
@@ -144,9 +147,9 @@ def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any]:
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class InferActor:
-    """Actor with one network, on its GPU or on its share of the CPU.
+    """Actor with one network, on its GPU or on its share of the CPU. `load`: function that loads the network.
 
-    Several threads prepare units and take turns at the network.
+    Its methods may be called from several threads, which read and write units at once and take turns at the network.
     """
 
     def __init__(self, package: Package, settings: InferSettings, load: LoadNetwork) -> None:
@@ -169,10 +172,10 @@ class InferActor:
         self.predictor = self.load(self.package, self.settings)
 
     def infer(self, work: SlideWork, index: int) -> Seconds:
-        """Predict one unit, given its index, and write its maps to the slide's store. Return the seconds by stage.
+        """Predict the unit `work.units[index]`, and write its maps to the slide's store. Return the seconds by stage.
 
-        WorkerDied if a process that reads its pixels died, NetworkFailed if the network raises, SlideError if the slide
-        cannot be read.
+        WorkerDied if a process that reads its pixels died, ScratchFull if there is no space for the slide's copy,
+        NetworkFailed if the network raises an exception, SlideError if the slide cannot be read.
         """
         return infer(work.units[index], work, self._reading(work), self.predictor, open_store(work), lambda _: None)
 
