@@ -1,6 +1,6 @@
-"""Settings of a run, in frozen sections that are checked on construction; errors name the flag.
+"""Settings of a run, in frozen sections that are checked when they are made; errors name the command's option.
 
-Each station takes its own section. The fields that change results are part of the run key (`results_key`).
+Each step takes its own section. The fields that change results are part of the run key (`results_key`).
 A setting is declared here and as an option of a command: its choices, default, section and type are read from here.
 """
 
@@ -49,7 +49,7 @@ def _typed(name: str, value: object, kind: type) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base of the sections. Fields of a Literal type accept only its values. InputError for invalid values."""
+    """Base class of the sections. A field of a Literal type accepts only its values, else InputError."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -129,7 +129,7 @@ class PostSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings(Section):
-    """Settings of what is kept on disk besides the tables."""
+    """Settings of the files in the output folder."""
 
     discard_predictions: bool = False
     """Remove a slide's prediction store once its table is written."""
@@ -175,14 +175,14 @@ class Settings:
     engine: EngineSettings = field(default_factory=EngineSettings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested plain values, as in settings.toml."""
+        """Return all settings as nested plain values, section → name → value, as in settings.toml."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build the settings from nested values, with defaults for missing ones.
+        """Build the settings from nested values, as `to_dict` returns them, with defaults for missing ones.
 
-        InputError for unknown names, wrong types and invalid values.
+        A whole number may be given for a float. InputError for unknown names, wrong types and invalid values.
         """
         sections = {name: section for name, section in vars(cls()).items() if isinstance(section, Section)}
         known: dict[str, Any] = {}
@@ -203,9 +203,9 @@ class Settings:
         return cls(**known)
 
     def results_key(self) -> dict[str, Any]:
-        """Return the settings that change results, for the run key.
+        """Return the settings that change results, for the run key: section → name → value.
 
-        The model is left out, since its hash is also part of the key.
+        The model is left out, since its hash is part of the run key, too.
         """
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # all GPUs of a node give the same results
@@ -225,7 +225,7 @@ SECTION_OF = {
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Group settings by section, for `Settings.from_dict`.
 
-    `settings`: values by the bare names of the settings. InputError for unknown names.
+    `settings`: values by the names of the settings without their section, except the model. InputError for other names.
     """
     data: dict[str, Any] = {}
     for name, value in settings.items():

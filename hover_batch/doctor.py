@@ -52,22 +52,25 @@ class Finding:
     found: str
     """What was found, in words."""
     fix: str = ""
-    """Advice how to fix the problem; empty for PASS."""
+    """What to do about the problem; empty for PASS."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check."""
+    """Check of one thing that a run needs."""
 
     name: str
     """Name in the output."""
     inspect: Callable[[], Finding]
     """Function that does the check."""
     fix: str
-    """Advice if `inspect` raises an exception."""
+    """What to do if `inspect` raises an exception."""
 
     def run(self) -> Finding:
-        """Do the check. It does not raise or warn: an exception gives FAIL."""
+        """Do the check and return what it found; FAIL with the message if it raises an exception.
+
+        Python's warnings are not shown meanwhile.
+        """
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -79,7 +82,11 @@ class Check:
 
 
 def checks(output: Path, *, start_ray: bool = False) -> list[Check]:
-    """Return all checks in the order of the output. `output`: folder for a run. `start_ray`: whether to start Ray."""
+    """Return all checks in the order of the output, without running them.
+
+    `output`: output folder of a run; it need not exist. `start_ray`: start Ray instead of only importing it. Run these
+    checks in order, before anything else imports Ray.
+    """
     reinstall = "reinstall hover-batch"
     temporary = Path(tempfile.gettempdir())
     return [
@@ -164,7 +171,7 @@ def _ray() -> Finding:
 
 
 def _ray_starts() -> Finding:
-    """Start Ray before anything else imports it, since it reads its token on import."""
+    """Start Ray and do a task on it. Call it before anything else imports Ray, which reads its token on import."""
     from hover_batch.executor.cluster import ray_version
     from hover_batch.executor.map_tasks import TaskFailed, map_tasks, task_resources
 
@@ -244,7 +251,10 @@ def _weights() -> Finding:
 
 
 def _numba() -> Finding:
-    """Check that numba caches compiled code, else each process of a run compiles for seconds. Raises if it does not."""
+    """Check that numba caches compiled code; otherwise each process of a run would compile for seconds.
+
+    numba raises an exception if it finds no folder for it.
+    """
     from numba import njit
 
     return _passed(f"{version('numba')} keeps compiled code in {njit(cache=True)(_cores).stats.cache_path}")

@@ -42,7 +42,7 @@ class SettingsChanged(InputError):
 
 
 class SlideError(HoverBatchError):
-    """A slide cannot be opened, read or processed."""
+    """A slide cannot be opened, read or processed; the other slides of the cohort can."""
 
     exit_code = 3
 

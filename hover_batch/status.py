@@ -1,4 +1,4 @@
-"""Report the progress of a run from its files. Nothing is written and no lock is kept, so that the run can go on.
+"""Report the progress of a run from its files. Nothing is written and no lock is held, so the run is not disturbed.
 
 Unknown values are omitted, not guessed: the log of an older run may lack some events, files may disappear while they
 are read, and another machine's lock may not be visible here.
@@ -34,7 +34,7 @@ class UnfinishedSlide:
     posted: int
     """Number of regions that are post-processed."""
     units: int | None
-    """Total number of units, and of regions; None if the log lacks it."""
+    """Total number of units, which is also that of regions; None if the log lacks it."""
     tiles: int | None
     """Total number of tiles; None if the log lacks it."""
 
@@ -51,7 +51,7 @@ class UnfinishedSlide:
         return self.tiles * (1 - min(1.0, self.predicted / self.units)) if self.units else 0.0
 
     def line(self) -> str:
-        """Return the slide's progress as one line of text."""
+        """Return the slide's progress as one line of text, for people."""
         of = "" if self.units is None else f" of {self.units:,}"
         return f"{self.slide_id}: {self.predicted:,}{of} units predicted, {self.posted:,}{of} regions post-processed"
 
@@ -67,11 +67,11 @@ class RunStatus:
     created: datetime | None
     """Time of the first start; None if unknown."""
     is_running: bool | None
-    """Whether a process is running it; None if unknown."""
+    """Whether a process is running it now; None if unknown."""
     unknown: str
     """Reason why `is_running` is None; else empty."""
     holder: str
-    """Process that is running it; empty if there is none."""
+    """Process that is running it, as `process PID on HOST`; empty if there is none."""
     log: RunLog
     """Summary of the log."""
     slides: int | None
@@ -97,7 +97,10 @@ class RunStatus:
         return (self.slides or 0) - self.done - self.failed - len(self.open)
 
     def seconds_left(self) -> tuple[float, str] | None:
-        """Return the estimated seconds left, and the basis of the estimate in words; None if it cannot be estimated."""
+        """Return the estimated seconds left, and the basis of the estimate in words.
+
+        None if it cannot be estimated, or the run is not running, is waiting for disk space or has ended.
+        """
         log = self.log
         if self.is_running is False or log.finished or log.disk_full:
             return None
@@ -187,7 +190,7 @@ class RunStatus:
         return f"no, it stopped before its end; repeat the segment command to resume it{times}"
 
     def to_json(self) -> str:
-        """Return the complete status as JSON; unknown values are null."""
+        """Return the complete status as indented JSON; unknown values are null, times ISO 8601 in UTC."""
         log, estimate = self.log, self.seconds_left()
         tiles, regions = log.tile_rate, log.region_rate
         last = tiles or regions
@@ -243,7 +246,7 @@ def read_status(folder: Path) -> RunStatus:
     layout = RunLayout(folder)
     try:
         run = require_run(layout)
-        # The lock before the log, so that a run that ends in between does not look as if it had been killed.
+        # Read the lock before the log: otherwise a run that ends in between would look as if it had been killed.
         locked = is_locked(layout.lock)
         holder = (read_file(layout.lock) or b"").decode(errors="replace").strip()
         return _status(layout, run, locked, holder, RunLog.read(layout.events_jsonl))

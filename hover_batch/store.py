@@ -1,12 +1,12 @@
 """Prediction store: one zarr v3 array (plane, y, x) uint8 per slide, one shard per unit.
 
-Two writers of one shard lose data, so a writer writes a whole unit at once, and the first writer of a shard wins, so
-that a late one cannot change what neighbours have already read. Shards of zeros alone are not written: a unit is done
-when its marker exists (see `hover_batch.cohort.layout`).
+Two writers of one shard would lose data, so a writer writes a whole unit at once. The first writer of a shard wins, so
+that a late one cannot change what neighbours have already read. Shards that hold only zeros are not written: a unit is
+done when its marker exists (see `hover_batch.cohort.layout`).
 
-Shards are encoded and decoded by zarrs, which needs less than half of zarr-python's time for the same format; where it
-is not installed, by zarr-python. With several threads, zarrs may order the chunks of a shard differently each time:
-equal maps do not always give equal files.
+Shards are encoded and decoded by zarrs, which needs less than half of zarr-python's time for the same format, or by
+zarr-python if zarrs is not installed. With several threads, zarrs may order the chunks of a shard differently each
+time: equal maps do not always give equal files.
 """
 
 from __future__ import annotations
@@ -32,19 +32,22 @@ from hover_batch.files import write_first
 from hover_batch.geometry import Box, Size
 
 CHUNK = 512
-"""Side of a chunk in inference pixels, where it divides the unit."""
+"""Side of a chunk in inference pixels, if it divides the unit; otherwise the whole unit is one chunk."""
 
 _ONLY_SHARD = "c/0/0/0"
-"""Key of the shard of an array with one."""
+"""Key of the shard of an array that has only one."""
 
 _configuring = Lock()
 
 HV_MASKED = "hv_masked"
-"""Attribute of stores with masked h and v; those of older versions lack it and are whole."""
+"""Attribute that says whether h and v are masked; stores of older versions lack it, and are not masked."""
 
 
 class PredictionStore:
-    """Quantised maps of one slide. Coordinates are inference pixels; outside of the canvas all planes are zero."""
+    """Quantised maps of one slide (see `MapLayout`), for several processes at once.
+
+    Coordinates are inference pixels; outside of the canvas, all planes are zero.
+    """
 
     def __init__(self, array: zarr.Array[Any], path: Path) -> None:
         self.array = array
@@ -55,10 +58,11 @@ class PredictionStore:
 
     @classmethod
     def create(cls, path: Path, size: Size, planes: int, unit: int, attributes: Mapping[str, Any]) -> PredictionStore:
-        """Create an empty store of `size` inference pixels, or open the existing one.
+        """Create an empty store of `size` inference pixels; if there is one at `path`, open it unchanged.
 
-        `planes`: number of planes. `unit`: side of a shard in inference pixels. `attributes`: mpp, scale, plane names
-        and the model card, for readers without this package.
+        `planes`: number of planes. `unit`: side of a shard in inference pixels. `attributes`: JSON values such as mpp,
+        scale, plane names and the model card, so that the store can be read without this package. OSError if it cannot
+        be written.
         """
         if (path / "zarr.json").exists():
             return cls.open(path)
@@ -69,14 +73,17 @@ class PredictionStore:
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False) -> PredictionStore:
-        """Open an existing store for reading and, unless `read_only`, for writing units."""
+        """Open an existing store for reading and, unless `read_only`, for writing.
+
+        FileNotFoundError if there is none.
+        """
         return cls(_open(path, read_only), path)
 
     def write(self, box: Box, maps: NDArray[np.uint8]) -> str | None:
-        """Write a whole unit, unless its shard exists, and sync it to disk. `box`: the unit, clipped to the canvas;
-        `maps`: (plane, y, x) of its shape.
+        """Write a whole unit, unless its shard exists, and sync it to disk.
 
-        Returns the SHA-256 of the shard on disk, or None if it holds only zeros.
+        `box`: the unit, clipped to the canvas. `maps`: (plane, y, x) uint8, of the shape of `box`. Returns the hex
+        SHA-256 of the shard on disk; None if there is none, because all maps are zero. OSError if it cannot be written.
         """
         shard = self._encoded(maps)
         if shard is not None:
@@ -86,10 +93,10 @@ class PredictionStore:
         return self.shard_sha256(box)
 
     def _encoded(self, maps: NDArray[np.uint8]) -> bytes | None:
-        """Return the content of the shard of a unit with these maps, or None if they are zeros alone.
+        """Return the content of the shard of a unit with these maps, or None if they hold only zeros.
 
-        It is written to a folder of its own, since zarr would replace an existing shard, and name a new one before it
-        is on disk.
+        It is written to a temporary folder, since zarr would replace an existing shard, and give a new one its name
+        before it is on disk.
         """
         unit = (self.array.shards or self.array.chunks)[1]
         try:
@@ -99,13 +106,13 @@ class PredictionStore:
                 shard = Path(folder, _ONLY_SHARD)
                 return shard.read_bytes() if shard.exists() else None
         except RuntimeError:
-            # zarrs raises it for a full disk, too: write_first then raises an OSError that says so.
+            # zarrs also raises it if the disk is full; write_first then raises an OSError that says so.
             held: dict[str, Buffer] = {}
             _create(MemoryStore(held), maps.shape, unit)[:] = maps
             return held[_ONLY_SHARD].to_bytes() if _ONLY_SHARD in held else None
 
     def shard_sha256(self, box: Box) -> str | None:
-        """Return the SHA-256 of the shard of the unit at `box`, or None without a shard."""
+        """Return the hex SHA-256 of the shard of the unit at `box`; None if it has no shard."""
         try:
             with self._shard(box).open("rb") as shard:
                 return hashlib.file_digest(shard, "sha256").hexdigest()
@@ -113,11 +120,11 @@ class PredictionStore:
             return None
 
     def has_shard(self, box: Box) -> bool:
-        """Whether the unit at `box` has a shard; units of zeros alone have none."""
+        """Return whether the unit at `box` has a shard. Units that are not written or hold only zeros have none."""
         return self._shard(box).exists()
 
     def sweep(self) -> None:
-        """Remove partial files of killed writers. Only safe while nobody writes."""
+        """Remove partial files of killed writers. Call it only while nothing writes to the store."""
         for leftover in list(self.path.rglob(".*.partial")):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
@@ -125,7 +132,7 @@ class PredictionStore:
                 leftover.unlink(missing_ok=True)
 
     def remove(self, box: Box) -> None:
-        """Remove the shard of the unit at `box`, which then reads as zero. For repair only, while nobody writes."""
+        """Remove the shard of the unit at `box`, which then reads as zero. Call it only while nothing writes there."""
         self._shard(box).unlink(missing_ok=True)
 
     def _shard(self, box: Box) -> Path:
@@ -133,7 +140,10 @@ class PredictionStore:
         return self.path / "c" / "0" / str(box.y0 // height) / str(box.x0 // width)
 
     def read(self, box: Box) -> NDArray[np.uint8]:
-        """Return the maps (plane, y, x) uint8 of any box, zero where nothing was predicted or outside the canvas."""
+        """Return the maps (plane, y, x) uint8 of any box; they are zero outside the canvas and where nothing is stored.
+
+        A corrupted shard raises an exception of the decoder.
+        """
         inside = box.intersect(self.canvas)
         planes = self.array.shape[0]
         if inside == box:

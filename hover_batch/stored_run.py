@@ -39,7 +39,7 @@ class StoredRun:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the run in `folder`. InputError if it holds no run, or none of its slides can be used."""
+        """Read the run in `folder`. InputError if it holds no run, its files are corrupted, or no slide can be used."""
         layout = RunLayout(folder)
         try:
             run = require_run(layout, "--from")

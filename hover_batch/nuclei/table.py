@@ -43,7 +43,7 @@ _DICTIONARY = ["slide_id", "type_id", "type"]
 """Columns with few distinct values; dictionaries of other columns would be built and then discarded."""
 
 Selection = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
-"""Function from the centroids x and y, each (n,) in level-0 pixels, to a mask (n,) of the nuclei that stay in the table."""
+"""Function from the centroids' x and y, each (n,) in level-0 pixels, to a mask (n,): True for nuclei of the table."""
 
 
 @dataclass(frozen=True)
