@@ -28,7 +28,7 @@ from hover_batch.errors import InputError
 
 
 class Format(StrEnum):
-    """Format of an exported table of nuclei, by its name on the command line."""
+    """Format of an exported table of nuclei; the value is its name on the command line."""
 
     qupath = "qupath"
     annotation_store = "annotation-store"
@@ -39,7 +39,7 @@ class Format(StrEnum):
 
     @property
     def suffix(self) -> str:
-        """Suffix of the file's name, without its first dot."""
+        """Suffix of the file's name, without its first dot, such as geojson.gz."""
         return _SUFFIXES[self]
 
 
@@ -55,13 +55,15 @@ _SUFFIXES = {
 
 @dataclass(frozen=True)
 class SlideLayout:
-    """Paths of one slide's results in the run at `root`.
+    """Paths of one slide's results, whether or not they exist.
 
-    InputError if a path with this slide_id could leave the run's folder.
+    InputError if the slide_id cannot name a folder, so that no path leaves the run's folder.
     """
 
     root: Path
+    """Folder of the run."""
     slide_id: str
+    """Id of the slide in the cohort."""
 
     def __post_init__(self) -> None:
         if fault := fault_in(self.slide_id):
@@ -79,7 +81,7 @@ class SlideLayout:
 
     @property
     def quarantine_json(self) -> Path:
-        """Run key, stage and reason of the quarantine; exists only if the slide repeatedly crashed its workers."""
+        """Run key, stage and reason of the quarantine; exists only if a task of the slide failed too often."""
         return self.folder / "quarantine.json"
 
     @property
@@ -96,13 +98,13 @@ class SlideLayout:
 
     @property
     def parts(self) -> Path:
-        """Folder of the parts of the table, one per region."""
+        """Folder of the parts of the table, one Parquet file per post-processed region."""
         return self.folder / "parts"
 
     def part(self, column: int, row: int) -> Path:
         """Return the path of the part of the table with the nuclei that a region owns.
 
-        `column`, `row`: cell of the region in the region grid.
+        `column`, `row`: cell of the region in the unit grid.
         """
         return self.parts / f"{column}_{row}.parquet"
 
@@ -127,7 +129,7 @@ class SlideLayout:
         return self.folder / "nuclei.parquet"
 
     def exported(self, format: Format) -> Path:
-        """Return the path of the table of nuclei in another format."""
+        """Return the path of the table of nuclei when it is exported to `format`."""
         return self.folder / f"nuclei.{format.suffix}"
 
     @property
@@ -142,7 +144,7 @@ class SlideLayout:
 
     @property
     def timings_json(self) -> Path:
-        """Seconds by stage."""
+        """Seconds by stage, as JSON."""
         return self.folder / "timings.json"
 
     @property
@@ -175,15 +177,16 @@ class SlideLayout:
 
 @dataclass(frozen=True)
 class RunLayout:
-    """Paths of a run's results. `root` is made absolute, since workers may have another working directory."""
+    """Paths of a run's results, whether or not they exist."""
 
     root: Path
+    """Folder of the run; made absolute, since workers may have another working directory."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", self.root.absolute())
 
     def slide(self, slide_id: str) -> SlideLayout:
-        """Return the paths of one slide. InputError if a path with this slide_id could leave the run's folder."""
+        """Return the paths of one slide. InputError if the slide_id cannot name a folder."""
         return SlideLayout(self.root, slide_id)
 
     @property
@@ -218,7 +221,7 @@ class RunLayout:
 
     @property
     def failures_csv(self) -> Path:
-        """Failures of the last start."""
+        """Failures of the last start, written when it ends."""
         return self.root / "failures.csv"
 
     @property
@@ -248,7 +251,7 @@ class RunLayout:
 
     @property
     def events_jsonl(self) -> Path:
-        """Log of the run's changes of state."""
+        """Log of the run's events, one JSON object per line."""
         return self.logs / "events.jsonl"
 
     @property
@@ -258,5 +261,5 @@ class RunLayout:
 
     @property
     def slides(self) -> Path:
-        """Folder of all slides."""
+        """Folder of all slides' results, with one folder per slide."""
         return self.root / "slides"
