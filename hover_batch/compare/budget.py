@@ -9,7 +9,7 @@ from hover_batch.compare.fields import Place
 from hover_batch.compare.sides import Side
 from hover_batch.formatting import counted, duration
 from hover_batch.geometry import Box
-from hover_batch.model.cost import patch_of, seconds_per_patch
+from hover_batch.model.cost import patch_side, seconds_per_patch
 from hover_batch.model.prepare import on_device
 
 
@@ -43,7 +43,7 @@ class Speed:
         card, network = side.card, on_device(side.network, side.predictor.device)
         with side.predictor.autocast():
             seconds = seconds_per_patch(network, card, 1)
-        return cls(seconds, patch_of(card), card.tile_in, card.tile_out)
+        return cls(seconds, patch_side(card), card.tile_in, card.tile_out)
 
     def of_field(self, box: Box) -> float:
         """Return the seconds of inference on a field."""

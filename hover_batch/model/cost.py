@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hover_batch.model.margins import without_margin
 from hover_batch.model.package import Card
 
-PATCH = {"hovernet-original": 270}
+PATCH_SIDES = {"hovernet-original": 270}
 """Side in pixels of the patches on which published networks are compared, by architecture; 256 for others."""
 
 
@@ -48,7 +48,7 @@ class Cost:
 def cost_of(network: nn.Module, card: Card) -> Cost:
     """Return the cost of a package's network, which is neither run nor changed."""
     hollow = copy.deepcopy(network).to("meta").eval()
-    patch = patch_of(card)
+    patch = patch_side(card)
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()),
         patch=patch,
@@ -59,9 +59,9 @@ def cost_of(network: nn.Module, card: Card) -> Cost:
     )
 
 
-def patch_of(card: Card) -> int:
+def patch_side(card: Card) -> int:
     """Return the side in pixels of the patches on which networks of this architecture are compared."""
-    return PATCH.get(card.architecture, 256)
+    return PATCH_SIDES.get(card.architecture, 256)
 
 
 def _macs(hollow: nn.Module, side: int) -> int:
@@ -78,7 +78,7 @@ def seconds_per_patch(network: nn.Module, card: Card, batch: int = 16) -> float:
     idle machine.
     """
     weight = next(network.parameters())
-    patches = torch.rand(batch, 3, patch_of(card), patch_of(card), device=weight.device, dtype=weight.dtype)
+    patches = torch.rand(batch, 3, patch_side(card), patch_side(card), device=weight.device, dtype=weight.dtype)
     network(patches if weight.is_cuda else patches[:1])  # a GPU selects kernels by batch size
     _wait(weight.device)
     started = time.perf_counter()
