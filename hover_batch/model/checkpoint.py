@@ -38,11 +38,12 @@ _DAMAGED = (
 
 
 def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = None) -> tuple[nn.Module, Card]:
-    """Return the network in a checkpoint, in evaluation mode, and its card, with the Sobel constants of the starter.
+    """Return the network in a checkpoint, in evaluation mode, and a card with the Sobel constants of the starter.
 
-    `source`: a file, a URL, or the name of one of tiatoolbox's models. `kind`: a key of KINDS; by default the first one
-    that matches the shapes. `sha256`: expected hash of the file. PackageError if the file cannot be downloaded or read,
-    its hash differs, or it is not a known kind.
+    `source`: a file, a URL, or the name of one of tiatoolbox's models. `kind`: a key of KINDS; by default the source's
+    name, or else the first kind that matches the shapes. `sha256`: expected hex SHA-256 of the file. A download is
+    cached. PackageError if the file cannot be downloaded or read, its hash differs, or it is not of a known kind.
+    OSError if the disk is full.
     """
     if kind is not None and kind not in KINDS:
         raise PackageError(f"--kind {kind}: not known; known are {', '.join(KINDS)}")
