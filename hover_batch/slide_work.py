@@ -100,8 +100,9 @@ def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str
 def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideReader | None]:
     """Yield a reader of the slide, closed when the block ends; None if its maps are stored and the slide is not needed.
 
-    A slide in cloud storage is copied to this machine first. SlideError if it cannot be copied or opened, or if its
-    file was replaced after the run began; ScratchFull if there is no space for the copy.
+    A slide in cloud storage is copied to this machine first. InputError if its pixel size is unknown; SlideError if it
+    cannot be copied or opened, or if its file was replaced after the run began; ScratchFull if there is no space for
+    the copy.
     """
     if slide.stored is not None:
         yield None
@@ -119,8 +120,8 @@ def survey(
     """Find the tissue and cut it into units, write survey.json, and return the slide ready to be processed.
 
     `reader`: open reader of the slide; None for stored maps, whose run has found the tissue. `layout`: paths of the
-    results, with key.json. InputError if a mask cannot be used; SlideError if the slide or, for stored maps, the
-    survey.json of their run cannot be read.
+    results, whose key.json exists. SlideError if the slide, its mask or, for stored maps, the survey.json of their run
+    cannot be used.
     """
     if slide.stored is not None:
         path = slide.stored.layout.survey_json

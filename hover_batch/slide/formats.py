@@ -49,7 +49,8 @@ class Header:
 def openslide_header(path: Path) -> Header:
     """Read the header of a file that OpenSlide opens.
 
-    SlideError if it is a TIFF whose pixels are not unsigned 8-bit. Errors of OpenSlide propagate.
+    SlideError if it is a TIFF whose pixels are not unsigned 8-bit, or are turned by an Orientation tag. Errors of
+    OpenSlide propagate.
     """
     import openslide
 
@@ -115,7 +116,7 @@ def _check_pages(path: Path, tiff: tifffile.TiffFile) -> None:
 
 
 def is_ome(path: Path) -> bool:
-    """Return whether a file is an OME-TIFF."""
+    """Return whether a file is an OME-TIFF; False for files of any other format. OSError if it cannot be read."""
     tiff = _open_tiff(path)
     if tiff is None:
         return False
@@ -208,10 +209,10 @@ def picture_header(path: Path) -> Header:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Open a PNG, JPEG or TIFF picture without decoding it.
+    """Open a PNG, JPEG or TIFF picture without decoding it; the caller closes it.
 
     SlideError if the format is unknown, the pixels are not 8-bit grey or colour, or there are more than
-    MAX_PICTURE_PIXELS.
+    MAX_PICTURE_PIXELS. OSError if the file cannot be read.
     """
     if (tiff := _open_tiff(path)) is not None:
         with tiff:
@@ -244,10 +245,11 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def bands(picture: Image.Image, mode: str | None = None) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
-    """Decode a picture in horizontal bands; yield the rows and the pixels of each, from top to bottom.
+    """Decode a picture in horizontal bands; yield (slice of rows, pixels) of each, from top to bottom.
 
     Pixels are (y, x) or (y, x, channels) uint8, but bool for Pillow's mode 1. They are converted to Pillow's `mode` if
-    it is given. Converting the whole picture at once would hold several copies of it in memory.
+    it is given. Converting the whole picture at once would hold several copies of it in memory. Errors of Pillow
+    propagate.
     """
     for top in range(0, picture.height, _BAND_ROWS):
         bottom = min(top + _BAND_ROWS, picture.height)

@@ -1,4 +1,4 @@
-"""Copies of slides from other storage on the disk of the machine that reads them.
+"""Copies of slides from cloud storage on the disk of the machine that reads them.
 
 scratch/hover-batch-<user>/<run>.lock shared by all live processes of a run
 scratch/hover-batch-<user>/<run>/<slide_id>/<fingerprint>/<name>
@@ -31,7 +31,7 @@ from hover_batch.slide.fingerprint import fingerprint
 from hover_batch.slide.remote import files_of, storage_errors
 
 ATTEMPTS = 4
-"""Attempts to copy a slide."""
+"""Maximum number of attempts to copy a slide."""
 FIRST_WAIT_S = 1.0
 """Seconds before the second attempt; each wait is three times the previous one. The storage's library also retries."""
 SPARED_BYTES = 256 << 20
@@ -44,7 +44,7 @@ _holding = threading.Lock()
 
 @dataclass(frozen=True)
 class Copies:
-    """Local copies of a run's slides on this machine."""
+    """Copies of a run's slides on this machine; all processes of the run share them. Picklable and thread-safe."""
 
     scratch: str
     """Folder for the copies; "" for the machine's folder for temporary files."""
@@ -53,7 +53,10 @@ class Copies:
 
     @classmethod
     def of_run(cls, root: Path, scratch: str) -> Self:
-        """Return the copies of the run with the output folder `root`, into which only one run writes at a time."""
+        """Return the copies of the run with the output folder `root`, into which only one run writes at a time.
+
+        `scratch`: folder for the copies; "" for the machine's folder for temporary files. Nothing is created yet.
+        """
         return cls(scratch, hashlib.sha256(os.fsencode(root)).hexdigest()[:16])
 
     @property
@@ -72,8 +75,8 @@ class Copies:
     def staged(self, record: SlideRecord, planned: str) -> Iterator[SlideRecord]:
         """Yield the record with the path of a copy on this machine, which is made if it does not exist.
 
-        A record of a slide on disk is yielded unchanged. `planned`: fingerprint that the copy must have. In errors that
-        the block raises, the path of the copy is replaced by the URL.
+        A record of a slide on disk is yielded unchanged. `planned`: fingerprint that the copy must have. The copy stays
+        until `release` or `close`. In errors that the block raises, its path is replaced by the URL.
 
         InputError or SlideError if the slide cannot be copied or its fingerprint differs, ScratchFull if there is no
         space for the copy now.
@@ -132,10 +135,10 @@ class Copies:
             storage.get_file(file.key, str(folder / file.name))
 
     def open(self) -> None:
-        """Create the run's folder of copies on this machine if it does not exist, and lock it until the process ends.
+        """Create the run's folder of copies on this machine if it does not exist, and lock it.
 
-        The first call also removes copies of dead runs. InputError if the folder cannot be written, ScratchFull if its
-        disk is full.
+        This process holds the lock until `close` or its end. The first call also removes copies of runs that were
+        killed. InputError if the folder cannot be written, ScratchFull if its disk is full.
         """
         with _holding:
             if self._is_held():
@@ -182,11 +185,11 @@ class Copies:
                 lock.unlink()
 
     def release(self, slide_id: str) -> None:
-        """Remove the slide's copy on this machine. Processes that have it open can still read it."""
+        """Remove the slide's copy on this machine, if there is one. Processes that have it open can still read it."""
         shutil.rmtree(self._folder / slide_id, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove all copies of the run on this machine and release its lock. Call it when the run ends."""
+        """Remove all copies of the run on this machine and release this process's lock. Call it when the run ends."""
         shutil.rmtree(self._folder, ignore_errors=True)
         with _holding:
             self._lock.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from hover_batch.slide.given_mask import MAX_MASK_SIDE, given_mask
 from hover_batch.slide.reader import SlideReader, whole_grid
 
 GIVEN_MPP = 2.0
-"""Pixel size in µm at which polygons from the cohort are rasterised; it affects which nuclei are kept."""
+"""Pixel size in µm at which polygons from the cohort are rasterised; it affects which nuclei are in the table."""
 
 SMALL_CANVAS_MM2 = 1.0
 """Area below which a canvas is taken for a tile cut from a slide, without a background to detect."""
@@ -48,7 +48,7 @@ class TissueMask:
     """Whether the user supplied the mask, so that nuclei outside it are removed."""
 
     def meets(self, box: Box, grid: Grid) -> bool:
-        """Whether there is tissue under a box in inference pixels of `grid`."""
+        """Return whether there is tissue in a box, given in inference pixels of `grid`; False outside the canvas."""
         return bool(self.meets_product([(box.x0, box.x1)], [(box.y0, box.y1)], grid)[0, 0])
 
     def meets_product(
@@ -134,7 +134,8 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
     excluded, but red pen is not. Pieces smaller than `settings.min_tissue_um2` are removed, and holes smaller than it
     are filled. A canvas below 1 mm² is tissue as a whole, unless it is nearly all background.
 
-    SlideError if the row's mask cannot be used on this slide, or the pixels cannot be read.
+    `reader`: open reader of the slide. SlideError if the row's mask cannot be used on this slide, or the pixels cannot
+    be read.
     """
     info = reader.info
     if record.mask_path is not None:
