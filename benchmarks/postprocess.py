@@ -36,7 +36,7 @@ from hover_batch.nuclei import measure as measuring
 from hover_batch.nuclei.energy import energy_of
 from hover_batch.nuclei.markers import markers_of
 from hover_batch.nuclei.outlines import outlines
-from hover_batch.nuclei.watershed import Components, SobelConstants, flooded, instance_map
+from hover_batch.nuclei.watershed import Components, SobelConstants, flood_components, instance_map
 
 Maps = NDArray[np.uint8]
 """Stored maps (plane, y, x) uint8."""
@@ -186,7 +186,7 @@ def steps(maps: Maps, layout: MapLayout) -> dict[str, Callable[[], Any]]:
     constants = SobelConstants.of_window(h, v)
     energy = energy_of(h, v, large, labels, *constants.scaling)
     markers, owners = markers_of(labels, bounds, large, energy)
-    instances = flooded(components, energy, markers, owners)
+    instances = flood_components(components, energy, markers, owners)
     n = int(instances.max())
     anchor, box, _, area, _ = measuring._places(instances, maps[layout.tp], n)
     return {
@@ -194,7 +194,7 @@ def steps(maps: Maps, layout: MapLayout) -> dict[str, Callable[[], Any]]:
         "extremes of the Sobel maps": lambda: SobelConstants.of_window(h, v),
         "energy": lambda: energy_of(h, v, large, labels, *constants.scaling),
         "markers": lambda: markers_of(labels, bounds, large, energy),
-        "filling and flooding": lambda: flooded(components, energy, markers, owners),
+        "filling and flooding": lambda: flood_components(components, energy, markers, owners),
         "area, centroid, box, type": lambda: measuring._places(instances, maps[layout.tp], n),
         "contours": lambda: outlines(instances, box, anchor[:, 0], area, (0, 0)),
         "extra: probabilities, stain, moments": lambda: sums(instances, maps, layout, anchor),

@@ -25,13 +25,13 @@ def fill_and_flood(
     energy: NDArray[np.float32],
     markers: NDArray[np.int32],
     ids: NDArray[np.int32],
-    markers_of: NDArray[np.int64],
+    marker_counts: NDArray[np.int64],
     only_id: NDArray[np.int32],
 ) -> NDArray[np.int32]:
     """Return the instances (y, x) int32, 0 = background, of the components in `labels` (y, x).
 
     `bounds` (n, 4): x0, y0, x1, y1 of each component, half-open. `pixels` (n,): its number of pixels. `energy` (y, x):
-    see `energy_of`. `markers` (y, x): marker numbers, 0 = none. `ids` (m,): instance of each marker. `markers_of` (n,):
+    see `energy_of`. `markers` (y, x): marker numbers, 0 = none. `ids` (m,): instance of each marker. `marker_counts` (n,):
     number of markers of each component. `only_id` (n,): instance of a component with a single marker.
     """
     height, width = labels.shape
@@ -41,17 +41,17 @@ def fill_and_flood(
             c = labels[y, x]
             if c == 0:
                 continue
-            if markers_of[c] == 1:
+            if marker_counts[c] == 1:
                 instances[y, x] = only_id[c]
-            elif markers_of[c] > 1 and markers[y, x] > 0:
+            elif marker_counts[c] > 1 and markers[y, x] > 0:
                 instances[y, x] = ids[markers[y, x]]
     room = 0
     for c in range(1, len(bounds)):
-        if markers_of[c] > 1:
+        if marker_counts[c] > 1:
             room = max(room, pixels[c])
     values, items = np.empty(room), np.empty(room, np.int64)
     for c in range(1, len(bounds)):
-        if markers_of[c] > 1 and not _flood(labels, c, bounds[c], energy, instances, values, items, False):
+        if marker_counts[c] > 1 and not _flood(labels, c, bounds[c], energy, instances, values, items, False):
             for y in range(bounds[c, 1], bounds[c, 3]):
                 for x in range(bounds[c, 0], bounds[c, 2]):
                     if labels[y, x] == c:

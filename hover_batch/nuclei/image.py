@@ -37,9 +37,9 @@ def nuclei_of(
     return found, measure(found, maps, layout)
 
 
-def types_by_id(found: NDArray[np.int32], nuclei: Nuclei) -> NDArray[np.uint8]:
+def types_by_id(instances: NDArray[np.int32], nuclei: Nuclei) -> NDArray[np.uint8]:
     """Return the class id of each instance, ordered by instance id: (n,) uint8.
 
-    `found` (y, x): instance map. `nuclei`: its measurements, in any order.
+    `instances` (y, x): instance map. `nuclei`: its measurements, in any order.
     """
-    return nuclei.type_id[np.argsort(found[nuclei.anchor_y, nuclei.anchor_x])]
+    return nuclei.type_id[np.argsort(instances[nuclei.anchor_y, nuclei.anchor_x])]

@@ -73,7 +73,7 @@ class Nuclei:
         return type(self)(**columns, contours=[self.contours[i] for i in index])
 
 
-def empty(n_types: int) -> Nuclei:
+def no_nuclei(n_types: int) -> Nuclei:
     """Return a `Nuclei` with n = 0, whose class_probs is (0, n_types - 1).
 
     `n_types`: number of classes, including background.

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from hover_batch.config import PostSettings
 from hover_batch.geometry import Box, cell_box
 from hover_batch.model.heads import MapLayout
-from hover_batch.nuclei.measure import Nuclei, concatenate, empty, measure
+from hover_batch.nuclei.measure import Nuclei, concatenate, measure, no_nuclei
 from hover_batch.nuclei.regions import MARGIN, clear_of_margin, owned
-from hover_batch.nuclei.watershed import Components, SobelConstants, split
+from hover_batch.nuclei.watershed import Components, SobelConstants, split_components
 
 SEAM_VIEW = 80
 """Context in pixels around a cell of a component that is cut: a large nucleus and MARGIN."""
@@ -129,9 +129,11 @@ class _View:
     def nuclei(self, chosen: NDArray[np.bool_], constants: SobelConstants) -> Nuclei:
         """Return the nuclei of the `chosen` (n,) components."""
         if not chosen.any():
-            return empty(self.layout.n_types)
+            return no_nuclei(self.layout.n_types)
         layout, maps = self.layout, self.maps
-        instances = split(maps[layout.NP], maps[layout.H], maps[layout.V], self.components, chosen, constants)
+        instances = split_components(
+            maps[layout.NP], maps[layout.H], maps[layout.V], self.components, chosen, constants
+        )
         return measure(instances, maps, layout, (self.window.x0, self.window.y0))
 
     def nuclei_alone(self, component: int, constants: SobelConstants) -> Nuclei:
@@ -176,7 +178,7 @@ def _nuclei_of_cell(
     area = cell.intersect(core)
     cut = oversized[view.components.labels[area.slices_in(view.window)]]
     if not cut.any():
-        return empty(view.layout.n_types)
+        return no_nuclei(view.layout.n_types)
     close = _View.of(read, cell.expand(SEAM_VIEW), view.layout)
     chosen = np.zeros(len(close.components.pixels), np.bool_)
     chosen[close.components.labels[area.slices_in(close.window)][cut]] = True

@@ -131,13 +131,13 @@ def instance_map(
     """
     if constants is None:
         components = Components.of(np_map)
-        return split(np_map, h, v, components, components.large, SobelConstants.of_window(h, v))
+        return split_components(np_map, h, v, components, components.large, SobelConstants.of_window(h, v))
     frame = Box(0, 0, np_map.shape[1], np_map.shape[0])
     around = frame.expand(REACH)
     np_map, h, v = (np.pad(plane, REACH) for plane in (np_map, h, v))
     components = Components.of(np_map)
     rows, columns = frame.slices_in(around)
-    return np.ascontiguousarray(split(np_map, h, v, components, components.large, constants)[rows, columns])
+    return np.ascontiguousarray(split_components(np_map, h, v, components, components.large, constants)[rows, columns])
 
 
 def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.int32]:
@@ -147,7 +147,7 @@ def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.
     return np.where(large, np.cumsum(large), 0).astype(np.int32)[instances]
 
 
-def split(
+def split_components(
     np_map: NDArray[np.uint8],
     h: NDArray[np.uint8],
     v: NDArray[np.uint8],
@@ -165,10 +165,10 @@ def split(
     # All components that are large enough enter the energy: the blur reads diagonal neighbours.
     energy = energy_of(h, v, large, labels, *constants.scaling)
     markers, owners = markers_of(labels, bounds, chosen & large, energy)
-    return flooded(components, energy, markers, owners)
+    return flood_components(components, energy, markers, owners)
 
 
-def flooded(
+def flood_components(
     components: Components, energy: NDArray[np.float32], markers: NDArray[np.int32], owners: NDArray[np.int64]
 ) -> NDArray[np.int32]:
     """Grow the markers of each component into instances: (y, x) int32, 0 = background.
