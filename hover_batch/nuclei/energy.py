@@ -31,8 +31,8 @@ _ACROSS_F64, _ALONG_F64 = _BINOMIAL.astype(np.float64), _DIFFERENCE.astype(np.fl
 def sobel_extremes(h: NDArray[np.uint8], v: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Return the extremes (4,) float64 of two Sobel maps: minimum and maximum of Sobel_x(h), then of Sobel_y(v).
 
-    `h`, `v` (y, x): a window of stored maps. The values are in stored steps. Borders are reflected about the outermost
-    pixels (OpenCV's BORDER_REFLECT_101).
+    `h`, `v` (y, x): a window of stored maps, uint8 in two's complement. The extremes are in stored steps (HV_STEPS per
+    unit). Borders are reflected about the outermost pixels (OpenCV's BORDER_REFLECT_101).
     """
     return np.asarray(_extremes(_signed(h), _signed(v)), np.float64)
 
@@ -47,10 +47,11 @@ def energy_of(
 ) -> NDArray[np.float32]:
     """Return the energy landscape (y, x) float32: max(1 - Sobel_x(h), 1 - Sobel_y(v), 0) of the scaled Sobel maps.
 
-    It is high where the distances to the centroid jump from one nucleus to the next. `h`, `v` (y, x): stored maps. A
-    Sobel sum s is scaled to s·scale - low; the first of `scales` and `lows` is for h, the second for v. `labels` (y,
-    x): component of each pixel; `inside` (n,): whether a component belongs to the foreground. The energy of all other
-    pixels is 1 and is not computed: the reference masks them later, with the same effect.
+    It is high where the distances to the centroid jump from one nucleus to the next. `h`, `v` (y, x): stored maps,
+    uint8 in two's complement. A Sobel sum s is scaled to s·scale - low; `scales` and `lows` are (for h, for v), as
+    `SobelConstants.scaling` gives them. `labels` (y, x): component of each pixel; `inside` (n,): whether a component
+    belongs to the foreground. The energy of all other pixels is 1 and is not computed: the reference masks them later,
+    with the same effect.
     """
     return np.asarray(_energy(_signed(h), _signed(v), inside, labels, scales, lows), np.float32)
 
@@ -58,9 +59,9 @@ def energy_of(
 def mask_hv(maps: NDArray[np.uint8]) -> None:
     """Zero h and v, in place, where no energy of the foreground depends on them: beyond the reach of its Sobel filters.
 
-    `maps` (plane, y, x): a unit (see MapLayout). A band along its edges, as wide as the reach, keeps its values for the
-    foreground of its neighbours. Do not use it where Sobel maps are scaled by the extremes of windows, which take in
-    the background.
+    `maps` (plane, y, x) uint8: a unit (see MapLayout). A band along its edges, as wide as the reach, keeps its values
+    for the foreground of neighbouring units. Do not use it if Sobel maps will be scaled by the extremes of windows,
+    which include the background.
     """
     foreground = (maps[MapLayout.NP] >= MapLayout.NP_NUCLEUS).view(np.uint8)
     near = cv2.dilate(foreground, np.ones((SOBEL_SIZE, SOBEL_SIZE), np.uint8))

@@ -30,9 +30,10 @@ def fill_and_flood(
 ) -> NDArray[np.int32]:
     """Return the instances (y, x) int32, 0 = background, of the components in `labels` (y, x).
 
-    `bounds` (n, 4): x0, y0, x1, y1 of each component, half-open. `pixels` (n,): its number of pixels. `energy` (y, x):
-    see `energy_of`. `markers` (y, x): marker numbers, 0 = none. `ids` (m,): instance of each marker. `marker_counts` (n,):
-    number of markers of each component. `only_id` (n,): instance of a component with a single marker.
+    Components without markers become background. `bounds` (n, 4): x0, y0, x1, y1 of each component, half-open. `pixels`
+    (n,): its number of pixels. `energy` (y, x): see `energy_of`. `markers` (y, x): marker numbers, 0 = none. `ids`
+    (m,): instance of each marker. `marker_counts` (n,): number of markers of each component. `only_id` (n,): instance
+    of a component with a single marker. Row 0 of arrays of components and markers is the background.
     """
     height, width = labels.shape
     instances = np.zeros((height, width), np.int32)

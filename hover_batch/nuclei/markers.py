@@ -26,7 +26,7 @@ _ELLIPSE = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
 _OUTSIDE = 1
 """Number of the outermost region of gaps: OpenCV numbers regions in raster order, and the frame comes first."""
 _ROOM = 3
-"""Pixels around an entangled component in its crop: the opening's radius plus one."""
+"""Context in pixels around an entangled component in its crop: the opening's radius plus one."""
 
 
 def markers_of(
@@ -35,8 +35,9 @@ def markers_of(
     """Return the markers (y, x) int32 of the `chosen` (n,) components, and the component (m,) int64 of each marker.
 
     Marker 0 is the background; unused numbers have component 0. Within a component, numbers increase in the raster
-    order of the markers' first pixels. `labels` (y, x): components; `bounds` (n, 4): x0, y0, x1, y1 of each, half-open;
-    `energy` (y, x): see `energy_of`.
+    order of the markers' first pixels. `labels` (y, x): component of each pixel, 0 = background. `bounds` (n, 4): x0,
+    y0, x1, y1 of each component, half-open. `chosen` (n,): which components to process. `energy` (y, x): see
+    `energy_of`.
     """
     gaps = _gaps(labels, chosen, energy)
     count, regions = cv2.connectedComponents(gaps, connectivity=4, ltype=cv2.CV_32S)

@@ -35,7 +35,7 @@ FIRST_STEP = 128
 """First step in pixels of the search for a component's end; later steps are half of its extent so far."""
 
 Read = Callable[[Box], NDArray[np.uint8]]
-"""Function of a box in absolute pixels that returns its maps (plane, y, x)."""
+"""Function from a box in absolute inference pixels to its maps (plane, y, x) uint8."""
 
 
 def nuclei_of_region(
@@ -44,8 +44,9 @@ def nuclei_of_region(
     """Return the nuclei that the region `core` owns, in absolute pixels of the inference grid, sorted by anchor.
 
     `read(box)` returns the maps (plane, y, x) uint8 of any box, in the planes of `layout`, with zeros outside of the
-    canvas and where nothing was predicted; its exceptions propagate. `constants`: None uses the extremes of this
-    region's window, for `--sobel-norm window`.
+    canvas and where nothing was predicted; its exceptions propagate. `settings`: halo, smallest area and largest
+    component. `constants`: the model's Sobel constants; None uses the extremes of this region's window, for
+    `--sobel-norm window`.
     """
     view = _View.of(read, core.expand(settings.halo), layout)
     if constants is None:

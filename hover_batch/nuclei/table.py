@@ -70,7 +70,7 @@ class TableContext:
     """Version of hover-batch."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of the entry `hover_batch` of the file metadata, as plain values."""
+        """Return the entry `hover_batch` of the file's metadata, as JSON values by name."""
         grid = self.grid
         return {
             "schema_version": SCHEMA_VERSION,
@@ -102,7 +102,7 @@ class MergeResult:
 
 
 def table_schema(taxonomy: Taxonomy) -> pa.Schema:
-    """Return the columns of nuclei.parquet, in order; none is nullable."""
+    """Return the columns of nuclei.parquet, in order; none is nullable. One `prob_<class>` per class of `taxonomy`."""
     columns: list[tuple[str, pa.DataType]] = [
         ("slide_id", pa.string()),
         ("nucleus_id", pa.uint32()),
@@ -193,7 +193,7 @@ def _wkb(contours: Sequence[NDArray[np.float64]], scale: NDArray[np.float64]) ->
 
 
 def write_part(path: Path, part: pa.Table) -> None:
-    """Write the nuclei of one region (see `part_schema`) atomically."""
+    """Write the nuclei of one region (see `part_schema`) to `path`, atomically. OSError if it cannot be written."""
     with replacing(path) as temporary:
         pq.write_table(part, temporary, compression="zstd", compression_level=1, use_dictionary=_DICTIONARY)
 
@@ -205,8 +205,9 @@ def merge_parts(
 
     `parts`: the file of each region, with its row in the grid of regions. The anchors of one row of regions all lie
     above those of the next, so memory holds one row of regions and one row group, independent of the slide's height.
-    `select` chooses nuclei by their centroids before they are numbered; None keeps all. SlideError if two regions hold
-    the same nucleus.
+    `context`: slide and model, for the file's metadata. `select` chooses the nuclei of the table by their centroids,
+    before they are numbered; None for all. `out` is replaced atomically. SlideError if two regions hold the same
+    nucleus, OSError if a file cannot be read or written.
     """
     schema = table_schema(context.taxonomy)
     by_type = np.zeros(len(context.taxonomy.classes), np.int64)

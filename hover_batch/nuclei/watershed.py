@@ -42,15 +42,19 @@ Sobel sums have a radius of 10, and whose component counts if it has at least 10
 
 @dataclass(frozen=True)
 class SobelConstants:
-    """Extremes that scale the 21×21 Sobel maps to [0, 1]: of h along x and v along y, with h and v in [-1, 1].
+    """Extremes by which the 21×21 Sobel maps are scaled to [0, 1], with h and v in [-1, 1].
 
     PackageError unless all are finite and each minimum is at most its maximum.
     """
 
     h_min: float
+    """Minimum of Sobel_x(h)."""
     h_max: float
+    """Maximum of Sobel_x(h)."""
     v_min: float
+    """Minimum of Sobel_y(v)."""
     v_max: float
+    """Maximum of Sobel_y(v)."""
 
     def __post_init__(self) -> None:
         if not (np.isfinite([self.h_min, self.h_max, self.v_min, self.v_max]).all()):
@@ -60,22 +64,25 @@ class SobelConstants:
 
     @classmethod
     def of_window(cls, h: NDArray[np.uint8], v: NDArray[np.uint8]) -> Self:
-        """Return the extremes over one window of stored maps `h` and `v` (y, x), as in the reference."""
+        """Return the extremes over one window, as in the reference. `h`, `v` (y, x) uint8: stored maps."""
         return cls(*(sobel_extremes(h, v) / HV_STEPS).tolist())
 
     @property
     def scaling(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Scales (h, v) and offsets (h, v): a Sobel sum s of stored steps is scaled to s·scale - offset."""
+        """((scale of h, of v), (offset of h, of v)): a Sobel sum s of stored steps is scaled to s·scale - offset.
+
+        The scale is 0 if minimum and maximum are equal.
+        """
         scale_h, scale_v = _scale(self.h_min, self.h_max), _scale(self.v_min, self.v_max)
         return (scale_h / HV_STEPS, scale_v / HV_STEPS), (self.h_min * scale_h, self.v_min * scale_v)
 
     def to_json(self) -> dict[str, float]:
-        """Return plain values for model cards; the inverse of `from_json`."""
+        """Return the constants by name, for model cards; the inverse of `from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read the output of `to_json`. PackageError if a number is missing or invalid."""
+        """Return the constants that `to_json` gave as `data`. PackageError if a number is missing or invalid."""
         try:
             return cls(**{f.name: float(data[f.name]) for f in fields(cls)})
         except (KeyError, TypeError, ValueError) as error:
@@ -91,18 +98,18 @@ def _scale(low: float, high: float) -> float:
 
 @dataclass(frozen=True)
 class Components:
-    """4-connected components of the foreground of a window; row 0 of each array is the background."""
+    """4-connected components of the foreground of a window, numbered from 1; row 0 of arrays is the background."""
 
     labels: NDArray[np.int32]
     """(y, x): component of each pixel, 0 = background."""
     bounds: NDArray[np.int64]
     """(n, 4): x0, y0, x1, y1, half-open, in pixels of the window."""
     pixels: NDArray[np.int64]
-    """(n,): number of pixels."""
+    """(n,): number of pixels of each component."""
 
     @classmethod
     def of(cls, np_map: NDArray[np.uint8]) -> Self:
-        """Label the 4-connected components of the pixels with np ≥ 0.5 in a stored map (y, x)."""
+        """Label the 4-connected components of the pixels with p ≥ 0.5. `np_map` (y, x) uint8: stored np."""
         foreground = (np_map >= MapLayout.NP_NUCLEUS).view(np.uint8)
         count, labels = cv2.connectedComponents(foreground, connectivity=4, ltype=cv2.CV_32S)
         return cls(np.asarray(labels, np.int32), *_extents(labels, count))
@@ -125,9 +132,9 @@ def instance_map(
 ) -> NDArray[np.int32]:
     """Return the instances (y, x) int32, 0 = background, of a window of stored maps (y, x) uint8 (see `MapLayout`).
 
-    With `constants`, the maps count as zero outside of the window, so that a whole canvas gives the same instances as
-    any tiling of it. With None, the Sobel maps are normalised by their own extremes, and the window's edge is treated
-    as in the reference.
+    Instances are numbered 1 … n. With `constants`, the maps count as zero outside of the window, so that a whole canvas
+    gives the same instances as any tiling of it. With None, the Sobel maps are normalised by their own extremes, and
+    the window's edge is treated as in the reference.
     """
     if constants is None:
         components = Components.of(np_map)
@@ -141,7 +148,7 @@ def instance_map(
 
 
 def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.int32]:
-    """Remove instances of fewer than `min_pixels` pixels; renumber the others 1 … n in order: (y, x) int32."""
+    """Return the instances (y, x) int32 of at least `min_pixels` pixels, renumbered 1 … n in the order of their ids."""
     large = np.bincount(instances.ravel()) >= min_pixels
     large[0] = False
     return np.where(large, np.cumsum(large), 0).astype(np.int32)[instances]
@@ -157,9 +164,10 @@ def split_components(
 ) -> NDArray[np.int32]:
     """Split the `chosen` (n,) components of a window into instances: (y, x) int32, 0 = background.
 
-    `np_map`, `h`, `v` (y, x): stored maps. A component with one marker becomes one instance (flooding from one marker
-    fills its component); a component without markers is dropped. Instances are numbered by component, then by the first
-    pixel of their marker. The result is exact for components at least REACH pixels from the window's edge.
+    `np_map`, `h`, `v` (y, x) uint8: stored maps of the window. A component with one marker becomes one instance
+    (flooding from one marker fills its component); a component without markers is dropped. Instances are numbered by
+    component, then by the first pixel of their marker. The result is independent of the window for components at least
+    REACH pixels from its edge.
     """
     labels, bounds, large = components.labels, components.bounds, components.large
     # All components that are large enough enter the energy: the blur reads diagonal neighbours.
