@@ -45,7 +45,7 @@ class Speed:
             seconds = seconds_per_patch(network, card, 1)
         return cls(seconds, patch_side(card), card.tile_in, card.tile_out)
 
-    def of_field(self, box: Box) -> float:
+    def field_seconds(self, box: Box) -> float:
         """Return the seconds of inference on a field."""
         tiles = -(-box.width // self.tile_out) * -(-box.height // self.tile_out)
         return tiles * self.seconds * (self.tile_in / self.patch) ** 2
@@ -54,11 +54,13 @@ class Speed:
 def estimate(speeds: Sequence[Speed], places: Sequence[Place], options: Options) -> float:
     """Return the seconds that a comparison will take: the warm-up, the patches of each batch size, the fields."""
     patches = options.repeats * sum(1 + batch for batch in options.batches) * sum(speed.seconds for speed in speeds)
-    fields = [sum(speed.of_field(place.box) for speed in speeds) for place in places]
+    fields = [sum(speed.field_seconds(place.box) for speed in speeds) for place in places]
     return fields[0] + patches + options.repeats * sum(fields)
 
 
-def reduced(speeds: Sequence[Speed], places: Sequence[Place], options: Options) -> tuple[Sequence[Place], Options]:
+def fit_to_budget(
+    speeds: Sequence[Speed], places: Sequence[Place], options: Options
+) -> tuple[Sequence[Place], Options]:
     """Return the places and options that fit into the budget: with fewer repetitions, then fewer fields, then without
     the largest batch sizes. One of each is always left."""
     while options.budget_s is not None and estimate(speeds, places, options) > options.budget_s:
@@ -73,7 +75,7 @@ def reduced(speeds: Sequence[Speed], places: Sequence[Place], options: Options) 
     return places, options
 
 
-def announced(speeds: Sequence[Speed], places: Sequence[Place], options: Options) -> str:
+def announcement(speeds: Sequence[Speed], places: Sequence[Place], options: Options) -> str:
     """Return a line that says what will be measured, and about how long it takes."""
     return (
         f"{counted(len(places), 'field')}, batch sizes {', '.join(map(str, options.batches))}, "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hover_batch.compare.agreement import Agreement, Dispute
-from hover_batch.compare.budget import Options, Speed, announced, reduced
+from hover_batch.compare.budget import Options, Speed, announcement, fit_to_budget
 from hover_batch.compare.fields import Field, Place
 from hover_batch.compare.page import Panel, render
 from hover_batch.compare.sides import Side
@@ -51,10 +51,10 @@ def compare(
     notify("timing one patch …")
     speeds = [Speed.of(side) for side in sides]
     wanted = places, options
-    places, options = reduced(speeds, places, options)
+    places, options = fit_to_budget(speeds, places, options)
     if wanted != (places, options):
-        notify(f"reduced from {announced(speeds, *wanted)}; --minutes gives it more time")
-    notify(announced(speeds, places, options))
+        notify(f"reduced from {announcement(speeds, *wanted)}; --minutes gives it more time")
+    notify(announcement(speeds, places, options))
     notify("warming up …")
     peaks = warm_up(sides, places[0].read())
     truth = None

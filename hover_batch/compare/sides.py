@@ -50,7 +50,7 @@ class Side:
         return SobelConstants.from_json(self.card.sobel)
 
 
-def side_of(name: str, flag: str, settings: InferSettings) -> Side:
+def load_side(name: str, flag: str, settings: InferSettings) -> Side:
     """Load a network: `starter`, a package, a published checkpoint, or the name of one, which is downloaded.
 
     `flag`: option that gave `name`, for messages. PackageError if the network cannot be loaded or downloaded.

@@ -77,8 +77,8 @@ def write_thumbnail(path: Path, view: View, outline: Sequence[NDArray[np.float64
 def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> int:
     """Write `view` to `path` as a JPEG, with the contours of the nuclei in the colours of their classes.
 
-    `nuclei`: path of nuclei.parquet. A legend under the picture gives the number of nuclei of each class. Return the number of nuclei drawn. SlideError
-    if the table is corrupted, OSError if the picture cannot be written.
+    `nuclei`: path of nuclei.parquet. A legend under the picture gives the number of nuclei of each class. Return the
+    number of nuclei drawn. SlideError if the table is corrupted, OSError if the picture cannot be written.
     """
     canvas, counts = contoured(view, nuclei, taxonomy)
     entries = [(f"{kind.name} {counts[kind.id]:,}", kind.color) for kind in taxonomy.nuclei]
