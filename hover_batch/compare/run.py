@@ -21,10 +21,10 @@ from hover_batch.files import to_json, write_atomically
 from hover_batch.model.cost import cost_of
 
 PANELS = 8
-"""Number of disagreements that the page shows."""
+"""Maximum number of disagreements that the page shows."""
 
 Scorer = Callable[[Side], dict[str, Any]]
-"""Function that returns a side's scores on annotated images, by source, and the images it was trained on, if any."""
+"""Function that returns a network's scores on annotated images by source, and which of them it was trained on."""
 
 
 def compare(
@@ -36,11 +36,13 @@ def compare(
     notify: Notify,
     scorer: Scorer | None,
 ) -> dict[str, Any]:
-    """Compare `first` with `second`, which is to replace it; write compare.json and compare.html to `out`.
+    """Compare two networks, and write compare.json and compare.html to the folder `out`.
 
-    If it would take longer than the options allow, less is measured. `places`: fields to compare on. `notify` is called
-    with lines about the progress: first, what is measured and about how long it takes. `scorer` scores a side on
-    annotated images; None to omit that. Return the content of compare.json. InputError if `places` is empty.
+    Return the content of compare.json. Costs of `first` are given as multiples of those of `second`, which is to
+    replace it. If the comparison would take longer than `options` allow, less is measured. `places`: fields to compare
+    on. `notify` is called with lines about the progress, one of which says what is measured and about how long it
+    takes. `scorer` scores a network on annotated images; None to omit that. InputError if `places` is empty, OSError if
+    a file cannot be written.
     """
     if not places:
         raise InputError(
@@ -97,10 +99,10 @@ def compare(
 
 @dataclass
 class Costs:
-    """Time that one network spent on all fields, and the amount of work."""
+    """Amount of work in all fields, and the time that one network took for it."""
 
     tile_side: int
-    """Side in pixels of a tile's output without its margins."""
+    """Side in pixels of the kept part of a tile's output."""
     pixels: int = 0
     """Number of inference pixels."""
     mm2: float = 0.0

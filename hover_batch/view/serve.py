@@ -19,7 +19,7 @@ Notify = Callable[[str], None]
 
 
 def serve(folder: Path, slide_id: str | None, port: int, notify: Notify) -> Server:
-    """Return a server for one slide of the run in `folder`. It listens already, and answers in `serve_forever()`.
+    """Return a server for one slide of the run in `folder`. It listens on loopback; call its `serve_forever` to answer.
 
     `slide_id`: None for the run's only slide. `port`: 0 for any free port. `notify` is called with lines about
     progress. InputError if the slide is not in the run, is not done or cannot be shown, or the port is taken;

@@ -1,4 +1,4 @@
-"""Scores of a network on annotated images, by source: Dice, AJI, PQ, detection and class F1.
+"""Score a network on annotated images, by source: Dice, AJI, PQ, detection and class F1.
 
 Scores are computed from stored maps (`hover_batch.model.heads.MapLayout`) with the post-processing of slides, so they
 are valid for the tables that `segment` writes.

@@ -1,4 +1,4 @@
-"""Evaluation of a model package on annotated images: scores, leakage and cost."""
+"""Evaluate a model package on annotated images: scores, leakage and cost."""
 
 from __future__ import annotations
 
@@ -111,12 +111,12 @@ class Evaluation:
         return report
 
     def write(self, path: Path) -> None:
-        """Write `to_json` to a file, atomically."""
+        """Write `to_json` to a file, atomically. OSError if it cannot be written."""
         write_atomically(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
 
 
 def by_image(scores: Sequence[SourceScores]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of scores of each image by source (see `SourceScores.images_to_json`)."""
+    """Return source → scores of each of its images, as JSON values (see `SourceScores.images_to_json`)."""
     return {s.source: s.images_to_json() for s in scores}
 
 
@@ -136,13 +136,13 @@ def evaluate_package(
     threads: int = 0,
     say: Say = _silent,
 ) -> Evaluation:
-    """Evaluate the package `model` on the annotated images `data`.
+    """Return the evaluation of the package `model` on the annotated images `data`.
 
-    `data`, `folds`, `sources`: as for `read_data`. `post`: only `sobel_norm` and `min_area_px` are used; None: the
-    defaults. `label`: name of the row in tables; None: the package's name. `shift`: also score the images after each of
-    SHIFTS. `against`: a package, or the .json file of an earlier evaluation, to compare with. `picture`: draw the
-    predictions next to the annotations and, if `beside` is given, to the predictions of that package. `clock`: measure
-    the time of the network. `threads`: threads of the network on the CPU, 0 = all cores. `say` is called with lines
+    `data`, `folds`, `sources`: as for `read_data`. `post`: only `sobel_norm` and `min_area_px` are used; None for the
+    defaults. `label`: name of the row in tables; None for the package's name. `shift`: also score the images after each
+    of SHIFTS. `against`: a package, or the .json file of an earlier evaluation, to compare with. `picture`: draw the
+    predictions next to the annotations and, if `beside` names a package, to the predictions of that. `clock`: measure
+    the time of the network. `threads`: threads of the network on the CPU; 0 for all cores. `say` is called with lines
     about the progress. Raises InputError or PackageError, before anything is predicted, if an argument is invalid.
     """
     post = post or PostSettings()
@@ -187,11 +187,12 @@ def evaluate_package(
 
 
 def score_test_fold(predictor: Predictor, constants: SobelConstants, data: Path) -> dict[str, Any]:
-    """Score a loaded network on the fold test of `data`; return JSON values.
+    """Score a loaded network on the fold test of `data`; return JSON values by name.
 
-    `sources` has the scores by source, as in `SourceScores.to_json`, and `leakage` a list of {"text": sentence} about
-    images that the model has seen in training. `constants`: Sobel constants for post-processing. Raises InputError if
-    the fold has no images, or if the model is for another pixel size or for unknown classes.
+    `sources` has the scores by source, as in `SourceScores.to_json`, and `leakage` is a list of {"text": sentence}
+    about images that the model has seen in training. `constants`: Sobel constants for post-processing. Raises
+    InputError if the data cannot be read, the fold has no images, or the model is for another pixel size or for unknown
+    classes.
     """
     card = predictor.card
     check_pixel_size(card, card.name)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hover_batch.model.predict import Predictor
 
 TILES_A_TASK = 16
-"""Number of tiles at which a task is full."""
+"""Number of tiles from which on no more images are added to a task."""
 THREADS = 4
 """Threads of each teacher on the CPU with Ray, which may run several teachers."""
 SAY_EVERY_S = 10.0
@@ -80,12 +80,12 @@ def teach(
     Existing outputs are used and corrupted ones computed again, so an interrupted run resumes. Only one run at a time
     may write to a cache.
 
-    `data`: annotated images (see `read_data`). `teacher`: a package. `cache`: folder of the outputs. `sources`: None
-    for all. `batch`: tiles per batch. `tta`: 8 to average over the rotations and flips of each image, else 1. `engine`:
-    where to run. `say` is called with lines about the progress.
+    `data`, `folds`, `sources`: annotated images (see `read_data`). `teacher`: `starter`, or the path of a package.
+    `cache`: folder of the outputs. `batch`: tiles per batch. `tta`: 8 to average over the rotations and flips of each
+    image, else 1. `engine`: settings of the backend. `say` is called with lines about the progress.
 
-    Raises InputError if the data or the teacher does not fit, and PackageError if the teacher cannot be loaded or its
-    output is not finite; the outputs stored so far remain.
+    Raises InputError if the data cannot be read, the teacher does not fit it, or `cache` holds other outputs; and
+    PackageError if the teacher cannot be loaded or its output is not finite. The outputs stored so far remain.
     """
     if tta not in (1, len(VIEWS)):
         raise InputError(f"--tta {tta}: must be 1, or {len(VIEWS)} for the rotations and flips of an image")
@@ -165,7 +165,10 @@ def _lessons(
 
 
 def run_lesson(lesson: Lesson) -> None:
-    """Compute and store the outputs of the teacher for the images of one task, except those already stored."""
+    """Compute the outputs of the teacher for the images of one task, except those already stored, and store them.
+
+    Data and teacher are loaded once per process. Raises InputError or PackageError as `teach` does.
+    """
     from hover_batch.model.images import image_logits
 
     cache = TeacherCache.open(lesson.teaching.cache)

@@ -1,4 +1,4 @@
-"""Batches of random crops of annotated images.
+"""Draw batches of random crops of annotated images.
 
 Crop i depends only on the seed and i, so an interrupted and resumed run sees the same crops as an uninterrupted one,
 with any number of workers.
@@ -30,7 +30,7 @@ from kd.training.losses import UNKNOWN, Targets
 from kd.training.targets import hv_targets
 
 OUTPUTS_CACHED = 32
-"""Number of whole images whose teacher output a worker keeps in memory; 1000² pixels and 9 channels take 18 MB."""
+"""Number of whole images whose teacher output a worker caches; 1000² pixels and 9 channels take 18 MB."""
 MAX_VALIDATION_CROPS = 256
 """Largest number of crops for the validation loss."""
 
@@ -83,8 +83,9 @@ def open_teacher(path: Path, taxonomy: Taxonomy) -> Teacher:
 def source_shares(config: TrainConfig, samples: Sequence[Sample]) -> dict[str, float]:
     """Return the fraction of the crops to draw from each source; the fractions sum to 1.
 
-    They are the configured shares, by name, or else proportional to the sources' areas in pixels, in the order of the
-    samples. Raises InputError if a configured source has no image, or if there are no images at all.
+    They are the shares in `config`, sorted by source, or else proportional to the sources' areas in pixels, in the
+    order of `samples`, the training images. Raises InputError if a configured source has no image, or if there are no
+    images at all.
     """
     areas: dict[str, float] = {}
     for sample in samples:
