@@ -1,4 +1,4 @@
-"""Contact sheet: some of the images with their annotations drawn on them, for a check by eye.
+"""Draw a contact sheet: some of the images with their annotations drawn on them, for a check by eye.
 
 It reveals a wrong axis order, a shifted mask or swapped classes, which counts do not.
 """
@@ -47,7 +47,7 @@ class ContactSheet:
         self._kept[index] = draw(sample, self._taxonomy)
 
     def write(self, path: Path) -> None:
-        """Write the sheet as a PNG, in the order of the samples. At least one must have been added.
+        """Write the sheet to `path` as a PNG, in the order of the samples. At least one must have been added.
 
         Raises InputError if the file cannot be written.
         """

@@ -194,7 +194,8 @@ def training_crops(
 ) -> tuple[Crops, int]:
     """Return the crops of the whole run, and the number of steps per epoch.
 
-    Arguments as for `Crops`.
+    `cut`: pixels by which the network's output is smaller on each side (see `cut_of`). Other arguments and errors as
+    for `Crops`.
     """
     area = sum(s.instances.size for s in samples)
     epoch_steps = config.epoch_steps or max(1, round(area / (config.size - 2 * cut) ** 2 / config.batch))
@@ -207,8 +208,8 @@ def validation_crops(
 ) -> Crops:
     """Return fixed crops without augmentation for the validation loss.
 
-    Their number is such that they could cover the area of the images once, at most MAX_VALIDATION_CROPS. Arguments as
-    for `Crops`.
+    Their number is such that they could cover the area of the images once, at most MAX_VALIDATION_CROPS. Arguments and
+    errors as for `Crops`.
     """
     area = sum(s.instances.size for s in samples)
     n = min(MAX_VALIDATION_CROPS, max(1, round(area / (config.size - 2 * cut) ** 2)))
@@ -216,9 +217,10 @@ def validation_crops(
 
 
 def batches(crops: Crops, batch: int, device: torch.device, first: int = 0) -> Iterator[tuple[Tensor, Targets]]:
-    """Yield batches from number `first` on: the image (b, 3, y, x) float32 in [0, 1] and its targets, on `device`.
+    """Yield batches from number `first` on: images (b, 3, y, x) float32 in [0, 1] and their targets, on `device`.
 
-    Raises InputError if a teacher's output cannot be read.
+    `batch`: crops per batch; the last one may be smaller. Crops are drawn in forked processes, and OpenCV is limited to
+    one thread in this one. Raises InputError if a teacher's output cannot be read.
     """
     # A forked worker that inherits OpenCV's running thread pool hangs when it first uses it.
     cv2.setNumThreads(1)

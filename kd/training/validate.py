@@ -1,4 +1,4 @@
-"""Quick validation during training: the loss on fixed crops, scores by source on parts of images, and a picture."""
+"""Validate quickly during training: the loss on fixed crops, scores by source on parts of images, and a picture."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def validation_loss(
 ) -> float:
     """Return the mean of `loss` over the batches of `crops`. `model` must be in evaluation mode.
 
-    `loss`: (output, targets) → terms by name, among them `loss`. `batch`: crops per batch.
+    `loss`: function from (output, targets) to terms by name, among them `loss`. `batch`: crops per batch. `device`:
+    device of `model`.
     """
     losses = []
     for image, targets in batches(crops, batch, device):
@@ -105,9 +106,10 @@ def examples(
 
 
 def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsOf:
-    """Return a function of images (y, x, 3) uint8 RGB that returns the stored maps (plane, y, x) uint8 of `model`.
+    """Return a function from images (y, x, 3) uint8 RGB to the maps (plane, y, x) uint8 that `model` predicts.
 
-    The sides of the images must be multiples of 32. The network sees mirrored pixels around them.
+    `model` must be in evaluation mode, on `device`. The sides of the images must be multiples of 32. The network sees
+    mirrored pixels around them.
     """
     layout = MapLayout(len(taxonomy.classes))
 
