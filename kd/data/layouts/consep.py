@@ -26,7 +26,7 @@ PARTS = {"train": "Train", "test": "Test"}
 class Consep:
     """Tiles of CoNSeP in `folder`; `len` gives their number.
 
-    `val`: the last `val` tiles of Train, by number, are the fold val.
+    `val`: number of the last tiles of Train that are the fold val.
 
     Raises InputError if an image has no labels, labels have no image, or `val` leaves no tile to train on.
     """
