@@ -69,11 +69,11 @@ class Box:
         return Box(self.x0 - margin, self.y0 - margin, self.x1 + margin, self.y1 + margin)
 
     def contains(self, x: int, y: int) -> bool:
-        """Whether the pixel (x, y) lies in the box."""
+        """Return whether the pixel (x, y) lies in the box."""
         return self.x0 <= x < self.x1 and self.y0 <= y < self.y1
 
     def contains_box(self, other: Box) -> bool:
-        """Whether `other` lies entirely in this box."""
+        """Return whether `other` lies entirely in this box."""
         return self.x0 <= other.x0 and self.y0 <= other.y0 and other.x1 <= self.x1 and other.y1 <= self.y1
 
     def slices_in(self, frame: Box) -> tuple[slice, slice]:

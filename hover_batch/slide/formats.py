@@ -47,7 +47,7 @@ class Header:
 
 
 def openslide_header(path: Path) -> Header:
-    """Read the header of a file that OpenSlide opens.
+    """Return the header of a file that OpenSlide opens.
 
     SlideError if it is a TIFF whose pixels are not unsigned 8-bit, or are turned by an Orientation tag. Errors of
     OpenSlide propagate.
@@ -125,7 +125,7 @@ def is_ome(path: Path) -> bool:
 
 
 def ome_tiff_header(path: Path) -> Header:
-    """Read the header of an OME-TIFF: the levels of its largest image.
+    """Return the header of an OME-TIFF: the levels of its largest image.
 
     The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. SlideError unless the image
     is one plane of 8-bit RGB. Errors of tifffile propagate.
@@ -172,7 +172,7 @@ def _ome_size(pixels: Mapping[str, str]) -> StatedSize:
 
 
 def dicom_header(path: Path) -> Header:
-    """Read the header of the slide in a DICOM folder.
+    """Return the header of the slide in a DICOM folder.
 
     SlideError if its pixels are not 8-bit. Errors of `open_dicom` propagate.
     """
@@ -190,7 +190,7 @@ def dicom_header(path: Path) -> Header:
 
 
 def picture_header(path: Path) -> Header:
-    """Read the header of a plain picture (PNG, JPEG or TIFF), which has one level.
+    """Return the header of a plain picture (PNG, JPEG or TIFF), which has one level.
 
     The pixel size is taken from TIFF tags only, not from the resolution of a PNG or JPEG. SlideError as in
     `open_picture`.

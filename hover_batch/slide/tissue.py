@@ -54,7 +54,7 @@ class TissueMask:
     def meets_product(
         self, columns: list[tuple[int, int]], rows: list[tuple[int, int]], grid: Grid
     ) -> NDArray[np.bool_]:
-        """Return whether there is tissue under each pair of a row span and a column span: bool (rows, columns).
+        """Return a bool array (rows, columns): whether tissue lies where each row span crosses each column span.
 
         `columns` and `rows`: spans [start, stop) in inference pixels of `grid` along x and y.
         """

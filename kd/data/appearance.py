@@ -20,9 +20,10 @@ HED_TO_RGB: NDArray[np.float32] = rgb_from_hed.astype(np.float32)
 
 
 def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return a square image (y, x, 3) uint8 RGB with stain, colour, tone, sharpness, resolution and noise changed.
+    """Return a square image (y, x, 3) uint8 RGB with randomly changed appearance.
 
-    Each change is random and applied with its own probability; the last one is JPEG compression.
+    Changes to stain, colour, tone, sharpness, resolution and noise, and finally JPEG compression, are each applied with
+    their own probability and random strength.
     """
     if rng.random() < 0.7:
         image = jitter_stain(image, rng)
@@ -45,9 +46,9 @@ def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDA
 
 
 def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8 RGB with changed colour, and blurred, as in HoVer-UNet's released code.
+    """Return an image (y, x, 3) uint8 RGB, randomly recoloured and blurred as in HoVer-UNet's released code.
 
-    Each change is random and applied with its own probability.
+    The colour changes with probability 0.5; the image is blurred with probability 0.3.
     """
     if rng.random() < 0.5:
         image = jitter_color(image, rng)
@@ -62,7 +63,7 @@ def blur(image: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
 
 
 def jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8 RGB as it is after JPEG compression with a `quality` from 0 to 100."""
+    """Return an image (y, x, 3) uint8 RGB after JPEG compression and decompression with a `quality` from 0 to 100."""
     encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]  # OpenCV expects BGR
     return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1], np.uint8)
 

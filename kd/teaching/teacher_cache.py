@@ -45,7 +45,7 @@ class TeacherCache:
     card: dict[str, Any]
     """Card of the teacher's package, as JSON."""
     tta: int = 1
-    """Number of rotated and flipped views of an image over which each output is averaged; 1: no averaging."""
+    """Number of rotated and flipped views of an image over which each output is averaged; 1 for no averaging."""
 
     @classmethod
     def open(cls, path: Path) -> TeacherCache:

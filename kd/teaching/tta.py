@@ -49,9 +49,9 @@ def turned(image: NDArray[np.uint8], turns: int, flip: bool) -> NDArray[np.uint8
 
 
 def turned_back(output: Logits, turns: int, flip: bool) -> Logits:
-    """Return a network's output (channel, y, x) for an image of `turned` as an output for the original image.
+    """Turn a network's output (channel, y, x) for `turned(image, turns, flip)` back to the orientation of `image`.
 
-    h and v are distances along the axes, so they swap and change sign when the axes do.
+    h and v are distances along the axes, so they swap and change sign when the axes do. Returns a new array.
     """
     h, v = output[HV]
     if flip:

@@ -59,7 +59,10 @@ def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | No
 
 
 def by_rarity(counts: NDArray[np.int64]) -> list[float]:
-    """Return the weight of each class from its number of pixels, `counts` (class,), by the formula of this module."""
+    """Return the weight of each class from its number of pixels, `counts` (class,), by the formula of this module.
+
+    A class without pixels gets 1.
+    """
     weights = np.ones(len(counts))
     present = counts > 0
     rarity = (counts[present] / counts.sum()) ** -0.5

@@ -52,7 +52,7 @@ class Teacher(Protocol):
 
     @property
     def tta(self) -> int:
-        """Number of rotated and flipped views of an image over which each output is averaged; 1: no averaging."""
+        """Number of rotated and flipped views of an image over which each output is averaged; 1 for no averaging."""
 
     def covers(self, sample: Sample) -> bool:
         """Return whether there is an output for the image; it may be corrupted."""
