@@ -360,8 +360,8 @@ def _copy_picture(work: SlideWork) -> dict[str, float]:
     hover-batch did not store them."""
     if work.maps.thumbnail_jpg.is_file():
         shutil.copyfile(work.maps.thumbnail_jpg, work.layout.thumbnail_jpg)
-    held = (read_json(work.maps.slide_json) or {}).get("quality", {})
-    return {name: held[name] for name in PICTURE_MEASURES if name in held}
+    measured = (read_json(work.maps.slide_json) or {}).get("quality", {})
+    return {name: measured[name] for name in PICTURE_MEASURES if name in measured}
 
 
 def _draw(work: SlideWork, reader: SlideReader) -> dict[str, float]:

@@ -112,12 +112,12 @@ def _rows(status: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRo
             row = replace(row, state="failed", note=_reason(failure.stage, failure.reason))
         elif begun := open_slides.get(record.slide_id):
             row = replace(row, state="begun" if status.is_running is False else "under way", note=begun.line())
-        elif nuclei_if_done(slide) is not None and "summary" in (held := read_json(slide.slide_json) or {}):
+        elif nuclei_if_done(slide) is not None and "summary" in (stored := read_json(slide.slide_json) or {}):
             row = replace(
                 row,
                 state="done",
-                summary=held["summary"],
-                warnings=held.get("warnings", ()),
+                summary=stored["summary"],
+                warnings=stored.get("warnings", ()),
                 flags=status.flags.get(record.slide_id, ()),
             )
         rows.append(row)

@@ -271,9 +271,9 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
     unfinished: list[UnfinishedSlide] = []
     for record in slides or ():
         slide, row = layout.slide(record.slide_id), record.row
-        held = slide_if_done(slide, failed_at.get(row))
-        if held is not None:
-            done[slide.slide_id] = held
+        stored = slide_if_done(slide, failed_at.get(row))
+        if stored is not None:
+            done[slide.slide_id] = stored
             recovered.add(row)
         elif row in failed_at:
             failed.add(row)
@@ -291,7 +291,7 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
         log=log,
         slides=None if slides is None else len(slides),
         done=len(done),
-        nuclei=sum(held["nuclei"] for held in done.values()),
+        nuclei=sum(stored["nuclei"] for stored in done.values()),
         open=tuple(unfinished),
         failures=tuple(failure for failure, _ in log.failures if failure.row not in recovered),
         failed=len(failed),

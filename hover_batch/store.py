@@ -107,9 +107,9 @@ class PredictionStore:
                 return shard.read_bytes() if shard.exists() else None
         except RuntimeError:
             # zarrs also raises it if the disk is full; write_first then raises an OSError that says so.
-            held: dict[str, Buffer] = {}
-            _create(MemoryStore(held), maps.shape, unit)[:] = maps
-            return held[_ONLY_SHARD].to_bytes() if _ONLY_SHARD in held else None
+            buffers: dict[str, Buffer] = {}
+            _create(MemoryStore(buffers), maps.shape, unit)[:] = maps
+            return buffers[_ONLY_SHARD].to_bytes() if _ONLY_SHARD in buffers else None
 
     def shard_sha256(self, box: Box) -> str | None:
         """Return the hex SHA-256 of the shard of the unit at `box`; None if it has no shard."""

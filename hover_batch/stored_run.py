@@ -96,10 +96,10 @@ class StoredRun:
             raise InputError(
                 f"--output {output}: is in the folder of --from, which must not change; name another folder"
             )
-        held = read_run(RunLayout(output), "--output")
-        if held is not None and held.get("cohort") != str(self.layout.root) and not force:
+        previous = read_run(RunLayout(output), "--output")
+        if previous is not None and previous.get("cohort") != str(self.layout.root) and not force:
             raise InputError(
-                f"--output {output}: holds a run of {held.get('cohort')}, not new tables of {self.layout.root}; "
+                f"--output {output}: holds a run of {previous.get('cohort')}, not new tables of {self.layout.root}; "
                 "name a new folder, or give --force to remove the results there"
             )
 

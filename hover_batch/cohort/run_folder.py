@@ -115,9 +115,9 @@ def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict
         modified = slide.slide_json.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return None
-    held = read_json(slide.slide_json) or {}
+    stored = read_json(slide.slide_json) or {}
     outdated = failed_at is not None and modified < failed_at.timestamp()
-    return held if isinstance(held.get("nuclei"), int) and not outdated else None
+    return stored if isinstance(stored.get("nuclei"), int) and not outdated else None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

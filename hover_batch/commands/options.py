@@ -106,11 +106,11 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     """
     merged = dict(below)
     for key, value in above.items():
-        held = merged.get(key, {})
+        section = merged.get(key, {})
         if not isinstance(value, dict):
             merged[key] = value
-        elif isinstance(held, dict):
-            merged[key] = {**held, **value}
+        elif isinstance(section, dict):
+            merged[key] = {**section, **value}
     return merged
 
 

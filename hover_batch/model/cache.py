@@ -74,12 +74,12 @@ def check_download(path: Path, expected: str | None = None) -> None:
     record = path.with_name(f"{path.name}.sha256")
     try:
         found = sha256_file(path)
-        held = record.read_text("utf-8", "replace").split() if record.is_file() else []
+        words = record.read_text("utf-8", "replace").split() if record.is_file() else []
     except OSError as error:
         raise PackageError(
             f"{path}: cannot be read ({error.strerror}); download it again, or remove {record}"
         ) from error
-    recorded = held[0] if held else None
+    recorded = words[0] if words else None
     if expected is not None and expected.lower() != found:
         raise PackageError(f"{path}: its sha256 is {found}, not {expected}; remove the file and download it again")
     if expected is None and recorded not in (None, found):

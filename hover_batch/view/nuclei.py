@@ -162,8 +162,8 @@ class NucleiTiles:
             return None
         group = int(np.searchsorted(self._first_rows, nucleus_id - 1, side="right")) - 1
         one = self._group(group).slice(nucleus_id - 1 - int(self._first_rows[group]), 1)
-        [held], [measured] = one.to_pylist(), self.table.measurements(one)
-        return {name: measured.get(name) if name in self.table.measured else held[name] for name in held}
+        [row], [measured] = one.to_pylist(), self.table.measurements(one)
+        return {name: measured.get(name) if name in self.table.measured else row[name] for name in row}
 
     def _read_group(self, number: int) -> pa.RecordBatch:
         """Read the columns of one row group that `row` returns."""

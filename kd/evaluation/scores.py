@@ -115,7 +115,7 @@ class SourceScores:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "by_image"}
 
     def images_to_json(self) -> list[dict[str, Any]]:
-        """Return one JSON object per image: id, sha256, annotated nuclei, pq, dice and f_d; scores are None if undefined."""
+        """Return id, sha256, annotated nuclei, pq, dice and f_d of each image as JSON objects; None if undefined."""
         defined = self.source not in PARTIAL
         rows = []
         for image in self.by_image:
