@@ -169,10 +169,15 @@ class Settings:
     model: str = "starter"
     """A package: a name, a .safetensors file or a folder."""
     tissue: TissueSettings = field(default_factory=TissueSettings)
+    """Settings of the tissue mask."""
     infer: InferSettings = field(default_factory=InferSettings)
+    """Settings of inference."""
     post: PostSettings = field(default_factory=PostSettings)
+    """Settings of post-processing."""
     output: OutputSettings = field(default_factory=OutputSettings)
+    """Settings of the output folder."""
     engine: EngineSettings = field(default_factory=EngineSettings)
+    """Settings of execution."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as nested plain values, section → name → value, as in settings.toml."""

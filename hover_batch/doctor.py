@@ -49,6 +49,7 @@ class Finding:
     """Result of a check."""
 
     status: Literal["PASS", "WARN", "FAIL"]
+    """PASS; WARN for a problem that does not prevent a run; FAIL for one that does."""
     found: str
     """What was found, in words."""
     fix: str = ""

@@ -36,9 +36,13 @@ class Box:
     """Half-open rectangle [x0, x1) × [y0, y1) of whole pixels of one grid. It may extend beyond the canvas."""
 
     x0: int
+    """First column."""
     y0: int
+    """First row."""
     x1: int
+    """Column after the last."""
     y1: int
+    """Row after the last."""
 
     @property
     def width(self) -> int:

@@ -144,10 +144,10 @@ def infer(
 ) -> Seconds:
     """Predict a unit's tiles and write its shard, then its marker. Return the seconds by stage.
 
-    `read`: function that reads the pixels. `advance` is called with the number of new tiles after each batch. Several
-    threads may share one predictor, and take turns. If there is a shard without a marker, from a process that was
-    killed in between, only the marker is written. If the device ran out of memory, the marker records the smaller batch
-    size, which may have changed the last bits of the maps.
+    `read`: function that reads the pixels. `store`: store of the slide. `advance` is called with the number of new
+    tiles after each batch. Several threads may share one predictor, and take turns. If there is a shard without a
+    marker, from a process that was killed in between, only the marker is written. If the device ran out of memory, the
+    marker records the smaller batch size, which may have changed the last bits of the maps.
 
     NetworkFailed if the network raises an exception; SlideError if the slide cannot be read, or another run has taken
     over its folder; OSError if a file cannot be written.

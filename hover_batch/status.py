@@ -29,6 +29,7 @@ class UnfinishedSlide:
     """Slide that is in progress."""
 
     slide_id: str
+    """Id of the slide in the cohort."""
     predicted: int
     """Number of units that are predicted."""
     posted: int

@@ -237,12 +237,12 @@ class Ledger:
         `slide_done` is False: an existing slide.json is then invalid, and is removed so that a new one can be written.
         """
         slide = self.layout.slide(slide_id)
-        mark = to_json({"run_key": key})
-        if not (slide.key_json.is_file() and slide.key_json.read_bytes() == mark):
+        key_content = to_json({"run_key": key})
+        if not (slide.key_json.is_file() and slide.key_json.read_bytes() == key_content):
             if slide.folder.is_dir():
                 self._clear_slide(slide)
             slide.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(slide.key_json, mark)
+            write_atomically(slide.key_json, key_content)
         _remove(slide.slide_json)
         slide.markers.mkdir(exist_ok=True)
         slide.parts.mkdir(exist_ok=True)

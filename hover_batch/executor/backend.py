@@ -32,14 +32,13 @@ CLEANUP_S = 30.0
 
 @dataclass(frozen=True)
 class OpenBackend:
-    """Backend that is ready to run slides.
-
-    `settings`: those of the run, with `auto` resolved for the nodes that do the work. `run`: function that runs slides
-    on these nodes, as `Executor.run` does; on this machine, it also starts and stops Ray.
-    """
+    """Backend that is ready to run slides."""
 
     settings: Settings
+    """Settings of the run, with `auto` resolved for the nodes that do the work."""
     run: Callable[[RunContext, Sequence[PlannedSlide]], None]
+    """Function that runs slides on these nodes, as `Executor.run` does; on this machine, it also starts and stops
+    Ray."""
 
 
 def resolve_here(settings: Settings) -> Settings:

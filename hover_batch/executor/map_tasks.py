@@ -21,12 +21,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class TaskFailed:
-    """Result of a task that failed.
-
-    `error`: the exception that the function raised, or WorkerDied if its process died too often (MAX_TIMES).
-    """
+    """Result of a task that failed."""
 
     error: Exception
+    """Exception that the function raised, or WorkerDied if its process died too often (MAX_TIMES)."""
 
 
 @contextlib.contextmanager

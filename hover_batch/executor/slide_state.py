@@ -58,16 +58,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Surveyed:
-    """Result of the survey of a slide.
-
-    `work`: passed to all later tasks. `inferred` and `posted`: indices of its units that an earlier run predicted and
-    post-processed. `seconds`: duration of the survey.
-    """
+    """Result of the survey of a slide."""
 
     work: SlideWork
+    """Surveyed slide, which all later tasks need."""
     inferred: tuple[int, ...]
+    """Indices of the units that an earlier run predicted."""
     posted: tuple[int, ...]
+    """Indices of the regions that an earlier run post-processed."""
     seconds: Seconds
+    """Seconds of the survey by stage."""
 
 
 @dataclass(eq=False)
@@ -75,12 +75,17 @@ class SlideState:
     """State of a slide in progress. Units, and the regions around them, are identified by their index."""
 
     planned: PlannedSlide
+    """The slide as planned."""
     layout: SlideLayout
+    """Paths of its results."""
     seconds: Seconds = field(default_factory=Seconds)
+    """Seconds of its tasks by stage, so far."""
     work_ref: Any = None
     """Reference to its SlideWork in the driver's object store, which survives the loss of other nodes."""
     units: tuple[Unit, ...] = ()
+    """Its units; empty before the survey is done."""
     surveyed: bool = False
+    """Whether the survey is done."""
     next_stage: Stage | None = Stage.SURVEY
     """SURVEY or FINALIZE while it can be submitted; else None."""
     to_infer: deque[int] = field(default_factory=deque)

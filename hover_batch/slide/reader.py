@@ -77,7 +77,7 @@ def open_slide(record: SlideRecord) -> SlideReader:
 
 
 class GridReader:
-    """SlideReader that reads from any `Source`. `path` is used in error messages."""
+    """SlideReader of the slide `info` that reads from any `Source`. `path` is used in error messages."""
 
     def __init__(self, info: SlideInfo, source: Source, path: Path) -> None:
         self.info = info

@@ -121,6 +121,7 @@ class Server(socketserver.ThreadingTCPServer):
     """
 
     site: Site
+    """Resources that are served; set it before `serve_forever`."""
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 64
