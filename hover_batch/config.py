@@ -68,7 +68,7 @@ class TissueSettings(Section):
     mask_mpp: float = 8.0
     """Pixel size of the mask in µm: fine enough for a gland's edge, small enough for any slide."""
     min_tissue_um2: float = 2_500.0
-    """Smaller pieces are dropped and smaller holes filled (50 × 50 µm: a few dozen nuclei)."""
+    """Area in µm² below which pieces are dropped and holes filled (50 × 50 µm: a few dozen nuclei)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,8 +112,8 @@ class PostSettings(Section):
     halo: int = 64
     """Context in inference pixels read around each region; larger components are processed on their own."""
     min_area_px: int = 64
-    """Smaller instances, in inference pixels, are treated as debris: 4 µm² at 0.25 µm, a nucleus 2.3 µm across. The
-    reference keeps those of 10 pixels and more; this gave a better PQ on every validation source of the starter."""
+    """Area in inference pixels below which an instance is treated as debris: 4 µm² at 0.25 µm, a nucleus 2.3 µm across.
+    The reference has 10 pixels; this gave a better PQ on every validation source of the starter."""
     max_component: int = 4096
     """Side in inference pixels above which a connected component is flagged instead of being processed whole."""
     class_map: dict[str, Any] = field(default_factory=dict)

@@ -102,12 +102,12 @@ def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
     """
     overlap = _Overlap.of(true, pred)
     order = np.lexsort((overlap.pred_id, -overlap.intersection, -overlap.iou, overlap.true_id))
-    taken, first = np.unique(overlap.true_id[order], return_index=True)
+    paired_true, first = np.unique(overlap.true_id[order], return_index=True)
     best = order[first]
     union = overlap.union[best].sum()
-    union += overlap.true_area.sum() - overlap.true_area[taken].sum()
-    used = np.unique(overlap.pred_id[best])
-    union += overlap.pred_area.sum() - overlap.pred_area[used].sum()
+    union += overlap.true_area.sum() - overlap.true_area[paired_true].sum()
+    paired_pred = np.unique(overlap.pred_id[best])
+    union += overlap.pred_area.sum() - overlap.pred_area[paired_pred].sum()
     return float(overlap.intersection[best].sum() / union) if union else math.nan
 
 

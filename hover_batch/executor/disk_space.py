@@ -52,11 +52,11 @@ class DiskSpace:
         self._wait_s = min(2 * self._wait_s, MAX_WAIT_S) if again else CHECK_EVERY_S
         self.full, self._check_at = True, time.monotonic() + self._wait_s
         self._record("disk_full", slide_id=slide_id)
-        full = Path(error.filename) if isinstance(error, ScratchFull) else self.folder
-        self._watched = full if full.is_dir() else self.folder  # another machine's copies are not visible here
+        folder = Path(error.filename) if isinstance(error, ScratchFull) else self.folder
+        self._watched = folder if folder.is_dir() else self.folder  # another machine's copies are not visible here
         where = f" at {slide_id}" if slide_id else ""
         self._warn(
-            f"no space left on disk{where}: waiting for space in {full}. Free some, and the run goes on by "
+            f"no space left on disk{where}: waiting for space in {folder}. Free some, and the run goes on by "
             "itself; or stop it by Ctrl-C and resume it later by the same command"
         )
 

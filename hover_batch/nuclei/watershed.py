@@ -122,7 +122,7 @@ class Components:
         return large
 
     def box(self, component: int) -> Box:
-        """Return the bounding box of a component in pixels of the window."""
+        """Return the bounding box of the component numbered `component`, in pixels of the window."""
         x0, y0, x1, y1 = self.bounds[component].tolist()
         return Box(x0, y0, x1, y1)
 

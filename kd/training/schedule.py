@@ -110,7 +110,7 @@ class Plateau:
         return not self.config.early_stop or self.waited < self.config.early_stop
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the plateau detection for the checkpoint."""
+        """Return the state of the schedule, from which `load_state_dict` continues it."""
         rate = {name: value for name, value in self.rate.state_dict().items() if name != "min_lrs"}
         return {"rate": rate, "least": self.least, "waited": self.waited}
 
