@@ -267,10 +267,10 @@ def _opencv() -> Finding:
     installed = {name: found for name in _OPENCV if (found := _version(name))}
     if len(installed) > 1:
         both = ", ".join(f"{name} {found}" for name, found in installed.items())
-        keep = f"opencv-python=={installed.get('opencv-python', cv2.__version__)}"
+        wanted = f"opencv-python=={installed.get('opencv-python', cv2.__version__)}"
         return _warned(
             f"{both} share one folder; {cv2.__version__} is what is imported",
-            f"pip uninstall -y {' '.join(installed)} && pip install --no-deps {keep}",
+            f"pip uninstall -y {' '.join(installed)} && pip install --no-deps {wanted}",
         )
     return _passed(cv2.__version__)
 

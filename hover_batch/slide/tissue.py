@@ -190,21 +190,21 @@ def _tidy(tissue: NDArray[np.bool_], pixel_um: float, min_pixels: float) -> NDAr
     radius = round(_CLOSING_UM / pixel_um)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     closed = np.asarray(cv2.morphologyEx(tissue.astype(np.uint8), cv2.MORPH_CLOSE, kernel), np.uint8)
-    kept = _large_pieces(closed, min_pixels, keep_at_border=False)
-    return ~_large_pieces((~kept).astype(np.uint8), min_pixels, keep_at_border=True)
+    pieces = _large_pieces(closed, min_pixels, and_at_border=False)
+    return ~_large_pieces((~pieces).astype(np.uint8), min_pixels, and_at_border=True)
 
 
-def _large_pieces(mask: NDArray[np.uint8], min_pixels: float, *, keep_at_border: bool) -> NDArray[np.bool_]:
+def _large_pieces(mask: NDArray[np.uint8], min_pixels: float, *, and_at_border: bool) -> NDArray[np.bool_]:
     """Return the connected pieces of at least `min_pixels`, and optionally those at the border, which are not holes."""
     # 4-connected background is the complement of 8-connected tissue.
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4 if keep_at_border else 8)
-    keep = stats[:, cv2.CC_STAT_AREA] >= min_pixels
-    if keep_at_border:
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4 if and_at_border else 8)
+    chosen = stats[:, cv2.CC_STAT_AREA] >= min_pixels
+    if and_at_border:
         left, top = stats[:, cv2.CC_STAT_LEFT], stats[:, cv2.CC_STAT_TOP]
         right, bottom = left + stats[:, cv2.CC_STAT_WIDTH], top + stats[:, cv2.CC_STAT_HEIGHT]
-        keep |= (left == 0) | (top == 0) | (right == mask.shape[1]) | (bottom == mask.shape[0])
-    keep[0] = False
-    found: NDArray[np.bool_] = keep[labels]
+        chosen |= (left == 0) | (top == 0) | (right == mask.shape[1]) | (bottom == mask.shape[0])
+    chosen[0] = False
+    found: NDArray[np.bool_] = chosen[labels]
     return found
 
 

@@ -49,8 +49,8 @@ class Consep:
                 raise InputError(
                     f"--val {val}: {folder / part} has {len(names)} tiles, and some must remain to train on; give fewer"
                 )
-            kept = len(names) - val if fold == "train" else len(names)
-            self._tiles += [(fold if i < kept else "val", images[n], labels[n]) for i, n in enumerate(names)]
+            not_val = len(names) - val if fold == "train" else len(names)
+            self._tiles += [(fold if i < not_val else "val", images[n], labels[n]) for i, n in enumerate(names)]
 
     @staticmethod
     def recognises(folder: Path) -> bool:
