@@ -155,20 +155,20 @@ def runs_of(
 
 
 def sweep(
-    runs: Sequence[Run], out: Path, *, gpus_per_run: float, engine: EngineSettings, say: Callable[[str], None]
+    runs: Sequence[Run], out: Path, *, gpus_per_run: float, engine: EngineSettings, notify: Callable[[str], None]
 ) -> list[Ended]:
     """Do all runs that are not done, write `out`/sweep.csv, and return the outcome of every run, in order.
 
     A failed run does not stop the others. `gpus_per_run`: fraction of a GPU for each run, if there are GPUs. `engine`:
-    settings of the backend. `say` is called with lines of progress. Raises InputError if `out` cannot be written or the
-    backend's resources are not available.
+    settings of the backend. `notify` is called with lines about the progress. Raises InputError if `out` cannot be written
+    or the backend's resources are not available.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"-o {out}: {error.strerror}; give a folder that can be written") from error
     left = [run for run in runs if run.scores is None]
-    say(f"{len(runs)} runs, {len(runs) - len(left)} of them done before")
+    notify(f"{len(runs)} runs, {len(runs) - len(left)} of them done before")
     reasons: dict[str, str] = {}
     if left:
         with task_resources(engine, out / "ray.log") as found:
@@ -178,7 +178,7 @@ def sweep(
             for run, result in map_tasks(do_run, left, backend=engine.backend, cpus=cpus, gpus=gpus, at_once=at_once):
                 if isinstance(result, TaskFailed):
                     reasons[run.name] = (str(result.error).splitlines() or [type(result.error).__name__])[0]
-                say(f"{run.name}: {'FAILED: ' + reasons[run.name] if run.name in reasons else 'done'}")
+                notify(f"{run.name}: {'FAILED: ' + reasons[run.name] if run.name in reasons else 'done'}")
     ended = [Ended(run, run.scores, reasons.get(run.name, "")) for run in runs]
     _write_report(out / REPORT, ended)
     return ended

@@ -29,7 +29,7 @@ TILES_A_TASK = 16
 """Number of tiles from which on no more images are added to a task."""
 THREADS = 4
 """Threads of each teacher on the CPU with Ray, which may run several teachers."""
-SAY_EVERY_S = 10.0
+NOTIFY_EVERY_S = 10.0
 """Shortest interval between progress lines, in seconds."""
 
 
@@ -73,7 +73,7 @@ def teach(
     batch: int = 4,
     tta: int = 1,
     engine: EngineSettings,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> TeacherCache:
     """Store the teacher's output for every image of the folds and sources in a cache, and return the cache.
 
@@ -82,7 +82,7 @@ def teach(
 
     `data`, `folds`, `sources`: annotated images (see `read_data`). `teacher`: `starter`, or the path of a package.
     `cache`: folder of the outputs. `batch`: tiles per batch. `tta`: 8 to average over the rotations and flips of each
-    image, else 1. `engine`: settings of the backend. `say` is called with lines about the progress.
+    image, else 1. `engine`: settings of the backend. `notify` is called with lines about the progress.
 
     Raises InputError if the data cannot be read, the teacher does not fit it, or `cache` holds other outputs; and
     PackageError if the teacher cannot be loaded or its output is not finite. The outputs stored so far remain.
@@ -119,7 +119,7 @@ def teach(
         progress = ProgressCounter("images")
         results = map_tasks(
             run_lesson,
-            _lessons(teaching, folds, outputs, package.card, progress, say),
+            _lessons(teaching, folds, outputs, package.card, progress, notify),
             backend=engine.backend,
             cpus=max(1, threads),
             gpus=int(on_gpu),
@@ -131,10 +131,10 @@ def teach(
             if isinstance(result, TaskFailed):
                 raise result.error
             progress.advance(len(lesson.places))
-            if (now := time.monotonic()) - printed_at >= SAY_EVERY_S:
+            if (now := time.monotonic()) - printed_at >= NOTIFY_EVERY_S:
                 printed_at = now
-                say(f"  {progress.line}")
-    say(f"{progress.done} images done, {progress.done_now} of them now")
+                notify(f"  {progress.line}")
+    notify(f"{progress.done} images done, {progress.done_now} of them now")
     return outputs
 
 
@@ -144,7 +144,7 @@ def _lessons(
     cache: TeacherCache,
     card: Card,
     progress: ProgressCounter,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> Iterator[Lesson]:
     """Yield the remaining tasks, fold by fold; an image that occurs twice is done once."""
     seen: set[str] = set()
@@ -154,7 +154,7 @@ def _lessons(
         seen |= new.keys()
         left = [i for i in new.values() if not cache.has(samples[i])]
         progress.expect(len(new), len(new) - len(left))
-        say(f"fold {fold}: {len(new)} images, {len(new) - len(left)} of them done before")
+        notify(f"fold {fold}: {len(new)} images, {len(new) - len(left)} of them done before")
         while left:
             places, tiles = [], 0
             while left and tiles < TILES_A_TASK:

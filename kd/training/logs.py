@@ -14,7 +14,7 @@ LOG = "log.csv"
 """Name of the table in the output folder."""
 EVENTS = "tensorboard"
 """Folder of the TensorBoard files in the output folder: `tensorboard --logdir OUT/tensorboard`."""
-SAY_EVERY_S = 30.0
+PRINT_EVERY_S = 30.0
 """Shortest interval between progress lines, in seconds."""
 
 
@@ -37,11 +37,11 @@ class Log:
             self.has_events = True
 
     def step(self, done: int, steps: int, s_per_step: float) -> None:
-        """Print the progress to stdout, at most once every SAY_EVERY_S seconds.
+        """Print the progress to stdout, at most once every PRINT_EVERY_S seconds.
 
         `done`: number of steps so far. `steps`: the last step of this run. `s_per_step`: mean seconds per step.
         """
-        if (now := time.monotonic()) - self._printed_at >= SAY_EVERY_S:
+        if (now := time.monotonic()) - self._printed_at >= PRINT_EVERY_S:
             self._printed_at = now
             left = s_per_step * (steps - done)
             print(f"  step {done} of {steps}, {s_per_step:.2g} s each, {left / 60:.0f} min left", flush=True)

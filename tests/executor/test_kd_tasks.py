@@ -52,7 +52,7 @@ def test_both_backends_teach_the_same(
         out = tmp_path / backend
         teacher = str(images / "professor.safetensors")
         kd.teaching.teach.teach(
-            images, teacher, out, ["train"], engine=EngineSettings(backend=backend, cpus=2), say=lambda line: None
+            images, teacher, out, ["train"], engine=EngineSettings(backend=backend, cpus=2), notify=lambda line: None
         )
         kept[backend] = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
     assert len(kept["ray"]) == 5

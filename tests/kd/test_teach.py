@@ -76,7 +76,7 @@ def samples(images) -> list[Sample]:
 
 def taught_in(folder: Path, images: Path, professor: Path, tta: int = 1) -> tuple[TeacherCache, list[str]]:
     said: list[str] = []
-    cache = teach(images, str(professor), folder, ["train", "val"], tta=tta, engine=LOCAL, say=said.append)
+    cache = teach(images, str(professor), folder, ["train", "val"], tta=tta, engine=LOCAL, notify=said.append)
     return cache, said
 
 
