@@ -160,8 +160,8 @@ def sweep(
     """Do all runs that are not done, write `out`/sweep.csv, and return the outcome of every run, in order.
 
     A failed run does not stop the others. `gpus_per_run`: fraction of a GPU for each run, if there are GPUs. `engine`:
-    settings of the backend. `notify` is called with lines about the progress. Raises InputError if `out` cannot be written
-    or the backend's resources are not available.
+    settings of the backend. `notify` is called with lines of progress. Raises InputError if `out` cannot be written or
+    the backend's resources are not available.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -143,7 +143,7 @@ def evaluate_package(
     of SHIFTS. `against`: a package, or the .json file of an earlier evaluation, to compare with. `picture`: draw the
     predictions next to the annotations and, if `beside` names a package, to the predictions of that. `clock`: measure
     the time of the network. `threads`: threads of the network on the CPU; 0 for all cores. `notify` is called with
-    lines about the progress. Raises InputError or PackageError, before anything is predicted, if an argument is invalid.
+    lines about the progress. Raises InputError or PackageError, before anything is predicted, for an invalid argument.
     """
     post = post or PostSettings()
     package = _package(model, "package")
