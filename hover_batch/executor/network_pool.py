@@ -215,15 +215,15 @@ class NetworkPool:
             self._remove(network)
             ray.kill(network.handle)
 
-    def adapt(self, most: int) -> None:
-        """Remove networks on lost nodes, then stop others until at most `most` are left.
+    def adapt(self, max_networks: int) -> None:
+        """Remove networks on lost nodes, then stop others until at max_networks `max_networks` are left.
 
         Networks that are still loading are stopped first, then those with the fewest units in progress.
         """
         for network in [n for n in self._networks if not self._node_is_up(n)]:
             self._remove(network)  # its units come back by themselves
         by_use = sorted(self._networks, key=lambda network: (network.ready, network.units))
-        for network in by_use[: max(0, len(by_use) - most)]:
+        for network in by_use[: max(0, len(by_use) - max_networks)]:
             self.stop(network)
 
     def close(self) -> None:

@@ -72,10 +72,10 @@ class Copies:
         return self._base / f"{self.run}.lock"
 
     @contextlib.contextmanager
-    def staged(self, record: SlideRecord, planned: str) -> Iterator[SlideRecord]:
+    def staged(self, record: SlideRecord, expected: str) -> Iterator[SlideRecord]:
         """Yield the record with the path of a copy on this machine, which is made if it does not exist.
 
-        A record of a slide on disk is yielded unchanged. `planned`: fingerprint that the copy must have. The copy stays
+        A record of a slide on disk is yielded unchanged. `expected`: fingerprint that the copy must have. The copy stays
         until `release` or `close`. In errors that the block raises, its path is replaced by the URL.
 
         InputError or SlideError if the slide cannot be copied or its fingerprint differs, ScratchFull if there is no
@@ -85,17 +85,17 @@ class Copies:
             yield record
             return
         self.open()
-        folder = self._folder / record.slide_id / planned[:16]
+        folder = self._folder / record.slide_id / expected[:16]
         with _locked(self._folder / f".{record.slide_id}.lock"):
             if not folder.is_dir():
-                self._fetch(record, record.path, planned, folder)
+                self._fetch(record, record.path, expected, folder)
         copy = folder / record.path.name
         try:
             yield replace(record, path=copy)
         except HoverBatchError as error:
             raise type(error)(str(error).replace(str(copy), str(record.path))) from error
 
-    def _fetch(self, record: SlideRecord, url: Url, planned: str, folder: Path) -> None:
+    def _fetch(self, record: SlideRecord, url: Url, expected: str, folder: Path) -> None:
         folder.parent.mkdir(exist_ok=True)
         wait = FIRST_WAIT_S
         for attempt in range(1, ATTEMPTS + 1):
@@ -104,7 +104,7 @@ class Copies:
                     partial.mkdir()
                     with storage_errors(url):
                         self._download(url, partial)
-                    if fingerprint(partial / url.name, record.mpp) != planned:
+                    if fingerprint(partial / url.name, record.mpp) != expected:
                         raise SlideError(
                             f"{url}: the copy differs from the file for which the run was planned: it was changed "
                             "since then, or corrupted in transfer; run the same command again"
