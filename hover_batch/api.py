@@ -193,9 +193,9 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
 
 
 class Model:
-    """Network that is ready to predict images in memory; see `load_model`.
+    """Network that is ready to predict images in memory; make it with `load_model`.
 
-    Images must have a pixel size of `card.mpp` µm.
+    Images must have a pixel size of `card.mpp` µm. `sha256`: hash of the model's package.
     """
 
     def __init__(self, predictor: Predictor, sha256: str) -> None:

@@ -46,7 +46,8 @@ HV_MASKED = "hv_masked"
 class PredictionStore:
     """Quantised maps of one slide (see `MapLayout`), for several processes at once.
 
-    Coordinates are inference pixels; outside of the canvas, all planes are zero.
+    Coordinates are inference pixels; outside of the canvas, all planes are zero. `array`: zarr array (plane, y, x)
+    uint8. `path`: folder of the store. Make it with `create` or `open`.
     """
 
     def __init__(self, array: zarr.Array[Any], path: Path) -> None:

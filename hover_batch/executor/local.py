@@ -16,7 +16,10 @@ from hover_batch.slide_work import open_swept_store, opened, survey
 
 
 class LocalExecutor(Executor):
-    """Executor that runs a cohort in this process. `load`: function that loads the network, on its first use."""
+    """Executor that runs a cohort in this process.
+
+    `context`: what all slides share. `load`: function that loads the network, on its first use.
+    """
 
     def __init__(self, context: RunContext, load: LoadNetwork = load_predictor) -> None:
         self.context = context

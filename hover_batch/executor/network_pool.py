@@ -55,8 +55,8 @@ class Network:
 class NetworkPool:
     """Networks of a run that are loading or ready; `len` gives their number. Use it from one thread.
 
-    `load`: function that loads a network. `nodes`: nodes of a joined cluster; None on this machine. `warn`: shows a
-    line to the user.
+    `package`, `settings`: passed to `load`, the function that loads a network. `nodes`: nodes of a joined cluster; None
+    on this machine. `warn`: shows a line to the user.
     """
 
     def __init__(

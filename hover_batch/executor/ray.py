@@ -49,8 +49,8 @@ class _Call:
 class RayExecutor(Executor):
     """Executor that runs a cohort on the Ray cluster to which this process is connected. Call `run` once.
 
-    `plan`: distribution of the cluster's resources. `load`: function that loads a network. `nodes`: nodes of a cluster
-    that was joined; None for one that this process started.
+    `context`: what all slides share. `plan`: distribution of the cluster's resources. `load`: function that loads a
+    network. `nodes`: nodes of a cluster that was joined; None for one that this process started.
     """
 
     def __init__(

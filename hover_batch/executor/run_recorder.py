@@ -22,8 +22,8 @@ from hover_batch.slide.tiles import Unit
 class RunRecorder:
     """Recorder of one run's events in its ledger and on the progress display. Use it from one thread.
 
-    `ledger`: must be started. `run_keys`: run key of each slide by slide_id. Methods that write raise OSError if a file
-    cannot be written; events are dropped if the disk is full.
+    `settings`: settings of the run. `ledger`: must be started. `run_keys`: run key of each slide by slide_id. Methods
+    that write raise OSError if a file cannot be written; events are dropped if the disk is full.
     """
 
     def __init__(

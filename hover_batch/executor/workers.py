@@ -147,9 +147,10 @@ def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any]:
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class InferActor:
-    """Actor with one network, on its GPU or on its share of the CPU. `load`: function that loads the network.
+    """Actor with one network, on its GPU or on its share of the CPU.
 
-    Its methods may be called from several threads, which read and write units at once and take turns at the network.
+    `load`: function that loads the network from `package` with `settings`. Methods may be called from several threads,
+    which read and write units at once and take turns at the network.
     """
 
     def __init__(self, package: Package, settings: InferSettings, load: LoadNetwork) -> None:

@@ -35,8 +35,9 @@ _SHORT = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class Predictor:
     """Network on its device, ready to predict batches of tiles.
 
-    `network`: as `load_network` returns it, or an OpenVinoNetwork. `settings`: may contain `auto`. On the CPU, torch's
-    number of threads in this process is set. Call it from one thread at a time; threads that share it hold `turn`.
+    `network`: as `load_network` returns it, or an OpenVinoNetwork. `card`: card of its package. `settings`: may contain
+    `auto`. On the CPU, torch's number of threads in this process is set. Call it from one thread at a time; threads
+    that share it hold `turn`.
 
     InputError if the device cannot be used; PackageError if the network cannot be compiled for it.
     """

@@ -30,7 +30,7 @@ _GROUPS = 4
 
 
 class NucleiTiles:
-    """Tiles of one slide's nuclei; thread-safe.
+    """Tiles of the nuclei in one slide's `table`; thread-safe.
 
     `tile`: side of a contour tile in level-0 pixels, a power of 2. `columns`, `rows`: number of contour tiles along x
     and y. `step`: resolution of contours in level-0 pixels. `counts` (classes,): number of nuclei of each class, by id.

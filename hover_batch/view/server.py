@@ -54,7 +54,10 @@ Answer = tuple[bytes, str]
 
 
 class Site:
-    """Resources that the server offers, by their path after the token."""
+    """Resources that the server offers for one slide, by their path after the token.
+
+    `backdrop`: tiles of the picture. `nuclei`: tiles of the nuclei. `flags`: quality flags of the slide.
+    """
 
     def __init__(self, backdrop: Backdrop, nuclei: NucleiTiles, flags: Sequence[Flag]) -> None:
         self._kinds: dict[tuple[str, int], Callable[..., Answer | None]] = {

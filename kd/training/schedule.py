@@ -50,7 +50,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 class Cosine:
-    """Schedule with the rate of `learning_rate`; it never ends training early.
+    """Schedule of `optimizer` with the rate of `learning_rate`, over `steps` steps; it never ends training early.
 
     The ratios between the rates of the optimiser's parameter groups stay constant.
     """
@@ -77,7 +77,7 @@ class Cosine:
 
 
 class Plateau:
-    """Schedule that reduces the rate, and later ends training, when the validation loss stops falling.
+    """Schedule of `optimizer` that reduces the rate, and later ends training, when the validation loss stops falling.
 
     An epoch has progress if its loss is more than `plateau_delta` below the lowest loss so far. After more than
     `plateau_patience` epochs without progress, the rate is multiplied by `plateau_factor`, but not below `min_lr`.
