@@ -53,7 +53,7 @@ class SlideFailure:
 
 
 class Ledger:
-    """Record of one run in the folder of `layout`. Use it as a context manager, which locks the folder until its end.
+    """Record of one run in the folder of `layout`. Use it in a `with` block, which locks the folder until it ends.
 
     Entering it creates the folder. InputError if the folder cannot be written, holds files but no run, or another run
     is writing to it. Then call `start` before other methods that write; they raise OSError if a file cannot be written.
