@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from copy import copy
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,17 @@ def test_post_processing_is_many_times_faster_than_the_reference() -> None:
     assert found > 4
 
 
+class ReadyOutput(torch.nn.Module):
+    """Network whose output is there already."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.output
+
+
 def test_a_prediction_costs_little_more_than_its_network() -> None:
     """Scaling, cropping, softmax, stains and quantisation are beside the network's work."""
     package = find_package("starter")
@@ -64,9 +76,14 @@ def test_a_prediction_costs_little_more_than_its_network() -> None:
     def bare() -> None:
         predictor.network(image)
 
-    found = ratio(lambda: predictor.predict(tiles), bare)
-    print(f"\na prediction: {found:.2f} times its network")
-    assert found < 1.3
+    with torch.inference_mode():
+        output = predictor.network(image)
+    beside = copy(predictor)
+    beside.network = ReadyOutput(output)
+    # Timed without the network, whose own time differs by more from call to call on a busy machine.
+    found = ratio(lambda: beside.predict(tiles), bare)
+    print(f"\nbeside its network, a prediction costs {found:.2f} times the network")
+    assert found < 0.3
 
 
 def test_reading_costs_little_more_than_openslide(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_png_is_stretched_over_the_canvas(synthetic: Path, tmp_path: Path, mode:
     values[:25, :50] = 1
     picture = Image.fromarray(values * 255).convert(mode) if mode != "P" else Image.fromarray(values, "L")
     if mode == "P":
-        picture.putpalette([200, 0, 0, 0, 0, 0])  # index 1 is black, and tissue all the same
+        picture.putpalette([0, 0, 0, 200, 0, 0])
     picture.save(tmp_path / "mask.png")
     check_mask(tmp_path / "mask.png")
     mask = found(synthetic, mask=tmp_path / "mask.png")
