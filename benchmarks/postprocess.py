@@ -34,7 +34,7 @@ from hover_batch.model.heads import MapLayout
 from hover_batch.model.package import find_package
 from hover_batch.nuclei import measure as measuring
 from hover_batch.nuclei.outlines import outlines
-from hover_batch.nuclei.watershed import Components, SobelConstants, instance_map, split
+from hover_batch.nuclei.watershed import Components, SobelConstants, instance_map, split_components
 
 Maps = NDArray[np.uint8]
 """Stored maps (plane, y, x) uint8."""
@@ -190,13 +190,13 @@ def steps(maps: Maps, layout: MapLayout) -> dict[str, Callable[[], Any]]:
     np_map, h, v = maps[layout.NP], maps[layout.H], maps[layout.V]
     components = Components.of(np_map)
     constants = SobelConstants.of_window(h, v)
-    instances = split(h, v, components, components.kept, constants)
+    instances = split_components(h, v, components, components.large, constants)
     n = int(instances.max())
     anchor, box, _, area, _ = measuring._places(instances, maps[layout.tp], n)
     return {
         "components": lambda: Components.of(np_map),
         "extremes of the Sobel maps": lambda: SobelConstants.of_window(h, v),
-        "energy, markers, flooding": lambda: split(h, v, components, components.kept, constants),
+        "energy, markers, flooding": lambda: split_components(h, v, components, components.large, constants),
         "area, centroid, box, type": lambda: measuring._places(instances, maps[layout.tp], n),
         "contours": lambda: outlines(instances, box, anchor[:, 0], area, (0, 0)),
         "extra: probabilities, stain, moments": lambda: sums(instances, maps, layout, anchor, box),

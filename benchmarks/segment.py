@@ -87,7 +87,7 @@ class CpuSeconds(Seconds):
     """Seconds by stage that counts the CPU time of all threads of this process."""
 
     @contextmanager
-    def of(self, stage: str) -> Iterator[None]:
+    def measure(self, stage: str) -> Iterator[None]:
         """Add the CPU time of the block to `stage`."""
         started, clock = time.time(), time.process_time()
         try:

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hover_batch.compare.sides import Side, random_teacher, side_of
+from hover_batch.compare.sides import Side, load_side, random_teacher
 from hover_batch.config import InferSettings
 from hover_batch.model import predict, prepare
 from hover_batch.model.package import STARTER
@@ -119,7 +119,7 @@ def predictor_of(way: Way, sides: dict[str, Side], device: str) -> predict.Predi
 def network(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure and print the throughput of networks in all ways; return it as JSON values."""
     plain = InferSettings(device=arguments.device)
-    sides = {"starter": side_of(str(STARTER), "", plain), "hovernet-fast": random_teacher(TEACHER, plain)}
+    sides = {"starter": load_side(str(STARTER), "", plain), "hovernet-fast": random_teacher(TEACHER, plain)}
     todo = list(ways(arguments.networks, arguments.batches, arguments.precisions, arguments.runtimes, arguments.tiles))
     predictors = [predictor_of(way, sides, arguments.device) for way in todo]
     tiles = [

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hover_batch.model.predict import Predictor
 
 CATEGORIES = ["slide_id", "type"]
-"""Columns with few distinct values."""
+"""Columns with few distinct values, loaded as categories."""
 
 
 def segment_slide(
@@ -101,10 +101,11 @@ def _frame(table: pa.Table, about: Mapping[str, Any]) -> pd.DataFrame:
 class Plane:
     """One channel of a prediction store, read on indexing: `plane[y0:y1, x0:x1]`, `plane[:]` or `numpy.asarray(plane)`.
 
-    Values are float32 in the channel's own unit, and 0 outside of tissue.
+    Values are float32 (y, x) in the channel's own unit (see `Predictions`), and 0 where nothing was predicted.
     """
 
     array: Any = field(repr=False)
+    """Array (plane, y, x) uint8 of the store."""
     index: int
     """Position of the channel in the store."""
     steps: float
@@ -118,7 +119,7 @@ class Plane:
         return self.array.shape[1], self.array.shape[2]
 
     def __getitem__(self, window: Any) -> NDArray[np.float32]:
-        """Read rows and columns, given as integers or slices as for numpy."""
+        """Read rows and columns, float32, given as integers or slices of inference pixels, as for numpy."""
         window = window if isinstance(window, tuple) else (window,)
         stored = np.asarray(self.array[(self.index, *window)], np.uint8)
         return (stored.view(np.int8) if self.signed else stored).astype(np.float32) / np.float32(self.steps)
@@ -158,8 +159,8 @@ class Predictions:
 def load_predictions(slide_folder: str | Path) -> Predictions:
     """Open the prediction store of a slide, given the slide's folder (out/slides/ID). No pixels are read yet.
 
-    Away from nuclei, h and v are 0 unless the run used `sobel_norm="window"`. InputError if the store is missing,
-    SlideError or PackageError if it is corrupted.
+    Away from nuclei, h and v are 0 unless the run used `sobel_norm="window"`. InputError if the store is missing, as
+    after --discard-predictions; SlideError or PackageError if it is corrupted.
     """
     folder = Path(slide_folder).absolute()
     layout = SlideLayout(folder.parent.parent, folder.name)
@@ -192,7 +193,10 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
 
 
 class Model:
-    """Network that is ready to predict. Images must have a pixel size of `card.mpp` µm."""
+    """Network that is ready to predict images in memory; make it with `load_model`.
+
+    Images must have a pixel size of `card.mpp` µm. `sha256`: hash of the model's package.
+    """
 
     def __init__(self, predictor: Predictor, sha256: str) -> None:
         self.card = predictor.card
@@ -200,9 +204,9 @@ class Model:
         self.sha256 = sha256
 
     def predict(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the maps (plane, y, x) uint8 of an image (see `hover_batch.model.heads.MapLayout`).
+        """Return the quantised maps (plane, y, x) uint8 of an image (see `hover_batch.model.heads.MapLayout`).
 
-        `rgb`: (y, x, 3) uint8 RGB; it is reflected at its border. InputError for other arrays.
+        `rgb`: (y, x, 3) uint8 RGB of any size; it is reflected at its border. InputError for other arrays.
         """
         if (
             not isinstance(rgb, np.ndarray)
@@ -240,8 +244,9 @@ class Model:
 def load_model(name_or_path: str | Path = "starter", **settings: Any) -> Model:
     """Load the network of a package, on a GPU if there is one.
 
-    `settings`: those of inference (`device`, `precision`, `batch`, `runtime`, `threads`). PackageError if the package
-    cannot be loaded, InputError if a setting is invalid or the device cannot be used.
+    `name_or_path`: name of a package, a .safetensors file or a folder. `settings`: those of inference (`device`,
+    `precision`, `batch`, `runtime`, `threads`). PackageError if the package cannot be loaded, InputError if a setting
+    is invalid or the device cannot be used.
     """
     from hover_batch.model.predict import load_predictor
 

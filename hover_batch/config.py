@@ -1,6 +1,6 @@
-"""Settings of a run, in frozen sections that are checked on construction; errors name the flag.
+"""Settings of a run, in frozen sections that are checked when they are made; errors name the command's option.
 
-Each station takes its own section. The fields that change results are part of the run key (`results_key`).
+Each step takes its own section. The fields that change results are part of the run key (`results_key`).
 A setting is declared here and as an option of a command: its choices, default, section and type are read from here.
 """
 
@@ -49,7 +49,7 @@ def _typed(name: str, value: object, kind: type) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base of the sections. Fields of a Literal type accept only its values. InputError for invalid values."""
+    """Base class of the sections. A field of a Literal type accepts only its values, else InputError."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -68,7 +68,7 @@ class TissueSettings(Section):
     mask_mpp: float = 8.0
     """Pixel size of the mask in µm: fine enough for a gland's edge, small enough for any slide."""
     min_tissue_um2: float = 2_500.0
-    """Smaller pieces are dropped and smaller holes filled (50 × 50 µm: a few dozen nuclei)."""
+    """Area in µm² below which pieces are dropped and holes filled (50 × 50 µm: a few dozen nuclei)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,8 +112,8 @@ class PostSettings(Section):
     halo: int = 64
     """Context in inference pixels read around each region; larger components are processed on their own."""
     min_area_px: int = 64
-    """Smaller instances, in inference pixels, are treated as debris: 4 µm² at 0.25 µm, a nucleus 2.3 µm across. The
-    reference keeps those of 10 pixels and more; this gave a better PQ on every validation source of the starter."""
+    """Area in inference pixels below which an instance is treated as debris: 4 µm² at 0.25 µm, a nucleus 2.3 µm across.
+    The reference has 10 pixels; this gave a better PQ on every validation source of the starter."""
     max_component: int = 4096
     """Side in inference pixels above which a connected component is flagged instead of being processed whole."""
     class_map: dict[str, Any] = field(default_factory=dict)
@@ -129,7 +129,7 @@ class PostSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings(Section):
-    """Settings of what is kept on disk besides the tables."""
+    """Settings of the files in the output folder."""
 
     discard_predictions: bool = False
     """Remove a slide's prediction store once its table is written."""
@@ -169,20 +169,25 @@ class Settings:
     model: str = "starter"
     """A package: a name, a .safetensors file or a folder."""
     tissue: TissueSettings = field(default_factory=TissueSettings)
+    """Settings of the tissue mask."""
     infer: InferSettings = field(default_factory=InferSettings)
+    """Settings of inference."""
     post: PostSettings = field(default_factory=PostSettings)
+    """Settings of post-processing."""
     output: OutputSettings = field(default_factory=OutputSettings)
+    """Settings of the output folder."""
     engine: EngineSettings = field(default_factory=EngineSettings)
+    """Settings of execution."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested plain values, as in settings.toml."""
+        """Return all settings as nested plain values, section → name → value, as in settings.toml."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build the settings from nested values, with defaults for missing ones.
+        """Build the settings from nested values, as `to_dict` returns them, with defaults for missing ones.
 
-        InputError for unknown names, wrong types and invalid values.
+        A whole number may be given for a float. InputError for unknown names, wrong types and invalid values.
         """
         sections = {name: section for name, section in vars(cls()).items() if isinstance(section, Section)}
         known: dict[str, Any] = {}
@@ -203,9 +208,9 @@ class Settings:
         return cls(**known)
 
     def results_key(self) -> dict[str, Any]:
-        """Return the settings that change results, for the run key.
+        """Return the settings that change results, for the run key: section → name → value.
 
-        The model is left out, since its hash is also part of the key.
+        The model is left out, since its hash is part of the run key, too.
         """
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # all GPUs of a node give the same results
@@ -225,7 +230,7 @@ SECTION_OF = {
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Group settings by section, for `Settings.from_dict`.
 
-    `settings`: values by the bare names of the settings. InputError for unknown names.
+    `settings`: values by the names of the settings without their section, except the model. InputError for other names.
     """
     data: dict[str, Any] = {}
     for name, value in settings.items():

@@ -49,29 +49,33 @@ class Finding:
     """Result of a check."""
 
     status: Literal["PASS", "WARN", "FAIL"]
+    """PASS; WARN for a problem that does not prevent a run; FAIL for one that does."""
     found: str
     """What was found, in words."""
     fix: str = ""
-    """Advice how to fix the problem; empty for PASS."""
+    """What to do about the problem; empty for PASS."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check."""
+    """Check of one thing that a run needs."""
 
     name: str
     """Name in the output."""
-    look: Callable[[], Finding]
+    inspect: Callable[[], Finding]
     """Function that does the check."""
     fix: str
-    """Advice if `look` raises an exception."""
+    """What to do if `inspect` raises an exception."""
 
     def run(self) -> Finding:
-        """Do the check. It does not raise or warn: an exception gives FAIL."""
+        """Do the check and return what it found; FAIL with the message if it raises an exception.
+
+        Python's warnings are not shown meanwhile.
+        """
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return self.look()
+                return self.inspect()
         except Exception as error:
             words = (str(error).strip() or "no message").splitlines()[0]
             message = words if isinstance(error, HoverBatchError) else f"{type(error).__name__}: {words}"
@@ -79,7 +83,11 @@ class Check:
 
 
 def checks(output: Path, *, start_ray: bool = False) -> list[Check]:
-    """Return all checks in the order of the output. `output`: folder for a run. `start_ray`: whether to start Ray."""
+    """Return all checks in the order of the output, without running them.
+
+    `output`: output folder of a run; it need not exist. `start_ray`: start Ray instead of only importing it. Run these
+    checks in order, before anything else imports Ray.
+    """
     reinstall = "reinstall hover-batch"
     temporary = Path(tempfile.gettempdir())
     return [
@@ -164,12 +172,15 @@ def _ray() -> Finding:
 
 
 def _ray_starts() -> Finding:
-    """Start Ray before anything else imports it, since it reads its token on import."""
+    """Start Ray and do a task on it. Call it before anything else imports Ray, which reads its token on import."""
     from hover_batch.executor.cluster import ray_version
-    from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
+    from hover_batch.executor.map_tasks import TaskFailed, map_tasks, task_resources
 
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, machines(EngineSettings(cpus=1, gpus=0), Path(folder, "ray.log")):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        task_resources(EngineSettings(cpus=1, gpus=0), Path(folder, "ray.log")),
+    ):
         ((_, result),) = map_tasks(_cores, [None], backend="ray")
     if isinstance(result, TaskFailed):
         raise result.error
@@ -241,7 +252,10 @@ def _weights() -> Finding:
 
 
 def _numba() -> Finding:
-    """Check that numba caches compiled code, else each process of a run compiles for seconds. Raises if it does not."""
+    """Check that numba caches compiled code; otherwise each process of a run would compile for seconds.
+
+    numba raises an exception if it finds no folder for it.
+    """
     from numba import njit
 
     return _passed(f"{version('numba')} keeps compiled code in {njit(cache=True)(_cores).stats.cache_path}")
@@ -253,10 +267,10 @@ def _opencv() -> Finding:
     installed = {name: found for name in _OPENCV if (found := _version(name))}
     if len(installed) > 1:
         both = ", ".join(f"{name} {found}" for name, found in installed.items())
-        keep = f"opencv-python=={installed.get('opencv-python', cv2.__version__)}"
+        wanted = f"opencv-python=={installed.get('opencv-python', cv2.__version__)}"
         return _warned(
             f"{both} share one folder; {cv2.__version__} is what is imported",
-            f"pip uninstall -y {' '.join(installed)} && pip install --no-deps {keep}",
+            f"pip uninstall -y {' '.join(installed)} && pip install --no-deps {wanted}",
         )
     return _passed(cv2.__version__)
 

@@ -1,8 +1,8 @@
 """Set environment variables for libraries that expect a user name and a writable home folder.
 
-Containers often have neither: the installation and the home are read-only, and an arbitrary user id has no entry in the
-password file. Then numba refuses to define a kernel (it finds no folder for compiled code), matplotlib warns, and
-torch.compile cannot find the user's name. Numba and matplotlib read these variables when they are imported, so
+Containers often have neither: the installation and the home folder are read-only, and an arbitrary user id has no entry
+in the password file. Then numba refuses to define a kernel (it finds no folder for compiled code), matplotlib warns,
+and torch.compile cannot find the user's name. Numba and matplotlib read these variables when they are imported, so
 `hover_batch` sets them on its own import.
 """
 
@@ -15,11 +15,12 @@ _CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib"}
 
 
 def complete_environment() -> None:
-    """Set missing variables. Nothing changes for a user with a name and a writable cache folder.
+    """Set LOGNAME, HOME, NUMBA_CACHE_DIR and MPLCONFIGDIR in os.environ if they are needed and missing.
 
-    Without such a cache folder, caches go to a folder in the temporary directory that belongs to this user alone, since
-    numba unpickles the files in its cache. Without a home folder, HOME is set to that folder. Never raises OSError:
-    commands that compile nothing work without a temporary directory, too.
+    Nothing changes for a user with a name and a writable cache folder. Without such a cache folder, caches go to a
+    folder in the temporary directory that belongs to this user alone, since numba unpickles the files in its cache.
+    Without a home folder, HOME is set to that folder. Without a temporary directory, they stay unset, since commands
+    that compile nothing do not need them.
     """
     try:
         getpass.getuser()

@@ -1,4 +1,4 @@
-"""Exceptions raised on purpose, and the exit codes of the commands that they end.
+"""Expected errors, and the exit codes of the commands that they end.
 
 ::
 
@@ -22,11 +22,11 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ScratchFull(OSError):
-    """The disk for copies of slides is full (ENOSPC); `filename` is the folder of the copies."""
+    """The disk for copies of slides is full (`errno` is ENOSPC). `filename`: folder of the copies."""
 
 
 class HoverBatchError(Exception):
-    """Base of all errors raised on purpose. The user sees the message unchanged, without a traceback."""
+    """Base class of all expected errors. The user sees the message unchanged, without a traceback."""
 
     exit_code = 1
 
@@ -42,7 +42,7 @@ class SettingsChanged(InputError):
 
 
 class SlideError(HoverBatchError):
-    """A slide cannot be opened, read or processed."""
+    """A slide cannot be opened, read or processed; the other slides of the cohort can."""
 
     exit_code = 3
 

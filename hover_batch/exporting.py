@@ -20,10 +20,12 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """Result of an export. `files`: those that it wrote; `skipped`: slide_id → why the slide was skipped."""
+    """Result of an export."""
 
     files: tuple[Path, ...]
+    """Files that were written, in order."""
     skipped: dict[str, str]
+    """slide_id → why the slide was skipped."""
 
     @property
     def exit_code(self) -> int:
@@ -36,8 +38,7 @@ class Exported:
 def export_run(
     folder: Path, formats: Sequence[Format], output: Path | None, slide_ids: Sequence[str], notify: Notify
 ) -> Exported:
-    """Export the tables of the run in `folder` to each of `formats`. Return the files, and the slides that were
-    skipped.
+    """Export the tables of the run in `folder` to each of `formats`. Return the files and the skipped slides.
 
     `slide_ids`: the slides to export; empty for all. `output`: folder for files named SLIDE_ID.suffix; None writes each
     file next to its table. Existing files are replaced. Slides that are not done, or whose table cannot be read, are

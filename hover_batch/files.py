@@ -1,8 +1,8 @@
 """Write files atomically and durably: a reader sees the old file or the new one, even after a kill or a power cut.
 
 A write goes to a hidden temporary file in the same folder, which is synced to disk and renamed; then the folder is
-synced, so that the new name survives, too. A killed write leaves its temporary file behind, until `sweeping` removes
-it.
+synced, so that the new name survives, too. A killed write leaves its temporary file behind until `sweeping` or
+`remove_leftovers` removes it. All functions raise OSError if a file cannot be read or written.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path` for the block to write to.
 
-    On success, the temporary file replaces `path`; on an error it is removed, and `path` is unchanged. The name is
-    unique to the call, so that concurrent writers of one file do not use the same temporary file.
+    When the block ends, the file there is synced and replaces `path`; on an error it is removed, and `path` is
+    unchanged. The name is unique to the call, so that concurrent writers of one file do not use the same temporary
+    file.
     """
     with _temporary(path) as temporary:
         yield temporary
@@ -40,10 +41,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary path for the block to create a folder at, which then replaces the folder `path`.
+    """Yield a temporary path at which the block creates a folder, which then replaces the folder `path`, if any.
 
     For folders that can be made again: files are not synced, and for a moment during the replacement neither the old
-    nor the new folder exists. On an error, `path` is unchanged.
+    nor the new folder exists at `path`. On an error, `path` is unchanged.
     """
     temporary = _hidden_name(path)
     try:
@@ -61,13 +62,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 MAX_JSON_BYTES = 1 << 30
-"""Limit of an uncompressed JSON file, since a small gzip file can expand to terabytes."""
+"""Largest uncompressed JSON file that is read, since a small gzip file can expand to terabytes."""
 
 
 def load_json(path: Path) -> Any:
-    """Return the content of a JSON file, gzipped, zipped or plain, with or without a byte order mark.
+    """Return the parsed content of a JSON file, gzipped, zipped or plain, with or without a byte order mark.
 
-    A zip archive must hold no other file. OSError if the file cannot be opened, ValueError if its content is not valid.
+    A zip archive must hold no other file. ValueError if the content is not valid or larger than MAX_JSON_BYTES, OSError
+    if the file cannot be read, RecursionError if it is nested too deeply.
     """
     content = path.read_bytes()
     try:
@@ -94,9 +96,9 @@ def _only_file(archive: zipfile.ZipFile) -> str:
 
 
 def is_dicom(path: Path) -> bool:
-    """Return whether a path is a DICOM file: by its suffix, or by its preamble, since many instances have no suffix.
+    """Return whether `path` is a DICOM file: by its suffix, or by its preamble, since many instances have no suffix.
 
-    Hidden files do not count.
+    False for hidden files, a DICOMDIR, and files without the suffix that cannot be read.
     """
     if path.name.startswith(".") or path.name == "DICOMDIR":
         return False
@@ -112,13 +114,16 @@ def is_dicom(path: Path) -> bool:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write or replace `path` in one step. Text is written as UTF-8."""
+    """Write or replace the file `path` in one step, as `replacing` does. Text is written as UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_first(path: Path, data: bytes) -> bool:
-    """Write `path` unless it exists. Return whether it was written; False if another writer was first."""
+    """Write the file `path`, synced to disk, unless it exists. Return whether it was written.
+
+    If several writers call it at once, one of them wins and gets True. The file system must have hard links.
+    """
     with _temporary(path) as temporary:
         temporary.write_bytes(data)
         _sync(temporary)
@@ -139,7 +144,7 @@ def leftovers(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the `leftovers` of `path`."""
+    """Remove the `leftovers` of `path`. Call it only while nothing writes `path`."""
     for leftover in leftovers(path):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
@@ -149,10 +154,10 @@ def remove_leftovers(path: Path) -> None:
 
 @contextlib.contextmanager
 def sweeping(path: Path) -> Iterator[None]:
-    """Remove the `leftovers` of `path` before the block writes it.
+    """Remove the `leftovers` of `path` before the block, which writes `path`.
 
-    They are kept if another such block is writing in the same folder, on this machine or one that shares the file
-    system's locks.
+    Nothing is removed while another such block is writing in the same folder, on this machine or one that shares the
+    file system's locks.
     """
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
@@ -195,7 +200,10 @@ def _sync(path: Path) -> None:
 
 
 def to_json(value: Any) -> bytes:
-    """Return indented JSON with sorted keys: equal values give equal bytes. ValueError for NaN."""
+    """Return a value as indented JSON in UTF-8, with sorted keys: equal values give equal bytes.
+
+    ValueError for NaN and infinity, TypeError for values that are not JSON.
+    """
     return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 

@@ -13,7 +13,7 @@ _UNITS = (("s", 1, 90), ("min", 60, 90 * 60), ("h", 3600, 48 * 3600), ("days", 8
 
 
 def counted(number: int, noun: str) -> str:
-    """Format a number with its noun, such as `1 slide` or `1,200 slides`."""
+    """Format a number with its noun, such as `1 slide` or `1,200 slides`; the plural is the noun with an s."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

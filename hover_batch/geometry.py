@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Size:
-    """Width and height in pixels of one grid, level 0 or inference."""
+    """Size in pixels of one grid, level 0 or inference."""
 
     width: int
+    """Number of columns."""
     height: int
+    """Number of rows."""
 
     @property
     def pixels(self) -> int:
@@ -31,12 +33,16 @@ class Size:
 
 @dataclass(frozen=True, order=True)
 class Box:
-    """Half-open rectangle [x0, x1) × [y0, y1) of whole pixels. It may extend beyond the canvas."""
+    """Half-open rectangle [x0, x1) × [y0, y1) of whole pixels of one grid. It may extend beyond the canvas."""
 
     x0: int
+    """First column."""
     y0: int
+    """First row."""
     x1: int
+    """Column after the last."""
     y1: int
+    """Row after the last."""
 
     @property
     def width(self) -> int:
@@ -67,11 +73,11 @@ class Box:
         return Box(self.x0 - margin, self.y0 - margin, self.x1 + margin, self.y1 + margin)
 
     def contains(self, x: int, y: int) -> bool:
-        """Whether the pixel (x, y) lies in the box."""
+        """Return whether the pixel (x, y) lies in the box."""
         return self.x0 <= x < self.x1 and self.y0 <= y < self.y1
 
     def contains_box(self, other: Box) -> bool:
-        """Whether `other` lies entirely in this box."""
+        """Return whether `other` lies entirely in this box."""
         return self.x0 <= other.x0 and self.y0 <= other.y0 and other.x1 <= self.x1 and other.y1 <= self.y1
 
     def slices_in(self, frame: Box) -> tuple[slice, slice]:
@@ -84,9 +90,9 @@ class Box:
         return slice(self.y0 - frame.y0, self.y1 - frame.y0), slice(self.x0 - frame.x0, self.x1 - frame.x0)
 
     def cells(self, side: int) -> Iterator[tuple[int, int]]:
-        """Yield (column, row) of each cell that this box intersects, in raster order.
+        """Yield the (column, row) of each cell that this box intersects, in raster order; nothing for an empty box.
 
-        The cells are those of the grid of `side` pixels that starts at (0, 0).
+        The cells are squares of `side` pixels, of a grid that starts at (0, 0).
         """
         if self.empty:
             return
@@ -96,16 +102,21 @@ class Box:
 
 
 def cell_box(column: int, row: int, side: int) -> Box:
-    """Return the cell (column, row) of the grid of `side` pixels that starts at (0, 0)."""
+    """Return the box of the cell (column, row) in a grid of squares of `side` pixels that starts at (0, 0)."""
     return Box(column * side, row * side, (column + 1) * side, (row + 1) * side)
 
 
 @dataclass(frozen=True)
 class Mpp:
-    """Pixel size in µm along x and y. ValueError unless both lie between 0 and 1000."""
+    """Pixel size in µm. ValueError unless both sizes lie between 0 and 1000, exclusive.
+
+    `str()` gives `x`, or `x × y` if they differ, with four digits.
+    """
 
     x: float
+    """Width of a pixel in µm."""
     y: float
+    """Height of a pixel in µm."""
 
     def __post_init__(self) -> None:
         if not (0 < self.x < 1000 and 0 < self.y < 1000):
@@ -116,9 +127,9 @@ class Mpp:
 
 
 def qupath_origin(bounds: Box | None) -> tuple[int, int]:
-    """Return the level-0 pixel (x, y) from which QuPath counts positions.
+    """Return the level-0 pixel (x, y) that is QuPath's (0, 0).
 
-    QuPath crops a slide to OpenSlide's `bounds`, so it is their corner; (0, 0) for None.
+    QuPath crops a slide to OpenSlide's `bounds`, in level-0 pixels, so it is their upper left corner; (0, 0) for None.
     """
     return (0, 0) if bounds is None else (bounds.x0, bounds.y0)
 
@@ -130,7 +141,7 @@ SNAP = 0.02
 
 @dataclass(frozen=True)
 class Grid:
-    """Inference grid over level 0 of one slide."""
+    """Grid of pixels of the model's size over level 0 of one slide, starting at its upper left corner."""
 
     level0: Size
     """Size of the canvas in level-0 pixels."""
@@ -145,7 +156,10 @@ class Grid:
 
     @classmethod
     def over(cls, level0: Size, slide_mpp: Mpp, model_mpp: float) -> Grid:
-        """Return the grid of a model for pixels of `model_mpp` µm over a slide with pixels of `slide_mpp` µm."""
+        """Return the grid of a model for pixels of `model_mpp` µm over a slide with level-0 pixels of `slide_mpp`.
+
+        A scale within SNAP of a power of two is rounded to it, along x and y separately.
+        """
         scale_x, scale_y = _snap(model_mpp / slide_mpp.x), _snap(model_mpp / slide_mpp.y)
         return cls(
             level0=level0,

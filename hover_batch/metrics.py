@@ -27,7 +27,7 @@ DETECTION_RADIUS_UM = 3.0
 
 @dataclass(frozen=True)
 class PanopticQuality:
-    """Detection quality, segmentation quality, their product PQ, and the underlying counts."""
+    """Panoptic quality with its factors and the underlying counts; see `panoptic_quality`."""
 
     dq: float
     """Detection quality."""
@@ -46,7 +46,7 @@ class PanopticQuality:
 
 
 def panoptic_quality(true: NDArray[np.integer], pred: NDArray[np.integer]) -> PanopticQuality:
-    """Return the PQ of two instance maps (y, x) (Kirillov et al. 2019, equation 1; binary, as in Graham et al. 2019).
+    """Return the PQ of two instance maps (y, x) without regard to types (Kirillov et al. 2019, equation 1).
 
     Instances are paired if their IoU exceeds 0.5, so that each has at most one partner. DQ = TP / (TP + FP/2 + FN/2),
     SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ; all are NaN if both maps are empty. HoVerNet's reference
@@ -70,15 +70,16 @@ def class_quality(
     pred_types: NDArray[np.integer],
     type_id: int,
 ) -> float:
-    """Return the PQ of the instances of one class, with all others as background.
+    """Return the PQ of the instances of the class `type_id`, 0 to 1; all others count as background.
 
     `true`, `pred`: instance maps (y, x). `true_types` (n,), `pred_types` (m,): class ids of their instances, in the
-    order of the instances' ids. NaN if no true instance has the class, whatever the prediction: in PanNuke-metrics,
+    order of the instances' ids. NaN if no true instance has the class, even if it is predicted: in PanNuke-metrics,
     where class PQ comes from, a false positive counts only in images that contain the class. ValueError if the numbers
-    of types and instances differ.
+    of types and instances differ, or the maps have different shapes.
     """
-    ours = _only(true, true_types == type_id)
-    return panoptic_quality(ours, _only(pred, pred_types == type_id)).pq if ours.any() else math.nan
+    true_of_class = _only(true, true_types == type_id)
+    pred_of_class = _only(pred, pred_types == type_id)
+    return panoptic_quality(true_of_class, pred_of_class).pq if true_of_class.any() else math.nan
 
 
 def _only(instances: NDArray[np.integer], chosen: NDArray[np.bool_]) -> NDArray[np.integer]:
@@ -86,9 +87,9 @@ def _only(instances: NDArray[np.integer], chosen: NDArray[np.bool_]) -> NDArray[
     ids = np.unique(instances[instances > 0])
     if len(ids) != len(chosen):
         raise ValueError(f"types of {len(chosen)} instances, but the map holds {len(ids)}")
-    kept = np.zeros(int(instances.max(initial=0)) + 1, bool)
-    kept[ids[chosen]] = True
-    return np.where(kept[instances], instances, 0)
+    chosen_ids = np.zeros(int(instances.max(initial=0)) + 1, bool)
+    chosen_ids[ids[chosen]] = True
+    return np.where(chosen_ids[instances], instances, 0)
 
 
 def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
@@ -101,12 +102,12 @@ def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
     """
     overlap = _Overlap.of(true, pred)
     order = np.lexsort((overlap.pred_id, -overlap.intersection, -overlap.iou, overlap.true_id))
-    taken, first = np.unique(overlap.true_id[order], return_index=True)
+    paired_true, first = np.unique(overlap.true_id[order], return_index=True)
     best = order[first]
     union = overlap.union[best].sum()
-    union += overlap.true_area.sum() - overlap.true_area[taken].sum()
-    used = np.unique(overlap.pred_id[best])
-    union += overlap.pred_area.sum() - overlap.pred_area[used].sum()
+    union += overlap.true_area.sum() - overlap.true_area[paired_true].sum()
+    paired_pred = np.unique(overlap.pred_id[best])
+    union += overlap.pred_area.sum() - overlap.pred_area[paired_pred].sum()
     return float(overlap.intersection[best].sum() / union) if union else math.nan
 
 
@@ -122,7 +123,7 @@ def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
 
 
 def mean_defined(scores: Iterable[float]) -> float:
-    """Return the mean of a score over images, ignoring NaN; NaN if there is no other value."""
+    """Return the mean of the scores, without those that are NaN; NaN if no others are left."""
     defined = [s for s in scores if not math.isnan(s)]
     return sum(defined) / len(defined) if defined else math.nan
 
@@ -177,8 +178,8 @@ def _check_maps(true: NDArray[np.integer], pred: NDArray[np.integer]) -> None:
 def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating], radius: float) -> NDArray[np.intp]:
     """Pair centroids one to one: as many pairs as possible at distances ≤ radius, with the least total distance.
 
-    `true_xy` (n, 2), `pred_xy` (m, 2) and `radius` in the same unit. Returns indices (k, 2) into both, sorted by the
-    first.
+    `true_xy` (n, 2), `pred_xy` (m, 2) and `radius` in the same unit. Returns the pairs as an intp array (k, 2): index
+    into `true_xy`, index into `pred_xy`, sorted by the first; (0, 2) if there are none.
 
     Pairs beyond the radius never count, so the assignment splits into the connected components of the graph of all
     pairs within the radius. Each is solved exactly by the Hungarian method; the total cost is nearly linear in the
@@ -207,9 +208,9 @@ def match_as_hovernet(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floatin
     """Pair centroids as HoVerNet's reference does, for comparison with published results.
 
     Arguments and result are those of `match_centroids`. All centroids are assigned together by least total distance,
-    then pairs beyond the radius are dropped. Unpaired nuclei affect that assignment, so there may be fewer pairs than
-    possible, never more: on annotated tiles with noisy predictions, F_d is 1 to 4 points lower. The cost is cubic in
-    the number of nuclei, so use it for tiles, not for slides.
+    then pairs beyond the radius are dropped. Unpaired nuclei affect that assignment, so there are sometimes fewer
+    pairs, never more: on annotated tiles with noisy predictions, F_d is 1 to 4 points lower. The cost is cubic in the
+    number of nuclei, so use it for tiles, not for slides.
     """
     distance = np.linalg.norm(np.asarray(true_xy, np.float64)[:, None] - np.asarray(pred_xy)[None], axis=2)
     rows, columns = linear_sum_assignment(distance)
@@ -226,13 +227,13 @@ def _assign(i: NDArray[np.intp], j: NDArray[np.intp], distance: NDArray[np.float
     cost = np.full((len(rows), len(columns)), apart, np.float64)
     cost[row, column] = distance
     a, b = linear_sum_assignment(cost)
-    kept = cost[a, b] < apart
-    return np.stack([rows[a[kept]], columns[b[kept]]], axis=1)
+    within = cost[a, b] < apart
+    return np.stack([rows[a[within]], columns[b[within]]], axis=1)
 
 
 @dataclass(frozen=True)
 class PairCounts:
-    """Counts of paired and unpaired nuclei by type. Add up the counts of several images."""
+    """Counts of paired and unpaired nuclei by type. `+` adds the counts of several images."""
 
     table: NDArray[np.int64]
     """(n + 1, n + 1) int64: rows are true types 0 … n - 1, columns predicted types. The last row counts unpaired
@@ -245,10 +246,10 @@ class PairCounts:
 def count_pairs(
     pairs: NDArray[np.intp], true_types: NDArray[np.integer], pred_types: NDArray[np.integer], n_types: int
 ) -> PairCounts:
-    """Count the pairs of `match_centroids` by the types of all nuclei.
+    """Count pairs and unpaired nuclei by the types of all nuclei.
 
-    `pairs` (k, 2): indices of true and predicted nuclei. `true_types` (n,), `pred_types` (m,): ids 0 … `n_types` - 1;
-    all 0 for detection only. ValueError for other ids.
+    `pairs` (k, 2): indices of true and predicted nuclei, as `match_centroids` returns them. `true_types` (n,),
+    `pred_types` (m,): ids 0 … `n_types` - 1; all 0 for detection only. ValueError for other ids.
     """
     for name, types in (("true", true_types), ("predicted", pred_types)):
         if len(types) and not 0 <= int(types.min()) <= int(types.max()) < n_types:
@@ -263,10 +264,10 @@ def count_pairs(
 
 @dataclass(frozen=True)
 class DetectionScores:
-    """Scores of detection, regardless of types; NaN if the denominator is 0."""
+    """Scores of detection, regardless of types, from 0 to 1; a score is NaN if its denominator is 0."""
 
     f1: float
-    """F_d."""
+    """F_d, the harmonic mean of precision and recall."""
     precision: float
     """Fraction of the predicted nuclei that are paired."""
     recall: float
@@ -298,10 +299,10 @@ def detection_scores(counts: PairCounts) -> DetectionScores:
 
 @dataclass(frozen=True)
 class ClassScores:
-    """F of one class and the underlying counts."""
+    """F_c of one class and the underlying counts; see `class_scores`."""
 
     f1: float
-    """F_c; NaN if the class is neither present nor predicted."""
+    """F_c, 0 to 1; NaN if the class is neither present nor predicted."""
     tp: int
     """Pairs with this class on both sides."""
     fp: int

@@ -2,8 +2,8 @@
 
 For a slide whose maps another run has stored, the first step is skipped, and no pixels are read.
 
-The executors decide where and when a step runs. Each step writes its result completely or not at all, and is skipped
-if the result exists: a unit's shard and marker, a region's part, the slide's slide.json.
+The executors decide where and when a step runs, and skip steps whose results exist: a unit's shard and marker, a
+region's part, the slide's slide.json. Each step writes its result completely or not at all.
 """
 
 from __future__ import annotations
@@ -50,19 +50,18 @@ THUMBNAIL_SIDE = 1024
 
 
 class Seconds:
-    """Wall time by stage.
-
-    `totals`: seconds in all timed blocks of a stage. `spans`: start of its first block and end of its last one, in
-    seconds since 1970, so that they can be compared between processes.
-    """
+    """Wall time by stage, in seconds."""
 
     def __init__(self) -> None:
         self.totals: dict[str, float] = {}
+        """Sum of all measured blocks, by stage."""
         self.spans: dict[str, tuple[float, float]] = {}
+        """Start of the first block and end of the last one, by stage, in seconds since 1970, so that they can be
+        compared between processes."""
 
     @contextmanager
-    def of(self, stage: str) -> Iterator[None]:
-        """Add the time of the block to `stage`."""
+    def measure(self, stage: str) -> Iterator[None]:
+        """Measure the block and add its time to `stage`, even if it raises an exception."""
         started, clock = time.time(), time.monotonic()
         try:
             yield
@@ -70,7 +69,7 @@ class Seconds:
             self._add(stage, time.monotonic() - clock, (started, time.time()))
 
     def add(self, other: Seconds) -> None:
-        """Add all stages of `other`."""
+        """Add the totals of `other`, and extend the spans by its spans."""
         for stage, seconds in other.totals.items():
             self._add(stage, seconds, other.spans[stage])
 
@@ -86,14 +85,13 @@ stage `read` of the Seconds."""
 
 
 class NetworkFailed(Exception):
-    """Error in the network: it ran out of memory, or its device is broken. Usually not caused by the slide."""
+    """The network raised an exception: it ran out of memory, or its device is broken. Usually not the slide's fault."""
 
 
 class UnitsMissing(Exception):
-    """Units that a step needs are not predicted yet, or the results that another machine wrote are not visible here
-    yet.
+    """A step needs units that are not predicted yet, or that another machine wrote and are not visible here yet.
 
-    `unit_cells`: (column, row) of the units.
+    `unit_cells`: (column, row) of each of these units in the unit grid.
     """
 
     def __init__(self, unit_cells: tuple[tuple[int, int], ...]) -> None:
@@ -101,11 +99,12 @@ class UnitsMissing(Exception):
         self.unit_cells = unit_cells
 
 
-def keep_if_intact(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
-    """Keep the unit's maps if they are intact, and return True: its marker exists and has the hash of the shard.
+def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
+    """Return whether the unit's maps are stored and intact: its marker exists and has the hash of its shard.
 
     On a checksum mismatch, remove the shard, its marker, and the parts of the regions that may have read it, so that
-    they are made again; SlideError if the store belongs to another run. Call it only while nothing writes to the slide.
+    they are made again, and return False; SlideError if the store belongs to another run, which must not change. Call
+    it only while nothing writes to the slide.
     """
     path = work.maps.marker(unit.column, unit.row)
     try:
@@ -116,7 +115,7 @@ def keep_if_intact(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
         marker = {}
     if marker and "shard_sha256" in marker and marker["shard_sha256"] == store.shard_sha256(unit.box):
         return True
-    if work.kept is not None:
+    if work.stored is not None:
         raise SlideError(
             f"{work.maps.predictions_zarr}: checksum mismatch in unit {unit.unit_id}; remove "
             f"{work.maps.slide_json} and repeat that run's own segment command, which predicts the unit again"
@@ -130,8 +129,8 @@ def keep_if_intact(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
     return False
 
 
-def posted(unit: Unit, work: SlideWork) -> bool:
-    """Return whether the unit's part of the table exists."""
+def is_posted(unit: Unit, work: SlideWork) -> bool:
+    """Return whether the unit's region is post-processed: its part of the table exists."""
     return work.layout.part(unit.column, unit.row).exists()
 
 
@@ -145,13 +144,13 @@ def infer(
 ) -> Seconds:
     """Predict a unit's tiles and write its shard, then its marker. Return the seconds by stage.
 
-    `read`: function that reads the pixels. `advance` is called with the number of tiles after each batch. Several
-    threads may share one predictor, and take turns. A shard without a marker, from a run that was killed in between, is
-    used. If the device ran out of memory, the marker records the smaller batch size, which may have changed the last
-    bits of the maps.
+    `read`: function that reads the pixels. `store`: store of the slide. `advance` is called with the number of new
+    tiles after each batch. Several threads may share one predictor, and take turns. If there is a shard without a
+    marker, from a process that was killed in between, only the marker is written. If the device ran out of memory, the
+    marker records the smaller batch size, which may have changed the last bits of the maps.
 
-    NetworkFailed if the network raises, SlideError if the slide cannot be read or another run has taken over its
-    folder.
+    NetworkFailed if the network raises an exception; SlideError if the slide cannot be read, or another run has taken
+    over its folder; OSError if a file cannot be written.
     """
     seconds = Seconds()
     digest = store.shard_sha256(unit.box)
@@ -160,7 +159,7 @@ def infer(
     else:
         maps = np.zeros((work.card.layout.planes, *unit.box.shape), np.uint8)
         for tiles, pixels in _batches(unit, work, read, predictor.batch, seconds):
-            with predictor.turn, seconds.of("infer"):
+            with predictor.turn, seconds.measure("infer"):
                 try:
                     predicted = predictor.predict(pixels)
                 except Exception as error:
@@ -172,7 +171,7 @@ def infer(
                 maps[:, rows, columns] = tile_maps[:, tile_rows, tile_columns]
             advance(len(tiles))
         refuse_if_taken_over(work)
-        with seconds.of("write"):
+        with seconds.measure("write"):
             if store.hv_masked:
                 mask_hv(maps)
             digest = store.write(unit.box, maps)
@@ -189,7 +188,7 @@ def _batches(
 ) -> Iterator[tuple[list[Box], NDArray[np.uint8]]]:
     """Yield the unit's tiles in batches of `size`; the last may be smaller.
 
-    Of each batch: the boxes that are kept, in inference pixels, and the pixels, RGB (n, tile_in, tile_in, 3) uint8.
+    A batch is the kept boxes of its n tiles, in inference pixels, and their pixels, RGB (n, tile_in, tile_in, 3) uint8.
     """
     card = work.card
     boxes: list[Box] = []
@@ -214,13 +213,16 @@ def _hull(tiles: list[Box]) -> Box:
     return Box(min(t.x0 for t in tiles), min(t.y0 for t in tiles), max(t.x1 for t in tiles), max(t.y1 for t in tiles))
 
 
-def reading(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
-    """Return a function that reads blocks of a slide with an open reader, in this process."""
+def block_reader(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
+    """Return a function that reads blocks of a slide with an open reader, in this process.
+
+    `reader`: None for stored maps, whose slide is not read; the function must not be called then.
+    """
 
     def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
         assert reader is not None
         for box in boxes:
-            with seconds.of("read"):
+            with seconds.measure("read"):
                 image = reader.read(box, work.grid)
             yield image
 
@@ -230,7 +232,7 @@ def reading(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
 def neighbours(unit: Unit) -> Iterator[tuple[int, int]]:
     """Yield the (column, row) of the nine cells of the unit grid around a unit, itself included.
 
-    They are what post-processing of its region usually needs; some may lie outside of the slide.
+    Post-processing of the unit's region usually needs these units; some cells may lie outside of the slide.
     """
     for row in (unit.row - 1, unit.row, unit.row + 1):
         for column in (unit.column - 1, unit.column, unit.column + 1):
@@ -240,13 +242,13 @@ def neighbours(unit: Unit) -> Iterator[tuple[int, int]]:
 def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     """Write the nuclei that the unit's region owns, as a part of the table. Return the seconds by stage.
 
-    It reads the maps of the neighbouring units. UnitsMissing if a nucleus extends into units that are not predicted
-    yet, SlideError if another run has taken over the slide's folder.
+    It reads the maps of the unit and its neighbours. UnitsMissing if units that it needs are not predicted yet or not
+    visible here, SlideError if another run has taken over the slide's folder, OSError if the part cannot be written.
     """
     seconds = Seconds()
     settings = work.settings.post
     constants = SobelConstants(**work.card.sobel) if settings.sobel_norm == "fixed" else None
-    with seconds.of("post"):
+    with seconds.measure("post"):
         layout = MapLayout(len(work.taxonomy.classes))
         nuclei = nuclei_of_region(_complete(store, work), unit.box, layout, settings, constants)
         refuse_if_taken_over(work)
@@ -291,9 +293,9 @@ def _complete(store: PredictionStore, work: SlideWork) -> Callable[[Box], NDArra
 def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dict[str, Any]:
     """Merge the parts into nuclei.parquet, and write the pictures, tissue.geojson and timings.json.
 
-    Return the content of slide.json, with the summary. `seconds`: times of all earlier steps of the slide, to which
-    those of this step are added. If `reader` is None, there are no pixels to draw on, and the thumbnail and its
-    measures are copied from the run that stored the maps.
+    Return the content of slide.json, which the caller writes. `seconds`: times of all earlier steps of the slide; those
+    of this step are added in place. `reader`: None for stored maps, whose slide is not read: then there is no overlay,
+    and the thumbnail and its measures are copied from the run that stored the maps.
 
     UnitsMissing if parts, markers or maps that another machine wrote are not visible here yet. SlideError if another
     run has taken over the slide's folder, two regions hold the same nucleus, or the slide cannot be read. OSError if a
@@ -303,11 +305,11 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     cells = [(unit.column, unit.row) for unit in work.units]
     if unseen := [c for c in cells if not (layout.part(*c).exists() and work.maps.marker(*c).exists())]:
         raise UnitsMissing(tuple(unseen))
-    with seconds.of("finalize"):
-        keep = work.mask.contains if work.mask.given else None
+    with seconds.measure("finalize"):
+        select = work.mask.contains if work.mask.given else None
         parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]
         refuse_if_taken_over(work)
-        merged = merge_parts(parts, layout.nuclei_parquet, work.context, keep)
+        merged = merge_parts(parts, layout.nuclei_parquet, work.context, select)
         work.mask.write_geojson(layout.tissue_geojson, work.info.bounds)
         picture = _draw(work, reader) if reader is not None else _copy_picture(work)
         quality = {**_measure_nuclei(work), **picture}
@@ -354,17 +356,19 @@ def _measure_nuclei(work: SlideWork) -> dict[str, Any]:
 
 
 def _copy_picture(work: SlideWork) -> dict[str, float]:
-    """Copy the thumbnail of the run that stored the maps, and return its measures; none where an older version made
-    that run."""
+    """Copy the thumbnail of the run that stored the maps, and return its measures; none if that run's version of
+    hover-batch did not store them."""
     if work.maps.thumbnail_jpg.is_file():
         shutil.copyfile(work.maps.thumbnail_jpg, work.layout.thumbnail_jpg)
-    held = (read_json(work.maps.slide_json) or {}).get("quality", {})
-    return {name: held[name] for name in PICTURE_MEASURES if name in held}
+    measured = (read_json(work.maps.slide_json) or {}).get("quality", {})
+    return {name: measured[name] for name in PICTURE_MEASURES if name in measured}
 
 
 def _draw(work: SlideWork, reader: SlideReader) -> dict[str, float]:
-    """Draw the thumbnail with the tissue's outline, and the densest field with its nuclei at full resolution. Return
-    the measures of the thumbnail."""
+    """Draw the thumbnail with the tissue's outline, and the densest field with its nuclei at full resolution.
+
+    Return the measures of the thumbnail.
+    """
     layout, canvas = work.layout, work.grid.level0
     image = reader.thumbnail(THUMBNAIL_SIDE)
     small = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
@@ -378,7 +382,7 @@ def _draw(work: SlideWork, reader: SlideReader) -> dict[str, float]:
 
 
 def discard_predictions(layout: SlideLayout) -> None:
-    """Remove the slide's prediction store.
+    """Remove the slide's prediction store, if there is one; errors are ignored.
 
     Call it only once slide.json exists, since the table is made from the store.
     """

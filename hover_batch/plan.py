@@ -29,7 +29,7 @@ STORE_BYTES_PER_PIXEL = 4.0
 MPX_PER_CORE_SECOND = 0.5
 """Inference megapixels that one core processes in a second, for the estimate only."""
 ASKED_AT_ONCE = 16
-"""Number of slides in cloud storage that are checked at once; each takes a few requests and 3 MiB."""
+"""Number of slides in cloud storage that are checked at the same time; each takes a few requests and 3 MiB."""
 
 
 @dataclass(frozen=True)
@@ -46,46 +46,42 @@ class StoredMaps:
 
 @dataclass(frozen=True)
 class PlannedSlide:
-    """Slide that can be run. Its whole canvas is the upper bound of what will be predicted.
+    """Slide that can be run.
 
-    A slide in other storage is copied during the run, and its header is read only then.
+    A slide in cloud storage is copied during the run, and its header is read only then.
     """
 
     record: SlideRecord
     """Slide's row of the cohort."""
     info: SlideInfo | RemoteInfo
-    """Properties of the slide; in other storage, only its size in bytes and its fingerprint."""
+    """Properties of the slide; in cloud storage, only its size in bytes and its fingerprint."""
     grid: Grid | None
-    """Inference grid; None for a slide in other storage."""
+    """Inference grid; None for a slide in cloud storage."""
     tiles: int
-    """Number of tiles that cover the canvas; 0 for a slide in other storage."""
-    kept: StoredMaps | None = None
+    """Number of tiles that cover the canvas, the upper bound of what is predicted; 0 for a slide in cloud storage."""
+    stored: StoredMaps | None = None
     """Maps from which a new table is made; nothing is predicted, and the slide is not opened. None for a normal run."""
 
     @property
     def pixels(self) -> int:
-        """Number of inference pixels of the whole canvas; 0 for a slide in other storage, whose size is unknown."""
+        """Number of inference pixels of the whole canvas; 0 for a slide in cloud storage, whose size is unknown."""
         return self.grid.size.pixels if self.grid else 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Checked cohort."""
+    """Plan of a run: the slides that can be run, and those that cannot."""
 
     cohort: Cohort
-    """Cohort that was read, with the faults of headers and masks added, and the faulty records removed."""
+    """Cohort without the records that have a fault, and with the faults of their headers and masks added."""
     slides: tuple[PlannedSlide, ...]
     """Slides that can be run."""
     unreadable: tuple[tuple[SlideRecord, str], ...]
-    """Records of the cohort whose file cannot be opened, with the reason. They are not faults of the CSV, and become
-    failures of the run."""
+    """(record, reason) of slides that cannot be opened. They do not count as faults of the CSV, but fail in the run."""
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the run that would follow.
-
-        0 without unreadable or faulty slides; otherwise 3, or 4 if no slide can be run.
-        """
+        """Exit code of the dry run: 0 without unreadable or faulty slides; otherwise 3, or 4 if no slide can be run."""
         if not self.unreadable and not self.cohort.faults:
             return 0
         return 3 if self.slides else 4
@@ -97,10 +93,10 @@ class Plan:
         raise_if_faulty(replace(self.cohort, warnings=(*self.cohort.warnings, *found)))
 
     def lines(self, settings: Settings, card: Card) -> list[str]:
-        """Return the plan as lines of text.
+        """Return the plan as lines of text for the user. `card`: card of the model.
 
         The numbers of tiles and pixels are upper bounds for whole canvases, since tissue is found only during the run;
-        disk space and time are estimated from them. Slides in other storage are not counted.
+        disk space and time are estimated from them. Slides in cloud storage are not counted.
         """
         lines = [f"{self.cohort.source}: {counted(len(self.slides), 'slide')} to run with model {card.name}"]
         lines += [f"  warning: {w}" for w in self.cohort.warnings]
@@ -133,7 +129,7 @@ class Plan:
 
 
 def plan_cohort(cohort: Cohort, card: Card) -> Plan:
-    """Check the slides of a cohort and return the plan.
+    """Check the slides of a cohort and return the plan. `card`: card of the model, for the inference grid.
 
     All headers and masks are read. Slides in other storage are checked for existence, and their fingerprints are
     computed. Faults of slides are collected in the plan, not raised.

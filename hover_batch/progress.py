@@ -8,9 +8,10 @@ from hover_batch.formatting import duration
 
 
 class ProgressCounter:
-    """Counter of items done, of a total that may grow during the work.
+    """Counter of items done out of a total, which may grow during the work.
 
-    `done` includes items of an earlier start; the rate counts only those of this process.
+    `name`: what is counted, for `line`. `done` includes items of an earlier start; the rate counts only those of this
+    process. Use it from one thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -20,7 +21,10 @@ class ProgressCounter:
         self._started: float | None = None
 
     def expect(self, total: int, before: int = 0) -> None:
-        """Add `total` items, of which `before` are already done. The clock starts at the first call."""
+        """Add `total` items, `before` of which are already done. The clock starts at the first call.
+
+        Negative numbers remove items.
+        """
         if self._started is None:
             self._started = time.monotonic()
         self.total += total

@@ -44,8 +44,8 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
     """Write the HTML report of the run in `folder` and return its path.
 
     `output`: file to write; None for report.html in the run's folder. With many slides, the pictures are on further
-    pages in a folder next to it. `notify` is called with a line about each slide. InputError if the folder holds no
-    run, or the report cannot be written; OSError if the disk is full.
+    pages in a folder next to it. An existing report is replaced. `notify` is called with a line about each slide.
+    InputError if the folder holds no run, or the report cannot be written; OSError if the disk is full.
     """
     status = read_status(folder)
     layout = status.layout
@@ -111,13 +111,13 @@ def _rows(status: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRo
         if failure := failures.pop(record.row, None):
             row = replace(row, state="failed", note=_reason(failure.stage, failure.reason))
         elif begun := open_slides.get(record.slide_id):
-            row = replace(row, state="begun" if status.going_on is False else "under way", note=begun.line())
-        elif nuclei_if_done(slide) is not None and "summary" in (held := read_json(slide.slide_json) or {}):
+            row = replace(row, state="begun" if status.is_running is False else "under way", note=begun.line())
+        elif nuclei_if_done(slide) is not None and "summary" in (stored := read_json(slide.slide_json) or {}):
             row = replace(
                 row,
                 state="done",
-                summary=held["summary"],
-                warnings=held.get("warnings", ()),
+                summary=stored["summary"],
+                warnings=stored.get("warnings", ()),
                 flags=status.flags.get(record.slide_id, ()),
             )
         rows.append(row)

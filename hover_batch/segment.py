@@ -17,7 +17,7 @@ from hover_batch.cohort.record import SlideRecord, Stage, Url
 from hover_batch.cohort.run_key import ModelId
 from hover_batch.config import Settings
 from hover_batch.errors import DISK_FULL, InputError
-from hover_batch.executor.backend import open_backend, settled_here
+from hover_batch.executor.backend import open_backend, resolve_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.executor.protocol import RunContext
 from hover_batch.export.summary import cohort_summary, relabelled, slide_summary, write_summary
@@ -38,28 +38,28 @@ RECORDED = ("hover-batch", "torch", "segmentation-models-pytorch", "tiatoolbox",
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a run.
-
-    `slides`: content of slide.json of each finished slide. `failures`: rows of failures.csv. `flags`: quality flags of
-    these slides and of those that --fail-on failed, by slide_id.
-    """
+    """Result of a run."""
 
     layout: RunLayout
+    """Paths of the run's results."""
     slides: tuple[dict[str, Any], ...]
+    """Content of slide.json of each finished slide, in the order of the cohort."""
     failures: tuple[SlideFailure, ...]
+    """Rows of failures.csv: failures of this start, by row of the cohort."""
     flags: Mapping[str, tuple[Flag, ...]]
+    """Quality flags by slide_id, of all finished slides and of those that --fail-on failed; empty tuples included."""
     model_busy: float | None
-    """Share of the time in which the networks computed; None if this run predicted nothing."""
+    """Fraction (0 to 1) of the time in which the networks computed; None if this start predicted nothing."""
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the command: 0 all slides done, 3 some failed, 4 all failed."""
+        """Exit code of the command: 0 all slides done, 3 some rows or slides failed, 4 no slide done."""
         if not self.failures:
             return EXIT_DONE
         return EXIT_SOME_FAILED if self.slides else EXIT_NONE
 
     def closing_lines(self) -> list[str]:
-        """Return the lines for stdout: numbers of slides, and the paths of the results."""
+        """Return the lines for stdout: numbers of slides, paths of results, flags and failures."""
         failed = len({failure.row for failure in self.failures})  # an invalid row may have several faults
         done = counted(len(self.slides), "slide")
         lines = [f"{done} done, {failed} failed; summary: {self.layout.summary_csv}"]
@@ -104,14 +104,15 @@ def run_segment(
 ) -> Outcome:
     """Run the cohort `source` into the folder `output`, or resume the run there. Return its outcome.
 
-    `source`: a CSV, folder or glob pattern, a cohort that was read already, or a stored run, of whose predictions new
+    `source`: a CSV, folder or glob pattern; a cohort that was read already; or a stored run, from whose predictions new
     tables are made. `skip_invalid`: leave out invalid rows instead of stopping. `force`: remove the results in `output`
-    first. `fail_on`: quality flags whose slides are recorded as failed; their results stay. `command`: the command line
-    for run.json. `retry_failed`: also retry quarantined slides. `log_format`: of the messages on stderr.
+    first. `command`: command line, for run.json. `retry_failed`: also retry quarantined slides. `fail_on`: names of
+    quality flags; slides that have one are recorded as failed, but their results stay. `log_format`: format of the
+    messages on stderr.
 
     Before anything runs, InputError if a row, a setting or the output folder is invalid, and PackageError if the model
-    cannot be loaded. Later, TooManyFailures if more slides fail than --max-failures allows, and OSError if the disk is
-    full. Failures of single slides are part of the outcome.
+    package cannot be read. Later, errors as in `Executor.run`, and OSError if the disk is full. Failures of single
+    slides are part of the outcome. Call it from the main thread, so that Ctrl-C is handled.
     """
     if unknown := [name for name in fail_on if name not in FLAG_NAMES]:
         raise InputError(f"--fail-on {unknown[0]}: is not a flag; flags are {', '.join(FLAG_NAMES)}")
@@ -126,7 +127,7 @@ def run_segment(
                 f"--unit {settings.infer.unit}: must be a multiple of {package.card.tile_out}, "
                 f"the side of what the model {package.card.name} keeps of a tile"
             )
-        settings = settled_here(settings)
+        settings = resolve_here(settings)
         plan = plan_cohort(read_cohort(source) if isinstance(source, str) else source, package.card)
     taxonomy, _ = package.card.taxonomy.merged(settings.post.class_map)
     if not skip_invalid:
@@ -162,13 +163,13 @@ def run_segment(
             ledger.record_failure(fault.slide_id_or_path, fault.row, "", Stage.CHECK, fault.message)
         context = RunContext.of(package, settings, ledger, progress, keys)
         recorder = context.recorder
-        copies = any(isinstance(slide.record.path, Url) and slide.kept is None for slide in plan.slides)
+        copies = any(isinstance(slide.record.path, Url) and slide.stored is None for slide in plan.slides)
         if copies:
             context.copies.open()
         stopped = True
         try:
             for record, reason in plan.unreadable:
-                recorder.refuse(record, reason)
+                recorder.fail_unreadable(record, reason)
             todo = [slide for slide in plan.slides if not recorder.skip_done(slide)]
             backend.run(context, [slide for slide in todo if not recorder.skip_quarantined(slide, retry=retry_failed)])
             flags = _flag(ledger, records, fail_on)

@@ -30,23 +30,28 @@ from hover_batch.version import __version__
 
 @dataclass(frozen=True)
 class SlideWork:
-    """Slide that is ready to be processed.
-
-    `grid`: of its inference pixels. `mask`: the tissue to search. `units`: in the order of processing. `kept`: maps
-    that another run stored, from which new tables are made; None if this run predicts the slide.
-    """
+    """Slide that is ready to be processed."""
 
     record: SlideRecord
+    """Row of the cohort."""
     info: SlideInfo
+    """Header of the slide."""
     grid: Grid
+    """Inference grid."""
     mask: TissueMask
+    """Tissue to search."""
     units: tuple[Unit, ...]
+    """Units with tissue, in the order of processing."""
     package: Package
+    """Package of the model."""
     settings: Settings
+    """Settings in effect."""
     layout: SlideLayout
-    key_mark: bytes
+    """Paths of the slide's results."""
+    key_content: bytes
     """Content of the slide's key.json when the work began; see `refuse_if_taken_over`."""
-    kept: StoredMaps | None = None
+    stored: StoredMaps | None = None
+    """Maps that another run stored, from which new tables are made; None if this run predicts the slide."""
 
     @property
     def card(self) -> Card:
@@ -55,8 +60,9 @@ class SlideWork:
 
     @property
     def maps(self) -> SlideLayout:
-        """Paths of the store and the markers: in this run, or in the run that stored them, which is read-only."""
-        return self.layout if self.kept is None else self.kept.layout
+        """Paths of the prediction store and the markers: in this run, or in the run that stored them, which must not
+        change."""
+        return self.layout if self.stored is None else self.stored.layout
 
     @property
     def taxonomy(self) -> Taxonomy:
@@ -65,7 +71,7 @@ class SlideWork:
 
     @property
     def context(self) -> TableContext:
-        """What the table records about its slide and model."""
+        """Properties of the slide and the model that the table records."""
         return TableContext(
             slide_id=self.record.slide_id,
             taxonomy=self.taxonomy,
@@ -80,13 +86,13 @@ class SlideWork:
 
 
 def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str:
-    """Return the slide's run key: the hex SHA-256 of everything that its results depend on, its mask included.
+    """Return the slide's run key: the hex SHA-256 of everything that its results depend on, its mask file included.
 
-    For stored maps, their run key takes the place of the slide.
+    For stored maps, their run key takes the place of the slide. OSError if the mask file cannot be read.
     """
     mask = slide.record.mask_path
-    if slide.kept is not None:
-        source = slide.kept.run_key
+    if slide.stored is not None:
+        source = slide.stored.run_key
     else:
         source = slide.info.fingerprint + ("" if mask is None else sha256_file(mask))
     return run_key(package.sha256, settings.results_key(), source, SCHEMA_VERSION)
@@ -94,12 +100,13 @@ def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str
 
 @contextmanager
 def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideReader | None]:
-    """Yield a reader of the slide; None if its maps are stored, since the slide is not needed then.
+    """Yield a reader of the slide, closed when the block ends; None if its maps are stored and the slide is not needed.
 
-    A slide in cloud storage is copied to this machine first. SlideError if it cannot be copied or opened, or its file
-    was replaced after the run began.
+    A slide in cloud storage is copied to this machine first. InputError if its pixel size is unknown; SlideError if it
+    cannot be copied or opened, or if its file was replaced after the run began; ScratchFull if there is no space for
+    the copy.
     """
-    if slide.kept is not None:
+    if slide.stored is not None:
         yield None
         return
     with copies.staged(slide.record, slide.info.fingerprint) as record, open_slide(record) as reader:
@@ -112,14 +119,14 @@ def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideRea
 def survey(
     reader: SlideReader | None, slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout
 ) -> SlideWork:
-    """Find the tissue and cut it into units; for stored maps, read what their run found. Write survey.json.
+    """Find the tissue and cut it into units, write survey.json, and return the slide ready to be processed.
 
     SlideError if the slide or, for stored maps, the survey.json of their run cannot be read, or if the row's mask was
     replaced after the run began.
     """
-    mark = layout.key_json.read_bytes()
-    if slide.kept is not None:
-        path = slide.kept.layout.survey_json
+    key_content = layout.key_json.read_bytes()
+    if slide.stored is not None:
+        path = slide.stored.layout.survey_json
         info, mask = read_info(path), read_tissue(path)
     else:
         assert reader is not None
@@ -128,24 +135,24 @@ def survey(
             # For slides in other storage, the plan could not compare the mask with the slide.
             info = replace(info, warnings=(*info.warnings, *check_mask(given, info.level0, info.bounds)))
             # The file is hashed after it was read, so that a change before or during the reading is noticed.
-            if json.loads(mark).get("run_key") != result_key(slide, package, settings):
+            if json.loads(key_content).get("run_key") != result_key(slide, package, settings):
                 raise SlideError(
                     f"{given}: the mask was replaced or changed after the run began; repeat the segment command"
                 )
     write_survey(layout.survey_json, info, mask)
     grid = Grid.over(info.level0, info.mpp, package.card.mpp)
     units = plan_units(grid, mask, settings.infer.unit, package.card.tile_out)
-    return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, mark, slide.kept)
+    return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, key_content, slide.stored)
 
 
 def refuse_if_taken_over(work: SlideWork) -> None:
-    """SlideError if a run with another key has taken over the slide's folder.
+    """Raise SlideError if a run with another run key has taken over the slide's folder.
 
     Call it before each write, so that a process on a node that was considered lost does not mix its results into those
     of the other run.
     """
     try:
-        unchanged = work.layout.key_json.read_bytes() == work.key_mark
+        unchanged = work.layout.key_json.read_bytes() == work.key_content
     except FileNotFoundError:
         unchanged = False
     if not unchanged:
@@ -153,11 +160,11 @@ def refuse_if_taken_over(work: SlideWork) -> None:
 
 
 def open_store(work: SlideWork) -> PredictionStore:
-    """Open the slide's prediction store, or create it; another run's store is opened read-only.
+    """Open the slide's prediction store, or create it; the store of another run is opened read-only.
 
-    SlideError if that store is missing, or does not match the settings and survey.json of its run.
+    SlideError if the latter does not match the settings and survey.json of its run, FileNotFoundError if it is missing.
     """
-    if work.kept is not None:
+    if work.stored is not None:
         store = PredictionStore.open(work.maps.predictions_zarr, read_only=True)
         planes, unit = work.card.layout.planes, work.settings.infer.unit
         if store.canvas != work.grid.size.box or store.array.shards != (planes, unit, unit):
@@ -184,12 +191,12 @@ def open_store(work: SlideWork) -> PredictionStore:
     )
 
 
-def swept_store(work: SlideWork) -> PredictionStore:
+def open_swept_store(work: SlideWork) -> PredictionStore:
     """Open the store as `open_store` does, and remove leftovers of killed writes from it.
 
-    Another run's store is not changed. Call it only while nothing writes to the slide.
+    The store of another run is not changed. Call it only while nothing writes to the slide.
     """
     store = open_store(work)
-    if work.kept is None:
+    if work.stored is None:
         store.sweep()
     return store

@@ -1,4 +1,4 @@
-"""Report the progress of a run from its files. Nothing is written and no lock is kept, so that the run can go on.
+"""Report the progress of a run from its files. Nothing is written and no lock is held, so the run is not disturbed.
 
 Unknown values are omitted, not guessed: the log of an older run may lack some events, files may disappear while they
 are read, and another machine's lock may not be visible here.
@@ -29,12 +29,13 @@ class UnfinishedSlide:
     """Slide that is in progress."""
 
     slide_id: str
+    """Id of the slide in the cohort."""
     predicted: int
     """Number of units that are predicted."""
     posted: int
     """Number of regions that are post-processed."""
     units: int | None
-    """Total number of units, and of regions; None if the log lacks it."""
+    """Total number of units, which is also that of regions; None if the log lacks it."""
     tiles: int | None
     """Total number of tiles; None if the log lacks it."""
 
@@ -51,7 +52,7 @@ class UnfinishedSlide:
         return self.tiles * (1 - min(1.0, self.predicted / self.units)) if self.units else 0.0
 
     def line(self) -> str:
-        """Return the slide's progress as one line of text."""
+        """Return the slide's progress as one line of text, for people."""
         of = "" if self.units is None else f" of {self.units:,}"
         return f"{self.slide_id}: {self.predicted:,}{of} units predicted, {self.posted:,}{of} regions post-processed"
 
@@ -66,12 +67,12 @@ class RunStatus:
     """Name of the model."""
     created: datetime | None
     """Time of the first start; None if unknown."""
-    going_on: bool | None
-    """Whether a process is running it; None if unknown."""
+    is_running: bool | None
+    """Whether a process is running it now; None if unknown."""
     unknown: str
-    """Reason why `going_on` is None; else empty."""
+    """Reason why `is_running` is None; else empty."""
     holder: str
-    """Process that is running it; empty if there is none."""
+    """Process that is running it, as `process PID on HOST`; empty if there is none."""
     log: RunLog
     """Summary of the log."""
     slides: int | None
@@ -97,9 +98,12 @@ class RunStatus:
         return (self.slides or 0) - self.done - self.failed - len(self.open)
 
     def seconds_left(self) -> tuple[float, str] | None:
-        """Return the estimated seconds left, and the basis of the estimate in words; None if it cannot be estimated."""
+        """Return the estimated seconds left, and the basis of the estimate in words.
+
+        None if it cannot be estimated, or the run is not running, is waiting for disk space or has ended.
+        """
         log = self.log
-        if self.going_on is False or log.finished or log.disk_full:
+        if self.is_running is False or log.finished or log.disk_full:
             return None
         left = self.pending + len(self.open)
         if self.pending and log.slides_done and log.started and log.last_slide:
@@ -118,7 +122,7 @@ class RunStatus:
         """Return the progress as lines of text for stdout."""
         made = f", begun {_clock(self.created)}" if self.created else ""
         lines = [f"{self.layout.root}: model {self.model}{made}", f"running: {self._running()}"]
-        if (full := self.log.disk_full) and self.going_on is not False:
+        if (full := self.log.disk_full) and self.is_running is not False:
             lines.append(
                 f"paused: the disk has been full since {_clock(full)}; free some space, and the run continues by itself"
             )
@@ -132,7 +136,7 @@ class RunStatus:
         if self.slides is None:
             lines.append("slides: not known, since slides.csv is not written yet")
         else:
-            word = "begun" if self.going_on is False else "under way"
+            word = "begun" if self.is_running is False else "under way"
             left_out = f"; {counted(self.left_out, 'row')} of the cohort left out" if self.left_out else ""
             lines.append(
                 f"slides: {self.done:,} done, {self.failed:,} failed, {len(self.open):,} {word}, "
@@ -176,9 +180,9 @@ class RunStatus:
         if log.last:
             ago = max(0.0, (datetime.now(UTC) - log.last).total_seconds())
             times += f", last event {_clock(log.last)} ({duration(ago)} ago)"
-        if self.going_on:
+        if self.is_running:
             return f"yes, {self.holder or 'by an unknown process'}{times}"
-        if self.going_on is None:
+        if self.is_running is None:
             how = "was stopped before its end" if log.stopped else "ended"
             ended = f"; the last start {how}" if log.finished else ""
             return f"not known, {self.unknown}{ended}{times}"
@@ -187,7 +191,7 @@ class RunStatus:
         return f"no, it stopped before its end; repeat the segment command to resume it{times}"
 
     def to_json(self) -> str:
-        """Return the complete status as JSON; unknown values are null."""
+        """Return the complete status as indented JSON; unknown values are null, times ISO 8601 in UTC."""
         log, estimate = self.log, self.seconds_left()
         tiles, regions = log.tile_rate, log.region_rate
         last = tiles or regions
@@ -195,7 +199,7 @@ class RunStatus:
             "folder": str(self.layout.root),
             "model": self.model,
             "created": _iso(self.created),
-            "going_on": self.going_on,
+            "going_on": self.is_running,
             "holder": self.holder or None,
             "started": _iso(log.started),
             "last_event": _iso(log.last),
@@ -243,7 +247,7 @@ def read_status(folder: Path) -> RunStatus:
     layout = RunLayout(folder)
     try:
         run = require_run(layout)
-        # The lock before the log, so that a run that ends in between does not look as if it had been killed.
+        # Read the lock before the log: otherwise a run that ends in between would look as if it had been killed.
         locked = is_locked(layout.lock)
         holder = (read_file(layout.lock) or b"").decode(errors="replace").strip()
         return _status(layout, run, locked, holder, RunLog.read(layout.events_jsonl))
@@ -268,9 +272,9 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
     unfinished: list[UnfinishedSlide] = []
     for record in slides or ():
         slide, row = layout.slide(record.slide_id), record.row
-        held = slide_if_done(slide, failed_at.get(row))
-        if held is not None:
-            done[slide.slide_id] = held
+        stored = slide_if_done(slide, failed_at.get(row))
+        if stored is not None:
+            done[slide.slide_id] = stored
             recovered.add(row)
         elif row in failed_at:
             failed.add(row)
@@ -282,13 +286,13 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
         layout=layout,
         model=str(run.get("model_id", "not known")),
         created=to_utc(run.get("created")),
-        going_on=locked,
+        is_running=locked,
         unknown=unknown,
         holder=holder if locked else "",
         log=log,
         slides=None if slides is None else len(slides),
         done=len(done),
-        nuclei=sum(held["nuclei"] for held in done.values()),
+        nuclei=sum(stored["nuclei"] for stored in done.values()),
         open=tuple(unfinished),
         failures=tuple(failure for failure, _ in log.failures if failure.row not in recovered),
         failed=len(failed),

@@ -24,14 +24,18 @@ from hover_batch.geometry import Box, Size, cell_box
 from hover_batch.shard import decode_shard, encode_shard
 
 CHUNK = 512
-"""Side of a chunk in inference pixels, where it divides the unit."""
+"""Side of a chunk in inference pixels, if it divides the unit; otherwise the whole unit is one chunk."""
 
 HV_MASKED = "hv_masked"
-"""Attribute of stores with masked h and v; those of older versions lack it and are whole."""
+"""Attribute that says whether h and v are masked; stores of older versions lack it, and are not masked."""
 
 
 class PredictionStore:
-    """Quantised maps of one slide. Coordinates are inference pixels; outside of the canvas all planes are zero."""
+    """Quantised maps of one slide (see `MapLayout`), for several processes at once.
+
+    Coordinates are inference pixels; outside of the canvas, all planes are zero. `array`: zarr array (plane, y, x)
+    uint8. `path`: folder of the store. Make it with `create` or `open`.
+    """
 
     def __init__(self, array: zarr.Array[Any], path: Path) -> None:
         self.array = array
@@ -44,10 +48,11 @@ class PredictionStore:
 
     @classmethod
     def create(cls, path: Path, size: Size, planes: int, unit: int, attributes: Mapping[str, Any]) -> PredictionStore:
-        """Create an empty store of `size` inference pixels, or open the existing one.
+        """Create an empty store of `size` inference pixels; if there is one at `path`, open it unchanged.
 
-        `planes`: number of planes. `unit`: side of a shard in inference pixels. `attributes`: mpp, scale, plane names
-        and the model card, for readers without this package.
+        `planes`: number of planes. `unit`: side of a shard in inference pixels. `attributes`: JSON values such as mpp,
+        scale, plane names and the model card, so that the store can be read without this package. OSError if it cannot
+        be written.
         """
         if (path / "zarr.json").exists():
             return cls.open(path)
@@ -73,10 +78,10 @@ class PredictionStore:
         return cls(zarr.open_array(store, mode="r" if read_only else "r+"), path)
 
     def write(self, box: Box, maps: NDArray[np.uint8]) -> str | None:
-        """Write a whole unit, unless its shard exists, and sync it to disk. `box`: the unit, clipped to the canvas;
-        `maps`: (plane, y, x) of its shape.
+        """Write a whole unit, unless its shard exists, and sync it to disk.
 
-        Returns the SHA-256 of the shard on disk, or None if it holds only zeros.
+        `box`: the unit, clipped to the canvas. `maps`: (plane, y, x) uint8, of the shape of `box`. Returns the hex
+        SHA-256 of the shard on disk; None if there is none, because all maps are zero. OSError if it cannot be written.
         """
         shard = encode_shard(maps, self.unit, self.array.chunks[1])
         if shard is not None:
@@ -86,7 +91,7 @@ class PredictionStore:
         return self.shard_sha256(box)
 
     def shard_sha256(self, box: Box) -> str | None:
-        """Return the SHA-256 of the shard of the unit at `box`, or None without a shard."""
+        """Return the hex SHA-256 of the shard of the unit at `box`; None if it has no shard."""
         try:
             with self._shard(box).open("rb") as shard:
                 return hashlib.file_digest(shard, "sha256").hexdigest()
@@ -94,16 +99,16 @@ class PredictionStore:
             return None
 
     def has_shard(self, box: Box) -> bool:
-        """Whether the unit at `box` has a shard; units of zeros alone have none."""
+        """Return whether the unit at `box` has a shard. Units that are not written or hold only zeros have none."""
         return self._shard(box).exists()
 
     def sweep(self) -> None:
-        """Remove partial files of killed writers. Only safe while nobody writes."""
+        """Remove partial files of killed writers. Call it only while nothing writes to the store."""
         for leftover in list(self.path.rglob(".*.partial")):
             leftover.unlink(missing_ok=True)
 
     def remove(self, box: Box) -> None:
-        """Remove the shard of the unit at `box`, which then reads as zero. For repair only, while nobody writes."""
+        """Remove the shard of the unit at `box`, which then reads as zero. Call it only while nothing writes there."""
         self._shard(box).unlink(missing_ok=True)
 
     def _shard(self, box: Box) -> Path:

@@ -39,7 +39,7 @@ class StoredRun:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the run in `folder`. InputError if it holds no run, or none of its slides can be used."""
+        """Read the run in `folder`. InputError if it holds no run, its files are corrupted, or no slide can be used."""
         layout = RunLayout(folder)
         try:
             run = require_run(layout, "--from")
@@ -85,7 +85,7 @@ class StoredRun:
                         f"--from {self.layout.root}: was predicted with {name} = {old}, not {new}; leave this option, "
                         "variable or setting out, or run segment on the slides themselves"
                     )
-        masked = [slide.record.slide_id for slide in self.plan.slides if slide.kept and slide.kept.hv_masked]
+        masked = [slide.record.slide_id for slide in self.plan.slides if slide.stored and slide.stored.hv_masked]
         if settings.post.sobel_norm == "window" and masked:
             raise InputError(
                 f"--sobel-norm window: needs h and v of the background, which {self.layout.root} did not store "
@@ -96,10 +96,10 @@ class StoredRun:
             raise InputError(
                 f"--output {output}: is in the folder of --from, which must not change; name another folder"
             )
-        held = read_run(RunLayout(output), "--output")
-        if held is not None and held.get("cohort") != str(self.layout.root) and not force:
+        previous = read_run(RunLayout(output), "--output")
+        if previous is not None and previous.get("cohort") != str(self.layout.root) and not force:
             raise InputError(
-                f"--output {output}: holds a run of {held.get('cohort')}, not new tables of {self.layout.root}; "
+                f"--output {output}: holds a run of {previous.get('cohort')}, not new tables of {self.layout.root}; "
                 "name a new folder, or give --force to remove the results there"
             )
 
@@ -134,5 +134,5 @@ def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple
     card, info = Card.from_json(attributes["model"]), read_info(slide.survey_json)
     grid = Grid.over(info.level0, info.mpp, card.mpp)
     tiles = sum(1 for _ in grid.size.box.cells(card.tile_out))
-    kept = StoredMaps(slide, done["run_key"], bool(attributes.get(HV_MASKED)))
-    return PlannedSlide(record, info, grid, tiles, kept), card
+    maps = StoredMaps(slide, done["run_key"], bool(attributes.get(HV_MASKED)))
+    return PlannedSlide(record, info, grid, tiles, maps), card

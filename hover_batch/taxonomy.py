@@ -21,7 +21,7 @@ from typing import Any
 from hover_batch.errors import InputError
 
 Rgb = tuple[int, int, int]
-TAKEN = ("background", "nuclei")
+RESERVED_NAMES = ("background", "nuclei")
 """Reserved names: background is class 0, and a summary's nuclei_per_mm2 counts all classes together."""
 MAX_CLASSES = 256
 """Maximum number of classes in a taxonomy, background included, since an id is one byte in the tables."""
@@ -29,11 +29,12 @@ MAX_CLASSES = 256
 
 @dataclass(frozen=True)
 class NucleusClass:
-    """Class of nuclei."""
+    """Class of nuclei, or the background."""
 
     id: int
-    """Channel of the class among the type probabilities; 0 is the background."""
+    """Index of the class in its taxonomy and among the type probabilities; 0 is the background."""
     name: str
+    """Name in tables and pictures."""
     color: Rgb
     """Red, green and blue, each 0 to 255."""
 
@@ -64,9 +65,10 @@ class Taxonomy:
     def merged(self, class_map: Mapping[str, Any]) -> tuple[Taxonomy, tuple[int, ...]]:
         """Apply a class map: return the new taxonomy, and the new id of each class in the order of the old ids.
 
-        `class_map`: by new name, the list of the classes that it replaces, or a mapping with this list (`classes`) and
-        a `color`. An empty map changes nothing. New ids follow the order of the model, not of the map. InputError if
-        the map is malformed, or if a class other than the background is not named exactly once.
+        `class_map`: new name → the list of the classes that it replaces, or a mapping with this list (`classes`) and a
+        `color` [red, green, blue]; by default the color of the first class in the list. An empty map changes nothing.
+        New ids follow the order of the old ones, not of the map. InputError if the map is malformed, or if a class
+        other than the background is not named exactly once.
         """
         if not class_map:
             return self, tuple(c.id for c in self.classes)
@@ -93,7 +95,7 @@ class Taxonomy:
         return Taxonomy(f"{self.name}, mapped", classes), (0, *(ids[name_of[name]] for name in by_name))
 
     def to_json(self) -> dict[str, object]:
-        """Return plain values for model cards and store attributes; the inverse of `from_json`."""
+        """Return the taxonomy as JSON values, for model cards and store attributes; the inverse of `from_json`."""
         return {
             "name": self.name,
             "classes": [{"id": c.id, "name": c.name, "color": list(c.color)} for c in self.classes],
@@ -101,20 +103,20 @@ class Taxonomy:
 
     @classmethod
     def from_json(cls, data: Any) -> Taxonomy:
-        """Read the output of `to_json`. KeyError, TypeError or ValueError if `data` is malformed."""
+        """Return the taxonomy that `to_json` gave as `data`. KeyError, TypeError or ValueError if it is malformed."""
         name, listed = data["name"], data["classes"]
         named = isinstance(name, str) and name.isprintable()
         if not named or not isinstance(listed, list) or len(listed) > MAX_CLASSES:
             raise ValueError(f"taxonomy: needs a name and a list of at most {MAX_CLASSES} classes")
         classes = []
-        for held in listed:
-            number, called, color = held["id"], held["name"], held["color"]
-            if type(number) is not int or not isinstance(called, str) or not called or not called.isprintable():
-                raise ValueError(f"taxonomy: a class has the id {number!r:.40} and the name {called!r:.40}")
+        for entry in listed:
+            class_id, label, color = entry["id"], entry["name"], entry["color"]
+            if type(class_id) is not int or not isinstance(label, str) or not label or not label.isprintable():
+                raise ValueError(f"taxonomy: a class has the id {class_id!r:.40} and the name {label!r:.40}")
             levels = [c for c in color if type(c) is int and 0 <= c <= 255] if isinstance(color, list) else []
             if len(levels) != 3 or len(color) != 3:
-                raise ValueError(f"taxonomy: class {called:.40} has the colour {color!r:.40}")
-            classes.append(NucleusClass(number, called, (levels[0], levels[1], levels[2])))
+                raise ValueError(f"taxonomy: class {label:.40} has the colour {color!r:.40}")
+            classes.append(NucleusClass(class_id, label, (levels[0], levels[1], levels[2])))
         names = [c.name for c in classes]
         if len(set(names)) < len(names) or "nuclei" in names:
             raise ValueError("taxonomy: two classes have the same name, or one has the reserved name nuclei")
@@ -123,10 +125,10 @@ class Taxonomy:
 
 def _members_and_color(name: str, value: Any) -> tuple[list[str], Rgb | None]:
     """Return the classes and the colour in one entry of a class map."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in TAKEN:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in RESERVED_NAMES:
         raise InputError(
             f"class map: {name!r} cannot name a class; use letters, digits, `.`, `_`, `-`, and neither of "
-            f"{_list(TAKEN)}"
+            f"{_list(RESERVED_NAMES)}"
         )
     table = value if isinstance(value, Mapping) else {"classes": value}
     members, color = table.get("classes"), table.get("color")

@@ -1,4 +1,4 @@
-"""Model packages from training checkpoints: calibrate and score the weights, and write them with a card."""
+"""Make model packages from training checkpoints: calibrate and score the weights, and write them with a card."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KNOWN = OPEN | {
 """All known sources → their proper names. Those that are not in OPEN are under CC BY-NC-SA 4.0, or published for
 research without a licence; weights trained on them are under CC BY-NC-SA 4.0."""
 ORGANS = {"consep": "colon", "monusac": "kidney, lung, prostate and breast", "pannuke": "19 tissues"}
-"""Sources with types that are read → their tissues."""
+"""Sources whose annotations of types are used → their tissues."""
 NOT_CALIBRATED = "none, because there are no validation images: the Sobel constants are the starter's"
 """Entry for the calibration in the card of a package that could not be calibrated."""
 TILE = (320, 256)
@@ -56,14 +56,14 @@ def package_path(config: TrainConfig) -> Path:
 
 
 def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> str:
-    """Write the weights of a checkpoint as a package to `out`, and return text with its path and scores.
+    """Write the weights of `checkpoint` as a package to `out`, and return text with its path and scores, for the user.
 
-    `data`: the annotated images of the training. The Sobel constants are searched on its validation folds; if these are
-    empty, the starter's constants are used, and the card says so. The card has the limits of slides like these images,
-    and scores on the validation folds and, if the network was trained on the fold train, also on the fold test. They
-    are computed with the packaged weights (students: float16). Takes minutes and prints its progress. `threads`:
-    threads of the network on the CPU, 0 = all cores. Raises InputError if the checkpoint or the data cannot be read,
-    PackageError if a weight is not finite.
+    `data`: the annotated images of the training. The Sobel constants are found on its validation folds; if these are
+    empty, the starter's constants are used, and the card says so. The card also has the limits that flag unusual
+    slides, and scores on the validation folds and, if the network was trained on the fold train, on the fold test. They
+    are computed with the packaged weights (students: float16). This takes minutes; progress is printed to stdout.
+    `threads`: threads of the network on the CPU; 0 for all cores. Raises InputError if the checkpoint or the data
+    cannot be read, PackageError if a weight is not finite.
     """
     saved = read_checkpoint(checkpoint)
     config, record = saved["config"], saved["record"]
@@ -133,7 +133,8 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
 def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
     """Return a copy of `card` with the best Sobel constants for `network`, found on the fold val of `data`.
 
-    Only sources that outline every nucleus are used. Raises InputError if the fold has no image of these.
+    The search is recorded in the card's metrics. Only sources that outline every nucleus are used. Raises InputError if
+    the fold has no image of these, or the data cannot be read.
     """
     samples = fully_annotated(read_data(data, ["val"]).samples)
     if not samples:

@@ -1,4 +1,4 @@
-"""Pictures of images side by side, such as annotations and the predictions of a teacher and a student."""
+"""Draw images side by side, such as annotations and the predictions of a teacher and a student."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8
     """Return a copy of the image (y, x, 3) uint8 RGB with outlines of the nuclei in the colours of their classes.
 
     Outlines are one pixel wide, inside the nuclei. `instances`: (y, x) int32 ids, 0 = background. `types`: (y, x) uint8
-    class ids; a nucleus has the class of most of its pixels, without those of class 0. None if types are unknown.
+    class ids; a nucleus has the class of most of its pixels, without those of class 0. None if types are unknown. The
+    outlines of nuclei without a class have the colour UNTYPED.
     """
     edge = np.zeros(instances.shape, bool)
     for axis in (0, 1):
@@ -53,7 +54,7 @@ def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8
 
 
 def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
-    """Return a picture (y, x, 3) uint8 RGB of images in rows and columns, with the column names above, on white.
+    """Return a picture (y, x, 3) uint8 RGB of images in rows and columns on white, with the column names above.
 
     `rows`: one image (y, x, 3) uint8 RGB for each column. Each row is as high as its highest image, and each column as
     wide as its widest. Raises ValueError if a row does not have one image per column.
@@ -73,6 +74,6 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
 
 
 def write_panel(path: Path, picture: Image) -> None:
-    """Write a picture (y, x, 3) uint8 RGB to a file, in the format of its suffix. Missing folders are created."""
+    """Write a picture (y, x, 3) uint8 RGB to `path`, in the format of its suffix. Missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), picture[..., ::-1])  # OpenCV writes BGR

@@ -1,4 +1,4 @@
-"""Sweeps: one training for each point of a grid, each in its own folder.
+"""Run sweeps: one training for each point of a grid, each in its own folder.
 
 A run trains a student, packages it and scores it on the test folds. It is done once its scores are written; until then,
 the next sweep resumes it. A failed run does not affect the others.
@@ -19,7 +19,7 @@ from typing import Any
 
 from hover_batch.config import EngineSettings
 from hover_batch.errors import HoverBatchError, InputError
-from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
+from hover_batch.executor.map_tasks import TaskFailed, map_tasks, task_resources
 from hover_batch.files import to_json, write_atomically
 from kd.evaluation.evaluate_package import evaluate_package
 from kd.package import make_package, package_path
@@ -28,11 +28,11 @@ from kd.training.state import CHECKPOINT
 from kd.training.train import train
 
 SCORES = "scores.json"
-"""Evaluation in the folder of a run, written when the run is done."""
+"""Name of the file with the scores in the folder of a run, written when the run is done."""
 ARGUMENTS = "arguments.json"
-"""Settings in the folder of a run."""
+"""Name of the file with the settings in the folder of a run."""
 REPORT = "sweep.csv"
-"""Table of all runs in the folder of the sweep."""
+"""Name of the table of all runs in the folder of the sweep."""
 SUMMARY_SCORES = ("pq", "aji", "dice", "f_d")
 """Scores in the report, for each source."""
 
@@ -51,7 +51,10 @@ class Grid:
     """Seeds of the training."""
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """Yield the settings of each point for `TrainConfig.of`, in order; None stands for the preset's value."""
+        """Yield the settings of each point, by the names of `TrainConfig.of`; None stands for the preset's value.
+
+        The last axis (seed) varies fastest.
+        """
         axes = {"encoder": self.encoders, "alpha": self.alphas, "temperature": self.temperatures, "seed": self.seeds}
         for values in product(*(axis or (None,) for axis in axes.values())):
             yield dict(zip(axes, values, strict=True))
@@ -80,7 +83,7 @@ class Run:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Settings as JSON values, without the folder and the threads."""
+        """Settings by name as JSON values, without the folder and the threads, to recognise the run again."""
         values = {name: value for name, value in asdict(self.config).items() if name not in ("out", "threads")}
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return plain
@@ -101,6 +104,7 @@ class Ended:
     """Outcome of a run."""
 
     run: Run
+    """The run."""
     scores: dict[str, dict[str, Any]] | None
     """Scores by source; None if the run failed."""
     reason: str = ""
@@ -121,9 +125,10 @@ def runs_of(
     """Return the runs of a grid in the folder `out`, in order.
 
     Points that train the same student, such as all temperatures without distillation, are one run. `data`: annotated
-    images. `teacher`: folder written by `kd teach`. `test_folds`: folds to score on. `threads`: CPU cores for each run.
-    `settings`: further settings of `TrainConfig.of` for all runs. Raises InputError if a setting is invalid, or if a
-    run's folder belongs to a run with other settings.
+    images. `teacher`: folder written by `kd teach`; None without distillation. `preset`: settings that the grid does
+    not vary (see `TrainConfig.of`). `test_folds`: folds to score on. `threads`: CPU cores for each run. `settings`:
+    further settings of `TrainConfig.of` for all runs. Raises InputError if a setting is invalid, or if a run's folder
+    belongs to a run with other settings.
     """
     shared = {"data": data.resolve(), "threads": threads, **settings}
     taught = {"teacher": teacher and teacher.resolve()}
@@ -150,36 +155,37 @@ def runs_of(
 
 
 def sweep(
-    runs: Sequence[Run], out: Path, *, gpus_per_run: float, engine: EngineSettings, say: Callable[[str], None]
+    runs: Sequence[Run], out: Path, *, gpus_per_run: float, engine: EngineSettings, notify: Callable[[str], None]
 ) -> list[Ended]:
-    """Do all runs that are not done, write `out`/sweep.csv, and return the outcome of every run.
+    """Do all runs that are not done, write `out`/sweep.csv, and return the outcome of every run, in order.
 
     A failed run does not stop the others. `gpus_per_run`: fraction of a GPU for each run, if there are GPUs. `engine`:
-    where to run. `say` is called with lines of progress. Raises InputError if `out` cannot be written.
+    settings of the backend. `notify` is called with lines of progress. Raises InputError if `out` cannot be written or
+    the backend's resources are not available.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"-o {out}: {error.strerror}; give a folder that can be written") from error
     left = [run for run in runs if run.scores is None]
-    say(f"{len(runs)} runs, {len(runs) - len(left)} of them done before")
+    notify(f"{len(runs)} runs, {len(runs) - len(left)} of them done before")
     reasons: dict[str, str] = {}
     if left:
-        with machines(engine, out / "ray.log") as found:
+        with task_resources(engine, out / "ray.log") as found:
             cpus = min(left[0].config.threads, found.cpus)
             gpus = gpus_per_run if found.gpus else 0
             at_once = max(1, min(found.cpus // cpus, int(found.gpus / gpus) if gpus else found.cpus))
             for run, result in map_tasks(do_run, left, backend=engine.backend, cpus=cpus, gpus=gpus, at_once=at_once):
                 if isinstance(result, TaskFailed):
                     reasons[run.name] = (str(result.error).splitlines() or [type(result.error).__name__])[0]
-                say(f"{run.name}: {'FAILED: ' + reasons[run.name] if run.name in reasons else 'done'}")
+                notify(f"{run.name}: {'FAILED: ' + reasons[run.name] if run.name in reasons else 'done'}")
     ended = [Ended(run, run.scores, reasons.get(run.name, "")) for run in runs]
     _write_report(out / REPORT, ended)
     return ended
 
 
 def do_run(run: Run) -> None:
-    """Train, package and score one run; write its output to train.txt in its folder. Errors propagate."""
+    """Train, package and score one run, all in its folder; stdout goes to train.txt there. Errors propagate."""
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(run.folder / ARGUMENTS, to_json(run.arguments))
     config, package = run.config, package_path(run.config)
@@ -208,9 +214,10 @@ def _write_report(path: Path, ended: Sequence[Ended]) -> None:
 
 
 def report(ended: Sequence[Ended]) -> list[dict[str, Any]]:
-    """Return one row per run for the table.
+    """Return one row per run for sweep.csv: column → value.
 
-    Its columns are the name, the varied settings, the scores as SOURCE_SCORE, and the reason if the run failed.
+    The columns are `run`, the varied settings, the scores as SOURCE_SCORE (such as consep_pq), and `failed`, the reason
+    if the run failed.
     """
     return [
         {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hover_batch.executor.cluster import ask_for_token
+from hover_batch.executor.cluster import prepare_own_cluster
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -26,7 +26,7 @@ os.environ["HOVER_BATCH_BATCH"] = "2"
 os.environ["HOVER_BATCH_CACHE"] = "/dev/null/cache"
 
 # Ray keeps the environment at its import, and some tests import it without starting a cluster.
-ask_for_token()
+prepare_own_cluster()
 
 
 @pytest.fixture(scope="session")

@@ -50,9 +50,10 @@ class Row:
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """Return the rows of a CSV, in order, and warnings for the user.
+    """Return the rows of a CSV, in order, and warnings for the user. Rows without a filled cell are skipped.
 
-    InputError if the file is not a valid cohort, OSError if it cannot be read.
+    InputError if the file is not UTF-8 or not CSV, its header is invalid, or it has no rows; OSError if it cannot be
+    read. Cells are not checked.
     """
     lines = _csv_records(path)
     _, header = next(lines, (0, []))

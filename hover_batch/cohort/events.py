@@ -29,7 +29,7 @@ class EventLog:
         self._file.truncate(_end_of_whole_lines(self._file))
 
     def append(self, event: str, **values: Any) -> None:
-        """Append one line: `time` (UTC, ISO 8601), `event`, then `values` in the given order.
+        """Append one line: `time` (UTC, ISO 8601), `event`, then `values`, which must be JSON, in the given order.
 
         The event is dropped if the disk is full, so that a run that waits for space does not end because of its log.
         OSError if the file cannot be written for another reason.
@@ -49,20 +49,20 @@ class EventLog:
                 self._file.truncate(end)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; nothing can be appended afterwards."""
         self._file.close()
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return all events of a log as dictionaries, oldest first; see `stream_events`."""
+    """Return all events of a log as a list, as `stream_events` yields them."""
     return list(stream_events(path))
 
 
 def stream_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a log as dictionaries, oldest first; none if the file does not exist.
+    """Yield the events of a log, oldest first, as dictionaries with `time`, `event` and values.
 
-    The log may be long, and may grow meanwhile. Incomplete and corrupted lines are skipped. OSError if the file cannot
-    be read.
+    Nothing if the file does not exist. Another process may append meanwhile. Incomplete and corrupted lines are
+    skipped. OSError if the file cannot be read.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115  (closed below)

@@ -28,7 +28,7 @@ from hover_batch.errors import InputError
 
 
 class Format(StrEnum):
-    """Format of an exported table of nuclei, by its name on the command line."""
+    """Format of an exported table of nuclei; the value is its name on the command line."""
 
     qupath = "qupath"
     annotation_store = "annotation-store"
@@ -39,7 +39,7 @@ class Format(StrEnum):
 
     @property
     def suffix(self) -> str:
-        """Suffix of the file's name, without its first dot."""
+        """Suffix of the file's name, without its first dot, such as geojson.gz."""
         return _SUFFIXES[self]
 
 
@@ -55,13 +55,15 @@ _SUFFIXES = {
 
 @dataclass(frozen=True)
 class SlideLayout:
-    """Paths of one slide's results in the run at `root`.
+    """Paths of one slide's results, whether or not they exist.
 
-    InputError if a path with this slide_id could leave the run's folder.
+    InputError if the slide_id cannot name a folder, so that no path leaves the run's folder.
     """
 
     root: Path
+    """Folder of the run."""
     slide_id: str
+    """Id of the slide in the cohort."""
 
     def __post_init__(self) -> None:
         if fault := fault_in(self.slide_id):
@@ -74,12 +76,12 @@ class SlideLayout:
 
     @property
     def key_json(self) -> Path:
-        """Run key that the slide's unfinished work belongs to."""
+        """File with the run key that the slide's unfinished work belongs to."""
         return self.folder / "key.json"
 
     @property
     def quarantine_json(self) -> Path:
-        """Run key, stage and reason of the quarantine; exists only if the slide repeatedly crashed its workers."""
+        """File with the run key, stage and reason of the quarantine; exists only if the slide is quarantined."""
         return self.folder / "quarantine.json"
 
     @property
@@ -96,63 +98,63 @@ class SlideLayout:
 
     @property
     def parts(self) -> Path:
-        """Folder of the parts of the table, one per region."""
+        """Folder of the parts of the table, one Parquet file per post-processed region."""
         return self.folder / "parts"
 
     def part(self, column: int, row: int) -> Path:
         """Return the path of the part of the table with the nuclei that a region owns.
 
-        `column`, `row`: cell of the region in the region grid.
+        `column`, `row`: cell of the region in the unit grid.
         """
         return self.parts / f"{column}_{row}.parquet"
 
     @property
     def survey_json(self) -> Path:
-        """Header and tissue of the slide, written before its first pixel is predicted."""
+        """File with the slide's header and tissue, written before its first pixel is predicted."""
         return self.folder / "survey.json"
 
     @property
     def predictions_zarr(self) -> Path:
-        """Prediction store: the maps of the slide."""
+        """Folder of the prediction store, which holds the slide's maps."""
         return self.folder / "predictions.zarr"
 
     @property
     def tissue_geojson(self) -> Path:
-        """Tissue that was searched, as GeoJSON."""
+        """File with the tissue that was searched, as GeoJSON."""
         return self.folder / "tissue.geojson"
 
     @property
     def nuclei_parquet(self) -> Path:
-        """Table of nuclei."""
+        """File with the table of nuclei."""
         return self.folder / "nuclei.parquet"
 
     def exported(self, format: Format) -> Path:
-        """Return the path of the table of nuclei in another format."""
+        """Return the path of the table of nuclei when it is exported to `format`."""
         return self.folder / f"nuclei.{format.suffix}"
 
     @property
     def thumbnail_jpg(self) -> Path:
-        """Thumbnail of the slide with the tissue's outline."""
+        """Picture of the whole slide with the tissue's outline."""
         return self.folder / "thumbnail.jpg"
 
     @property
     def overlay_jpg(self) -> Path:
-        """Densest field of the slide with the contours of its nuclei."""
+        """Picture of the slide's densest field with the contours of its nuclei."""
         return self.folder / "overlay.jpg"
 
     @property
     def timings_json(self) -> Path:
-        """Seconds by stage."""
+        """File with the seconds that the slide took, by stage."""
         return self.folder / "timings.json"
 
     @property
     def slide_json(self) -> Path:
-        """Summary of the slide; written last, so that it exists only if the slide is done."""
+        """File with the slide's summary; written last, so that it exists only if the slide is done."""
         return self.folder / "slide.json"
 
     @property
     def removal_order(self) -> tuple[Path, ...]:
-        """All of the slide's paths in the order of removal: markers before the data they refer to.
+        """Paths of all the slide's results in the order of removal: markers before the data they refer to.
 
         An interrupted removal leaves no slide.json without its table, and no marker without its shard.
         """
@@ -175,15 +177,16 @@ class SlideLayout:
 
 @dataclass(frozen=True)
 class RunLayout:
-    """Paths of a run's results. `root` is made absolute, since workers may have another working directory."""
+    """Paths of a run's results, whether or not they exist."""
 
     root: Path
+    """Folder of the run; made absolute, since workers may have another working directory."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", self.root.absolute())
 
     def slide(self, slide_id: str) -> SlideLayout:
-        """Return the paths of one slide. InputError if a path with this slide_id could leave the run's folder."""
+        """Return the paths of one slide. InputError if the slide_id cannot name a folder."""
         return SlideLayout(self.root, slide_id)
 
     @property
@@ -193,52 +196,52 @@ class RunLayout:
 
     @property
     def example(self) -> Path:
-        """Slides of `--example`, with their cohort.csv."""
+        """Folder of the slides of `--example` and their cohort.csv."""
         return self.root / "example"
 
     @property
     def run_json(self) -> Path:
-        """Identity of the run: model, settings and cohort."""
+        """File with the identity of the run: model, settings and cohort."""
         return self.root / "run.json"
 
     @property
     def settings_toml(self) -> Path:
-        """Settings in effect, in the format of --config."""
+        """File with the settings in effect, in the format of `--config`."""
         return self.root / "settings.toml"
 
     @property
     def versions_json(self) -> Path:
-        """Versions of Python and of the packages that determine results."""
+        """File with the versions of Python and of the packages that determine results."""
         return self.root / "versions.json"
 
     @property
     def slides_csv(self) -> Path:
-        """Cohort with the status of each slide."""
+        """File with the cohort and the status of each slide."""
         return self.root / "slides.csv"
 
     @property
     def failures_csv(self) -> Path:
-        """Failures of the last start."""
+        """File with the failures since the run was last started, written when it ends."""
         return self.root / "failures.csv"
 
     @property
     def summary_csv(self) -> Path:
-        """Summary with one row per slide and one for the cohort."""
+        """File with the summary: one row per slide and one for the cohort."""
         return self.root / "summary.csv"
 
     @property
     def summary_parquet(self) -> Path:
-        """Summary as in summary.csv, with full precision."""
+        """File with the summary as in summary.csv, with full precision."""
         return self.root / "summary.parquet"
 
     @property
     def report_html(self) -> Path:
-        """Report, written by the command `report`."""
+        """First page of the report, written by the command `report`."""
         return self.root / "report.html"
 
     @property
     def report_slides(self) -> Path:
-        """Further pages of the report of a large cohort."""
+        """Folder of the further pages of a large cohort's report."""
         return self.root / "report-slides"
 
     @property
@@ -248,15 +251,15 @@ class RunLayout:
 
     @property
     def events_jsonl(self) -> Path:
-        """Log of the run's changes of state."""
+        """File with the run's events, one JSON object per line."""
         return self.logs / "events.jsonl"
 
     @property
     def ray_log(self) -> Path:
-        """Log of Ray's own messages."""
+        """File with Ray's own messages."""
         return self.logs / "ray.log"
 
     @property
     def slides(self) -> Path:
-        """Folder of all slides."""
+        """Folder of all slides' results, with one folder per slide."""
         return self.root / "slides"

@@ -38,19 +38,25 @@ from hover_batch.formatting import listed
 
 @dataclass(frozen=True)
 class SlideFailure:
-    """A row of failures.csv. `stage`: the step that failed; `reason`: the text for the user."""
+    """Row of failures.csv."""
 
     slide_id: str
+    """Id of the slide; for a row that is not a valid slide, its name in messages."""
     row: int
+    """Line of the CSV (the header is line 1), or position in the listing of a folder or glob."""
     path: str
+    """Path or URL of the slide, without credentials; may be empty."""
     stage: str
+    """`Stage` in which it failed."""
     reason: str
+    """Message for the user."""
 
 
 class Ledger:
-    """Record of one run in its folder; a context manager that locks the folder until the block or the process ends.
+    """Record of one run in the folder of `layout`. Use it in a `with` block, which locks the folder until it ends.
 
-    Entering it raises InputError if the folder cannot be written, holds anything but a run, or is in use.
+    Entering it creates the folder. InputError if the folder cannot be written, holds files but no run, or another run
+    is writing to it. Then call `start` before other methods that write; they raise OSError if a file cannot be written.
     """
 
     def __init__(self, layout: RunLayout) -> None:
@@ -117,11 +123,12 @@ class Ledger:
         force: bool = False,
         keys: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Begin the run, or resume the one in the folder.
+        """Begin the run, or resume the one in the folder: write its files and open the event log.
 
-        Writes run.json (for a new run), settings.toml, versions.json and slides.csv. SettingsChanged where the folder
-        holds a run whose results would differ; `force` removes that run's results first. `settings`: those in effect,
-        with "auto" resolved; `keys`: the run key of each slide_id.
+        The files are run.json (for a new run), settings.toml, versions.json and slides.csv. `settings`: those in
+        effect, with "auto" resolved. `schema_version`: version of the table's columns. `versions`: package → version.
+        `command`: command line. `force`: remove the results of the run in the folder first. `keys`: run key of each
+        slide by slide_id. SettingsChanged if the folder holds a run whose results would differ, unless `force` is set.
         """
         identity = run_identity(model, settings.results_key(), schema_version)
         stored = self._read_run()
@@ -165,7 +172,7 @@ class Ledger:
             )
 
     def orphans(self, cohort: Cohort) -> list[str]:
-        """Return the finished slides in the folder that the cohort does not list."""
+        """Return the slide_ids of finished slides in the folder that the cohort does not list, sorted."""
         known = {record.slide_id for record in cohort.records}
         return [s.slide_id for s in self._slides() if s.slide_id not in known and s.slide_json.is_file()]
 
@@ -224,25 +231,25 @@ class Ledger:
         _remove_empty(slide.folder)
 
     def open_slide(self, slide_id: str, key: str) -> SlideLayout:
-        """Make the slide's folders, keep unfinished work of this key in them, and remove work of other keys.
+        """Make the slide's folders for results with the run key `key`, and return its paths.
 
-        Return the paths of the slide. Call it only for slides for which `slide_done` is False: an existing slide.json
-        is then invalid, and is removed so that the new one can be written.
+        Unfinished work of this key stays, and work of other keys is removed. Call it only for slides for which
+        `slide_done` is False: an existing slide.json is then invalid, and is removed so that a new one can be written.
         """
         slide = self.layout.slide(slide_id)
-        mark = to_json({"run_key": key})
-        if not (slide.key_json.is_file() and slide.key_json.read_bytes() == mark):
+        key_content = to_json({"run_key": key})
+        if not (slide.key_json.is_file() and slide.key_json.read_bytes() == key_content):
             if slide.folder.is_dir():
                 self._clear_slide(slide)
             slide.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(slide.key_json, mark)
+            write_atomically(slide.key_json, key_content)
         _remove(slide.slide_json)
         slide.markers.mkdir(exist_ok=True)
         slide.parts.mkdir(exist_ok=True)
         return slide
 
     def slide_done(self, slide_id: str, key: str) -> bool:
-        """Return whether the slide is finished: slide.json holds this run key, and its table exists."""
+        """Return whether the slide is finished: slide.json holds the run key `key`, and its table exists."""
         slide = self.layout.slide(slide_id)
         stored = read_json(slide.slide_json)
         done = stored is not None and stored.get("run_key") == key and slide.nuclei_parquet.is_file()
@@ -251,9 +258,9 @@ class Ledger:
         return done
 
     def write_slide_json(self, slide_id: str, key: str, values: Mapping[str, Any]) -> bool:
-        """Write slide.json with `values`, which declares the slide done.
+        """Write slide.json with `values` (JSON), the slide_id and the run key, which declares the slide done.
 
-        Return False if another writer finished first, whose file is kept.
+        Return whether it was written: False if another writer finished first, whose file stays.
         """
         content = to_json({**values, "slide_id": slide_id, "run_key": key})
         first = write_first(self.layout.slide(slide_id).slide_json, content)
@@ -263,15 +270,18 @@ class Ledger:
         return first
 
     def record_failure(self, slide_id: str, row: int, path: Path | Url | str, stage: str, reason: str) -> None:
-        """Record that a slide, or a row that never became one, failed; `finish` writes failures.csv."""
+        """Record that a slide, or an invalid row, failed in `stage`. `finish` writes failures.csv.
+
+        `slide_id`: id, or the row's name in messages. `path`: path or URL; empty for an invalid row.
+        """
         self._failures.append(SlideFailure(slide_id, row, str(path), stage, reason))
         self._done.discard(slide_id)
         self.events.append("slide_failed", slide_id=slide_id, row=row, path=str(path), stage=stage, reason=reason)
 
     def quarantine(self, slide_id: str, key: str, stage: str, reason: str) -> None:
-        """Write quarantine.json for a slide that repeatedly crashed its workers; an existing one is replaced.
+        """Write quarantine.json for a slide one of whose tasks failed too often; an existing one is replaced.
 
-        The quarantine holds only for the run key `key`. `stage`: step that crashed. `reason`: message for failures.csv.
+        The quarantine holds only for the run key `key`. `stage`: stage of the task. `reason`: message for failures.csv.
         """
         content = to_json({"run_key": key, "stage": stage, "reason": reason})
         write_atomically(self.layout.slide(slide_id).quarantine_json, content)
@@ -289,14 +299,14 @@ class Ledger:
         _remove(self.layout.slide(slide_id).quarantine_json)
 
     def failures(self) -> tuple[SlideFailure, ...]:
-        """Return the failures of this start, by row."""
+        """Return the failures of this start, sorted by row."""
         return tuple(sorted(self._failures, key=lambda failure: failure.row))
 
     def finish(self, cohort: Cohort, model_busy: float | None = None, *, stopped: bool = False) -> None:
-        """Write failures.csv and slides.csv at the end of the run, and log it.
+        """Write failures.csv and slides.csv at the end of the run, and log the end.
 
-        `model_busy`: share of the time in which the networks computed. `stopped`: the run ended before its cohort was
-        done. OSError if a file cannot be written.
+        `model_busy`: fraction (0 to 1) of the time in which the networks computed; None if nothing was predicted.
+        `stopped`: whether the run ended before its cohort was done. OSError if a file cannot be written.
         """
         failures = self.failures()
         write_atomically(

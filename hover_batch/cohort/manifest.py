@@ -46,7 +46,7 @@ class RowFault:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Slides of a source, with the faults of its rows."""
+    """Slides of a CSV, folder or glob, and the faults of its rows."""
 
     source: str
     """Absolute path or glob that was read."""
@@ -59,10 +59,10 @@ class Cohort:
 
 
 def read_cohort(source: str | Path) -> Cohort:
-    """Read a CSV, a folder of slides, a glob, or a single slide.
+    """Read the cohort in `source`: a CSV, a folder of slides, a glob pattern, or a single slide.
 
     Faults of rows are collected, not raised. InputError if no rows can be read: the source does not exist, is not a
-    CSV, has an invalid or ambiguous header, or lists nothing.
+    CSV, has an invalid or ambiguous header, or lists nothing. Slides are not opened.
     """
     if not str(source).strip():
         raise InputError("the cohort is an empty name: give a CSV, a folder of slides or a quoted glob")
@@ -84,7 +84,10 @@ def read_cohort(source: str | Path) -> Cohort:
 
 
 def one_slide(path: str | Path, mpp: float | None = None, slide_id: str | None = None) -> Cohort:
-    """Return a cohort of one slide, checked like a row of a CSV. InputError if it has a fault."""
+    """Return a cohort of the slide at `path`, checked like a row of a CSV. InputError if it has a fault.
+
+    `path`: path or URL. `mpp`: pixel size of level 0 in µm; None to use the file's. `slide_id`: by default the stem.
+    """
     cells = {"path": str(path), "mpp": "" if mpp is None else str(mpp), "slide_id": slide_id or ""}
     row = Row(1, {name: cell for name, cell in cells.items() if cell})
     cohort = _check(str(path), [row], Path().absolute(), [])

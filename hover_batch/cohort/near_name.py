@@ -10,9 +10,9 @@ _WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 def near_name(path: Path, base: Path) -> str:
-    """Return a hint to append to the message "no such file"; "" if nothing on disk has a similar name.
+    """Return a hint to append to the message that `path` does not exist; "" if nothing on disk has a similar name.
 
-    `base`: absolute folder to which the user's paths are relative.
+    `path`: absolute path. `base`: absolute folder to which the user's paths are relative.
     """
     # Only the part that the user wrote: the folders above may contain backslashes.
     written = str(path.relative_to(base)) if path.is_relative_to(base) else str(path)

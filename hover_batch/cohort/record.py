@@ -21,7 +21,7 @@ _CONTAINER = ("abfs", "abfss", "wasb", "wasbs")
 class Url:
     """URL of a slide in storage that fsspec can open.
 
-    `str()` and `repr()` redact credentials: user, password and query.
+    `str()` and `repr()` redact credentials: user, password, query and fragment.
     """
 
     text: str
@@ -29,7 +29,7 @@ class Url:
 
     @classmethod
     def of(cls, text: str) -> Url | None:
-        """Parse a cell of the cohort; None if `text` is not a URL."""
+        """Return a cell of the cohort as a URL; None if `text` is not a URL but a path."""
         return cls(text) if _SCHEME.match(text) else None
 
     @property
@@ -52,7 +52,7 @@ class Url:
 
     @property
     def name(self) -> str:
-        """Name of the file or folder."""
+        """Name of the file or folder: the last part of the path."""
         return PurePosixPath(str(self).split("://", 1)[1]).name
 
     @property
@@ -67,12 +67,17 @@ class Stage(StrEnum):
     CHECK = "check"
     """Check its row in the cohort."""
     OPEN = "open"
+    """Open its file and its folder."""
     SURVEY = "survey"
     """Find the tissue and cut it into units."""
     READ = "read"
+    """Read pixels of a unit."""
     INFER = "infer"
+    """Predict a unit."""
     WRITE = "write"
+    """Write the maps of a unit."""
     POST = "post"
+    """Find the nuclei of a region."""
     FINALIZE = "finalize"
     """Merge the tables and draw the pictures."""
     QUALITY = "quality"
@@ -104,6 +109,6 @@ class SlideRecord:
 
     @property
     def file(self) -> Path:
-        """Path of the slide on this machine. Use it only for a slide on disk or one that was copied to it."""
+        """Path of the slide on this machine. AssertionError for a URL: copy the slide first (`Copies.staged`)."""
         assert isinstance(self.path, Path)
         return self.path

@@ -26,8 +26,8 @@ RUN_FORMAT = "hover-batch run"
 def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
     """Return the content of run.json; None if it does not exist.
 
-    `flag`: option that gave the folder, for the message. InputError if the file is corrupted or belongs to another
-    program. OSError if it cannot be read.
+    `flag`: option that named the folder, for the message. InputError if the file is corrupted or was written by another
+    program, OSError if it cannot be read.
     """
     content = read_file(layout.run_json)
     if content is None:
@@ -44,7 +44,7 @@ def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
 
 
 def require_run(layout: RunLayout, flag: str = "") -> dict[str, Any]:
-    """Return the content of run.json. InputError as in `read_run`, and if the folder holds no run."""
+    """Return the content of run.json. Errors as in `read_run`; InputError, too, if the folder holds no run."""
     run = read_run(layout, flag)
     if run is None:
         raise InputError(f"{_named(layout, flag)}: holds no run; give the --output folder of `segment`")
@@ -59,7 +59,7 @@ def _named(layout: RunLayout, flag: str) -> str:
 def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
     """Return the cohort's slides in the order of slides.csv; None if the file is not written yet.
 
-    InputError if the file is corrupted or was edited so that it cannot be read.
+    InputError if the file is corrupted or was edited so that it is invalid, OSError if it cannot be read.
     """
     content = read_file(layout.slides_csv)
     if content is None:
@@ -94,13 +94,13 @@ def _record(layout: RunLayout, row: dict[str, str]) -> SlideRecord:
 def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
     """Return the paths of the cohort's slides by slide_id, in the order of slides.csv; empty if it is not written yet.
 
-    InputError if slides.csv is corrupted.
+    Errors as in `read_slides`.
     """
     return {record.slide_id: layout.slide(record.slide_id) for record in read_slides(layout) or ()}
 
 
 def nuclei_if_done(slide: SlideLayout) -> int | None:
-    """Return the number of nuclei of a finished slide; None if the slide is not finished."""
+    """Return the number of nuclei of a finished slide; None if it is not finished. OSError as in `read_file`."""
     done = slide_if_done(slide)
     return None if done is None else int(done["nuclei"])
 
@@ -108,16 +108,16 @@ def nuclei_if_done(slide: SlideLayout) -> int | None:
 def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict[str, Any] | None:
     """Return the content of slide.json of a finished slide; None if the slide is not finished.
 
-    `failed_at`: time when the slide failed in the last start, if it did. An older slide.json does not count, since that
-    start rejected it.
+    `failed_at`: time when the slide failed in the last start; None if it did not. A slide.json from before does not
+    count, since that start rejected it. OSError if the file cannot be read.
     """
     try:
         modified = slide.slide_json.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return None
-    held = read_json(slide.slide_json) or {}
+    stored = read_json(slide.slide_json) or {}
     outdated = failed_at is not None and modified < failed_at.timestamp()
-    return held if isinstance(held.get("nuclei"), int) and not outdated else None
+    return stored if isinstance(stored.get("nuclei"), int) and not outdated else None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

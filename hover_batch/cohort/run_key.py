@@ -14,9 +14,10 @@ from hover_batch.files import to_json
 
 
 def run_key(model_sha256: str, results_key: Mapping[str, Any], slide_fingerprint: str, schema_version: int) -> str:
-    """Return the SHA-256, in hex, of everything that a slide's results depend on. Equal keys mean equal results.
+    """Return the hex SHA-256 of everything that a slide's results depend on. Equal keys mean equal results.
 
-    `results_key`: settings that change results. `schema_version`: version of the table's columns.
+    `model_sha256`: hash of the package. `results_key`: settings that change results. `slide_fingerprint`: of the slide
+    and its mask. `schema_version`: version of the table's columns.
     """
     parts = {
         "model": model_sha256,
@@ -39,7 +40,7 @@ class ModelId:
 
 
 def run_identity(model: ModelId, results_key: Mapping[str, Any], schema_version: int) -> dict[str, Any]:
-    """Return what all results of a run have in common, as plain JSON values for run.json.
+    """Return what all results of a run have in common, as JSON values by name for run.json.
 
     `results_key`: settings that change results. `schema_version`: version of the table's columns.
     """

@@ -17,10 +17,11 @@ _log = logging.getLogger(__name__)
 
 
 def lock(path: Path) -> int:
-    """Lock a file and return the descriptor that holds the lock.
+    """Lock a file, which is created if necessary, and return the open file descriptor that holds the lock.
 
-    The system releases the lock once no process has the file open any more, even if they are killed. A forked child
-    that outlives the run keeps the lock, since it may still write. On a file system without locks, a warning is logged.
+    Close the descriptor to release the lock. The system releases it once no process has the file open any more, even if
+    they are killed. A forked child that outlives the run holds the lock, too, since it may still write. On a file
+    system without locks, a warning is logged. The process id and the host are written to the file.
 
     InputError if another process holds the lock, OSError if the file cannot be opened.
     """
@@ -46,7 +47,7 @@ def lock(path: Path) -> int:
 
 
 def is_locked(path: Path) -> bool | None:
-    """Return whether a process holds the lock; None if unknown, as on a file system without locks.
+    """Return whether a process has locked the file; None if unknown, as on a file system without locks.
 
     False if the file does not exist. Nothing is written: the test takes a shared lock and releases it at once.
     """

@@ -44,21 +44,27 @@ class Rate:
 
 
 class RateWindow:
-    """Sliding window over the work of the last RATE_WINDOW_S seconds. `begin`: time when the work began."""
+    """Sliding window over the work of the last RATE_WINDOW_S seconds before the last entry.
+
+    `begin`: time when the work began.
+    """
 
     def __init__(self, begin: datetime) -> None:
         self._entries = deque([(begin, 0)])
         """The first entry only marks where the window begins."""
 
     def add(self, time: datetime, amount: int) -> None:
-        """Add an amount of work that was done at `time`, and drop entries that have left the window."""
+        """Add `amount` tiles or regions that were done at `time`, and drop entries that have left the window.
+
+        Call it in the order of time.
+        """
         self._entries.append((time, amount))
         while len(self._entries) > 2 and (time - self._entries[1][0]).total_seconds() >= RATE_WINDOW_S:
             self._entries.popleft()
 
     @property
     def rate(self) -> Rate | None:
-        """Rate in the window; None if nothing was done."""
+        """Mean rate in the window; None if nothing was done in it."""
         (begin, _), (end, _) = self._entries[0], self._entries[-1]
         seconds, amount = (end - begin).total_seconds(), sum(n for _, n in list(self._entries)[1:])
         return Rate(amount / seconds, seconds, end) if seconds > 0 and amount > 0 else None
@@ -85,9 +91,9 @@ class RunLog:
     surveyed: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Number of units and tiles by slide_id, over all starts."""
     model_busy: float | None = None
-    """Share of the time in which the networks computed, as logged at the end of the last run."""
+    """Fraction (0 to 1) of the time in which the networks computed, logged when a start ended; None if unknown."""
     disk_full: datetime | None = None
-    """Since when the run has been waiting for disk space; None if it is not."""
+    """Time since which the run has been waiting for disk space; None if it is not."""
     retries: Counter[str] = field(default_factory=Counter)
     """Number of events of each kind in RETRY_CAUSES."""
     machines: tuple[int, int] | None = None
@@ -104,7 +110,7 @@ class RunLog:
         return log
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Add the next event. Events without a time or of an unknown kind are skipped."""
+        """Add the next event, as `stream_events` yields it. Events without a time or of other kinds are ignored."""
         if (time := to_utc(event.get("time"))) is None:
             return
         self.last = time
@@ -153,7 +159,7 @@ class RunLog:
 
 
 def to_utc(time: object) -> datetime | None:
-    """Parse an ISO 8601 time and convert it to UTC; None if it is not valid."""
+    """Parse an ISO 8601 time and return it in UTC; None if `time` is not one. Without an offset, it is local time."""
     try:
         return datetime.fromisoformat(str(time)).astimezone(UTC)
     except ValueError:

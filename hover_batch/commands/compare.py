@@ -117,7 +117,7 @@ def compare(
     from hover_batch.compare.budget import Options
     from hover_batch.compare.fields import choose_fields
     from hover_batch.compare.run import compare as run
-    from hover_batch.compare.sides import random_teacher, side_of
+    from hover_batch.compare.sides import load_side, random_teacher
     from hover_batch.slide.example import write_example
     from kd.evaluation.evaluate_package import score_test_fold
 
@@ -125,14 +125,14 @@ def compare(
     if minutes is None and timing_only:
         minutes = MINUTES
     plain = InferSettings(device=device)
-    replacement = side_of(student, "--student", replace(plain, precision=precision, runtime=runtime))
+    replacement = load_side(student, "--student", replace(plain, precision=precision, runtime=runtime))
     other_settings = replace(plain, precision=against_precision, runtime=against_runtime)
     if against is not None:
-        other = side_of(against, "--against", other_settings)
+        other = load_side(against, "--against", other_settings)
     elif timing_only:
         other = random_teacher(teacher_weights, other_settings)
     else:
-        other = side_of(teacher_weights, "--teacher", other_settings)
+        other = load_side(teacher_weights, "--teacher", other_settings)
     if other.name == replacement.name:
         replacement, other = (
             replace(network, name=f"{network.name}, {network.predictor.precision} by {network.predictor.runtime}")

@@ -108,7 +108,7 @@ def import_package(
 
         network, card = read_checkpoint(source, kind, sha256)
         if out is None:
-            _refuse_another(target, lambda held: held.card.training.get("source") == card.training["source"])
+            _refuse_another(target, lambda other: other.card.training.get("source") == card.training["source"])
         card = replace(card, name=target.stem)
         if calibrate_on is not None:
             from kd.package import calibrated
@@ -162,7 +162,7 @@ def _copy(source: str, sha256: str | None, target: Path, *, replaceable: bool) -
             )
     load_tensors(package)
     if not replaceable:
-        _refuse_another(target, lambda held: held.sha256 == package.sha256)
+        _refuse_another(target, lambda other: other.sha256 == package.sha256)
     with replacing(target) as temporary:
         shutil.copyfile(package.path, temporary)
 
@@ -255,7 +255,7 @@ def print_card(model: PackageArgument) -> None:
 
 
 def describe(card: Card) -> list[str]:
-    """Return a card as lines of text: its name, then one indented line per fact. Control characters are removed."""
+    """Return a card as lines of text: its name, then one indented line per known fact, without control characters."""
     calibration = card.metrics.get("calibration", "not recorded")
     if isinstance(calibration, Mapping):
         calibration = f"found on annotated images: cut at {calibration.get('cut')} of their median minimum"

@@ -26,9 +26,11 @@ ENGINE = "Execution"
 
 
 def setting(flag: str, help: str, panel: str, default: str | None = None) -> Any:
-    """Return the typer option of a setting. Its default for typer is None, so that --config can supply the value.
+    """Return the typer option of a setting, which can also be given as HOVER_BATCH_NAME in the environment.
 
-    `panel`: group of options in the help. `default`: description of the default in the help; None to show its value.
+    The parameter's own default must be None, so that --config can supply the value. `flag`: name of the option, from
+    which that of the setting follows. `help`: text in the help. `panel`: group of options in the help. `default`:
+    description of the default in the help; None to show its value.
     """
     name = flag.removeprefix("--").replace("-", "_")
     if default is None:
@@ -82,10 +84,11 @@ SkipInvalidOption = Annotated[
 
 
 def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Settings:
-    """Return the settings of a command: option > environment variable > --config > `base` > default.
+    """Return the settings of a command, in this order of precedence: option, environment, --config, `base`, default.
 
-    typer has already chosen between option and environment variable. InputError if a file cannot be read, or for
-    unknown names and invalid values.
+    `ctx`: context of the command, with its parameters; typer has already chosen between option and environment
+    variable. `base`: nested settings, as in settings.toml. InputError if a file cannot be read, or for unknown names
+    and invalid values.
     """
     given = {name: value for name, value in ctx.params.items() if value is not None and name in SECTION_OF}
     if "class_map" in given:
@@ -122,16 +125,16 @@ def _variables(command: Any) -> Iterator[str]:
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Merge section by section; values of `above` take precedence.
 
-    If `above` has a section and `below` a plain value of the same name, the plain value is kept, so that
+    If `above` has a section and `below` a plain value of the same name, the plain value stays, so that
     `Settings.from_dict` rejects it.
     """
     merged = dict(below)
     for key, value in above.items():
-        held = merged.get(key, {})
+        section = merged.get(key, {})
         if not isinstance(value, dict):
             merged[key] = value
-        elif isinstance(held, dict):
-            merged[key] = {**held, **value}
+        elif isinstance(section, dict):
+            merged[key] = {**section, **value}
     return merged
 
 

@@ -1,1 +1,1 @@
-"""Comparison of two networks on the same pixels of the user's slides: their costs, and where they disagree."""
+"""Compare two networks on the same pixels of the user's slides: their costs, and where they disagree."""

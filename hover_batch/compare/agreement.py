@@ -21,18 +21,18 @@ CELL = 128
 
 @dataclass(frozen=True)
 class Dispute:
-    """CELL × CELL cell of a field in which the sides disagree."""
+    """Cell of a field, CELL × CELL pixels, in which the two networks disagree."""
 
     x: int
     """Left edge in inference pixels, from the field's left edge."""
     y: int
     """Upper edge in inference pixels, from the field's upper edge."""
     alone: int
-    """Number of nuclei in the cell that only one side found."""
+    """Number of nuclei in the cell that only one of them found."""
 
 
 class Agreement:
-    """Sums over fields of what two networks have in common.
+    """Agreement of two networks, summed over fields.
 
     `taxonomies`: classes of the first and of the second network.
     """
@@ -46,10 +46,10 @@ class Agreement:
         self._densities: list[NDArray[np.int64]] = []
 
     def add(self, first: SideResult, second: SideResult, mpp: float) -> list[Dispute]:
-        """Add one field; return its cells with nuclei that only one side found, in raster order.
+        """Add one field; return its cells with nuclei that only one network found, in raster order.
 
-        `mpp`: size of its inference pixels in µm. Detections match if their centroids are at most DETECTION_RADIUS_UM
-        apart.
+        `first`, `second`: results of the networks on this field. `mpp`: size of its inference pixels in µm. Detections
+        match if their centroids are at most DETECTION_RADIUS_UM apart.
         """
         self._qualities.append(panoptic_quality(first.instances, second.instances).pq)
         places = [np.stack([seen.nuclei.centroid_x, seen.nuclei.centroid_y], axis=1) for seen in (first, second)]
@@ -69,12 +69,12 @@ class Agreement:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the results as plain values, None where one is undefined, as F1 is without nuclei.
+        """Return the results by name, as JSON values; None for undefined ones, such as F1 without nuclei.
 
-        `pq`: mean over fields. `detection_f1`: F1 of detections within 12 pixels at 40×. `nuclei`: number found by each
-        side. `density_correlation`: Pearson correlation of the nuclei per cell. `confusion`: number of matched nuclei
-        by class, rows for the first side and columns for the second; the last row and column, `none`, are for unmatched
-        nuclei.
+        `pq`: mean over fields. `detection_f1`: F1 of detections within DETECTION_RADIUS_UM. `nuclei`: number found by
+        each network. `density_correlation`: Pearson correlation of the nuclei per cell. `confusion`: number of matched
+        nuclei by class, rows for the first network and columns for the second; the last row and column, `none`, are for
+        unmatched nuclei. Call it after at least one `add`.
         """
         cells = np.concatenate(self._densities, axis=1).astype(float)
         varied = cells.shape[1] > 1 and bool((cells.std(axis=1) > 0).all())

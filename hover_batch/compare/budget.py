@@ -9,58 +9,69 @@ from hover_batch.compare.fields import Place
 from hover_batch.compare.sides import Side
 from hover_batch.formatting import counted, duration
 from hover_batch.geometry import Box
-from hover_batch.model.cost import patch_of, seconds_per_patch
+from hover_batch.model.cost import patch_side, seconds_per_patch
 from hover_batch.model.prepare import on_device
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a comparison.
-
-    `batches`: batch sizes to time, ascending. `repeats`: repetitions of each measurement, whose median is reported.
-    `timing_only`: measure costs, and do not compare nuclei. `budget_s`: seconds that the comparison may take; None for
-    any time.
-    """
+    """Options of a comparison."""
 
     batches: Sequence[int]
+    """Batch sizes to time, ascending."""
     repeats: int
+    """Repetitions of each measurement, whose median is reported."""
     timing_only: bool = False
+    """Whether to measure only costs, and not to compare nuclei."""
     budget_s: float | None = None
+    """Seconds that the comparison may take; None for no limit."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured speed of one network: seconds per patch of `patch` pixels, and the tiles that it needs for a field."""
+    """Measured speed of one network, for estimates."""
 
     seconds: float
+    """Seconds per patch, at a batch size of 1."""
     patch: int
+    """Side of a patch in pixels."""
     tile_in: int
+    """Side of a tile in pixels."""
     tile_out: int
+    """Side in pixels of the kept part of a tile's output."""
 
     @classmethod
     def of(cls, side: Side) -> Speed:
-        """Time one patch."""
+        """Return the speed of a network, measured on one patch."""
         card, network = side.card, on_device(side.network, side.predictor.device)
         with side.predictor.autocast():
             seconds = seconds_per_patch(network, card, 1)
-        return cls(seconds, patch_of(card), card.tile_in, card.tile_out)
+        return cls(seconds, patch_side(card), card.tile_in, card.tile_out)
 
-    def of_field(self, box: Box) -> float:
-        """Return the seconds of inference on a field."""
+    def field_seconds(self, box: Box) -> float:
+        """Return the estimated seconds of inference on a field. `box`: the field in inference pixels."""
         tiles = -(-box.width // self.tile_out) * -(-box.height // self.tile_out)
         return tiles * self.seconds * (self.tile_in / self.patch) ** 2
 
 
 def estimate(speeds: Sequence[Speed], places: Sequence[Place], options: Options) -> float:
-    """Return the seconds that a comparison will take: the warm-up, the patches of each batch size, the fields."""
+    """Return the estimated seconds of a comparison: the warm-up, the patches of each batch size, and all fields.
+
+    `speeds`: speeds of the two networks. `places`: fields to compare on, at least one.
+    """
     patches = options.repeats * sum(1 + batch for batch in options.batches) * sum(speed.seconds for speed in speeds)
-    fields = [sum(speed.of_field(place.box) for speed in speeds) for place in places]
+    fields = [sum(speed.field_seconds(place.box) for speed in speeds) for place in places]
     return fields[0] + patches + options.repeats * sum(fields)
 
 
-def reduced(speeds: Sequence[Speed], places: Sequence[Place], options: Options) -> tuple[Sequence[Place], Options]:
-    """Return the places and options that fit into the budget: with fewer repetitions, then fewer fields, then without
-    the largest batch sizes. One of each is always left."""
+def fit_to_budget(
+    speeds: Sequence[Speed], places: Sequence[Place], options: Options
+) -> tuple[Sequence[Place], Options]:
+    """Return places and options for a comparison that fits into `options.budget_s`; unchanged if it fits already.
+
+    Repetitions are reduced first, then fields (the last ones), then batch sizes (the largest ones). One of each is
+    always left, even if that takes longer.
+    """
     while options.budget_s is not None and estimate(speeds, places, options) > options.budget_s:
         if options.repeats > 1:
             options = replace(options, repeats=options.repeats - 1)
@@ -73,8 +84,8 @@ def reduced(speeds: Sequence[Speed], places: Sequence[Place], options: Options) 
     return places, options
 
 
-def announced(speeds: Sequence[Speed], places: Sequence[Place], options: Options) -> str:
-    """Return a line that says what will be measured, and about how long it takes."""
+def announcement(speeds: Sequence[Speed], places: Sequence[Place], options: Options) -> str:
+    """Return a line for the user that says what will be measured, and about how long it takes."""
     return (
         f"{counted(len(places), 'field')}, batch sizes {', '.join(map(str, options.batches))}, "
         f"{counted(options.repeats, 'repetition')}: about {duration(estimate(speeds, places, options))}"

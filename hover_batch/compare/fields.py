@@ -50,7 +50,7 @@ class Place:
     """Size of an inference pixel in µm."""
 
     def read(self) -> Field:
-        """Read the pixels of the field, and time it. SlideError if the slide cannot be read."""
+        """Return the field with its pixels, and the time of reading them. SlideError if the slide cannot be read."""
         with open_slide(self.record) as reader:
             started = time.perf_counter()
             image = reader.read(self.box, Grid.over(reader.info.level0, reader.info.mpp, self.mpp))
@@ -61,8 +61,8 @@ def choose_fields(records: Sequence[SlideRecord], mpp: float, side: int, per_sli
     """Yield the fields of each slide: the `per_slide` squares with most tissue, most first; ties in raster order.
 
     With `per_slide` 0, all squares with tissue are yielded in raster order. `mpp`: size of an inference pixel in µm.
-    `side`: side of a square in inference pixels; squares are cut off at the canvas. InputError if a slide is given by a
-    URL, SlideError if one cannot be read.
+    `side`: side of a square in inference pixels; squares are clipped to the canvas. InputError if a slide is given by a
+    URL or its pixel size is unknown, SlideError if one cannot be read.
     """
     for record in records:
         if isinstance(record.path, Url):

@@ -29,23 +29,24 @@ WIDTH, HEIGHT = 420, 220
 
 @dataclass(frozen=True)
 class Panel:
-    """Pictures of a place where the networks disagree."""
+    """Pictures of a cell in which the networks disagree, and its surroundings."""
 
     slide_id: str
+    """Slide of the cell."""
     x: int
     """Left edge of the cell in inference pixels of the slide."""
     y: int
     """Upper edge of the cell in inference pixels of the slide."""
     alone: int
-    """Number of nuclei in the cell that only one side found."""
+    """Number of nuclei in the cell that only one network found."""
     pictures: tuple[str, ...]
-    """PNG data URIs: the plain pixels, then one with each side's contours in the colours of its classes."""
+    """PNG data URIs: the plain pixels, then one per network with its contours in the colours of its classes."""
 
     @classmethod
     def of(cls, field: Field, dispute: Dispute, results: Sequence[tuple[NDArray[np.int32], Nuclei, Taxonomy]]) -> Panel:
-        """Draw the panel of `dispute`.
+        """Return the panel of `dispute`, a cell of `field`.
 
-        `results`: instances (y, x) int32 of each side, the measurements of its nuclei, and its classes.
+        `results`: for each network, the instances (y, x) int32 of the field, their measurements, and its classes.
         """
         height, width = field.image.shape[:2]
         rows = slice(max(0, dispute.y - AROUND), min(height, dispute.y + CELL + AROUND))
@@ -77,7 +78,7 @@ def _large(image: NDArray[Any]) -> NDArray[Any]:
 
 
 def render(found: dict[str, Any], panels: Sequence[Panel]) -> str:
-    """Return the HTML page. `found`: content of compare.json. `panels`: pictures of disagreements, worst first."""
+    """Return the HTML of compare.html. `found`: content of compare.json. `panels`: disagreements, worst first."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hover_batch.compare"), autoescape=True, undefined=jinja2.StrictUndefined
     )

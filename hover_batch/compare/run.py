@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hover_batch.compare.agreement import Agreement, Dispute
-from hover_batch.compare.budget import Options, Speed, announced, reduced
+from hover_batch.compare.budget import Options, Speed, announcement, fit_to_budget
 from hover_batch.compare.fields import Field, Place
 from hover_batch.compare.page import Panel, render
 from hover_batch.compare.sides import Side
@@ -21,10 +21,10 @@ from hover_batch.files import to_json, write_atomically
 from hover_batch.model.cost import cost_of
 
 PANELS = 8
-"""Number of disagreements that the page shows."""
+"""Maximum number of disagreements that the page shows."""
 
 Scorer = Callable[[Side], dict[str, Any]]
-"""Function that returns a side's scores on annotated images, by source, and the images it was trained on, if any."""
+"""Function that returns a network's scores on annotated images by source, and which of them it was trained on."""
 
 
 def compare(
@@ -36,11 +36,13 @@ def compare(
     notify: Notify,
     scorer: Scorer | None,
 ) -> dict[str, Any]:
-    """Compare `first` with `second`, which is to replace it; write compare.json and compare.html to `out`.
+    """Compare two networks, and write compare.json and compare.html to the folder `out`.
 
-    If it would take longer than the options allow, less is measured. `places`: fields to compare on. `notify` is called
-    with lines about the progress: first, what is measured and about how long it takes. `scorer` scores a side on
-    annotated images; None to omit that. Return the content of compare.json. InputError if `places` is empty.
+    Return the content of compare.json. Costs of `first` are given as multiples of those of `second`, which is to
+    replace it. If the comparison would take longer than `options` allow, less is measured. `places`: fields to compare
+    on. `notify` is called with lines about the progress, one of which says what is measured and about how long it
+    takes. `scorer` scores a network on annotated images; None to omit that. InputError if `places` is empty, OSError if
+    a file cannot be written.
     """
     if not places:
         raise InputError(
@@ -51,10 +53,10 @@ def compare(
     notify("timing one patch …")
     speeds = [Speed.of(side) for side in sides]
     wanted = places, options
-    places, options = reduced(speeds, places, options)
+    places, options = fit_to_budget(speeds, places, options)
     if wanted != (places, options):
-        notify(f"reduced from {announced(speeds, *wanted)}; --minutes gives it more time")
-    notify(announced(speeds, places, options))
+        notify(f"reduced from {announcement(speeds, *wanted)}; --minutes gives it more time")
+    notify(announcement(speeds, places, options))
     notify("warming up …")
     peaks = warm_up(sides, places[0].read())
     truth = None
@@ -97,10 +99,10 @@ def compare(
 
 @dataclass
 class Costs:
-    """Time that one network spent on all fields, and the amount of work."""
+    """Amount of work in all fields, and the time that one network took for it."""
 
-    keep: int
-    """Side in pixels of a tile's output without its margins."""
+    tile_side: int
+    """Side in pixels of the kept part of a tile's output."""
     pixels: int = 0
     """Number of inference pixels."""
     mm2: float = 0.0
@@ -118,7 +120,7 @@ class Costs:
         """Add the size of one field, and the times of the network on it."""
         self.pixels += field.pixels
         self.mm2 += field.pixels * (field.mpp / 1000) ** 2
-        self.tiles += -(-field.box.height // self.keep) * -(-field.box.width // self.keep)
+        self.tiles += -(-field.box.height // self.tile_side) * -(-field.box.width // self.tile_side)
         self.read_s += field.read_s
         self.infer_s += result.infer_s
         self.post_s += result.post_s

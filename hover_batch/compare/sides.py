@@ -37,11 +37,12 @@ class Side:
 
     @cached_property
     def predictor(self) -> Predictor:
-        """Network on its device, loaded at first use."""
+        """Network on its device, loaded on first use. InputError if the device cannot be used."""
         return Predictor(self.network, self.card, self.settings)
 
     def for_fields(self, side: int) -> Side:
-        """Return this side with a batch no larger than the tiles of a field of `side` × `side` inference pixels."""
+        """Return a copy whose batch size suits fields of `side` × `side` inference pixels: at most their number of
+        tiles."""
         return replace(self, settings=replace(self.settings, batch=batch_of(self.card, [(side, side)])))
 
     @property
@@ -50,10 +51,11 @@ class Side:
         return SobelConstants.from_json(self.card.sobel)
 
 
-def side_of(name: str, flag: str, settings: InferSettings) -> Side:
-    """Load a network: `starter`, a package, a published checkpoint, or the name of one, which is downloaded.
+def load_side(name: str, flag: str, settings: InferSettings) -> Side:
+    """Load the network `name`: `starter`, a package, a published checkpoint, or the name of one, which is downloaded.
 
-    `flag`: option that gave `name`, for messages. PackageError if the network cannot be loaded or downloaded.
+    `flag`: option that gave `name`, for messages. `settings`: settings of inference. PackageError if the network cannot
+    be loaded or downloaded.
     """
     path = Path(name)
     published = name in KINDS and not path.exists() and not cached_package(name).exists()
@@ -74,7 +76,10 @@ def side_of(name: str, flag: str, settings: InferSettings) -> Side:
 
 
 def random_teacher(name: str, settings: InferSettings) -> Side:
-    """Return the HoVerNet that is published as `name`, with random weights. PackageError if there is none."""
+    """Return the HoVerNet that is published as `name`, but with random weights, to measure costs without a download.
+
+    PackageError if there is no HoVerNet of this name.
+    """
     kind = KINDS.get(name)
     if kind is None or not kind.architecture.startswith("hovernet-"):
         known = ", ".join(n for n, k in KINDS.items() if k.architecture.startswith("hovernet-"))

@@ -23,10 +23,10 @@ Notify = Callable[[str], None]
 
 
 def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, notify: Notify) -> list[dict[int, float]]:
-    """Return, for each of `sides`, the median seconds per patch of its network by batch size, as in HoVerNet's paper.
+    """Return, for each of `sides`, batch size → median seconds per patch of its network, as in HoVerNet's paper.
 
-    `batches`: batch sizes. `repeats`: repetitions of each measurement. The mapping is empty for a side whose runtime is
-    not torch, since its network is compiled for one input shape.
+    `batches`: batch sizes. `repeats`: repetitions of each measurement. `notify` is called with a line about each batch
+    size. The mapping is empty for a side whose runtime is not torch, since its network is compiled for one input shape.
     """
     found: list[dict[int, float]] = [{} for _ in sides]
     # Whole patches, as in the paper, rather than only the pixels that are kept.
@@ -61,7 +61,7 @@ class SideResult:
 
 
 def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[SideResult]:
-    """Return the nuclei of each of `sides` in a field, with the median times of `repeats` repetitions."""
+    """Return the result of each of `sides` on a field, with the median times of `repeats` repetitions, at least 1."""
     seconds: list[list[tuple[float, float]]] = [[] for _ in sides]
     found: list[tuple[NDArray[np.int32], Nuclei]] = []
     for turn in range(repeats):
@@ -82,7 +82,7 @@ def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[Sid
 def warm_up(sides: Sequence[Side], field: Field) -> list[int | None]:
     """Run each side once on `field`, so that compilation and cold caches do not count in the comparison.
 
-    Return the peak device memory of each side in bytes; None on the CPU.
+    Return the peak GPU memory of each side in bytes; None on the CPU.
     """
     peaks: list[int | None] = []
     for side in sides:

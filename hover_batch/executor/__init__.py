@@ -1,1 +1,1 @@
-"""How a cohort is run; what is done for each slide stands in `hover_batch.pipeline`."""
+"""Run a cohort, in one process or on Ray. `hover_batch.pipeline` holds the steps for one slide."""

@@ -1,4 +1,4 @@
-"""The backend that a run's settings ask for, with its resources settled before anything is written."""
+"""Open the backend that a run's settings request, and check its resources before anything is written."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ CLEANUP_S = 30.0
 
 @dataclass(frozen=True)
 class OpenBackend:
-    """Backend that is ready to run slides.
-
-    `settings`: with `auto` resolved for the machines that do the work. `run`: runs slides on them.
-    """
+    """Backend that is ready to run slides."""
 
     settings: Settings
+    """Settings of the run, with `auto` resolved for the nodes that do the work."""
     run: Callable[[RunContext, Sequence[PlannedSlide]], None]
+    """Function that runs slides on these nodes, as `Executor.run` does; on this machine, it also starts and stops
+    Ray."""
 
 
-def settled_here(settings: Settings) -> Settings:
-    """Return the settings with `auto` resolved for this machine.
+def resolve_here(settings: Settings) -> Settings:
+    """Return the settings with device, precision and runtime `auto` resolved for this machine.
 
-    They are returned unchanged if they name a cluster, for which `open_backend` resolves them. InputError if a device
-    cannot be used.
+    If they name a cluster, only a device that must be the CPU is resolved here, and `open_backend` does the rest.
+    InputError if the device cannot be used, or not with the runtime and the precision.
     """
     name = settings.infer.device
     if settings.engine.backend == "ray" and ":" in name:
@@ -61,18 +61,18 @@ def settled_here(settings: Settings) -> Settings:
 
 @contextlib.contextmanager
 def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[OpenBackend]:
-    """Yield the backend for settings from `settled_here`, and close it when the block ends.
+    """Yield the backend for settings from `resolve_here`, and close it when the block ends.
 
-    A cluster that the settings name is joined at once; one of our own starts with the first slide. `layout`: the run's
-    output folder. `predicts`: False for a run without networks, whose `auto` stays unresolved.
+    A cluster that the settings name is joined at once; on this machine, Ray starts only when there are slides to run.
+    `layout`: the run's output folder. `predicts`: False for a run without networks, whose `auto` stays unresolved.
 
-    InputError if the settings request more than is available, no cluster answers, or a node does not see the output
-    folder.
+    InputError if the settings request more than is available, no cluster answers, a node cannot use the device, or a
+    node does not see the output folder.
     """
     if settings.engine.backend == "local":
         yield OpenBackend(settings, _run_in_process)
     elif settings.engine.address:
-        from hover_batch.executor.cluster import joined, settled
+        from hover_batch.executor.cluster import joined, resolve_on_cluster
 
         with joined(settings.engine.address, layout.ray_log):
             from hover_batch.executor.nodes import ClusterNodes
@@ -82,8 +82,8 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
             if wanted <= 0 or not predicts:
                 wanted = min(1, nodes.resources.at_most(settings).gpus)
             if predicts:
-                settings = replace(settings, infer=settled(settings.infer, on_gpu=wanted > 0))
-                nodes.look()
+                settings = replace(settings, infer=resolve_on_cluster(settings.infer, on_gpu=wanted > 0))
+                nodes.refresh()
             nodes.refuse_unshared(layout.root, wait=True)
             available = nodes.resources.at_most(settings)
 
@@ -99,7 +99,9 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
             if not slides:
                 return
             # A slide that was begun before may have crashed its process: only Ray survives that and quarantines it.
-            if runs_in_process(settings.engine, slides) and not any(context.recorder.begun(slide) for slide in slides):
+            if runs_in_process(settings.engine, slides) and not any(
+                context.recorder.was_begun(slide) for slide in slides
+            ):
                 context.recorder.progress.say(in_process_line(slides))
                 return _run_in_process(context, slides)
             from hover_batch.executor.cluster import started

@@ -55,12 +55,13 @@ def started(
     object_store_bytes: int = OBJECT_STORE_BYTES,
     warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Iterator[None]:
-    """Run a Ray cluster with these cores and GPUs on this machine while the block runs.
+    """Run a Ray cluster with the cores and GPUs of `resources` on this machine while the block runs.
 
-    `log`: file for Ray's output, since stdout is for results. `object_store_bytes`: size of Ray's object store.
-    `warn`: shows a line about each failed attempt. HoverBatchError if Ray does not start.
+    `log`: file to which stdout is redirected meanwhile, since Ray prints messages there; stderr, too, during the start.
+    `object_store_bytes`: size of Ray's object store. `warn`: shows a line about each failed attempt. HoverBatchError if
+    Ray does not start in START_ATTEMPTS attempts.
     """
-    ask_for_token()
+    prepare_own_cluster()
     import ray
 
     with own_folder(Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())) as folder:
@@ -108,10 +109,10 @@ def _owner_is_dead(folder: Path) -> bool:
     return True
 
 
-def ask_for_token() -> None:
-    """Set the environment variables, token included, for clusters that this process starts.
+def prepare_own_cluster() -> None:
+    """Set Ray's environment variables, with a token, for a cluster that this process starts.
 
-    Call it before anything imports Ray.
+    Call it before anything imports Ray, which reads them then.
     """
     os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN})
     _prepare()
@@ -186,7 +187,8 @@ def _kill_processes_of(folder: Path) -> None:
 def joined(address: str, log: Path) -> Iterator[None]:
     """Join the Ray cluster at `address` while the block runs, and leave it afterwards.
 
-    `log`: file for Ray's output, since stdout is for results. InputError if no cluster answers there.
+    `address`: HOST:PORT, or another form that `ray.init` accepts. `log`: file to which stdout is redirected meanwhile,
+    since Ray prints messages there. InputError if no cluster answers, or if it refuses the token.
     """
     named = _require_listener(address)
     _prepare()
@@ -244,11 +246,11 @@ def _require_token(address: str) -> None:
         return
 
 
-def settled(settings: InferSettings, on_gpu: bool) -> InferSettings:
+def resolve_on_cluster(settings: InferSettings, on_gpu: bool) -> InferSettings:
     """Return the settings with `auto` resolved on a node of the joined cluster on which networks can run.
 
-    `on_gpu`: whether the node must have a GPU. If no such node is up yet, wait for one. Errors of
-    `hover_batch.model.predict.resolve` propagate from the node.
+    `on_gpu`: whether the node must have a GPU. If no such node is up yet, wait for one. InputError as in
+    `hover_batch.model.predict.resolve`, which runs on the node.
     """
     import ray
     from ray.exceptions import RayTaskError

@@ -1,4 +1,4 @@
-"""Disk space: a run whose disk is full waits until there is space, and blames no slide."""
+"""Pause a run while the disk is full, without counting it as a failure of a slide."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from hover_batch.errors import DISK_FULL, ScratchFull
 
 NEEDED_BYTES = 64 << 20
-"""Free space that lets a run go on: some shards of units and the tables of a slide."""
+"""Free space with which a run continues: some shards of units and the tables of a slide."""
 CHECK_EVERY_S = 5.0
+"""Seconds between checks."""
 MAX_WAIT_S = 300.0
 """Longest wait between checks, when the disk fills up again right after each."""
 
@@ -23,9 +24,9 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 class DiskSpace:
-    """Monitor of the disk space in `folder`, active once a write has failed.
+    """Monitor of the disk space in `folder`. It checks nothing until `report_full` is called.
 
-    `warn`: shows a line to the user. `record`: logs an event.
+    `warn`: shows a line to the user. `record`: logs an event, given its name and values.
     """
 
     def __init__(self, folder: Path, warn: Callable[[str], None], record: Callable[..., None]) -> None:
@@ -40,10 +41,10 @@ class DiskSpace:
         self._free_since = -MAX_WAIT_S
 
     def report_full(self, slide_id: str | None, error: BaseException | None = None) -> None:
-        """Pause the run, warn the user and log the event, because a write failed, for this slide if one is given.
+        """Pause the run because a write failed: set `full`, warn the user and log the event `disk_full`.
 
-        The full disk is that of `folder`, or of the folder that `error` names if it is ScratchFull. Do nothing if the
-        run is already paused.
+        `slide_id`: slide that was being written; None if there is none. The full disk is that of `folder`, or of the
+        folder that `error` names if it is ScratchFull. Do nothing if the run is already paused.
         """
         if self.full:
             return
@@ -51,19 +52,20 @@ class DiskSpace:
         self._wait_s = min(2 * self._wait_s, MAX_WAIT_S) if again else CHECK_EVERY_S
         self.full, self._check_at = True, time.monotonic() + self._wait_s
         self._record("disk_full", slide_id=slide_id)
-        full = Path(error.filename) if isinstance(error, ScratchFull) else self.folder
-        self._watched = full if full.is_dir() else self.folder  # another machine's copies are not visible here
+        folder = Path(error.filename) if isinstance(error, ScratchFull) else self.folder
+        self._watched = folder if folder.is_dir() else self.folder  # another machine's copies are not visible here
         where = f" at {slide_id}" if slide_id else ""
         self._warn(
-            f"no space left on disk{where}: waiting for space in {full}. Free some, and the run goes on by "
+            f"no space left on disk{where}: waiting for space in {folder}. Free some, and the run goes on by "
             "itself; or stop it by Ctrl-C and resume it later by the same command"
         )
 
     def available(self) -> bool:
-        """Return whether the run can continue.
+        """Return whether the run can continue; do not wait.
 
-        While the disk is full, check every few seconds whether space can be reserved, quotas included. OSError if the
-        check fails for another reason.
+        While the disk is full, try to reserve NEEDED_BYTES, at most every CHECK_EVERY_S seconds (less often if the disk
+        fills up again and again), so that quotas count, too. When this succeeds, warn the user and log the event
+        `disk_has_room`. OSError if the attempt fails for another reason.
         """
         if self.full and time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + self._wait_s
@@ -74,7 +76,7 @@ class DiskSpace:
         return not self.full
 
     def wait(self) -> None:
-        """Wait until there is space."""
+        """Wait until the run can continue. OSError as in `available`."""
         while not self.available():
             time.sleep(0.2)
 

@@ -1,4 +1,4 @@
-"""The fault policy: which verdict each exception gets. `OpenSlides.apply` says what a verdict does.
+"""Fault policy: the verdict on each exception. `OpenSlides.apply` describes what a verdict does.
 
 It imports Ray, so import it inside `cluster.started` or `cluster.joined`, which set Ray's environment.
 """
@@ -22,7 +22,7 @@ from hover_batch.pipeline import NetworkFailed, UnitsMissing
 
 
 class NetworkStopped(Exception):
-    """The driver stopped the network that worked on the task."""
+    """Error of a task whose network was stopped by the driver; the task is not to blame."""
 
 
 VERDICTS: tuple[tuple[type[Exception], Verdict], ...] = (
@@ -37,16 +37,17 @@ VERDICTS: tuple[tuple[type[Exception], Verdict], ...] = (
     (OutOfMemoryError, Verdict.SHORT_OF_MEMORY),
     (OutOfDiskError, Verdict.DISK_FULL),
     (RayError, Verdict.STRIKE),
-    # What raises once raises again.
+    # Other exceptions would be raised again by a retry.
     (Exception, Verdict.FAIL),
 )
-"""The first entry that the exception is an instance of decides; a full disk (errno) comes before all of them."""
+"""(exception class, verdict); the first class that matches counts. A full disk (errno) takes precedence over all."""
 
 
 class WorkerDied(HoverBatchError):
-    """Error that stands in for Ray's exception when the process or the node of a task died before the task ended.
+    """Error in place of Ray's exception when the process or the node of a task died before the task ended.
 
-    `verdict`: the verdict on Ray's exception. Unlike Ray's, it can be raised by a task and reach the driver unchanged.
+    `verdict`: verdict on Ray's exception. `reason`: message. Unlike Ray's exceptions, it reaches the driver unchanged
+    when a task raises it.
     """
 
     def __init__(self, verdict: Verdict, reason: str) -> None:
@@ -67,10 +68,10 @@ def verdict_on(error: BaseException) -> Verdict:
 
 
 def cause_of(error: RayError, process: str = "its process") -> Exception:
-    """Return the exception that a task raised, or WorkerDied if its process ended before the task.
+    """Return the exception behind Ray's `error`: what the task raised, or WorkerDied if its process died.
 
-    `process`: words for that process in the message. An exception that could not be pickled becomes a RuntimeError with
-    its text.
+    `process`: name of that process for the message. For an exception that could not be pickled, return a RuntimeError
+    with the last line of its text.
     """
     if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
         cause: Exception = error.cause

@@ -18,18 +18,18 @@ def raise_interrupt() -> None:
 
 
 @contextlib.contextmanager
-def on_interrupt(call: Callable[[], None] = raise_interrupt) -> Iterator[None]:
-    """Call `call` on each of SIGNALS while the block runs, and restore the previous handlers afterwards.
+def on_interrupt(action: Callable[[], None] = raise_interrupt) -> Iterator[None]:
+    """Call `action` on each of SIGNALS while the block runs, and restore the previous handlers afterwards.
 
-    Signals that the process ignores stay ignored, such as SIGHUP under nohup. Only the main thread receives signals, so
-    nothing changes in other threads.
+    Signals that the process ignores stay ignored, such as SIGHUP under nohup. In threads other than the main thread,
+    which cannot set handlers, the block simply runs.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(_signal: int, _frame: FrameType | None) -> None:
-        call()
+        action()
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():

@@ -1,4 +1,4 @@
-"""The reference executor: one process, one slide after the other, all units of a slide and then all its regions."""
+"""Reference executor: one process, one slide after the other, all units of a slide and then all its regions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.interrupts import on_interrupt, raise_interrupt
 from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.model.predict import Predictor, load_predictor
-from hover_batch.pipeline import Seconds, finalize, infer, keep_if_intact, post, posted, reading
+from hover_batch.pipeline import Seconds, block_reader, finalize, infer, is_posted, post, verify_unit
 from hover_batch.plan import PlannedSlide
-from hover_batch.slide_work import opened, survey, swept_store
+from hover_batch.slide_work import open_swept_store, opened, survey
 
 
 class LocalExecutor(Executor):
-    """Executor that runs a cohort in this process. `load`: loads the network when the first tile needs it."""
+    """Executor that runs a cohort in this process.
+
+    `context`: what all slides share. `load`: function that loads the network, on its first use.
+    """
 
     def __init__(self, context: RunContext, load: LoadNetwork = load_predictor) -> None:
         self.context = context
@@ -33,10 +36,10 @@ class LocalExecutor(Executor):
         return self.load(self.context.package, self.context.settings.infer)
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
-        """Run the slides one after the other, each until it is done or failed.
+        """Run the slides one after the other, each until it is done or has failed.
 
-        If the disk is full, wait for space and run the slide again. PackageError, TooManyFailures and KeyboardInterrupt
-        stop the run.
+        If the disk is full, wait for space and run the slide again. Errors as in `Executor.run`; KeyboardInterrupt is
+        raised at once.
         """
         with on_interrupt(self._interrupt):
             for slide in slides:
@@ -44,7 +47,7 @@ class LocalExecutor(Executor):
                     self.context.disk.wait()
 
     def _end(self, slide: PlannedSlide) -> bool:
-        """Take a slide to its end, done or failed. False if the disk was full before."""
+        """Process a slide until it is done or has failed. Return False if the disk was full before that."""
         context, slide_id = self.context, slide.record.slide_id
         self._stage = Stage.OPEN
         try:
@@ -63,13 +66,13 @@ class LocalExecutor(Executor):
         raise_interrupt()
 
     def _check_interrupted(self) -> None:
-        """Raise a KeyboardInterrupt that was lost: a compiler or a destructor swallows what is raised in it."""
+        """Raise a KeyboardInterrupt again that was swallowed, because a compiler or destructor was running."""
         if self._interrupted:
             raise KeyboardInterrupt
 
     def _advance(self, tiles: int) -> None:
         self._check_interrupted()
-        self.context.recorder.progress.tiles(tiles)
+        self.context.recorder.progress.add_tiles(tiles)
 
     def _process(self, slide: PlannedSlide) -> None:
         context, recorder, slide_id = self.context, self.context.recorder, slide.record.slide_id
@@ -77,17 +80,17 @@ class LocalExecutor(Executor):
         seconds = Seconds()
         with opened(slide, context.copies) as reader:
             self._stage = Stage.SURVEY
-            with seconds.of(self._stage):
+            with seconds.measure(self._stage):
                 work = survey(reader, slide, context.package, context.settings, layout)
-            store = swept_store(work)
-            predicted = [unit for unit in work.units if keep_if_intact(unit, work, store)]
-            done = [unit for unit in work.units if posted(unit, work)]
+            store = open_swept_store(work)
+            predicted = [unit for unit in work.units if verify_unit(unit, work, store)]
+            done = [unit for unit in work.units if is_posted(unit, work)]
             recorder.surveyed(slide_id, work.units, predicted, len(done))
 
             self._stage = Stage.INFER
             for unit in work.units:
                 if unit not in predicted:
-                    spent = infer(unit, work, reading(reader, work), self.predictor, store, self._advance)
+                    spent = infer(unit, work, block_reader(reader, work), self.predictor, store, self._advance)
                     seconds.add(spent)
                     recorder.unit_done(slide_id, unit, spent)
 

@@ -21,20 +21,19 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class TaskFailed:
-    """Failed task, in place of its result.
-
-    `error`: the exception that the function raised, or WorkerDied if its process died too often (MAX_TIMES).
-    """
+    """Result of a task that failed."""
 
     error: Exception
+    """Exception that the function raised, or WorkerDied if its process died too often (MAX_TIMES)."""
 
 
 @contextlib.contextmanager
-def machines(engine: EngineSettings, log: Path) -> Iterator[Resources]:
-    """Yield the resources for `map_tasks`: those of this machine or, with Ray, of a cluster that is started or joined.
+def task_resources(engine: EngineSettings, log: Path) -> Iterator[Resources]:
+    """Yield the resources for `map_tasks`: of this machine or, with Ray, of a cluster that is started or joined.
 
-    The cluster is stopped or left when the block ends. `log`: file for Ray's output. InputError if the settings request
-    more than is available, or no cluster answers; HoverBatchError if Ray does not start.
+    `engine`: settings that choose the backend and limit its resources. `log`: file for Ray's output. The cluster is
+    stopped or left when the block ends. InputError if the settings request more than is available, or no cluster
+    answers; HoverBatchError if Ray does not start.
     """
     settings = Settings(engine=engine)
     if engine.backend == "local":
@@ -62,22 +61,24 @@ def map_tasks(
     cpus: float = 1,
     gpus: float = 0,
     at_once: int = 1,
-    stay: bool = False,
+    reuse_workers: bool = False,
 ) -> Iterator[tuple[Item, Result | TaskFailed]]:
     """Yield each item with the function's result, or with TaskFailed, which does not stop the other items.
 
-    With `local`, the items run in this process, in order; otherwise they run on the cluster that `machines` started
-    or joined, and are yielded in the order in which they end.
+    With `backend` local, the items are processed here, in order. Otherwise they are processed on the cluster that
+    `task_resources` started or joined, and yielded in the order in which they end; `function`, items and results must
+    be picklable, and the remaining parameters apply:
 
-    Each task reserves `cpus` and `gpus`; with fractions, several tasks share one GPU. `at_once`: number of tasks in
-    progress, so that `items` may be endless. `stay`: whether a process with a GPU takes further tasks, with what it has
-    loaded, instead of ending after one to free the memory.
+    `cpus`, `gpus`: cores and GPUs that each task reserves; with fractions, several tasks share one GPU. `at_once`:
+    maximum number of tasks in progress; items are taken from `items` only as tasks start, so it may be endless.
+    `reuse_workers`: whether a process with a GPU runs several tasks and keeps what it has loaded, instead of ending
+    after each task to free the memory.
     """
     if backend == "local":
         yield from _here(function, items)
     else:
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
-        yield from _on_ray(function, items, options | ({"max_calls": 0} if stay else {}), at_once)
+        yield from _on_ray(function, items, options | ({"max_calls": 0} if reuse_workers else {}), at_once)
 
 
 def _here(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | TaskFailed]]:

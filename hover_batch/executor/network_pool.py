@@ -1,4 +1,4 @@
-"""The networks of a run: as many as its plan says, each in an actor, replaced when they die.
+"""Networks of a run on Ray, each in an actor, replaced when they die.
 
 It imports Ray, so import it inside `cluster.started` or `cluster.joined`, which set Ray's environment.
 """
@@ -25,36 +25,38 @@ from hover_batch.executor.workers import InferActor
 from hover_batch.model.package import Package
 
 MAX_FAILED_STARTS = 3
-"""Networks that may die one after the other while they load, before the run gives up."""
+"""Number of networks that die while they load, without one that loads in between, at which the run stops."""
 MAX_LOST_STARTS = 20
-"""The same for networks whose nodes are lost: one node with eight GPUs takes eight of them with it."""
+"""The same for networks whose nodes are lost: a lost node with eight GPUs counts eight times."""
 
 
 @dataclass(eq=False)
 class Network:
-    """Network in an actor.
-
-    `handle`: the actor. `node`: id of its node, empty until it is known. `ready`: whether it has loaded. `units`:
-    number of units in progress in it. `alone`: whether its only unit must run alone.
-    """
+    """Network in an actor."""
 
     handle: Any
+    """Handle of the actor."""
     nodes_lost_before: int
-    """Nodes that the cluster had lost when it was started."""
+    """`ClusterNodes.nodes_lost` when the network was started; 0 without a joined cluster."""
     node: str = ""
+    """Id of its node; empty until it is known."""
     ready: bool = False
+    """Whether it has loaded."""
     units: int = 0
+    """Number of units in progress in it."""
     alone: bool = False
+    """Whether its only unit must run alone."""
     stopped: bool = False
-    """By `NetworkPool.stop`, so that the units in it are not to blame."""
-    silent_until: float = 0.0
-    """When (monotonic) a network that does not answer is taken for dead."""
+    """Whether `NetworkPool.stop` stopped it, so that its units are not to blame."""
+    presumed_dead_at: float = 0.0
+    """Monotonic time in seconds from which it counts as dead; 0 while it can be reached."""
 
 
 class NetworkPool:
-    """Networks that are loading or ready.
+    """Networks of a run that are loading or ready; `len` gives their number. Use it from one thread.
 
-    `load`: loads a network. `nodes`: nodes of a joined cluster, or None. `warn`: shows a line to the user.
+    `package`, `settings`: passed to `load`, the function that loads a network. `nodes`: nodes of a joined cluster; None
+    on this machine. `warn`: shows a line to the user.
     """
 
     def __init__(
@@ -72,11 +74,12 @@ class NetworkPool:
         self._warn = warn
         self._networks: list[Network] = []
         self.starting: dict[Any, Network] = {}
-        """Networks that are starting, by the reference to wait for; `continue_start` takes it when it is ready."""
-        self._silent: list[tuple[Network, RayError, Callable[[Exception], None]]] = []
-        """Networks that do not answer and may be dead or not, with what to call once that is known."""
+        """Networks that are starting, by the Ray reference to wait for and then to pass to `continue_start`."""
+        self._unreachable: list[tuple[Network, RayError, Callable[[Exception], None]]] = []
+        """Networks that may be dead, with the error and the function to call with the cause once they are known to
+        be."""
         self._failed_starts = Counter[Verdict]()
-        """Since a network last loaded."""
+        """Failed starts since a network last loaded."""
 
     def __len__(self) -> int:
         return len(self._networks)
@@ -87,24 +90,27 @@ class NetworkPool:
         return [network for network in self._networks if network.ready]
 
     @property
-    def any_silent(self) -> bool:
-        """Whether it is unknown of a network if it is dead."""
-        return bool(self._silent)
+    def any_unreachable(self) -> bool:
+        """Whether there are networks that do not answer and may be dead."""
+        return bool(self._unreachable)
 
     def least_loaded(self) -> Network | None:
         """Return the ready network with the fewest units in progress, or None if no network is ready."""
         return min(self.ready, key=lambda network: network.units, default=None)
 
-    def freest(self, at_once: int, spared: Network | None = None) -> Network | None:
-        """Return the least loaded ready network with fewer than `at_once` units, or None.
+    def free_network(self, max_units: int, excluded: Network | None = None) -> Network | None:
+        """Return the ready network with the fewest units in progress; None if each has `max_units` or more.
 
-        Networks in which a unit must run alone, and the network `spared`, are excluded.
+        Networks in which a unit must run alone, and the network `excluded`, are left out.
         """
-        free = [n for n in self.ready if not n.alone and n is not spared and n.units < at_once]
+        free = [n for n in self.ready if not n.alone and n is not excluded and n.units < max_units]
         return min(free, key=lambda network: network.units, default=None)
 
     def start(self, plan: EnginePlan) -> None:
-        """Start a network. Ray places it on a node with enough free resources."""
+        """Start a network with the resources of `plan`, and add it to `starting`.
+
+        Ray places it on a node with enough free resources, or later, when there is one.
+        """
         options = InferActor.options(  # type: ignore[attr-defined]  # what ray.remote makes of a class
             num_cpus=plan.actor_cpus,
             num_gpus=plan.actor_gpus,
@@ -114,22 +120,23 @@ class NetworkPool:
         # Given to torch explicitly: an OMP_NUM_THREADS of the user's would override the reserved number.
         settings = replace(self._settings, threads=plan.threads)
         handle = options.remote(self._package, settings, self._load)
-        network = Network(handle, self._nodes.lost if self._nodes else 0)
+        network = Network(handle, self._nodes.nodes_lost if self._nodes else 0)
         self._networks.append(network)
         self.starting[handle.where.remote()] = network
 
     def continue_start(self, reference: Any) -> None:
-        """Take the next step of a start whose `reference` is ready: load the network once its node is known.
+        """Continue a start whose `reference` is ready: load the network once its node is known, then mark it ready.
 
-        PackageError or HoverBatchError if the network cannot be loaded, or too many starts failed in a row.
+        PackageError if the network cannot be loaded; HoverBatchError if it fails to load for another reason, or too
+        many starts failed in a row.
         """
         network = self.starting.pop(reference)
         try:
             node = ray.get(reference)
         except RayError as error:
-            if not is_death(error):
+            if not is_actor_failure(error):
                 raise _load_error(error) from error
-            self.lost(network, error, self._start_failed)
+            self.handle_failure(network, error, self._start_failed)
             return
         if network.node:
             network.ready = True
@@ -154,35 +161,39 @@ class NetworkPool:
             )
         self._warn(f"a network did not start: {cause}; starting another one (failed {failed} of at most {most} times)")
 
-    def lost(self, network: Network, error: RayError, then: Callable[[Exception], None]) -> None:
-        """Remove a network whose call ended with `error`, see `is_death`, and call `then` with the cause.
+    def handle_failure(self, network: Network, error: RayError, then: Callable[[Exception], None]) -> None:
+        """Remove a network whose call failed with `error` (see `is_actor_failure`), and call `then` with the cause.
 
-        If it is not known yet whether its process, its node or only the connection is lost, `settle` calls it later.
+        The cause is NetworkStopped, WorkerDied, or what the actor raised. While it is unknown whether the process, the
+        node or only the connection is lost, `then` is not called; `report_dead` calls it later.
         """
         self._remove(network)
         if network.stopped:
             then(NetworkStopped("its network was stopped"))
         elif isinstance(error, ActorUnavailableError) and self._nodes:
-            network.silent_until = network.silent_until or time.monotonic() + NOTICED_S
-            self._silent.append((network, error, then))
+            network.presumed_dead_at = network.presumed_dead_at or time.monotonic() + NOTICED_S
+            self._unreachable.append((network, error, then))
         else:
             then(self._cause(network, error))
 
-    def settle(self) -> bool:
-        """Settle the networks of which it is known by now that they are dead. Return whether there were any."""
-        silent, self._silent = self._silent, []
-        for network, error, then in silent:
-            if time.monotonic() < network.silent_until and self._node_is_up(network):
-                self._silent.append((network, error, then))
+    def report_dead(self) -> bool:
+        """Call `then` of `handle_failure` for unreachable networks that count as dead by now.
+
+        They do once their node is lost, or after NOTICED_S seconds. Return whether there were any.
+        """
+        unreachable, self._unreachable = self._unreachable, []
+        for network, error, then in unreachable:
+            if time.monotonic() < network.presumed_dead_at and self._node_is_up(network):
+                self._unreachable.append((network, error, then))
             else:
                 then(self._cause(network, error))
-        return len(self._silent) < len(silent)
+        return len(self._unreachable) < len(unreachable)
 
     def _cause(self, network: Network, error: RayError) -> Exception:
         """Return why a network is dead: its node is lost, or else the cause of `error`."""
         ray.kill(network.handle)  # in case it lives after all
         if self._nodes:
-            self._nodes.look()
+            self._nodes.refresh()
         if not self._node_is_up(network):
             error = NodeDiedError("its machine was lost")  # type: ignore[no-untyped-call]
         return cause_of(error)
@@ -191,7 +202,7 @@ class NetworkPool:
         if self._nodes is None:
             return True
         if not network.node:  # not known yet: any node lost since it was started may have been its own
-            return self._nodes.lost == network.nodes_lost_before
+            return self._nodes.nodes_lost == network.nodes_lost_before
         return self._nodes.is_up(network.node)
 
     def stop(self, network: Network) -> None:
@@ -204,20 +215,19 @@ class NetworkPool:
             self._remove(network)
             ray.kill(network.handle)
 
-    def adapt(self, most: int) -> None:
-        """Reduce the pool to at most `most` networks.
+    def adapt(self, max_networks: int) -> None:
+        """Remove networks on lost nodes, then stop others until at most `max_networks` are left.
 
-        Networks on lost nodes are removed first. Then networks that are still loading are stopped, and then the least
-        loaded.
+        Networks that are still loading are stopped first, then those with the fewest units in progress.
         """
         for network in [n for n in self._networks if not self._node_is_up(n)]:
             self._remove(network)  # its units come back by themselves
         by_use = sorted(self._networks, key=lambda network: (network.ready, network.units))
-        for network in by_use[: max(0, len(by_use) - most)]:
+        for network in by_use[: max(0, len(by_use) - max_networks)]:
             self.stop(network)
 
     def close(self) -> None:
-        """Kill the processes of all networks."""
+        """Kill the processes of all networks, whatever they are doing."""
         for network in self._networks:
             ray.kill(network.handle)
 
@@ -226,10 +236,10 @@ class NetworkPool:
             self._networks.remove(network)
 
 
-def is_death(error: RayError) -> bool:
+def is_actor_failure(error: RayError) -> bool:
     """Return whether a call failed because its actor died, was killed for lack of memory, or cannot be reached.
 
-    An unreachable actor (ActorUnavailableError) may still be alive; `NetworkPool.lost` decides.
+    An unreachable actor (ActorUnavailableError) may still be alive; `NetworkPool.handle_failure` decides.
     """
     return isinstance(error, RayActorError | OutOfMemoryError)
 

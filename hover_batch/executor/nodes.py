@@ -1,4 +1,4 @@
-"""The nodes of a Ray cluster that was joined: they come and go during a run.
+"""Nodes of a joined Ray cluster, which may join and leave it during a run.
 
 It imports Ray, so import it inside `cluster.started` or `cluster.joined`, which set Ray's environment.
 """
@@ -20,29 +20,33 @@ from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.protocol import RunContext
 from hover_batch.executor.resources import EnginePlan, Node, Resources, engine_plan
 
-LOOK_EVERY_S = 3.0
+REFRESH_EVERY_S = 3.0
+"""Seconds between queries of the cluster."""
 NOTICED_S = 30.0
-"""Time in which the cluster's head notices that a node is gone: five missed heartbeats, 3 s apart, and some more."""
+"""Seconds in which the cluster's head notices that a node is gone: five missed heartbeats, 3 s apart, and some more."""
 VISIBLE_WITHIN_S = 10.0
-"""Time in which a network file system shows a new file to other nodes."""
+"""Seconds in which a network file system shows a new file to other nodes."""
 
 
 class ClusterNodes:
-    """Nodes of the joined cluster that are live and have at least one CPU core, as of the last query."""
+    """Nodes of the joined cluster that were live and had at least one CPU core at the last query.
+
+    The first query is made at once. Use it from one thread.
+    """
 
     def __init__(self) -> None:
         self._nodes = _live_nodes()
-        self.lost = 0
-        """Nodes that have gone so far."""
+        self.nodes_lost = 0
+        """Number of nodes that have left so far."""
         self._changed = False
-        self._look_at = time.monotonic() + LOOK_EVERY_S
+        self._refresh_at = time.monotonic() + REFRESH_EVERY_S
         self._answers: dict[str, Any] = {}
         """By node id, whether it sees the output folder: a pending reference, or None once it has said yes."""
         self._probe = f".probe-{secrets.token_hex(8)}"
 
     @property
     def resources(self) -> Resources:
-        """CPU cores, GPUs and memory of the nodes. InputError if there is no node."""
+        """CPU cores, GPUs and memory of the nodes, used or not. InputError if there is no node."""
         if not self._nodes:
             raise InputError("--address: the cluster has no machine with a free core; add one, or use another cluster")
         offered = [node["Resources"] for _, node in sorted(self._nodes.items())]
@@ -53,12 +57,13 @@ class ClusterNodes:
     def replan(self, plan: EnginePlan, context: RunContext) -> EnginePlan | None:
         """Return a new plan if nodes joined or left the cluster since the last call, else None.
 
-        The cluster is queried at most every LOOK_EVERY_S. A change is logged and shown to the user. If no node is left,
-        the user is warned and None is returned. A full disk pauses the run. InputError if a new node does not see the
-        output folder or cannot run hover-batch; OSError if the test file cannot be written for another reason.
+        `plan`: plan until now, whose networks stay as they are. The cluster is queried at most every REFRESH_EVERY_S. A
+        change is logged and shown to the user. If no node is left, warn the user and return None. A full disk pauses
+        the run. InputError if a new node does not see the output folder or cannot run hover-batch; OSError if the test
+        file cannot be written for another reason.
         """
-        if time.monotonic() >= self._look_at:
-            self.look()
+        if time.monotonic() >= self._refresh_at:
+            self.refresh()
         recorder, settings, root = context.recorder, context.settings, context.recorder.layout.root
         try:
             self.refuse_unshared(root)
@@ -74,17 +79,17 @@ class ClusterNodes:
         except InputError:
             recorder.progress.warn("No machine of the cluster is left to work on: waiting for one")
             return None
-        plan = engine_plan(available, settings, context.package.card, predicts=plan.actors > 0, begun=plan)
+        plan = engine_plan(available, settings, context.package.card, predicts=plan.actors > 0, previous=plan)
         recorder.event("machines_changed", machines=len(available.nodes), networks=plan.actors)
         for line in ("the machines of the cluster changed:", *plan.lines()):
             recorder.progress.say(line)
         return plan
 
-    def look(self) -> None:
-        """Query the cluster for its live nodes now."""
-        self._look_at = time.monotonic() + LOOK_EVERY_S
+    def refresh(self) -> None:
+        """Query the cluster for its live nodes now, and count the nodes that have left since the last query."""
+        self._refresh_at = time.monotonic() + REFRESH_EVERY_S
         nodes = _live_nodes()
-        self.lost += len(self._nodes.keys() - nodes.keys())
+        self.nodes_lost += len(self._nodes.keys() - nodes.keys())
         self._changed |= nodes.keys() != self._nodes.keys()
         self._nodes = nodes
 
@@ -93,9 +98,9 @@ class ClusterNodes:
         return node in self._nodes
 
     def on_each(self, function: Callable[[], object], wait_s: float = 0.0) -> None:
-        """Call the function on every live node, and ignore failures.
+        """Call the function in a process on every live node. Results and errors are ignored.
 
-        `wait_s`: maximum time in seconds to wait for the calls to end.
+        `function` must be picklable. `wait_s`: maximum time in seconds to wait for the calls to end; 0 to not wait.
         """
         calls = [
             _call.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(function)

@@ -34,9 +34,10 @@ class _Console(Console):
 
 
 class CohortProgress:
-    """Progress of the run's slides, and of the tiles and regions of the slides that have begun.
+    """Progress of a run's slides, and of the tiles and regions of the slides that have begun.
 
-    It is shown on stderr as bars, as lines of text, or as lines of JSON, and is a context manager.
+    It is shown on stderr: as bars on a terminal, else as lines of text; or as lines of JSON if `log_format` is json.
+    Use it as a context manager, which restores the terminal, and from one thread. `slides`: number of slides in all.
     """
 
     def __init__(self, slides: int, log_format: LogFormat = LogFormat.text) -> None:
@@ -77,28 +78,31 @@ class CohortProgress:
             self._bars.stop()
 
     def say(self, line: str, level: str = "info", **fields: object) -> None:
-        """Print a permanent line. `level` (info, warning or error) and `fields` are used for JSON only."""
+        """Print a line that stays on the screen.
+
+        In JSON, `level` (info, warning or error) and `fields` become keys of their own; otherwise they are not shown.
+        """
         self._console.print(json_line(level, line.strip(), **fields) if self._json else line, soft_wrap=True)
 
     def warn(self, line: str) -> None:
-        """Print a warning."""
+        """Print a line as `say` does, with the level warning."""
         self.say(line, "warning")
 
     def expect(self, tiles: int, regions: int, tiles_before: int = 0, regions_before: int = 0) -> None:
         """Add a slide's tiles and regions to the totals; negative numbers remove them.
 
-        `tiles_before`, `regions_before`: how many of them an earlier run has done.
+        `tiles_before`, `regions_before`: how many of them an earlier start has done.
         """
         self._counts[Stage.INFER].expect(tiles, tiles_before)
         self._counts[Stage.POST].expect(regions, regions_before)
         self._show()
 
-    def tiles(self, n: int) -> None:
+    def add_tiles(self, n: int) -> None:
         """Count `n` more tiles as predicted."""
         self._counts[Stage.INFER].advance(n)
         self._show()
 
-    def regions(self, n: int) -> None:
+    def add_regions(self, n: int) -> None:
         """Count `n` more regions as post-processed."""
         self._counts[Stage.POST].advance(n)
         self._show()

@@ -1,4 +1,4 @@
-"""What every executor offers, and what it is given."""
+"""Interface of the executors, and the context that they are given."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ if TYPE_CHECKING:  # it imports torch, which readers and post-processing do with
     from hover_batch.model.predict import Predictor
 
 LoadNetwork = Callable[[Package, InferSettings], "Predictor"]
-"""Loads a network; `hover_batch.model.predict.load_predictor`, except in tests."""
+"""Function that loads a network: `hover_batch.model.predict.load_predictor`, except in tests."""
 
 
 class Executor(Protocol):
-    """Executor that runs the slides of a cohort."""
+    """Interface of an object that runs the slides of a cohort."""
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
-        """Run every slide until it is done or failed. A failed slide does not stop the others.
+        """Run every slide until it is done or has failed. A failed slide is recorded, and does not stop the others.
 
-        Errors that are not caused by a slide stop the cohort: PackageError if the model cannot be loaded,
-        HoverBatchError if its process dies repeatedly, TooManyFailures, InputError if a node cannot follow a setting,
-        and KeyboardInterrupt after Ctrl-C.
+        Call it from the main thread, which receives signals. Errors that are not caused by a slide stop the cohort:
+        PackageError if the model cannot be loaded, HoverBatchError if its process dies repeatedly, TooManyFailures if
+        more slides failed than the settings allow, InputError if a node or device cannot be used, OSError if the
+        run's records cannot be written, and KeyboardInterrupt after Ctrl-C or SIGTERM.
         """
         ...
 
@@ -40,17 +41,24 @@ class RunContext:
     """Settings, model and records of one run, as executors need them."""
 
     package: Package
+    """Package of the model."""
     settings: Settings
+    """Settings in effect, with `auto` resolved."""
     recorder: RunRecorder
+    """Recorder of what happens to the slides."""
     disk: DiskSpace
+    """Monitor of the disk space in the output folder."""
     copies: Copies
-    """Local copies of slides that lie in other storage."""
+    """Copies on each machine of slides in cloud storage."""
 
     @classmethod
     def of(
         cls, package: Package, settings: Settings, ledger: Ledger, progress: CohortProgress, run_keys: Mapping[str, str]
     ) -> Self:
-        """Build the context of a run. `run_keys`: keys of the results by slide_id."""
+        """Build the context of a run in the folder of `ledger`, which must be started.
+
+        `settings`: those in effect. `run_keys`: run key of each slide by slide_id (see `result_key`).
+        """
         root = ledger.layout.root
         recorder = RunRecorder(settings, ledger, progress, run_keys)
         disk = DiskSpace(root, progress.warn, ledger.events.append)

@@ -1,6 +1,6 @@
-"""The executor on Ray: several slides are open at once, so that networks never wait for post-processing.
+"""Executor on Ray: several slides are open at once, so that networks never wait for post-processing.
 
-The driver holds a few numbers for each unit and decides everything; pixels and maps never pass through it. It submits
+The driver holds a few numbers for each unit and makes all decisions; pixels and maps never pass through it. It submits
 tasks, waits for them, and routes their results to `SlideState`, and their faults to `faults` and `OpenSlides`, which
 decide what is retried. Ray itself retries nothing.
 """
@@ -21,7 +21,7 @@ from hover_batch.cohort.record import Stage, Url
 from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.faults import cause_of, verdict_on
 from hover_batch.executor.interrupts import on_interrupt
-from hover_batch.executor.network_pool import Network, NetworkPool, is_death
+from hover_batch.executor.network_pool import Network, NetworkPool, is_actor_failure
 from hover_batch.executor.nodes import ClusterNodes
 from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.executor.resources import EnginePlan
@@ -32,13 +32,14 @@ from hover_batch.pipeline import NetworkFailed
 from hover_batch.plan import PlannedSlide
 
 PATIENCE_S = 120.0
-"""Time until the user is told that no network has loaded yet."""
+"""Seconds after which the user is told that no network has loaded yet."""
 _POLL_S = 0.25
+"""Longest wait in seconds for tasks to end, before nodes and retries are checked again."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """A submitted task of a slide; in a network, if it is a unit."""
+    """Submitted task of a slide. `network`: the network that predicts it, if the task is a unit."""
 
     slide: SlideState
     task: Task
@@ -46,9 +47,10 @@ class _Call:
 
 
 class RayExecutor(Executor):
-    """Executor that runs a cohort on the Ray cluster to which this process is connected.
+    """Executor that runs a cohort on the Ray cluster to which this process is connected. Call `run` once.
 
-    `load`: loads a network. `nodes`: nodes of a cluster that was joined, None for one that this process started.
+    `context`: what all slides share. `plan`: distribution of the cluster's resources. `load`: function that loads a
+    network. `nodes`: nodes of a cluster that was joined; None for one that this process started.
     """
 
     def __init__(
@@ -73,10 +75,10 @@ class RayExecutor(Executor):
         self._shown: set[str] = set()
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
-        """Run the slides, several at once, until each is done or failed.
+        """Run the slides, several at once, until each is done or has failed.
 
-        After one Ctrl-C, wait for the tasks in progress and raise KeyboardInterrupt; after a second one, raise it at
-        once. Other errors as in `Executor.run`.
+        After the first Ctrl-C, wait for the tasks in progress and raise KeyboardInterrupt; after a second one, raise it
+        at once. Other errors as in `Executor.run`.
         """
         self._waiting = deque(slides)
         patience_ends = time.monotonic() + PATIENCE_S
@@ -114,21 +116,21 @@ class RayExecutor(Executor):
             self._progress.say(line)
 
     def _unfinished(self) -> bool:
-        """Whether anything is left to do or to wait for, apart from networks that nobody needs."""
+        """Whether anything is left to do or to wait for, apart from networks that are not needed any more."""
         return bool(self._running or (not self._draining and (self._slides or self._waiting)))
 
     # Submit.
 
     def _follow_nodes(self) -> None:
-        """Adapt to nodes of the cluster that came or went."""
+        """Adapt the plan and the networks to nodes that joined or left the cluster."""
         if self._nodes and (plan := self._nodes.replan(self._plan, self._context)):
             self._plan = plan
             self._recorder.networks = max(self._recorder.networks, plan.actors)
             self._pool.adapt(plan.actors)
 
     def _open_slides(self) -> None:
-        """Open slides ahead by what the networks can take, but not further than post-processing follows; for
-        post-processing alone if there are no networks."""
+        """Open slides until units for the next round of networks are known, but no more than post-processing can
+        follow. Without networks, open slides for post-processing alone."""
         at_once = len(self._pool) * self._plan.units_at_once
         ahead = 2 * (at_once or self._plan.posts)
         most = 2 * (at_once + self._plan.posts)
@@ -148,16 +150,16 @@ class RayExecutor(Executor):
             ready += 1
 
     def _submit_units(self) -> None:
-        """The oldest slide's units first, to the least loaded network; a unit with a strike alone."""
+        """Submit units, those of the oldest slide first, to the least loaded network; units with a strike alone."""
         slides = [slide for slide in self._slides if not slide.on_hold]
         for slide in slides:
-            while slide.suspects and (network := self._pool.freest(at_once=1)):
+            while slide.suspects and (network := self._pool.free_network(max_units=1)):
                 self._infer(slide, slide.suspects.popleft(), network, alone=True)
         # Drain one network if a suspect still waits to run alone.
-        spared = self._pool.least_loaded() if any(slide.suspects for slide in slides) else None
+        drained = self._pool.least_loaded() if any(slide.suspects for slide in slides) else None
         for slide in slides:
             while slide.to_infer:
-                network = self._pool.freest(self._plan.units_at_once, spared)
+                network = self._pool.free_network(self._plan.units_at_once, drained)
                 if network is None:
                     return
                 self._infer(slide, slide.to_infer.popleft(), network)
@@ -185,11 +187,13 @@ class RayExecutor(Executor):
 
     def _wait(self) -> None:
         """Wait a moment for calls to end, and route those that have."""
-        settled = self._pool.settle()
+        any_dead = self._pool.report_dead()
         running = [*self._running, *self._pool.starting]
         if not running:
-            waits = self._pool.any_silent or self._context.disk.full or any(slide.retry_at for slide in self._slides)
-            if not (settled or waits):
+            waits = (
+                self._pool.any_unreachable or self._context.disk.full or any(slide.retry_at for slide in self._slides)
+            )
+            if not (any_dead or waits):
                 left = len(self._slides) + len(self._waiting)
                 raise RuntimeError(f"nothing is under way, yet {left} slides are left")
             time.sleep(_POLL_S)
@@ -212,8 +216,8 @@ class RayExecutor(Executor):
         try:
             result = ray.get(reference)
         except RayError as error:
-            if call.network and is_death(error):
-                self._pool.lost(call.network, error, functools.partial(self._failed, call))
+            if call.network and is_actor_failure(error):
+                self._pool.handle_failure(call.network, error, functools.partial(self._failed, call))
             else:
                 self._failed(call, cause_of(error), trace=str(error))
         else:
@@ -235,7 +239,7 @@ class RayExecutor(Executor):
                 unit = slide.units[call.task.index]
                 slide.seconds.add(result)
                 slide.unit_inferred(call.task.index)
-                self._progress.tiles(len(unit.tile_cells))
+                self._progress.add_tiles(len(unit.tile_cells))
                 recorder.unit_done(slide.slide_id, unit, result)
             case Stage.POST:
                 slide.seconds.add(result)

@@ -37,26 +37,30 @@ _POST_BYTES_PER_PIXEL = 64
 
 @dataclass(frozen=True)
 class Node:
-    """CPU cores, GPUs and memory in bytes of a machine that a run may use."""
+    """What a run may use of one machine."""
 
     cpus: int
+    """Number of CPU cores."""
     gpus: int
+    """Number of GPUs."""
     memory: int
+    """Memory in bytes."""
 
     @classmethod
     def here(cls) -> Node:
-        """Return the CPU cores, GPUs and memory of this machine that this process may use.
+        """Return what this process may use of this machine.
 
-        CPU affinity, control group and CUDA_VISIBLE_DEVICES are respected.
+        CPU affinity, control group and CUDA_VISIBLE_DEVICES are respected. GPUs are NVIDIA's, by their device files.
         """
         return cls(_cpus(), _visible_gpus(), _memory())
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Nodes that a run may use, with their CPU cores, GPUs and memory."""
+    """Nodes that a run may use."""
 
     nodes: tuple[Node, ...]
+    """Nodes, with what may be used of each."""
 
     @property
     def cpus(self) -> int:
@@ -72,7 +76,7 @@ class Resources:
         """Return the CPU cores and GPUs that the settings request, taken from the nodes in order.
 
         Without `--cpus` or `--gpus`, all are taken; with device cpu, no GPUs. Nodes of which nothing is used are left
-        out. InputError if the settings request more than is available.
+        out; the memory of the others is not divided. InputError if the settings request more than is available.
         """
         engine = settings.engine
         if engine.cpus > self.cpus:
@@ -87,9 +91,9 @@ class Resources:
         return self.at_most(settings)
 
     def at_most(self, settings: Settings) -> Resources:
-        """Return the CPU cores and GPUs that the settings request, as `limited` does, or fewer if fewer are available.
+        """Return the CPU cores and GPUs that the settings request, as `limited` does, or all if fewer are available.
 
-        It raises no error, since a cluster may still grow.
+        For a cluster, which may still grow.
         """
         engine = settings.engine
         on_cpu = settings.infer.device == "cpu"
@@ -106,24 +110,28 @@ class Resources:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Distribution of a run's CPU cores, GPUs and memory.
-
-    `actors`: number of networks, each on a GPU of its own or on the CPU; 0 for a run that makes new tables from stored
-    predictions. `actor_gpus`, `actor_cpus`: GPUs and cores reserved for each network. `threads`: of each network on the
-    CPU. `units_at_once`: units in progress per network. `slots`: cores that read, post-process and finalize. `posts`:
-    regions and slides that are post-processed and finalized at once; fewer than `slots` if there are at least two, so
-    that readers always have a core. `halvings`: how often the work at once was halved since memory ran out.
-    """
+    """Distribution of a run's CPU cores, GPUs and memory. Numbers are totals over all nodes unless noted."""
 
     resources: Resources
+    """Nodes of the run."""
     actors: int
+    """Number of networks, each on a GPU of its own or on the CPU; 0 for a run that makes new tables from stored
+    predictions."""
     actor_gpus: int
+    """GPUs reserved for each network: 1, or 0 on the CPU."""
     actor_cpus: int
+    """CPU cores reserved for each network."""
     threads: int
+    """Threads of each network on the CPU."""
     units_at_once: int
+    """Maximum number of units in progress per network."""
     slots: int
+    """CPU cores that read, post-process and finalize."""
     posts: int
+    """Maximum number of regions and slides that are post-processed and finalized at once; fewer than `slots` if there
+    are at least two, so that readers always have a core."""
     halvings: int = 0
+    """How often `posts` and `units_at_once` were halved because memory ran out."""
 
     @property
     def object_store_bytes(self) -> int:
@@ -142,7 +150,7 @@ class EnginePlan:
         )
 
     def lines(self) -> list[str]:
-        """Return the plan as lines of text for the user."""
+        """Return the plan as lines of text for the user. ValueError if it has no nodes."""
         memory = min(node.memory for node in self.resources.nodes) / 2**30
         available = (
             f"resources: {counted(len(self.resources.nodes), 'node')}, cores: {self.resources.cpus}, "
@@ -159,13 +167,14 @@ class EnginePlan:
 
 
 def engine_plan(
-    resources: Resources, settings: Settings, card: Card, *, predicts: bool = True, begun: EnginePlan | None = None
+    resources: Resources, settings: Settings, card: Card, *, predicts: bool = True, previous: EnginePlan | None = None
 ) -> EnginePlan:
     """Share `resources` among networks, readers and post-processing. Return the plan.
 
-    `predicts`: False for a run without networks, which makes new tables from stored predictions. `begun`: the plan of a
-    run in progress whose nodes have changed; its networks stay as they are, and only their number changes. Its
-    halvings apply to the new plan, too.
+    `card`: card of the model, whose planes determine the memory of a unit. `predicts`: False for a run without
+    networks, which makes new tables from stored predictions. `previous`: plan of a run in progress whose nodes have
+    changed; its networks stay as they are, and only their number changes. Its halvings apply to the new plan, too.
+    ValueError if there are no nodes.
 
     Each node is shared separately. There are at least as many networks on GPUs as the settings request, even if the
     cluster does not have the GPUs yet.
@@ -177,15 +186,15 @@ def engine_plan(
     side = settings.infer.unit
     unit = card.layout.planes * side**2 + BLOCKS_AHEAD * _BLOCK_BYTES
     region = (card.layout.planes + _POST_BYTES_PER_PIXEL) * (side + 2 * settings.post.halo) ** 2
-    on_gpus = begun.actor_gpus > 0 if begun else resources.gpus > 0
+    on_gpus = previous.actor_gpus > 0 if previous else resources.gpus > 0
     smallest = min(node.cpus for node in resources.nodes)
     threads = settings.infer.threads or max(1, min(CPU_THREADS, smallest))
     # All networks reserve the same number: at most what the smallest node can spare.
     actor_cpus = 0 if on_gpus or not predicts else min(threads, smallest - 1)
     units_at_once, halvings = UNITS_AT_ONCE, 0
-    if begun:
-        threads, actor_cpus, units_at_once = begun.threads, begun.actor_cpus, begun.units_at_once
-        halvings = begun.halvings
+    if previous:
+        threads, actor_cpus, units_at_once = previous.threads, previous.actor_cpus, previous.units_at_once
+        halvings = previous.halvings
     actors = posts = slots = 0
     for node in resources.nodes:
         if not predicts:
@@ -217,21 +226,25 @@ def engine_plan(
 
 
 def runs_in_process(engine: EngineSettings, slides: Sequence[PlannedSlide]) -> bool:
-    """Return whether `--backend auto` runs the slides in one process: on this machine, with few tiles."""
+    """Return whether the backend is auto and runs the slides in one process.
+
+    It does on this machine if all slides together have at most IN_PROCESS_TILES tiles. False for slides in cloud
+    storage, whose number of tiles is unknown.
+    """
     known = engine.backend == "auto" and not engine.address and all(slide.grid for slide in slides)
     return known and sum(slide.tiles for slide in slides) <= IN_PROCESS_TILES
 
 
 def in_process_line(slides: Sequence[PlannedSlide]) -> str:
-    """Return the line that says that `auto` runs the slides in one process, and why."""
+    """Return the message that `auto` runs the slides in one process, and why."""
     tiles = sum(slide.tiles for slide in slides)
     return f"backend: one process, because Ray would take longer to start than {counted(tiles, 'tile')} take (auto)"
 
 
 def resource_lines(settings: Settings, card: Card, slides: Sequence[PlannedSlide]) -> list[str]:
-    """Return the resources that `segment` will use as lines of text, as far as they are known without Ray or torch.
+    """Return lines of text about the resources that `segment` will use, as far as they are known without Ray or torch.
 
-    InputError if the settings request more than this machine has.
+    InputError if the settings request more than this machine has; the resources of a cluster are not checked.
     """
     engine = settings.engine
     in_process = [in_process_line(slides)] if runs_in_process(engine, slides) else []

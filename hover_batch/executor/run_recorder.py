@@ -1,4 +1,4 @@
-"""Records what happens to slides, in the run's ledger and on the progress bars, the same for every executor."""
+"""Record what happens to slides, in the run's ledger and on the progress bars, in the same way for every executor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from hover_batch.slide.tiles import Unit
 class RunRecorder:
     """Recorder of one run's events in its ledger and on the progress display. Use it from one thread.
 
-    `run_keys`: keys of the results by slide_id.
+    `settings`: settings of the run. `ledger`: must be started. `run_keys`: run key of each slide by slide_id. Methods
+    that write raise OSError if a file cannot be written; events are dropped if the disk is full.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class RunRecorder:
         self.progress = progress
         self.layout = ledger.layout
         self.networks = 1
-        """Most networks that the run had at once; `model_busy` is their mean."""
+        """Largest number of networks that the run had at once, which the executor sets; `model_busy` is their mean."""
         self._ledger = ledger
         self._settings = settings
         self._run_keys = run_keys
@@ -41,15 +42,18 @@ class RunRecorder:
         """Tiles and regions still to be done, by slide."""
 
     def event(self, event: str, **values: Any) -> None:
-        """Append an event to the run's event log."""
+        """Append an event to the run's log, events.jsonl. `values`: JSON values."""
         self._ledger.events.append(event, **values)
 
-    def refuse(self, record: SlideRecord, reason: str) -> None:
-        """Record a slide as failed because its header could not be read. TooManyFailures as in `fail`."""
+    def fail_unreadable(self, record: SlideRecord, reason: str) -> None:
+        """Record a slide as failed because its header could not be read, for `reason`. TooManyFailures as in `fail`."""
         self._failed(record, Stage.OPEN, reason)
 
     def skip_done(self, slide: PlannedSlide) -> bool:
-        """Skip the slide if an earlier run with the same key finished it. Return whether it is skipped."""
+        """Return whether an earlier start with the same run key finished the slide, so that it is skipped.
+
+        If so, count it as finished and, if the settings say so, remove its predictions.
+        """
         slide_id = slide.record.slide_id
         if not self._ledger.slide_done(slide_id, self._run_keys[slide_id]):
             return False
@@ -58,9 +62,9 @@ class RunRecorder:
         return True
 
     def skip_quarantined(self, slide: PlannedSlide, *, retry: bool) -> bool:
-        """Record the slide as failed if an earlier start quarantined it. Return whether it is skipped.
+        """Return whether an earlier start with the same run key quarantined the slide, so that it is skipped.
 
-        `retry`: remove the slide from quarantine instead. TooManyFailures as in `fail`.
+        If so, record it as failed. `retry`: end the quarantine instead, and return False. TooManyFailures as in `fail`.
         """
         record = slide.record
         quarantined = self._ledger.quarantined(record.slide_id, self._run_keys[record.slide_id])
@@ -73,14 +77,14 @@ class RunRecorder:
         self._failed(record, stage, f"{reason} (quarantined by an earlier start; --retry-failed tries it again)")
         return True
 
-    def begun(self, slide: PlannedSlide) -> bool:
-        """Return whether an earlier start has begun the slide."""
+    def was_begun(self, slide: PlannedSlide) -> bool:
+        """Return whether an earlier start has begun the slide: its folder exists."""
         return self._ledger.layout.slide(slide.record.slide_id).folder.exists()
 
     def begin(self, slide: PlannedSlide) -> SlideLayout:
-        """Open the slide's folder, record the start and show the slide's warnings. Return the folder's layout.
+        """Open the slide's folder, record the start and show the slide's warnings. Return the paths of the slide.
 
-        Unfinished work with the same key is kept.
+        Unfinished work with the same run key stays, and other work is removed. OSError if the folder cannot be written.
         """
         slide_id = slide.record.slide_id
         self._started[slide_id] = time.monotonic()
@@ -93,7 +97,7 @@ class RunRecorder:
     def surveyed(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:
         """Record the units of a slide, and add its tiles and regions to the progress.
 
-        `inferred`: units that earlier runs predicted. `posted`: number of regions that they post-processed.
+        `inferred`: units that earlier starts predicted. `posted`: number of regions that they post-processed.
         """
         tiles = sum(len(u.tile_cells) for u in units)
         self.event("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
@@ -120,7 +124,7 @@ class RunRecorder:
         """Record that a region's nuclei are on disk, with the seconds by stage, and count it as progress."""
         self._left[slide_id][1] -= 1
         self._timed_event("region_done", slide_id, unit, seconds)
-        self.progress.regions(1)
+        self.progress.add_regions(1)
 
     def _timed_event(self, event: str, slide_id: str, unit: Unit, seconds: Seconds, **values: int) -> None:
         self.event(
@@ -135,9 +139,9 @@ class RunRecorder:
 
     @property
     def model_busy(self) -> float | None:
-        """Fraction of the time between the first and the last prediction in which the networks computed.
+        """Fraction (0 to 1) of the time from the first to the last prediction in which the networks computed.
 
-        It is the mean of all networks, from 0 to 1; None if nothing was predicted.
+        It is the mean over all networks; None if this start predicted nothing.
         """
         if Stage.INFER not in self._model.spans:
             return None
@@ -145,7 +149,10 @@ class RunRecorder:
         return min(1.0, self._model.totals[Stage.INFER] / (self.networks * max(1e-9, ended - started)))
 
     def finish(self, slide_id: str, values: Mapping[str, Any]) -> None:
-        """Record that the slide is done and its tables and pictures are on disk. `values`: the result of `finalize`."""
+        """Declare the slide done: write slide.json, remove the predictions if the settings say so, and count the slide.
+
+        `values`: the result of `finalize`. OSError if slide.json cannot be written.
+        """
         self._ledger.write_slide_json(slide_id, self._run_keys[slide_id], values)
         del self._left[slide_id]
         self._discard_predictions(slide_id)
@@ -156,7 +163,7 @@ class RunRecorder:
             discard_predictions(self.layout.slide(slide_id))
 
     def withdraw(self, slide: PlannedSlide) -> None:
-        """Remove the slide's remaining tiles and regions from the progress, because it failed or starts again."""
+        """Remove the slide's remaining tiles and regions from the progress, because it failed or will start again."""
         tiles, regions = self._left.pop(slide.record.slide_id, [0, 0])
         self.progress.expect(-tiles, -regions)
 

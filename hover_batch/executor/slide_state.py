@@ -26,7 +26,7 @@ RETRY_S = 1.0
 
 
 class Verdict(Enum):
-    """Consequence of a fault for the task that it interrupted."""
+    """Consequence of a fault for the task that it interrupted; values are descriptions."""
 
     RETRY = "retry, nothing is to blame"
     STRIKE = "retry, but blame the task"
@@ -37,35 +37,37 @@ class Verdict(Enum):
 
 
 MAX_STRIKES = 2
+"""Number of strikes on one task at which its slide fails."""
 MAX_TIMES = {Verdict.STRIKE: MAX_STRIKES, Verdict.NODE_LOST: 5, Verdict.RETRY: 120}
-"""Number of times a verdict on one task at which its slide fails: the last one is not retried.
+"""How often a task may get a verdict until its slide fails: the task is not retried the last time.
 
-A unit with a strike is retried alone, to tell whether it caused the crash. Repeated node losses during one task may be
-its fault. RETRY: network file systems may show new files a minute late, and no task is
-retried for ever.
+A unit with a strike is retried alone, to find out whether it caused the crash. Repeated node losses during one task may
+be caused by it. RETRY: network file systems may show new files a minute late, but no task is retried for ever.
 """
 
 
 @dataclass(frozen=True)
 class Task:
-    """Stage of a slide, with the index of its unit or region if it has one."""
+    """One task of a slide."""
 
     stage: Stage
+    """SURVEY, INFER, POST or FINALIZE."""
     index: int = 0
+    """Index of the unit (INFER) or region (POST) in the slide's units; 0 for other stages."""
 
 
 @dataclass(frozen=True)
 class Surveyed:
-    """Result of the survey of a slide.
-
-    `work`: passed to all later tasks. `inferred` and `posted`: indices of its units that an earlier run predicted and
-    post-processed. `seconds`: duration of the survey.
-    """
+    """Result of the survey of a slide."""
 
     work: SlideWork
+    """Surveyed slide, which all later tasks need."""
     inferred: tuple[int, ...]
+    """Indices of the units that an earlier run predicted."""
     posted: tuple[int, ...]
+    """Indices of the regions that an earlier run post-processed."""
     seconds: Seconds
+    """Seconds of the survey by stage."""
 
 
 @dataclass(eq=False)
@@ -73,22 +75,31 @@ class SlideState:
     """State of a slide in progress. Units, and the regions around them, are identified by their index."""
 
     planned: PlannedSlide
+    """The slide as planned."""
     layout: SlideLayout
+    """Paths of its results."""
     seconds: Seconds = field(default_factory=Seconds)
+    """Seconds of its tasks by stage, so far."""
     work_ref: Any = None
     """Reference to its SlideWork in the driver's object store, which survives the loss of other nodes."""
     units: tuple[Unit, ...] = ()
+    """Its units; empty before the survey is done."""
     surveyed: bool = False
+    """Whether the survey is done."""
     next_stage: Stage | None = Stage.SURVEY
-    """SURVEY or FINALIZE while it can be submitted."""
+    """SURVEY or FINALIZE while it can be submitted; else None."""
     to_infer: deque[int] = field(default_factory=deque)
+    """Units to predict, in order."""
     suspects: deque[int] = field(default_factory=deque)
     """Units with a strike, to be predicted while nothing else runs in their network."""
     to_post: deque[int] = field(default_factory=deque)
+    """Regions that can be post-processed, in order."""
     inferred: set[int] = field(default_factory=set)
+    """Units that are predicted."""
     needs: dict[int, set[int]] = field(default_factory=dict)
     """Region → units it waits for. A region leaves it for `to_post`."""
     regions_left: int = 0
+    """Number of regions that are not post-processed yet."""
     verdicts: Counter[tuple[Verdict, Task]] = field(default_factory=Counter)
     """How often each task got each of the verdicts in MAX_TIMES."""
     retry_at: dict[Task, float] = field(default_factory=dict)
@@ -117,7 +128,7 @@ class SlideState:
         self._finalize_if_complete()
 
     def unit_inferred(self, index: int) -> None:
-        """Mark a unit as predicted, and queue the regions that waited only for it."""
+        """Mark the unit `index` as predicted, and queue the regions that waited only for it."""
         self.inferred.add(index)
         for region, needed in list(self.needs.items()):
             needed.discard(index)
@@ -163,10 +174,11 @@ class SlideState:
         )
 
     def units_missing(self, task: Task, unit_cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
-        """Retry a task that lacked the results of the units in `unit_cells`, (column, row), later.
+        """Retry a task later that lacked the results of the units in `unit_cells`, each (column, row).
 
         A region waits for units that are not predicted yet. Otherwise the results exist but the file system does not
-        show them yet: retry RETRY_S after `now`, or return the slide's failure after too many retries.
+        show them yet: the task is retried RETRY_S seconds after `now`. Return None, or the error with which the slide
+        must fail after too many retries.
         """
         needed = self._indices(unit_cells)
         if task.stage is Stage.POST and not needed <= self.inferred:
@@ -203,11 +215,11 @@ class SlideState:
 
 
 class OpenSlides:
-    """Slides in progress, oldest first, with the effect of faults on them.
+    """Slides in progress, oldest first, and the effect of faults on them.
 
-    `record`: logs an event. `pause`: pauses the run until there is disk space; it takes the slide_id and the error.
-    `use_less`: reduces the work at once, since memory ran out in the stage of the slide_id that it takes, or returns
-    False if it cannot be reduced.
+    `record`: logs an event, given its name and values. `pause`: pauses the run until there is disk space, given the
+    slide_id and the error. `use_less`: reduces the work at once, given the stage and the slide_id where memory ran out;
+    returns False if it cannot be reduced.
     """
 
     def __init__(
@@ -232,7 +244,7 @@ class OpenSlides:
         self._slides.append(slide)
 
     def close(self, slide: SlideState) -> None:
-        """Remove a slide that is done or failed. Slides on hold can try again, since its copy is removed."""
+        """Remove a slide that is done or has failed. Slides on hold can try again, since its copy is removed."""
         slide.ended = True
         self._slides.remove(slide)
         for other in self._slides:
@@ -273,7 +285,8 @@ class OpenSlides:
     def apply(self, verdict: Verdict, slide: SlideState, task: Task, error: Exception, now: float) -> Exception | None:
         """Apply the verdict on `error`, which interrupted `task`.
 
-        Retry the task and return None, or close the slide and return the reason of its failure. `now`: time in seconds.
+        Queue the task again and return None, or close the slide and return the error with which it fails. The fault is
+        logged. Do nothing if the slide has ended. `now`: time in seconds.
         """
         if slide.ended:
             return None

@@ -1,4 +1,4 @@
-"""The tasks and the actor that run in Ray's processes: thin wrappers of `hover_batch.pipeline`.
+"""Tasks and the actor that run in Ray's processes: thin wrappers of `hover_batch.pipeline`.
 
 A network lives in an actor and has its blocks read by tasks on its own node, so that a crash in libopenslide kills a
 reader, not the model. Ray itself retries nothing; `RayExecutor` does. This module imports Ray, so it must be
@@ -29,23 +29,23 @@ from hover_batch.executor.resources import BLOCKS_AHEAD
 from hover_batch.executor.slide_state import Surveyed
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.package import Package
-from hover_batch.pipeline import ReadBlocks, Seconds, finalize, infer, keep_if_intact, post, posted
+from hover_batch.pipeline import ReadBlocks, Seconds, finalize, infer, is_posted, post, verify_unit
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide.reader import SlideReader, open_slide
 from hover_batch.slide.staging import Copies
-from hover_batch.slide_work import SlideWork, open_store, opened, survey, swept_store
+from hover_batch.slide_work import SlideWork, open_store, open_swept_store, opened, survey
 
 if TYPE_CHECKING:  # it brings torch, which readers and post-processing do without
     from hover_batch.model.predict import Predictor
 
 BLOCKS_PER_TASK = 4
-"""Blocks of 1024² pixels that a reading task takes: some tenths of a second, to which Ray adds a few milliseconds."""
+"""Blocks of 1024² pixels that one task reads: some tenths of a second, to which Ray adds a few milliseconds."""
 
 
 def limit_threads() -> None:
-    """Restrict this process to one CPU core, which its task reserves, and hide the GPUs from it.
+    """Limit OpenCV and zarr in this process to one thread, for the core that a task reserves, and hide the GPUs.
 
-    OpenMP and BLAS follow OMP_NUM_THREADS, which Ray sets to the reserved number; OpenCV and zarr do not.
+    OpenMP and BLAS follow OMP_NUM_THREADS, which Ray sets to the number of reserved cores; OpenCV and zarr do not.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _limit_libraries()
@@ -60,7 +60,7 @@ _cached: tuple[tuple[SlideRecord, str], SlideReader] | None = None
 
 
 def _reader(record: SlideRecord, fingerprint: str) -> SlideReader:
-    """The open slide. The last one stays open, since the next task is likely to read it again."""
+    """Return a reader of the slide. The last one stays open, since the next task is likely to read it again."""
     global _cached
     if _cached is None or _cached[0] != (record, fingerprint):
         _close_reader()
@@ -81,20 +81,21 @@ def _copies(layout: SlideLayout, settings: Settings) -> Copies:
 
 @ray.remote(num_cpus=1, max_retries=0)
 def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout) -> Surveyed:
-    """Find the tissue of a slide, and its units that earlier runs have done. Remove incomplete results from its store.
+    """Find the tissue of a slide, and which of its units earlier starts have done.
 
-    Nothing else may write to the store at the same time. InputError or SlideError if the slide cannot be read.
+    Corrupted units and leftovers of killed writes are removed from its store, so nothing else may write to the slide at
+    the same time. InputError or SlideError if the slide cannot be read, ScratchFull if there is no space for its copy.
     """
     limit_threads()
     seconds = Seconds()
-    with seconds.of(Stage.SURVEY), opened(slide, _copies(layout, settings)) as reader:
+    with seconds.measure(Stage.SURVEY), opened(slide, _copies(layout, settings)) as reader:
         work = survey(reader, slide, package, settings, layout)
-    store = swept_store(work)
+    store = open_swept_store(work)
     numbered = list(enumerate(work.units))
     return Surveyed(
         work,
-        tuple(i for i, unit in numbered if keep_if_intact(unit, work, store)),
-        tuple(i for i, unit in numbered if posted(unit, work)),
+        tuple(i for i, unit in numbered if verify_unit(unit, work, store)),
+        tuple(i for i, unit in numbered if is_posted(unit, work)),
         seconds,
     )
 
@@ -103,17 +104,18 @@ def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layo
 def read_blocks(
     record: SlideRecord, fingerprint: str, copies: Copies, grid: Grid, boxes: list[Box]
 ) -> tuple[list[NDArray[np.uint8]], Seconds]:
-    """Read boxes of a slide. Return the pixels of each as RGB (y, x, 3) uint8, and the seconds by stage.
+    """Read boxes of a slide. Return the pixels of each, RGB (y, x, 3) uint8, in order, and the seconds by stage.
 
-    `boxes`: in inference pixels of `grid`. `fingerprint`: of the slide, which its copy must have. InputError or
-    SlideError if the slide cannot be read, ScratchFull if there is no space for its copy.
+    `boxes`: in inference pixels of `grid`. `fingerprint`: that of the slide, which its copy must have. `copies`: for
+    slides in cloud storage. InputError or SlideError if the slide cannot be read, ScratchFull if there is no space for
+    its copy.
     """
     limit_threads()
     seconds = Seconds()
     try:
         with copies.staged(record, fingerprint) as here:
             reader = _reader(here, fingerprint)
-            with seconds.of(Stage.READ):
+            with seconds.measure(Stage.READ):
                 return [reader.read(box, grid) for box in boxes], seconds
     except BaseException:
         _close_reader()  # after an error OpenSlide fails every further read
@@ -122,9 +124,10 @@ def read_blocks(
 
 @ray.remote(num_cpus=1, max_retries=0)
 def post_region(work: SlideWork, index: int) -> Seconds:
-    """Post-process the region of one unit, given its index. Return the seconds by stage.
+    """Post-process the region of the unit `work.units[index]`, and write its nuclei. Return the seconds by stage.
 
-    UnitsMissing if it needs units that are not predicted, or not visible on this node.
+    UnitsMissing if it needs units that are not predicted, or not visible on this node. Other errors as in
+    `hover_batch.pipeline.post`.
     """
     limit_threads()
     return post(work.units[index], work, open_store(work))
@@ -146,7 +149,8 @@ def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any]:
 class InferActor:
     """Actor with one network, on its GPU or on its share of the CPU.
 
-    Several threads prepare units and take turns at the network.
+    `load`: function that loads the network from `package` with `settings`. Methods may be called from several threads,
+    which read and write units at once and take turns at the network.
     """
 
     def __init__(self, package: Package, settings: InferSettings, load: LoadNetwork) -> None:
@@ -169,10 +173,10 @@ class InferActor:
         self.predictor = self.load(self.package, self.settings)
 
     def infer(self, work: SlideWork, index: int) -> Seconds:
-        """Predict one unit, given its index, and write its maps to the slide's store. Return the seconds by stage.
+        """Predict the unit `work.units[index]`, and write its maps to the slide's store. Return the seconds by stage.
 
-        WorkerDied if a process that reads its pixels died, NetworkFailed if the network raises, SlideError if the slide
-        cannot be read.
+        WorkerDied if a process that reads its pixels died, ScratchFull if there is no space for the slide's copy,
+        NetworkFailed if the network raises an exception, SlideError if the slide cannot be read.
         """
         return infer(work.units[index], work, self._reading(work), self.predictor, open_store(work), lambda _: None)
 

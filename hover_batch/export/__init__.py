@@ -1,1 +1,1 @@
-"""Writers of a run's results for people and other programs; `Format` in `cohort/layout.py` lists the formats."""
+"""Write a run's results for people and other programs; `Format` in `cohort/layout.py` lists the formats."""

@@ -16,10 +16,11 @@ from hover_batch.export.read import NucleiTable
 from hover_batch.files import replacing
 
 _CACHE_KB = 64_000
+"""Size in KB of SQLite's page cache while the store is written."""
 
 
 def write_annotation_store(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to `path` (.db), batch by batch.
+    """Write the table `nuclei` to `path` (.db), batch by batch; an existing file is replaced when all is written.
 
     OSError if `path` cannot be written, SlideError if the table is corrupted, InputError if this Python's SQLite lacks
     the R*Tree index.
@@ -54,10 +55,10 @@ def _write(nuclei: NucleiTable, path: Path) -> None:
 
 
 def sqlite_store() -> Any:
-    """Return tiatoolbox's class SQLiteStore, adapted for writing. InputError if this Python's SQLite lacks R*Tree.
+    """Return a subclass of tiatoolbox's SQLiteStore for writing. InputError if this Python's SQLite lacks R*Tree.
 
     SQLiteStore enables loadable extensions before it reads SQLite's compile options, though it loads none, and fails in
-    a Python that was built without them. The adapted class reads the options without enabling extensions.
+    a Python that was built without them. The subclass reads the options without enabling extensions.
     """
     from tiatoolbox.annotation.storage import SQLiteStore
 

@@ -28,6 +28,7 @@ OUTLINE: Rgb = (0, 90, 200)
 _SHIFT = 4
 """Fractional bits of the coordinates that OpenCV draws: sixteenths of a pixel."""
 _QUALITY = 92
+"""Quality of the JPEGs, 0 to 100."""
 _LINE = 22
 """Height in pixels of one line of the legend."""
 
@@ -63,9 +64,10 @@ class View:
 
 
 def write_thumbnail(path: Path, view: View, outline: Sequence[NDArray[np.float64]]) -> None:
-    """Write `view` as a JPEG, with the outline of the tissue.
+    """Write `view` to `path` as a JPEG, with the outline of the tissue drawn on it.
 
-    `outline`: rings of the tissue and its holes, each (k, 2), x, y in level-0 pixels. OSError if it cannot be written.
+    `outline`: rings of the tissue and its holes, each (k, 2) of x, y in level-0 pixels. OSError if it cannot be
+    written.
     """
     canvas = view.image.copy()
     _draw(canvas, [view.place(ring) for ring in outline], OUTLINE, thickness=2)
@@ -73,10 +75,10 @@ def write_thumbnail(path: Path, view: View, outline: Sequence[NDArray[np.float64
 
 
 def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> int:
-    """Write `view` as a JPEG, with the contours of the table `nuclei` (nuclei.parquet) in the colours of their classes.
+    """Write `view` to `path` as a JPEG, with the contours of the nuclei in the colours of their classes.
 
-    A legend under the picture gives the number of nuclei of each class. Return the number of nuclei drawn. SlideError
-    if the table is corrupted, OSError if the picture cannot be written.
+    `nuclei`: path of nuclei.parquet. A legend under the picture gives the number of nuclei of each class. Return the
+    number of nuclei drawn. SlideError if the table is corrupted, OSError if the picture cannot be written.
     """
     canvas, counts = contoured(view, nuclei, taxonomy)
     entries = [(f"{kind.name} {counts[kind.id]:,}", kind.color) for kind in taxonomy.nuclei]
@@ -115,8 +117,9 @@ def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.
 def densest_field(nuclei: Path, side: int, canvas: Size) -> Box:
     """Return the square of `side` level-0 pixels that holds most centroids of the table `nuclei` (nuclei.parquet).
 
-    Squares are tried at steps of a quarter of `side`; of equal ones, the first in raster order is returned. Without
-    nuclei, it is the middle of the canvas. The square is moved inside the canvas, and cut if the canvas is smaller.
+    `canvas`: size of the slide in level-0 pixels. Squares are tried at steps of a quarter of `side`; of equal ones, the
+    first in raster order is returned. Without nuclei, it is the middle of the canvas. The square is moved inside the
+    canvas, and clipped if the canvas is smaller.
     """
     step = max(1, side // 4)
     counts = np.zeros((-(-canvas.height // step), -(-canvas.width // step)), np.int64)

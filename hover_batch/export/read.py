@@ -48,6 +48,7 @@ class NucleiTable:
     path: Path
     """File of the table."""
     slide_id: str
+    """Id of the slide."""
     taxonomy: Taxonomy
     """Classes of the nuclei."""
     level0: Size
@@ -108,7 +109,7 @@ class NucleiTable:
             raise unreadable(self.path, error) from error
 
     def checked(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Return the batch. SlideError if values are missing or impossible, which Parquet does not detect."""
+        """Return the batch itself. SlideError if it has missing or impossible values, which Parquet does not detect."""
         if fault := self._fault_of(batch):
             raise unreadable(self.path, ValueError(fault))
         return batch
@@ -136,11 +137,11 @@ class NucleiTable:
         return read_polygons(self.path, batch["geometry"])
 
     def uuids(self, batch: pa.RecordBatch) -> list[str]:
-        """Return the UUID of each nucleus. It depends on slide_id and nucleus_id only, and is equal in all exports."""
+        """Return the UUID of each nucleus in the batch. It depends on slide_id and nucleus_id only, in all exports."""
         return [str(uuid.uuid5(_NAMESPACE, f"{self.slide_id}/{number}")) for number in batch["nucleus_id"].to_pylist()]
 
     def measurements(self, batch: pa.RecordBatch) -> list[dict[str, float]]:
-        """Return the `measured` columns of each nucleus by name, without values that are not finite.
+        """Return the values of the `measured` columns of each nucleus, by name, without those that are not finite.
 
         A float32 becomes the shortest decimal that reads back as the same float32, such as 0.1, not
         0.10000000149011612.
@@ -154,7 +155,10 @@ class NucleiTable:
 
 
 def read_polygons(path: Path, geometry: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
-    """Return WKB of the table `path` as an array (n,) of shapely polygons. SlideError if one is no finite polygon."""
+    """Return the column `geometry` (WKB) as an array (n,) of shapely polygons.
+
+    `path`: file of the table, for the message. SlideError if one is corrupted, not a polygon, empty or not finite.
+    """
     try:
         with np.errstate(invalid="ignore"):  # NaN is refused below
             polygons: NDArray[Any] = np.asarray(shapely.from_wkb(geometry.to_numpy(zero_copy_only=False)))
@@ -168,7 +172,7 @@ def read_polygons(path: Path, geometry: pa.Array | pa.ChunkedArray) -> NDArray[A
 
 
 def unreadable(path: Path, error: Exception) -> SlideError:
-    """Return a SlideError for the table `path`, which is missing or corrupted, with `error` as the reason."""
+    """Return the SlideError to raise if the table at `path` is missing or corrupted, with `error` as the reason."""
     return SlideError(
         f"{path}: cannot be read as a table of nuclei ({error}); remove it and repeat the segment command"
     )

@@ -38,7 +38,7 @@ def require_extra() -> None:
 
 
 def write_anndata(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to `path` (.h5ad).
+    """Write the table `nuclei` to `path` (.h5ad); an existing file is replaced. Call `require_extra` first.
 
     The file is made in memory, since HDF5 on a full disk crashes Python at its exit. OSError if it cannot be written,
     SlideError if the table is corrupted.

@@ -21,7 +21,8 @@ from hover_batch.files import replacing
 from hover_batch.taxonomy import Taxonomy
 
 Row = dict[str, Any]
-"""Column → value; columns without a value are missing, such as those about nuclei of a failed slide."""
+"""Row of a summary: column → value. Columns without a value may be missing, such as those about nuclei of a failed
+slide."""
 
 MORPHOLOGY = ("area_um2", "eccentricity", "solidity")
 QUARTILES = {"p25": 0.25, "p50": 0.5, "p75": 0.75}
@@ -34,7 +35,7 @@ _BATCH = 131_072
 
 
 def summary_schema(taxonomy: Taxonomy) -> pa.Schema:
-    """Return the columns that every summary has, in order.
+    """Return the columns that every summary for `taxonomy` has, in order.
 
     In a summary, they are followed by the seconds of each stage and the cohort CSV's own columns.
     """
@@ -70,8 +71,8 @@ def slide_summary(
 ) -> Row:
     """Return the row of one slide, whose `level` is "slide".
 
-    `nuclei`: path of its nuclei.parquet; None for a slide that failed. `tissue_mm2`: area that was searched. `seconds`:
-    wall time of each stage by name.
+    `status`: value of the column, done or failed. `nuclei`: path of its nuclei.parquet; None for a slide that failed.
+    `tissue_mm2`: area that was searched in mm²; None if unknown. `seconds`: stage → wall time.
     """
     row: Row = {"level": "slide", "status": status, "slides": 1, "failed": int(nuclei is None)}
     if nuclei is not None:
@@ -81,7 +82,7 @@ def slide_summary(
 
 
 def relabelled(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Row:
-    """Return the row of a finished slide with the cohort CSV's columns taken from `record`.
+    """Return a copy of the row of a finished slide, with the cohort CSV's columns taken from `record`.
 
     `row`: result of `slide_summary` in an earlier start, since which the CSV may have changed.
     """
@@ -106,8 +107,8 @@ def cohort_summary(
     """Return the row of the cohort, whose `level` is "cohort".
 
     `slides`: rows of its slides; counts, tissue area and seconds are summed. `nuclei`: paths of their tables; densities
-    and quartiles are those of all nuclei together, not means over slides. `model_busy`: share of the time in which the
-    networks computed.
+    and quartiles are those of all nuclei together, not means over slides. `model_busy`: fraction (0 to 1) of the time
+    in which the networks computed; None if unknown.
     """
     areas = [row["tissue_mm2"] for row in slides if row.get("tissue_mm2") is not None]
     return {

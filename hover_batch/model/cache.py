@@ -26,14 +26,17 @@ VARIABLE = "HOVER_BATCH_CACHE"
 
 
 def cache_folder() -> Path:
-    """Return the folder HOVER_BATCH_CACHE, by default `hover-batch` in the user's cache folder."""
+    """Return the path of the cache: HOVER_BATCH_CACHE, by default `hover-batch` in the user's cache folder.
+
+    The folder may not exist.
+    """
     if named := os.environ.get(VARIABLE):
         return Path(named).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hover-batch"
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` can be the name of a package in the cache, and is not `starter`, a path or a URL."""
+    """Return whether `text` can be the name of a package in the cache: not `starter`, a path or a URL."""
     return text != "starter" and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", text) is not None
 
 
@@ -54,7 +57,7 @@ def cached_downloads() -> Iterator[Path]:
 
 
 def download_path(source: str) -> Path:
-    """Return the path in the cache for the file of a URL or a published name, whether or not it exists."""
+    """Return the path in the cache for the file of `source`, a URL or a published name, whether or not it exists."""
     downloads = cache_folder() / "downloads"
     if "://" not in source:
         return downloads / f"{source}.pth"
@@ -63,20 +66,20 @@ def download_path(source: str) -> Path:
 
 
 def check_download(path: Path, expected: str | None = None) -> None:
-    """Compare the SHA-256 of a cached file with `expected`, or else with the recorded one; record it if it is new.
+    """Check the SHA-256 of a cached file, and record it in PATH.sha256 if it is new.
 
-    PackageError if the hash differs, the file cannot be read, or the hash cannot be recorded. OSError if the disk is
-    full.
+    `expected`: expected hash in hex; by default the recorded one, if any. PackageError if the hash differs, the file
+    cannot be read, or the hash cannot be recorded. OSError if the disk is full.
     """
     record = path.with_name(f"{path.name}.sha256")
     try:
         found = sha256_file(path)
-        held = record.read_text("utf-8", "replace").split() if record.is_file() else []
+        words = record.read_text("utf-8", "replace").split() if record.is_file() else []
     except OSError as error:
         raise PackageError(
             f"{path}: cannot be read ({error.strerror}); download it again, or remove {record}"
         ) from error
-    recorded = held[0] if held else None
+    recorded = words[0] if words else None
     if expected is not None and expected.lower() != found:
         raise PackageError(f"{path}: its sha256 is {found}, not {expected}; remove the file and download it again")
     if expected is None and recorded not in (None, found):

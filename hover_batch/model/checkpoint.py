@@ -38,11 +38,12 @@ _DAMAGED = (
 
 
 def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = None) -> tuple[nn.Module, Card]:
-    """Return the network in a checkpoint, in evaluation mode, and its card, with the Sobel constants of the starter.
+    """Return the network in a checkpoint, in evaluation mode, and a card with the Sobel constants of the starter.
 
-    `source`: a file, a URL, or the name of one of tiatoolbox's models. `kind`: a key of KINDS; by default the first one
-    that matches the shapes. `sha256`: expected hash of the file. PackageError if the file cannot be downloaded or read,
-    its hash differs, or it is not a known kind.
+    `source`: a file, a URL, or the name of one of tiatoolbox's models. `kind`: a key of KINDS; by default the source's
+    name, or else the first kind that matches the shapes. `sha256`: expected hex SHA-256 of the file. A download is
+    cached. PackageError if the file cannot be downloaded or read, its hash differs, or it is not of a known kind.
+    OSError if the disk is full.
     """
     if kind is not None and kind not in KINDS:
         raise PackageError(f"--kind {kind}: not known; known are {', '.join(KINDS)}")
@@ -88,7 +89,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         raise PackageError(f"{path}: is already a .safetensors file; published checkpoints are .tar and .pth files")
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise PackageError(
             f"{path}: holds more than tensors, which is not unpickled for safety; if you trust the file, save only its "
@@ -97,13 +98,13 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     except _DAMAGED as error:
         raise PackageError(f"{path}: not a torch checkpoint, or a corrupted one; download it again") from error
     for key in ("desc", "model_state_dict"):
-        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
-            held = held[key]
-    if not isinstance(held, Mapping) or not held or not all(isinstance(t, Tensor) for t in held.values()):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise PackageError(
             f"{path}: holds no state dict; expected tensors by name, bare or under `desc` or `model_state_dict`"
         )
-    weights = {str(name).removeprefix("module."): tensor for name, tensor in held.items()}
+    weights = {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
     if odd := [n for n, t in weights.items() if t.layout is not torch.strided or t.device.type != "cpu"]:
         raise PackageError(f"{path}: {odd[0]} is not a dense tensor with values; save it as one")
     if broken := [n for n, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]:
@@ -143,11 +144,11 @@ def _encoder(weights: Mapping[str, Tensor]) -> str:
 def _kind(architecture: str, types: int, path: Path, given: str | None) -> str:
     """Return the `given` kind if it fits, or the first that does. PackageError if none fits."""
     fitting = [name for name, k in KINDS.items() if (k.architecture, k.types) == (architecture, types)]
-    held = f"{architecture} with {types} type channels"
+    found = f"{architecture} with {types} type channels"
     if given is not None and given not in fitting:
-        raise PackageError(f"{path}: not {given}: it holds {held}; matching kinds: {', '.join(fitting) or 'none'}")
+        raise PackageError(f"{path}: not {given}: it holds {found}; matching kinds: {', '.join(fitting) or 'none'}")
     if not fitting:
         raise PackageError(
-            f"{path}: {held} is none of the published models, whose classes are known: {', '.join(KINDS)}"
+            f"{path}: {found} is none of the published models, whose classes are known: {', '.join(KINDS)}"
         )
     return given or fitting[0]

@@ -25,7 +25,7 @@ class CompiledNetwork(nn.Module):
         self._call = torch.compile(network, dynamic=False, options={"freezing": True})
 
     def forward(self, image: torch.Tensor) -> Any:
-        """Return the output of the network for a batch `image`, float (batch, 3, y, x).
+        """Return the network's output for a batch `image`, float (batch, 3, y, x); the first call compiles it.
 
         PackageError if the network cannot be compiled.
         """

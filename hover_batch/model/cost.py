@@ -1,7 +1,7 @@
 """Cost of a network: parameters, multiply-accumulates, seconds.
 
-Multiply-accumulates are half of the floating-point operations that torch counts on meta tensors: convolutions and
-matrix products, as in the papers, without normalisations and activations.
+Multiply-accumulates are half of the floating-point operations that torch counts on meta tensors. As in the papers, they
+include convolutions and matrix products, but no normalisations and activations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hover_batch.model.margins import without_margin
 from hover_batch.model.package import Card
 
-PATCH = {"hovernet-original": 270}
+PATCH_SIDES = {"hovernet-original": 270}
 """Side in pixels of the patches on which published networks are compared, by architecture; 256 for others."""
 
 
@@ -41,14 +41,17 @@ class Cost:
     """Side in pixels of the kept part of their output."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+        """Return the fields by name, as JSON values."""
         return asdict(self)
 
 
 def cost_of(network: nn.Module, card: Card) -> Cost:
-    """Return the cost of a package's network, which is neither run nor changed."""
+    """Return the cost of a package's network. Only shapes are computed; the network is neither run nor changed.
+
+    `card`: card of the package, for the sides of patches and tiles.
+    """
     hollow = copy.deepcopy(network).to("meta").eval()
-    patch = patch_of(card)
+    patch = patch_side(card)
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()),
         patch=patch,
@@ -59,9 +62,9 @@ def cost_of(network: nn.Module, card: Card) -> Cost:
     )
 
 
-def patch_of(card: Card) -> int:
-    """Return the side in pixels of the patches on which networks of this architecture are compared."""
-    return PATCH.get(card.architecture, 256)
+def patch_side(card: Card) -> int:
+    """Return the side in pixels of the patches on which networks of the card's architecture are compared."""
+    return PATCH_SIDES.get(card.architecture, 256)
 
 
 def _macs(hollow: nn.Module, side: int) -> int:
@@ -72,13 +75,13 @@ def _macs(hollow: nn.Module, side: int) -> int:
 
 @torch.inference_mode()
 def seconds_per_patch(network: nn.Module, card: Card, batch: int = 16) -> float:
-    """Return the network's seconds per patch: the mean over one batch, after a warm-up.
+    """Return the network's seconds per patch: the mean over one batch of `batch` random patches, after a warm-up.
 
-    Measured on the device and in the precision of the network's weights. Use it for ratios between networks on one
-    idle machine.
+    It is measured on the device and in the precision of the network's weights. Use it only to compare networks on one
+    idle machine. `card`: card of the package, for the side of the patches.
     """
     weight = next(network.parameters())
-    patches = torch.rand(batch, 3, patch_of(card), patch_of(card), device=weight.device, dtype=weight.dtype)
+    patches = torch.rand(batch, 3, patch_side(card), patch_side(card), device=weight.device, dtype=weight.dtype)
     network(patches if weight.is_cuda else patches[:1])  # a GPU selects kernels by batch size
     _wait(weight.device)
     started = time.perf_counter()

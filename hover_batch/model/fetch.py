@@ -1,4 +1,4 @@
-"""Download published weights into the cache, by a name of tiatoolbox's repository or by a URL.
+"""Download published weights into the cache, by their name in tiatoolbox's repository or by a URL.
 
 Files appear under their names only when complete. A file that the user placed there is used as well, for machines
 without a network.
@@ -26,10 +26,10 @@ _TIMEOUT_S = 60.0
 
 
 def fetched(source: str, sha256: str | None = None) -> Path:
-    """Return the cached file of a published name or a URL, downloading it if necessary.
+    """Return the path of the cached file of `source`, a key of KINDS or a URL; download it if necessary.
 
-    `sha256`: expected hash; by default the one recorded at its first use. PackageError if the hash differs or the file
-    cannot be downloaded; the message then says which file to copy and where. OSError if the disk is full.
+    `sha256`: expected hex SHA-256; by default the one recorded at its first use. PackageError if the hash differs or
+    the file cannot be downloaded; the message then says which file to copy and where. OSError if the disk is full.
     """
     path = download_path(source)
     there = path.is_file()

@@ -13,7 +13,7 @@ def folded(network: nn.Module) -> nn.Module:
     """Return the network in evaluation mode, with batch normalisations folded into the convolutions before them.
 
     Only pairs that follow each other in a Sequential are folded, in a copy whose outputs differ in their last bits. A
-    network without such pairs is returned itself. `network` is set to evaluation mode.
+    network without such pairs is returned itself. In both cases, `network` is set to evaluation mode.
     """
     network = network.eval()
     if next(_pairs(network), None) is None:

@@ -25,7 +25,7 @@ _TP_START = 4
 
 @dataclass(frozen=True)
 class Heads:
-    """Channel layout for `n_types` classes, background included."""
+    """Channel layout of a network's output for `n_types` classes (see the module's docstring)."""
 
     n_types: int
     """Number of classes, background included."""
@@ -90,19 +90,19 @@ class MapLayout:
         return 5 + self.n_types
 
     def merge(self, maps: NDArray[np.uint8], ids: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Merge classes: return maps (plane, y, x) uint8 of this layout as maps of MapLayout(max(ids) + 1).
+        """Merge classes: return maps (plane, y, x) uint8 of this layout as a copy in MapLayout(max(ids) + 1).
 
-        `ids` (n_types): new id of each class. The probabilities of classes with the same new id are added; sums that
-        rounding brings above 1 are clipped.
+        `ids` (n_types): new id of each class, in the order of the old ids. The probabilities of classes with the same
+        new id are added; sums that rounding brings above 1 are clipped.
         """
         sums = np.zeros((max(ids) + 1, *maps.shape[1:]), np.uint16)
-        for plane, merged in zip(maps[self.tp], ids, strict=True):
-            sums[merged] += plane
+        for plane, new_id in zip(maps[self.tp], ids, strict=True):
+            sums[new_id] += plane
         merged_planes = np.minimum(sums, 255).astype(np.uint8)
         return np.concatenate([maps[: self.tp.start], merged_planes, maps[self.tp.stop :]])
 
     def names(self, classes: tuple[str, ...]) -> list[str]:
-        """Return the names of all planes in order, for the store's attributes.
+        """Return the names of all planes in order, for the store's attributes; those of classes begin with tp_.
 
         `classes` (n_types): names of the classes, background first.
         """

@@ -25,7 +25,10 @@ _LICENCES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "CC BY 4.0": "cc-by-4.0", "Ap
 
 
 def hub_card(package: Package) -> str:
-    """Return the text of README.md for a package: YAML metadata, then Markdown. The licence is that of the card."""
+    """Return the text of a package's README.md for Hugging Face: YAML metadata, then Markdown.
+
+    All values come from the package's card.
+    """
     from huggingface_hub import EvalResult, ModelCardData
 
     card = package.card
@@ -110,17 +113,17 @@ def _scores(card: Card) -> Iterator[tuple[str, str, str, float]]:
 
 
 def entry(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
-    """Return the nested mapping at `path`; empty if it is missing or not a mapping."""
+    """Return the nested mapping at `path`, one key per level; empty if it is missing or not a mapping."""
     for name in path:
-        held = values.get(name)
-        if not isinstance(held, Mapping):
+        inner = values.get(name)
+        if not isinstance(inner, Mapping):
             return {}
-        values = held
+        values = inner
     return values
 
 
 def listed(values: Mapping[str, Any]) -> str:
-    """Format a mapping as `a 1, b 2`; a value that is a mapping with `images` becomes `a 3 images`."""
+    """Format a mapping as `a 1, b 2`; the entry `a: {"images": 3, …}` becomes `a 3 images`."""
     return ", ".join(
         f"{k} {v['images']} images" if isinstance(v, Mapping) and "images" in v else f"{k} {v}"
         for k, v in values.items()

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from hover_batch.model.predict import Predictor
 
 OfTiles = Callable[[NDArray[np.uint8]], NDArray[Any]]
-"""Function of tiles (n, tile_in, tile_in, 3) uint8 RGB that returns planes (n, plane, tile_out, tile_out)."""
+"""Function from tiles (n, tile_in, tile_in, 3) uint8 RGB to planes (n, plane, tile_out, tile_out)."""
 
 
 def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
-    """Return the number of tiles per batch, which is smaller for HoVerNet, whose features are large.
+    """Return a suitable number of tiles per batch: 2 for HoVerNet, whose features are large, else the default.
 
-    `shapes`: (y, x, …) of images that are processed one by one. The batch is then at most the number of tiles of the
-    largest image.
+    `shapes`: shapes (y, x, …) of images that are processed one by one, if they are known. The batch is then at most the
+    number of tiles of the largest image.
     """
     tiles = [-(-shape[0] // card.tile_out) * -(-shape[1] // card.tile_out) for shape in shapes]
     most = 2 if card.architecture.startswith("hovernet") else InferSettings.batch
@@ -34,23 +34,27 @@ def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
 
 
 def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the maps (plane, y, x) uint8 (see MapLayout) of a whole image (y, x, 3) uint8 RGB."""
+    """Return the maps (plane, y, x) uint8 (see MapLayout) of a whole image (y, x, 3) uint8 RGB of any size.
+
+    The image must have the pixel size of the model, `card.mpp`.
+    """
     return _by_tiles(predictor.predict, [image], predictor.card, predictor.batch)[0]
 
 
 def image_logits(predictor: Predictor, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-    """Return the network's output (channel, y, x) float32 (see Heads) of each whole image (y, x, 3) uint8 RGB.
+    """Return the network's output (channel, y, x) float32 (see Heads) for each whole image (y, x, 3) uint8 RGB.
 
-    Tiles of several images share batches, without effect on the output (see `hover_batch.model.predict`).
+    The images may differ in size, and must have the pixel size of the model. Tiles of several images share batches,
+    without effect on the output (see `hover_batch.model.predict`).
     """
     return _by_tiles(predictor.logits, images, predictor.card, predictor.batch)
 
 
 def _by_tiles(of_tiles: OfTiles, images: Sequence[NDArray[np.uint8]], card: Card, batch: int) -> list[NDArray[Any]]:
-    keep = card.tile_out
+    side = card.tile_out
     padded = [_padded(image, card) for image in images]
-    grids = [(-(-image.shape[0] // keep), -(-image.shape[1] // keep)) for image in images]
-    places = [(i, r * keep, c * keep) for i, (rows, cols) in enumerate(grids) for r in range(rows) for c in range(cols)]
+    grids = [(-(-image.shape[0] // side), -(-image.shape[1] // side)) for image in images]
+    places = [(i, r * side, c * side) for i, (rows, cols) in enumerate(grids) for r in range(rows) for c in range(cols)]
     whole: list[NDArray[Any]] = []
     for first in range(0, len(places), batch):
         some = places[first : first + batch]
@@ -58,8 +62,8 @@ def _by_tiles(of_tiles: OfTiles, images: Sequence[NDArray[np.uint8]], card: Card
         for (i, y, x), planes in zip(some, of_tiles(tiles), strict=True):
             if i == len(whole):
                 rows, cols = grids[i]
-                whole.append(np.empty((len(planes), rows * keep, cols * keep), planes.dtype))
-            whole[i][:, y : y + keep, x : x + keep] = planes
+                whole.append(np.empty((len(planes), rows * side, cols * side), planes.dtype))
+            whole[i][:, y : y + side, x : x + side] = planes
     return [planes[:, : image.shape[0], : image.shape[1]] for planes, image in zip(whole, images, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Skip the decoder's work on the margin of a tile, which is read but not kept: a seventh of a student's work.
+"""Skip the decoder's work on the margin of a tile, whose output is not kept: a seventh of a student's work.
 
 The encoder processes the whole tile. A decoder pixel depends only on pixels nearby, so the decoder's maps are cropped
 before each block to what the kept pixels depend on. The output is the same within float32's rounding.
@@ -21,11 +21,10 @@ Window = tuple[int, int]
 
 
 def without_margin(network: nn.Module, tile_in: int, tile_out: int) -> nn.Module:
-    """Return a network that computes only the kept pixels.
+    """Return a network that computes only the kept pixels, the central `tile_out` × `tile_out` of each tile.
 
-    It maps (b, 3, tile_in, tile_in) to (b, channels, tile_out, tile_out) and shares the weights of `network`. Networks
-    other than U-Nets whose blocks double the map and have two 3 × 3 convolutions, as students do, are returned
-    unchanged.
+    It maps (b, 3, tile_in, tile_in) to (b, channels, tile_out, tile_out) and shares the weights of `network`. This
+    works for U-Nets with BLOCKS decoder blocks, such as the students; other networks are returned unchanged.
     """
     if tile_in == tile_out or not isinstance(network, smp.Unet) or network.encoder.output_stride != 2**BLOCKS:
         return network

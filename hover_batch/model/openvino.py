@@ -1,4 +1,4 @@
-"""Network run by OpenVINO on the CPU, with fused operations, which torch's eager mode lacks.
+"""Run a network by OpenVINO on the CPU, which fuses operations, as torch's eager mode does not.
 
 The conversion of a package's network is cached, since the libraries that it needs take seconds to import:
 
@@ -45,13 +45,13 @@ def _core() -> Any:
 
 
 class OpenVinoNetwork(nn.Module):
-    """Network compiled for the CPU, with the same input and output up to float32's rounding.
+    """Network compiled for the CPU, with the same input and output as in torch up to float32's rounding.
 
-    `model`: openvino.Model for one image. `batch`: the number of images that it is called with. `threads`: 0 = as many
-    as torch uses. Each thread processes one image of the batch, so threads do not wait for each other within a layer,
-    and at most as many maps as threads are held.
+    `model`: openvino.Model for one image. `batch`: number of images per call. `threads`: number of threads; 0 for as
+    many as torch uses. Each thread processes one image of the batch, so threads do not wait for each other within a
+    layer, and the maps of at most as many images as threads are in memory.
 
-    PackageError if OpenVINO cannot run it.
+    PackageError if OpenVINO cannot compile it. Call it from one thread at a time.
     """
 
     def __init__(self, model: Any, batch: int, threads: int) -> None:
@@ -70,9 +70,9 @@ class OpenVinoNetwork(nn.Module):
         self._requests = [compiled.create_infer_request() for _ in range(batch)]
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the network's output (b, channels, y, x) float32.
+        """Return the network's output (b, channels, y, x) float32 for a batch of RGB in [0, 1].
 
-        `image`: (b, 3, y, x) float32 on the CPU, of the shape given at construction.
+        `image`: (b, 3, y, x) float32 on the CPU; b is `batch`, y and x are the sides of the model's image.
         """
         pixels = image.contiguous().numpy()
         for request, one in zip(self._requests, pixels, strict=True):
@@ -85,7 +85,8 @@ class OpenVinoNetwork(nn.Module):
 def convert(network: nn.Module, side: int) -> Any:
     """Convert a network to an openvino.Model for one image (1, 3, side, side) float32.
 
-    InputError if OpenVINO is not installed, PackageError if it cannot convert the network.
+    `network` is set to evaluation mode and float32. InputError if OpenVINO is not installed, PackageError if it cannot
+    convert the network.
     """
     try:
         from openvino.frontend import FrontEndManager
@@ -108,9 +109,10 @@ def convert(network: nn.Module, side: int) -> Any:
 
 
 def cached_conversion(package_sha256: str, side: int, load: Callable[[], nn.Module]) -> Any:
-    """Return the package's network as an openvino.Model, from the cache or from `convert(load(), side)`.
+    """Return the package's network as an openvino.Model, from the cache or else from `convert(load(), side)`.
 
-    The cache is used as far as it can be read and written.
+    `package_sha256`: hash of the package. `side`: side of the image in pixels. `load`: loads the network if it is not
+    in the cache. A cache that cannot be read or written is ignored. Errors as in `convert` and `load`.
     """
     folder = cache_folder() / "openvino" / _key(package_sha256, side)
     with contextlib.suppress(OSError, PackageError, RuntimeError, ImportError):

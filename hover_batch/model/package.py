@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CARD_KEY = "hover_batch"
 FORMAT = 1
 ARCHITECTURES = ("unet", "hovernet-fast", "hovernet-original")
+"""Architectures of networks: the students' U-Net, and HoVerNet's two published forms."""
 STARTER = Path(__file__).parent.parent / "assets" / "starter.safetensors"
 MAX_TILE = 4096
 """Limit of `tile_in` in pixels; above it a single tile of a HoVerNet takes tens of GB."""
@@ -59,9 +60,9 @@ class Card:
     mpp: float
     """Pixel size of the training images in µm."""
     tile_in: int
-    """Side in pixels of the input."""
+    """Side in pixels of a tile, the network's input."""
     tile_out: int
-    """Side in pixels of the part of the output that is kept, without the margin."""
+    """Side in pixels of the central part of a tile whose output is kept."""
     sobel: Mapping[str, float]
     """The four constants of `hover_batch.nuclei.watershed.SobelConstants` by name."""
     licence: str
@@ -99,13 +100,16 @@ class Card:
         return MapLayout(len(self.taxonomy.classes))
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for JSON; the inverse of `from_json`."""
+        """Return the card as JSON values by name; the inverse of `from_json`."""
         values = {"format": FORMAT, **asdict(self), "taxonomy": self.taxonomy.to_json()}
         return values if self.limits else {name: value for name, value in values.items() if name != "limits"}
 
     @classmethod
     def from_json(cls, data: Any) -> Card:
-        """Read the output of `to_json`. PackageError, which names the invalid entry, if `data` is not a valid card."""
+        """Return the card that `to_json` gave as `data`, which may come from an untrusted file.
+
+        PackageError, which names the invalid entry, if it is not valid.
+        """
         if not isinstance(data, Mapping):
             raise PackageError("the card is not a JSON object")
         values = dict(data)
@@ -152,21 +156,21 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Package:
-    """Package on disk."""
+    """Package on disk, without its weights in memory."""
 
     path: Path
     """File of the package."""
     card: Card
     """Card in the file."""
     sha256: str
-    """SHA-256 of the whole file, which identifies the package in a run."""
+    """Hex SHA-256 of the whole file, which identifies the package in a run."""
 
 
 def find_package(name_or_path: str, option: str = "--model") -> Package:
-    """Find a package: `starter`, a .safetensors file, a folder with one such file, or a name in the cache.
+    """Find a package and read its card: `starter`, a .safetensors file, a folder with one, or a name in the cache.
 
-    `option`: the option or argument by which the user named it, for messages. PackageError if there is no such package
-    or it has no valid card.
+    `option`: option or argument by which the user named it, for messages. PackageError if there is no such package, it
+    cannot be read, or it has no valid card.
     """
     path = STARTER if name_or_path == "starter" else Path(name_or_path)
     try:
@@ -211,9 +215,9 @@ def _read(path: Path, named: str, option: str) -> Package:
 
 
 def load_network(package: Package) -> nn.Module:
-    """Return the package's network with its weights in float32, in evaluation mode.
+    """Return the package's network with its weights, float32 on the CPU, in evaluation mode and without gradients.
 
-    PackageError if the tensors do not fit the architecture or do not match the card's hash.
+    PackageError if the weights cannot be read, do not match the card's hash, or do not fit the architecture.
     """
     tensors = load_tensors(package)
     try:
@@ -227,7 +231,7 @@ def load_network(package: Package) -> nn.Module:
 
 
 def load_tensors(package: Package) -> dict[str, torch.Tensor]:
-    """Return the package's weights by name, as stored.
+    """Return the package's weights by name, on the CPU and in the dtypes in which they are stored.
 
     PackageError if they cannot be read or do not match the card's hash.
     """
@@ -275,10 +279,11 @@ def _build(card: Card, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
 
 
 def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = True) -> None:
-    """Write a package with the weights of `network` and `card` to `path`, atomically.
+    """Write a package with the weights of `network` and `card` to `path`, atomically; an existing file is replaced.
 
-    `half`: store floating-point weights as float16, for students, whose training ensures that they fit. Otherwise
-    weights are stored unchanged, since the statistics of other networks may exceed float16's range.
+    The card's `weights_sha256` is set. `half`: store floating-point weights as float16, for students, whose training
+    ensures that they fit; False to store them unchanged, since the statistics of other networks may exceed float16's
+    range. OSError if the file cannot be written.
     """
     import torch
 
@@ -290,9 +295,10 @@ def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = Tru
 
 
 def with_card(package: Package, card: Card, path: Path) -> None:
-    """Write a copy of `package` with another card to `path`, atomically. The weights are unchanged.
+    """Write a copy of `package` with the card `card` to `path`, atomically. The weights are unchanged.
 
-    PackageError if the weights do not match the package's own card.
+    `path` may be that of the package. PackageError if its weights cannot be read or do not match its own card, OSError
+    if the file cannot be written.
     """
     _write(path, load_tensors(package), replace(card, weights_sha256=package.card.weights_sha256))
 
@@ -305,7 +311,10 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], card: Card) -> None:
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and bytes of the tensors, sorted by name."""
+    """Return the hex SHA-256 of names, dtypes, shapes and bytes of tensors on the CPU, sorted by name.
+
+    TypeError for a dtype that numpy lacks, such as bfloat16.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         array = tensors[name].numpy()

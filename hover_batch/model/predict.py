@@ -33,9 +33,11 @@ _SHORT = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Predictor:
-    """Network on its device, with its precision and batch shape resolved.
+    """Network on its device, ready to predict batches of tiles.
 
-    `network`: as a package has it, or compiled by OpenVINO already.
+    `network`: as `load_network` returns it, or an OpenVinoNetwork. `card`: card of its package. `settings`: may contain
+    `auto`. On the CPU, torch's number of threads in this process is set. Call it from one thread at a time; threads
+    that share it hold `turn`.
 
     InputError if the device cannot be used; PackageError if the network cannot be compiled for it.
     """
@@ -45,16 +47,16 @@ class Predictor:
         self.batch = settings.batch
         self.at_once = settings.batch
         """Tiles per call of the network: `batch`, halved each time the device runs out of memory."""
-        settled = resolve(settings)
-        self.device = torch.device(settled.device)
-        self.precision = settled.precision
-        self.runtime = settled.runtime
+        resolved = resolve(settings)
+        self.device = torch.device(resolved.device)
+        self.precision = resolved.precision
+        self.runtime = resolved.runtime
         self.turn = threading.Lock()
-        """Lock held while predicting one batch, so that threads share the device fairly."""
+        """Lock that threads which share the predictor hold while they predict one batch."""
         if self.device.type == "cpu":
             torch.set_num_threads(settings.threads or torch.get_num_threads())
         self._threads: ThreadPoolExecutor | None = None
-        if self.device.type == "cpu" and settled.runtime == "torch":
+        if self.device.type == "cpu" and resolved.runtime == "torch":
             # An image per thread: the last bits of some convolutions depend on the number of threads that share one.
             self._threads = ThreadPoolExecutor(
                 torch.get_num_threads(), "predict", initializer=torch.set_num_threads, initargs=(1,)
@@ -63,10 +65,10 @@ class Predictor:
         if not isinstance(network, OpenVinoNetwork):
             from hover_batch.model.prepare import prepared
 
-            self.network = prepared(network, card, self.device, settled.runtime)
-            if settled.runtime == "openvino":
+            self.network = prepared(network, card, self.device, resolved.runtime)
+            if resolved.runtime == "openvino":
                 self.network = OpenVinoNetwork(convert(self.network, card.tile_in), self.batch, settings.threads)
-        if settled.runtime == "compile":
+        if resolved.runtime == "compile":
             from hover_batch.model.compiled import CompiledNetwork
 
             self.network = CompiledNetwork(self.network)
@@ -74,9 +76,10 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the maps (n, plane, tile_out, tile_out) uint8 of up to `batch` tiles (see MapLayout).
+        """Return the maps (n, plane, tile_out, tile_out) uint8 of the kept pixels of tiles (see MapLayout).
 
-        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB.
+        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch`. If the device runs out of memory, `at_once` is
+        halved; torch.OutOfMemoryError if one tile is too much.
         """
         return self._as_fits(
             tiles, lambda rgb: quantise(self._output(rgb), _centre(rgb, self.card.tile_out), self.card.layout)
@@ -84,9 +87,9 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the network's output (n, channel, tile_out, tile_out) float32 for up to `batch` tiles (see Heads).
+        """Return the network's output (n, channel, tile_out, tile_out) float32 for the kept pixels (see Heads).
 
-        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB.
+        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch`. Lack of memory is handled as in `predict`.
         """
         return self._as_fits(tiles, self._output)
 
@@ -127,18 +130,19 @@ class Predictor:
             return _centre(self.network(image), self.card.tile_out).float()
 
     def autocast(self) -> torch.autocast:
-        """Return the context in which the network computes in its `precision`."""
+        """Return a context manager in which torch computes in the predictor's `precision`."""
         short = _SHORT.get(self.precision)
         return torch.autocast(self.device.type, short or torch.bfloat16, enabled=short is not None)
 
 
 def load_predictor(package: Package, settings: InferSettings) -> Predictor:
-    """Load a package's network onto its device.
+    """Load a package's network onto its device, ready to predict. With OpenVINO, the converted network is cached.
 
-    PackageError if its weights cannot be loaded, InputError if the device cannot be used.
+    PackageError if its weights cannot be loaded or the network cannot be compiled, InputError if the device cannot be
+    used.
     """
-    card, settled = package.card, resolve(settings)
-    if settled.runtime != "openvino":
+    card, resolved = package.card, resolve(settings)
+    if resolved.runtime != "openvino":
         return Predictor(load_network(package), card, settings)
 
     def load() -> nn.Module:
@@ -151,7 +155,7 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
 
 
 def _centre(planes: Tensor, side: int) -> Tensor:
-    """Return the central `side` × `side` pixels of (b, c, y, x); networks without padding have already cropped some."""
+    """Return the central `side` × `side` pixels of planes (b, c, y, x) of any size."""
     margin = (planes.shape[-1] - side) // 2
     return planes[:, :, margin : margin + side, margin : margin + side]
 
@@ -182,7 +186,7 @@ def stain_density(rgb: Tensor) -> Tensor:
 
 
 def resolve(settings: InferSettings) -> InferSettings:
-    """Return the settings with `auto` resolved for this machine, as a run records them.
+    """Return the settings with device, precision and runtime `auto` resolved for this machine, as a run records them.
 
     InputError if the device cannot be used, or not with the runtime and the precision.
     """

@@ -1,7 +1,7 @@
 """Prepare a network for inference: fold and merge its layers, leave out the margin, and move it to the device.
 
 The output is that of the network within float32's rounding. This module imports the libraries that build networks,
-which take seconds; a converted network from the cache does without them.
+which takes seconds; a converted network from the cache does not need them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ from hover_batch.model.upsampling import upsampling_merged
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Return the network on a device, folded and in channels-last layout."""
+    """Return the network on a device, in evaluation mode, folded (see `folded`) and in channels-last memory format.
+
+    `network` itself may be changed.
+    """
     network = folded(network).to(device)
     laid_out: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
     return laid_out
 
 
 def prepared(network: nn.Module, card: Card, device: torch.device, runtime: Runtime) -> nn.Module:
-    """Return the network, ready for a device and a runtime.
+    """Return the network of a package with `card`, optimised for inference on a device by a runtime.
 
-    It maps RGB in [0, 1] (b, 3, tile_in, tile_in) to (b, channels, y, x), whose centre are the kept pixels.
+    It maps RGB in [0, 1], float (b, 3, tile_in, tile_in), to (b, channels, y, x), whose centre holds the kept pixels.
+    `network` itself may be changed.
     """
     network = on_device(network, device)
     if runtime == "openvino":  # torch's transposed convolutions depend on the number of threads

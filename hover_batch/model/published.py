@@ -23,7 +23,7 @@ class Kind:
     types: int
     """Number of channels of the type branch; 0 without one."""
     seen: str
-    """Images that the model has seen in training, in words."""
+    """Images on which the model was trained, in words."""
     licence: str
     """Licence of the weights, in words."""
     by_name: bool = True

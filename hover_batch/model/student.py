@@ -16,7 +16,7 @@ from hover_batch.model.heads import Heads
 
 @dataclass(frozen=True)
 class StudentArch:
-    """Arguments of the network."""
+    """Architecture of a student."""
 
     encoder: str = "mit_b0"
     """Encoder's name in segmentation-models-pytorch."""
@@ -25,10 +25,11 @@ class StudentArch:
 
 
 def build_student(arch: StudentArch) -> nn.Module:
-    """Build the student with random weights.
+    """Build the student with random weights. Nothing is downloaded.
 
     The network takes (batch, 3, y, x) float RGB in [0, 1], y and x multiples of 32, and returns
-    (batch, `Heads(n_types).channels`, y, x) in the layout of `hover_batch.model.heads`.
+    (batch, `Heads(n_types).channels`, y, x) float in the layout of `hover_batch.model.heads`. Unknown encoders raise
+    KeyError.
     """
     model: nn.Module = smp.Unet(
         arch.encoder,

@@ -41,7 +41,7 @@ Form = Literal["fast", "original"]
 
 @dataclass(frozen=True)
 class TeacherArch:
-    """Arguments of the network."""
+    """Architecture of a HoVerNet."""
 
     form: Form
     """Published form: fast or original."""
@@ -68,7 +68,7 @@ class TeacherArch:
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Distances in pixels within which a value depends on the position of an edge.
+        """Distances in pixels from an edge of the input within which the output depends on the edge's position.
 
         The first is for the left and upper edges, the second for the right and lower ones.
         """
@@ -83,10 +83,10 @@ class TeacherArch:
 class HoVerNet(nn.Module):
     """HoVerNet with random weights.
 
-    Takes (batch, 3, y, x) float RGB in [0, 1] (the published code divides 0 … 255 by 255 itself); the module's
-    docstring gives the valid sides. Returns the output for the input's centre, (batch, `Heads(n).channels`, y - shrink,
-    x - shrink), in the layout of `hover_batch.model.heads`. Without a type branch n is 2, and the types background and
-    nucleus have the logits of np.
+    It takes (batch, 3, y, x) float RGB in [0, 1] (the published code divides 0 … 255 by 255 itself) and returns the
+    output for the input's centre, (batch, `Heads(n).channels`, y - shrink, x - shrink) float, in the layout of
+    `hover_batch.model.heads`. The module's docstring gives the valid sides. Without a type branch, n is 2, and the
+    types background and nucleus have the logits of np.
     """
 
     def __init__(self, arch: TeacherArch) -> None:
@@ -128,12 +128,15 @@ class HoVerNet(nn.Module):
 
 
 def build_teacher(arch: TeacherArch) -> nn.Module:
-    """Build the teacher (see `HoVerNet`) with random weights."""
+    """Build a HoVerNet with random weights; see `HoVerNet` for its input and output."""
     return HoVerNet(arch)
 
 
 def arch_of(weights: Mapping[str, Tensor]) -> TeacherArch:
-    """Return the architecture of a state dict, as given by its shapes. KeyError if it is not that of a HoVerNet."""
+    """Return the architecture of a HoVerNet's state dict, by the shapes of its tensors.
+
+    KeyError if tensors of a HoVerNet are missing.
+    """
     kernel = weights["decoder.np.u3.conva.weight"].shape[-1]
     types = weights.get("decoder.tp.u0.conv.bias")
     return TeacherArch(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 def upsampling_merged(network: nn.Module) -> nn.Module:
     """Return a copy of a U-Net whose decoder blocks merge upsampling and convolution.
 
-    Other networks, and U-Nets whose blocks cannot be merged, are returned unchanged, not copied.
+    Other networks, and U-Nets whose blocks cannot be merged, are returned themselves, unchanged.
     """
     if not isinstance(network, smp.Unet) or not all(_doubles(block) for block in network.decoder.blocks):
         return network

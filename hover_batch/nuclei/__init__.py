@@ -1,1 +1,1 @@
-"""Turn maps into nuclei: instances, measurements, stitching of regions, the table."""
+"""Turn maps into nuclei: instances, measurements, stitching of regions, and the table."""

@@ -34,8 +34,8 @@ def sobel_extremes(h: NDArray[np.uint8], v: NDArray[np.uint8]) -> NDArray[np.flo
     `h`, `v` (y, x): a window of stored maps. The values are in stored steps.
     """
     r = SOBEL_RADIUS
-    h, v = (cv2.copyMakeBorder(np.ascontiguousarray(plane), r, r, r, r, cv2.BORDER_REFLECT_101) for plane in (h, v))
-    return np.asarray(_extremes(h.view(np.int8), v.view(np.int8)), np.float64)
+    around = [cv2.copyMakeBorder(np.ascontiguousarray(p), r, r, r, r, cv2.BORDER_REFLECT_101) for p in (h, v)]
+    return np.asarray(_extremes(*(plane.view(np.int8) for plane in around)), np.float64)
 
 
 @njit(cache=True, nogil=True)
@@ -96,16 +96,16 @@ def energy_around(
 def mask_hv(maps: NDArray[np.uint8]) -> None:
     """Zero h and v, in place, where no energy of the foreground depends on them: beyond the reach of its Sobel filters.
 
-    `maps` (plane, y, x): a unit (see MapLayout). A band along its edges, as wide as the reach, is kept for the
-    foreground of its neighbours. Do not use it where Sobel maps are scaled by the extremes of windows, which take in
-    the background.
+    `maps` (plane, y, x) uint8: a unit (see MapLayout). A band along its edges, as wide as the reach, keeps its values
+    for the foreground of neighbouring units. Do not use it if Sobel maps will be scaled by the extremes of windows,
+    which include the background.
     """
     foreground = (maps[MapLayout.NP] >= MapLayout.NP_NUCLEUS).view(np.uint8)
-    kept = cv2.dilate(foreground, np.ones((SOBEL_SIZE, SOBEL_SIZE), np.uint8))
-    for edge in (kept[:SOBEL_RADIUS], kept[-SOBEL_RADIUS:], kept[:, :SOBEL_RADIUS], kept[:, -SOBEL_RADIUS:]):
+    near = cv2.dilate(foreground, np.ones((SOBEL_SIZE, SOBEL_SIZE), np.uint8))
+    for edge in (near[:SOBEL_RADIUS], near[-SOBEL_RADIUS:], near[:, :SOBEL_RADIUS], near[:, -SOBEL_RADIUS:]):
         edge[:] = 1
-    maps[MapLayout.H] *= kept
-    maps[MapLayout.V] *= kept
+    maps[MapLayout.H] *= near
+    maps[MapLayout.V] *= near
 
 
 @njit(cache=True, nogil=True)

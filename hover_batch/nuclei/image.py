@@ -16,8 +16,8 @@ def instances_of(
 ) -> NDArray[np.int32]:
     """Return the instances (y, x) int32 of at least `min_area_px` pixels, numbered 1 … n; 0 = background.
 
-    `planes` (3, y, x) uint8: stored np, h and v (see `MapLayout`). `constants`: None normalises the Sobel maps by their
-    own extremes (see `instance_map`).
+    `planes` (3, y, x) uint8: stored np, h and v (see `MapLayout`). `constants`: the model's Sobel constants; None
+    normalises the Sobel maps by their own extremes (see `instance_map`).
     """
     return without_debris(instance_map(planes[0], planes[1], planes[2], constants), min_area_px)
 
@@ -28,18 +28,19 @@ def nuclei_of(
     layout: MapLayout,
     min_area_px: int = PostSettings.min_area_px,
 ) -> tuple[NDArray[np.int32], Nuclei]:
-    """Return the instances (y, x) int32, 0 = background, and their measurements, in pixels of the image.
+    """Return the instances (y, x) int32, numbered 1 … n, 0 = background, and their measurements in pixels of the image.
 
-    `maps` (plane, y, x) uint8: stored maps in the planes of `layout`. `constants`: None normalises the Sobel maps by
-    their own extremes (see `instance_map`). Instances below `min_area_px` pixels are dropped.
+    `maps` (plane, y, x) uint8: stored maps in the planes of `layout`. `constants`: the model's Sobel constants; None
+    normalises the Sobel maps by their own extremes (see `instance_map`). Instances below `min_area_px` pixels are
+    dropped. The measurements are sorted by anchor, not by instance; `types_by_id` relates the two.
     """
     found = instances_of(maps[[layout.NP, layout.H, layout.V]], constants, min_area_px)
     return found, measure(found, maps, layout)
 
 
-def types_by_id(found: NDArray[np.int32], nuclei: Nuclei) -> NDArray[np.uint8]:
+def types_by_id(instances: NDArray[np.int32], nuclei: Nuclei) -> NDArray[np.uint8]:
     """Return the class id of each instance, ordered by instance id: (n,) uint8.
 
-    `found` (y, x): instance map. `nuclei`: its measurements, in any order.
+    `instances` (y, x): instance map. `nuclei`: its measurements, in any order.
     """
-    return nuclei.type_id[np.argsort(found[nuclei.anchor_y, nuclei.anchor_x])]
+    return nuclei.type_id[np.argsort(instances[nuclei.anchor_y, nuclei.anchor_x])]

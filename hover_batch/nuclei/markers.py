@@ -43,7 +43,8 @@ def markers_of(
         filled[height + _RADIUS :] = True
     eroded = np.zeros_like(filled)
     eroded[_RADIUS : height + _RADIUS, _RADIUS : width + _RADIUS] = ~_dilated(~filled)
-    return _labelled(_dilated(eroded), own)
+    markers, number = _labelled(_dilated(eroded), own)
+    return markers, number
 
 
 @njit(cache=True, nogil=True)

@@ -22,7 +22,7 @@ from hover_batch.nuclei.outlines import outlines
 
 @dataclass(frozen=True, eq=False)
 class Nuclei:
-    """Nuclei as n-long columns, in pixels of the inference grid, sorted by anchor (y, then x)."""
+    """Nuclei as columns of length n, in pixels of the inference grid, sorted by anchor (y, then x); `len` gives n."""
 
     anchor_y: NDArray[np.int64]
     """(n,): row of the first pixel in raster order, which decides the owning region."""
@@ -67,13 +67,13 @@ class Nuclei:
         return len(self.area_px)
 
     def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Self:
-        """Return the nuclei at the given rows: indices (k,) or a mask (n,)."""
+        """Return the nuclei at the given rows, in their order: indices (k,) or a mask (n,)."""
         index = np.arange(len(self))[rows]
         columns = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "contours"}
         return type(self)(**columns, contours=[self.contours[i] for i in index])
 
 
-def empty(n_types: int) -> Nuclei:
+def no_nuclei(n_types: int) -> Nuclei:
     """Return a `Nuclei` with n = 0, whose class_probs is (0, n_types - 1).
 
     `n_types`: number of classes, including background.
@@ -99,11 +99,11 @@ def concatenate(parts: Sequence[Nuclei]) -> Nuclei:
 def measure(
     instances: NDArray[np.int32], maps: NDArray[np.uint8], layout: MapLayout, origin: tuple[int, int] = (0, 0)
 ) -> Nuclei:
-    """Measure every instance of a window; return them sorted by anchor (y, then x).
+    """Measure every instance of a window; return the measurements sorted by anchor (y, then x).
 
     `instances` (y, x) int32: 0 = background, 1 … n without gaps. `maps` (plane, y, x) uint8: stored maps of the same
     window, in the planes of `layout`. `origin`: absolute (x, y) of the window's first pixel, which is added to all
-    positions.
+    positions. `seam_uncertain` is False for all.
     """
     n = int(instances.max())
     maps = np.ascontiguousarray(maps)

@@ -29,12 +29,12 @@ def outlines(
     area: NDArray[np.int64],
     origin: tuple[int, int],
 ) -> list[NDArray[np.float64]]:
-    """Return the outline of each instance 1 … n: a closed, valid ring (k, 2) float64 of x, y.
+    """Return the outline of each instance 1 … n: a closed, valid ring (k, 2) float64 of x, y, in the order of the ids.
 
-    `instances` (y, x). `bounds` (n, 4): x0, y0, x1, y1, half-open. `anchor_x` (n,): column of the first pixel in raster
-    order. `area` (n,): number of pixels. `origin`: (x, y), added to all points. Of several parts, the largest is kept;
-    parts one pixel wide have no area and are dropped. An instance without any area becomes the bounding rectangle of
-    its pixels, edges included.
+    `instances` (y, x): instance map. `bounds` (n, 4): x0, y0, x1, y1 of each instance, half-open. `anchor_x` (n,):
+    column of its first pixel in raster order. `area` (n,): its number of pixels. `origin`: (x, y), added to all points.
+    If an instance has several parts, the largest is outlined; parts one pixel wide have no area. The outline of an
+    instance without any area is the bounding rectangle of its pixels, edges included.
     """
     points, ends, plain = _follow(instances, bounds, anchor_x, area)
     ring_points = points + (np.array(origin) + 0.5)

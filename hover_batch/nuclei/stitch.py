@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from hover_batch.config import PostSettings
 from hover_batch.geometry import Box, cell_box
 from hover_batch.model.heads import MapLayout
-from hover_batch.nuclei.measure import Nuclei, concatenate, empty, measure
+from hover_batch.nuclei.measure import Nuclei, concatenate, measure, no_nuclei
 from hover_batch.nuclei.regions import MARGIN, clear_of_margin, owned
-from hover_batch.nuclei.watershed import Components, SobelConstants, split
+from hover_batch.nuclei.watershed import Components, SobelConstants, split_components
 
 SEAM_VIEW = 80
 """Context in pixels around a cell of a component that is cut: a large nucleus and MARGIN."""
@@ -35,7 +35,7 @@ FIRST_STEP = 128
 """First step in pixels of the search for a component's end; later steps are half of its extent so far."""
 
 Read = Callable[[Box], NDArray[np.uint8]]
-"""Function of a box in absolute pixels that returns its maps (plane, y, x)."""
+"""Function from a box in absolute inference pixels to its maps (plane, y, x) uint8."""
 
 
 def nuclei_of_region(
@@ -44,8 +44,9 @@ def nuclei_of_region(
     """Return the nuclei that the region `core` owns, in absolute pixels of the inference grid, sorted by anchor.
 
     `read(box)` returns the maps (plane, y, x) uint8 of any box, in the planes of `layout`, with zeros outside of the
-    canvas and where nothing was predicted; its exceptions propagate. `constants`: None uses the extremes of this
-    region's window, for `--sobel-norm window`.
+    canvas and where nothing was predicted; its exceptions propagate. `settings`: halo, smallest area and largest
+    component. `constants`: the model's Sobel constants; None uses the extremes of this region's window, for
+    `--sobel-norm window`.
     """
     view = _View.of(read, core.expand(settings.halo), layout)
     if constants is None:
@@ -129,9 +130,9 @@ class _View:
     def nuclei(self, chosen: NDArray[np.bool_], constants: SobelConstants) -> Nuclei:
         """Return the nuclei of the `chosen` (n,) components."""
         if not chosen.any():
-            return empty(self.layout.n_types)
+            return no_nuclei(self.layout.n_types)
         layout, maps = self.layout, self.maps
-        instances = split(maps[layout.H], maps[layout.V], self.components, chosen, constants)
+        instances = split_components(maps[layout.H], maps[layout.V], self.components, chosen, constants)
         return measure(instances, maps, layout, (self.window.x0, self.window.y0))
 
     def nuclei_alone(self, component: int, constants: SobelConstants) -> Nuclei:
@@ -176,7 +177,7 @@ def _nuclei_of_cell(
     area = cell.intersect(core)
     cut = oversized[view.components.labels[area.slices_in(view.window)]]
     if not cut.any():
-        return empty(view.layout.n_types)
+        return no_nuclei(view.layout.n_types)
     close = _View.of(read, cell.expand(SEAM_VIEW), view.layout)
     chosen = np.zeros(len(close.components.pixels), np.bool_)
     chosen[close.components.labels[area.slices_in(close.window)][cut]] = True

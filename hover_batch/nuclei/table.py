@@ -42,8 +42,8 @@ BBOX = pa.struct([pa.field(name, pa.float64(), nullable=False) for name in ("xmi
 _DICTIONARY = ["slide_id", "type_id", "type"]
 """Columns with few distinct values; dictionaries of other columns would be built and then discarded."""
 
-Keep = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
-"""Function of the centroids' x and y (n,) in level-0 pixels; returns which nuclei to keep (n,)."""
+Selection = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
+"""Function from the centroids' x and y, each (n,) in level-0 pixels, to a mask (n,): True for nuclei of the table."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TableContext:
     """Version of hover-batch."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of the entry `hover_batch` of the file metadata, as plain values."""
+        """Return the entry `hover_batch` of the file's metadata, as JSON values by name."""
         grid = self.grid
         return {
             "schema_version": SCHEMA_VERSION,
@@ -98,11 +98,11 @@ class MergeResult:
     seam_uncertain: int
     """Number of nuclei flagged as `seam_uncertain`."""
     dropped: int
-    """Number of nuclei that `keep` removed."""
+    """Number of nuclei that `select` removed."""
 
 
 def table_schema(taxonomy: Taxonomy) -> pa.Schema:
-    """Return the columns of nuclei.parquet, in order; none is nullable."""
+    """Return the columns of nuclei.parquet, in order; none is nullable. One `prob_<class>` per class of `taxonomy`."""
     columns: list[tuple[str, pa.DataType]] = [
         ("slide_id", pa.string()),
         ("nucleus_id", pa.uint32()),
@@ -193,25 +193,26 @@ def _wkb(contours: Sequence[NDArray[np.float64]], scale: NDArray[np.float64]) ->
 
 
 def write_part(path: Path, part: pa.Table) -> None:
-    """Write the nuclei of one region (see `part_schema`) atomically."""
+    """Write the nuclei of one region (see `part_schema`) to `path`, atomically. OSError if it cannot be written."""
     with replacing(path) as temporary:
         pq.write_table(part, temporary, compression="zstd", compression_level=1, use_dictionary=_DICTIONARY)
 
 
 def merge_parts(
-    parts: Iterable[tuple[int, Path]], out: Path, context: TableContext, keep: Keep | None = None
+    parts: Iterable[tuple[int, Path]], out: Path, context: TableContext, select: Selection | None = None
 ) -> MergeResult:
     """Sort and number all nuclei of a slide and write them to `out`, one row of regions at a time.
 
     `parts`: the file of each region, with its row in the grid of regions. The anchors of one row of regions all lie
     above those of the next, so memory holds one row of regions and one row group, independent of the slide's height.
-    `keep` selects nuclei by their centroids before they are numbered; None keeps all. SlideError if two regions hold
-    the same nucleus.
+    `context`: slide and model, for the file's metadata. `select` chooses the nuclei of the table by their centroids,
+    before they are numbered; None for all. `out` is replaced atomically. SlideError if two regions hold the same
+    nucleus, OSError if a file cannot be read or written.
     """
     schema = table_schema(context.taxonomy)
     by_type = np.zeros(len(context.taxonomy.classes), np.int64)
     extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
-    rows = _Rows(parts, part_schema(context.taxonomy), keep)
+    rows = _Rows(parts, part_schema(context.taxonomy), select)
     numbered = uncertain = 0
     with (
         replacing(out) as temporary,
@@ -247,13 +248,13 @@ def merge_parts(
 class _Rows:
     """Nuclei of each row of regions in turn, sorted by anchor. Iterate only once."""
 
-    def __init__(self, parts: Iterable[tuple[int, Path]], schema: pa.Schema, keep: Keep | None) -> None:
+    def __init__(self, parts: Iterable[tuple[int, Path]], schema: pa.Schema, select: Selection | None) -> None:
         self.dropped = 0
         self._files: dict[int, list[Path]] = {}
         for row, path in parts:
             self._files.setdefault(row, []).append(path)
         self._schema = schema
-        self._keep = keep
+        self._select = select
 
     def __iter__(self) -> Iterator[pa.Table]:
         last = (-1, -1)
@@ -270,10 +271,10 @@ class _Rows:
                 )
             if len(y):
                 last = (int(y[-1]), int(x[-1]))
-            if self._keep is not None:
-                stays = self._keep(table["centroid_x"].to_numpy(), table["centroid_y"].to_numpy())
-                self.dropped += int(np.count_nonzero(~stays))
-                order = order[stays[order]]
+            if self._select is not None:
+                chosen = self._select(table["centroid_x"].to_numpy(), table["centroid_y"].to_numpy())
+                self.dropped += int(np.count_nonzero(~chosen))
+                order = order[chosen[order]]
             yield table.take(pa.array(order)).drop_columns(["anchor_y", "anchor_x"])
 
 

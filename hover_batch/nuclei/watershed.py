@@ -41,15 +41,19 @@ Sobel sums have a radius of 10, and whose component counts if it has at least 10
 
 @dataclass(frozen=True)
 class SobelConstants:
-    """Extremes that scale the 21×21 Sobel maps to [0, 1]: of h along x and v along y, with h and v in [-1, 1].
+    """Extremes by which the 21×21 Sobel maps are scaled to [0, 1], with h and v in [-1, 1].
 
     PackageError unless all are finite and each minimum is at most its maximum.
     """
 
     h_min: float
+    """Minimum of Sobel_x(h)."""
     h_max: float
+    """Maximum of Sobel_x(h)."""
     v_min: float
+    """Minimum of Sobel_y(v)."""
     v_max: float
+    """Maximum of Sobel_y(v)."""
 
     def __post_init__(self) -> None:
         if not (np.isfinite([self.h_min, self.h_max, self.v_min, self.v_max]).all()):
@@ -59,22 +63,25 @@ class SobelConstants:
 
     @classmethod
     def of_window(cls, h: NDArray[np.uint8], v: NDArray[np.uint8]) -> Self:
-        """Return the extremes over one window of stored maps `h` and `v` (y, x), as in the reference."""
+        """Return the extremes over one window, as in the reference. `h`, `v` (y, x) uint8: stored maps."""
         return cls(*(sobel_extremes(h, v) / HV_STEPS).tolist())
 
     @property
     def scaling(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Scales (h, v) and offsets (h, v): a Sobel sum s of stored steps is scaled to s·scale - offset."""
+        """((scale of h, of v), (offset of h, of v)): a Sobel sum s of stored steps is scaled to s·scale - offset.
+
+        The scale is 0 if minimum and maximum are equal.
+        """
         scale_h, scale_v = _scale(self.h_min, self.h_max), _scale(self.v_min, self.v_max)
         return (scale_h / HV_STEPS, scale_v / HV_STEPS), (self.h_min * scale_h, self.v_min * scale_v)
 
     def to_json(self) -> dict[str, float]:
-        """Return plain values for model cards; the inverse of `from_json`."""
+        """Return the constants by name, for model cards; the inverse of `from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read the output of `to_json`. PackageError if a number is missing or invalid."""
+        """Return the constants that `to_json` gave as `data`. PackageError if a number is missing or invalid."""
         try:
             return cls(**{f.name: float(data[f.name]) for f in fields(cls)})
         except (KeyError, TypeError, ValueError) as error:
@@ -100,7 +107,7 @@ class Components:
     bounds: NDArray[np.int64]
     """(n, 4): x0, y0, x1, y1, half-open, in pixels of the window."""
     pixels: NDArray[np.int64]
-    """(n,): number of pixels."""
+    """(n,): number of pixels of each component."""
 
     @classmethod
     def of(cls, np_map: NDArray[np.uint8]) -> Self:
@@ -108,14 +115,14 @@ class Components:
         return cls(*_labelled(np.ascontiguousarray(np_map), MapLayout.NP_NUCLEUS))
 
     @property
-    def kept(self) -> NDArray[np.bool_]:
+    def large(self) -> NDArray[np.bool_]:
         """Whether each component has at least MIN_PIXELS pixels; False for the background: (n,) bool."""
-        kept = self.pixels >= MIN_PIXELS
-        kept[0] = False
-        return kept
+        large = self.pixels >= MIN_PIXELS
+        large[0] = False
+        return large
 
     def box(self, component: int) -> Box:
-        """Return the bounding box of a component in pixels of the window."""
+        """Return the bounding box of the component numbered `component`, in pixels of the window."""
         x0, y0, x1, y1 = self.bounds[component].tolist()
         return Box(x0, y0, x1, y1)
 
@@ -125,29 +132,29 @@ def instance_map(
 ) -> NDArray[np.int32]:
     """Return the instances (y, x) int32, 0 = background, of a window of stored maps (y, x) uint8 (see `MapLayout`).
 
-    With `constants`, the maps count as zero outside of the window, so that a whole canvas gives the same instances as
-    any tiling of it. With None, the Sobel maps are normalised by their own extremes, and the window's edge is treated
-    as in the reference.
+    Instances are numbered 1 … n. With `constants`, the maps count as zero outside of the window, so that a whole canvas
+    gives the same instances as any tiling of it. With None, the Sobel maps are normalised by their own extremes, and
+    the window's edge is treated as in the reference.
     """
     if constants is None:
         components = Components.of(np_map)
-        return split(h, v, components, components.kept, SobelConstants.of_window(h, v))
+        return split_components(h, v, components, components.large, SobelConstants.of_window(h, v))
     frame = Box(0, 0, np_map.shape[1], np_map.shape[0])
     around = frame.expand(REACH)
     np_map, h, v = (np.pad(plane, REACH) for plane in (np_map, h, v))
     components = Components.of(np_map)
     rows, columns = frame.slices_in(around)
-    return np.ascontiguousarray(split(h, v, components, components.kept, constants)[rows, columns])
+    return np.ascontiguousarray(split_components(h, v, components, components.large, constants)[rows, columns])
 
 
 def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.int32]:
-    """Remove instances of fewer than `min_pixels` pixels; renumber the others 1 … n in order: (y, x) int32."""
-    kept = np.bincount(instances.ravel()) >= min_pixels
-    kept[0] = False
-    return np.where(kept, np.cumsum(kept), 0).astype(np.int32)[instances]
+    """Return the instances (y, x) int32 of at least `min_pixels` pixels, renumbered 1 … n in the order of their ids."""
+    large = np.bincount(instances.ravel()) >= min_pixels
+    large[0] = False
+    return np.where(large, np.cumsum(large), 0).astype(np.int32)[instances]
 
 
-def split(
+def split_components(
     h: NDArray[np.uint8],
     v: NDArray[np.uint8],
     components: Components,
@@ -162,9 +169,9 @@ def split(
     the window's edge.
     """
     # All components that are large enough enter the energy: the blur reads diagonal neighbours.
-    kept = components.kept
-    h, v = (np.ascontiguousarray(plane).view(np.int8) for plane in (h, v))
-    instances = _split(h, v, components.labels, components.bounds, kept, chosen & kept, *constants.scaling)
+    large = components.large
+    signed = (np.ascontiguousarray(plane).view(np.int8) for plane in (h, v))
+    instances = _split(*signed, components.labels, components.bounds, large, chosen & large, *constants.scaling)
     return np.asarray(instances, np.int32)
 
 
@@ -174,7 +181,7 @@ def _split(
     v: NDArray[np.int8],
     labels: NDArray[np.int32],
     bounds: NDArray[np.int64],
-    kept: NDArray[np.bool_],
+    large: NDArray[np.bool_],
     chosen: NDArray[np.bool_],
     scales: tuple[float, float],
     lows: tuple[float, float],
@@ -185,7 +192,7 @@ def _split(
     for component in np.flatnonzero(chosen):
         x0, y0, x1, y1 = bounds[component]
         own = labels[y0:y1, x0:x1] == component
-        energy = energy_around(h, v, kept, labels, (x0, y0, x1, y1), scales, lows)
+        energy = energy_around(h, v, large, labels, (x0, y0, x1, y1), scales, lows)
         markers, number = markers_of(own, energy, (x0 == 0, y0 == 0, x1 == width, y1 == height))
         if number > 1:
             markers = flood(own, energy, markers)

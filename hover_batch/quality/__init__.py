@@ -1,1 +1,1 @@
-"""Quality control of slides: measures of each one, and the flags that follow from them."""
+"""Check the quality of slides: measures of each slide, and the flags that follow from them."""

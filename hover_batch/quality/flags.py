@@ -28,6 +28,7 @@ FlagName = Literal[
     "low_type_prob",
 ]
 FLAG_NAMES: tuple[FlagName, ...] = get_args(FlagName)
+"""Names of all flags, in the order in which a slide's flags are listed."""
 
 Limits = Mapping[str, tuple[float, float]]
 """Lowest and highest usual value of each measure."""
@@ -60,7 +61,7 @@ _GREY_CHROMA = 12
 
 @dataclass(frozen=True)
 class Flag:
-    """Flag of a slide."""
+    """Warning about the quality of a slide."""
 
     name: FlagName
     """Name of the flag."""
@@ -198,9 +199,10 @@ RULES = (
 
 
 def flag_slides(slides: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Flag, ...]]:
-    """Return the flags of each slide of a cohort, by slide_id. `slides`: content of slide.json by slide_id.
+    """Return the flags of each slide of a cohort, by slide_id; an empty tuple for a slide without flags.
 
-    Measures that a slide lacks, because an older version made it, give no flags.
+    `slides`: content of slide.json by slide_id; outliers are relative to these slides. Measures that a slide lacks,
+    because an older version made it, give no flags.
     """
     measures = {slide_id: _measures(slide) for slide_id, slide in slides.items()}
     cohort = _cohort_bounds(list(measures.values()))
@@ -226,15 +228,18 @@ def summary_columns(slide: Mapping[str, Any], flags: Sequence[Flag]) -> dict[str
 
 
 def _limits(slide: Mapping[str, Any]) -> Limits:
-    """Return the card's limits, and the defaults of the others. The card can only narrow those of the area: one small
-    training image may have smaller nuclei than any slide has in the median."""
+    """Return the card's limits, with the defaults for measures that it lacks.
+
+    The card can only narrow the limits of the area, since one small training image may have smaller nuclei than the
+    median of any slide.
+    """
     limits = {**LIMITS, **slide.get("limits", {})}
     low, high = LIMITS["area_um2"]
     return limits | {"area_um2": (max(low, limits["area_um2"][0]), min(high, limits["area_um2"][1]))}
 
 
 def _measures(slide: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the measures in a slide.json: those of `quality`, and what the summary has counted."""
+    """Return the measures in a slide.json: those of `quality`, and counts from the summary."""
     summary = slide.get("summary", {})
     counted = {name: summary[name] for name in ("nuclei", "tissue_mm2", "nuclei_per_mm2") if name in summary}
     if "area_um2_p50" in summary:
@@ -267,6 +272,9 @@ def _cohort_bounds(slides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float
 
 
 def counts_of(flags: Mapping[str, Sequence[Flag]]) -> dict[FlagName, int]:
-    """Return the number of slides with each flag, in the order of FLAG_NAMES, without zeros. `flags`: by slide_id."""
-    counts = Counter(flag.name for of_slide in flags.values() for flag in of_slide)
+    """Return the number of slides with each flag, in the order of FLAG_NAMES, without zeros.
+
+    `flags`: flags of each slide, by slide_id.
+    """
+    counts = Counter(flag.name for slide_flags in flags.values() for flag in slide_flags)
     return {name: counts[name] for name in FLAG_NAMES if counts[name]}

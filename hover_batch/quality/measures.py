@@ -26,9 +26,9 @@ _MIN_PIXELS = 200
 
 
 def mean_measures(nuclei: Path) -> dict[str, float]:
-    """Return the means of h_od, e_od, seg_score and type_prob over a table of nuclei; empty if it has no nuclei.
+    """Return the means of h_od, e_od, seg_score and type_prob over all nuclei, by name; empty if there are no nuclei.
 
-    `nuclei`: path of nuclei.parquet.
+    `nuclei`: path of nuclei.parquet. OSError if it cannot be read.
     """
     sums, count = dict.fromkeys(_MEANS, 0.0), 0
     with pq.ParquetFile(nuclei) as table:
@@ -42,8 +42,8 @@ def mean_measures(nuclei: Path) -> dict[str, float]:
 def sampled_fields(nuclei: Path, grid: Grid) -> list[Box]:
     """Return at most MAX_FIELDS fields in inference pixels, spread over those with at least MIN_NUCLEI nuclei.
 
-    `nuclei`: path of nuclei.parquet. Fields are squares of side FIELD, aligned with the chunks of the store and clipped
-    to the slide.
+    `nuclei`: path of nuclei.parquet. `grid`: inference grid of the slide. Fields are squares of side FIELD, aligned
+    with the chunks of the store and clipped to the slide. OSError if the table cannot be read.
     """
     counts = np.zeros((-(-grid.size.height // FIELD), -(-grid.size.width // FIELD)), np.int64)
     with pq.ParquetFile(nuclei) as table:
@@ -58,9 +58,10 @@ def sampled_fields(nuclei: Path, grid: Grid) -> list[Box]:
 
 
 def field_sharpness(fields: list[Box], read: Callable[[Box], NDArray[np.uint8]], layout: MapLayout) -> list[float]:
-    """Return the `sharpness` of each field, without fields that have too few pixels near nuclei.
+    """Return the `sharpness` of each field, in order, without fields that have too few pixels near nuclei.
 
-    `fields`: boxes in inference pixels. `read(box)` returns the stored maps (plane, y, x), in the planes of `layout`.
+    `fields`: boxes in inference pixels. `read(box)` returns the stored maps (plane, y, x) uint8, in the planes of
+    `layout`; its exceptions propagate.
     """
     values = [sharpness(maps[layout.hematoxylin], maps[layout.NP] >= layout.NP_NEAR) for maps in map(read, fields)]
     return [value for value in values if value is not None]
@@ -69,9 +70,9 @@ def field_sharpness(fields: list[Box], read: Callable[[Box], NDArray[np.uint8]],
 def sharpness(hematoxylin: NDArray[np.uint8], near: NDArray[np.bool_]) -> float | None:
     """Return the sharpness of nuclei: about 2 in a sharp field, and 0.5 in a blurred one.
 
-    `hematoxylin` (y, x): stored densities. `near` (y, x): where they are stored. The value is the root of the energy of
-    the Laplacian divided by that of the gradient, which is the mean spatial frequency and does not depend on contrast
-    and stain. None if too few pixels are near nuclei.
+    `hematoxylin` (y, x) uint8: stored densities. `near` (y, x) bool: pixels near nuclei, where they are stored. The
+    value is the root of the energy of the Laplacian divided by that of the gradient, which measures the mean spatial
+    frequency and does not depend on contrast and stain. None if too few pixels are near nuclei.
     """
     height, width = (extent // _BINNING * _BINNING for extent in near.shape)
     blocks = (height // _BINNING, _BINNING, width // _BINNING, _BINNING)

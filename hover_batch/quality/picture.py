@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PICTURE_MEASURES = ("ink", "brown", "chroma", "dark")
+"""Names of the measures that `picture_measures` returns."""
 _CELL_UM = 4.0
 """Minimum side of a pixel in µm: on finer pixels, dark nuclei look like black ink."""
 _PADDING = 3
@@ -19,9 +20,11 @@ def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, flo
     `image`: RGB (y, x, 3) uint8, without drawings. `pixel_um`: side of its pixels in µm. The measures are
 
     - `ink`: share of the picture with the colours of pens (blue, green, red, black), in spots several pixels wide;
-    - `brown`: share of the stained pixels that absorb blue most, as DAB does;
-    - `chroma`: 95th percentile of the difference between the largest and the smallest of R, G and B;
+    - `brown`: share of the stained pixels that absorb blue most, as DAB does; 0 if there are none;
+    - `chroma`: 95th percentile of the difference between the largest and the smallest of R, G and B (0 to 255);
     - `dark`: share of pixels that are not white.
+
+    Shares are from 0 to 1.
     """
     scale = min(1.0, pixel_um / _CELL_UM)
     size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])

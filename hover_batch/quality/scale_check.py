@@ -33,38 +33,43 @@ _MIN_NUCLEI = 5
 _USUAL_UM2 = 23.0
 """Area of the median nucleus in most fields: 14 to 42 µm² on the 29 images below."""
 _SIZE_WEIGHT = 0.04
-"""What a factor of two in that area costs. On 29 images and slides that were not trained on, for which it was chosen,
-the mean seg_score alone finds the pixel size of 20, since it rises where groups of nuclei are taken for one; with the
-size, of 28."""
+"""Reduction of the fit for a factor of two in that area. On the 29 images and slides for which it was chosen, none of
+them used in training, the mean seg_score alone finds the right pixel size of 20, since it rises when groups of nuclei
+are taken for one; with this weight, it is found for 28."""
 _CLOSE = 0.01
 """Difference in fit below which two pixel sizes are about equally likely."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Result of one prediction. `mpp`: the pixel size that was assumed. `area_um2`: of the median nucleus then."""
+    """Result of one prediction, for an assumed pixel size."""
 
     mpp: Mpp
+    """Pixel size of level 0 that was assumed, in µm."""
     nuclei: int
+    """Number of nuclei."""
     seg_score: float
+    """Mean seg_score of the nuclei; 0 without nuclei."""
     area_um2: float
+    """Area of the median nucleus in µm² at this pixel size."""
 
     @property
     def plausible(self) -> bool:
-        """Whether nuclei have such a size."""
+        """Whether the median nucleus has a size that nuclei can have."""
         low, high = LIMITS["area_um2"]
         return low <= self.area_um2 <= high
 
     @property
     def fit(self) -> float:
-        """How well the nuclei fit the pixel size: the mean seg_score, less what an unusual size costs."""
+        """Measure of how well the nuclei fit the pixel size: the mean seg_score, reduced for an unusual size."""
         return self.seg_score - _SIZE_WEIGHT * math.log2(self.area_um2 / _USUAL_UM2) ** 2
 
 
 def check_scale(record: SlideRecord, predictor: Predictor, tissue: TissueSettings) -> str:
-    """Return a sentence about which pixel size the nuclei of a slide on disk fit best.
+    """Return a sentence that says which pixel size the nuclei of a slide on disk fit best.
 
-    InputError or SlideError if the slide cannot be read.
+    It begins with "warning:" if that is not the given one, or none fits. `tissue`: settings of the tissue mask, in
+    which the densest field is predicted. InputError or SlideError if the slide cannot be read.
     """
     with open_slide(record) as reader:
         mask = tissue_mask(reader, record, tissue)
@@ -126,9 +131,9 @@ def _usual(mpp: Mpp) -> bool:
 
 
 def _densest(reader: SlideReader, mask: TissueMask, mpp: float) -> tuple[float, float]:
-    """Return the centre (x, y) in level-0 pixels of the field at the given pixel size that holds most stained tissue.
+    """Return the centre (x, y) in level-0 pixels of the field with most stained tissue.
 
-    `mpp`: of the inference grid.
+    `mpp`: size of an inference pixel in µm, which determines the size of the field.
     """
     level0 = reader.info.level0
     grid = whole_grid(reader.info, max(1.0, max(level0.width, level0.height) / _PICTURE_SIDE))

@@ -57,9 +57,9 @@ class Strip:
 
 
 def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[NucleusClass]) -> Histogram:
-    """Return the histogram of `measure`.
+    """Return the histogram of `measure`, with a curve for each of `classes` that has nuclei.
 
-    `counts`: number of nuclei, (class id, bin) int64. `classes`: classes that get a curve.
+    `counts` (class id, bin) int64: number of nuclei. Each curve gives the shares of the nuclei of its class.
     """
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
@@ -82,9 +82,10 @@ def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[Nuc
 
 
 def strips(values: Mapping[NucleusClass | None, Sequence[tuple[float, str]]]) -> list[Strip]:
-    """Return one strip per class that has values, all on the same scale.
+    """Return one dot plot per class that has values, all on the same scale.
 
-    `values`: (value, label) of each slide, by class; None for all classes together.
+    `values`: class → (value, label) of each slide; the key None stands for all classes together. Values are not
+    negative.
     """
     everything = [value for dots in values.values() for value, _ in dots]
     top = nice_ceiling(max(everything, default=0.0))

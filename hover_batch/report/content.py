@@ -19,13 +19,17 @@ class SlideRow:
     """Row of the table of slides."""
 
     slide_id: str
+    """Id of the slide; for an invalid row, its name in messages."""
     row: int | None
     """Row in the cohort; None if unknown."""
     state: State
+    """State of the slide; `left out` for an invalid row."""
     note: str = ""
     """Progress, or reason of the failure."""
     patient_id: str | None = None
+    """Patient; None if the cohort gives none."""
     group: str | None = None
+    """Group of slides; None if the cohort gives none."""
     summary: Mapping[str, Any] = field(default_factory=dict)
     """Columns of `export.summary` by name; empty unless the slide is done."""
     warnings: Sequence[str] = ()
@@ -74,7 +78,9 @@ class SlideDetail:
     mpp: float | None
     """Pixel size of level 0 in µm; None if the table cannot be read."""
     thumbnail: str | None
+    """Thumbnail with the tissue's outline, as a JPEG data URI."""
     overlay: str | None
+    """Reduced overlay, as a JPEG data URI."""
     overlay_file: str | None
     """Link from the page to the full overlay; None if the report is outside of the run's folder."""
     heatmaps: Sequence[Heatmap]

@@ -21,7 +21,7 @@ MIN_CELL_UM = 50.0
 
 @dataclass(frozen=True)
 class Measure:
-    """Column of the table, and the histogram that is made of it."""
+    """Column of the table, and the bins of its histogram."""
 
     column: str
     """Name of the column."""
@@ -58,17 +58,16 @@ class Cells:
 
     @classmethod
     def over(cls, canvas: Size, mpp: Mpp) -> Cells:
-        """Return the finest grid over a slide with at most CELLS cells along a side.
+        """Return the finest grid over a slide with at most CELLS cells along a side, of at least MIN_CELL_UM.
 
-        Cells have a side of at least MIN_CELL_UM. `canvas`: size of the slide in level-0 pixels. `mpp`: pixel size of
-        level 0.
+        `canvas`: size of the slide in level-0 pixels. `mpp`: pixel size of level 0 in µm.
         """
         side = max(max(canvas.width, canvas.height) / CELLS, MIN_CELL_UM / mpp.x)
         return cls(canvas, mpp, math.ceil(side))
 
     @property
     def spans(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """[start, stop) in level-0 pixels of every column, and of every row."""
+        """(columns, rows): [start, stop) in level-0 pixels of every column along x, and of every row along y."""
         wide, high = (
             [(start, min(start + self.side, extent)) for start in range(0, extent, self.side)]
             for extent in (self.canvas.width, self.canvas.height)
@@ -77,7 +76,7 @@ class Cells:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of rows and columns."""
+        """(rows, columns): number of cells along y and along x."""
         columns, rows = self.spans
         return len(rows), len(columns)
 
@@ -108,9 +107,9 @@ class Measured:
 
 
 def measure(table: NucleiTable, choose: int) -> Measured:
-    """Measure a table in one pass, in the memory of one batch, and choose at most `choose` nuclei at random.
+    """Measure a table in one pass, one batch in memory at a time, and choose at most `choose` nuclei at random.
 
-    The slide_id is the seed of the choice, so that equal reports show equal nuclei. SlideError if the file is
+    The slide_id is the seed of the choice, so that equal tables give equal choices. SlideError if the file is
     corrupted.
     """
     cells, classes = Cells.over(table.level0, table.mpp), len(table.taxonomy.classes)

@@ -20,14 +20,16 @@ from hover_batch.report.charts import HEIGHT, WIDTH
 from hover_batch.report.content import Report, SlideDetail
 
 SINGLE = 200
+"""Largest number of slides whose pictures are on the front page."""
 PER_PAGE = 100
+"""Number of slides on each further page."""
 
 
 class Pages:
-    """Writer of a report.
+    """Writer of a report's pages.
 
-    `path`: front page. `slides`: number of slides with pictures. `title`: title of all pages. Call `add` for each
-    slide, in order, and then `close`. Both raise OSError if a file cannot be written.
+    `path`: file of the front page. `slides`: number of slides with pictures. `title`: title of all pages. Call `add`
+    for each slide, in order, and then `close`. Both raise OSError if a file cannot be written.
     """
 
     def __init__(self, path: Path, slides: int, title: str) -> None:

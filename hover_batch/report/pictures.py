@@ -32,9 +32,10 @@ class Heatmap:
 
 
 def heatmaps(measured: Measured, classes: Sequence[NucleusClass], tissue: TissueMask | None) -> list[Heatmap]:
-    """Return a heatmap of all classes together, then one of each class.
+    """Return a heatmap of all classes together, then one of each of `classes`.
 
-    `tissue`: where the run searched; None if unknown. Cells with neither tissue nor nuclei are transparent.
+    `measured`: counts by class and cell. `tissue`: where the run searched; None if unknown. Cells with neither tissue
+    nor nuclei are transparent; without `tissue`, none are.
     """
     cells, mm2 = measured.cells, measured.cells.mm2
     shown = np.ones(cells.shape, bool) if tissue is None else tissue.meets_product(*cells.spans, cells.grid)
@@ -56,9 +57,9 @@ def _heatmap(kind: NucleusClass | None, density: NDArray[np.float64], shown: NDA
 
 
 def smaller(path: Path, max_side: int) -> str | None:
-    """Return a picture as a JPEG data URI, reduced to at most `max_side` pixels along its longer side.
+    """Return the picture at `path` as a JPEG data URI, with a longer side of at most `max_side` pixels.
 
-    None if the file is missing or corrupted.
+    It is never enlarged. None if the file is missing or corrupted.
     """
     image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
     if image is None:

@@ -1,1 +1,1 @@
-"""The slide: pixels on the inference grid, tissue, and the units that cover it."""
+"""Read slides: pixels on the inference grid, tissue, and the units that cover it."""

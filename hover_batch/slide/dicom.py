@@ -25,7 +25,8 @@ def quiet_wsidicom() -> Iterator[None]:
     """Suppress messages of wsidicom on the root logger, and all Python warnings, while the block runs.
 
     wsidicom logs to the root logger, and would configure it if it had no handler. pydicom's records are dropped only if
-    the root logger has no other handler. `open_dicom` reports the faults that matter. Not thread-safe.
+    the root logger has no other handler. `open_dicom` reports the faults that matter. Not thread-safe, since loggers
+    and warning filters belong to the whole process.
     """
     root, guard = logging.getLogger(), logging.NullHandler()
 
@@ -45,10 +46,11 @@ def quiet_wsidicom() -> Iterator[None]:
 
 @contextmanager
 def open_dicom(folder: Path) -> Iterator[WsiDicom]:
-    """Open the slide of a DICOM folder, and close it when the block ends.
+    """Yield the slide of a DICOM folder, and close it when the block ends.
 
     InputError if the folder holds several slides; SlideError if it holds none, or an instance cannot be read or has no
-    pixel spacing. wsidicom alone would open the largest slide and silently skip the others, and corrupted instances.
+    pixel spacing. Other errors of wsidicom propagate. wsidicom alone would open the largest slide and silently skip the
+    others, and corrupted instances.
     """
     slides = _slides_in(folder)
     if len(slides) > 1:

@@ -25,8 +25,8 @@ def write_example(folder: Path) -> Path:
     """Write the example slides he_0.25.tif and he_0.5.tif (RGB, 0.25 and 0.5 µm per pixel) and their cohort.csv.
 
     Return the path of cohort.csv. `folder` is created if it does not exist. Files with the same content are left
-    untouched, so that a second run finds nothing changed. HoverBatchError if tiatoolbox, which holds the picture, is
-    not installed.
+    untouched, so that a second run finds nothing changed. HoverBatchError if tiatoolbox, which contains the picture, is
+    not installed; OSError if a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     field = _field()
@@ -42,7 +42,7 @@ def write_pyramidal_tiff(path: Path, array: NDArray[np.uint8], mpp: float) -> No
     """Write a lossless tiled TIFF with a pyramid of levels, each half the size of the previous one.
 
     `array`: (y, x, 3) uint8 RGB. `mpp`: pixel size in µm, stored in the resolution tags. OpenSlide opens the file as
-    generic-tiff. An existing file with the same content is left untouched.
+    generic-tiff. An existing file is replaced, but left untouched if it has the same content.
     """
     _write(path, _pyramidal_tiff(array, mpp))
 

@@ -11,14 +11,15 @@ from hover_batch.geometry import Mpp
 _BLOCK = 1 << 20
 
 ReadParts = Callable[[list[tuple[int, int]]], Iterable[bytes]]
-"""Function of byte ranges [start, stop) of one file that returns their bytes, in the same order."""
+"""Function from byte ranges [start, stop) of one file to their bytes, in the same order."""
 
 
 def fingerprint(path: Path, mpp: Mpp | None) -> str:
-    """Return the fingerprint of a slide on disk: a SHA-256 in hex that identifies its content.
+    """Return the fingerprint of the slide at `path`: a hex SHA-256 that identifies its content.
 
-    It covers the size and the first, middle and last MiB of each of the slide's files, and `mpp`, the pixel size if the
-    cohort gives one. It does not depend on path, host or time. OSError if a file cannot be read.
+    It covers the size and the first, middle and last MiB of each of the slide's files, and `mpp`, the pixel size that
+    the cohort gives (None if it gives none). It does not depend on path, host or time. OSError if a file cannot be
+    read.
     """
 
     def parts(file: Path) -> ReadParts:
@@ -37,7 +38,7 @@ def fingerprint_of(files: Iterable[tuple[int, ReadParts]], mpp: Mpp | None) -> s
     """Return the `fingerprint` of a slide whose files are in any storage.
 
     `files`: size in bytes of each file and a function that reads ranges of it, in the order in which they are hashed.
-    `mpp`: pixel size if the cohort gives one.
+    `mpp`: pixel size that the cohort gives; None if it gives none. Errors of the functions propagate.
     """
     digest = hashlib.sha256()
     for size, read in files:

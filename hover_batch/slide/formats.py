@@ -57,7 +57,7 @@ class Header:
 
 
 def openslide_header(path: Path) -> Header:
-    """Read the header of a file that OpenSlide opens.
+    """Return the header of a file that OpenSlide opens.
 
     SlideError if it is a TIFF that is truncated, holds several pictures, or whose pixels OpenSlide cannot decode
     correctly. Errors of OpenSlide propagate.
@@ -99,7 +99,7 @@ def is_ome(path: Path) -> bool:
 
 
 def ome_tiff_header(path: Path) -> Header:
-    """Read the header of an OME-TIFF: the levels of its largest image.
+    """Return the header of an OME-TIFF: the levels of its largest image.
 
     The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. SlideError unless the image
     is one plane of 8-bit RGB, and the only large one. Errors of tifffile propagate.
@@ -156,7 +156,7 @@ def _ome_size(pixels: Mapping[str, str]) -> StatedSize:
 
 
 def dicom_header(path: Path) -> Header:
-    """Read the header of the slide in a DICOM folder.
+    """Return the header of the slide in a DICOM folder.
 
     SlideError if its pixels are not 8-bit. Errors of `open_dicom` propagate.
     """
@@ -176,7 +176,7 @@ def dicom_header(path: Path) -> Header:
 
 
 def picture_header(path: Path) -> Header:
-    """Read the header of a plain picture (PNG, JPEG or TIFF), which has one level.
+    """Return the header of a plain picture (PNG, JPEG or TIFF), which has one level.
 
     The pixel size is taken from TIFF tags only, not from the resolution of a PNG or JPEG. SlideError as in
     `open_picture`.
@@ -195,7 +195,7 @@ def picture_header(path: Path) -> Header:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Open a PNG, JPEG or TIFF picture without decoding it.
+    """Open a PNG, JPEG or TIFF picture without decoding it; the caller closes it.
 
     SlideError if the format is unknown, the pixels are not 8-bit grey or colour, there are more than
     MAX_PICTURE_PIXELS, or a TIFF is truncated or holds several pictures.
@@ -257,10 +257,11 @@ def _quiet() -> Iterator[None]:
 
 
 def bands(picture: Image.Image, mode: str | None = None) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
-    """Decode a picture in horizontal bands; yield the rows and the pixels of each, from top to bottom.
+    """Decode a picture in horizontal bands; yield (slice of rows, pixels) of each, from top to bottom.
 
     Pixels are (y, x) or (y, x, channels) uint8, but bool for Pillow's mode 1. They are converted to Pillow's `mode` if
-    it is given. Converting the whole picture at once would hold several copies of it in memory.
+    it is given. Converting the whole picture at once would hold several copies of it in memory. Errors of Pillow
+    propagate.
     """
     for top in range(0, picture.height, _BAND_ROWS):
         bottom = min(top + _BAND_ROWS, picture.height)

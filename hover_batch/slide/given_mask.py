@@ -36,7 +36,7 @@ _MAX_COORDINATE = 1e9
 
 
 def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> NDArray[np.bool_]:
-    """Read a mask of the cohort (GeoJSON or PNG) as bool (y, x), True on tissue, that spans the slide's whole canvas.
+    """Return a mask of the cohort (GeoJSON or PNG) as bool (y, x), True on tissue, that spans the slide's whole canvas.
 
     `level0`: size of the canvas in pixels. `bounds`: the slide's non-empty region in level-0 pixels, None if it has
     none. `scale`: level-0 pixels per mask pixel, used for polygons; a PNG keeps its own resolution up to MAX_MASK_SIDE.
@@ -56,8 +56,9 @@ def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> ND
 def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None) -> list[str]:
     """Check that a mask of the cohort can be used; return warnings for the user.
 
-    `level0` and `bounds`: the slide's canvas size and non-empty region in level-0 pixels. Without `level0`, only check
-    that the mask can be read. InputError if it cannot be read or does not fit the slide.
+    `level0`: size of the slide's canvas; None to check only that the mask can be read. `bounds`: the slide's non-empty
+    region in level-0 pixels; None if it has none. InputError if the mask cannot be read, does not fit the slide, or has
+    no tissue on it.
     """
     if not _is_png(path):
         outline = _read_geojson(path)

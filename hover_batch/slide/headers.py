@@ -29,7 +29,7 @@ from hover_batch.slide.pixel_size import warnings_of
 
 Kind = Literal["openslide", "ome-tiff", "dicom", "picture"]
 _SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
-"""Suffixes of files that only OpenSlide reads."""
+"""Suffixes of scanners' formats, which only OpenSlide reads."""
 
 _ASPECT_TOLERANCE = 0.02
 """Fraction by which the aspect ratio of a level may differ from the slide's; two pixels are allowed in any case."""
@@ -63,7 +63,7 @@ class SlideInfo:
 
 
 def peek(record: SlideRecord) -> SlideInfo:
-    """Return the properties of a slide on disk, from its header and its row of the cohort, without reading pixels.
+    """Return the properties of a slide on disk, from its header and its row of the cohort, without decoding pixels.
 
     InputError if the pixel size is unknown, SlideError if the file cannot be read.
     """
@@ -71,9 +71,10 @@ def peek(record: SlideRecord) -> SlideInfo:
 
 
 def describe(record: SlideRecord, header: Header) -> SlideInfo:
-    """Combine a file's header with its row of the cohort, whose pixel size and magnification take precedence.
+    """Return a slide's properties, from its header and its row of the cohort, and with its fingerprint.
 
-    InputError if neither gives a pixel size, SlideError if the file cannot be read for its fingerprint.
+    Pixel size and magnification of the row take precedence. InputError if neither gives a pixel size, SlideError if the
+    file cannot be read for its fingerprint.
     """
     stated = header.size.mpp
     mpp = record.mpp or stated
@@ -95,10 +96,10 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
         if abs(x / y - 1) > _ASPECT_TOLERANCE and abs(x - y) * min(size.width, size.height) > 2 * max(x, y)
     ]
     if header.vendor == "picture" and level0.pixels >= LARGE_PICTURE_PIXELS:
-        kept, decoding = (level0.pixels * size / 1e9 for size in PICTURE_BYTES)
+        opened, decoding = (level0.pixels * size / 1e9 for size in PICTURE_BYTES)
         warnings.append(
             f"a plain picture is held in memory as a whole, in each process that reads it: {decoding:.1f} GB while it "
-            f"is decoded, then {kept:.1f} GB; convert it to a pyramidal tiled TIFF if that is too much"
+            f"is decoded, then {opened:.1f} GB; convert it to a pyramidal tiled TIFF if that is too much"
         )
     return SlideInfo(
         level0=level0,
@@ -128,7 +129,7 @@ def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
 
 
 def kind_of(path: Path) -> Kind:
-    """Return which library reads a file or folder.
+    """Return the kind of the slide at `path`, which determines the library that reads it: dicom for any folder.
 
     SlideError if the file does not exist or is empty, or has a scanner's suffix but is not recognised by OpenSlide.
     """

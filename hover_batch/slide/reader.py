@@ -32,7 +32,7 @@ _LEVEL_TOLERANCE = 0.01
 
 
 class SlideReader(Protocol):
-    """Open slide. It is a context manager and may be used by several threads."""
+    """Open slide, which reads pixels on any grid. Its context manager closes it. Several threads may use it at once."""
 
     @property
     def info(self) -> SlideInfo:
@@ -66,9 +66,9 @@ class SlideReader(Protocol):
 
 
 def open_slide(record: SlideRecord) -> SlideReader:
-    """Open a slide on disk for reading.
+    """Open a slide on disk for reading; the caller closes it.
 
-    InputError if its pixel size is unknown, SlideError if the file cannot be read.
+    InputError if its pixel size is unknown, or a DICOM folder holds several slides; SlideError if it cannot be read.
     """
     kind = kind_of(record.file)
     info = describe(record, read_header(record.file, kind))
@@ -77,7 +77,7 @@ def open_slide(record: SlideRecord) -> SlideReader:
 
 
 class GridReader:
-    """SlideReader that reads from any `Source`. `path` is used in error messages."""
+    """SlideReader of the slide `info` that reads from any `Source`. `path` is used in error messages."""
 
     def __init__(self, info: SlideInfo, source: Source, path: Path) -> None:
         self.info = info
@@ -160,7 +160,8 @@ class GridReader:
 def whole_grid(info: SlideInfo, scale: float) -> Grid:
     """Return a grid for pictures of the whole slide, whose pixels cover the canvas exactly.
 
-    `scale`: level-0 pixels per pixel, adjusted slightly along x and y so that the grid has whole pixels.
+    `scale`: level-0 pixels per pixel of the grid. It is adjusted slightly along x and y so that the grid has whole
+    pixels.
     """
     width, height = max(1, round(info.level0.width / scale)), max(1, round(info.level0.height / scale))
     scale_x, scale_y = info.level0.width / width, info.level0.height / height

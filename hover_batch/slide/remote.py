@@ -23,7 +23,7 @@ _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
 
 @dataclass(frozen=True)
 class RemoteInfo:
-    """Properties of a slide in other storage, before it is copied."""
+    """Properties of a slide in cloud storage, before it is copied."""
 
     size: int
     """Size of all its files in bytes."""
@@ -35,7 +35,7 @@ class RemoteInfo:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """File of a slide in other storage."""
+    """File of a slide in cloud storage."""
 
     key: str
     """Name of the file in the storage."""
@@ -66,9 +66,9 @@ def require_package(url: Url) -> None:
 
 
 def remote_info(url: Url, mpp: Mpp | None) -> RemoteInfo:
-    """Return the size and the fingerprint of a slide in other storage.
+    """Return the size and the fingerprint of a slide in cloud storage.
 
-    This takes a few requests and reads up to 3 MiB of each file. `mpp`: pixel size if the cohort gives one.
+    This takes a few requests and reads up to 3 MiB of each file. `mpp`: pixel size that the cohort gives, or None.
 
     InputError if a package for the storage is missing, the slide does not exist or access is denied; SlideError if the
     storage cannot be reached, or cannot serve parts of files.
@@ -81,7 +81,7 @@ def remote_info(url: Url, mpp: Mpp | None) -> RemoteInfo:
 
 
 def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
-    """Return the fsspec file system, and the slide's files in the order in which `fingerprint` hashes them.
+    """Return the fsspec file system of a URL, and the slide's files in the order in which `fingerprint` hashes them.
 
     SlideError if the storage does not give the size of a file. Other errors of fsspec and the storage's library
     propagate.

@@ -59,8 +59,9 @@ def resample(
 ) -> None:
     """Resample `source`, RGB (y, x, 3) uint8, into `out`, RGB (h, w, 3) uint8.
 
-    `rows` (h, taps) and `columns` (w, taps) are indices into the source, which must lie inside it. `row_weights` and
-    `column_weights` have the same shapes and come from `taps`. Values are rounded and clipped to 0 … 255.
+    `rows` (h, taps) and `columns` (w, taps) are the indices of the source pixels for each output row and column; they
+    must lie inside the source. `row_weights` and `column_weights`: their weights, of the same shapes (see `taps`).
+    Values are rounded and clipped to 0 … 255.
     """
     _resample(np.ascontiguousarray(source), rows, row_weights, columns, column_weights, out)
 

@@ -26,7 +26,9 @@ from hover_batch.slide.headers import Kind
 from hover_batch.slide.tiff_checks import is_alpha
 
 _LATTICE = 1024
+"""Side in pixels of the blocks in which levels with a fractional downsample are read."""
 _TIFF_CACHE_BYTES = 1 << 26
+"""Size in bytes of the cache of decoded chunks of an OME-TIFF."""
 
 
 class Source(Protocol):
@@ -46,15 +48,15 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """Close the slide's files, or free its memory."""
+        """Close the slide's files, or free its memory. Nothing can be read afterwards."""
         ...
 
 
 def open_source(path: Path, kind: Kind) -> Source:
-    """Open a slide with the library for its kind; the caller closes it.
+    """Open a slide with the library for its kind (see `kind_of`); the caller closes it.
 
-    `kind`: picture, openslide, ome-tiff or, for any other value, DICOM. A picture is loaded into memory; of the others,
-    only the headers of the levels are read. Errors of the library propagate.
+    A picture is decoded into memory; of the other kinds, only the headers of the levels are read. Errors of the library
+    propagate.
     """
     if kind == "picture":
         return PictureSource(path)
@@ -91,7 +93,10 @@ def _tiatoolbox_readers() -> ModuleType:
 
 
 class OpenSlideSource:
-    """Source for all formats that OpenSlide opens: SVS, NDPI, MRXS, SCN, BIF, pyramidal TIFF …"""
+    """Source for all formats that OpenSlide opens: SVS, NDPI, MRXS, SCN, BIF, pyramidal TIFF …
+
+    `reader`: tiatoolbox's OpenSlideWSIReader.
+    """
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -99,7 +104,10 @@ class OpenSlideSource:
         self.levels = tuple(Size(w, h) for w, h in self._slide.level_dimensions)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Read a box in pixels of a level through OpenSlide. Return RGB (y, x, 3) uint8, transparent parts white."""
+        """Read a box of a level, in pixels of the level: RGB (y, x, 3) uint8, transparent parts white.
+
+        Errors of OpenSlide propagate.
+        """
         downsample = float(self._slide.level_downsamples[level])
         if downsample.is_integer():
             return self._read(level, box, int(downsample))
@@ -125,7 +133,7 @@ class OpenSlideSource:
 
 
 class TiffSource:
-    """Source for OME-TIFF, from tifffile's arrays, one per level."""
+    """Source for OME-TIFF, through tifffile. `reader`: tiatoolbox's TIFFWSIReader."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -133,10 +141,7 @@ class TiffSource:
         self.levels = tuple(Size(array.shape[1], array.shape[0]) for array in self._arrays)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Read a box of a level through tifffile. Return RGB (y, x, 3) uint8, contiguous.
-
-        `box`: in pixels of the level, inside it. Errors of the library propagate.
-        """
+        """Read a box of a level, in pixels of the level: RGB (y, x, 3) uint8. Errors of tifffile propagate."""
         pixels: NDArray[np.uint8] = self._arrays[level][box.y0 : box.y1, box.x0 : box.x1]
         return np.ascontiguousarray(pixels)
 
@@ -147,7 +152,7 @@ class TiffSource:
 
 
 class DicomSource:
-    """Source for a folder of DICOM instances, through wsidicom."""
+    """Source for a folder of DICOM instances, through wsidicom. `reader`: tiatoolbox's DICOMWSIReader."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -156,7 +161,10 @@ class DicomSource:
         self.levels = tuple(Size(level.size.width, level.size.height) for level in self._wsi.levels)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Read a box in pixels of a level through wsidicom. Return RGB (y, x, 3) uint8, transparent parts white."""
+        """Read a box of a level, in pixels of the level: RGB (y, x, 3) uint8, transparent parts white.
+
+        Errors of wsidicom propagate.
+        """
         # wsidicom counts positions in pixels of the level, unlike OpenSlide.
         return _on_white(self._wsi.read_region((box.x0, box.y0), self._numbers[level], (box.width, box.height)))
 
@@ -166,7 +174,7 @@ class DicomSource:
 
 
 class PictureSource:
-    """Source for a PNG, JPEG or plain TIFF, decoded into memory, with one level.
+    """Source for a PNG, JPEG or plain TIFF at `path`, decoded into memory, with one level.
 
     SlideError if its format or its number of pixels is not supported. Errors of Pillow propagate.
     """
@@ -182,7 +190,7 @@ class PictureSource:
         self.levels = (Size(self._pixels.shape[1], self._pixels.shape[0]),)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Return the pixels of a box as RGB (y, x, 3) uint8, a view of the picture in memory. `level` is ignored."""
+        """Return the pixels of a box: RGB (y, x, 3) uint8, a view of the picture in memory. `level` is ignored."""
         return self._pixels[box.y0 : box.y1, box.x0 : box.x1]
 
     def close(self) -> None:

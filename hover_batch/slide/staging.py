@@ -1,4 +1,4 @@
-"""Copies of slides from other storage on the disk of the machine that reads them.
+"""Copies of slides from cloud storage on the disk of the machine that reads them.
 
 scratch/hover-batch-<user>/<run>.lock shared by all live processes of a run
 scratch/hover-batch-<user>/<run>/<slide_id>/<fingerprint>/<name>
@@ -31,7 +31,7 @@ from hover_batch.slide.fingerprint import fingerprint
 from hover_batch.slide.remote import files_of, storage_errors
 
 ATTEMPTS = 4
-"""Attempts to copy a slide."""
+"""Maximum number of attempts to copy a slide."""
 FIRST_WAIT_S = 1.0
 """Seconds before the second attempt; each wait is three times the previous one. The storage's library also retries."""
 SPARED_BYTES = 256 << 20
@@ -44,7 +44,7 @@ _holding = threading.Lock()
 
 @dataclass(frozen=True)
 class Copies:
-    """Local copies of a run's slides on this machine."""
+    """Copies of a run's slides on this machine; all processes of the run share them. Picklable and thread-safe."""
 
     scratch: str
     """Folder for the copies; "" for the machine's folder for temporary files."""
@@ -53,7 +53,10 @@ class Copies:
 
     @classmethod
     def of_run(cls, root: Path, scratch: str) -> Self:
-        """Return the copies of the run with the output folder `root`, into which only one run writes at a time."""
+        """Return the copies of the run with the output folder `root`, into which only one run writes at a time.
+
+        `scratch`: folder for the copies; "" for the machine's folder for temporary files. Nothing is created yet.
+        """
         return cls(scratch, hashlib.sha256(os.fsencode(root)).hexdigest()[:16])
 
     @property
@@ -69,11 +72,11 @@ class Copies:
         return self._base / f"{self.run}.lock"
 
     @contextlib.contextmanager
-    def staged(self, record: SlideRecord, planned: str) -> Iterator[SlideRecord]:
+    def staged(self, record: SlideRecord, expected: str) -> Iterator[SlideRecord]:
         """Yield the record with the path of a copy on this machine, which is made if it does not exist.
 
-        A record of a slide on disk is yielded unchanged. `planned`: fingerprint that the copy must have. In errors that
-        the block raises, the path of the copy is replaced by the URL.
+        A record of a slide on disk is yielded unchanged. `expected`: fingerprint that the copy must have. The copy
+        stays until `release` or `close`. In errors that the block raises, its path is replaced by the URL.
 
         InputError or SlideError if the slide cannot be copied or its fingerprint differs, ScratchFull if there is no
         space for the copy now.
@@ -82,17 +85,17 @@ class Copies:
             yield record
             return
         self.open()
-        folder = self._folder / record.slide_id / planned[:16]
+        folder = self._folder / record.slide_id / expected[:16]
         with _locked(self._folder / f".{record.slide_id}.lock"):
             if not folder.is_dir():
-                self._fetch(record, record.path, planned, folder)
+                self._fetch(record, record.path, expected, folder)
         copy = folder / record.path.name
         try:
             yield replace(record, path=copy)
         except HoverBatchError as error:
             raise type(error)(str(error).replace(str(copy), str(record.path))) from error
 
-    def _fetch(self, record: SlideRecord, url: Url, planned: str, folder: Path) -> None:
+    def _fetch(self, record: SlideRecord, url: Url, expected: str, folder: Path) -> None:
         folder.parent.mkdir(exist_ok=True)
         wait = FIRST_WAIT_S
         for attempt in range(1, ATTEMPTS + 1):
@@ -101,7 +104,7 @@ class Copies:
                     partial.mkdir()
                     with storage_errors(url):
                         self._download(url, partial)
-                    if fingerprint(partial / url.name, record.mpp) != planned:
+                    if fingerprint(partial / url.name, record.mpp) != expected:
                         raise SlideError(
                             f"{url}: the copy differs from the file for which the run was planned: it was changed "
                             "since then, or corrupted in transfer; run the same command again"
@@ -132,10 +135,10 @@ class Copies:
             storage.get_file(file.key, str(folder / file.name))
 
     def open(self) -> None:
-        """Create the run's folder of copies on this machine if it does not exist, and lock it until the process ends.
+        """Create the run's folder of copies on this machine if it does not exist, and lock it.
 
-        The first call also removes copies of dead runs. InputError if the folder cannot be written, ScratchFull if its
-        disk is full.
+        This process holds the lock until `close` or its end. The first call also removes copies of runs that were
+        killed. InputError if the folder cannot be written, ScratchFull if its disk is full.
         """
         with _holding:
             if self._is_held():
@@ -182,11 +185,11 @@ class Copies:
                 lock.unlink()
 
     def release(self, slide_id: str) -> None:
-        """Remove the slide's copy on this machine. Processes that have it open can still read it."""
+        """Remove the slide's copy on this machine, if there is one. Processes that have it open can still read it."""
         shutil.rmtree(self._folder / slide_id, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove all copies of the run on this machine and release its lock. Call it when the run ends."""
+        """Remove all copies of the run on this machine and release this process's lock. Call it when the run ends."""
         shutil.rmtree(self._folder, ignore_errors=True)
         with _holding:
             self._lock.unlink(missing_ok=True)

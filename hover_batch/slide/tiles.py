@@ -18,7 +18,7 @@ mask, and regions are read with a margin of this width in post-processing."""
 class Unit:
     """Cell of the unit grid with its tiles, which are read, predicted and stored together.
 
-    Units are kept small, since they are sent between processes.
+    They are small, since they are sent between processes.
     """
 
     column: int
@@ -27,10 +27,10 @@ class Unit:
     """Row in the unit grid."""
     box: Box
     """Cell in inference pixels, clipped to the slide."""
-    keep: int
+    tile_side: int
     """Side in inference pixels of a tile's output without its margins."""
     tile_cells: tuple[tuple[int, int], ...]
-    """(column, row) of the tiles to predict, in the grid of side `keep`, in raster order."""
+    """(column, row) of the tiles to predict, in the grid of side `tile_side`, in raster order."""
 
     @property
     def tiles(self) -> tuple[Box, ...]:
@@ -38,7 +38,7 @@ class Unit:
 
         At the slide's edges they may extend beyond it.
         """
-        return tuple(cell_box(column, row, self.keep) for column, row in self.tile_cells)
+        return tuple(cell_box(column, row, self.tile_side) for column, row in self.tile_cells)
 
     @property
     def unit_id(self) -> str:
@@ -46,25 +46,25 @@ class Unit:
         return f"r{self.row:05d}_c{self.column:05d}"
 
 
-def plan_units(grid: Grid, mask: TissueMask, unit: int, keep: int) -> tuple[Unit, ...]:
+def plan_units(grid: Grid, mask: TissueMask, unit: int, tile_side: int) -> tuple[Unit, ...]:
     """Return the units with at least one tile near tissue, in raster order.
 
-    `unit`: side of a unit in inference pixels. `keep`: side of a tile's output without its margins. The choice of tiles
-    does not depend on `unit`. ValueError if `unit` is not a multiple of `keep`.
+    `unit`: side of a unit in inference pixels. `tile_side`: side of a tile's output without its margins. The choice of
+    tiles does not depend on `unit`. ValueError if `unit` is not a multiple of `tile_side`.
     """
-    if unit % keep:
-        raise ValueError(f"a unit of {unit} does not hold whole tiles of {keep}")
-    columns, rows = -(-grid.size.width // keep), -(-grid.size.height // keep)
+    if unit % tile_side:
+        raise ValueError(f"a unit of {unit} does not hold whole tiles of {tile_side}")
+    columns, rows = -(-grid.size.width // tile_side), -(-grid.size.height // tile_side)
     near = mask.meets_product(
-        [(c * keep - TISSUE_REACH, (c + 1) * keep + TISSUE_REACH) for c in range(columns)],
-        [(r * keep - TISSUE_REACH, (r + 1) * keep + TISSUE_REACH) for r in range(rows)],
+        [(c * tile_side - TISSUE_REACH, (c + 1) * tile_side + TISSUE_REACH) for c in range(columns)],
+        [(r * tile_side - TISSUE_REACH, (r + 1) * tile_side + TISSUE_REACH) for r in range(rows)],
         grid,
     )
-    side = unit // keep
+    tiles_along = unit // tile_side
     units = []
     for column, row in grid.size.box.cells(unit):
-        inside = near[row * side : (row + 1) * side, column * side : (column + 1) * side]
-        cells = tuple((column * side + int(c), row * side + int(r)) for r, c in np.argwhere(inside))
+        inside = near[row * tiles_along : (row + 1) * tiles_along, column * tiles_along : (column + 1) * tiles_along]
+        cells = tuple((column * tiles_along + int(c), row * tiles_along + int(r)) for r, c in np.argwhere(inside))
         if cells:
-            units.append(Unit(column, row, cell_box(column, row, unit).intersect(grid.size.box), keep, cells))
+            units.append(Unit(column, row, cell_box(column, row, unit).intersect(grid.size.box), tile_side, cells))
     return tuple(units)

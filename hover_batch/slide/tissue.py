@@ -23,7 +23,7 @@ from hover_batch.slide.given_mask import MAX_MASK_SIDE, given_mask
 from hover_batch.slide.reader import SlideReader, whole_grid
 
 GIVEN_MPP = 2.0
-"""Pixel size in µm at which polygons from the cohort are rasterised; it affects which nuclei are kept."""
+"""Pixel size in µm at which polygons from the cohort are rasterised; it affects which nuclei are in the table."""
 
 SMALL_CANVAS_MM2 = 1.0
 """Area below which a canvas is taken for a tile cut from a slide, without a background to detect."""
@@ -48,13 +48,13 @@ class TissueMask:
     """Whether the user supplied the mask, so that nuclei outside it are removed."""
 
     def meets(self, box: Box, grid: Grid) -> bool:
-        """Whether there is tissue under a box in inference pixels of `grid`."""
+        """Return whether there is tissue in a box, given in inference pixels of `grid`; False outside the canvas."""
         return bool(self.meets_product([(box.x0, box.x1)], [(box.y0, box.y1)], grid)[0, 0])
 
     def meets_product(
         self, columns: list[tuple[int, int]], rows: list[tuple[int, int]], grid: Grid
     ) -> NDArray[np.bool_]:
-        """Return whether there is tissue under each pair of a row span and a column span: bool (rows, columns).
+        """Return a bool array (rows, columns): whether tissue lies where each row span crosses each column span.
 
         `columns` and `rows`: spans [start, stop) in inference pixels of `grid` along x and y.
         """
@@ -134,7 +134,8 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
     excluded, but red pen is not. Pieces smaller than `settings.min_tissue_um2` are removed, and holes smaller than it
     are filled. A canvas below 1 mm² is tissue as a whole, unless it is nearly all background.
 
-    SlideError if the row's mask cannot be used on this slide, or the pixels cannot be read.
+    `reader`: open reader of the slide. SlideError if the row's mask cannot be used on this slide, or the pixels cannot
+    be read.
     """
     info = reader.info
     if record.mask_path is not None:
@@ -189,21 +190,21 @@ def _tidy(tissue: NDArray[np.bool_], pixel_um: float, min_pixels: float) -> NDAr
     radius = round(_CLOSING_UM / pixel_um)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     closed = np.asarray(cv2.morphologyEx(tissue.astype(np.uint8), cv2.MORPH_CLOSE, kernel), np.uint8)
-    kept = _large_pieces(closed, min_pixels, keep_at_border=False)
-    return ~_large_pieces((~kept).astype(np.uint8), min_pixels, keep_at_border=True)
+    pieces = _large_pieces(closed, min_pixels, and_at_border=False)
+    return ~_large_pieces((~pieces).astype(np.uint8), min_pixels, and_at_border=True)
 
 
-def _large_pieces(mask: NDArray[np.uint8], min_pixels: float, *, keep_at_border: bool) -> NDArray[np.bool_]:
+def _large_pieces(mask: NDArray[np.uint8], min_pixels: float, *, and_at_border: bool) -> NDArray[np.bool_]:
     """Return the connected pieces of at least `min_pixels`, and optionally those at the border, which are not holes."""
     # 4-connected background is the complement of 8-connected tissue.
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4 if keep_at_border else 8)
-    keep = stats[:, cv2.CC_STAT_AREA] >= min_pixels
-    if keep_at_border:
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4 if and_at_border else 8)
+    chosen = stats[:, cv2.CC_STAT_AREA] >= min_pixels
+    if and_at_border:
         left, top = stats[:, cv2.CC_STAT_LEFT], stats[:, cv2.CC_STAT_TOP]
         right, bottom = left + stats[:, cv2.CC_STAT_WIDTH], top + stats[:, cv2.CC_STAT_HEIGHT]
-        keep |= (left == 0) | (top == 0) | (right == mask.shape[1]) | (bottom == mask.shape[0])
-    keep[0] = False
-    found: NDArray[np.bool_] = keep[labels]
+        chosen |= (left == 0) | (top == 0) | (right == mask.shape[1]) | (bottom == mask.shape[0])
+    chosen[0] = False
+    found: NDArray[np.bool_] = chosen[labels]
     return found
 
 

@@ -30,9 +30,9 @@ _QUALITY = 90
 class Backdrop:
     """Tile pyramid of a slide or of its thumbnail; thread-safe.
 
-    Level 0 fits into one tile; each level doubles the size. `finest`: level-0 pixels of the slide per pixel of the
-    finest level, `max_level`. `missing`: reason why the thumbnail is shown instead of the slide; None if the slide is
-    shown.
+    Level 0 fits into one tile; each level doubles the size, up to `max_level`. `reader`: open reader of the slide or
+    the thumbnail. `finest`: level-0 pixels of the slide per pixel of the finest level. `missing`: reason why the
+    thumbnail is shown instead of the slide; None if the slide is shown.
     """
 
     def __init__(self, reader: SlideReader, finest: int = 1, missing: str | None = None) -> None:
@@ -43,7 +43,7 @@ class Backdrop:
         self.max_level = max(0, math.ceil(math.log2(max(level0.width, level0.height) / finest / TILE)))
 
     def tile(self, level: int, column: int, row: int) -> bytes | None:
-        """Return a tile as a JPEG of at most TILE × TILE pixels; None if there is no such tile.
+        """Return the tile (column, row) of a level as a JPEG of at most TILE × TILE pixels; None if there is none.
 
         Tiles at the right and lower edges are smaller. SlideError if the slide can no longer be read.
         """
@@ -66,7 +66,9 @@ class Backdrop:
 def open_backdrop(slide: SlideLayout, record: SlideRecord, table: NucleiTable) -> Backdrop:
     """Return the pyramid of the slide, or of its thumbnail if the slide cannot be opened.
 
-    InputError if the slide cannot be opened and there is no thumbnail. Errors of a corrupted thumbnail propagate.
+    `slide`: paths of its results. `record`: its row of the cohort. `table`: its nuclei, which give the size of the
+    slide. InputError if the slide cannot be opened and there is no thumbnail. Errors of a corrupted thumbnail
+    propagate.
     """
     try:
         return Backdrop(reopen(record, slide.survey_json))

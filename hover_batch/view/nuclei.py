@@ -30,11 +30,11 @@ _GROUPS = 4
 
 
 class NucleiTiles:
-    """Tiles of one slide's nuclei; thread-safe.
+    """Tiles of the nuclei in one slide's `table`; thread-safe.
 
-    `tile`: side of a contour tile in level-0 pixels, a power of 2. `columns`, `rows`: number of contour tiles. `step`:
-    resolution of contours in level-0 pixels. `counts` (classes,): number of nuclei of each class, by id. `peaks`
-    (classes,): highest density of each class in a contour tile, in nuclei per level-0 pixel.
+    `tile`: side of a contour tile in level-0 pixels, a power of 2. `columns`, `rows`: number of contour tiles along x
+    and y. `step`: resolution of contours in level-0 pixels. `counts` (classes,): number of nuclei of each class, by id.
+    `peaks` (classes,): highest density of each class in a contour tile, in nuclei per square level-0 pixel.
     """
 
     def __init__(self, table: NucleiTable) -> None:
@@ -99,7 +99,7 @@ class NucleiTiles:
         self._ends = np.concatenate([[0], lengths.cumsum()])
 
     def contours(self, column: int, row: int) -> bytes | None:
-        """Return the nuclei of one tile in the little-endian layout below; None if there is no such tile.
+        """Return the nuclei of a contour tile in the little-endian layout below; None if there is no such tile.
 
         ::
 
@@ -154,7 +154,7 @@ class NucleiTiles:
         return np.bincount(cells[inside], minlength=self._classes * CELLS**2).astype("<u4").tobytes()
 
     def row(self, nucleus_id: int) -> dict[str, Any] | None:
-        """Return the columns of one nucleus by name, without those of its slide and geometry.
+        """Return the values of one nucleus by column, except slide_id, type_id, bbox and geometry.
 
         Values that are not finite become None. None if there is no such nucleus. SlideError if the file is corrupted.
         """
@@ -162,8 +162,8 @@ class NucleiTiles:
             return None
         group = int(np.searchsorted(self._first_rows, nucleus_id - 1, side="right")) - 1
         one = self._group(group).slice(nucleus_id - 1 - int(self._first_rows[group]), 1)
-        [held], [measured] = one.to_pylist(), self.table.measurements(one)
-        return {name: measured.get(name) if name in self.table.measured else held[name] for name in held}
+        [row], [measured] = one.to_pylist(), self.table.measurements(one)
+        return {name: measured.get(name) if name in self.table.measured else row[name] for name in row}
 
     def _read_group(self, number: int) -> pa.RecordBatch:
         """Read the columns of one row group that `row` returns."""

@@ -19,7 +19,7 @@ Notify = Callable[[str], None]
 
 
 def serve(folder: Path, slide_id: str | None, port: int, notify: Notify) -> Server:
-    """Return a server for one slide of the run in `folder`. It listens already, and answers in `serve_forever()`.
+    """Return a server for one slide of the run in `folder`. It listens on loopback; call its `serve_forever` to answer.
 
     `slide_id`: None for the run's only slide. `port`: 0 for any free port. `notify` is called with lines about
     progress. InputError if the slide is not in the run, is not done or cannot be shown, or the port is taken;
@@ -44,7 +44,7 @@ def serve(folder: Path, slide_id: str | None, port: int, notify: Notify) -> Serv
         if backdrop.missing:
             notify(f"{slide.slide_id}: the slide cannot be opened, its thumbnail is shown instead: {backdrop.missing}")
         # Flags compare the slide with the others of the run.
-        done = {name: held for name in records if (held := slide_if_done(layout.slide(name)))}
+        done = {name: stored for name in records if (stored := slide_if_done(layout.slide(name)))}
         server.site = Site(backdrop, NucleiTiles(table), flag_slides(done)[slide.slide_id])
     except BaseException:
         server.server_close()

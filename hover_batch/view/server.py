@@ -24,6 +24,7 @@ from hover_batch.view.backdrop import TILE, Backdrop
 from hover_batch.view.nuclei import CELLS, NucleiTiles
 
 ADDRESS = "127.0.0.1"
+"""Address on which the server listens."""
 PAGE = {
     "": ("index.html", "text/html; charset=utf-8"),
     "page.css": ("page.css", "text/css; charset=utf-8"),
@@ -49,11 +50,14 @@ HEADERS = {
 _PATH = re.compile(r"(slide|nuclei|density|nucleus)((?:/[0-9]{1,9})+)")
 
 Answer = tuple[bytes, str]
-"""Content, and its content type."""
+"""(content, content type) of a response."""
 
 
 class Site:
-    """Resources that the server offers, by their path after the token."""
+    """Resources that the server offers for one slide, by their path after the token.
+
+    `backdrop`: tiles of the picture. `nuclei`: tiles of the nuclei. `flags`: quality flags of the slide.
+    """
 
     def __init__(self, backdrop: Backdrop, nuclei: NucleiTiles, flags: Sequence[Flag]) -> None:
         self._kinds: dict[tuple[str, int], Callable[..., Answer | None]] = {
@@ -114,12 +118,13 @@ def _json(value: dict[str, Any] | None) -> Answer | None:
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """Server that listens from its construction on, and answers once `site` is set and `serve_forever` runs.
+    """Server that listens on loopback as soon as it is made, and answers once `site` is set and `serve_forever` runs.
 
-    `port`: 0 for any free port. InputError if it is taken.
+    `port`: 0 for any free port. InputError if it is taken. Each request is answered in a thread of its own.
     """
 
     site: Site
+    """Resources that are served; set it before `serve_forever`."""
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 64
@@ -136,7 +141,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     @property
     def url(self) -> str:
-        """Address of the page, with the token."""
+        """URL of the page, with the secret token."""
         return f"http://{ADDRESS}:{self.server_address[1]}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:

@@ -119,7 +119,7 @@ def evaluate(
         beside=beside,
         clock=clock,
         threads=threads,
-        say=partial(typer.echo, err=True),
+        notify=partial(typer.echo, err=True),
     )
     show(evaluation)
     if json_file:

@@ -38,7 +38,7 @@ Address = Annotated[
 
 
 def check_package_file(out: Path) -> None:
-    """Create the folder of the package `out`, and check that it can be written before minutes of work.
+    """Create the folder of the package `out`, and check that the file can be written, before minutes of work.
 
     Raises InputError if the name does not end in .safetensors, or the file cannot be written.
     """

@@ -1,4 +1,4 @@
-"""Terminal tables of an evaluation."""
+"""Print an evaluation as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = {"pq": "PQ", "dice": "Dice", "f_d": "F_d"}
 
 
 def show(evaluation: Evaluation) -> None:
-    """Print the scores and the cost of the model, and the shifts and the comparison if they were computed."""
+    """Print the scores and the cost of the model to stdout, and the shifts and the comparison if they were computed."""
     console = Console()
     name = evaluation.package.card.name
     console.print(_scores(evaluation))
@@ -65,7 +65,10 @@ def _cost(cost: Cost) -> str:
 
 
 def shift_table(rows: Sequence[ShiftScores], title: str) -> Table:
-    """Return a table with one row per source and shift; rows in which PQ collapsed are red, with an arrow."""
+    """Return a table with one row per source and shift; rows in which PQ collapsed are red, with an arrow.
+
+    `rows`: scores, source by source. Each score is followed by its change from the unchanged images.
+    """
     collapsed = any(row.collapsed for row in rows)
     table = Table(
         title=title,

@@ -92,7 +92,7 @@ def sweep(
         out,
         gpus_per_run=gpus_per_run,
         engine=EngineSettings(backend=backend, cpus=cpus, gpus=gpus, address=address),
-        say=lambda line: typer.echo(line, err=True),
+        notify=lambda line: typer.echo(line, err=True),
     )
     _print(ended)
     typer.echo(out / REPORT)

@@ -66,6 +66,6 @@ def teach(
         batch=batch,
         tta=tta,
         engine=EngineSettings(backend=backend, cpus=cpus, gpus=gpus, address=address),
-        say=lambda line: typer.echo(line, err=True),
+        notify=lambda line: typer.echo(line, err=True),
     )
     typer.echo(cache.path)

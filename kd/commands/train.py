@@ -186,7 +186,7 @@ def train(
 
 
 def train_settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `kd train`, as parsed by typer, as settings of `TrainConfig.of`; None if not given.
+    """Return the `options` of `kd train`, as parsed by typer, as settings for `TrainConfig.of`; None if not given.
 
     Raises InputError if a --source is not NAME=SHARE.
     """

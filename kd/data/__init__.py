@@ -1,1 +1,1 @@
-"""Annotated images: reading, checking, caching and drawing them."""
+"""Read, check, cache and draw annotated images."""

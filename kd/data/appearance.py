@@ -1,6 +1,7 @@
-"""Changes of the appearance of images: stain, colour, tone, sharpness, resolution, noise, JPEG.
+"""Change the appearance of images: stain, colour, tone, sharpness, resolution, noise, JPEG.
 
-Images are (y, x, 3) uint8 RGB. Training draws the changes at random; `kd.evaluation.shifts` applies fixed ones.
+Images are (y, x, 3) uint8 RGB. All functions return a new image of the same shape and dtype. Training draws the changes
+at random; `kd.evaluation.shifts` applies fixed ones.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ HED_TO_RGB: NDArray[np.float32] = rgb_from_hed.astype(np.float32)
 
 
 def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Change stain, colour, tone, sharpness, resolution and noise of an image (y, x, 3) uint8 RGB at random.
+    """Return a square image (y, x, 3) uint8 RGB with randomly changed appearance.
 
-    Each change is applied with its own probability; the last one is JPEG compression. The result has the same shape and
-    dtype.
+    Changes to stain, colour, tone, sharpness, resolution and noise, and finally JPEG compression, are each applied with
+    their own probability and random strength.
     """
     if rng.random() < 0.7:
         image = jitter_stain(image, rng)
@@ -45,9 +46,9 @@ def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDA
 
 
 def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Change the colour of an image (y, x, 3) uint8 RGB and blur it, both at random, as in HoVer-UNet's released code.
+    """Return an image (y, x, 3) uint8 RGB, randomly recoloured and blurred as in HoVer-UNet's released code.
 
-    Each change is applied with its own probability.
+    The colour changes with probability 0.5; the image is blurred with probability 0.3.
     """
     if rng.random() < 0.5:
         image = jitter_color(image, rng)
@@ -57,18 +58,18 @@ def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArra
 
 
 def blur(image: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
-    """Blur an image (y, x, 3) uint8 with a Gaussian with a standard deviation of `sigma` pixels."""
+    """Return an image (y, x, 3) uint8, blurred by a Gaussian with a standard deviation of `sigma` pixels."""
     return np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), np.uint8)
 
 
 def jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
-    """Compress an image (y, x, 3) uint8 RGB as JPEG with a quality from 0 to 100, and return the decoded image."""
+    """Return an image (y, x, 3) uint8 RGB after JPEG compression and decompression with a `quality` from 0 to 100."""
     encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]  # OpenCV expects BGR
     return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1], np.uint8)
 
 
 def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Change the stains of an image (y, x, 3) uint8 RGB at random (Tellez et al. 2018).
+    """Return an image (y, x, 3) uint8 RGB with randomly changed stains (Tellez et al. 2018).
 
     Hematoxylin, eosin and the residual are scaled and shifted independently.
     """
@@ -76,10 +77,10 @@ def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 
 
 def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLike = (0, 0, 0)) -> NDArray[np.uint8]:
-    """Scale and shift the optical densities of the stains in an image (y, x, 3) uint8 RGB.
+    """Return an image (y, x, 3) uint8 RGB with the optical densities of its stains scaled and shifted.
 
     `factors`, `offsets`: three values, for hematoxylin, eosin and the residual (stain vectors of Ruifrok & Johnston
-    2001).
+    2001). Densities are natural logarithms.
     """
     density = -np.log((image.astype(np.float32) + 1) / 256)
     stains: NDArray[np.float32] = density @ RGB_TO_HED
@@ -89,7 +90,7 @@ def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLik
 
 
 def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Change contrast, brightness, saturation and hue of an image (y, x, 3) uint8 RGB at random."""
+    """Return an image (y, x, 3) uint8 RGB with randomly changed contrast, brightness, saturation and hue."""
     pixels = image.astype(np.float32)
     pixels = (pixels - pixels.mean()) * rng.uniform(0.8, 1.25) + pixels.mean() + rng.uniform(-20, 20)
     grey = pixels.mean(axis=2, keepdims=True)
@@ -101,7 +102,7 @@ def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 
 
 def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Make the midtones of an image (y, x, 3) uint8 lighter or darker at random.
+    """Return an image (y, x, 3) uint8 with randomly lighter or darker midtones (see `change_gamma`).
 
     The exponent is between 0.6 and 2.5, because nuclei are black on old scanners and in thick sections.
     """
@@ -109,20 +110,20 @@ def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 
 
 def change_gamma(image: NDArray[np.uint8], exponent: float) -> NDArray[np.uint8]:
-    """Apply the gamma curve x^`exponent` on [0, 1] to an image (y, x, 3) uint8; above 1, midtones are darker."""
+    """Return an image (y, x, 3) uint8 with the gamma curve x^`exponent` on [0, 1]; above 1, midtones are darker."""
     table = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(np.uint8)
     return table[image]
 
 
 def sharpen(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Sharpen an image (y, x, 3) uint8 with a random unsharp mask, as some scanners do."""
+    """Return an image (y, x, 3) uint8, sharpened by a random unsharp mask, as some scanners do."""
     amount = rng.uniform(0.3, 1.5)
     soft = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 2.0))
     return np.asarray(cv2.addWeighted(image, 1 + amount, soft, -amount, 0), np.uint8)
 
 
 def lose_resolution(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Resample a square image (y, x, 3) uint8 as if scanned with pixels 1.3 to 2.2 times as large, at its own size."""
+    """Return a square image (y, x, 3) uint8 as if it had been scanned with pixels 1.3 to 2.2 times as large."""
     side = image.shape[0]
     small = int(side / rng.uniform(1.3, 2.2))
     reduced = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)

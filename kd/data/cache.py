@@ -1,4 +1,4 @@
-"""Cache of annotated images, written by `kd prepare`: a zarr group, or the same content in one .npz file.
+"""Write and read caches of annotated images (`kd prepare`): a zarr group, or the same content in one .npz file.
 
 Both have a header with the format, the taxonomy, and for each image its id, source, tissue, group, fold, height, width,
 whether its types are annotated, and the SHA-256 of its content. Images differ in size, so the zarr (v3) group stores
@@ -29,9 +29,9 @@ from kd.data.samples import Sample
 from kd.data.stores import ARRAYS, Arrays, NpzStore, Store, ZarrStore
 
 FORMAT = "hover-batch annotated images"
-"""Format in the header."""
+"""Value of `format` in the header."""
 VERSION = 1
-"""Format version in the header."""
+"""Value of `version` in the header, the version of the format."""
 SUFFIXES = (".zarr", ".npz")
 """Suffixes of caches."""
 
@@ -71,7 +71,7 @@ def is_cache(path: Path) -> bool:
 
 
 class CacheWriter:
-    """Writer of a cache, one image at a time.
+    """Writer of a cache, one image at a time. Use `writing`, which makes it and finishes it.
 
     `path`: zarr group or .npz file to create, by its suffix; an existing one is replaced.
     """
@@ -144,9 +144,10 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
 
 
 class Cache:
-    """Cache, opened for reading.
+    """Cache, opened for reading; see `open_cache`.
 
-    `path`: used in messages. Raises InputError if the header is of another format or version.
+    `path`: path for messages. `taxonomy`: classes of the types. `entries`: header entries of the images, in order.
+    Raises InputError if the header is of another format or version.
     """
 
     def __init__(self, path: Path, store: Store) -> None:
@@ -163,12 +164,12 @@ class Cache:
 
     @property
     def folds(self) -> list[str]:
-        """Folds in the order in which they appear."""
+        """Names of the folds, in the order in which they appear."""
         return list(dict.fromkeys(entry.fold for entry in self.entries))
 
     @property
     def sources(self) -> list[str]:
-        """Sources in the order in which they appear."""
+        """Names of the sources, in the order in which they appear."""
         return list(dict.fromkeys(entry.source for entry in self.entries))
 
     def samples(self, fold: str, sources: Collection[str] | None) -> Iterator[Sample]:

@@ -1,4 +1,4 @@
-"""Mapping of the class codes of published annotations to the class ids of one taxonomy.
+"""Map the class codes of published annotations to the class ids of one taxonomy.
 
 Classes are mapped by name, although the same cells may have another name in another data set: what one data set calls
 epithelial may be neoplastic in the other.
@@ -63,7 +63,7 @@ def fully_annotated(samples: Iterable[Sample]) -> list[Sample]:
 
 
 def classes_by_source(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, list[str]]:
-    """Return the sources with annotated nuclei of each class of `taxonomy`, by class name.
+    """Return class name → those of `sources` that annotate nuclei of the class, for each class of `taxonomy`.
 
     Empty if `taxonomy` is not one of TAXONOMIES.
     """
@@ -77,8 +77,9 @@ def classes_by_source(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, l
 def class_ids(codes: NDArray[np.integer], source: str, taxonomy: Taxonomy, where: str) -> NDArray[np.uint8] | None:
     """Return the class ids (y, x) uint8 in `taxonomy`, one of TAXONOMIES, of a source's class codes (y, x).
 
-    0 is background in both; nuclei without a class in `taxonomy` are 0, too. Returns None if the meaning of the
-    source's codes is unknown. Raises InputError, naming `where`, if a code is not one of the source's.
+    0 is the background in both; nuclei without a class in `taxonomy` become 0, too. Returns None if the meaning of the
+    source's codes is unknown. `where`: file or image, for messages. Raises InputError if a code is not one of the
+    source's.
     """
     names = CODES.get(source)
     if names is None:

@@ -1,4 +1,4 @@
-"""Contact sheet: some of the images with their annotations drawn on them, for a check by eye.
+"""Draw a contact sheet: some of the images with their annotations drawn on them, for a check by eye.
 
 It reveals a wrong axis order, a shifted mask or swapped classes, which counts do not.
 """
@@ -27,11 +27,14 @@ _FONT, _SIZE, _LINE = cv2.FONT_HERSHEY_SIMPLEX, 0.5, 22
 
 
 class ContactSheet:
-    """Contact sheet of up to PICTURES random samples; the same samples give the same sheet."""
+    """Contact sheet of up to PICTURES random samples; the same samples give the same sheet.
+
+    `taxonomy`: classes of the samples.
+    """
 
     def __init__(self, taxonomy: Taxonomy) -> None:
         self._taxonomy = taxonomy
-        self._kept: dict[int, NDArray[np.uint8]] = {}
+        self._pictures: dict[int, NDArray[np.uint8]] = {}
         """Index of the sample → its picture."""
         self._seen = 0
         self._random = np.random.default_rng(0)
@@ -43,15 +46,15 @@ class ContactSheet:
             drawn = int(self._random.integers(index + 1))
             if drawn >= PICTURES:
                 return
-            del self._kept[list(self._kept)[drawn]]
-        self._kept[index] = draw(sample, self._taxonomy)
+            del self._pictures[list(self._pictures)[drawn]]
+        self._pictures[index] = draw(sample, self._taxonomy)
 
     def write(self, path: Path) -> None:
-        """Write the sheet as a PNG, in the order of the samples. At least one must have been added.
+        """Write the sheet to `path` as a PNG, in the order of the samples. At least one must have been added.
 
         Raises InputError if the file cannot be written.
         """
-        pictures = [self._kept[index] for index in sorted(self._kept)]
+        pictures = [self._pictures[index] for index in sorted(self._pictures)]
         columns = min(COLUMNS, len(pictures))
         blank = np.full_like(pictures[0], 255)
         pictures += [blank] * (-len(pictures) % columns)

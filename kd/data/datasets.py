@@ -1,4 +1,4 @@
-"""Annotated images for training and evaluation, read from a cache of `kd prepare` or from an instance folder."""
+"""Read annotated images for training and evaluation, from a cache of `kd prepare` or from an instance folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAY_BE_EMPTY = ("train", "val", "test")
 
 
 def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = None) -> Data:
-    """Return the images of the given folds and sources (None: all), fold by fold in the order of the data.
+    """Return the images of the given folds and sources (None for all), fold by fold in the order of the data.
 
     `path`: a cache (.zarr or .npz), or an instance folder (with dataset.csv), whose splits are the folds and whose
     types are mapped to CoNSeP's merged classes. The folds train, val and test may be empty or absent. Raises InputError
@@ -37,7 +37,7 @@ def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = 
 
 
 def folds_of(path: Path) -> list[str]:
-    """Return the folds of the data at `path` (as for `read_data`), in the order in which they appear.
+    """Return the names of the folds of the data at `path` (see `read_data`), in the order in which they appear.
 
     Raises InputError if the data cannot be read.
     """
@@ -45,7 +45,7 @@ def folds_of(path: Path) -> list[str]:
 
 
 def taxonomy_of(path: Path) -> Taxonomy:
-    """Return the classes of the data at `path` (as for `read_data`). Raises InputError if it cannot be read."""
+    """Return the classes of the data at `path` (see `read_data`). Raises InputError if it cannot be read."""
     data = _open(path)
     return data.taxonomy if isinstance(data, Cache) else CONSEP
 

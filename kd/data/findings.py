@@ -1,4 +1,4 @@
-"""Counts and irregularities of annotated images, for the table and the warnings of `kd prepare`."""
+"""Count annotated images and find irregularities, for the table and the warnings of `kd prepare`."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Part:
 
 
 class Findings:
-    """Counts and irregularities of samples with types in `taxonomy`."""
+    """Counts and irregularities of samples. `taxonomy`: classes of their types."""
 
     def __init__(self, taxonomy: Taxonomy) -> None:
         self.taxonomy = taxonomy
         self.parts: dict[tuple[str, str], Part] = defaultdict(Part)
-        """Counts by source and fold."""
+        """(source, fold) → counts."""
         self.unread_types: list[str] = []
         """Sources whose types were not read."""
         self._odd: Counter[str] = Counter()
@@ -44,7 +44,7 @@ class Findings:
         """image_sha256 → fold → the image's id there."""
 
     def add(self, sample: Sample) -> None:
-        """Add one image to the counts."""
+        """Add one image to the counts, and look for irregularities in it."""
         part = self.parts[sample.source, sample.fold]
         part.images += 1
         self._folds_of_image[sample.image_sha256][sample.fold] = sample.id

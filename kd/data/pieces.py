@@ -1,4 +1,4 @@
-"""Connected components of annotated nuclei."""
+"""Count the connected pieces of annotated nuclei."""
 
 from __future__ import annotations
 

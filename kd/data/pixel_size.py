@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def check_pixel_size(card: Card, where: str) -> None:
-    """Raise InputError, naming `where` (the option and its value), if the model is not for pixels of MPP ± 2 %."""
+    """Raise InputError if the model of `card` is not for pixels of MPP ± 2 %.
+
+    `where`: option that named the model, and its value, for the message.
+    """
     if not math.isclose(card.mpp, MPP, rel_tol=0.02):
         raise InputError(
             f"{where}: is for pixels of {card.mpp:g} µm, but the annotated images have {MPP} µm; give another model"

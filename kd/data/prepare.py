@@ -1,4 +1,4 @@
-"""Preparation of annotated images: read all known layouts, and write one cache and a contact sheet."""
+"""Prepare annotated images: read all known layouts, and write one cache and a contact sheet."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Watch = Callable[[Iterable[Sample], int], Iterable[Sample]]
 
 
 def prepare(folders: Sequence[Path], out: Path, sheet: Path, classes: str | None, val: int, watch: Watch) -> Findings:
-    """Write the images of all folders to the cache `out` and some of them to the PNG `sheet`; return their counts.
+    """Write the images of all folders to the cache `out` and some of them to the PNG `sheet`.
 
-    `classes`: name in TAXONOMIES of the classes to map types to; None: pannuke if a folder has PanNuke's types, else
-    consep. `val`: number of CoNSeP's last training tiles to use as fold val. `watch`: shows progress. Only one image at
-    a time is in memory. Raises InputError if a folder or an image cannot be read, or a file cannot be written; `out` is
-    unchanged unless only the contact sheet could not be written.
+    Return their counts and irregularities. `classes`: name in TAXONOMIES of the classes to map types to; None for
+    pannuke if a folder has PanNuke's types, else consep. `val`: number of CoNSeP's last training tiles to use as fold
+    val. `watch`: shows progress. Only one image at a time is in memory. Raises InputError if a folder or an image
+    cannot be read, or a file cannot be written; `out` is unchanged unless only the contact sheet could not be written.
     """
     layouts = [recognise(folder, val) for folder in folders]
     if val and not any(isinstance(layout, Consep) for layout in layouts):

@@ -1,4 +1,4 @@
-"""Annotated images, independent of the layout that they were read from."""
+"""Represent annotated images, independent of the layout that they were read from."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Sample:
 
     @cached_property
     def image_sha256(self) -> str:
-        """SHA-256 of shape and pixels, which identifies an image independently of its name and file format."""
+        """Hex SHA-256 of shape and pixels, which identifies an image independently of its name and file format."""
         digest = hashlib.sha256(f"{self.image.shape}".encode())
         digest.update(np.ascontiguousarray(self.image).tobytes())
         return digest.hexdigest()
 
 
 def renumbered(instances: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return instances (y, x) int32 with ids renumbered from 1 on if an id needs more than 16 bits, else unchanged.
+    """Return instances (y, x) int32, renumbered from 1 on if an id needs more than 16 bits, else `instances` itself.
 
     Training has a table row for every id up to the largest, and warps ids as float32, which is exact only up to 2^24.
     """
@@ -60,7 +60,7 @@ def renumbered(instances: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 def truth_sha256(samples: Iterable[Sample]) -> str:
-    """Return the SHA-256 of the instances and types of all samples, in order, as hexadecimal digits."""
+    """Return the hex SHA-256 of the instances and types of all samples, in order."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(np.ascontiguousarray(sample.instances).tobytes())
@@ -69,7 +69,7 @@ def truth_sha256(samples: Iterable[Sample]) -> str:
 
 
 def hashes_of(samples: Iterable[Sample]) -> list[str]:
-    """Return the image hashes as stored in a model card, sorted and without duplicates.
+    """Return the hashes of the images, as a model card records them, sorted and without duplicates.
 
     A hash is the first SHA_DIGITS digits of `image_sha256`.
     """
@@ -81,6 +81,6 @@ class Data:
     """Annotated images, and the taxonomy of their types."""
 
     taxonomy: Taxonomy
-    """Taxonomy of the types."""
+    """Classes of the types."""
     samples: list[Sample]
-    """Annotated images."""
+    """Annotated images, in order."""

@@ -1,4 +1,4 @@
-"""File formats of a cache: a zarr group with the pixels of all images in a row, or a zip of .npy files."""
+"""Read and write the file formats of a cache: a zarr group with the pixels of all images, or a zip of .npy files."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class Store(Protocol):
         """Header that `finish` wrote; empty if there is none."""
 
     def append(self, i: int, arrays: Arrays) -> None:
-        """Append image `i`, the next one."""
+        """Append the arrays of image `i`, which must be the next one. OSError if they cannot be written."""
 
     def finish(self, header: dict[str, Any]) -> None:
-        """Write the header and close the store."""
+        """Write the header (JSON values), and close the store."""
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
-        """Return the arrays of image `i`, which has this (y, x) shape.
+        """Return the arrays of image `i`. Errors of the library propagate.
 
-        `offset`: number of pixels of all images before it.
+        `shape`: (y, x) of the image. `offset`: number of pixels of all images before it.
         """
 
 
 class ZarrStore:
     """Storage in a zarr group.
 
-    Appended images are buffered until they fill whole chunks. The last chunk that was read is kept in memory, because
+    Appended images are buffered until they fill whole chunks. The last chunk that was read stays in memory, because
     patches are smaller than chunks and are read one after the other.
     """
 
@@ -85,7 +85,7 @@ class ZarrStore:
         return dict(self._group.attrs)
 
     def append(self, i: int, arrays: Arrays) -> None:
-        """Append image `i`, the next one, to the buffer, and write whole chunks."""
+        """Append the arrays of the next image to the buffer, and write chunks that are full; `i` is ignored."""
         self._buffer.append({name: a.reshape(-1, *ARRAYS[name][1]) for name, a in arrays.items()})
         if sum(len(a["instances"]) for a in self._buffer) >= CHUNK:
             self._write(whole_chunks=True)
@@ -108,7 +108,7 @@ class ZarrStore:
         self._group.attrs.put(header)
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
-        """Return the arrays of the image with this (y, x) shape that begins at pixel `offset`; `i` is ignored."""
+        """Return the arrays of the image of `shape` (y, x) that begins at pixel `offset`; `i` is ignored."""
         stop = offset + math.prod(shape)
         return {
             name: np.concatenate(

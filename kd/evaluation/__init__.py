@@ -1,1 +1,1 @@
-"""Scores against annotated nuclei, calibration of Sobel constants, and tables of published scores."""
+"""Score networks against annotated nuclei, calibrate Sobel constants, and compare with published scores."""

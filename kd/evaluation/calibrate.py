@@ -25,7 +25,7 @@ from hover_batch.nuclei.markers import MARKER_ENERGY
 from hover_batch.nuclei.watershed import SobelConstants, without_debris
 from kd.data.datasets import MPP, Sample
 from kd.evaluation.evaluate import MapsOf, true_nuclei
-from kd.evaluation.variants import Numbers, extremes, from_stored, instances_by
+from kd.evaluation.variants import Parameters, extremes, from_stored, instances_by
 
 CUTS = (-0.1, -0.05, 0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
 """Cuts to try."""
@@ -33,9 +33,9 @@ F_D_MARGIN = 0.005
 """Largest loss of mean F_d, compared with the cut of the best F_d, with which a cut may be chosen. PQ rewards good
 outlines of detected nuclei and would choose a cut that merges one nucleus in ten, but tables need correct counts."""
 OTHERS = (
-    *(Numbers(nucleus=p) for p in (0.4, 0.45, 0.55, 0.6)),
-    *(Numbers(sobel=size) for size in (15, 27)),
-    *(Numbers(opening=diameter) for diameter in (0, 3, 7)),
+    *(Parameters(nucleus=p) for p in (0.4, 0.45, 0.55, 0.6)),
+    *(Parameters(sobel=size) for size in (15, 27)),
+    *(Parameters(opening=diameter) for diameter in (0, 3, 7)),
 )
 """Other values of HoVerNet's post-processing parameters to try. The marker threshold is not among them, because
 changing it has the same effect as changing the cut."""
@@ -78,7 +78,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Result of a search."""
+    """Result of a search for Sobel constants."""
 
     constants: SobelConstants
     """Chosen constants."""
@@ -95,15 +95,15 @@ class Calibration:
 
 
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
-    """Predict the images of `samples` with `maps_of`; return each with its stored np, h and v, (3, y, x) uint8."""
+    """Predict the images of `samples` with `maps_of`; return each sample and its stored np, h and v (3, y, x) uint8."""
     stored = [MapLayout.NP, MapLayout.H, MapLayout.V]
     return [(s, np.ascontiguousarray(maps_of(s.image)[stored])) for s in samples]
 
 
 def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] = CUTS) -> Calibration:
-    """Predict the images of `samples` with `maps_of`, and return the result of `search` on them.
+    """Predict the images of `samples` with `maps_of`, and return the Sobel constants that `search` finds on them.
 
-    Raises InputError as `search` does.
+    `cuts`: cuts to try. Raises InputError as `search` does.
     """
     return search(predict_all(maps_of, samples), cuts)
 
@@ -111,8 +111,8 @@ def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] 
 def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
     """Return the constants with the best mean PQ among the cuts whose mean F_d is within F_D_MARGIN of the best F_d.
 
-    If several cuts are equal, the lowest is chosen. Raises InputError if there are neither annotated nor predicted
-    nuclei, because PQ is then undefined.
+    `predicted`: result of `predict_all`, not empty. `cuts`: cuts to try; if several are equally good, the lowest is
+    chosen. Raises InputError if there are neither annotated nor predicted nuclei, because PQ is then undefined.
     """
     middle = medians([SobelConstants.of_window(h, v) for _, (_, h, v) in predicted])
     window = trial(predicted, None, None)
@@ -129,7 +129,7 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
 
 
 def constants_at(medians: SobelConstants, cut: float) -> SobelConstants:
-    """Shift the medians so that the marker threshold is at `cut` times the minimum, in each direction."""
+    """Return the medians, shifted so that the marker threshold is at `cut` times the minimum, in each direction."""
 
     def moved(low: float, high: float) -> tuple[float, float]:
         start = cut * low - (1 - MARKER_ENERGY) * (high - low)
@@ -145,32 +145,32 @@ def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
 
 
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
-    """Score the post-processing of slides with these constants; None: with the extremes of each image.
+    """Return the scores of the post-processing of slides with these constants; None for the extremes of each image.
 
-    `cut`: cut of the constants, for the record.
+    `cut`: cut of the constants, for the record; None for the extremes.
     """
     scores = _scores(predicted, lambda planes: instances_of(planes, constants))
     return Trial("window" if constants is None else "fixed", cut, *scores)
 
 
 def try_others(predicted: Predicted, cut: float) -> dict[str, Trial]:
-    """Return the scores with each of OTHERS at this cut, by a name such as "nucleus 0.4".
+    """Return the scores with each of OTHERS at the cut `cut`, by a name such as "nucleus 0.4".
 
-    The entry "as they are" has HoVerNet's own parameters in the same slow implementation. The medians are computed for
-    each Sobel kernel, because their values depend on its size.
+    The entry "as they are" has HoVerNet's own parameters, in the same slow implementation. The medians are computed
+    for each Sobel kernel, because their values depend on its size.
     """
     found = {}
-    standard = Numbers()
-    for numbers in (standard, *OTHERS):
+    standard = Parameters()
+    for parameters in (standard, *OTHERS):
         maps = [from_stored(planes) for _, planes in predicted]
-        constants = constants_at(medians([extremes(m, numbers.sobel) for m in maps]), cut)
+        constants = constants_at(medians([extremes(m, parameters.sobel) for m in maps]), cut)
 
         def instances(
-            planes: Planes, numbers: Numbers = numbers, constants: SobelConstants = constants
+            planes: Planes, parameters: Parameters = parameters, constants: SobelConstants = constants
         ) -> NDArray[np.int32]:
-            return without_debris(instances_by(from_stored(planes), constants, numbers), PostSettings.min_area_px)
+            return without_debris(instances_by(from_stored(planes), constants, parameters), PostSettings.min_area_px)
 
-        changed = [f"{n} {v:g}" for n, v in asdict(numbers).items() if v != getattr(standard, n)]
+        changed = [f"{n} {v:g}" for n, v in asdict(parameters).items() if v != getattr(standard, n)]
         found[changed[0] if changed else "as they are"] = Trial("fixed", cut, *_scores(predicted, instances))
     return found
 

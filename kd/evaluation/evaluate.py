@@ -1,4 +1,4 @@
-"""Scores of a network on annotated images, by source: Dice, AJI, PQ, detection and class F1.
+"""Score a network on annotated images, by source: Dice, AJI, PQ, detection and class F1.
 
 Scores are computed from stored maps (`hover_batch.model.heads.MapLayout`) with the post-processing of slides, so they
 are valid for the tables that `segment` writes.
@@ -76,8 +76,8 @@ def evaluate_data(
     """Return the scores as `evaluate` does, for a model whose classes may differ from those of the data.
 
     `model`: classes of the model. Each source is scored in the classes that data and model have in common (see
-    `kd.evaluation.remap`). Raises InputError, before anything is predicted, if these are unknown for a source; and if
-    an image has too many nuclei to pair.
+    `kd.evaluation.remap`). Other arguments as for `evaluate`. Raises InputError, before anything is predicted, if these
+    classes are unknown for a source; and if an image has too many nuclei to pair.
     """
     remaps = remaps_of(data, model)
     scores = []

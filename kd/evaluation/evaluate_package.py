@@ -1,4 +1,4 @@
-"""Evaluation of a model package on annotated images: scores, leakage and cost."""
+"""Evaluate a model package on annotated images: scores, leakage and cost."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from kd.evaluation.shifts import UNCHANGED, Shift
 
 FOLD = "test"
 """Fold that is scored by default."""
-SAY_EVERY_S = 30.0
+NOTIFY_EVERY_S = 30.0
 """Shortest interval between progress lines, in seconds."""
 
-Say = Callable[[str], object]
+Notify = Callable[[str], object]
 """Function that is called with lines of progress."""
 Image = NDArray[np.uint8]
 """(y, x, 3) uint8 RGB."""
@@ -111,12 +111,12 @@ class Evaluation:
         return report
 
     def write(self, path: Path) -> None:
-        """Write `to_json` to a file, atomically."""
+        """Write `to_json` to a file, atomically. OSError if it cannot be written."""
         write_atomically(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
 
 
 def by_image(scores: Sequence[SourceScores]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of scores of each image by source (see `SourceScores.images_to_json`)."""
+    """Return source → scores of each of its images, as JSON values (see `SourceScores.images_to_json`)."""
     return {s.source: s.images_to_json() for s in scores}
 
 
@@ -134,16 +134,16 @@ def evaluate_package(
     beside: str | None = None,
     clock: bool = False,
     threads: int = 0,
-    say: Say = _silent,
+    notify: Notify = _silent,
 ) -> Evaluation:
-    """Evaluate the package `model` on the annotated images `data`.
+    """Return the evaluation of the package `model` on the annotated images `data`.
 
-    `data`, `folds`, `sources`: as for `read_data`. `post`: only `sobel_norm` and `min_area_px` are used; None: the
-    defaults. `label`: name of the row in tables; None: the package's name. `shift`: also score the images after each of
-    SHIFTS. `against`: a package, or the .json file of an earlier evaluation, to compare with. `picture`: draw the
-    predictions next to the annotations and, if `beside` is given, to the predictions of that package. `clock`: measure
-    the time of the network. `threads`: threads of the network on the CPU, 0 = all cores. `say` is called with lines
-    about the progress. Raises InputError or PackageError, before anything is predicted, if an argument is invalid.
+    `data`, `folds`, `sources`: as for `read_data`. `post`: only `sobel_norm` and `min_area_px` are used; None for the
+    defaults. `label`: name of the row in tables; None for the package's name. `shift`: also score the images after each
+    of SHIFTS. `against`: a package, or the .json file of an earlier evaluation, to compare with. `picture`: draw the
+    predictions next to the annotations and, if `beside` names a package, to the predictions of that. `clock`: measure
+    the time of the network. `threads`: threads of the network on the CPU; 0 for all cores. `notify` is called with
+    lines about the progress. Raises InputError or PackageError, before anything is predicted, for an invalid argument.
     """
     post = post or PostSettings()
     package = _package(model, "package")
@@ -158,15 +158,15 @@ def evaluate_package(
         )
     if old:
         old.check(found.samples)
-    ready = _Ready.of(package, found, post, threads, say)
+    ready = _Ready.of(package, found, post, threads, notify)
     network = load_network(package)
     scores = ready.scores(found, UNCHANGED)
     if rival:
-        rival_scores = _Ready.of(rival, found, post, threads, say).scores(found, UNCHANGED)
+        rival_scores = _Ready.of(rival, found, post, threads, notify).scores(found, UNCHANGED)
         old = Baseline(rival.card.name, rival.sha256, post.sobel_norm, post.min_area_px, by_image(rival_scores))
     drawn = None
     if picture:
-        second = [_Ready.of(other, found, post, threads, say).shown] if other else []
+        second = [_Ready.of(other, found, post, threads, notify).shown] if other else []
         drawn = figure(found, [*second, ready.shown])
     return Evaluation(
         label=label or package.card.name,
@@ -187,11 +187,12 @@ def evaluate_package(
 
 
 def score_test_fold(predictor: Predictor, constants: SobelConstants, data: Path) -> dict[str, Any]:
-    """Score a loaded network on the fold test of `data`; return JSON values.
+    """Score a loaded network on the fold test of `data`; return JSON values by name.
 
-    `sources` has the scores by source, as in `SourceScores.to_json`, and `leakage` a list of {"text": sentence} about
-    images that the model has seen in training. `constants`: Sobel constants for post-processing. Raises InputError if
-    the fold has no images, or if the model is for another pixel size or for unknown classes.
+    `sources` has the scores by source, as in `SourceScores.to_json`, and `leakage` is a list of {"text": sentence}
+    about images that the model has seen in training. `constants`: Sobel constants for post-processing. Raises
+    InputError if the data cannot be read, the fold has no images, or the model is for another pixel size or for unknown
+    classes.
     """
     card = predictor.card
     check_pixel_size(card, card.name)
@@ -218,13 +219,13 @@ class _Ready:
     package: Package
     predictor: Predictor
     post: PostSettings
-    say: Say
+    notify: Notify
 
     @classmethod
-    def of(cls, package: Package, data: Data, post: PostSettings, threads: int, say: Say) -> _Ready:
+    def of(cls, package: Package, data: Data, post: PostSettings, threads: int, notify: Notify) -> _Ready:
         """Load the network of `package`, with a batch size for the images of `data`."""
         batch = batch_of(package.card, (sample.image.shape for sample in data.samples))
-        return cls(package, load_predictor(package, InferSettings(threads=threads, batch=batch)), post, say)
+        return cls(package, load_predictor(package, InferSettings(threads=threads, batch=batch)), post, notify)
 
     @property
     def shown(self) -> Shown:
@@ -243,22 +244,22 @@ class _Ready:
         """Return the scores on `data` after a shift, and report progress."""
         shown = self.shown
         what = f"{shown.name}, {shift.name}"
-        self.say(what)
-        maps_of = _reporting(shown.maps_of, what, len(data.samples), self.say)
+        self.notify(what)
+        maps_of = _reporting(shown.maps_of, what, len(data.samples), self.notify)
         return evaluate_data(maps_of, data, shown.constants, shown.taxonomy, min_area_px=shown.min_area_px, shift=shift)
 
 
-def _reporting(maps_of: MapsOf, what: str, images: int, say: Say) -> MapsOf:
-    """Return `maps_of` with progress: a line at most every SAY_EVERY_S seconds. `images`: number of calls expected."""
+def _reporting(maps_of: MapsOf, what: str, images: int, notify: Notify) -> MapsOf:
+    """Return `maps_of` with a line of progress at most every NOTIFY_EVERY_S seconds. `images`: number of calls."""
     done, printed_at = 0, time.monotonic()
 
     def reporting(image: Image) -> Image:
         nonlocal done, printed_at
         maps = maps_of(image)
         done += 1
-        if (now := time.monotonic()) - printed_at >= SAY_EVERY_S:
+        if (now := time.monotonic()) - printed_at >= NOTIFY_EVERY_S:
             printed_at = now
-            say(f"{what}: {done} of {images} images")
+            notify(f"{what}: {done} of {images} images")
         return maps
 
     return reporting

@@ -1,4 +1,4 @@
-"""Picture with images, annotations and predictions of models side by side (as Figure 2 of arXiv 2311.12553)."""
+"""Draw images, annotations and predictions of models side by side (as Figure 2 of arXiv 2311.12553)."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Shown:
     name: str
     """Title of its column."""
     maps_of: MapsOf
-    """Function from an image to the model's stored maps."""
+    """Function from an image to the model's stored maps (see `MapsOf`)."""
     constants: SobelConstants | None
-    """Sobel constants; None: scale by the extremes of each image."""
+    """Sobel constants; None to scale by the extremes of each image."""
     taxonomy: Taxonomy
     """Classes of the model."""
     min_area_px: int = PostSettings.min_area_px
@@ -45,7 +45,7 @@ class Shown:
 
 
 def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uint8]:
-    """Draw a picture (y, x, 3) uint8 RGB with a row for each of `n` images with many nuclei, and a colour key.
+    """Return a picture (y, x, 3) uint8 RGB with a row for each of `n` images with many nuclei, and a colour key.
 
     The images are those of `fullest`. Columns are the image, the annotations, and the predictions of each model in the
     classes that it has in common with the data. The annotations are drawn in those of the last model. Raises InputError

@@ -1,4 +1,4 @@
-"""Leakage: images on which a model is scored and which it has seen in training or calibration.
+"""Find leakage: images on which a model is scored and which it has seen in training or calibration.
 
 The entry `training` of a card records the images: `saw` (fold → first hexadecimal digits of `Sample.image_sha256`) and
 `saw_groups` (fold → `source/group`). Older cards have only `data` (fold → source → counts), which identifies images by
@@ -27,7 +27,7 @@ Training = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Leak:
-    """Images of one source that a model has seen."""
+    """Scored images of one source that a model has seen in training or calibration."""
 
     source: str
     """Name of the source."""
@@ -54,7 +54,7 @@ class Leak:
 
 
 def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
-    """Return the samples that the model of `card` has seen, by source, certain leaks first.
+    """Return the samples that the model of `card` has seen, by source, certain leaks first; empty if there are none.
 
     A sample is listed for its strongest reason only: seen in training, else in calibration, else of a seen patient,
     else possibly seen.

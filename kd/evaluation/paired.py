@@ -1,4 +1,4 @@
-"""Paired comparison of two models: the difference of their PQ on the same images, with a bootstrap interval."""
+"""Compare two models in pairs: the difference of their PQ on the same images, with a bootstrap interval."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 """Coverage of the interval."""
 AT_ONCE = 2**20
-"""Number of draws to keep in memory at once."""
+"""Number of draws that are in memory at once."""
 
 Key = tuple[str, str, int]
 """Identity of an annotated image: its id, the hash of its pixels, and its number of annotated nuclei."""
@@ -62,7 +62,10 @@ class Baseline:
         return cls(run.label, report["sha256"], report["sobel_norm"], report["min_area_px"], report["by_image"])
 
     def check(self, samples: Iterable[Sample]) -> None:
-        """Raise InputError if these samples, without the sources in PARTIAL, are not the images that were scored."""
+        """Raise InputError if these samples are not the annotated images that were scored.
+
+        Sources in PARTIAL, which have no PQ, are not compared.
+        """
         wanted: dict[str, set[Key]] = {}
         for sample in samples:
             if sample.source not in PARTIAL:
@@ -107,9 +110,9 @@ class Paired:
 
 
 def compared(new: ByImage, baseline: Baseline) -> list[Paired]:
-    """Return the comparison for each source but those in PARTIAL, which have no PQ.
+    """Return the comparison of `new` with the baseline for each source but those in PARTIAL, which have no PQ.
 
-    The baseline must have scores for the same images (see `Baseline.check`).
+    The baseline must have scores of the same images (see `Baseline.check`).
     """
     return [_compared(source, rows, baseline.by_image[source]) for source, rows in new.items() if source not in PARTIAL]
 

@@ -12,6 +12,7 @@ from hover_batch.taxonomy import PANNUKE, Taxonomy
 from kd.evaluation.remap import PAPER_CONSEP
 
 PAPER = "arXiv 2311.12553"
+"""Reference of the paper."""
 
 
 @dataclass(frozen=True)

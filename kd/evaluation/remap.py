@@ -1,7 +1,7 @@
-"""Common classes of annotations and a model whose classes differ.
+"""Map annotations and a model whose classes differ to the classes that they have in common.
 
 Source: Tommasino et al. (arXiv 2311.12553), section 3, for a PanNuke model on CoNSeP: neoplastic, inflammatory and
-epithelial are kept, and all other classes are miscellaneous. CoNSeP's merged classes do not separate healthy from
+epithelial stay, and all other classes become miscellaneous. CoNSeP's merged classes do not separate healthy from
 malignant epithelium, so with them three common classes remain.
 """
 
@@ -59,7 +59,7 @@ class Remap:
     """Common class id of nuclei without a class in the data's taxonomy; 0 if they have no common class either."""
 
     def sample(self, sample: Sample) -> Sample:
-        """Return the sample with types in the common classes; without types if only nuclei are common."""
+        """Return a copy of the sample with types in the common classes; without types if only nuclei are common."""
         if sample.types is None or self.taxonomy is NUCLEI:
             return replace(sample, types=None)
         types = np.array(self.data, np.uint8)[sample.types]
@@ -72,12 +72,12 @@ class Remap:
 
 
 def remap_of(data: Taxonomy, model: Taxonomy, source: str, typed: bool = True) -> Remap:
-    """Return the mapping of the data's and the model's classes to common classes, for one source.
+    """Return the mapping of the data's and the model's classes to common classes, for the source `source`.
 
-    Equal classes are kept, with one exception: for the source `consep` mapped to PanNuke's classes, the common classes
-    are the four of the paper, and CoNSeP's "other", which has no class in PanNuke, is miscellaneous. `typed`: whether
-    the source has annotated types; without types, or with a model without types, only nuclei are common. Raises
-    InputError if no common classes are known.
+    If both have the same classes, these are the common ones, with one exception: for the source `consep` mapped to
+    PanNuke's classes, the common classes are the four of the paper, and CoNSeP's "other", which has no class in
+    PanNuke, is miscellaneous. `typed`: whether the source has annotated types; without types, or with a model without
+    types, only nuclei are common. Raises InputError if no common classes are known.
     """
     kinds = (_names(data), _names(model))
     pannuke, consep = _names(PANNUKE), _names(CONSEP)
@@ -104,7 +104,7 @@ def remap_of(data: Taxonomy, model: Taxonomy, source: str, typed: bool = True) -
 
 
 def remaps_of(data: Data, model: Taxonomy) -> dict[str, Remap]:
-    """Return the mapping of each source of the data to common classes, in the order of appearance.
+    """Return source → mapping of its classes and the model's to common classes, in the order of appearance.
 
     Raises InputError if no common classes are known for a source.
     """

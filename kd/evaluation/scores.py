@@ -1,4 +1,4 @@
-"""Scores of a source, averaged over its images as in the publications that define them.
+"""Average the scores of a source over its images, as in the publications that define them.
 
 As in HoVerNet (Graham et al. 2019), Dice, AJI, DQ, SQ and PQ are means over images, and F_d and F_c count the nuclei of
 all images together. As in PanNuke-metrics (Gamper et al. 2020), bPQ and mPQ are means over the images of a tissue, then
@@ -115,7 +115,7 @@ class SourceScores:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "by_image"}
 
     def images_to_json(self) -> list[dict[str, Any]]:
-        """Return one row per image with id, sha256, nuclei (annotated), pq, dice and f_d; None if undefined."""
+        """Return id, sha256, annotated nuclei, pq, dice and f_d of each image as JSON objects; None if undefined."""
         defined = self.source not in PARTIAL
         rows = []
         for image in self.by_image:
@@ -129,7 +129,7 @@ class SourceScores:
 
 
 def plain(value: Any) -> Any:
-    """Convert `value` to a JSON value: tuples become lists and NaN becomes None, also inside dictionaries."""
+    """Return `value` as a JSON value: tuples become lists and NaN becomes None, also inside dictionaries."""
     if isinstance(value, dict):
         return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, tuple):
@@ -140,7 +140,10 @@ def plain(value: Any) -> Any:
 
 
 def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> SourceScores:
-    """Return the scores of a source from those of its images, at least one."""
+    """Return the scores of a source, averaged over `images`, the scores of its images, of which there is at least one.
+
+    `taxonomy`: classes in which the images are scored.
+    """
     counts = sum((i.pairs for i in images[1:]), images[0].pairs)
     detection = detection_scores(counts)
     typed = [i for i in images if i.pq_c is not None]

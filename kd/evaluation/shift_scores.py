@@ -1,4 +1,4 @@
-"""Scores on changed images, compared with the scores on the unchanged images."""
+"""Score changed images, and compare the scores with those of the unchanged images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ShiftScores:
 
     @classmethod
     def of(cls, shift: Shift, before: SourceScores, after: SourceScores) -> ShiftScores:
-        """Compare the scores of one source before and after a shift."""
+        """Return the scores of one source after a shift, compared with those before."""
         scores = {name: getattr(after, name) for name in SCORES}
         changes = {name: value - getattr(before, name) for name, value in scores.items()}
         collapsed = before.pq > 0 and after.pq <= COLLAPSE * before.pq
@@ -50,7 +50,8 @@ def score_shifts(
 ) -> list[ShiftScores]:
     """Return the scores after each of SHIFTS, source by source, without the sources in PARTIAL, which have no PQ.
 
-    `scores_of`: computes the scores of data after a shift. `unchanged`: scores on the unchanged images.
+    `scores_of`: function from data and a shift to the scores of each source after it. `unchanged`: scores on the
+    unchanged images.
     """
     before = {scores.source: scores for scores in unchanged if scores.source not in PARTIAL}
     scored = Data(data.taxonomy, [sample for sample in data.samples if sample.source in before])

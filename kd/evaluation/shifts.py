@@ -1,4 +1,4 @@
-"""Shifts: fixed changes of annotated images that simulate other stains, scanners and pixel sizes."""
+"""Change annotated images in fixed ways that simulate other stains, scanners and pixel sizes: shifts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ class Shift:
     """Pixel size in µm to which images are resampled; the model still assumes MPP."""
 
     def of(self, sample: Sample) -> Sample:
-        """Apply the shift to the image of a sample; labels are resampled to the size of the new image."""
+        """Return a copy of the sample with the shift applied to its image.
+
+        If the pixel size changes, the labels are resampled to the size of the new image (nearest neighbour).
+        """
         image = self.change(sample.image)
         if self.mpp == MPP:
             return replace(sample, image=image)
@@ -49,6 +52,7 @@ class Shift:
 
 
 UNCHANGED = Shift("unchanged")
+"""Shift that changes nothing."""
 SHIFTS = (
     Shift("dark, gamma 1.6", partial(change_gamma, exponent=1.6)),
     Shift("darker, gamma 2.5", partial(change_gamma, exponent=2.5)),

@@ -1,4 +1,4 @@
-"""Limits of a model card: the range of nuclei in the training images, to flag slides that look different."""
+"""Compute the limits of a model card: the range of nuclei in annotated images, to flag slides that look different."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _MARGIN = 1.5
 
 
 def slide_limits(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
-    """Return the limits of `area_um2`, `h_od` and `e_od` for a card (see `hover_batch.quality.flags.LIMITS`).
+    """Return the limits (lowest, highest) of `area_um2`, `h_od` and `e_od` for a card, by name.
 
-    `samples`: images in which all nuclei are outlined. The limits are the 1st and the 99th percentile over images, with
-    a margin. Empty if fewer than MIN_IMAGES images have nuclei.
+    See `hover_batch.quality.flags.LIMITS`. `samples`: images in which all nuclei are outlined. The limits are the 1st
+    and the 99th percentile over images, with a margin. Empty if fewer than MIN_IMAGES images have nuclei.
     """
     measured = np.array([_measures(sample) for sample in samples if sample.instances.any()]).reshape(-1, 3)
     if len(measured) < MIN_IMAGES:

@@ -1,4 +1,4 @@
-"""Tables of published scores with additional rows for our evaluations.
+"""Make tables of published scores, with additional rows for our evaluations.
 
 Evaluations with the same label (such as the folds of one setting) share a row, with their mean and standard deviation.
 Each row lists its evaluations. Rows with scores on images that a model has seen in training are marked, and a note
@@ -94,7 +94,7 @@ class Table:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read evaluations from files that `kd evaluate --json` wrote.
+    """Return the evaluations in files that `kd evaluate --json` wrote, in the order of `paths`.
 
     Raises InputError if a file is not an evaluation of this version, or if two have the same label but another
     architecture or other settings, or are of the same model on the same images.
@@ -155,7 +155,8 @@ def _read(path: Path) -> Mapping[str, Any]:
 def tables(runs: Sequence[Run], out: Path) -> list[Table]:
     """Return the three tables of the paper, the table of cost, and for each source a table with all scores.
 
-    `out`: folder that the tables will be written to; the files of evaluations are named relative to it.
+    `runs`: evaluations, each of which is in the rows of our own. `out`: folder to which the tables will be written; the
+    files of evaluations are named relative to it.
     """
     made = []
     for paper in TABLES:
@@ -180,7 +181,7 @@ def tables(runs: Sequence[Run], out: Path) -> list[Table]:
 
 
 def write_tables(made: Sequence[Table], out: Path) -> None:
-    """Write `out`/tables.md, and a CSV file for each table.
+    """Write the tables `made` (see `tables`) to `out`/tables.md, and each to a CSV file named after it in `out`.
 
     The CSV files have numbers with eight significant digits, and an additional column for each standard deviation.
     Raises OSError if a file cannot be written.

@@ -26,7 +26,7 @@ Maps = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Parameters:
     """Parameters of the post-processing, which HoVerNet fixes for all models; the defaults are HoVerNet's values."""
 
     nucleus: float = MapLayout.NP_NUCLEUS / 256
@@ -40,7 +40,7 @@ class Numbers:
 
 
 def from_stored(planes: NDArray[np.uint8]) -> Maps:
-    """Convert stored np, h and v (3, y, x) uint8 to the float32 values that they encode."""
+    """Return np, h and v, each (y, x) float32, from stored planes (3, y, x) uint8 (see `MapLayout`)."""
     hv = planes[1:].view(np.int8).astype(np.float32) / HV_STEPS
     return planes[0].astype(np.float32) / 256, hv[0], hv[1]
 
@@ -56,27 +56,30 @@ def sobel(maps: Maps, size: int) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 
 def extremes(maps: Maps, size: int) -> SobelConstants:
-    """Return the extremes of both Sobel maps of one image, as `SobelConstants.of_window` does for stored maps."""
+    """Return the extremes of both Sobel maps of one image, as `SobelConstants.of_window` does for stored maps.
+
+    `size`: odd side of the Sobel kernel in pixels.
+    """
     x, y = sobel(maps, size)
     return SobelConstants(float(x.min()), float(x.max()), float(y.min()), float(y.max()))
 
 
-def instances_by(maps: Maps, constants: SobelConstants, numbers: Numbers) -> NDArray[np.int32]:
-    """Return instances (y, x) int32, 0 = background, from the maps of one image.
+def instances_by(maps: Maps, constants: SobelConstants, parameters: Parameters) -> NDArray[np.int32]:
+    """Return the instances (y, x) int32, 0 = background, in the maps of one image, of any size.
 
-    `constants`: extremes that scale the Sobel maps; `numbers`: all other parameters.
+    `constants`: extremes by which the Sobel maps are scaled. `parameters`: all other parameters.
     """
-    foreground = _large(maps[0] >= numbers.nucleus) > 0
+    foreground = _large(maps[0] >= parameters.nucleus) > 0
     (scale_h, scale_v), (low_h, low_v) = constants.scaling
-    x, y = sobel(maps, numbers.sobel)
+    x, y = sobel(maps, parameters.sobel)
     slope_h = (x * (scale_h * HV_STEPS) - low_h).astype(np.float32)  # `scaling` is in units of stored steps
     slope_v = (y * (scale_v * HV_STEPS) - low_v).astype(np.float32)
     energy = np.maximum(np.maximum(1 - slope_h, 1 - slope_v), 0)
     energy[~foreground] = 1
     landscape = -cv2.GaussianBlur(1 - energy.astype(np.float64), (3, 3), 0)
-    inside = ndimage.binary_fill_holes(foreground & (energy < numbers.marker)).astype(np.uint8)
-    if numbers.opening:
-        ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (numbers.opening, numbers.opening))
+    inside = ndimage.binary_fill_holes(foreground & (energy < parameters.marker)).astype(np.uint8)
+    if parameters.opening:
+        ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (parameters.opening, parameters.opening))
         inside = np.asarray(cv2.morphologyEx(inside, cv2.MORPH_OPEN, ellipse), np.uint8)
     flooded = watershed(landscape, _large(inside), mask=foreground)  # type: ignore[no-untyped-call]
     return np.asarray(flooded, np.int32)

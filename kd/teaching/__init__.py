@@ -1,1 +1,1 @@
-"""Stored outputs of a teacher for the training images."""
+"""Store the outputs of a teacher for the training images, from which students are distilled."""

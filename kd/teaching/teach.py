@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from hover_batch.config import EngineSettings, InferSettings
 from hover_batch.errors import InputError, PackageError
-from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
+from hover_batch.executor.map_tasks import TaskFailed, map_tasks, task_resources
 from hover_batch.model.package import Card, find_package
 from hover_batch.progress import ProgressCounter
 from kd.data.datasets import Sample, folds_of, read_data, taxonomy_of
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from hover_batch.model.predict import Predictor
 
 TILES_A_TASK = 16
-"""Number of tiles at which a task is full."""
+"""Number of tiles from which on no more images are added to a task."""
 THREADS = 4
 """Threads of each teacher on the CPU with Ray, which may run several teachers."""
-SAY_EVERY_S = 10.0
+NOTIFY_EVERY_S = 10.0
 """Shortest interval between progress lines, in seconds."""
 
 
@@ -73,19 +73,19 @@ def teach(
     batch: int = 4,
     tta: int = 1,
     engine: EngineSettings,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> TeacherCache:
     """Store the teacher's output for every image of the folds and sources in a cache, and return the cache.
 
-    Existing outputs are kept and corrupted ones computed again, so an interrupted run resumes. Only one run at a time
+    Existing outputs are used and corrupted ones computed again, so an interrupted run resumes. Only one run at a time
     may write to a cache.
 
-    `data`: annotated images (see `read_data`). `teacher`: a package. `cache`: folder of the outputs. `sources`: None
-    for all. `batch`: tiles per batch. `tta`: 8 to average over the rotations and flips of each image, else 1. `engine`:
-    where to run. `say` is called with lines about the progress.
+    `data`, `folds`, `sources`: annotated images (see `read_data`). `teacher`: `starter`, or the path of a package.
+    `cache`: folder of the outputs. `batch`: tiles per batch. `tta`: 8 to average over the rotations and flips of each
+    image, else 1. `engine`: settings of the backend. `notify` is called with lines about the progress.
 
-    Raises InputError if the data or the teacher does not fit, and PackageError if the teacher cannot be loaded or its
-    output is not finite; the outputs stored so far remain.
+    Raises InputError if the data cannot be read, the teacher does not fit it, or `cache` holds other outputs; and
+    PackageError if the teacher cannot be loaded or its output is not finite. The outputs stored so far remain.
     """
     if tta not in (1, len(VIEWS)):
         raise InputError(f"--tta {tta}: must be 1, or {len(VIEWS)} for the rotations and flips of an image")
@@ -101,8 +101,8 @@ def teach(
             f"--teacher {teacher}: its classes are those of {given.name}, but the data's are those of {wanted.name}; "
             "give a teacher with the data's classes, or other --classes to `hover-batch kd prepare`"
         )
-    kept = TeacherCache.create(cache, package, tta)
-    with machines(engine, cache / "ray.log") as found:
+    outputs = TeacherCache.create(cache, package, tta)
+    with task_resources(engine, cache / "ray.log") as found:
         on_gpu, ray = found.gpus > 0, engine.backend == "ray"
         threads = 0 if on_gpu else min(THREADS, found.cpus) if ray else engine.cpus
         device = ("cuda" if on_gpu else "cpu") if ray else "cpu" if engine.gpus == 0 else "auto"
@@ -119,23 +119,23 @@ def teach(
         progress = ProgressCounter("images")
         results = map_tasks(
             run_lesson,
-            _lessons(teaching, folds, kept, package.card, progress, say),
+            _lessons(teaching, folds, outputs, package.card, progress, notify),
             backend=engine.backend,
             cpus=max(1, threads),
             gpus=int(on_gpu),
             at_once=found.gpus or max(1, found.cpus // max(1, threads)),
-            stay=True,
+            reuse_workers=True,
         )
         printed_at = time.monotonic()
         for lesson, result in results:
             if isinstance(result, TaskFailed):
                 raise result.error
             progress.advance(len(lesson.places))
-            if (now := time.monotonic()) - printed_at >= SAY_EVERY_S:
+            if (now := time.monotonic()) - printed_at >= NOTIFY_EVERY_S:
                 printed_at = now
-                say(f"  {progress.line}")
-    say(f"{progress.done} images done, {progress.done_now} of them now")
-    return kept
+                notify(f"  {progress.line}")
+    notify(f"{progress.done} images done, {progress.done_now} of them now")
+    return outputs
 
 
 def _lessons(
@@ -144,7 +144,7 @@ def _lessons(
     cache: TeacherCache,
     card: Card,
     progress: ProgressCounter,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> Iterator[Lesson]:
     """Yield the remaining tasks, fold by fold; an image that occurs twice is done once."""
     seen: set[str] = set()
@@ -154,7 +154,7 @@ def _lessons(
         seen |= new.keys()
         left = [i for i in new.values() if not cache.has(samples[i])]
         progress.expect(len(new), len(new) - len(left))
-        say(f"fold {fold}: {len(new)} images, {len(new) - len(left)} of them done before")
+        notify(f"fold {fold}: {len(new)} images, {len(new) - len(left)} of them done before")
         while left:
             places, tiles = [], 0
             while left and tiles < TILES_A_TASK:
@@ -165,7 +165,10 @@ def _lessons(
 
 
 def run_lesson(lesson: Lesson) -> None:
-    """Compute and store the outputs of the teacher for the images of one task, except those already stored."""
+    """Compute the outputs of the teacher for the images of one task, except those already stored, and store them.
+
+    Data and teacher are loaded once per process. Raises InputError or PackageError as `teach` does.
+    """
     from hover_batch.model.images import image_logits
 
     cache = TeacherCache.open(lesson.teaching.cache)
@@ -177,7 +180,7 @@ def run_lesson(lesson: Lesson) -> None:
     n_types = len(predictor.card.taxonomy.classes)
     outputs = logits_of(images) if lesson.teaching.tta == 1 else averaged(logits_of, images, n_types)
     for sample, logits in zip(samples, outputs, strict=True):
-        cache.keep(sample, logits)
+        cache.write(sample, logits)
 
 
 @lru_cache(maxsize=1)

@@ -27,13 +27,14 @@ from hover_batch.taxonomy import Taxonomy
 from kd.data.samples import Sample
 
 FORMAT = "hover-batch teacher cache 1"
+"""Value of `format` in teacher.json."""
 CHUNK = 256
 """Side in pixels of a compressed chunk; the chunks of an image are in one file."""
 
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """Cache of one teacher's outputs."""
+    """Cache of one teacher's outputs. Only one process at a time may write the output for an image."""
 
     path: Path
     """Folder of the cache."""
@@ -44,7 +45,7 @@ class TeacherCache:
     card: dict[str, Any]
     """Card of the teacher's package, as JSON."""
     tta: int = 1
-    """Number of rotated and flipped views of an image over which each output is averaged; 1: no averaging."""
+    """Number of rotated and flipped views of an image over which each output is averaged; 1 for no averaging."""
 
     @classmethod
     def open(cls, path: Path) -> TeacherCache:
@@ -68,7 +69,7 @@ class TeacherCache:
 
     @classmethod
     def create(cls, path: Path, teacher: Package, tta: int = 1) -> TeacherCache:
-        """Open the cache at `path` for the outputs of `teacher`, or create it.
+        """Open the cache at `path` for the outputs of `teacher`, or create it. `tta`: see the attribute.
 
         Raises InputError if it has outputs of another teacher or with another `tta`, or cannot be written.
         """
@@ -92,9 +93,9 @@ class TeacherCache:
         return cache
 
     def logits(self, sample: Sample) -> NDArray[np.float16]:
-        """Return the output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`.
+        """Return the stored output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`.
 
-        Raises InputError if it is missing or corrupted.
+        Raises InputError if it is missing or corrupted, or of another teacher.
         """
         path = self._array(sample)
         if not self.covers(sample):
@@ -133,11 +134,11 @@ class TeacherCache:
             return False
         return True
 
-    def keep(self, sample: Sample, logits: NDArray[np.floating[Any]]) -> None:
-        """Store the output (channel, y, x) for an image that has none yet, as float16.
+    def write(self, sample: Sample, logits: NDArray[np.floating[Any]]) -> None:
+        """Store the output `logits` (channel, y, x) for an image that has none yet, as float16.
 
         Values are clipped to the range of float16, ±65504, which does not change any softmax. Raises PackageError if a
-        value is not finite.
+        value is not finite, OSError if the output cannot be written.
         """
         import zarr
         from zarr.codecs import ZstdCodec

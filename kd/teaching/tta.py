@@ -13,7 +13,7 @@ from hover_batch.model.heads import HV, NP, Heads
 
 Logits = NDArray[np.float32]
 LogitsOf = Callable[[Sequence[NDArray[np.uint8]]], list[Logits]]
-"""Function of images (y, x, 3) uint8 RGB that returns a network's outputs (channel, y, x) float32."""
+"""Function from images (y, x, 3) uint8 RGB to a network's outputs (channel, y, x) float32."""
 
 VIEWS = tuple(product(range(4), (False, True)))
 """Views as (number of quarter turns, whether the turned image is flipped from left to right)."""
@@ -40,15 +40,18 @@ def _mean(outputs: Logits, heads: Heads) -> Logits:
 
 
 def turned(image: NDArray[np.uint8], turns: int, flip: bool) -> NDArray[np.uint8]:
-    """Rotate an image (y, x, 3) uint8 counterclockwise by `turns` × 90°, then flip it from left to right if `flip`."""
+    """Return an image (y, x, 3) uint8, rotated counterclockwise by `turns` × 90°, then flipped left to right if `flip`.
+
+    It is a view of `image`.
+    """
     view = np.rot90(image, turns)
     return view[:, ::-1] if flip else view
 
 
 def turned_back(output: Logits, turns: int, flip: bool) -> Logits:
-    """Convert a network's output (channel, y, x) for the view of `turned` to an output for the original image.
+    """Turn a network's output (channel, y, x) for `turned(image, turns, flip)` back to the orientation of `image`.
 
-    h and v are distances along the axes, so they swap and change sign when the axes do.
+    h and v are distances along the axes, so they swap and change sign when the axes do. Returns a new array.
     """
     h, v = output[HV]
     if flip:

@@ -1,1 +1,1 @@
-"""Training of students, distilled or not, and of HoVerNet teachers."""
+"""Train students, distilled or not, and HoVerNet teachers."""

@@ -1,4 +1,4 @@
-"""Random views of an annotated image.
+"""Draw random views of an annotated image.
 
 Geometry changes the image, the labels and a teacher's output in the same way; appearance changes only the image.
 
@@ -65,8 +65,9 @@ def random_view(
 ) -> View:
     """Return a random crop of `size` × `size` pixels with the augmentation `kind`, a row of the module's table.
 
-    `planes`: the teacher's output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`, or
-    None. The image must be at least `size` pixels high and wide.
+    `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers. `planes`:
+    the teacher's output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`; None without a
+    teacher.
     """
     view = random_geometry(sample, size, rng, kind, planes)
     if kind == "full":

@@ -1,4 +1,4 @@
-"""Class weights for the cross-entropies: rare classes of the training data have larger weights.
+"""Compute class weights for the cross-entropies: rare classes of the training data have larger weights.
 
 w_c = C · f_c^(-1/2) / Σ_k f_k^(-1/2), where f_c is the fraction of pixels with class c and C the number of classes; the
 weights have the mean 1. Classes without pixels have the weight 1 and are left out of C and of the sum.
@@ -24,6 +24,7 @@ from kd.training.crops import Teacher, targets_of
 from kd.training.losses import UNKNOWN
 
 FILE = "class_weights.json"
+"""Name of the file in which the weights are cached."""
 
 Weights = dict[str, dict[str, list[float]]]
 """`annotated` and, with a teacher, `taught` → branch (np, tp) → one weight per class, by class id."""
@@ -58,7 +59,10 @@ def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | No
 
 
 def by_rarity(counts: NDArray[np.int64]) -> list[float]:
-    """Return the weight of each class from its number of pixels (class,), by the formula in this module's docstring."""
+    """Return the weight of each class from its number of pixels, `counts` (class,), by the formula of this module.
+
+    A class without pixels gets 1.
+    """
     weights = np.ones(len(counts))
     present = counts > 0
     rarity = (counts[present] / counts.sum()) ** -0.5

@@ -1,4 +1,4 @@
-"""Training settings and presets. Settings are checked on construction; errors name the flag of `kd train`."""
+"""Settings of a training, and presets. Settings are checked when they are made; errors name the `kd train` option."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ PRESETS["released"] = PRESETS["paper"] | {
 class TrainConfig:
     """All settings of a training run.
 
-    Settings without a flag of `kd train` are set by the presets. Raises InputError, naming the flag, if a value is out
-    of range or contradicts another one.
+    Settings without an option of `kd train` are set by the presets. Raises InputError, naming the option, if a value is
+    out of range or contradicts another one.
     """
 
     data: Path
@@ -244,7 +244,7 @@ class TrainConfig:
     def of(cls, preset: str, **given: Any) -> TrainConfig:
         """Return the settings of a preset, overridden by the `given` settings that are not None.
 
-        Raises InputError if the preset is unknown or a setting does not fit.
+        `given` must contain `data` and `out`. Raises InputError if the preset is unknown or a setting is invalid.
         """
         if preset not in PRESETS:
             raise InputError(f"--preset {preset}: unknown; give one of {', '.join(PRESETS)}")
@@ -255,7 +255,7 @@ class TrainConfig:
 
     @property
     def loss_shares(self) -> tuple[float, float]:
-        """Factors of L_student and of L_distill in the loss; their sum is 1."""
+        """(factor of L_student, factor of L_distill) in the loss; their sum is 1."""
         return (self.alpha, 1 - self.alpha) if self.alpha_of == "student" else (1 - self.alpha, self.alpha)
 
     @property
@@ -264,7 +264,7 @@ class TrainConfig:
         return self.loss_shares[1] > 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings that decide the weights, as JSON values for the checkpoint and the card.
+        """Return the settings that determine the trained weights, by name, as JSON values for checkpoint and card.
 
         Paths, `threads` and `max_steps` are left out; files are recorded by their names.
         """

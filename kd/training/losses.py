@@ -1,4 +1,4 @@
-"""Losses of HoVerNet and HoVer-UNet for each branch, and their weighted sum.
+"""Compute the losses of HoVerNet and HoVer-UNet for each branch, and their weighted sum.
 
 Shapes: b batch, c channel, y, x. The functions take float32 tensors and return scalars. In formulas, p and q are
 softmax probabilities, t is the true class (as one-hot vector: t_ic), h and v are predicted distances and h' and v' true
@@ -40,19 +40,19 @@ class Targets:
 
 @dataclass(frozen=True)
 class BranchWeights:
-    """Class weights of the cross-entropies."""
+    """Class weights of the cross-entropies, on the device of the network."""
 
     np: Tensor | None = None
-    """(2,) float32: weights of background and nucleus; None: 1."""
+    """(2,) float32: weights of background and nucleus; None for equal weights."""
     tp: Tensor | None = None
-    """(n_types,) float32: weights of the classes; None: 1."""
+    """(n_types,) float32: weights of the classes; None for equal weights."""
 
 
 def weighted_ce(logits: Tensor, truth: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the weighted cross-entropy over pixels that are not UNKNOWN (HoVer-Net eq. 5, with class weights).
 
     CE = -Σ_i w_{t_i} log p_i(t_i) / Σ_i w_{t_i}. `logits`: (b, c, y, x). `truth`: (b, y, x) int64 class ids. `weight`:
-    (c,); None: 1. NaN if all pixels are UNKNOWN.
+    (c,) weights of the classes; None for equal weights. NaN if all pixels are UNKNOWN.
     """
     return F.cross_entropy(logits, truth, weight, ignore_index=UNKNOWN)
 
@@ -87,7 +87,7 @@ def mse_loss(hv: Tensor, truth: Tensor, known: Tensor) -> Tensor:
 
 
 def gradient_kernels(size: int, like: Tensor) -> Tensor:
-    """Return the derivative kernels (2, 1, size, size) along x and along y, with the reference's weights i / (i² + j²).
+    """Return derivative kernels (2, 1, size, size), along x and then along y, with the reference's weights i/(i² + j²).
 
     The kernel for h is along x and the kernel for v along y, as in HoVer-Net eq. 4; the meshgrid of the reference
     implementation swaps them. `size`: odd side in pixels. `like`: tensor with the dtype and device to use.
@@ -102,7 +102,7 @@ def msge_loss(hv: Tensor, truth: Tensor, nuclei: Tensor, known: Tensor) -> Tenso
     """Return the mean squared error of the gradients of h and v over the M nucleus pixels (HoVer-Net eq. 4).
 
     MSGE = 1/(2M)·Σ_{i∈M} (∂x h_i - ∂x h'_i)² + (∂y v_i - ∂y v'_i)². `hv`, `truth`: (b, 2, y, x). `nuclei`, `known`:
-    (b, y, x) bool. Errors of h and v at unknown pixels are set to 0 before the derivative.
+    (b, y, x) bool. Errors of h and v at unknown pixels are set to 0 before the derivative. 0 without known nuclei.
     """
     kernels = gradient_kernels(5, hv)
     error = F.conv2d(_where(known, hv - truth), kernels, padding=2, groups=2)
@@ -131,7 +131,7 @@ def student_loss(
 
     L_student = (CE + Dice)_np + (MSE + MSGE)_hv + (CE + Dice)_tp. Terms of np and hv are left out if no pixel of the
     batch is annotated, terms of tp if no pixel has a class. `output`: the network's output (b, c, y, x) as in `heads`.
-    `weights`: class weights; None: 1. `dice_over`: as `over` in `dice_loss`.
+    `weights`: class weights; None for equal weights. `dice_over`: as `over` in `dice_loss`.
     """
     weights = weights or BranchWeights()
     np_logits, hv, tp_logits = output[:, NP], output[:, HV], output[:, heads.tp]
@@ -165,8 +165,8 @@ def distill_loss(
     predicts types for every image, so the branch tp also learns from images without annotated types.
 
     `output`, `teacher`: (b, c, y, x) as in `heads`. Pixels where any channel of the teacher is not finite are not
-    counted; the CE terms are NaN if no pixel is left. `weights`: class weights; None: 1. `temperature`: T. `kl_mean`:
-    as `mean` in `kl_loss`. The KL terms are returned already multiplied by k.
+    counted; the CE terms are NaN if no pixel is left. `weights`: class weights; None for equal weights. `temperature`:
+    T. `kl_mean`: as `mean` in `kl_loss`. The KL terms are returned already multiplied by k.
     """
     weights = weights or BranchWeights()
     factor = temperature**2 if kl_scale == "T²" else temperature**-2

@@ -11,13 +11,16 @@ from kd.training.config import TrainConfig
 
 
 class Schedule(Protocol):
-    """Learning rate schedule whose state can be stored in a checkpoint."""
+    """Learning rate schedule of an optimiser, whose state can be stored in a checkpoint."""
 
     def before(self, step: int) -> None:
-        """Set the learning rate of the optimiser before each step. `step`: number of steps done."""
+        """Set the learning rate of the optimiser. Call it before each step. `step`: number of steps done."""
 
     def after(self, loss: float) -> bool:
-        """Update the schedule after each epoch with its validation loss; return False if training should end."""
+        """Update the schedule with the validation loss of an epoch; return False if training should end.
+
+        Call it after each epoch.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for the checkpoint."""
@@ -27,15 +30,18 @@ class Schedule(Protocol):
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Schedule:
-    """Build the schedule of `config` for a training of `steps` steps.
+    """Return the schedule of `config` for a training of `steps` steps in all.
 
-    `optimizer` must have its initial rates.
+    `optimizer`: optimiser whose rates are set; it must have its initial rates.
     """
     return Plateau(config, optimizer) if config.schedule == "plateau" else Cosine(config, optimizer, steps)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Return the learning rate at `step`: linear warm-up to `config.lr`, then half a cosine to zero at step `steps`."""
+    """Return the learning rate at `step`: linear warm-up to `config.lr`, then half a cosine to zero at step `steps`.
+
+    The warm-up takes `config.warmup` steps, by default a tenth of all steps, but at most 300.
+    """
     warmup = min(300, steps // 10) if config.warmup is None else config.warmup
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -44,7 +50,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 class Cosine:
-    """Schedule with the rate of `learning_rate`; it never ends training early.
+    """Schedule of `optimizer` with the rate of `learning_rate`, over `steps` steps; it never ends training early.
 
     The ratios between the rates of the optimiser's parameter groups stay constant.
     """
@@ -59,19 +65,19 @@ class Cosine:
             group["lr"] = learning_rate(self.config, step, self.steps) * share
 
     def after(self, loss: float) -> bool:
-        """Return True: training ends at its last step."""
+        """Return True, since training ends only at its last step."""
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return an empty state: the rate depends only on the step."""
+        """Return an empty state, since the rate depends only on the step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing: there is no state."""
+        """Do nothing, since there is no state."""
 
 
 class Plateau:
-    """Schedule that reduces the rate, and later ends training, when the validation loss stops falling.
+    """Schedule of `optimizer` that reduces the rate, and later ends training, when the validation loss stops falling.
 
     An epoch has progress if its loss is more than `plateau_delta` below the lowest loss so far. After more than
     `plateau_patience` epochs without progress, the rate is multiplied by `plateau_factor`, but not below `min_lr`.
@@ -92,7 +98,7 @@ class Plateau:
         self.waited = 0
 
     def before(self, step: int) -> None:
-        """Do nothing: the rate changes only after epochs."""
+        """Do nothing, since the rate changes only after epochs."""
 
     def after(self, loss: float) -> bool:
         """Update the rate with the validation loss of an epoch; return False if training should end."""
@@ -104,7 +110,7 @@ class Plateau:
         return not self.config.early_stop or self.waited < self.config.early_stop
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the plateau detection for the checkpoint."""
+        """Return the state of the schedule, from which `load_state_dict` continues it."""
         rate = {name: value for name, value in self.rate.state_dict().items() if name != "min_lrs"}
         return {"rate": rate, "least": self.least, "waited": self.waited}
 

@@ -1,4 +1,4 @@
-"""State of a training run, saved in its checkpoint so that an interrupted run gives the same result."""
+"""Save and restore the state of a training run, so that an interrupted run gives the same result."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ class State:
         os.replace(temporary, path)
 
     def resume(self, config: TrainConfig, record: dict[str, Any]) -> None:
-        """Load the checkpoint of `config.out`, if there is one. `record`: see `record_of`.
+        """Load the checkpoint of `config.out` into this state, if there is one. `record`: see `record_of`.
 
-        Raises InputError if it was written with other settings, images, annotations or another teacher.
+        Raises InputError if it was written with other settings, images, annotations or another teacher, or cannot be
+        read.
         """
         path = config.out / CHECKPOINT
         if not path.exists():
@@ -125,7 +126,8 @@ def record_of(
 ) -> dict[str, Any]:
     """Return the record of a training for the checkpoint and the model card, as JSON values.
 
-    `origin`: the origin of the initial weights, as from `starting_network`. The keys are
+    `taxonomy`: classes of the network. `training`, `validation`: images. `teacher`: None without distillation.
+    `origin`: origin of the initial weights, as from `starting_network`. The keys are
 
     - `taxonomy`: the classes;
     - `saw`: image hashes (see `hashes_of`) by part, train and val;
@@ -156,7 +158,7 @@ def record_of(
 
 
 def contents(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """Return the number of `images`, `nuclei` and images with types (`typed`) by source."""
+    """Return source → number of `images`, of `nuclei`, and of images with types (`typed`)."""
     found: dict[str, dict[str, int]] = {}
     for sample in samples:
         entry = found.setdefault(sample.source, {"images": 0, "nuclei": 0, "typed": 0})

@@ -1,4 +1,4 @@
-"""HoVerNet's distance targets, computed from an instance map.
+"""Compute HoVerNet's distance targets from an instance map.
 
 Source: Graham et al. 2019 (HoVer-Net), section 3.1; the scaling of each side by its own extreme and the rounding of
 the centroid follow the reference implementation's `gen_instance_hv_map`.

@@ -1,4 +1,4 @@
-"""Training loop: crops → network → loss → optimiser step; validation and a checkpoint after each epoch.
+"""Train a network: crops → network → loss → optimiser step; validation and a checkpoint after each epoch.
 
 The same loop trains students, distilled or not, and teachers. It does not import ray, zarr or tiatoolbox, except that
 reading a teacher's outputs or a .zarr cache needs zarr.
@@ -36,9 +36,10 @@ PANELS = "panels"
 def train(config: TrainConfig) -> nn.Module:
     """Train a network, or resume from the checkpoint in `config.out`; return it with the weights to package.
 
-    Writes the checkpoint, log.csv, TensorBoard files and pictures to `config.out`, and prints progress. Raises
-    InputError if the data, the teacher or the initial weights do not fit, or the checkpoint was written with other
-    settings or data; HoverBatchError if the loss is not finite or the checkpoint cannot be written.
+    It is in evaluation mode, on the GPU if there is one. The checkpoint, log.csv, TensorBoard files and pictures are
+    written to `config.out`, and progress is printed to stdout. The number of torch's threads in this process is set.
+    Raises InputError or PackageError if the data, the teacher or the initial weights do not fit, or the checkpoint was
+    written with other settings or data; HoverBatchError if the loss is not finite or the checkpoint cannot be written.
     """
     torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

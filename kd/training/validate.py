@@ -1,4 +1,4 @@
-"""Quick validation during training: the loss on fixed crops, scores by source on parts of images, and a picture."""
+"""Validate quickly during training: the loss on fixed crops, scores by source on parts of images, and a picture."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def validation_loss(
 ) -> float:
     """Return the mean of `loss` over the batches of `crops`. `model` must be in evaluation mode.
 
-    `loss`: (output, targets) → terms by name, among them `loss`. `batch`: crops per batch.
+    `loss`: function from (output, targets) to terms by name, among them `loss`. `batch`: crops per batch. `device`:
+    device of `model`.
     """
     losses = []
     for image, targets in batches(crops, batch, device):
@@ -60,9 +61,11 @@ def validate(model: nn.Module, samples: Sequence[Sample], device: torch.device, 
     """Return scores by name, for the log: `val_pq_<source>`, `val_dice_<source>` and `val_f_d_<source>`.
 
     Sources with annotated types also have `val_f_c_<source>`, the mean F_c over the classes. Sources in PARTIAL have
-    `val_recall_<source>` instead of PQ, Dice and F_d. `model` must be in evaluation mode. The central SIDE × SIDE
-    pixels of at most SCORED images per source are scored; smaller images are cropped to multiples of 32 pixels. The
-    network sees mirrored pixels around this part.
+    `val_recall_<source>` instead of PQ, Dice and F_d.
+
+    `model`: network in evaluation mode, on `device`. `samples`: validation images. `taxonomy`: classes of both. The
+    central SIDE × SIDE pixels of at most SCORED images per source are scored; smaller images are cropped to multiples
+    of 32 pixels. The network sees mirrored pixels around this part.
     """
     maps_of = maps_by(model, device, taxonomy)
     chosen: list[Sample] = []
@@ -82,8 +85,9 @@ def examples(
 ) -> Image:
     """Return a picture (y, x, 3) uint8 RGB with one row for each of up to EXAMPLES images.
 
-    Its columns are the image, its annotations, the teacher's prediction if there is a teacher, and the prediction of
-    `model`, which must be in evaluation mode.
+    Its columns are the centre of the image, its annotations, the teacher's prediction if there is a teacher, and the
+    prediction of `model`, a network in evaluation mode on `device`. The images are evenly spaced in `samples`.
+    `taxonomy`: classes of all of them.
     """
     maps_of = maps_by(model, device, taxonomy)
     layout = MapLayout(len(taxonomy.classes))
@@ -105,9 +109,10 @@ def examples(
 
 
 def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsOf:
-    """Return a function of images (y, x, 3) uint8 RGB that returns the stored maps (plane, y, x) uint8 of `model`.
+    """Return a function from images (y, x, 3) uint8 RGB to the maps (plane, y, x) uint8 that `model` predicts.
 
-    The sides of the images must be multiples of 32. The network sees mirrored pixels around them.
+    `model` must be in evaluation mode, on `device`; its classes are those of `taxonomy`. The sides of the images must
+    be multiples of 32. The network sees mirrored pixels around them.
     """
     layout = MapLayout(len(taxonomy.classes))
 

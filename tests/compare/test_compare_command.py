@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hover_batch.cli import app
 from hover_batch.cohort.record import SlideRecord
-from hover_batch.compare.budget import Options, Speed, estimate, reduced
+from hover_batch.compare.budget import Options, Speed, estimate, fit_to_budget
 from hover_batch.compare.fields import Place
 from hover_batch.geometry import Box
 from hover_batch.model.package import Card, find_package, save_package
@@ -168,11 +168,11 @@ def test_a_comparison_is_reduced_to_its_time() -> None:
     box = Box(0, 0, 512, 512)
     places = [Place(SlideRecord("s", Path("s.tif"), 2), box, 0.25)] * 6
     student, teacher = Speed(0.25, 256, 320, 256), Speed(5.0, 256, 256, 164)
-    assert student.of_field(box) == 4 * 0.25 * (320 / 256) ** 2 and teacher.of_field(box) == 16 * 5.0
+    assert student.field_seconds(box) == 4 * 0.25 * (320 / 256) ** 2 and teacher.field_seconds(box) == 16 * 5.0
     wanted = Options((1, 4, 16), 3, budget_s=300)
-    fits, options = reduced([student, teacher], places, wanted)
+    fits, options = fit_to_budget([student, teacher], places, wanted)
     assert (len(fits), options.repeats, options.batches) == (1, 1, (1, 4, 16))
     assert estimate([student, teacher], fits, options) <= 300 < estimate([student, teacher], places, wanted)
-    shortest = reduced([student, teacher], places, Options((1, 4, 16), 3, budget_s=1))
+    shortest = fit_to_budget([student, teacher], places, Options((1, 4, 16), 3, budget_s=1))
     assert shortest == (places[:1], Options((1,), 1, budget_s=1))
-    assert reduced([student, teacher], places, Options((1, 4, 16), 3)) == (places, Options((1, 4, 16), 3))
+    assert fit_to_budget([student, teacher], places, Options((1, 4, 16), 3)) == (places, Options((1, 4, 16), 3))

@@ -171,8 +171,8 @@ def runner(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
             else:
                 from hover_batch.executor.ray import RayExecutor
 
-                settled = plan or engine_of(0 if isinstance(cohort, StoredRun) else 1)
-                RayExecutor(context, settled, load).run(slides)
+                engine = plan or engine_of(0 if isinstance(cohort, StoredRun) else 1)
+                RayExecutor(context, engine, load).run(slides)
 
         @contextlib.contextmanager
         def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[OpenBackend]:

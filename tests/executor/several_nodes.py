@@ -23,9 +23,9 @@ import psutil
 
 from hover_batch.cohort.events import read_events
 from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
-from hover_batch.executor.cluster import START_ATTEMPTS, ask_for_token
+from hover_batch.executor.cluster import START_ATTEMPTS, prepare_own_cluster
 
-ask_for_token()
+prepare_own_cluster()
 
 import ray  # noqa: E402  (its environment had to be set)
 from accelerators import LoadQuick  # noqa: E402
@@ -94,7 +94,7 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
         hover_batch.executor.ray.RayExecutor, load=LoadQuick(plan["seconds"])
     )
     # The GPUs are simulated, so torch would find none.
-    hover_batch.executor.cluster.settled = lambda settings, on_gpu: replace(  # type: ignore[assignment]
+    hover_batch.executor.cluster.resolve_on_cluster = lambda settings, on_gpu: replace(  # type: ignore[assignment]
         settings, device="cuda" if on_gpu else "cpu"
     )
     # Ray can set it in the main thread only, and here nodes are added by another one.

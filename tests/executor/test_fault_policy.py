@@ -14,7 +14,7 @@ from test_slide_state import slide, surveyed, unit
 
 from hover_batch.cohort.record import Stage
 from hover_batch.errors import ScratchFull, SlideError, SlideQuarantined
-from hover_batch.executor.cluster import ask_for_token
+from hover_batch.executor.cluster import prepare_own_cluster
 from hover_batch.executor.slide_state import (
     MAX_STRIKES,
     MAX_TIMES,
@@ -208,7 +208,7 @@ def test_results_that_stay_invisible_end_the_slide() -> None:
 
 
 def test_each_exception_has_its_verdict() -> None:
-    ask_for_token()  # before Ray is imported, for the tests after this one
+    prepare_own_cluster()  # before Ray is imported, for the tests after this one
     from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
     from hover_batch.executor.faults import NetworkStopped, WorkerDied, cause_of, verdict_on

@@ -45,14 +45,14 @@ def test_both_backends_teach_the_same(
 ) -> None:
     # The tests' cluster is up; the machines of a run would start one more.
     there = Resources((Node(2, 0, 1 << 33),))
-    monkeypatch.setattr(kd.teaching.teach, "machines", lambda engine, log: contextlib.nullcontext(there))
+    monkeypatch.setattr(kd.teaching.teach, "task_resources", lambda engine, log: contextlib.nullcontext(there))
     monkeypatch.setattr(kd.teaching.teach, "TILES_A_TASK", 1)
     kept = {}
     for backend in ("local", "ray"):
         out = tmp_path / backend
         teacher = str(images / "professor.safetensors")
         kd.teaching.teach.teach(
-            images, teacher, out, ["train"], engine=EngineSettings(backend=backend, cpus=2), say=lambda line: None
+            images, teacher, out, ["train"], engine=EngineSettings(backend=backend, cpus=2), notify=lambda line: None
         )
         kept[backend] = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
     assert len(kept["ray"]) == 5

@@ -60,7 +60,7 @@ def test_results_that_are_visible_late_are_waited_for(
     assert tables(out) == tables(tmp_path / "reference")
 
 
-def test_a_unit_of_a_silent_network_is_retried_if_it_was_the_last_one_under_way(
+def test_a_unit_of_an_unreachable_network_is_retried_if_it_was_the_last_one_under_way(
     ray_cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop must not take the moment in which nothing runs for the end."""
@@ -77,7 +77,7 @@ def test_a_unit_of_a_silent_network_is_retried_if_it_was_the_last_one_under_way(
     retried: list[Exception] = []
     cause, error = RuntimeError("its process died"), cast(Any, None)
     monkeypatch.setattr(executor._pool, "_cause", lambda network, error: cause)
-    executor._pool._silent.append((Network(None, 0), error, retried.append))
+    executor._pool._unreachable.append((Network(None, 0), error, retried.append))
     executor._wait()
     assert retried == [cause]
     with pytest.raises(RuntimeError, match="nothing is under way"):

@@ -74,7 +74,7 @@ def test_a_cluster_may_yet_bring_what_is_asked_for() -> None:
 @given(before=nodes, after=nodes)
 def test_networks_stay_as_they_are_when_machines_come_and_go(before: list[Node], after: list[Node]) -> None:
     begun = engine_plan(Resources(tuple(before)), Settings(), CARD)
-    now = engine_plan(Resources(tuple(after)), Settings(), CARD, begun=begun)
+    now = engine_plan(Resources(tuple(after)), Settings(), CARD, previous=begun)
     assert (now.threads, now.actor_cpus, now.actor_gpus) == (begun.threads, begun.actor_cpus, begun.actor_gpus)
     assert now.actors >= 1 and now.posts >= 1
     if begun.actor_gpus:
@@ -92,9 +92,9 @@ def test_work_that_was_halved_stays_halved_when_machines_come_and_go(
     halved = begun
     for _ in range(times):
         halved = halved.halved() or halved
-    assert engine_plan(Resources(tuple(before)), Settings(), CARD, begun=halved) == halved
-    now = engine_plan(Resources(tuple(after)), Settings(), CARD, begun=halved)
-    whole = engine_plan(Resources(tuple(after)), Settings(), CARD, begun=begun)
+    assert engine_plan(Resources(tuple(before)), Settings(), CARD, previous=halved) == halved
+    now = engine_plan(Resources(tuple(after)), Settings(), CARD, previous=halved)
+    whole = engine_plan(Resources(tuple(after)), Settings(), CARD, previous=begun)
     assert now.posts == max(1, -(-whole.posts // 2**halved.halvings)) and now.units_at_once <= halved.units_at_once
 
 

@@ -22,7 +22,7 @@ def test_columns_may_come_late_and_rows_of_an_interrupted_run_go(tmp_path):
 def test_how_far_it_is_is_said_now_and_then(tmp_path, monkeypatch, capsys):
     log = Log(tmp_path)
     log.step(1, 10, 30)
-    monkeypatch.setattr("kd.training.logs.SAY_EVERY_S", 0)
+    monkeypatch.setattr("kd.training.logs.PRINT_EVERY_S", 0)
     log.step(2, 10, 30)
     assert capsys.readouterr().out == "  step 2 of 10, 30 s each, 4 min left\n"
 

@@ -76,7 +76,7 @@ def samples(images) -> list[Sample]:
 
 def taught_in(folder: Path, images: Path, professor: Path, tta: int = 1) -> tuple[TeacherCache, list[str]]:
     said: list[str] = []
-    cache = teach(images, str(professor), folder, ["train", "val"], tta=tta, engine=LOCAL, say=said.append)
+    cache = teach(images, str(professor), folder, ["train", "val"], tta=tta, engine=LOCAL, notify=said.append)
     return cache, said
 
 
@@ -141,7 +141,7 @@ def test_a_hovernet_sees_beyond_its_tiles(professor):
         assert differences.max() < 1e-3 * logits.std(axis=(1, 2)).min()
 
 
-def test_what_is_kept_is_the_teachers(taught, samples, professor):
+def test_what_is_cached_is_the_teachers(taught, samples, professor):
     package = find_package(str(professor))
     again = TeacherCache.open(taught.path)
     assert (again.sha256, again.taxonomy, again.card["name"]) == (package.sha256, CONSEP, "professor")
@@ -150,7 +150,7 @@ def test_what_is_kept_is_the_teachers(taught, samples, professor):
         logits = again.logits(sample)
         assert logits.dtype == np.float16 and logits.shape == (CHANNELS, *sample.image.shape[:2])
         assert np.array_equal(logits, image_logits(predictor, [sample.image])[0].astype(np.float16))
-    # An image that comes twice is kept once, in the place that its pixels say.
+    # An image that comes twice is cached once, in the place that its pixels say.
     sha = samples[0].image_sha256
     assert len(shards_of(again)) == 2 and (again.path / sha[:2] / f"{sha}.zarr" / "zarr.json").is_file()
 
@@ -164,10 +164,10 @@ from hover_batch.model.package import find_package
 from kd.data.datasets import read_data
 
 images, teacher, cache = sys.argv[1:]
-kept = kd.teaching.teacher_cache.TeacherCache.create(Path(cache), find_package(teacher))
+cache = kd.teaching.teacher_cache.TeacherCache.create(Path(cache), find_package(teacher))
 kd.teaching.teacher_cache.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
 sample = read_data(Path(images), ["train"]).samples[0]
-kept.keep(sample, np.zeros((9, *sample.image.shape[:2]), np.float32))
+cache.write(sample, np.zeros((9, *sample.image.shape[:2]), np.float32))
 """
 
 
@@ -181,15 +181,15 @@ def test_a_kill_in_the_middle_of_a_write_leaves_no_trace(taught, images, profess
 
 
 def test_it_goes_on_where_it_stopped(taught, images, professor, tmp_path, monkeypatch):
-    keep, kept = TeacherCache.keep, []
+    write, written = TeacherCache.write, []
 
     def once(self, sample, logits):
-        if kept:
+        if written:
             raise KeyboardInterrupt
-        kept.append(sample.id)
-        keep(self, sample, logits)
+        written.append(sample.id)
+        write(self, sample, logits)
 
-    monkeypatch.setattr(TeacherCache, "keep", once)
+    monkeypatch.setattr(TeacherCache, "write", once)
     with pytest.raises(KeyboardInterrupt):
         taught_in(tmp_path, images, professor)
     monkeypatch.undo()
@@ -272,9 +272,9 @@ def test_outputs_beyond_float16(professor, samples, tmp_path):
     logits = np.full((CHANNELS, *samples[1].image.shape[:2]), 1e6, np.float32)
     logits[0] = np.nan
     with pytest.raises(PackageError, match="professor: its output for the image image 1 is not finite"):
-        cache.keep(samples[1], logits)
+        cache.write(samples[1], logits)
     logits[0] = -1e6
-    cache.keep(samples[1], logits)
+    cache.write(samples[1], logits)
     assert set(np.unique(cache.logits(samples[1]))) == {-65504, 65504}
 
 

@@ -198,7 +198,7 @@ def test_a_student_learns_from_what_kd_teach_keeps(config, tmp_path):
     cache = TeacherCache.create(tmp_path / "taught", find_package("starter"))
     distilling = replace(config, teacher=cache.path, alpha=0.5, steps=2, epoch_steps=2, out=tmp_path / "out")
     for sample in read_data(config.data, ["train", "val"]).samples:
-        cache.keep(sample, Knows().logits(sample))
+        cache.write(sample, Knows().logits(sample))
     train(distilling)
     (row,) = log_of(distilling.out)
     assert {"kd_np_kl", "kd_tp_kl", "val_loss"} <= set(row)

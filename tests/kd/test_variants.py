@@ -17,7 +17,7 @@ from hover_batch.model.package import find_package, load_network
 from hover_batch.model.predict import quantise
 from hover_batch.nuclei.watershed import SobelConstants, instance_map
 from kd.data.datasets import read_data
-from kd.evaluation.variants import Maps, Numbers, extremes, from_stored, instances_by
+from kd.evaluation.variants import Maps, Parameters, extremes, from_stored, instances_by
 
 
 def test_with_the_references_numbers_they_are_the_steps_of_the_kernels() -> None:
@@ -26,17 +26,19 @@ def test_with_the_references_numbers_they_are_the_steps_of_the_kernels() -> None
     constants = SobelConstants.of_window(planes[1], planes[2])
     floats = from_stored(planes)
     np.testing.assert_allclose(
-        list(extremes(floats, Numbers().sobel).to_json().values()), list(constants.to_json().values()), rtol=1e-5
+        list(extremes(floats, Parameters().sobel).to_json().values()), list(constants.to_json().values()), rtol=1e-5
     )
-    found = panoptic_quality(instance_map(*planes, None), instances_by(floats, constants, Numbers()))
+    found = panoptic_quality(instance_map(*planes, None), instances_by(floats, constants, Parameters()))
     assert found.pq > 0.999, found
 
 
-@pytest.mark.parametrize("other", [Numbers(nucleus=0.6), Numbers(marker=0.3), Numbers(sobel=11), Numbers(opening=0)])
-def test_each_number_matters(other: Numbers) -> None:
+@pytest.mark.parametrize(
+    "other", [Parameters(nucleus=0.6), Parameters(marker=0.3), Parameters(sobel=11), Parameters(opening=0)]
+)
+def test_each_number_matters(other: Parameters) -> None:
     maps, _ = synthetic_maps(256)
     floats = from_stored(maps[:3])
-    usual, changed = (instances_by(floats, extremes(floats, n.sobel), n) for n in (Numbers(), other))
+    usual, changed = (instances_by(floats, extremes(floats, n.sobel), n) for n in (Parameters(), other))
     assert panoptic_quality(usual, changed).pq < 0.9999
 
 
@@ -54,7 +56,7 @@ def as_stored_and_as_computed(image: NDArray[np.uint8]) -> tuple[Maps, Maps]:
 def stored_against_computed(images: list[NDArray[np.uint8]]) -> float:
     """Mean PQ over the images of the instances from bytes against those from floats, by the starter's constants."""
     constants = SobelConstants.from_json(find_package("starter").card.sobel)
-    pairs = [[instances_by(maps, constants, Numbers()) for maps in as_stored_and_as_computed(i)] for i in images]
+    pairs = [[instances_by(maps, constants, Parameters()) for maps in as_stored_and_as_computed(i)] for i in images]
     assert sum(computed.max() for _, computed in pairs) > 30 * len(images)
     return mean_defined(panoptic_quality(computed, stored).pq for stored, computed in pairs)
 

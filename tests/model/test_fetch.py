@@ -15,7 +15,7 @@ from random_weights import randomise
 from typer.testing import CliRunner, Result
 
 from hover_batch.cli import app
-from hover_batch.compare.sides import side_of
+from hover_batch.compare.sides import load_side
 from hover_batch.config import InferSettings
 from hover_batch.errors import PackageError
 from hover_batch.model.cache import cached_package, download_path
@@ -114,7 +114,7 @@ def test_a_url_becomes_a_package_found_by_its_name(server: Server, checkpoint: b
     assert package.path == cache / "models" / f"{name}.safetensors" == cached_package(name)
     assert package.card.name == name and package.card.architecture == "hovernet-fast"
     assert f"\n{name}: hovernet-fast" in run("list", cache).stdout
-    assert side_of(name, "--teacher", InferSettings()).card == package.card
+    assert load_side(name, "--teacher", InferSettings()).card == package.card
     # Fetched once: the same again comes from the cache.
     before = package.sha256
     assert run("import", url).exit_code == 0
@@ -159,7 +159,7 @@ def test_a_published_name_is_downloaded_by_tiatoolbox(
     assert (cache / "downloads" / f"{NAME}.pth").read_bytes() == checkpoint
     # compare --teacher takes the package, and asks nobody.
     asked = len(server.asked)
-    assert side_of(NAME, "--teacher", InferSettings()).card.name == NAME and len(server.asked) == asked
+    assert load_side(NAME, "--teacher", InferSettings()).card.name == NAME and len(server.asked) == asked
 
 
 def test_a_file_that_changed_since_its_first_use_is_refused(server: Server, checkpoint: bytes) -> None:
@@ -285,7 +285,7 @@ def test_verify_finds_corrupted_files(server: Server, checkpoint: bytes) -> None
     assert result.exit_code == 2 and f"CORRUPTED  {download}: {download}: cannot be read" in result.stdout
 
 
-@pytest.mark.parametrize("find", [find_package, lambda name: side_of(name, "--teacher", InferSettings())])
+@pytest.mark.parametrize("find", [find_package, lambda name: load_side(name, "--teacher", InferSettings())])
 def test_no_name_leads_out_of_the_cache(find: Callable[[str], object], cache: Path) -> None:
     cache.mkdir()
     (cache / "secret.safetensors").write_bytes(STARTER.read_bytes())

@@ -117,9 +117,9 @@ def test_out_of_memory_halves_the_batch_and_loses_no_tile() -> None:
 
 
 def test_auto_is_resolved_and_other_settings_are_kept() -> None:
-    settled = resolve(InferSettings(batch=3))
-    assert settled.precision in ("fp32", "fp16") and settled.device.split(":")[0] in ("cpu", "cuda")
-    assert settled.batch == 3
+    resolved = resolve(InferSettings(batch=3))
+    assert resolved.precision in ("fp32", "fp16") and resolved.device.split(":")[0] in ("cpu", "cuda")
+    assert resolved.batch == 3
     plain = InferSettings(device="cpu")
     assert resolve(plain) == replace(plain, precision="fp32", runtime="openvino")
     assert resolve(replace(plain, precision="bf16")) == replace(plain, precision="bf16", runtime="torch")

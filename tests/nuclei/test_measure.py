@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from skimage.measure import label, regionprops
 from synthetic_maps import LAYOUT, random_canvas
 
-from hover_batch.nuclei.measure import Nuclei, concatenate, empty, measure
+from hover_batch.nuclei.measure import Nuclei, concatenate, measure, no_nuclei
 from hover_batch.nuclei.watershed import SobelConstants, instance_map
 
 
@@ -174,7 +174,7 @@ def test_parts_are_concatenated_in_the_order_of_their_anchors() -> None:
     order = np.lexsort((nuclei.anchor_x, nuclei.anchor_y))
     np.testing.assert_array_equal(order, np.arange(len(nuclei)))
     odd = np.arange(len(nuclei)) % 2 == 1
-    again = concatenate([empty(LAYOUT.n_types), nuclei.take(odd), nuclei.take(~odd)])
+    again = concatenate([no_nuclei(LAYOUT.n_types), nuclei.take(odd), nuclei.take(~odd)])
     np.testing.assert_array_equal(again.anchor_x, nuclei.anchor_x)
     np.testing.assert_array_equal(again.class_probs, nuclei.class_probs)
     for ring, other in zip(again.contours, nuclei.contours, strict=True):

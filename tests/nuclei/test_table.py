@@ -181,11 +181,11 @@ def test_bytes_do_not_depend_on_the_regions(
     assert result.seam_uncertain == nuclei.seam_uncertain.sum()
 
 
-def test_keep_selects_by_level0_centroid(tmp_path: Path, nuclei: SimpleNamespace) -> None:
+def test_select_chooses_by_level0_centroid(tmp_path: Path, nuclei: SimpleNamespace) -> None:
     ctx = context(0.5)
     write_part(tmp_path / "part.parquet", to_arrow(nuclei, ctx))
     out = tmp_path / "nuclei.parquet"
-    result = merge_parts([(0, tmp_path / "part.parquet")], out, ctx, keep=lambda x, y: (x < 50) & (y >= 20))
+    result = merge_parts([(0, tmp_path / "part.parquet")], out, ctx, select=lambda x, y: (x < 50) & (y >= 20))
     left = pq.read_table(out)
     expected = (nuclei.centroid_x * 0.5 < 50) & (nuclei.centroid_y * 0.5 >= 20)
     np.testing.assert_array_equal(left["centroid_x"], nuclei.centroid_x[expected] * 0.5)

@@ -29,17 +29,17 @@ def laid(array: np.ndarray[Any, np.dtype[np.bool_]], level0: Size) -> TissueMask
     st.sampled_from([128, 256]),
 )
 def test_tiles_are_those_near_tissue_whatever_the_unit(
-    array: np.ndarray[Any, np.dtype[np.bool_]], width: int, height: int, slide_mpp: float, keep: int
+    array: np.ndarray[Any, np.dtype[np.bool_]], width: int, height: int, slide_mpp: float, tile_side: int
 ) -> None:
     level0 = Size(width, height)
     grid, mask = Grid.over(level0, Mpp(slide_mpp, slide_mpp), 0.25), laid(array, level0)
     expected = [
         box
-        for box in (cell_box(c, r, keep) for c, r in grid.size.box.cells(keep))
+        for box in (cell_box(c, r, tile_side) for c, r in grid.size.box.cells(tile_side))
         if mask.meets(box.expand(TISSUE_REACH), grid)
     ]
     for unit in (256, 1024, 4096):
-        units = plan_units(grid, mask, unit, keep)
+        units = plan_units(grid, mask, unit, tile_side)
         tiles = [tile for u in units for tile in u.tiles]
         assert len(tiles) == len(set(tiles)) and set(tiles) == set(expected)
         assert [(u.row, u.column) for u in units] == sorted((u.row, u.column) for u in units)

@@ -1,4 +1,4 @@
-"""Layouts of published data sets on disk, one module each. The layout of a folder is recognised by its content."""
+"""Read published data sets in their layouts on disk, one module each. A layout is recognised by its content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kd.data.samples import Sample
 
 
 class Layout(Protocol):
-    """Annotated images in one folder; its length is the number of images."""
+    """Annotated images in one folder; `len` gives their number."""
 
     @property
     def classes(self) -> str:
@@ -24,11 +24,14 @@ class Layout(Protocol):
     def __len__(self) -> int: ...
 
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
-        """Yield the images, with types mapped to `taxonomy`. Raises InputError if an image cannot be read."""
+        """Yield the images, with types mapped to `taxonomy`, one of TAXONOMIES.
+
+        Raises InputError if an image cannot be read.
+        """
 
 
 def recognise(folder: Path, val: int = 0) -> Layout:
-    """Recognise the layout of a folder by its content, and open it.
+    """Return the images in a folder, whose layout is recognised by its content. Pixels are not read yet.
 
     `val`: number of CoNSeP's last training tiles to use as fold val. Raises InputError if there is no such folder, its
     layout is unknown, or it is incomplete.

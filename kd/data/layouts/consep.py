@@ -1,4 +1,4 @@
-"""CoNSeP as its authors publish it: `Train|Test/Images/*.png` and `Train|Test/Labels/*.mat`, 1000 × 1000 px at 40×.
+"""Read CoNSeP as published: `Train|Test/Images/*.png` and `Train|Test/Labels/*.mat`, 1000 × 1000 px at 40×.
 
 A .mat file has inst_map (y, x) with instance ids and type_map (y, x) with class codes, both 0 on the background; its
 other arrays (inst_type, inst_centroid) are redundant. Train and Test are the folds train and test.
@@ -20,10 +20,13 @@ from kd.data.layouts.pictures import read_image, refuse_semantic
 from kd.data.samples import Sample, renumbered
 
 PARTS = {"train": "Train", "test": "Test"}
+"""Fold → its folder."""
 
 
 class Consep:
-    """Tiles of CoNSeP in `folder`. The last `val` tiles of Train, by number, are the fold val.
+    """Tiles of CoNSeP in `folder`; `len` gives their number.
+
+    `val`: number of the last tiles of Train that are the fold val.
 
     Raises InputError if an image has no labels, labels have no image, or `val` leaves no tile to train on.
     """
@@ -46,19 +49,19 @@ class Consep:
                 raise InputError(
                     f"--val {val}: {folder / part} has {len(names)} tiles, and some must remain to train on; give fewer"
                 )
-            kept = len(names) - val if fold == "train" else len(names)
-            self._tiles += [(fold if i < kept else "val", images[n], labels[n]) for i, n in enumerate(names)]
+            not_val = len(names) - val if fold == "train" else len(names)
+            self._tiles += [(fold if i < not_val else "val", images[n], labels[n]) for i, n in enumerate(names)]
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether the folder has a part of this layout."""
+        """Return whether the folder has one of the subfolders of this layout."""
         return any((folder / part / kind).is_dir() for part in PARTS.values() for kind in ("Images", "Labels"))
 
     def __len__(self) -> int:
         return len(self._tiles)
 
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
-        """Yield the tiles, Train before Test. Raises InputError if one cannot be read."""
+        """Yield the tiles, Train before Test, with types mapped to `taxonomy`. Raises InputError if one is invalid."""
         for fold, image, labels in self._tiles:
             yield _read(fold, image, labels, taxonomy)
 

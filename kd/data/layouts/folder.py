@@ -1,4 +1,4 @@
-"""Instance folder: images and label images that a table describes.
+"""Read an instance folder: images and label images that a table describes.
 
 dataset.csv has one row per image, with the columns sample_id, image (RGB PNG), labels (uint16 PNG of instance ids, 0 =
 background), types (uint8 PNG of class codes, or empty), source and split (train, val or test). Optional columns are
@@ -22,6 +22,7 @@ from kd.data.layouts.pictures import read_codes, read_image, read_instances
 from kd.data.samples import Sample, renumbered
 
 TABLE = "dataset.csv"
+"""Name of the table."""
 COLUMNS = ("sample_id", "image", "labels", "types", "source", "split")
 """Required columns."""
 MAGNIFICATION = 40
@@ -29,7 +30,7 @@ MAGNIFICATION = 40
 
 
 class InstanceFolder:
-    """Images of an instance folder.
+    """Images of an instance folder; `len` gives their number.
 
     Raises InputError if dataset.csv is not a CSV in UTF-8, has no rows, lacks a column or a value, repeats a sample_id,
     or states another magnification than 40.
@@ -78,25 +79,25 @@ class InstanceFolder:
 
     @property
     def unread_types(self) -> list[str]:
-        """Sources whose types are not read, because the meaning of their codes is unknown."""
+        """Names of sources whose types are not read, because the meaning of their codes is unknown."""
         return [s for s in self.sources if s not in CODES and any(r["types"] for r in self._rows if r["source"] == s)]
 
     @property
     def folds(self) -> list[str]:
-        """Folds in the order in which they appear."""
+        """Names of the folds, in the order in which they appear."""
         return list(dict.fromkeys(row["split"] for row in self._rows))
 
     @property
     def sources(self) -> list[str]:
-        """Sources in the order in which they appear."""
+        """Names of the sources, in the order in which they appear."""
         return list(dict.fromkeys(row["source"] for row in self._rows))
 
     def samples(
         self, taxonomy: Taxonomy, fold: str | None = None, sources: Collection[str] | None = None
     ) -> Iterator[Sample]:
-        """Yield the images of one fold and of the given sources (None: all), in the order of the table.
+        """Yield the images of one fold and of the given sources (None for all), in the order of the table.
 
-        Types are mapped to `taxonomy`. Raises InputError if an image cannot be read.
+        Types are mapped to `taxonomy`, one of TAXONOMIES. Raises InputError if an image cannot be read.
         """
         for row in self._rows:
             if fold in (None, row["split"]) and (sources is None or row["source"] in sources):

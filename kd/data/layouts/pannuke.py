@@ -1,4 +1,4 @@
-"""PanNuke as its authors publish it: three folds of 256 × 256 px patches at 40×, with three arrays per fold.
+"""Read PanNuke as published: three folds of 256 × 256 px patches at 40×, with three arrays per fold.
 
 The files of fold 1 are `Fold 1/images/fold1/images.npy` (n, y, x, 3) RGB, `Fold 1/images/fold1/types.npy` (n,) names of
 tissues, and `Fold 1/masks/fold1/masks.npy` (n, y, x, 6) with instance ids in one channel per class; the last channel is
@@ -20,10 +20,11 @@ from kd.data.classes import CODES, class_ids
 from kd.data.samples import Sample
 
 CHANNELS = len(CODES["pannuke"]) + 1
+"""Number of channels of a mask: one per class, and the background."""
 
 
 class PanNuke:
-    """Folds "1", "2" and "3" of PanNuke in `folder`, which may also be a single fold.
+    """Patches of the folds "1", "2" and "3" of PanNuke in `folder`, which may also be a single fold; `len` counts them.
 
     Raises InputError if a file of a fold is missing or unreadable, if a fold occurs twice, or if the shapes of the
     files of a fold do not match.

@@ -1,4 +1,4 @@
-"""Image files of annotated images: RGB images, instance ids and class codes.
+"""Read the image files of annotated images: RGB images, instance ids and class codes.
 
 Orientation tags are ignored, because annotations refer to the pixels as stored. Files that would be misread are
 rejected: images with more than 8 bits, and labels that are not instance ids.
@@ -26,7 +26,7 @@ SEMANTIC_PIECES = 3
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """Return the RGB image (y, x, 3) uint8 as stored.
+    """Return the pixels of an image file as stored: RGB (y, x, 3) uint8; grey images become RGB.
 
     Raises InputError if the file cannot be read as an image, or has more than 8 bits per channel.
     """
@@ -41,7 +41,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 
 def read_instances(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
-    """Return the instance ids (y, x) int32, 0 = background, of an image with this (y, x) shape.
+    """Return the instance ids (y, x) int32, 0 = background, in a label file. `shape`: (y, x) of the image.
 
     Raises InputError as `read_codes` does, and if the values look like classes, or like ids truncated to 8 bits.
     """
@@ -57,19 +57,19 @@ def read_instances(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
 
 
 def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
-    """Return the class codes (y, x) int32, 0 = background, of an image with this (y, x) shape.
+    """Return the class codes (y, x) int32, 0 = background, in a label file. `shape`: (y, x) of the image.
 
-    Raises InputError if the file cannot be read, has anything else than one channel of whole numbers from 0 on, or has
+    Raises InputError if the file cannot be read, has anything but one channel of whole numbers from 0 on, or has
     another shape.
     """
     return _read_labels(path, shape)[0]
 
 
 def refuse_semantic(instances: NDArray[np.int32], where: str) -> None:
-    """Raise InputError, naming `where`, if instance ids (y, x) look like a semantic mask.
+    """Raise InputError if instance ids (y, x) look like a semantic mask.
 
-    In a semantic mask, many nuclei have the same value, such as 1, 255 or a class code. Published annotations contain a
-    few nuclei in several pieces; these are accepted.
+    `where`: file, for the message. In a semantic mask, many nuclei have the same value, such as 1, 255 or a class code.
+    Published annotations contain a few nuclei in several pieces; these are accepted.
     """
     pieces = pieces_of(instances, NUCLEUS_AREA)
     if len(pieces) and np.mean(pieces >= SEMANTIC_PIECES) >= 0.5:

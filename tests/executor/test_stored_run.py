@@ -32,7 +32,7 @@ def content(folder: Path) -> dict[str, str]:
     }
 
 
-def test_new_tables_of_kept_predictions(
+def test_new_tables_from_stored_predictions(
     fields: Callable[..., Path], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slides are gone. The store of a is intact, a shard of b is corrupted, c is not done."""
@@ -48,17 +48,17 @@ def test_new_tables_of_kept_predictions(
     shard.write_bytes(shard.read_bytes()[:-10])
     (source / "slides" / "c" / "slide.json").unlink()
     before = content(source)
-    kept = StoredRun.open(source)
+    stored = StoredRun.open(source)
 
-    outcome = run(kept, same, load_nothing, settings=kept.settings)
+    outcome = run(stored, same, load_nothing, settings=stored.settings)
     assert outcome.exit_code == 3 and outcome.model_busy is None
     assert tables(same) == {"a": made["a"]}
     reasons = pd.read_csv(same / "failures.csv").set_index("slide_id").reason
     assert list(reasons.index) == ["b", "c"]
     assert "checksum mismatch in unit r00001_c00001" in reasons["b"] and "is not done" in reasons["c"]
 
-    settings = replace(kept.settings, post=OTHER)
-    run(kept, other, load_nothing, settings=settings)
+    settings = replace(stored.settings, post=OTHER)
+    run(stored, other, load_nothing, settings=settings)
     assert tables(other) == {"a": tables(reference)["a"]} != {"a": made["a"]}
 
     # What was done is not done again: one region's part is missing, and the table.
@@ -66,7 +66,7 @@ def test_new_tables_of_kept_predictions(
     for name in ("slide.json", "nuclei.parquet", "parts/1_1.parquet"):
         (slide / name).unlink()
     done = len(events(other, "region_done"))
-    run(kept, other, load_nothing, settings=settings)
+    run(stored, other, load_nothing, settings=settings)
     assert tables(other)["a"] == tables(reference)["a"]
     assert [(e["column"], e["row"]) for e in events(other, "region_done")[done:]] == [(1, 1)]
     assert content(source) == before
