@@ -314,6 +314,7 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     write_atomically(layout.timings_json, to_json(seconds.totals))
     return {
         "nuclei": merged.nuclei,
+        "nuclei_bytes": layout.nuclei_parquet.stat().st_size,
         "nuclei_sha256": sha256_file(layout.nuclei_parquet),
         "seam_uncertain": merged.seam_uncertain,
         "units": len(work.units),

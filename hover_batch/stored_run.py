@@ -13,7 +13,7 @@ from typing import Self
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord
-from hover_batch.cohort.run_folder import read_json, read_run, read_slides, require_run
+from hover_batch.cohort.run_folder import read_json, read_run, read_slides, require_run, slide_if_done
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, PackageError, SlideError
 from hover_batch.formatting import LISTED, listed
@@ -110,7 +110,7 @@ def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple
     SlideError or PackageError if its predictions cannot be used.
     """
     slide = layout.slide(record.slide_id)
-    done = read_json(slide.slide_json)
+    done = slide_if_done(slide)
     if done is None or "run_key" not in done:
         raise SlideError(
             f"is not done in {layout.root}; see failures.csv there, or repeat that run's own segment "

@@ -242,10 +242,14 @@ class Ledger:
         return slide
 
     def slide_done(self, slide_id: str, key: str) -> bool:
-        """Return whether the slide is finished: slide.json holds this run key, and its table exists."""
+        """Return whether the slide is finished: slide.json holds this run key, and its table has the recorded size.
+
+        Only the size is compared, since the checksums of a large cohort would delay each start by minutes.
+        """
         slide = self.layout.slide(slide_id)
-        stored = read_json(slide.slide_json)
-        done = stored is not None and stored.get("run_key") == key and slide.nuclei_parquet.is_file()
+        stored, table = read_json(slide.slide_json) or {}, slide.nuclei_parquet
+        done = stored.get("run_key") == key and table.is_file()
+        done = done and table.stat().st_size == stored.get("nuclei_bytes", table.stat().st_size)
         if done:
             self._done.add(slide_id)
         return done

@@ -106,7 +106,7 @@ def nuclei_if_done(slide: SlideLayout) -> int | None:
 
 
 def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict[str, Any] | None:
-    """Return the content of slide.json of a finished slide; None if the slide is not finished.
+    """Return the content of slide.json of a finished slide; None if the slide is not finished, or it is of another one.
 
     `failed_at`: time when the slide failed in the last start, if it did. An older slide.json does not count, since that
     start rejected it.
@@ -117,7 +117,8 @@ def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict
         return None
     held = read_json(slide.slide_json) or {}
     outdated = failed_at is not None and modified < failed_at.timestamp()
-    return held if isinstance(held.get("nuclei"), int) and not outdated else None
+    own = held.get("slide_id", slide.slide_id) == slide.slide_id
+    return held if isinstance(held.get("nuclei"), int) and own and not outdated else None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

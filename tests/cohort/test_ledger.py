@@ -152,6 +152,17 @@ def test_without_failures_the_table_of_the_last_time_is_emptied(layout: RunLayou
 # Going on with a run
 
 
+def test_a_slide_whose_table_was_replaced_is_not_done(layout: RunLayout, cohort: Cohort) -> None:
+    with Ledger(layout) as ledger:
+        start(ledger, cohort)
+        table = ledger.open_slide("a", "k").nuclei_parquet
+        table.write_bytes(b"a table")
+        ledger.write_slide_json("a", "k", {"nuclei": 3, "nuclei_bytes": 7})
+        assert ledger.slide_done("a", "k")
+        table.write_bytes(b"another table")
+        assert not ledger.slide_done("a", "k")
+
+
 def test_the_same_command_goes_on(layout: RunLayout, cohort: Cohort) -> None:
     with Ledger(layout) as ledger:
         start(ledger, cohort)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_run import write_field, write_run
+from made_run import record_table, write_field, write_run
 from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
@@ -194,6 +194,7 @@ def test_a_harmed_contour_costs_the_crops_alone(tmp_path: Path, field: Field) ->
     where = table.schema.get_field_index("geometry")
     table = table.set_column(where, table.schema.field(where), pa.array([b"?"] * len(table), pa.binary()))
     pq.write_table(table.replace_schema_metadata({b"hover_batch": about[b"hover_batch"]}), path)
+    record_table(layout.slide("a"))
     assert f"No crops: {path}: cannot be read as a table of nuclei" in shown(layout).text
 
 
