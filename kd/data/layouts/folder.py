@@ -1,9 +1,9 @@
 """Instance folder: images and label images that a table describes.
 
 dataset.csv has one row per image, with the columns sample_id, image (RGB PNG), labels (uint16 PNG of instance ids, 0 =
-background), types (uint8 PNG of class codes, or empty), source and split (train, val or test). Optional columns are
-group (patient or slide), tissue and magnification, which must be 40. Paths are relative to the folder. Images must be
-at 40× (0.25 µm).
+background), types (uint8 PNG of class codes, or empty), source and split (train, val, test or a fold's number).
+Optional columns are group (patient or slide), tissue and magnification, which must be 40. Paths are relative to the
+folder. Images must be at 40× (0.25 µm).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from kd.data.samples import Sample, renumbered
 TABLE = "dataset.csv"
 COLUMNS = ("sample_id", "image", "labels", "types", "source", "split")
 """Required columns."""
+SPLITS = r"train|val|test|\d"
+"""Values of split: folds for training, validation and testing, or published folds of a cross-validation."""
 MAGNIFICATION = 40
 """Magnification of the images."""
 
@@ -57,6 +59,11 @@ class InstanceFolder:
         for line, row in enumerate(self._rows, start=2):
             if empty := [c for c in COLUMNS if not row[c] and c != "types"]:
                 raise InputError(f"{folder / TABLE}: row {line} has no {', '.join(empty)}; fill it in")
+            if not re.fullmatch(SPLITS, row["split"]):
+                raise InputError(
+                    f"{folder / TABLE}: row {line} has the split {row['split']}; write train, val or test, or the "
+                    "number of a published fold"
+                )
             if (first := lines.setdefault(row["sample_id"], line)) != line:
                 raise InputError(
                     f"{folder / TABLE}: rows {first} and {line} have the same sample_id {row['sample_id']}; change one"
