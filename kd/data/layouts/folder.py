@@ -16,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from hover_batch.errors import InputError
+from hover_batch.files import sha256_file
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import CODES, class_ids
 from kd.data.layouts.pictures import read_codes, read_image, read_instances
@@ -26,6 +27,8 @@ COLUMNS = ("sample_id", "image", "labels", "types", "source", "split")
 """Required columns."""
 SPLITS = r"train|val|test|\d"
 """Values of split: folds for training, validation and testing, or published folds of a cross-validation."""
+FILES = ("image", "labels", "types")
+"""Columns with paths."""
 MAGNIFICATION = 40
 """Magnification of the images."""
 
@@ -97,6 +100,18 @@ class InstanceFolder:
     def sources(self) -> list[str]:
         """Sources in the order in which they appear."""
         return list(dict.fromkeys(row["source"] for row in self._rows))
+
+    def hashes(self) -> list[str]:
+        """Return a text for each image, which changes with its row and its files.
+
+        Raises InputError if a file cannot be read.
+        """
+        try:
+            return [
+                f"{row} {[sha256_file(self.folder / row[kind]) for kind in FILES if row[kind]]}" for row in self._rows
+            ]
+        except OSError as error:
+            raise InputError(f"{error.filename}: {error.strerror}; add it, or correct {TABLE}") from error
 
     def samples(
         self, taxonomy: Taxonomy, fold: str | None = None, sources: Collection[str] | None = None
