@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.maps import DENSE_FIELD, SLIDE
-from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.record import SlideRecord, Stage
 from hover_batch.geometry import Grid
 from hover_batch.slide.example import write_pyramidal_tiff
 from hover_batch.slide.reader import open_slide
@@ -42,7 +42,7 @@ FLAGS = {
     ON_RAY: ["--backend", "ray"],
     BY_TORCH: ["--backend", "local", "--runtime", "torch"],
 }
-STAGES = ("survey", "read", "infer", "write", "post", "finalize")
+STAGES = (Stage.SURVEY, Stage.READ, Stage.INFER, Stage.WRITE, Stage.POST, Stage.FINALIZE)
 
 
 def prepare(folder: Path) -> None:

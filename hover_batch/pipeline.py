@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import SlideLayout
+from hover_batch.cohort.record import Stage
 from hover_batch.cohort.run_folder import read_json
 from hover_batch.errors import SlideError
 from hover_batch.export.pictures import View, densest_field, write_overlay, write_thumbnail
@@ -61,7 +62,7 @@ class Seconds:
         self.spans: dict[str, tuple[float, float]] = {}
 
     @contextmanager
-    def of(self, stage: str) -> Iterator[None]:
+    def of(self, stage: Stage) -> Iterator[None]:
         """Add the time of the block to `stage`."""
         started, clock = time.time(), time.monotonic()
         try:
@@ -160,7 +161,7 @@ def infer(
     else:
         maps = np.zeros((work.card.layout.planes, *unit.box.shape), np.uint8)
         for tiles, pixels in _batches(unit, work, read, predictor.batch, seconds):
-            with predictor.turn, seconds.of("infer"):
+            with predictor.turn, seconds.of(Stage.INFER):
                 try:
                     predicted = predictor.predict(pixels)
                 except Exception as error:
@@ -172,7 +173,7 @@ def infer(
                 maps[:, rows, columns] = tile_maps[:, tile_rows, tile_columns]
             advance(len(tiles))
         refuse_if_taken_over(work)
-        with seconds.of("write"):
+        with seconds.of(Stage.WRITE):
             if store.hv_masked:
                 mask_hv(maps)
             digest = store.write(unit.box, maps)
@@ -220,7 +221,7 @@ def reading(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
     def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
         assert reader is not None
         for box in boxes:
-            with seconds.of("read"):
+            with seconds.of(Stage.READ):
                 image = reader.read(box, work.grid)
             yield image
 
@@ -246,7 +247,7 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     seconds = Seconds()
     settings = work.settings.post
     constants = SobelConstants(**work.card.sobel) if settings.sobel_norm == "fixed" else None
-    with seconds.of("post"):
+    with seconds.of(Stage.POST):
         layout = MapLayout(len(work.taxonomy.classes))
         nuclei = nuclei_of_region(_complete(store, work), unit.box, layout, settings, constants)
         refuse_if_taken_over(work)
@@ -303,7 +304,7 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     cells = [(unit.column, unit.row) for unit in work.units]
     if unseen := [c for c in cells if not (layout.part(*c).exists() and work.maps.marker(*c).exists())]:
         raise UnitsMissing(tuple(unseen))
-    with seconds.of("finalize"):
+    with seconds.of(Stage.FINALIZE):
         keep = work.mask.contains if work.mask.given else None
         parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]
         refuse_if_taken_over(work)

@@ -14,6 +14,7 @@ from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.cohort.run_folder import read_json, read_run, read_slides, require_run, slide_if_done
+from hover_batch.cohort.run_lock import is_locked
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, PackageError, SlideError
 from hover_batch.formatting import LISTED, listed
@@ -39,8 +40,13 @@ class StoredRun:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the run in `folder`. InputError if it holds no run, or none of its slides can be used."""
+        """Read the run in `folder`.
+
+        InputError if it holds no run, the run is still active, or none of its slides can be used.
+        """
         layout = RunLayout(folder)
+        if is_locked(layout.lock):
+            raise InputError(f"--from {folder}: a run is still writing to it; wait until it ends")
         try:
             run = require_run(layout, "--from")
             stored = tomllib.loads(layout.settings_toml.read_text(encoding="utf-8"))

@@ -53,11 +53,6 @@ class EventLog:
         self._file.close()
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return all events of a log as dictionaries, oldest first; see `stream_events`."""
-    return list(stream_events(path))
-
-
 def stream_events(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the events of a log as dictionaries, oldest first; none if the file does not exist.
 

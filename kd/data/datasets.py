@@ -64,7 +64,7 @@ def taxonomy_of(path: Path) -> Taxonomy:
 def _open(path: Path) -> Cache | InstanceFolder:
     if is_cache(path):
         return open_cache(path)
-    if not (path / TABLE).is_file():
+    if not InstanceFolder.recognises(path):
         raise InputError(
             f"{path / TABLE} is missing; give a folder with dataset.csv, images and labels, or a .zarr or .npz that "
             "`hover-batch kd prepare` has written"

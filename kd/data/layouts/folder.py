@@ -78,6 +78,11 @@ class InstanceFolder:
                     f"{MAGNIFICATION} (0.25 µm per pixel)"
                 )
 
+    @staticmethod
+    def recognises(folder: Path) -> bool:
+        """Return whether the folder has a dataset.csv."""
+        return (folder / TABLE).is_file()
+
     def __len__(self) -> int:
         return len(self._rows)
 
