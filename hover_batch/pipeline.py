@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import Stage
-from hover_batch.cohort.run_folder import read_json
 from hover_batch.errors import SlideError
 from hover_batch.export.pictures import View, densest_field, write_overlay, write_thumbnail
 from hover_batch.export.summary import slide_summary
-from hover_batch.files import sha256_file, to_json, write_atomically, write_first
+from hover_batch.files import read_json, sha256_file, to_json, write_atomically, write_first
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.heads import MapLayout
 from hover_batch.nuclei.energy import mask_hv

@@ -13,10 +13,11 @@ from typing import Self
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord
-from hover_batch.cohort.run_folder import read_json, read_run, read_slides, require_run, slide_if_done
+from hover_batch.cohort.run_folder import read_run, read_slides, require_run, slide_if_done
 from hover_batch.cohort.run_lock import is_locked
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, PackageError, SlideError
+from hover_batch.files import read_json
 from hover_batch.formatting import LISTED, listed
 from hover_batch.geometry import Grid
 from hover_batch.model.package import Card, Package

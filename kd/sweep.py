@@ -17,11 +17,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hover_batch.cohort.run_folder import read_json
 from hover_batch.config import EngineSettings
 from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.executor.map_tasks import TaskFailed, machines, map_tasks
-from hover_batch.files import to_json, write_atomically
+from hover_batch.files import read_json, to_json, write_atomically
 from kd.data.datasets import contents_sha256
 from kd.evaluation.evaluate_package import evaluate_package
 from kd.package import make_package, package_path

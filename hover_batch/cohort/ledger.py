@@ -27,12 +27,12 @@ from hover_batch.cohort.events import EventLog
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord, Url
-from hover_batch.cohort.run_folder import RUN_FORMAT, nuclei_if_done, read_json, read_run
+from hover_batch.cohort.run_folder import RUN_FORMAT, nuclei_if_done, read_run
 from hover_batch.cohort.run_key import ModelId, refuse_changes, run_identity
 from hover_batch.cohort.run_lock import lock
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, SettingsChanged
-from hover_batch.files import remove_leftovers, to_json, write_atomically, write_first
+from hover_batch.files import read_json, remove_leftovers, to_json, write_atomically, write_first
 from hover_batch.formatting import listed
 
 

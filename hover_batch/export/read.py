@@ -16,9 +16,8 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
-from hover_batch.cohort.run_folder import read_json
 from hover_batch.errors import SlideError
-from hover_batch.files import sha256_file
+from hover_batch.files import read_json, sha256_file
 from hover_batch.geometry import Box, Mpp, Size
 from hover_batch.taxonomy import Taxonomy
 
