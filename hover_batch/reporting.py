@@ -163,7 +163,7 @@ def _report(status: RunStatus, rows: Sequence[SlideRow], found: _Found, title: s
         histograms=[histogram(m, found.histograms[m.column], classes) for m in MEASURES if found.histograms],
         failures=[row for row in rows if row.state in ("failed", "left out")],
         card=_card(layout, found, run),
-        settings=layout.settings_toml.read_text(encoding="utf-8") if layout.settings_toml.is_file() else None,
+        settings=layout.settings_toml.read_text("utf-8", "replace") if layout.settings_toml.is_file() else None,
         versions=read_json(layout.versions_json),
         run={"folder": layout.root, **run},
     )
