@@ -142,8 +142,14 @@ class Card:
             raise PackageError(f"the card's sobel is {_short(self.sobel)}: a minimum is above its maximum")
         for name, bounds in self.limits.items():
             pair = bounds if isinstance(bounds, (list, tuple)) else ()
-            if len(pair) != 2 or not all(type(v) in (int, float) and math.isfinite(v) for v in pair):
-                raise PackageError(f"the card's limits of {_short(name)} are {_short(bounds)}: must be two numbers")
+            if (
+                len(pair) != 2
+                or not all(type(v) in (int, float) and math.isfinite(v) for v in pair)
+                or pair[0] > pair[1]
+            ):
+                raise PackageError(
+                    f"the card's limits of {_short(name)} are {_short(bounds)}: must be two numbers in order"
+                )
 
 
 def _short(value: object) -> str:
