@@ -180,6 +180,7 @@ def test_a_harmed_table_is_said_and_not_counted(tmp_path: Path, field: Field) ->
     layout = write_run(tmp_path / "out", *field, done=["a", "b"])
     layout.slide("b").nuclei_parquet.write_bytes(b"PAR1")
     layout.slide("a").overlay_jpg.write_bytes(b"no JPEG")
+    layout.settings_toml.write_bytes(b"\xff\xfe")
     text = shown(layout).text
     nuclei = json.loads(layout.slide("a").slide_json.read_text())["nuclei"]
     assert f"{nuclei} nuclei" in text and "Tables that cannot be read, and are not counted: 1." in text
