@@ -33,7 +33,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from hover_batch.cohort.events import read_events
+from hover_batch.cohort.events import stream_events
 from hover_batch.cohort.manifest import read_cohort
 from hover_batch.model.package import find_package
 from hover_batch.plan import plan_cohort
@@ -90,7 +90,7 @@ def ended(run: subprocess.Popen[str]) -> dict[str, Any]:
 
 def events(out: Path, name: str) -> list[dict[str, Any]]:
     """Return the events of a run with this name, in order."""
-    return [event for event in read_events(out / "logs" / "events.jsonl") if event["event"] == name]
+    return [event for event in stream_events(out / "logs" / "events.jsonl") if event["event"] == name]
 
 
 def predicted(out: Path) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from benchmarks.maps import DENSE_FIELD, SLIDE
 from hover_batch import pipeline
 from hover_batch.cli import app
 from hover_batch.cohort.layout import RunLayout
-from hover_batch.cohort.record import SlideRecord
+from hover_batch.cohort.record import SlideRecord, Stage
 from hover_batch.config import InferSettings
 from hover_batch.executor import local
 from hover_batch.geometry import Grid
@@ -56,7 +56,7 @@ FLAGS = {
     ON_RAY: ["--backend", "ray"],
     BY_TORCH: ["--backend", "local", "--runtime", "torch"],
 }
-STAGES = ("survey", "read", "infer", "write", "post", "finalize")
+STAGES = (Stage.SURVEY, Stage.READ, Stage.INFER, Stage.WRITE, Stage.POST, Stage.FINALIZE)
 
 
 def prepare(folder: Path) -> None:
@@ -87,7 +87,7 @@ class CpuSeconds(Seconds):
     """Seconds by stage that counts the CPU time of all threads of this process."""
 
     @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
+    def measure(self, stage: Stage) -> Iterator[None]:
         """Add the CPU time of the block to `stage`."""
         started, clock = time.time(), time.process_time()
         try:
@@ -126,7 +126,7 @@ def budget(repeats: int) -> dict[str, Any]:
         "mm2": mm2,
         "core_seconds_per_mm2": stages,
         "first_slide_core_seconds_per_mm2": {stage: slides[0][stage] / mm2 for stage in STAGES},
-        "beside_the_network": sum(stages.values()) - stages["infer"],
+        "beside_the_network": sum(stages.values()) - stages[Stage.INFER],
         "densest_unit_mb_per_mpx": slides[0]["densest_mb"] / (InferSettings().unit ** 2 / 1e6),
     }
 
@@ -137,7 +137,7 @@ def _show_budget(found: dict[str, Any]) -> None:
     for stage in STAGES:
         print(f"{stage:18} {stages[stage]:9.2f} {first[stage]:10.2f}")
     beside = found["beside_the_network"]
-    print(f"{'without infer':18} {beside:9.2f} {sum(first.values()) - first['infer']:10.2f}")
+    print(f"{'without infer':18} {beside:9.2f} {sum(first.values()) - first[Stage.INFER]:10.2f}")
     print(f"stored predictions of the densest unit: {found['densest_unit_mb_per_mpx']:.2f} MB per million pixels")
     for cores in (8, 16, 32, 64):
         print(f"{cores} cores beside a GPU that runs the network: {beside / cores:.3f} s per mm²")

@@ -19,6 +19,7 @@ from hover_batch.cohort.manifest import one_slide
 from hover_batch.config import Settings, nested
 from hover_batch.errors import InputError, SlideError
 from hover_batch.export.read import NucleiTable, unreadable
+from hover_batch.files import read_json
 from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import Card, find_package
@@ -156,11 +157,21 @@ class Predictions:
     """Scanned part of the canvas in level-0 pixels; None if the slide has no bounds."""
 
 
+def _refuse_missing_shards(store: PredictionStore, layout: SlideLayout) -> None:
+    """Raise ValueError if a unit's marker names a shard that does not exist, since it would be read as zeros."""
+    side = (store.array.shards or store.array.chunks)[1]
+    for marker in layout.markers.glob("*.json"):
+        x, y = (int(cell) * side for cell in marker.stem.split("_"))
+        unit = Box(x, y, x + side, y + side)
+        if (read_json(marker) or {}).get("shard_sha256") and not store.has_shard(unit):
+            raise ValueError(f"the shard of the unit {marker.stem} (column_row) is missing")
+
+
 def load_predictions(slide_folder: str | Path) -> Predictions:
     """Open the prediction store of a slide, given the slide's folder (out/slides/ID). No pixels are read yet.
 
     Away from nuclei, h and v are 0 unless the run used `sobel_norm="window"`. InputError if the store is missing, as
-    after --discard-predictions; SlideError or PackageError if it is corrupted.
+    after --discard-predictions; SlideError or PackageError if it is corrupted or incomplete.
     """
     folder = Path(slide_folder).absolute()
     layout = SlideLayout(folder.parent.parent, folder.name)
@@ -168,7 +179,9 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
     if not (path / "zarr.json").is_file():
         raise InputError(f"{folder}: holds no predictions; give out/slides/ID of a run that kept predictions")
     try:
-        array = PredictionStore.open(path, read_only=True).array
+        store = PredictionStore.open(path, read_only=True)
+        _refuse_missing_shards(store, layout)
+        array = store.array
         about = array.attrs
         card = Card.from_json(about["model"])
         mpp, scale, level0 = (tuple(map(float, about[name])) for name in ("mpp", "level0_per_pixel", "level0_size"))  # type: ignore[arg-type]

@@ -18,7 +18,8 @@ from hover_batch.logs import LogFormat, json_line
 class CommandGroup(TyperGroup):
     """Group of all commands.
 
-    A HoverBatchError, a full disk and Ctrl-C end the program with one message and their exit code.
+    A HoverBatchError, a file that cannot be used, a full disk and Ctrl-C end the program with one message and their
+    exit code.
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -44,9 +45,11 @@ class CommandGroup(TyperGroup):
             _say(ctx, f"Error: {error}", error.exit_code)
             raise typer.Exit(error.exit_code) from error
         except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
             message = "Error: no space left on disk; free some space and run the same command again"
+            if error.errno not in DISK_FULL:
+                if error.filename is None:
+                    raise
+                message = f"Error: {error.filename}: {error.strerror}; check that it can be read and written"
             _say(ctx, message, HoverBatchError.exit_code)
             raise typer.Exit(HoverBatchError.exit_code) from error
         except KeyboardInterrupt as error:

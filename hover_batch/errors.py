@@ -10,7 +10,7 @@
     ├── TooManyFailures        3: more slides failed than allowed; the cohort stops
     └── PackageError           2: a model package or checkpoint cannot be used
 
-The commands themselves set exit codes 4 (nothing could be processed) and 130 (interrupted).
+`exit_code` has the codes of commands on many slides or runs; 130 is the code of an interrupted command.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ import errno
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk and an exhausted quota, which are not faults of a slide."""
+
+
+def exit_code(done: int, failed: int) -> int:
+    """Return the exit code of a command on many slides or runs: 0 all done, 3 some failed, 4 none done."""
+    if not done:
+        return 4
+    return 3 if failed else 0
 
 
 class ScratchFull(OSError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hover_batch.cohort.layout import Format, RunLayout, SlideLayout
 from hover_batch.cohort.run_folder import nuclei_if_done, require_run, slide_layouts
-from hover_batch.errors import DISK_FULL, InputError, SlideError
+from hover_batch.errors import DISK_FULL, InputError, SlideError, exit_code
 from hover_batch.export.read import NucleiTable
 from hover_batch.files import sweeping
 from hover_batch.formatting import duration, listed
@@ -30,9 +30,7 @@ class Exported:
     @property
     def exit_code(self) -> int:
         """Exit code of the command: 0 all exported, 3 some slides skipped, 4 nothing exported."""
-        if not self.files:
-            return 4
-        return 3 if self.skipped else 0
+        return exit_code(len(self.files), len(self.skipped))
 
 
 def export_run(

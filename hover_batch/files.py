@@ -95,6 +95,38 @@ def _only_file(archive: zipfile.ZipFile) -> str:
     return names[0]
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file; None if there is no such file or it holds anything else.
+
+    OSError if it cannot be read.
+    """
+    content = read_file(path)
+    return None if content is None else json_object(content)
+
+
+def read_file(path: Path) -> bytes | None:
+    """Return the content of a file; None if it does not exist. OSError if it cannot be read."""
+    for _ in range(2):
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            # The file was replaced on NFS while it was read: read the new one.
+            if error.errno != errno.ESTALE:
+                raise
+    return None
+
+
+def json_object(content: bytes) -> dict[str, Any] | None:
+    """Parse a JSON object; None if the content is anything else."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def is_dicom(path: Path) -> bool:
     """Return whether `path` is a DICOM file: by its suffix, or by its preamble, since many instances have no suffix.
 

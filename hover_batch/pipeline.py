@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import SlideLayout
-from hover_batch.cohort.run_folder import read_json
+from hover_batch.cohort.record import Stage
 from hover_batch.errors import SlideError
 from hover_batch.export.pictures import View, densest_field, write_overlay, write_thumbnail
 from hover_batch.export.summary import slide_summary
-from hover_batch.files import sha256_file, to_json, write_atomically, write_first
+from hover_batch.files import read_json, sha256_file, to_json, write_atomically, write_first
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.heads import MapLayout
 from hover_batch.nuclei.energy import mask_hv
@@ -60,7 +60,7 @@ class Seconds:
         compared between processes."""
 
     @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
+    def measure(self, stage: Stage) -> Iterator[None]:
         """Measure the block and add its time to `stage`, even if it raises an exception."""
         started, clock = time.time(), time.monotonic()
         try:
@@ -159,7 +159,7 @@ def infer(
     else:
         maps = np.zeros((work.card.layout.planes, *unit.box.shape), np.uint8)
         for tiles, pixels in _batches(unit, work, read, predictor.batch, seconds):
-            with predictor.turn, seconds.measure("infer"):
+            with predictor.turn, seconds.measure(Stage.INFER):
                 try:
                     predicted = predictor.predict(pixels)
                 except Exception as error:
@@ -171,7 +171,7 @@ def infer(
                 maps[:, rows, columns] = tile_maps[:, tile_rows, tile_columns]
             advance(len(tiles))
         refuse_if_taken_over(work)
-        with seconds.measure("write"):
+        with seconds.measure(Stage.WRITE):
             if store.hv_masked:
                 mask_hv(maps)
             digest = store.write(unit.box, maps)
@@ -222,7 +222,7 @@ def block_reader(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
     def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
         assert reader is not None
         for box in boxes:
-            with seconds.measure("read"):
+            with seconds.measure(Stage.READ):
                 image = reader.read(box, work.grid)
             yield image
 
@@ -248,7 +248,7 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     seconds = Seconds()
     settings = work.settings.post
     constants = SobelConstants(**work.card.sobel) if settings.sobel_norm == "fixed" else None
-    with seconds.measure("post"):
+    with seconds.measure(Stage.POST):
         layout = MapLayout(len(work.taxonomy.classes))
         nuclei = nuclei_of_region(_complete(store, work), unit.box, layout, settings, constants)
         refuse_if_taken_over(work)
@@ -305,7 +305,7 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     cells = [(unit.column, unit.row) for unit in work.units]
     if unseen := [c for c in cells if not (layout.part(*c).exists() and work.maps.marker(*c).exists())]:
         raise UnitsMissing(tuple(unseen))
-    with seconds.measure("finalize"):
+    with seconds.measure(Stage.FINALIZE):
         select = work.mask.contains if work.mask.given else None
         parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]
         refuse_if_taken_over(work)
@@ -316,6 +316,7 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     write_atomically(layout.timings_json, to_json(seconds.totals))
     return {
         "nuclei": merged.nuclei,
+        "nuclei_bytes": layout.nuclei_parquet.stat().st_size,
         "nuclei_sha256": sha256_file(layout.nuclei_parquet),
         "seam_uncertain": merged.seam_uncertain,
         "units": len(work.units),

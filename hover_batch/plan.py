@@ -15,7 +15,7 @@ from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.manifest import Cohort, RowFault, raise_if_faulty
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.config import Settings
-from hover_batch.errors import InputError, SlideError
+from hover_batch.errors import InputError, SlideError, exit_code
 from hover_batch.formatting import counted, duration
 from hover_batch.geometry import Grid
 from hover_batch.model.package import Card
@@ -82,9 +82,7 @@ class Plan:
     @property
     def exit_code(self) -> int:
         """Exit code of the dry run: 0 without unreadable or faulty slides; otherwise 3, or 4 if no slide can be run."""
-        if not self.unreadable and not self.cohort.faults:
-            return 0
-        return 3 if self.slides else 4
+        return exit_code(len(self.slides), len(self.unreadable) + len(self.cohort.faults))
 
     def raise_if_faulty(self) -> None:
         """Raise InputError if the cohort has faults, with everything that is known about its other slides, too."""

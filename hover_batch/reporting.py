@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import SlideRecord
-from hover_batch.cohort.run_folder import nuclei_if_done, read_json, read_slides, require_run
+from hover_batch.cohort.run_folder import nuclei_if_done, read_slides, require_run
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.export.read import NucleiTable
 from hover_batch.export.summary import cohort_summary
+from hover_batch.files import read_json
 from hover_batch.formatting import duration
 from hover_batch.model.package import find_package
 from hover_batch.report.charts import Strip, histogram, strips
@@ -162,7 +163,7 @@ def _report(status: RunStatus, rows: Sequence[SlideRow], found: _Found, title: s
         histograms=[histogram(m, found.histograms[m.column], classes) for m in MEASURES if found.histograms],
         failures=[row for row in rows if row.state in ("failed", "left out")],
         card=_card(layout, found, run),
-        settings=layout.settings_toml.read_text(encoding="utf-8") if layout.settings_toml.is_file() else None,
+        settings=layout.settings_toml.read_text("utf-8", "replace") if layout.settings_toml.is_file() else None,
         versions=read_json(layout.versions_json),
         run={"folder": layout.root, **run},
     )

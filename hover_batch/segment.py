@@ -16,7 +16,7 @@ from hover_batch.cohort.manifest import Cohort, read_cohort
 from hover_batch.cohort.record import SlideRecord, Stage, Url
 from hover_batch.cohort.run_key import ModelId
 from hover_batch.config import Settings
-from hover_batch.errors import DISK_FULL, InputError
+from hover_batch.errors import DISK_FULL, InputError, exit_code
 from hover_batch.executor.backend import open_backend, resolve_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.executor.protocol import RunContext
@@ -31,7 +31,6 @@ from hover_batch.slide_work import result_key
 from hover_batch.stored_run import StoredRun
 from hover_batch.taxonomy import Taxonomy
 
-EXIT_DONE, EXIT_SOME_FAILED, EXIT_NONE = 0, 3, 4
 RECORDED = ("hover-batch", "torch", "segmentation-models-pytorch", "tiatoolbox", "openslide-python", "zarr", "numpy")
 """Packages whose versions can change results, for versions.json."""
 
@@ -54,9 +53,7 @@ class Outcome:
     @property
     def exit_code(self) -> int:
         """Exit code of the command: 0 all slides done, 3 some rows or slides failed, 4 no slide done."""
-        if not self.failures:
-            return EXIT_DONE
-        return EXIT_SOME_FAILED if self.slides else EXIT_NONE
+        return exit_code(len(self.slides), len(self.failures))
 
     def closing_lines(self) -> list[str]:
         """Return the lines for stdout: numbers of slides, paths of results, flags and failures."""

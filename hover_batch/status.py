@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from hover_batch.cohort.layout import RunLayout
-from hover_batch.cohort.run_folder import read_file, read_slides, require_run, slide_if_done
+from hover_batch.cohort.run_folder import read_slides, require_run, slide_if_done
 from hover_batch.cohort.run_lock import is_locked
 from hover_batch.cohort.run_log import RETRY_CAUSES, LoggedFailure, Rate, RunLog, to_utc
 from hover_batch.errors import InputError
+from hover_batch.files import read_file
 from hover_batch.formatting import LISTED, counted, duration
 from hover_batch.quality.flags import Flag, counts_of, flag_slides
 

@@ -13,9 +13,11 @@ from typing import Self
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord
-from hover_batch.cohort.run_folder import read_json, read_run, read_slides, require_run
+from hover_batch.cohort.run_folder import read_run, read_slides, require_run, slide_if_done
+from hover_batch.cohort.run_lock import is_locked
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, PackageError, SlideError
+from hover_batch.files import read_json
 from hover_batch.formatting import LISTED, listed
 from hover_batch.geometry import Grid
 from hover_batch.model.package import Card, Package
@@ -39,8 +41,13 @@ class StoredRun:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the run in `folder`. InputError if it holds no run, its files are corrupted, or no slide can be used."""
+        """Read the run in `folder`.
+
+        InputError if it holds no run, the run is still active, its files are corrupted, or no slide can be used.
+        """
         layout = RunLayout(folder)
+        if is_locked(layout.lock):
+            raise InputError(f"--from {folder}: a run is still writing to it; wait until it ends")
         try:
             run = require_run(layout, "--from")
             stored = tomllib.loads(layout.settings_toml.read_text(encoding="utf-8"))
@@ -110,7 +117,7 @@ def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple
     SlideError or PackageError if its predictions cannot be used.
     """
     slide = layout.slide(record.slide_id)
-    done = read_json(slide.slide_json)
+    done = slide_if_done(slide)
     if done is None or "run_key" not in done:
         raise SlideError(
             f"is not done in {layout.root}; see failures.csv there, or repeat that run's own segment "

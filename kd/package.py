@@ -21,7 +21,7 @@ from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import classes_by_source, fully_annotated
 from kd.data.datasets import MPP, read_data
-from kd.data.samples import hashes_of
+from kd.data.samples import hashes_of, truth_sha256
 from kd.evaluation.calibrate import calibrate
 from kd.evaluation.evaluate import evaluate
 from kd.evaluation.slide_limits import slide_limits
@@ -63,13 +63,18 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     slides, and scores on the validation folds and, if the network was trained on the fold train, on the fold test. They
     are computed with the packaged weights (students: float16). This takes minutes; progress is printed to stdout.
     `threads`: threads of the network on the CPU; 0 for all cores. Raises InputError if the checkpoint or the data
-    cannot be read, PackageError if a weight is not finite.
+    cannot be read, or the data is not that of the training; PackageError if a weight is not finite.
     """
     saved = read_checkpoint(checkpoint)
     config, record = saved["config"], saved["record"]
     taxonomy = Taxonomy.from_json(record["taxonomy"])
-    network = build_network(config, len(taxonomy.classes))
-    network.load_state_dict(saved["shipped"])
+    try:
+        network = build_network(config, len(taxonomy.classes))
+        network.load_state_dict(saved["shipped"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise InputError(
+            f"{checkpoint}: its weights do not fit its settings; train again with another --out"
+        ) from error
     student = not isinstance(network, HoVerNet)
     if student:
         network.half().float()  # score the weights as they are stored in the package
@@ -82,6 +87,9 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     folds = {"val": config["val_folds"]} | ({"test": ["test"]} if config["train_folds"] == ["train"] else {})
     sources = record["data"]["train"]
     splits = {part: [s for s in read_data(data, named).samples if s.source in sources] for part, named in folds.items()}
+    seen = (record["saw"]["val"], record["truth_sha256"]["val"])
+    if (hashes_of(splits["val"]), truth_sha256(splits["val"])) != seen:
+        raise InputError(f"--data {data}: is not the data that {checkpoint} was validated on; give that one")
     tile_in, tile_out = network.arch.tile if isinstance(network, HoVerNet) else TILE
     card = Card(
         name=out.stem,

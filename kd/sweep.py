@@ -20,9 +20,11 @@ from typing import Any
 from hover_batch.config import EngineSettings
 from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.executor.map_tasks import TaskFailed, map_tasks, task_resources
-from hover_batch.files import to_json, write_atomically
+from hover_batch.files import read_json, to_json, write_atomically
+from kd.data.datasets import contents_sha256
 from kd.evaluation.evaluate_package import evaluate_package
 from kd.package import make_package, package_path
+from kd.teaching.teacher_cache import TeacherCache
 from kd.training.config import TrainConfig
 from kd.training.state import CHECKPOINT
 from kd.training.train import train
@@ -70,6 +72,8 @@ class Run:
     """Settings that differ between runs, for the report."""
     test_folds: tuple[str, ...]
     """Folds that the student is scored on."""
+    inputs: dict[str, str]
+    """Hashes of the data and of the teacher."""
 
     @property
     def folder(self) -> Path:
@@ -83,20 +87,16 @@ class Run:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Settings by name as JSON values, without the folder and the threads, to recognise the run again."""
+        """Settings, without the folder and the threads, and inputs, as JSON values by which the run is recognised."""
         values = {name: value for name, value in asdict(self.config).items() if name not in ("out", "threads")}
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
-        return plain
+        return plain | self.inputs
 
     @property
     def scores(self) -> dict[str, dict[str, Any]] | None:
         """Scores by source, as in `SourceScores.to_json`; None if the run is not done, or was scored on other folds."""
-        try:
-            stored = json.loads((self.folder / SCORES).read_bytes())
-        except FileNotFoundError:
-            return None
-        sources: dict[str, dict[str, Any]] = stored["sources"]
-        return sources if stored["folds"] == list(self.test_folds) else None
+        stored = read_json(self.folder / SCORES) or {}
+        return stored.get("sources") if stored.get("folds") == list(self.test_folds) else None
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ def runs_of(
     Points that train the same student, such as all temperatures without distillation, are one run. `data`: annotated
     images. `teacher`: folder written by `kd teach`; None without distillation. `preset`: settings that the grid does
     not vary (see `TrainConfig.of`). `test_folds`: folds to score on. `threads`: CPU cores for each run. `settings`:
-    further settings of `TrainConfig.of` for all runs. Raises InputError if a setting is invalid, or if a run's folder
-    belongs to a run with other settings.
+    further settings of `TrainConfig.of` for all runs. Raises InputError if a setting is invalid, the data or the
+    teacher cannot be read, or a run's folder belongs to a run with other settings, data or teacher.
     """
     shared = {"data": data.resolve(), "threads": threads, **settings}
     taught = {"teacher": teacher and teacher.resolve()}
-    runs: dict[str, Run] = {}
+    points: dict[str, tuple[TrainConfig, dict[str, Any]]] = {}
     for point in grid.points():
         config = TrainConfig.of(preset, out=out, **shared, **taught, **point)
         varied: dict[str, Any] = {"encoder": config.encoder, "alpha": config.alpha}
@@ -144,14 +144,26 @@ def runs_of(
         if grid.seeds:
             name += f"_s{config.seed}"
         given = shared | varied | (taught if config.distils else {})
-        runs[name] = Run(TrainConfig.of(preset, out=out.resolve() / name, **given), varied, tuple(test_folds))
-    for run in runs.values():
+        points[name] = TrainConfig.of(preset, out=out.resolve() / name, **given), varied
+    inputs = hashes_of_inputs(data, teacher if any(config.distils for config, _ in points.values()) else None)
+    runs = [Run(config, varied, tuple(test_folds), inputs) for config, varied in points.values()]
+    for run in runs:
         begun = run.folder / ARGUMENTS
-        if begun.exists() and json.loads(begun.read_bytes()) != run.arguments:
+        if begun.exists() and read_json(begun) != run.arguments:
             raise InputError(
-                f"{run.folder} was begun with other arguments (see {ARGUMENTS} in it); give them, or another -o"
+                f"{run.folder} was begun with other arguments or other data (see {ARGUMENTS} in it); give them, or "
+                "another -o"
             )
-    return list(runs.values())
+    return runs
+
+
+def hashes_of_inputs(data: Path, teacher: Path | None) -> dict[str, str]:
+    """Return hashes of the data and of the teacher, so that scores of other ones do not count as done.
+
+    Raises InputError if one of them cannot be read.
+    """
+    hashes = {"data_sha256": contents_sha256(data)}
+    return hashes if teacher is None else hashes | {"teacher_sha256": TeacherCache.open(teacher).sha256}
 
 
 def sweep(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shapely
-from made_run import write_field, write_run
+from made_run import record_table, write_field, write_run
 from typer.testing import CliRunner
 
+import hover_batch
 from hover_batch.cli import app
+from hover_batch.cohort.layout import Format, RunLayout
 from hover_batch.errors import SlideError
 from hover_batch.export.read import NucleiTable
 from hover_batch.view.nuclei import NucleiTiles
@@ -80,6 +84,7 @@ def test_altered_tables_are_refused_in_one_line(fault: str, finished: tuple[Path
     with pq.ParquetFile(kept) as file:
         table, about = file.read(), file.metadata.metadata
     pq.write_table(ALTERED[fault](table).replace_schema_metadata({b"hover_batch": about[b"hover_batch"]}), path)
+    record_table(RunLayout(path.parents[2]).slide("a"))
     message = f"{path}: cannot be read as a table of nuclei ({fault}"
     with pytest.raises(SlideError, match=re.escape(message)):  # the viewer, which reads some columns only on demand
         NucleiTiles(NucleiTable.open(path)).row(1)
@@ -100,6 +105,42 @@ def test_an_empty_table_is_shown(finished: tuple[Path, Path]) -> None:
     with pq.ParquetFile(kept) as file:
         table, about = file.read(), file.metadata.metadata
     pq.write_table(table.slice(0, 0).replace_schema_metadata({b"hover_batch": about[b"hover_batch"]}), path)
+    record_table(RunLayout(path.parents[2]).slide("a"))
     run = str(path.parents[2])
     for arguments in (["export", run, "--to", "qupath", "--to", "csv"], ["report", run]):
         assert CliRunner().invoke(app, arguments).exit_code == 0
+
+
+def of_another_run(folder: Path, table: Path) -> str:
+    other = write_run(folder / "other", *write_field(folder, 225), done=["a"])
+    table.write_bytes(other.slide("a").nuclei_parquet.read_bytes())
+    return "checksum mismatch: slide.json records another table"
+
+
+def of_another_slide(folder: Path, table: Path) -> str:
+    table.write_bytes(table.parents[1].joinpath("b", table.name).read_bytes())
+    return "it is the table of the slide b"
+
+
+@pytest.mark.parametrize("replace", [of_another_run, of_another_slide])
+def test_tables_of_other_runs_and_slides_are_refused(replace: Callable[[Path, Path], str], tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "out", *write_field(tmp_path, 200), done=["a", "b"])
+    table = layout.slide("a").nuclei_parquet
+    message = f"{table}: cannot be read as a table of nuclei ({replace(tmp_path, table)})"
+    for given in (table, table.parent):
+        with pytest.raises(SlideError, match=re.escape(message)):
+            hover_batch.load_nuclei(given)
+    for arguments, exit_code in ((["export", "--to", "csv"], 3), (["view", "--slide", "a", "--no-browser"], 3)):
+        result = CliRunner().invoke(app, [arguments[0], str(layout.root), *arguments[1:]])
+        assert result.exit_code == exit_code and result.stderr.count(message) == 1, result.output
+    assert not layout.slide("a").exported(Format.csv).exists() and layout.slide("b").exported(Format.csv).exists()
+    assert CliRunner().invoke(app, ["report", str(layout.root)]).exit_code == 0
+    assert html.escape(message) in layout.report_html.read_text()
+
+
+def test_the_folder_of_another_slide_is_not_done(tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "out", *write_field(tmp_path, 200), done=["a", "b"])
+    shutil.rmtree(layout.slide("a").folder)
+    shutil.copytree(layout.slide("b").folder, layout.slide("a").folder)
+    result = CliRunner().invoke(app, ["export", str(layout.root), "--to", "csv"])
+    assert result.exit_code == 3 and "a: skipped: is not done" in result.stderr

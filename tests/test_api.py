@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import geopandas
@@ -141,6 +142,14 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
         hover_batch.load_predictions(store.parent.parent)
     with pytest.raises(AttributeError, match="no attribute 'segment_slides'"):
         hover_batch.segment_slides  # noqa: B018
+
+
+def test_predictions_that_lack_a_shard_are_refused(table: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(table.parent, tmp_path / "slides" / table.parent.name))
+    hover_batch.load_predictions(folder)
+    next(path for path in (folder / "predictions.zarr" / "c").rglob("*") if path.is_file()).unlink()
+    with pytest.raises(SlideError, match=r"the shard of the unit 0_0 \(column_row\) is missing.*run the slide again"):
+        hover_batch.load_predictions(folder)
 
 
 def test_a_corrupted_table_is_refused(table: Path, tmp_path: Path) -> None:

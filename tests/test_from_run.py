@@ -14,6 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from hover_batch.cli import app
+from hover_batch.cohort.layout import RunLayout
+from hover_batch.cohort.ledger import Ledger
 from hover_batch.errors import InputError, SlideError
 from hover_batch.geometry import Box, Mpp, Size
 from hover_batch.model.heads import MapLayout
@@ -124,6 +126,14 @@ def test_classes_are_merged(real: Path, tmp_path: Path) -> None:
     assert "done before" in run("--from", real, "-o", out, "--class-map", class_map).stderr
     refused = run("--from", real, "-o", out)
     assert refused.exit_code == 2 and "post.class_map" in refused.stderr
+
+
+def test_an_active_run_is_refused(real: Path, tmp_path: Path) -> None:
+    layout = RunLayout(Path(shutil.copytree(real, tmp_path / "active")))
+    with Ledger(layout):
+        result = run("--from", layout.root, "-o", tmp_path / "out")
+        assert result.exit_code == 2 and "a run is still writing to it; wait until it ends" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_store_that_is_harmed_costs_its_slide_only(real: Path, tmp_path: Path) -> None:

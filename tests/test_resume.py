@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hover_batch.cli import app
-from hover_batch.cohort.events import read_events
+from hover_batch.cohort.events import stream_events
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ["--unit", "256", "--batch", "1", "--tissue", "all", "--threads", "1"]
@@ -105,7 +105,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     assert result.exit_code == 0, result.output
     assert (slide / "nuclei.parquet").read_bytes() == undisturbed
     # What was done before was not done again.
-    predicted = [e for e in read_events(out / "logs" / "events.jsonl") if e["event"] == "unit_done"]
+    predicted = [e for e in stream_events(out / "logs" / "events.jsonl") if e["event"] == "unit_done"]
     assert len(predicted) <= UNITS + 1
     assert len({(e["column"], e["row"]) for e in predicted}) >= UNITS - 1
 

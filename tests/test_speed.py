@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.maps import synthetic_maps
 from benchmarks.postprocess import Reference, medians, ours
-from hover_batch.cohort.events import read_events
+from hover_batch.cohort.events import stream_events
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import EngineSettings, InferSettings, Settings
 from hover_batch.geometry import Box, Grid
@@ -108,7 +108,7 @@ def test_the_stages_are_all_there_is(tmp_path: Path) -> None:
         out = tmp_path / f"out{number}"
         outcome = run_segment(str(cohort), out, settings, skip_invalid=False, force=False, command=["test"])
         assert outcome.exit_code == 0
-        told = [event for event in read_events(out / "logs" / "events.jsonl") if "slide_id" in event]
+        told = [event for event in stream_events(out / "logs" / "events.jsonl") if "slide_id" in event]
         times = {(event["event"], event["slide_id"]): at(event["time"]) for event in told}
         for slide in outcome.slides:
             name = slide["slide_id"]

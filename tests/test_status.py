@@ -373,3 +373,12 @@ def test_before_the_slides_are_listed(tmp_path: Path) -> None:
     (out / "slides.csv").unlink()
     assert status(out)["slides"] is None
     assert "slides: not known, since slides.csv is not written yet" in lines(out)
+
+
+def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path: Path) -> None:
+    out = made(tmp_path / "out", ["a"], [(0, "run_started", {})])
+    (out / "slides" / "a" / "slide.json").mkdir(parents=True)
+    result = run("view", out, "--slide", "a")
+    assert result.exit_code == 1
+    path = out / "slides" / "a" / "slide.json"
+    assert result.stderr == f"Error: {path}: Is a directory; check that it can be read and written\n"

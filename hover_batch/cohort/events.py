@@ -53,11 +53,6 @@ class EventLog:
         self._file.close()
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return all events of a log as a list, as `stream_events` yields them."""
-    return list(stream_events(path))
-
-
 def stream_events(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the events of a log, oldest first, as dictionaries with `time`, `event` and values.
 

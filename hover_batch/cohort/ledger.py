@@ -27,12 +27,12 @@ from hover_batch.cohort.events import EventLog
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord, Url
-from hover_batch.cohort.run_folder import RUN_FORMAT, nuclei_if_done, read_json, read_run
+from hover_batch.cohort.run_folder import RUN_FORMAT, nuclei_if_done, read_run
 from hover_batch.cohort.run_key import ModelId, refuse_changes, run_identity
 from hover_batch.cohort.run_lock import lock
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, SettingsChanged
-from hover_batch.files import remove_leftovers, to_json, write_atomically, write_first
+from hover_batch.files import read_json, remove_leftovers, to_json, write_atomically, write_first
 from hover_batch.formatting import listed
 
 
@@ -249,10 +249,14 @@ class Ledger:
         return slide
 
     def slide_done(self, slide_id: str, key: str) -> bool:
-        """Return whether the slide is finished: slide.json holds the run key `key`, and its table exists."""
+        """Return whether the slide is finished: slide.json holds this run key, and its table has the recorded size.
+
+        Only the size is compared, since the checksums of a large cohort would delay each start by minutes.
+        """
         slide = self.layout.slide(slide_id)
-        stored = read_json(slide.slide_json)
-        done = stored is not None and stored.get("run_key") == key and slide.nuclei_parquet.is_file()
+        stored, table = read_json(slide.slide_json) or {}, slide.nuclei_parquet
+        done = stored.get("run_key") == key and table.is_file()
+        done = done and table.stat().st_size == stored.get("nuclei_bytes", table.stat().st_size)
         if done:
             self._done.add(slide_id)
         return done

@@ -6,9 +6,7 @@ All commands read a run through this module, so that a missing or corrupted file
 from __future__ import annotations
 
 import csv
-import errno
 import io
-import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from hover_batch.cohort.csv_rows import COLUMNS, MPP_COLUMNS, RUN_COLUMNS
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.errors import InputError
+from hover_batch.files import json_object, read_file, read_json
 from hover_batch.geometry import Mpp
 
 RUN_FORMAT = "hover-batch run"
@@ -32,7 +31,7 @@ def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
     content = read_file(layout.run_json)
     if content is None:
         return None
-    run = _json_object(content)
+    run = json_object(content)
     if run is None:
         raise InputError(
             f"{_named(layout, flag)}: its run.json is corrupted; restore it from a backup, or run the cohort into "
@@ -106,7 +105,7 @@ def nuclei_if_done(slide: SlideLayout) -> int | None:
 
 
 def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict[str, Any] | None:
-    """Return the content of slide.json of a finished slide; None if the slide is not finished.
+    """Return the content of slide.json of a finished slide; None if the slide is not finished, or it is of another one.
 
     `failed_at`: time when the slide failed in the last start; None if it did not. A slide.json from before does not
     count, since that start rejected it. OSError if the file cannot be read.
@@ -117,36 +116,5 @@ def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict
         return None
     stored = read_json(slide.slide_json) or {}
     outdated = failed_at is not None and modified < failed_at.timestamp()
-    return stored if isinstance(stored.get("nuclei"), int) and not outdated else None
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file; None if there is no such file or it holds anything else.
-
-    OSError if it cannot be read.
-    """
-    content = read_file(path)
-    return None if content is None else _json_object(content)
-
-
-def read_file(path: Path) -> bytes | None:
-    """Return the content of a file; None if it does not exist. OSError if it cannot be read."""
-    for _ in range(2):
-        try:
-            return path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            # The file was replaced on NFS while it was read: read the new one.
-            if error.errno != errno.ESTALE:
-                raise
-    return None
-
-
-def _json_object(content: bytes) -> dict[str, Any] | None:
-    """Parse a JSON object; None if the content is anything else."""
-    try:
-        value = json.loads(content)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+    own = stored.get("slide_id", slide.slide_id) == slide.slide_id
+    return stored if isinstance(stored.get("nuclei"), int) and own and not outdated else None

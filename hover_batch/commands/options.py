@@ -62,7 +62,7 @@ BackendOption = Annotated[
     ),
 ]
 CpusOption = Annotated[int | None, setting("--cpus", "CPU cores to use; 0 = all.", ENGINE, "all")]
-GpusOption = Annotated[int | None, setting("--gpus", "GPUs to use; 0 = none.", ENGINE, "all")]
+GpusOption = Annotated[int | None, setting("--gpus", "GPUs to use; 0 = none, -1 = all.", ENGINE, "all")]
 AddressOption = Annotated[
     str | None, setting("--address", "Ray cluster to join, as HOST:PORT.", ENGINE, "start Ray on this machine")
 ]

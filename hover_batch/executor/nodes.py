@@ -42,6 +42,8 @@ class ClusterNodes:
         self._refresh_at = time.monotonic() + REFRESH_EVERY_S
         self._answers: dict[str, Any] = {}
         """By node id, whether it sees the output folder: a pending reference, or None once it has said yes."""
+        self._refuse_at: dict[str, float] = {}
+        """By id of a node whose test process died: when (monotonic) the node is refused unless it is gone by then."""
         self._probe = f".probe-{secrets.token_hex(8)}"
 
     @property
@@ -112,9 +114,15 @@ class ClusterNodes:
     def refuse_unshared(self, folder: Path, wait: bool = False) -> None:
         """Check that all nodes see the files that this process writes into `folder`.
 
-        Each node is asked once. `wait`: whether to wait for the answers; otherwise a later call reads them. InputError
-        if a node does not see the files, or cannot run hover-batch; OSError if the test file cannot be written.
+        Each node is asked until it answers. `wait`: whether to wait for the answers; otherwise a later call reads them.
+        InputError if a node does not see the files, or cannot run hover-batch; OSError if the test file cannot be
+        written.
         """
+        while not self._ask(folder, wait) and wait:
+            pass
+
+    def _ask(self, folder: Path, wait: bool) -> bool:
+        """Ask the nodes that have not answered yet, as `refuse_unshared`. Return whether all have answered."""
         here = ray.get_runtime_context().get_node_id()
         probe = folder / self._probe
         for node in self._nodes:
@@ -124,31 +132,44 @@ class ClusterNodes:
                 self._answers[node] = _sees.options(scheduling_strategy=there).remote(probe)
         asked = {answer: node for node, answer in self._answers.items() if answer is not None}
         if not asked:
-            return
+            return True
         answers, pending = ray.wait(list(asked), num_returns=len(asked), timeout=None if wait else 0)
         blind = []
         for answer in answers:
-            self._answers[asked[answer]] = None
+            node = asked[answer]
+            self._answers[node] = None
             try:
                 if not ray.get(answer):
-                    blind.append(asked[answer])
+                    blind.append(node)
             except RayTaskError as error:
-                address = self._nodes[asked[answer]]["NodeManagerAddress"]
                 raise InputError(
-                    f"--address: the machine {address} cannot run hover-batch ({error.cause}); install the same "
-                    "version on all machines of the cluster"
+                    f"--address: the machine {self._address(node)} cannot run hover-batch ({error.cause}); install the "
+                    "same version on all machines of the cluster"
                 ) from error
-            except RayError:  # the node is gone meanwhile and writes nothing
-                continue
-        if blind or not pending:
+            except RayError as error:  # its process died, perhaps since the node is gone and writes nothing
+                self.refresh()
+                if not self.is_up(node):
+                    continue
+                if time.monotonic() > self._refuse_at.setdefault(node, time.monotonic() + NOTICED_S):
+                    raise InputError(
+                        f"--address: processes on the machine {self._address(node)} die at once "
+                        f"({type(error).__name__}); free memory there, or remove the machine from the cluster"
+                    ) from error
+                del self._answers[node]
+        done = not pending and all(node == here or self._answers.get(node, 0) is None for node in self._nodes)
+        if blind or done:
             probe.unlink(missing_ok=True)
         if blind:
-            addresses = [self._nodes[node]["NodeManagerAddress"] for node in blind if node in self._nodes]
+            addresses = [self._address(node) for node in blind]
             listed = ", ".join(addresses[:5]) + (" …" if len(addresses) > 5 else "")
             raise InputError(
                 f"--output {folder}: {listed} cannot see what is written there; name a folder on a file system that "
                 "all machines of the cluster share"
             )
+        return done
+
+    def _address(self, node: str) -> str:
+        return str(self._nodes[node]["NodeManagerAddress"]) if node in self._nodes else node
 
 
 @ray.remote(num_cpus=0, max_retries=0)

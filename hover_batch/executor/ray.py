@@ -39,10 +39,15 @@ _POLL_S = 0.25
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """Submitted task of a slide. `network`: the network that predicts it, if the task is a unit."""
+    """Submitted task of a slide.
+
+    `network`: the network that predicts it, if the task is a unit. `halvings`: those of the plan when it was submitted;
+    one death interrupts several calls, and halves the plan once.
+    """
 
     slide: SlideState
     task: Task
+    halvings: int
     network: Network | None = None
 
 
@@ -167,7 +172,7 @@ class RayExecutor(Executor):
     def _infer(self, slide: SlideState, index: int, network: Network, alone: bool = False) -> None:
         network.units += 1
         network.alone = alone
-        call = _Call(slide, Task(Stage.INFER, index), network)
+        call = _Call(slide, Task(Stage.INFER, index), self._plan.halvings, network)
         self._running[network.handle.infer.remote(slide.work_ref, index)] = call
 
     def _submit_tasks(self) -> None:
@@ -181,7 +186,7 @@ class RayExecutor(Executor):
                     call = post_region.remote(slide.work_ref, task.index)
                 case _:
                     call = finalize_slide.remote(slide.work_ref, slide.seconds)
-            self._running[call] = _Call(slide, task)
+            self._running[call] = _Call(slide, task, self._plan.halvings)
 
     # Wait.
 
@@ -259,7 +264,8 @@ class RayExecutor(Executor):
         slide, task = call.slide, call.task
         if isinstance(error, NetworkFailed) and call.network:  # its device may be broken
             self._pool.stop(call.network)
-        if failure := self._slides.apply(verdict_on(error), slide, task, error, time.monotonic()):
+        reduced = call.halvings < self._plan.halvings
+        if failure := self._slides.apply(verdict_on(error), slide, task, error, time.monotonic(), reduced=reduced):
             self._release_copies(slide)
             self._recorder.fail(slide.planned, task.stage, failure, trace)
 

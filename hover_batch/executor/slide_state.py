@@ -282,17 +282,20 @@ class OpenSlides:
                 posts -= 1
                 yield slide, Task(Stage.POST, slide.to_post.popleft())
 
-    def apply(self, verdict: Verdict, slide: SlideState, task: Task, error: Exception, now: float) -> Exception | None:
+    def apply(
+        self, verdict: Verdict, slide: SlideState, task: Task, error: Exception, now: float, *, reduced: bool = False
+    ) -> Exception | None:
         """Apply the verdict on `error`, which interrupted `task`.
 
         Queue the task again and return None, or close the slide and return the error with which it fails. The fault is
         logged. Do nothing if the slide has ended. `now`: time in seconds.
+        `reduced`: whether the work at once was reduced after the task was submitted, so that memory may suffice now.
         """
         if slide.ended:
             return None
         values = {"slide_id": slide.slide_id, "stage": task.stage, "index": task.index}
         failure: Exception | None = None
-        if verdict is Verdict.SHORT_OF_MEMORY and not self._use_less(task.stage, slide.slide_id):
+        if verdict is Verdict.SHORT_OF_MEMORY and not (reduced or self._use_less(task.stage, slide.slide_id)):
             verdict, error = Verdict.STRIKE, MemoryError("memory ran out")
         match verdict:
             case Verdict.RETRY if isinstance(error, UnitsMissing):

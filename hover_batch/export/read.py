@@ -17,6 +17,7 @@ import shapely
 from numpy.typing import NDArray
 
 from hover_batch.errors import SlideError
+from hover_batch.files import read_json, sha256_file
 from hover_batch.geometry import Box, Mpp, Size
 from hover_batch.taxonomy import Taxonomy
 
@@ -64,7 +65,11 @@ class NucleiTable:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open the table. SlideError if the file is missing, corrupted, or not a table of nuclei."""
+        """Open the table.
+
+        SlideError if the file is missing, corrupted, or not a table of nuclei, or if a slide.json beside it records
+        another table.
+        """
         try:
             with pq.ParquetFile(path) as file:
                 about = (file.metadata.metadata or {}).get(b"hover_batch")
@@ -76,7 +81,11 @@ class NucleiTable:
             for name, kind in _COLUMNS.items():
                 if (found := str(schema.field(name).type).replace(" not null", "")) != kind:
                     raise ValueError(f"its column {name} is of the type {found}, not {kind}")
-            held = json.loads(about)
+            held, done = json.loads(about), read_json(path.with_name("slide.json"))
+            if done is not None and done.get("slide_id") != held["slide_id"]:
+                raise ValueError(f"it is the table of the slide {held['slide_id']}")
+            if done is not None and done.get("nuclei_sha256") != sha256_file(path):
+                raise ValueError("checksum mismatch: slide.json records another table")
             return cls(
                 path=path,
                 slide_id=held["slide_id"],

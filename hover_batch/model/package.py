@@ -142,10 +142,18 @@ class Card:
         numbers = [v for v in self.sobel.values() if type(v) in (int, float) and math.isfinite(v)]
         if self.sobel.keys() != _SOBEL or len(numbers) != len(_SOBEL):
             raise PackageError(f"the card's sobel is {_short(self.sobel)}: must be {', '.join(sorted(_SOBEL))}")
+        if not all(self.sobel[f"{axis}_min"] <= self.sobel[f"{axis}_max"] for axis in "hv"):
+            raise PackageError(f"the card's sobel is {_short(self.sobel)}: a minimum is above its maximum")
         for name, bounds in self.limits.items():
             pair = bounds if isinstance(bounds, (list, tuple)) else ()
-            if len(pair) != 2 or not all(type(v) in (int, float) and math.isfinite(v) for v in pair):
-                raise PackageError(f"the card's limits of {_short(name)} are {_short(bounds)}: must be two numbers")
+            if (
+                len(pair) != 2
+                or not all(type(v) in (int, float) and math.isfinite(v) for v in pair)
+                or pair[0] > pair[1]
+            ):
+                raise PackageError(
+                    f"the card's limits of {_short(name)} are {_short(bounds)}: must be two numbers in order"
+                )
 
 
 def _short(value: object) -> str:
@@ -225,7 +233,7 @@ def load_network(package: Package) -> nn.Module:
         network.load_state_dict(tensors)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         # Raised by the libraries for unknown encoders and for wrong shapes.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split()[:40]) or type(error).__name__
         raise PackageError(f"package {package.path}: the weights do not fit its card: {reason}") from error
     return network.eval().requires_grad_(False)
 
@@ -257,6 +265,8 @@ def _build(card: Card, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
 
     n_types = len(card.taxonomy.classes)
     if card.architecture == "unet":
+        if card.tile_in % 32:
+            raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of a unet is a multiple of 32")
         return build_student(StudentArch(card.encoder, n_types))
     if card.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)

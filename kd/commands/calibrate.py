@@ -59,6 +59,8 @@ def calibrate(
     from kd.training.state import contents
 
     check_package_file(out)
+    if fold == check:
+        raise InputError(f"--check {check}: is the fold of the search, which proves nothing; give another fold")
     package = find_package(model, "package")
     check_pixel_size(package.card, f"package {model}")
     samples = {name: fully_annotated(read_data(data, [name], source).samples) for name in (fold, check)}
@@ -68,6 +70,8 @@ def calibrate(
             f"--fold {fold}: {data} has no image of this fold{of} whose nuclei are all outlined; give another fold or "
             "--source"
         )
+    if not samples[check]:
+        typer.echo(f"note: --check {check}: {data} has no such image of this fold; the result is not checked", err=True)
     predictor = load_predictor(package, InferSettings(threads=threads, batch=batch_of(package.card)))
     predicted = {}
     for name, images in samples.items():
@@ -88,7 +92,7 @@ def calibrate(
         if number != "as they are"
     }
     for number, by_fold in gains.items():
-        worth = all(gain >= WORTHWHILE for gain in by_fold.values())
+        worth = check in by_fold and all(gain >= WORTHWHILE for gain in by_fold.values())
         listed = ", ".join(f"{gain:+.4f} on {name}" for name, gain in by_fold.items())
         typer.echo(f"{number}: PQ {listed}: {'worth a search' if worth else 'not worth a search'}")
     metrics = {

@@ -49,7 +49,8 @@ def prepare(
     takes a fold val from train); 1, 2, 3 for PanNuke. Images must have a pixel size of 0.25 µm (40×).
 
     A folder with dataset.csv has one row per image, with the columns sample_id, image, labels (16-bit PNG of instance
-    ids), types (8-bit PNG of class codes, or empty), source and split (train, val or test).
+    ids), types (8-bit PNG of class codes, or empty), source and split (train, val or test,
+    or the number of a fold).
 
     hover-batch kd prepare CoNSeP/ PanNuke/ -o annotated.zarr --val 5
     """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hover_batch.config import EngineSettings
-from hover_batch.errors import InputError
+from hover_batch.errors import InputError, exit_code
 from kd.commands.options import Address, BackendOption, Cpus, Data, Gpus
 from kd.commands.train import train, train_settings
 from kd.training.config import PRESETS
@@ -17,7 +17,6 @@ from kd.training.config import PRESETS
 if TYPE_CHECKING:
     from kd.sweep import Ended
 
-EXIT_SOME_FAILED, EXIT_NONE = 3, 4
 REQUIRED = ("data", "out", "preset")
 """Options of `kd train` with a value in any case."""
 OWN = (*REQUIRED, "encoder", "alpha", "temperature", "seed", "teacher", "threads")
@@ -97,7 +96,7 @@ def sweep(
     _print(ended)
     typer.echo(out / REPORT)
     failed = sum(e.scores is None for e in ended)
-    raise typer.Exit(0 if not failed else EXIT_SOME_FAILED if failed < len(ended) else EXIT_NONE)
+    raise typer.Exit(exit_code(len(ended) - failed, failed))
 
 
 def _train_settings(arguments: Sequence[str]) -> dict[str, Any]:

@@ -203,6 +203,8 @@ def _shares(listed: Sequence[str]) -> dict[str, float]:
     shares = {}
     for item in listed:
         name, _, share = item.partition("=")
+        if name in shares:
+            raise InputError(f"--source {item}: {name} is given twice; give it once")
         try:
             shares[name] = float(share)
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from kd.data.cache import Cache, is_cache, open_cache
 from kd.data.layouts.folder import TABLE, InstanceFolder
 from kd.data.samples import MPP, Data, Sample
 
-__all__ = ["MPP", "Data", "Sample", "folds_of", "read_data", "taxonomy_of"]
+__all__ = ["MPP", "Data", "Sample", "contents_sha256", "folds_of", "read_data", "taxonomy_of"]
 
 MAY_BE_EMPTY = ("train", "val", "test")
 """Folds that may be requested even if the data does not contain them."""
@@ -25,7 +26,7 @@ def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = 
     if another fold or a source does not exist, or if a file is missing, unreadable, corrupted or inconsistent with
     others.
     """
-    wanted, named = list(folds), None if sources is None else set(sources)
+    wanted, named = list(dict.fromkeys(folds)), None if sources is None else set(sources)
     data = _open(path)
     if unknown := [fold for fold in wanted if fold not in data.folds and fold not in MAY_BE_EMPTY]:
         raise InputError(f"{path} has no fold {', '.join(unknown)}; its folds are {', '.join(data.folds)}")
@@ -34,6 +35,16 @@ def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = 
     if isinstance(data, Cache):
         return Data(data.taxonomy, [sample for fold in wanted for sample in data.samples(fold, named)])
     return Data(CONSEP, [sample for fold in wanted for sample in data.samples(CONSEP, fold, named)])
+
+
+def contents_sha256(path: Path) -> str:
+    """Return the SHA-256 of all images and annotations of the data at `path` (as for `read_data`).
+
+    Raises InputError if the data cannot be read.
+    """
+    data = _open(path)
+    parts = [str(entry) for entry in data.entries] if isinstance(data, Cache) else data.hashes()
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def folds_of(path: Path) -> list[str]:
@@ -53,7 +64,7 @@ def taxonomy_of(path: Path) -> Taxonomy:
 def _open(path: Path) -> Cache | InstanceFolder:
     if is_cache(path):
         return open_cache(path)
-    if not (path / TABLE).is_file():
+    if not InstanceFolder.recognises(path):
         raise InputError(
             f"{path / TABLE} is missing; give a folder with dataset.csv, images and labels, or a .zarr or .npz that "
             "`hover-batch kd prepare` has written"

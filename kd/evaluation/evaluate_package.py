@@ -158,6 +158,7 @@ def evaluate_package(
         )
     if old:
         old.check(found.samples)
+    seen = leaks(package.card, found.samples)
     ready = _Ready.of(package, found, post, threads, notify)
     network = load_network(package)
     scores = ready.scores(found, UNCHANGED)
@@ -176,7 +177,7 @@ def evaluate_package(
         post=post,
         precision=ready.predictor.precision,
         scores=scores,
-        leaks=leaks(package.card, found.samples),
+        leaks=seen,
         cost=cost_of(network, package.card),
         timed=_timed(network, ready.predictor) if clock else {},
         baseline=old,

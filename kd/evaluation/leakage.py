@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hover_batch.errors import PackageError
 from hover_batch.model.package import Card
 from kd.data.samples import SHA_DIGITS, Sample
 
@@ -57,9 +58,14 @@ def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
     """Return the samples that the model of `card` has seen, by source, certain leaks first; empty if there are none.
 
     A sample is listed for its strongest reason only: seen in training, else in calibration, else of a seen patient,
-    else possibly seen.
+    else possibly seen. Raises PackageError if the card's record of the training is malformed.
     """
-    records = [*_records("the model", card.training), *_calibration(card)]
+    try:
+        records = [*_records("the model", card.training), *_calibration(card)]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise PackageError(
+            f"package {card.name}: its card does not say which images it has seen ({error}); export it again"
+        ) from error
     found: list[Leak] = []
     for source in dict.fromkeys(s.source for s in samples):
         of_source = [s for s in samples if s.source == source]

@@ -55,7 +55,7 @@ class Baseline:
         (run,) = read_runs([path])
         report = run.report
         for rows in report["by_image"].values():
-            if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= COLUMNS for row in rows):
+            if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
                 raise InputError(
                     f"{path}: its by_image lacks {', '.join(sorted(COLUMNS))}; run `kd evaluate --json` again"
                 )
@@ -79,6 +79,10 @@ class Baseline:
                     f"--against {self.name}: was scored on other images or annotations of {source} ({other} are not in "
                     "both); give the --data, --fold and --source of that evaluation, or compare with the package"
                 )
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and row.keys() >= COLUMNS and isinstance(row["pq"], float | int | None)
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        report = json.loads(path.read_text("utf-8"))
+        report = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give files that `kd evaluate --json` wrote") from error
     except (ValueError, RecursionError) as error:
@@ -150,6 +150,10 @@ def _read(path: Path) -> Mapping[str, Any]:
             f"{path}: not an evaluation of this version, it lacks {lacking}; run `kd evaluate --json` again"
         )
     return values
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
 
 
 def tables(runs: Sequence[Run], out: Path) -> list[Table]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hover_batch.config import EngineSettings, InferSettings
-from hover_batch.errors import InputError, PackageError
+from hover_batch.errors import InputError
 from hover_batch.executor.map_tasks import TaskFailed, map_tasks, task_resources
 from hover_batch.model.package import Card, find_package
 from hover_batch.progress import ProgressCounter
@@ -89,10 +89,6 @@ def teach(
     """
     if tta not in (1, len(VIEWS)):
         raise InputError(f"--tta {tta}: must be 1, or {len(VIEWS)} for the rotations and flips of an image")
-    if teacher != "starter" and not Path(teacher).exists():
-        raise PackageError(
-            f"--teacher {teacher}: no such package; convert a published checkpoint with `hover-batch models import`"
-        )
     package = find_package(teacher, "--teacher")
     check_pixel_size(package.card, f"--teacher {teacher}")
     given, wanted = package.card.taxonomy, taxonomy_of(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such checkpoint; write one with `hover-batch kd train`")
     try:
         saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums of tensors
+            if archive.testzip():
+                raise ValueError("checksum mismatch")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path}: not a checkpoint of `hover-batch kd train`, or corrupted; train again with another --out"
         ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hover_batch.cohort.events import EventLog, read_events
+from hover_batch.cohort.events import EventLog, stream_events
 
 
 def test_events_come_back_in_order_with_their_time(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_events_come_back_in_order_with_their_time(tmp_path: Path) -> None:
     log.append("slide_started", slide_id="a")
     log.append("slide_failed", slide_id="a", reason="two\nlines, µ")
     # Readable while the log is open: nothing waits in a buffer.
-    first, second = read_events(path)
+    first, second = list(stream_events(path))
     log.close()
     assert (first["event"], first["slide_id"]) == ("slide_started", "a")
     assert second["reason"] == "two\nlines, µ"
@@ -26,7 +26,7 @@ def test_events_come_back_in_order_with_their_time(tmp_path: Path) -> None:
 
 
 def test_no_file_no_events(tmp_path: Path) -> None:
-    assert read_events(tmp_path / "none") == []
+    assert list(stream_events(tmp_path / "none")) == []
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,11 @@ def test_a_torn_last_line_is_passed_over_and_cut_off(tmp_path: Path, torn: bytes
     log.close()
     with open(path, "ab") as file:
         file.write(torn)
-    assert [event["event"] for event in read_events(path)] == ["one"]
+    assert [event["event"] for event in stream_events(path)] == ["one"]
     log = EventLog(path)
     log.append("two")
     log.close()
-    assert [event["event"] for event in read_events(path)] == ["one", "two"]
+    assert [event["event"] for event in stream_events(path)] == ["one", "two"]
 
 
 def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
@@ -59,6 +59,6 @@ def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     log.close()
-    events = read_events(tmp_path / "events.jsonl")
+    events = list(stream_events(tmp_path / "events.jsonl"))
     assert len(events) == 200
     assert all(len(set(event["text"])) == 1 for event in events)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from hover_batch.cohort.events import read_events
+from hover_batch.cohort.events import stream_events
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import Ledger, SlideFailure
 from hover_batch.cohort.manifest import Cohort, read_cohort
@@ -81,7 +81,7 @@ def test_a_run_says_what_it_is(layout: RunLayout, cohort: Cohort) -> None:
     assert run["cohort"] == cohort.source and run["command"] == ["segment", "cohort.csv"]
     assert Settings.from_dict(tomllib.loads(layout.settings_toml.read_text())) == settings
     assert json.loads(layout.versions_json.read_bytes()) == {"hover_batch": "0.1.0"}
-    (event,) = read_events(layout.events_jsonl)
+    (event,) = stream_events(layout.events_jsonl)
     assert event["event"] == "run_started" and event["slides"] == 3
 
 
@@ -117,7 +117,7 @@ def test_slides_and_failures_at_the_end(layout: RunLayout, cohort: Cohort) -> No
         },
     ]
     assert ledger.failures()[0] == SlideFailure("", 1, "", "cohort", "path is empty")
-    assert [event["event"] for event in read_events(layout.events_jsonl)] == [
+    assert [event["event"] for event in stream_events(layout.events_jsonl)] == [
         *("run_started", "slide_done", "slide_failed", "slide_failed", "run_finished")
     ]
 
@@ -152,6 +152,17 @@ def test_without_failures_the_table_of_the_last_time_is_emptied(layout: RunLayou
 # Going on with a run
 
 
+def test_a_slide_whose_table_was_replaced_is_not_done(layout: RunLayout, cohort: Cohort) -> None:
+    with Ledger(layout) as ledger:
+        start(ledger, cohort)
+        table = ledger.open_slide("a", "k").nuclei_parquet
+        table.write_bytes(b"a table")
+        ledger.write_slide_json("a", "k", {"nuclei": 3, "nuclei_bytes": 7})
+        assert ledger.slide_done("a", "k")
+        table.write_bytes(b"another table")
+        assert not ledger.slide_done("a", "k")
+
+
 def test_the_same_command_goes_on(layout: RunLayout, cohort: Cohort) -> None:
     with Ledger(layout) as ledger:
         start(ledger, cohort)
@@ -170,7 +181,7 @@ def test_the_same_command_goes_on(layout: RunLayout, cohort: Cohort) -> None:
     assert layout.run_json.read_bytes() == created
     assert json.loads(layout.slide("a").slide_json.read_bytes()) == {"nuclei": 3, "run_key": "k", "slide_id": "a"}
     assert [row["status"] for row in table(layout.slides_csv)] == ["done", "pending", "pending"]
-    assert [e["event"] for e in read_events(layout.events_jsonl)].count("run_resumed") == 1
+    assert [e["event"] for e in stream_events(layout.events_jsonl)].count("run_resumed") == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"k"', b'{"run_key": null}'])

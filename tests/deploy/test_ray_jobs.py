@@ -26,7 +26,7 @@ import yaml
 from deploy_commands import DEPLOY
 from PIL import Image
 
-from hover_batch.cohort.events import read_events
+from hover_batch.cohort.events import stream_events
 
 pytestmark = pytest.mark.slow
 
@@ -188,7 +188,7 @@ def test_a_job_survives_the_loss_of_a_node(cluster: Site, environment: dict[str,
 
 
 def told(out: Path, name: str) -> int:
-    return sum(event["event"] == name for event in read_events(out / "logs" / "events.jsonl"))
+    return sum(event["event"] == name for event in stream_events(out / "logs" / "events.jsonl"))
 
 
 @pytest.mark.parametrize("token", [None, "f" * 64])

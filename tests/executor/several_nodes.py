@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from hover_batch.cohort.events import read_events
+from hover_batch.cohort.events import stream_events
 from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
 from hover_batch.executor.cluster import START_ATTEMPTS, prepare_own_cluster
 
@@ -52,7 +52,7 @@ def follow(plan: dict[str, Any], cluster: Any, nodes: list[Any], node: dict[str,
     """Remove and add nodes by the plan's `events`."""
     log = Path(plan["out"]) / "logs" / "events.jsonl"
     for name, times, what in plan["events"]:
-        while sum(event["event"] == name for event in read_events(log)) < times:
+        while sum(event["event"] == name for event in stream_events(log)) < times:
             if over.wait(0.05):
                 return
         print(time.time(), what, flush=True)
@@ -117,7 +117,7 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
         ray.shutdown()
         with contextlib.suppress(Exception):
             cluster.shutdown()
-    done = [e["spans"] for e in read_events(Path(plan["out"]) / "logs" / "events.jsonl") if e["event"] == "unit_done"]
+    done = [e["spans"] for e in stream_events(Path(plan["out"]) / "logs" / "events.jsonl") if e["event"] == "unit_done"]
     spans = [span["infer"] for span in done]
     return {
         "exit_code": outcome.exit_code,

@@ -17,7 +17,7 @@ from accelerators import LoadQuick, load_nothing
 from conftest import SETTINGS, Run, file_system, runner
 from PIL import Image
 
-from hover_batch.cohort.events import read_events
+from hover_batch.cohort.events import stream_events
 from hover_batch.config import EngineSettings, OutputSettings, TissueSettings
 from hover_batch.errors import PackageError, TooManyFailures
 from hover_batch.executor import disk_space
@@ -32,7 +32,7 @@ def tables(out: Path) -> dict[str, bytes]:
 
 
 def events(out: Path, name: str) -> list[dict[str, object]]:
-    return [e for e in read_events(out / "logs" / "events.jsonl") if e["event"] == name]
+    return [e for e in stream_events(out / "logs" / "events.jsonl") if e["event"] == name]
 
 
 @pytest.fixture

@@ -6,13 +6,15 @@ import errno
 import pickle
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
+from unittest.mock import MagicMock
 
 from hypothesis import given
 from hypothesis import strategies as st
 from test_slide_state import slide, surveyed, unit
 
 from hover_batch.cohort.record import Stage
+from hover_batch.config import Settings
 from hover_batch.errors import ScratchFull, SlideError, SlideQuarantined
 from hover_batch.executor.cluster import prepare_own_cluster
 from hover_batch.executor.slide_state import (
@@ -24,6 +26,7 @@ from hover_batch.executor.slide_state import (
     Task,
     Verdict,
 )
+from hover_batch.model.package import Card
 from hover_batch.pipeline import NetworkFailed, Seconds, UnitsMissing
 
 BLAMELESS = (Verdict.RETRY, Verdict.SHORT_OF_MEMORY, Verdict.DISK_FULL)
@@ -187,6 +190,26 @@ def test_a_unit_that_is_short_of_memory_with_the_least_at_once_is_to_blame() -> 
         cohort.fail(state, Task(Stage.INFER, 1), Verdict.SHORT_OF_MEMORY)
     ((_, failure),) = cohort.failed
     assert isinstance(failure, SlideQuarantined) and "memory ran out, 2 times" in str(failure)
+
+
+def test_the_death_of_a_network_halves_the_work_at_once_however_many_units_it_held() -> None:
+    prepare_own_cluster()  # before Ray is imported, for the tests after this one
+    from hover_batch.executor.faults import WorkerDied
+    from hover_batch.executor.ray import RayExecutor, _Call
+    from hover_batch.executor.resources import Node, Resources, engine_plan
+
+    state, card = surveyed(list(CELLS), set(), set()), SimpleNamespace(layout=SimpleNamespace(planes=8))
+    context: Any = MagicMock()
+    plan = engine_plan(Resources((Node(2, 1, 64 << 30),)), Settings(), cast(Card, card))
+    executor = RayExecutor(context, plan)
+    executor._slides.add(state)
+    for deaths in (1, 2):
+        units = [Task(Stage.INFER, state.to_infer.popleft()) for _ in range(executor._plan.units_at_once)]
+        assert len(units) > 1
+        for call in [_Call(state, task, executor._plan.halvings) for task in units]:
+            executor._failed(call, WorkerDied(Verdict.SHORT_OF_MEMORY, "its process died (OutOfMemoryError)"))
+        assert executor._plan.halvings == deaths == context.recorder.progress.warn.call_count
+    assert sorted(state.to_infer) == list(range(len(CELLS))) and not state.suspects, "a unit was blamed"
 
 
 def test_no_task_is_retried_for_ever() -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from command import UNITS, assert_all_gone, count, start
 
-from hover_batch.cohort.events import read_events
+from hover_batch.cohort.events import stream_events
 
 
 def test_a_cluster_that_is_up_is_joined(cohort: Path, undisturbed: bytes, ray_cluster: Path, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     assert 3 <= reached < UNITS, "it was not interrupted in the middle of its work"
     if how in ("Ctrl-C once", "SIGTERM"):
         # What was under way was finished: every marker has its event.
-        events = read_events(out / "logs" / "events.jsonl")
+        events = list(stream_events(out / "logs" / "events.jsonl"))
         assert len([e for e in events if e["event"] == "unit_done"]) == reached
         assert "Finishing" in printed
         assert pd.read_csv(out / "slides.csv").status.tolist() == ["begun"]
@@ -70,5 +70,5 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     assert again.returncode == 0, printed
     assert (slide / "nuclei.parquet").read_bytes() == undisturbed
     assert_all_gone(again.pid)
-    done = [e for e in read_events(out / "logs" / "events.jsonl") if e["event"] == "unit_done"]
+    done = [e for e in stream_events(out / "logs" / "events.jsonl") if e["event"] == "unit_done"]
     assert len(done) <= UNITS + 3, "more than the units that were under way was done again"

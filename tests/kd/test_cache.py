@@ -70,7 +70,7 @@ def test_what_is_written_is_read(tmp_path, monkeypatch, form, sizes):
 def test_folds_and_sources(tmp_path, form):
     samples = [sample("a", 5, 4, "train"), sample("b", 6, 4, "test", source="consep"), sample("c", 7, 4, "train")]
     path = write(tmp_path / form, samples)
-    assert [s.id for s in read_data(path, ["test", "train"]).samples] == ["b", "a", "c"]
+    assert [s.id for s in read_data(path, ["test", "train", "test"]).samples] == ["b", "a", "c"]
     assert [s.id for s in read_data(path, ["test", "train"], ["consep"]).samples] == ["b"]
     assert read_data(path, ["val"]).samples == []
     with pytest.raises(InputError, match="has no fold 3; its folds are train, test"):

@@ -181,4 +181,9 @@ def test_the_command_gives_a_package_other_constants_and_the_same_weights(tmp_pa
     other = tmp_path / "other.safetensors"
     with_card(starter, replace(starter.card, mpp=0.5), other)
     assert f"package {other}: is for pixels of 0.5 µm" in str(run(other, out).exception)
+    data[data.index("--check") + 1] = "val"
+    assert "--check val: is the fold of the search" in str(run("starter", out).exception)
+    data[data.index("--check") + 1] = "test"
+    result = run("starter", out)
+    assert "note: --check test: " in result.stderr and ": worth a search" not in result.stdout
     assert f"-o {tmp_path}: the name of a package must end in .safetensors" in str(run("starter", tmp_path).exception)

@@ -209,6 +209,7 @@ def test_evaluate_warns_in_the_table_of_what_the_model_has_seen(folder, tmp_path
     [
         (["--source", "consep"], "--source consep: give NAME=SHARE"),
         (["--source", "consep=much"], "--source consep=much: give NAME=SHARE"),
+        (["--source", "consep=1", "--source", "consep=2"], "--source consep=2: consep is given twice"),
         (["--source", "consep=-1"], "each with a share above 0"),
         (["--size", "100"], "--size 100"),
         (["--preset", "best"], "--preset best"),

@@ -123,7 +123,19 @@ def test_what_is_no_checkpoint_is_refused(package, config, tmp_path):
         package_command(config.out / "checkpoint.pt", config.data, Path("/proc/a/b.safetensors"))
     with pytest.raises(InputError, match="older version"):
         make_package(tmp_path / "old.pt", config.data, tmp_path / "a.safetensors")
+    flipped = bytearray((config.out / "checkpoint.pt").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(flipped)
+    with pytest.raises(InputError, match=r"flipped\.pt: not a checkpoint .*, or corrupted"):
+        make_package(tmp_path / "flipped.pt", config.data, tmp_path / "a.safetensors")
     saved = torch.load(config.out / "checkpoint.pt", weights_only=True)
+    torch.save(saved | {"config": saved["config"] | {"model": "hovernet-fast"}}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match=r"other\.pt: its weights do not fit its settings"):
+        make_package(tmp_path / "other.pt", config.data, tmp_path / "a.safetensors")
+    (tmp_path / "data").mkdir()
+    other_data = write_folder(tmp_path / "data", seed=5)
+    with pytest.raises(InputError, match="--data .*data: is not the data that .*checkpoint.pt was validated on"):
+        make_package(config.out / "checkpoint.pt", other_data, tmp_path / "a.safetensors")
     saved["shipped"]["segmentation_head.0.bias"][0] = 1e6
     torch.save(saved, tmp_path / "large.pt")
     with pytest.raises(PackageError, match="too large for float16"):

@@ -105,6 +105,18 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path, name, pixels, write: C
         read_image(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["absent.png", "folder.png", "short.png", "short.jpg", "short.tif", "empty.png"])
+def test_missing_and_truncated_images_give_one_message(tmp_path, capfd, name):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "empty.png").touch()
+    if name.startswith("short"):
+        Image.fromarray(ramp(200, 300)).save(tmp_path / name)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-900])
+    with pytest.raises(InputError, match=f"{name} cannot be read as an image; check that it exists and is complete"):
+        read_image(tmp_path / name)
+    assert "imread" not in capfd.readouterr().err
+
+
 def test_images_of_8_bits_become_rgb(tmp_path):
     pixels = ramp(20, 30)
     for name, stored in (("grey", pixels[..., 0]), ("alpha", np.dstack([pixels, pixels[..., 0]]))):
@@ -132,6 +144,8 @@ def discs(n: int) -> np.ndarray:
         (discs(1000).astype(np.uint8), "semantic mask"),
         (discs(300).clip(0, 255).astype(np.uint8), "8-bit labels with 255"),
         ((discs(1) > 0) * np.uint8(255), "8-bit labels with 255.*a mask of 0 and 255"),
+        (discs(40) + 1, r"the background has an id, but must be 0 \(no pixels are 0, and 1 covers 6\d%"),
+        (np.where(discs(300) > 0, discs(300) - 1, 700), r"must be 0 \(49 pixels are 0, and 700 covers 6\d%"),
     ],
 )
 def test_labels_that_are_no_instance_ids_are_refused(tmp_path, labels, message):

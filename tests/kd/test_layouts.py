@@ -242,6 +242,10 @@ def test_a_folder_with_types_of_known_codes(tmp_path):
         ),
         (lambda f: (f / "dataset.csv").write_text(f"{HEADER}\n"), "it lists no image"),
         (
+            lambda f: (f / "dataset.csv").write_text(f"{HEADER}\n{ROW.strip()}".replace("val", "tset")),
+            "row 2 has the split tset; write train, val or test",
+        ),
+        (
             lambda f: (f / "dataset.csv").write_text(f"{HEADER},magnification\n{ROW.strip()},20x\n"),
             "row 2 has magnification 20; rescale images and labels to 40",
         ),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hover_batch.errors import PackageError
 from hover_batch.model.package import Card, find_package
 from hover_batch.model.published import KINDS
 from hover_batch.taxonomy import CONSEP
@@ -52,6 +53,14 @@ def told(training: dict[str, Any], *samples: Sample, **more: Any) -> list[tuple[
 def test_nothing_seen_nothing_said() -> None:
     assert told({}, A, B) == []
     assert told(saw(train=[C]), A, B) == []
+
+
+@pytest.mark.parametrize(
+    "training", [{"saw": 5}, {"saw": {"train": 5}}, {"saw_groups": 3}, {"data": [1]}, {"teacher": 5}, {"seen": 7}]
+)
+def test_a_malformed_record_does_not_pass_for_nothing_seen(training: dict[str, Any]) -> None:
+    with pytest.raises(PackageError, match="package made up: its card does not say which images it has seen"):
+        told(training, A)
 
 
 def test_images_are_known_by_their_pixels_whatever_they_are_called() -> None:

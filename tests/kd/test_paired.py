@@ -100,7 +100,9 @@ def test_other_images_or_annotations_are_refused(samples: list[Sample]) -> None:
         old.check(samples)
 
 
-@pytest.mark.parametrize("by_image", [{"tnbc": 5}, {"tnbc": [5]}, {"tnbc": [{"id": "s1"}]}])
+@pytest.mark.parametrize(
+    "by_image", [{"tnbc": 5}, {"tnbc": [5]}, {"tnbc": [{"id": "s1"}]}, {"tnbc": [row_of(sample(1)) | {"pq": "0.5"}]}]
+)
 def test_a_file_without_the_scores_of_images_is_refused(tmp_path: Path, by_image: Any) -> None:
     texts = dict.fromkeys(("label", "sha256", "architecture", "data", "sobel_norm"), "x")
     cost = dict.fromkeys(("parameters", "patch", "macs_per_patch", "macs_per_kept_pixel"), 1)

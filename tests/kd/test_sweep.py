@@ -16,6 +16,7 @@ import kd.sweep
 from hover_batch.errors import InputError
 from hover_batch.model.package import find_package
 from kd.cli import kd_app
+from kd.sweep import hashes_of_inputs
 from kd.training.config import TrainConfig
 
 
@@ -56,6 +57,7 @@ def trained(monkeypatch) -> list[TrainConfig]:
     monkeypatch.setattr(kd.sweep, "train", train)
     monkeypatch.setattr(kd.sweep, "make_package", lambda checkpoint, data, out: f"{checkpoint.name} to {out.name}")
     monkeypatch.setattr(kd.sweep, "evaluate_package", Scored)
+    monkeypatch.setattr(kd.sweep, "hashes_of_inputs", lambda data, teacher: {"data_sha256": "0123"})
     return configs
 
 
@@ -171,6 +173,35 @@ def test_a_folder_of_other_arguments_is_refused(tmp_path, trained):
     assert isinstance(result.exception, InputError)
     assert "mit_b0_a1 was begun with other arguments" in str(result.exception)
     assert len(trained) == 3
+
+
+@pytest.mark.parametrize("name", ["scores.json", "arguments.json"])
+def test_a_corrupted_file_of_a_run_gives_no_traceback(tmp_path, trained, name):
+    assert grid(tmp_path).exit_code == 0
+    (tmp_path / "mit_b0_a1" / name).write_text("{")
+    result = grid(tmp_path)
+    if name == "scores.json":
+        assert result.exit_code == 0 and "3 runs, 2 of them done before" in result.stderr
+    else:
+        assert isinstance(result.exception, InputError) and "was begun with other" in str(result.exception)
+
+
+@pytest.mark.parametrize("name", ["data", "data.npz"])
+def test_scores_on_other_data_are_not_those_of_a_run(tmp_path, trained, monkeypatch, name):
+    monkeypatch.setattr(kd.sweep, "hashes_of_inputs", hashes_of_inputs)
+    (tmp_path / "data").mkdir()
+
+    def sweep_again(colour: int):
+        labels = next(write_images(tmp_path / "data").glob("0_labels.png"))
+        cv2.imwrite(str(labels), np.where(cv2.imread(str(labels), -1) == 1, colour, 0).astype(np.uint16))
+        prepared = CliRunner().invoke(kd_app, ["prepare", str(tmp_path / "data"), "-o", str(tmp_path / "data.npz")])
+        assert prepared.exit_code == 0, prepared.exception
+        return run("--data", tmp_path / name, "-o", tmp_path / "runs")
+
+    assert sweep_again(1).exit_code == 0
+    assert "1 of them done before" in sweep_again(1).stderr
+    result = sweep_again(2)
+    assert isinstance(result.exception, InputError) and "other arguments or other data" in str(result.exception)
 
 
 def test_other_test_folds_are_scored_anew(tmp_path, trained):

@@ -151,6 +151,7 @@ def test_what_cannot_share_a_row_is_refused(tmp_path: Path, changed: dict[str, A
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
+        ('{"sources": {"tnbc": {"pq": NaN}}}', r"not JSON \(NaN is not a number\)"),
         ("[]", "lacks everything"),
         ('{"split": "test"}', "it lacks architecture, by_image, cost"),
     ],

@@ -296,7 +296,7 @@ def test_the_command_goes_on_with_a_cache(taught, images, professor):
     [
         (
             ["--teacher", "hovernet.tar"],
-            "--teacher hovernet.tar: no such package; convert a published checkpoint with",
+            "--teacher hovernet.tar: no such package; .*`models import NAME` downloads published ones",
         ),
         (["--fold", "test"], "--fold test: .* has no image of this fold; give one of its folds, train, val"),
         (["--source", "consep"], "has no source consep; its sources are tnbc"),

@@ -19,9 +19,17 @@ from safetensors.torch import load_file, save_file
 from hover_batch.commands.models import describe
 from hover_batch.errors import PackageError
 from hover_batch.model.hub_card import hub_card
-from hover_batch.model.package import CARD_KEY, Card, find_package, load_network, save_package, tensors_sha256
+from hover_batch.model.package import (
+    CARD_KEY,
+    Card,
+    find_package,
+    load_network,
+    save_package,
+    tensors_sha256,
+    with_card,
+)
 from hover_batch.model.student import StudentArch, build_student
-from hover_batch.taxonomy import CONSEP
+from hover_batch.taxonomy import CONSEP, PANNUKE
 
 CARD = Card(
     name="tiny",
@@ -87,6 +95,10 @@ def test_a_package_has_the_permissions_of_the_umask(saved: Path, tmp_path: Path)
             {CARD_KEY: json.dumps(find_package("starter").card.to_json() | {"training": []})},
             "the card's training is",
         ),
+        (
+            {CARD_KEY: json.dumps(CARD.to_json() | {"sobel": {**CARD.sobel, "h_min": 2.0}})},
+            "a minimum is above its maximum",
+        ),
     ],
 )
 def test_files_without_a_usable_card_are_refused(tmp_path: Path, metadata: dict[str, str] | None, message: str) -> None:
@@ -94,6 +106,14 @@ def test_files_without_a_usable_card_are_refused(tmp_path: Path, metadata: dict[
     save_file({"a": torch.zeros(1)}, path, metadata=metadata)
     with pytest.raises(PackageError, match=message):
         find_package(str(path))
+
+
+def test_a_card_that_does_not_fit_the_weights_is_refused_with_the_reason(saved: Path, tmp_path: Path) -> None:
+    package, changed = find_package(str(saved)), tmp_path / "changed.safetensors"
+    for changes, message in (({"tile_in": 100}, "multiple of 32"), ({"taxonomy": PANNUKE}, "size mismatch")):
+        with_card(package, dataclasses.replace(package.card, **changes), changed)  # type: ignore[arg-type]
+        with pytest.raises(PackageError, match=message):
+            load_network(find_package(str(changed)))
 
 
 def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:

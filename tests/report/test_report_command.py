@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_run import write_field, write_run
+from made_run import record_table, write_field, write_run
 from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
@@ -180,6 +180,7 @@ def test_a_harmed_table_is_said_and_not_counted(tmp_path: Path, field: Field) ->
     layout = write_run(tmp_path / "out", *field, done=["a", "b"])
     layout.slide("b").nuclei_parquet.write_bytes(b"PAR1")
     layout.slide("a").overlay_jpg.write_bytes(b"no JPEG")
+    layout.settings_toml.write_bytes(b"\xff\xfe")
     text = shown(layout).text
     nuclei = json.loads(layout.slide("a").slide_json.read_text())["nuclei"]
     assert f"{nuclei} nuclei" in text and "Tables that cannot be read, and are not counted: 1." in text
@@ -194,6 +195,7 @@ def test_a_harmed_contour_costs_the_crops_alone(tmp_path: Path, field: Field) ->
     where = table.schema.get_field_index("geometry")
     table = table.set_column(where, table.schema.field(where), pa.array([b"?"] * len(table), pa.binary()))
     pq.write_table(table.replace_schema_metadata({b"hover_batch": about[b"hover_batch"]}), path)
+    record_table(layout.slide("a"))
     assert f"No crops: {path}: cannot be read as a table of nuclei" in shown(layout).text
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.data.layouts.consep import Consep
-from kd.data.layouts.folder import TABLE, InstanceFolder
+from kd.data.layouts.folder import InstanceFolder
 from kd.data.layouts.pannuke import PanNuke
 from kd.data.samples import Sample
 
@@ -20,6 +20,10 @@ class Layout(Protocol):
     @property
     def classes(self) -> str:
         """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that fits its types best."""
+
+    @staticmethod
+    def recognises(folder: Path) -> bool:
+        """Return whether the folder has this layout, complete or not."""
 
     def __len__(self) -> int: ...
 
@@ -38,7 +42,7 @@ def recognise(folder: Path, val: int = 0) -> Layout:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give one with annotated images")
-    if (folder / TABLE).is_file():
+    if InstanceFolder.recognises(folder):
         return InstanceFolder(folder)
     if Consep.recognises(folder):
         return Consep(folder, val)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import class_ids
-from kd.data.layouts.pictures import read_image, refuse_semantic
+from kd.data.layouts.pictures import read_image, refuse_no_ids
 from kd.data.samples import Sample, renumbered
 
 PARTS = {"train": "Train", "test": "Test"}
@@ -77,7 +77,7 @@ def _read(fold: str, picture: Path, labels: Path, taxonomy: Taxonomy) -> Sample:
     for name, array in (("inst_map", instances), ("type_map", codes)):
         if array.shape != image.shape[:2]:
             raise InputError(f"{labels}: {name} has shape {array.shape}, but its image has {image.shape[:2]}")
-    refuse_semantic(instances, f"{labels}: inst_map")
+    refuse_no_ids(instances, f"{labels}: inst_map")
     return Sample(
         id=f"consep_{picture.stem}",
         source="consep",

@@ -1,9 +1,9 @@
 """Read an instance folder: images and label images that a table describes.
 
 dataset.csv has one row per image, with the columns sample_id, image (RGB PNG), labels (uint16 PNG of instance ids, 0 =
-background), types (uint8 PNG of class codes, or empty), source and split (train, val or test). Optional columns are
-group (patient or slide), tissue and magnification, which must be 40. Paths are relative to the folder. Images must be
-at 40× (0.25 µm).
+background), types (uint8 PNG of class codes, or empty), source and split (train, val, test or a fold's number).
+Optional columns are group (patient or slide), tissue and magnification, which must be 40. Paths are relative to the
+folder. Images must be at 40× (0.25 µm).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from hover_batch.errors import InputError
+from hover_batch.files import sha256_file
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import CODES, class_ids
 from kd.data.layouts.pictures import read_codes, read_image, read_instances
@@ -25,6 +26,10 @@ TABLE = "dataset.csv"
 """Name of the table."""
 COLUMNS = ("sample_id", "image", "labels", "types", "source", "split")
 """Required columns."""
+SPLITS = r"train|val|test|\d"
+"""Values of split: folds for training, validation and testing, or published folds of a cross-validation."""
+FILES = ("image", "labels", "types")
+"""Columns with paths."""
 MAGNIFICATION = 40
 """Magnification of the images."""
 
@@ -58,6 +63,11 @@ class InstanceFolder:
         for line, row in enumerate(self._rows, start=2):
             if empty := [c for c in COLUMNS if not row[c] and c != "types"]:
                 raise InputError(f"{folder / TABLE}: row {line} has no {', '.join(empty)}; fill it in")
+            if not re.fullmatch(SPLITS, row["split"]):
+                raise InputError(
+                    f"{folder / TABLE}: row {line} has the split {row['split']}; write train, val or test, or the "
+                    "number of a published fold"
+                )
             if (first := lines.setdefault(row["sample_id"], line)) != line:
                 raise InputError(
                     f"{folder / TABLE}: rows {first} and {line} have the same sample_id {row['sample_id']}; change one"
@@ -68,6 +78,11 @@ class InstanceFolder:
                     f"{folder / TABLE}: row {line} has magnification {scanned[0]}; rescale images and labels to "
                     f"{MAGNIFICATION} (0.25 µm per pixel)"
                 )
+
+    @staticmethod
+    def recognises(folder: Path) -> bool:
+        """Return whether the folder has a dataset.csv."""
+        return (folder / TABLE).is_file()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -91,6 +106,18 @@ class InstanceFolder:
     def sources(self) -> list[str]:
         """Names of the sources, in the order in which they appear."""
         return list(dict.fromkeys(row["source"] for row in self._rows))
+
+    def hashes(self) -> list[str]:
+        """Return a text for each image, which changes with its row and its files.
+
+        Raises InputError if a file cannot be read.
+        """
+        try:
+            return [
+                f"{row} {[sha256_file(self.folder / row[kind]) for kind in FILES if row[kind]]}" for row in self._rows
+            ]
+        except OSError as error:
+            raise InputError(f"{error.filename}: {error.strerror}; add it, or correct {TABLE}") from error
 
     def samples(
         self, taxonomy: Taxonomy, fold: str | None = None, sources: Collection[str] | None = None

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import CODES, class_ids
+from kd.data.layouts.pictures import refuse_no_ids
 from kd.data.samples import Sample
 
 CHANNELS = len(CODES["pannuke"]) + 1
@@ -93,6 +94,7 @@ class _Fold:
         image = _whole(_map(self.images_file, 3)[i], f"{self.images_file}: image {i}", 255)
         mask = _whole(_map(self.masks_file, CHANNELS)[i], f"{self.masks_file}: mask {i}", np.iinfo(np.int32).max)
         instances, codes = merge_channels(mask)
+        refuse_no_ids(instances, f"{self.masks_file}: mask {i}")
         return Sample(
             id=f"pannuke_{self.fold}_{i:04d}",
             source="pannuke",

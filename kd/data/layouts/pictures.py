@@ -23,6 +23,8 @@ NUCLEUS_AREA = 20
 """Smallest area in pixels of a piece that may be a separate nucleus."""
 SEMANTIC_PIECES = 3
 """Number of such pieces from which a value looks like a class instead of an id."""
+LARGEST_AREA = 128**2
+"""Area in pixels, 1024 µm², above which an instance that covers most of its image is no nucleus."""
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -46,7 +48,7 @@ def read_instances(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
     Raises InputError as `read_codes` does, and if the values look like classes, or like ids truncated to 8 bits.
     """
     ids, dtype = _read_labels(path, shape)
-    refuse_semantic(ids, str(path))
+    refuse_no_ids(ids, str(path))
     limit = np.iinfo(np.uint8).max
     if dtype == np.uint8 and ids.max(initial=0) == limit:
         raise InputError(
@@ -65,12 +67,20 @@ def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
     return _read_labels(path, shape)[0]
 
 
-def refuse_semantic(instances: NDArray[np.int32], where: str) -> None:
-    """Raise InputError if instance ids (y, x) look like a semantic mask.
+def refuse_no_ids(instances: NDArray[np.int32], where: str) -> None:
+    """Raise InputError, naming `where`, if instance ids (y, x) look like a semantic mask, or count the background.
 
     `where`: file, for the message. In a semantic mask, many nuclei have the same value, such as 1, 255 or a class code.
     Published annotations contain a few nuclei in several pieces; these are accepted.
     """
+    ids, areas = np.unique(instances, return_counts=True)
+    largest = areas.argmax()
+    covered = areas[largest] / instances.size
+    if ids[0] or (ids[largest] and areas[largest] > LARGEST_AREA and covered > 0.5):
+        raise InputError(
+            f"{where}: the background has an id, but must be 0 ({'no' if ids[0] else areas[0]} pixels are 0, and "
+            f"{ids[largest]} covers {covered:.0%} of the image); save labels in which only nuclei have ids"
+        )
     pieces = pieces_of(instances, NUCLEUS_AREA)
     if len(pieces) and np.mean(pieces >= SEMANTIC_PIECES) >= 0.5:
         raise InputError(
@@ -100,9 +110,15 @@ def _read(path: Path, flags: int) -> NDArray[Any]:
         raise InputError(
             f"{path}: a TIFF with the orientation tag {orientation}; save its stored pixels as a PNG without rotation"
         )
-    pixels = cv2.imread(str(path), flags)
+    try:
+        # imread prints a warning of its own for a missing file, and fills up a truncated JPEG with grey.
+        pixels = cv2.imdecode(np.fromfile(path, np.uint8), flags)
+    except (OSError, cv2.error):
+        pixels = None
     if pixels is None:
-        raise InputError(f"{path} cannot be read as an image; check that it exists, and save it as a PNG")
+        raise InputError(
+            f"{path} cannot be read as an image; check that it exists and is complete, and save it as a PNG"
+        )
     return np.asarray(pixels)
 
 
