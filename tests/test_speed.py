@@ -21,13 +21,20 @@ from benchmarks.maps import synthetic_maps
 from benchmarks.postprocess import Reference, medians, ours
 from hover_batch.cohort.events import stream_events
 from hover_batch.cohort.record import SlideRecord
-from hover_batch.config import EngineSettings, InferSettings, Settings
-from hover_batch.geometry import Box, Grid
+from hover_batch.config import EngineSettings, InferSettings, PostSettings, Settings
+from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.model.package import find_package, load_network
 from hover_batch.model.predict import Predictor
+from hover_batch.nuclei.energy import mask_hv
+from hover_batch.nuclei.measure import measure
+from hover_batch.nuclei.stitch import nuclei_of_region
+from hover_batch.nuclei.table import TableContext, to_arrow, write_part
+from hover_batch.nuclei.watershed import SobelConstants, instance_map
 from hover_batch.segment import run_segment
 from hover_batch.slide.example import write_example
 from hover_batch.slide.reader import open_slide
+from hover_batch.store import PredictionStore
+from hover_batch.taxonomy import CONSEP
 
 REPEATS = 5
 
@@ -50,6 +57,27 @@ def test_post_processing_is_many_times_faster_than_the_reference() -> None:
     found = ratio(reference.all, lambda: ours(maps, layout, None))
     print(f"\npost-processing: {found:.1f} times faster than the reference")
     assert found > 4
+
+
+def test_the_post_stage_costs_little_more_than_its_kernels(tmp_path: Path) -> None:
+    """Reading the maps, joining what crosses regions, and writing the part of the table: once four times as much."""
+    maps, layout = synthetic_maps(1024)
+    mask_hv(maps)
+    constants = SobelConstants(**find_package("starter").card.sobel)
+    size, mpp = Size(1024, 1024), Mpp(0.25, 0.25)
+    store = PredictionStore.create(tmp_path / "predictions.zarr", size, layout.planes, 1024, {})
+    store.write(size.box, maps)
+    grid = Grid(size, 1.0, 1.0, mpp, size)
+    context = TableContext("s", CONSEP, grid, mpp, "file", None, "starter", "0", "0")
+
+    def stage() -> None:
+        nuclei = nuclei_of_region(store.read, size.box, layout, PostSettings(), constants)
+        write_part(tmp_path / "part.parquet", to_arrow(nuclei, context))
+
+    np_map, h, v = maps[layout.NP], maps[layout.H], maps[layout.V]
+    found = ratio(stage, lambda: measure(instance_map(np_map, h, v, constants), maps, layout))
+    print(f"\nthe post stage: {found:.2f} times its kernels")
+    assert found < 2
 
 
 class ReadyOutput(torch.nn.Module):
