@@ -74,17 +74,23 @@ def sharpness(hematoxylin: NDArray[np.uint8], near: NDArray[np.bool_]) -> float 
     value is the root of the energy of the Laplacian divided by that of the gradient, which measures the mean spatial
     frequency and does not depend on contrast and stain. None if too few pixels are near nuclei.
     """
-    height, width = (extent // _BINNING * _BINNING for extent in near.shape)
-    blocks = (height // _BINNING, _BINNING, width // _BINNING, _BINNING)
-    binned = hematoxylin[:height, :width].reshape(blocks).mean((1, 3), dtype=np.float32)
-    whole = np.asarray(near[:height, :width].reshape(blocks).all((1, 3)), np.uint8)
+    height, width = (extent // _BINNING for extent in near.shape)
+    if not height * width:
+        return None
+
+    def binned(plane: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Return the means of squares of _BINNING pixels."""
+        whole = np.ascontiguousarray(plane[: height * _BINNING, : width * _BINNING], np.float32)
+        return np.asarray(cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA), np.float32)
+
+    density, whole = binned(hematoxylin), (binned(near) == 1).astype(np.uint8)
     # The neighbours of every pixel that counts must be stored, too; elsewhere the maps are zero.
     inner = cv2.erode(whole, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=(0,)) > 0
     pixels = np.count_nonzero(inner)
     if pixels < _MIN_PIXELS:
         return None
-    laplacian = cv2.Laplacian(binned, cv2.CV_32F)[inner].astype(np.float64)
-    across, down = (cv2.Sobel(binned, cv2.CV_32F, dx, 1 - dx)[inner].astype(np.float64) / 8 for dx in (1, 0))
+    laplacian = cv2.Laplacian(density, cv2.CV_32F)[inner].astype(np.float64)
+    across, down = (cv2.Sobel(density, cv2.CV_32F, dx, 1 - dx)[inner].astype(np.float64) / 8 for dx in (1, 0))
     # Energy from rounding to whole steps: the variance of a step, 1 / 12, times the squares of the kernels' weights.
     rounding = pixels / 12 / _BINNING**2
     fine = float((laplacian**2).sum()) - 20 * rounding
