@@ -148,7 +148,10 @@ def instance_map(
 
 
 def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.int32]:
-    """Return the instances (y, x) int32 of at least `min_pixels` pixels, renumbered 1 … n in the order of their ids."""
+    """Return the instances (y, x) int32 with at least `min_pixels` pixels, renumbered 1 … n in the order of their ids.
+
+    `instances` (y, x): 0 = background. Smaller instances become background.
+    """
     large = np.bincount(instances.ravel()) >= min_pixels
     large[0] = False
     return np.where(large, np.cumsum(large), 0).astype(np.int32)[instances]
