@@ -36,8 +36,8 @@ from hover_batch.nuclei.markers import MIN_PIXELS, markers_of
 
 REACH = 11
 """Distance in pixels within which a component's instances depend on the maps. The blur reads the energy of diagonal
-neighbours, 1 pixel away, whose Sobel sums have a radius of 10. Such a neighbour is foreground if its own component has
-MIN_PIXELS, 10 pixels in all, which is decided within 10 pixels."""
+neighbours, whose Sobel sums have a radius of 10. Whether such a neighbour is foreground depends on no more pixels,
+since its own component must have at least MIN_PIXELS, 10."""
 
 
 @dataclass(frozen=True)
