@@ -308,7 +308,7 @@ class OpenSlides:
                 failure = slide.retry_or_quarantine(verdict, task, str(error))
                 self._record("strike", **values, strikes=slide.verdicts[verdict, task], reason=str(error))
             case Verdict.NODE_LOST:
-                failure = slide.retry_or_quarantine(verdict, task, "its machine was lost")
+                failure = slide.retry_or_quarantine(verdict, task, "its node was lost")
                 self._record("lost", **values)
             case Verdict.SHORT_OF_MEMORY:
                 slide.retry(task)
