@@ -372,14 +372,14 @@ def _draw(work: SlideWork, reader: SlideReader) -> dict[str, float]:
     """
     layout, canvas = work.layout, work.grid.level0
     image = reader.thumbnail(THUMBNAIL_SIDE)
-    small = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
+    whole_view = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
     rings = [ring for polygon in work.mask.polygons().geoms for ring in (polygon.exterior, *polygon.interiors)]
-    write_thumbnail(layout.thumbnail_jpg, small, [np.asarray(ring.coords) for ring in rings])
+    write_thumbnail(layout.thumbnail_jpg, whole_view, [np.asarray(ring.coords) for ring in rings])
     field = densest_field(layout.nuclei_parquet, OVERLAY_SIDE, canvas)
     level0 = Grid(canvas, 1.0, 1.0, work.info.mpp, canvas)
-    close = View(reader.read(field, level0), field.x0, field.y0, 1.0, 1.0)
-    write_overlay(layout.overlay_jpg, close, layout.nuclei_parquet, work.taxonomy)
-    return picture_measures(image, small.scale_x * work.info.mpp.x)
+    field_view = View(reader.read(field, level0), field.x0, field.y0, 1.0, 1.0)
+    write_overlay(layout.overlay_jpg, field_view, layout.nuclei_parquet, work.taxonomy)
+    return picture_measures(image, whole_view.scale_x * work.info.mpp.x)
 
 
 def discard_predictions(layout: SlideLayout) -> None:
