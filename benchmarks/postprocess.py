@@ -54,16 +54,16 @@ def placed(instances: NDArray[np.int32], maps: Maps, layout: MapLayout) -> tuple
 
     Centroids are x, y in pixels, with pixel centres at +0.
     """
-    anchor, bounds, first, area, votes = measuring._places(instances, maps[layout.tp], int(instances.max()))
+    anchor, bounds, first_moments, area, votes = measuring._places(instances, maps[layout.tp], int(instances.max()))
     nuclear = votes[:, 1:]
     types = np.where(nuclear.max(axis=1) > 0, nuclear.argmax(axis=1) + 1, 0)
     contours = outlines(instances, bounds, anchor[:, 0], area, (0, 0))
-    return anchor, bounds, anchor + first / area[:, None], types, contours
+    return anchor, bounds, anchor + first_moments / area[:, None], types, contours
 
 
 def extras(instances: NDArray[np.int32], maps: Maps, layout: MapLayout) -> None:
     """Compute the other columns of a table: shapes, class probabilities, scores and stains."""
-    anchor, bounds, first, area, _ = measuring._places(instances, maps[layout.tp], int(instances.max()))
+    anchor, bounds, first_moments, area, _ = measuring._places(instances, maps[layout.tp], int(instances.max()))
     sums(instances, maps, layout, anchor, bounds)
     shapes(instances, bounds)
 

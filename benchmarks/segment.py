@@ -3,15 +3,15 @@
     python -m benchmarks.segment [--json FILE] [--repeats N] [--teacher-repeats N]
     python -m benchmarks.segment --budget [--json FILE] [--repeats N]
 
-Each side runs in its own processes, in alternation; medians are reported. `work` is the time from the first pixel read
-to the finished table; `process` is the time of the whole command, with imports and loading of weights. tiatoolbox's
-engine has favourable settings: our batch size, one worker per core, and QuPath JSON as output. HoVerNet has random
-weights, and dark pixels stand in for its output, so that its post-processing has nuclei to work on. The compilation by
-OpenVINO is in `process`, but not in `work`. The benchmark only reports times; it does not check them.
+The programs run in turn, each in its own process; medians are reported. `work` is the time from the first pixel read to
+the finished table; `process` is the time of the whole command, with imports and loading of weights. tiatoolbox's engine
+has favourable settings: our batch size, one worker per core, and QuPath JSON as output. HoVerNet has random weights,
+and dark pixels stand in for its output, so that its post-processing has nuclei to work on. The compilation by OpenVINO
+is part of `process`, but not of `work`. The benchmark only reports times; it does not check them.
 
-`--budget` reports the CPU seconds of each stage per mm² of predicted tiles, on the whole of the TCGA slide. Where a GPU
-runs the network, the other stages are the wall. A cohort of the same slide is processed in one process: the first slide
-also pays for what a process does once, such as loading compiled functions, so it is reported apart.
+`--budget` reports the CPU seconds of each stage per mm² of predicted tiles, for the whole TCGA slide. If a GPU runs the
+network, the other stages limit the speed. The same slide is processed several times in one process. The first time is
+reported separately, since it includes what a process does only once, such as loading compiled functions.
 """
 
 from __future__ import annotations
@@ -45,17 +45,24 @@ from hover_batch.pipeline import Seconds
 from hover_batch.slide.example import write_pyramidal_tiff
 from hover_batch.slide.reader import open_slide
 
-REGION, MPP = "region.tif", 0.25
+REGION = "region.tif"
+"""Name of the slide with the densest field."""
+MPP = 0.25
+"""Pixel size of that slide, in µm."""
 BATCH = 8
+"""Tiles that are predicted at once."""
 DARK = 130
 """Mean of red, green and blue below which pixels are nuclei for the HoVerNet with random weights."""
-OURS, ON_RAY, BY_TORCH = "segment, local", "segment, ray", "segment, local, torch"
-SAME, TEACHER = "tiatoolbox, student", "tiatoolbox, HoVerNet-fast"
+LOCAL, RAY, TORCH = "segment, local", "segment, ray", "segment, local, torch"
+"""Programs that run `segment`, as named in the table."""
+STUDENT, TEACHER = "tiatoolbox, student", "tiatoolbox, HoVerNet-fast"
+"""Programs that run tiatoolbox's engine."""
 FLAGS = {
-    OURS: ["--backend", "local"],
-    ON_RAY: ["--backend", "ray"],
-    BY_TORCH: ["--backend", "local", "--runtime", "torch"],
+    LOCAL: ["--backend", "local"],
+    RAY: ["--backend", "ray"],
+    TORCH: ["--backend", "local", "--runtime", "torch"],
 }
+"""Flags of the programs that run `segment`."""
 STAGES = (Stage.SURVEY, Stage.READ, Stage.INFER, Stage.WRITE, Stage.POST, Stage.FINALIZE)
 
 
@@ -67,19 +74,19 @@ def prepare(folder: Path) -> None:
     (folder / "cohort.csv").write_text(f"path,slide_id\n{REGION},slide\n")
 
 
-def ours(folder: Path, side: str) -> dict[str, Any]:
-    """Run `segment` with FLAGS[side], and return its times in seconds, its stages and the number of nuclei."""
+def run_segment(folder: Path, program: str) -> dict[str, Any]:
+    """Run `segment` with FLAGS[program]; return the times in seconds, also by stage, and the number of nuclei."""
     out = folder / "out"
-    words = ["segment", str(folder / "cohort.csv"), "-o", str(out), *FLAGS[side]]
-    words += ["--batch", str(BATCH), "--tissue", "all"]
-    _, process = _timed([sys.executable, "-c", "from hover_batch.cli import app; app()", *words])
+    command = ["segment", str(folder / "cohort.csv"), "-o", str(out), *FLAGS[program]]
+    command += ["--batch", str(BATCH), "--tissue", "all"]
+    _, process = _timed([sys.executable, "-c", "from hover_batch.cli import app; app()", *command])
     events = [json.loads(line) for line in (out / "logs" / "events.jsonl").read_text().splitlines()]
     done = json.loads((out / "slides" / "slide" / "slide.json").read_text())
     stages = json.loads((out / "slides" / "slide" / "timings.json").read_text())
-    begun = min(start for event in events for start, _ in event.get("spans", {}).values())
+    started = min(start for event in events for start, _ in event.get("spans", {}).values())
     ended = next(datetime.fromisoformat(event["time"]) for event in events if event["event"] == "slide_done")
     shutil.rmtree(out)
-    work = ended.timestamp() - begun
+    work = ended.timestamp() - started
     return {"process": process, "work": work, "nuclei": done["nuclei"], "stages": stages}
 
 
@@ -97,13 +104,15 @@ class CpuSeconds(Seconds):
 
 
 def budget_child(folder: Path, slides: int) -> list[dict[str, float]]:
-    """Process SLIDE `slides` times in this process; return the CPU seconds of each by stage, with the keys `mm2`, the
-    area of the predicted tiles, and `densest_mb`, the largest shard."""
+    """Process SLIDE `slides` times in this process; return the CPU seconds of each time, by stage.
+
+    Further keys are `mm2`, the area of the predicted tiles, and `densest_mb`, the size of the largest shard.
+    """
     rows = [f"{SLIDE},slide{i}" for i in range(slides)]
     (folder / "cohort.csv").write_text("\n".join(["path,slide_id", *rows]) + "\n")
     pipeline.Seconds = local.Seconds = CpuSeconds  # type: ignore[misc, attr-defined]
-    words = ["segment", str(folder / "cohort.csv"), "-o", str(folder / "out"), *FLAGS[OURS]]
-    app([*words, "--batch", str(BATCH), "--threads", "1"], standalone_mode=False)
+    command = ["segment", str(folder / "cohort.csv"), "-o", str(folder / "out"), *FLAGS[LOCAL]]
+    app([*command, "--batch", str(BATCH), "--threads", "1"], standalone_mode=False)
     tile_mm2 = (find_package("starter").card.tile_out * MPP / 1000) ** 2
     found = []
     for i in range(slides):
@@ -116,7 +125,10 @@ def budget_child(folder: Path, slides: int) -> list[dict[str, float]]:
 
 
 def budget(repeats: int) -> dict[str, Any]:
-    """Measure the budget in a new process: medians of `repeats` slides after the first, per mm², and the first's."""
+    """Measure in a new process the CPU seconds per mm² of each stage, for the first slide and for later ones.
+
+    Of the later slides, `repeats` in number, the median is returned.
+    """
     with tempfile.TemporaryDirectory() as name:
         command = [sys.executable, "-m", "benchmarks.segment", "--budget-child", name, "--repeats", str(repeats)]
         slides = json.loads(_timed(command)[0].splitlines()[-1])
@@ -126,31 +138,32 @@ def budget(repeats: int) -> dict[str, Any]:
         "mm2": mm2,
         "core_seconds_per_mm2": stages,
         "first_slide_core_seconds_per_mm2": {stage: slides[0][stage] / mm2 for stage in STAGES},
-        "beside_the_network": sum(stages.values()) - stages[Stage.INFER],
+        "core_seconds_per_mm2_without_network": sum(stages.values()) - stages[Stage.INFER],
         "densest_unit_mb_per_mpx": slides[0]["densest_mb"] / (InferSettings().unit ** 2 / 1e6),
     }
 
 
 def _show_budget(found: dict[str, Any]) -> None:
     stages, first = found["core_seconds_per_mm2"], found["first_slide_core_seconds_per_mm2"]
-    print(f"{'CPU s per mm²':18} {'a slide':>9} {'the first':>10}")
+    print(f"{'CPU s per mm²':18} {'later':>9} {'first':>10}")
     for stage in STAGES:
         print(f"{stage:18} {stages[stage]:9.2f} {first[stage]:10.2f}")
-    beside = found["beside_the_network"]
-    print(f"{'without infer':18} {beside:9.2f} {sum(first.values()) - first[Stage.INFER]:10.2f}")
+    others = found["core_seconds_per_mm2_without_network"]
+    print(f"{'without infer':18} {others:9.2f} {sum(first.values()) - first[Stage.INFER]:10.2f}")
     print(f"stored predictions of the densest unit: {found['densest_unit_mb_per_mpx']:.2f} MB per million pixels")
     for cores in (8, 16, 32, 64):
-        print(f"{cores} cores beside a GPU that runs the network: {beside / cores:.3f} s per mm²")
+        print(f"{cores} cores, with the network on a GPU: {others / cores:.3f} s per mm²")
 
 
-def tiatoolbox(folder: Path, which: str) -> dict[str, Any]:
-    """Run tiatoolbox with the model SAME or TEACHER in a new process; return times in seconds and number of nuclei."""
-    printed, process = _timed([sys.executable, "-m", "benchmarks.segment", "--child", which, str(folder)])
+def run_tiatoolbox(folder: Path, program: str) -> dict[str, Any]:
+    """Run STUDENT or TEACHER in a new process; return the times in seconds and the number of nuclei."""
+    printed, process = _timed([sys.executable, "-m", "benchmarks.segment", "--child", program, str(folder)])
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return {"process": process, **found}
 
 
 def _timed(command: list[str]) -> tuple[str, float]:
+    """Run a command; return its stdout and its time in seconds. SystemExit if it fails."""
     started = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
     seconds = time.monotonic() - started
@@ -159,19 +172,19 @@ def _timed(command: list[str]) -> tuple[str, float]:
     return done.stdout, seconds
 
 
-def child(which: str, folder: Path) -> dict[str, Any]:
+def tiatoolbox_child(program: str, folder: Path) -> dict[str, Any]:
     """Run tiatoolbox's engine on the field, in this process; return the `work` time and the number of nuclei."""
     warnings.simplefilter("ignore")
     from tiatoolbox.models.engine.io_config import IOInstanceSegmentorConfig
     from tiatoolbox.models.engine.multi_task_segmentor import MultiTaskSegmentor
     from tiatoolbox.wsicore.wsireader import OpenSlideWSIReader
 
-    model, tile_in, tile_out = _model(which)
+    model, tile_in, tile_out = _model(program)
     mpp = {"units": "mpp", "resolution": MPP}
     engine = MultiTaskSegmentor(
         model=model, batch_size=BATCH, num_workers=len(os.sched_getaffinity(0)), device="cpu", verbose=False
     )
-    shape = IOInstanceSegmentorConfig(
+    tiles = IOInstanceSegmentorConfig(
         input_resolutions=[mpp],
         output_resolutions=[mpp] * 3,
         margin=128,
@@ -185,7 +198,7 @@ def child(which: str, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     engine.run(
         [reader],
-        ioconfig=shape,
+        ioconfig=tiles,
         patch_mode=False,
         save_dir=folder / "tiatoolbox",
         overwrite=True,
@@ -197,17 +210,19 @@ def child(which: str, folder: Path) -> dict[str, Any]:
     return {"work": work, "nuclei": nuclei}
 
 
-def _model(which: str) -> tuple[Any, int, int]:
+def _model(program: str) -> tuple[Any, int, int]:
     """Return the engine's model, and the sides in pixels of its input and output tiles."""
     from collections import OrderedDict
 
     from tiatoolbox.models.architecture.hovernet import HoVerNet
 
-    if which == TEACHER:
+    if program == TEACHER:
 
         class Teacher(HoVerNet):  # type: ignore[misc]  # untyped
-            """HoVerNet with dark pixels instead of its foreground: random weights find no nuclei, and the engine fails
-            without nuclei."""
+            """HoVerNet with dark pixels as its foreground.
+
+            With random weights it would find no nuclei, and the engine fails without nuclei.
+            """
 
             def forward(self, images: Any) -> Any:
                 maps = super().forward(images)
@@ -246,7 +261,7 @@ def main() -> None:
     """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--repeats", type=int, default=3, help="number of runs; medians are reported")
+    parser.add_argument("--repeats", type=int, default=3, help="number of runs, whose median is reported")
     parser.add_argument(
         "--teacher-repeats", type=int, default=1, help="number of runs of HoVerNet, which take minutes on a CPU"
     )
@@ -258,7 +273,7 @@ def main() -> None:
         print(json.dumps(budget_child(arguments.budget_child, arguments.repeats + 1)))
         return
     if arguments.child:
-        print(json.dumps(child(arguments.child[0], Path(arguments.child[1]))))
+        print(json.dumps(tiatoolbox_child(arguments.child[0], Path(arguments.child[1]))))
         return
     if not SLIDE.exists():
         raise SystemExit(f"{SLIDE}: no such file; put this TCGA slide there")
@@ -268,21 +283,21 @@ def main() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(result, indent=2) + "\n")
         return
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in (*FLAGS, SAME, TEACHER)}
+    runs: dict[str, list[dict[str, Any]]] = {program: [] for program in (*FLAGS, STUDENT, TEACHER)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
         for number in range(arguments.repeats):
-            for side in FLAGS:
-                runs[side].append(ours(folder, side))
-            runs[SAME].append(tiatoolbox(folder, SAME))
+            for program in FLAGS:
+                runs[program].append(run_segment(folder, program))
+            runs[STUDENT].append(run_tiatoolbox(folder, STUDENT))
             if number < arguments.teacher_repeats:
-                runs[TEACHER].append(tiatoolbox(folder, TEACHER))
+                runs[TEACHER].append(run_tiatoolbox(folder, TEACHER))
             print(f"{number + 1}/{arguments.repeats}", file=sys.stderr, flush=True)
-    found = {side: _median(of) for side, of in runs.items() if of}
-    _show(found)
+    medians = {program: _median(its_runs) for program, its_runs in runs.items() if its_runs}
+    _show(medians)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"median": found, "runs": runs}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"median": medians, "runs": runs}, indent=2) + "\n")
 
 
 def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -292,12 +307,12 @@ def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return middle
 
 
-def _show(found: dict[str, dict[str, Any]]) -> None:
-    print(f"{'side':28} {'work s':>8} {'process s':>10} {'nuclei':>7} {'work ÷ local':>13} {'process ÷ local':>16}")
-    base = found[OURS]
-    for side, row in found.items():
+def _show(medians: dict[str, dict[str, Any]]) -> None:
+    print(f"{'program':28} {'work s':>8} {'process s':>10} {'nuclei':>7} {'work ÷ local':>13} {'process ÷ local':>16}")
+    base = medians[LOCAL]
+    for program, row in medians.items():
         print(
-            f"{side:28} {row['work']:8.1f} {row['process']:10.1f} {row['nuclei']:7.0f} "
+            f"{program:28} {row['work']:8.1f} {row['process']:10.1f} {row['nuclei']:7.0f} "
             f"{row['work'] / base['work']:13.2f} {row['process'] / base['process']:16.2f}"
         )
     stages = base["stages"]

@@ -89,7 +89,7 @@ class NetworkFailed(Exception):
 
 
 class UnitsMissing(Exception):
-    """A step needs units that are not predicted yet, or that another machine wrote and are not visible here yet.
+    """A step needs units that are not predicted yet, or that another node wrote and are not visible here yet.
 
     `unit_cells`: (column, row) of each of these units in the unit grid.
     """
@@ -247,16 +247,16 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     """
     seconds = Seconds()
     settings = work.settings.post
-    constants = SobelConstants(**work.card.sobel) if settings.sobel_norm == "fixed" else None
+    constants = SobelConstants.from_json(work.card.sobel) if settings.sobel_norm == "fixed" else None
     with seconds.measure(Stage.POST):
         layout = MapLayout(len(work.taxonomy.classes))
-        nuclei = nuclei_of_region(_complete(store, work), unit.box, layout, settings, constants)
+        nuclei = nuclei_of_region(_checked_read(store, work), unit.box, layout, settings, constants)
         refuse_if_taken_over(work)
         write_part(work.layout.part(unit.column, unit.row), to_arrow(nuclei, work.context))
     return seconds
 
 
-def _seen(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
+def _can_be_read(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
     """Return whether the unit's maps can be read here.
 
     The shard is checked, too, since a network file system may show the marker before it, and a missing shard reads as
@@ -269,21 +269,21 @@ def _seen(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
     return marker["shard_sha256"] is None or store.has_shard(unit.box)
 
 
-def _complete(store: PredictionStore, work: SlideWork) -> Callable[[Box], NDArray[np.uint8]]:
-    """Return a function like `store.read`, with the classes of the tables.
+def _checked_read(store: PredictionStore, work: SlideWork) -> Callable[[Box], NDArray[np.uint8]]:
+    """Return a function like `store.read` that merges classes by the class map, and checks the units that it reads.
 
-    It raises UnitsMissing for units that are not predicted yet.
+    It raises UnitsMissing for units that are not predicted yet or not visible here. Each unit is checked once.
     """
     class_map = work.settings.post.class_map
     _, ids = work.card.taxonomy.merged(class_map)
-    waiting = {(unit.column, unit.row): unit for unit in work.units}
+    unchecked = {(unit.column, unit.row): unit for unit in work.units}
 
     def read(box: Box) -> NDArray[np.uint8]:
-        needed = waiting.keys() & set(box.intersect(store.canvas).cells(work.settings.infer.unit))
-        if missing := [cell for cell in needed if not _seen(waiting[cell], work, store)]:
+        needed = unchecked.keys() & set(box.intersect(store.canvas).cells(work.settings.infer.unit))
+        if missing := [cell for cell in needed if not _can_be_read(unchecked[cell], work, store)]:
             raise UnitsMissing(tuple(sorted(missing)))
         for cell in needed:
-            del waiting[cell]
+            del unchecked[cell]
         maps = store.read(box)
         return work.card.layout.merge(maps, ids) if class_map else maps
 
@@ -297,7 +297,7 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     of this step are added in place. `reader`: None for stored maps, whose slide is not read: then there is no overlay,
     and the thumbnail and its measures are copied from the run that stored the maps.
 
-    UnitsMissing if parts, markers or maps that another machine wrote are not visible here yet. SlideError if another
+    UnitsMissing if parts, markers or maps that another node wrote are not visible here yet. SlideError if another
     run has taken over the slide's folder, two regions hold the same nucleus, or the slide cannot be read. OSError if a
     file cannot be written.
     """
@@ -352,7 +352,7 @@ def _measure_nuclei(work: SlideWork) -> dict[str, Any]:
     """Measure the quality of what the table and the stored maps hold."""
     layout = MapLayout(len(work.taxonomy.classes))
     fields = sampled_fields(work.layout.nuclei_parquet, work.grid)
-    read = _complete(open_store(work), work)
+    read = _checked_read(open_store(work), work)
     return {**mean_measures(work.layout.nuclei_parquet), "sharpness": field_sharpness(fields, read, layout)}
 
 
@@ -372,14 +372,14 @@ def _draw(work: SlideWork, reader: SlideReader) -> dict[str, float]:
     """
     layout, canvas = work.layout, work.grid.level0
     image = reader.thumbnail(THUMBNAIL_SIDE)
-    small = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
+    whole_view = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
     rings = [ring for polygon in work.mask.polygons().geoms for ring in (polygon.exterior, *polygon.interiors)]
-    write_thumbnail(layout.thumbnail_jpg, small, [np.asarray(ring.coords) for ring in rings])
+    write_thumbnail(layout.thumbnail_jpg, whole_view, [np.asarray(ring.coords) for ring in rings])
     field = densest_field(layout.nuclei_parquet, OVERLAY_SIDE, canvas)
     level0 = Grid(canvas, 1.0, 1.0, work.info.mpp, canvas)
-    close = View(reader.read(field, level0), field.x0, field.y0, 1.0, 1.0)
-    write_overlay(layout.overlay_jpg, close, layout.nuclei_parquet, work.taxonomy)
-    return picture_measures(image, small.scale_x * work.info.mpp.x)
+    field_view = View(reader.read(field, level0), field.x0, field.y0, 1.0, 1.0)
+    write_overlay(layout.overlay_jpg, field_view, layout.nuclei_parquet, work.taxonomy)
+    return picture_measures(image, whole_view.scale_x * work.info.mpp.x)
 
 
 def discard_predictions(layout: SlideLayout) -> None:

@@ -160,8 +160,8 @@ def run_segment(
             ledger.record_failure(fault.slide_id_or_path, fault.row, "", Stage.CHECK, fault.message)
         context = RunContext.of(package, settings, ledger, progress, keys)
         recorder = context.recorder
-        copies = any(isinstance(slide.record.path, Url) and slide.stored is None for slide in plan.slides)
-        if copies:
+        has_remote = any(isinstance(slide.record.path, Url) and slide.stored is None for slide in plan.slides)
+        if has_remote:
             context.copies.open()
         stopped = True
         try:
@@ -172,7 +172,7 @@ def run_segment(
             flags = _flag(ledger, records, fail_on)
             stopped = False
         finally:
-            if copies:
+            if has_remote:
                 context.copies.close()
             try:
                 ledger.finish(plan.cohort, recorder.model_busy, stopped=stopped)

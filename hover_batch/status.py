@@ -127,8 +127,8 @@ class RunStatus:
             lines.append(
                 f"paused: the disk has been full since {_clock(full)}; free some space, and the run continues by itself"
             )
-        if self.log.machines:
-            nodes, networks = self.log.machines
+        if self.log.nodes_and_networks:
+            nodes, networks = self.log.nodes_and_networks
             lines.append(
                 f"cluster: now {counted(nodes, 'node')} and {counted(networks, 'network')}, after nodes joined or left"
             )
@@ -207,7 +207,7 @@ class RunStatus:
             "finished": _iso(log.finished),
             "disk_full_since": _iso(log.disk_full),
             "tried_again": {kind: log.retries[kind] for kind in RETRY_CAUSES},
-            "machines": log.machines[0] if log.machines else None,
+            "nodes": log.nodes_and_networks[0] if log.nodes_and_networks else None,
             "slides": None
             if self.slides is None
             else {

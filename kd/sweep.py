@@ -197,19 +197,24 @@ def sweep(
 
 
 def do_run(run: Run) -> None:
-    """Train, package and score one run, all in its folder; stdout goes to train.txt there. Errors propagate."""
+    """Train a student, package it and score it; everything is written to the folder of `run`. Errors propagate.
+
+    An interrupted training is resumed. The settings are written first, to arguments.json, and the scores last, to
+    scores.json. stdout goes to train.txt, and so does the traceback of an unexpected error, of which the sweep reports
+    only the first line.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(run.folder / ARGUMENTS, to_json(run.arguments))
     config, package = run.config, package_path(run.config)
     with (run.folder / "train.txt").open("a", encoding="utf-8") as printed, contextlib.redirect_stdout(printed):
         try:
             train(config)
-            print(make_package(config.out / CHECKPOINT, config.data, package))
+            print(make_package(run.folder / CHECKPOINT, config.data, package))
             evaluation = evaluate_package(
                 str(package), config.data, folds=run.test_folds, label=run.name, threads=config.threads
             )
             evaluation.write(run.folder / SCORES)
-        except HoverBatchError:
+        except HoverBatchError:  # its message explains it
             raise
         except Exception:
             traceback.print_exc(file=printed)

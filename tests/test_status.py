@@ -301,7 +301,7 @@ def test_where_nothing_is_predicted_the_rate_is_of_regions(tmp_path: Path) -> No
 def test_a_full_disk_and_what_was_tried_again_are_told(tmp_path: Path) -> None:
     before = [(1.0, "strike", {}), (2.0, "lost", {}), (3.0, "disk_full", {"slide_id": "a"}), (9.0, "run_resumed", {})]
     since = [(11.0, "strike", {}), (12.0, "strike", {}), (13.0, "memory_short", {})]
-    changed = (14.0, "machines_changed", {"machines": 3, "networks": 5})
+    changed = (14.0, "nodes_changed", {"nodes": 3, "networks": 5})
     full = (15.0, "disk_full", {"slide_id": "a"})
     units = [(float(at), "unit_done", {"slide_id": "a", "tiles": 60}) for at in (10, 12)]
     surveyed = (9.5, "slide_surveyed", {"slide_id": "a", "tiles": 600, "units": 10})
@@ -311,7 +311,7 @@ def test_a_full_disk_and_what_was_tried_again_are_told(tmp_path: Path) -> None:
     with held(out):
         told, text = status(out), lines(out)
         assert told["disk_full_since"] == "2026-03-01T12:00:15.000+00:00" and told["seconds_left"] is None
-        assert told["tried_again"] == {"strike": 2, "lost": 0, "memory_short": 1} and told["machines"] == 3
+        assert told["tried_again"] == {"strike": 2, "lost": 0, "memory_short": 1} and told["nodes"] == 3
         when = "2026-03-01 12:00:15 UTC"
         paused = f"paused: the disk has been full since {when}; free some space, and the run continues by itself"
         assert paused in text

@@ -28,7 +28,10 @@ from hover_batch.errors import InputError
 
 
 class Format(StrEnum):
-    """Format of an exported table of nuclei; the value is its name on the command line."""
+    """Format of an exported table of nuclei; the value is its name on the command line.
+
+    `hover_batch.exporting.writer` returns the function that writes it.
+    """
 
     qupath = "qupath"
     annotation_store = "annotation-store"

@@ -234,7 +234,7 @@ class Ledger:
         """Make the slide's folders for results with the run key `key`, and return its paths.
 
         Unfinished work of this key stays, and work of other keys is removed. Call it only for slides for which
-        `slide_done` is False: an existing slide.json is then invalid, and is removed so that a new one can be written.
+        `is_done` is False: an existing slide.json is then invalid, and is removed so that a new one can be written.
         """
         slide = self.layout.slide(slide_id)
         key_content = to_json({"run_key": key})
@@ -248,18 +248,22 @@ class Ledger:
         slide.parts.mkdir(exist_ok=True)
         return slide
 
-    def slide_done(self, slide_id: str, key: str) -> bool:
+    def is_done(self, slide_id: str, key: str) -> bool:
         """Return whether the slide is finished: slide.json holds this run key, and its table has the recorded size.
 
-        Only the size is compared, since the checksums of a large cohort would delay each start by minutes.
+        If so, the slide also counts as done in slides.csv and at the end of the run. If no size is recorded, the table
+        only has to exist. Only the size is compared, since the checksums of a large cohort would delay each start by
+        minutes.
         """
         slide = self.layout.slide(slide_id)
-        stored, table = read_json(slide.slide_json) or {}, slide.nuclei_parquet
-        done = stored.get("run_key") == key and table.is_file()
-        done = done and table.stat().st_size == stored.get("nuclei_bytes", table.stat().st_size)
-        if done:
-            self._done.add(slide_id)
-        return done
+        stored = read_json(slide.slide_json) or {}
+        if stored.get("run_key") != key or not slide.nuclei_parquet.is_file():
+            return False
+        size = slide.nuclei_parquet.stat().st_size
+        if stored.get("nuclei_bytes", size) != size:
+            return False
+        self._done.add(slide_id)
+        return True
 
     def write_slide_json(self, slide_id: str, key: str, values: Mapping[str, Any]) -> bool:
         """Write slide.json with `values` (JSON), the slide_id and the run key, which declares the slide done.

@@ -96,8 +96,8 @@ class RunLog:
     """Time since which the run has been waiting for disk space; None if it is not."""
     retries: Counter[str] = field(default_factory=Counter)
     """Number of events of each kind in RETRY_CAUSES."""
-    machines: tuple[int, int] | None = None
-    """Nodes and networks after the last change of the cluster; None if it has not changed."""
+    nodes_and_networks: tuple[int, int] | None = None
+    """Numbers of nodes and networks after the last change of the cluster; None if it has not changed."""
     _tiles: RateWindow | None = None
     _regions: RateWindow | None = None
 
@@ -118,7 +118,7 @@ class RunLog:
             case {"event": "run_started" | "run_resumed"}:
                 self.started, self.finished, self.last_slide = time, None, None
                 self.failures, self.slides_done = [], 0
-                self.disk_full, self.retries, self.machines = None, Counter(), None
+                self.disk_full, self.retries, self.nodes_and_networks = None, Counter(), None
                 self._tiles, self._regions = RateWindow(time), RateWindow(time)
             case {"event": "run_finished" | "run_stopped" as ended}:
                 self.finished, self.stopped, self.disk_full = time, ended == "run_stopped", None
@@ -136,8 +136,8 @@ class RunLog:
                 self.disk_full = None
             case {"event": str(kind)} if kind in RETRY_CAUSES:
                 self.retries[kind] += 1
-            case {"event": "machines_changed", "machines": int(machines), "networks": int(networks)}:
-                self.machines = machines, networks
+            case {"event": "nodes_changed", "nodes": int(nodes), "networks": int(networks)}:
+                self.nodes_and_networks = nodes, networks
             case {"event": "slide_done"}:
                 self.slides_done += 1
                 self.last_slide = time

@@ -21,7 +21,7 @@ from hover_batch.model.cache import (
     cached_packages,
     check_download,
     download_path,
-    is_name,
+    is_package_name,
 )
 from hover_batch.model.hub_card import entry, listed
 from hover_batch.model.package import Card, Package, find_package, load_tensors, save_package
@@ -134,7 +134,7 @@ def _target(source: str, out: Path | None) -> Path:
         name = source if source in KINDS else _source_file(source).stem
     except ValueError as error:
         raise InputError(f"{source}: is not a valid URL ({error})") from error
-    if not is_name(name):
+    if not is_package_name(name):
         raise InputError(f"{source}: {name!r} cannot be the name of a package in the cache; give -o FILE.safetensors")
     return cached_package(name)
 

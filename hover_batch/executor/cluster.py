@@ -188,9 +188,12 @@ def joined(address: str, log: Path) -> Iterator[None]:
     """Join the Ray cluster at `address` while the block runs, and leave it afterwards.
 
     `address`: HOST:PORT, or another form that `ray.init` accepts. `log`: file to which stdout is redirected meanwhile,
-    since Ray prints messages there. InputError if no cluster answers, or if it refuses the token.
+    since Ray prints messages there; stderr, too, while joining. InputError if no cluster answers, or if it refuses the
+    token.
     """
-    named = _require_listener(address)
+    host_port = _host_port(address)
+    if host_port:
+        _require_listener(address, *host_port)
     _prepare()
     import ray
 
@@ -198,7 +201,7 @@ def joined(address: str, log: Path) -> Iterator[None]:
         with _stdout_to(log):
             try:
                 with _stderr_to(log):
-                    if named:
+                    if host_port:
                         _require_token(address)
                     _init(address=address)
             except InputError:
@@ -213,25 +216,24 @@ def joined(address: str, log: Path) -> Iterator[None]:
         ray.shutdown()
 
 
-def _require_listener(address: str) -> bool:
-    """Return whether the address is HOST:PORT.
-
-    InputError if nothing listens there; Ray itself would try for minutes.
-    """
+def _host_port(address: str) -> tuple[str, int] | None:
+    """Return host and port of an address HOST:PORT; None for other forms (auto, local, ray://…), which Ray resolves."""
     host, colon, port = address.rpartition(":")
-    if not colon or "/" in host or not port.isdigit():  # auto, local, ray://…: for Ray to resolve
-        return False
+    return (host.strip("[]"), int(port)) if colon and "/" not in host and port.isdigit() else None
+
+
+def _require_listener(address: str, host: str, port: int) -> None:
+    """Raise InputError if nothing listens at `host` and `port`; Ray itself would try for minutes."""
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        socket.create_connection((host, port), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
         raise InputError(
             f"--address {address}: nothing answers there ({error}); check the address, or start the cluster"
         ) from error
-    return True
 
 
 def _require_token(address: str) -> None:
-    """InputError if the cluster refuses the token; Ray itself would try for 20 s, and not give the reason."""
+    """Raise InputError if the cluster refuses the token; Ray itself would try for 20 s, and not give the reason."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]  # in compiled code
     from ray.exceptions import AuthenticationError, RpcError
 

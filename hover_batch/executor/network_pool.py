@@ -195,7 +195,7 @@ class NetworkPool:
         if self._nodes:
             self._nodes.refresh()
         if not self._node_is_up(network):
-            error = NodeDiedError("its machine was lost")  # type: ignore[no-untyped-call]
+            error = NodeDiedError("its node was lost")  # type: ignore[no-untyped-call]
         return cause_of(error)
 
     def _node_is_up(self, network: Network) -> bool:

@@ -50,7 +50,7 @@ class ClusterNodes:
     def resources(self) -> Resources:
         """CPU cores, GPUs and memory of the nodes, used or not. InputError if there is no node."""
         if not self._nodes:
-            raise InputError("--address: the cluster has no machine with a free core; add one, or use another cluster")
+            raise InputError("--address: the cluster has no node with a CPU core; add one, or use another cluster")
         offered = [node["Resources"] for _, node in sorted(self._nodes.items())]
         return Resources(
             tuple(Node(int(n["CPU"]), int(n.get("GPU", 0)), int(n.get("memory", 1 << 33))) for n in offered)
@@ -79,11 +79,11 @@ class ClusterNodes:
         try:
             available = self.resources.at_most(settings)
         except InputError:
-            recorder.progress.warn("No machine of the cluster is left to work on: waiting for one")
+            recorder.progress.warn("The cluster has no node left to work on: waiting for one")
             return None
         plan = engine_plan(available, settings, context.package.card, predicts=plan.actors > 0, previous=plan)
-        recorder.event("machines_changed", machines=len(available.nodes), networks=plan.actors)
-        for line in ("the machines of the cluster changed:", *plan.lines()):
+        recorder.event("nodes_changed", nodes=len(available.nodes), networks=plan.actors)
+        for line in ("the nodes of the cluster changed:", *plan.lines()):
             recorder.progress.say(line)
         return plan
 
@@ -143,8 +143,8 @@ class ClusterNodes:
                     blind.append(node)
             except RayTaskError as error:
                 raise InputError(
-                    f"--address: the machine {self._address(node)} cannot run hover-batch ({error.cause}); install the "
-                    "same version on all machines of the cluster"
+                    f"--address: the node {self._address(node)} cannot run hover-batch ({error.cause}); install the "
+                    "same version on all nodes of the cluster"
                 ) from error
             except RayError as error:  # its process died, perhaps since the node is gone and writes nothing
                 self.refresh()
@@ -152,8 +152,8 @@ class ClusterNodes:
                     continue
                 if time.monotonic() > self._refuse_at.setdefault(node, time.monotonic() + NOTICED_S):
                     raise InputError(
-                        f"--address: processes on the machine {self._address(node)} die at once "
-                        f"({type(error).__name__}); free memory there, or remove the machine from the cluster"
+                        f"--address: processes on the node {self._address(node)} die at once "
+                        f"({type(error).__name__}); free memory there, or remove the node from the cluster"
                     ) from error
                 del self._answers[node]
         done = not pending and all(node == here or self._answers.get(node, 0) is None for node in self._nodes)
@@ -164,7 +164,7 @@ class ClusterNodes:
             listed = ", ".join(addresses[:5]) + (" …" if len(addresses) > 5 else "")
             raise InputError(
                 f"--output {folder}: {listed} cannot see what is written there; name a folder on a file system that "
-                "all machines of the cluster share"
+                "all nodes of the cluster share"
             )
         return done
 

@@ -121,10 +121,8 @@ class RayExecutor(Executor):
             self._progress.say(line)
 
     def _unfinished(self) -> bool:
-        """Whether anything is left to do or to wait for, apart from networks that are not needed any more."""
+        """Return whether anything is left to do or to wait for; networks that are still loading do not count."""
         return bool(self._running or (not self._draining and (self._slides or self._waiting)))
-
-    # Submit.
 
     def _follow_nodes(self) -> None:
         """Adapt the plan and the networks to nodes that joined or left the cluster."""
@@ -133,9 +131,14 @@ class RayExecutor(Executor):
             self._recorder.networks = max(self._recorder.networks, plan.actors)
             self._pool.adapt(plan.actors)
 
+    # Submit.
+
     def _open_slides(self) -> None:
-        """Open slides until units for the next round of networks are known, but no more than post-processing can
-        follow. Without networks, open slides for post-processing alone."""
+        """Open slides until twice as many units are ready as the networks process at once.
+
+        A slide whose units are not known yet counts as one unit. The number of open slides is limited so that
+        post-processing keeps up. Without networks, slides are opened for post-processing alone.
+        """
         at_once = len(self._pool) * self._plan.units_at_once
         ahead = 2 * (at_once or self._plan.posts)
         most = 2 * (at_once + self._plan.posts)

@@ -151,17 +151,19 @@ class EnginePlan:
 
     def lines(self) -> list[str]:
         """Return the plan as lines of text for the user. ValueError if it has no nodes."""
-        memory = min(node.memory for node in self.resources.nodes) / 2**30
-        available = (
-            f"resources: {counted(len(self.resources.nodes), 'node')}, cores: {self.resources.cpus}, "
-            f"GPUs: {self.resources.gpus}, memory: {memory:.0f} GiB"
-        )
+        nodes = self.resources.nodes
+        cores = f"cores: {self.resources.cpus}, GPUs: {self.resources.gpus}"
+        memory = f"{min(node.memory for node in nodes) / 2**30:.0f} GiB"
+        if len(nodes) > 1:
+            available = f"resources: {len(nodes)} nodes, {cores}, memory of the smallest node: {memory}"
+        else:
+            available = f"resources: {cores}, memory: {memory}"
         if not self.actors:
             return [available, f"  no network; cores for post-processing: {self.posts}"]
-        on = "one GPU each" if self.actor_gpus else f"on the CPU, threads each: {self.threads}"
+        devices = "one GPU each" if self.actor_gpus else f"on the CPU, threads each: {self.threads}"
         return [
             available,
-            f"  networks: {self.actors} ({on}), units at once per network: {self.units_at_once}; "
+            f"  networks: {self.actors} ({devices}), units at once per network: {self.units_at_once}; "
             f"cores for reading and post-processing: {self.slots}, of which at most {self.posts} post-process",
         ]
 

@@ -55,7 +55,7 @@ class RunRecorder:
         If so, count it as finished and, if the settings say so, remove its predictions.
         """
         slide_id = slide.record.slide_id
-        if not self._ledger.slide_done(slide_id, self._run_keys[slide_id]):
+        if not self._ledger.is_done(slide_id, self._run_keys[slide_id]):
             return False
         self._discard_predictions(slide_id)  # asked for only now, or that run died before it did
         self.progress.slide_skipped(slide_id)

@@ -97,7 +97,7 @@ class SlideState:
     inferred: set[int] = field(default_factory=set)
     """Units that are predicted."""
     needs: dict[int, set[int]] = field(default_factory=dict)
-    """Region → units it waits for. A region leaves it for `to_post`."""
+    """Region → units that it waits for. Once they are predicted, the region moves to `to_post`."""
     regions_left: int = 0
     """Number of regions that are not post-processed yet."""
     verdicts: Counter[tuple[Verdict, Task]] = field(default_factory=Counter)
@@ -105,9 +105,9 @@ class SlideState:
     retry_at: dict[Task, float] = field(default_factory=dict)
     """Tasks whose inputs are done but not visible, and when to retry them."""
     on_hold: bool = False
-    """No space for its copy beside those of other slides: it waits until one of them ends."""
+    """Whether it waits for another slide to end, because there is no disk space for its copy."""
     ended: bool = False
-    """Done or failed; results that still arrive are ignored."""
+    """Whether it is done or has failed; results that still arrive are ignored."""
 
     @property
     def slide_id(self) -> str:
@@ -198,7 +198,7 @@ class SlideState:
         return self.verdicts[verdict, task]
 
     def _indices(self, unit_cells: Iterable[tuple[int, int]]) -> set[int]:
-        """Units of the slide in these cells (column, row) of the unit grid."""
+        """Return the indices of the slide's units in these cells (column, row) of the unit grid."""
         index = {(unit.column, unit.row): i for i, unit in enumerate(self.units)}
         return {index[cell] for cell in unit_cells if cell in index}
 
@@ -288,8 +288,10 @@ class OpenSlides:
         """Apply the verdict on `error`, which interrupted `task`.
 
         Queue the task again and return None, or close the slide and return the error with which it fails. The fault is
-        logged. Do nothing if the slide has ended. `now`: time in seconds.
-        `reduced`: whether the work at once was reduced after the task was submitted, so that memory may suffice now.
+        logged. Do nothing if the slide has ended. `now`: time in seconds. `reduced`: whether the work at once was
+        reduced after the task was submitted, so that memory may suffice now.
+
+        SHORT_OF_MEMORY counts as a strike if the work at once cannot be reduced any more.
         """
         if slide.ended:
             return None
@@ -306,7 +308,7 @@ class OpenSlides:
                 failure = slide.retry_or_quarantine(verdict, task, str(error))
                 self._record("strike", **values, strikes=slide.verdicts[verdict, task], reason=str(error))
             case Verdict.NODE_LOST:
-                failure = slide.retry_or_quarantine(verdict, task, "its machine was lost")
+                failure = slide.retry_or_quarantine(verdict, task, "its node was lost")
                 self._record("lost", **values)
             case Verdict.SHORT_OF_MEMORY:
                 slide.retry(task)

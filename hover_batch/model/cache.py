@@ -35,8 +35,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hover-batch"
 
 
-def is_name(text: str) -> bool:
-    """Return whether `text` can be the name of a package in the cache: not `starter`, a path or a URL."""
+def is_package_name(text: str) -> bool:
+    """Return whether `text` can be the name of a package in the cache.
+
+    It consists of letters, digits and . _ + -, and begins with a letter or digit. `starter` is reserved for the
+    package that is installed with hover-batch. A file name such as model.safetensors is also valid, so `find_package`
+    gives existing files precedence.
+    """
     return text != "starter" and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", text) is not None
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hover_batch.errors import PackageError
 from hover_batch.files import write_atomically
-from hover_batch.model.cache import cached_package, is_name
+from hover_batch.model.cache import cached_package, is_package_name
 from hover_batch.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def find_package(name_or_path: str, option: str = "--model") -> Package:
     """
     path = STARTER if name_or_path == "starter" else Path(name_or_path)
     try:
-        if is_name(name_or_path) and not path.exists():
+        if is_package_name(name_or_path) and not path.exists():
             path = cached_package(name_or_path)
         return _read(path, name_or_path, option)
     except OSError as error:

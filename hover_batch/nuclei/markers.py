@@ -1,7 +1,7 @@
-"""Markers of one component: the low-energy interiors of its nuclei, with holes filled, opened and labelled.
+"""Markers of one component: the pixels of low energy in its nuclei, with holes filled, opened and labelled.
 
-The reference processes the mask of the whole window. Here the result is that of each component processed on its own,
-which differs only where one component lies inside a ring of another (see watershed.py).
+The reference processes all components of the window together. Here each is processed separately, with the same result
+except where one component lies inside a ring of another (see watershed.py).
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from numpy.typing import NDArray
 MARKER_ENERGY = 0.4
 """Energy below which a foreground pixel belongs to the interior of a nucleus."""
 MIN_PIXELS = 10
-"""Smaller components and markers, in pixels, are dropped."""
+"""Number of pixels below which components and markers are dropped."""
 _RADIUS = 2
 """Radius in pixels of the opening's ellipse, `cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))`: three whole rows,
 and the middle pixel of the rows above and below them."""
 _ERASED = -1
+"""Label of pixels that were visited but belong to no marker."""
 
 
 @njit(cache=True, nogil=True)
 def markers_of(
     own: NDArray[np.bool_], energy: NDArray[np.float32], edges: tuple[bool, bool, bool, bool]
 ) -> tuple[NDArray[np.int32], int]:
-    """Return the markers (y, x) int32 of a component, 0 = none, and their number m: 1 … m by their first pixels.
+    """Return the markers (y, x) int32 of a component, 0 = none, and their number m.
 
-    `own` (y, x): the component's pixels in its bounding box. `energy` (y + 2, x + 2): see `energy_around`. `edges`:
-    whether the box touches the left, upper, right and lower edge of the window, beyond which the opening takes all
-    pixels for set, as OpenCV does.
+    They are numbered 1 … m in the order of their first pixels. `own` (y, x): the component's pixels in its bounding
+    box. `energy` (y + 2, x + 2): see `energy_around`. `edges`: whether the box touches the left, upper, right and lower
+    edge of the window; like OpenCV, the opening treats all pixels beyond these edges as set.
     """
     filled = _filled(own, energy)
     height, width = own.shape
@@ -49,30 +50,31 @@ def markers_of(
 
 @njit(cache=True, nogil=True)
 def _filled(own: NDArray[np.bool_], energy: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Return the interior of a component with holes filled, and two pixels of False around it: (y + 4, x + 4) bool.
+    """Return the low-energy pixels of a component with holes filled, and two pixels of False around: (y + 4, x + 4).
 
-    A pixel is in a hole if no path of 4-connected pixels outside of the interior leads from it to the frame.
+    A pixel is in a hole if no 4-connected path of other pixels leads from it to the outside of the bounding box.
     """
     height, width = own.shape
     limit = np.float32(MARKER_ENERGY)
     filled = np.ones((height + 2 * _RADIUS, width + 2 * _RADIUS), np.bool_)
     filled[0] = filled[-1] = filled[:, 0] = filled[:, -1] = False
-    # Flooded from the frame of one pixel around the box; True is what the flood has not reached.
-    waiting = np.empty((height + 2) * (width + 2), np.int64)
+    # A flood starts in the frame of one pixel around the box; pixels that it does not reach stay True.
+    stack = np.empty((height + 2) * (width + 2), np.int64)
     stride = width + 2 * _RADIUS
-    waiting[0] = stride + 1
+    stack[0] = stride + 1
     filled[1, 1] = False
     size = 1
     while size > 0:
         size -= 1
-        y, x = waiting[size] // stride, waiting[size] % stride
+        y, x = stack[size] // stride, stack[size] % stride
         for ny, nx in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
             if not filled[ny, nx]:
                 continue
-            if 2 <= ny < height + 2 and 2 <= nx < width + 2 and own[ny - 2, nx - 2] and energy[ny - 1, nx - 1] < limit:
+            row, column = ny - _RADIUS, nx - _RADIUS  # in the bounding box
+            if 0 <= row < height and 0 <= column < width and own[row, column] and energy[row + 1, column + 1] < limit:
                 continue
             filled[ny, nx] = False
-            waiting[size] = ny * stride + nx
+            stack[size] = ny * stride + nx
             size += 1
     return filled
 
@@ -95,33 +97,33 @@ def _dilated(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 @njit(cache=True, nogil=True)
 def _labelled(opened: NDArray[np.bool_], own: NDArray[np.bool_]) -> tuple[NDArray[np.int32], int]:
-    """Return the 4-connected pieces of `opened` (y, x) with at least MIN_PIXELS pixels, and their number.
+    """Label the 4-connected pieces of `opened` (y, x) that have at least MIN_PIXELS pixels, and return their number.
 
-    Pixels that are not `own` count for the size, and are then erased.
+    Pixels that are not `own`, which filling and opening added, count towards the size, but are not labelled.
     """
     height, width = own.shape
     markers = np.zeros((height, width), np.int32)
-    waiting = np.empty(height * width, np.int64)
+    queue = np.empty(height * width, np.int64)
     number = 0
     for start_y in range(height):
         for start_x in range(width):
             if not opened[start_y, start_x] or markers[start_y, start_x] != 0:
                 continue
             markers[start_y, start_x] = number + 1
-            waiting[0] = start_y * width + start_x
-            done, found, mine = 0, 1, 0
-            while done < found:
-                y, x = waiting[done] // width, waiting[done] % width
+            queue[0] = start_y * width + start_x
+            done, queued, own_pixels = 0, 1, 0
+            while done < queued:
+                y, x = queue[done] // width, queue[done] % width
                 done += 1
-                mine += own[y, x]
+                own_pixels += own[y, x]
                 for ny, nx in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
                     if 0 <= ny < height and 0 <= nx < width and opened[ny, nx] and markers[ny, nx] == 0:
                         markers[ny, nx] = number + 1
-                        waiting[found] = ny * width + nx
-                        found += 1
-            keep = found >= MIN_PIXELS and mine > 0
-            for i in range(found):
-                y, x = waiting[i] // width, waiting[i] % width
+                        queue[queued] = ny * width + nx
+                        queued += 1
+            keep = queued >= MIN_PIXELS and own_pixels > 0
+            for i in range(queued):
+                y, x = queue[i] // width, queue[i] % width
                 if not (keep and own[y, x]):
                     markers[y, x] = _ERASED
             number += keep

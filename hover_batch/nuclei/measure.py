@@ -59,7 +59,7 @@ class Nuclei:
     e_od: NDArray[np.float32]
     """(n,): mean eosin optical density."""
     seam_uncertain: NDArray[np.bool_]
-    """(n,): whether its component was too large to be processed whole."""
+    """(n,): whether the nucleus lies in a component that was too large to be processed whole."""
     contours: list[NDArray[np.float64]]
     """n rings (k, 2) of x, y through the centres of the border pixels; closed, each a valid polygon."""
 
@@ -107,15 +107,15 @@ def measure(
     """
     n = int(instances.max())
     maps = np.ascontiguousarray(maps)
-    anchor, bounds, first, area, votes = _places(instances, maps[layout.tp], n)
-    second, values = _sums(
+    anchor, bounds, first_moments, area, votes = _places(instances, maps[layout.tp], n)
+    second_moments, sums = _sums(
         instances, maps, anchor, bounds, layout.n_types, layout.NP, layout.tp.start, layout.hematoxylin, layout.eosin
     )
     x0, y0 = origin
-    dx, dy = (first / area[:, None]).T
-    major, minor, eccentricity = _ellipse(second / area[:, None], dx, dy)
+    dx, dy = (first_moments / area[:, None]).T
+    major, minor, eccentricity = _ellipse(second_moments / area[:, None], dx, dy)
     straight, diagonal, corner = _perimeter_pixels(instances, bounds).T
-    type_id, class_probs = _classes(votes, values[:, 1:-2])
+    type_id, class_probs = _classes(votes, sums[:, 1:-2])
     nuclei = Nuclei(
         anchor_y=anchor[:, 1] + y0,
         anchor_x=anchor[:, 0] + x0,
@@ -132,9 +132,9 @@ def measure(
         type_prob=_f32(class_probs[np.arange(n), type_id - 1]),
         class_probs=_f32(class_probs),
         # A stored step s represents probabilities in [s, s + 1) / 256.
-        seg_score=_f32((values[:, 0] / area + 0.5) / 256),
-        h_od=_f32(values[:, -2] / area / layout.OD_SCALE),
-        e_od=_f32(values[:, -1] / area / layout.OD_SCALE),
+        seg_score=_f32((sums[:, 0] / area + 0.5) / 256),
+        h_od=_f32(sums[:, -2] / area / layout.OD_SCALE),
+        e_od=_f32(sums[:, -1] / area / layout.OD_SCALE),
         seam_uncertain=np.zeros(n, np.bool_),
         contours=outlines(instances, bounds, anchor[:, 0], area, origin),
     )
@@ -146,12 +146,12 @@ def _f32(values: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def _ellipse(
-    second: NDArray[np.float64], dx: NDArray[np.float64], dy: NDArray[np.float64]
+    second_moments: NDArray[np.float64], dx: NDArray[np.float64], dy: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return major axis, minor axis and eccentricity (n,) from means of dx², dy², dx·dy (n, 3), dx and dy (n,)."""
-    xx = second[:, 0] - dx * dx
-    yy = second[:, 1] - dy * dy
-    xy = second[:, 2] - dx * dy
+    xx = second_moments[:, 0] - dx * dx
+    yy = second_moments[:, 1] - dy * dy
+    xy = second_moments[:, 2] - dx * dy
     middle = (xx + yy) / 2
     spread = np.sqrt(((xx - yy) / 2) ** 2 + xy * xy)
     large = middle + spread
@@ -165,8 +165,8 @@ def _classes(votes: NDArray[np.int64], softmax: NDArray[np.int64]) -> tuple[NDAr
     nuclear = softmax[:, 1:]
     total = nuclear.sum(axis=1, keepdims=True)
     # If the background has probability 1 in every pixel, the class is unknown: all are equally probable.
-    even = np.full(nuclear.shape, 1 / nuclear.shape[1])
-    probs = np.divide(nuclear, total, out=even, where=total > 0)
+    equal = np.full(nuclear.shape, 1 / nuclear.shape[1])
+    probs = np.divide(nuclear, total, out=equal, where=total > 0)
     voted = votes[:, 1:].max(axis=1) > 0
     # argmax takes the first of equal values, the lower id.
     return np.where(voted, votes[:, 1:].argmax(axis=1), nuclear.argmax(axis=1)) + 1, probs
@@ -176,16 +176,16 @@ def _classes(votes: NDArray[np.int64], softmax: NDArray[np.int64]) -> tuple[NDAr
 def _places(
     instances: NDArray[np.int32], softmax: NDArray[np.uint8], n: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return positions and class votes of the instances 1 … n of (y, x), in rows 0 … n - 1, in one pass.
+    """Return positions and class votes of the instances 1 … n, in rows 0 … n - 1, in one pass over the window.
 
-    `softmax` (class, y, x). Returns the anchor (n, 2) x, y; bounds (n, 4) x0, y0, x1, y1, half-open; Σ dx, Σ dy (n, 2)
-    about the anchor; the number of pixels (n,); and the number of pixels whose most probable class (the lower id if
-    equal) is each class (n, classes). The reference compares the whole map with the id of each nucleus in turn.
+    `instances` (y, x), `softmax` (class, y, x). Returns the anchor (n, 2) x, y; bounds (n, 4) x0, y0, x1, y1,
+    half-open; Σ dx, Σ dy (n, 2) about the anchor; the number of pixels (n,); and for each class the number of pixels of
+    which it is the most probable one, the lower id if several are equal (n, classes).
     """
     classes = len(softmax)
     anchor = np.zeros((n, 2), np.int64)
     bounds = np.zeros((n, 4), np.int64)
-    first = np.zeros((n, 2), np.int64)
+    first_moments = np.zeros((n, 2), np.int64)
     area = np.zeros(n, np.int64)
     votes = np.zeros((n, classes), np.int64)
     height, width = instances.shape
@@ -200,15 +200,15 @@ def _places(
             bounds[i, 0] = min(bounds[i, 0], x)
             bounds[i, 2] = max(bounds[i, 2], x + 1)
             bounds[i, 3] = y + 1
-            first[i, 0] += x - anchor[i, 0]
-            first[i, 1] += y - anchor[i, 1]
+            first_moments[i, 0] += x - anchor[i, 0]
+            first_moments[i, 1] += y - anchor[i, 1]
             area[i] += 1
             likeliest, most = 0, softmax[0, y, x]
             for k in range(1, classes):
                 if softmax[k, y, x] > most:
                     likeliest, most = k, softmax[k, y, x]
             votes[i, likeliest] += 1
-    return anchor, bounds, first, area, votes
+    return anchor, bounds, first_moments, area, votes
 
 
 @njit(cache=True, nogil=True)
@@ -223,13 +223,14 @@ def _sums(
     hematoxylin: int,
     eosin: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return sums over the instances 1 … n of (y, x), in rows 0 … n - 1; `bounds` (n, 4) are their boxes.
+    """Return sums over the pixels of the instances 1 … n, in rows 0 … n - 1.
 
     These are Σ dx², Σ dy², Σ dx·dy (n, 3) about the `anchor` (n, 2); and Σ np, Σ of each class's softmax,
-    Σ hematoxylin, Σ eosin (n, 3 + n_types).
+    Σ hematoxylin, Σ eosin (n, 3 + n_types). `bounds` (n, 4): boxes of the instances. `np_plane`, `tp_start`,
+    `hematoxylin`, `eosin`: planes of `maps`.
     """
-    second = np.zeros((len(anchor), 3), np.int64)
-    values = np.zeros((len(anchor), 3 + n_types), np.int64)
+    second_moments = np.zeros((len(anchor), 3), np.int64)
+    sums = np.zeros((len(anchor), 3 + n_types), np.int64)
     for i in range(len(anchor)):
         x0, y0, x1, y1 = bounds[i]
         for y in range(y0, y1):
@@ -237,24 +238,24 @@ def _sums(
                 if instances[y, x] != i + 1:
                     continue
                 dx, dy = x - anchor[i, 0], y - anchor[i, 1]
-                second[i, 0] += dx * dx
-                second[i, 1] += dy * dy
-                second[i, 2] += dx * dy
-                values[i, 0] += maps[np_plane, y, x]
+                second_moments[i, 0] += dx * dx
+                second_moments[i, 1] += dy * dy
+                second_moments[i, 2] += dx * dy
+                sums[i, 0] += maps[np_plane, y, x]
                 for k in range(n_types):
-                    values[i, 1 + k] += maps[tp_start + k, y, x]
-                values[i, 1 + n_types] += maps[hematoxylin, y, x]
-                values[i, 2 + n_types] += maps[eosin, y, x]
-    return second, values
+                    sums[i, 1 + k] += maps[tp_start + k, y, x]
+                sums[i, 1 + n_types] += maps[hematoxylin, y, x]
+                sums[i, 2 + n_types] += maps[eosin, y, x]
+    return second_moments, sums
 
 
 @njit(cache=True, nogil=True)
 def _perimeter_pixels(instances: NDArray[np.int32], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the numbers (n, 3) of border pixels with weights 1, √2 and (1 + √2) / 2 in each instance's perimeter.
 
-    A border pixel has a 4-connected neighbour outside of its instance. The rule of `skimage.measure.perimeter` (Benkrid
-    & Crookes): it is classified by the border pixels of its own instance around it: 1 for itself, plus 2 for each
-    4-connected and 10 for each diagonal one. `bounds` (n, 4): boxes of the instances.
+    A border pixel has a 4-connected neighbour outside of its instance. Its weight follows the rule of
+    `skimage.measure.perimeter` (Benkrid & Crookes), by a code that counts the border pixels of its instance around it:
+    1, plus 2 for each 4-connected one and 10 for each diagonal one. `bounds` (n, 4): boxes of the instances.
     """
     counts = np.zeros((len(bounds), 3), np.int64)
     for i in range(len(bounds)):
@@ -288,8 +289,8 @@ def _perimeter_pixels(instances: NDArray[np.int32], bounds: NDArray[np.int64]) -
 def _hull_pixels(instances: NDArray[np.int32], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the number (n,) of pixels whose centres lie in the convex hull of each instance, border included.
 
-    As in `skimage.morphology.convex_hull_image`, the hull is that of the midpoints of all pixel edges. Coordinates are
-    doubled, so that these are integers, and the hull's left and right sides are computed row by row.
+    As in `skimage.morphology.convex_hull_image`, it is the hull of the midpoints of all pixel edges. Coordinates are
+    doubled, so that these are integers. The right side of the hull is computed like the left one, from negated x.
     """
     counts = np.zeros(len(bounds), np.int64)
     for i in range(len(bounds)):
@@ -313,9 +314,10 @@ def _hull_pixels(instances: NDArray[np.int32], bounds: NDArray[np.int64]) -> NDA
 
 @njit(cache=True, nogil=True)
 def _hull_side(left: NDArray[np.int64], far: int) -> NDArray[np.int64]:
-    """Return the first whole pixel of each row inside the convex hull, from the leftmost doubled x of each doubled row.
+    """Return the first pixel (rows,) of each row whose centre lies in the convex hull.
 
-    `left` (2·rows + 1,): `far` where a row has no point; the centre of pixel row y is the doubled row 2·y + 1.
+    `left` (2·rows + 1,): smallest doubled x of the points in each doubled row; `far` where a row has no point. The
+    centre of pixel row y is the doubled row 2·y + 1.
     """
     corners = np.zeros(len(left), np.int64)
     n = 0

@@ -139,20 +139,20 @@ class _View:
         """Return the nuclei of one component, from the maps within MARGIN of it."""
         window = self.box(component).expand(MARGIN)
         rows, columns = window.slices_in(self.window)
-        close = _View.of(lambda _: self.maps[:, rows, columns], window, self.layout)
-        chosen = np.zeros(len(close.components.pixels), np.bool_)
-        chosen[close.component_at(*self.pixel_of(component))] = True
-        return close.nuclei(chosen, constants)
+        cropped = _View.of(lambda _: self.maps[:, rows, columns], window, self.layout)
+        chosen = np.zeros(len(cropped.components.pixels), np.bool_)
+        chosen[cropped.component_at(*self.pixel_of(component))] = True
+        return cropped.nuclei(chosen, constants)
 
 
-def _follow(read: Read, view: _View, component: int, cap: int) -> tuple[_View, int]:
-    """Grow `view` until a component that touches its margin is complete or has a side above `cap`.
+def _follow(read: Read, view: _View, component: int, max_side: int) -> tuple[_View, int]:
+    """Grow `view` until a component that touches its margin is complete or has a side above `max_side`.
 
     Return the grown view and the component's number in it. The view grows geometrically, towards the sides that the
     component reaches.
     """
-    at = view.pixel_of(component)
-    while view.sides[component] <= cap:
+    pixel = view.pixel_of(component)
+    while view.sides[component] <= max_side:
         box, inner = view.box(component), view.window.expand(-MARGIN)
         if inner.contains_box(box):
             break
@@ -163,10 +163,10 @@ def _follow(read: Read, view: _View, component: int, cap: int) -> tuple[_View, i
             box.x1 + (step if box.x1 > inner.x1 else MARGIN),
             box.y1 + (step if box.y1 > inner.y1 else MARGIN),
         )
-        # Any component within the cap that contains this box lies within this frame.
-        frame = Box(box.x1 - cap, box.y1 - cap, box.x0 + cap, box.y0 + cap).expand(MARGIN)
+        # Any component that contains this box, with sides of at most `max_side`, lies in this frame.
+        frame = Box(box.x1 - max_side, box.y1 - max_side, box.x0 + max_side, box.y0 + max_side).expand(MARGIN)
         view = _View.of(read, reach.intersect(frame), view.layout)
-        component = view.component_at(*at)
+        component = view.component_at(*pixel)
     return view, component
 
 
@@ -178,8 +178,8 @@ def _nuclei_of_cell(
     cut = oversized[view.components.labels[area.slices_in(view.window)]]
     if not cut.any():
         return no_nuclei(view.layout.n_types)
-    close = _View.of(read, cell.expand(SEAM_VIEW), view.layout)
-    chosen = np.zeros(len(close.components.pixels), np.bool_)
-    chosen[close.components.labels[area.slices_in(close.window)][cut]] = True
-    nuclei = owned(area, close.nuclei(chosen, constants))
+    cell_view = _View.of(read, cell.expand(SEAM_VIEW), view.layout)
+    chosen = np.zeros(len(cell_view.components.pixels), np.bool_)
+    chosen[cell_view.components.labels[area.slices_in(cell_view.window)][cut]] = True
+    nuclei = owned(area, cell_view.nuclei(chosen, constants))
     return replace(nuclei, seam_uncertain=np.ones(len(nuclei), np.bool_))

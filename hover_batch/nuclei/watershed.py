@@ -9,8 +9,8 @@ on the window in which it is processed:
   zero, so the normalisation after it cancels the first.
 - Everything after the energy is done for one 4-connected component of the foreground at a time. Opening, labelling
   and flooding stay within a component anyway (the opening's ellipse and all neighbourhoods are 4-connected); only
-  filling holes does not. The reference fills a hole with everything in it, so it assigns a component *nested* in a
-  ring to the ring, and merges components that close a ring by touching diagonally. Here each keeps its own pixels.
+  filling holes does not. The reference fills a hole with everything in it, so it assigns a component inside a ring to
+  the ring, and merges components that touch diagonally and so enclose a hole. Here each keeps its own pixels.
 
 All numbers are exact in every window: Sobel sums of bytes stay below 2^53; scaling is per pixel; energies are
 `1 - float32`, hence multiples of 2^-24, so their 3×3 blur loses no bit in float64. A component's instances depend on no
@@ -35,8 +35,9 @@ from hover_batch.nuclei.flood import flood
 from hover_batch.nuclei.markers import MIN_PIXELS, markers_of
 
 REACH = 11
-"""Distance in pixels within which a component's instances depend on the maps: the blur reads diagonal neighbours, whose
-Sobel sums have a radius of 10, and whose component counts if it has at least 10 pixels."""
+"""Distance in pixels within which a component's instances depend on the maps. The blur reads the energy of diagonal
+neighbours, whose Sobel sums have a radius of 10. Whether such a neighbour is foreground depends on no more pixels,
+since its own component must have at least MIN_PIXELS, 10."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,10 @@ def instance_map(
 
 
 def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.int32]:
-    """Return the instances (y, x) int32 of at least `min_pixels` pixels, renumbered 1 … n in the order of their ids."""
+    """Return the instances (y, x) int32 with at least `min_pixels` pixels, renumbered 1 … n in the order of their ids.
+
+    `instances` (y, x): 0 = background. Smaller instances become background.
+    """
     large = np.bincount(instances.ravel()) >= min_pixels
     large[0] = False
     return np.where(large, np.cumsum(large), 0).astype(np.int32)[instances]
@@ -184,15 +188,19 @@ def _split(
     large: NDArray[np.bool_],
     chosen: NDArray[np.bool_],
     scales: tuple[float, float],
-    lows: tuple[float, float],
+    offsets: tuple[float, float],
 ) -> NDArray[np.int32]:
+    """Return the instances of the `chosen` components, as `split_components` does.
+
+    `bounds` (n, 4): bounding boxes of the components. `large` (n,): whether each is in the foreground of the energy.
+    """
     height, width = labels.shape
     instances = np.zeros((height, width), np.int32)
-    before = 0
+    numbered = 0
     for component in np.flatnonzero(chosen):
         x0, y0, x1, y1 = bounds[component]
         own = labels[y0:y1, x0:x1] == component
-        energy = energy_around(h, v, large, labels, (x0, y0, x1, y1), scales, lows)
+        energy = energy_around(h, v, large, labels, (x0, y0, x1, y1), scales, offsets)
         markers, number = markers_of(own, energy, (x0 == 0, y0 == 0, x1 == width, y1 == height))
         if number > 1:
             markers = flood(own, energy, markers)
@@ -200,20 +208,22 @@ def _split(
             for y in range(y0, y1):
                 for x in range(x0, x1):
                     if own[y - y0, x - x0]:
-                        instances[y, x] = before + (markers[y - y0, x - x0] if number > 1 else 1)
-        before += number
+                        instances[y, x] = numbered + (markers[y - y0, x - x0] if number > 1 else 1)
+        numbered += number
     return instances
 
 
 @njit(cache=True, nogil=True)
-def _labelled(np_map: NDArray[np.uint8], least: int) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    """Label the 4-connected components of the pixels of at least `least`, run by run; return the fields of Components.
+def _labelled(
+    np_map: NDArray[np.uint8], threshold: int
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """Label the 4-connected components of the pixels ≥ `threshold`, run by run; return the fields of Components.
 
-    A run is joined to the runs that it touches in the row above. The joined runs are known by their first one, so
-    components are numbered by their first pixels in raster order, as by OpenCV.
+    A run is joined to the runs that it touches in the row above. Joined runs are identified by the first of them, so
+    components are numbered by their first pixels in raster order, as OpenCV does.
     """
     height, width = np_map.shape
-    runs = _runs(np_map, least)
+    runs = _runs(np_map, threshold)
     size = len(runs)
     above = 0
     for r in range(size):
@@ -226,20 +236,20 @@ def _labelled(np_map: NDArray[np.uint8], least: int) -> tuple[NDArray[np.int32],
             runs[max(a, b), 3] = min(a, b)
             touching += 1
     labels = np.zeros((height, width), np.int32)
-    numbers = np.zeros(size, np.int64)
+    component_of_run = np.zeros(size, np.int64)
     n = 1
     for r in range(size):
         if runs[r, 3] == r:
-            numbers[r] = n
+            component_of_run[r] = n
             n += 1
         else:
-            numbers[r] = numbers[_first_of(runs, r)]
+            component_of_run[r] = component_of_run[_first_of(runs, r)]
     bounds = np.zeros((n, 4), np.int64)
     pixels = np.zeros(n, np.int64)
     bounds[1:, 0] = width
     for r in range(size):
         y, x0, x1, _ = runs[r]
-        i = numbers[r]
+        i = component_of_run[r]
         labels[y, x0:x1] = i
         if pixels[i] == 0:
             bounds[i, 1] = y
@@ -251,17 +261,17 @@ def _labelled(np_map: NDArray[np.uint8], least: int) -> tuple[NDArray[np.int32],
 
 
 @njit(cache=True, nogil=True)
-def _runs(np_map: NDArray[np.uint8], least: int) -> NDArray[np.int64]:
-    """Return the runs (n, 4) of pixels of at least `least`, in raster order: y, x0, x1, and the run's own number."""
+def _runs(np_map: NDArray[np.uint8], threshold: int) -> NDArray[np.int64]:
+    """Return the horizontal runs (n, 4) of pixels ≥ `threshold`, in raster order: y, x0, x1, and the run's number."""
     height, width = np_map.shape
-    limit = np.uint8(least)
+    limit = np.uint8(threshold)
     size = 0
     for y in range(height):
-        before = False
+        was_inside = False
         for x in range(width):
             inside = np_map[y, x] >= limit
-            size += inside and not before
-            before = inside
+            size += inside and not was_inside
+            was_inside = inside
     runs = np.empty((size, 4), np.int64)
     size = 0
     for y in range(height):
@@ -281,7 +291,7 @@ def _runs(np_map: NDArray[np.uint8], least: int) -> NDArray[np.int64]:
 
 @njit(cache=True, nogil=True)
 def _first_of(runs: NDArray[np.int64], r: int) -> int:
-    """Return the first run of the component of run `r`, and shorten the way to it."""
+    """Return the first run of the component of run `r`. The links that lead to it are shortened."""
     while runs[r, 3] != r:
         runs[r, 3] = runs[runs[r, 3], 3]
         r = runs[r, 3]

@@ -50,7 +50,7 @@ class Trial:
     seg_score: float
     """Mean seg_score of the nuclei; 0 without nuclei."""
     area_um2: float
-    """Area of the median nucleus in µm² at this pixel size."""
+    """Area of the median nucleus in µm² at this pixel size; without nuclei, that of one pixel."""
 
     @property
     def plausible(self) -> bool:
@@ -60,7 +60,11 @@ class Trial:
 
     @property
     def fit(self) -> float:
-        """Measure of how well the nuclei fit the pixel size: the mean seg_score, reduced for an unusual size."""
+        """Measure of how well the nuclei fit the pixel size, at most 1; the highest is the best.
+
+        It is the mean seg_score, reduced by how much the area of the median nucleus differs from the usual one. The
+        value is meaningless without nuclei.
+        """
         return self.seg_score - _SIZE_WEIGHT * math.log2(self.area_um2 / _USUAL_UM2) ** 2
 
 

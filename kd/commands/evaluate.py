@@ -73,7 +73,7 @@ def evaluate(
         str | None,
         typer.Option(help="Another package to show in the picture, such as the teacher.", show_default=False),
     ] = None,
-    clock: Annotated[
+    time_network: Annotated[
         bool,
         typer.Option(
             "--time", help="Measure the time of the network alone on a batch of 16 patches, as in arXiv 2311.12553."
@@ -117,7 +117,7 @@ def evaluate(
         against=against,
         picture=panel is not None,
         beside=beside,
-        clock=clock,
+        time_network=time_network,
         threads=threads,
         notify=partial(typer.echo, err=True),
     )

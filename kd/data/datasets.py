@@ -43,7 +43,7 @@ def contents_sha256(path: Path) -> str:
     Raises InputError if the data cannot be read.
     """
     data = _open(path)
-    parts = [str(entry) for entry in data.entries] if isinstance(data, Cache) else data.hashes()
+    parts = [str(entry) for entry in data.entries] if isinstance(data, Cache) else data.fingerprints()
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -132,57 +132,62 @@ def evaluate_package(
     against: str | None = None,
     picture: bool = False,
     beside: str | None = None,
-    clock: bool = False,
+    time_network: bool = False,
     threads: int = 0,
     notify: Notify = _silent,
 ) -> Evaluation:
-    """Return the evaluation of the package `model` on the annotated images `data`.
+    """Return the evaluation of a model package on annotated images.
 
-    `data`, `folds`, `sources`: as for `read_data`. `post`: only `sobel_norm` and `min_area_px` are used; None for the
-    defaults. `label`: name of the row in tables; None for the package's name. `shift`: also score the images after each
-    of SHIFTS. `against`: a package, or the .json file of an earlier evaluation, to compare with. `picture`: draw the
-    predictions next to the annotations and, if `beside` names a package, to the predictions of that. `clock`: measure
-    the time of the network. `threads`: threads of the network on the CPU; 0 for all cores. `notify` is called with
-    lines about the progress. Raises InputError or PackageError, before anything is predicted, for an invalid argument.
+    `model`: name or path of the package, as for `find_package`. `data`, `folds`, `sources`: as for `read_data`. `post`:
+    only `sobel_norm` and `min_area_px` are used; None for the defaults. `label`: name of the row in tables; None for
+    the package's name. `shift`: also score the images after each of SHIFTS. `against`: another package, or the .json
+    file of an earlier evaluation, to compare with. `picture`: draw the predictions next to the annotations. `beside`:
+    another package whose predictions are drawn, too. `time_network`: measure the time of the network. `threads`:
+    threads of each network on the CPU; 0 for all cores. `notify` is called with lines about the progress.
+
+    Raises InputError if an argument is invalid, the data cannot be read, it is not known which classes the data
+    and a model have in common, or an image has too many nuclei to pair; PackageError if a package cannot be read.
     """
     post = post or PostSettings()
     package = _package(model, "package")
-    other = _package(beside, "--beside") if beside else None
-    old = Baseline.read(Path(against)) if against and against.endswith(".json") else None
-    rival = _package(against, "--against") if against and not old else None
-    found = read_data(data, folds, sources)
-    if not found.samples:
-        of = f" of {', '.join(sources)}" if sources else ""
+    beside_package = _package(beside, "--beside") if beside else None
+    baseline = Baseline.read(Path(against)) if against and against.endswith(".json") else None
+    against_package = _package(against, "--against") if against and not baseline else None
+    annotated = read_data(data, folds, sources)
+    if not annotated.samples:
+        of_sources = f" of {', '.join(sources)}" if sources else ""
         raise InputError(
-            f"--fold {' '.join(folds)}: {data} has no image of this fold{of}; give another --fold or --data"
+            f"--fold {' '.join(folds)}: {data} has no image of this fold{of_sources}; give another --fold or --data"
         )
-    if old:
-        old.check(found.samples)
-    seen = leaks(package.card, found.samples)
-    ready = _Ready.of(package, found, post, threads, notify)
+    if baseline:
+        baseline.check(annotated.samples)
+    leaked = leaks(package.card, annotated.samples)
+    loaded = _Loaded.of(package, annotated, post, threads, notify)
     network = load_network(package)
-    scores = ready.scores(found, UNCHANGED)
-    if rival:
-        rival_scores = _Ready.of(rival, found, post, threads, notify).scores(found, UNCHANGED)
-        old = Baseline(rival.card.name, rival.sha256, post.sobel_norm, post.min_area_px, by_image(rival_scores))
+    scores = loaded.scores(annotated, UNCHANGED)
+    if against_package:
+        other_scores = _Loaded.of(against_package, annotated, post, threads, notify).scores(annotated, UNCHANGED)
+        baseline = Baseline(
+            against_package.card.name, against_package.sha256, post.sobel_norm, post.min_area_px, by_image(other_scores)
+        )
     drawn = None
     if picture:
-        second = [_Ready.of(other, found, post, threads, notify).shown] if other else []
-        drawn = figure(found, [*second, ready.shown])
+        others = [_Loaded.of(beside_package, annotated, post, threads, notify).shown] if beside_package else []
+        drawn = figure(annotated, [*others, loaded.shown])
     return Evaluation(
         label=label or package.card.name,
         package=package,
         data=data.resolve().name,
         folds=tuple(folds),
         post=post,
-        precision=ready.predictor.precision,
+        precision=loaded.predictor.precision,
         scores=scores,
-        leaks=seen,
+        leaks=leaked,
         cost=cost_of(network, package.card),
-        timed=_timed(network, ready.predictor) if clock else {},
-        baseline=old,
-        paired=compared(by_image(scores), old) if old else [],
-        shifts=score_shifts(ready.scores, found, scores) if shift else [],
+        timed=_timed(network, loaded.predictor) if time_network else {},
+        baseline=baseline,
+        paired=compared(by_image(scores), baseline) if baseline else [],
+        shifts=score_shifts(loaded.scores, annotated, scores) if shift else [],
         picture=drawn,
     )
 
@@ -214,7 +219,7 @@ def _package(name: str, where: str) -> Package:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class _Loaded:
     """Package with a loaded network."""
 
     package: Package
@@ -223,7 +228,7 @@ class _Ready:
     notify: Notify
 
     @classmethod
-    def of(cls, package: Package, data: Data, post: PostSettings, threads: int, notify: Notify) -> _Ready:
+    def of(cls, package: Package, data: Data, post: PostSettings, threads: int, notify: Notify) -> _Loaded:
         """Load the network of `package`, with a batch size for the images of `data`."""
         batch = batch_of(package.card, (sample.image.shape for sample in data.samples))
         return cls(package, load_predictor(package, InferSettings(threads=threads, batch=batch)), post, notify)

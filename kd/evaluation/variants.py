@@ -70,10 +70,10 @@ def instances_by(maps: Maps, constants: SobelConstants, parameters: Parameters) 
     `constants`: extremes by which the Sobel maps are scaled. `parameters`: all other parameters.
     """
     foreground = _large(maps[0] >= parameters.nucleus) > 0
-    (scale_h, scale_v), (low_h, low_v) = constants.scaling
+    (scale_h, scale_v), (offset_h, offset_v) = constants.scaling
     x, y = sobel(maps, parameters.sobel)
-    slope_h = (x * (scale_h * HV_STEPS) - low_h).astype(np.float32)  # `scaling` is in units of stored steps
-    slope_v = (y * (scale_v * HV_STEPS) - low_v).astype(np.float32)
+    slope_h = (x * (scale_h * HV_STEPS) - offset_h).astype(np.float32)  # `scaling` is in units of stored steps
+    slope_v = (y * (scale_v * HV_STEPS) - offset_v).astype(np.float32)
     energy = np.maximum(np.maximum(1 - slope_h, 1 - slope_v), 0)
     energy[~foreground] = 1
     landscape = -cv2.GaussianBlur(1 - energy.astype(np.float64), (3, 3), 0)

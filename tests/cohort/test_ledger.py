@@ -158,23 +158,23 @@ def test_a_slide_whose_table_was_replaced_is_not_done(layout: RunLayout, cohort:
         table = ledger.open_slide("a", "k").nuclei_parquet
         table.write_bytes(b"a table")
         ledger.write_slide_json("a", "k", {"nuclei": 3, "nuclei_bytes": 7})
-        assert ledger.slide_done("a", "k")
+        assert ledger.is_done("a", "k")
         table.write_bytes(b"another table")
-        assert not ledger.slide_done("a", "k")
+        assert not ledger.is_done("a", "k")
 
 
 def test_the_same_command_goes_on(layout: RunLayout, cohort: Cohort) -> None:
     with Ledger(layout) as ledger:
         start(ledger, cohort)
-        assert not ledger.slide_done("a", "k")
+        assert not ledger.is_done("a", "k")
         ledger.open_slide("a", "k").nuclei_parquet.write_bytes(b"a table")
         ledger.write_slide_json("a", "k", {"nuclei": 3})
     created = layout.run_json.read_bytes()
     with Ledger(layout) as ledger:
         start(ledger, cohort)
-        assert ledger.slide_done("a", "k")
-        assert not ledger.slide_done("a", "other")
-        assert not ledger.slide_done("b", "k")
+        assert ledger.is_done("a", "k")
+        assert not ledger.is_done("a", "other")
+        assert not ledger.is_done("b", "k")
         # A late writer changes nothing.
         assert not ledger.write_slide_json("a", "k", {"nuclei": 4})
         ledger.finish(cohort)
@@ -189,7 +189,7 @@ def test_a_slide_json_that_says_something_else_is_not_done(layout: RunLayout, co
     with Ledger(layout) as ledger:
         start(ledger, cohort)
         ledger.open_slide("a", "k").slide_json.write_bytes(content)
-        assert not ledger.slide_done("a", "k")
+        assert not ledger.is_done("a", "k")
 
 
 def test_what_does_not_change_results_may_change(layout: RunLayout, cohort: Cohort, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_removal_cut_short_never_leaves_a_promise_without_its_work(
             patch.setattr("shutil.rmtree", fail)
             with pytest.raises(OSError, match="Input/output"):
                 ledger.clear()
-        assert not ledger.slide_done("a", "k")
+        assert not ledger.is_done("a", "k")
     # Still known as a run, so that --force can be given again.
     run_once(layout, cohort, settings=Settings(infer=InferSettings(unit=1024)), force=True)
 

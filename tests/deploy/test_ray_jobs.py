@@ -184,7 +184,7 @@ def test_a_job_survives_the_loss_of_a_node(cluster: Site, environment: dict[str,
         done = job.result()
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(out.glob("slides/*/slide.json"))) == 4
-    assert told(out, "machines_changed") and not told(out, "strike")
+    assert told(out, "nodes_changed") and not told(out, "strike")
 
 
 def told(out: Path, name: str) -> int:

@@ -158,7 +158,7 @@ def test_a_lost_node_costs_no_strike_but_five_losses_quarantine() -> None:
     assert not state.verdicts[Verdict.STRIKE, Task(Stage.INFER, 1)] and not cohort.failed and state.to_infer[0] == 1
     cohort, state = unit_with([Verdict.NODE_LOST] * MAX_TIMES[Verdict.NODE_LOST])
     ((_, failure),) = cohort.failed
-    assert isinstance(failure, SlideQuarantined) and "its machine was lost, 5 times;" in str(failure)
+    assert isinstance(failure, SlideQuarantined) and "its node was lost, 5 times;" in str(failure)
     assert {name for name, _ in cohort.events} == {"lost"}
 
 

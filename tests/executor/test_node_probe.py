@@ -19,7 +19,7 @@ from ray.exceptions import NodeDiedError, WorkerCrashedError  # noqa: E402
 from hover_batch.executor import nodes  # noqa: E402
 
 DIED = WorkerCrashedError()
-GONE = NodeDiedError("its machine was lost")  # type: ignore[no-untyped-call]
+GONE = NodeDiedError("its node was lost")  # type: ignore[no-untyped-call]
 HERE, THERE = "0" * 56, "1" * 56
 Probe = Callable[[list[bool | Exception]], nodes.ClusterNodes]
 
@@ -75,5 +75,5 @@ def test_a_live_node_whose_processes_always_die_is_refused(
     node_that_answers: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nodes, "NOTICED_S", 0.0)
-    with pytest.raises(InputError, match="processes on the machine address of 1+ die at once.*free memory there"):
+    with pytest.raises(InputError, match="processes on the node address of 1+ die at once.*free memory there"):
         node_that_answers([DIED] * 9).refuse_unshared(tmp_path, wait=True)

@@ -46,7 +46,7 @@ def test_a_machine_is_lost_and_another_comes(
     found = on_nodes(tmp_path, cohort=cohort, out=out, gpus=gpus, cpus=2, nodes=2, seconds=1.0, unit=256, events=wanted)
     assert found["exit_code"] == 0
     assert events(out, "lost") and not events(out, "strike")
-    assert {e["machines"] for e in events(out, "machines_changed")} >= {2}
+    assert {e["nodes"] for e in events(out, "nodes_changed")} >= {2}
     runner("local", monkeypatch)(cohort, tmp_path / "reference", LoadQuick())
     on = "a GPU" if gpus else "the CPU"
     note(f"a machine of two is lost, networks on {on}", out, tmp_path / "reference", 2, recovery(out, "lost"))

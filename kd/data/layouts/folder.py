@@ -107,8 +107,8 @@ class InstanceFolder:
         """Names of the sources, in the order in which they appear."""
         return list(dict.fromkeys(row["source"] for row in self._rows))
 
-    def hashes(self) -> list[str]:
-        """Return a text for each image, which changes with its row and its files.
+    def fingerprints(self) -> list[str]:
+        """Return a text for each image, in the order of the table, that differs if its row or a file of it differs.
 
         Raises InputError if a file cannot be read.
         """

@@ -60,7 +60,7 @@ def plant_reader(module):
 
 
 def plant_pipeline(module):
-    post, finalize, infer, seen = module.post, module.finalize, module.infer, module._seen
+    post, finalize, infer, seen = module.post, module.finalize, module.infer, module._can_be_read
 
     def planted_seen(unit, work, store):
         return seen(unit, work, store) and not asked("late-shard", work.record.slide_id)
@@ -87,7 +87,7 @@ def plant_pipeline(module):
             hide_for_a_while(work.layout.part(work.units[0].column, work.units[0].row))
         return finalize(work, reader, seconds)
 
-    module.post, module.finalize, module.infer, module._seen = (
+    module.post, module.finalize, module.infer, module._can_be_read = (
         planted_post,
         planted_finalize,
         planted_infer,
