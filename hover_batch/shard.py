@@ -69,7 +69,8 @@ def decode_shard(path: Path, unit_box: Box, chunk: int, window: Box, maps: NDArr
     needed = unit_box.intersect(window)
     try:
         with path.open("rb") as shard:
-            shard.seek(-(planes * rows * columns * _ENTRY_BYTES + _CRC_BYTES), os.SEEK_END)
+            size = shard.seek(0, os.SEEK_END)
+            shard.seek(max(0, size - planes * rows * columns * _ENTRY_BYTES - _CRC_BYTES))
             content = shard.read()
             index_bytes, crc = content[:-_CRC_BYTES], content[-_CRC_BYTES:]
             if google_crc32c.value(index_bytes) != int.from_bytes(crc, "little"):
@@ -88,6 +89,6 @@ def decode_shard(path: Path, unit_box: Box, chunk: int, window: Box, maps: NDArr
                 maps[plane][part.slices_in(window)] = pixels[part.slices_in(box)]
     except (ValueError, RuntimeError) as error:
         raise SlideError(
-            f"{path}: this part of the stored predictions is damaged ({error}); repeat the segment command of its run, "
-            "which predicts it again"
+            f"{path}: this part of the stored predictions is damaged ({error}); remove slide.json of this slide, if it "
+            "exists, and repeat the segment command of its run, which predicts the part again"
         ) from error

@@ -63,18 +63,18 @@ def test_the_first_writer_wins(tmp_path: Path) -> None:
     assert np.array_equal(store.read(box), first)
 
 
-@pytest.mark.parametrize("spot", ["chunk", "index", "end"])
+@pytest.mark.parametrize("spot", ["chunk", "index", "end", "all but a few bytes", "everything"])
 def test_a_damaged_shard_is_named(tmp_path: Path, spot: str) -> None:
     store, box = make(tmp_path), Box(512, 0, 1024, 512)
     store.write(box, random_maps(box.shape))
     shard = next(path for path in (store.path / "c").rglob("*") if path.is_file())
     content = bytearray(shard.read_bytes())
-    if spot == "end":
-        content = content[: len(content) // 2]
-    else:
+    if spot in ("chunk", "index"):
         content[2 if spot == "chunk" else -20] ^= 0xFF
+    else:
+        content = content[: {"end": len(content) // 2, "all but a few bytes": 3, "everything": 0}[spot]]
     shard.write_bytes(content)
-    with pytest.raises(SlideError, match=f"{shard}: .* damaged .*; repeat the segment command"):
+    with pytest.raises(SlideError, match=f"{shard}: .* damaged .*; remove slide.json .* repeat the segment command"):
         store.read(box)
 
 
