@@ -52,18 +52,20 @@ class Agreement:
         match if their centroids are at most DETECTION_RADIUS_UM apart.
         """
         self._qualities.append(panoptic_quality(first.instances, second.instances).pq)
-        places = [np.stack([seen.nuclei.centroid_x, seen.nuclei.centroid_y], axis=1) for seen in (first, second)]
-        matched = match_centroids(places[0], places[1], DETECTION_RADIUS_UM / mpp).reshape(-1, 2)
-        alone = [np.setdiff1d(np.arange(len(s.nuclei)), matched[:, n]) for n, s in enumerate((first, second))]
+        both = first.nuclei, second.nuclei
+        centroids = [np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1) for nuclei in both]
+        matched = match_centroids(centroids[0], centroids[1], DETECTION_RADIUS_UM / mpp).reshape(-1, 2)
+        unmatched = [np.setdiff1d(np.arange(len(nuclei)), matched[:, i]) for i, nuclei in enumerate(both)]
         self._paired += len(matched)
         self._counts += len(first.nuclei), len(second.nuclei)
-        types = [seen.nuclei.type_id.astype(np.int64) - 1 for seen in (first, second)]
-        np.add.at(self._table, (types[0][matched[:, 0]], types[1][matched[:, 1]]), 1)
-        np.add.at(self._table[:, -1], types[0][alone[0]], 1)
-        np.add.at(self._table[-1], types[1][alone[1]], 1)
+        rows, columns = (nuclei.type_id.astype(np.int64) - 1 for nuclei in both)  # class k + 1 is at k
+        np.add.at(self._table, (rows[matched[:, 0]], columns[matched[:, 1]]), 1)
+        np.add.at(self._table[:, -1], rows[unmatched[0]], 1)
+        np.add.at(self._table[-1], columns[unmatched[1]], 1)
         shape = first.instances.shape
-        self._densities.append(np.stack([_density(seen.nuclei, shape).ravel() for seen in (first, second)]))
-        disputed = _density(first.nuclei.take(alone[0]), shape) + _density(second.nuclei.take(alone[1]), shape)
+        self._densities.append(np.stack([_density(nuclei, shape).ravel() for nuclei in both]))
+        alone = [nuclei.take(index) for nuclei, index in zip(both, unmatched, strict=True)]
+        disputed = _density(alone[0], shape) + _density(alone[1], shape)
         return [
             Dispute(int(x) * CELL, int(y) * CELL, int(disputed[y, x])) for y, x in np.argwhere(disputed > 0).tolist()
         ]
@@ -71,20 +73,21 @@ class Agreement:
     def to_json(self) -> dict[str, Any]:
         """Return the results by name, as JSON values; None for undefined ones, such as F1 without nuclei.
 
-        `pq`: mean over fields. `detection_f1`: F1 of detections within DETECTION_RADIUS_UM. `nuclei`: number found by
-        each network. `density_correlation`: Pearson correlation of the nuclei per cell. `confusion`: number of matched
+        `pq`: mean over fields. `detection_f1`: F1 of detections within DETECTION_RADIUS_UM. Both are 1 for full
+        agreement. `nuclei`: number found by each network. `density_correlation`: Pearson correlation of the nuclei per
+        cell, None if a network found equally many in all cells. `confusion`: number of matched
         nuclei by class, rows for the first network and columns for the second; the last row and column, `none`, are for
         unmatched nuclei. Call it after at least one `add`.
         """
         cells = np.concatenate(self._densities, axis=1).astype(float)
-        varied = cells.shape[1] > 1 and bool((cells.std(axis=1) > 0).all())
+        has_variance = cells.shape[1] > 1 and bool((cells.std(axis=1) > 0).all())
         total = int(self._counts.sum())
         rows, columns = self._names
         return {
             "pq": _defined(mean_defined(self._qualities)),
             "detection_f1": 2 * self._paired / total if total else None,
             "nuclei": [int(n) for n in self._counts],
-            "density_correlation": float(np.corrcoef(cells)[0, 1]) if varied else None,
+            "density_correlation": float(np.corrcoef(cells)[0, 1]) if has_variance else None,
             "confusion": {"rows": [*rows, "none"], "columns": [*columns, "none"], "counts": self._table.tolist()},
         }
 

@@ -43,9 +43,10 @@ class Speed:
     @classmethod
     def of(cls, side: Side) -> Speed:
         """Return the speed of a network, measured on one patch."""
-        card, network = side.card, on_device(side.network, side.predictor.device)
+        card = side.card
+        network = on_device(side.network, side.predictor.device)
         with side.predictor.autocast():
-            seconds = seconds_per_patch(network, card, 1)
+            seconds = seconds_per_patch(network, card, batch=1)
         return cls(seconds, patch_side(card), card.tile_in, card.tile_out)
 
     def field_seconds(self, box: Box) -> float:
@@ -59,9 +60,10 @@ def estimate(speeds: Sequence[Speed], places: Sequence[Place], options: Options)
 
     `speeds`: speeds of the two networks. `places`: fields to compare on, at least one.
     """
-    patches = options.repeats * sum(1 + batch for batch in options.batches) * sum(speed.seconds for speed in speeds)
-    fields = [sum(speed.field_seconds(place.box) for speed in speeds) for place in places]
-    return fields[0] + patches + options.repeats * sum(fields)
+    batches_s = sum(1 + batch for batch in options.batches) * sum(speed.seconds for speed in speeds)
+    fields_s = [sum(speed.field_seconds(place.box) for speed in speeds) for place in places]
+    warm_up_s = fields_s[0]
+    return warm_up_s + options.repeats * (batches_s + sum(fields_s))
 
 
 def fit_to_budget(

@@ -30,8 +30,8 @@ def cache_folder() -> Path:
 
     The folder may not exist.
     """
-    if named := os.environ.get(VARIABLE):
-        return Path(named).expanduser().absolute()
+    if configured := os.environ.get(VARIABLE):
+        return Path(configured).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hover-batch"
 
 
@@ -66,15 +66,16 @@ def download_path(source: str) -> Path:
     downloads = cache_folder() / "downloads"
     if "://" not in source:
         return downloads / f"{source}.pth"
-    name = re.sub(r"[^A-Za-z0-9._+-]", "_", unquote(urlsplit(source).path).rpartition("/")[2]).lstrip(".") or "file"
+    _, _, url_name = unquote(urlsplit(source).path).rpartition("/")
+    name = re.sub(r"[^A-Za-z0-9._+-]", "_", url_name).lstrip(".") or "file"
     return downloads / hashlib.sha256(source.encode()).hexdigest()[:16] / name
 
 
 def check_download(path: Path, expected: str | None = None) -> None:
-    """Check the SHA-256 of a cached file, and record it in PATH.sha256 if it is new.
+    """Check the SHA-256 of a cached file, and record it in PATH.sha256.
 
-    `expected`: expected hash in hex; by default the recorded one, if any. PackageError if the hash differs, the file
-    cannot be read, or the hash cannot be recorded. OSError if the disk is full.
+    `expected`: expected hash in hex, which replaces the recorded one; by default the recorded one, if any. PackageError
+    if the hash differs, the file cannot be read, or the hash cannot be recorded. OSError if the disk is full.
     """
     record = path.with_name(f"{path.name}.sha256")
     try:

@@ -40,44 +40,44 @@ _DAMAGED = (
 def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = None) -> tuple[nn.Module, Card]:
     """Return the network in a checkpoint, in evaluation mode, and a card with the Sobel constants of the starter.
 
-    `source`: a file, a URL, or the name of one of tiatoolbox's models. `kind`: a key of KINDS; by default the source's
-    name, or else the first kind that matches the shapes. `sha256`: expected hex SHA-256 of the file. A download is
-    cached. PackageError if the file cannot be downloaded or read, its hash differs, or it is not of a known kind.
-    OSError if the disk is full.
+    `source`: a file, a URL, or the name of one of tiatoolbox's models; a file takes precedence over a name. `kind`: a
+    key of KINDS; by default the source's name, or else the first kind that matches the shapes. `sha256`: expected hex
+    SHA-256 of the file. A download is cached. PackageError if the file cannot be downloaded or read, its hash differs,
+    or it is not of a known kind. OSError if the disk is full.
     """
     if kind is not None and kind not in KINDS:
         raise PackageError(f"--kind {kind}: not known; known are {', '.join(KINDS)}")
-    named = source in KINDS and not Path(source).exists()
-    path = fetched(source, sha256) if named or "://" in source else Path(source)
+    is_name = source in KINDS and not Path(source).exists()
+    path = fetched(source, sha256) if is_name or "://" in source else Path(source)
     if not path.is_file():
         names = ", ".join(name for name, k in KINDS.items() if k.by_name)
         raise PackageError(f"{source}: no such file; give a checkpoint, or one of the names {names}")
-    found = sha256_file(path)
-    if sha256 is not None and found != sha256.lower():
-        raise PackageError(f"{path}: its sha256 is {found}, not {sha256}; remove the file and download it again")
+    file_sha256 = sha256_file(path)
+    if sha256 is not None and file_sha256 != sha256.lower():
+        raise PackageError(f"{path}: its sha256 is {file_sha256}, not {sha256}; remove the file and download it again")
     weights = _tensors(path)
-    network, architecture, encoder, types = _network(weights, path)
-    name = _kind(architecture, types, path, kind or (source if named else None))
+    network, architecture, encoder, n_types = _network(weights, path)
+    name = _kind(architecture, n_types, path, kind or (source if is_name else None))
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         problems = " ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise PackageError(f"{path}: not {name}'s weights: {problems[:300]}") from error
-    known = KINDS[name]
+    published = KINDS[name]
     card = Card(
         name=name,
         architecture=architecture,
         encoder=encoder,
-        taxonomy=known.taxonomy,
+        taxonomy=published.taxonomy,
         mpp=MPP,
         tile_in=320 if architecture == "unet" else arch_of(weights).tile[0],
         tile_out=256,
         sobel=find_package("starter").card.sobel,
-        licence=known.licence,
+        licence=published.licence,
         training={
-            "seen": known.seen,
-            "source": {"file": path.name, "sha256": found},
-            "recognised": "by the name given" if kind or named else "by the tensors' names and shapes",
+            "seen": published.seen,
+            "source": {"file": path.name, "sha256": file_sha256},
+            "recognised": "by the name given" if kind or is_name else "by the tensors' names and shapes",
         },
         metrics={"calibration": "none for this model: the Sobel constants are the starter's"},
     )

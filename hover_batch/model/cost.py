@@ -50,13 +50,14 @@ def cost_of(network: nn.Module, card: Card) -> Cost:
 
     `card`: card of the package, for the sides of patches and tiles.
     """
-    hollow = copy.deepcopy(network).to("meta").eval()
+    meta_network = copy.deepcopy(network).to("meta").eval()
     patch = patch_side(card)
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()),
         patch=patch,
-        macs_per_patch=_macs(hollow, patch),
-        macs_per_kept_pixel=_macs(without_margin(hollow, card.tile_in, card.tile_out), card.tile_in) / card.tile_out**2,
+        macs_per_patch=_macs(meta_network, patch),
+        macs_per_kept_pixel=_macs(without_margin(meta_network, card.tile_in, card.tile_out), card.tile_in)
+        / card.tile_out**2,
         tile_in=card.tile_in,
         tile_out=card.tile_out,
     )
@@ -67,9 +68,9 @@ def patch_side(card: Card) -> int:
     return PATCH_SIDES.get(card.architecture, 256)
 
 
-def _macs(hollow: nn.Module, side: int) -> int:
+def _macs(meta_network: nn.Module, side: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        hollow(torch.empty(1, 3, side, side, device="meta"))
+        meta_network(torch.empty(1, 3, side, side, device="meta"))
     return int(counter.get_total_flops()) // 2
 
 

@@ -28,12 +28,13 @@ _TIMEOUT_S = 60.0
 def fetched(source: str, sha256: str | None = None) -> Path:
     """Return the path of the cached file of `source`, a key of KINDS or a URL; download it if necessary.
 
-    `sha256`: expected hex SHA-256; by default the one recorded at its first use. PackageError if the hash differs or
-    the file cannot be downloaded; the message then says which file to copy and where. OSError if the disk is full.
+    `sha256`: expected hex SHA-256; by default the one recorded at its first use. A new download with another hash is
+    removed. PackageError if the hash differs or the file cannot be downloaded; in the second case the message says
+    which file to copy and where. OSError if the disk is full.
     """
     path = download_path(source)
-    there = path.is_file()
-    if not there:
+    was_cached = path.is_file()
+    if not was_cached:
         if "://" not in source and not KINDS[source].by_name:
             raise PackageError(
                 f"{source}: not among tiatoolbox's models; download the authors' .pth and import the file"
@@ -52,7 +53,7 @@ def fetched(source: str, sha256: str | None = None) -> Path:
     try:
         check_download(path, sha256)
     except PackageError:
-        if not there:
+        if not was_cached:
             path.unlink()
         raise
     return path

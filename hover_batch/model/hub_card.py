@@ -27,17 +27,18 @@ _LICENCES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "CC BY 4.0": "cc-by-4.0", "Ap
 def hub_card(package: Package) -> str:
     """Return the text of a package's README.md for Hugging Face: YAML metadata, then Markdown.
 
-    All values come from the package's card.
+    The values come from the package's card, and the file's hash from `package`. A licence that is not among the known
+    ones is `other` in the metadata.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
     card = package.card
     scores = list(_scores(card))
-    known = next((code for words, code in _LICENCES.items() if re.match(rf"{re.escape(words)}\b", card.licence)), None)
+    licence_ids = [code for words, code in _LICENCES.items() if re.match(rf"{re.escape(words)}\b", card.licence)]
     data = ModelCardData(
         model_name=_flat(card.name),
-        license=known or "other",
-        license_name=None if known else "see-below",
+        license=licence_ids[0] if licence_ids else "other",
+        license_name=None if licence_ids else "see-below",
         library_name="hover-batch",
         pipeline_tag="image-segmentation",
         tags=["computational-pathology", "nucleus-segmentation", "histology", card.architecture],

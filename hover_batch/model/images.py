@@ -29,8 +29,8 @@ def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
     number of tiles of the largest image.
     """
     tiles = [-(-shape[0] // card.tile_out) * -(-shape[1] // card.tile_out) for shape in shapes]
-    most = 2 if card.architecture.startswith("hovernet") else InferSettings.batch
-    return min(most, max(tiles, default=most))
+    usual = 2 if card.architecture.startswith("hovernet") else InferSettings.batch
+    return min(usual, max(tiles, default=usual))
 
 
 def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -75,8 +75,8 @@ class OpenVinoNetwork(nn.Module):
         `image`: (b, 3, y, x) float32 on the CPU; b is `batch`, y and x are the sides of the model's image.
         """
         pixels = image.contiguous().numpy()
-        for request, one in zip(self._requests, pixels, strict=True):
-            request.start_async({0: one[None]}, share_inputs=True)
+        for request, one_image in zip(self._requests, pixels, strict=True):
+            request.start_async({0: one_image[None]}, share_inputs=True)
         for request in self._requests:
             request.wait()
         return torch.from_numpy(np.concatenate([request.get_output_tensor(0).data for request in self._requests]))
@@ -122,13 +122,13 @@ def cached_conversion(package_sha256: str, side: int, load: Callable[[], nn.Modu
     model = convert(load(), side)
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_folder(folder) as new:
+        with replacing_folder(folder) as temporary:
             import openvino
 
-            new.mkdir()
-            openvino.save_model(model, new / XML, compress_to_fp16=False)
+            temporary.mkdir()
+            openvino.save_model(model, temporary / XML, compress_to_fp16=False)
             for name in (XML, WEIGHTS):
-                check_download(new / name)
+                check_download(temporary / name)  # records the hash
     return model
 
 

@@ -108,7 +108,7 @@ class Card:
     def from_json(cls, data: Any) -> Card:
         """Return the card that `to_json` gave as `data`, which may come from an untrusted file.
 
-        PackageError, which names the invalid entry, if it is not valid.
+        PackageError if an entry is missing, unknown or invalid, or the format is of another version.
         """
         if not isinstance(data, Mapping):
             raise PackageError("the card is not a JSON object")
@@ -177,8 +177,8 @@ class Package:
 def find_package(name_or_path: str, option: str = "--model") -> Package:
     """Find a package and read its card: `starter`, a .safetensors file, a folder with one, or a name in the cache.
 
-    `option`: option or argument by which the user named it, for messages. PackageError if there is no such package, it
-    cannot be read, or it has no valid card.
+    An existing path takes precedence over a name in the cache. `option`: option or argument by which the user named it,
+    for messages. PackageError if there is no such package, it cannot be read, or it has no valid card.
     """
     path = STARTER if name_or_path == "starter" else Path(name_or_path)
     try:
@@ -291,9 +291,9 @@ def _build(card: Card, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
 def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = True) -> None:
     """Write a package with the weights of `network` and `card` to `path`, atomically; an existing file is replaced.
 
-    The card's `weights_sha256` is set. `half`: store floating-point weights as float16, for students, whose training
-    ensures that they fit; False to store them unchanged, since the statistics of other networks may exceed float16's
-    range. OSError if the file cannot be written.
+    In the file, the card's `weights_sha256` is that of the stored weights. `half`: store floating-point weights as
+    float16, for students, whose training ensures that they fit; False to store them unchanged, since the statistics of
+    other networks may exceed float16's range. OSError if the file cannot be written.
     """
     import torch
 

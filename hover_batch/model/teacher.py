@@ -138,9 +138,11 @@ def arch_of(weights: Mapping[str, Tensor]) -> TeacherArch:
     KeyError if tensors of a HoVerNet are missing.
     """
     kernel = weights["decoder.np.u3.conva.weight"].shape[-1]
-    types = weights.get("decoder.tp.u0.conv.bias")
+    type_biases = weights.get("decoder.tp.u0.conv.bias")
     return TeacherArch(
-        "fast" if kernel == 3 else "original", None if types is None else len(types), len(weights["conv0.bn.bias"])
+        form="fast" if kernel == 3 else "original",
+        n_types=None if type_biases is None else len(type_biases),
+        width=len(weights["conv0.bn.bias"]),
     )
 
 

@@ -25,10 +25,10 @@ def upsampling_merged(network: nn.Module) -> nn.Module:
         return network
     network = copy.deepcopy(network)
     unet: Any = network  # smp ships no types
-    channels = unet.encoder.out_channels[-1]
+    upsampled_channels = unet.encoder.out_channels[-1]
     for i, block in enumerate(unet.decoder.blocks):
-        unet.decoder.blocks[i] = _MergedBlock(block, channels)
-        channels = block.conv2[0].out_channels
+        unet.decoder.blocks[i] = _MergedBlock(block, upsampled_channels)
+        upsampled_channels = block.conv2[0].out_channels
     return network
 
 

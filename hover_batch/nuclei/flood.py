@@ -26,6 +26,7 @@ def flood(own: NDArray[np.bool_], energy: NDArray[np.float32], markers: NDArray[
     capacity = np.count_nonzero(own)
     values, items = np.empty(capacity), np.empty(capacity, np.int64)
     instances = markers.copy()
+    # Without the interiors of markers it is faster, but stops if a tie depends on them.
     if not _flood(own, energy, instances, values, items, False):
         instances[:] = markers
         _flood(own, energy, instances, values, items, True)

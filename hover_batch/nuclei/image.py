@@ -34,8 +34,8 @@ def nuclei_of(
     normalises the Sobel maps by their own extremes (see `instance_map`). Instances below `min_area_px` pixels are
     dropped. The measurements are sorted by anchor, not by instance; `types_by_id` relates the two.
     """
-    found = instances_of(maps[[layout.NP, layout.H, layout.V]], constants, min_area_px)
-    return found, measure(found, maps, layout)
+    instances = instances_of(maps[[layout.NP, layout.H, layout.V]], constants, min_area_px)
+    return instances, measure(instances, maps, layout)
 
 
 def types_by_id(instances: NDArray[np.int32], nuclei: Nuclei) -> NDArray[np.uint8]:

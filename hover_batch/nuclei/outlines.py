@@ -40,10 +40,11 @@ def outlines(
     ring_points = points + (np.array(origin) + 0.5)
     starts = np.concatenate([[0], ends])[:-1]
     rings = [ring_points[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-    rest = np.flatnonzero(~plain).tolist()
-    crops = [np.s_[y0:y1, x0:x1] for x0, y0, x1, y1 in bounds[rest].tolist()]
-    repaired = _repaired([instances[crop] == i + 1 for i, crop in zip(rest, crops, strict=True)])
-    for i, ring in zip(rest, repaired, strict=True):
+    # Rings that are not plain are empty so far.
+    to_repair = np.flatnonzero(~plain).tolist()
+    crops = [np.s_[y0:y1, x0:x1] for x0, y0, x1, y1 in bounds[to_repair].tolist()]
+    repaired = _repaired([instances[crop] == i + 1 for i, crop in zip(to_repair, crops, strict=True)])
+    for i, ring in zip(to_repair, repaired, strict=True):
         rings[i] = ring + (bounds[i, :2] + origin)
     return rings
 

@@ -53,25 +53,25 @@ def nuclei_of_region(
         constants = SobelConstants.of_window(view.maps[layout.H], view.maps[layout.V])
     in_core = view.components_in(core)
     whole = in_core & clear_of_margin(view.components.bounds, view.window) & (view.sides <= settings.max_component)
-    found = [view.nuclei(whole, constants)]
+    parts = [view.nuclei(whole, constants)]
     oversized = np.zeros_like(in_core)
     pending = in_core & ~whole
     while pending.any():
         followed, component = _follow(read, view, int(pending.argmax()), settings.max_component)
         # Parts that are separate in the region's window may join outside of it and are then one component.
-        same = np.zeros_like(pending)
-        for part in np.flatnonzero(pending).tolist():
-            same[part] = followed.component_at(*view.pixel_of(part)) == component
-        pending &= ~same
+        joined = np.zeros_like(pending)
+        for candidate in np.flatnonzero(pending).tolist():
+            joined[candidate] = followed.component_at(*view.pixel_of(candidate)) == component
+        pending &= ~joined
         if followed.sides[component] > settings.max_component:
-            oversized |= same
+            oversized |= joined
         else:
-            found.append(followed.nuclei_alone(component, constants))
+            parts.append(followed.nuclei_alone(component, constants))
     if oversized.any():
         for column, row in core.cells(settings.max_component):
             cell = cell_box(column, row, settings.max_component)
-            found.append(_nuclei_of_cell(read, view, oversized, core, cell, constants))
-    nuclei = owned(core, concatenate(found))
+            parts.append(_nuclei_of_cell(read, view, oversized, core, cell, constants))
+    nuclei = owned(core, concatenate(parts))
     return nuclei.take(nuclei.area_px >= settings.min_area_px)
 
 

@@ -139,24 +139,27 @@ def part_schema(taxonomy: Taxonomy) -> pa.Schema:
 
 
 def to_arrow(nuclei: Nuclei, context: TableContext) -> pa.Table:
-    """Convert nuclei, in inference pixels, to rows of `part_schema`, in level-0 pixels and µm, in the same order."""
+    """Convert nuclei, in inference pixels, to rows of `part_schema`, in level-0 pixels and µm, in the same order.
+
+    Lengths in µm take the geometric mean of a pixel's sides.
+    """
     grid, taxonomy = context.grid, context.taxonomy
     scale = np.array([grid.scale_x, grid.scale_y], np.float64)
     side_um = np.sqrt(grid.mpp.x * grid.mpp.y)
-    pixels = np.asarray(nuclei.bbox, np.int64).reshape(-1, 4)
+    boxes = np.asarray(nuclei.bbox, np.int64).reshape(-1, 4)
     # The extent of the pixels reaches half a pixel beyond the contour and so covers the polygon.
-    bbox = pixels * np.tile(scale, 2)
-    edges = np.array([grid.size.width, grid.size.height])
-    names = pa.array([c.name for c in taxonomy.classes])
+    level0_boxes = boxes * np.tile(scale, 2)
+    canvas = np.array([grid.size.width, grid.size.height])
+    class_names = pa.array([c.name for c in taxonomy.classes])
     columns: dict[str, Any] = {
         "anchor_y": nuclei.anchor_y,
         "anchor_x": nuclei.anchor_x,
-        "slide_id": pa.repeat(context.slide_id, len(pixels)),
+        "slide_id": pa.repeat(context.slide_id, len(boxes)),
         "centroid_x": nuclei.centroid_x * grid.scale_x,
         "centroid_y": nuclei.centroid_y * grid.scale_y,
-        "bbox": pa.StructArray.from_arrays([bbox[:, i] for i in range(4)], fields=list(BBOX)),
+        "bbox": pa.StructArray.from_arrays([level0_boxes[:, i] for i in range(4)], fields=list(BBOX)),
         "type_id": nuclei.type_id,
-        "type": names.take(pa.array(nuclei.type_id)),
+        "type": class_names.take(pa.array(nuclei.type_id)),
         "type_prob": nuclei.type_prob,
         **{f"prob_{c.name}": nuclei.class_probs[:, c.id - 1] for c in taxonomy.nuclei},
         "seg_score": nuclei.seg_score,
@@ -168,7 +171,7 @@ def to_arrow(nuclei: Nuclei, context: TableContext) -> pa.Table:
         "solidity": nuclei.solidity,
         "h_od_mean": nuclei.h_od,
         "e_od_mean": nuclei.e_od,
-        "touches_border": ((pixels[:, :2] <= 0) | (pixels[:, 2:] >= edges)).any(axis=1),
+        "touches_border": ((boxes[:, :2] <= 0) | (boxes[:, 2:] >= canvas)).any(axis=1),
         "seam_uncertain": nuclei.seam_uncertain,
         "geometry": _wkb(nuclei.contours, scale),
     }
@@ -212,7 +215,7 @@ def merge_parts(
     schema = table_schema(context.taxonomy)
     by_type = np.zeros(len(context.taxonomy.classes), np.int64)
     extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
-    rows = _Rows(parts, part_schema(context.taxonomy), select)
+    rows_of_regions = _Rows(parts, part_schema(context.taxonomy), select)
     numbered = uncertain = 0
     with (
         replacing(out) as temporary,
@@ -225,7 +228,7 @@ def merge_parts(
             write_statistics=[c for c in _leaves(schema) if c != "geometry"],
         ) as writer,
     ):
-        for group in _cut(rows, ROW_GROUP):
+        for group in _cut(rows_of_regions, ROW_GROUP):
             ids = np.arange(numbered + 1, numbered + 1 + len(group), dtype=np.uint32)
             numbered += len(group)
             by_type += np.bincount(group["type_id"].to_numpy(), minlength=len(by_type))
@@ -233,15 +236,13 @@ def merge_parts(
             extent = _union(extent, group["bbox"].chunk(0))
             table = group.add_column(1, schema.field("nucleus_id"), pa.array(ids))
             writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)
-        box = extent.tolist() if numbered else None
-        writer.add_key_value_metadata(
-            {"geo": _json(_geo(box)), "hover_batch": _json(context.to_json())},
-        )
+        geo = _geo(extent.tolist() if numbered else None)
+        writer.add_key_value_metadata({"geo": _json(geo), "hover_batch": _json(context.to_json())})
     return MergeResult(
         nuclei=numbered,
         by_class={c.name: int(by_type[c.id]) for c in context.taxonomy.nuclei},
         seam_uncertain=uncertain,
-        dropped=rows.dropped,
+        dropped=rows_of_regions.dropped,
     )
 
 

@@ -140,12 +140,10 @@ def instance_map(
     if constants is None:
         components = Components.of(np_map)
         return split_components(h, v, components, components.large, SobelConstants.of_window(h, v))
-    frame = Box(0, 0, np_map.shape[1], np_map.shape[0])
-    around = frame.expand(REACH)
     np_map, h, v = (np.pad(plane, REACH) for plane in (np_map, h, v))
     components = Components.of(np_map)
-    rows, columns = frame.slices_in(around)
-    return np.ascontiguousarray(split_components(h, v, components, components.large, constants)[rows, columns])
+    padded = split_components(h, v, components, components.large, constants)
+    return np.ascontiguousarray(padded[REACH:-REACH, REACH:-REACH])
 
 
 def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.int32]:
@@ -155,7 +153,8 @@ def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.
     """
     large = np.bincount(instances.ravel()) >= min_pixels
     large[0] = False
-    return np.where(large, np.cumsum(large), 0).astype(np.int32)[instances]
+    new_ids = np.where(large, np.cumsum(large), 0).astype(np.int32)
+    return new_ids[instances]
 
 
 def split_components(

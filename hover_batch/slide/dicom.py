@@ -28,12 +28,12 @@ def quiet_wsidicom() -> Iterator[None]:
     the root logger has no other handler. `open_dicom` reports the faults that matter. Not thread-safe, since loggers
     and warning filters belong to the whole process.
     """
-    root, guard = logging.getLogger(), logging.NullHandler()
+    root, null_handler = logging.getLogger(), logging.NullHandler()
 
     def not_from_wsidicom(entry: logging.LogRecord) -> bool:
         return "wsidicom" not in Path(entry.pathname).parts
 
-    root.addHandler(guard)
+    root.addHandler(null_handler)
     root.addFilter(not_from_wsidicom)
     try:
         with warnings.catch_warnings():
@@ -41,7 +41,7 @@ def quiet_wsidicom() -> Iterator[None]:
             yield
     finally:
         root.removeFilter(not_from_wsidicom)
-        root.removeHandler(guard)
+        root.removeHandler(null_handler)
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
     with quiet_wsidicom():
         try:
             wsi = WsiDicom.open(folder)
-        except WsiDicomNoResolutionError as error:  # has no text; and no column of the cohort helps
+        except WsiDicomNoResolutionError as error:  # its text is empty, and mpp in the cohort would not help
             raise SlideError(
                 f"{folder}: the DICOM instances have no pixel spacing; add it, or convert the slide to TIFF"
             ) from error

@@ -17,12 +17,12 @@ ReadParts = Callable[[list[tuple[int, int]]], Iterable[bytes]]
 def fingerprint(path: Path, mpp: Mpp | None) -> str:
     """Return the fingerprint of the slide at `path`: a hex SHA-256 that identifies its content.
 
-    It covers the size and the first, middle and last MiB of each of the slide's files, and `mpp`, the pixel size that
-    the cohort gives (None if it gives none). It does not depend on path, host or time. OSError if a file cannot be
-    read.
+    It covers the size and the first, middle and last MiB of each of the slide's files (those of a folder; for .mrxs
+    also those in the folder of the same name), and `mpp`, the pixel size that the cohort gives (None if it gives none).
+    It does not depend on path, host or time. OSError if a file cannot be read.
     """
 
-    def parts(file: Path) -> ReadParts:
+    def range_reader(file: Path) -> ReadParts:
         def read(ranges: list[tuple[int, int]]) -> Iterator[bytes]:
             with file.open("rb") as stream:
                 for start, stop in ranges:
@@ -31,7 +31,7 @@ def fingerprint(path: Path, mpp: Mpp | None) -> str:
 
         return read
 
-    return fingerprint_of(((file.stat().st_size, parts(file)) for file in _files(path)), mpp)
+    return fingerprint_of(((file.stat().st_size, range_reader(file)) for file in _files(path)), mpp)
 
 
 def fingerprint_of(files: Iterable[tuple[int, ReadParts]], mpp: Mpp | None) -> str:
@@ -44,7 +44,8 @@ def fingerprint_of(files: Iterable[tuple[int, ReadParts]], mpp: Mpp | None) -> s
     for size, read in files:
         digest.update(size.to_bytes(8, "little"))
         last = max(0, size - _BLOCK)
-        for part in read([(start, min(start + _BLOCK, size)) for start in sorted({0, last // 2, last})]):
+        starts = sorted({0, last // 2, last})  # of a small file, some or all coincide
+        for part in read([(start, min(start + _BLOCK, size)) for start in starts]):
             digest.update(part)
     digest.update(f"mpp {mpp.x!r} {mpp.y!r}".encode() if mpp is not None else b"mpp of the file")
     return digest.hexdigest()

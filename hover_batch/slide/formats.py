@@ -59,33 +59,36 @@ class Header:
 def openslide_header(path: Path) -> Header:
     """Return the header of a file that OpenSlide opens.
 
-    SlideError if it is a TIFF that is truncated, holds several pictures, or whose pixels OpenSlide cannot decode
-    correctly. Errors of OpenSlide propagate.
+    The pixel size is OpenSlide's, or that of the resolution tags for a TIFF that is not a scanner's. SlideError if it
+    is a TIFF that is truncated, holds several pictures, or whose pixels OpenSlide cannot decode correctly. Errors of
+    OpenSlide propagate.
     """
     import openslide
 
     generic = openslide.OpenSlide.detect_format(str(path)) == "generic-tiff"
-    tags = StatedSize(None)
+    size_in_tags = StatedSize(None)
     if (tiff := open_tiff(path)) is not None:
         with tiff:
             # Before OpenSlide opens the file, since its libtiff writes to stderr.
             check_for_openslide(path, tiff, generic=generic)
             # OpenSlide reads the tags of a generic TIFF only if their unit is the centimetre.
             if generic:
-                tags = tiff_size(first_page(tiff))
+                size_in_tags = tiff_size(first_page(tiff))
     with openslide.OpenSlide(str(path)) as slide:
         properties: Mapping[str, str] = dict(slide.properties)
         levels = tuple(Size(w, h) for w, h in slide.level_dimensions)
     vendor = properties.get("openslide.vendor", "unknown")
-    corner = [properties.get(f"openslide.bounds-{name}") for name in ("x", "y", "width", "height")]
+    stated_bounds = [properties.get(f"openslide.bounds-{name}") for name in ("x", "y", "width", "height")]
     bounds = None
-    if None not in corner:
-        x, y, width, height = (int(str(value)) for value in corner)
+    if None not in stated_bounds:
+        x, y, width, height = (int(str(value)) for value in stated_bounds)
         bounds = Box(x, y, x + width, y + height)
-    raw = properties.get("aperio.MPP")  # kept as text if OpenSlide cannot parse it
-    size = stated_size(properties.get("openslide.mpp-x", raw), properties.get("openslide.mpp-y", raw), "its header")
+    # OpenSlide gives no mpp if it cannot parse Aperio's; that text is then used in the message.
+    aperio_mpp = properties.get("aperio.MPP")
+    mpp_x, mpp_y = (properties.get(f"openslide.mpp-{axis}", aperio_mpp) for axis in "xy")
+    size = stated_size(mpp_x, mpp_y, "its header")
     if size.mpp is None and generic:
-        size = tags
+        size = size_in_tags
     return Header(levels, size, bounds, vendor, to_float(properties.get("openslide.objective-power")))
 
 
@@ -102,7 +105,7 @@ def ome_tiff_header(path: Path) -> Header:
     """Return the header of an OME-TIFF: the levels of its largest image.
 
     The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. SlideError unless the image
-    is one plane of 8-bit RGB, and the only large one. Errors of tifffile propagate.
+    is one complete plane of 8-bit RGB, and the only large one. Errors of tifffile propagate.
     """
     with tifffile.TiffFile(path) as tiff:
         series = list(tiff.series)
@@ -111,17 +114,17 @@ def ome_tiff_header(path: Path) -> Header:
         check_ome(path, series, largest)
         levels = sorted((_plane(level.axes, level.shape) for level in largest.levels), key=lambda s: -s.pixels)
         xml = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
-        tags = tiff_size(first_page(tiff))
-    images = [element for element in xml.iter() if element.tag.endswith("}Image")]
+        size_in_tags = tiff_size(first_page(tiff))
+    images = [element for element in xml.iter() if element.tag.endswith("}Image")]  # in the order of `series`
     elements = list(images[index].iter()) if index < len(images) else []
     pixels: Mapping[str, str] = next((e.attrib for e in elements if e.tag.endswith("}Pixels")), {})
-    names = [e.attrib.get("Name", "") for e in elements if e.tag.endswith("}Channel")] if "C" in largest.axes else []
+    channels = [e.attrib.get("Name", "") for e in elements if e.tag.endswith("}Channel")] if "C" in largest.axes else []
     powers = [e.attrib.get("NominalMagnification") for e in xml.iter() if e.tag.endswith("}Objective")]
     size = _ome_size(pixels)
     if size == StatedSize(None):
-        size = tags
+        size = size_in_tags
     power = to_float(powers[0]) if powers else None
-    return Header(tuple(levels), size, None, "ome-tiff", power, _warnings_of_channels(path, names))
+    return Header(tuple(levels), size, None, "ome-tiff", power, _warnings_of_channels(path, channels))
 
 
 def _warnings_of_channels(path: Path, names: list[str]) -> tuple[str, ...]:
@@ -178,8 +181,8 @@ def dicom_header(path: Path) -> Header:
 def picture_header(path: Path) -> Header:
     """Return the header of a plain picture (PNG, JPEG or TIFF), which has one level.
 
-    The pixel size is taken from TIFF tags only, not from the resolution of a PNG or JPEG. SlideError as in
-    `open_picture`.
+    The pixel size is taken from TIFF tags only; the resolution of a PNG or JPEG is reported as unusable. SlideError as
+    in `open_picture`.
     """
     with open_picture(path) as picture:
         size = StatedSize(None)
@@ -198,7 +201,8 @@ def open_picture(path: Path) -> Image.Image:
     """Open a PNG, JPEG or TIFF picture without decoding it; the caller closes it.
 
     SlideError if the format is unknown, the pixels are not 8-bit grey or colour, there are more than
-    MAX_PICTURE_PIXELS, or a TIFF is truncated or holds several pictures.
+    MAX_PICTURE_PIXELS, a tag tells programs to turn the picture, or a TIFF is truncated, holds several pictures or is
+    compressed in a way that Pillow cannot decode.
     """
     if (tiff := open_tiff(path)) is not None:
         with tiff:
@@ -207,15 +211,15 @@ def open_picture(path: Path) -> Image.Image:
     width, height = picture.size
     orientation = _orientation(picture)
     # Pillow opens 16-bit colour as 8-bit and keeps only the high byte, which makes 12-bit pictures black.
-    deep = any(";16" in str(tile) for tile in picture.tile)
+    is_16_bit = any(";16" in str(tile) for tile in picture.tile)
     fault = None
     if width * height > MAX_PICTURE_PIXELS:
         fault = SlideError(
             f"{path}: a plain picture of {width} × {height} pixels would have to be held in memory as a whole; "
             "convert it to a pyramidal tiled TIFF"
         )
-    elif deep or picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
-        kind = "16 bits a channel" if deep else f"type {picture.mode}"
+    elif is_16_bit or picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
+        kind = "16 bits a channel" if is_16_bit else f"type {picture.mode}"
         fault = SlideError(f"{path}: pixels of {kind}; 8-bit grey or colour is needed")
     elif orientation != 1:
         fault = turned(path, orientation)

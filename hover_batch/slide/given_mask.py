@@ -47,14 +47,15 @@ def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> ND
         picture = _read_png(path)
         array = _over_canvas(picture, _frame(path, picture, level0, bounds), level0)
     else:
-        array = _rasterise(_on_canvas(path, _read_geojson(path), level0, bounds)[0], level0, scale)
+        outline, _ = _on_canvas(path, _read_geojson(path), level0, bounds)
+        array = _rasterise(outline, level0, scale)
     if not array.any():
         raise _no_tissue(path, level0)
     return array
 
 
 def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None) -> list[str]:
-    """Check that a mask of the cohort can be used; return warnings for the user.
+    """Check that a mask of the cohort can be used; return warnings for the user, an empty list if there are none.
 
     `level0`: size of the slide's canvas; None to check only that the mask can be read. `bounds`: the slide's non-empty
     region in level-0 pixels; None if it has none. InputError if the mask cannot be read, does not fit the slide, or has
@@ -64,19 +65,20 @@ def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None
         outline = _read_geojson(path)
         if level0 is None:
             return []
-        moved, inside = _on_canvas(path, outline, level0, bounds)
+        moved, fraction_inside = _on_canvas(path, outline, level0, bounds)
         frame = bounds or level0.box
-        warnings = _warnings_of_cover(path, inside * shapely.area(moved) / (frame.width * frame.height))
+        area_inside = fraction_inside * shapely.area(moved)
+        warnings = _warnings_of_cover(path, area_inside / (frame.width * frame.height))
         x0, y0, x1, y1 = shapely.bounds(outline)
         if max(x1 - x0, y1 - y0) < _MIN_EXTENT * max(frame.width, frame.height):
             warnings.append(
                 f"{path}: the polygons measure only {x1 - x0:.3g} × {y1 - y0:.3g} pixels; positions must be in level-0 "
                 "pixels, not in mm or fractions"
             )
-        if inside < 1 - _MAX_OUTSIDE:
+        if fraction_inside < 1 - _MAX_OUTSIDE:
             warnings.append(
-                f"{path}: {1 - inside:.0%} of the mask lies outside of the slide of {level0.width} × {level0.height} "
-                "pixels, and is ignored; check that it was drawn on this slide, in level-0 pixels"
+                f"{path}: {1 - fraction_inside:.0%} of the mask lies outside of the slide of {level0.width} × "
+                f"{level0.height} pixels, and is ignored; check that it was drawn on this slide, in level-0 pixels"
             )
         return warnings
     picture = _read_png(path)

@@ -65,30 +65,31 @@ class SlideInfo:
 def peek(record: SlideRecord) -> SlideInfo:
     """Return the properties of a slide on disk, from its header and its row of the cohort, without decoding pixels.
 
-    InputError if the pixel size is unknown, SlideError if the file cannot be read.
+    The file is read in part for its fingerprint. InputError if the pixel size is unknown, SlideError if the file cannot
+    be read.
     """
     return describe(record, read_header(record.file, kind_of(record.file)))
 
 
 def describe(record: SlideRecord, header: Header) -> SlideInfo:
-    """Return a slide's properties, from its header and its row of the cohort, and with its fingerprint.
+    """Return a slide's properties, from its header and its row of the cohort, with its fingerprint and all warnings.
 
     Pixel size and magnification of the row take precedence. InputError if neither gives a pixel size, SlideError if the
     file cannot be read for its fingerprint.
     """
-    stated = header.size.mpp
-    mpp = record.mpp or stated
+    file_mpp = header.size.mpp
+    mpp = record.mpp or file_mpp
     if mpp is None:
         raise InputError(
             f"{record.path}: {header.size.unusable or 'the file gives no pixel size'}; give it in µm in the "
             f"column mpp of the cohort (row {record.row}, slide_id {record.slide_id})"
         )
     with slide_errors(record.file):
-        identity = fingerprint(record.file, record.mpp)
+        content_hash = fingerprint(record.file, record.mpp)
     level0 = header.levels[0]
     ratios = tuple(level_ratios(level0, size) for size in header.levels)
     magnification = record.magnification if record.magnification is not None else header.magnification
-    warnings = [*header.warnings, *warnings_of(mpp, stated, magnification)]
+    warnings = [*header.warnings, *warnings_of(mpp, file_mpp, magnification)]
     warnings += [
         f"its level of {size.width} × {size.height} pixels has another aspect ratio than the slide; if it shows "
         "something else, such as the label, save the slide without it"
@@ -96,10 +97,10 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
         if abs(x / y - 1) > _ASPECT_TOLERANCE and abs(x - y) * min(size.width, size.height) > 2 * max(x, y)
     ]
     if header.vendor == "picture" and level0.pixels >= LARGE_PICTURE_PIXELS:
-        opened, decoding = (level0.pixels * size / 1e9 for size in PICTURE_BYTES)
+        open_gb, decoding_gb = (level0.pixels * pixel_bytes / 1e9 for pixel_bytes in PICTURE_BYTES)
         warnings.append(
-            f"a plain picture is held in memory as a whole, in each process that reads it: {decoding:.1f} GB while it "
-            f"is decoded, then {opened:.1f} GB; convert it to a pyramidal tiled TIFF if that is too much"
+            f"a plain picture is held in memory as a whole, in each process that reads it: {decoding_gb:.1f} GB while "
+            f"it is decoded, then {open_gb:.1f} GB; convert it to a pyramidal tiled TIFF if that is too much"
         )
     return SlideInfo(
         level0=level0,
@@ -109,7 +110,7 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
         downsamples=tuple((x + y) / 2 for x, y in ratios),
         vendor=header.vendor,
         magnification=magnification,
-        fingerprint=identity,
+        fingerprint=content_hash,
         warnings=tuple(warnings),
     )
 
@@ -171,9 +172,9 @@ def read_header(path: Path, kind: Kind) -> Header:
 
 @contextmanager
 def slide_errors(path: Path) -> Iterator[None]:
-    """Convert errors of the decoding libraries in the block to a SlideError of one line, with path and reason.
+    """Convert all exceptions in the block, such as those of decoding libraries, to a SlideError with path and reason.
 
-    Errors of hover-batch pass through.
+    Its message is one line. Errors of hover-batch pass through.
     """
     try:
         yield
@@ -181,10 +182,10 @@ def slide_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # the libraries raise many kinds: struct.error, KeyError, zlib.error …
         reason = " ".join(str(error).split()) or type(error).__name__
-        # An error with a number is the system's, such as a missing permission.
         remedy = (
             "; if it is truncated or corrupted, copy it again, else convert it to an OME-TIFF, for example with QuPath "
             "or bfconvert"
         )
-        by_system = isinstance(error, OSError) and error.errno
-        raise SlideError(f"{path}: cannot be read: {reason}{'' if by_system else remedy}") from error
+        if isinstance(error, OSError) and error.errno:  # the system's, such as a missing permission
+            remedy = ""
+        raise SlideError(f"{path}: cannot be read: {reason}{remedy}") from error

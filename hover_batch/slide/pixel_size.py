@@ -56,11 +56,11 @@ def stated_size(x: object, y: object, source: str, unit: str = "µm") -> StatedS
     if x is None and y is None:
         return StatedSize(None)
     across, down = to_float(x), to_float(y)
-    found = f"{source} says {x if x == y else f'{x} × {y}'} {unit} a pixel"
+    statement = f"{source} says {x if x == y else f'{x} × {y}'} {unit} a pixel"
     if unit not in _MICROMETRES:
-        return StatedSize(None, f"{found}, an unknown unit")
+        return StatedSize(None, f"{statement}, an unknown unit")
     if across is None or down is None:
-        return StatedSize(None, f"{found}, which is not a pair of numbers")
+        return StatedSize(None, f"{statement}, which is not a pair of numbers")
     across, down = across * _MICROMETRES[unit], down * _MICROMETRES[unit]
     if fault := _fault_of(across, down):
         return StatedSize(None, f"{source} says {_words(across, down)} µm a pixel; {fault}")
@@ -68,17 +68,18 @@ def stated_size(x: object, y: object, source: str, unit: str = "µm") -> StatedS
 
 
 def tiff_size(page: tifffile.TiffPage) -> StatedSize:
-    """Return the pixel size from the resolution tags of a TIFF page, with the reason if they cannot be used.
+    """Return the pixel size from the resolution tags of a TIFF page.
 
-    The tags are in pixels per cm or inch, or per unit that ImageJ writes.
+    The tags are in pixels per cm or inch, or per unit that ImageJ writes. The result has no size if there are none, and
+    no size but a reason if they cannot be used.
     """
     x, y = (_per_unit(page, name) for name in ("XResolution", "YResolution"))
     if x is None or y is None:
         return StatedSize(None)
     unit = _TIFF_UNITS.get(int(page.tags.valueof("ResolutionUnit", default=1)))
     if unit is None and page.is_imagej:
-        found = re.search(r"^unit=(\S+)$", page.description, re.MULTILINE)
-        unit = _IMAGEJ_UNITS.get(found[1]) if found else None
+        unit_line = re.search(r"^unit=(\S+)$", page.description, re.MULTILINE)
+        unit = _IMAGEJ_UNITS.get(unit_line[1]) if unit_line else None
     if unit is None:  # writers that do not know the resolution give 1 × 1 without a unit
         return StatedSize(None, "" if x == y == 1 else f"its resolution of {_words(x, y)} has no unit")
     return stated_size(1 / x, 1 / y, f"its resolution of {_words(x, y)} per {unit}", unit)
@@ -106,22 +107,24 @@ def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> li
     The second says that it is unusual for slides, not square, or does not match the objective's `magnification` (None:
     not checked).
     """
-    found = []
+    messages = []
     if stated is not None:
-        off = max(abs(mpp.x / stated.x - 1), abs(mpp.y / stated.y - 1))
-        if off > MPP_TOLERANCE:
-            found.append(f"mpp {mpp} of the cohort is {off:.0%} off the file's {stated}; the cohort's is used")
-    odd = []
+        difference = max(abs(mpp.x / stated.x - 1), abs(mpp.y / stated.y - 1))
+        if difference > MPP_TOLERANCE:
+            messages.append(
+                f"mpp {mpp} of the cohort is {difference:.0%} off the file's {stated}; the cohort's is used"
+            )
+    doubts = []
     if not all(USUAL_MPP[0] <= size <= USUAL_MPP[1] for size in (mpp.x, mpp.y)):
-        odd.append(f"slides have {USUAL_MPP[0]:g} to {USUAL_MPP[1]:g} µm a pixel as a rule")
+        doubts.append(f"slides have {USUAL_MPP[0]:g} to {USUAL_MPP[1]:g} µm a pixel as a rule")
     if max(mpp.x, mpp.y) > (1 + MPP_TOLERANCE) * min(mpp.x, mpp.y):
-        odd.append("pixels of slides are square as a rule")
+        doubts.append("pixels of slides are square as a rule")
     low, high = USUAL_MPP_TIMES_POWER
     if magnification is not None and not all(low <= size * magnification <= high for size in (mpp.x, mpp.y)):
-        odd.append(f"at a magnification of {magnification:g} about {10 / magnification:.2g} µm are expected")
-    if odd:
-        found.append(f"mpp {mpp}: {', and '.join(odd)}; if it is wrong, give the right one in the column mpp")
-    return found
+        doubts.append(f"at a magnification of {magnification:g} about {10 / magnification:.2g} µm are expected")
+    if doubts:
+        messages.append(f"mpp {mpp}: {', and '.join(doubts)}; if it is wrong, give the right one in the column mpp")
+    return messages
 
 
 def _fault_of(x: float, y: float) -> str:

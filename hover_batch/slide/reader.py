@@ -97,13 +97,13 @@ class GridReader:
             return np.empty((*box.shape, 3), np.uint8)
         columns = _mirror(box.x0, box.x1, grid.size.width)
         rows = _mirror(box.y0, box.y1, grid.size.height)
-        inside = Box(int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
-        out = np.empty((*inside.shape, 3), np.uint8)
+        on_canvas = Box(int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+        pixels = np.empty((*on_canvas.shape, 3), np.uint8)
         with slide_errors(self._path):
-            self._fill(out, inside, grid, best_level(self.source.levels, grid))
-        if inside == box:
-            return out
-        return out[(rows - inside.y0)[:, None], columns - inside.x0]
+            self._fill(pixels, on_canvas, grid, best_level(self.source.levels, grid))
+        if on_canvas == box:
+            return pixels
+        return pixels[(rows - on_canvas.y0)[:, None], columns - on_canvas.x0]
 
     def _fill(self, out: NDArray[np.uint8], box: Box, grid: Grid, level: int) -> None:
         size = self.source.levels[level]

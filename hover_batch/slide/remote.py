@@ -46,9 +46,9 @@ class RemoteFile:
 
 
 def require_package(url: Url) -> None:
-    """Check that fsspec and the package for the storage of `url` are installed.
+    """Check that fsspec supports the storage of `url`, and that the package that it needs for this is installed.
 
-    InputError if one is missing, with the command that installs it, or if fsspec does not support the storage.
+    Otherwise raise InputError; for S3 with the command that installs the package.
     """
     import fsspec
 
@@ -71,32 +71,32 @@ def remote_info(url: Url, mpp: Mpp | None) -> RemoteInfo:
     This takes a few requests and reads up to 3 MiB of each file. `mpp`: pixel size that the cohort gives, or None.
 
     InputError if a package for the storage is missing, the slide does not exist or access is denied; SlideError if the
-    storage cannot be reached, or cannot serve parts of files.
+    storage cannot be reached, does not report sizes, or cannot serve parts of files.
     """
     require_package(url)
     with storage_errors(url):
         storage, files = files_of(url)
-        parts = ((file.size, _parts(url, storage, file)) for file in files)
-        return RemoteInfo(sum(file.size for file in files), fingerprint_of(parts, mpp))
+        sizes_and_readers = ((file.size, _parts(url, storage, file)) for file in files)
+        return RemoteInfo(sum(file.size for file in files), fingerprint_of(sizes_and_readers, mpp))
 
 
 def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
     """Return the fsspec file system of a URL, and the slide's files in the order in which `fingerprint` hashes them.
 
-    SlideError if the storage does not give the size of a file. Other errors of fsspec and the storage's library
-    propagate.
+    Listings that fsspec has cached are discarded first. SlideError if the URL is a file whose size the storage does not
+    report. Other errors of fsspec and the storage's library propagate.
     """
     import fsspec
 
     storage, path = fsspec.url_to_fs(url.text)
     storage.invalidate_cache()
     path = path.rstrip("/")
-    held = storage.info(path)
-    if held["type"] == "directory":
+    properties = storage.info(path)
+    if properties["type"] == "directory":
         return storage, _inside(storage, path, url.name)
-    if held.get("size") is None:
+    if properties.get("size") is None:
         raise SlideError(f"{url}: the storage does not report its size")
-    files = [RemoteFile(path, PurePosixPath(url.name), held["size"])]
+    files = [RemoteFile(path, PurePosixPath(url.name), properties["size"])]
     if url.name.lower().endswith(".mrxs"):
         files += _inside(storage, path[: -len(".mrxs")], url.stem)
     return storage, files

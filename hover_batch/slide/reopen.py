@@ -17,8 +17,8 @@ def reopen(record: SlideRecord, survey: Path) -> SlideReader:
     """Open the slide of a finished run for viewing.
 
     Return a reader, which the caller closes. `survey`: path of the run's survey.json for this slide. SlideError if the
-    slide is missing, in cloud storage or unreadable, or is not the file that was segmented; OSError if survey.json is
-    missing.
+    slide is missing, in cloud storage or unreadable, or is not the file that was segmented, or survey.json is
+    corrupted; OSError if survey.json is missing; InputError as in `open_slide`.
     """
     if isinstance(record.path, Url):
         raise SlideError(f"{record.path} is in cloud storage, and is not downloaded for viewing")

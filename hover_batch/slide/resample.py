@@ -36,6 +36,7 @@ def taps(step: float, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray
     # Whole numbers before the sum, so that its order cannot change the weights.
     raw = np.rint(_catmull_rom(distance) * (1 << 24)).astype(np.int64)
     weights = np.rint(raw * (1 << WEIGHT_BITS) / raw.sum(axis=1, keepdims=True)).astype(np.int32)
+    # The largest weight of each row takes what rounding leaves of the sum.
     largest = weights.argmax(axis=1)
     weights[np.arange(len(weights)), largest] += (1 << WEIGHT_BITS) - weights.sum(axis=1, dtype=np.int32)
     return first, weights

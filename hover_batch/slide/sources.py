@@ -55,8 +55,8 @@ class Source(Protocol):
 def open_source(path: Path, kind: Kind) -> Source:
     """Open a slide with the library for its kind (see `kind_of`); the caller closes it.
 
-    A picture is decoded into memory; of the other kinds, only the headers of the levels are read. Errors of the library
-    propagate.
+    A picture is decoded into memory, with SlideError as in `open_picture`; of the other kinds, only the headers of the
+    levels are read. Errors of the library propagate.
     """
     if kind == "picture":
         return PictureSource(path)

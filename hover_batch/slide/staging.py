@@ -76,7 +76,8 @@ class Copies:
         """Yield the record with the path of a copy on this machine, which is made if it does not exist.
 
         A record of a slide on disk is yielded unchanged. `expected`: fingerprint that the copy must have. The copy
-        stays until `release` or `close`. In errors that the block raises, its path is replaced by the URL.
+        stays until `release` or `close`. In the text of a HoverBatchError from the block, its path is replaced by the
+        URL.
 
         InputError or SlideError if the slide cannot be copied or its fingerprint differs, ScratchFull if there is no
         space for the copy now.
@@ -138,7 +139,7 @@ class Copies:
         """Create the run's folder of copies on this machine if it does not exist, and lock it.
 
         This process holds the lock until `close` or its end. The first call also removes copies of runs that were
-        killed. InputError if the folder cannot be written, ScratchFull if its disk is full.
+        killed. InputError if the folder cannot be written or belongs to another user, ScratchFull if its disk is full.
         """
         with _holding:
             if self._is_held():

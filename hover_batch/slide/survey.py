@@ -28,8 +28,8 @@ def write_survey(path: Path, info: SlideInfo, mask: TissueMask) -> None:
     background. OSError if the file cannot be written.
     """
     flat = mask.array.ravel()
-    turns = np.flatnonzero(np.diff(flat, prepend=False))
-    runs = np.diff(turns, prepend=0, append=len(flat))
+    changes = np.flatnonzero(np.diff(flat, prepend=False))
+    runs = np.diff(changes, prepend=0, append=len(flat))
     tissue = {
         "shape": list(mask.array.shape),
         "runs": " ".join(map(str, runs.tolist())),

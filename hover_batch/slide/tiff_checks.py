@@ -51,7 +51,10 @@ def first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
 
 
 def check_for_openslide(path: Path, tiff: tifffile.TiffFile, *, generic: bool) -> None:
-    """Raise SlideError if OpenSlide would read a TIFF wrongly. `generic`: not of a scanner that OpenSlide knows."""
+    """Raise SlideError if OpenSlide would read a TIFF wrongly or not at all.
+
+    `generic`: whether OpenSlide opens it as a generic TIFF, not as the format of a scanner.
+    """
     _check_pages(path, tiff, _OPENSLIDE_COMPRESSIONS)
     if generic:
         _check_plain(path, tiff)
@@ -65,26 +68,30 @@ def check_for_pillow(path: Path, tiff: tifffile.TiffFile) -> None:
 
 
 def check_ome(path: Path, images: Sequence[tifffile.TiffPageSeries], largest: tifffile.TiffPageSeries) -> None:
-    """Raise SlideError if tifffile would read an OME-TIFF wrongly. `largest`: the one of its `images` that is read."""
-    channels = dict(zip(largest.axes, largest.shape, strict=True))
-    if len(largest.axes) != 3 or channels.get("S", channels.get("C")) != 3 or largest.dtype != "uint8":
+    """Raise SlideError unless the largest image of an OME-TIFF is one complete plane of 8-bit RGB.
+
+    Also raise it if another image has more than half of its pixels. `largest`: the one of the file's `images` that is
+    read.
+    """
+    extents = dict(zip(largest.axes, largest.shape, strict=True))
+    if len(largest.axes) != 3 or extents.get("S", extents.get("C")) != 3 or largest.dtype != "uint8":
         raise SlideError(
             f"{path}: an OME-TIFF of axes {largest.axes}, shape {largest.shape}, {largest.dtype}; "
             "one plane of 8-bit RGB is needed"
         )
-    page = largest.keyframe
-    large = [image for image in images if 2 * _area(image.keyframe) > _area(page)]
+    keyframe = largest.keyframe
+    large = [image for image in images if 2 * _area(image.keyframe) > _area(keyframe)]
     if len(large) > 1:
         raise _several(path, len(large))
     # tifffile converts the colours of JPEG only.
-    if page.photometric not in _RGB_OR_GREY and page.compression != tifffile.COMPRESSION.JPEG:
-        kind = getattr(page.photometric, "name", page.photometric)
+    if keyframe.photometric not in _RGB_OR_GREY and keyframe.compression != tifffile.COMPRESSION.JPEG:
+        kind = getattr(keyframe.photometric, "name", keyframe.photometric)
         raise SlideError(f"{path}: an OME-TIFF with colours of type {kind}; save it as RGB")
-    for part in (part for level in largest.levels for part in level.pages):
-        if part is None:
+    for page in (page for level in largest.levels for page in level.pages):
+        if page is None:
             raise SlideError(f"{path}: lacks pixels that are in another file of the OME-TIFF; put it beside this one")
-        _check_complete(path, part)
-        _check_dense(path, part)
+        _check_complete(path, page)
+        _check_dense(path, page)
 
 
 def _check_pages(path: Path, tiff: tifffile.TiffFile, compressions: frozenset[int]) -> None:

@@ -18,7 +18,7 @@ mask, and regions are read with a margin of this width in post-processing."""
 class Unit:
     """Cell of the unit grid with its tiles, which are read, predicted and stored together.
 
-    They are small, since they are sent between processes.
+    Units hold no pixels, since they are sent between processes.
     """
 
     column: int
@@ -47,7 +47,7 @@ class Unit:
 
 
 def plan_units(grid: Grid, mask: TissueMask, unit: int, tile_side: int) -> tuple[Unit, ...]:
-    """Return the units with at least one tile near tissue, in raster order.
+    """Return the units with at least one tile within TISSUE_REACH of tissue, in raster order.
 
     `unit`: side of a unit in inference pixels. `tile_side`: side of a tile's output without its margins. The choice of
     tiles does not depend on `unit`. ValueError if `unit` is not a multiple of `tile_side`.

@@ -62,8 +62,8 @@ class TissueMask:
         y0, y1 = _pixels(rows, grid.scale_y / self.level0_per_pixel[1], self.array.shape[0])
         found = np.zeros((len(rows), len(columns)), bool)
         for index, (top, bottom) in enumerate(zip(y0, y1, strict=True)):
-            before = np.concatenate([[0], self.array[top:bottom].any(axis=0).cumsum()])
-            found[index] = before[x1] > before[x0]
+            columns_before = np.concatenate([[0], self.array[top:bottom].any(axis=0).cumsum()])
+            found[index] = columns_before[x1] > columns_before[x0]
         return found
 
     def contains(self, x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
@@ -132,7 +132,7 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
 
     Tissue is detected by its colour relative to the slide's own background. Grey, black, and green or blue pen are
     excluded, but red pen is not. Pieces smaller than `settings.min_tissue_um2` are removed, and holes smaller than it
-    are filled. A canvas below 1 mm² is tissue as a whole, unless it is nearly all background.
+    are filled. A canvas below 1 mm² is tissue as a whole, or not at all if it is nearly all background.
 
     `reader`: open reader of the slide. SlideError if the row's mask cannot be used on this slide, or the pixels cannot
     be read.
