@@ -21,7 +21,7 @@ from hover_batch.geometry import Grid
 from hover_batch.model.package import Card
 from hover_batch.slide.given_mask import check_mask
 from hover_batch.slide.headers import SlideInfo, peek
-from hover_batch.slide.pixel_size import check_given, warnings_of
+from hover_batch.slide.pixel_size import check_mpp, warnings_of
 from hover_batch.slide.remote import RemoteInfo, remote_info
 
 STORE_BYTES_PER_PIXEL = 4.0
@@ -148,7 +148,7 @@ def _plan(cohort: Cohort, card: Card, asked: dict[int, Future[RemoteInfo]]) -> P
         info, reason = None, ""
         with _collected(wrong):
             if record.mpp is not None:
-                check_given(record.mpp)
+                check_mpp(record.mpp)
         try:
             with _collected(wrong):
                 info = _remote(record, asked[record.row].result()) if record.row in asked else peek(record)

@@ -27,7 +27,7 @@ from hover_batch.report.charts import Strip, histogram, strips
 from hover_batch.report.content import Flagged, Report, Share, SlideRow
 from hover_batch.report.measure import MEASURES, Measured
 from hover_batch.report.page import Pages
-from hover_batch.report.pictures import smaller
+from hover_batch.report.pictures import reduced_picture
 from hover_batch.report.slide import report_slide
 from hover_batch.status import RunStatus, read_status
 from hover_batch.taxonomy import NucleusClass
@@ -173,7 +173,7 @@ def _flagged(layout: RunLayout, rows: Sequence[SlideRow]) -> list[Flagged]:
     """Return the flagged slides, the first ones with their thumbnails."""
     flagged = [row for row in rows if row.flags]
     return [
-        Flagged(row, smaller(layout.slide(row.slide_id).thumbnail_jpg, THUMBNAIL) if i < PICTURED else None)
+        Flagged(row, reduced_picture(layout.slide(row.slide_id).thumbnail_jpg, THUMBNAIL) if i < PICTURED else None)
         for i, row in enumerate(flagged)
     ]
 

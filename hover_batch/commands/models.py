@@ -23,7 +23,7 @@ from hover_batch.model.cache import (
     download_path,
     is_package_name,
 )
-from hover_batch.model.hub_card import entry, listed
+from hover_batch.model.hub_card import listed_entries, nested
 from hover_batch.model.package import Card, Package, find_package, load_tensors, save_package
 from hover_batch.model.published import KINDS
 
@@ -264,9 +264,9 @@ def describe(card: Card) -> list[str]:
         "classes": f"{', '.join(c.name for c in card.taxonomy.nuclei)} ({card.taxonomy.name})",
         "pixels": f"{card.mpp:g} µm; {card.tile_in} in, {card.tile_out} kept; {card.input_scaling}",
         "Sobel constants": calibration,
-        "seen": card.training.get("seen") or listed(entry(card.training, "data", "train")),
+        "seen": card.training.get("seen") or listed_entries(nested(card.training, "data", "train")),
         "recognised": card.training.get("recognised"),
-        "source": listed(entry(card.training, "source")),
+        "source": listed_entries(nested(card.training, "source")),
         "licence": card.licence,
     }
     return [card.name, *(f"  {name}: {_line(value)}" for name, value in rows.items() if value)]

@@ -59,9 +59,9 @@ class Panel:
                 ids = np.unique(instances[instances > 0])
                 colors = np.zeros((int(ids[-1]) + 1, 3), np.uint8)
                 colors[ids] = [taxonomy.classes[t].color for t in types_by_id(instances, nuclei)]
-                shown = _large(instances[rows, columns])
-                edge = find_boundaries(shown, mode="inner")  # type: ignore[no-untyped-call]
-                drawn[edge] = colors[shown[edge]]
+                enlarged = _large(instances[rows, columns])
+                edge = find_boundaries(enlarged, mode="inner")  # type: ignore[no-untyped-call]
+                drawn[edge] = colors[enlarged[edge]]
             pictures.append(drawn)
         return cls(
             field.slide_id,
@@ -77,13 +77,13 @@ def _large(image: NDArray[Any]) -> NDArray[Any]:
     return np.repeat(np.repeat(image, ZOOM, axis=0), ZOOM, axis=1)
 
 
-def render(found: dict[str, Any], panels: Sequence[Panel]) -> str:
-    """Return the HTML of compare.html. `found`: content of compare.json. `panels`: disagreements, worst first."""
+def render(content: dict[str, Any], panels: Sequence[Panel]) -> str:
+    """Return the HTML of compare.html. `content`: that of compare.json. `panels`: disagreements, largest first."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hover_batch.compare"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template("compare.html").render(
-        found=found, panels=panels, chart=_chart(found["sides"]), width=WIDTH, height=HEIGHT
+        found=content, panels=panels, chart=_chart(content["sides"]), width=WIDTH, height=HEIGHT
     )
 
 

@@ -39,10 +39,11 @@ def compare(
     """Compare two networks, and write compare.json and compare.html to the folder `out`.
 
     Return the content of compare.json. Costs of `first` are given as multiples of those of `second`, which is to
-    replace it. If the comparison would take longer than `options` allow, less is measured. `places`: fields to compare
-    on. `notify` is called with lines about the progress, one of which says what is measured and about how long it
-    takes. `scorer` scores a network on annotated images; None to omit that. InputError if `places` is empty, OSError if
-    a file cannot be written.
+    replace it. If the comparison would take longer than `options` allow, less is measured. Nuclei are not compared with
+    `options.timing_only`, or if a network has random weights. `places`: fields to compare on. `notify` is called with
+    lines about the progress, one of which says what is measured and about how long it takes. `scorer` scores a network
+    on annotated images; None to omit that. InputError if `places` is empty, SlideError if a field cannot be read,
+    OSError if a file cannot be written. Errors of `scorer` propagate.
     """
     if not places:
         raise InputError(
@@ -52,32 +53,33 @@ def compare(
     nuclei_compared = not options.timing_only and not any(side.random for side in sides)
     notify("timing one patch …")
     speeds = [Speed.of(side) for side in sides]
-    wanted = places, options
+    requested = places, options
     places, options = fit_to_budget(speeds, places, options)
-    if wanted != (places, options):
-        notify(f"reduced from {announcement(speeds, *wanted)}; --minutes gives it more time")
+    if requested != (places, options):
+        notify(f"reduced from {announcement(speeds, *requested)}; --minutes gives it more time")
     notify(announcement(speeds, places, options))
     notify("warming up …")
     peaks = warm_up(sides, places[0].read())
     truth = None
-    if scorer:  # first, since it fails if the images are missing, and the rest takes long
+    if scorer:  # before the long measurements, since it fails if the images are missing
         notify("scores on annotated images …")
         truth = [scorer(side) for side in sides]
-    by_batch = latencies(sides, options.batches, options.repeats, notify)
-    agreed = Agreement([side.card.taxonomy for side in sides])
+    seconds_by_batch = latencies(sides, options.batches, options.repeats, notify)
+    agreement = Agreement([side.card.taxonomy for side in sides])
     panels: list[Panel] = []
-    spent = [Costs(side.card.tile_out) for side in sides]
+    costs = [Costs(side.card.tile_out) for side in sides]
     for number, place in enumerate(places):
         notify(f"field {number + 1} of {len(places)}: {place.record.slide_id} at {place.box.x0}, {place.box.y0} …")
         field = place.read()
-        one, other = process_field(sides, field, options.repeats)
-        spent[0].add(field, one)
-        spent[1].add(field, other)
+        results = process_field(sides, field, options.repeats)
+        for cost, result in zip(costs, results, strict=True):
+            cost.add(field, result)
         if nuclei_compared:
-            panels += _panels(field, agreed.add(one, other, field.mpp), (one, other), sides)
+            disputes = agreement.add(results[0], results[1], field.mpp)
+            panels += _panels(field, disputes, results, sides)
             panels = sorted(panels, key=lambda panel: -panel.alone)[:PANELS]
-    rows = [_row(side, spent[n], by_batch[n], peaks[n]) for n, side in enumerate(sides)]
-    found: dict[str, Any] = {
+    rows = [_row(side, costs[n], seconds_by_batch[n], peaks[n]) for n, side in enumerate(sides)]
+    content: dict[str, Any] = {
         "format": "hover-batch compare",
         "device": _device(first),
         "fields": [
@@ -88,13 +90,13 @@ def compare(
         "repeats": options.repeats,
         "sides": rows,
         "ratios": _ratios(*rows),
-        "agreement": agreed.to_json() if nuclei_compared else None,
+        "agreement": agreement.to_json() if nuclei_compared else None,
         "truth": truth,
         "notes": _notes(sides, nuclei_compared),
     }
-    write_atomically(out / "compare.json", to_json(found))
-    write_atomically(out / "compare.html", render(found, panels))
-    return found
+    write_atomically(out / "compare.json", to_json(content))
+    write_atomically(out / "compare.html", render(content, panels))
+    return content
 
 
 @dataclass

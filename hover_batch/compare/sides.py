@@ -54,16 +54,17 @@ class Side:
 def load_side(name: str, flag: str, settings: InferSettings) -> Side:
     """Load the network `name`: `starter`, a package, a published checkpoint, or the name of one, which is downloaded.
 
-    `flag`: option that gave `name`, for messages. `settings`: settings of inference. PackageError if the network cannot
-    be loaded or downloaded.
+    An existing file and a package of this name in the cache take precedence over a download. `flag`: option that gave
+    `name`, for messages. `settings`: settings of inference. PackageError if the network cannot be loaded or downloaded,
+    OSError if the disk is full.
     """
     path = Path(name)
-    published = name in KINDS and not path.exists() and not cached_package(name).exists()
-    if published or (path.is_file() and path.suffix in (".tar", ".pth")):
+    to_download = name in KINDS and not path.exists() and not cached_package(name).exists()
+    if to_download or (path.is_file() and path.suffix in (".tar", ".pth")):
         try:
             network, card = read_checkpoint(name)
         except PackageError as error:
-            if not published:
+            if not to_download:
                 raise
             raise PackageError(
                 f"{flag}: the weights {name} cannot be downloaded ({error}). Download the checkpoint on a machine with "

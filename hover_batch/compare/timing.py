@@ -28,7 +28,7 @@ def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, notif
     `batches`: batch sizes. `repeats`: repetitions of each measurement. `notify` is called with a line about each batch
     size. The mapping is empty for a side whose runtime is not torch, since its network is compiled for one input shape.
     """
-    found: list[dict[int, float]] = [{} for _ in sides]
+    medians: list[dict[int, float]] = [{} for _ in sides]
     # Whole patches, as in the paper, rather than only the pixels that are kept.
     networks = [on_device(side.network, side.predictor.device) for side in sides]
     for batch in batches:
@@ -42,8 +42,8 @@ def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, notif
                         seconds[number].append(seconds_per_patch(networks[number], side.card, batch))
         for number, measured in enumerate(seconds):
             if measured:
-                found[number][batch] = statistics.median(measured)
-    return found
+                medians[number][batch] = statistics.median(measured)
+    return medians
 
 
 @dataclass(frozen=True)
@@ -63,33 +63,34 @@ class SideResult:
 def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[SideResult]:
     """Return the result of each of `sides` on a field, with the median times of `repeats` repetitions, at least 1."""
     seconds: list[list[tuple[float, float]]] = [[] for _ in sides]
-    found: list[tuple[NDArray[np.int32], Nuclei]] = []
-    for turn in range(repeats):
+    results: list[tuple[NDArray[np.int32], Nuclei]] = []
+    for repetition in range(repeats):
         for number, side in enumerate(sides):
             started = time.perf_counter()
             maps = predict_image(side.predictor, field.image)
             predicted = time.perf_counter()
-            nuclei = nuclei_of(maps, side.constants, side.card.layout)
+            result = nuclei_of(maps, side.constants, side.card.layout)
             seconds[number].append((predicted - started, time.perf_counter() - predicted))
-            if turn == 0:
-                found.append(nuclei)
+            if repetition == 0:  # all repetitions have the same result
+                results.append(result)
     return [
         SideResult(instances, nuclei, *(statistics.median(column) for column in zip(*times, strict=True)))
-        for (instances, nuclei), times in zip(found, seconds, strict=True)
+        for (instances, nuclei), times in zip(results, seconds, strict=True)
     ]
 
 
 def warm_up(sides: Sequence[Side], field: Field) -> list[int | None]:
     """Run each side once on `field`, so that compilation and cold caches do not count in the comparison.
 
-    Return the peak GPU memory of each side in bytes; None on the CPU.
+    Return the peak GPU memory of this process in bytes while each side ran; None on the CPU. It includes whatever else
+    the process holds there, such as the other network.
     """
     peaks: list[int | None] = []
     for side in sides:
-        cuda = side.predictor.device.type == "cuda"
-        if cuda:
+        on_gpu = side.predictor.device.type == "cuda"
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         maps = predict_image(side.predictor, field.image)
         nuclei_of(maps, side.constants, side.card.layout)
-        peaks.append(torch.cuda.max_memory_allocated() if cuda else None)
+        peaks.append(torch.cuda.max_memory_allocated() if on_gpu else None)
     return peaks

@@ -28,8 +28,8 @@ def write_annotation_store(nuclei: NucleiTable, path: Path) -> None:
     try:
         _write(nuclei, path)
     except sqlite3.OperationalError as error:  # the writers of other formats raise OSError, too
-        full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+        disk_full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+        raise OSError(errno.ENOSPC if disk_full else errno.EIO, str(error)) from error
 
 
 def _write(nuclei: NucleiTable, path: Path) -> None:

@@ -40,28 +40,29 @@ def write_hovernet_json(nuclei: NucleiTable, path: Path) -> None:
         file.write(f'{{"mag": {mag}, "type_info": {json.dumps(info)}, "nuc": {{')
         for batch in nuclei.batches(columns):
             xmin, ymin, xmax, ymax = (batch["bbox"].field(i).to_numpy() for i in range(4))
-            low, high = np.floor([ymin, xmin]).astype(np.int64), np.ceil([ymax, xmax]).astype(np.int64)
+            upper_left = np.floor([ymin, xmin]).astype(np.int64)
+            lower_right = np.ceil([ymax, xmax]).astype(np.int64)
             points, ring_of_point = shapely.get_coordinates(nuclei.polygons(batch), return_index=True)
             rings = np.split(points - 0.5, np.flatnonzero(np.diff(ring_of_point)) + 1)
             centroids = np.column_stack([batch["centroid_x"], batch["centroid_y"]]) - 0.5
             rows = zip(
                 batch["nucleus_id"].to_pylist(),
-                np.stack([low.T, high.T], axis=1).tolist(),
+                np.stack([upper_left.T, lower_right.T], axis=1).tolist(),
                 centroids.tolist(),
                 rings,
                 batch["type_prob"].cast("string").to_pylist(),  # the shortest decimal that gives the same float32
                 batch["type_id"].to_pylist(),
                 strict=True,
             )
-            for number, bbox, centroid, ring, prob, kind in rows:
+            for nucleus_id, bbox, centroid, ring, type_prob, type_id in rows:
                 nucleus = {
                     "bbox": bbox,
                     "centroid": centroid,
                     "contour": _whole(ring[:-1]),
-                    "type_prob": float(prob),
-                    "type": kind,
+                    "type_prob": float(type_prob),
+                    "type": type_id,
                 }
-                file.write(f'{separator}\n"{number}": {_to_json(nucleus)}')
+                file.write(f'{separator}\n"{nucleus_id}": {_to_json(nucleus)}')
                 separator = ","
         file.write("\n}}\n")
 

@@ -78,7 +78,8 @@ def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> i
     """Write `view` to `path` as a JPEG, with the contours of the nuclei in the colours of their classes.
 
     `nuclei`: path of nuclei.parquet. A legend under the picture gives the number of nuclei of each class. Return the
-    number of nuclei drawn. SlideError if the table is corrupted, OSError if the picture cannot be written.
+    number of nuclei drawn. SlideError if the table is corrupted, OSError if it is missing or the picture cannot be
+    written.
     """
     canvas, counts = contoured(view, nuclei, taxonomy)
     entries = [(f"{kind.name} {counts[kind.id]:,}", kind.color) for kind in taxonomy.nuclei]
@@ -89,11 +90,11 @@ def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> i
 def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Draw the contours of the table `nuclei` (nuclei.parquet) on a copy of the image of `view`.
 
-    Return the picture, RGB (y, x, 3) uint8, and the number of nuclei of each class in it, (classes,) int64 by class id.
-    SlideError if the table is corrupted.
+    Return the picture, RGB (y, x, 3) uint8, and the number of nuclei of each class whose bounding box reaches into it,
+    (classes,) int64 by class id. SlideError if the table is corrupted, OSError if it is missing.
     """
     x0, y0, x1, y1 = view.extent
-    meets = (
+    in_view = (
         (pc.field("bbox", "xmin") < x1)
         & (pc.field("bbox", "xmax") > x0)
         & (pc.field("bbox", "ymin") < y1)
@@ -101,7 +102,7 @@ def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.
     )
     # No partitioning: else a folder named key=value would become a column.
     try:
-        table = pq.read_table(nuclei, columns=["type_id", "geometry"], filters=meets, partitioning=None)
+        table = pq.read_table(nuclei, columns=["type_id", "geometry"], filters=in_view, partitioning=None)
     except pa.ArrowException as error:
         raise unreadable(nuclei, error) from error
     polygons = read_polygons(nuclei, table["geometry"])
@@ -137,8 +138,8 @@ def densest_field(nuclei: Path, side: int, canvas: Size) -> Box:
     if counts.any():
         # Summed-area table, padded so that a square may start at any cell.
         total = np.pad(counts, ((1, 3), (1, 3))).cumsum(axis=0).cumsum(axis=1)
-        inside = total[4:, 4:] - total[:-4, 4:] - total[4:, :-4] + total[:-4, :-4]
-        row, column = np.unravel_index(int(inside.argmax()), inside.shape)
+        in_square = total[4:, 4:] - total[:-4, 4:] - total[4:, :-4] + total[:-4, :-4]
+        row, column = np.unravel_index(int(in_square.argmax()), in_square.shape)
         x0, y0 = int(column) * step, int(row) * step
     else:
         x0, y0 = (canvas.width - side) // 2, (canvas.height - side) // 2

@@ -47,14 +47,14 @@ def write_qupath(nuclei: NucleiTable, path: Path) -> None:
                 nuclei.measurements(batch),
                 strict=True,
             )
-            for identity, geometry, kind, measurements in rows:
+            for nucleus_uuid, geometry, class_name, measurements in rows:
                 properties: dict[str, Any] = {
                     "objectType": "detection",
-                    "classification": classes[kind],
+                    "classification": classes[class_name],
                     "measurements": measurements,
                 }
                 feature = (
-                    f'{separator}\n{{"type":"Feature","id":"{identity}","geometry":{geometry},'
+                    f'{separator}\n{{"type":"Feature","id":"{nucleus_uuid}","geometry":{geometry},'
                     f'"properties":{_to_json(properties)}}}'
                 )
                 file.write(feature.encode())

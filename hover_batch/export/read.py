@@ -65,34 +65,36 @@ class NucleiTable:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open the table.
+        """Read the metadata of the table and check it; the rows are read by `batches`.
 
         SlideError if the file is missing, corrupted, or not a table of nuclei, or if a slide.json beside it records
         another table.
         """
         try:
             with pq.ParquetFile(path) as file:
-                about = (file.metadata.metadata or {}).get(b"hover_batch")
+                metadata_json = (file.metadata.metadata or {}).get(b"hover_batch")
                 schema, rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
-            if about is None:
+            if metadata_json is None:
                 raise ValueError("another program wrote it")
             if missing := sorted(_COLUMNS.keys() - set(schema.names)):
                 raise ValueError(f"it has no column {', '.join(missing)}")
             for name, kind in _COLUMNS.items():
-                if (found := str(schema.field(name).type).replace(" not null", "")) != kind:
-                    raise ValueError(f"its column {name} is of the type {found}, not {kind}")
-            held, done = json.loads(about), read_json(path.with_name("slide.json"))
-            if done is not None and done.get("slide_id") != held["slide_id"]:
-                raise ValueError(f"it is the table of the slide {held['slide_id']}")
-            if done is not None and done.get("nuclei_sha256") != sha256_file(path):
+                actual = str(schema.field(name).type).replace(" not null", "")
+                if actual != kind:
+                    raise ValueError(f"its column {name} is of the type {actual}, not {kind}")
+            metadata = json.loads(metadata_json)
+            finished = read_json(path.with_name("slide.json"))
+            if finished is not None and finished.get("slide_id") != metadata["slide_id"]:
+                raise ValueError(f"it is the table of the slide {metadata['slide_id']}")
+            if finished is not None and finished.get("nuclei_sha256") != sha256_file(path):
                 raise ValueError("checksum mismatch: slide.json records another table")
             return cls(
                 path=path,
-                slide_id=held["slide_id"],
-                taxonomy=Taxonomy.from_json(held["taxonomy"]),
-                level0=Size(**held["level0"]),
-                mpp=Mpp(**held["mpp"]),
-                bounds=None if held["bounds"] is None else Box(**held["bounds"]),
+                slide_id=metadata["slide_id"],
+                taxonomy=Taxonomy.from_json(metadata["taxonomy"]),
+                level0=Size(**metadata["level0"]),
+                mpp=Mpp(**metadata["mpp"]),
+                bounds=None if metadata["bounds"] is None else Box(**metadata["bounds"]),
                 rows=rows,
                 schema=schema,
             )

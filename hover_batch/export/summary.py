@@ -81,10 +81,11 @@ def slide_summary(
     return row | _of_record(record, taxonomy)
 
 
-def relabelled(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Row:
+def with_record_columns(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Row:
     """Return a copy of the row of a finished slide, with the cohort CSV's columns taken from `record`.
 
-    `row`: result of `slide_summary` in an earlier start, since which the CSV may have changed.
+    `row`: result of `slide_summary` in an earlier start, since which the CSV may have changed. Its columns that neither
+    the summary nor `record` has are dropped.
     """
     known = set(summary_schema(taxonomy).names)
     measured = {name: value for name, value in row.items() if name in known or name.startswith(_STAGE)}
@@ -131,7 +132,8 @@ def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parqu
     schema = summary_schema(taxonomy)
     for stage in _stages(rows):
         schema = schema.append(pa.field(stage, pa.float64()))
-    for name in dict.fromkeys(name for row in rows for name in row if name not in schema.names):
+    cohort_columns = dict.fromkeys(name for row in rows for name in row if name not in schema.names)
+    for name in cohort_columns:
         schema = schema.append(pa.field(name, pa.string()))
     with replacing(parquet_path) as temporary:
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary, compression="zstd")

@@ -42,7 +42,7 @@ def hub_card(package: Package) -> str:
         library_name="hover-batch",
         pipeline_tag="image-segmentation",
         tags=["computational-pathology", "nucleus-segmentation", "histology", card.architecture],
-        datasets=sorted(map(_flat, entry(card.training, "data", "train"))) or None,
+        datasets=sorted(map(_flat, nested(card.training, "data", "train"))) or None,
         metrics=sorted({metric for _, _, metric, _ in scores}) or None,
         eval_results=[
             EvalResult(
@@ -63,7 +63,7 @@ def hub_card(package: Package) -> str:
 
 def _body(package: Package, scores: list[tuple[str, str, str, float]]) -> str:
     card = package.card
-    seen = card.training.get("seen") or listed(entry(card.training, "data", "train")) or "not recorded"
+    seen = card.training.get("seen") or listed_entries(nested(card.training, "data", "train")) or "not recorded"
     rows = {
         "architecture": f"{card.architecture} {card.encoder}".rstrip(),
         "pixels": f"{card.mpp:g} µm; tiles of {card.tile_in} pixels, of which {card.tile_out} are kept",
@@ -106,14 +106,14 @@ def _body(package: Package, scores: list[tuple[str, str, str, float]]) -> str:
 def _scores(card: Card) -> Iterator[tuple[str, str, str, float]]:
     """Yield (split, source, score, value) of the finite numbers in the card."""
     for split in ("test", "val"):
-        for source, scores in entry(card.metrics, split).items():
+        for source, scores in nested(card.metrics, split).items():
             for metric in _SCORES if isinstance(scores, Mapping) else ():
                 value = scores.get(metric)
                 if type(value) in (int, float) and math.isfinite(value):
                     yield split, source, metric, float(value)
 
 
-def entry(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
+def nested(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
     """Return the nested mapping at `path`, one key per level; empty if it is missing or not a mapping."""
     for name in path:
         inner = values.get(name)
@@ -123,7 +123,7 @@ def entry(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
     return values
 
 
-def listed(values: Mapping[str, Any]) -> str:
+def listed_entries(values: Mapping[str, Any]) -> str:
     """Format a mapping as `a 1, b 2`; the entry `a: {"images": 3, …}` becomes `a 3 images`."""
     return ", ".join(
         f"{k} {v['images']} images" if isinstance(v, Mapping) and "images" in v else f"{k} {v}"

@@ -304,7 +304,7 @@ def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = Tru
     _write(path, tensors, replace(card, weights_sha256=tensors_sha256(tensors)))
 
 
-def with_card(package: Package, card: Card, path: Path) -> None:
+def save_with_card(package: Package, card: Card, path: Path) -> None:
     """Write a copy of `package` with the card `card` to `path`, atomically. The weights are unchanged.
 
     `path` may be that of the package. PackageError if its weights cannot be read or do not match its own card, OSError

@@ -42,8 +42,9 @@ def mean_measures(nuclei: Path) -> dict[str, float]:
 def sampled_fields(nuclei: Path, grid: Grid) -> list[Box]:
     """Return at most MAX_FIELDS fields in inference pixels, spread over those with at least MIN_NUCLEI nuclei.
 
-    `nuclei`: path of nuclei.parquet. `grid`: inference grid of the slide. Fields are squares of side FIELD, aligned
-    with the chunks of the store and clipped to the slide. OSError if the table cannot be read.
+    The list is empty if there are none. `nuclei`: path of nuclei.parquet. `grid`: inference grid of the slide. Fields
+    are squares of side FIELD, aligned with the chunks of the store and clipped to the slide. OSError if the table
+    cannot be read.
     """
     counts = np.zeros((-(-grid.size.height // FIELD), -(-grid.size.width // FIELD)), np.int64)
     with pq.ParquetFile(nuclei) as table:
@@ -52,7 +53,8 @@ def sampled_fields(nuclei: Path, grid: Grid) -> list[Box]:
             row = (batch["centroid_y"].to_numpy() / grid.scale_y // FIELD).astype(np.int64)
             np.add.at(counts, (np.clip(row, 0, counts.shape[0] - 1), np.clip(column, 0, counts.shape[1] - 1)), 1)
     rows, columns = np.nonzero(counts >= MIN_NUCLEI)
-    picked = np.unique(np.linspace(0, max(0, len(rows) - 1), min(MAX_FIELDS, len(rows))).round().astype(np.int64))
+    evenly_spaced = np.linspace(0, max(0, len(rows) - 1), min(MAX_FIELDS, len(rows)))
+    picked = np.unique(evenly_spaced.round().astype(np.int64))
     corners = [(int(columns[i]) * FIELD, int(rows[i]) * FIELD) for i in picked]
     return [Box(x, y, x + FIELD, y + FIELD).intersect(grid.size.box) for x, y in corners]
 
@@ -68,7 +70,7 @@ def field_sharpness(fields: list[Box], read: Callable[[Box], NDArray[np.uint8]],
 
 
 def sharpness(hematoxylin: NDArray[np.uint8], near: NDArray[np.bool_]) -> float | None:
-    """Return the sharpness of nuclei: about 2 in a sharp field, and 0.5 in a blurred one.
+    """Return the sharpness of nuclei: about 2 in a sharp field, 0.5 in a blurred one, and 0 in a uniform one.
 
     `hematoxylin` (y, x) uint8: stored densities. `near` (y, x) bool: pixels near nuclei, where they are stored. The
     value is the root of the energy of the Laplacian divided by that of the gradient, which measures the mean spatial
@@ -83,16 +85,18 @@ def sharpness(hematoxylin: NDArray[np.uint8], near: NDArray[np.bool_]) -> float 
         whole = np.ascontiguousarray(plane[: height * _BINNING, : width * _BINNING], np.float32)
         return np.asarray(cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA), np.float32)
 
-    density, whole = binned(hematoxylin), (binned(near) == 1).astype(np.uint8)
+    density = binned(hematoxylin)
+    stored = (binned(near) == 1).astype(np.uint8)
     # The neighbours of every pixel that counts must be stored, too; elsewhere the maps are zero.
-    inner = cv2.erode(whole, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=(0,)) > 0
+    inner = cv2.erode(stored, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=(0,)) > 0
     pixels = np.count_nonzero(inner)
     if pixels < _MIN_PIXELS:
         return None
     laplacian = cv2.Laplacian(density, cv2.CV_32F)[inner].astype(np.float64)
-    across, down = (cv2.Sobel(density, cv2.CV_32F, dx, 1 - dx)[inner].astype(np.float64) / 8 for dx in (1, 0))
+    across = cv2.Sobel(density, cv2.CV_32F, 1, 0)[inner].astype(np.float64) / 8
+    down = cv2.Sobel(density, cv2.CV_32F, 0, 1)[inner].astype(np.float64) / 8
     # Energy from rounding to whole steps: the variance of a step, 1 / 12, times the squares of the kernels' weights.
     rounding = pixels / 12 / _BINNING**2
-    fine = float((laplacian**2).sum()) - 20 * rounding
-    coarse = float((across**2 + down**2).sum()) - 0.375 * rounding
-    return float(np.sqrt(max(0.0, fine) / coarse)) if coarse > 0 else 0.0
+    laplacian_energy = float((laplacian**2).sum()) - 20 * rounding
+    gradient_energy = float((across**2 + down**2).sum()) - 0.375 * rounding
+    return float(np.sqrt(max(0.0, laplacian_energy) / gradient_energy)) if gradient_energy > 0 else 0.0

@@ -21,24 +21,25 @@ def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, flo
 
     - `ink`: share of the picture with the colours of pens (blue, green, red, black), in spots several pixels wide;
     - `brown`: share of the stained pixels that absorb blue most, as DAB does; 0 if there are none;
-    - `chroma`: 95th percentile of the difference between the largest and the smallest of R, G and B (0 to 255);
-    - `dark`: share of pixels that are not white.
+    - `chroma`: 95th percentile of the difference between the largest and the smallest of R, G and B (0 to 255), without
+      black pixels; 0 if there are no others;
+    - `dark`: share of pixels whose R, G and B are all below 200, black ones included.
 
     Shares are from 0 to 1.
     """
     scale = min(1.0, pixel_um / _CELL_UM)
     size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.float32)
-    high = small.max(axis=2)
-    chroma = high - small.min(axis=2)
-    od_red, od_green, od_blue = -np.log10((np.moveaxis(small, 2, 0) + 1) / 256)
+    reduced = cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.float32)
+    high = reduced.max(axis=2)
+    chroma = high - reduced.min(axis=2)
+    od_red, od_green, od_blue = -np.log10((np.moveaxis(reduced, 2, 0) + 1) / 256)
     scanned = high > _PADDING
     stained = scanned & (np.maximum(np.maximum(od_red, od_green), od_blue) > 0.2) & (chroma > 20)
     # Hematoxylin and eosin absorb green most; blue and green ink red, red ink blue as much as green.
     blue_or_green = (od_red > 1.3 * od_green) & (chroma > 70) | (od_red > 1.1 * od_green) & (chroma > 100)
-    reds = (od_red < 0.25) & (od_green > 0.5) & (od_blue > 0.75 * od_green) & (chroma > 130)
+    red = (od_red < 0.25) & (od_green > 0.5) & (od_blue > 0.75 * od_green) & (chroma > 130)
     black = (high < 60) & (chroma < 12) & scanned  # dark nuclei are purple
-    spots = cv2.morphologyEx((blue_or_green | reds | black).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    spots = cv2.morphologyEx((blue_or_green | red | black).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     brown = stained & (od_blue > 1.1 * od_green) & (od_blue > od_red)
     return {
         "ink": float(spots.mean()),

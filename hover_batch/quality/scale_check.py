@@ -71,40 +71,42 @@ class Trial:
 def check_scale(record: SlideRecord, predictor: Predictor, tissue: TissueSettings) -> str:
     """Return a sentence that says which pixel size the nuclei of a slide on disk fit best.
 
-    It begins with "warning:" if that is not the given one, or none fits. `tissue`: settings of the tissue mask, in
-    which the densest field is predicted. InputError or SlideError if the slide cannot be read.
+    It begins with "warning:" if that is not the given one, or none fits. Without tissue, or with too few nuclei, it
+    says that the size was not checked. `tissue`: settings of the tissue mask, in which the densest field is predicted.
+    InputError or SlideError if the slide cannot be read.
     """
     with open_slide(record) as reader:
         mask = tissue_mask(reader, record, tissue)
         if not mask.array.any():
             return "pixel size not checked, because no tissue was found"
         given = reader.info.mpp
-        found = [trial for trial in _trials(reader, mask, predictor) if trial.nuclei >= _MIN_NUCLEI]
-    if not found and not _usual(given):
+        trials = [trial for trial in _trials(reader, mask, predictor) if trial.nuclei >= _MIN_NUCLEI]
+    if not trials and not _usual(given):
         low, high = USUAL_MPP
         return (
             f"warning: the pixel size of {given} µm is not confirmed: it gives fewer than {_MIN_NUCLEI} nuclei, and "
             f"slides have {low:g} to {high:g} µm as a rule; check it in the scanner's software"
         )
-    if not found:
+    if not trials:
         return f"pixel size not checked, because the densest field has fewer than {_MIN_NUCLEI} nuclei"
-    usual = [trial for trial in found if _usual(trial.mpp)] or found
+    usual = [trial for trial in trials if _usual(trial.mpp)] or trials
     plausible = [trial for trial in usual if trial.plausible] or usual
     highest = max(trial.fit for trial in plausible)
     likely = [trial for trial in plausible if highest - trial.fit < _CLOSE]
+    # The given size is preferred to others that are about as likely.
     best = max(likely, key=lambda trial: (trial.mpp == given, trial.fit))
-    seen = f"{best.nuclei:,} nuclei, mean seg_score {best.seg_score:.2f}, median {best.area_um2:.3g} µm²"
+    evidence = f"{best.nuclei:,} nuclei, mean seg_score {best.seg_score:.2f}, median {best.area_um2:.3g} µm²"
     if not (_usual(best.mpp) and best.plausible):
         return (
             f"warning: the pixel size of {given} µm is not confirmed: no usual one gives enough nuclei of a usual size "
-            f"(best at {best.mpp} µm: {seen}); check it in the scanner's software"
+            f"(best at {best.mpp} µm: {evidence}); check it in the scanner's software"
         )
-    close = [str(trial.mpp) for trial in likely if trial is not best]
-    doubt = f"; {' and '.join(close)} µm fits about as well: check the magnification of the scan" if close else ""
+    others = " and ".join(str(trial.mpp) for trial in likely if trial is not best)
+    doubt = f"; {others} µm fits about as well: check the magnification of the scan" if others else ""
     if best.mpp == given:
-        return f"the nuclei fit the pixel size of {given} µm ({seen}){doubt}"
+        return f"the nuclei fit the pixel size of {given} µm ({evidence}){doubt}"
     return (
-        f"warning: the nuclei fit {best.mpp} µm better than the given {given} ({seen}){doubt}; if the magnification of "
+        f"warning: the nuclei fit {best.mpp} µm better than the given {given} ({evidence}){doubt}; if the magnification of "
         f"the scan agrees, put {best.mpp} into the column mpp of the cohort"
     )
 

@@ -68,9 +68,10 @@ def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[Nuc
     curves = []
     for kind in classes:
         if totals[kind.id, 0]:
-            y = HEIGHT * (1 - shares[kind.id] / top)
-            steps = zip(np.repeat(edges, 2)[1:-1], np.repeat(y, 2), strict=True)
-            curves.append(Curve(kind, " ".join(f"{a:.1f},{b:.1f}" for a, b in steps)))
+            heights = HEIGHT * (1 - shares[kind.id] / top)
+            # Each bin is a horizontal step between its two edges.
+            steps = zip(np.repeat(edges, 2)[1:-1], np.repeat(heights, 2), strict=True)
+            curves.append(Curve(kind, " ".join(f"{x:.1f},{y:.1f}" for x, y in steps)))
     values = np.linspace(measure.low, measure.high, 5)
     ticks = {float(x): f"{value:.4g}" for x, value in zip(np.linspace(0, WIDTH, 5), values, strict=True)}
     # Unless they end at 0 or 1, the outer bins also hold all values beyond the range.
@@ -87,19 +88,14 @@ def strips(values: Mapping[NucleusClass | None, Sequence[tuple[float, str]]]) ->
     `values`: class → (value, label) of each slide; the key None stands for all classes together. Values are not
     negative.
     """
-    everything = [value for dots in values.values() for value, _ in dots]
-    top = nice_ceiling(max(everything, default=0.0))
-    return [
-        Strip(
-            kind=kind,
-            dots=[(round(value / top * WIDTH, 1), name) for value, name in dots],
-            median=(middle := float(np.median([value for value, _ in dots]))) / top * WIDTH,
-            median_value=middle,
-            top=top,
-        )
-        for kind, dots in values.items()
-        if dots
-    ]
+    top = nice_ceiling(max((value for of_class in values.values() for value, _ in of_class), default=0.0))
+    plots = []
+    for kind, of_class in values.items():
+        if of_class:
+            dots = [(round(value / top * WIDTH, 1), label) for value, label in of_class]
+            median = float(np.median([value for value, _ in of_class]))
+            plots.append(Strip(kind, dots, median=median / top * WIDTH, median_value=median, top=top))
+    return plots
 
 
 def nice_ceiling(value: float) -> float:

@@ -68,11 +68,11 @@ class Cells:
     @property
     def spans(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """(columns, rows): [start, stop) in level-0 pixels of every column along x, and of every row along y."""
-        wide, high = (
+        columns, rows = (
             [(start, min(start + self.side, extent)) for start in range(0, extent, self.side)]
             for extent in (self.canvas.width, self.canvas.height)
         )
-        return wide, high
+        return columns, rows
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -83,8 +83,8 @@ class Cells:
     @property
     def mm2(self) -> NDArray[np.float64]:
         """Area of each cell in mm²: (rows, columns) float64."""
-        wide, high = (np.array([stop - start for start, stop in spans]) for spans in self.spans)
-        return np.outer(high * self.mpp.y, wide * self.mpp.x) / 1e6
+        widths, heights = (np.array([stop - start for start, stop in spans]) for spans in self.spans)
+        return np.outer(heights * self.mpp.y, widths * self.mpp.x) / 1e6
 
     @property
     def grid(self) -> Grid:
@@ -112,28 +112,29 @@ def measure(table: NucleiTable, choose: int) -> Measured:
     The slide_id is the seed of the choice, so that equal tables give equal choices. SlideError if the file is
     corrupted.
     """
-    cells, classes = Cells.over(table.level0, table.mpp), len(table.taxonomy.classes)
+    cells = Cells.over(table.level0, table.mpp)
+    classes = len(table.taxonomy.classes)
     rows, columns = cells.shape
     counts = np.zeros(classes * rows * columns, np.int64)
     histograms = {m.column: np.zeros(classes * m.bins, np.int64) for m in MEASURES}
     seed = int.from_bytes(hashlib.sha256(table.slide_id.encode()).digest()[:8], "big")
-    picks = np.sort(np.random.default_rng(seed).choice(table.rows, min(choose, table.rows), replace=False))
+    chosen_rows = np.sort(np.random.default_rng(seed).choice(table.rows, min(choose, table.rows), replace=False))
     chosen: list[NDArray[np.float64]] = []
     start = 0
     for batch in table.batches(["type_id", "centroid_x", "centroid_y", *histograms]):
         values: dict[str, NDArray[Any]] = {name: batch[name].to_numpy() for name in batch.schema.names}
-        kind = values["type_id"].astype(np.int64)
+        type_id = values["type_id"].astype(np.int64)
         for m in MEASURES:
-            share = (values[m.column] - m.low) / (m.high - m.low)
-            bin = np.clip((share * m.bins).astype(np.int64), 0, m.bins - 1)
-            histograms[m.column] += np.bincount(kind * m.bins + bin, minlength=classes * m.bins)
+            fraction = (values[m.column] - m.low) / (m.high - m.low)
+            bins = np.clip((fraction * m.bins).astype(np.int64), 0, m.bins - 1)
+            histograms[m.column] += np.bincount(type_id * m.bins + bins, minlength=classes * m.bins)
         x, y = values["centroid_x"], values["centroid_y"]
         column = np.clip((x // cells.side).astype(np.int64), 0, columns - 1)
         row = np.clip((y // cells.side).astype(np.int64), 0, rows - 1)
-        counts += np.bincount((kind * rows + row) * columns + column, minlength=len(counts))
-        here = picks[(picks >= start) & (picks < start + len(kind))] - start
-        chosen.append(np.stack([x[here], y[here]], axis=1))
-        start += len(kind)
+        counts += np.bincount((type_id * rows + row) * columns + column, minlength=len(counts))
+        in_batch = chosen_rows[(chosen_rows >= start) & (chosen_rows < start + len(type_id))] - start
+        chosen.append(np.stack([x[in_batch], y[in_batch]], axis=1))
+        start += len(type_id)
     return Measured(
         cells=cells,
         histograms={m.column: histograms[m.column].reshape(classes, m.bins) for m in MEASURES},

@@ -58,15 +58,18 @@ class Pages:
             self._write_page()
 
     def close(self, report: Report) -> None:
-        """Write the last page of pictures and the front page; remove pages left by an earlier report."""
+        """Write the last page of pictures and the front page.
+
+        Pages left by an earlier report are removed, and so is their folder if it is then empty.
+        """
         if self.count and self._waiting:
             self._write_page()
         links = [self._link(number) for number in range(self.count)]
         self._write(self.path, "cohort.html", report=report, slides=self._waiting, pages=links)
         pages = [self.path.parent / link for link in links]
         if self.folder.is_dir():
-            for old in set(self.folder.glob("[0-9][0-9][0-9][0-9].html")) - set(pages):
-                old.unlink()
+            for stale in set(self.folder.glob("[0-9][0-9][0-9][0-9].html")) - set(pages):
+                stale.unlink()
             if not pages and not any(self.folder.iterdir()):
                 self.folder.rmdir()
 

@@ -37,10 +37,10 @@ def heatmaps(measured: Measured, classes: Sequence[NucleusClass], tissue: Tissue
     `measured`: counts by class and cell. `tissue`: where the run searched; None if unknown. Cells with neither tissue
     nor nuclei are transparent; without `tissue`, none are.
     """
-    cells, mm2 = measured.cells, measured.cells.mm2
+    cells = measured.cells
     shown = np.ones(cells.shape, bool) if tissue is None else tissue.meets_product(*cells.spans, cells.grid)
     return [
-        _heatmap(kind, (measured.counts[kind.id] if kind else measured.counts.sum(axis=0)) / mm2, shown)
+        _heatmap(kind, (measured.counts[kind.id] if kind else measured.counts.sum(axis=0)) / cells.mm2, shown)
         for kind in (None, *classes)
     ]
 
@@ -56,7 +56,7 @@ def _heatmap(kind: NucleusClass | None, density: NDArray[np.float64], shown: NDA
     return Heatmap(kind, data_uri(np.dstack([bgr, alpha]), ".png"), top)
 
 
-def smaller(path: Path, max_side: int) -> str | None:
+def reduced_picture(path: Path, max_side: int) -> str | None:
     """Return the picture at `path` as a JPEG data URI, with a longer side of at most `max_side` pixels.
 
     It is never enlarged. None if the file is missing or corrupted.

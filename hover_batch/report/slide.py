@@ -12,7 +12,7 @@ from hover_batch.export.read import NucleiTable
 from hover_batch.geometry import Box
 from hover_batch.report.content import Crop, SlideDetail, SlideRow
 from hover_batch.report.measure import Measured, measure
-from hover_batch.report.pictures import data_uri, heatmaps, smaller
+from hover_batch.report.pictures import data_uri, heatmaps, reduced_picture
 from hover_batch.slide.reopen import reopen
 from hover_batch.slide.survey import read_tissue
 from hover_batch.slide.tissue import TissueMask
@@ -59,11 +59,11 @@ def report_slide(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run
         except (HoverBatchError, OSError) as error:
             missing.append(f"No crops: {error}")
     pictures = {
-        path.name: smaller(path, side)
+        path.name: reduced_picture(path, side)
         for path, side in ((layout.thumbnail_jpg, _THUMBNAIL), (layout.overlay_jpg, _OVERLAY))
     }
-    if without := [name for name, picture in pictures.items() if picture is None]:
-        missing.append(f"Missing files: {', '.join(without)}.")
+    if missing_files := [name for name, picture in pictures.items() if picture is None]:
+        missing.append(f"Missing files: {', '.join(missing_files)}.")
     overlay = layout.overlay_jpg
     detail = SlideDetail(
         row=row,

@@ -28,7 +28,7 @@ from hover_batch.slide.tiff_checks import (
     check_ome,
     first_page,
     open_tiff,
-    turned,
+    orientation_error,
 )
 
 MAX_PICTURE_PIXELS = 400_000_000
@@ -222,7 +222,7 @@ def open_picture(path: Path) -> Image.Image:
         kind = "16 bits a channel" if is_16_bit else f"type {picture.mode}"
         fault = SlideError(f"{path}: pixels of {kind}; 8-bit grey or colour is needed")
     elif orientation != 1:
-        fault = turned(path, orientation)
+        fault = orientation_error(path, orientation)
     if fault:
         picture.close()
         raise fault

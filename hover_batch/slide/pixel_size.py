@@ -94,7 +94,7 @@ def _per_unit(page: tifffile.TiffPage, name: str) -> float | None:
     return value[0] / value[1] if isinstance(value, tuple) and len(value) == 2 and value[0] and value[1] else None
 
 
-def check_given(mpp: Mpp) -> None:
+def check_mpp(mpp: Mpp) -> None:
     """Check a pixel size from the cohort. InputError if it is not plausible for a slide."""
     if fault := _fault_of(mpp.x, mpp.y):
         raise InputError(f"mpp {mpp}: {fault}")

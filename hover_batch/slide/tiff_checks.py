@@ -113,7 +113,7 @@ def _check_pages(path: Path, tiff: tifffile.TiffFile, compressions: frozenset[in
             )
         orientation = page.tags.get(ORIENTATION)
         if orientation is not None and orientation.value != 1:
-            raise turned(path, orientation.value)
+            raise orientation_error(path, orientation.value)
         if page.compression not in compressions:
             raise SlideError(
                 f"{path}: a TIFF with compression {getattr(page.compression, 'name', page.compression)}, which is read "
@@ -122,7 +122,7 @@ def _check_pages(path: Path, tiff: tifffile.TiffFile, compressions: frozenset[in
         _check_complete(path, page)
 
 
-def turned(path: Path, orientation: int) -> SlideError:
+def orientation_error(path: Path, orientation: int) -> SlideError:
     """Return the error for a picture with a tag Orientation other than 1."""
     return SlideError(
         f"{path}: the tag Orientation is {orientation}, so that programs turn or flip the picture; save it upright, "

@@ -49,14 +49,14 @@ class Backdrop:
         """
         if not 0 <= level <= self.max_level:
             return None
-        info, scale = self._reader.info, self.finest * 2 ** (self.max_level - level)
+        info = self._reader.info
+        scale = self.finest * 2 ** (self.max_level - level)
         size = Size(-(-info.level0.width // scale), -(-info.level0.height // scale))
         box = cell_box(column, row, TILE).intersect(size.box)
         if box.empty:
             return None
-        pixels = self._reader.read(
-            box, Grid(info.level0, scale, scale, Mpp(info.mpp.x * scale, info.mpp.y * scale), size)
-        )
+        grid = Grid(info.level0, scale, scale, Mpp(info.mpp.x * scale, info.mpp.y * scale), size)
+        pixels = self._reader.read(box, grid)
         # Full chroma: the stain is colour, and the viewer enlarges it up to eight times.
         sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
         _, encoded = cv2.imencode(".jpg", pixels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY, *sampling])

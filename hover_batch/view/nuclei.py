@@ -116,7 +116,9 @@ class NucleiTiles:
         chosen = np.sort(self._order[self._starts[tile] : self._starts[tile + 1]]).astype(np.int64)
         first, lengths = self._ends[chosen], np.diff(self._ends)[chosen]
         ends = lengths.cumsum()
-        points = self._points[np.repeat(first - (ends - lengths), lengths) + np.arange(lengths.sum())]
+        # Index of each chosen point: its place in the answer, shifted from there to its contour in `_points`.
+        shifts = np.repeat(first - (ends - lengths), lengths)
+        points = self._points[shifts + np.arange(lengths.sum())]
         parts: list[tuple[Any, str]] = [
             ([len(chosen)], "<u4"),
             (chosen + 1, "<u4"),
@@ -137,16 +139,13 @@ class NucleiTiles:
         x0, y0 = column * side, row * side
         if not (0 <= x0 < self.table.level0.width and 0 <= y0 < self.table.level0.height):
             return None
-        first, last = x0 // self.tile, min((x0 + side - 1) // self.tile, self.columns - 1)
-        ranges = [
-            (self._starts[line + first], self._starts[line + last + 1])
-            for line in range(
-                y0 // self.tile * self.columns,
-                (min((y0 + side - 1) // self.tile, self.rows - 1) + 1) * self.columns,
-                self.columns,
-            )
-        ]
-        chosen = np.concatenate([self._order[start:stop] for start, stop in ranges])
+        left, right = x0 // self.tile, min((x0 + side - 1) // self.tile, self.columns - 1)
+        top, bottom = y0 // self.tile, min((y0 + side - 1) // self.tile, self.rows - 1)
+        by_row = []
+        for first_tile in range(top * self.columns, (bottom + 1) * self.columns, self.columns):
+            start, stop = self._starts[first_tile + left], self._starts[first_tile + right + 1]
+            by_row.append(self._order[start:stop])
+        chosen = np.concatenate(by_row)
         x = np.floor((self._x[chosen] - x0) / (side / CELLS)).astype(np.int64)
         y = np.floor((self._y[chosen] - y0) / (side / CELLS)).astype(np.int64)
         inside = (x >= 0) & (x < CELLS) & (y >= 0) & (y < CELLS)
@@ -161,9 +160,10 @@ class NucleiTiles:
         if not 1 <= nucleus_id <= self.table.rows:
             return None
         group = int(np.searchsorted(self._first_rows, nucleus_id - 1, side="right")) - 1
-        one = self._group(group).slice(nucleus_id - 1 - int(self._first_rows[group]), 1)
-        [row], [measured] = one.to_pylist(), self.table.measurements(one)
-        return {name: measured.get(name) if name in self.table.measured else row[name] for name in row}
+        batch = self._group(group).slice(nucleus_id - 1 - int(self._first_rows[group]), 1)
+        [values] = batch.to_pylist()
+        [finite] = self.table.measurements(batch)
+        return {name: finite.get(name) if name in self.table.measured else values[name] for name in values}
 
     def _read_group(self, number: int) -> pa.RecordBatch:
         """Read the columns of one row group that `row` returns."""

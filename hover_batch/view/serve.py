@@ -44,8 +44,8 @@ def serve(folder: Path, slide_id: str | None, port: int, notify: Notify) -> Serv
         if backdrop.missing:
             notify(f"{slide.slide_id}: the slide cannot be opened, its thumbnail is shown instead: {backdrop.missing}")
         # Flags compare the slide with the others of the run.
-        done = {name: stored for name in records if (stored := slide_if_done(layout.slide(name)))}
-        server.site = Site(backdrop, NucleiTiles(table), flag_slides(done)[slide.slide_id])
+        slides_done = {name: stored for name in records if (stored := slide_if_done(layout.slide(name)))}
+        server.site = Site(backdrop, NucleiTiles(table), flag_slides(slides_done)[slide.slide_id])
     except BaseException:
         server.server_close()
         raise

@@ -78,8 +78,8 @@ class Site:
         """
         if match := _PATH.fullmatch(path):
             numbers = [int(number) for number in match[2][1:].split("/")]
-            kind = self._kinds.get((match[1], len(numbers)))
-            return kind(*numbers) if kind else None
+            answer_of = self._kinds.get((match[1], len(numbers)))
+            return answer_of(*numbers) if answer_of else None
         return self._fixed.get(path)
 
 

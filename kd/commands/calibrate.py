@@ -49,7 +49,7 @@ def calibrate(
 
     from hover_batch.config import InferSettings
     from hover_batch.model.images import batch_of, predict_image
-    from hover_batch.model.package import find_package, with_card
+    from hover_batch.model.package import find_package, save_with_card
     from hover_batch.model.predict import load_predictor
     from kd.data.classes import fully_annotated
     from kd.data.datasets import read_data
@@ -107,7 +107,7 @@ def calibrate(
         },
     }
     card = dataclasses.replace(package.card, name=out.stem, sobel=found.constants.to_json(), metrics=metrics)
-    with_card(package, card, out)
+    save_with_card(package, card, out)
     typer.echo(str(out))
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hover_batch.errors import InputError
 from hover_batch.metrics import panoptic_quality
 from hover_batch.model.heads import MapLayout
-from hover_batch.model.package import find_package, with_card
+from hover_batch.model.package import find_package, save_with_card
 from hover_batch.nuclei.markers import MARKER_ENERGY
 from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_debris
 from hover_batch.taxonomy import CONSEP
@@ -179,7 +179,7 @@ def test_the_command_gives_a_package_other_constants_and_the_same_weights(tmp_pa
     assert mine.metrics["calibration"]["data"]["tnbc"]["images"] == 1
 
     other = tmp_path / "other.safetensors"
-    with_card(starter, replace(starter.card, mpp=0.5), other)
+    save_with_card(starter, replace(starter.card, mpp=0.5), other)
     assert f"package {other}: is for pixels of 0.5 µm" in str(run(other, out).exception)
     data[data.index("--check") + 1] = "val"
     assert "--check val: is the fold of the search" in str(run("starter", out).exception)

@@ -22,7 +22,7 @@ from hover_batch.config import EngineSettings, InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.heads import Heads
 from hover_batch.model.images import image_logits
-from hover_batch.model.package import Card, find_package, load_network, save_package, with_card
+from hover_batch.model.package import Card, find_package, load_network, save_package, save_with_card
 from hover_batch.model.predict import Predictor
 from hover_batch.model.teacher import TeacherArch, build_teacher
 from hover_batch.taxonomy import CONSEP, PANNUKE
@@ -318,7 +318,7 @@ def test_the_command_says_what_is_wrong(images, professor, tmp_path, arguments, 
     ],
 )
 def test_a_teacher_that_could_not_teach_is_told_before_it_does(images, professor, tmp_path, card, message):
-    with_card(find_package(str(professor)), card, tmp_path / "other.safetensors")
+    save_with_card(find_package(str(professor)), card, tmp_path / "other.safetensors")
     result = run(images, "--teacher", tmp_path / "other.safetensors", "-o", tmp_path / "cache")
     assert isinstance(result.exception, InputError) and re.search(message, str(result.exception))
     assert not (tmp_path / "cache").exists()

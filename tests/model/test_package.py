@@ -25,8 +25,8 @@ from hover_batch.model.package import (
     find_package,
     load_network,
     save_package,
+    save_with_card,
     tensors_sha256,
-    with_card,
 )
 from hover_batch.model.student import StudentArch, build_student
 from hover_batch.taxonomy import CONSEP, PANNUKE
@@ -111,7 +111,7 @@ def test_files_without_a_usable_card_are_refused(tmp_path: Path, metadata: dict[
 def test_a_card_that_does_not_fit_the_weights_is_refused_with_the_reason(saved: Path, tmp_path: Path) -> None:
     package, changed = find_package(str(saved)), tmp_path / "changed.safetensors"
     for changes, message in (({"tile_in": 100}, "multiple of 32"), ({"taxonomy": PANNUKE}, "size mismatch")):
-        with_card(package, dataclasses.replace(package.card, **changes), changed)  # type: ignore[arg-type]
+        save_with_card(package, dataclasses.replace(package.card, **changes), changed)  # type: ignore[arg-type]
         with pytest.raises(PackageError, match=message):
             load_network(find_package(str(changed)))
 

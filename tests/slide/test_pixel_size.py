@@ -12,7 +12,7 @@ from hover_batch.errors import InputError
 from hover_batch.geometry import Mpp
 from hover_batch.slide.example import write_pyramidal_tiff
 from hover_batch.slide.headers import peek
-from hover_batch.slide.pixel_size import check_given, warnings_of
+from hover_batch.slide.pixel_size import check_mpp, warnings_of
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def test_the_cohorts_values_are_judged_like_the_files(tmp_path: Path) -> None:
 
 
 def test_impossible_sizes_of_the_cohort_are_refused_with_the_likely_unit() -> None:
-    check_given(Mpp(0.25, 0.25))
+    check_mpp(Mpp(0.25, 0.25))
     with pytest.raises(InputError, match=r"mpp 250: no slide.*\(0.25 µm if it is in nm\)"):
-        check_given(Mpp(250, 250))
+        check_mpp(Mpp(250, 250))
     with pytest.raises(InputError, match="mpp 0.25 × 50"):
-        check_given(Mpp(0.25, 50))
+        check_mpp(Mpp(0.25, 50))
