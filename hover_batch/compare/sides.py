@@ -41,8 +41,7 @@ class Side:
         return Predictor(self.network, self.card, self.settings)
 
     def for_fields(self, side: int) -> Side:
-        """Return a copy whose batch size suits fields of `side` × `side` inference pixels: at most their number of
-        tiles."""
+        """Return a copy whose batch size suits fields of `side` × `side` inference pixels (see `batch_of`)."""
         return replace(self, settings=replace(self.settings, batch=batch_of(self.card, [(side, side)])))
 
     @property

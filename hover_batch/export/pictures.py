@@ -127,14 +127,9 @@ def densest_field(nuclei: Path, side: int, canvas: Size) -> Box:
     with pq.ParquetFile(nuclei) as table:
         for batch in table.iter_batches(columns=["centroid_x", "centroid_y"]):
             x, y = (batch.column(i).to_numpy() // step for i in range(2))
-            np.add.at(
-                counts,
-                (
-                    np.clip(y, 0, counts.shape[0] - 1).astype(np.int64),
-                    np.clip(x, 0, counts.shape[1] - 1).astype(np.int64),
-                ),
-                1,
-            )
+            rows = np.clip(y, 0, counts.shape[0] - 1).astype(np.int64)
+            columns = np.clip(x, 0, counts.shape[1] - 1).astype(np.int64)
+            np.add.at(counts, (rows, columns), 1)
     if counts.any():
         # Summed-area table, padded so that a square may start at any cell.
         total = np.pad(counts, ((1, 3), (1, 3))).cumsum(axis=0).cumsum(axis=1)

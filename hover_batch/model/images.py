@@ -28,9 +28,9 @@ def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
     `shapes`: shapes (y, x, …) of images that are processed one by one, if they are known. The batch is then at most the
     number of tiles of the largest image.
     """
-    tiles = [-(-shape[0] // card.tile_out) * -(-shape[1] // card.tile_out) for shape in shapes]
+    tile_counts = [-(-shape[0] // card.tile_out) * -(-shape[1] // card.tile_out) for shape in shapes]
     usual = 2 if card.architecture.startswith("hovernet") else InferSettings.batch
-    return min(usual, max(tiles, default=usual))
+    return min(usual, max(tile_counts, default=usual))
 
 
 def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -100,7 +100,7 @@ class Card:
         return MapLayout(len(self.taxonomy.classes))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the card as JSON values by name; the inverse of `from_json`."""
+        """Return the card as JSON values by name, without empty `limits`; the inverse of `from_json`."""
         values = {"format": FORMAT, **asdict(self), "taxonomy": self.taxonomy.to_json()}
         return values if self.limits else {name: value for name, value in values.items() if name != "limits"}
 

@@ -41,6 +41,7 @@ def nuclei_of(
 def types_by_id(instances: NDArray[np.int32], nuclei: Nuclei) -> NDArray[np.uint8]:
     """Return the class id of each instance, ordered by instance id: (n,) uint8.
 
-    `instances` (y, x): instance map. `nuclei`: its measurements, in any order.
+    `instances` (y, x): instance map. `nuclei`: its measurements, in pixels of the map and in any order.
     """
-    return nuclei.type_id[np.argsort(instances[nuclei.anchor_y, nuclei.anchor_x])]
+    instance_ids = instances[nuclei.anchor_y, nuclei.anchor_x]
+    return nuclei.type_id[np.argsort(instance_ids)]

@@ -22,7 +22,7 @@ def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, flo
     - `ink`: share of the picture with the colours of pens (blue, green, red, black), in spots several pixels wide;
     - `brown`: share of the stained pixels that absorb blue most, as DAB does; 0 if there are none;
     - `chroma`: 95th percentile of the difference between the largest and the smallest of R, G and B (0 to 255), without
-      black pixels; 0 if there are no others;
+      black pixels; 0 if all are black;
     - `dark`: share of pixels whose R, G and B are all below 200, black ones included.
 
     Shares are from 0 to 1.

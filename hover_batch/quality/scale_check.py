@@ -71,9 +71,9 @@ class Trial:
 def check_scale(record: SlideRecord, predictor: Predictor, tissue: TissueSettings) -> str:
     """Return a sentence that says which pixel size the nuclei of a slide on disk fit best.
 
-    It begins with "warning:" if that is not the given one, or none fits. Without tissue, or with too few nuclei, it
-    says that the size was not checked. `tissue`: settings of the tissue mask, in which the densest field is predicted.
-    InputError or SlideError if the slide cannot be read.
+    It begins with "warning:" if that is not the given one, or none fits. Without tissue or enough nuclei, it says that
+    the size was not checked, with a warning if the size is unusual and nuclei are missing. `tissue`: settings of the
+    tissue mask, in which the densest field is predicted. InputError or SlideError if the slide cannot be read.
     """
     with open_slide(record) as reader:
         mask = tissue_mask(reader, record, tissue)
@@ -106,8 +106,8 @@ def check_scale(record: SlideRecord, predictor: Predictor, tissue: TissueSetting
     if best.mpp == given:
         return f"the nuclei fit the pixel size of {given} µm ({evidence}){doubt}"
     return (
-        f"warning: the nuclei fit {best.mpp} µm better than the given {given} ({evidence}){doubt}; if the magnification of "
-        f"the scan agrees, put {best.mpp} into the column mpp of the cohort"
+        f"warning: the nuclei fit {best.mpp} µm better than the given {given} ({evidence}){doubt}; if the magnification "
+        f"of the scan agrees, put {best.mpp} into the column mpp of the cohort"
     )
 
 

@@ -68,9 +68,9 @@ def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[Nuc
     curves = []
     for kind in classes:
         if totals[kind.id, 0]:
-            heights = HEIGHT * (1 - shares[kind.id] / top)
+            y_of_bin = HEIGHT * (1 - shares[kind.id] / top)
             # Each bin is a horizontal step between its two edges.
-            steps = zip(np.repeat(edges, 2)[1:-1], np.repeat(heights, 2), strict=True)
+            steps = zip(np.repeat(edges, 2)[1:-1], np.repeat(y_of_bin, 2), strict=True)
             curves.append(Curve(kind, " ".join(f"{x:.1f},{y:.1f}" for x, y in steps)))
     values = np.linspace(measure.low, measure.high, 5)
     ticks = {float(x): f"{value:.4g}" for x, value in zip(np.linspace(0, WIDTH, 5), values, strict=True)}

@@ -40,9 +40,9 @@ class SlideReport:
 def report_slide(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str | None) -> SlideReport:
     """Return the pictures and measurements of a finished slide.
 
-    Missing and corrupted files are listed in `detail.missing` of the result. `layout`: folder of the slide. `row`: its
-    row in the report's table. `record`: its row in the cohort. `to_run`: relative link from the page to the run's
-    folder; None if the report is outside of it.
+    Missing and corrupted files are listed in `detail.missing` of the result, not raised. `layout`: folder of the slide.
+    `row`: its row in the report's table. `record`: its row in the cohort. `to_run`: relative link from the page to the
+    run's folder; None if the report is outside of it.
     """
     missing: list[str] = []
     table = measured = None

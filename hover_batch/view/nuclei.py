@@ -160,9 +160,9 @@ class NucleiTiles:
         if not 1 <= nucleus_id <= self.table.rows:
             return None
         group = int(np.searchsorted(self._first_rows, nucleus_id - 1, side="right")) - 1
-        batch = self._group(group).slice(nucleus_id - 1 - int(self._first_rows[group]), 1)
-        [values] = batch.to_pylist()
-        [finite] = self.table.measurements(batch)
+        one_row = self._group(group).slice(nucleus_id - 1 - int(self._first_rows[group]), 1)
+        [values] = one_row.to_pylist()
+        [finite] = self.table.measurements(one_row)
         return {name: finite.get(name) if name in self.table.measured else values[name] for name in values}
 
     def _read_group(self, number: int) -> pa.RecordBatch:
