@@ -106,8 +106,8 @@ def check_scale(record: SlideRecord, predictor: Predictor, tissue: TissueSetting
     if best.mpp == given:
         return f"the nuclei fit the pixel size of {given} µm ({evidence}){doubt}"
     return (
-        f"warning: the nuclei fit {best.mpp} µm better than the given {given} ({evidence}){doubt}; if the magnification "
-        f"of the scan agrees, put {best.mpp} into the column mpp of the cohort"
+        f"warning: the nuclei fit {best.mpp} µm better than the given {given} ({evidence}){doubt}; if the "
+        f"magnification of the scan agrees, put {best.mpp} into the column mpp of the cohort"
     )
 
 
