@@ -48,7 +48,7 @@ class View:
     scale_y: float
     """Level-0 pixels per pixel of the picture, along y."""
 
-    def place(self, points: NDArray[np.float64]) -> NDArray[np.int32]:
+    def to_opencv(self, points: NDArray[np.float64]) -> NDArray[np.int32]:
         """Convert level-0 positions (…, 2) of x, y to OpenCV's fixed-point coordinates in the image, int32.
 
         Integers are pixel centres in OpenCV and pixel corners in our positions, so half a pixel is subtracted.
@@ -70,7 +70,7 @@ def write_thumbnail(path: Path, view: View, outline: Sequence[NDArray[np.float64
     written.
     """
     canvas = view.image.copy()
-    _draw(canvas, [view.place(ring) for ring in outline], OUTLINE, thickness=2)
+    _draw(canvas, [view.to_opencv(ring) for ring in outline], OUTLINE, thickness=2)
     _write_jpeg(path, canvas)
 
 
@@ -111,7 +111,7 @@ def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.
     for kind in taxonomy.nuclei:
         points, ring_of_point = shapely.get_coordinates(polygons[types == kind.id], return_index=True)
         starts = np.flatnonzero(np.diff(ring_of_point)) + 1
-        _draw(canvas, np.split(view.place(points), starts), kind.color, thickness=1)
+        _draw(canvas, np.split(view.to_opencv(points), starts), kind.color, thickness=1)
     return canvas, np.bincount(types, minlength=len(taxonomy.classes))
 
 

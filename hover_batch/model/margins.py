@@ -24,14 +24,17 @@ def without_margin(network: nn.Module, tile_in: int, tile_out: int) -> nn.Module
     """Return a network that computes only the kept pixels, the central `tile_out` × `tile_out` of each tile.
 
     It maps (b, 3, tile_in, tile_in) to (b, channels, tile_out, tile_out) and shares the weights of `network`. This
-    works for U-Nets with BLOCKS decoder blocks, such as the students; other networks are returned unchanged, and so is
-    any network if tiles have no margin.
+    works for U-Nets with BLOCKS decoder blocks, such as the students. Other networks are returned unchanged, and so are
+    all if tiles have no margin.
     """
-    if tile_in == tile_out or not isinstance(network, smp.Unet):
-        return network
-    if network.encoder.output_stride != 2**BLOCKS or len(network.decoder.blocks) != BLOCKS:
-        return network
-    return _Kept(network, tile_in, tile_out)
+    if (
+        tile_in != tile_out
+        and isinstance(network, smp.Unet)
+        and network.encoder.output_stride == 2**BLOCKS
+        and len(network.decoder.blocks) == BLOCKS
+    ):
+        return _Kept(network, tile_in, tile_out)
+    return network
 
 
 class _Kept(nn.Module):

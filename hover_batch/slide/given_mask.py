@@ -61,26 +61,32 @@ def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None
     region in level-0 pixels; None if it has none. InputError if the mask cannot be read, does not fit the slide, or has
     no tissue on it.
     """
-    if not _is_png(path):
-        outline = _read_geojson(path)
-        if level0 is None:
-            return []
-        moved, fraction_inside = _on_canvas(path, outline, level0, bounds)
-        frame = bounds or level0.box
-        area_inside = fraction_inside * shapely.area(moved)
-        warnings = _warnings_of_cover(path, area_inside / (frame.width * frame.height))
-        x0, y0, x1, y1 = shapely.bounds(outline)
-        if max(x1 - x0, y1 - y0) < _MIN_EXTENT * max(frame.width, frame.height):
-            warnings.append(
-                f"{path}: the polygons measure only {x1 - x0:.3g} × {y1 - y0:.3g} pixels; positions must be in level-0 "
-                "pixels, not in mm or fractions"
-            )
-        if fraction_inside < 1 - _MAX_OUTSIDE:
-            warnings.append(
-                f"{path}: {1 - fraction_inside:.0%} of the mask lies outside of the slide of {level0.width} × "
-                f"{level0.height} pixels, and is ignored; check that it was drawn on this slide, in level-0 pixels"
-            )
-        return warnings
+    return _check_png(path, level0, bounds) if _is_png(path) else _check_geojson(path, level0, bounds)
+
+
+def _check_geojson(path: Path, level0: Size | None, bounds: Box | None) -> list[str]:
+    outline = _read_geojson(path)
+    if level0 is None:
+        return []
+    moved, fraction_inside = _on_canvas(path, outline, level0, bounds)
+    frame = bounds or level0.box
+    area_inside = fraction_inside * shapely.area(moved)
+    warnings = _warnings_of_cover(path, area_inside / (frame.width * frame.height))
+    x0, y0, x1, y1 = shapely.bounds(outline)
+    if max(x1 - x0, y1 - y0) < _MIN_EXTENT * max(frame.width, frame.height):
+        warnings.append(
+            f"{path}: the polygons measure only {x1 - x0:.3g} × {y1 - y0:.3g} pixels; positions must be in level-0 "
+            "pixels, not in mm or fractions"
+        )
+    if fraction_inside < 1 - _MAX_OUTSIDE:
+        warnings.append(
+            f"{path}: {1 - fraction_inside:.0%} of the mask lies outside of the slide of {level0.width} × "
+            f"{level0.height} pixels, and is ignored; check that it was drawn on this slide, in level-0 pixels"
+        )
+    return warnings
+
+
+def _check_png(path: Path, level0: Size | None, bounds: Box | None) -> list[str]:
     picture = _read_png(path)
     warnings = _warnings_of_cover(path, float(picture.mean()))
     if level0 is None:
