@@ -38,7 +38,7 @@ def compare(
 ) -> dict[str, Any]:
     """Compare two networks, and write compare.json and compare.html to the folder `out`.
 
-    Return the content of compare.json. Costs of `first` are given as multiples of those of `second`, which is to
+    Return the content of compare.json. Costs of `first` are given as multiples of those of `second`, the candidate to
     replace it. If the comparison would take longer than `options` allow, less is measured. Nuclei are not compared with
     `options.timing_only`, or if a network has random weights. `places`: fields to compare on. `notify` is called with
     lines about the progress, one of which says what is measured and about how long it takes. `scorer` scores a network

@@ -92,8 +92,8 @@ def concatenate(parts: Sequence[Nuclei]) -> Nuclei:
         for f in fields(Nuclei)
         if f.name != "contours"
     }
-    together = Nuclei(**columns, contours=[ring for part in parts for ring in part.contours])
-    return together.take(np.lexsort((together.anchor_x, together.anchor_y)))
+    unsorted = Nuclei(**columns, contours=[ring for part in parts for ring in part.contours])
+    return unsorted.take(np.lexsort((unsorted.anchor_x, unsorted.anchor_y)))
 
 
 def measure(
@@ -112,11 +112,11 @@ def measure(
         instances, maps, anchor, bounds, layout.n_types, layout.NP, layout.tp.start, layout.hematoxylin, layout.eosin
     )
     x0, y0 = origin
-    dx, dy = (first_moments / area[:, None]).T
+    dx, dy = (first_moments / area[:, None]).T  # from the anchor to the centroid
     major, minor, eccentricity = _ellipse(second_moments / area[:, None], dx, dy)
     straight, diagonal, corner = _perimeter_pixels(instances, bounds).T
     type_id, class_probs = _classes(votes, sums[:, 1:-2])
-    nuclei = Nuclei(
+    unsorted = Nuclei(
         anchor_y=anchor[:, 1] + y0,
         anchor_x=anchor[:, 0] + x0,
         centroid_x=anchor[:, 0] + x0 + dx + 0.5,
@@ -138,7 +138,7 @@ def measure(
         seam_uncertain=np.zeros(n, np.bool_),
         contours=outlines(instances, bounds, anchor[:, 0], area, origin),
     )
-    return nuclei.take(np.lexsort((nuclei.anchor_x, nuclei.anchor_y)))
+    return unsorted.take(np.lexsort((unsorted.anchor_x, unsorted.anchor_y)))
 
 
 def _f32(values: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -132,7 +132,8 @@ def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
 def kind_of(path: Path) -> Kind:
     """Return the kind of the slide at `path`, which determines the library that reads it: dicom for any folder.
 
-    SlideError if the file does not exist or is empty, or has a scanner's suffix but is not recognised by OpenSlide.
+    SlideError if the file does not exist, is empty or cannot be read, or has a scanner's suffix but is not recognised
+    by OpenSlide.
     """
     if path.is_dir():
         return "dicom"

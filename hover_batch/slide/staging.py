@@ -75,9 +75,9 @@ class Copies:
     def staged(self, record: SlideRecord, expected: str) -> Iterator[SlideRecord]:
         """Yield the record with the path of a copy on this machine, which is made if it does not exist.
 
-        A record of a slide on disk is yielded unchanged. `expected`: fingerprint that the copy must have. The copy
-        stays until `release` or `close`. In the text of a HoverBatchError from the block, its path is replaced by the
-        URL.
+        If another process is making the copy, wait for it. Up to ATTEMPTS attempts are made. A record of a slide on
+        disk is yielded unchanged. `expected`: fingerprint that the copy must have. The copy stays until `release` or
+        `close`. In the text of a HoverBatchError from the block, its path is replaced by the URL.
 
         InputError or SlideError if the slide cannot be copied or its fingerprint differs, ScratchFull if there is no
         space for the copy now.

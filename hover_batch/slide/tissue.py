@@ -89,17 +89,18 @@ class TissueMask:
         It is empty if there is no tissue. Its area is that of the mask.
         """
         padded = np.pad(self.array, 1).astype(np.int8)
-        across = _runs(np.diff(padded, axis=0)[:, 1:-1])  # (line y, first x, last x)
-        down = _runs(np.diff(padded, axis=1)[1:-1].T)  # (line x, first y, last y)
+        # Edges between tissue and background, as segments from (x, y) to (x, y).
+        horizontal = _runs(np.diff(padded, axis=0)[:, 1:-1])  # (y, first x, last x)
+        vertical = _runs(np.diff(padded, axis=1)[1:-1].T)  # (x, first y, last y)
         segments = np.concatenate(
             [
-                np.stack([across[:, [1, 0]], across[:, [2, 0]]], axis=1),
-                np.stack([down[:, [0, 1]], down[:, [0, 2]]], axis=1),
+                np.stack([horizontal[:, [1, 0]], horizontal[:, [2, 0]]], axis=1),
+                np.stack([vertical[:, [0, 1]], vertical[:, [0, 2]]], axis=1),
             ]
         ).astype(float)
         lines: Any = shapely.linestrings(segments)
         faces = shapely.get_parts(shapely.polygonize(lines))
-        # Faces are tissue and the holes in it: one point of each shows which.
+        # Faces are tissue or holes in it; a point inside each shows which.
         points = shapely.get_coordinates(shapely.point_on_surface(faces)).astype(np.int64)
         tissue = faces[self.array[points[:, 1], points[:, 0]]]
         scale = np.array(self.level0_per_pixel)
@@ -142,7 +143,7 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
         scale = _mask_scale(info.level0, info.mpp, GIVEN_MPP)
         try:
             array = given_mask(record.mask_path, info.level0, info.bounds, scale)
-        except InputError as error:  # the header of a slide in other storage is known only now
+        except InputError as error:  # not found before the run if the slide is in cloud storage: only this slide fails
             raise SlideError(str(error)) from error
         return TissueMask(array, (info.level0.width / array.shape[1], info.level0.height / array.shape[0]), given=True)
     if settings.tissue == "all":
