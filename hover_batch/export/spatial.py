@@ -40,8 +40,8 @@ def require_extra() -> None:
 def write_anndata(nuclei: NucleiTable, path: Path) -> None:
     """Write the table `nuclei` to `path` (.h5ad); an existing file is replaced. Call `require_extra` first.
 
-    The file is made in memory, since HDF5 on a full disk crashes Python at its exit. OSError if it cannot be written,
-    SlideError if the table is corrupted.
+    All nuclei, and the file itself, are held in memory, since HDF5 on a full disk crashes Python at its exit. OSError
+    if it cannot be written, SlideError if the table is corrupted.
     """
     import h5py
     from anndata.io import write_elem
@@ -69,7 +69,7 @@ def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
 
     with replacing_folder(path) as temporary, _plain_strings():
         table = _anndata(nuclei)
-        if nuclei.rows == 0:  # the library does not support empty shapes
+        if nuclei.rows == 0:
             SpatialData(tables={"table": TableModel.parse(table)}).write(temporary)
             return
         table.obs["region"] = pd.Categorical.from_codes(np.zeros(nuclei.rows, np.int8), pd.Index([_SHAPES]))

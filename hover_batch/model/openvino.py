@@ -112,7 +112,8 @@ def cached_conversion(package_sha256: str, side: int, load: Callable[[], nn.Modu
     """Return the package's network as an openvino.Model, from the cache or else from `convert(load(), side)`.
 
     `package_sha256`: hash of the package. `side`: side of the image in pixels. `load`: loads the network if it is not
-    in the cache. A cache that cannot be read or written is ignored. Errors as in `convert` and `load`.
+    in the cache; the conversion is then saved there. A cache that cannot be read or written is ignored. Errors as in
+    `convert` and `load`.
     """
     folder = cache_folder() / "openvino" / _key(package_sha256, side)
     with contextlib.suppress(OSError, PackageError, RuntimeError, ImportError):

@@ -49,9 +49,9 @@ def sampled_fields(nuclei: Path, grid: Grid) -> list[Box]:
     counts = np.zeros((-(-grid.size.height // FIELD), -(-grid.size.width // FIELD)), np.int64)
     with pq.ParquetFile(nuclei) as table:
         for batch in table.iter_batches(columns=["centroid_x", "centroid_y"]):
-            columns = (batch["centroid_x"].to_numpy() / grid.scale_x // FIELD).astype(np.int64)
-            rows = (batch["centroid_y"].to_numpy() / grid.scale_y // FIELD).astype(np.int64)
-            np.add.at(counts, (np.clip(rows, 0, counts.shape[0] - 1), np.clip(columns, 0, counts.shape[1] - 1)), 1)
+            x_field = (batch["centroid_x"].to_numpy() / grid.scale_x // FIELD).astype(np.int64)
+            y_field = (batch["centroid_y"].to_numpy() / grid.scale_y // FIELD).astype(np.int64)
+            np.add.at(counts, (np.clip(y_field, 0, counts.shape[0] - 1), np.clip(x_field, 0, counts.shape[1] - 1)), 1)
     rows, columns = np.nonzero(counts >= MIN_NUCLEI)
     evenly_spaced = np.linspace(0, max(0, len(rows) - 1), min(MAX_FIELDS, len(rows)))
     picked = np.unique(evenly_spaced.round().astype(np.int64))

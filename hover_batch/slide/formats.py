@@ -105,7 +105,8 @@ def ome_tiff_header(path: Path) -> Header:
     """Return the header of an OME-TIFF: the levels of its largest image.
 
     The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. SlideError unless the image
-    is one complete plane of 8-bit RGB, and the only large one. Errors of tifffile propagate.
+    is one complete plane of 8-bit RGB, and the only large one; channels without names count as red, green and blue,
+    with a warning. Errors of tifffile propagate.
     """
     with tifffile.TiffFile(path) as tiff:
         series = list(tiff.series)
