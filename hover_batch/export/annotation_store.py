@@ -58,7 +58,8 @@ def sqlite_store() -> Any:
     """Return a subclass of tiatoolbox's SQLiteStore for writing. InputError if this Python's SQLite lacks R*Tree.
 
     SQLiteStore enables loadable extensions before it reads SQLite's compile options, though it loads none, and fails in
-    a Python that was built without them. The subclass reads the options without enabling extensions.
+    a Python that was built without them. The subclass reads the options without enabling extensions, and may be closed
+    twice.
     """
     from tiatoolbox.annotation.storage import SQLiteStore
 

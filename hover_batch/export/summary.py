@@ -72,7 +72,8 @@ def slide_summary(
     """Return the row of one slide, whose `level` is "slide".
 
     `status`: value of the column, done or failed. `nuclei`: path of its nuclei.parquet; None for a slide that failed.
-    `tissue_mm2`: area that was searched in mm²; None if unknown. `seconds`: stage → wall time.
+    `tissue_mm2`: area that was searched in mm²; None if unknown. `seconds`: stage → wall time. The cohort CSV's own
+    columns are added, with the prefix extra_ if they have a name of the summary.
     """
     row: Row = {"level": "slide", "status": status, "slides": 1, "failed": int(nuclei is None)}
     if nuclei is not None:

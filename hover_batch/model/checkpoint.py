@@ -42,8 +42,8 @@ def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = N
 
     `source`: a file, a URL, or the name of one of tiatoolbox's models; a file takes precedence over a name. `kind`: a
     key of KINDS; by default the source's name, or else the first kind that matches the shapes. `sha256`: expected hex
-    SHA-256 of the file. A download is cached. PackageError if the file cannot be downloaded or read, its hash differs,
-    or it is not of a known kind. OSError if the disk is full.
+    SHA-256 of the file. A download is cached. PackageError if the file cannot be downloaded, its hash differs, or it
+    is not a checkpoint of a known kind. OSError if the disk is full, or the system denies access to the file.
     """
     if kind is not None and kind not in KINDS:
         raise PackageError(f"--kind {kind}: not known; known are {', '.join(KINDS)}")

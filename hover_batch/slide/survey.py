@@ -44,16 +44,14 @@ def read_info(path: Path) -> SlideInfo:
     with _content_of(path) as content:
         values = content["slide"]
         bounds = values["bounds"]
-        return SlideInfo(
-            **values
-            | {
-                "level0": Size(**values["level0"]),
-                "mpp": Mpp(**values["mpp"]),
-                "bounds": None if bounds is None else Box(**bounds),
-                "downsamples": tuple(values["downsamples"]),
-                "warnings": tuple(values["warnings"]),
-            }
-        )
+        converted = {
+            "level0": Size(**values["level0"]),
+            "mpp": Mpp(**values["mpp"]),
+            "bounds": None if bounds is None else Box(**bounds),
+            "downsamples": tuple(values["downsamples"]),
+            "warnings": tuple(values["warnings"]),
+        }
+        return SlideInfo(**{**values, **converted})
 
 
 def read_tissue(path: Path) -> TissueMask:

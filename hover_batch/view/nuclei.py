@@ -130,7 +130,7 @@ class NucleiTiles:
         return b"".join(np.asarray(values).astype(kind).tobytes() for values, kind in parts)
 
     def density(self, level: int, column: int, row: int) -> bytes | None:
-        """Return the number of nuclei in each cell of one density tile; None if there is no such tile.
+        """Return the number of nuclei of each class in each cell of one density tile; None if there is no such tile.
 
         `column`, `row`: position of the tile in the grid of tiles of this level. The bytes are an array (class, y, x)
         of little-endian uint32 with CELLS cells along y and x. A cell is 2^level level-0 pixels wide.
