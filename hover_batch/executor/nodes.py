@@ -82,7 +82,7 @@ class ClusterNodes:
             recorder.progress.warn("The cluster has no node left to work on: waiting for one")
             return None
         plan = engine_plan(available, settings, context.package.card, predicts=plan.actors > 0, previous=plan)
-        recorder.event("nodes_changed", nodes=len(available.nodes), networks=plan.actors)
+        recorder.log_event("nodes_changed", nodes=len(available.nodes), networks=plan.actors)
         for line in ("the nodes of the cluster changed:", *plan.lines()):
             recorder.progress.say(line)
         return plan

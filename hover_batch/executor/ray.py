@@ -73,7 +73,7 @@ class RayExecutor(Executor):
         self._pool = NetworkPool(context.package, context.settings.infer, load, nodes, self._progress.warn)
         self._recorder.networks = plan.actors
         self._waiting: deque[PlannedSlide] = deque()
-        self._slides = OpenSlides(context.recorder.event, context.disk.report_full, self._use_less)
+        self._slides = OpenSlides(context.recorder.log_event, context.disk.report_full, self._use_less)
         self._running: dict[Any, _Call] = {}
         """By Ray's reference."""
         self._draining = False
@@ -235,27 +235,27 @@ class RayExecutor(Executor):
         slide, recorder = call.slide, self._recorder
         match call.task.stage:
             case Stage.INFER if slide.ended:
-                recorder.network_used(result)
+                recorder.add_network_time(result)
             case _ if slide.ended:
                 pass
             case Stage.SURVEY:
                 slide.work_ref = ray.put(result.work)
-                slide.survey_done(result)
+                slide.add_survey(result)
                 inferred = [slide.units[i] for i in result.inferred]
-                recorder.surveyed(slide.slide_id, slide.units, inferred, len(result.posted))
+                recorder.record_survey(slide.slide_id, slide.units, inferred, len(result.posted))
             case Stage.INFER:
                 unit = slide.units[call.task.index]
                 slide.seconds.add(result)
-                slide.unit_inferred(call.task.index)
+                slide.mark_inferred(call.task.index)
                 self._progress.add_tiles(len(unit.tile_cells))
-                recorder.unit_done(slide.slide_id, unit, result)
+                recorder.record_unit(slide.slide_id, unit, result)
             case Stage.POST:
                 slide.seconds.add(result)
-                slide.region_posted()
-                recorder.region_done(slide.slide_id, slide.units[call.task.index], result)
+                slide.count_region()
+                recorder.record_region(slide.slide_id, slide.units[call.task.index], result)
             case Stage.FINALIZE:
                 try:
-                    recorder.finish(slide.slide_id, result)
+                    recorder.finish_slide(slide.slide_id, result)
                 except OSError as error:
                     self._failed(call, error)
                 else:

@@ -41,7 +41,7 @@ class RunRecorder:
         self._left: dict[str, list[int]] = {}
         """Tiles and regions still to be done, by slide."""
 
-    def event(self, event: str, **values: Any) -> None:
+    def log_event(self, event: str, **values: Any) -> None:
         """Append an event to the run's log, events.jsonl. `values`: JSON values."""
         self._ledger.events.append(event, **values)
 
@@ -58,7 +58,7 @@ class RunRecorder:
         if not self._ledger.is_done(slide_id, self._run_keys[slide_id]):
             return False
         self._discard_predictions(slide_id)  # asked for only now, or that run died before it did
-        self.progress.slide_skipped(slide_id)
+        self.progress.count_skipped(slide_id)
         return True
 
     def skip_quarantined(self, slide: PlannedSlide, *, retry: bool) -> bool:
@@ -89,45 +89,45 @@ class RunRecorder:
         slide_id = slide.record.slide_id
         self._started[slide_id] = time.monotonic()
         layout = self._ledger.open_slide(slide_id, self._run_keys[slide_id])
-        self.event("slide_started", slide_id=slide_id)
+        self.log_event("slide_started", slide_id=slide_id)
         for warning in slide.info.warnings:
             self.progress.warn(f"{slide_id}: {warning}")
         return layout
 
-    def surveyed(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:
+    def record_survey(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:
         """Record the units of a slide, and add its tiles and regions to the progress.
 
         `inferred`: units that earlier starts predicted. `posted`: number of regions that they post-processed.
         """
         tiles = sum(len(u.tile_cells) for u in units)
-        self.event("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
+        self.log_event("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
         before = sum(len(u.tile_cells) for u in inferred)
         self.progress.expect(tiles, len(units), before, posted)
         self._left[slide_id] = [tiles - before, len(units) - posted]
 
-    def unit_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
+    def record_unit(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
         """Record that a unit's maps are in the store, with the seconds by stage.
 
         The executor has already counted its tiles as progress.
         """
-        self.network_used(seconds)
+        self.add_network_time(seconds)
         self._left[slide_id][0] -= len(unit.tile_cells)
         predicted = len(unit.tile_cells) if Stage.INFER in seconds.spans else 0
         self._timed_event("unit_done", slide_id, unit, seconds, tiles=predicted)
 
-    def network_used(self, seconds: Seconds) -> None:
+    def add_network_time(self, seconds: Seconds) -> None:
         """Add the time that a network spent on a unit to `model_busy`, even if its slide has failed since."""
         if Stage.INFER in seconds.spans:
             self._model.add(seconds)
 
-    def region_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
+    def record_region(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
         """Record that a region's nuclei are on disk, with the seconds by stage, and count it as progress."""
         self._left[slide_id][1] -= 1
         self._timed_event("region_done", slide_id, unit, seconds)
         self.progress.add_regions(1)
 
     def _timed_event(self, event: str, slide_id: str, unit: Unit, seconds: Seconds, **values: int) -> None:
-        self.event(
+        self.log_event(
             event,
             slide_id=slide_id,
             column=unit.column,
@@ -148,7 +148,7 @@ class RunRecorder:
         started, ended = self._model.spans[Stage.INFER]
         return min(1.0, self._model.totals[Stage.INFER] / (self.networks * max(1e-9, ended - started)))
 
-    def finish(self, slide_id: str, values: Mapping[str, Any]) -> None:
+    def finish_slide(self, slide_id: str, values: Mapping[str, Any]) -> None:
         """Declare the slide done: write slide.json, remove the predictions if the settings say so, and count the slide.
 
         `values`: the result of `finalize`. OSError if slide.json cannot be written.
@@ -156,7 +156,7 @@ class RunRecorder:
         self._ledger.write_slide_json(slide_id, self._run_keys[slide_id], values)
         del self._left[slide_id]
         self._discard_predictions(slide_id)
-        self.progress.slide_done(slide_id, values["nuclei"], time.monotonic() - self._started.pop(slide_id))
+        self.progress.count_done(slide_id, values["nuclei"], time.monotonic() - self._started.pop(slide_id))
 
     def _discard_predictions(self, slide_id: str) -> None:
         if self._settings.output.discard_predictions:
@@ -187,12 +187,12 @@ class RunRecorder:
         self.withdraw(slide)
         if not expected:
             text = trace or "".join(traceback.format_exception(error))
-            self.event("traceback", slide_id=record.slide_id, text=text)
+            self.log_event("traceback", slide_id=record.slide_id, text=text)
         self._failed(record, stage, reason)
 
     def _failed(self, record: SlideRecord, stage: str, reason: str) -> None:
         self._ledger.record_failure(record.slide_id, record.row, record.path, stage, reason)
-        self.progress.slide_failed(record.slide_id, reason)
+        self.progress.count_failed(record.slide_id, reason)
         allowed, failed = self._settings.engine.max_failures, len(self._ledger.failures())
         if 0 <= allowed < failed:
             raise TooManyFailures(

@@ -114,7 +114,7 @@ class SlideState:
         """Id of the slide in the cohort."""
         return self.planned.record.slide_id
 
-    def survey_done(self, found: Surveyed) -> None:
+    def add_survey(self, found: Surveyed) -> None:
         """Store the result of the survey, and queue the units and regions that are not done yet."""
         self.surveyed = True
         self.units = found.work.units
@@ -127,7 +127,7 @@ class SlideState:
             self._wait(region, self._indices(neighbours(self.units[region])))
         self._finalize_if_complete()
 
-    def unit_inferred(self, index: int) -> None:
+    def mark_inferred(self, index: int) -> None:
         """Mark the unit `index` as predicted, and queue the regions that waited only for it."""
         self.inferred.add(index)
         for region, needed in list(self.needs.items()):
@@ -137,7 +137,7 @@ class SlideState:
                 self.to_post.append(region)
         self._finalize_if_complete()
 
-    def region_posted(self) -> None:
+    def count_region(self) -> None:
         """Count a region as post-processed. The slide can be finalized after the last one."""
         self.regions_left -= 1
         self._finalize_if_complete()
@@ -151,7 +151,7 @@ class SlideState:
         else:
             self.next_stage = task.stage
 
-    def retry_due(self, now: float) -> None:
+    def queue_due_retries(self, now: float) -> None:
         """Queue the tasks again whose retry time has passed. `now`: time in seconds."""
         for task in [task for task, at in self.retry_at.items() if at <= now]:
             del self.retry_at[task]
@@ -173,7 +173,7 @@ class SlideState:
             "small: check both, then use --retry-failed"
         )
 
-    def units_missing(self, task: Task, unit_cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
+    def retry_later(self, task: Task, unit_cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
         """Retry a task later that lacked the results of the units in `unit_cells`, each (column, row).
 
         A region waits for units that are not predicted yet. Otherwise the results exist but the file system does not
@@ -267,7 +267,7 @@ class OpenSlides:
         surveys -= running[Stage.SURVEY]
         posts -= running[Stage.POST] + running[Stage.FINALIZE]
         for slide in self._slides:
-            slide.retry_due(now)
+            slide.queue_due_retries(now)
             stage = None if slide.on_hold else slide.next_stage
             if stage is Stage.SURVEY and surveys > 0:
                 surveys -= 1
@@ -301,7 +301,7 @@ class OpenSlides:
             verdict, error = Verdict.STRIKE, MemoryError("memory ran out")
         match verdict:
             case Verdict.RETRY if isinstance(error, UnitsMissing):
-                failure = slide.units_missing(task, error.unit_cells, now)
+                failure = slide.retry_later(task, error.unit_cells, now)
             case Verdict.RETRY:
                 failure = slide.retry_or_quarantine(verdict, task, str(error))
             case Verdict.STRIKE:
