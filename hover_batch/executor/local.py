@@ -38,8 +38,8 @@ class LocalExecutor(Executor):
     def run(self, slides: Sequence[PlannedSlide]) -> None:
         """Run the slides one after the other, each until it is done or has failed.
 
-        If the disk is full, wait for space and run the slide again. Errors as in `Executor.run`; KeyboardInterrupt is
-        raised at once.
+        If the disk fills up, wait for space and then resume the slide. Errors as in `Executor.run`; KeyboardInterrupt
+        is raised at once.
         """
         with on_interrupt(self._interrupt):
             for slide in slides:

@@ -80,7 +80,7 @@ class RayExecutor(Executor):
         self._shown: set[str] = set()
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
-        """Run the slides, several at once, until each is done or has failed.
+        """Run the slides, several at once, until each is done or has failed. The networks end with it.
 
         After the first Ctrl-C, wait for the tasks in progress and raise KeyboardInterrupt; after a second one, raise it
         at once. Other errors as in `Executor.run`.
@@ -180,8 +180,8 @@ class RayExecutor(Executor):
 
     def _submit_tasks(self) -> None:
         context, running = self._context, Counter(call.task.stage for call in self._running.values())
-        surveys, posts = len(self._pool) or self._plan.posts, self._plan.posts
-        for slide, task in self._slides.take_tasks(running, surveys, posts, time.monotonic()):
+        max_surveys = len(self._pool) or self._plan.posts
+        for slide, task in self._slides.take_tasks(running, max_surveys, self._plan.posts, time.monotonic()):
             match task.stage:
                 case Stage.SURVEY:
                     call: Any = survey_slide.remote(slide.planned, context.package, context.settings, slide.layout)
@@ -198,10 +198,8 @@ class RayExecutor(Executor):
         any_dead = self._pool.report_dead()
         running = [*self._running, *self._pool.starting]
         if not running:
-            waits = (
-                self._pool.any_unreachable or self._context.disk.full or any(slide.retry_at for slide in self._slides)
-            )
-            if not (any_dead or waits):
+            retries_later = any(slide.retry_at for slide in self._slides)
+            if not (any_dead or self._pool.any_unreachable or self._context.disk.full or retries_later):
                 left = len(self._slides) + len(self._waiting)
                 raise RuntimeError(f"nothing is under way, yet {left} slides are left")
             time.sleep(_POLL_S)

@@ -57,7 +57,8 @@ class RunRecorder:
         slide_id = slide.record.slide_id
         if not self._ledger.is_done(slide_id, self._run_keys[slide_id]):
             return False
-        self._discard_predictions(slide_id)  # asked for only now, or that run died before it did
+        # Discarding may be a new setting, or the earlier start may have died before it.
+        self._discard_predictions(slide_id)
         self.progress.count_skipped(slide_id)
         return True
 
@@ -95,20 +96,20 @@ class RunRecorder:
         return layout
 
     def record_survey(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:
-        """Record the units of a slide, and add its tiles and regions to the progress.
+        """Log the numbers of a slide's units and tiles, and add its tiles and regions to the progress.
 
         `inferred`: units that earlier starts predicted. `posted`: number of regions that they post-processed.
         """
         tiles = sum(len(u.tile_cells) for u in units)
         self.log_event("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
-        before = sum(len(u.tile_cells) for u in inferred)
-        self.progress.expect(tiles, len(units), before, posted)
-        self._left[slide_id] = [tiles - before, len(units) - posted]
+        tiles_before = sum(len(u.tile_cells) for u in inferred)
+        self.progress.expect(tiles, len(units), tiles_before, posted)
+        self._left[slide_id] = [tiles - tiles_before, len(units) - posted]
 
     def record_unit(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
-        """Record that a unit's maps are in the store, with the seconds by stage.
+        """Log that a unit's maps are in the store, with the seconds by stage, and add its time to `model_busy`.
 
-        The executor has already counted its tiles as progress.
+        Its tiles are not added to the progress, since the executor has already done so.
         """
         self.add_network_time(seconds)
         self._left[slide_id][0] -= len(unit.tile_cells)
@@ -121,7 +122,7 @@ class RunRecorder:
             self._model.add(seconds)
 
     def record_region(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
-        """Record that a region's nuclei are on disk, with the seconds by stage, and count it as progress."""
+        """Log that a region's nuclei are on disk, with the seconds by stage, and add it to the progress."""
         self._left[slide_id][1] -= 1
         self._timed_event("region_done", slide_id, unit, seconds)
         self.progress.add_regions(1)
@@ -170,8 +171,9 @@ class RunRecorder:
     def fail(self, slide: PlannedSlide, stage: Stage, error: Exception, trace: str | None = None) -> None:
         """Record that the slide failed at `stage`, and quarantine it if the error is SlideQuarantined.
 
-        `trace`: traceback, if the error was raised in another process. A PackageError is raised again, since it is not
-        caused by the slide. TooManyFailures if more slides failed than the settings allow.
+        What is left of the slide is removed from the progress. The traceback of an unexpected error is logged; `trace`:
+        that traceback, if another process raised the error. A PackageError is raised again, since it is not caused by
+        the slide. TooManyFailures if more slides failed than the settings allow.
         """
         record = slide.record
         if isinstance(error, PackageError):
@@ -181,13 +183,14 @@ class RunRecorder:
         if isinstance(error, SlideQuarantined):
             try:
                 self._ledger.quarantine(record.slide_id, self._run_keys[record.slide_id], stage, reason)
-            except OSError as full:  # the next start will try the slide again
-                if not is_disk_full(full):
+            except OSError as write_error:
+                # On a full disk, the run goes on without the quarantine: the next start tries the slide again.
+                if not is_disk_full(write_error):
                     raise
         self.withdraw(slide)
         if not expected:
-            text = trace or "".join(traceback.format_exception(error))
-            self.log_event("traceback", slide_id=record.slide_id, text=text)
+            trace = trace or "".join(traceback.format_exception(error))
+            self.log_event("traceback", slide_id=record.slide_id, text=trace)
         self._failed(record, stage, reason)
 
     def _failed(self, record: SlideRecord, stage: str, reason: str) -> None:
