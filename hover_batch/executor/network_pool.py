@@ -165,8 +165,8 @@ class NetworkPool:
         """Remove a network whose call failed with `error` (see `is_actor_failure`), and call `report` with the cause.
 
         The cause is NetworkStopped, WorkerDied, or what the actor raised. The network's process is killed first, in
-        case it is still alive. While it is unknown whether the process, the node or only the connection is lost, nothing
-        is killed or reported; `report_dead` does it later.
+        case it is still alive. While it is unknown whether the process, the node or only the connection is lost,
+        nothing is killed or reported; `report_dead` does it later.
         """
         self._remove(network)
         if network.stopped:

@@ -61,8 +61,8 @@ class ClusterNodes:
 
         `plan`: plan until now; in the new one, only the number of networks changes, not what each reserves. The cluster
         is queried at most every REFRESH_EVERY_S. A change is logged and shown to the user. If no node is left, warn the
-        user and return None. A full disk pauses the run. InputError if a new node does not see the output folder or cannot run hover-batch; OSError if the test
-        file cannot be written for another reason.
+        user and return None. A full disk pauses the run. InputError if a new node does not see the output folder or
+        cannot run hover-batch; OSError if the test file cannot be written for another reason.
         """
         if time.monotonic() >= self._refresh_at:
             self.refresh()

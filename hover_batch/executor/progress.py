@@ -80,7 +80,8 @@ class CohortProgress:
     def say(self, line: str, level: str = "info", **fields: object) -> None:
         """Print a line on stderr that stays on the screen.
 
-        In lines of JSON, `level` (info, warning or error) and `fields` become keys of their own; otherwise they are not shown.
+        In lines of JSON, `level` (info, warning or error) and `fields` become keys of their own; otherwise they are not
+        shown.
         """
         self._console.print(json_line(level, line.strip(), **fields) if self._json else line, soft_wrap=True)
 

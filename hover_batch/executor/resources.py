@@ -141,7 +141,7 @@ class EnginePlan:
         return (512 << 20) + 2 * self.actors * self.units_at_once * BLOCKS_AHEAD * _BLOCK_BYTES
 
     def halved(self) -> EnginePlan | None:
-        """Return the plan with `posts` and `units_at_once` halved and rounded up, to save memory; None if both are 1."""
+        """Return the plan with `posts` and `units_at_once` halved (rounded up), to save memory; None if both are 1."""
         if self.posts == self.units_at_once == 1:
             return None
         return replace(
@@ -234,8 +234,8 @@ def engine_plan(
 def runs_in_process(engine: EngineSettings, slides: Sequence[PlannedSlide]) -> bool:
     """Return whether the backend is auto and runs the slides in one process.
 
-    It does so if all slides together have at most IN_PROCESS_TILES tiles. False if a cluster is to be joined, or a slide
-    is in cloud storage, since its number of tiles is unknown.
+    It does so if all slides together have at most IN_PROCESS_TILES tiles. False if a cluster is to be joined, or a
+    slide is in cloud storage, since its number of tiles is unknown.
     """
     if engine.backend != "auto" or engine.address or not all(slide.grid for slide in slides):
         return False

@@ -303,9 +303,9 @@ class OpenSlides:
         it fails. Do nothing if the slide has ended. `now`: time in seconds. `reduced`: whether the work at once was
         reduced after the task was submitted, so that memory may suffice now.
 
-        Strikes, lost nodes and a lack of memory are logged. SHORT_OF_MEMORY reduces the work at once, and counts as a
-        strike if that is not possible any more. DISK_FULL pauses the run; if only the disk for copies is full and
-        another slide can still end and free some space, it puts this slide on hold instead.
+        Strikes, lost nodes and a lack of memory are logged. SHORT_OF_MEMORY reduces the work at once, unless `reduced`
+        is set, and counts as a strike if that is not possible. DISK_FULL pauses the run; if only the disk for copies is
+        full and another slide can still end and free some space, it puts this slide on hold instead.
         """
         if slide.ended:
             return None
