@@ -147,7 +147,7 @@ def run_segment(
             versions=versions,
             command=command,
             force=force,
-            keys=keys,
+            run_keys=keys,
         )
         for warning in plan.cohort.warnings:
             progress.warn(warning)
