@@ -68,7 +68,7 @@ class Check:
     """What to do if `inspect` raises an exception."""
 
     def run(self) -> Finding:
-        """Do the check and return what it found; FAIL with the message if it raises an exception.
+        """Do the check and return what it found; FAIL with the first line of the message if it raises an exception.
 
         Python's warnings are not shown meanwhile.
         """
@@ -77,8 +77,9 @@ class Check:
                 warnings.simplefilter("ignore")
                 return self.inspect()
         except Exception as error:
-            words = (str(error).strip() or "no message").splitlines()[0]
-            message = words if isinstance(error, HoverBatchError) else f"{type(error).__name__}: {words}"
+            message = (str(error).strip() or "no message").splitlines()[0]
+            if not isinstance(error, HoverBatchError):
+                message = f"{type(error).__name__}: {message}"
             return Finding("FAIL", message, self.fix)
 
 
