@@ -78,8 +78,8 @@ class StoredRun:
     def check(self, settings: Settings, output: Path, *, force: bool) -> None:
         """Check that new tables with `settings` can be made from this run and written to `output`.
 
-        InputError if the settings require other predictions, if `output` is this run's folder or in it, or if it holds
-        a run that was not made from this one, unless `force` is set. Nothing is removed here.
+        InputError if the settings require other predictions, if `output` is this run's folder or in it, or, unless
+        `force` is set, if it holds a run that was not made from this one. Nothing is removed here.
         """
         wanted = _prediction_settings(settings)
         for name, stored in _prediction_settings(self.settings).items():
