@@ -157,8 +157,8 @@ class _Overlap:
     def of(cls, true: NDArray[np.integer], pred: NDArray[np.integer]) -> _Overlap:
         """Count the pixels of two maps (y, x). ValueError for maps of different shapes."""
         _check_maps(true, pred)
-        seen = (true > 0) | (pred > 0)
-        t, p = true[seen].astype(np.int64), pred[seen].astype(np.int64)
+        foreground = (true > 0) | (pred > 0)
+        t, p = true[foreground].astype(np.int64), pred[foreground].astype(np.int64)
         shape = (int(t.max(initial=0)) + 1, int(p.max(initial=0)) + 1)
         joint = coo_matrix((np.ones(len(t), np.int64), (t, p)), shape).tocsr().tocoo()  # CSR sums duplicates
         rows, columns = (c.astype(np.int64) for c in joint.coords)
@@ -189,10 +189,11 @@ def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating]
     n, m = len(true_xy), len(pred_xy)
     if n == 0 or m == 0:
         return np.empty((0, 2), np.intp)
-    near = cKDTree(true_xy).sparse_distance_matrix(cKDTree(pred_xy), radius, output_type="ndarray")
-    i, j, distance = near["i"], near["j"], near["v"]
+    candidates = cKDTree(true_xy).sparse_distance_matrix(cKDTree(pred_xy), radius, output_type="ndarray")
+    i, j, distance = candidates["i"], candidates["j"], candidates["v"]
     graph = coo_matrix((np.ones(len(i), bool), (i, n + j)), (n + m, n + m))
     component = connected_components(graph, directed=False)[1][i]
+    # Sort by component, so that each is a slice start:end.
     order = np.argsort(component, kind="stable")
     i, j, distance = i[order], j[order], distance[order]
     starts = np.flatnonzero(np.diff(component[order], prepend=-1))

@@ -143,10 +143,10 @@ class RunStatus:
         if self.slides is None:
             lines.append("slides: not known, since slides.csv is not written yet")
         else:
-            word = "begun" if self.is_running is False else "under way"
+            open_word = "begun" if self.is_running is False else "under way"
             left_out = f"; {counted(self.left_out, 'row')} of the cohort left out" if self.left_out else ""
             lines.append(
-                f"slides: {self.done:,} done, {self.failed:,} failed, {len(self.open):,} {word}, "
+                f"slides: {self.done:,} done, {self.failed:,} failed, {len(self.open):,} {open_word}, "
                 f"{self.pending:,} pending, of {self.slides:,}{left_out}"
             )
         lines += [f"  {slide.line()}" for slide in self.open[:LISTED]]
@@ -156,16 +156,17 @@ class RunStatus:
         if self.flags:
             kinds = ", ".join(f"{name} {count:,}" for name, count in counts_of(self.flags).items())
             lines.append(f"flagged: {counted(len(self.flags), 'slide')} ({kinds}); `hover-batch report` shows them")
-        for rate, what in ((self.log.tile_rate, "tiles"), (self.log.region_rate, "regions")):
+        for rate, unit in ((self.log.tile_rate, "tiles"), (self.log.region_rate, "regions")):
             if rate:
-                until = f"in the {duration(rate.seconds)} up to {_clock(rate.until)}"
-                lines.append(f"rate: about {rate.per_s:.3g} {what}/s {until}")
+                window = f"in the {duration(rate.seconds)} up to {_clock(rate.until)}"
+                lines.append(f"rate: about {rate.per_s:.3g} {unit}/s {window}")
                 break
         if estimate := self.seconds_left():
-            lines.append(f"time left: about {duration(estimate[0])} {estimate[1]}")
+            seconds, basis = estimate
+            lines.append(f"time left: about {duration(seconds)} {basis}")
         if self.log.model_busy is not None:
-            which = "" if self.log.finished else ", in an earlier start"
-            lines.append(f"model busy: {self.log.model_busy:.0%} of the time{which}")
+            when = "" if self.log.finished else ", in an earlier start"
+            lines.append(f"model busy: {self.log.model_busy:.0%} of the time{when}")
         if self.failures:
             lines.append("failures since the last start:")
             for failure in self.failures[:LISTED]:

@@ -196,9 +196,9 @@ class Ledger:
             # of --example are written before the run begins, and a joined cluster may have logged already.
             known = [path for path in (layout.example, layout.logs) if path.is_dir()]
             entries = (entry for entry in layout.root.iterdir() if not entry.name.startswith("."))
-            if other := sorted(entry.name for entry in entries if entry not in known):
+            if unknown := sorted(entry.name for entry in entries if entry not in known):
                 raise InputError(
-                    f"--output {layout.root}: holds {other[0]} but no run.json, so it is not the folder of a "
+                    f"--output {layout.root}: holds {unknown[0]} but no run.json, so it is not the folder of a "
                     "run; name a new folder"
                 )
         return run

@@ -40,19 +40,19 @@ def near_name(path: Path, base: Path) -> str:
 
 def _existing(path: Path) -> Path | None:
     """Return the path on disk that equals `path` except for case and Unicode form; None if there is none."""
-    found = Path(path.anchor)
+    existing = Path(path.anchor)
     for part in path.parts[1:]:
-        step = found / part
+        step = existing / part
         try:
             if not step.exists():
-                like = [entry for entry in found.iterdir() if _normal(entry.name).lower() == _normal(part).lower()]
+                like = [entry for entry in existing.iterdir() if _normal(entry.name).lower() == _normal(part).lower()]
                 if not like:
                     return None
                 step = min(like)
         except OSError:
             return None
-        found = step
-    return found
+        existing = step
+    return existing
 
 
 def _normal(name: str) -> str:

@@ -129,8 +129,8 @@ class ClusterNodes:
         for node in self._nodes:
             if node != here and node not in self._answers:
                 probe.touch()
-                there = NodeAffinitySchedulingStrategy(node, soft=False)
-                self._answers[node] = _sees.options(scheduling_strategy=there).remote(probe)
+                on_node = NodeAffinitySchedulingStrategy(node, soft=False)
+                self._answers[node] = _sees.options(scheduling_strategy=on_node).remote(probe)
         asked = {answer: node for node, answer in self._answers.items() if answer is not None}
         if not asked:
             return True

@@ -114,17 +114,17 @@ class SlideState:
         """Id of the slide in the cohort."""
         return self.planned.record.slide_id
 
-    def add_survey(self, found: Surveyed) -> None:
+    def add_survey(self, surveyed: Surveyed) -> None:
         """Store the result of the survey, and queue the units and regions that are not done yet.
 
         The slide can be finalized at once if all are done.
         """
         self.surveyed = True
-        self.units = found.work.units
-        self.seconds.add(found.seconds)
-        self.inferred = set(found.inferred)
+        self.units = surveyed.work.units
+        self.seconds.add(surveyed.seconds)
+        self.inferred = set(surveyed.inferred)
         self.to_infer = deque(i for i in range(len(self.units)) if i not in self.inferred)
-        regions = sorted(set(range(len(self.units))) - set(found.posted))
+        regions = sorted(set(range(len(self.units))) - set(surveyed.posted))
         self.regions_left = len(regions)
         for region in regions:
             self._wait(region, self._indices(neighbours(self.units[region])))
