@@ -56,7 +56,7 @@ class Outcome:
         return exit_code(len(self.slides), len(self.failures))
 
     def closing_lines(self) -> list[str]:
-        """Return the lines for stdout: numbers of slides, paths of results, flags and failures."""
+        """Return the lines for stdout: numbers of slides, then the first LISTED results, flags and failures."""
         failed = len({failure.row for failure in self.failures})  # an invalid row may have several faults
         slides = counted(len(self.slides), "slide")
         lines = [f"{slides} done, {failed} failed; summary: {self.layout.summary_csv}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -225,11 +226,11 @@ def verify_packages(
     Exit codes: 0 all files are intact, 2 at least one is corrupted.
     """
     checks: list[tuple[str, Callable[[], object]]] = [
-        (name, lambda name=name: load_tensors(find_package(name, "package")))  # type: ignore[misc]
+        (name, functools.partial(_check_weights, name))
         for name in models or ["starter", *(path.stem for path in cached_packages())]
     ]
     if not models:
-        checks += [(str(path), lambda path=path: check_download(path)) for path in cached_downloads()]  # type: ignore[misc]
+        checks += [(str(path), functools.partial(check_download, path)) for path in cached_downloads()]
     corrupted = False
     for name, check in checks:
         try:
@@ -241,6 +242,11 @@ def verify_packages(
             typer.echo(f"ok         {name}")
     if corrupted:
         raise typer.Exit(PackageError.exit_code)
+
+
+def _check_weights(name: str) -> None:
+    """Raise PackageError if a package cannot be read, or its weights do not match its card."""
+    load_tensors(find_package(name, "package"))
 
 
 def print_card(model: PackageArgument) -> None:
