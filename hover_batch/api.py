@@ -51,8 +51,8 @@ def segment_slide(
 
     `path`: a slide file, a DICOM folder or a URL. `output`: the run's folder. Slides may share one if their settings
     are the same, but slides.csv and the summary then list only the last one. `mpp`: pixel size of level 0 in µm, if the
-    file gives none or a wrong one. `slide_id`: by default the file's stem. `settings`: those of the command, by their
-    names in settings.toml (`batch=4`, `backend="local"`, `class_map={"stroma": ["spindle"], …}`).
+    file gives none or a wrong one. `slide_id`: by default the file's stem or the folder's name. `settings`: those of
+    the command, by their names in settings.toml (`batch=4`, `backend="local"`, `class_map={"stroma": ["spindle"], …}`).
 
     Returns the path of the table, for `load_nuclei`. Raises InputError if an argument is invalid, PackageError if the
     model cannot be used, SlideError if the slide cannot be processed.
@@ -60,10 +60,9 @@ def segment_slide(
     from hover_batch.segment import run_segment
 
     cohort = one_slide(path, mpp, slide_id)
-    given = Settings.from_dict({"model": str(model), **nested(settings)})
-    outcome = run_segment(
-        cohort, Path(output), given, skip_invalid=False, force=False, command=["hover_batch.segment_slide", str(path)]
-    )
+    run_settings = Settings.from_dict({"model": str(model), **nested(settings)})
+    command = ["hover_batch.segment_slide", str(path)]
+    outcome = run_segment(cohort, Path(output), run_settings, skip_invalid=False, force=False, command=command)
     if outcome.failures:
         raise SlideError(outcome.failures[0].reason)
     return outcome.layout.slide(cohort.records[0].slide_id).nuclei_parquet
@@ -83,7 +82,7 @@ def load_nuclei(path: str | Path) -> pd.DataFrame:
         path = path / "nuclei.parquet"
     if not path.exists():
         raise SlideError(f"{path}: does not exist; give the folder of a finished slide, out/slides/ID, or its table")
-    NucleiTable.open(path)
+    NucleiTable.open(path)  # raises SlideError for a file that is not a table of nuclei
     try:
         with pq.ParquetFile(path) as file:
             return _frame(file.read(), json.loads(file.metadata.metadata[b"hover_batch"]))
@@ -182,9 +181,11 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
         store = PredictionStore.open(path, read_only=True)
         _refuse_missing_shards(store, layout)
         array = store.array
-        about = array.attrs
-        card = Card.from_json(about["model"])
-        mpp, scale, level0 = (tuple(map(float, about[name])) for name in ("mpp", "level0_per_pixel", "level0_size"))  # type: ignore[arg-type]
+        attributes: Mapping[str, Any] = dict(array.attrs)
+        card = Card.from_json(attributes["model"])
+        mpp_x, mpp_y = map(float, attributes["mpp"])
+        scale_x, scale_y = map(float, attributes["level0_per_pixel"])
+        width, height = map(int, attributes["level0_size"])
         if array.shape[0] != card.layout.planes:
             raise ValueError(f"{array.shape[0]} planes")
     except (LookupError, TypeError, ValueError) as error:
@@ -198,9 +199,9 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
         hematoxylin=Plane(array, planes.hematoxylin, planes.OD_SCALE),
         eosin=Plane(array, planes.eosin, planes.OD_SCALE),
         card=card,
-        mpp=Mpp(*mpp),
-        level0_per_pixel=(scale[0], scale[1]),
-        level0=Size(int(level0[0]), int(level0[1])),
+        mpp=Mpp(mpp_x, mpp_y),
+        level0_per_pixel=(scale_x, scale_y),
+        level0=Size(width, height),
         bounds=read_info(layout.survey_json).bounds if layout.survey_json.is_file() else None,
     )
 
@@ -219,7 +220,7 @@ class Model:
     def predict(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return the quantised maps (plane, y, x) uint8 of an image (see `hover_batch.model.heads.MapLayout`).
 
-        `rgb`: (y, x, 3) uint8 RGB of any size; it is reflected at its border. InputError for other arrays.
+        `rgb`: (y, x, 3) uint8 RGB of any size; it is reflected at its border. InputError for other or empty arrays.
         """
         if (
             not isinstance(rgb, np.ndarray)
@@ -228,38 +229,49 @@ class Model:
             or rgb.shape[2] != 3
             or not rgb.size
         ):
-            what = f"{rgb.dtype} {rgb.shape}" if isinstance(rgb, np.ndarray) else type(rgb).__name__
-            raise InputError(f"an image must be an array (y, x, 3) of uint8, RGB, not {what}")
+            given = f"{rgb.dtype} {rgb.shape}" if isinstance(rgb, np.ndarray) else type(rgb).__name__
+            raise InputError(f"an image must be an array (y, x, 3) of uint8, RGB, not {given}")
         return predict_image(self.predictor, rgb)
 
     def nuclei(self, rgb: NDArray[np.uint8]) -> tuple[NDArray[np.int32], pd.DataFrame]:
-        """Return the instances (y, x) int32, 0 = background, of an image and the table of its nuclei.
+        """Return the instance map (y, x) int32 of an image, 0 = background, and the table of its nuclei.
 
-        `rgb`: (y, x, 3) uint8 RGB. The table has the columns of `load_nuclei`, with positions in pixels of the image;
-        `nucleus_id` is the number in the instance map. The result is that of a run with default settings. InputError
-        for other arrays.
+        `rgb`: (y, x, 3) uint8 RGB. The table has the columns of `load_nuclei`, with positions in pixels of the image,
+        and `nucleus_id`, the nucleus's number 1 … n in the instance map. The result is that of a run with default
+        settings. InputError for other or empty arrays.
         """
         from hover_batch.nuclei.image import nuclei_of
 
         maps = self.predict(rgb)
         card = self.card
-        found, nuclei = nuclei_of(maps, SobelConstants.from_json(card.sobel), card.layout)
+        labels, nuclei = nuclei_of(maps, SobelConstants.from_json(card.sobel), card.layout)
+        # Number the nuclei in the order of the table, which is not that of their labels.
         numbers = np.arange(1, len(nuclei) + 1, dtype=np.uint32)
-        by_label = np.zeros(len(nuclei) + 1, np.int32)
-        by_label[found[nuclei.anchor_y, nuclei.anchor_x]] = numbers
-        mpp, size = Mpp(card.mpp, card.mpp), Size(rgb.shape[1], rgb.shape[0])
-        grid = Grid.over(size, mpp, card.mpp)
-        context = TableContext("", card.taxonomy, grid, mpp, "model", None, card.name, self.sha256, __version__)
+        number_of_label = np.zeros(len(nuclei) + 1, np.int32)
+        number_of_label[labels[nuclei.anchor_y, nuclei.anchor_x]] = numbers
+        mpp = Mpp(card.mpp, card.mpp)
+        context = TableContext(
+            slide_id="",
+            taxonomy=card.taxonomy,
+            grid=Grid.over(Size(rgb.shape[1], rgb.shape[0]), mpp, card.mpp),
+            slide_mpp=mpp,
+            mpp_source="model",
+            bounds=None,
+            model_id=card.name,
+            model_sha256=self.sha256,
+            software=__version__,
+        )
         table = to_arrow(nuclei, context).drop_columns(["anchor_y", "anchor_x"])
-        return by_label[found], _frame(table.add_column(1, "nucleus_id", pa.array(numbers)), context.to_json())
+        table = table.add_column(1, "nucleus_id", pa.array(numbers))
+        return number_of_label[labels], _frame(table, context.to_json())
 
 
 def load_model(name_or_path: str | Path = "starter", **settings: Any) -> Model:
     """Load the network of a package, on a GPU if there is one.
 
     `name_or_path`: name of a package, a .safetensors file or a folder. `settings`: those of inference (`device`,
-    `precision`, `batch`, `runtime`, `threads`). PackageError if the package cannot be loaded, InputError if a setting
-    is invalid or the device cannot be used.
+    `precision`, `batch`, `runtime`, `threads`); by default, `batch` suits the model's architecture. PackageError if the
+    package cannot be loaded, InputError if a setting is invalid or the device cannot be used.
     """
     from hover_batch.model.predict import load_predictor
 

@@ -43,7 +43,7 @@ def main(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
-    """Print the version if --version is given."""
+    """Print the version if --version is given; otherwise warn about unknown environment variables."""
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -34,7 +34,11 @@ class CommandGroup(TyperGroup):
         return super().main(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; on an error, print its message to stderr and raise typer.Exit with its exit code."""
+        """Run a command; on an expected error, print its message to stderr and raise typer.Exit with its exit code.
+
+        Expected are HoverBatchError, an OSError that names a file or means a full disk, and KeyboardInterrupt (130).
+        Characters that the terminal cannot encode are printed as escapes.
+        """
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # else µ and → raise an error on a terminal that is not UTF-8
                 stream.reconfigure(errors="backslashreplace")
@@ -45,11 +49,12 @@ class CommandGroup(TyperGroup):
             _say(ctx, f"Error: {error}", error.exit_code)
             raise typer.Exit(error.exit_code) from error
         except OSError as error:
-            message = "Error: no space left on disk; free some space and run the same command again"
-            if error.errno not in DISK_FULL:
-                if error.filename is None:
-                    raise
+            if error.errno in DISK_FULL:
+                message = "Error: no space left on disk; free some space and run the same command again"
+            elif error.filename is not None:
                 message = f"Error: {error.filename}: {error.strerror}; check that it can be read and written"
+            else:
+                raise
             _say(ctx, message, HoverBatchError.exit_code)
             raise typer.Exit(HoverBatchError.exit_code) from error
         except KeyboardInterrupt as error:

@@ -190,10 +190,10 @@ class Settings:
         A whole number may be given for a float. InputError for unknown names, wrong types and invalid values.
         """
         sections = {name: section for name, section in vars(cls()).items() if isinstance(section, Section)}
-        known: dict[str, Any] = {}
+        checked: dict[str, Any] = {}
         for key, value in data.items():
             if key == "model":
-                known[key] = _typed(key, value, str)
+                checked[key] = _typed(key, value, str)
             elif key not in sections:
                 raise InputError(f"setting {key} is not known; known are model, {', '.join(sections)}")
             elif not isinstance(value, Mapping):
@@ -204,13 +204,13 @@ class Settings:
                     names = ", ".join(sorted(defaults))
                     raise InputError(f"setting {key}.{unknown[0]} is not known; known in [{key}] are {names}")
                 typed = {name: _typed(f"{key}.{name}", v, type(defaults[name])) for name, v in value.items()}
-                known[key] = type(sections[key])(**typed)
-        return cls(**known)
+                checked[key] = type(sections[key])(**typed)
+        return cls(**checked)
 
     def results_key(self) -> dict[str, Any]:
         """Return the settings that change results, for the run key: section → name → value.
 
-        The model is left out, since its hash is part of the run key, too.
+        The model is left out, since its hash is another part of the run key; so are the output and engine settings.
         """
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # all GPUs of a node give the same results

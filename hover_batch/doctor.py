@@ -68,7 +68,7 @@ class Check:
     """What to do if `inspect` raises an exception."""
 
     def run(self) -> Finding:
-        """Do the check and return what it found; FAIL with the message if it raises an exception.
+        """Do the check and return what it found; FAIL with the first line of the message if it raises an exception.
 
         Python's warnings are not shown meanwhile.
         """
@@ -77,8 +77,9 @@ class Check:
                 warnings.simplefilter("ignore")
                 return self.inspect()
         except Exception as error:
-            words = (str(error).strip() or "no message").splitlines()[0]
-            message = words if isinstance(error, HoverBatchError) else f"{type(error).__name__}: {words}"
+            message = (str(error).strip() or "no message").splitlines()[0]
+            if not isinstance(error, HoverBatchError):
+                message = f"{type(error).__name__}: {message}"
             return Finding("FAIL", message, self.fix)
 
 
@@ -137,11 +138,11 @@ def _torch() -> Finding:
 def _gpu() -> Finding:
     import torch
 
-    there = Node.here().gpus
+    number = Node.here().gpus
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
-    if not usable and not there:
+    if not usable and not number:
         return _warned("none found: runs use the CPU", "fine for a few fields; for cohorts use a machine with a GPU")
     if not usable:
         reason = str(caught[0].message).splitlines()[0] if caught else "torch does not say why"
@@ -150,11 +151,11 @@ def _gpu() -> Finding:
             reason, fix = "this build of torch is for the CPU only", "install torch's build for CUDA"
         else:
             fix = f"install a driver for CUDA {built} or newer (nvidia-smi shows what it has), or give --device cpu"
-        return Finding("FAIL", f"{there} found, but torch cannot use them: {reason}", fix)
+        return Finding("FAIL", f"{number} found, but torch cannot use them: {reason}", fix)
     names = []
-    for number in range(torch.cuda.device_count()):
-        torch.zeros(1, device=f"cuda:{number}").add_(1).cpu()  # fails if this build of torch lacks code for the GPU
-        card = torch.cuda.get_device_properties(number)
+    for index in range(torch.cuda.device_count()):
+        torch.zeros(1, device=f"cuda:{index}").add_(1).cpu()  # fails if this build of torch lacks code for the GPU
+        card = torch.cuda.get_device_properties(index)
         names.append(f"{card.name}, {card.total_memory / GIB:.0f} GiB")
     return _passed("; ".join(names))
 

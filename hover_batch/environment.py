@@ -17,10 +17,10 @@ _CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib"}
 def complete_environment() -> None:
     """Set LOGNAME, HOME, NUMBA_CACHE_DIR and MPLCONFIGDIR in os.environ if they are needed and missing.
 
-    Nothing changes for a user with a name and a writable cache folder. Without such a cache folder, caches go to a
-    folder in the temporary directory that belongs to this user alone, since numba unpickles the files in its cache.
-    Without a home folder, HOME is set to that folder. Without a temporary directory, they stay unset, since commands
-    that compile nothing do not need them.
+    LOGNAME is set to the user's id if the user has no name. Nothing else changes for a user with a home folder and a
+    writable cache folder in it. Without these, the caches are put into a folder in the temporary directory that belongs
+    to this user alone, since numba unpickles the files in its cache; without a home folder, HOME is set to it, too. If
+    there is no temporary directory, these variables stay unset, since commands that compile nothing do not need them.
     """
     try:
         getpass.getuser()

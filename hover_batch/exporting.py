@@ -38,9 +38,9 @@ def export_run(
 ) -> Exported:
     """Export the tables of the run in `folder` to each of `formats`. Return the files and the skipped slides.
 
-    `slide_ids`: the slides to export; empty for all. `output`: folder for files named SLIDE_ID.suffix; None writes each
-    file next to its table. Existing files are replaced. Slides that are not done, or whose table cannot be read, are
-    skipped. `notify` is called with a line about each file and each skipped slide.
+    `slide_ids`: the slides to export; empty for all. `output`: folder for files named SLIDE_ID.suffix, created if it
+    does not exist; None writes each file next to its table. Existing files are replaced. Slides that are not done, or
+    whose table cannot be read, are skipped. `notify` is called with a line about each file and each skipped slide.
 
     InputError if the folder holds no run, a slide is not in it, a format needs a package that is not installed, or a
     file cannot be written; OSError if the disk is full.

@@ -44,16 +44,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary path at which the block creates a folder, which then replaces the folder `path`, if any.
 
     For folders that can be made again: files are not synced, and for a moment during the replacement neither the old
-    nor the new folder exists at `path`. On an error, `path` is unchanged.
+    nor the new folder exists at `path`. If the block raises an exception, `path` is unchanged.
     """
     temporary = _hidden_name(path)
     try:
         yield temporary
         if path.exists():
-            old = _hidden_name(path)
-            os.replace(path, old)
+            replaced = _hidden_name(path)
+            os.replace(path, replaced)
             os.replace(temporary, path)
-            shutil.rmtree(old)
+            shutil.rmtree(replaced)
         else:
             os.replace(temporary, path)
     finally:
@@ -105,15 +105,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_file(path: Path) -> bytes | None:
-    """Return the content of a file; None if it does not exist. OSError if it cannot be read."""
+    """Return the content of a file; None if it does not exist. OSError if it cannot be read.
+
+    On NFS, the file may be replaced while it is read: then it is read once more, and None is returned if this fails,
+    too.
+    """
     for _ in range(2):
         try:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            # The file was replaced on NFS while it was read: read the new one.
-            if error.errno != errno.ESTALE:
+            if error.errno != errno.ESTALE:  # ESTALE: the file was replaced
                 raise
     return None
 
@@ -130,7 +133,8 @@ def json_object(content: bytes) -> dict[str, Any] | None:
 def is_dicom(path: Path) -> bool:
     """Return whether `path` is a DICOM file: by its suffix, or by its preamble, since many instances have no suffix.
 
-    False for hidden files, a DICOMDIR, and files without the suffix that cannot be read.
+    A name that ends in .dcm suffices, even if there is no such file. False for hidden files, a DICOMDIR, and files
+    without the suffix that cannot be read.
     """
     if path.name.startswith(".") or path.name == "DICOMDIR":
         return False
@@ -171,7 +175,7 @@ def write_first(path: Path, data: bytes) -> bool:
 
 
 def leftovers(path: Path) -> Iterator[Path]:
-    """Return the temporary files and folders that killed writes of `path` left behind."""
+    """Yield the temporary files and folders that killed writes of `path` left behind, and those of running writes."""
     return path.parent.glob(f".{path.name}.*.partial")
 
 
@@ -197,6 +201,7 @@ def sweeping(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove_leftovers(path)
+        # A shared lock while the block writes, so that others may write, too, but not remove.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield

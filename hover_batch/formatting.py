@@ -18,10 +18,11 @@ def counted(number: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds with two digits in a suitable unit, such as `3.4 s`, `12 min`, `1.5 h` or `2.1 days`."""
+    """Format seconds in a suitable unit, such as `3.4 s`, `12 min`, `1.5 h` or `2 days`: one decimal below 10."""
     unit, length = next((unit, length) for unit, length, below in _UNITS if seconds < below)
     value = seconds / length
-    return f"{value:.1f}".removesuffix(".0") + f" {unit}" if value < 9.95 else f"{value:,.0f} {unit}"
+    number = f"{value:.1f}".removesuffix(".0") if value < 9.95 else f"{value:,.0f}"
+    return f"{number} {unit}"
 
 
 def listed(names: Collection[str]) -> str:

@@ -49,8 +49,8 @@ def panoptic_quality(true: NDArray[np.integer], pred: NDArray[np.integer]) -> Pa
     """Return the PQ of two instance maps (y, x) without regard to types (Kirillov et al. 2019, equation 1).
 
     Instances are paired if their IoU exceeds 0.5, so that each has at most one partner. DQ = TP / (TP + FP/2 + FN/2),
-    SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ; all are NaN if both maps are empty. HoVerNet's reference
-    divides by TP + 1e-6 in SQ; here it is TP. ValueError for maps of different shapes.
+    SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ, each from 0 to 1 (perfect); all are NaN if both maps are
+    empty. HoVerNet's reference divides by TP + 1e-6 in SQ; here it is TP. ValueError for maps of different shapes.
     """
     overlap = _Overlap.of(true, pred)
     matched = overlap.iou[overlap.iou > 0.5]
@@ -70,7 +70,7 @@ def class_quality(
     pred_types: NDArray[np.integer],
     type_id: int,
 ) -> float:
-    """Return the PQ of the instances of the class `type_id`, 0 to 1; all others count as background.
+    """Return the PQ of the instances of the class `type_id`, 0 to 1 (perfect); all others count as background.
 
     `true`, `pred`: instance maps (y, x). `true_types` (n,), `pred_types` (m,): class ids of their instances, in the
     order of the instances' ids. NaN if no true instance has the class, even if it is predicted: in PanNuke-metrics,
@@ -96,35 +96,36 @@ def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
     """Return the aggregated Jaccard index of two instance maps (y, x) (Kumar et al. 2017, algorithm 1).
 
     Each true instance is paired with the prediction of highest IoU (if equal, the larger intersection, then the lower
-    id, as in HoVerNet's reference); a prediction may be in several pairs. The index is the sum of intersections divided
-    by the sum of unions plus the areas of all unpaired instances. NaN if both maps are empty. ValueError for maps of
-    different shapes.
+    id, as in HoVerNet's reference); a prediction may be in several pairs. The index, from 0 to 1 (perfect), is the sum
+    of their intersections, divided by the sum of their unions plus the areas of all unpaired instances. NaN if both
+    maps are empty. ValueError for maps of different shapes.
     """
     overlap = _Overlap.of(true, pred)
     order = np.lexsort((overlap.pred_id, -overlap.intersection, -overlap.iou, overlap.true_id))
     paired_true, first = np.unique(overlap.true_id[order], return_index=True)
-    best = order[first]
-    union = overlap.union[best].sum()
-    union += overlap.true_area.sum() - overlap.true_area[paired_true].sum()
+    best = order[first]  # of each true instance, its overlap with the best prediction
     paired_pred = np.unique(overlap.pred_id[best])
-    union += overlap.pred_area.sum() - overlap.pred_area[paired_pred].sum()
-    return float(overlap.intersection[best].sum() / union) if union else math.nan
+    unpaired_true_area = overlap.true_area.sum() - overlap.true_area[paired_true].sum()
+    unpaired_pred_area = overlap.pred_area.sum() - overlap.pred_area[paired_pred].sum()
+    total = overlap.union[best].sum() + unpaired_true_area + unpaired_pred_area
+    return float(overlap.intersection[best].sum() / total) if total else math.nan
 
 
 def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
     """Return the Dice score of the foregrounds of two instance maps (y, x): 2·|∩| / (|true| + |pred|) in pixels.
 
-    NaN if both maps are empty. ValueError for maps of different shapes.
+    It is 1 for equal foregrounds, 0 for disjoint ones, and NaN if both maps are empty. ValueError for maps of different
+    shapes.
     """
     _check_maps(true, pred)
-    a, b = true > 0, pred > 0
-    total = int(a.sum()) + int(b.sum())
-    return 2 * int((a & b).sum()) / total if total else math.nan
+    true_foreground, pred_foreground = true > 0, pred > 0
+    total = int(true_foreground.sum()) + int(pred_foreground.sum())
+    return 2 * int((true_foreground & pred_foreground).sum()) / total if total else math.nan
 
 
 def mean_defined(scores: Iterable[float]) -> float:
-    """Return the mean of the scores, without those that are NaN; NaN if no others are left."""
-    defined = [s for s in scores if not math.isnan(s)]
+    """Return the mean of the scores that are not NaN; NaN if there are none."""
+    defined = [score for score in scores if not math.isnan(score)]
     return sum(defined) / len(defined) if defined else math.nan
 
 
@@ -156,8 +157,8 @@ class _Overlap:
     def of(cls, true: NDArray[np.integer], pred: NDArray[np.integer]) -> _Overlap:
         """Count the pixels of two maps (y, x). ValueError for maps of different shapes."""
         _check_maps(true, pred)
-        seen = (true > 0) | (pred > 0)
-        t, p = true[seen].astype(np.int64), pred[seen].astype(np.int64)
+        foreground = (true > 0) | (pred > 0)
+        t, p = true[foreground].astype(np.int64), pred[foreground].astype(np.int64)
         shape = (int(t.max(initial=0)) + 1, int(p.max(initial=0)) + 1)
         joint = coo_matrix((np.ones(len(t), np.int64), (t, p)), shape).tocsr().tocoo()  # CSR sums duplicates
         rows, columns = (c.astype(np.int64) for c in joint.coords)
@@ -188,20 +189,21 @@ def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating]
     n, m = len(true_xy), len(pred_xy)
     if n == 0 or m == 0:
         return np.empty((0, 2), np.intp)
-    near = cKDTree(true_xy).sparse_distance_matrix(cKDTree(pred_xy), radius, output_type="ndarray")
-    i, j, distance = near["i"], near["j"], near["v"]
+    candidates = cKDTree(true_xy).sparse_distance_matrix(cKDTree(pred_xy), radius, output_type="ndarray")
+    i, j, distance = candidates["i"], candidates["j"], candidates["v"]
     graph = coo_matrix((np.ones(len(i), bool), (i, n + j)), (n + m, n + m))
-    cluster = connected_components(graph, directed=False)[1][i]
-    order = np.argsort(cluster, kind="stable")
+    component = connected_components(graph, directed=False)[1][i]
+    # Sort by component, so that each is a slice start:end.
+    order = np.argsort(component, kind="stable")
     i, j, distance = i[order], j[order], distance[order]
-    starts = np.flatnonzero(np.diff(cluster[order], prepend=-1))
+    starts = np.flatnonzero(np.diff(component[order], prepend=-1))
     ends = np.append(starts[1:], len(i))
-    alone = ends - starts == 1  # most nuclei have exactly one candidate
-    pairs = [np.stack([i[starts[alone]], j[starts[alone]]], axis=1)]
-    for start, end in zip(starts[~alone], ends[~alone], strict=True):
+    has_one_pair = ends - starts == 1  # most nuclei have exactly one candidate
+    pairs = [np.stack([i[starts[has_one_pair]], j[starts[has_one_pair]]], axis=1)]
+    for start, end in zip(starts[~has_one_pair], ends[~has_one_pair], strict=True):
         pairs.append(_assign(i[start:end], j[start:end], distance[start:end], radius))
-    found = np.concatenate(pairs)
-    return found[np.argsort(found[:, 0])]
+    all_pairs = np.concatenate(pairs)
+    return all_pairs[np.argsort(all_pairs[:, 0])]
 
 
 def match_as_hovernet(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating], radius: float) -> NDArray[np.intp]:
@@ -254,9 +256,10 @@ def count_pairs(
     for name, types in (("true", true_types), ("predicted", pred_types)):
         if len(types) and not 0 <= int(types.min()) <= int(types.max()) < n_types:
             raise ValueError(f"{name} types range from {types.min()} to {types.max()}, not within 0 … {n_types - 1}")
-    missed, extra = np.delete(true_types, pairs[:, 0]), np.delete(pred_types, pairs[:, 1])
-    row = np.concatenate([true_types[pairs[:, 0]], missed, np.full(len(extra), n_types)]).astype(np.int64)
-    column = np.concatenate([pred_types[pairs[:, 1]], np.full(len(missed), n_types), extra]).astype(np.int64)
+    true_index, pred_index = pairs[:, 0], pairs[:, 1]
+    missed, extra = np.delete(true_types, true_index), np.delete(pred_types, pred_index)
+    row = np.concatenate([true_types[true_index], missed, np.full(len(extra), n_types)]).astype(np.int64)
+    column = np.concatenate([pred_types[pred_index], np.full(len(missed), n_types), extra]).astype(np.int64)
     side = n_types + 1
     table = np.bincount(row * side + column, minlength=side * side).reshape(side, side)
     return PairCounts(table)
@@ -286,7 +289,9 @@ def detection_scores(counts: PairCounts) -> DetectionScores:
     `counts`: counts of one or more images; types are ignored.
     """
     table = counts.table
-    tp, fp, fn = int(table[:-1, :-1].sum()), int(table[-1, :-1].sum()), int(table[:-1, -1].sum())
+    tp = int(table[:-1, :-1].sum())
+    fp = int(table[-1, :-1].sum())
+    fn = int(table[:-1, -1].sum())
     return DetectionScores(
         f1=_ratio(2 * tp, 2 * tp + fp + fn),
         precision=_ratio(tp, tp + fp),

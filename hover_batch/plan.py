@@ -85,10 +85,10 @@ class Plan:
         return exit_code(len(self.slides), len(self.unreadable) + len(self.cohort.faults))
 
     def raise_if_faulty(self) -> None:
-        """Raise InputError if the cohort has faults, with everything that is known about its other slides, too."""
-        found = [f"{slide.record.slide_id}: {w}" for slide in self.slides for w in slide.info.warnings]
-        found += [f"{record.slide_id}: will fail: {reason}" for record, reason in self.unreadable]
-        raise_if_faulty(replace(self.cohort, warnings=(*self.cohort.warnings, *found)))
+        """Raise InputError if the cohort has faults. Its message also has the warnings and reasons of other slides."""
+        warnings = [f"{slide.record.slide_id}: {w}" for slide in self.slides for w in slide.info.warnings]
+        warnings += [f"{record.slide_id}: will fail: {reason}" for record, reason in self.unreadable]
+        raise_if_faulty(replace(self.cohort, warnings=(*self.cohort.warnings, *warnings)))
 
     def lines(self, settings: Settings, card: Card) -> list[str]:
         """Return the plan as lines of text for the user. `card`: card of the model.
@@ -129,29 +129,36 @@ class Plan:
 def plan_cohort(cohort: Cohort, card: Card) -> Plan:
     """Check the slides of a cohort and return the plan. `card`: card of the model, for the inference grid.
 
-    All headers and masks are read. Slides in other storage are checked for existence, and their fingerprints are
-    computed. Faults of slides are collected in the plan, not raised.
+    The headers of slides on this machine and all masks are read. Slides in cloud storage are checked for existence, and
+    their fingerprints are computed. Faults of slides are collected in the plan, not raised.
     """
-    remote = [record for record in cohort.records if isinstance(record.path, Url)]
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        asked = {r.row: pool.submit(remote_info, r.path, r.mpp) for r in remote if isinstance(r.path, Url)}
-        return _plan(cohort, card, asked)
+        remote_infos = {
+            record.row: pool.submit(remote_info, record.path, record.mpp)
+            for record in cohort.records
+            if isinstance(record.path, Url)
+        }
+        return _plan(cohort, card, remote_infos)
 
 
-def _plan(cohort: Cohort, card: Card, asked: dict[int, Future[RemoteInfo]]) -> Plan:
-    """Return the plan. `asked`: pending results of `remote_info`, by row."""
+def _plan(cohort: Cohort, card: Card, remote_infos: dict[int, Future[RemoteInfo]]) -> Plan:
+    """Return the plan. `remote_infos`: pending results of `remote_info`, by row."""
     slides: list[PlannedSlide] = []
     unreadable: list[tuple[SlideRecord, str]] = []
     faults, warnings = list(cohort.faults), list(cohort.warnings)
     for record in cohort.records:
         wrong: list[str] = []
-        info, reason = None, ""
+        info: SlideInfo | RemoteInfo | None = None
+        reason = ""
         with _collected(wrong):
             if record.mpp is not None:
                 check_mpp(record.mpp)
         try:
             with _collected(wrong):
-                info = _remote(record, asked[record.row].result()) if record.row in asked else peek(record)
+                if record.row in remote_infos:
+                    info = _remote(record, remote_infos[record.row].result())
+                else:
+                    info = peek(record)
         except SlideError as error:
             reason = str(error)
         with _collected(wrong):

@@ -21,7 +21,7 @@ class ProgressCounter:
         self._started: float | None = None
 
     def expect(self, total: int, before: int = 0) -> None:
-        """Add `total` items, `before` of which are already done. The clock starts at the first call.
+        """Add `total` items, `before` of which an earlier start has done. The clock of `rate` starts at the first call.
 
         Negative numbers remove items.
         """

@@ -45,8 +45,8 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
     """Write the HTML report of the run in `folder` and return its path.
 
     `output`: file to write; None for report.html in the run's folder. With many slides, the pictures are on further
-    pages in a folder next to it. An existing report is replaced. `notify` is called with a line about each slide.
-    InputError if the folder holds no run, or the report cannot be written; OSError if the disk is full.
+    pages in a folder next to it. An existing report is replaced. `notify` is called with a line about each finished
+    slide. InputError if the folder holds no run, or the report cannot be written; OSError if the disk is full.
     """
     status = read_status(folder)
     layout = status.layout
@@ -57,18 +57,20 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
     rows = _rows(status, records)
     title = f"Cohort {layout.root.name}"
     number_done = sum(row.state == "done" for row in rows)
-    found = _Found()
+    sums = _Sums()
     try:
         pages = Pages(path, number_done, title)
+        # A report outside the run's folder has no links to the slides' files.
         to_run = pages.to_front if path.absolute().parent == layout.root else None
         for index, row in enumerate(rows):
             if row.state == "done":
-                notify(f"[{len(found.done) + 1}/{number_done}] {row.slide_id}")
-                rows[index] = row = replace(row, page=pages.next_page)
-                reported = report_slide(layout.slide(row.slide_id), row, records[row.slide_id], to_run)
-                found.add(row, reported.table, reported.measured)
+                notify(f"[{len(sums.done) + 1}/{number_done}] {row.slide_id}")
+                row_with_page = replace(row, page=pages.next_page)
+                reported = report_slide(layout.slide(row.slide_id), row_with_page, records[row.slide_id], to_run)
+                sums.add(row_with_page, reported.table, reported.measured)
                 pages.add(reported.detail)
-        pages.close(_report(status, rows, found, title))
+                rows[index] = row_with_page
+        pages.close(_report(status, rows, sums, title))
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
@@ -77,7 +79,7 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
 
 
 @dataclass
-class _Found:
+class _Sums:
     """Sums over the tables of the slides. `done`: finished slides; `good`: those whose table can be read."""
 
     done: list[SlideRow] = field(default_factory=list)
@@ -134,13 +136,13 @@ def _reason(stage: str, reason: str) -> str:
     return f"{stage}: {reason}" if stage else reason
 
 
-def _report(status: RunStatus, rows: Sequence[SlideRow], found: _Found, title: str) -> Report:
+def _report(status: RunStatus, rows: Sequence[SlideRow], sums: _Sums, title: str) -> Report:
     """Return the content of the front page."""
-    layout, classes = status.layout, found.classes
+    layout, classes = status.layout, sums.classes
     cohort: dict[str, Any] = {}
-    if found.tables:
-        summaries = [dict(row.summary) for row in found.good]
-        paths, taxonomy = [table.path for table in found.tables], found.tables[0].taxonomy
+    if sums.tables:
+        summaries = [dict(row.summary) for row in sums.good]
+        paths, taxonomy = [table.path for table in sums.tables], sums.tables[0].taxonomy
         cohort = cohort_summary(summaries, paths, taxonomy, status.log.model_busy)
     counts = dict.fromkeys(("done", "failed", "left out", "under way", "begun", "pending"), 0)
     for row in rows:
@@ -153,16 +155,16 @@ def _report(status: RunStatus, rows: Sequence[SlideRow], found: _Found, title: s
         status=status.lines()[:2],
         counts={name: n for name, n in counts.items() if n or name in ("done", "failed")},
         facts=_facts(status, cohort),
-        missing=_missing(status, rows, found),
+        missing=_missing(status, rows, sums),
         flagged=_flagged(layout, rows),
         classes=classes,
         shares=[_share(kind, cohort) for kind in classes],
         rows=rows,
         cohort=cohort,
-        densities=_densities(found),
-        histograms=[histogram(m, found.histograms[m.column], classes) for m in MEASURES if found.histograms],
+        densities=_densities(sums),
+        histograms=[histogram(m, sums.histograms[m.column], classes) for m in MEASURES if sums.histograms],
         failures=[row for row in rows if row.state in ("failed", "left out")],
-        card=_card(layout, found, run),
+        card=_card(layout, sums, run),
         settings=layout.settings_toml.read_text("utf-8", "replace") if layout.settings_toml.is_file() else None,
         versions=read_json(layout.versions_json),
         run={"folder": layout.root, **run},
@@ -203,7 +205,7 @@ def _facts(status: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
-def _missing(status: RunStatus, rows: Sequence[SlideRow], found: _Found) -> list[str]:
+def _missing(status: RunStatus, rows: Sequence[SlideRow], sums: _Sums) -> list[str]:
     """Return one sentence for each thing that the report lacks."""
     missing = []
     if status.slides is None:
@@ -211,23 +213,23 @@ def _missing(status: RunStatus, rows: Sequence[SlideRow], found: _Found) -> list
     waiting = sum(row.state in ("under way", "begun", "pending") for row in rows)
     if waiting:
         missing.append(
-            f"The run is not finished: {len(found.done):,} of {len(rows):,} slides are done, and only "
+            f"The run is not finished: {len(sums.done):,} of {len(rows):,} slides are done, and only "
             f"these are counted here; {waiting:,} are not done yet."
         )
-    if bad := len(found.done) - len(found.good):
+    if bad := len(sums.done) - len(sums.good):
         missing.append(f"Tables that cannot be read, and are not counted: {bad:,}. The section of each slide says why.")
     return missing
 
 
-def _densities(found: _Found) -> list[Strip]:
+def _densities(sums: _Sums) -> list[Strip]:
     """Return dot plots of each slide's nuclei per mm² of tissue: one of all nuclei, and one per class."""
     names: dict[NucleusClass | None, str] = {None: "nuclei_per_mm2"}
-    names |= {kind: f"{kind.name}_per_mm2" for kind in found.classes}
+    names |= {kind: f"{kind.name}_per_mm2" for kind in sums.classes}
     return strips(
         {
             kind: [
                 (row.summary[name], f"{row.slide_id}: {row.summary[name]:,.0f}")
-                for row in found.good
+                for row in sums.good
                 if name in row.summary
             ]
             for kind, name in names.items()
@@ -235,12 +237,12 @@ def _densities(found: _Found) -> list[Strip]:
     )
 
 
-def _card(layout: RunLayout, found: _Found, run: Mapping[str, Any]) -> dict[str, Any] | None:
+def _card(layout: RunLayout, sums: _Sums, run: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the model's card as JSON values; None if it is not available.
 
     It is read from a prediction store, or from the package if that still has the hash in run.json.
     """
-    for table in found.tables:
+    for table in sums.tables:
         store = read_json(layout.slide(table.slide_id).predictions_zarr / "zarr.json") or {}
         if card := store.get("attributes", {}).get("model"):
             return dict(card)

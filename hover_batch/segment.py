@@ -56,18 +56,18 @@ class Outcome:
         return exit_code(len(self.slides), len(self.failures))
 
     def closing_lines(self) -> list[str]:
-        """Return the lines for stdout: numbers of slides, paths of results, flags and failures."""
+        """Return the lines for stdout: numbers of slides, then the first LISTED results, flags and failures."""
         failed = len({failure.row for failure in self.failures})  # an invalid row may have several faults
-        done = counted(len(self.slides), "slide")
-        lines = [f"{done} done, {failed} failed; summary: {self.layout.summary_csv}"]
+        slides = counted(len(self.slides), "slide")
+        lines = [f"{slides} done, {failed} failed; summary: {self.layout.summary_csv}"]
         if self.model_busy is not None:
             lines.append(f"networks busy {self.model_busy:.0%} of the time from the first tile to the last")
         for slide in self.slides[:LISTED]:
             paths = self.layout.slide(slide["slide_id"])
             lines.append(f"{slide['slide_id']}: {slide['nuclei']:,} nuclei")
             lines.append(f"  table    {paths.nuclei_parquet}")
-            drawn = paths.overlay_jpg.exists()
-            lines.append(f"  overlay  {paths.overlay_jpg if drawn else 'none, since --from reads no slides'}")
+            overlay = paths.overlay_jpg if paths.overlay_jpg.exists() else "none, since --from reads no slides"
+            lines.append(f"  overlay  {overlay}")
             if paths.predictions_zarr.exists():
                 lines.append(f"  store    {paths.predictions_zarr}")
         if len(self.slides) > LISTED:
@@ -75,12 +75,12 @@ class Outcome:
         flagged = {slide_id: flags for slide_id, flags in self.flags.items() if flags}
         if flagged:
             lines.append(f"flagged: {counted(len(flagged), 'slide')} of {len(self.flags):,}; look at them before use")
-            shown = list(flagged.items())[:LISTED]
-            lines += [f"  {slide_id}: {flag.name}: {flag.sentence}" for slide_id, flags in shown for flag in flags]
+            first = list(flagged.items())[:LISTED]
+            lines += [f"  {slide_id}: {flag.name}: {flag.sentence}" for slide_id, flags in first for flag in flags]
         if len(flagged) > LISTED:
             lines.append(f"  … and {len(flagged) - LISTED:,} more in the column flags of {self.layout.summary_csv}")
-        if old := sum("quality" not in slide for slide in self.slides):
-            lines.append(f"{counted(old, 'slide')} of an older version: not checked for focus, ink, stain and scores")
+        if older := sum("quality" not in slide for slide in self.slides):
+            lines.append(f"{counted(older, 'slide')} of an older version: not checked for focus, ink, stain and scores")
         if self.failures:
             lines.append(f"failures: {self.layout.failures_csv}")
             lines += [f"  {f.slide_id}: {f.reason}" for f in self.failures[:LISTED]]
@@ -101,11 +101,12 @@ def run_segment(
 ) -> Outcome:
     """Run the cohort `source` into the folder `output`, or resume the run there. Return its outcome.
 
-    `source`: a CSV, folder or glob pattern; a cohort that was read already; or a stored run, from whose predictions new
-    tables are made. `skip_invalid`: leave out invalid rows instead of stopping. `force`: remove the results in `output`
-    first. `command`: command line, for run.json. `retry_failed`: also retry quarantined slides. `fail_on`: names of
-    quality flags; slides that have one are recorded as failed, but their results stay. `log_format`: format of the
-    messages on stderr.
+    Slides that an earlier start finished are skipped. At the end, failures.csv and the summary are written. `source`: a
+    CSV, folder or glob pattern; a cohort that was read already; or a stored run, from whose predictions new tables are
+    made. `skip_invalid`: leave out invalid rows instead of stopping. `force`: remove the results in `output` first.
+    `command`: command line, for run.json. `retry_failed`: also retry quarantined slides. `fail_on`: names of quality
+    flags; slides that have one are recorded as failed, but their results stay. `log_format`: format of the messages on
+    stderr.
 
     Before anything runs, InputError if a row, a setting or the output folder is invalid, and PackageError if the model
     package cannot be read. Later, errors as in `Executor.run`, and OSError if the disk is full. Failures of single
@@ -138,7 +139,7 @@ def run_segment(
         CohortProgress(len(records), log_format) as progress,
     ):
         settings = backend.settings
-        keys = {slide.record.slide_id: result_key(slide, package, settings) for slide in plan.slides}
+        run_keys = {slide.record.slide_id: result_key(slide, package, settings) for slide in plan.slides}
         ledger.start(
             settings=settings,
             model=ModelId(package.card.name, package.sha256),
@@ -147,18 +148,18 @@ def run_segment(
             versions=versions,
             command=command,
             force=force,
-            keys=keys,
+            run_keys=run_keys,
         )
         for warning in plan.cohort.warnings:
             progress.warn(warning)
-        if left := ledger.orphans(plan.cohort):
+        if orphans := ledger.orphans(plan.cohort):
             progress.warn(
-                f"{output} holds {len(left)} finished slides that are not in this cohort ({listed(left)}); "
+                f"{output} holds {len(orphans)} finished slides that are not in this cohort ({listed(orphans)}); "
                 "they are kept, but slides.csv and the summary list only this cohort"
             )
         for fault in plan.cohort.faults:
             ledger.record_failure(fault.slide_id_or_path, fault.row, "", Stage.CHECK, fault.message)
-        context = RunContext.of(package, settings, ledger, progress, keys)
+        context = RunContext.of(package, settings, ledger, progress, run_keys)
         recorder = context.recorder
         has_remote = any(isinstance(slide.record.path, Url) and slide.stored is None for slide in plan.slides)
         if has_remote:
@@ -167,8 +168,9 @@ def run_segment(
         try:
             for record, reason in plan.unreadable:
                 recorder.fail_unreadable(record, reason)
-            todo = [slide for slide in plan.slides if not recorder.skip_done(slide)]
-            backend.run(context, [slide for slide in todo if not recorder.skip_quarantined(slide, retry=retry_failed)])
+            unfinished = [slide for slide in plan.slides if not recorder.skip_done(slide)]
+            to_run = [slide for slide in unfinished if not recorder.skip_quarantined(slide, retry=retry_failed)]
+            backend.run(context, to_run)
             flags = _flag(ledger, records, fail_on)
             stopped = False
         finally:

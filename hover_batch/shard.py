@@ -59,11 +59,11 @@ def encode_shard(maps: NDArray[np.uint8], unit: int, chunk: int) -> bytes | None
 
 
 def decode_shard(path: Path, unit_box: Box, chunk: int, window: Box, maps: NDArray[np.uint8]) -> None:
-    """Copy the pixels of `window` that lie in the unit of the shard at `path` to `maps` (plane, y, x) uint8.
+    """Decode the shard at `path`, and copy the pixels of its unit that lie in `window` to `maps` (plane, y, x) uint8.
 
-    `unit_box`: the whole unit, not clipped to the canvas. `chunk`: side of a chunk in pixels. `window`: box of `maps`,
-    in the same pixels as `unit_box`. `maps` must be zero in the unit, since chunks of zeros are not copied.
-    FileNotFoundError if there is no such shard, SlideError if it is damaged.
+    `unit_box`: the whole unit in inference pixels, not clipped to the canvas. `chunk`: side of a chunk in pixels.
+    `window`: box that `maps` covers, in inference pixels, too. `maps` must be zero in the unit, since chunks of zeros
+    are not copied. FileNotFoundError if there is no such shard, SlideError if it is damaged.
     """
     planes, rows, columns = len(maps), unit_box.height // chunk, unit_box.width // chunk
     needed = unit_box.intersect(window)
@@ -71,22 +71,22 @@ def decode_shard(path: Path, unit_box: Box, chunk: int, window: Box, maps: NDArr
         with path.open("rb") as shard:
             size = shard.seek(0, os.SEEK_END)
             shard.seek(max(0, size - planes * rows * columns * _ENTRY_BYTES - _CRC_BYTES))
-            content = shard.read()
-            index_bytes, crc = content[:-_CRC_BYTES], content[-_CRC_BYTES:]
+            end_of_shard = shard.read()
+            index_bytes, crc = end_of_shard[:-_CRC_BYTES], end_of_shard[-_CRC_BYTES:]
             if google_crc32c.value(index_bytes) != int.from_bytes(crc, "little"):
                 raise ValueError("the checksum of its index does not match")
             index = np.frombuffer(index_bytes, "<u8").reshape(planes, rows, columns, 2)
             pixels = np.empty((chunk, chunk), np.uint8)
             for plane, row, column in np.argwhere(index[..., 0] != _ABSENT).tolist():
                 x0, y0 = unit_box.x0 + column * chunk, unit_box.y0 + row * chunk
-                box = Box(x0, y0, x0 + chunk, y0 + chunk)
-                part = box.intersect(needed)
+                chunk_box = Box(x0, y0, x0 + chunk, y0 + chunk)
+                part = chunk_box.intersect(needed)
                 if part.empty:
                     continue
                 offset, length = index[plane, row, column].tolist()
                 shard.seek(offset)
                 _ZSTD.decode(shard.read(length), pixels)
-                maps[plane][part.slices_in(window)] = pixels[part.slices_in(box)]
+                maps[plane][part.slices_in(window)] = pixels[part.slices_in(chunk_box)]
     except (ValueError, RuntimeError) as error:
         raise SlideError(
             f"{path}: this part of the stored predictions is damaged ({error}); remove slide.json of this slide, if it "

@@ -90,11 +90,11 @@ def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str
 
     For stored maps, their run key takes the place of the slide. OSError if the mask file cannot be read.
     """
-    mask = slide.record.mask_path
+    mask_path = slide.record.mask_path
     if slide.stored is not None:
         source = slide.stored.run_key
     else:
-        source = slide.info.fingerprint + ("" if mask is None else sha256_file(mask))
+        source = slide.info.fingerprint + ("" if mask_path is None else sha256_file(mask_path))
     return run_key(package.sha256, settings.results_key(), source, SCHEMA_VERSION)
 
 
@@ -121,8 +121,9 @@ def survey(
 ) -> SlideWork:
     """Find the tissue and cut it into units, write survey.json, and return the slide ready to be processed.
 
-    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read, or if the row's mask was
-    replaced after the run began.
+    `reader`: reader of the slide. It is None for stored maps, whose header and tissue are read from the survey.json of
+    their run. SlideError if the slide or, for stored maps, the survey.json of their run cannot be read, or if the row's
+    mask was replaced after the run began.
     """
     key_content = layout.key_json.read_bytes()
     if slide.stored is not None:
@@ -131,13 +132,13 @@ def survey(
     else:
         assert reader is not None
         info, mask = reader.info, tissue_mask(reader, slide.record, settings.tissue)
-        if (given := slide.record.mask_path) is not None:
+        if (mask_path := slide.record.mask_path) is not None:
             # For slides in other storage, the plan could not compare the mask with the slide.
-            info = replace(info, warnings=(*info.warnings, *check_mask(given, info.level0, info.bounds)))
+            info = replace(info, warnings=(*info.warnings, *check_mask(mask_path, info.level0, info.bounds)))
             # The file is hashed after it was read, so that a change before or during the reading is noticed.
             if json.loads(key_content).get("run_key") != result_key(slide, package, settings):
                 raise SlideError(
-                    f"{given}: the mask was replaced or changed after the run began; repeat the segment command"
+                    f"{mask_path}: the mask was replaced or changed after the run began; repeat the segment command"
                 )
     write_survey(layout.survey_json, info, mask)
     grid = Grid.over(info.level0, info.mpp, package.card.mpp)
@@ -146,7 +147,7 @@ def survey(
 
 
 def refuse_if_taken_over(work: SlideWork) -> None:
-    """Raise SlideError if a run with another run key has taken over the slide's folder.
+    """Raise SlideError if a run with another run key has taken over or removed the slide's folder.
 
     Call it before each write, so that a process on a node that was considered lost does not mix its results into those
     of the other run.

@@ -50,7 +50,9 @@ class UnfinishedSlide:
         """Estimated number of tiles still to be predicted; None if the total is unknown."""
         if self.units is None or self.tiles is None:
             return None
-        return self.tiles * (1 - min(1.0, self.predicted / self.units)) if self.units else 0.0
+        if not self.units:
+            return 0.0
+        return self.tiles * (1 - min(1.0, self.predicted / self.units))
 
     def line(self) -> str:
         """Return the slide's progress as one line of text, for people."""
@@ -101,31 +103,35 @@ class RunStatus:
     def seconds_left(self) -> tuple[float, str] | None:
         """Return the estimated seconds left, and the basis of the estimate in words.
 
-        None if it cannot be estimated, or the run is not running, is waiting for disk space or has ended.
+        The basis is the mean time of the slides since the start if there are pending slides, else the rate of tiles, or
+        that of regions. None if the run has ended, is known not to be running or waits for disk space, or if the log
+        does not suffice for an estimate.
         """
         log = self.log
         if self.is_running is False or log.finished or log.disk_full:
             return None
         left = self.pending + len(self.open)
         if self.pending and log.slides_done and log.started and log.last_slide:
-            mean = (log.last_slide - log.started).total_seconds() / log.slides_done
-            return mean * left, (
+            seconds_per_slide = (log.last_slide - log.started).total_seconds() / log.slides_done
+            return seconds_per_slide * left, (
                 f"if the {counted(left, 'slide')} left go as fast as the {log.slides_done:,} finished since the start"
             )
-        tiles, regions = [slide.tiles_left for slide in self.open], [slide.regions_left for slide in self.open]
         if rate := log.tile_rate:
+            tiles = [slide.tiles_left for slide in self.open]
             return _time_for(tiles, rate, "to predict the rest of the slides under way")
         if rate := log.region_rate:
+            regions = [slide.regions_left for slide in self.open]
             return _time_for(regions, rate, "to post-process the rest of the slides under way")
         return None
 
     def lines(self) -> list[str]:
         """Return the progress as lines of text for stdout."""
-        made = f", begun {_clock(self.created)}" if self.created else ""
-        lines = [f"{self.layout.root}: model {self.model}{made}", f"running: {self._running()}"]
-        if (full := self.log.disk_full) and self.is_running is not False:
+        begun = f", begun {_clock(self.created)}" if self.created else ""
+        lines = [f"{self.layout.root}: model {self.model}{begun}", f"running: {self._running()}"]
+        if self.log.disk_full and self.is_running is not False:
+            full_since = _clock(self.log.disk_full)
             lines.append(
-                f"paused: the disk has been full since {_clock(full)}; free some space, and the run continues by itself"
+                f"paused: the disk has been full since {full_since}; free some space, and the run continues by itself"
             )
         if self.log.nodes_and_networks:
             nodes, networks = self.log.nodes_and_networks
@@ -137,10 +143,10 @@ class RunStatus:
         if self.slides is None:
             lines.append("slides: not known, since slides.csv is not written yet")
         else:
-            word = "begun" if self.is_running is False else "under way"
+            open_word = "begun" if self.is_running is False else "under way"
             left_out = f"; {counted(self.left_out, 'row')} of the cohort left out" if self.left_out else ""
             lines.append(
-                f"slides: {self.done:,} done, {self.failed:,} failed, {len(self.open):,} {word}, "
+                f"slides: {self.done:,} done, {self.failed:,} failed, {len(self.open):,} {open_word}, "
                 f"{self.pending:,} pending, of {self.slides:,}{left_out}"
             )
         lines += [f"  {slide.line()}" for slide in self.open[:LISTED]]
@@ -150,16 +156,17 @@ class RunStatus:
         if self.flags:
             kinds = ", ".join(f"{name} {count:,}" for name, count in counts_of(self.flags).items())
             lines.append(f"flagged: {counted(len(self.flags), 'slide')} ({kinds}); `hover-batch report` shows them")
-        for rate, what in ((self.log.tile_rate, "tiles"), (self.log.region_rate, "regions")):
+        for rate, unit in ((self.log.tile_rate, "tiles"), (self.log.region_rate, "regions")):
             if rate:
-                until = f"in the {duration(rate.seconds)} up to {_clock(rate.until)}"
-                lines.append(f"rate: about {rate.per_s:.3g} {what}/s {until}")
+                window = f"in the {duration(rate.seconds)} up to {_clock(rate.until)}"
+                lines.append(f"rate: about {rate.per_s:.3g} {unit}/s {window}")
                 break
         if estimate := self.seconds_left():
-            lines.append(f"time left: about {duration(estimate[0])} {estimate[1]}")
+            seconds, basis = estimate
+            lines.append(f"time left: about {duration(seconds)} {basis}")
         if self.log.model_busy is not None:
-            which = "" if self.log.finished else ", in an earlier start"
-            lines.append(f"model busy: {self.log.model_busy:.0%} of the time{which}")
+            when = "" if self.log.finished else ", in an earlier start"
+            lines.append(f"model busy: {self.log.model_busy:.0%} of the time{when}")
         if self.failures:
             lines.append("failures since the last start:")
             for failure in self.failures[:LISTED]:
@@ -194,8 +201,8 @@ class RunStatus:
     def to_json(self) -> str:
         """Return the complete status as indented JSON; unknown values are null, times ISO 8601 in UTC."""
         log, estimate = self.log, self.seconds_left()
-        tiles, regions = log.tile_rate, log.region_rate
-        last = tiles or regions
+        tile_rate, region_rate = log.tile_rate, log.region_rate
+        shown_rate = tile_rate or region_rate
         value = {
             "folder": str(self.layout.root),
             "model": self.model,
@@ -232,9 +239,9 @@ class RunStatus:
             "flagged": {
                 slide_id: {flag.name: flag.sentence for flag in flags} for slide_id, flags in self.flags.items()
             },
-            "tiles_per_s": tiles.per_s if tiles else None,
-            "regions_per_s": regions.per_s if regions else None,
-            "rate_until": _iso(last.until if last else None),
+            "tiles_per_s": tile_rate.per_s if tile_rate else None,
+            "regions_per_s": region_rate.per_s if region_rate else None,
+            "rate_until": _iso(shown_rate.until if shown_rate else None),
             "seconds_left": estimate[0] if estimate else None,
             "seconds_left_base": estimate[1] if estimate else None,
             "model_busy": log.model_busy,

@@ -73,12 +73,15 @@ class PredictionStore:
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False) -> PredictionStore:
-        """Open an existing store for reading and, unless `read_only`, for writing units."""
+        """Open an existing store for reading and, unless `read_only`, for writing units.
+
+        FileNotFoundError if there is none at `path`.
+        """
         store = LocalStore(path, read_only=read_only)
         return cls(zarr.open_array(store, mode="r" if read_only else "r+"), path)
 
     def write(self, box: Box, maps: NDArray[np.uint8]) -> str | None:
-        """Write a whole unit, unless its shard exists, and sync it to disk.
+        """Write a whole unit and sync it to disk, unless its shard exists, which then stays as it is.
 
         `box`: the unit, clipped to the canvas. `maps`: (plane, y, x) uint8, of the shape of `box`. Returns the hex
         SHA-256 of the shard on disk; None if there is none, because all maps are zero. OSError if it cannot be written.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.manifest import Cohort
@@ -41,9 +41,10 @@ class StoredRun:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the run in `folder`.
+        """Read the run in `folder`. Slides that cannot be used are collected in the plan, not raised.
 
-        InputError if it holds no run, the run is still active, its files are corrupted, or no slide can be used.
+        InputError if the folder holds no run, the run is still active, its files are corrupted, or no slide can be
+        used.
         """
         layout = RunLayout(folder)
         if is_locked(layout.lock):
@@ -57,7 +58,7 @@ class StoredRun:
             raise InputError(f"--from {folder}: its settings.toml or slides.csv cannot be read ({error})") from error
         slides: list[PlannedSlide] = []
         unusable: list[tuple[SlideRecord, str]] = []
-        card: Card | None = None
+        card: Card | None = None  # the same for all slides, since they have the run's model
         for record in records:
             try:
                 slide, card = _planned(layout, record, str(run.get("model_sha256")))
@@ -77,21 +78,16 @@ class StoredRun:
     def check(self, settings: Settings, output: Path, *, force: bool) -> None:
         """Check that new tables with `settings` can be made from this run and written to `output`.
 
-        InputError if the settings require other predictions, if `output` is in this run's folder, or if it holds the
-        results of another run and `force` is not set to remove them.
+        InputError if the settings require other predictions, if `output` is this run's folder or in it, or, unless
+        `force` is set, if it holds a run that was not made from this one. Nothing is removed here.
         """
-        wanted = {"model": settings.model, "tissue": asdict(settings.tissue), "infer": asdict(settings.infer)}
-        for section, value in wanted.items():
-            stored = getattr(self.settings, section)
-            pairs = [(section, stored, value)]
-            if isinstance(value, dict):
-                pairs = [(f"{section}.{name}", getattr(stored, name), new) for name, new in value.items()]
-            for name, old, new in pairs:
-                if old != new:
-                    raise InputError(
-                        f"--from {self.layout.root}: was predicted with {name} = {old}, not {new}; leave this option, "
-                        "variable or setting out, or run segment on the slides themselves"
-                    )
+        wanted = _prediction_settings(settings)
+        for name, stored in _prediction_settings(self.settings).items():
+            if stored != wanted[name]:
+                raise InputError(
+                    f"--from {self.layout.root}: was predicted with {name} = {stored}, not {wanted[name]}; leave this "
+                    "option, variable or setting out, or run segment on the slides themselves"
+                )
         masked = [slide.record.slide_id for slide in self.plan.slides if slide.stored and slide.stored.hv_masked]
         if settings.post.sobel_norm == "window" and masked:
             raise InputError(
@@ -109,6 +105,15 @@ class StoredRun:
                 f"--output {output}: holds a run of {previous.get('cohort')}, not new tables of {self.layout.root}; "
                 "name a new folder, or give --force to remove the results there"
             )
+
+
+def _prediction_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings that determine the predictions, by their full names, such as infer.batch."""
+    named: dict[str, Any] = {"model": settings.model}
+    for section in ("tissue", "infer"):
+        values = asdict(getattr(settings, section))
+        named |= {f"{section}.{name}": value for name, value in values.items()}
+    return named
 
 
 def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple[PlannedSlide, Card]:

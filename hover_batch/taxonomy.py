@@ -67,14 +67,14 @@ class Taxonomy:
 
         `class_map`: new name → the list of the classes that it replaces, or a mapping with this list (`classes`) and a
         `color` [red, green, blue]; by default the color of the first class in the list. An empty map changes nothing.
-        New ids follow the order of the old ones, not of the map. InputError if the map is malformed, or if a class
-        other than the background is not named exactly once.
+        New classes are in the order of the lowest id that each replaces, not in that of the map. InputError if the map
+        is malformed, or if a class other than the background is not named exactly once.
         """
         if not class_map:
             return self, tuple(c.id for c in self.classes)
         by_name = {c.name: c for c in self.nuclei}
-        new: list[tuple[int, str, Rgb]] = []
-        name_of: dict[str, str] = {}
+        merged: list[tuple[int, str, Rgb]] = []  # lowest old id, new name, colour
+        new_name_of: dict[str, str] = {}
         for name, value in class_map.items():
             members, color = _members_and_color(name, value)
             for member in members:
@@ -82,17 +82,18 @@ class Taxonomy:
                     raise InputError(
                         f"class map: {name}: {member} is not a class of the model; it has {_list(by_name)}"
                     )
-                if member in name_of:
-                    raise InputError(f"class map: {member} is named twice, in {name_of[member]} and in {name}")
-                name_of[member] = name
-            new.append((min(by_name[m].id for m in members), name, color or by_name[members[0]].color))
-        if missing := [name for name in by_name if name not in name_of]:
+                if member in new_name_of:
+                    raise InputError(f"class map: {member} is named twice, in {new_name_of[member]} and in {name}")
+                new_name_of[member] = name
+            lowest_id = min(by_name[member].id for member in members)
+            merged.append((lowest_id, name, color or by_name[members[0]].color))
+        if missing := [name for name in by_name if name not in new_name_of]:
             raise InputError(f"class map: {_list(missing)} not mapped; name each class once: {_list(by_name)}")
         background = self.classes[0]
-        listed = [(name, color) for _, name, color in sorted(new)]
-        classes = (background, *(NucleusClass(i, name, color) for i, (name, color) in enumerate(listed, start=1)))
-        ids = {c.name: c.id for c in classes}
-        return Taxonomy(f"{self.name}, mapped", classes), (0, *(ids[name_of[name]] for name in by_name))
+        nuclei = [NucleusClass(i, name, color) for i, (_, name, color) in enumerate(sorted(merged), start=1)]
+        new_ids = {c.name: c.id for c in nuclei}
+        id_map = (0, *(new_ids[new_name_of[name]] for name in by_name))
+        return Taxonomy(f"{self.name}, mapped", (background, *nuclei)), id_map
 
     def to_json(self) -> dict[str, object]:
         """Return the taxonomy as JSON values, for model cards and store attributes; the inverse of `from_json`."""
@@ -104,12 +105,12 @@ class Taxonomy:
     @classmethod
     def from_json(cls, data: Any) -> Taxonomy:
         """Return the taxonomy that `to_json` gave as `data`. KeyError, TypeError or ValueError if it is malformed."""
-        name, listed = data["name"], data["classes"]
-        named = isinstance(name, str) and name.isprintable()
-        if not named or not isinstance(listed, list) or len(listed) > MAX_CLASSES:
+        name, entries = data["name"], data["classes"]
+        has_name = isinstance(name, str) and name.isprintable()
+        if not has_name or not isinstance(entries, list) or len(entries) > MAX_CLASSES:
             raise ValueError(f"taxonomy: needs a name and a list of at most {MAX_CLASSES} classes")
         classes = []
-        for entry in listed:
+        for entry in entries:
             class_id, label, color = entry["id"], entry["name"], entry["color"]
             if type(class_id) is not int or not isinstance(label, str) or not label or not label.isprintable():
                 raise ValueError(f"taxonomy: a class has the id {class_id!r:.40} and the name {label!r:.40}")

@@ -130,7 +130,7 @@ def test_a_long_run_leaves_few_lines_in_a_log(
         shown.expect(day, 10)
         for second in range(step, day, step):
             now = float(second)
-            shown.tiles(step)
+            shown.add_tiles(step)
             spoken += [now] * len(capsys.readouterr().err.splitlines())
     gaps = np.diff(spoken)
     assert len(spoken) < 300 and gaps.min() >= LINE_EVERY_S and gaps.max() <= MAX_LINE_EVERY_S + step
@@ -143,7 +143,7 @@ def test_json_progress_has_its_numbers(monkeypatch: pytest.MonkeyPatch, capsys: 
     with CohortProgress(3, LogFormat.json) as shown:
         shown.expect(100, 4)
         now = 20.0
-        shown.tiles(40)
+        shown.add_tiles(40)
         shown.warn("a\nwarning of \x1b[31mtwo lines")
     told, warned = map(json.loads, capsys.readouterr().err.splitlines())
     assert told["event"] == "progress" and told["tiles"] == [40, 100] and told["regions"] == [0, 4]

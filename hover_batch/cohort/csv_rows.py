@@ -35,7 +35,7 @@ class Row:
     cells: Mapping[str, str]
     """Filled cells by the names in COLUMNS and MPP_COLUMNS."""
     extra: Mapping[str, str] = field(default_factory=dict)
-    """Cells of all other columns, by name."""
+    """Cells of all columns that are not in COLUMNS, by name; "" for an empty one."""
     surplus: int = 0
     """Number of filled cells beyond the header's last column."""
 
@@ -52,8 +52,8 @@ class Row:
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     """Return the rows of a CSV, in order, and warnings for the user. Rows without a filled cell are skipped.
 
-    InputError if the file is not UTF-8 or not CSV, its header is invalid, or it has no rows; OSError if it cannot be
-    read. Cells are not checked.
+    The first record is the header. InputError if the file is not UTF-8 or not CSV, its header is invalid, or it has no
+    rows; OSError if it cannot be read. Cells are not checked.
     """
     lines = _csv_records(path)
     _, header = next(lines, (0, []))
@@ -61,17 +61,17 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         raise InputError(f"{path}: is empty; the first line must name the columns, at least path")
     names, warnings = _column_names(path, header)
     rows = []
-    unnamed = False
+    unnamed_is_filled = False
     for number, cells in lines:
         surplus = sum(1 for cell in cells[len(names) :] if cell)
         filled = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
-        unnamed |= "" in filled
+        unnamed_is_filled = unnamed_is_filled or "" in filled
         known = {name: filled[name] for name in (*COLUMNS, *MPP_COLUMNS) if name in filled}
         extra = {name: filled.get(name, "") for name in names if name and name not in COLUMNS}
         rows.append(Row(number, known, extra, surplus))
     if not rows:
         raise InputError(f"{path}: has a header but no slides; add a line for each slide")
-    if unnamed:
+    if unnamed_is_filled:
         warnings.append(f"{path}: a column without a name is ignored")
     return rows, warnings
 

@@ -36,16 +36,17 @@ class EventLog:
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "event": event, **values}) + "\n"
+        content = line.encode()
         # Unbuffered and in one call, so that killing the process loses no appended line.
         with self._guard:
             end = self._file.seek(0, os.SEEK_END)
             try:
-                whole = self._file.write(line.encode()) == len(line.encode())
+                complete = self._file.write(content) == len(content)
             except OSError as error:
                 if error.errno not in DISK_FULL:
                     raise
-                whole = False
-            if not whole:
+                complete = False
+            if not complete:
                 self._file.truncate(end)
 
     def close(self) -> None:
@@ -54,9 +55,9 @@ class EventLog:
 
 
 def stream_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a log, oldest first, as dictionaries with `time`, `event` and values.
+    """Yield the events of the log at `path`, oldest first, as dictionaries with `time`, `event` and values.
 
-    Nothing if the file does not exist. Another process may append meanwhile. Incomplete and corrupted lines are
+    If the file does not exist, yield nothing. Another process may append meanwhile. Incomplete and corrupted lines are
     skipped. OSError if the file cannot be read.
     """
     try:

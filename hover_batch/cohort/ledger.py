@@ -121,14 +121,15 @@ class Ledger:
         versions: Mapping[str, str],
         command: Sequence[str],
         force: bool = False,
-        keys: Mapping[str, str] = MappingProxyType({}),
+        run_keys: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Begin the run, or resume the one in the folder: write its files and open the event log.
+        """Begin the run, or resume the one in the folder: write its files, open the event log and log the start.
 
         The files are run.json (for a new run), settings.toml, versions.json and slides.csv. `settings`: those in
         effect, with "auto" resolved. `schema_version`: version of the table's columns. `versions`: package → version.
-        `command`: command line. `force`: remove the results of the run in the folder first. `keys`: run key of each
-        slide by slide_id. SettingsChanged if the folder holds a run whose results would differ, unless `force` is set.
+        `command`: command line. `force`: remove the results of the run in the folder first. `run_keys`: run key of each
+        slide by slide_id. Unless `force` is set, SettingsChanged if the run in the folder has another model, results
+        key or schema version, or a finished slide in it has a run key other than that in `run_keys`.
         """
         identity = run_identity(model, settings.results_key(), schema_version)
         stored = self._read_run()
@@ -136,9 +137,9 @@ class Ledger:
             self.clear()
         elif stored is not None:
             refuse_changes(self.layout.root, stored, identity)
-            self._refuse_other_slides(keys)
-        new = stored is None or force
-        if new:
+            self._refuse_other_slides(run_keys)
+        is_new = stored is None or force
+        if is_new:
             run = {
                 **identity,
                 "format": RUN_FORMAT,
@@ -154,19 +155,22 @@ class Ledger:
         self.write_slides(cohort.records)
         self._events = EventLog(self.layout.events_jsonl)
         self.events.append(
-            "run_started" if new else "run_resumed",
+            "run_started" if is_new else "run_resumed",
             command=list(command),
             slides=len(cohort.records),
             versions=dict(versions),
         )
 
-    def _refuse_other_slides(self, keys: Mapping[str, str]) -> None:
-        """SettingsChanged if the slide_id of a finished slide now has another file, pixel size or mask."""
-        stored = {slide_id: read_json(self.layout.slide(slide_id).slide_json) or {} for slide_id in keys}
-        other = [slide_id for slide_id, key in keys.items() if stored[slide_id].get("run_key", key) not in (None, key)]
-        if other:
+    def _refuse_other_slides(self, run_keys: Mapping[str, str]) -> None:
+        """Raise SettingsChanged if the slide_id of a finished slide now has another file, pixel size or mask."""
+        changed = []
+        for slide_id, key in run_keys.items():
+            stored = read_json(self.layout.slide(slide_id).slide_json) or {}
+            if stored.get("run_key") not in (None, key):
+                changed.append(slide_id)
+        if changed:
             raise SettingsChanged(
-                f"--output {self.layout.root}: {listed(other)}: finished with another file, mpp or mask "
+                f"--output {self.layout.root}: {listed(changed)}: finished with another file, mpp or mask "
                 "than the cohort has now. Give these slides another slide_id or name another --output; --force "
                 "removes all results in the folder and starts again."
             )
@@ -174,7 +178,8 @@ class Ledger:
     def orphans(self, cohort: Cohort) -> list[str]:
         """Return the slide_ids of finished slides in the folder that the cohort does not list, sorted."""
         known = {record.slide_id for record in cohort.records}
-        return [s.slide_id for s in self._slides() if s.slide_id not in known and s.slide_json.is_file()]
+        finished = [slide.slide_id for slide in self._slides() if slide.slide_json.is_file()]
+        return [slide_id for slide_id in finished if slide_id not in known]
 
     def _slides(self) -> Iterator[SlideLayout]:
         """Yield the slides that have a folder here, by name; folders whose name is not a slide_id are skipped."""
@@ -191,17 +196,17 @@ class Ledger:
             # of --example are written before the run begins, and a joined cluster may have logged already.
             known = [path for path in (layout.example, layout.logs) if path.is_dir()]
             entries = (entry for entry in layout.root.iterdir() if not entry.name.startswith("."))
-            if other := sorted(entry.name for entry in entries if entry not in known):
+            if unknown := sorted(entry.name for entry in entries if entry not in known):
                 raise InputError(
-                    f"--output {layout.root}: holds {other[0]} but no run.json, so it is not the folder of a "
+                    f"--output {layout.root}: holds {unknown[0]} but no run.json, so it is not the folder of a "
                     "run; name a new folder"
                 )
         return run
 
     def clear(self) -> None:
-        """Remove all results that the layout names, and nothing else.
+        """Remove the results of the run and of all its slides; files that the layout does not name stay.
 
-        run.json stays until `start` replaces it, so that the folder still counts as a run if the removal is
+        run.json stays, too, until `start` replaces it, so that the folder still counts as a run if the removal is
         interrupted. OSError if a file cannot be removed.
         """
         layout = self.layout
@@ -251,9 +256,9 @@ class Ledger:
     def is_done(self, slide_id: str, key: str) -> bool:
         """Return whether the slide is finished: slide.json holds this run key, and its table has the recorded size.
 
-        If so, the slide also counts as done in slides.csv and at the end of the run. If no size is recorded, the table
-        only has to exist. Only the size is compared, since the checksums of a large cohort would delay each start by
-        minutes.
+        If so, the slide counts as done from now on, in slides.csv and in the log's last event. If no size is recorded,
+        the table only has to exist. Its checksum is not compared, since this would delay each start of a large cohort
+        by minutes.
         """
         slide = self.layout.slide(slide_id)
         stored = read_json(slide.slide_json) or {}
@@ -266,21 +271,23 @@ class Ledger:
         return True
 
     def write_slide_json(self, slide_id: str, key: str, values: Mapping[str, Any]) -> bool:
-        """Write slide.json with `values` (JSON), the slide_id and the run key, which declares the slide done.
+        """Declare the slide done: write slide.json with `values` (JSON), the slide_id and the run key, and log it.
 
-        Return whether it was written: False if another writer finished first, whose file stays.
+        Return whether it was written: False if it exists, because another writer finished first. Then that file stays
+        and nothing is logged, but the slide counts as done all the same.
         """
         content = to_json({**values, "slide_id": slide_id, "run_key": key})
-        first = write_first(self.layout.slide(slide_id).slide_json, content)
+        written = write_first(self.layout.slide(slide_id).slide_json, content)
         self._done.add(slide_id)
-        if first:
+        if written:
             self.events.append("slide_done", slide_id=slide_id)
-        return first
+        return written
 
     def record_failure(self, slide_id: str, row: int, path: Path | Url | str, stage: str, reason: str) -> None:
-        """Record that a slide, or an invalid row, failed in `stage`. `finish` writes failures.csv.
+        """Record that a slide, or an invalid row, failed in `stage`, and log it; the slide no longer counts as done.
 
-        `slide_id`: id, or the row's name in messages. `path`: path or URL; empty for an invalid row.
+        failures.csv is written only by `finish`. `slide_id`: id, or the row's name in messages. `path`: path or URL;
+        empty for an invalid row. `reason`: message for the user.
         """
         self._failures.append(SlideFailure(slide_id, row, str(path), stage, reason))
         self._done.discard(slide_id)
@@ -297,10 +304,9 @@ class Ledger:
     def quarantined(self, slide_id: str, key: str) -> tuple[str, str] | None:
         """Return the stage and reason of the slide's quarantine; None if it is not quarantined for this run key."""
         stored = read_json(self.layout.slide(slide_id).quarantine_json) or {}
-        try:
-            return (stored["stage"], stored["reason"]) if stored["run_key"] == key else None
-        except KeyError:
+        if stored.get("run_key") != key or "stage" not in stored or "reason" not in stored:
             return None
+        return stored["stage"], stored["reason"]
 
     def end_quarantine(self, slide_id: str) -> None:
         """Remove the slide's quarantine.json, so that the slide runs again."""
@@ -327,8 +333,8 @@ class Ledger:
     def write_slides(self, records: Sequence[SlideRecord]) -> None:
         """Write slides.csv: the cohort's columns, extra ones included, and the row and status of each slide.
 
-        The status is done, failed, begun (its folder holds unfinished work) or pending. OSError if the file cannot be
-        written.
+        The status is done, failed (since the last start), begun (its folder holds unfinished work) or pending. OSError
+        if the file cannot be written.
         """
         extra = list(dict.fromkeys(name for record in records for name in record.extra))
         header = [*COLUMNS, *extra, *RUN_COLUMNS]

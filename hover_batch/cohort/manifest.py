@@ -73,20 +73,21 @@ def read_cohort(source: str | Path) -> Cohort:
         elif path.is_file() and path.suffix.lower() not in _SLIDE_SUFFIXES:
             rows, warnings = read_rows(path)
         elif path.exists() or glob.has_magic(str(source)):
-            found = [path] if path.exists() else [Path(p) for p in glob.glob(str(source), recursive=True)]
-            rows, warnings = _as_rows(found, str(source))
+            entries = [path] if path.exists() else [Path(name) for name in glob.glob(str(source), recursive=True)]
+            rows, warnings = _as_rows(entries, str(source))
         else:
             raise InputError(f"{source}: no such CSV, folder or slide{near_name(path.absolute(), Path().absolute())}")
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror})") from error
-    base = path.parent if path.is_file() else Path()
+    base = path.parent if path.is_file() else Path()  # paths in a CSV are relative to its folder
     return _check(str(path.absolute()), rows, base.absolute(), warnings)
 
 
 def one_slide(path: str | Path, mpp: float | None = None, slide_id: str | None = None) -> Cohort:
     """Return a cohort of the slide at `path`, checked like a row of a CSV. InputError if it has a fault.
 
-    `path`: path or URL. `mpp`: pixel size of level 0 in µm; None to use the file's. `slide_id`: by default the stem.
+    `path`: path or URL. `mpp`: pixel size of level 0 in µm; None to use the file's. `slide_id`: None to use the file's
+    stem or the folder's name.
     """
     cells = {"path": str(path), "mpp": "" if mpp is None else str(mpp), "slide_id": slide_id or ""}
     row = Row(1, {name: cell for name, cell in cells.items() if cell})
@@ -97,7 +98,7 @@ def one_slide(path: str | Path, mpp: float | None = None, slide_id: str | None =
 
 
 def raise_if_faulty(cohort: Cohort) -> None:
-    """Raise InputError if the cohort has faults, with a line for each, one for each warning, and the remedy."""
+    """Raise InputError if the cohort has faults. Its message has a line for each fault and warning, and the remedy."""
     if not cohort.faults:
         return
     lines = [f"{cohort.source}: {counted(len(cohort.faults), 'fault')}, nothing was run"]

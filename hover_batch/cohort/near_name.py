@@ -10,9 +10,10 @@ _WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 def near_name(path: Path, base: Path) -> str:
-    """Return a hint to append to the message that `path` does not exist; "" if nothing on disk has a similar name.
+    """Return a hint to append to the message that `path` does not exist; "" if there is none.
 
-    `path`: absolute path. `base`: absolute folder to which the user's paths are relative.
+    Hints name a file whose name differs only in case or Unicode form, a link's missing target, or the separator to use
+    instead of Windows'. `path`: absolute path. `base`: absolute folder to which the user's paths are relative.
     """
     # Only the part that the user wrote: the folders above may contain backslashes.
     written = str(path.relative_to(base)) if path.is_relative_to(base) else str(path)
@@ -27,6 +28,7 @@ def near_name(path: Path, base: Path) -> str:
         return "; write / between folders, not \\" + (f": {similar} exists" if similar else "")
     if similar is None:
         return ""
+    # `_existing` ignores both case and Unicode form: find out which of them differs.
     if _normal(str(similar)) != _normal(str(slashed)):
         return f"; {similar} exists, which differs in upper and lower case"
     form = next((form for form in ("NFC", "NFD") if unicodedata.is_normalized(form, similar.name)), "mixed")
@@ -38,19 +40,19 @@ def near_name(path: Path, base: Path) -> str:
 
 def _existing(path: Path) -> Path | None:
     """Return the path on disk that equals `path` except for case and Unicode form; None if there is none."""
-    found = Path(path.anchor)
+    existing = Path(path.anchor)
     for part in path.parts[1:]:
-        step = found / part
+        step = existing / part
         try:
             if not step.exists():
-                like = [entry for entry in found.iterdir() if _normal(entry.name).lower() == _normal(part).lower()]
+                like = [entry for entry in existing.iterdir() if _normal(entry.name).lower() == _normal(part).lower()]
                 if not like:
                     return None
                 step = min(like)
         except OSError:
             return None
-        found = step
-    return found
+        existing = step
+    return existing
 
 
 def _normal(name: str) -> str:

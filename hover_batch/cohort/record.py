@@ -43,8 +43,8 @@ class Url:
     __repr__ = __str__
 
     def without_secrets(self, text: str) -> str:
-        """Return `text`, which may contain URLs such as this one, without their credentials."""
-        if self.protocol in _CONTAINER:
+        """Return `text`, which may contain URLs of this protocol, without their credentials."""
+        if self.protocol in _CONTAINER:  # what precedes the @ is no user
             return re.sub(r"\?[^\s'\"]*", "", text)
         if "://" not in text:
             return text

@@ -43,7 +43,7 @@ def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
 
 
 def require_run(layout: RunLayout, flag: str = "") -> dict[str, Any]:
-    """Return the content of run.json. Errors as in `read_run`; InputError, too, if the folder holds no run."""
+    """Return the content of run.json. InputError if the folder holds no run; other errors as in `read_run`."""
     run = read_run(layout, flag)
     if run is None:
         raise InputError(f"{_named(layout, flag)}: holds no run; give the --output folder of `segment`")
@@ -105,16 +105,17 @@ def nuclei_if_done(slide: SlideLayout) -> int | None:
 
 
 def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict[str, Any] | None:
-    """Return the content of slide.json of a finished slide; None if the slide is not finished, or it is of another one.
+    """Return the content of a finished slide's slide.json; None if there is none, or it records another slide.
 
-    `failed_at`: time when the slide failed in the last start; None if it did not. A slide.json from before does not
-    count, since that start rejected it. OSError if the file cannot be read.
+    `failed_at`: time when the slide failed in the last start; None if it did not. A slide.json that was written before
+    does not count, since that start rejected it. OSError if the file cannot be read.
     """
     try:
         modified = slide.slide_json.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return None
     stored = read_json(slide.slide_json) or {}
-    outdated = failed_at is not None and modified < failed_at.timestamp()
-    own = stored.get("slide_id", slide.slide_id) == slide.slide_id
-    return stored if isinstance(stored.get("nuclei"), int) and own and not outdated else None
+    if failed_at is not None and modified < failed_at.timestamp():
+        return None
+    is_own = stored.get("slide_id", slide.slide_id) == slide.slide_id
+    return stored if is_own and isinstance(stored.get("nuclei"), int) else None

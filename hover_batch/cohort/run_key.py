@@ -57,24 +57,27 @@ def run_identity(model: ModelId, results_key: Mapping[str, Any], schema_version:
 def refuse_changes(root: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise SettingsChanged if the identity of the run in `root` differs from that of the run to be started.
 
-    `stored`, `wanted`: the two identities. The message has a line for each difference, old → new. The model's name may
-    differ.
+    `stored`, `wanted`: the two identities, as `run_identity` returns them. The message has a line for each difference,
+    stored → wanted. The model's name may differ if its hash does not.
     """
     changes = []
     if stored.get("model_sha256") != wanted["model_sha256"]:
-        old, new = (f"{run.get('model_id')} (sha256 {str(run.get('model_sha256'))[:12]}…)" for run in (stored, wanted))
-        changes.append(f"  model: {old} → {new}")
-    old_values = _flat({"schema_version": stored.get("schema_version"), **stored.get("results_key", {})})
-    new_values = _flat({"schema_version": wanted["schema_version"], **wanted["results_key"]})
-    for name in sorted(old_values.keys() | new_values.keys()):
-        before, after = old_values.get(name, "not set"), new_values.get(name, "not set")
-        if before != after:
-            changes.append(f"  {name}: {before} → {after}")
+        changes.append(f"  model: {_model_of(stored)} → {_model_of(wanted)}")
+    stored_values = _flat({"schema_version": stored.get("schema_version"), **stored.get("results_key", {})})
+    wanted_values = _flat({"schema_version": wanted["schema_version"], **wanted["results_key"]})
+    for name in sorted(stored_values.keys() | wanted_values.keys()):
+        stored_value, wanted_value = stored_values.get(name, "not set"), wanted_values.get(name, "not set")
+        if stored_value != wanted_value:
+            changes.append(f"  {name}: {stored_value} → {wanted_value}")
     if changes:
         raise SettingsChanged(
             "\n".join([f"--output {root}: holds results of other settings (in the folder → now):", *changes])
             + "\nName another --output, use the same settings, or give --force to remove those results and start again."
         )
+
+
+def _model_of(identity: Mapping[str, Any]) -> str:
+    return f"{identity.get('model_id')} (sha256 {str(identity.get('model_sha256'))[:12]}…)"
 
 
 def _integers_where_whole(value: Any) -> Any:

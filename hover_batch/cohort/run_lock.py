@@ -19,9 +19,9 @@ _log = logging.getLogger(__name__)
 def lock(path: Path) -> int:
     """Lock a file, which is created if necessary, and return the open file descriptor that holds the lock.
 
-    Close the descriptor to release the lock. The system releases it once no process has the file open any more, even if
-    they are killed. A forked child that outlives the run holds the lock, too, since it may still write. On a file
-    system without locks, a warning is logged. The process id and the host are written to the file.
+    Close the descriptor to release the lock. The system releases it, too, once the process has ended, even if it was
+    killed, and all its forked children have, since they may still write. On a file system without locks, a warning is
+    logged, and nothing is locked. The process id and the host are written to the file.
 
     InputError if another process holds the lock, OSError if the file cannot be opened.
     """

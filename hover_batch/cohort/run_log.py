@@ -65,8 +65,10 @@ class RateWindow:
     @property
     def rate(self) -> Rate | None:
         """Mean rate in the window; None if nothing was done in it."""
-        (begin, _), (end, _) = self._entries[0], self._entries[-1]
-        seconds, amount = (end - begin).total_seconds(), sum(n for _, n in list(self._entries)[1:])
+        begin, _ = self._entries[0]
+        end, _ = self._entries[-1]
+        seconds = (end - begin).total_seconds()
+        amount = sum(amount for _, amount in list(self._entries)[1:])
         return Rate(amount / seconds, seconds, end) if seconds > 0 and amount > 0 else None
 
 
@@ -110,7 +112,10 @@ class RunLog:
         return log
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Add the next event, as `stream_events` yields it. Events without a time or of other kinds are ignored."""
+        """Add the next event, as `stream_events` yields it.
+
+        Events without a time are ignored. Of events of unknown kinds, and of malformed ones, only the time counts.
+        """
         if (time := to_utc(event.get("time"))) is None:
             return
         self.last = time

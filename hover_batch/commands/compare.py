@@ -88,7 +88,7 @@ def compare(
 ) -> None:
     """Compare two networks on the same pixels: their costs, and where their nuclei differ.
 
-    --student names the first network. The second one is a HoVerNet (--teacher) or any package (--against).
+    One is the student (--student); the other, shown first, is a HoVerNet (--teacher) or any package (--against).
 
     By default, two fields of each of the first three slides are compared. Use --timing-only to measure only costs, and
     --truth to also score both networks on annotated images.
@@ -124,25 +124,25 @@ def compare(
     sizes = _batches(batches)
     if minutes is None and timing_only:
         minutes = MINUTES
-    plain = InferSettings(device=device)
-    replacement = load_side(student, "--student", replace(plain, precision=precision, runtime=runtime))
-    other_settings = replace(plain, precision=against_precision, runtime=against_runtime)
+    student_settings = InferSettings(device=device, precision=precision, runtime=runtime)
+    reference_settings = InferSettings(device=device, precision=against_precision, runtime=against_runtime)
+    student_side = load_side(student, "--student", student_settings)
     if against is not None:
-        other = load_side(against, "--against", other_settings)
+        reference = load_side(against, "--against", reference_settings)
     elif timing_only:
-        other = random_teacher(teacher_weights, other_settings)
+        reference = random_teacher(teacher_weights, reference_settings)
     else:
-        other = load_side(teacher_weights, "--teacher", other_settings)
-    if other.name == replacement.name:
-        replacement, other = (
+        reference = load_side(teacher_weights, "--teacher", reference_settings)
+    if reference.name == student_side.name:
+        student_side, reference = (
             replace(network, name=f"{network.name}, {network.predictor.precision} by {network.predictor.runtime}")
-            for network in (replacement, other)
+            for network in (student_side, reference)
         )
-    replacement, other = replacement.for_fields(side), other.for_fields(side)
-    if other.card.mpp != replacement.card.mpp:
+    student_side, reference = student_side.for_fields(side), reference.for_fields(side)
+    if reference.card.mpp != student_side.card.mpp:
         raise InputError(
-            f"{other.name} needs pixels of {other.card.mpp:g} µm, {replacement.name} of {replacement.card.mpp:g} µm; "
-            "compare networks with the same pixel size"
+            f"{reference.name} needs pixels of {reference.card.mpp:g} µm, {student_side.name} of "
+            f"{student_side.card.mpp:g} µm; compare networks with the same pixel size"
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -150,20 +150,20 @@ def compare(
         raise InputError(f"--output {output}: cannot be made ({error.strerror}); name another folder") from error
     if not os.access(output, os.W_OK):
         raise InputError(f"--output {output}: cannot be written; name another folder")
-    records = read_cohort(cohort if cohort is not None else str(write_example(output / "example")))
-    raise_if_faulty(records)
-    chosen = list(records.records if full else records.records[:slides])
-    places = list(choose_fields(chosen, replacement.card.mpp, side, 0 if full else per_slide))
-    found = run(
-        other,
-        replacement,
+    read = read_cohort(cohort if cohort is not None else str(write_example(output / "example")))
+    raise_if_faulty(read)
+    chosen = list(read.records if full else read.records[:slides])
+    places = list(choose_fields(chosen, student_side.card.mpp, side, 0 if full else per_slide))
+    results = run(
+        reference,
+        student_side,
         places,
         Options(sizes, repeats, timing_only, None if minutes is None else 60 * minutes),
         output,
         lambda line: typer.echo(line, err=True),
         (lambda network: score_test_fold(network.predictor, network.constants, truth)) if truth is not None else None,
     )
-    _print(found)
+    _print(results)
     typer.echo(output / "compare.json")
     typer.echo(output / "compare.html")
 

@@ -40,9 +40,9 @@ def doctor(
         if not as_json:
             fix = f" → {finding.fix}" if finding.fix else ""
             typer.echo(f"{finding.status}  {check.name:<10}  {finding.found}{fix}")
-    fails = any(finding.status == "FAIL" for _, finding in findings)
+    any_failed = any(finding.status == "FAIL" for _, finding in findings)
     if as_json:
-        listed = [{"check": name, **asdict(finding)} for name, finding in findings]
-        typer.echo(json.dumps({"ok": not fails, "checks": listed}, indent=2, ensure_ascii=False))
-    if fails:
+        values = [{"check": name, **asdict(finding)} for name, finding in findings]
+        typer.echo(json.dumps({"ok": not any_failed, "checks": values}, indent=2, ensure_ascii=False))
+    if any_failed:
         raise typer.Exit(InputError.exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -89,8 +90,8 @@ def import_package(
     target = _target(source, out)
     if calibrate_on is not None and not (calibrate_on / "dataset.csv").is_file():
         raise InputError(f"--calibrate {calibrate_on}: holds no dataset.csv; give a folder of annotated images")
-    ready = _source_file(source).suffix == ".safetensors"
-    if ready and (kind is not None or calibrate_on is not None):
+    is_package = _source_file(source).suffix == ".safetensors"
+    if is_package and (kind is not None or calibrate_on is not None):
         raise InputError(
             f"{source}: is a package already, not a checkpoint; leave out --kind and --calibrate (to calibrate a "
             "package, use `hover-batch kd calibrate`)"
@@ -101,14 +102,14 @@ def import_package(
         raise InputError(f"-o {target}: {error.strerror}") from error
     if target.is_dir() or not os.access(target.parent, os.W_OK):
         raise InputError(f"-o {target}: cannot be written; name another file")
-    if ready:
+    if is_package:
         _copy(source, sha256, target, replaceable=out is not None)
     else:
         from hover_batch.model.checkpoint import read_checkpoint
 
         network, card = read_checkpoint(source, kind, sha256)
         if out is None:
-            _refuse_another(target, lambda other: other.card.training.get("source") == card.training["source"])
+            _refuse_another(target, lambda existing: existing.card.training.get("source") == card.training["source"])
         card = replace(card, name=target.stem)
         if calibrate_on is not None:
             from kd.package import calibrated
@@ -162,7 +163,7 @@ def _copy(source: str, sha256: str | None, target: Path, *, replaceable: bool) -
             )
     load_tensors(package)
     if not replaceable:
-        _refuse_another(target, lambda other: other.sha256 == package.sha256)
+        _refuse_another(target, lambda existing: existing.sha256 == package.sha256)
     with replacing(target) as temporary:
         shutil.copyfile(package.path, temporary)
 
@@ -219,16 +220,17 @@ def verify_packages(
 ) -> None:
     """Verify the checksums of packages and downloads.
 
-    The weights of packages are checked against their cards, and downloaded files against their first download.
+    The weights of packages are checked against their cards, and, if no MODEL is given, downloaded files against their
+    first download.
 
     Exit codes: 0 all files are intact, 2 at least one is corrupted.
     """
     checks: list[tuple[str, Callable[[], object]]] = [
-        (name, lambda name=name: load_tensors(find_package(name, "package")))  # type: ignore[misc]
+        (name, functools.partial(_check_weights, name))
         for name in models or ["starter", *(path.stem for path in cached_packages())]
     ]
     if not models:
-        checks += [(str(path), lambda path=path: check_download(path)) for path in cached_downloads()]  # type: ignore[misc]
+        checks += [(str(path), functools.partial(check_download, path)) for path in cached_downloads()]
     corrupted = False
     for name, check in checks:
         try:
@@ -240,6 +242,11 @@ def verify_packages(
             typer.echo(f"ok         {name}")
     if corrupted:
         raise typer.Exit(PackageError.exit_code)
+
+
+def _check_weights(name: str) -> None:
+    """Raise PackageError if a package cannot be read, or its weights do not match its card."""
+    load_tensors(find_package(name, "package"))
 
 
 def print_card(model: PackageArgument) -> None:

@@ -90,26 +90,29 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
     variable. `base`: nested settings, as in settings.toml. InputError if a file cannot be read, or for unknown names
     and invalid values.
     """
-    given = {name: value for name, value in ctx.params.items() if value is not None and name in SECTION_OF}
-    if "class_map" in given:
-        given["class_map"] = _class_map(given["class_map"])
-    above = nested(given)
+    options = {name: value for name, value in ctx.params.items() if value is not None and name in SECTION_OF}
+    if "class_map" in options:
+        options["class_map"] = _class_map(options["class_map"])
+    from_options = nested(options)
     if ctx.params["model"] is not None:
-        above["model"] = ctx.params["model"]
-    data = dict(base or {})
+        from_options["model"] = ctx.params["model"]
+    from_files = dict(base or {})
     if ctx.params["config"] is not None:
-        data = _merged(data, read_toml("--config", ctx.params["config"]))
-    return Settings.from_dict(_merged(data, above))
+        from_files = _merged(from_files, read_toml("--config", ctx.params["config"]))
+    return Settings.from_dict(_merged(from_files, from_options))
 
 
 def warn_of_unknown_variables(ctx: typer.Context) -> None:
-    """Warn on stderr about environment variables HOVER_BATCH_* that no command reads, such as misspelt ones."""
+    """Warn on stderr about environment variables HOVER_BATCH_* that no command reads, such as misspelt ones.
+
+    The warnings are in the command's log format if it has set one, else text.
+    """
     root, prefix = ctx.find_root(), "HOVER_BATCH_"
     known = {name.removeprefix(prefix) for name in (CACHE_VARIABLE, *_variables(root.command))}
     given = {name.removeprefix(prefix) for name in os.environ if name.startswith(prefix)}
     for name in sorted(given - known):
-        near = get_close_matches(name, known, 1)
-        hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+        similar = get_close_matches(name, known, 1)
+        hint = f"; did you mean {prefix}{similar[0]}?" if similar else ""
         message = f"the environment variable {prefix}{name} is not known, and has no effect{hint}"
         line = json_line("warning", message) if root.obj is LogFormat.json else f"Warning: {message}"
         typer.echo(line, err=True)

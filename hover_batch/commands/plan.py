@@ -47,7 +47,9 @@ def plan(
 ) -> None:
     """Check a cohort, and estimate the tiles, disk space and time of its run.
 
-    Checks every row and slide header. Writes nothing.
+    Checks every row and slide header. Writes nothing. Estimates are upper bounds, since the tissue is not known yet.
+
+    Exit codes: 0 all slides can be run, 2 invalid input, 3 some slides cannot be run, 4 none can.
 
     Examples: check a cohort; check the pixel sizes by the nuclei, too.
 

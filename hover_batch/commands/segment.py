@@ -185,16 +185,16 @@ def segment(
     warn_of_unknown_variables(ctx)
     if sum((cohort is not None, example, from_run is not None)) != 1:
         raise InputError("give exactly one of COHORT, --example and --from RUN")
-    stored = None
+    stored_run = None
     if from_run is not None:
         from hover_batch.stored_run import StoredRun
 
-        stored = StoredRun.open(from_run)
-    settings = settings_of(ctx, stored.settings.to_dict() if stored else None)
+        stored_run = StoredRun.open(from_run)
+    settings = settings_of(ctx, stored_run.settings.to_dict() if stored_run else None)
     from hover_batch.segment import run_segment
 
     outcome = run_segment(
-        stored or cohort or str(_example(output)),
+        stored_run or cohort or str(_example(output)),
         output,
         settings,
         skip_invalid=skip_invalid,

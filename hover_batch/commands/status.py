@@ -25,6 +25,6 @@ def status(
     """
     from hover_batch.status import read_status
 
-    found = read_status(output)
-    for line in [found.to_json()] if as_json else found.lines():
+    progress = read_status(output)
+    for line in [progress.to_json()] if as_json else progress.lines():
         typer.echo(line)

@@ -57,9 +57,10 @@ def started(
 ) -> Iterator[None]:
     """Run a Ray cluster with the cores and GPUs of `resources` on this machine while the block runs.
 
-    `log`: file to which stdout is redirected meanwhile, since Ray prints messages there; stderr, too, during the start.
-    `object_store_bytes`: size of Ray's object store. `warn`: shows a line about each failed attempt. HoverBatchError if
-    Ray does not start in START_ATTEMPTS attempts.
+    Ray's environment variables are set, and stay set. `log`: file to which stdout is redirected meanwhile, since Ray
+    prints messages there; stderr, too, during the start, unless it is a terminal. `object_store_bytes`: size of Ray's
+    object store. `warn`: shows a line about each failed attempt that is followed by another. HoverBatchError if Ray
+    does not start in START_ATTEMPTS attempts.
     """
     prepare_own_cluster()
     import ray
@@ -80,9 +81,9 @@ def own_folder(parent: Path) -> Iterator[Path]:
     Folders that killed processes left in `parent` are removed, too. The owner locks a file in its folder; the system
     releases the lock when the process ends, even if it is killed.
     """
-    for left in parent.glob(f"{_PREFIX}*"):
-        if _owner_is_dead(left):
-            shutil.rmtree(left, ignore_errors=True)
+    for leftover in parent.glob(f"{_PREFIX}*"):
+        if _owner_is_dead(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
     # A short name, since paths of the sockets in it are limited to 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     try:
@@ -136,10 +137,10 @@ def _init(**settings: Any) -> None:
     """Call ray.init, which sets a handler of its own for SIGTERM, and set the previous one again."""
     import ray
 
-    before = signal.getsignal(signal.SIGTERM)
+    previous_handler = signal.getsignal(signal.SIGTERM)
     ray.init(**settings, **_QUIET)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
 def _start(resources: Resources, object_store_bytes: int, folder: Path, log: Path, warn: Callable[[str], None]) -> None:
@@ -188,8 +189,8 @@ def joined(address: str, log: Path) -> Iterator[None]:
     """Join the Ray cluster at `address` while the block runs, and leave it afterwards.
 
     `address`: HOST:PORT, or another form that `ray.init` accepts. `log`: file to which stdout is redirected meanwhile,
-    since Ray prints messages there; stderr, too, while joining. InputError if no cluster answers, or if it refuses the
-    token.
+    since Ray prints messages there; stderr, too, while joining, unless it is a terminal. InputError if no cluster
+    answers, or if it refuses the token.
     """
     host_port = _host_port(address)
     if host_port:
@@ -204,7 +205,7 @@ def joined(address: str, log: Path) -> Iterator[None]:
                     if host_port:
                         _require_token(address)
                     _init(address=address)
-            except InputError:
+            except InputError:  # from _require_token, which has already said what is wrong
                 raise
             except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and more
                 raise InputError(
@@ -264,10 +265,10 @@ def resolve_on_cluster(settings: InferSettings, on_gpu: bool) -> InferSettings:
         return resolve(settings)
 
     try:
-        found: InferSettings = ray.get(resolve_there.remote())
+        resolved: InferSettings = ray.get(resolve_there.remote())
     except RayTaskError as error:
         raise error.cause from None
-    return found
+    return resolved
 
 
 class _LazyFile(io.TextIOBase):

@@ -38,7 +38,7 @@ class DiskSpace:
         self._watched = folder
         self._check_at = 0.0
         self._wait_s = CHECK_EVERY_S
-        self._free_since = -MAX_WAIT_S
+        self._freed_at = -MAX_WAIT_S
 
     def report_full(self, slide_id: str | None, error: BaseException | None = None) -> None:
         """Pause the run because a write failed: set `full`, warn the user and log the event `disk_full`.
@@ -48,9 +48,11 @@ class DiskSpace:
         """
         if self.full:
             return
-        again = time.monotonic() - self._free_since < self._wait_s + CHECK_EVERY_S
-        self._wait_s = min(2 * self._wait_s, MAX_WAIT_S) if again else CHECK_EVERY_S
-        self.full, self._check_at = True, time.monotonic() + self._wait_s
+        now = time.monotonic()
+        filled_up_again = now - self._freed_at < self._wait_s + CHECK_EVERY_S
+        self._wait_s = min(2 * self._wait_s, MAX_WAIT_S) if filled_up_again else CHECK_EVERY_S
+        self.full = True
+        self._check_at = now + self._wait_s
         self._record("disk_full", slide_id=slide_id)
         folder = Path(error.filename) if isinstance(error, ScratchFull) else self.folder
         self._watched = folder if folder.is_dir() else self.folder  # another machine's copies are not visible here
@@ -64,13 +66,14 @@ class DiskSpace:
         """Return whether the run can continue; do not wait.
 
         While the disk is full, try to reserve NEEDED_BYTES, at most every CHECK_EVERY_S seconds (less often if the disk
-        fills up again and again), so that quotas count, too. When this succeeds, warn the user and log the event
-        `disk_has_room`. OSError if the attempt fails for another reason.
+        fills up again and again). A reservation also respects quotas, which the amount of free space does not show.
+        When it succeeds, show a line to the user and log the event `disk_has_room`. OSError if it fails for a reason
+        other than a full disk.
         """
         if self.full and time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + self._wait_s
             if _can_reserve(self._watched, NEEDED_BYTES):
-                self.full, self._free_since = False, time.monotonic()
+                self.full, self._freed_at = False, time.monotonic()
                 self._record("disk_has_room")
                 self._warn("there is space on disk again: going on")
         return not self.full

@@ -70,8 +70,8 @@ def verdict_on(error: BaseException) -> Verdict:
 def cause_of(error: RayError, process: str = "its process") -> Exception:
     """Return the exception behind Ray's `error`: what the task raised, or WorkerDied if its process died.
 
-    `process`: name of that process for the message. For an exception that could not be pickled, return a RuntimeError
-    with the last line of its text.
+    `process`: name of that process for the message. If the task raised an exception that cannot be pickled, return a
+    RuntimeError with the last line of its text.
     """
     if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
         cause: Exception = error.cause

@@ -19,7 +19,7 @@ def raise_interrupt() -> None:
 
 @contextlib.contextmanager
 def on_interrupt(action: Callable[[], None] = raise_interrupt) -> Iterator[None]:
-    """Call `action` on each of SIGNALS while the block runs, and restore the previous handlers afterwards.
+    """Call `action` whenever one of SIGNALS arrives while the block runs, and restore the previous handlers afterwards.
 
     Signals that the process ignores stay ignored, such as SIGHUP under nohup. In threads other than the main thread,
     which cannot set handlers, the block simply runs.
@@ -31,12 +31,12 @@ def on_interrupt(action: Callable[[], None] = raise_interrupt) -> Iterator[None]
     def handle(_signal: int, _frame: FrameType | None) -> None:
         action()
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
+    previous_handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in previous_handlers.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, handle)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python

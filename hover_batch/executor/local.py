@@ -38,8 +38,8 @@ class LocalExecutor(Executor):
     def run(self, slides: Sequence[PlannedSlide]) -> None:
         """Run the slides one after the other, each until it is done or has failed.
 
-        If the disk is full, wait for space and run the slide again. Errors as in `Executor.run`; KeyboardInterrupt is
-        raised at once.
+        If the disk fills up, wait for space and then resume the slide. Errors as in `Executor.run`; KeyboardInterrupt
+        is raised at once.
         """
         with on_interrupt(self._interrupt):
             for slide in slides:
@@ -85,14 +85,14 @@ class LocalExecutor(Executor):
             store = open_swept_store(work)
             predicted = [unit for unit in work.units if verify_unit(unit, work, store)]
             done = [unit for unit in work.units if is_posted(unit, work)]
-            recorder.surveyed(slide_id, work.units, predicted, len(done))
+            recorder.record_survey(slide_id, work.units, predicted, len(done))
 
             self._stage = Stage.INFER
             for unit in work.units:
                 if unit not in predicted:
                     spent = infer(unit, work, block_reader(reader, work), self.predictor, store, self._advance)
                     seconds.add(spent)
-                    recorder.unit_done(slide_id, unit, spent)
+                    recorder.record_unit(slide_id, unit, spent)
 
             self._stage = Stage.POST
             for unit in work.units:
@@ -100,8 +100,8 @@ class LocalExecutor(Executor):
                 if unit not in done:
                     spent = post(unit, work, store)
                     seconds.add(spent)
-                    recorder.region_done(slide_id, unit, spent)
+                    recorder.record_region(slide_id, unit, spent)
 
             self._check_interrupted()
             self._stage = Stage.FINALIZE
-            recorder.finish(slide_id, finalize(work, reader, seconds))
+            recorder.finish_slide(slide_id, finalize(work, reader, seconds))

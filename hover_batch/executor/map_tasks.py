@@ -31,7 +31,8 @@ class TaskFailed:
 def task_resources(engine: EngineSettings, log: Path) -> Iterator[Resources]:
     """Yield the resources for `map_tasks`: of this machine or, with Ray, of a cluster that is started or joined.
 
-    `engine`: settings that choose the backend and limit its resources. `log`: file for Ray's output. The cluster is
+    `engine`: settings that choose the backend (auto counts as ray) and limit its resources. `log`: file for Ray's
+    output. The cluster is
     stopped or left when the block ends. InputError if the settings request more than is available, or no cluster
     answers; HoverBatchError if Ray does not start.
     """
@@ -65,9 +66,9 @@ def map_tasks(
 ) -> Iterator[tuple[Item, Result | TaskFailed]]:
     """Yield each item with the function's result, or with TaskFailed, which does not stop the other items.
 
-    With `backend` local, the items are processed here, in order. Otherwise they are processed on the cluster that
-    `task_resources` started or joined, and yielded in the order in which they end; `function`, items and results must
-    be picklable, and the remaining parameters apply:
+    With `backend` local, the items are processed in this process, in order. Otherwise they are processed on the cluster
+    that `task_resources` started or joined, and yielded in the order in which they end; a task whose process dies is
+    retried. `function`, items and results must then be picklable, and the remaining parameters apply:
 
     `cpus`, `gpus`: cores and GPUs that each task reserves; with fractions, several tasks share one GPU. `at_once`:
     maximum number of tasks in progress; items are taken from `items` only as tasks start, so it may be endless.
@@ -78,7 +79,9 @@ def map_tasks(
         yield from _here(function, items)
     else:
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
-        yield from _on_ray(function, items, options | ({"max_calls": 0} if reuse_workers else {}), at_once)
+        if reuse_workers:
+            options["max_calls"] = 0  # no limit; Ray's default for tasks with a GPU is 1
+        yield from _on_ray(function, items, options, at_once)
 
 
 def _here(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | TaskFailed]]:

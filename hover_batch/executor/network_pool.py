@@ -127,8 +127,8 @@ class NetworkPool:
     def continue_start(self, reference: Any) -> None:
         """Continue a start whose `reference` is ready: load the network once its node is known, then mark it ready.
 
-        PackageError if the network cannot be loaded; HoverBatchError if it fails to load for another reason, or too
-        many starts failed in a row.
+        A network whose process dies is removed, as in `handle_failure`. PackageError if the package cannot be loaded;
+        HoverBatchError if loading fails for another reason, or too many starts failed in a row.
         """
         network = self.starting.pop(reference)
         try:
@@ -161,32 +161,35 @@ class NetworkPool:
             )
         self._warn(f"a network did not start: {cause}; starting another one (failed {failed} of at most {most} times)")
 
-    def handle_failure(self, network: Network, error: RayError, then: Callable[[Exception], None]) -> None:
-        """Remove a network whose call failed with `error` (see `is_actor_failure`), and call `then` with the cause.
+    def handle_failure(self, network: Network, error: RayError, report: Callable[[Exception], None]) -> None:
+        """Remove a network whose call failed with `error` (see `is_actor_failure`), and call `report` with the cause.
 
-        The cause is NetworkStopped, WorkerDied, or what the actor raised. While it is unknown whether the process, the
-        node or only the connection is lost, `then` is not called; `report_dead` calls it later.
+        The cause is NetworkStopped, WorkerDied, or what the actor raised. The network's process is killed first, in
+        case it is still alive. While it is unknown whether the process, the node or only the connection is lost,
+        nothing is killed or reported; `report_dead` does it later.
         """
         self._remove(network)
         if network.stopped:
-            then(NetworkStopped("its network was stopped"))
+            report(NetworkStopped("its network was stopped"))
         elif isinstance(error, ActorUnavailableError) and self._nodes:
-            network.presumed_dead_at = network.presumed_dead_at or time.monotonic() + NOTICED_S
-            self._unreachable.append((network, error, then))
+            if not network.presumed_dead_at:
+                network.presumed_dead_at = time.monotonic() + NOTICED_S
+            self._unreachable.append((network, error, report))
         else:
-            then(self._cause(network, error))
+            report(self._cause(network, error))
 
     def report_dead(self) -> bool:
-        """Call `then` of `handle_failure` for unreachable networks that count as dead by now.
+        """Kill the unreachable networks that count as dead by now, and call `report` of `handle_failure` for each.
 
-        They do once their node is lost, or after NOTICED_S seconds. Return whether there were any.
+        A network counts as dead once its node is lost, or NOTICED_S seconds after its first failed call. Return whether
+        there were any.
         """
         unreachable, self._unreachable = self._unreachable, []
-        for network, error, then in unreachable:
+        for network, error, report in unreachable:
             if time.monotonic() < network.presumed_dead_at and self._node_is_up(network):
-                self._unreachable.append((network, error, then))
+                self._unreachable.append((network, error, report))
             else:
-                then(self._cause(network, error))
+                report(self._cause(network, error))
         return len(self._unreachable) < len(unreachable)
 
     def _cause(self, network: Network, error: RayError) -> Exception:
@@ -206,9 +209,9 @@ class NetworkPool:
         return self._nodes.is_up(network.node)
 
     def stop(self, network: Network) -> None:
-        """Stop a network and remove it from the pool, if it is still there.
+        """Kill the process of a network and remove it from the pool; do nothing if it is no longer there.
 
-        Its units are retried in another network, without blame.
+        Its units are retried in another network, and the interruption does not count against them.
         """
         if network in self._networks:
             network.stopped = True
@@ -221,9 +224,10 @@ class NetworkPool:
         Networks that are still loading are stopped first, then those with the fewest units in progress.
         """
         for network in [n for n in self._networks if not self._node_is_up(n)]:
-            self._remove(network)  # its units come back by themselves
-        by_use = sorted(self._networks, key=lambda network: (network.ready, network.units))
-        for network in by_use[: max(0, len(by_use) - max_networks)]:
+            self._remove(network)  # Ray ends its calls with an error, after which its units are retried
+        least_used_first = sorted(self._networks, key=lambda network: (network.ready, network.units))
+        excess = max(0, len(self._networks) - max_networks)
+        for network in least_used_first[:excess]:
             self.stop(network)
 
     def close(self) -> None:

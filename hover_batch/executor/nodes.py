@@ -59,10 +59,10 @@ class ClusterNodes:
     def replan(self, plan: EnginePlan, context: RunContext) -> EnginePlan | None:
         """Return a new plan if nodes joined or left the cluster since the last call, else None.
 
-        `plan`: plan until now, whose networks stay as they are. The cluster is queried at most every REFRESH_EVERY_S. A
-        change is logged and shown to the user. If no node is left, warn the user and return None. A full disk pauses
-        the run. InputError if a new node does not see the output folder or cannot run hover-batch; OSError if the test
-        file cannot be written for another reason.
+        `plan`: plan until now; in the new one, only the number of networks changes, not what each reserves. The cluster
+        is queried at most every REFRESH_EVERY_S. A change is logged and shown to the user. If no node is left, warn the
+        user and return None. A full disk pauses the run. InputError if a new node does not see the output folder or
+        cannot run hover-batch; OSError if the test file cannot be written for another reason.
         """
         if time.monotonic() >= self._refresh_at:
             self.refresh()
@@ -81,11 +81,11 @@ class ClusterNodes:
         except InputError:
             recorder.progress.warn("The cluster has no node left to work on: waiting for one")
             return None
-        plan = engine_plan(available, settings, context.package.card, predicts=plan.actors > 0, previous=plan)
-        recorder.event("nodes_changed", nodes=len(available.nodes), networks=plan.actors)
-        for line in ("the nodes of the cluster changed:", *plan.lines()):
+        new_plan = engine_plan(available, settings, context.package.card, predicts=plan.actors > 0, previous=plan)
+        recorder.log_event("nodes_changed", nodes=len(available.nodes), networks=new_plan.actors)
+        for line in ("the nodes of the cluster changed:", *new_plan.lines()):
             recorder.progress.say(line)
-        return plan
+        return new_plan
 
     def refresh(self) -> None:
         """Query the cluster for its live nodes now, and count the nodes that have left since the last query."""
@@ -100,7 +100,7 @@ class ClusterNodes:
         return node in self._nodes
 
     def on_each(self, function: Callable[[], object], wait_s: float = 0.0) -> None:
-        """Call the function in a process on every live node. Results and errors are ignored.
+        """Call `function` once on every live node, in a process there. Results and errors are ignored.
 
         `function` must be picklable. `wait_s`: maximum time in seconds to wait for the calls to end; 0 to not wait.
         """
@@ -114,12 +114,13 @@ class ClusterNodes:
     def refuse_unshared(self, folder: Path, wait: bool = False) -> None:
         """Check that all nodes see the files that this process writes into `folder`.
 
-        Each node is asked until it answers. `wait`: whether to wait for the answers; otherwise a later call reads them.
-        InputError if a node does not see the files, or cannot run hover-batch; OSError if the test file cannot be
-        written.
+        Nodes that have answered are not asked again. `wait`: whether to wait for all answers; otherwise a later call
+        reads those that are pending. InputError if a node does not see the files, or cannot run hover-batch; OSError if
+        the test file cannot be written.
         """
-        while not self._ask(folder, wait) and wait:
-            pass
+        all_answered = self._ask(folder, wait)
+        while wait and not all_answered:
+            all_answered = self._ask(folder, wait)
 
     def _ask(self, folder: Path, wait: bool) -> bool:
         """Ask the nodes that have not answered yet, as `refuse_unshared`. Return whether all have answered."""
@@ -128,8 +129,8 @@ class ClusterNodes:
         for node in self._nodes:
             if node != here and node not in self._answers:
                 probe.touch()
-                there = NodeAffinitySchedulingStrategy(node, soft=False)
-                self._answers[node] = _sees.options(scheduling_strategy=there).remote(probe)
+                on_node = NodeAffinitySchedulingStrategy(node, soft=False)
+                self._answers[node] = _sees.options(scheduling_strategy=on_node).remote(probe)
         asked = {answer: node for node, answer in self._answers.items() if answer is not None}
         if not asked:
             return True

@@ -78,9 +78,10 @@ class CohortProgress:
             self._bars.stop()
 
     def say(self, line: str, level: str = "info", **fields: object) -> None:
-        """Print a line that stays on the screen.
+        """Print a line on stderr that stays on the screen.
 
-        In JSON, `level` (info, warning or error) and `fields` become keys of their own; otherwise they are not shown.
+        In lines of JSON, `level` (info, warning or error) and `fields` become keys of their own; otherwise they are not
+        shown.
         """
         self._console.print(json_line(level, line.strip(), **fields) if self._json else line, soft_wrap=True)
 
@@ -126,16 +127,16 @@ class CohortProgress:
                 tiles_per_second=round(tiles.rate, 2),
             )
 
-    def slide_done(self, slide_id: str, nuclei: int, seconds: float) -> None:
+    def count_done(self, slide_id: str, nuclei: int, seconds: float) -> None:
         """Count a slide as finished, and print its number of nuclei and the time that it took in seconds."""
         line = f"{slide_id}: {nuclei:,} nuclei in {duration(seconds)}"
         self._finish(line, event="slide_done", slide_id=slide_id, nuclei=nuclei, seconds=round(seconds, 2))
 
-    def slide_skipped(self, slide_id: str) -> None:
+    def count_skipped(self, slide_id: str) -> None:
         """Count a slide as finished and print that an earlier run completed it."""
         self._finish(f"{slide_id}: done before", event="slide_skipped", slide_id=slide_id)
 
-    def slide_failed(self, slide_id: str, reason: str) -> None:
+    def count_failed(self, slide_id: str, reason: str) -> None:
         """Count a slide as finished and print why it failed."""
         line = f"{slide_id}: FAILED: {reason}"
         self._finish(line, "error", event="slide_failed", slide_id=slide_id, reason=reason)

@@ -73,14 +73,14 @@ class RayExecutor(Executor):
         self._pool = NetworkPool(context.package, context.settings.infer, load, nodes, self._progress.warn)
         self._recorder.networks = plan.actors
         self._waiting: deque[PlannedSlide] = deque()
-        self._slides = OpenSlides(context.recorder.event, context.disk.report_full, self._use_less)
+        self._slides = OpenSlides(context.recorder.log_event, context.disk.report_full, self._use_less)
         self._running: dict[Any, _Call] = {}
         """By Ray's reference."""
         self._draining = False
         self._shown: set[str] = set()
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
-        """Run the slides, several at once, until each is done or has failed.
+        """Run the slides, several at once, until each is done or has failed. The networks end with it.
 
         After the first Ctrl-C, wait for the tasks in progress and raise KeyboardInterrupt; after a second one, raise it
         at once. Other errors as in `Executor.run`.
@@ -180,8 +180,8 @@ class RayExecutor(Executor):
 
     def _submit_tasks(self) -> None:
         context, running = self._context, Counter(call.task.stage for call in self._running.values())
-        surveys, posts = len(self._pool) or self._plan.posts, self._plan.posts
-        for slide, task in self._slides.take_tasks(running, surveys, posts, time.monotonic()):
+        max_surveys = len(self._pool) or self._plan.posts
+        for slide, task in self._slides.take_tasks(running, max_surveys, self._plan.posts, time.monotonic()):
             match task.stage:
                 case Stage.SURVEY:
                     call: Any = survey_slide.remote(slide.planned, context.package, context.settings, slide.layout)
@@ -198,10 +198,8 @@ class RayExecutor(Executor):
         any_dead = self._pool.report_dead()
         running = [*self._running, *self._pool.starting]
         if not running:
-            waits = (
-                self._pool.any_unreachable or self._context.disk.full or any(slide.retry_at for slide in self._slides)
-            )
-            if not (any_dead or waits):
+            retries_later = any(slide.retry_at for slide in self._slides)
+            if not (any_dead or self._pool.any_unreachable or self._context.disk.full or retries_later):
                 left = len(self._slides) + len(self._waiting)
                 raise RuntimeError(f"nothing is under way, yet {left} slides are left")
             time.sleep(_POLL_S)
@@ -235,27 +233,27 @@ class RayExecutor(Executor):
         slide, recorder = call.slide, self._recorder
         match call.task.stage:
             case Stage.INFER if slide.ended:
-                recorder.network_used(result)
+                recorder.add_network_time(result)
             case _ if slide.ended:
                 pass
             case Stage.SURVEY:
                 slide.work_ref = ray.put(result.work)
-                slide.survey_done(result)
+                slide.add_survey(result)
                 inferred = [slide.units[i] for i in result.inferred]
-                recorder.surveyed(slide.slide_id, slide.units, inferred, len(result.posted))
+                recorder.record_survey(slide.slide_id, slide.units, inferred, len(result.posted))
             case Stage.INFER:
                 unit = slide.units[call.task.index]
                 slide.seconds.add(result)
-                slide.unit_inferred(call.task.index)
+                slide.mark_inferred(call.task.index)
                 self._progress.add_tiles(len(unit.tile_cells))
-                recorder.unit_done(slide.slide_id, unit, result)
+                recorder.record_unit(slide.slide_id, unit, result)
             case Stage.POST:
                 slide.seconds.add(result)
-                slide.region_posted()
-                recorder.region_done(slide.slide_id, slide.units[call.task.index], result)
+                slide.count_region()
+                recorder.record_region(slide.slide_id, slide.units[call.task.index], result)
             case Stage.FINALIZE:
                 try:
-                    recorder.finish(slide.slide_id, result)
+                    recorder.finish_slide(slide.slide_id, result)
                 except OSError as error:
                     self._failed(call, error)
                 else:

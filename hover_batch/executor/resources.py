@@ -96,13 +96,15 @@ class Resources:
         For a cluster, which may still grow.
         """
         engine = settings.engine
-        on_cpu = settings.infer.device == "cpu"
         cpus_left = engine.cpus or self.cpus
-        gpus_left = 0 if on_cpu else self.gpus if engine.gpus < 0 else engine.gpus
+        gpus_left = self.gpus if engine.gpus < 0 else engine.gpus
+        if settings.infer.device == "cpu":
+            gpus_left = 0
         nodes = []
         for node in self.nodes:
             cpus, gpus = min(node.cpus, cpus_left), min(node.gpus, gpus_left)
-            cpus_left, gpus_left = cpus_left - cpus, gpus_left - gpus
+            cpus_left -= cpus
+            gpus_left -= gpus
             if cpus or gpus:
                 nodes.append(Node(cpus, gpus, node.memory))
         return Resources(tuple(nodes))
@@ -139,7 +141,7 @@ class EnginePlan:
         return (512 << 20) + 2 * self.actors * self.units_at_once * BLOCKS_AHEAD * _BLOCK_BYTES
 
     def halved(self) -> EnginePlan | None:
-        """Return the plan with half as much work at once, to save memory; None if it cannot be halved."""
+        """Return the plan with `posts` and `units_at_once` halved (rounded up), to save memory; None if both are 1."""
         if self.posts == self.units_at_once == 1:
             return None
         return replace(
@@ -153,11 +155,11 @@ class EnginePlan:
         """Return the plan as lines of text for the user. ValueError if it has no nodes."""
         nodes = self.resources.nodes
         cores = f"cores: {self.resources.cpus}, GPUs: {self.resources.gpus}"
-        memory = f"{min(node.memory for node in nodes) / 2**30:.0f} GiB"
+        least_memory = f"{min(node.memory for node in nodes) / 2**30:.0f} GiB"
         if len(nodes) > 1:
-            available = f"resources: {len(nodes)} nodes, {cores}, memory of the smallest node: {memory}"
+            available = f"resources: {len(nodes)} nodes, {cores}, memory of the smallest node: {least_memory}"
         else:
-            available = f"resources: {cores}, memory: {memory}"
+            available = f"resources: {cores}, memory: {least_memory}"
         if not self.actors:
             return [available, f"  no network; cores for post-processing: {self.posts}"]
         devices = "one GPU each" if self.actor_gpus else f"on the CPU, threads each: {self.threads}"
@@ -178,21 +180,21 @@ def engine_plan(
     changed; its networks stay as they are, and only their number changes. Its halvings apply to the new plan, too.
     ValueError if there are no nodes.
 
-    Each node is shared separately. There are at least as many networks on GPUs as the settings request, even if the
-    cluster does not have the GPUs yet.
+    Each node is shared separately. The plan has at least one network, and on GPUs at least as many as the settings
+    request, even if the cluster does not have the GPUs yet.
 
     A network on the CPU reserves its threads, but never the last core of a node, since it would wait forever for
-    readers. It may still compute on that core, which readers leave mostly idle. Half of a node's memory is for units in
-    progress and regions in post-processing, and the rest for networks, tables and the system.
+    readers. It may still compute on that core, which readers leave mostly idle. A quarter of a node's memory is for
+    units in progress, a quarter for regions in post-processing, and the rest for networks, tables and the system.
     """
     side = settings.infer.unit
-    unit = card.layout.planes * side**2 + BLOCKS_AHEAD * _BLOCK_BYTES
-    region = (card.layout.planes + _POST_BYTES_PER_PIXEL) * (side + 2 * settings.post.halo) ** 2
+    unit_bytes = card.layout.planes * side**2 + BLOCKS_AHEAD * _BLOCK_BYTES
+    region_bytes = (card.layout.planes + _POST_BYTES_PER_PIXEL) * (side + 2 * settings.post.halo) ** 2
     on_gpus = previous.actor_gpus > 0 if previous else resources.gpus > 0
-    smallest = min(node.cpus for node in resources.nodes)
-    threads = settings.infer.threads or max(1, min(CPU_THREADS, smallest))
+    fewest_cpus = min(node.cpus for node in resources.nodes)
+    threads = settings.infer.threads or max(1, min(CPU_THREADS, fewest_cpus))
     # All networks reserve the same number: at most what the smallest node can spare.
-    actor_cpus = 0 if on_gpus or not predicts else min(threads, smallest - 1)
+    actor_cpus = 0 if on_gpus or not predicts else min(threads, fewest_cpus - 1)
     units_at_once, halvings = UNITS_AT_ONCE, 0
     if previous:
         threads, actor_cpus, units_at_once = previous.threads, previous.actor_cpus, previous.units_at_once
@@ -204,19 +206,21 @@ def engine_plan(
         elif on_gpus:
             networks = node.gpus
         else:
-            fit = max(1, node.memory // 2 // _NETWORK_BYTES)
-            spared = max(1, node.cpus - 1) if actor_cpus == 0 else (node.cpus - 1) // actor_cpus
-            networks = min(fit, spared)
-        free = node.cpus - networks * actor_cpus
-        actors, slots = actors + networks, slots + free
-        posts += max(1, min(free - 1 if predicts else free, node.memory // 4 // region))
+            memory_allows = max(1, node.memory // 2 // _NETWORK_BYTES)
+            cpus_allow = max(1, node.cpus - 1) if actor_cpus == 0 else (node.cpus - 1) // actor_cpus
+            networks = min(memory_allows, cpus_allow)
+        free_cpus = node.cpus - networks * actor_cpus
+        post_cpus = free_cpus - 1 if predicts else free_cpus
+        actors += networks
+        slots += free_cpus
+        posts += max(1, min(post_cpus, node.memory // 4 // region_bytes))
         if networks:
-            units_at_once = max(1, min(units_at_once, node.memory // 4 // (networks * unit)))
-    # At least one network: if no node has room for it now, it waits for one.
-    wanted = max(1, settings.engine.gpus if on_gpus else 1)
+            units_at_once = max(1, min(units_at_once, node.memory // 4 // (networks * unit_bytes)))
+    # If no node has room for a network now, it waits for one that has.
+    least_actors = max(1, settings.engine.gpus if on_gpus else 1)
     return EnginePlan(
         resources=resources,
-        actors=max(actors, wanted) if predicts else 0,
+        actors=max(actors, least_actors) if predicts else 0,
         actor_gpus=int(on_gpus),
         actor_cpus=actor_cpus,
         threads=threads,
@@ -230,11 +234,12 @@ def engine_plan(
 def runs_in_process(engine: EngineSettings, slides: Sequence[PlannedSlide]) -> bool:
     """Return whether the backend is auto and runs the slides in one process.
 
-    It does on this machine if all slides together have at most IN_PROCESS_TILES tiles. False for slides in cloud
-    storage, whose number of tiles is unknown.
+    It does so if all slides together have at most IN_PROCESS_TILES tiles. False if a cluster is to be joined, or a
+    slide is in cloud storage, since its number of tiles is unknown.
     """
-    known = engine.backend == "auto" and not engine.address and all(slide.grid for slide in slides)
-    return known and sum(slide.tiles for slide in slides) <= IN_PROCESS_TILES
+    if engine.backend != "auto" or engine.address or not all(slide.grid for slide in slides):
+        return False
+    return sum(slide.tiles for slide in slides) <= IN_PROCESS_TILES
 
 
 def in_process_line(slides: Sequence[PlannedSlide]) -> str:
@@ -249,10 +254,10 @@ def resource_lines(settings: Settings, card: Card, slides: Sequence[PlannedSlide
     InputError if the settings request more than this machine has; the resources of a cluster are not checked.
     """
     engine = settings.engine
-    in_process = [in_process_line(slides)] if runs_in_process(engine, slides) else []
-    if engine.backend == "local" or in_process:
+    reason = [in_process_line(slides)] if runs_in_process(engine, slides) else []
+    if engine.backend == "local" or reason:
         return [
-            *in_process,
+            *reason,
             f"resources: one process; threads of the network: {settings.infer.threads or engine.cpus or _cpus()}",
         ]
     if engine.address:

@@ -41,7 +41,7 @@ class RunRecorder:
         self._left: dict[str, list[int]] = {}
         """Tiles and regions still to be done, by slide."""
 
-    def event(self, event: str, **values: Any) -> None:
+    def log_event(self, event: str, **values: Any) -> None:
         """Append an event to the run's log, events.jsonl. `values`: JSON values."""
         self._ledger.events.append(event, **values)
 
@@ -57,8 +57,9 @@ class RunRecorder:
         slide_id = slide.record.slide_id
         if not self._ledger.is_done(slide_id, self._run_keys[slide_id]):
             return False
-        self._discard_predictions(slide_id)  # asked for only now, or that run died before it did
-        self.progress.slide_skipped(slide_id)
+        # Discarding may be a new setting, or the earlier start may have died before it.
+        self._discard_predictions(slide_id)
+        self.progress.count_skipped(slide_id)
         return True
 
     def skip_quarantined(self, slide: PlannedSlide, *, retry: bool) -> bool:
@@ -89,45 +90,45 @@ class RunRecorder:
         slide_id = slide.record.slide_id
         self._started[slide_id] = time.monotonic()
         layout = self._ledger.open_slide(slide_id, self._run_keys[slide_id])
-        self.event("slide_started", slide_id=slide_id)
+        self.log_event("slide_started", slide_id=slide_id)
         for warning in slide.info.warnings:
             self.progress.warn(f"{slide_id}: {warning}")
         return layout
 
-    def surveyed(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:
-        """Record the units of a slide, and add its tiles and regions to the progress.
+    def record_survey(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:
+        """Log the numbers of a slide's units and tiles, and add its tiles and regions to the progress.
 
         `inferred`: units that earlier starts predicted. `posted`: number of regions that they post-processed.
         """
         tiles = sum(len(u.tile_cells) for u in units)
-        self.event("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
-        before = sum(len(u.tile_cells) for u in inferred)
-        self.progress.expect(tiles, len(units), before, posted)
-        self._left[slide_id] = [tiles - before, len(units) - posted]
+        self.log_event("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
+        tiles_before = sum(len(u.tile_cells) for u in inferred)
+        self.progress.expect(tiles, len(units), tiles_before, posted)
+        self._left[slide_id] = [tiles - tiles_before, len(units) - posted]
 
-    def unit_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
-        """Record that a unit's maps are in the store, with the seconds by stage.
+    def record_unit(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
+        """Log that a unit's maps are in the store, with the seconds by stage, and add its time to `model_busy`.
 
-        The executor has already counted its tiles as progress.
+        Its tiles are not added to the progress, since the executor has already done so.
         """
-        self.network_used(seconds)
+        self.add_network_time(seconds)
         self._left[slide_id][0] -= len(unit.tile_cells)
         predicted = len(unit.tile_cells) if Stage.INFER in seconds.spans else 0
         self._timed_event("unit_done", slide_id, unit, seconds, tiles=predicted)
 
-    def network_used(self, seconds: Seconds) -> None:
+    def add_network_time(self, seconds: Seconds) -> None:
         """Add the time that a network spent on a unit to `model_busy`, even if its slide has failed since."""
         if Stage.INFER in seconds.spans:
             self._model.add(seconds)
 
-    def region_done(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
-        """Record that a region's nuclei are on disk, with the seconds by stage, and count it as progress."""
+    def record_region(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
+        """Log that a region's nuclei are on disk, with the seconds by stage, and add it to the progress."""
         self._left[slide_id][1] -= 1
         self._timed_event("region_done", slide_id, unit, seconds)
         self.progress.add_regions(1)
 
     def _timed_event(self, event: str, slide_id: str, unit: Unit, seconds: Seconds, **values: int) -> None:
-        self.event(
+        self.log_event(
             event,
             slide_id=slide_id,
             column=unit.column,
@@ -148,7 +149,7 @@ class RunRecorder:
         started, ended = self._model.spans[Stage.INFER]
         return min(1.0, self._model.totals[Stage.INFER] / (self.networks * max(1e-9, ended - started)))
 
-    def finish(self, slide_id: str, values: Mapping[str, Any]) -> None:
+    def finish_slide(self, slide_id: str, values: Mapping[str, Any]) -> None:
         """Declare the slide done: write slide.json, remove the predictions if the settings say so, and count the slide.
 
         `values`: the result of `finalize`. OSError if slide.json cannot be written.
@@ -156,7 +157,7 @@ class RunRecorder:
         self._ledger.write_slide_json(slide_id, self._run_keys[slide_id], values)
         del self._left[slide_id]
         self._discard_predictions(slide_id)
-        self.progress.slide_done(slide_id, values["nuclei"], time.monotonic() - self._started.pop(slide_id))
+        self.progress.count_done(slide_id, values["nuclei"], time.monotonic() - self._started.pop(slide_id))
 
     def _discard_predictions(self, slide_id: str) -> None:
         if self._settings.output.discard_predictions:
@@ -170,8 +171,9 @@ class RunRecorder:
     def fail(self, slide: PlannedSlide, stage: Stage, error: Exception, trace: str | None = None) -> None:
         """Record that the slide failed at `stage`, and quarantine it if the error is SlideQuarantined.
 
-        `trace`: traceback, if the error was raised in another process. A PackageError is raised again, since it is not
-        caused by the slide. TooManyFailures if more slides failed than the settings allow.
+        What is left of the slide is removed from the progress. The traceback of an unexpected error is logged; `trace`:
+        that traceback, if another process raised the error. A PackageError is raised again, since it is not caused by
+        the slide. TooManyFailures if more slides failed than the settings allow.
         """
         record = slide.record
         if isinstance(error, PackageError):
@@ -181,18 +183,19 @@ class RunRecorder:
         if isinstance(error, SlideQuarantined):
             try:
                 self._ledger.quarantine(record.slide_id, self._run_keys[record.slide_id], stage, reason)
-            except OSError as full:  # the next start will try the slide again
-                if not is_disk_full(full):
+            except OSError as write_error:
+                # On a full disk, the run goes on without the quarantine: the next start tries the slide again.
+                if not is_disk_full(write_error):
                     raise
         self.withdraw(slide)
         if not expected:
-            text = trace or "".join(traceback.format_exception(error))
-            self.event("traceback", slide_id=record.slide_id, text=text)
+            trace = trace or "".join(traceback.format_exception(error))
+            self.log_event("traceback", slide_id=record.slide_id, text=trace)
         self._failed(record, stage, reason)
 
     def _failed(self, record: SlideRecord, stage: str, reason: str) -> None:
         self._ledger.record_failure(record.slide_id, record.row, record.path, stage, reason)
-        self.progress.slide_failed(record.slide_id, reason)
+        self.progress.count_failed(record.slide_id, reason)
         allowed, failed = self._settings.engine.max_failures, len(self._ledger.failures())
         if 0 <= allowed < failed:
             raise TooManyFailures(

@@ -114,21 +114,27 @@ class SlideState:
         """Id of the slide in the cohort."""
         return self.planned.record.slide_id
 
-    def survey_done(self, found: Surveyed) -> None:
-        """Store the result of the survey, and queue the units and regions that are not done yet."""
+    def add_survey(self, surveyed: Surveyed) -> None:
+        """Store the result of the survey, and queue the units and regions that are not done yet.
+
+        The slide can be finalized at once if all are done.
+        """
         self.surveyed = True
-        self.units = found.work.units
-        self.seconds.add(found.seconds)
-        self.inferred = set(found.inferred)
+        self.units = surveyed.work.units
+        self.seconds.add(surveyed.seconds)
+        self.inferred = set(surveyed.inferred)
         self.to_infer = deque(i for i in range(len(self.units)) if i not in self.inferred)
-        left = set(range(len(self.units))) - set(found.posted)
-        self.regions_left = len(left)
-        for region in sorted(left):
+        regions = sorted(set(range(len(self.units))) - set(surveyed.posted))
+        self.regions_left = len(regions)
+        for region in regions:
             self._wait(region, self._indices(neighbours(self.units[region])))
         self._finalize_if_complete()
 
-    def unit_inferred(self, index: int) -> None:
-        """Mark the unit `index` as predicted, and queue the regions that waited only for it."""
+    def mark_inferred(self, index: int) -> None:
+        """Mark the unit `index` as predicted, and queue the regions that waited only for it.
+
+        The slide can be finalized once all its units and regions are done.
+        """
         self.inferred.add(index)
         for region, needed in list(self.needs.items()):
             needed.discard(index)
@@ -137,31 +143,33 @@ class SlideState:
                 self.to_post.append(region)
         self._finalize_if_complete()
 
-    def region_posted(self) -> None:
-        """Count a region as post-processed. The slide can be finalized after the last one."""
+    def count_region(self) -> None:
+        """Count a region as post-processed. The slide can be finalized once all its units and regions are done."""
         self.regions_left -= 1
         self._finalize_if_complete()
 
     def retry(self, task: Task) -> None:
         """Queue the task again, before others of its kind. A unit with a strike is queued to run alone."""
         if task.stage is Stage.INFER:
-            (self.suspects if self.verdicts[Verdict.STRIKE, task] else self.to_infer).appendleft(task.index)
+            queue = self.suspects if self.verdicts[Verdict.STRIKE, task] else self.to_infer
+            queue.appendleft(task.index)
         elif task.stage is Stage.POST:
             self.to_post.appendleft(task.index)
         else:
             self.next_stage = task.stage
 
-    def retry_due(self, now: float) -> None:
-        """Queue the tasks again whose retry time has passed. `now`: time in seconds."""
-        for task in [task for task, at in self.retry_at.items() if at <= now]:
+    def queue_due_retries(self, now: float) -> None:
+        """Queue the tasks again whose time in `retry_at` has come. `now`: time in seconds."""
+        due = [task for task, at in self.retry_at.items() if at <= now]
+        for task in due:
             del self.retry_at[task]
             self.retry(task)
 
     def retry_or_quarantine(self, verdict: Verdict, task: Task, reason: str) -> SlideQuarantined | None:
-        """Count the verdict on a task, and queue the task again.
+        """Count the verdict on a task, queue the task again and return None.
 
-        At the MAX_TIMES[verdict]-th time, the task is not queued; the error with which the slide must be quarantined is
-        returned instead. `verdict`: a key of MAX_TIMES. `reason`: cause of the fault, for the message.
+        The MAX_TIMES[verdict]-th time, do not queue it, but return the error with which the caller must quarantine the
+        slide. `verdict`: a key of MAX_TIMES. `reason`: cause of the fault, for the message.
         """
         if self._count(verdict, task) < MAX_TIMES[verdict]:
             self.retry(task)
@@ -173,16 +181,16 @@ class SlideState:
             "small: check both, then use --retry-failed"
         )
 
-    def units_missing(self, task: Task, unit_cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
-        """Retry a task later that lacked the results of the units in `unit_cells`, each (column, row).
+    def retry_later(self, task: Task, unit_cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
+        """Retry a task later that did not find the results of the units in `unit_cells`, each (column, row).
 
-        A region waits for units that are not predicted yet. Otherwise the results exist but the file system does not
-        show them yet: the task is retried RETRY_S seconds after `now`. Return None, or the error with which the slide
-        must fail after too many retries.
+        A region waits for units that are not predicted yet. Otherwise the results should exist, and the file system may
+        not show them yet: the task is retried RETRY_S seconds after `now`. Return None, or the error with which the
+        slide must fail after MAX_TIMES[Verdict.RETRY] such faults.
         """
-        needed = self._indices(unit_cells)
-        if task.stage is Stage.POST and not needed <= self.inferred:
-            self._wait(task.index, needed)
+        missing = self._indices(unit_cells)
+        if task.stage is Stage.POST and not missing <= self.inferred:
+            self._wait(task.index, missing)
         elif self._count(Verdict.RETRY, task) >= MAX_TIMES[Verdict.RETRY]:
             return SlideError(
                 f"{task.stage}: results of the units {list(unit_cells)} (column, row) are gone from "
@@ -244,11 +252,14 @@ class OpenSlides:
         self._slides.append(slide)
 
     def close(self, slide: SlideState) -> None:
-        """Remove a slide that is done or has failed. Slides on hold can try again, since its copy is removed."""
+        """Mark a slide as ended, because it is done or has failed, and remove it.
+
+        Slides on hold can try again, since the caller then removes the copy of this one.
+        """
         slide.ended = True
         self._slides.remove(slide)
-        for other in self._slides:
-            other.on_hold = False
+        for open_slide in self._slides:
+            open_slide.on_hold = False
 
     @property
     def any_on_hold(self) -> bool:
@@ -256,18 +267,19 @@ class OpenSlides:
         return any(slide.on_hold for slide in self._slides)
 
     def take_tasks(
-        self, running: Counter[Stage], surveys: int, posts: int, now: float
+        self, running: Counter[Stage], max_surveys: int, max_posts: int, now: float
     ) -> Iterator[tuple[SlideState, Task]]:
         """Yield the tasks to submit now, except units, and remove them from the queues.
 
-        `surveys`: maximum number of surveys in progress. `posts`: maximum number of regions and finalizations in
-        progress. `running`: number of tasks in progress now, by stage. `now`: time in seconds. Finalizations come
-        before regions, since they end a slide, and regions of the oldest slide come first.
+        Tasks whose retry is due are queued first. `running`: number of tasks in progress, by stage. `max_surveys`:
+        maximum number of surveys in progress. `max_posts`: maximum number of regions and finalizations in progress.
+        `now`: time in seconds. Finalizations come before regions, since they end a slide, and the oldest slide comes
+        first.
         """
-        surveys -= running[Stage.SURVEY]
-        posts -= running[Stage.POST] + running[Stage.FINALIZE]
+        surveys = max_surveys - running[Stage.SURVEY]
+        posts = max_posts - running[Stage.POST] - running[Stage.FINALIZE]
         for slide in self._slides:
-            slide.retry_due(now)
+            slide.queue_due_retries(now)
             stage = None if slide.on_hold else slide.next_stage
             if stage is Stage.SURVEY and surveys > 0:
                 surveys -= 1
@@ -287,11 +299,13 @@ class OpenSlides:
     ) -> Exception | None:
         """Apply the verdict on `error`, which interrupted `task`.
 
-        Queue the task again and return None, or close the slide and return the error with which it fails. The fault is
-        logged. Do nothing if the slide has ended. `now`: time in seconds. `reduced`: whether the work at once was
+        Queue the task again, at once or for later, and return None; or close the slide and return the error with which
+        it fails. Do nothing if the slide has ended. `now`: time in seconds. `reduced`: whether the work at once was
         reduced after the task was submitted, so that memory may suffice now.
 
-        SHORT_OF_MEMORY counts as a strike if the work at once cannot be reduced any more.
+        Strikes, lost nodes and a lack of memory are logged. SHORT_OF_MEMORY reduces the work at once, unless `reduced`
+        is set, and counts as a strike if that is not possible. DISK_FULL pauses the run; if only the disk for copies is
+        full and another slide can still end and free some space, it puts this slide on hold instead.
         """
         if slide.ended:
             return None
@@ -301,7 +315,7 @@ class OpenSlides:
             verdict, error = Verdict.STRIKE, MemoryError("memory ran out")
         match verdict:
             case Verdict.RETRY if isinstance(error, UnitsMissing):
-                failure = slide.units_missing(task, error.unit_cells, now)
+                failure = slide.retry_later(task, error.unit_cells, now)
             case Verdict.RETRY:
                 failure = slide.retry_or_quarantine(verdict, task, str(error))
             case Verdict.STRIKE:
@@ -315,8 +329,8 @@ class OpenSlides:
                 self._record("memory_short", **values)
             case Verdict.DISK_FULL:
                 slide.retry(task)
-                others = [other for other in self._slides if other is not slide]
-                if isinstance(error, ScratchFull) and not all(other.on_hold for other in others):
+                another_can_end = any(s is not slide and not s.on_hold for s in self._slides)
+                if isinstance(error, ScratchFull) and another_can_end:
                     slide.on_hold = True
                 else:
                     self._pause(slide.slide_id, error)

@@ -184,8 +184,8 @@ def test_a_full_disk_is_waited_for(
         waited.append(slide_id)
         ballast.write_bytes(b"")
 
-    done, report_full = RunRecorder.unit_done, DiskSpace.report_full
-    monkeypatch.setattr(RunRecorder, "unit_done", fill)
+    done, report_full = RunRecorder.record_unit, DiskSpace.report_full
+    monkeypatch.setattr(RunRecorder, "record_unit", fill)
     monkeypatch.setattr(DiskSpace, "report_full", clear)
     outcome = run(fields("a", "b"), small_disk / "out", LoadQuick())
     assert waited and outcome.exit_code == 0

@@ -71,11 +71,11 @@ class Cohort:
         self.done.append((state, task))
         if task.stage is Stage.SURVEY:
             work: Any = SimpleNamespace(units=tuple(unit(*cell) for cell in CELLS))
-            state.survey_done(Surveyed(work, (), (), Seconds()))
+            state.add_survey(Surveyed(work, (), (), Seconds()))
         elif task.stage is Stage.INFER:
-            state.unit_inferred(task.index)
+            state.mark_inferred(task.index)
         elif task.stage is Stage.POST:
-            state.region_posted()
+            state.count_region()
         else:
             self.open.close(state)
 

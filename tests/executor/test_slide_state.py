@@ -35,7 +35,7 @@ def slide() -> SlideState:
 def surveyed(cells: list[tuple[int, int]], inferred: set[int], posted: set[int]) -> SlideState:
     found = slide()
     work: Any = SimpleNamespace(units=tuple(unit(*cell) for cell in cells))
-    found.survey_done(Surveyed(work, tuple(sorted(inferred)), tuple(sorted(posted)), Seconds()))
+    found.add_survey(Surveyed(work, tuple(sorted(inferred)), tuple(sorted(posted)), Seconds()))
     return found
 
 
@@ -63,11 +63,11 @@ def test_every_region_is_done_once_and_after_its_units(data: st.DataObject) -> N
         if what == "infer":
             predicting.remove(i)
             done.add(i)
-            work.unit_inferred(i)
+            work.mark_inferred(i)
         else:
             posting.remove(i)
             regions.append(i)
-            work.region_posted()
+            work.count_region()
     assert work.next_stage == Stage.FINALIZE
     assert done == set(range(len(cells)))
     assert sorted(regions) == sorted(set(range(len(cells))) - posted)
@@ -77,37 +77,37 @@ def test_a_corrupted_unit_is_predicted_before_the_slide_is_finalized() -> None:
     """An earlier run did all regions, but one unit's shard was found corrupted."""
     work = surveyed([(0, 0), (1, 0)], inferred={0}, posted={0, 1})
     assert work.next_stage != Stage.FINALIZE and list(work.to_infer) == [1]
-    work.unit_inferred(1)
+    work.mark_inferred(1)
     assert work.next_stage == Stage.FINALIZE
 
 
 def test_a_region_waits_for_further_units_that_it_needs() -> None:
     work = surveyed([(0, 0), (3, 0)], inferred={0}, posted=set())
     assert work.to_post.popleft() == 0
-    assert work.units_missing(Task(Stage.POST, 0), ((3, 0),), now=0) is None
-    work.retry_due(1e12)
+    assert work.retry_later(Task(Stage.POST, 0), ((3, 0),), now=0) is None
+    work.queue_due_retries(1e12)
     assert not work.to_post
-    work.unit_inferred(1)
+    work.mark_inferred(1)
     assert sorted(work.to_post) == [0, 1]
 
 
 def test_a_region_is_retried_until_markers_are_visible() -> None:
     work = surveyed([(0, 0)], inferred={0}, posted=set())
     work.to_post.clear()
-    assert work.units_missing(Task(Stage.POST, 0), ((0, 0),), now=5) is None
-    work.retry_due(5)
+    assert work.retry_later(Task(Stage.POST, 0), ((0, 0),), now=5) is None
+    work.queue_due_retries(5)
     assert not work.to_post
-    work.retry_due(5 + RETRY_S)
+    work.queue_due_retries(5 + RETRY_S)
     assert list(work.to_post) == [0]
 
 
 def test_finalization_is_retried_until_parts_are_visible() -> None:
     work = surveyed([(0, 0)], inferred={0}, posted={0})
     work.next_stage = None  # submitted
-    assert work.units_missing(Task(Stage.FINALIZE), ((0, 0),), now=5) is None
-    work.retry_due(5)
+    assert work.retry_later(Task(Stage.FINALIZE), ((0, 0),), now=5) is None
+    work.queue_due_retries(5)
     assert work.next_stage is None
-    work.retry_due(5 + RETRY_S)
+    work.queue_due_retries(5 + RETRY_S)
     assert work.next_stage == Stage.FINALIZE and not work.to_post
 
 

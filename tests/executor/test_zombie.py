@@ -69,16 +69,16 @@ def zombies(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], 
     started: list[Zombie] = []
 
     def haunt(go_on: Callable[[], bool]) -> list[Zombie]:
-        survey_done = SlideState.survey_done
+        add_survey = SlideState.add_survey
 
         def haunted(slide: SlideState, found: Surveyed) -> None:
             zombie = Zombie(found.work, go_on)
             zombie.start()
             started.append(zombie)
             assert zombie.network.begun.wait(60) and not zombie.marker.exists()
-            survey_done(slide, found)
+            add_survey(slide, found)
 
-        monkeypatch.setattr(SlideState, "survey_done", haunted)
+        monkeypatch.setattr(SlideState, "add_survey", haunted)
         return started
 
     yield haunt
