@@ -107,8 +107,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_file(path: Path) -> bytes | None:
     """Return the content of a file; None if it does not exist. OSError if it cannot be read.
 
-    On NFS, the file may be replaced while it is read: then it is read once more, and None is returned if this fails,
-    too.
+    On NFS, the file may be replaced while it is read: then it is read once more.
     """
     for _ in range(2):
         try:
@@ -118,7 +117,8 @@ def read_file(path: Path) -> bytes | None:
         except OSError as error:
             if error.errno != errno.ESTALE:  # ESTALE: the file was replaced
                 raise
-    return None
+            stale = error
+    raise stale
 
 
 def json_object(content: bytes) -> dict[str, Any] | None:

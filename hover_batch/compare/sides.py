@@ -87,7 +87,7 @@ def random_teacher(name: str, settings: InferSettings) -> Side:
             f"--teacher-weights {name}: with --timing-only, give the name of a published HoVerNet: {known}"
         )
     form = kind.architecture.removeprefix("hovernet-")
-    arch = TeacherArch(form, kind.types)  # type: ignore[arg-type]  # the two forms that there are
+    arch = TeacherArch(form, kind.types or None)  # type: ignore[arg-type]  # the two forms that there are
     tile_in, tile_out = arch.tile
     card = Card(
         name=f"{name}, random weights",

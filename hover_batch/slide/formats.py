@@ -120,11 +120,14 @@ def ome_tiff_header(path: Path) -> Header:
     elements = list(images[index].iter()) if index < len(images) else []
     pixels: Mapping[str, str] = next((e.attrib for e in elements if e.tag.endswith("}Pixels")), {})
     channels = [e.attrib.get("Name", "") for e in elements if e.tag.endswith("}Channel")] if "C" in largest.axes else []
-    powers = [e.attrib.get("NominalMagnification") for e in xml.iter() if e.tag.endswith("}Objective")]
+    powers = {
+        e.attrib.get("ID"): e.attrib.get("NominalMagnification") for e in xml.iter() if e.tag.endswith("}Objective")
+    }
+    used = next((e.attrib.get("ID") for e in elements if e.tag.endswith("}ObjectiveSettings")), None)
     size = _ome_size(pixels)
     if size == StatedSize(None):
         size = size_in_tags
-    power = to_float(powers[0]) if powers else None
+    power = to_float(powers.get(used, next(iter(powers.values()), None)))
     return Header(tuple(levels), size, None, "ome-tiff", power, _warnings_of_channels(path, channels))
 
 

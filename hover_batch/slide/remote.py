@@ -93,12 +93,13 @@ def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
     path = path.rstrip("/")
     properties = storage.info(path)
     if properties["type"] == "directory":
-        return storage, _inside(storage, path, url.name)
-    if properties.get("size") is None:
+        files = _inside(storage, path, url.name)
+    else:
+        files = [RemoteFile(path, PurePosixPath(url.name), properties.get("size"))]
+        if url.name.lower().endswith(".mrxs"):
+            files += _inside(storage, path[: -len(".mrxs")], url.stem)
+    if any(file.size is None for file in files):
         raise SlideError(f"{url}: the storage does not report its size")
-    files = [RemoteFile(path, PurePosixPath(url.name), properties["size"])]
-    if url.name.lower().endswith(".mrxs"):
-        files += _inside(storage, path[: -len(".mrxs")], url.stem)
     return storage, files
 
 

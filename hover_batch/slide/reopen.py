@@ -26,8 +26,9 @@ def reopen(record: SlideRecord, survey: Path) -> SlideReader:
         raise SlideError(f"{record.path} does not exist")
     from hover_batch.slide.reader import open_slide  # this import takes many seconds
 
+    segmented = read_info(survey).fingerprint
     reader = open_slide(record)
-    if reader.info.fingerprint != read_info(survey).fingerprint:
+    if reader.info.fingerprint != segmented:
         reader.close()
         raise SlideError(f"{record.path} is not the file that was segmented")
     return reader

@@ -18,6 +18,8 @@ from hover_batch.cli import app
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.compare.budget import Options, Speed, estimate, fit_to_budget
 from hover_batch.compare.fields import Place
+from hover_batch.compare.sides import random_teacher
+from hover_batch.config import InferSettings
 from hover_batch.geometry import Box
 from hover_batch.model.package import Card, find_package, save_package
 from hover_batch.model.student import StudentArch, build_student
@@ -30,6 +32,12 @@ QUICK = ["--side", "128", "--per-slide", "1", "--slides", "1", "--repeats", "1",
 
 def compare(*words: object) -> Any:
     return CliRunner().invoke(app, ["compare", *map(str, words)])
+
+
+def test_a_teacher_without_classes_is_built_for_its_costs() -> None:
+    side = random_teacher("hovernet_original-kumar", InferSettings(device="cpu"))
+    maps = side.network(torch.zeros(1, 3, side.card.tile_in, side.card.tile_in))
+    assert maps.shape == (1, 4 + len(side.card.taxonomy.classes), side.card.tile_out, side.card.tile_out)
 
 
 @pytest.fixture(scope="module")

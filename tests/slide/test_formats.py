@@ -281,6 +281,20 @@ def test_refused_values_of_ome_are_quoted(tmp_path: Path, sizes: dict[str, Any],
         peek(record(path))
 
 
+def test_the_objective_of_an_ome_tiff_is_that_of_its_image(tmp_path: Path) -> None:
+    sizes = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}
+    path = written(tmp_path / "slide.ome.tif", **TILES, metadata={"axes": "YXS", **sizes})
+    objectives = "".join(
+        f'<Objective ID="Objective:{i}" NominalMagnification="{power}"/>' for i, power in enumerate((4, 40))
+    )
+    xml = str(tifffile.tiffcomment(path)).replace(
+        "<Image ", f'<Instrument ID="Instrument:0">{objectives}</Instrument><Image '
+    )
+    xml = xml.replace("<Pixels ", '<ObjectiveSettings ID="Objective:1"/><Pixels ')
+    tifffile.tiffcomment(path, xml.encode())
+    assert peek(record(path)).magnification == 40
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_the_resolution_of_png_and_jpeg_is_quoted_but_not_taken(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"tile.{suffix}"
