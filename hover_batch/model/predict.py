@@ -7,7 +7,7 @@ depend on the batch's shape, and equal settings must give equal bytes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hover_batch.config import InferSettings, Precision, Runtime
 from hover_batch.errors import InputError
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
+from hover_batch.model.in_flight import Computed, InFlight, Pending, Streams
 from hover_batch.model.openvino import OpenVinoNetwork, cached_conversion, convert
 from hover_batch.model.package import Card, Package, load_network
 
@@ -50,9 +51,15 @@ class Predictor:
         self.precision = settled.precision
         self.runtime = settled.runtime
         self.turn = threading.Lock()
-        """Lock held while predicting one batch, so that threads share the device fairly."""
+        """Lock held while submitting one batch, so that threads share the device fairly."""
+        self.streams: Streams | None = None
+        """Streams of a GPU, in which batches are in flight; None if `submit` computes at once."""
         if self.device.type == "cpu":
             torch.set_num_threads(settings.threads or torch.get_num_threads())
+        if self.device.type == "cuda":
+            from hover_batch.model.cuda_streams import cuda_streams
+
+            self.streams = cuda_streams(self.device)
         self._threads: ThreadPoolExecutor | None = None
         if self.device.type == "cpu" and settled.runtime == "torch":
             # An image per thread: the last bits of some convolutions depend on the number of threads that share one.
@@ -72,15 +79,31 @@ class Predictor:
             self.network = CompiledNetwork(self.network)
             self.predict(np.zeros((1, card.tile_in, card.tile_in, 3), np.uint8))  # compile it now
 
+    def submit(self, tiles: Sequence[NDArray[np.uint8]]) -> Pending:
+        """Begin to predict up to `batch` tiles; the result is what `predict` returns. Threads take turns.
+
+        `tiles`: RGB (tile_in, tile_in, 3) uint8 each. On a GPU it does not wait for the device, whose errors are raised
+        by the result.
+        """
+        if self.streams is None:
+            return self._in_turn(np.stack(tiles))
+        held = self.streams.empty((len(tiles), *tiles[0].shape))
+        np.stack(tiles, out=held.numpy())
+        shape = len(tiles), self.card.layout.planes, self.card.tile_out, self.card.tile_out
+        with self.turn:
+            return InFlight(self.streams, held, shape, self._uploaded, self._block, self._in_turn)
+
+    def _in_turn(self, tiles: NDArray[np.uint8]) -> Computed:
+        with self.turn:
+            return Computed(self.predict, tiles)
+
     @torch.inference_mode()
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return the maps (n, plane, tile_out, tile_out) uint8 of up to `batch` tiles (see MapLayout).
 
         `tiles`: (n, tile_in, tile_in, 3) uint8 RGB.
         """
-        return self._as_fits(
-            tiles, lambda rgb: quantise(self._output(rgb), _centre(rgb, self.card.tile_out), self.card.layout)
-        )
+        return self._as_fits(tiles, lambda rgb: self._quantised(self._checked_output(rgb), rgb))
 
     @torch.inference_mode()
     def logits(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -88,14 +111,14 @@ class Predictor:
 
         `tiles`: (n, tile_in, tile_in, 3) uint8 RGB.
         """
-        return self._as_fits(tiles, self._output)
+        return self._as_fits(tiles, self._checked_output)
 
     def _as_fits(self, tiles: NDArray[np.uint8], work: Callable[[Tensor], Tensor]) -> NDArray[Any]:
         """Apply `work` to `at_once` tiles at a time, halving `at_once` when the device runs out of memory."""
         while True:
             try:
-                parts = [tiles[i : i + self.at_once] for i in range(0, len(tiles), self.at_once)]
-                return np.concatenate([work(self._whole_batch(part))[: len(part)].cpu().numpy() for part in parts])
+                parts = self._uploaded(torch.from_numpy(tiles)).split(self.at_once)
+                return np.concatenate([work(_padded(part, self.at_once))[: len(part)].cpu().numpy() for part in parts])
             except torch.OutOfMemoryError:
                 if self.at_once == 1:
                     raise
@@ -103,22 +126,41 @@ class Predictor:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # outside the except block, whose traceback holds references to the memory
 
-    def _whole_batch(self, tiles: NDArray[np.uint8]) -> Tensor:
-        """Return the tiles, padded with black ones, as (at_once, 3, tile_in, tile_in) uint8 on the device."""
-        if (missing := self.at_once - len(tiles)) > 0:
-            tiles = np.concatenate([tiles, np.zeros((missing, *tiles.shape[1:]), np.uint8)])
-        return torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2)
+    @torch.inference_mode()
+    def _block(self, tiles: Tensor) -> Tensor:
+        """Return the maps of tiles on the device for `InFlight`: flat, and 0 last if fp16 overflowed.
+
+        Checking `isfinite` here, as `_checked_output` does, would make the host wait for the device.
+        """
+        size = self.at_once
+        maps, finite = [], []
+        for part in tiles.split(size):
+            rgb = _padded(part, size)
+            output = self._output(rgb)
+            maps.append(self._quantised(output, rgb)[: len(part)].flatten())
+            finite.append(output.isfinite().all() | (self.precision != "fp16"))
+        return torch.cat([*maps, torch.stack(finite).all()[None].to(torch.uint8)])
+
+    def _uploaded(self, tiles: Tensor) -> Tensor:
+        """Return tiles (n, tile_in, tile_in, 3) uint8 as (n, 3, tile_in, tile_in) on the device."""
+        return tiles.to(self.device, non_blocking=self.streams is not None).permute(0, 3, 1, 2)
+
+    def _quantised(self, output: Tensor, rgb: Tensor) -> Tensor:
+        return quantise(output, _centre(rgb, self.card.tile_out), self.card.layout)
+
+    def _checked_output(self, rgb: Tensor) -> Tensor:
+        """Return the output as `_output` does, in fp32 if an intermediate value exceeded 65504, the limit of fp16."""
+        output = self._output(rgb)
+        if self.precision == "fp16" and not output.isfinite().all():
+            output = _centre(self.network(_scaled(rgb)), self.card.tile_out).float()
+        return output
 
     def _output(self, rgb: Tensor) -> Tensor:
         """Return the output (n, channels, tile_out, tile_out) float32 for RGB (n, 3, tile_in, tile_in) uint8."""
-        image = rgb.float().div(255).contiguous(memory_format=torch.channels_last)
+        image = _scaled(rgb)
         if self._threads is None:
-            output = self._forward(image)
-        else:
-            output = torch.cat(list(self._threads.map(self._forward, torch.split(image, 1))))
-        if self.precision == "fp16" and not output.isfinite().all():  # an intermediate value exceeded 65504
-            output = _centre(self.network(image), self.card.tile_out).float()
-        return output
+            return self._forward(image)
+        return torch.cat(list(self._threads.map(self._forward, torch.split(image, 1))))
 
     @torch.inference_mode()
     def _forward(self, image: Tensor) -> Tensor:
@@ -148,6 +190,17 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
 
     model = cached_conversion(package.sha256, card.tile_in, load)
     return Predictor(OpenVinoNetwork(model, settings.batch, settings.threads), card, settings)
+
+
+def _padded(tiles: Tensor, size: int) -> Tensor:
+    """Return `size` tiles (size, 3, y, x), the missing ones black."""
+    missing = size - len(tiles)
+    return torch.cat([tiles, tiles.new_zeros((missing, *tiles.shape[1:]))]) if missing else tiles
+
+
+def _scaled(rgb: Tensor) -> Tensor:
+    """Return RGB (n, 3, y, x) uint8 as float32 in [0, 1], the channels last in memory."""
+    return rgb.float().div(255).contiguous(memory_format=torch.channels_last)
 
 
 def _centre(planes: Tensor, side: int) -> Tensor:
