@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from skimage.color import hed_from_rgb
 from torch import Tensor, nn
 
-from hover_batch.config import InferSettings, Precision, Runtime
+from hover_batch.config import AUTO_BATCH, InferSettings, Precision, Runtime
 from hover_batch.errors import InputError
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
 from hover_batch.model.in_flight import Computed, InFlight, Pending, Streams
@@ -43,9 +43,6 @@ class Predictor:
 
     def __init__(self, network: nn.Module, card: Card, settings: InferSettings) -> None:
         self.card = card
-        self.batch = settings.batch
-        self.at_once = settings.batch
-        """Tiles per call of the network: `batch`, halved each time the device runs out of memory."""
         settled = resolve(settings)
         self.device = torch.device(settled.device)
         self.precision = settled.precision
@@ -54,12 +51,12 @@ class Predictor:
         """Lock held while submitting one batch, so that threads share the device fairly."""
         self.streams: Streams | None = None
         """Streams of a GPU, in which batches are in flight; None if `submit` computes at once."""
-        if self.device.type == "cpu":
-            torch.set_num_threads(settings.threads or torch.get_num_threads())
         if self.device.type == "cuda":
             from hover_batch.model.cuda_streams import cuda_streams
 
             self.streams = cuda_streams(self.device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(settings.threads or torch.get_num_threads())
         self._threads: ThreadPoolExecutor | None = None
         if self.device.type == "cpu" and settled.runtime == "torch":
             # An image per thread: the last bits of some convolutions depend on the number of threads that share one.
@@ -72,12 +69,25 @@ class Predictor:
 
             self.network = prepared(network, card, self.device, settled.runtime)
             if settled.runtime == "openvino":
-                self.network = OpenVinoNetwork(convert(self.network, card.tile_in), self.batch, settings.threads)
+                self.network = OpenVinoNetwork(convert(self.network, card.tile_in), settled.batch, settings.threads)
+        self.batch = self._auto_batch() if settled.batch == AUTO_BATCH else settled.batch
+        self.at_once = self.batch
+        """Tiles per call of the network: `batch`, halved each time the device runs out of memory."""
         if settled.runtime == "compile":
             from hover_batch.model.compiled import CompiledNetwork
 
             self.network = CompiledNetwork(self.network)
             self.predict(np.zeros((1, card.tile_in, card.tile_in, 3), np.uint8))  # compile it now
+
+    def _auto_batch(self) -> int:
+        """Return the batch size for this network on its GPU, found in a trial of a few seconds."""
+        from hover_batch.model.auto_batch import cuda_trial, doubled
+
+        def compute(tiles: Tensor) -> Tensor:
+            self.at_once = len(tiles)
+            return self._block(tiles)
+
+        return doubled(cuda_trial(compute, self.card.tile_in, self.device))
 
     def submit(self, tiles: Sequence[NDArray[np.uint8]]) -> Pending:
         """Begin to predict up to `batch` tiles; the result is what `predict` returns. Threads take turns.
@@ -189,7 +199,14 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
         return prepared(load_network(package), card, torch.device("cpu"), "openvino")
 
     model = cached_conversion(package.sha256, card.tile_in, load)
-    return Predictor(OpenVinoNetwork(model, settings.batch, settings.threads), card, settings)
+    return Predictor(OpenVinoNetwork(model, settled.batch, settings.threads), card, settings)
+
+
+def auto_batch(package: Package, settings: InferSettings) -> int:
+    """Return the batch size of `--batch auto` for a package on this machine's GPU. Errors as in `load_predictor`."""
+    batch = load_predictor(package, settings).batch
+    torch.cuda.empty_cache()  # for the processes that will use the GPU
+    return batch
 
 
 def _padded(tiles: Tensor, size: int) -> Tensor:
@@ -237,20 +254,27 @@ def stain_density(rgb: Tensor) -> Tensor:
 def resolve(settings: InferSettings) -> InferSettings:
     """Return the settings with `auto` resolved for this machine, as a run records them.
 
+    On a GPU the batch stays AUTO_BATCH, since it depends on the network: see `auto_batch`.
+
     InputError if the device cannot be used, or not with the runtime and the precision.
     """
     if settings.runtime == "openvino":
         device = _device("cpu" if settings.device == "auto" else settings.device)
         if device.type != "cpu" or settings.precision in _SHORT:
             raise InputError("--runtime openvino: runs on the CPU in fp32; omit --device and --precision")
-        return replace(settings, device="cpu", precision="fp32")
+        return replace(settings, device="cpu", precision="fp32", batch=_cpu_batch(settings))
     device = _device(settings.device)
     precision = _precision(settings.precision, device)
     runtime: Runtime = settings.runtime
     if runtime == "auto":
         fits = device.type == "cpu" and precision == "fp32" and find_spec("openvino") is not None
         runtime = "openvino" if fits else "torch"
-    return replace(settings, device=str(device), precision=precision, runtime=runtime)
+    batch = settings.batch if device.type == "cuda" else _cpu_batch(settings)
+    return replace(settings, device=str(device), precision=precision, runtime=runtime, batch=batch)
+
+
+def _cpu_batch(settings: InferSettings) -> int:
+    return InferSettings.batch if settings.batch == AUTO_BATCH else settings.batch
 
 
 def _precision(wanted: Precision, device: torch.device) -> Precision:

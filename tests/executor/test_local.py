@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,9 @@ from numpy.typing import NDArray
 from test_contract import events, tables
 from thread_streams import Memory, thread_streams
 
-from hover_batch.config import InferSettings
+import hover_batch.model.predict
+import hover_batch.segment
+from hover_batch.config import AUTO_BATCH, InferSettings
 from hover_batch.model.heads import Heads
 from hover_batch.model.package import Package
 from hover_batch.model.predict import Predictor
@@ -137,3 +140,28 @@ def test_batches_in_flight_change_no_byte_of_a_run(
     stores = [sorted((tmp_path / of).rglob("predictions.zarr/c/**/*")) for of in ("out", "reference")]
     read = [[path.read_bytes() for path in store if path.is_file()] for store in stores]
     assert read[0] == read[1] != []
+
+
+def test_an_automatic_batch_is_recorded_and_kept(
+    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a CPU the batch is the default. On a GPU it is found in a trial, whose second result would be another one."""
+    run, cohort = runner("local", monkeypatch), fields("a")
+    trials = iter((4, 16))
+    monkeypatch.setattr(hover_batch.model.predict, "auto_batch", lambda *_: next(trials))
+
+    def recorded(out: Path, batch: int = AUTO_BATCH) -> dict[str, Any]:
+        run(cohort, out, LoadQuick(), settings=replace(SETTINGS, infer=replace(SETTINGS.infer, batch=batch)))
+        saved = tomllib.loads((out / "settings.toml").read_text())["infer"]["batch"]
+        key: dict[str, Any] = json.loads((out / "run.json").read_text())["results_key"]
+        assert saved == key["infer"]["batch"]
+        return key
+
+    assert recorded(tmp_path / "cpu") == recorded(tmp_path / "eight", 8)
+    assert "batch: 8 tiles (auto)" in capsys.readouterr().err
+    assert recorded(tmp_path / "two", 2) == recorded(tmp_path / "two")
+    # As `settled_here` leaves the settings on a GPU.
+    monkeypatch.setattr(hover_batch.segment, "settled_here", lambda settings: settings)
+    assert recorded(tmp_path / "gpu")["infer"]["batch"] == 4
+    assert recorded(tmp_path / "gpu")["infer"]["batch"] == 4
+    assert tables(tmp_path / "gpu") == tables(tmp_path / "cpu")
