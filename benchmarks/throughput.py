@@ -4,11 +4,12 @@
     scripts/loopback uv run python -m benchmarks.throughput [--json FILE] slide [--side 20000] [-- --batch 64 …]
 
 `network`: the starter, and HoVerNet-fast with random weights, called as in `segment`: tiles and maps are bytes, copies
-and quantisation are included, and two batches are in flight, so that a GPU computes one while the next is copied. Each
-measurement is of --in-a-row batches, after one that fills the queue. All batch sizes are combined with all precisions. With the first batch size and
-precision, also the other runtimes, larger tiles with the same margin, and the networks without one of the optimisations
-are measured: folding normalisations into convolutions, not computing margins, merging upsampling with the next
-convolution. Runs alternate; medians are reported. `--networks starter` leaves out HoVerNet, which is slow on a CPU.
+and quantisation are included, and two batches are in flight, so that a GPU computes one while the next is copied. A
+measurement is the mean of --in-a-row batches, after a first one that fills the queue. All batch sizes are combined with
+all precisions. With the first batch size and precision, also the other runtimes, larger tiles with the same margin, and
+the networks without one of the optimisations are measured: folding normalisations into convolutions, not computing
+margins, merging upsampling with the next convolution. Runs alternate; medians are reported. `--networks starter` leaves
+out HoVerNet, which is slow on a CPU.
 
 `slide`: `segment` with the flags after `--` on a synthetic slide of side × side pixels, a quarter of it tissue. Reports
 seconds per mm² of tissue, and the fraction of time in which the networks were busy.
@@ -166,7 +167,7 @@ def network(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def in_a_row(predictor: predict.Predictor, tiles: NDArray[np.uint8], count: int) -> float:
     """Return the seconds per batch of `count` batches in flight, from one result to the last."""
-    results = in_flight(((n, tiles) for n in range(count + 1)), predictor.submit)
+    results = in_flight(((n, list(tiles)) for n in range(count + 1)), predictor.submit)
     clocks = []
     for _, pending in results:
         pending.result()

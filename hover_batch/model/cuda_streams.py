@@ -13,10 +13,11 @@ from hover_batch.model.in_flight import Streams
 
 def cuda_streams(device: torch.device) -> Streams:
     """Return the streams of a device. It computes in its default stream, whose memory other calls then share."""
+    upload, download = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # untyped in torch
     return Streams(
-        upload=CudaStream(torch.cuda.Stream(device)),
+        upload=CudaStream(upload),
         compute=CudaStream(torch.cuda.default_stream(device)),
-        download=CudaStream(torch.cuda.Stream(device)),
+        download=CudaStream(download),
         # torch reuses pinned memory only after the copies from and to it are done.
         empty=lambda shape: torch.empty(tuple(shape), dtype=torch.uint8, pin_memory=True),
     )
@@ -24,7 +25,7 @@ def cuda_streams(device: torch.device) -> Streams:
 
 def _event() -> torch.cuda.Event:
     # A blocking wait leaves the CPU core to the readers.
-    return torch.cuda.Event(enable_timing=True, blocking=True)
+    return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 @dataclass
@@ -39,7 +40,8 @@ class CudaStep:
     @property
     def seconds(self) -> float:
         """Time between the two events."""
-        return self.started.elapsed_time(self.ended) / 1000
+        milliseconds: float = self.started.elapsed_time(self.ended)
+        return milliseconds / 1000
 
     def queued(self) -> Tensor:
         """Return the tensor, whose content is there once `ended` has happened. Errors of the work propagate."""

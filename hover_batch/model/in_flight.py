@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,12 +43,14 @@ class Pending(Protocol):
 
 
 class Computed:
-    """Batch that is computed at once, in the calling thread."""
+    """Batch that is computed at once, in the calling thread. `clock`: measures `seconds`."""
+
+    clock: ClassVar[Callable[[], float]] = staticmethod(time.monotonic)
 
     def __init__(self, predict: Predict, tiles: NDArray[np.uint8]) -> None:
-        started, clock = time.time(), time.monotonic()
+        started, clock = time.time(), self.clock()
         self._maps = predict(tiles)
-        self.seconds = time.monotonic() - clock
+        self.seconds = self.clock() - clock
         self.span = started, time.time()
 
     def result(self) -> NDArray[np.uint8]:
@@ -91,9 +93,10 @@ class Streams:
 class InFlight:
     """Batch that a device uploads, computes and downloads while the caller goes on.
 
-    `tiles`: (n, tile_in, tile_in, 3) uint8 in memory from `streams.empty`, left alone from now on. `shape`: of the maps.
-    `upload`: copies tiles to the device. `compute`: tiles on the device → maps, flat, and a last byte that is 0 if they
-    must be computed again, all uint8. `again`: computes tiles without streams, and handles overflows and lack of memory.
+    `tiles`: (n, tile_in, tile_in, 3) uint8 in memory from `streams.empty`, not to be changed any more. `shape`: that of
+    the maps. `upload`: copies tiles to the device. `compute`: turns tiles on the device into a flat uint8 tensor, the
+    maps and a last byte, which is 0 if they must be computed again. `again`: predicts tiles without streams, and
+    handles overflows and a lack of memory.
     """
 
     def __init__(

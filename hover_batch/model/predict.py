@@ -127,7 +127,7 @@ class Predictor:
         """Apply `work` to `at_once` tiles at a time, halving `at_once` when the device runs out of memory."""
         while True:
             try:
-                parts = self._uploaded(torch.from_numpy(tiles)).split(self.at_once)
+                parts = torch.split(self._uploaded(torch.from_numpy(tiles)), self.at_once)
                 return np.concatenate([work(_padded(part, self.at_once))[: len(part)].cpu().numpy() for part in parts])
             except torch.OutOfMemoryError:
                 if self.at_once == 1:
@@ -144,7 +144,7 @@ class Predictor:
         """
         size = self.at_once
         maps, finite = [], []
-        for part in tiles.split(size):
+        for part in torch.split(tiles, size):
             rgb = _padded(part, size)
             output = self._output(rgb)
             maps.append(self._quantised(output, rgb)[: len(part)].flatten())
