@@ -45,7 +45,7 @@ class Pending(Protocol):
 class Computed:
     """Batch that is computed at once, in the calling thread. `clock`: measures `seconds`."""
 
-    clock: ClassVar[Callable[[], float]] = staticmethod(time.monotonic)
+    clock: ClassVar[staticmethod[[], float]] = staticmethod(time.monotonic)
 
     def __init__(self, predict: Predict, tiles: NDArray[np.uint8]) -> None:
         started, clock = time.time(), self.clock()
