@@ -40,6 +40,7 @@ from hover_batch.cohort.record import SlideRecord, Stage
 from hover_batch.config import InferSettings
 from hover_batch.executor import local
 from hover_batch.geometry import Grid
+from hover_batch.model.in_flight import Computed
 from hover_batch.model.package import find_package
 from hover_batch.pipeline import Seconds
 from hover_batch.slide.example import write_pyramidal_tiff
@@ -100,7 +101,7 @@ class CpuSeconds(Seconds):
         try:
             yield
         finally:
-            self._add(stage, time.process_time() - clock, (started, time.time()))
+            self.add_span(stage, time.process_time() - clock, (started, time.time()))
 
 
 def budget_child(folder: Path, slides: int) -> list[dict[str, float]]:
@@ -111,6 +112,7 @@ def budget_child(folder: Path, slides: int) -> list[dict[str, float]]:
     rows = [f"{SLIDE},slide{i}" for i in range(slides)]
     (folder / "cohort.csv").write_text("\n".join(["path,slide_id", *rows]) + "\n")
     pipeline.Seconds = local.Seconds = CpuSeconds  # type: ignore[misc, attr-defined]
+    Computed.clock = staticmethod(time.process_time)
     command = ["segment", str(folder / "cohort.csv"), "-o", str(folder / "out"), *FLAGS[LOCAL]]
     app([*command, "--batch", str(BATCH), "--threads", "1"], standalone_mode=False)
     tile_mm2 = (find_package("starter").card.tile_out * MPP / 1000) ** 2

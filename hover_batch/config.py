@@ -20,6 +20,8 @@ Backend = Literal["ray", "local"]
 BackendChoice = Literal["auto", "ray", "local"]
 
 
+AUTO_BATCH = -1
+"""Value of `batch` for the word auto."""
 MAX_WORKERS = 1_000_000
 """Limit of cores and GPUs; larger values are treated as typos."""
 MAX_SIDE = 16_384
@@ -33,6 +35,8 @@ def _check(ok: bool, flag: str, value: object, rule: str) -> None:
 
 def _typed(name: str, value: object, kind: type) -> Any:
     """Return `value`, as a file gives it, in the type of the setting `name`; a float may be written without a point."""
+    if (name, value) == ("infer.batch", "auto"):
+        return AUTO_BATCH
     if type(value) is kind:
         return value
     if kind is float and type(value) is int:
@@ -83,7 +87,9 @@ class InferSettings(Section):
     unit: int = 4096
     """Side in inference pixels of a unit, which is read, predicted and stored at once, as one shard."""
     batch: int = 8
-    """Tiles in a batch; batches never mix units, and the last is padded, so that the shape is constant."""
+    """Tiles in a batch; batches never mix units, and the last is padded, so that the shape is constant.
+
+    auto (AUTO_BATCH): on a GPU a power of two, found in a short trial; on a CPU the default. The number is recorded."""
     precision: Precision = "auto"
     """auto: fp16 on a GPU with hardware for it, else fp32; both find the same nuclei. bf16 has fewer digits and shifts
     outlines."""
@@ -99,7 +105,8 @@ class InferSettings(Section):
         super().__post_init__()
         fits = 256 <= self.unit <= MAX_SIDE and self.unit % 256 == 0
         _check(fits, "unit", self.unit, f"a multiple of 256 up to {MAX_SIDE}")
-        _check(1 <= self.batch <= 1024, "batch", self.batch, "between 1 and 1024")
+        fits = self.batch == AUTO_BATCH or 1 <= self.batch <= 1024
+        _check(fits, "batch", self.batch, "auto, or between 1 and 1024")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
 
 

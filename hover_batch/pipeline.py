@@ -26,6 +26,7 @@ from hover_batch.export.summary import slide_summary
 from hover_batch.files import read_json, sha256_file, to_json, write_atomically, write_first
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.heads import MapLayout
+from hover_batch.model.in_flight import in_flight
 from hover_batch.nuclei.energy import mask_hv
 from hover_batch.nuclei.stitch import nuclei_of_region
 from hover_batch.nuclei.table import merge_parts, to_arrow, write_part
@@ -66,14 +67,15 @@ class Seconds:
         try:
             yield
         finally:
-            self._add(stage, time.monotonic() - clock, (started, time.time()))
+            self.add_span(stage, time.monotonic() - clock, (started, time.time()))
 
     def add(self, other: Seconds) -> None:
         """Add the totals of `other`, and extend the spans by its spans."""
         for stage, seconds in other.totals.items():
-            self._add(stage, seconds, other.spans[stage])
+            self.add_span(stage, seconds, other.spans[stage])
 
-    def _add(self, stage: str, seconds: float, span: tuple[float, float]) -> None:
+    def add_span(self, stage: str, seconds: float, span: tuple[float, float]) -> None:
+        """Add `seconds` of work to `stage`, between the two times of `span`."""
         self.totals[stage] = self.totals.get(stage, 0.0) + seconds
         first, last = self.spans.get(stage, span)
         self.spans[stage] = min(first, span[0]), max(last, span[1])
@@ -145,9 +147,9 @@ def infer(
     """Predict a unit's tiles and write its shard, then its marker. Return the seconds by stage.
 
     `read`: function that reads the pixels. `store`: store of the slide. `advance` is called with the number of new
-    tiles after each batch. Several threads may share one predictor, and take turns. If there is a shard without a
-    marker, from a process that was killed in between, only the marker is written. If the device ran out of memory, the
-    marker records the smaller batch size, which may have changed the last bits of the maps.
+    tiles after each batch. Several threads may share one predictor. If there is a shard without a marker, from a
+    process that was killed in between, only the marker is written. If the device ran out of memory, the marker records
+    the smaller batch size, which may have changed the last bits of the maps.
 
     NetworkFailed if the network raises an exception; SlideError if the slide cannot be read, or another run has taken
     over its folder; OSError if a file cannot be written.
@@ -158,12 +160,11 @@ def infer(
         advance(len(unit.tile_cells))
     else:
         maps = np.zeros((work.card.layout.planes, *unit.box.shape), np.uint8)
-        for tiles, pixels in _batches(unit, work, read, predictor.batch, seconds):
-            with predictor.turn, seconds.measure(Stage.INFER):
-                try:
-                    predicted = predictor.predict(pixels)
-                except Exception as error:
-                    raise NetworkFailed(f"{type(error).__name__}: {error}") from error
+        batches = _batches(unit, work, read, predictor.batch, seconds)
+        for tiles, pending in in_flight(batches, _as_network_failed()(predictor.submit)):
+            with _as_network_failed():
+                predicted = pending.result()
+            seconds.add_span(Stage.INFER, pending.seconds, pending.span)
             for tile, tile_maps in zip(tiles, predicted, strict=True):
                 inside = tile.intersect(unit.box)
                 rows, columns = inside.slices_in(unit.box)
@@ -183,12 +184,20 @@ def infer(
     return seconds
 
 
+@contextmanager
+def _as_network_failed() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise NetworkFailed(f"{type(error).__name__}: {error}") from error
+
+
 def _batches(
     unit: Unit, work: SlideWork, read: ReadBlocks, size: int, seconds: Seconds
-) -> Iterator[tuple[list[Box], NDArray[np.uint8]]]:
+) -> Iterator[tuple[list[Box], list[NDArray[np.uint8]]]]:
     """Yield the unit's tiles in batches of `size`; the last may be smaller.
 
-    A batch is the kept boxes of its n tiles, in inference pixels, and their pixels, RGB (n, tile_in, tile_in, 3) uint8.
+    A batch is the kept boxes of its tiles, in inference pixels, and their pixels, RGB (tile_in, tile_in, 3) uint8 each.
     """
     card = work.card
     boxes: list[Box] = []
@@ -202,10 +211,10 @@ def _batches(
             boxes.append(tile)
             pixels.append(image[tile.expand(card.margin).slices_in(block)])
             if len(boxes) == size:
-                yield boxes, np.stack(pixels)
+                yield boxes, pixels
                 boxes, pixels = [], []
     if boxes:
-        yield boxes, np.stack(pixels)
+        yield boxes, pixels
 
 
 def _hull(tiles: list[Box]) -> Box:

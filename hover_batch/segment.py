@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import Ledger, SlideFailure
 from hover_batch.cohort.manifest import Cohort, read_cohort
 from hover_batch.cohort.record import SlideRecord, Stage, Url
+from hover_batch.cohort.run_folder import read_run
 from hover_batch.cohort.run_key import ModelId
-from hover_batch.config import Settings
+from hover_batch.config import AUTO_BATCH, Settings
 from hover_batch.errors import DISK_FULL, InputError, exit_code
-from hover_batch.executor.backend import open_backend, resolve_here
+from hover_batch.executor.backend import OpenBackend, open_backend, resolve_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.executor.protocol import RunContext
 from hover_batch.export.summary import cohort_summary, slide_summary, with_record_columns, write_summary
 from hover_batch.formatting import LISTED, counted, listed
 from hover_batch.logs import LogFormat
-from hover_batch.model.package import find_package
+from hover_batch.model.package import Package, find_package
 from hover_batch.nuclei.table import SCHEMA_VERSION
 from hover_batch.plan import plan_cohort
 from hover_batch.quality.flags import FLAG_NAMES, Flag, flag_slides, summary_columns
@@ -114,7 +115,7 @@ def run_segment(
     """
     if unknown := [name for name in fail_on if name not in FLAG_NAMES]:
         raise InputError(f"--fail-on {unknown[0]}: is not a flag; flags are {', '.join(FLAG_NAMES)}")
-    predicts = not isinstance(source, StoredRun)
+    predicts, auto_batch = not isinstance(source, StoredRun), settings.infer.batch == AUTO_BATCH
     if isinstance(source, StoredRun):
         source.check(settings, output, force=force)
         package, plan = source.package, source.plan
@@ -139,6 +140,8 @@ def run_segment(
         CohortProgress(len(records), log_format) as progress,
     ):
         settings = backend.settings
+        if auto_batch:
+            settings = _with_batch(settings, layout, package, backend, force)
         run_keys = {slide.record.slide_id: result_key(slide, package, settings) for slide in plan.slides}
         ledger.start(
             settings=settings,
@@ -150,6 +153,8 @@ def run_segment(
             force=force,
             run_keys=run_keys,
         )
+        if auto_batch:
+            progress.say(f"batch: {counted(settings.infer.batch, 'tile')} (auto)")
         for warning in plan.cohort.warnings:
             progress.warn(warning)
         if orphans := ledger.orphans(plan.cohort):
@@ -189,6 +194,15 @@ def run_segment(
         left_out = [record for record in records if record.row in failed]
         _summarise(layout, taxonomy, done, slides, left_out, flags, recorder.model_busy)
     return Outcome(layout, slides, failures, flags, recorder.model_busy)
+
+
+def _with_batch(settings: Settings, layout: RunLayout, package: Package, backend: OpenBackend, force: bool) -> Settings:
+    """Return the settings with the batch that `auto` stands for: that of the run to be resumed, if there is one."""
+    run = None if force else read_run(layout, "--output")
+    batch = run["results_key"]["infer"]["batch"] if run else settings.infer.batch
+    if batch == AUTO_BATCH:
+        batch = backend.auto_batch(package, settings.infer)
+    return replace(settings, infer=replace(settings.infer, batch=batch))
 
 
 def _flag(ledger: Ledger, records: Sequence[SlideRecord], fail_on: Collection[str]) -> dict[str, tuple[Flag, ...]]:

@@ -144,6 +144,8 @@ def test_a_changed_setting_is_refused_by_name_and_force_starts_anew(tile: Path, 
     [
         (["--unit", "1000"], "--unit 1000"),
         (["--batch", "0"], "--batch 0"),
+        (["--batch", "many"], "--batch"),
+        (["--batch", "auto", "--halo", "-1"], "--halo -1"),
         (["--model", "none.safetensors"], "--model none.safetensors"),
         (["--device", "cuda:77"], "--device cuda:77"),
         (["--config", "none.toml"], "--config none.toml"),

@@ -25,20 +25,30 @@ POST = "Tissue and post-processing"
 ENGINE = "Execution"
 
 
-def setting(flag: str, help: str, panel: str, default: str | None = None) -> Any:
+def setting(flag: str, help: str, panel: str, default: str | None = None, **typer_options: Any) -> Any:
     """Return the typer option of a setting, which can also be given as HOVER_BATCH_NAME in the environment.
 
     The parameter's own default must be None, so that --config can supply the value. `flag`: name of the option, from
     which that of the setting follows. `help`: text in the help. `panel`: group of options in the help. `default`:
-    description of the default in the help; None to show its value.
+    description of the default in the help; None to show its value. `typer_options`: further arguments of typer.Option.
     """
     name = flag.removeprefix("--").replace("-", "_")
     if default is None:
         settings = Settings().to_dict()
         default = str(settings[SECTION_OF[name]][name] if name in SECTION_OF else settings[name])
     return typer.Option(
-        flag, help=help, envvar=f"HOVER_BATCH_{name.upper()}", show_default=default, rich_help_panel=panel
+        flag,
+        help=help,
+        envvar=f"HOVER_BATCH_{name.upper()}",
+        show_default=default,
+        rich_help_panel=panel,
+        **typer_options,
     )
+
+
+def batch_size(text: str) -> int | str:
+    """Parse the value of --batch: auto, or a whole number. ValueError for anything else."""
+    return text if text == "auto" else int(text)
 
 
 CohortArgument = Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from hover_batch.commands.options import (
     GpusOption,
     ModelOption,
     SkipInvalidOption,
+    batch_size,
     setting,
     settings_of,
     warn_of_unknown_variables,
@@ -55,7 +56,17 @@ def segment(
         int | None,
         setting("--unit", "Side in pixels of a unit, the square that is predicted and stored at once.", MODEL),
     ] = None,
-    batch: Annotated[int | None, setting("--batch", "Tiles per batch.", MODEL)] = None,
+    batch: Annotated[
+        Any,
+        setting(
+            "--batch",
+            "Tiles per batch. auto: on a GPU as many as make it faster, found in a short trial; the run keeps the "
+            "number when it resumes. On a CPU, 8.",
+            MODEL,
+            parser=batch_size,
+            metavar="N|auto",
+        ),
+    ] = None,
     precision: Annotated[
         Precision | None,
         setting(

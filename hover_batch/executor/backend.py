@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import Url
-from hover_batch.config import Settings
+from hover_batch.config import InferSettings, Settings
 from hover_batch.errors import InputError
 from hover_batch.executor.local import LocalExecutor
 from hover_batch.executor.protocol import RunContext
@@ -21,6 +21,7 @@ from hover_batch.executor.resources import (
     in_process_line,
     runs_in_process,
 )
+from hover_batch.model.package import Package
 from hover_batch.plan import PlannedSlide
 
 if TYPE_CHECKING:  # it imports Ray, which must wait until the environment is set
@@ -28,6 +29,12 @@ if TYPE_CHECKING:  # it imports Ray, which must wait until the environment is se
 
 CLEANUP_S = 30.0
 """Time for the nodes of a cluster to remove copies of slides when a run ends; the next run removes what is left."""
+
+
+def _auto_batch(package: Package, settings: InferSettings) -> int:
+    from hover_batch.model.predict import auto_batch
+
+    return auto_batch(package, settings)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class OpenBackend:
     run: Callable[[RunContext, Sequence[PlannedSlide]], None]
     """Function that runs slides on these nodes, as `Executor.run` does; on this machine, it also starts and stops
     Ray."""
+    auto_batch: Callable[[Package, InferSettings], int] = _auto_batch
+    """Function that returns the batch size of `--batch auto` there, for a package and settings with AUTO_BATCH."""
 
 
 def resolve_here(settings: Settings) -> Settings:
@@ -72,7 +81,7 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
     if settings.engine.backend == "local":
         yield OpenBackend(settings, _run_in_process)
     elif settings.engine.address:
-        from hover_batch.executor.cluster import joined, resolve_on_cluster
+        from hover_batch.executor.cluster import auto_batch_there, joined, resolve_on_cluster
 
         with joined(settings.engine.address, layout.ray_log):
             from hover_batch.executor.nodes import ClusterNodes
@@ -91,7 +100,7 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
                 plan = engine_plan(available, settings, context.package.card, predicts=predicts)
                 _run_on_ray(context, slides, plan, nodes)
 
-            yield OpenBackend(settings, run_on_cluster)
+            yield OpenBackend(settings, run_on_cluster, auto_batch_there)
     else:
         resources = Resources((_this_node(settings),)).limited(settings)
 

@@ -25,6 +25,7 @@ from typing import Any
 from hover_batch.config import InferSettings
 from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.executor.resources import Resources
+from hover_batch.model.package import Package
 
 _ENVIRONMENT = {
     # Without this, each worker under `uv run` would create its own environment.
@@ -269,6 +270,27 @@ def resolve_on_cluster(settings: InferSettings, on_gpu: bool) -> InferSettings:
     except RayTaskError as error:
         raise error.cause from None
     return resolved
+
+
+def auto_batch_there(package: Package, settings: InferSettings) -> int:
+    """Return the batch size of `--batch auto` for a package on a GPU of the joined cluster.
+
+    Errors of `hover_batch.model.predict.auto_batch` propagate from the node.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    @ray.remote(num_cpus=1, num_gpus=1, max_retries=0)
+    def auto_batch_on_gpu() -> int:
+        from hover_batch.model.predict import auto_batch
+
+        return auto_batch(package, settings)
+
+    try:
+        batch: int = ray.get(auto_batch_on_gpu.remote())
+    except RayTaskError as error:
+        raise error.cause from None
+    return batch
 
 
 class _LazyFile(io.TextIOBase):

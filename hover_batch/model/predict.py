@@ -7,7 +7,7 @@ depend on the batch's shape, and equal settings must give equal bytes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from skimage.color import hed_from_rgb
 from torch import Tensor, nn
 
-from hover_batch.config import InferSettings, Precision, Runtime
+from hover_batch.config import AUTO_BATCH, InferSettings, Precision, Runtime
 from hover_batch.errors import InputError
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
+from hover_batch.model.in_flight import Computed, InFlight, Pending, Streams
 from hover_batch.model.openvino import OpenVinoNetwork, cached_conversion, convert
 from hover_batch.model.package import Card, Package, load_network
 
@@ -44,15 +45,18 @@ class Predictor:
 
     def __init__(self, network: nn.Module, card: Card, settings: InferSettings) -> None:
         self.card = card
-        self.batch = settings.batch
-        self.at_once = settings.batch
-        """Tiles per call of the network: `batch`, halved each time the device runs out of memory."""
         resolved = resolve(settings)
         self.device = torch.device(resolved.device)
         self.precision = resolved.precision
         self.runtime = resolved.runtime
         self.turn = threading.Lock()
-        """Lock that threads which share the predictor hold while they predict one batch."""
+        """Lock that threads which share the predictor hold while they submit one batch."""
+        self.streams: Streams | None = None
+        """Streams of a GPU, in which batches are in flight; None if `submit` computes at once."""
+        if self.device.type == "cuda":
+            from hover_batch.model.cuda_streams import cuda_streams
+
+            self.streams = cuda_streams(self.device)
         if self.device.type == "cpu":
             torch.set_num_threads(settings.threads or torch.get_num_threads())
         self._threads: ThreadPoolExecutor | None = None
@@ -67,12 +71,44 @@ class Predictor:
 
             self.network = prepared(network, card, self.device, resolved.runtime)
             if resolved.runtime == "openvino":
-                self.network = OpenVinoNetwork(convert(self.network, card.tile_in), self.batch, settings.threads)
+                self.network = OpenVinoNetwork(convert(self.network, card.tile_in), resolved.batch, settings.threads)
+        self.batch = self._auto_batch() if resolved.batch == AUTO_BATCH else resolved.batch
+        """Largest number of tiles in a batch."""
+        self.at_once = self.batch
+        """Tiles per call of the network: `batch`, halved each time the device runs out of memory."""
         if resolved.runtime == "compile":
             from hover_batch.model.compiled import CompiledNetwork
 
             self.network = CompiledNetwork(self.network)
             self.predict(np.zeros((1, card.tile_in, card.tile_in, 3), np.uint8))  # compile it now
+
+    def _auto_batch(self) -> int:
+        """Return the batch size for this network on its GPU, found in a trial of a few seconds."""
+        from hover_batch.model.auto_batch import cuda_trial, doubled
+
+        def compute(tiles: Tensor) -> Tensor:
+            self.at_once = len(tiles)
+            return self._block(tiles)
+
+        return doubled(cuda_trial(compute, self.card.tile_in, self.device))
+
+    def submit(self, tiles: Sequence[NDArray[np.uint8]]) -> Pending:
+        """Begin to predict up to `batch` tiles; the result is what `predict` returns. Threads take turns.
+
+        `tiles`: RGB (tile_in, tile_in, 3) uint8 each. On a GPU it does not wait for the device, whose errors are raised
+        by the result.
+        """
+        if self.streams is None:
+            return self._in_turn(np.stack(tiles))
+        held = self.streams.empty((len(tiles), *tiles[0].shape))
+        np.stack(tiles, out=held.numpy())
+        shape = len(tiles), self.card.layout.planes, self.card.tile_out, self.card.tile_out
+        with self.turn:
+            return InFlight(self.streams, held, shape, self._uploaded, self._block, self._in_turn)
+
+    def _in_turn(self, tiles: NDArray[np.uint8]) -> Computed:
+        with self.turn:
+            return Computed(self.predict, tiles)
 
     @torch.inference_mode()
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -81,9 +117,7 @@ class Predictor:
         `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch`. If the device runs out of memory, `at_once` is
         halved; torch.OutOfMemoryError if one tile is too much.
         """
-        return self._as_fits(
-            tiles, lambda rgb: quantise(self._output(rgb), _centre(rgb, self.card.tile_out), self.card.layout)
-        )
+        return self._as_fits(tiles, lambda rgb: self._quantised(self._checked_output(rgb), rgb))
 
     @torch.inference_mode()
     def logits(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -91,14 +125,14 @@ class Predictor:
 
         `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch`. Lack of memory is handled as in `predict`.
         """
-        return self._as_fits(tiles, self._output)
+        return self._as_fits(tiles, self._checked_output)
 
     def _as_fits(self, tiles: NDArray[np.uint8], work: Callable[[Tensor], Tensor]) -> NDArray[Any]:
         """Apply `work` to `at_once` tiles at a time, halving `at_once` when the device runs out of memory."""
         while True:
             try:
-                parts = [tiles[i : i + self.at_once] for i in range(0, len(tiles), self.at_once)]
-                return np.concatenate([work(self._whole_batch(part))[: len(part)].cpu().numpy() for part in parts])
+                parts = torch.split(self._uploaded(torch.from_numpy(tiles)), self.at_once)
+                return np.concatenate([work(_padded(part, self.at_once))[: len(part)].cpu().numpy() for part in parts])
             except torch.OutOfMemoryError:
                 if self.at_once == 1:
                     raise
@@ -106,22 +140,41 @@ class Predictor:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # outside the except block, whose traceback holds references to the memory
 
-    def _whole_batch(self, tiles: NDArray[np.uint8]) -> Tensor:
-        """Return the tiles, padded with black ones, as (at_once, 3, tile_in, tile_in) uint8 on the device."""
-        if (missing := self.at_once - len(tiles)) > 0:
-            tiles = np.concatenate([tiles, np.zeros((missing, *tiles.shape[1:]), np.uint8)])
-        return torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2)
+    @torch.inference_mode()
+    def _block(self, tiles: Tensor) -> Tensor:
+        """Return the maps of tiles on the device for `InFlight`: flat, and 0 last if fp16 overflowed.
+
+        Checking `isfinite` here, as `_checked_output` does, would make the host wait for the device.
+        """
+        size = self.at_once
+        maps, finite = [], []
+        for part in torch.split(tiles, size):
+            rgb = _padded(part, size)
+            output = self._output(rgb)
+            maps.append(self._quantised(output, rgb)[: len(part)].flatten())
+            finite.append(output.isfinite().all() | (self.precision != "fp16"))
+        return torch.cat([*maps, torch.stack(finite).all()[None].to(torch.uint8)])
+
+    def _uploaded(self, tiles: Tensor) -> Tensor:
+        """Return tiles (n, tile_in, tile_in, 3) uint8 as (n, 3, tile_in, tile_in) on the device."""
+        return tiles.to(self.device, non_blocking=self.streams is not None).permute(0, 3, 1, 2)
+
+    def _quantised(self, output: Tensor, rgb: Tensor) -> Tensor:
+        return quantise(output, _centre(rgb, self.card.tile_out), self.card.layout)
+
+    def _checked_output(self, rgb: Tensor) -> Tensor:
+        """Return the output as `_output` does, in fp32 if an intermediate value exceeded 65504, the limit of fp16."""
+        output = self._output(rgb)
+        if self.precision == "fp16" and not output.isfinite().all():
+            output = _centre(self.network(_scaled(rgb)), self.card.tile_out).float()
+        return output
 
     def _output(self, rgb: Tensor) -> Tensor:
         """Return the output (n, channels, tile_out, tile_out) float32 for RGB (n, 3, tile_in, tile_in) uint8."""
-        image = rgb.float().div(255).contiguous(memory_format=torch.channels_last)
+        image = _scaled(rgb)
         if self._threads is None:
-            output = self._forward(image)
-        else:
-            output = torch.cat(list(self._threads.map(self._forward, torch.split(image, 1))))
-        if self.precision == "fp16" and not output.isfinite().all():  # an intermediate value exceeded 65504
-            output = _centre(self.network(image), self.card.tile_out).float()
-        return output
+            return self._forward(image)
+        return torch.cat(list(self._threads.map(self._forward, torch.split(image, 1))))
 
     @torch.inference_mode()
     def _forward(self, image: Tensor) -> Tensor:
@@ -151,7 +204,25 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
         return prepared(load_network(package), card, torch.device("cpu"), "openvino")
 
     model = cached_conversion(package.sha256, card.tile_in, load)
-    return Predictor(OpenVinoNetwork(model, settings.batch, settings.threads), card, settings)
+    return Predictor(OpenVinoNetwork(model, resolved.batch, settings.threads), card, settings)
+
+
+def auto_batch(package: Package, settings: InferSettings) -> int:
+    """Return the batch size of `--batch auto` for a package on this machine's GPU. Errors as in `load_predictor`."""
+    batch = load_predictor(package, settings).batch
+    torch.cuda.empty_cache()  # for the processes that will use the GPU
+    return batch
+
+
+def _padded(tiles: Tensor, size: int) -> Tensor:
+    """Return `size` tiles (size, 3, y, x), the missing ones black."""
+    missing = size - len(tiles)
+    return torch.cat([tiles, tiles.new_zeros((missing, *tiles.shape[1:]))]) if missing else tiles
+
+
+def _scaled(rgb: Tensor) -> Tensor:
+    """Return RGB (n, 3, y, x) uint8 as float32 in [0, 1], the channels last in memory."""
+    return rgb.float().div(255).contiguous(memory_format=torch.channels_last)
 
 
 def _centre(planes: Tensor, side: int) -> Tensor:
@@ -188,20 +259,27 @@ def stain_density(rgb: Tensor) -> Tensor:
 def resolve(settings: InferSettings) -> InferSettings:
     """Return the settings with device, precision and runtime `auto` resolved for this machine, as a run records them.
 
+    On a GPU the batch stays AUTO_BATCH, since it depends on the network: see `auto_batch`.
+
     InputError if the device cannot be used, or not with the runtime and the precision.
     """
     if settings.runtime == "openvino":
         device = _device("cpu" if settings.device == "auto" else settings.device)
         if device.type != "cpu" or settings.precision in _SHORT:
             raise InputError("--runtime openvino: runs on the CPU in fp32; omit --device and --precision")
-        return replace(settings, device="cpu", precision="fp32")
+        return replace(settings, device="cpu", precision="fp32", batch=_cpu_batch(settings))
     device = _device(settings.device)
     precision = _precision(settings.precision, device)
     runtime: Runtime = settings.runtime
     if runtime == "auto":
         fits = device.type == "cpu" and precision == "fp32" and find_spec("openvino") is not None
         runtime = "openvino" if fits else "torch"
-    return replace(settings, device=str(device), precision=precision, runtime=runtime)
+    batch = settings.batch if device.type == "cuda" else _cpu_batch(settings)
+    return replace(settings, device=str(device), precision=precision, runtime=runtime, batch=batch)
+
+
+def _cpu_batch(settings: InferSettings) -> int:
+    return InferSettings.batch if settings.batch == AUTO_BATCH else settings.batch
 
 
 def _precision(wanted: Precision, device: torch.device) -> Precision:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import PackageError
+from hover_batch.model.in_flight import Computed
 from hover_batch.model.package import Card, Package
 
 DARK = 150
@@ -32,6 +34,10 @@ class Quick:
     @property
     def at_once(self) -> int:
         return self.batch
+
+    def submit(self, tiles: Sequence[NDArray[np.uint8]]) -> Computed:
+        with self.turn:
+            return Computed(self.predict, np.stack(tiles))
 
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
         started = time.monotonic()

@@ -6,20 +6,28 @@ import contextlib
 import json
 import os
 import signal
+import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from accelerators import LoadQuick, Quick
-from conftest import runner
+from conftest import SETTINGS, runner
 from numpy.typing import NDArray
 from test_contract import events, tables
+from thread_streams import Memory, thread_streams
 
-from hover_batch.config import InferSettings
+import hover_batch.model.predict
+import hover_batch.segment
+from hover_batch.config import AUTO_BATCH, InferSettings
+from hover_batch.model.heads import Heads
 from hover_batch.model.package import Package
+from hover_batch.model.predict import Predictor
 
 
 class Deaf(Quick):
@@ -93,3 +101,67 @@ def test_a_run_that_lost_its_folder_writes_nothing_more(
     run(fields("a"), tmp_path / "reference", LoadQuick())
     assert run(fields("a"), out, LoadQuick()).exit_code == 0
     assert tables(out) == tables(tmp_path / "reference")
+
+
+class Darkness(torch.nn.Module):
+    """Network that finds the dark discs. Its `breaks`-th batch raises."""
+
+    def __init__(self, package: Package, breaks: int = -1) -> None:
+        super().__init__()
+        self.channels, self.breaks, self.batches = Heads(package.card.layout.n_types).channels, breaks, 0
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.batches += 1
+        if self.batches == self.breaks:
+            raise RuntimeError("the device is lost")
+        return (0.5 - image[:, :1]) * torch.linspace(-20, 20, self.channels)[:, None, None]
+
+
+def test_batches_in_flight_change_no_byte_of_a_run(
+    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit of 9 tiles, in batches of 2, on a simulated device."""
+    run, cohort = runner("local", monkeypatch), fields("a")
+    settings = replace(SETTINGS, infer=replace(SETTINGS.infer, unit=1024))
+    with thread_streams(Memory()) as streams:
+
+        def load(package: Package, infer: InferSettings, breaks: int = -1) -> Predictor:
+            predictor = Predictor(Darkness(package, breaks), package.card, infer)
+            predictor.streams = streams
+            return predictor
+
+        outcome = run(cohort, tmp_path / "out", load, settings=settings)
+        assert outcome.exit_code == 0 and outcome.slides[0]["nuclei"] > 20
+        broken = run(cohort, tmp_path / "broken", lambda *given: load(*given, breaks=3), settings=settings)
+    (failure,) = broken.failures
+    assert failure.stage == "infer" and failure.reason == "NetworkFailed: RuntimeError: the device is lost"
+    run(cohort, tmp_path / "reference", lambda p, s: Predictor(Darkness(p), p.card, s), settings=settings)
+    assert tables(tmp_path / "out") == tables(tmp_path / "reference")
+    stores = [sorted((tmp_path / of).rglob("predictions.zarr/c/**/*")) for of in ("out", "reference")]
+    read = [[path.read_bytes() for path in store if path.is_file()] for store in stores]
+    assert read[0] == read[1] != []
+
+
+def test_an_automatic_batch_is_recorded_and_kept(
+    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a CPU the batch is the default. On a GPU it is found in a trial, whose second result would be another one."""
+    run, cohort = runner("local", monkeypatch), fields("a")
+    trials = iter((4, 16))
+    monkeypatch.setattr(hover_batch.model.predict, "auto_batch", lambda *_: next(trials))
+
+    def recorded(out: Path, batch: int = AUTO_BATCH) -> dict[str, Any]:
+        run(cohort, out, LoadQuick(), settings=replace(SETTINGS, infer=replace(SETTINGS.infer, batch=batch)))
+        saved = tomllib.loads((out / "settings.toml").read_text())["infer"]["batch"]
+        key: dict[str, Any] = json.loads((out / "run.json").read_text())["results_key"]
+        assert saved == key["infer"]["batch"]
+        return key
+
+    assert recorded(tmp_path / "cpu") == recorded(tmp_path / "eight", 8)
+    assert "batch: 8 tiles (auto)" in capsys.readouterr().err
+    assert recorded(tmp_path / "two", 2) == recorded(tmp_path / "two")
+    # As `settled_here` leaves the settings on a GPU.
+    monkeypatch.setattr(hover_batch.segment, "settled_here", lambda settings: settings)
+    assert recorded(tmp_path / "gpu")["infer"]["batch"] == 4
+    assert recorded(tmp_path / "gpu")["infer"]["batch"] == 4
+    assert tables(tmp_path / "gpu") == tables(tmp_path / "cpu")
