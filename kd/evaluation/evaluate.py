@@ -134,7 +134,7 @@ def _score(sample: Sample, found: NDArray[np.int32], nuclei: Nuclei, taxonomy: T
 
 
 def centroids_and_types(sample: Sample, n_types: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return centroids (n, 2) float64 as x, y and types (n,) int64 of the nuclei of a sample, in the order of their ids.
+    """Return centroids (n, 2) float64 as x, y and types (n,) int64 of the nuclei in a sample, in order of their ids.
 
     Centroids are in pixels, with pixel centres at +0.5. The type is the class of most pixels, the lower class id if
     several are equal; 0 if the sample has no types. `n_types`: number of classes with the background.
