@@ -125,7 +125,7 @@ class TeacherCache:
         return self._array(sample).is_dir()
 
     def has_intact(self, sample: Sample) -> bool:
-        """Return whether there is an intact output for this image; delete a corrupted one, for `write` to replace it."""
+        """Return whether there is an intact output for this image. A corrupted one is deleted, to be replaced."""
         if not self.covers(sample):
             return False
         try:
