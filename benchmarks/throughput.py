@@ -78,8 +78,8 @@ def ways(
 ) -> Iterator[Way]:
     """Yield all ways to measure for these networks, batch sizes, precisions, runtimes and sides of input tiles.
 
-    Each network's first way has the first batch size and precision, and torch. Only batch sizes and precisions are
-    combined; everything else is varied from the first way.
+    Batch sizes and precisions are combined; the rest is measured with the first batch size and precision only (see the
+    module). Each network begins with its plain way, by torch and without changes.
     """
     for network in networks:
         for precision in precisions:
