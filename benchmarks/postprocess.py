@@ -109,9 +109,9 @@ class Reference:
         return np.asarray(self._hovernet._proc_np_hv(self._np, self._hv), np.int32)
 
     def nuclei(self, instances: NDArray[np.int32]) -> dict[int, dict[str, Any]]:
-        """Return the properties of each instance by id: type, contour, centroid and bounding box."""
-        found: dict[int, dict[str, Any]] = self._hovernet.get_instance_info(instances, self._types, verbose=False)
-        return found
+        """Return the type, contour, centroid and bounding box by instance id; tiny instances are left out."""
+        by_id: dict[int, dict[str, Any]] = self._hovernet.get_instance_info(instances, self._types, verbose=False)
+        return by_id
 
     def all(self) -> dict[int, dict[str, Any]]:
         """Return the result of both steps, the complete post-processing."""

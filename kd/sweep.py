@@ -125,10 +125,10 @@ def runs_of(
     """Return the runs of a grid in the folder `out`, in order.
 
     Points that train the same student, such as all temperatures without distillation, are one run. `data`: annotated
-    images. `teacher`: folder written by `kd teach`; None without distillation. `preset`: settings that the grid does
-    not vary (see `TrainConfig.of`). `test_folds`: folds to score on. `threads`: CPU cores for each run. `settings`:
-    further settings of `TrainConfig.of` for all runs. Raises InputError if a setting is invalid, the data or the
-    teacher cannot be read, or a run's folder belongs to a run with other settings, data or teacher.
+    images. `teacher`: folder written by `kd teach`; None without distillation. `preset`: name of the preset for what
+    neither the grid nor `settings` sets. `test_folds`: folds to score on. `threads`: CPU cores for each run.
+    `settings`: further settings of all runs, by the names of `TrainConfig`. Raises InputError if a setting is invalid,
+    the data or the teacher cannot be read, or a run's folder belongs to a run with other settings, data or teacher.
     """
     shared = {"data": data.resolve(), "threads": threads, **settings}
     with_teacher = {"teacher": teacher and teacher.resolve()}

@@ -61,7 +61,7 @@ class InstanceFolder:
         if not self._rows:
             raise InputError(f"{folder / TABLE}: it lists no image; add one row per image")
         row_of_id: dict[str, int] = {}
-        for number, row in enumerate(self._rows, start=2):  # as in a spreadsheet, where row 1 is the header
+        for number, row in enumerate(self._rows, start=2):  # row 1 is the header
             if empty := [c for c in COLUMNS if not row[c] and c != "types"]:
                 raise InputError(f"{folder / TABLE}: row {number} has no {', '.join(empty)}; fill it in")
             if not re.fullmatch(SPLITS, row["split"]):
