@@ -90,7 +90,7 @@ def wait_for(run: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def events(out: Path, name: str) -> list[dict[str, Any]]:
-    """Return the events of a run with this name, in order."""
+    """Return the events called `name`, in order, from the log of the run in the folder `out`."""
     return [event for event in stream_events(out / "logs" / "events.jsonl") if event["event"] == name]
 
 

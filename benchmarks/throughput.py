@@ -131,7 +131,7 @@ def network(arguments: argparse.Namespace) -> dict[str, Any]:
     sides = {"starter": load_side(str(STARTER), "", settings), "hovernet-fast": random_teacher(TEACHER, settings)}
     todo = list(ways(arguments.networks, arguments.batches, arguments.precisions, arguments.runtimes, arguments.tiles))
     predictors = [predictor_of(way, sides, arguments.device) for way in todo]
-    tiles = [
+    inputs = [
         np.random.default_rng(0).integers(0, 256, (way.batch, p.card.tile_in, p.card.tile_in, 3), np.uint8)
         for way, p in zip(todo, predictors, strict=True)
     ]
@@ -139,7 +139,7 @@ def network(arguments: argparse.Namespace) -> dict[str, Any]:
     for turn in range(arguments.repeats + 1):
         for n, predictor in enumerate(predictors):
             started = time.perf_counter()
-            predictor.predict(tiles[n])
+            predictor.predict(inputs[n])
             if turn:  # the first turn is a warm-up
                 seconds[n].append(time.perf_counter() - started)
         print(f"{turn} of {arguments.repeats}", file=sys.stderr, flush=True)

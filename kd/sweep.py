@@ -87,7 +87,7 @@ class Run:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Settings, without the folder and the threads, and inputs, as JSON values by which the run is recognised."""
+        """Settings without folder and threads, and the inputs' hashes, as JSON values that identify the run."""
         values = {name: value for name, value in asdict(self.config).items() if name not in ("out", "threads")}
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return plain | self.inputs

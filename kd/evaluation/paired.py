@@ -62,7 +62,7 @@ class Baseline:
         return cls(run.label, report["sha256"], report["sobel_norm"], report["min_area_px"], report["by_image"])
 
     def check(self, samples: Iterable[Sample]) -> None:
-        """Raise InputError if the samples of a source are not the annotated images of it that were scored.
+        """Raise InputError if a source was scored on other annotated images than those in `samples`.
 
         Only the sources of `samples` are checked, without those in PARTIAL, which have no PQ.
         """

@@ -172,10 +172,10 @@ def tables(runs: Sequence[Run], out: Path) -> list[Table]:
         ours = _rows(fitting, columns, _scores_on(paper.source), paper.source, out)
         made.append(Table(paper.name, paper.title, columns, published, paper.origin, ours, paper.notes))
     cost = _rows(runs, COST_COLUMNS, lambda run: run.report["cost"], None, out)
-    machines = [
+    timed_on = [
         f"{r.label} was timed on {r.report['cost']['timed_on']}." for r in runs if "timed_on" in r.report["cost"]
     ]
-    notes = (*COST_NOTES, *dict.fromkeys(machines))
+    notes = (*COST_NOTES, *dict.fromkeys(timed_on))
     made.append(Table("cost", "Cost", COST_COLUMNS, COST_ROWS, COST_ORIGIN, cost, notes))
     for source in dict.fromkeys(s for run in runs for s in run.sources):
         scored = [run for run in runs if source in run.sources]
