@@ -66,7 +66,10 @@ class Cost:
 
 
 def annotated_parts(folder: Path = DATA) -> list[pa.Table]:
-    """Return one table of nuclei for each CoNSeP image in `folder`, with its corner at the origin."""
+    """Return one table of nuclei for each CoNSeP image in `folder`, with its corner at the origin.
+
+    Nuclei and classes are those annotated; probabilities and stains are random.
+    """
     with (folder / "dataset.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "consep"]
     return [_part(folder / row["labels"], folder / row["types"]) for row in rows]
@@ -97,22 +100,25 @@ def _context(fields: int) -> TableContext:
 def replicated_table(path: Path, nuclei: int, parts: list[pa.Table]) -> NucleiTable:
     """Write a table of exactly `nuclei` nuclei to `path`, and return it opened.
 
-    The tables `parts` are repeated side by side on a grid.
+    The tables `parts`, as from `annotated_parts`, are repeated side by side on a square grid until there are enough
+    nuclei; the last one is cut.
     """
     mean = sum(map(len, parts)) / len(parts)
-    fields = int(np.ceil(np.sqrt(nuclei / mean))) + 1
-    written, number, left = [], 0, nuclei
-    for row in range(fields):
+    side = int(np.ceil(np.sqrt(nuclei / mean))) + 1
+    part_files = []
+    left = nuclei
+    for row in range(side):
         shifted = []
-        for column in range(fields):
-            part = parts[number % len(parts)].slice(0, left)
+        for column in range(side):
+            part = parts[(row * side + column) % len(parts)].slice(0, left)
             shifted.append(_shifted(part, column * FIELD, row * FIELD))
-            number, left = number + 1, left - len(part)
-        written.append((row, path.with_name(f"{row}.part.parquet")))
-        write_part(written[-1][1], pa.concat_tables(shifted))
-    merged = merge_parts(written, path, _context(fields))
+            left -= len(part)
+        part_file = path.with_name(f"{row}.part.parquet")
+        write_part(part_file, pa.concat_tables(shifted))
+        part_files.append((row, part_file))
+    merged = merge_parts(part_files, path, _context(side))
     assert merged.nuclei == nuclei
-    for _, part_file in written:
+    for _, part_file in part_files:
         part_file.unlink()
     return NucleiTable.open(path)
 
@@ -136,7 +142,10 @@ def _shifted(part: pa.Table, x: int, y: int) -> pa.Table:
 
 
 def cost_of(format: Format, table: Path, small: Path) -> Cost:
-    """Return the cost of exporting `table`, in a new process that has exported the table `small` before."""
+    """Return the cost of exporting `table`, in a new process that has exported the table `small` before.
+
+    The exported files are deleted. `table`, `small`: paths of nuclei.parquet files.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_cost_in_this_process, format, table, small).result()
 
@@ -148,16 +157,16 @@ def _cost_in_this_process(format: Format, table: Path, small: Path) -> Cost:
         nuclei, path = NucleiTable.open(table), Path(folder) / f"large.{format.suffix}"
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-        before, started, computed = resident("VmRSS"), time.perf_counter(), time.process_time()
+        resident_before, started, cpu_started = resident("VmRSS"), time.perf_counter(), time.process_time()
         write(nuclei, path)
-        seconds, computed = time.perf_counter() - started, time.process_time() - computed
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         disk = sum(file.stat().st_size for file in files)
-        return Cost(nuclei.rows, seconds, computed, disk / 1e6, (resident("VmHWM") - before) / 1e6)
+        return Cost(nuclei.rows, seconds, cpu_seconds, disk / 1e6, (resident("VmHWM") - resident_before) / 1e6)
 
 
 def resident(field: str) -> int:
-    """Return the bytes of resident memory of this process: now (`VmRSS`) or at its peak (`VmHWM`)."""
+    """Return the bytes of resident memory of this process: now (`VmRSS`) or at its peak (`VmHWM`). Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 

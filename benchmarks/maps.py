@@ -55,8 +55,8 @@ def real_maps(slide: Path = SLIDE, field: Box = DENSE_FIELD) -> tuple[NDArray[np
 def synthetic_maps(side: int = 2048, seed: int = 0) -> tuple[NDArray[np.uint8], MapLayout]:
     """Return stored maps (plane, side, side) uint8 of crowded elliptical nuclei, and their layout.
 
-    Nuclei are on a jittered grid with a spacing of 24 pixels, so most of them touch another one. The maps are the true
-    targets with blur and noise, like the predictions of a mediocre network.
+    Nuclei are on a jittered grid with a spacing of 24 pixels, so most of them touch another one. The maps of np, hv and
+    tp are the true targets with blur and noise, like the predictions of a mediocre network; stains are random.
     """
     rng = np.random.default_rng(seed)
     layout = MapLayout(SYNTHETIC_CLASSES)
@@ -68,16 +68,17 @@ def synthetic_maps(side: int = 2048, seed: int = 0) -> tuple[NDArray[np.uint8], 
     types = rng.integers(1, layout.n_types, len(centres) + 1).astype(np.uint8)
     types[0] = 0
 
-    def seen(plane: NDArray[np.float32]) -> NDArray[np.float32]:
+    def degraded(plane: NDArray[np.float32]) -> NDArray[np.float32]:
         noise = cv2.GaussianBlur(rng.normal(0, 1, plane.shape).astype(np.float32), (5, 5), 0)
         return cv2.GaussianBlur(plane, (5, 5), 0) + np.float32(0.2) * noise
 
     maps = np.zeros((layout.planes, side, side), np.uint8)
-    maps[layout.NP] = np.clip(np.floor(256 * seen((instances > 0).astype(np.float32))), 0, 255)
+    maps[layout.NP] = np.clip(np.floor(256 * degraded((instances > 0).astype(np.float32))), 0, 255)
     for plane, target in zip((layout.H, layout.V), hv_targets(instances), strict=True):
-        maps[plane] = np.round(127 * np.clip(seen(target), -1, 1)).astype(np.int8).view(np.uint8)
+        maps[plane] = np.round(127 * np.clip(degraded(target), -1, 1)).astype(np.int8).view(np.uint8)
     near = maps[layout.NP] >= layout.NP_NEAR
-    weights = np.stack([np.exp(3 * seen((types[instances] == k).astype(np.float32))) for k in range(layout.n_types)])
+    logits = [3 * degraded((types[instances] == k).astype(np.float32)) for k in range(layout.n_types)]
+    weights = np.exp(np.stack(logits))
     maps[layout.tp] = np.round(255 * weights / weights.sum(axis=0)) * near
     maps[layout.hematoxylin :] = rng.integers(0, 256, (2, side, side)) * near
     return maps, layout

@@ -29,6 +29,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from benchmarks.exports import resident
 from benchmarks.maps import SLIDE, real_maps, synthetic_maps
 from hover_batch.model.heads import MapLayout
 from hover_batch.model.package import find_package
@@ -41,9 +42,9 @@ Maps = NDArray[np.uint8]
 
 
 def ours(maps: Maps, layout: MapLayout, constants: SobelConstants | None) -> tuple[NDArray[np.int32], tuple[Any, ...]]:
-    """Return the instances (y, x) int32 and their properties as from `placed`, the same as the reference computes.
+    """Return the instances (y, x) int32 and their properties as from `placed`, as much as the reference computes.
 
-    `constants`: Sobel constants; None: the extremes of the maps.
+    `constants`: Sobel constants; None: the extremes of the maps, as in the reference.
     """
     instances = instance_map(maps[layout.NP], maps[layout.H], maps[layout.V], constants)
     return instances, placed(instances, maps, layout)
@@ -52,11 +53,12 @@ def ours(maps: Maps, layout: MapLayout, constants: SobelConstants | None) -> tup
 def placed(instances: NDArray[np.int32], maps: Maps, layout: MapLayout) -> tuple[Any, ...]:
     """Return anchors (n, 2), bounds (n, 4), centroids (n, 2), types (n,) and contours of the n instances.
 
-    Centroids are x, y in pixels, with pixel centres at +0.
+    Rows are ordered by instance id. Centroids are x, y in pixels, with pixel centres at +0. The type is the class of
+    most pixels, without those of the background; 0 if there are no others.
     """
     anchor, bounds, first_moments, area, votes = measuring._places(instances, maps[layout.tp], int(instances.max()))
-    nuclear = votes[:, 1:]
-    types = np.where(nuclear.max(axis=1) > 0, nuclear.argmax(axis=1) + 1, 0)
+    class_votes = votes[:, 1:]
+    types = np.where(class_votes.max(axis=1) > 0, class_votes.argmax(axis=1) + 1, 0)
     contours = outlines(instances, bounds, anchor[:, 0], area, (0, 0))
     return anchor, bounds, anchor + first_moments / area[:, None], types, contours
 
@@ -107,9 +109,9 @@ class Reference:
         return np.asarray(self._hovernet._proc_np_hv(self._np, self._hv), np.int32)
 
     def nuclei(self, instances: NDArray[np.int32]) -> dict[int, dict[str, Any]]:
-        """Return the properties of each instance by id: type, contour, centroid and bounding box."""
-        found: dict[int, dict[str, Any]] = self._hovernet.get_instance_info(instances, self._types, verbose=False)
-        return found
+        """Return the type, contour, centroid and bounding box by instance id; tiny instances are left out."""
+        by_id: dict[int, dict[str, Any]] = self._hovernet.get_instance_info(instances, self._types, verbose=False)
+        return by_id
 
     def all(self) -> dict[int, dict[str, Any]]:
         """Return the result of both steps, the complete post-processing."""
@@ -122,55 +124,60 @@ class Agreement:
 
     nuclei: int
     """Number of our nuclei."""
-    other_instances: int
+    differing_instances: int
     """Number of instances of either side that the other one does not have, pixel by pixel."""
-    other_types: int
+    differing_types: int
     """Number of pairs with different types."""
-    other_places: int
+    differing_places: int
     """Number of pairs with different bounding boxes, or centroids more than 1e-9 pixels apart."""
-    other_contours: int
+    differing_contours: int
     """Number of pairs with different contours, where the reference's contour is a valid polygon."""
-    mended_contours: int
-    """Number of pairs where the reference's contour is not a valid polygon; ours always is."""
+    invalid_contours: int
+    """Number of pairs where the reference has no contour or one that is not a valid polygon; ours always is valid."""
 
     @property
     def identical(self) -> bool:
         """Whether all differences are explained by invalid contours of the reference."""
-        return not (self.other_instances or self.other_types or self.other_places or self.other_contours)
+        differing = self.differing_instances + self.differing_types + self.differing_places + self.differing_contours
+        return differing == 0
 
 
 def compare(maps: Maps, layout: MapLayout) -> Agreement:
-    """Run both post-processings on the same maps, and count the differences."""
+    """Run both post-processings on the same maps, and count the differences.
+
+    Instances with exactly the same pixels are a pair; types, places and contours are compared in pairs only.
+    """
     reference = Reference(maps, layout)
     expected = reference.instances()
-    info = reference.nuclei(expected)
-    mine, (anchor, bounds, centroids, types, contours) = ours(maps, layout, None)
-    wide = int(expected.max()) + 1
-    pairs, overlap = np.unique(mine.astype(np.int64) * wide + expected, return_counts=True)
-    i, j = pairs // wide, pairs % wide
-    same = (i > 0) & (j > 0) & (overlap == np.bincount(mine.ravel())[i]) & (overlap == np.bincount(expected.ravel())[j])
+    expected_nuclei = reference.nuclei(expected)
+    found, (_, bounds, centroids, types, contours) = ours(maps, layout, None)
+    n_expected_ids = int(expected.max()) + 1
+    overlaps, area = np.unique(found.astype(np.int64) * n_expected_ids + expected, return_counts=True)
+    found_id, expected_id = overlaps // n_expected_ids, overlaps % n_expected_ids
+    found_area, expected_area = np.bincount(found.ravel())[found_id], np.bincount(expected.ravel())[expected_id]
+    same = (found_id > 0) & (expected_id > 0) & (area == found_area) & (area == expected_area)
     n_same = int(same.sum())
-    other_types = other_places = other_contours = invalid = 0
-    for row, k in zip((i[same] - 1).tolist(), j[same].tolist(), strict=True):
-        nucleus = info.get(k)
+    differing_types = differing_places = differing_contours = invalid = 0
+    for row, reference_id in zip((found_id[same] - 1).tolist(), expected_id[same].tolist(), strict=True):
+        nucleus = expected_nuclei.get(reference_id)
         if nucleus is None:  # the reference drops nuclei with fewer than three contour points
             invalid += 1
             continue
-        other_types += int(nucleus["type"] != types[row])
+        differing_types += int(nucleus["type"] != types[row])
         close = np.abs(nucleus["centroid"] - centroids[row]).max() <= 1e-9
-        other_places += int(not close or (nucleus["box"] != bounds[row]).any())
+        differing_places += int(not close or (nucleus["box"] != bounds[row]).any())
         contour = nucleus["contours"] + 0.5
         if shapely.Polygon(contour).is_valid:
-            other_contours += int(not np.array_equal(contours[row], [*contour, contour[0]]))
+            differing_contours += int(not np.array_equal(contours[row], [*contour, contour[0]]))
         else:
             invalid += 1
     return Agreement(
-        nuclei=int(mine.max()),
-        other_instances=(int(mine.max()) - n_same) + (len(np.unique(expected)) - 1 - n_same),
-        other_types=other_types,
-        other_places=other_places,
-        other_contours=other_contours,
-        mended_contours=invalid,
+        nuclei=int(found.max()),
+        differing_instances=(int(found.max()) - n_same) + (len(np.unique(expected)) - 1 - n_same),
+        differing_types=differing_types,
+        differing_places=differing_places,
+        differing_contours=differing_contours,
+        invalid_contours=invalid,
     )
 
 
@@ -182,30 +189,36 @@ def medians(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, floa
             started = time.process_time()
             work()
             seconds[name].append(time.process_time() - started)
-    return {name: statistics.median(of) for name, of in seconds.items()}
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def steps(maps: Maps, layout: MapLayout) -> dict[str, Callable[[], Any]]:
-    """Return the steps of our post-processing in window mode, each with the results of the previous steps."""
+    """Return the steps of our post-processing in window mode by name, as functions.
+
+    Each uses results of the previous steps, which are computed here, so that it runs alone.
+    """
     np_map, h, v = maps[layout.NP], maps[layout.H], maps[layout.V]
     components = Components.of(np_map)
     constants = SobelConstants.of_window(h, v)
     instances = split_components(h, v, components, components.large, constants)
     n = int(instances.max())
-    anchor, box, _, area, _ = measuring._places(instances, maps[layout.tp], n)
+    anchor, bounds, _, area, _ = measuring._places(instances, maps[layout.tp], n)
     return {
         "components": lambda: Components.of(np_map),
         "extremes of the Sobel maps": lambda: SobelConstants.of_window(h, v),
         "energy, markers, flooding": lambda: split_components(h, v, components, components.large, constants),
         "area, centroid, box, type": lambda: measuring._places(instances, maps[layout.tp], n),
-        "contours": lambda: outlines(instances, box, anchor[:, 0], area, (0, 0)),
-        "extra: probabilities, stain, moments": lambda: sums(instances, maps, layout, anchor, box),
-        "extra: perimeter, convex hull": lambda: shapes(instances, box),
+        "contours": lambda: outlines(instances, bounds, anchor[:, 0], area, (0, 0)),
+        "extra: probabilities, stain, moments": lambda: sums(instances, maps, layout, anchor, bounds),
+        "extra: perimeter, convex hull": lambda: shapes(instances, bounds),
     }
 
 
 def measure_field(maps: Maps, layout: MapLayout, repeats: int) -> dict[str, Any]:
-    """Return all results for one field, as JSON values. Times are in seconds per million pixels."""
+    """Return all results for one field, as JSON values.
+
+    Times are CPU seconds per million pixels; ratios are the reference's time divided by ours.
+    """
     mpx = maps[0].size / 1e6
     fixed = SobelConstants(**find_package("starter").card.sobel)
     reference = Reference(maps, layout)
@@ -223,7 +236,7 @@ def measure_field(maps: Maps, layout: MapLayout, repeats: int) -> dict[str, Any]
         repeats,
     )
     seconds["tiatoolbox"] = seconds["tiatoolbox_instances"] + seconds["tiatoolbox_nuclei"]
-    per_mpx = {name: of / mpx for name, of in seconds.items()}
+    per_mpx = {name: value / mpx for name, value in seconds.items()}
     agreement = compare(maps, layout)
     return {
         "pixels": maps[0].size,
@@ -232,10 +245,11 @@ def measure_field(maps: Maps, layout: MapLayout, repeats: int) -> dict[str, Any]
         "ratio_tiatoolbox": per_mpx["tiatoolbox"] / per_mpx["ours"],
         "ratio_tiatoolbox_fixed": per_mpx["tiatoolbox"] / per_mpx["ours_fixed"],
         "seconds_per_mpx": per_mpx,
-        "steps_seconds_per_mpx": {name: of / mpx for name, of in medians(steps(maps, layout), repeats).items()},
+        "steps_seconds_per_mpx": {name: value / mpx for name, value in medians(steps(maps, layout), repeats).items()},
         "throughput_mpx_per_second": throughput(maps, layout),
         "peak_bytes_per_pixel": {
-            who: peak_bytes(maps, layout, who) / maps[0].size for who in ("ours", "ours_whole_table", "tiatoolbox")
+            program: peak_bytes(maps, layout, program) / maps[0].size
+            for program in ("ours", "ours_whole_table", "tiatoolbox")
         },
     }
 
@@ -260,7 +274,7 @@ def throughput(maps: Maps, layout: MapLayout, rounds: int = 4) -> dict[str, floa
             with ProcessPoolExecutor(workers, context, _share_barrier, (start,)) as pool:
                 jobs = [pool.submit(_tables_in_this_process, file, layout, rounds) for _ in range(workers)]
                 times = [job.result() for job in jobs]
-            wall, cpu = (max(of) for of in zip(*times, strict=True))
+            wall, cpu = (max(seconds) for seconds in zip(*times, strict=True))
             results[f"{workers}"] = workers * rounds * maps[0].size / 1e6 / wall
             if workers == 1:
                 results["threads"] = cpu / wall
@@ -289,47 +303,45 @@ def _whole_table(maps: Maps, layout: MapLayout) -> None:
     measuring.measure(instance_map(maps[layout.NP], maps[layout.H], maps[layout.V], fixed), maps, layout)
 
 
-def peak_bytes(maps: Maps, layout: MapLayout, who: str) -> int:
-    """Return the increase of resident memory at its peak, in a new process that has loaded the maps before.
+def peak_bytes(maps: Maps, layout: MapLayout, program: str) -> int:
+    """Return the peak of the resident memory, minus that before, in a new process that has loaded the maps.
 
-    `who`: `ours`, `ours_whole_table` or `tiatoolbox`.
+    `program`: `ours`, `ours_whole_table` or `tiatoolbox`; it has processed a small field before.
     """
     with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder) / "maps.npy", maps)
         file = Path(folder) / "maps.npy"
+        np.save(file, maps)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_peak_in_this_process, file, layout, who).result()
+            return pool.submit(_peak_in_this_process, file, layout, program).result()
 
 
-def _peak_in_this_process(file: Path, layout: MapLayout, who: str) -> int:
+def _peak_in_this_process(file: Path, layout: MapLayout, program: str) -> int:
     cv2.setNumThreads(1)
     maps: Maps = np.load(file)
     small = np.ascontiguousarray(maps[:, :256, :256])
 
-    def work(of: Maps) -> Callable[[], Any]:
-        if who == "tiatoolbox":
-            return Reference(of, layout).all
-        if who == "ours":
-            return lambda: ours(of, layout, None)
-        return lambda: _whole_table(of, layout)
+    def work_on(field: Maps) -> Callable[[], Any]:
+        if program == "tiatoolbox":
+            return Reference(field, layout).all
+        if program == "ours":
+            return lambda: ours(field, layout, None)
+        return lambda: _whole_table(field, layout)
 
-    work(small)()
-    ready = work(maps)
+    work_on(small)()
+    work = work_on(maps)
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = _resident("VmRSS")
-    kept = ready()
-    after = _resident("VmHWM")
+    before = resident("VmRSS")
+    kept = work()
+    peak = resident("VmHWM")
     del kept
-    return after - before
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return peak - before
 
 
 def table(fields: dict[str, dict[str, Any]]) -> str:
-    """Return the results as a Markdown table with one column per field."""
+    """Return the results as a Markdown table with one column per field.
+
+    `fields`: title of a field → its results, as from `measure_field`.
+    """
 
     def row(title: str, value: Callable[[dict[str, Any]], str]) -> str:
         return f"| {title} | " + " | ".join(value(field) for field in fields.values()) + " |"

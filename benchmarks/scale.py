@@ -50,10 +50,7 @@ WORKERS_SEE_S = 10.0
 
 
 def write_cohort(folder: Path, slides: int, side: int) -> Path:
-    """Write images of side × side pixels with dark discs to `folder`, and return the path of their cohort.csv.
-
-    `slides`: number of images.
-    """
+    """Write `slides` images of side × side pixels with dark discs to `folder`; return the path of their cohort.csv."""
     random = np.random.default_rng(0)
     for number in range(slides):
         picture = np.full((side, side, 3), 230, np.uint8)
@@ -65,12 +62,16 @@ def write_cohort(folder: Path, slides: int, side: int) -> Path:
     return folder / "cohort.csv"
 
 
-def start(cohort: Path, out: Path, **plan: Any) -> subprocess.Popen[str]:
-    """Start a run of the cohort on a new cluster. `plan`: settings of several_nodes.py."""
-    path = out.with_suffix(".plan.json")
-    path.write_text(json.dumps({"cohort": str(cohort), "out": str(out), "unit": UNIT, "events": [], **plan}))
+def start(cohort: Path, out: Path, **settings: Any) -> subprocess.Popen[str]:
+    """Start a run of the cohort on a new cluster, and return its process, which leads a process group of its own.
+
+    `out`: output folder of the run; a plan file is written next to it. `settings`: further entries of the plan, as
+    several_nodes.py reads it.
+    """
+    plan = out.with_suffix(".plan.json")
+    plan.write_text(json.dumps({"cohort": str(cohort), "out": str(out), "unit": UNIT, "events": [], **settings}))
     return subprocess.Popen(
-        [sys.executable, NODES / "several_nodes.py", path],
+        [sys.executable, NODES / "several_nodes.py", plan],
         env={"PATH": os.defpath, "PYTHONPATH": f"{NODES}:{ROOT}", "HOME": str(out.parent), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=sys.stderr,
@@ -79,22 +80,22 @@ def start(cohort: Path, out: Path, **plan: Any) -> subprocess.Popen[str]:
     )
 
 
-def ended(run: subprocess.Popen[str]) -> dict[str, Any]:
+def wait_for(run: subprocess.Popen[str]) -> dict[str, Any]:
     """Wait for the run, and return the measurements that it prints. Raises SystemExit if it has failed."""
     printed, _ = run.communicate()
     if run.returncode:
         raise SystemExit(f"the run ended with {run.returncode}: {printed}")
-    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
-    return found
+    measurements: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return measurements
 
 
 def events(out: Path, name: str) -> list[dict[str, Any]]:
-    """Return the events of a run with this name, in order."""
+    """Return the events called `name`, in order, from the log of the run in the folder `out`."""
     return [event for event in stream_events(out / "logs" / "events.jsonl") if event["event"] == name]
 
 
-def predicted(out: Path) -> list[dict[str, Any]]:
-    """Return the events of the units that a network predicted."""
+def predicted_units(out: Path) -> list[dict[str, Any]]:
+    """Return the `unit_done` events of the units that a network predicted, in order."""
     return [event for event in events(out, "unit_done") if "infer" in event["spans"]]
 
 
@@ -103,10 +104,11 @@ def tables(out: Path) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in out.glob("slides/*/nuclei.parquet")}
 
 
-def steady(units: list[dict[str, Any]], networks: int) -> dict[str, float]:
-    """Return throughput, busy fraction of the networks, and overhead over the middle half of the units.
+def steady_state(units: list[dict[str, Any]], networks: int) -> dict[str, float]:
+    """Return units per second, busy fraction of the networks, and overhead, over the middle half of the units.
 
-    In that time all networks are running, and none has run out of work.
+    In that time all networks are running, and none has run out of work. `units`: events as from `predicted_units`. The
+    overhead is the idle time of the networks divided by their busy time.
     """
     ends = sorted(event["spans"]["infer"][1] for event in units)
     first, last = len(ends) // 4, 3 * len(ends) // 4
@@ -116,47 +118,54 @@ def steady(units: list[dict[str, Any]], networks: int) -> dict[str, float]:
 
 
 def whole_cohort(cohort: Path, folder: Path, seconds: float, networks: int) -> dict[str, Any]:
-    """Run a cohort, and return throughput, memory and CPU time of the driver, and sizes of the output."""
+    """Run a cohort of slides of one unit, and return throughput, memory and CPU time of the driver, and output sizes.
+
+    `folder`: the output is written to `folder`/out. `seconds`: duration of a unit in a network. `networks`: number of
+    networks. Memory is compared between the second and the last quarter of the run.
+    """
     out = folder / "out"
-    found = ended(start(cohort, out, gpus=networks, cpus=2, nodes=1, seconds=seconds))
-    units, samples = predicted(out), found["samples"]
-    done = [event["slide_id"] for event in events(out, "slide_done")]
+    measurements = wait_for(start(cohort, out, gpus=networks, cpus=2, nodes=1, seconds=seconds))
+    units, samples = predicted_units(out), measurements["samples"]
+    finished = [event["slide_id"] for event in events(out, "slide_done")]
     quarter = len(samples) // 4
-    parts = {"second": samples[quarter : 2 * quarter], "last": samples[-quarter:]}
+    quarters = {"second": samples[quarter : 2 * quarter], "last": samples[-quarter:]}
     files = [path for path in out.glob("slides/**/*") if path.is_file()]
-    begun, over = samples[quarter], samples[-1]
-    between = sum(begun["time"] < event["spans"]["infer"][1] <= over["time"] for event in units)
+    first, last = samples[quarter], samples[-1]
+    units_between = sum(first["time"] < event["spans"]["infer"][1] <= last["time"] for event in units)
     return {
-        "slides": len(done),
+        "slides": len(finished),
         "networks": networks,
         "unit_seconds": seconds,
-        "wall_seconds": found["seconds"],
-        "busy_start_and_end_included": found["busy"],
-        **steady(units, networks),
-        "driver_mb": {name: statistics.median(s["rss"] for s in part) / 1e6 for name, part in parts.items()},
-        "object_store_mb": {name: max(s["store"] for s in part) / 1e6 for name, part in parts.items()},
-        "driver_cpu_ms_per_slide": 1e3 * (over["cpu"] - begun["cpu"]) / between,
-        "finished_before_an_earlier_slide": sum(b < max(done[:i]) for i, b in enumerate(done) if i),
-        "files_per_slide": len(files) / len(done),
-        "event_bytes_per_slide": (out / "logs" / "events.jsonl").stat().st_size / len(done),
-        "cores_seconds_per_unit": cores_of(out),
+        "wall_seconds": measurements["seconds"],
+        "busy_start_and_end_included": measurements["busy"],
+        **steady_state(units, networks),
+        "driver_mb": {name: statistics.median(s["rss"] for s in part) / 1e6 for name, part in quarters.items()},
+        "object_store_mb": {name: max(s["store"] for s in part) / 1e6 for name, part in quarters.items()},
+        "driver_cpu_ms_per_slide": 1e3 * (last["cpu"] - first["cpu"]) / units_between,
+        "finished_before_an_earlier_slide": sum(slide < max(finished[:i]) for i, slide in enumerate(finished) if i),
+        "files_per_slide": len(files) / len(finished),
+        "event_bytes_per_slide": (out / "logs" / "events.jsonl").stat().st_size / len(finished),
+        "cores_seconds_per_unit": core_seconds_per_unit(out),
     }
 
 
-def cores_of(out: Path) -> float:
-    """Return the seconds per unit of all stages but the network's, as recorded in the events."""
+def core_seconds_per_unit(out: Path) -> float:
+    """Return the seconds of all stages but the network's, as recorded in the events, divided by the predicted units."""
     recorded = [*events(out, "unit_done"), *events(out, "region_done")]
-    busy: float = sum(value for event in recorded for stage, value in event["seconds"].items() if stage != "infer")
-    return busy / len(predicted(out))
+    seconds: float = sum(value for event in recorded for stage, value in event["seconds"].items() if stage != "infer")
+    return seconds / len(predicted_units(out))
 
 
 def killed_and_resumed(cohort: Path, folder: Path, seconds: float, networks: int) -> dict[str, Any]:
-    """Kill the driver (kill -9) when half of the slides are done, run again, and compare with an uninterrupted run."""
-    plan = {"gpus": networks, "cpus": 2, "nodes": 1, "seconds": seconds}
-    ended(start(cohort, folder / "whole", **plan))
+    """Kill the driver (kill -9) when half of the slides are done, run again, and compare with an uninterrupted run.
+
+    Arguments as for `whole_cohort`. The outputs are written to `folder`/whole and `folder`/killed.
+    """
+    settings = {"gpus": networks, "cpus": 2, "nodes": 1, "seconds": seconds}
+    wait_for(start(cohort, folder / "whole", **settings))
     reference, out = tables(folder / "whole"), folder / "killed"
     slides = len(reference)
-    run = start(cohort, out, **plan)
+    run = start(cohort, out, **settings)
     while len(events(out, "slide_done")) < slides // 2:
         if run.poll() is not None:
             raise SystemExit(f"the run ended before it could be killed: {run.communicate()[0]}")
@@ -167,12 +176,12 @@ def killed_and_resumed(cohort: Path, folder: Path, seconds: float, networks: int
     os.killpg(run.pid, signal.SIGKILL)
     if run.stdout:
         run.stdout.close()
-    before, markers = predicted(out), len(list(out.glob("slides/*/markers/*.json")))
+    before, markers = predicted_units(out), len(list(out.glob("slides/*/markers/*.json")))
     finished = len(events(out, "slide_done"))
     resumed_at = time.time()
-    ended(start(cohort, out, **plan))
-    after = predicted(out)[len(before) :]
-    twice = Counter((event["slide_id"], event["column"], event["row"]) for event in before + after)
+    wait_for(start(cohort, out, **settings))
+    after = predicted_units(out)[len(before) :]
+    predictions = Counter((event["slide_id"], event["column"], event["row"]) for event in before + after)
     return {
         "slides": slides,
         "finished_when_killed": finished,
@@ -180,7 +189,7 @@ def killed_and_resumed(cohort: Path, folder: Path, seconds: float, networks: int
         "markers_when_killed": markers,
         "units_predicted_after": len(after),
         "most_units_in_flight": 3 * networks,
-        "units_predicted_twice": sum(n - 1 for n in twice.values()),
+        "units_predicted_twice": sum(n - 1 for n in predictions.values()),
         "units_with_a_marker_predicted_again": len(after) - (slides - markers),
         "seconds_to_the_next_unit": min(event["spans"]["infer"][1] for event in after) - resumed_at,
         "tables_as_of_the_whole_run": tables(out) == reference,
@@ -190,7 +199,7 @@ def killed_and_resumed(cohort: Path, folder: Path, seconds: float, networks: int
 def headers(folder: Path, slides: int) -> dict[str, Any]:
     """Return the CPU milliseconds for planning one slide, and the bytes of memory that its plan occupies.
 
-    The slides are `slides` links to a pyramidal TIFF of 1000² pixels in `folder`.
+    The slides are `slides` links to a pyramidal TIFF of 1000² pixels; all are written to `folder`.
     """
     slide, card = write_example(folder).parent / "he_0.25.tif", find_package("starter").card
     for number in range(slides):
@@ -211,28 +220,29 @@ def headers(folder: Path, slides: int) -> dict[str, Any]:
 
 
 def networks(folder: Path, seconds: float, counts: Sequence[int]) -> list[dict[str, Any]]:
-    """Run a cohort with each number of networks, and return their throughput relative to the first.
+    """Run a cohort with each number of networks, and return their throughputs, also relative to the first one.
 
-    `seconds`: duration of a unit in a network.
+    Each result is also printed. `folder`: for the cohorts and outputs. `seconds`: duration of a unit in a network.
+    `counts`: numbers of networks, each on a node of its own.
     """
     rows: list[dict[str, Any]] = []
     for count in counts:
         (folder / f"n{count}").mkdir()
         cohort = write_cohort(folder / f"n{count}", count, UNIT * round(UNITS_EACH**0.5))
         out = folder / f"n{count}" / "out"
-        found = ended(start(cohort, out, gpus=1, cpus=2, nodes=count, seconds=seconds))
-        units = predicted(out)
-        found_steady = steady(units, count)
-        rate = found_steady["units_per_second"] / count
+        measurements = wait_for(start(cohort, out, gpus=1, cpus=2, nodes=count, seconds=seconds))
+        units = predicted_units(out)
+        steady = steady_state(units, count)
+        rate_per_network = steady["units_per_second"] / count
         rows.append(
             {
                 "networks": count,
                 "units": len(units),
                 "unit_seconds": seconds,
-                **found_steady,
-                "of_linear": rate * rows[0]["networks"] / rows[0]["units_per_second"] if rows else 1.0,
-                "busy_start_and_end_included": found["busy"],
-                "cores_seconds_per_unit": cores_of(out),
+                **steady,
+                "of_linear": rate_per_network * rows[0]["networks"] / rows[0]["units_per_second"] if rows else 1.0,
+                "busy_start_and_end_included": measurements["busy"],
+                "cores_seconds_per_unit": core_seconds_per_unit(out),
             }
         )
         print(json.dumps(rows[-1]), flush=True)
@@ -265,9 +275,8 @@ def main() -> None:
         elif arguments.what == "headers":
             result = {"headers": headers(folder, arguments.slides)}
         else:
-            cohort, measure = write_cohort(folder, arguments.slides, UNIT), killed_and_resumed
-            if arguments.what == "cohort":
-                measure = whole_cohort
+            cohort = write_cohort(folder, arguments.slides, UNIT)
+            measure = whole_cohort if arguments.what == "cohort" else killed_and_resumed
             result = {arguments.what: measure(cohort, folder, seconds or 1.0, arguments.networks[1])}
     print(json.dumps(result, indent=2))
     if arguments.json:

@@ -76,19 +76,22 @@ def prepare(folder: Path) -> None:
 
 
 def run_segment(folder: Path, program: str) -> dict[str, Any]:
-    """Run `segment` with FLAGS[program]; return the times in seconds, also by stage, and the number of nuclei."""
+    """Run `segment` with FLAGS[program]; return the times in seconds, also by stage, and the number of nuclei.
+
+    `folder`: folder that `prepare` filled. The output is deleted.
+    """
     out = folder / "out"
     command = ["segment", str(folder / "cohort.csv"), "-o", str(out), *FLAGS[program]]
     command += ["--batch", str(BATCH), "--tissue", "all"]
     _, process = _timed([sys.executable, "-c", "from hover_batch.cli import app; app()", *command])
     events = [json.loads(line) for line in (out / "logs" / "events.jsonl").read_text().splitlines()]
-    done = json.loads((out / "slides" / "slide" / "slide.json").read_text())
+    slide = json.loads((out / "slides" / "slide" / "slide.json").read_text())
     stages = json.loads((out / "slides" / "slide" / "timings.json").read_text())
     started = min(start for event in events for start, _ in event.get("spans", {}).values())
     ended = next(datetime.fromisoformat(event["time"]) for event in events if event["event"] == "slide_done")
     shutil.rmtree(out)
     work = ended.timestamp() - started
-    return {"process": process, "work": work, "nuclei": done["nuclei"], "stages": stages}
+    return {"process": process, "work": work, "nuclei": slide["nuclei"], "stages": stages}
 
 
 class CpuSeconds(Seconds):
@@ -96,18 +99,19 @@ class CpuSeconds(Seconds):
 
     @contextmanager
     def measure(self, stage: Stage) -> Iterator[None]:
-        """Add the CPU time of the block to `stage`."""
-        started, clock = time.time(), time.process_time()
+        """Measure the block and add its CPU time to `stage`, even if it raises an exception."""
+        started, cpu_started = time.time(), time.process_time()
         try:
             yield
         finally:
-            self.add_span(stage, time.process_time() - clock, (started, time.time()))
+            self.add_span(stage, time.process_time() - cpu_started, (started, time.time()))
 
 
 def budget_child(folder: Path, slides: int) -> list[dict[str, float]]:
     """Process SLIDE `slides` times in this process; return the CPU seconds of each time, by stage.
 
-    Further keys are `mm2`, the area of the predicted tiles, and `densest_mb`, the size of the largest shard.
+    Further keys are `mm2`, the area of the predicted tiles, and `densest_mb`, the size of the largest shard. The output
+    is written to `folder`. From then on, this process measures stages with CpuSeconds.
     """
     rows = [f"{SLIDE},slide{i}" for i in range(slides)]
     (folder / "cohort.csv").write_text("\n".join(["path,slide_id", *rows]) + "\n")
@@ -116,18 +120,18 @@ def budget_child(folder: Path, slides: int) -> list[dict[str, float]]:
     command = ["segment", str(folder / "cohort.csv"), "-o", str(folder / "out"), *FLAGS[LOCAL]]
     app([*command, "--batch", str(BATCH), "--threads", "1"], standalone_mode=False)
     tile_mm2 = (find_package("starter").card.tile_out * MPP / 1000) ** 2
-    found = []
+    times = []
     for i in range(slides):
         layout = RunLayout(folder / "out").slide(f"slide{i}")
         tiles = json.loads(layout.slide_json.read_text())["tiles"]
         shards = [path.stat().st_size for path in (layout.predictions_zarr / "c").rglob("*") if path.is_file()]
         stages = json.loads(layout.timings_json.read_text())
-        found.append({**stages, "mm2": tiles * tile_mm2, "densest_mb": max(shards) / 1e6})
-    return found
+        times.append({**stages, "mm2": tiles * tile_mm2, "densest_mb": max(shards) / 1e6})
+    return times
 
 
 def budget(repeats: int) -> dict[str, Any]:
-    """Measure in a new process the CPU seconds per mm² of each stage, for the first slide and for later ones.
+    """Measure in a new process the CPU seconds per mm² of each stage; return them for the first and for later slides.
 
     Of the later slides, `repeats` in number, the median is returned.
     """
@@ -158,7 +162,10 @@ def _show_budget(found: dict[str, Any]) -> None:
 
 
 def run_tiatoolbox(folder: Path, program: str) -> dict[str, Any]:
-    """Run STUDENT or TEACHER in a new process; return the times in seconds and the number of nuclei."""
+    """Run STUDENT or TEACHER in a new process; return the times in seconds and the number of nuclei.
+
+    `folder`: folder that `prepare` filled.
+    """
     printed, process = _timed([sys.executable, "-m", "benchmarks.segment", "--child", program, str(folder)])
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return {"process": process, **found}
@@ -175,7 +182,11 @@ def _timed(command: list[str]) -> tuple[str, float]:
 
 
 def tiatoolbox_child(program: str, folder: Path) -> dict[str, Any]:
-    """Run tiatoolbox's engine on the field, in this process; return the `work` time and the number of nuclei."""
+    """Run tiatoolbox's engine on the field, in this process; return the `work` time and the number of nuclei.
+
+    `program`: STUDENT or TEACHER. `folder`: folder that `prepare` filled; the output is written to it. Warnings are
+    switched off in this process.
+    """
     warnings.simplefilter("ignore")
     from tiatoolbox.models.engine.io_config import IOInstanceSegmentorConfig
     from tiatoolbox.models.engine.multi_task_segmentor import MultiTaskSegmentor
@@ -186,7 +197,7 @@ def tiatoolbox_child(program: str, folder: Path) -> dict[str, Any]:
     engine = MultiTaskSegmentor(
         model=model, batch_size=BATCH, num_workers=len(os.sched_getaffinity(0)), device="cpu", verbose=False
     )
-    tiles = IOInstanceSegmentorConfig(
+    ioconfig = IOInstanceSegmentorConfig(
         input_resolutions=[mpp],
         output_resolutions=[mpp] * 3,
         margin=128,
@@ -200,7 +211,7 @@ def tiatoolbox_child(program: str, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     engine.run(
         [reader],
-        ioconfig=tiles,
+        ioconfig=ioconfig,
         patch_mode=False,
         save_dir=folder / "tiatoolbox",
         overwrite=True,

@@ -80,7 +80,11 @@ class Way:
 def ways(
     networks: list[str], batches: list[int], precisions: list[str], runtimes: list[str], tiles: list[int]
 ) -> Iterator[Way]:
-    """Yield all ways to measure for these networks, batch sizes, precisions, runtimes and sides of input tiles."""
+    """Yield all ways to measure for these networks, batch sizes, precisions, runtimes and sides of input tiles.
+
+    Batch sizes and precisions are combined; the rest is measured with the first batch size and precision only (see the
+    module). Each network begins with its plain way, by torch and without changes.
+    """
     for network in networks:
         for precision in precisions:
             for batch in batches:
@@ -96,14 +100,16 @@ def ways(
 
 
 def savings(network: str, runtime: str) -> Iterator[str]:
-    """Yield the optimisations that are used for this network with this runtime."""
-    for saving in SAVINGS:
-        if saving == "folding" or (network == "starter" and (saving != "merged upsampling" or runtime == "openvino")):
-            yield saving
+    """Yield the optimisations, as named in SAVINGS, that are used for this network with this runtime."""
+    yield "folding"
+    if network == "starter":
+        yield "leaving the margin out"
+        if runtime == "openvino":
+            yield "merged upsampling"
 
 
 def predictor_of(way: Way, sides: dict[str, Side], device: str) -> predict.Predictor:
-    """Return the predictor for a way. `sides`: networks by name."""
+    """Return the predictor for a way. `sides`: networks by name. `device`: of the predictor; OpenVINO uses the CPU."""
     side = sides[way.network]
     card = side.card
     if way.tile:
@@ -114,32 +120,35 @@ def predictor_of(way: Way, sides: dict[str, Side], device: str) -> predict.Predi
         runtime=way.runtime,  # type: ignore[arg-type]
         batch=way.batch,
     )
-    with contextlib.ExitStack() as without:
+    with contextlib.ExitStack() as patches:
         if way.without:
-            without.enter_context(patch.object(prepare, *SAVINGS[way.without]))
+            patches.enter_context(patch.object(prepare, *SAVINGS[way.without]))
         return predict.Predictor(side.network, card, settings)
 
 
 def network(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure and print the throughput of networks in all ways; return it as JSON values."""
-    plain = InferSettings(device=arguments.device)
-    sides = {"starter": load_side(str(STARTER), "", plain), "hovernet-fast": random_teacher(TEACHER, plain)}
+    """Measure and print the throughput of networks in all ways; return it as JSON values.
+
+    `arguments`: of the command `network`, as parsed by `main`.
+    """
+    settings = InferSettings(device=arguments.device)
+    sides = {"starter": load_side(str(STARTER), "", settings), "hovernet-fast": random_teacher(TEACHER, settings)}
     todo = list(ways(arguments.networks, arguments.batches, arguments.precisions, arguments.runtimes, arguments.tiles))
     predictors = [predictor_of(way, sides, arguments.device) for way in todo]
-    tiles = [
+    inputs = [
         np.random.default_rng(0).integers(0, 256, (way.batch, p.card.tile_in, p.card.tile_in, 3), np.uint8)
         for way, p in zip(todo, predictors, strict=True)
     ]
     seconds: list[list[float]] = [[] for _ in todo]
     for turn in range(arguments.repeats + 1):
         for n, predictor in enumerate(predictors):
-            seconds_per_batch = in_a_row(predictor, tiles[n], arguments.in_a_row)
+            seconds_per_batch = in_a_row(predictor, inputs[n], arguments.in_a_row)
             if turn:  # the first turn is a warm-up
                 seconds[n].append(seconds_per_batch)
         print(f"{turn} of {arguments.repeats}", file=sys.stderr, flush=True)
     rows: list[dict[str, Any]] = []
-    for way, predictor, taken in zip(todo, predictors, seconds, strict=True):
-        second, kept = statistics.median(taken), way.batch * predictor.card.tile_out**2
+    for way, predictor, times in zip(todo, predictors, seconds, strict=True):
+        median, kept_pixels = statistics.median(times), way.batch * predictor.card.tile_out**2
         rows.append(
             {
                 "network": way.network,
@@ -148,19 +157,21 @@ def network(arguments: argparse.Namespace) -> dict[str, Any]:
                 "runtime": way.runtime,
                 "tile": predictor.card.tile_in,
                 "without": way.without,
-                "tiles_per_second": way.batch / second,
-                "us_per_kept_pixel": second / kept * 1e6,
-                "mm2_per_second": kept * (predictor.card.mpp / 1000) ** 2 / second,
+                "tiles_per_second": way.batch / median,
+                "us_per_kept_pixel": median / kept_pixels * 1e6,
+                "mm2_per_second": kept_pixels * (predictor.card.mpp / 1000) ** 2 / median,
             }
         )
-    firsts = {row["network"]: row["us_per_kept_pixel"] for row in reversed(rows)}
+    first_us: dict[str, float] = {}
+    for row in rows:
+        first_us.setdefault(row["network"], row["us_per_kept_pixel"])
     print(f"{'':80} {'tiles/s':>9} {'µs/px':>8} {'mm²/s':>8} {'÷ first':>8}")
     for row in rows:
         title = f"{row['network']}, {row['batch']} tiles of {row['tile']}, {row['precision']} by {row['runtime']}"
         title += f", without {row['without']}" if row["without"] else ""
         print(
             f"{title:80} {row['tiles_per_second']:9.2f} {row['us_per_kept_pixel']:8.3f} {row['mm2_per_second']:8.4f} "
-            f"{row['us_per_kept_pixel'] / firsts[row['network']]:8.2f}"
+            f"{row['us_per_kept_pixel'] / first_us[row['network']]:8.2f}"
         )
     return {"device": device_name(arguments.device), "ways": rows}
 
@@ -176,34 +187,37 @@ def in_a_row(predictor: predict.Predictor, tiles: NDArray[np.uint8], count: int)
 
 
 def slide(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure and print the throughput of `segment` on a synthetic slide; return it as JSON values."""
+    """Measure and print the throughput of `segment` on a synthetic slide; return it as JSON values.
+
+    `arguments`: of the command `slide`, as parsed by `main`.
+    """
     from tests.synthetic_slide import write_synthetic_slide
 
     with tempfile.TemporaryDirectory() as name:
         path, out = Path(name) / "slide.tif", Path(name) / "out"
         write_synthetic_slide(path, (arguments.side, arguments.side), MPP, TISSUE)
-        words = [sys.executable, "-c", "from hover_batch.cli import app; app()", "segment", str(path), "-o", str(out)]
+        command = [sys.executable, "-c", "from hover_batch.cli import app; app()", "segment", str(path), "-o", str(out)]
         started = time.monotonic()
-        subprocess.run([*words, *arguments.flags], check=True)
+        subprocess.run([*command, *arguments.flags], check=True)
         process_s = time.monotonic() - started
         with (out / "summary.csv").open() as f:
             row = next(row for row in csv.DictReader(f) if row["level"] == "cohort")
         timings = json.loads((out / "slides" / "slide" / "timings.json").read_text())
-        done = json.loads((out / "slides" / "slide" / "slide.json").read_text())
+        slide_json = json.loads((out / "slides" / "slide" / "slide.json").read_text())
     mm2 = float(row["tissue_mm2"])
     found = {
         "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
         "side": arguments.side,
         "flags": arguments.flags,
         "tissue_mm2": mm2,
-        "nuclei": done["nuclei"],
+        "nuclei": slide_json["nuclei"],
         "process_seconds": process_s,
         "seconds_per_mm2": process_s / mm2,
         "model_busy": float(row["model_busy"]),
         "timings": timings,
     }
     print(
-        f"{mm2:.1f} mm² of tissue, {done['nuclei']} nuclei: {found['seconds_per_mm2']:.2f} s per mm² in all, "
+        f"{mm2:.1f} mm² of tissue, {slide_json['nuclei']} nuclei: {found['seconds_per_mm2']:.2f} s per mm² in all, "
         f"networks busy {found['model_busy']:.0%}"
     )
     return found
@@ -218,22 +232,22 @@ def main() -> None:
     """Run one of the benchmarks and print its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    of = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True)
     cuda = torch.cuda.is_available()
-    one = of.add_parser("network")
-    one.set_defaults(run=network)
-    one.add_argument("--device", default="cuda" if cuda else "cpu")
-    one.add_argument("--networks", type=_words, default=["starter", "hovernet-fast"])
-    one.add_argument("--batches", type=_numbers, default=[1, 4, 16, 64] if cuda else [8])
-    one.add_argument("--precisions", type=_words, default=["fp32", "fp16", "bf16"] if cuda else ["fp32", "bf16"])
-    one.add_argument("--runtimes", type=_words, default=["compile"] if cuda else ["openvino", "compile"])
-    one.add_argument("--tiles", type=_numbers, default=[576, 1088])
-    one.add_argument("--repeats", type=int, default=5)
-    one.add_argument("--in-a-row", type=int, default=20 if cuda else 1, help="batches per measurement")
-    other = of.add_parser("slide")
-    other.set_defaults(run=slide)
-    other.add_argument("--side", type=int, default=20_000)
-    other.add_argument("flags", nargs="*")
+    of_network = commands.add_parser("network")
+    of_network.set_defaults(run=network)
+    of_network.add_argument("--device", default="cuda" if cuda else "cpu")
+    of_network.add_argument("--networks", type=_words, default=["starter", "hovernet-fast"])
+    of_network.add_argument("--batches", type=_numbers, default=[1, 4, 16, 64] if cuda else [8])
+    of_network.add_argument("--precisions", type=_words, default=["fp32", "fp16", "bf16"] if cuda else ["fp32", "bf16"])
+    of_network.add_argument("--runtimes", type=_words, default=["compile"] if cuda else ["openvino", "compile"])
+    of_network.add_argument("--tiles", type=_numbers, default=[576, 1088])
+    of_network.add_argument("--repeats", type=int, default=5)
+    of_network.add_argument("--in-a-row", type=int, default=20 if cuda else 1, help="batches per measurement")
+    of_slide = commands.add_parser("slide")
+    of_slide.set_defaults(run=slide)
+    of_slide.add_argument("--side", type=int, default=20_000)
+    of_slide.add_argument("flags", nargs="*")
     arguments = parser.parse_args()
     found = arguments.run(arguments)
     if arguments.json:

@@ -28,9 +28,9 @@ from hover_batch.view.nuclei import CELLS, NucleiTiles
 
 
 def measured(tiles: Iterable[Callable[[], bytes | None]]) -> dict[str, float]:
-    """Make the tiles, and return their number (`tiles`) and median and largest milliseconds and KB.
+    """Make the tiles, and return their number (`tiles`), and their median and largest time (ms) and size (KB).
 
-    `tiles`: functions that return a tile's bytes, or None for an empty tile.
+    `tiles`: functions that return a tile's bytes, or None for an empty tile; at least one.
     """
     ms, kb = [], []
     for make in tiles:
@@ -48,25 +48,26 @@ def measured(tiles: Iterable[Callable[[], bytes | None]]) -> dict[str, float]:
 
 
 def costs(path: Path) -> dict[str, Any]:
-    """Return the costs of viewing the table at `path`, as JSON values.
+    """Return the costs of viewing the table at `path`, as JSON values: of the start, then of each kind of request.
 
-    To be called in a new process: memory that was freed after making the table would hide the memory of the view.
+    The slide of the table must be square. To be called in a new process: memory that was freed after making the table
+    would hide the memory of the view.
     """
     table = NucleiTable.open(path)
-    before, started, computed = resident("VmRSS"), time.perf_counter(), time.process_time()
+    resident_before, started, cpu_started = resident("VmRSS"), time.perf_counter(), time.process_time()
     view = NucleiTiles(table)
     result: dict[str, Any] = {
         "nuclei": table.rows,
         "start_s": time.perf_counter() - started,
-        "start_cpu_s": time.process_time() - computed,
-        "held_mb": (resident("VmRSS") - before) / 1e6,
-        "peak_mb": (resident("VmHWM") - before) / 1e6,
+        "start_cpu_s": time.process_time() - cpu_started,
+        "held_mb": (resident("VmRSS") - resident_before) / 1e6,
+        "peak_mb": (resident("VmHWM") - resident_before) / 1e6,
     }
     places = [(column, row) for row in range(view.rows) for column in range(view.columns)]
     result["contours"] = measured(partial(view.contours, *place) for place in places)
-    whole = max(0, math.ceil(math.log2(table.level0.width / CELLS)))
-    for level in range(5, whole + 1):
-        side = -(-table.level0.width // (CELLS << level))
+    level_of_one_tile = max(0, math.ceil(math.log2(table.level0.width / CELLS)))
+    for level in range(5, level_of_one_tile + 1):
+        side = -(-table.level0.width // (CELLS << level))  # in tiles
         places = [(column, row) for row in range(side) for column in range(side)]
         result[f"density, cells of {1 << level} px"] = measured(
             partial(view.density, level, *place) for place in places

@@ -58,12 +58,13 @@ def package_path(config: TrainConfig) -> Path:
 def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> str:
     """Write the weights of `checkpoint` as a package to `out`, and return text with its path and scores, for the user.
 
-    `data`: the annotated images of the training. The Sobel constants are found on its validation folds; if these are
-    empty, the starter's constants are used, and the card says so. The card also has the limits that flag unusual
-    slides, and scores on the validation folds and, if the network was trained on the fold train, on the fold test. They
-    are computed with the packaged weights (students: float16). This takes minutes; progress is printed to stdout.
-    `threads`: threads of the network on the CPU; 0 for all cores. Raises InputError if the checkpoint or the data
-    cannot be read, or the data is not that of the training; PackageError if a weight is not finite.
+    `data`: the annotated images of the training. The Sobel constants are found on those images of its validation folds
+    in which all nuclei are outlined; without any, the starter's constants are used, and the card says so. The card also
+    has the limits that flag unusual slides, and scores on the validation folds and, if the network was trained only on
+    the fold train, on the fold test. They are computed with the packaged weights (students: float16). This takes
+    minutes; progress is printed to stdout. Missing folders of `out` are created. `threads`: threads of the network on
+    the CPU; 0 for all cores. Raises InputError if the checkpoint or the data cannot be read, or the validation images
+    are not those of the training; PackageError if a weight is not finite.
     """
     saved = read_checkpoint(checkpoint)
     config, record = saved["config"], saved["record"]
@@ -86,9 +87,12 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
         )
     folds = {"val": config["val_folds"]} | ({"test": ["test"]} if config["train_folds"] == ["train"] else {})
     sources = record["data"]["train"]
-    splits = {part: [s for s in read_data(data, named).samples if s.source in sources] for part, named in folds.items()}
-    seen = (record["saw"]["val"], record["truth_sha256"]["val"])
-    if (hashes_of(splits["val"]), truth_sha256(splits["val"])) != seen:
+    splits = {
+        part: [s for s in read_data(data, part_folds).samples if s.source in sources]
+        for part, part_folds in folds.items()
+    }
+    validated_on = (record["saw"]["val"], record["truth_sha256"]["val"])
+    if (hashes_of(splits["val"]), truth_sha256(splits["val"])) != validated_on:
         raise InputError(f"--data {data}: is not the data that {checkpoint} was validated on; give that one")
     tile_in, tile_out = network.arch.tile if isinstance(network, HoVerNet) else TILE
     card = Card(
@@ -119,10 +123,10 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
 
     calibration: dict[str, Any] | str = NOT_CALIBRATED
     constants = SobelConstants.from_json(find_package("starter").card.sobel)
-    if whole := fully_annotated(splits["val"]):
-        print(f"calibrating on {len(whole)} images of {', '.join(folds['val'])}", flush=True)
-        found = calibrate(maps_of, whole)
-        constants, calibration = found.constants, {**found.to_json(), "saw": hashes_of(whole)}
+    if outlined := fully_annotated(splits["val"]):
+        print(f"calibrating on {len(outlined)} images of {', '.join(folds['val'])}", flush=True)
+        found = calibrate(maps_of, outlined)
+        constants, calibration = found.constants, {**found.to_json(), "saw": hashes_of(outlined)}
     scores = {}
     for part, samples in splits.items():
         print(f"scoring {len(samples)} images of {', '.join(folds[part])}", flush=True)
@@ -130,12 +134,12 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     card = replace(
         card,
         sobel=constants.to_json(),
-        limits=slide_limits(whole),
+        limits=slide_limits(outlined),
         metrics={**scores, "calibration": calibration, "precision": predictor.precision},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     save_package(out, network, card, half=student)
-    return "\n".join([str(out), *([] if whole else [f"calibration: {calibration}"]), *_lines(scores)])
+    return "\n".join([str(out), *([] if outlined else [f"calibration: {calibration}"]), *_lines(scores)])
 
 
 def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
@@ -151,8 +155,12 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
         )
     predictor = Predictor(network, card, InferSettings(batch=batch_of(card)))
     found = calibrate(lambda image: predict_image(predictor, image), samples)
-    calibration = found.to_json() | {"data": contents(samples), "saw": hashes_of(samples)}
-    calibration |= {"precision": predictor.precision}
+    calibration = {
+        **found.to_json(),
+        "data": contents(samples),
+        "saw": hashes_of(samples),
+        "precision": predictor.precision,
+    }
     return replace(card, sobel=found.constants.to_json(), metrics={**card.metrics, "calibration": calibration})
 
 

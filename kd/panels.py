@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,31 +26,28 @@ Image = NDArray[np.uint8]
 def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8] | None, taxonomy: Taxonomy) -> Image:
     """Return a copy of the image (y, x, 3) uint8 RGB with outlines of the nuclei in the colours of their classes.
 
-    Outlines are one pixel wide, inside the nuclei. `instances`: (y, x) int32 ids, 0 = background. `types`: (y, x) uint8
-    class ids; a nucleus has the class of most of its pixels, without those of class 0. None if types are unknown. The
-    outlines of nuclei without a class have the colour UNTYPED.
+    Outlines are one pixel wide, inside the nuclei; edges of the image are not outlined. `instances`: (y, x) int32 ids,
+    0 = background. `types`: (y, x) uint8 class ids; a nucleus has the class of most of its pixels, without those of
+    class 0. None if types are unknown. The outlines of nuclei without a class have the colour UNTYPED.
     """
     edge = np.zeros(instances.shape, bool)
-    for axis in (0, 1):
-        differs = np.diff(instances, axis=axis) != 0
-        low = (slice(None, -1), slice(None)) if axis == 0 else (slice(None), slice(None, -1))
-        high = (slice(1, None), slice(None)) if axis == 0 else (slice(None), slice(1, None))
-        edge[low] |= differs
-        edge[high] |= differs
+    for ids, border in ((instances, edge), (instances.T, edge.T)):  # the transposed arrays are views
+        differs = ids[1:] != ids[:-1]
+        border[1:] |= differs
+        border[:-1] |= differs
     edge &= instances > 0
     colors = np.array([UNTYPED, *(c.color for c in taxonomy.nuclei)], np.uint8)
+    n_ids = int(instances.max()) + 1
     if types is None:
-        kinds = np.zeros(int(instances.max()) + 1, np.int64)
+        class_of = np.zeros(n_ids, np.int64)
     else:
         # Pixels of class 0 are not counted; a nucleus with no other pixels has no class.
         n = len(colors)
-        votes = np.bincount(
-            (instances.astype(np.int64) * n + types).ravel(), minlength=(int(instances.max()) + 1) * n
-        ).reshape(-1, n)
-        votes[:, 0] = 0
-        kinds = votes.argmax(1)
+        pixels = np.bincount((instances.astype(np.int64) * n + types).ravel(), minlength=n_ids * n).reshape(n_ids, n)
+        pixels[:, 0] = 0
+        class_of = pixels.argmax(1)
     drawn = image.copy()
-    drawn[edge] = colors[kinds[instances[edge]]]
+    drawn[edge] = colors[class_of[instances[edge]]]
     return drawn
 
 
@@ -74,6 +72,10 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
 
 
 def write_panel(path: Path, picture: Image) -> None:
-    """Write a picture (y, x, 3) uint8 RGB to `path`, in the format of its suffix. Missing folders are created."""
+    """Write a picture (y, x, 3) uint8 RGB to `path`, in the format of its suffix. Missing folders are created.
+
+    OSError if it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), picture[..., ::-1])  # OpenCV writes BGR
+    if not cv2.imwrite(str(path), picture[..., ::-1]):  # OpenCV writes BGR
+        raise OSError(errno.EIO, "the picture cannot be written", str(path))

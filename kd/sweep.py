@@ -87,7 +87,7 @@ class Run:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Settings, without the folder and the threads, and inputs, as JSON values by which the run is recognised."""
+        """Settings without folder and threads, and the inputs' hashes, as JSON values that identify the run."""
         values = {name: value for name, value in asdict(self.config).items() if name not in ("out", "threads")}
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return plain | self.inputs
@@ -125,16 +125,16 @@ def runs_of(
     """Return the runs of a grid in the folder `out`, in order.
 
     Points that train the same student, such as all temperatures without distillation, are one run. `data`: annotated
-    images. `teacher`: folder written by `kd teach`; None without distillation. `preset`: settings that the grid does
-    not vary (see `TrainConfig.of`). `test_folds`: folds to score on. `threads`: CPU cores for each run. `settings`:
-    further settings of `TrainConfig.of` for all runs. Raises InputError if a setting is invalid, the data or the
-    teacher cannot be read, or a run's folder belongs to a run with other settings, data or teacher.
+    images. `teacher`: folder written by `kd teach`; None without distillation. `preset`: name of the preset for what
+    neither the grid nor `settings` sets. `test_folds`: folds to score on. `threads`: CPU cores for each run.
+    `settings`: further settings of all runs, by the names of `TrainConfig`. Raises InputError if a setting is invalid,
+    the data or the teacher cannot be read, or a run's folder belongs to a run with other settings, data or teacher.
     """
     shared = {"data": data.resolve(), "threads": threads, **settings}
-    taught = {"teacher": teacher and teacher.resolve()}
+    with_teacher = {"teacher": teacher and teacher.resolve()}
     points: dict[str, tuple[TrainConfig, dict[str, Any]]] = {}
     for point in grid.points():
-        config = TrainConfig.of(preset, out=out, **shared, **taught, **point)
+        config = TrainConfig.of(preset, out=out, **shared, **with_teacher, **point)  # fills in the preset's values
         varied: dict[str, Any] = {"encoder": config.encoder, "alpha": config.alpha}
         name = f"{config.encoder}_a{config.alpha:g}"
         if config.distils:
@@ -143,13 +143,13 @@ def runs_of(
         varied["seed"] = config.seed
         if grid.seeds:
             name += f"_s{config.seed}"
-        given = shared | varied | (taught if config.distils else {})
-        points[name] = TrainConfig.of(preset, out=out.resolve() / name, **given), varied
+        run_settings = shared | varied | (with_teacher if config.distils else {})
+        points[name] = TrainConfig.of(preset, out=out.resolve() / name, **run_settings), varied
     inputs = hashes_of_inputs(data, teacher if any(config.distils for config, _ in points.values()) else None)
     runs = [Run(config, varied, tuple(test_folds), inputs) for config, varied in points.values()]
     for run in runs:
-        begun = run.folder / ARGUMENTS
-        if begun.exists() and read_json(begun) != run.arguments:
+        arguments = run.folder / ARGUMENTS
+        if arguments.exists() and read_json(arguments) != run.arguments:
             raise InputError(
                 f"{run.folder} was begun with other arguments or other data (see {ARGUMENTS} in it); give them, or "
                 "another -o"
@@ -158,8 +158,9 @@ def runs_of(
 
 
 def hashes_of_inputs(data: Path, teacher: Path | None) -> dict[str, str]:
-    """Return hashes of the data and of the teacher, so that scores of other ones do not count as done.
+    """Return `data_sha256` and, with a teacher, `teacher_sha256`: other inputs must not count as the same run.
 
+    `data`: annotated images. `teacher`: folder written by `kd teach`, whose hash is that of the teacher's package.
     Raises InputError if one of them cannot be read.
     """
     hashes = {"data_sha256": contents_sha256(data)}
@@ -171,9 +172,9 @@ def sweep(
 ) -> list[Ended]:
     """Do all runs that are not done, write `out`/sweep.csv, and return the outcome of every run, in order.
 
-    A failed run does not stop the others. `gpus_per_run`: fraction of a GPU for each run, if there are GPUs. `engine`:
-    settings of the backend. `notify` is called with lines of progress. Raises InputError if `out` cannot be written or
-    the backend's resources are not available.
+    Interrupted runs are resumed, and failed ones tried again. A failed run does not stop the others. `gpus_per_run`:
+    fraction of a GPU for each run, if there are GPUs. `engine`: settings of the backend. `notify` is called with lines
+    of progress. Raises InputError if `out` cannot be created or the backend's resources are not available.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -183,14 +184,18 @@ def sweep(
     notify(f"{len(runs)} runs, {len(runs) - len(left)} of them done before")
     reasons: dict[str, str] = {}
     if left:
-        with task_resources(engine, out / "ray.log") as found:
-            cpus = min(left[0].config.threads, found.cpus)
-            gpus = gpus_per_run if found.gpus else 0
-            at_once = max(1, min(found.cpus // cpus, int(found.gpus / gpus) if gpus else found.cpus))
+        with task_resources(engine, out / "ray.log") as resources:
+            cpus = min(left[0].config.threads, resources.cpus)
+            gpus = gpus_per_run if resources.gpus else 0
+            at_once = resources.cpus // cpus
+            if gpus:
+                at_once = max(1, min(at_once, int(resources.gpus / gpus)))
             for run, result in map_tasks(do_run, left, backend=engine.backend, cpus=cpus, gpus=gpus, at_once=at_once):
                 if isinstance(result, TaskFailed):
                     reasons[run.name] = (str(result.error).splitlines() or [type(result.error).__name__])[0]
-                notify(f"{run.name}: {'FAILED: ' + reasons[run.name] if run.name in reasons else 'done'}")
+                    notify(f"{run.name}: FAILED: {reasons[run.name]}")
+                else:
+                    notify(f"{run.name}: done")
     ended = [Ended(run, run.scores, reasons.get(run.name, "")) for run in runs]
     _write_report(out / REPORT, ended)
     return ended
@@ -200,8 +205,8 @@ def do_run(run: Run) -> None:
     """Train a student, package it and score it; everything is written to the folder of `run`. Errors propagate.
 
     An interrupted training is resumed. The settings are written first, to arguments.json, and the scores last, to
-    scores.json. stdout goes to train.txt, and so does the traceback of an unexpected error, of which the sweep reports
-    only the first line.
+    scores.json. stdout is appended to train.txt, and so is the traceback of an unexpected error, of which the sweep
+    reports only the first line.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(run.folder / ARGUMENTS, to_json(run.arguments))
@@ -233,15 +238,14 @@ def _write_report(path: Path, ended: Sequence[Ended]) -> None:
 def report(ended: Sequence[Ended]) -> list[dict[str, Any]]:
     """Return one row per run for sweep.csv: column → value.
 
-    The columns are `run`, the varied settings, the scores as SOURCE_SCORE (such as consep_pq), and `failed`, the reason
-    if the run failed.
+    The columns are `run`, the varied settings ("" if one does not apply), the scores as SOURCE_SCORE (such as
+    consep_pq; None if undefined), and `failed`, the reason if the run failed, else "".
     """
-    return [
-        {
-            "run": e.run.name,
-            **{name: e.run.varied.get(name, "") for name in ("encoder", "alpha", "temperature", "seed")},
-        }
-        | {f"{source}_{name}": values[name] for source, values in (e.scores or {}).items() for name in SUMMARY_SCORES}
-        | {"failed": e.reason}
-        for e in ended
-    ]
+    rows = []
+    for outcome in ended:
+        row: dict[str, Any] = {"run": outcome.run.name}
+        row |= {name: outcome.run.varied.get(name, "") for name in ("encoder", "alpha", "temperature", "seed")}
+        for source, scores in (outcome.scores or {}).items():
+            row |= {f"{source}_{name}": scores[name] for name in SUMMARY_SCORES}
+        rows.append(row | {"failed": outcome.reason})
+    return rows

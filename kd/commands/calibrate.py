@@ -79,22 +79,26 @@ def calibrate(
         predicted[name] = predict_all(lambda image: predict_image(predictor, image), images)
     found = search(predicted[fold])
     typer.echo("search done; trying other numbers", err=True)
-    trials = {name: (trial(p, None, None), trial(p, found.cut, found.constants)) for name, p in predicted.items() if p}
-    others = {name: try_others(p, found.cut) for name, p in predicted.items() if p}
+    trials = {
+        name: (trial(of_fold, None, None), trial(of_fold, found.cut, found.constants))
+        for name, of_fold in predicted.items()
+        if of_fold
+    }
+    others = {name: try_others(of_fold, found.cut) for name, of_fold in predicted.items() if of_fold}
 
     _print(f"{package.card.name}, each cut on {fold}", {_cut(t): t for t in found.trials})
     if check in trials:
         window, fixed = trials[check]
         _print(f"the same, on {check}", {_cut(window): window, _cut(fixed): fixed})
     gains = {
-        number: {name: t[number].mean_pq - t["as they are"].mean_pq for name, t in others.items()}
-        for number in next(iter(others.values()))
-        if number != "as they are"
+        setting: {name: by_name[setting].mean_pq - by_name["as they are"].mean_pq for name, by_name in others.items()}
+        for setting in others[fold]
+        if setting != "as they are"
     }
-    for number, by_fold in gains.items():
-        worth = check in by_fold and all(gain >= WORTHWHILE for gain in by_fold.values())
+    for setting, by_fold in gains.items():
+        worth_it = check in by_fold and all(gain >= WORTHWHILE for gain in by_fold.values())
         listed = ", ".join(f"{gain:+.4f} on {name}" for name, gain in by_fold.items())
-        typer.echo(f"{number}: PQ {listed}: {'worth a search' if worth else 'not worth a search'}")
+        typer.echo(f"{setting}: PQ {listed}: {'worth a search' if worth_it else 'not worth a search'}")
     metrics = {
         **package.card.metrics,
         "calibration": {

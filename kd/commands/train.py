@@ -188,7 +188,7 @@ def train(
 def train_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `options` of `kd train`, as parsed by typer, as settings for `TrainConfig.of`; None if not given.
 
-    Raises InputError if a --source is not NAME=SHARE.
+    Raises InputError if a --source is not NAME=SHARE, or names the same source twice.
     """
     settings = {SETTINGS.get(name, name): value for name, value in options.items()}
     for name in PATHS:

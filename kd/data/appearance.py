@@ -118,14 +118,14 @@ def change_gamma(image: NDArray[np.uint8], exponent: float) -> NDArray[np.uint8]
 def sharpen(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8, sharpened by a random unsharp mask, as some scanners do."""
     amount = rng.uniform(0.3, 1.5)
-    soft = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 2.0))
-    return np.asarray(cv2.addWeighted(image, 1 + amount, soft, -amount, 0), np.uint8)
+    blurred = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 2.0))
+    return np.asarray(cv2.addWeighted(image, 1 + amount, blurred, -amount, 0), np.uint8)
 
 
 def lose_resolution(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return a square image (y, x, 3) uint8 as if it had been scanned with pixels 1.3 to 2.2 times as large."""
     side = image.shape[0]
-    small = int(side / rng.uniform(1.3, 2.2))
-    reduced = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)
-    up = cv2.INTER_LINEAR if rng.random() < 0.5 else cv2.INTER_CUBIC
-    return np.asarray(cv2.resize(reduced, (side, side), interpolation=up), np.uint8)
+    reduced_side = int(side / rng.uniform(1.3, 2.2))
+    reduced = cv2.resize(image, (reduced_side, reduced_side), interpolation=cv2.INTER_AREA)
+    interpolation = cv2.INTER_LINEAR if rng.random() < 0.5 else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(reduced, (side, side), interpolation=interpolation), np.uint8)

@@ -112,10 +112,11 @@ class CacheWriter:
 
 @contextmanager
 def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
-    """Yield a writer for a cache at `path`. The cache replaces an older one if the block succeeds, else it is removed.
+    """Yield a writer for a cache at `path`, which appears only if the block succeeds; it then replaces an older cache.
 
-    `taxonomy`: classes of the types. Raises InputError if `path` does not end in .zarr or .npz, its folder is missing,
-    `path` exists and is not a cache, it cannot be written, or the disk is full.
+    If the block fails, an older cache stays. `taxonomy`: classes of the types. Raises InputError if `path` does not end
+    in .zarr or .npz, its folder is missing, `path` exists and cannot be opened as a cache, it cannot be written, or the
+    disk is full.
     """
     if not is_cache(path):
         raise InputError(f"--out {path}: must end in .zarr or .npz; change the ending")
@@ -127,7 +128,7 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
         except InputError as error:
             raise InputError(f"--out {path}: exists and is not a cache of this format; remove it first") from error
     temporary = path.with_name(f".partial.{path.name}")
-    _remove(temporary)
+    _remove(temporary)  # left by a killed run
     try:
         writer = CacheWriter(temporary)
         yield writer
@@ -210,14 +211,17 @@ class Cache:
 
 
 def open_cache(path: Path) -> Cache:
-    """Open the cache at `path` for reading. Raises InputError if there is none, or it cannot be read."""
+    """Open the cache at `path` for reading; only its header is read.
+
+    Raises InputError if there is none, it cannot be read, or it is of another format or version.
+    """
     if not path.exists():
         raise InputError(f"{path}: no such cache; write one with `hover-batch kd prepare`")
     try:
         return Cache(path, ZarrStore.open(path) if path.suffix == ".zarr" else NpzStore.open(path))
-    except InputError:
+    except InputError:  # of another format or version
         raise
-    except Exception as error:  # as in Cache._read
+    except Exception as error:  # zarr, zip and JSON raise many kinds for corrupted files
         raise InputError(f"{path} cannot be read as a cache; run `hover-batch kd prepare` again ({error})") from error
 
 

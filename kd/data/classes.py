@@ -70,27 +70,27 @@ def classes_by_source(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, l
     if taxonomy not in TAXONOMIES.values():
         return {}
     column = list(TAXONOMIES.values()).index(taxonomy)
-    taught = {source: {names[column] for names in CODES.get(source, {}).values()} for source in sources}
-    return {c.name: [source for source, names in taught.items() if c.name in names] for c in taxonomy.nuclei}
+    names_of = {source: {names[column] for names in CODES.get(source, {}).values()} for source in sources}
+    return {c.name: [source for source, names in names_of.items() if c.name in names] for c in taxonomy.nuclei}
 
 
 def class_ids(codes: NDArray[np.integer], source: str, taxonomy: Taxonomy, where: str) -> NDArray[np.uint8] | None:
     """Return the class ids (y, x) uint8 in `taxonomy`, one of TAXONOMIES, of a source's class codes (y, x).
 
-    0 is the background in both; nuclei without a class in `taxonomy` become 0, too. Returns None if the meaning of the
-    source's codes is unknown. `where`: file or image, for messages. Raises InputError if a code is not one of the
-    source's.
+    0 is the background in both; nuclei without a class in `taxonomy` become 0, too. Returns None if `source` is not in
+    CODES, so that the meaning of its codes is unknown. `where`: file or image, for messages. Raises InputError if a
+    code is not one of the source's.
     """
-    names = CODES.get(source)
-    if names is None:
+    classes = CODES.get(source)
+    if classes is None:
         return None
     low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
-    if low < 0 or high > len(names):
+    if low < 0 or high > len(classes):
         raise InputError(
-            f"{where}: class code {high if low >= 0 else low} is not one of {source}'s, which are 1 to {len(names)} "
-            f"({', '.join(names)}); correct it"
+            f"{where}: class code {high if low >= 0 else low} is not one of {source}'s, which are 1 to {len(classes)} "
+            f"({', '.join(classes)}); correct it"
         )
     column = list(TAXONOMIES.values()).index(taxonomy)
-    ids = {c.name: c.id for c in taxonomy.nuclei} | {"": 0}
-    table = np.array([0, *(ids[name[column]] for name in names.values())], np.uint8)
-    return np.asarray(table[codes])
+    id_of = {c.name: c.id for c in taxonomy.nuclei} | {"": 0}
+    id_by_code = np.array([0, *(id_of[names[column]] for names in classes.values())], np.uint8)
+    return np.asarray(id_by_code[codes])

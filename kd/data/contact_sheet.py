@@ -36,17 +36,18 @@ class ContactSheet:
         self._taxonomy = taxonomy
         self._pictures: dict[int, NDArray[np.uint8]] = {}
         """Index of the sample → its picture."""
-        self._seen = 0
+        self._added = 0
         self._random = np.random.default_rng(0)
 
     def add(self, sample: Sample) -> None:
         """Add a sample. The sheet shows a random choice of all samples, each with the same probability."""
-        index, self._seen = self._seen, self._seen + 1
-        if index >= PICTURES:
-            drawn = int(self._random.integers(index + 1))
-            if drawn >= PICTURES:
+        index = self._added
+        self._added += 1
+        if index >= PICTURES:  # reservoir sampling
+            replaced = int(self._random.integers(index + 1))
+            if replaced >= PICTURES:
                 return
-            del self._pictures[list(self._pictures)[drawn]]
+            del self._pictures[list(self._pictures)[replaced]]
         self._pictures[index] = draw(sample, self._taxonomy)
 
     def write(self, path: Path) -> None:
@@ -80,22 +81,21 @@ class ContactSheet:
 def draw(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
     """Return a picture (y, x, 3) uint8 RGB of the magnified centre of a sample, with a caption of two lines.
 
-    Nuclei are outlined in the colours of their classes. The pictures of all samples have the same size.
+    Nuclei are outlined in the colours of their classes. The pictures of all samples have the same size; smaller images
+    are padded with white.
     """
     height, width = (min(SIDE, extent) for extent in sample.instances.shape)
     y, x = (sample.instances.shape[0] - height) // 2, (sample.instances.shape[1] - width) // 2
-    part = slice(y, y + height), slice(x, x + width)
-    picture = np.full((SIDE * ZOOM + 2 * _LINE + 4, SIDE * ZOOM + 4, 3), 255, np.uint8)
+    centre = slice(y, y + height), slice(x, x + width)
+    instances = sample.instances[centre]
+    types = None if sample.types is None else _magnified(sample.types[centre])
     size = (width * ZOOM, height * ZOOM)
-    canvas = np.asarray(cv2.resize(sample.image[part], size, interpolation=cv2.INTER_CUBIC), np.uint8)
-    instances = sample.instances[part]
-    types = None if sample.types is None else _magnified(sample.types[part])
-    n = np.count_nonzero(np.unique(instances))
-    canvas = outlined(canvas, _magnified(instances), types, taxonomy)
-    picture[: size[1], : size[0]] = canvas
-    shown = len(np.unique(sample.instances[sample.instances > 0]))
-    where = " | ".join(filter(None, (sample.source, sample.tissue, f"fold {sample.fold}")))
-    for line, text in enumerate([sample.id, f"{where} | {shown} nuclei, {n} here"]):
+    magnified = np.asarray(cv2.resize(sample.image[centre], size, interpolation=cv2.INTER_CUBIC), np.uint8)
+    picture = np.full((SIDE * ZOOM + 2 * _LINE + 4, SIDE * ZOOM + 4, 3), 255, np.uint8)
+    picture[: size[1], : size[0]] = outlined(magnified, _magnified(instances), types, taxonomy)
+    nuclei, shown = (np.count_nonzero(np.unique(ids)) for ids in (sample.instances, instances))
+    origin = " | ".join(filter(None, (sample.source, sample.tissue, f"fold {sample.fold}")))
+    for line, text in enumerate([sample.id, f"{origin} | {nuclei} nuclei, {shown} here"]):
         place = (4, SIDE * ZOOM + (line + 1) * _LINE - 6)
         cv2.putText(picture, text, place, _FONT, _SIZE, (0, 0, 0), 1, cv2.LINE_AA)
     return picture

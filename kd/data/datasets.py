@@ -26,25 +26,27 @@ def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = 
     if another fold or a source does not exist, or if a file is missing, unreadable, corrupted or inconsistent with
     others.
     """
-    wanted, named = list(dict.fromkeys(folds)), None if sources is None else set(sources)
+    wanted_folds = list(dict.fromkeys(folds))
+    wanted_sources = None if sources is None else set(sources)
     data = _open(path)
-    if unknown := [fold for fold in wanted if fold not in data.folds and fold not in MAY_BE_EMPTY]:
+    if unknown := [fold for fold in wanted_folds if fold not in data.folds and fold not in MAY_BE_EMPTY]:
         raise InputError(f"{path} has no fold {', '.join(unknown)}; its folds are {', '.join(data.folds)}")
-    if unknown := sorted((named or set()) - set(data.sources)):
+    if unknown := sorted((wanted_sources or set()) - set(data.sources)):
         raise InputError(f"{path} has no source {', '.join(unknown)}; its sources are {', '.join(data.sources)}")
     if isinstance(data, Cache):
-        return Data(data.taxonomy, [sample for fold in wanted for sample in data.samples(fold, named)])
-    return Data(CONSEP, [sample for fold in wanted for sample in data.samples(CONSEP, fold, named)])
+        return Data(data.taxonomy, [s for fold in wanted_folds for s in data.samples(fold, wanted_sources)])
+    return Data(CONSEP, [s for fold in wanted_folds for s in data.samples(CONSEP, fold, wanted_sources)])
 
 
 def contents_sha256(path: Path) -> str:
-    """Return the SHA-256 of all images and annotations of the data at `path` (as for `read_data`).
+    """Return the hex SHA-256 of all images, annotations and metadata of the data at `path` (as for `read_data`).
 
-    Raises InputError if the data cannot be read.
+    Of a cache, only the header is read, which has a hash of each image. A cache and the folder that it was made from
+    have different hashes. Raises InputError if the data cannot be read.
     """
     data = _open(path)
-    parts = [str(entry) for entry in data.entries] if isinstance(data, Cache) else data.fingerprints()
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    described = [str(entry) for entry in data.entries] if isinstance(data, Cache) else data.fingerprints()
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()
 
 
 def folds_of(path: Path) -> list[str]:

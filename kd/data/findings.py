@@ -39,31 +39,38 @@ class Findings:
         """(source, fold) → counts."""
         self.unread_types: list[str] = []
         """Sources whose types were not read."""
-        self._odd: Counter[str] = Counter()
+        self._irregular: Counter[str] = Counter()
+        """Description of an irregularity → how often it occurs."""
         self._folds_of_image: dict[str, dict[str, str]] = defaultdict(dict)
         """image_sha256 → fold → the image's id there."""
 
     def add(self, sample: Sample) -> None:
-        """Add one image to the counts, and look for irregularities in it."""
+        """Add one image to the counts, and look for irregularities in it.
+
+        The class of a nucleus is that of most of its pixels, the lower class id if several are equal.
+        """
         part = self.parts[sample.source, sample.fold]
         part.images += 1
         self._folds_of_image[sample.image_sha256][sample.fold] = sample.id
         pieces = pieces_of(sample.instances)
         part.nuclei += len(pieces)
-        self._odd["nuclei are in several pieces"] += int((pieces > 1).sum())
+        self._irregular["nuclei are in several pieces"] += int((pieces > 1).sum())
         if sample.types is None:
             return
         inside = sample.instances > 0
-        _, row = np.unique(sample.instances[inside], return_inverse=True)
-        votes = np.zeros((len(pieces), len(self.taxonomy.classes)), np.int64)
-        np.add.at(votes, (row, sample.types[inside]), 1)
-        part.by_class.update(votes.argmax(axis=1).tolist())
-        self._odd["nuclei have pixels of several classes"] += int(((votes > 0).sum(axis=1) > 1).sum())
-        self._odd["typed pixels are outside nuclei"] += int(np.count_nonzero(sample.types[~inside]))
+        _, nucleus = np.unique(sample.instances[inside], return_inverse=True)
+        pixels = np.zeros((len(pieces), len(self.taxonomy.classes)), np.int64)
+        np.add.at(pixels, (nucleus, sample.types[inside]), 1)
+        part.by_class.update(pixels.argmax(axis=1).tolist())
+        self._irregular["nuclei have pixels of several classes"] += int(((pixels > 0).sum(axis=1) > 1).sum())
+        self._irregular["typed pixels are outside nuclei"] += int(np.count_nonzero(sample.types[~inside]))
 
     def warnings(self) -> list[str]:
-        """Return one sentence for each irregularity that a user may want to correct; none of them is an error."""
-        lines = [f"{n:,} {what}; not changed" for what, n in self._odd.items() if n]
+        """Return one line for each irregularity that a user may want to correct; none of them is an error.
+
+        Beyond a few, images that are in several folds are only counted.
+        """
+        lines = [f"{n:,} {what}; not changed" for what, n in self._irregular.items() if n]
         if self.unread_types:
             lines.append(
                 f"the types of {', '.join(self.unread_types)} are not read, because the meaning of codes is known "
@@ -71,18 +78,18 @@ class Findings:
             )
         if unclassed := sum(part.by_class[0] for part in self.parts.values()):
             lines.append(f"{unclassed:,} nuclei have none of the classes of {self.taxonomy.name}; their type is 0")
-        shared = [folds for folds in self._folds_of_image.values() if len(folds) > 1]
-        for folds in shared[:_LISTED]:
-            listed = ", ".join(f"{fold}: {name}" for fold, name in folds.items())
+        shared = [id_by_fold for id_by_fold in self._folds_of_image.values() if len(id_by_fold) > 1]
+        for id_by_fold in shared[:_LISTED]:
+            listed = ", ".join(f"{fold}: {name}" for fold, name in id_by_fold.items())
             lines.append(f"the same image is in several folds ({listed}); its scores are too good; keep it in one")
         if len(shared) > _LISTED:
             lines.append(f"{len(shared) - _LISTED:,} more images are in several folds")
         for source, published in PUBLISHED_FOLDS.items():
-            there = {fold for name, fold in self.parts if name == source}
-            if there and (missing := [fold for fold in published if fold not in there]):
+            present = {fold for name, fold in self.parts if name == source}
+            if present and (missing := [fold for fold in published if fold not in present]):
                 lines.append(f"{source} has no fold {', '.join(missing)}; its cross-validation needs all three")
-        folds_there = {fold for _, fold in self.parts}
-        if "train" in folds_there and "val" not in folds_there:
+        folds = {fold for _, fold in self.parts}
+        if "train" in folds and "val" not in folds:
             lines.append(
                 "there is no fold val, which training needs for validation; --val takes it from CoNSeP's tiles"
             )

@@ -13,9 +13,9 @@ def pieces_of(instances: NDArray[np.int32], smallest: int = 1) -> NDArray[np.int
     `instances`: (y, x) int32 ids, 0 = background. Pixels that touch at a corner are connected. Pieces with fewer than
     `smallest` pixels are not counted.
     """
-    components, n = label(instances, connectivity=2, return_num=True)  # type: ignore[no-untyped-call]  # skimage's
-    id_of = np.zeros(n + 1, np.int32)
-    id_of[components] = instances
-    counted = np.bincount(components.ravel(), minlength=n + 1)[1:] >= smallest
-    ids, rank = np.unique(id_of[1:], return_inverse=True)
-    return np.bincount(rank[counted], minlength=len(ids)).astype(np.int64)
+    pieces, n = label(instances, connectivity=2, return_num=True)  # type: ignore[no-untyped-call]  # skimage's
+    id_of_piece = np.zeros(n + 1, np.int32)
+    id_of_piece[pieces] = instances
+    counted = np.bincount(pieces.ravel(), minlength=n + 1)[1:] >= smallest
+    ids, nucleus_of_piece = np.unique(id_of_piece[1:], return_inverse=True)
+    return np.bincount(nucleus_of_piece[counted], minlength=len(ids)).astype(np.int64)

@@ -25,8 +25,9 @@ def prepare(folders: Sequence[Path], out: Path, sheet: Path, classes: str | None
 
     Return their counts and irregularities. `classes`: name in TAXONOMIES of the classes to map types to; None for
     pannuke if a folder has PanNuke's types, else consep. `val`: number of CoNSeP's last training tiles to use as fold
-    val. `watch`: shows progress. Only one image at a time is in memory. Raises InputError if a folder or an image
-    cannot be read, or a file cannot be written; `out` is unchanged unless only the contact sheet could not be written.
+    val. `watch`: shows progress. Images are read one at a time. Raises InputError if an argument is invalid, the
+    folders have no images, a folder or an image cannot be read, or a file cannot be written; `out` is unchanged unless
+    only the contact sheet could not be written.
     """
     layouts = [recognise(folder, val) for folder in folders]
     if val and not any(isinstance(layout, Consep) for layout in layouts):

@@ -61,14 +61,14 @@ class ZarrStore:
         from zarr.codecs import ZstdCodec
 
         group = zarr.open_group(path, mode="w", zarr_format=3)
-        for name, (dtype, rest) in ARRAYS.items():
+        for name, (dtype, pixel_shape) in ARRAYS.items():
             group.create_array(
                 name,
-                shape=(0, *rest),
-                chunks=(CHUNK, *rest),
+                shape=(0, *pixel_shape),
+                chunks=(CHUNK, *pixel_shape),
                 dtype=dtype,
                 compressors=ZstdCodec(level=3),
-                dimension_names=("pixel", "channel")[: 1 + len(rest)],
+                dimension_names=("pixel", "channel")[: 1 + len(pixel_shape)],
             )
         return cls(group)
 
@@ -110,15 +110,12 @@ class ZarrStore:
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
         """Return the arrays of the image of `shape` (y, x) that begins at pixel `offset`; `i` is ignored."""
         stop = offset + math.prod(shape)
-        return {
-            name: np.concatenate(
-                [
-                    self._chunk(name, k)[max(0, offset - k * CHUNK) : stop - k * CHUNK]
-                    for k in range(offset // CHUNK, -(-stop // CHUNK))
-                ]
-            ).reshape(*shape, *ARRAYS[name][1])
-            for name in ARRAYS
-        }
+        chunks = range(offset // CHUNK, -(-stop // CHUNK))
+        arrays: Arrays = {}
+        for name, (_, pixel_shape) in ARRAYS.items():
+            parts = [self._chunk(name, k)[max(0, offset - k * CHUNK) : stop - k * CHUNK] for k in chunks]
+            arrays[name] = np.concatenate(parts).reshape(*shape, *pixel_shape)
+        return arrays
 
     def _chunk(self, name: str, k: int) -> NDArray[Any]:
         if name not in self._last or self._last[name][0] != k:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from hover_batch.nuclei.image import instances_of
 from hover_batch.nuclei.markers import MARKER_ENERGY
 from hover_batch.nuclei.watershed import SobelConstants, without_debris
 from kd.data.datasets import MPP, Sample
-from kd.evaluation.evaluate import MapsOf, true_nuclei
+from kd.evaluation.evaluate import MapsOf, centroids_and_types
 from kd.evaluation.variants import Parameters, extremes, from_stored, instances_by
 
 CUTS = (-0.1, -0.05, 0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
@@ -111,12 +112,13 @@ def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] 
 def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
     """Return the constants with the best mean PQ among the cuts whose mean F_d is within F_D_MARGIN of the best F_d.
 
-    `predicted`: result of `predict_all`, not empty. `cuts`: cuts to try; if several are equally good, the lowest is
-    chosen. Raises InputError if there are neither annotated nor predicted nuclei, because PQ is then undefined.
+    `predicted`: result of `predict_all`, not empty. `cuts`: cuts to try, at least one; if several are equally good, the
+    lowest is chosen. Raises InputError if there are neither annotated nor predicted nuclei, because PQ is then
+    undefined.
     """
-    middle = medians([SobelConstants.of_window(h, v) for _, (_, h, v) in predicted])
+    median_extremes = medians([SobelConstants.of_window(h, v) for _, (_, h, v) in predicted])
     window = trial(predicted, None, None)
-    fixed = [trial(predicted, cut, constants_at(middle, cut)) for cut in sorted(cuts)]
+    fixed = [trial(predicted, cut, constants_at(median_extremes, cut)) for cut in sorted(cuts)]
     best_f_d = max((t.mean_f_d for t in fixed), default=np.nan)
     allowed = [t for t in fixed if t.mean_f_d >= best_f_d - F_D_MARGIN]
     if not allowed or np.isnan(allowed[0].mean_pq):
@@ -125,17 +127,21 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
         )
     best = max(allowed, key=lambda t: t.mean_pq)
     assert best.cut is not None  # only `window` has no cut
-    return Calibration(constants_at(middle, best.cut), best.cut, middle, (window, *fixed))
+    return Calibration(constants_at(median_extremes, best.cut), best.cut, median_extremes, (window, *fixed))
 
 
 def constants_at(medians: SobelConstants, cut: float) -> SobelConstants:
-    """Return the medians, shifted so that the marker threshold is at `cut` times the minimum, in each direction."""
+    """Return the medians, shifted so that the marker threshold is at `cut` times the minimum, in each direction.
 
-    def moved(low: float, high: float) -> tuple[float, float]:
-        start = cut * low - (1 - MARKER_ENERGY) * (high - low)
-        return start, start + high - low
+    The difference of maximum and minimum stays.
+    """
 
-    return SobelConstants(*moved(medians.h_min, medians.h_max), *moved(medians.v_min, medians.v_max))
+    def shifted(low: float, high: float) -> tuple[float, float]:
+        # Pixels become markers above new_low + (1 - MARKER_ENERGY) · (high - low), which shall be cut · low.
+        new_low = cut * low - (1 - MARKER_ENERGY) * (high - low)
+        return new_low, new_low + high - low
+
+    return SobelConstants(*shifted(medians.h_min, medians.h_max), *shifted(medians.v_min, medians.v_max))
 
 
 def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
@@ -147,7 +153,7 @@ def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
     """Return the scores of the post-processing of slides with these constants; None for the extremes of each image.
 
-    `cut`: cut of the constants, for the record; None for the extremes.
+    `predicted`: result of `predict_all`. `cut`: cut of the constants, for the record; None for the extremes.
     """
     scores = _scores(predicted, lambda planes: instances_of(planes, constants))
     return Trial("window" if constants is None else "fixed", cut, *scores)
@@ -156,23 +162,23 @@ def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | N
 def try_others(predicted: Predicted, cut: float) -> dict[str, Trial]:
     """Return the scores with each of OTHERS at the cut `cut`, by a name such as "nucleus 0.4".
 
-    The entry "as they are" has HoVerNet's own parameters, in the same slow implementation. The medians are computed
-    for each Sobel kernel, because their values depend on its size.
+    `predicted`: result of `predict_all`. The entry "as they are" has HoVerNet's own parameters, for comparison; all
+    entries use the slow `instances_by`. The medians are computed for each Sobel kernel, because their values depend on
+    its size.
     """
-    found = {}
+    trials = {}
     standard = Parameters()
     for parameters in (standard, *OTHERS):
-        maps = [from_stored(planes) for _, planes in predicted]
-        constants = constants_at(medians([extremes(m, parameters.sobel) for m in maps]), cut)
+        windows = [extremes(from_stored(planes), parameters.sobel) for _, planes in predicted]
+        constants = constants_at(medians(windows), cut)
+        changed = [f"{name} {v:g}" for name, v in asdict(parameters).items() if v != getattr(standard, name)]
+        name = changed[0] if changed else "as they are"
+        trials[name] = Trial("fixed", cut, *_scores(predicted, partial(_instances_by, constants, parameters)))
+    return trials
 
-        def instances(
-            planes: Planes, parameters: Parameters = parameters, constants: SobelConstants = constants
-        ) -> NDArray[np.int32]:
-            return without_debris(instances_by(from_stored(planes), constants, parameters), PostSettings.min_area_px)
 
-        changed = [f"{n} {v:g}" for n, v in asdict(parameters).items() if v != getattr(standard, n)]
-        found[changed[0] if changed else "as they are"] = Trial("fixed", cut, *_scores(predicted, instances))
-    return found
+def _instances_by(constants: SobelConstants, parameters: Parameters, planes: Planes) -> NDArray[np.int32]:
+    return without_debris(instances_by(from_stored(planes), constants, parameters), PostSettings.min_area_px)
 
 
 def _scores(
@@ -183,8 +189,8 @@ def _scores(
     for sample, planes in predicted:
         found = instances(planes)
         pq.setdefault(sample.source, []).append(panoptic_quality(sample.instances, found).pq)
-        true_xy, _ = true_nuclei(replace(sample, types=None), 1)
-        pred_xy, _ = true_nuclei(replace(sample, instances=found, types=None), 1)
+        true_xy, _ = centroids_and_types(replace(sample, types=None), 1)
+        pred_xy, _ = centroids_and_types(replace(sample, instances=found, types=None), 1)
         pairs = match_centroids(true_xy, pred_xy, DETECTION_RADIUS_UM / MPP)
         numbers = np.array([len(pairs), len(true_xy), len(pred_xy)])
         counts[sample.source] = counts.get(sample.source, np.zeros(3, np.int64)) + numbers

@@ -53,14 +53,15 @@ def evaluate(
     """Return the scores of the maps that `maps_of` predicts, by source in the order of appearance.
 
     `constants`: Sobel constants; None: scale by the extremes of each image, as HoVerNet's reference does. `taxonomy`:
-    classes of both the samples and the maps. `min_area_px`: drop predicted nuclei with fewer pixels. `shift`: change of
-    each sample before prediction. Raises InputError if an image has too many nuclei to pair.
+    classes of both the samples and the maps. `min_area_px`: drop predicted nuclei with fewer pixels. `shift`: applied
+    to each sample before prediction. Raises InputError if an image has too many nuclei to pair (MOST_DISTANCES).
     """
     by_source: dict[str, list[ImageScores]] = {}
+    layout = MapLayout(len(taxonomy.classes))
     for sample in samples:
-        changed = shift.of(sample)
-        found, nuclei = nuclei_of(maps_of(changed.image), constants, MapLayout(len(taxonomy.classes)), min_area_px)
-        by_source.setdefault(sample.source, []).append(_score(changed, found, nuclei, taxonomy, shift.mpp))
+        shifted = shift.apply(sample)
+        instances, nuclei = nuclei_of(maps_of(shifted.image), constants, layout, min_area_px)
+        by_source.setdefault(sample.source, []).append(_score(shifted, instances, nuclei, taxonomy, shift.mpp))
     return [pooled(source, images, taxonomy) for source, images in by_source.items()]
 
 
@@ -104,7 +105,7 @@ def _score(sample: Sample, found: NDArray[np.int32], nuclei: Nuclei, taxonomy: T
     `found`: predicted instances (y, x); `nuclei`: their measurements; `mpp`: pixel size of the sample in µm.
     """
     n_types = len(taxonomy.classes)
-    true_xy, true_types = true_nuclei(sample, n_types)
+    true_xy, true_types = centroids_and_types(sample, n_types)
     pred_xy = np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1)
     if len(true_xy) * len(pred_xy) > MOST_DISTANCES:
         raise InputError(
@@ -132,17 +133,17 @@ def _score(sample: Sample, found: NDArray[np.int32], nuclei: Nuclei, taxonomy: T
     )
 
 
-def true_nuclei(sample: Sample, n_types: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return centroids (n, 2) float64 as x, y and types (n,) int64 of the annotated nuclei, in the order of their ids.
+def centroids_and_types(sample: Sample, n_types: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return centroids (n, 2) float64 as x, y and types (n,) int64 of the nuclei in a sample, in order of their ids.
 
     Centroids are in pixels, with pixel centres at +0.5. The type is the class of most pixels, the lower class id if
     several are equal; 0 if the sample has no types. `n_types`: number of classes with the background.
     """
     ys, xs = np.nonzero(sample.instances)
-    ids, row = np.unique(sample.instances[ys, xs], return_inverse=True)
-    area = np.bincount(row)
-    xy = np.stack([np.bincount(row, xs) / area, np.bincount(row, ys) / area], axis=1) + 0.5
+    ids, nucleus = np.unique(sample.instances[ys, xs], return_inverse=True)
+    area = np.bincount(nucleus)
+    xy = np.stack([np.bincount(nucleus, xs) / area, np.bincount(nucleus, ys) / area], axis=1) + 0.5
     if sample.types is None:
         return xy, np.zeros(len(ids), np.int64)
-    votes = np.bincount(row * n_types + sample.types[ys, xs], minlength=len(ids) * n_types)
-    return xy, votes.reshape(len(ids), n_types).argmax(axis=1)
+    pixels = np.bincount(nucleus * n_types + sample.types[ys, xs], minlength=len(ids) * n_types)
+    return xy, pixels.reshape(len(ids), n_types).argmax(axis=1)

@@ -81,7 +81,10 @@ class Evaluation:
     """Picture of images, annotations and predictions; None if not requested."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything but the picture as JSON values, for `kd tables` and for later comparisons."""
+        """Return the results without the picture as JSON values, for `kd tables` and for later comparisons.
+
+        `shifts` and `against` are left out if they were not requested.
+        """
         card = self.package.card
         report = {
             "label": self.label,
@@ -100,12 +103,12 @@ class Evaluation:
         }
         if self.shifts:
             report["shifts"] = [row.to_json() for row in self.shifts]
-        if old := self.baseline:
+        if self.baseline:
             report["against"] = {
-                "label": old.name,
-                "sha256": old.sha256,
-                "sobel_norm": old.sobel_norm,
-                "min_area_px": old.min_area_px,
+                "label": self.baseline.name,
+                "sha256": self.baseline.sha256,
+                "sobel_norm": self.baseline.sobel_norm,
+                "min_area_px": self.baseline.min_area_px,
                 "sources": {pair.source: pair.to_json() for pair in self.paired},
             }
         return report
@@ -145,8 +148,9 @@ def evaluate_package(
     another package whose predictions are drawn, too. `time_network`: measure the time of the network. `threads`:
     threads of each network on the CPU; 0 for all cores. `notify` is called with lines about the progress.
 
-    Raises InputError if an argument is invalid, the data cannot be read, it is not known which classes the data
-    and a model have in common, or an image has too many nuclei to pair; PackageError if a package cannot be read.
+    Raises InputError if an argument is invalid, the data cannot be read or has no images in these folds, it is not
+    known which classes the data and a model have in common, or an image has too many nuclei to pair; PackageError if a
+    package cannot be read, or its record of the training is malformed.
     """
     post = post or PostSettings()
     package = _package(model, "package")
@@ -163,17 +167,23 @@ def evaluate_package(
         baseline.check(annotated.samples)
     leaked = leaks(package.card, annotated.samples)
     loaded = _Loaded.of(package, annotated, post, threads, notify)
-    network = load_network(package)
+    network = load_network(package)  # for the cost, as published; the predictor optimises its own copy
     scores = loaded.scores(annotated, UNCHANGED)
     if against_package:
-        other_scores = _Loaded.of(against_package, annotated, post, threads, notify).scores(annotated, UNCHANGED)
+        against_scores = _Loaded.of(against_package, annotated, post, threads, notify).scores(annotated, UNCHANGED)
         baseline = Baseline(
-            against_package.card.name, against_package.sha256, post.sobel_norm, post.min_area_px, by_image(other_scores)
+            name=against_package.card.name,
+            sha256=against_package.sha256,
+            sobel_norm=post.sobel_norm,
+            min_area_px=post.min_area_px,
+            by_image=by_image(against_scores),
         )
     drawn = None
     if picture:
-        others = [_Loaded.of(beside_package, annotated, post, threads, notify).shown] if beside_package else []
-        drawn = figure(annotated, [*others, loaded.shown])
+        shown = [loaded.shown]
+        if beside_package:
+            shown.insert(0, _Loaded.of(beside_package, annotated, post, threads, notify).shown)
+        drawn = figure(annotated, shown)
     return Evaluation(
         label=label or package.card.name,
         package=package,
@@ -197,18 +207,19 @@ def score_test_fold(predictor: Predictor, constants: SobelConstants, data: Path)
 
     `sources` has the scores by source, as in `SourceScores.to_json`, and `leakage` is a list of {"text": sentence}
     about images that the model has seen in training. `constants`: Sobel constants for post-processing. Raises
-    InputError if the data cannot be read, the fold has no images, or the model is for another pixel size or for unknown
-    classes.
+    InputError if the data cannot be read, the fold has no images, the model is for another pixel size, it is not known
+    which classes the data and the model have in common, or an image has too many nuclei to pair; PackageError if the
+    card's record of the training is malformed.
     """
     card = predictor.card
     check_pixel_size(card, card.name)
-    found = read_data(data, [FOLD], None)
-    if not found.samples:
+    annotated = read_data(data, [FOLD], None)
+    if not annotated.samples:
         raise InputError(f"--truth {data}: has no image of the fold {FOLD}; give other annotated images")
-    scores = evaluate_data(lambda image: predict_image(predictor, image), found, constants, card.taxonomy)
+    scores = evaluate_data(lambda image: predict_image(predictor, image), annotated, constants, card.taxonomy)
     return {
         "sources": {s.source: s.to_json() for s in scores},
-        "leakage": [{"text": str(leak)} for leak in leaks(card, found.samples)],
+        "leakage": [{"text": str(leak)} for leak in leaks(card, annotated.samples)],
     }
 
 

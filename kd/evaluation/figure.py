@@ -47,22 +47,24 @@ class Shown:
 def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uint8]:
     """Return a picture (y, x, 3) uint8 RGB with a row for each of `n` images with many nuclei, and a colour key.
 
-    The images are those of `fullest`. Columns are the image, the annotations, and the predictions of each model in the
-    classes that it has in common with the data. The annotations are drawn in those of the last model. Raises InputError
-    if common classes are unknown.
+    The images are those of `fullest`. Columns are the image, the annotations, and the predictions of each of `models`
+    (at least one) in the classes that it has in common with the data. The annotations are drawn in the common classes
+    of the last model. Raises InputError if common classes are unknown.
     """
-    remaps = [remaps_of(data, model.taxonomy) for model in models]
-    rows, shown = [], list[Taxonomy]()
+    remaps_by_model = [remaps_of(data, model.taxonomy) for model in models]
+    rows, drawn_classes = [], list[Taxonomy]()
     for sample in fullest(data.samples, n):
-        commons = [remap[sample.source] for remap in remaps]
-        truth = commons[-1].sample(sample)
-        bare = replace(truth, instances=np.zeros_like(truth.instances))
-        predicted = [_predicted(sample, model, common) for model, common in zip(models, commons, strict=True)]
-        classes = [commons[-1].taxonomy] * 2 + [common.taxonomy for common in commons]
-        rows.append([_drawn(view, kinds) for view, kinds in zip((bare, truth, *predicted), classes, strict=True)])
-        shown += classes
+        remaps = [remap_of_source[sample.source] for remap_of_source in remaps_by_model]
+        truth = remaps[-1].sample(sample)
+        plain = replace(truth, instances=np.zeros_like(truth.instances))
+        predicted = [_predicted(sample, model, remap) for model, remap in zip(models, remaps, strict=True)]
+        classes = [remaps[-1].taxonomy] * 2 + [remap.taxonomy for remap in remaps]
+        rows.append(
+            [_drawn(cell, taxonomy) for cell, taxonomy in zip((plain, truth, *predicted), classes, strict=True)]
+        )
+        drawn_classes += classes
     picture = panel(["image", "truth", *(model.name for model in models)], rows)
-    return np.vstack([picture, _key(shown, picture.shape[1])])
+    return np.vstack([picture, _key(drawn_classes, picture.shape[1])])
 
 
 def fullest(samples: Sequence[Sample], n: int) -> list[Sample]:
@@ -73,13 +75,13 @@ def fullest(samples: Sequence[Sample], n: int) -> list[Sample]:
     """
     ranked: list[tuple[int, int, int]] = []
     for source in {s.source for s in samples}:
-        counts = [(_count(s), i) for i, s in enumerate(samples) if s.source == source]
-        counts.sort(key=lambda found: (-found[0], found[1]))
+        counts = [(_nuclei_shown(s), i) for i, s in enumerate(samples) if s.source == source]
+        counts.sort(key=lambda entry: (-entry[0], entry[1]))
         ranked += [(turn, -count, i) for turn, (count, i) in enumerate(counts)]
     return [samples[i] for _, _, i in sorted(ranked)[:n]]
 
 
-def _count(sample: Sample) -> int:
+def _nuclei_shown(sample: Sample) -> int:
     return len(np.unique(sample.instances[_middle(sample)]))
 
 

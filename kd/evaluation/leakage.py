@@ -57,8 +57,8 @@ class Leak:
 def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
     """Return the samples that the model of `card` has seen, by source, certain leaks first; empty if there are none.
 
-    A sample is listed for its strongest reason only: seen in training, else in calibration, else of a seen patient,
-    else possibly seen. Raises PackageError if the card's record of the training is malformed.
+    A sample is listed only with its strongest kind of reason: seen in training, else in calibration, else of a seen
+    patient, else possibly seen. Raises PackageError if the card's record of the training is malformed.
     """
     try:
         records = [*_records("the model", card.training), *_calibration(card)]
@@ -70,14 +70,15 @@ def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
     for source in dict.fromkeys(s.source for s in samples):
         of_source = [s for s in samples if s.source == source]
         listed: set[str] = set()
-        for what in (_IMAGE, _CONSTANTS, _PATIENT, _DOUBT):
-            hits = [
-                (r, tuple(s.id for s in of_source if s.id not in listed and r.holds(s)))
-                for r in records
-                if r.what is what
-            ]
-            found += [Leak(source, r.how, what is not _DOUBT, ids, len(of_source)) for r, ids in hits if ids]
-            listed.update(*(ids for _, ids in hits))
+        for kind in (_IMAGE, _CONSTANTS, _PATIENT, _DOUBT):
+            newly_listed: set[str] = set()
+            for record in records:
+                if record.kind == kind:
+                    ids = tuple(s.id for s in of_source if s.id not in listed and record.holds(s))
+                    newly_listed.update(ids)
+                    if ids:
+                        found.append(Leak(source, record.how, kind != _DOUBT, ids, len(of_source)))
+            listed |= newly_listed
     return found
 
 
@@ -88,7 +89,7 @@ _IMAGE, _CONSTANTS, _PATIENT, _DOUBT = "image", "constants", "patient", "doubt"
 class _Record:
     """One entry of a card about seen images."""
 
-    what: str
+    kind: str
     """_IMAGE, _CONSTANTS (seen in calibration only), _PATIENT, or _DOUBT (possibly seen)."""
     how: str
     """Clause that states how they were seen."""
@@ -114,8 +115,8 @@ def _records(who: str, training: Training) -> Iterator[_Record]:
         yield _Record(_DOUBT, how, _of_unknown_patient(trained_on))
     if seen := training.get("seen"):
         # It is certain only if the published model has seen the whole source.
-        what = _IMAGE if "whole data set" in seen or "seen all of it" in seen else _DOUBT
-        yield _Record(what, f"{who} has seen: {seen}", _named_in(seen))
+        kind = _IMAGE if "whole data set" in seen or "seen all of it" in seen else _DOUBT
+        yield _Record(kind, f"{who} has seen: {seen}", _named_in(seen))
     if before := training.get("before"):
         yield from _records(f"what {who} started from", before)
     if teacher := training.get("teacher"):

@@ -62,22 +62,22 @@ class Baseline:
         return cls(run.label, report["sha256"], report["sobel_norm"], report["min_area_px"], report["by_image"])
 
     def check(self, samples: Iterable[Sample]) -> None:
-        """Raise InputError if these samples are not the annotated images that were scored.
+        """Raise InputError if a source was scored on other annotated images than those in `samples`.
 
-        Sources in PARTIAL, which have no PQ, are not compared.
+        Only the sources of `samples` are checked, without those in PARTIAL, which have no PQ.
         """
-        wanted: dict[str, set[Key]] = {}
+        given: dict[str, set[Key]] = {}
         for sample in samples:
             if sample.source not in PARTIAL:
                 nuclei = len(np.unique(sample.instances[sample.instances > 0]))
-                wanted.setdefault(sample.source, set()).add((sample.id, sample.image_sha256, nuclei))
-        for source, keys in wanted.items():
-            if other := len(
-                keys ^ {(row["id"], row["sha256"], row["nuclei"]) for row in self.by_image.get(source, ())}
-            ):
+                given.setdefault(sample.source, set()).add((sample.id, sample.image_sha256, nuclei))
+        for source, keys in given.items():
+            scored = {(row["id"], row["sha256"], row["nuclei"]) for row in self.by_image.get(source, ())}
+            if keys != scored:
                 raise InputError(
-                    f"--against {self.name}: was scored on other images or annotations of {source} ({other} are not in "
-                    "both); give the --data, --fold and --source of that evaluation, or compare with the package"
+                    f"--against {self.name}: was scored on other images or annotations of {source} "
+                    f"({len(keys ^ scored)} are not in both); give the --data, --fold and --source of that evaluation, "
+                    "or compare with the package"
                 )
 
 
@@ -153,7 +153,10 @@ def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
     if n < 2:
         return math.nan, math.nan
     rng = np.random.default_rng(0)
-    sizes = np.diff([*range(0, RESAMPLES, max(1, AT_ONCE // n)), RESAMPLES])
-    means = np.concatenate([differences[rng.integers(0, n, (size, n))].mean(axis=1) for size in sizes])
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    resamples_at_once = max(1, AT_ONCE // n)
+    means = []
+    for done in range(0, RESAMPLES, resamples_at_once):
+        drawn = rng.integers(0, n, (min(resamples_at_once, RESAMPLES - done), n))
+        means.append(differences[drawn].mean(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -75,40 +75,43 @@ def remap_of(data: Taxonomy, model: Taxonomy, source: str, typed: bool = True) -
     """Return the mapping of the data's and the model's classes to common classes, for the source `source`.
 
     If both have the same classes, these are the common ones, with one exception: for the source `consep` mapped to
-    PanNuke's classes, the common classes are the four of the paper, and CoNSeP's "other", which has no class in
-    PanNuke, is miscellaneous. `typed`: whether the source has annotated types; without types, or with a model without
-    types, only nuclei are common. Raises InputError if no common classes are known.
+    PanNuke's classes, the common classes are the four of the paper. Between PanNuke's and CoNSeP's classes, they are
+    THREE. CoNSeP's "other", which has no class in PanNuke, is miscellaneous in both cases. `typed`: whether the source
+    has annotated types; without types, or with a model without types, only nuclei are common. Raises InputError if no
+    common classes are known.
     """
-    kinds = (_names(data), _names(model))
+    data_names, model_names = _names(data), _names(model)
     pannuke, consep = _names(PANNUKE), _names(CONSEP)
-    if not typed or _names(NUCLEI) in kinds:
+    if not typed or _names(NUCLEI) in (data_names, model_names):
         return Remap(NUCLEI, _all_nuclei(data), _all_nuclei(model))
-    from_consep = kinds[0] == pannuke and source == "consep"
-    if from_consep and kinds[1] == pannuke:
+    consep_as_pannuke = data_names == pannuke and source == "consep"
+    if consep_as_pannuke and model_names == pannuke:
         ids = _ids(PANNUKE, PAPER_CONSEP, _PAPER_OF_PANNUKE)
         return Remap(PAPER_CONSEP, ids, ids, unnamed=_id_in(PAPER_CONSEP, "miscellaneous"))
-    if kinds[0] == kinds[1]:
+    if data_names == model_names:
         same = tuple(c.id for c in model.classes)
         return Remap(model, same, same)
     three = {
         pannuke: _ids(PANNUKE, THREE, _THREE_OF_PANNUKE),
         consep: _ids(CONSEP, THREE, _THREE_OF_CONSEP),
     }
-    if kinds[0] in three and kinds[1] in three:
-        unnamed = _id_in(THREE, "miscellaneous") if from_consep else 0
-        return Remap(THREE, three[kinds[0]], three[kinds[1]], unnamed)
+    if data_names in three and model_names in three:
+        unnamed = _id_in(THREE, "miscellaneous") if consep_as_pannuke else 0
+        return Remap(THREE, three[data_names], three[model_names], unnamed)
     raise InputError(
-        f"source {source}: its classes are {', '.join(kinds[0])}, the model's {', '.join(kinds[1])}, and which of them "
-        "are the same is not known; choose other sources with --source, or a model with the same classes"
+        f"source {source}: its classes are {', '.join(data_names)}, the model's {', '.join(model_names)}, and which of "
+        "them are the same is not known; choose other sources with --source, or a model with the same classes"
     )
 
 
 def remaps_of(data: Data, model: Taxonomy) -> dict[str, Remap]:
     """Return source → mapping of its classes and the model's to common classes, in the order of appearance.
 
-    Raises InputError if no common classes are known for a source.
+    A source has types if one of its samples has. Raises InputError if no common classes are known for a source.
     """
-    typed = {s.source: False for s in data.samples} | {s.source: True for s in data.samples if s.types is not None}
+    typed: dict[str, bool] = {}
+    for sample in data.samples:
+        typed[sample.source] = typed.get(sample.source, False) or sample.types is not None
     return {source: remap_of(data.taxonomy, model, source, typed[source]) for source in typed}
 
 

@@ -115,7 +115,10 @@ class SourceScores:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "by_image"}
 
     def images_to_json(self) -> list[dict[str, Any]]:
-        """Return id, sha256, annotated nuclei, pq, dice and f_d of each image as JSON objects; None if undefined."""
+        """Return id, sha256, annotated nuclei, pq, dice and f_d of each image as JSON objects.
+
+        Undefined scores are None; for sources in PARTIAL, all of them are.
+        """
         defined = self.source not in PARTIAL
         rows = []
         for image in self.by_image:
@@ -140,21 +143,22 @@ def plain(value: Any) -> Any:
 
 
 def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> SourceScores:
-    """Return the scores of a source, averaged over `images`, the scores of its images, of which there is at least one.
+    """Return the scores of a source from the scores of its images, at least one, as the module describes.
 
-    `taxonomy`: classes in which the images are scored.
+    `taxonomy`: classes in which the images are scored. For sources in PARTIAL, only `recall` and `type_accuracy` are
+    defined.
     """
-    counts = sum((i.pairs for i in images[1:]), images[0].pairs)
-    detection = detection_scores(counts)
+    pairs = sum((i.pairs for i in images[1:]), images[0].pairs)
+    detection = detection_scores(pairs)
     typed = [i for i in images if i.pq_c is not None]
     f_c: dict[str, float] = {}
     pq_c: dict[str, float] = {}
     accuracy = math.nan
     if typed:
-        types = sum((i.pairs for i in typed[1:]), typed[0].pairs)
-        f_c = {c.name: class_scores(types, c.id).f1 for c in taxonomy.nuclei}
+        typed_pairs = sum((i.pairs for i in typed[1:]), typed[0].pairs)
+        f_c = {c.name: class_scores(typed_pairs, c.id).f1 for c in taxonomy.nuclei}
         pq_c = {c.name: mean_defined(i.pq_c[c.id - 1] for i in typed if i.pq_c) for c in taxonomy.nuclei}
-        paired = types.table[1:-1, :-1]  # without nuclei for which the taxonomy has no class
+        paired = typed_pairs.table[1:-1, :-1]  # without nuclei for which the taxonomy has no class
         accuracy = float(np.trace(paired[:, 1:]) / paired.sum()) if paired.any() else math.nan
     by_tissue = {
         tissue: _tissue([i for i in images if i.tissue == tissue]) for tissue in sorted({i.tissue for i in images})

@@ -55,5 +55,5 @@ def score_shifts(
     """
     before = {scores.source: scores for scores in unchanged if scores.source not in PARTIAL}
     scored = Data(data.taxonomy, [sample for sample in data.samples if sample.source in before])
-    after = [(shift, {scores.source: scores for scores in scores_of(scored, shift)}) for shift in SHIFTS]
-    return [ShiftScores.of(shift, before[source], found[source]) for source in before for shift, found in after]
+    after = {shift: {scores.source: scores for scores in scores_of(scored, shift)} for shift in SHIFTS}
+    return [ShiftScores.of(shift, before[source], after[shift][source]) for source in before for shift in SHIFTS]

@@ -33,7 +33,7 @@ class Shift:
     mpp: float = MPP
     """Pixel size in µm to which images are resampled; the model still assumes MPP."""
 
-    def of(self, sample: Sample) -> Sample:
+    def apply(self, sample: Sample) -> Sample:
         """Return a copy of the sample with the shift applied to its image.
 
         If the pixel size changes, the labels are resampled to the size of the new image (nearest neighbour).

@@ -20,13 +20,16 @@ def slide_limits(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
     """Return the limits (lowest, highest) of `area_um2`, `h_od` and `e_od` for a card, by name.
 
     See `hover_batch.quality.flags.LIMITS`. `samples`: images in which all nuclei are outlined. The limits are the 1st
-    and the 99th percentile over images, with a margin. Empty if fewer than MIN_IMAGES images have nuclei.
+    and the 99th percentile over images with nuclei, with a margin; the lowest `e_od` is 0. Empty if fewer than
+    MIN_IMAGES images have nuclei.
     """
     measured = np.array([_measures(sample) for sample in samples if sample.instances.any()]).reshape(-1, 3)
     if len(measured) < MIN_IMAGES:
         return {}
-    low, high = np.percentile(measured, (1, 99), axis=0)
-    area, hematoxylin, eosin = ((float(a / _MARGIN), float(b * _MARGIN)) for a, b in zip(low, high, strict=True))
+    lowest, highest = np.percentile(measured, (1, 99), axis=0)
+    area, hematoxylin, eosin = (
+        (float(low / _MARGIN), float(high * _MARGIN)) for low, high in zip(lowest, highest, strict=True)
+    )
     return {"area_um2": area, "h_od": hematoxylin, "e_od": (0.0, eosin[1])}  # nuclei may be without eosin
 
 

@@ -96,34 +96,35 @@ class Table:
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Return the evaluations in files that `kd evaluate --json` wrote, in the order of `paths`.
 
-    Raises InputError if a file is not an evaluation of this version, or if two have the same label but another
-    architecture or other settings, or are of the same model on the same images.
+    Raises InputError if a file is not an evaluation of this version, or if two with the same label differ in
+    architecture or settings, or are of the same model on the same images.
     """
     runs = [Run(path, _read(path)) for path in paths]
     for run in runs:
         try:
-            tables([run], Path())
+            tables([run], Path())  # reads every value that a table needs
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{run.path}: not an evaluation of this version ({type(error).__name__}: {error}); run `kd evaluate "
                 "--json` again"
             ) from error
-    seen: dict[tuple[str, ...], Run] = {}
+    run_of: dict[tuple[str, ...], Run] = {}
     for run in runs:
         first = next(r for r in runs if r.label == run.label)
-        for what in ("architecture", "sobel_norm", "min_area_px"):
-            if run.report[what] != first.report[what]:
+        for key in ("architecture", "sobel_norm", "min_area_px"):
+            if run.report[key] != first.report[key]:
                 raise InputError(
-                    f"{run.path}: its {what} is {run.report[what]}, but that of {first.path} is {first.report[what]}, "
+                    f"{run.path}: its {key} is {run.report[key]}, but that of {first.path} is {first.report[key]}, "
                     f"and both have the label {run.label}; evaluate one of them with another --label"
                 )
         for source in run.sources:
-            what_was_done = (run.label, source, run.report["sha256"], str(run.report["folds"]), run.report["data"])
-            if other := seen.get(what_was_done):
+            scored = (run.label, source, run.report["sha256"], str(run.report["folds"]), run.report["data"])
+            if duplicate := run_of.get(scored):
                 raise InputError(
-                    f"{run.path} and {other.path}: the same model on the same images of {source}; give only one of them"
+                    f"{run.path} and {duplicate.path}: the same model on the same images of {source}; give only one of "
+                    "them"
                 )
-            seen[what_was_done] = run
+            run_of[scored] = run
     return runs
 
 
@@ -159,22 +160,22 @@ def _refuse(constant: str) -> None:
 def tables(runs: Sequence[Run], out: Path) -> list[Table]:
     """Return the three tables of the paper, the table of cost, and for each source a table with all scores.
 
-    `runs`: evaluations, each of which is in the rows of our own. `out`: folder to which the tables will be written; the
-    files of evaluations are named relative to it.
+    `runs`: evaluations. The paper's tables have rows only for those with the paper's source and classes, the others for
+    all. `out`: folder to which the tables will be written; the files of evaluations are named relative to it.
     """
     made = []
     for paper in TABLES:
         classes = [c.name for c in paper.taxonomy.nuclei]
         fitting = [r for r in runs if paper.source in r.sources and r.sources[paper.source]["classes"] == classes]
-        shown = (*paper.columns, MIN_AREA)
+        columns = [*paper.columns, MIN_AREA]
         published = {name: (*cells, REFERENCE_MIN_AREA) for name, cells in paper.rows.items()}
-        ours = _rows(fitting, shown, _scores_on(paper.source), paper.source, out)
-        made.append(Table(paper.name, paper.title, shown, published, paper.origin, ours, paper.notes))
+        ours = _rows(fitting, columns, _scores_on(paper.source), paper.source, out)
+        made.append(Table(paper.name, paper.title, columns, published, paper.origin, ours, paper.notes))
     cost = _rows(runs, COST_COLUMNS, lambda run: run.report["cost"], None, out)
-    machines = [
+    timed_on = [
         f"{r.label} was timed on {r.report['cost']['timed_on']}." for r in runs if "timed_on" in r.report["cost"]
     ]
-    notes = (*COST_NOTES, *dict.fromkeys(machines))
+    notes = (*COST_NOTES, *dict.fromkeys(timed_on))
     made.append(Table("cost", "Cost", COST_COLUMNS, COST_ROWS, COST_ORIGIN, cost, notes))
     for source in dict.fromkeys(s for run in runs for s in run.sources):
         scored = [run for run in runs if source in run.sources]

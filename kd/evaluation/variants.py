@@ -65,7 +65,7 @@ def extremes(maps: Maps, size: int) -> SobelConstants:
 
 
 def instances_by(maps: Maps, constants: SobelConstants, parameters: Parameters) -> NDArray[np.int32]:
-    """Return the instances (y, x) int32, 0 = background, in the maps of one image, of any size.
+    """Return the instances (y, x) int32, 0 = background, in the maps of one image.
 
     `constants`: extremes by which the Sobel maps are scaled. `parameters`: all other parameters.
     """
@@ -77,11 +77,11 @@ def instances_by(maps: Maps, constants: SobelConstants, parameters: Parameters) 
     energy = np.maximum(np.maximum(1 - slope_h, 1 - slope_v), 0)
     energy[~foreground] = 1
     landscape = -cv2.GaussianBlur(1 - energy.astype(np.float64), (3, 3), 0)
-    inside = ndimage.binary_fill_holes(foreground & (energy < parameters.marker)).astype(np.uint8)
+    markers = ndimage.binary_fill_holes(foreground & (energy < parameters.marker)).astype(np.uint8)
     if parameters.opening:
         ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (parameters.opening, parameters.opening))
-        inside = np.asarray(cv2.morphologyEx(inside, cv2.MORPH_OPEN, ellipse), np.uint8)
-    flooded = watershed(landscape, _large(inside), mask=foreground)  # type: ignore[no-untyped-call]
+        markers = np.asarray(cv2.morphologyEx(markers, cv2.MORPH_OPEN, ellipse), np.uint8)
+    flooded = watershed(landscape, _large(markers), mask=foreground)  # type: ignore[no-untyped-call]
     return np.asarray(flooded, np.int32)
 
 

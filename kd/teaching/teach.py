@@ -59,7 +59,7 @@ class Lesson:
     """Settings that all tasks share."""
     fold: str
     """Fold of the images."""
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     """Indices of the images in the fold."""
 
 
@@ -80,28 +80,34 @@ def teach(
     Existing outputs are used and corrupted ones computed again, so an interrupted run resumes. Only one run at a time
     may write to a cache.
 
-    `data`, `folds`, `sources`: annotated images (see `read_data`). `teacher`: `starter`, or the path of a package.
-    `cache`: folder of the outputs. `batch`: tiles per batch. `tta`: 8 to average over the rotations and flips of each
-    image, else 1. `engine`: settings of the backend. `notify` is called with lines about the progress.
+    `data`, `folds`, `sources`: annotated images (see `read_data`). `teacher`: name or path of the package, as for
+    `find_package`. `cache`: folder of the outputs. `batch`: tiles per batch. `tta`: 8 to average over the rotations and
+    flips of each image, else 1. `engine`: settings of the backend. `notify` is called with lines about the progress.
 
-    Raises InputError if the data cannot be read, the teacher does not fit it, or `cache` holds other outputs; and
-    PackageError if the teacher cannot be loaded or its output is not finite. The outputs stored so far remain.
+    Raises InputError if `tta` is invalid, the data cannot be read, the teacher does not fit it, or `cache` holds other
+    outputs; and PackageError if the teacher cannot be loaded or its output is not finite. The first task that fails
+    ends the run with its error; the outputs stored so far remain.
     """
     if tta not in (1, len(VIEWS)):
         raise InputError(f"--tta {tta}: must be 1, or {len(VIEWS)} for the rotations and flips of an image")
     package = find_package(teacher, "--teacher")
     check_pixel_size(package.card, f"--teacher {teacher}")
-    given, wanted = package.card.taxonomy, taxonomy_of(data)
-    if given.classes != wanted.classes:
+    teacher_taxonomy, data_taxonomy = package.card.taxonomy, taxonomy_of(data)
+    if teacher_taxonomy.classes != data_taxonomy.classes:
         raise InputError(
-            f"--teacher {teacher}: its classes are those of {given.name}, but the data's are those of {wanted.name}; "
-            "give a teacher with the data's classes, or other --classes to `hover-batch kd prepare`"
+            f"--teacher {teacher}: its classes are those of {teacher_taxonomy.name}, but the data's are those of "
+            f"{data_taxonomy.name}; give a teacher with the data's classes, or other --classes to `hover-batch kd "
+            "prepare`"
         )
     outputs = TeacherCache.create(cache, package, tta)
-    with task_resources(engine, cache / "ray.log") as found:
-        on_gpu, ray = found.gpus > 0, engine.backend == "ray"
-        threads = 0 if on_gpu else min(THREADS, found.cpus) if ray else engine.cpus
-        device = ("cuda" if on_gpu else "cpu") if ray else "cpu" if engine.gpus == 0 else "auto"
+    with task_resources(engine, cache / "ray.log") as resources:
+        on_gpu = resources.gpus > 0
+        if engine.backend == "ray":
+            device = "cuda" if on_gpu else "cpu"
+            threads = 0 if on_gpu else min(THREADS, resources.cpus)
+        else:
+            device = "cpu" if engine.gpus == 0 else "auto"
+            threads = 0 if on_gpu else engine.cpus
         infer = InferSettings(batch=batch, precision="fp32", threads=threads, device=device)
         # Processes of a cluster may have another working directory.
         teaching = Teaching(
@@ -119,16 +125,16 @@ def teach(
             backend=engine.backend,
             cpus=max(1, threads),
             gpus=int(on_gpu),
-            at_once=found.gpus or max(1, found.cpus // max(1, threads)),
+            at_once=resources.gpus or max(1, resources.cpus // max(1, threads)),
             reuse_workers=True,
         )
-        printed_at = time.monotonic()
+        notified_at = time.monotonic()
         for lesson, result in results:
             if isinstance(result, TaskFailed):
                 raise result.error
-            progress.advance(len(lesson.places))
-            if (now := time.monotonic()) - printed_at >= NOTIFY_EVERY_S:
-                printed_at = now
+            progress.advance(len(lesson.indices))
+            if (now := time.monotonic()) - notified_at >= NOTIFY_EVERY_S:
+                notified_at = now
                 notify(f"  {progress.line}")
     notify(f"{progress.done} images done, {progress.done_now} of them now")
     return outputs
@@ -148,16 +154,16 @@ def _lessons(
         samples = _samples(teaching, fold)
         new = {s.image_sha256: i for i, s in enumerate(samples) if s.image_sha256 not in seen}
         seen |= new.keys()
-        left = [i for i in new.values() if not cache.has(samples[i])]
+        left = [i for i in new.values() if not cache.has_intact(samples[i])]
         progress.expect(len(new), len(new) - len(left))
         notify(f"fold {fold}: {len(new)} images, {len(new) - len(left)} of them done before")
         while left:
-            places, tiles = [], 0
+            indices, tiles = [], 0
             while left and tiles < TILES_A_TASK:
-                places.append(left.pop(0))
-                height, width = samples[places[-1]].image.shape[:2]
+                indices.append(left.pop(0))
+                height, width = samples[indices[-1]].image.shape[:2]
                 tiles += -(-height // card.tile_out) * -(-width // card.tile_out)
-            yield Lesson(teaching, fold, tuple(places))
+            yield Lesson(teaching, fold, tuple(indices))
 
 
 def run_lesson(lesson: Lesson) -> None:
@@ -168,8 +174,9 @@ def run_lesson(lesson: Lesson) -> None:
     from hover_batch.model.images import image_logits
 
     cache = TeacherCache.open(lesson.teaching.cache)
-    samples = [_samples(lesson.teaching, lesson.fold)[i] for i in lesson.places]
-    samples = [s for s in samples if not cache.has(s)]  # a crashed worker may have stored some
+    of_fold = _samples(lesson.teaching, lesson.fold)
+    # A crashed worker may have stored some of the outputs.
+    samples = [of_fold[i] for i in lesson.indices if not cache.has_intact(of_fold[i])]
     predictor = _predictor(lesson.teaching)
     logits_of = partial(image_logits, predictor)
     images = [s.image for s in samples]

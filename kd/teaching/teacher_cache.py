@@ -69,9 +69,10 @@ class TeacherCache:
 
     @classmethod
     def create(cls, path: Path, teacher: Package, tta: int = 1) -> TeacherCache:
-        """Open the cache at `path` for the outputs of `teacher`, or create it. `tta`: see the attribute.
+        """Open the cache at `path` for the outputs of `teacher`, or create it with missing folders.
 
-        Raises InputError if it has outputs of another teacher or with another `tta`, or cannot be written.
+        `tta`: see the attribute. Raises InputError if the cache is of another teacher or another `tta`, or its
+        teacher.json cannot be read, or the folder cannot be created.
         """
         if not (path / "teacher.json").exists():
             try:
@@ -123,8 +124,8 @@ class TeacherCache:
         """Return whether there is an output for this image; it may be corrupted."""
         return self._array(sample).is_dir()
 
-    def has(self, sample: Sample) -> bool:
-        """Return whether there is an intact output for this image; a corrupted one is deleted."""
+    def has_intact(self, sample: Sample) -> bool:
+        """Return whether there is an intact output for this image. A corrupted one is deleted, to be replaced."""
         if not self.covers(sample):
             return False
         try:

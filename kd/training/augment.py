@@ -84,16 +84,17 @@ def random_geometry(
     kind: str = "full",
     planes: NDArray[np.float16] | None = None,
 ) -> View:
-    """Return a crop of `size` × `size` pixels, moved, rotated, flipped and scaled by one random affine map.
+    """Return a random crop of `size` × `size` pixels with the geometry of `kind`, made by one affine map.
 
-    Arguments as for `random_view`; the appearance is unchanged. The image part of the view lies inside the sample's
-    image, which must be at least `size` pixels high and wide.
+    Arguments as for `random_view`; the appearance is unchanged. The image of the view lies inside the sample's image,
+    which must be at least `size` pixels high and wide. If it is hardly larger, the angle is rounded to a right angle,
+    and the scale is large enough for the crop to fit. Labels outside the sample's image are 0.
     """
     scale, angle, flip = 1.0, 0.0, 1
     if kind == "full":
         scale = math.exp(rng.uniform(math.log(SCALE[0]), math.log(SCALE[1])))
-        free = planes is None and rng.random() < 0.5
-        angle = rng.uniform(0, 2 * math.pi) if free else rng.integers(4) * RIGHT
+        any_angle = planes is None and rng.random() < 0.5
+        angle = rng.uniform(0, 2 * math.pi) if any_angle else rng.integers(4) * RIGHT
     elif kind == "turns":
         angle = rng.integers(4) * RIGHT
     if kind in ("full", "turns"):
@@ -127,13 +128,13 @@ def random_geometry(
         )
 
     image = warp(sample.image, size, cv2.INTER_LINEAR)
-    wide = size + 2 * LABEL_MARGIN
+    label_side = size + 2 * LABEL_MARGIN
     # OpenCV cannot warp int32; float32 represents ids up to 2^24 exactly.
-    instances = warp(sample.instances.astype(np.float32), wide, cv2.INTER_NEAREST).astype(np.int32)
+    instances = warp(sample.instances.astype(np.float32), label_side, cv2.INTER_NEAREST).astype(np.int32)
     if sample.types is None:
-        types = np.zeros((wide, wide), np.uint8)
+        types = np.zeros((label_side, label_side), np.uint8)
     else:
-        types = warp(sample.types, wide, cv2.INTER_NEAREST).astype(np.uint8)
+        types = warp(sample.types, label_side, cv2.INTER_NEAREST).astype(np.uint8)
     if planes is None:
         return View(image.astype(np.uint8), instances, types, None)
     # Nearest neighbour, as for labels: where nuclei touch, h and v jump from 1 to -1 without values in between.
@@ -149,8 +150,8 @@ def turn_hv(hv: NDArray[np.float32], step: NDArray[np.float64]) -> NDArray[np.fl
     source for one pixel along the view's x (k = 0) or y (k = 1). It must be a right-angle rotation or flip: each row
     and each column has a single 1 or -1, and else 0.
     """
-    h, v = (sum(step[axis, i] * hv[axis] for axis in range(2)) for i in range(2))
-    return np.stack([h, v]).astype(np.float32)
+    turned = [step[0, k] * hv[0] + step[1, k] * hv[1] for k in range(2)]
+    return np.stack(turned).astype(np.float32)
 
 
 def _reach(size: int, angle: float, scale: float) -> float:

@@ -266,10 +266,12 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the settings that determine the trained weights, by name, as JSON values for checkpoint and card.
 
-        Paths, `threads` and `max_steps` are left out; files are recorded by their names.
+        `data`, `out`, `teacher`, `threads` and `max_steps` are left out. Of the files with initial weights, only the
+        name is recorded.
         """
-        elsewhere = ("data", "out", "teacher", "threads", "max_steps")
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in elsewhere}
-        named = ("random", "imagenet")
-        weights = self.encoder_weights if self.encoder_weights in named else Path(self.encoder_weights).name
-        return values | {"init": None if self.init is None else self.init.name, "encoder_weights": weights}
+        left_out = ("data", "out", "teacher", "threads", "max_steps")
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in left_out}
+        values["init"] = None if self.init is None else self.init.name
+        if self.encoder_weights not in ("random", "imagenet"):
+            values["encoder_weights"] = Path(self.encoder_weights).name
+        return values

@@ -83,31 +83,31 @@ def open_teacher(path: Path, taxonomy: Taxonomy) -> Teacher:
 def source_shares(config: TrainConfig, samples: Sequence[Sample]) -> dict[str, float]:
     """Return the fraction of the crops to draw from each source; the fractions sum to 1.
 
-    They are the shares in `config`, sorted by source, or else proportional to the sources' areas in pixels, in the
-    order of `samples`, the training images. Raises InputError if a configured source has no image, or if there are no
-    images at all.
+    If `config` has shares, these are used, sorted by source; sources without one get no crops. Otherwise the fractions
+    are proportional to the areas of the sources in pixels, in the order of `samples`, the training images. Raises
+    InputError if a configured source has no image, or if there are no images at all.
     """
     areas: dict[str, float] = {}
     for sample in samples:
         areas[sample.source] = areas.get(sample.source, 0.0) + sample.instances.size
     configured = dict(sorted((config.sources or {}).items()))  # crops must not depend on the order of --source
-    given = configured or areas
-    for source in given:
+    relative = configured or areas
+    for source in relative:
         if source not in areas:
             raise InputError(
                 f"--source {source}: {config.data} has no training images of this source; leave it out, or give other "
                 "--data or --fold"
             )
-    if not given:
-        there = ", ".join(folds_of(config.data))
+    if not relative:
+        folds = ", ".join(folds_of(config.data))
         raise InputError(
-            f"--fold {' '.join(config.train_folds)}: {config.data} has no images of this fold; its folds are {there}"
+            f"--fold {' '.join(config.train_folds)}: {config.data} has no images of this fold; its folds are {folds}"
         )
-    return {source: share / sum(given.values()) for source, share in given.items()}
+    return {source: share / sum(relative.values()) for source, share in relative.items()}
 
 
 class Crops(Dataset[tuple[Tensor, ...]]):
-    """Dataset of `n` crops; the source, image and view of crop i are drawn with the seed (config.seed, i).
+    """Dataset of `n` crops; the source, image and view of crop i depend only on the data, the settings and i.
 
     An item is the image (3, y, x) uint8, then np, hv and tp as in `Targets`, but without the batch axis, and with a
     teacher its output (channel, y, x) float32. Targets and output cover the central part of the image, `cut` pixels
@@ -129,33 +129,34 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         validation: bool = False,
     ) -> None:
         self.samples, self.config, self.cut, self.n = samples, config, cut, n
-        self.seed: tuple[int, ...] = (1,) if validation else ()
+        self.extra_seed: tuple[int, ...] = (1,) if validation else ()
         self.kind = "none" if validation else config.augmentation
-        rows = {source: [i for i, s in enumerate(samples) if s.source == source] for source in shares}
-        self.rows = [found for found in rows.values() if found]
-        present = np.array([shares[source] for source, found in rows.items() if found])
+        by_source = {source: [i for i, s in enumerate(samples) if s.source == source] for source in shares}
+        self.indices = [indices for indices in by_source.values() if indices]
+        present = np.array([shares[source] for source, indices in by_source.items() if indices])
         self.shares = present / present.sum()
         # Larger images contain more distinct crops, so images are drawn in proportion to their area.
-        areas = [np.array([samples[row].instances.size for row in rows], float) for rows in self.rows]
-        self.odds = [area / area.sum() for area in areas]
+        areas = [np.array([samples[i].instances.size for i in indices], float) for indices in self.indices]
+        self.image_shares = [area / area.sum() for area in areas]
         if teacher is not None and (untaught := [s for s in samples if not teacher.covers(s)]):
             raise InputError(
                 f"--teacher {config.teacher}: no output for {len(untaught)} of {len(samples)} images, the first "
                 f"{untaught[0].id}; run `hover-batch kd teach` on these images first"
             )
-        self.outputs = None if teacher is None else lru_cache(OUTPUTS_CACHED)(lambda i: teacher.logits(samples[i]))
+        self.output_of = None if teacher is None else lru_cache(OUTPUTS_CACHED)(lambda i: teacher.logits(samples[i]))
         self.padded = [_padded(sample, config.size) for sample in samples]
 
     def __len__(self) -> int:
         return self.n
 
     def __getitem__(self, i: int) -> tuple[Tensor, ...]:
-        rng = np.random.default_rng((self.config.seed, i, *self.seed))
-        k = rng.choice(len(self.shares), p=self.shares)
-        row = self.rows[k][rng.choice(len(self.rows[k]), p=self.odds[k])]
-        sample = self.padded[row]
-        outputs = None if self.outputs is None else _padded_planes(self.outputs(row), self.config.size)
-        view = random_view(sample, self.config.size, rng, self.kind, outputs)
+        rng = np.random.default_rng((self.config.seed, i, *self.extra_seed))
+        source = rng.choice(len(self.shares), p=self.shares)
+        indices = self.indices[source]
+        index = indices[rng.choice(len(indices), p=self.image_shares[source])]
+        sample = self.padded[index]
+        planes = None if self.output_of is None else _padded_planes(self.output_of(index), self.config.size)
+        view = random_view(sample, self.config.size, rng, self.kind, planes)
         margin = LABEL_MARGIN + self.cut
         instances = _inner(view.instances, margin)
         nuclei, types = targets_of(
@@ -181,12 +182,13 @@ def targets_of(
     on nuclei without a class; or None if types are not annotated. Sources in PARTIAL outline only some of the nuclei,
     so their other pixels may be nuclei or background: np is UNKNOWN everywhere, and tp is known only on typed nuclei.
     """
+    unknown = np.full(instances.shape, UNKNOWN, np.int64)
     partial = source in PARTIAL
-    nuclei = np.full(instances.shape, UNKNOWN, np.int64) if partial else np.sign(instances).astype(np.int64)
+    nuclei = unknown if partial else np.sign(instances).astype(np.int64)  # UNKNOWN is -1, and stays
     if types is None:
-        return nuclei, np.full(instances.shape, UNKNOWN, np.int64)
-    typed = (types > 0) if partial else (types > 0) | (instances == 0)
-    return nuclei, np.where(typed & (instances != UNKNOWN), types.astype(np.int64), UNKNOWN)
+        return nuclei, unknown
+    known = types > 0 if partial else (types > 0) | (instances == 0)
+    return nuclei, np.where(known & (instances != UNKNOWN), types.astype(np.int64), UNKNOWN)
 
 
 def training_crops(
@@ -233,10 +235,10 @@ def batches(crops: Crops, batch: int, device: torch.device, first: int = 0) -> I
         num_workers=1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) - 1)),
         prefetch_factor=4,
     )
-    crops_of = iter(loader)
+    loaded = iter(loader)
     while True:
         try:
-            image, *targets = next(crops_of)
+            image, *targets = next(loaded)
         except StopIteration:
             return
         except InputError as error:  # torch adds the worker's traceback; the last line is the original message

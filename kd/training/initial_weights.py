@@ -39,8 +39,8 @@ def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module
     """Return the network of `config` with its initial weights, on the CPU, and the origin of the weights for the card.
 
     The origin is the training record of the package `config.init`, or {"encoder": source and licence} for ImageNet
-    weights from PyPI; otherwise it is empty. Raises InputError or PackageError if the weights cannot be loaded or do
-    not fit the network or the classes of `taxonomy`.
+    weights from PyPI; otherwise it is empty. Other ImageNet weights are downloaded, unless they are cached. Raises
+    InputError or PackageError if the weights cannot be loaded or do not fit the network or the classes of `taxonomy`.
     """
     network = build_network(config.to_json(), len(taxonomy.classes))
     if config.init is not None:

@@ -72,7 +72,7 @@ def dice_loss(probabilities: Tensor, truth: Tensor, over: str = "sum", eps: floa
     each = 1 - (2 * overlap + eps) / (total + eps)
     if over == "sum":
         return each.sum()
-    present = (one_hot.sum((0, 2, 3)) > 0).to(each.dtype)
+    present = (one_hot.sum((0, 2, 3)) > 0).to(each.dtype)  # 1 for classes that occur, else 0
     return (each * present).sum() / present.sum().clamp(min=1)
 
 
@@ -173,11 +173,11 @@ def distill_loss(
     known = teacher.isfinite().all(1)
     teacher = _where(known, teacher)
     terms = {}
-    for branch, part, weight in (("np", NP, weights.np), ("tp", heads.tp, weights.tp)):
-        logits, soft = output[:, part], teacher[:, part]
-        preferred = soft.argmax(1).masked_fill(~known, UNKNOWN)
-        terms[f"{branch}_ce"] = weighted_ce(logits, preferred, weight)
-        terms[f"{branch}_kl"] = factor * kl_loss(logits, soft, known, temperature, kl_mean)
+    for branch, channels, weight in (("np", NP, weights.np), ("tp", heads.tp, weights.tp)):
+        logits, teacher_logits = output[:, channels], teacher[:, channels]
+        most_probable = teacher_logits.argmax(1).masked_fill(~known, UNKNOWN)
+        terms[f"{branch}_ce"] = weighted_ce(logits, most_probable, weight)
+        terms[f"{branch}_kl"] = factor * kl_loss(logits, teacher_logits, known, temperature, kl_mean)
     terms["hv_mse"] = mse_loss(output[:, HV], teacher[:, HV], known)
     terms["hv_msge"] = msge_loss(output[:, HV], teacher[:, HV], teacher[:, NP].argmax(1) == 1, known)
     return terms
@@ -207,7 +207,8 @@ class Loss:
     def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Return the terms by name, those of L_distill with the prefix `kd_`, and under `loss` the loss to minimise.
 
-        `output`: the network's output (b, c, y, x) float32 as in `heads`.
+        The terms are neither weighted by branch nor multiplied by α; `loss` is. `output`: the network's output
+        (b, c, y, x) float32 as in `heads`.
         """
         student_share, distill_share = self.config.loss_shares
         terms = student_loss(output, targets, self.heads, self.student_weights, self.config.dice_over)

@@ -111,6 +111,7 @@ class Plateau:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the schedule, from which `load_state_dict` continues it."""
+        # `min_lrs` is a setting, which comes from the configuration.
         rate = {name: value for name, value in self.rate.state_dict().items() if name != "min_lrs"}
         return {"rate": rate, "least": self.least, "waited": self.waited}
 

@@ -81,8 +81,8 @@ class State:
                 f"{path} was written with other settings ({_difference(saved['config'], config.to_json())}); give "
                 "another --out, or the same settings"
             )
-        for what, flag in (("saw", "--data"), ("truth_sha256", "--data"), ("teacher", "--teacher")):
-            if saved["record"].get(what) != record[what]:
+        for key, flag in (("saw", "--data"), ("truth_sha256", "--data"), ("teacher", "--teacher")):
+            if saved["record"].get(key) != record[key]:
                 raise InputError(
                     f"{flag}: {path} was written with other contents of {flag}; give another --out, or the same {flag}"
                 )
@@ -142,12 +142,10 @@ def record_of(
     - `before`: `origin`.
     """
     parts = {"train": training, "val": validation}
-    taught = None
+    teacher_record = None
     if teacher is not None:
-        card = teacher.card
-        taught = {"sha256": teacher.sha256, "tta": teacher.tta} | {
-            name: card[name] for name in ("name", "licence", "training")
-        }
+        from_card = {name: teacher.card[name] for name in ("name", "licence", "training")}
+        teacher_record = {"sha256": teacher.sha256, "tta": teacher.tta, **from_card}
     return {
         "taxonomy": taxonomy.to_json(),
         "saw": {part: hashes_of(samples) for part, samples in parts.items()},
@@ -156,7 +154,7 @@ def record_of(
         },
         "truth_sha256": {part: truth_sha256(samples) for part, samples in parts.items()},
         "data": {part: contents(samples) for part, samples in parts.items()},
-        "teacher": taught,
+        "teacher": teacher_record,
         "before": origin,
     }
 

@@ -21,7 +21,7 @@ def hv_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
     """
     height, width = instances.shape
     n = int(instances.max()) + 1
-    count = np.zeros(n, np.int64)
+    count = np.zeros(n, np.int64)  # number of pixels, by id
     sum_y = np.zeros(n, np.int64)
     sum_x = np.zeros(n, np.int64)
     for y in range(height):
@@ -36,7 +36,7 @@ def hv_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
         if count[i]:
             centre[i, 0] = int(sum_x[i] / count[i] + 0.5)
             centre[i, 1] = int(sum_y[i] / count[i] + 0.5)
-    low = np.zeros((n, 2), np.int64)
+    low = np.zeros((n, 2), np.int64)  # extreme distances from the centre, by id, along x and y
     high = np.zeros((n, 2), np.int64)
     for y in range(height):
         for x in range(width):

@@ -36,8 +36,9 @@ PANELS = "panels"
 def train(config: TrainConfig) -> nn.Module:
     """Train a network, or resume from the checkpoint in `config.out`; return it with the weights to package.
 
-    It is in evaluation mode, on the GPU if there is one. The checkpoint, log.csv, TensorBoard files and pictures are
-    written to `config.out`, and progress is printed to stdout. The number of torch's threads in this process is set.
+    It is in evaluation mode, on the GPU if there is one. Training pauses at `config.max_steps`; if the checkpoint is of
+    a finished training, nothing is trained. The checkpoint, log.csv, TensorBoard files and pictures are written to
+    `config.out`, and progress is printed to stdout. The number of torch's threads in this process is set.
     Raises InputError or PackageError if the data, the teacher or the initial weights do not fit, or the checkpoint was
     written with other settings or data; HoverBatchError if the loss is not finite or the checkpoint cannot be written.
     """
@@ -70,7 +71,7 @@ def train(config: TrainConfig) -> nn.Module:
     shipped = copy.deepcopy(model).eval().requires_grad_(False)
     crops, epoch_steps = training_crops(samples, shares, config, cut, teacher)
     steps = len(crops) // config.batch
-    fixed = validation_crops(validation, shares, config, cut, teacher) if validation else None
+    fixed_crops = validation_crops(validation, shares, config, cut, teacher) if validation else None
     optimizer = _optimizer(config, model)
     state = State(model, shipped, optimizer, build_schedule(config, optimizer, steps))
     record = record_of(taxonomy, samples, validation, teacher, origin)
@@ -88,19 +89,20 @@ def train(config: TrainConfig) -> nn.Module:
         the run can continue as if it had not paused.
         """
         validated = shipped if config.ema_decay else model.eval()
-        if fixed is not None:
-            row["val_loss"] = validation_loss(validated, fixed, loss_of, config.batch, device)
+        if fixed_crops is not None:
+            row["val_loss"] = validation_loss(validated, fixed_crops, loss_of, config.batch, device)
             row |= validate(validated, validation, device, taxonomy)
             picture = examples(validated, validation, device, taxonomy, teacher)
             write_panel(config.out / PANELS / f"epoch_{math.ceil(state.step / epoch_steps):04d}.jpg", picture)
         log.write(row)
-        reached = row.get("val_loss", -math.inf)
-        best_yet = fixed is None or state.best == math.inf or (whole and reached < state.best)
+        val_loss = row.get("val_loss", -math.inf)
+        # Without validation, and until a whole epoch has been validated, the latest weights are the best.
+        best_yet = fixed_crops is None or state.best == math.inf or (whole and val_loss < state.best)
         if not config.ema_decay and best_yet:
             shipped.load_state_dict(model.state_dict())
         if whole:
-            state.best = min(state.best, reached)
-            state.ended = not state.schedule.after(reached)
+            state.best = min(state.best, val_loss)
+            state.ended = not state.schedule.after(val_loss)
             state.row = None
         state.save(config, record)
 
@@ -114,7 +116,7 @@ def train(config: TrainConfig) -> nn.Module:
         f"training on {len(samples)} images ({listed}), steps {state.step} to {stop}, epochs of {epoch_steps}",
         flush=True,
     )
-    started, since, sums, counts = time.monotonic(), state.step, dict[str, Tensor](), Counter[str]()
+    epoch_started, first_step, sums, counts = time.monotonic(), state.step, dict[str, Tensor](), Counter[str]()
     for step, (image, targets) in enumerate(batches(crops, config.batch, device, state.step), start=state.step):
         state.schedule.before(step)
         model.train()
@@ -132,11 +134,11 @@ def train(config: TrainConfig) -> nn.Module:
             sums[name] = sums.get(name, torch.zeros((), device=device)) + term.detach().double()
         counts.update(terms.keys())  # a batch without types has no terms of tp
         state.step = done = step + 1
-        log.step(done, stop, (time.monotonic() - started) / (done - since))
+        s_per_step = (time.monotonic() - epoch_started) / (done - first_step)
+        log.step(done, stop, s_per_step)
         whole = done % epoch_steps == 0 or done == steps
         if whole or done == stop:
-            row = {"step": float(done), "lr": float(optimizer.param_groups[-1]["lr"])}
-            row |= {"s_per_step": (time.monotonic() - started) / (done - since)}
+            row = {"step": float(done), "lr": float(optimizer.param_groups[-1]["lr"]), "s_per_step": s_per_step}
             row |= {name: float(total) / counts[name] for name, total in sums.items()}
             if not math.isfinite(row["loss"]):
                 raise HoverBatchError(
@@ -147,7 +149,7 @@ def train(config: TrainConfig) -> nn.Module:
                 state.row = dict(row)
                 state.save(config, record)
             end_epoch(row, whole)
-            started, since, sums, counts = time.monotonic(), done, {}, Counter()
+            epoch_started, first_step, sums, counts = time.monotonic(), done, {}, Counter()
         if state.ended or done == stop:
             break
     return shipped

@@ -44,10 +44,10 @@ def validation_loss(
     batch: int,
     device: torch.device,
 ) -> float:
-    """Return the mean of `loss` over the batches of `crops`. `model` must be in evaluation mode.
+    """Return the mean of the entry `loss` over the batches of `crops`; lower is better.
 
-    `loss`: function from (output, targets) to terms by name, among them `loss`. `batch`: crops per batch. `device`:
-    device of `model`.
+    `model`: network in evaluation mode, on `device`. `loss`: function from (output, targets) to terms by name, among
+    them `loss`. `batch`: crops per batch.
     """
     losses = []
     for image, targets in batches(crops, batch, device):
@@ -58,7 +58,7 @@ def validation_loss(
 
 
 def validate(model: nn.Module, samples: Sequence[Sample], device: torch.device, taxonomy: Taxonomy) -> dict[str, float]:
-    """Return scores by name, for the log: `val_pq_<source>`, `val_dice_<source>` and `val_f_d_<source>`.
+    """Return scores from 0 to 1 by name, for the log: `val_pq_<source>`, `val_dice_<source>` and `val_f_d_<source>`.
 
     Sources with annotated types also have `val_f_c_<source>`, the mean F_c over the classes. Sources in PARTIAL have
     `val_recall_<source>` instead of PQ, Dice and F_d.
@@ -86,8 +86,9 @@ def examples(
     """Return a picture (y, x, 3) uint8 RGB with one row for each of up to EXAMPLES images.
 
     Its columns are the centre of the image, its annotations, the teacher's prediction if there is a teacher, and the
-    prediction of `model`, a network in evaluation mode on `device`. The images are evenly spaced in `samples`.
-    `taxonomy`: classes of all of them.
+    prediction of `model`, a network in evaluation mode on `device`. The images are evenly spaced in `samples`, which
+    must not be empty. `taxonomy`: classes of all of them. Raises InputError if a teacher's output is missing or
+    corrupted.
     """
     maps_of = maps_by(model, device, taxonomy)
     layout = MapLayout(len(taxonomy.classes))
@@ -101,10 +102,11 @@ def examples(
         part = _central(sample, EXAMPLE_SIDE)
         row = [part.image, outlined(part.image, part.instances, part.types, taxonomy)]
         if teacher is not None:
-            output = torch.from_numpy(teacher.logits(sample)[(..., *_centre(sample, EXAMPLE_SIDE))].astype(np.float32))
+            logits = teacher.logits(sample)[(..., *_centre(sample, EXAMPLE_SIDE))].astype(np.float32)
             rgb = torch.from_numpy(part.image).permute(2, 0, 1)
-            row.append(drawn(part.image, quantise(output[None], rgb[None], layout)[0].numpy()))
-        rows.append([*row, drawn(part.image, maps_of(part.image))])
+            row.append(drawn(part.image, quantise(torch.from_numpy(logits)[None], rgb[None], layout)[0].numpy()))
+        row.append(drawn(part.image, maps_of(part.image)))
+        rows.append(row)
     return panel(["image", "annotated", *(["teacher"] if teacher else []), "network"], rows)
 
 
@@ -119,10 +121,10 @@ def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsO
     @torch.inference_mode()
     def maps_of(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         margins = [_margin(model, side) for side in image.shape[:2]]
-        around = np.pad(image, [(margin, margin) for margin in margins] + [(0, 0)], mode="reflect")
-        rgb, wide = (torch.from_numpy(a).to(device).permute(2, 0, 1).unsqueeze(0) for a in (image, around))
+        mirrored = np.pad(image, [(margin, margin) for margin in margins] + [(0, 0)], mode="reflect")
+        rgb, padded = (torch.from_numpy(a).to(device).permute(2, 0, 1).unsqueeze(0) for a in (image, mirrored))
         with torch.autocast(device.type, torch.bfloat16):
-            output = model(wide.float().div(255).contiguous(memory_format=torch.channels_last)).float()
+            output = model(padded.float().div(255).contiguous(memory_format=torch.channels_last)).float()
         height, width = image.shape[:2]
         top, left = (output.shape[2] - height) // 2, (output.shape[3] - width) // 2
         return quantise(output[..., top : top + height, left : left + width], rgb, layout)[0].cpu().numpy()

@@ -22,7 +22,7 @@ from hover_batch.model.package import Card
 from hover_batch.model.teacher import TeacherArch
 from hover_batch.taxonomy import CONSEP
 from kd.data.datasets import Sample, read_data
-from kd.evaluation.evaluate import evaluate, true_nuclei
+from kd.evaluation.evaluate import centroids_and_types, evaluate
 from kd.training.targets import hv_targets
 from kd.training.validate import TYPICAL, validate
 
@@ -196,16 +196,16 @@ def test_the_scores_of_each_image():
     assert "by_image" not in scores.to_json()
 
 
-def test_true_nuclei_one_by_one(data: Path):
+def test_centroids_and_types_one_by_one(data: Path):
     sample = read_data(data / "nuclei", ["val"], ["consep"]).samples[0]
-    xy, types = true_nuclei(sample, LAYOUT.n_types)
+    xy, types = centroids_and_types(sample, LAYOUT.n_types)
     ids = np.unique(sample.instances)[1:]
     assert xy.shape == (len(ids), 2)
     for row in range(0, len(ids), 25):
         ys, xs = np.nonzero(sample.instances == ids[row])
         assert xy[row] == pytest.approx((xs.mean() + 0.5, ys.mean() + 0.5))
         assert types[row] == np.bincount(sample.types[ys, xs]).argmax() > 0
-    untyped_xy, untyped = true_nuclei(replace(sample, types=None), LAYOUT.n_types)
+    untyped_xy, untyped = centroids_and_types(replace(sample, types=None), LAYOUT.n_types)
     assert (untyped_xy == xy).all() and not untyped.any()
 
 

@@ -36,7 +36,7 @@ def sample(data: Path) -> Sample:
 @pytest.mark.parametrize("shift", SHIFTS, ids=lambda shift: shift.name)
 def test_a_shift_is_the_same_each_time_and_leaves_the_original(sample: Sample, shift: Shift) -> None:
     kept = sample.image.copy()
-    one, two = shift.of(sample), shift.of(sample)
+    one, two = shift.apply(sample), shift.apply(sample)
     assert one.image.dtype == np.uint8 and one.image.flags.c_contiguous
     assert (one.image == two.image).all() and (sample.image == kept).all()
     assert one.image.shape[:2] == one.instances.shape == one.types.shape
@@ -46,17 +46,17 @@ def test_a_shift_is_the_same_each_time_and_leaves_the_original(sample: Sample, s
 
 
 def test_unchanged_is(sample: Sample) -> None:
-    assert UNCHANGED.of(sample).image is sample.image
+    assert UNCHANGED.apply(sample).image is sample.image
 
 
 def test_tone_and_sharpness(sample: Sample) -> None:
-    grey = {name: shift.of(sample).image.mean() for name, shift in BY_NAME.items()}
+    grey = {name: shift.apply(sample).image.mean() for name, shift in BY_NAME.items()}
     assert grey["darker, gamma 2.5"] < grey["dark, gamma 1.6"] < sample.image.mean() < grey["light, gamma 0.6"]
 
     def sharpness(image: np.ndarray) -> float:
         return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
 
-    blurred = [sharpness(BY_NAME[f"blur {sigma} px"].of(sample).image) for sigma in (2, 1)]
+    blurred = [sharpness(BY_NAME[f"blur {sigma} px"].apply(sample).image) for sigma in (2, 1)]
     assert blurred[0] < blurred[1] < sharpness(sample.image)
 
 
@@ -65,7 +65,7 @@ def test_tone_and_sharpness(sample: Sample) -> None:
 )
 def test_one_stain_changes_by_its_factor(sample: Sample, name: str, stain: int, factor: float) -> None:
     before, after = (-np.log((image.astype(np.float32) + 1) / 256) @ RGB_TO_HED for image in
-                     (sample.image, BY_NAME[name].of(sample).image))  # fmt: skip
+                     (sample.image, BY_NAME[name].apply(sample).image))  # fmt: skip
     slope = (after * before).mean(axis=(0, 1)) / (before * before).mean(axis=(0, 1))
     expected = np.ones(2)
     expected[stain] = factor
@@ -73,7 +73,7 @@ def test_one_stain_changes_by_its_factor(sample: Sample, name: str, stain: int, 
 
 
 def test_jpeg_keeps_the_colours(sample: Sample) -> None:
-    compressed = BY_NAME["JPEG quality 30"].of(sample).image
+    compressed = BY_NAME["JPEG quality 30"].apply(sample).image
     assert compressed.mean(axis=(0, 1)) == pytest.approx(sample.image.mean(axis=(0, 1)), abs=1.5)
     ok, written = cv2.imencode(".jpg", sample.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 30])
     assert ok and (cv2.imdecode(written, cv2.IMREAD_COLOR)[..., ::-1] == compressed).all()
@@ -85,7 +85,7 @@ def test_jpeg_keeps_the_colours(sample: Sample) -> None:
 def test_labels_follow_another_pixel_size(sample: Sample, name: str, size: tuple[int, int], scale: float) -> None:
     ids = sample.instances % 251
     painted = replace(sample, image=np.repeat(ids.astype(np.uint8)[..., None], 3, axis=2))
-    shifted = BY_NAME[name].of(painted)
+    shifted = BY_NAME[name].apply(painted)
     assert shifted.instances.shape == size and shifted.instances.dtype == np.int32 and shifted.types.dtype == np.uint8
     areas, new = (np.bincount(s.instances.ravel()) for s in (sample, shifted))
     large = np.flatnonzero(areas > 300)[1:]
@@ -107,7 +107,7 @@ def test_distances_are_in_the_pixels_of_the_shift(sample: Sample) -> None:
     drawn = replace(sample, image=np.zeros((200, 200, 3), np.uint8), instances=instances, types=types.astype(np.uint8))
 
     def recall(shift: Shift) -> float:
-        changed = shift.of(drawn)
+        changed = shift.apply(drawn)
         moved = np.roll(changed.instances, 13, axis=1), np.roll(changed.types, 13, axis=1)
         (scores,) = evaluate(
             lambda image: maps_of_truth(*moved, len(CONSEP.classes)), [drawn], TYPICAL, CONSEP, shift=shift

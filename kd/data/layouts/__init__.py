@@ -37,8 +37,8 @@ class Layout(Protocol):
 def recognise(folder: Path, val: int = 0) -> Layout:
     """Return the images in a folder, whose layout is recognised by its content. Pixels are not read yet.
 
-    `val`: number of CoNSeP's last training tiles to use as fold val. Raises InputError if there is no such folder, its
-    layout is unknown, or it is incomplete.
+    `val`: number of CoNSeP's last training tiles to use as fold val; ignored for other layouts. Raises InputError if
+    there is no such folder, its layout is unknown, or it is incomplete.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give one with annotated images")

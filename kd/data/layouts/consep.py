@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import class_ids
-from kd.data.layouts.pictures import read_image, refuse_no_ids
+from kd.data.layouts.pictures import check_instance_ids, read_image
 from kd.data.samples import Sample, renumbered
 
 PARTS = {"train": "Train", "test": "Test"}
@@ -38,7 +38,8 @@ class Consep:
         for fold, part in PARTS.items():
             images = {p.stem: p for p in (folder / part / "Images").glob("*.png")}
             labels = {p.stem: p for p in (folder / part / "Labels").glob("*.mat")}
-            for name in sorted(images.keys() ^ labels.keys(), key=_by_number):
+            if unpaired := images.keys() ^ labels.keys():
+                name = min(unpaired, key=_by_number)
                 raise InputError(
                     f"{images[name]}: no labels of this name in {folder / part / 'Labels'}; add them"
                     if name in images
@@ -49,8 +50,10 @@ class Consep:
                 raise InputError(
                     f"--val {val}: {folder / part} has {len(names)} tiles, and some must remain to train on; give fewer"
                 )
-            not_val = len(names) - val if fold == "train" else len(names)
-            self._tiles += [(fold if i < not_val else "val", images[n], labels[n]) for i, n in enumerate(names)]
+            first_val = len(names) - val if fold == "train" else len(names)
+            self._tiles += [
+                (fold if i < first_val else "val", images[name], labels[name]) for i, name in enumerate(names)
+            ]
 
     @staticmethod
     def recognises(folder: Path) -> bool:
@@ -77,7 +80,7 @@ def _read(fold: str, picture: Path, labels: Path, taxonomy: Taxonomy) -> Sample:
     for name, array in (("inst_map", instances), ("type_map", codes)):
         if array.shape != image.shape[:2]:
             raise InputError(f"{labels}: {name} has shape {array.shape}, but its image has {image.shape[:2]}")
-    refuse_no_ids(instances, f"{labels}: inst_map")
+    check_instance_ids(instances, f"{labels}: inst_map")
     return Sample(
         id=f"consep_{picture.stem}",
         source="consep",

@@ -37,8 +37,8 @@ MAGNIFICATION = 40
 class InstanceFolder:
     """Images of an instance folder; `len` gives their number.
 
-    Raises InputError if dataset.csv is not a CSV in UTF-8, has no rows, lacks a column or a value, repeats a sample_id,
-    or states another magnification than 40.
+    Raises InputError if dataset.csv is not a CSV in UTF-8, has no rows, lacks a column or a value, has an unknown
+    split, repeats a sample_id, or states another magnification than 40.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,9 +49,10 @@ class InstanceFolder:
             raise InputError(f"{folder / TABLE}: not UTF-8; save it as CSV UTF-8") from error
         cells = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
         try:
-            header, *rows = [[cell.strip() for cell in row] for row in cells if row] or [[]]
+            lines = [[cell.strip() for cell in line] for line in cells if line]
         except csv.Error as error:
             raise InputError(f"{folder / TABLE} cannot be read as CSV ({error}); save it again as CSV UTF-8") from error
+        header, rows = (lines[0], lines[1:]) if lines else ([], [])
         if missing := [c for c in COLUMNS if c not in header]:
             raise InputError(
                 f"{folder / TABLE}: no column {', '.join(missing)}; add it, and separate columns by commas"
@@ -59,24 +60,25 @@ class InstanceFolder:
         self._rows = [dict(zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
         if not self._rows:
             raise InputError(f"{folder / TABLE}: it lists no image; add one row per image")
-        lines: dict[str, int] = {}
-        for line, row in enumerate(self._rows, start=2):
+        row_of_id: dict[str, int] = {}
+        for number, row in enumerate(self._rows, start=2):  # row 1 is the header
             if empty := [c for c in COLUMNS if not row[c] and c != "types"]:
-                raise InputError(f"{folder / TABLE}: row {line} has no {', '.join(empty)}; fill it in")
+                raise InputError(f"{folder / TABLE}: row {number} has no {', '.join(empty)}; fill it in")
             if not re.fullmatch(SPLITS, row["split"]):
                 raise InputError(
-                    f"{folder / TABLE}: row {line} has the split {row['split']}; write train, val or test, or the "
+                    f"{folder / TABLE}: row {number} has the split {row['split']}; write train, val or test, or the "
                     "number of a published fold"
                 )
-            if (first := lines.setdefault(row["sample_id"], line)) != line:
+            if (first := row_of_id.setdefault(row["sample_id"], number)) != number:
                 raise InputError(
-                    f"{folder / TABLE}: rows {first} and {line} have the same sample_id {row['sample_id']}; change one"
+                    f"{folder / TABLE}: rows {first} and {number} have the same sample_id {row['sample_id']}; change "
+                    "one"
                 )
-            scanned = re.match(r"\d+(\.\d+)?", row.get("magnification") or "")
-            if scanned and float(scanned[0]) != MAGNIFICATION:
+            magnification = re.match(r"\d+(\.\d+)?", row.get("magnification") or "")
+            if magnification and float(magnification[0]) != MAGNIFICATION:
                 raise InputError(
-                    f"{folder / TABLE}: row {line} has magnification {scanned[0]}; rescale images and labels to "
-                    f"{MAGNIFICATION} (0.25 µm per pixel)"
+                    f"{folder / TABLE}: row {number} has magnification {magnification[0]}; rescale images and labels "
+                    f"to {MAGNIFICATION} (0.25 µm per pixel)"
                 )
 
     @staticmethod
@@ -108,26 +110,28 @@ class InstanceFolder:
         return list(dict.fromkeys(row["source"] for row in self._rows))
 
     def fingerprints(self) -> list[str]:
-        """Return a text for each image, in the order of the table, that differs if its row or a file of it differs.
+        """Return for each image its row of the table and the SHA-256 of each of its files, as one text.
 
-        Raises InputError if a file cannot be read.
+        The order is that of the table. Raises InputError if a file cannot be read.
         """
+        texts = []
         try:
-            return [
-                f"{row} {[sha256_file(self.folder / row[kind]) for kind in FILES if row[kind]]}" for row in self._rows
-            ]
+            for row in self._rows:
+                hashes = [sha256_file(self.folder / row[column]) for column in FILES if row[column]]
+                texts.append(f"{row} {hashes}")
+            return texts
         except OSError as error:
             raise InputError(f"{error.filename}: {error.strerror}; add it, or correct {TABLE}") from error
 
     def samples(
         self, taxonomy: Taxonomy, fold: str | None = None, sources: Collection[str] | None = None
     ) -> Iterator[Sample]:
-        """Yield the images of one fold and of the given sources (None for all), in the order of the table.
+        """Yield the images of `fold` and `sources` (None for all), in the order of the table.
 
         Types are mapped to `taxonomy`, one of TAXONOMIES. Raises InputError if an image cannot be read.
         """
         for row in self._rows:
-            if fold in (None, row["split"]) and (sources is None or row["source"] in sources):
+            if (fold is None or row["split"] == fold) and (sources is None or row["source"] in sources):
                 yield self._read(row, taxonomy)
 
     def _read(self, row: dict[str, str], taxonomy: Taxonomy) -> Sample:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import CODES, class_ids
-from kd.data.layouts.pictures import refuse_no_ids
+from kd.data.layouts.pictures import check_instance_ids
 from kd.data.samples import Sample
 
 CHANNELS = len(CODES["pannuke"]) + 1
@@ -94,7 +94,7 @@ class _Fold:
         image = _whole(_map(self.images_file, 3)[i], f"{self.images_file}: image {i}", 255)
         mask = _whole(_map(self.masks_file, CHANNELS)[i], f"{self.masks_file}: mask {i}", np.iinfo(np.int32).max)
         instances, codes = merge_channels(mask)
-        refuse_no_ids(instances, f"{self.masks_file}: mask {i}")
+        check_instance_ids(instances, f"{self.masks_file}: mask {i}")
         return Sample(
             id=f"pannuke_{self.fold}_{i:04d}",
             source="pannuke",
@@ -110,18 +110,18 @@ class _Fold:
 def merge_channels(mask: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
     """Return instances (y, x) int32 and class codes (y, x) uint8 of a PanNuke mask (y, x, 6).
 
-    `mask`: instance ids in one channel per class, and the background in the last channel. Instances are numbered from 1
-    on. The same id in two channels is two nuclei. Where two channels overlap, pixels belong to the later one, as in the
-    authors' metrics (Gamper et al. 2020).
+    `mask`: instance ids in one channel per class, and the background in the last channel, which is ignored. Instances
+    are numbered from 1 on. The same id in two channels is two nuclei. Where two channels overlap, pixels belong to the
+    later one, as in the authors' metrics (Gamper et al. 2020).
     """
     instances = np.zeros(mask.shape[:2], np.int32)
     codes = np.zeros(mask.shape[:2], np.uint8)
     nuclei = 0
     for channel in range(CHANNELS - 1):
-        there = mask[..., channel] > 0
-        ids, rank = np.unique(mask[..., channel][there], return_inverse=True)
-        instances[there] = nuclei + 1 + rank
-        codes[there] = channel + 1
+        inside = mask[..., channel] > 0
+        ids, rank = np.unique(mask[..., channel][inside], return_inverse=True)
+        instances[inside] = nuclei + 1 + rank
+        codes[inside] = channel + 1
         nuclei += len(ids)
     return instances, codes
 

@@ -48,7 +48,7 @@ def read_instances(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
     Raises InputError as `read_codes` does, and if the values look like classes, or like ids truncated to 8 bits.
     """
     ids, dtype = _read_labels(path, shape)
-    refuse_no_ids(ids, str(path))
+    check_instance_ids(ids, str(path))
     limit = np.iinfo(np.uint8).max
     if dtype == np.uint8 and ids.max(initial=0) == limit:
         raise InputError(
@@ -67,16 +67,19 @@ def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
     return _read_labels(path, shape)[0]
 
 
-def refuse_no_ids(instances: NDArray[np.int32], where: str) -> None:
-    """Raise InputError, naming `where`, if instance ids (y, x) look like a semantic mask, or count the background.
+def check_instance_ids(instances: NDArray[np.int32], where: str) -> None:
+    """Raise InputError if instance ids (y, x) look like a semantic mask, or if the background has an id.
 
-    `where`: file, for the message. In a semantic mask, many nuclei have the same value, such as 1, 255 or a class code.
-    Published annotations contain a few nuclei in several pieces; these are accepted.
+    `where`: file, for the message. In a semantic mask, many nuclei have the same value, such as 1, 255 or a class code;
+    it is assumed if at least half of the values are on SEMANTIC_PIECES or more pieces. Published annotations contain a
+    few nuclei in several pieces; these are accepted.
     """
     ids, areas = np.unique(instances, return_counts=True)
     largest = areas.argmax()
     covered = areas[largest] / instances.size
-    if ids[0] or (ids[largest] and areas[largest] > LARGEST_AREA and covered > 0.5):
+    no_background = ids[0] != 0
+    background_has_id = ids[largest] and areas[largest] > LARGEST_AREA and covered > 0.5
+    if no_background or background_has_id:
         raise InputError(
             f"{where}: the background has an id, but must be 0 ({'no' if ids[0] else areas[0]} pixels are 0, and "
             f"{ids[largest]} covers {covered:.0%} of the image); save labels in which only nuclei have ids"
