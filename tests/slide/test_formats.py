@@ -190,6 +190,17 @@ def test_a_fourth_sample_is_transparency_only_if_the_file_says_so(tmp_path: Path
             peek(record(path, mpp=0.25))
 
 
+def test_grey_tiles_with_transparency_are_refused(tmp_path: Path) -> None:
+    """OpenSlide's libtiff shifts the rows of tiles that cross the right edge."""
+    path, pixels = tmp_path / "grey.tif", np.dstack([FIELD[..., 0], np.full((300, 300), 255, np.uint8)])
+    for photometric in ("minisblack", "miniswhite"):
+        tifffile.imwrite(
+            path, pixels, photometric=photometric, planarconfig="contig", extrasamples=["unassalpha"], **TILES
+        )
+        with pytest.raises(SlideError, match="grey with 2 samples a pixel; save it as RGB"):
+            peek(record(path, mpp=0.25))
+
+
 @pytest.mark.parametrize("layout", [TILES, {"rowsperstrip": 64}], ids=["tiles", "strips"])
 @pytest.mark.parametrize("compression", ["jpeg2000", "webp", "lerc"])
 def test_other_compressions_are_named_without_a_word_of_libtiff(
