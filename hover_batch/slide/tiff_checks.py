@@ -149,7 +149,12 @@ def _check_plain(path: Path, tiff: tifffile.TiffFile) -> None:
     """
     first, *others = (page for page in tiff.pages if isinstance(page, tifffile.TiffPage))
     _check_dense(path, first)
-    large = [p for p in others if 2 * _area(p) > _area(first) and not p.subfiletype & (_REDUCED | _MASK)]
+    large = [
+        page
+        for page in others
+        # A picture that is larger than the first is not its reduced copy, as the tag may say.
+        if _area(page) > _area(first) or (2 * _area(page) > _area(first) and not page.subfiletype & (_REDUCED | _MASK))
+    ]
     if large:
         raise _several(path, 1 + len(large))
 

@@ -119,11 +119,17 @@ def test_a_deep_level_below_an_8_bit_label_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", [TILES, {"rowsperstrip": 64}], ids=["tiles", "strips"])
 def test_a_tiff_of_several_pictures_is_refused(tmp_path: Path, layout: dict[str, Any]) -> None:
-    """Levels and labels are no such pictures."""
+    """Levels and labels are no such pictures, but larger ones are, since the first gives the pixel size."""
     path = tmp_path / "stack.tif"
-    for subfiletype, size, refused in ((0, 300, True), (2, 300, True), (1, 300, False), (0, 150, False)):
+    for subfiletype, size, refused in (
+        (0, 300, True),
+        (2, 300, True),
+        (1, 300, False),
+        (0, 150, False),
+        (1, 600, True),
+    ):
         with tifffile.TiffWriter(path) as tiff:
-            for kind, page in ((0, FIELD), (subfiletype, FIELD[:size, :size].copy())):
+            for kind, page in ((0, FIELD), (subfiletype, np.resize(FIELD, (size, size, 3)))):
                 tiff.write(page, photometric="rgb", subfiletype=kind, metadata=None, **layout)
         if refused:
             with pytest.raises(SlideError, match="holds 2 full-size pictures; save each"):
