@@ -146,6 +146,38 @@ def test_an_ome_tiff_of_several_pictures_is_refused(tmp_path: Path) -> None:
         peek(record(tmp_path / "two.ome.tif", mpp=0.25))
 
 
+def test_one_of_several_files_of_an_ome_tiff_is_never_read_as_another(tmp_path: Path) -> None:
+    """Such as bfconvert writes: each file describes the images of all."""
+    files = {"slide.ome.tif": (FIELD, 0.25), "macro.ome.tif": (FIELD[:90, :120].copy(), 4.0)}
+    images = "".join(
+        f'<Image ID="Image:{name}"><Pixels ID="Pixels:{name}" DimensionOrder="XYCZT" Type="uint8" SizeC="3" SizeZ="1" '
+        f'SizeT="1" SizeX="{pixels.shape[1]}" SizeY="{pixels.shape[0]}" PhysicalSizeX="{mpp}" PhysicalSizeY="{mpp}">'
+        f'<Channel ID="Channel:{name}" SamplesPerPixel="3"/><TiffData IFD="0" PlaneCount="1">'
+        f'<UUID FileName="{name}">urn:uuid:{name}</UUID></TiffData></Pixels></Image>'
+        for name, (pixels, mpp) in files.items()
+    )
+    for name, (pixels, _) in files.items():
+        schema = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+        xml = f'<?xml version="1.0"?><OME xmlns="{schema}" UUID="urn:uuid:{name}">{images}</OME>'
+        written(tmp_path / name, pixels, description=xml, metadata=None, **TILES)
+    assert peek(record(tmp_path / "slide.ome.tif")).mpp == Mpp(0.25, 0.25)
+    with pytest.raises(SlideError, match=r"largest picture is in slide\.ome\.tif.*to a folder of its own"):
+        peek(record(tmp_path / "macro.ome.tif"))
+    (tmp_path / "alone").mkdir()
+    with open_slide(record((tmp_path / "macro.ome.tif").rename(tmp_path / "alone" / "macro.ome.tif"))) as slide:
+        assert slide.info.mpp == Mpp(4.0, 4.0)
+        assert (slide.thumbnail(300) == FIELD[:90, :120]).all()
+
+
+def test_an_ome_tiff_of_pictures_with_different_axes_is_refused(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "slide.ome.tif") as tiff:
+        planes = np.moveaxis(FIELD[:90, :120], 2, 0).copy()
+        tiff.write(planes, photometric="minisblack", metadata={"axes": "CYX"}, **TILES)
+        tiff.write(FIELD, photometric="rgb", metadata={"axes": "YXS"}, **TILES)
+    with pytest.raises(SlideError, match="axes CYX and the largest YXS; save the largest"):
+        peek(record(tmp_path / "slide.ome.tif", mpp=0.25))
+
+
 @pytest.mark.parametrize(
     "names", [None, ["Red", "Green", "Blue"], ["R", "G", "B"], ["B", "G", "R"], ["DAPI", "x", "y"]]
 )
@@ -283,6 +315,13 @@ def test_refused_values_of_aperio_are_quoted(tmp_path: Path, mpp: str, said: str
     path = written(tmp_path / "slide.svs", **TILES, description=text, metadata=None)
     with pytest.raises(InputError, match=f"{said}.*column mpp"):
         peek(record(path))
+
+
+@pytest.mark.parametrize(("described", "warned"), [("300x300", False), ("600x600", True), ("600x900", False)])
+def test_a_reduced_slide_with_the_header_of_the_scan_is_warned_of(tmp_path: Path, described: str, warned: bool) -> None:
+    text = f"Aperio Image Library v1\n{described} [0,0 {described}] (128x128)|AppMag = 40|MPP = 0.25"
+    info = peek(record(written(tmp_path / "slide.svs", **TILES, description=text, metadata=None)))
+    assert ["300 × 300 pixels, but its header describes" in w for w in info.warnings] == [True] * warned
 
 
 @pytest.mark.parametrize(
