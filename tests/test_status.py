@@ -183,6 +183,15 @@ def test_no_runs_folder(tmp_path: Path, kind: str) -> None:
     assert result.stderr.startswith(f"Error: {folder}: {foreign if kind == 'foreign' else absent}")
 
 
+def test_an_empty_list_of_slides_is_not_a_run_without_slides(tmp_path: Path) -> None:
+    folder = made(tmp_path / "out", ["a"], [])
+    (folder / "slides.csv").write_text("")
+    for command in (["status", folder], ["report", folder], ["export", folder, "--to", "csv"]):
+        result = run(*command)
+        assert result.exit_code == 2 and not result.stdout
+        assert f"{folder}/slides.csv: is corrupted or was edited (no column slide_id); repeat" in result.stderr
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "hover-batch run"'])
 def test_a_corrupted_run_json_is_named(tmp_path: Path, content: str) -> None:
     """It is not taken for a folder without a run: that would send the user elsewhere."""

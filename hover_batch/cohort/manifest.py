@@ -75,6 +75,8 @@ def read_cohort(source: str | Path) -> Cohort:
         elif path.exists() or glob.has_magic(str(source)):
             entries = [path] if path.exists() else [Path(name) for name in glob.glob(str(source), recursive=True)]
             rows, warnings = _as_rows(entries, str(source))
+        elif url := Url.of(str(source)):
+            raise InputError(f"{url}: a URL is not read as a cohort; write it in the column path of a CSV")
         else:
             raise InputError(f"{source}: no such CSV, folder or slide{near_name(path.absolute(), Path().absolute())}")
     except OSError as error:

@@ -1,11 +1,14 @@
-"""Hints for a path that does not exist: Windows separators, and names that differ in Unicode form or case."""
+"""Hints for a path that does not exist: Windows separators, shell variables, URIs, and similar names."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from pathlib import Path
+from urllib.parse import unquote
 
+_SHELL = re.compile(r"~|\$")
+"""What a shell replaces, at the beginning of a path."""
 _WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
@@ -22,6 +25,10 @@ def near_name(path: Path, base: Path) -> str:
     link = base / written
     if link.is_symlink():
         return f"; it is a link to {link.readlink()}, which does not exist: fetch that file, or copy it here"
+    if _SHELL.match(written):
+        return "; ~ and variables are not replaced: write the whole path"
+    if written.startswith("file:") or (base / unquote(written)).exists():
+        return f"; write a path, not a URI: {unquote(written.removeprefix('file:'))}"
     slashed = base / written.replace("\\", "/")
     similar = _existing(slashed)
     if "\\" in written:

@@ -65,6 +65,8 @@ def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
         return None
     try:
         rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
+        if "slide_id" not in (rows.fieldnames or ()):  # an empty file would pass for a run without slides
+            raise ValueError("no column slide_id")
         return tuple(_record(layout, row) for row in rows)
     except (InputError, KeyError, TypeError, ValueError) as error:
         raise InputError(

@@ -98,8 +98,10 @@ def _of_record(record: SlideRecord, taxonomy: Taxonomy) -> Row:
     row: Row = {"slide_id": record.slide_id, "patient_id": record.patient_id, "group": record.group}
     known = set(summary_schema(taxonomy).names)
     for name, value in record.extra.items():
-        # A column of the cohort CSV must not replace one of the summary.
-        row[f"extra_{name}" if name in known or name.startswith(_STAGE) else name] = value
+        # A column of the cohort CSV must replace neither one of the summary nor another of the CSV.
+        while name in known or name in row or name.startswith(_STAGE):
+            name = f"extra_{name}"
+        row[name] = value
     return row
 
 

@@ -5,6 +5,7 @@ The libraries that tiatoolbox's readers use are called directly, since importing
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlug
 from hover_batch.errors import SlideError
 from hover_batch.geometry import Box, Mpp, Size
 from hover_batch.slide.dicom import open_dicom
-from hover_batch.slide.pixel_size import StatedSize, stated_size, tiff_size, to_float
+from hover_batch.slide.pixel_size import MPP_TOLERANCE, StatedSize, stated_size, tiff_size, to_float
 from hover_batch.slide.tiff_checks import (
     ORIENTATION,
     check_for_openslide,
@@ -89,7 +90,27 @@ def openslide_header(path: Path) -> Header:
     size = stated_size(mpp_x, mpp_y, "its header")
     if size.mpp is None and generic:
         size = size_in_tags
-    return Header(levels, size, bounds, vendor, to_float(properties.get("openslide.objective-power")))
+    power = to_float(properties.get("openslide.objective-power"))
+    return Header(levels, size, bounds, vendor, power, _warnings_of_aperio(properties, levels[0]))
+
+
+def _warnings_of_aperio(properties: Mapping[str, str], level0: Size) -> tuple[str, ...]:
+    """Return a warning if the slide is smaller than Aperio's header says, with the same aspect ratio.
+
+    Programs such as vips keep the header when they reduce a slide, so that its pixel size is wrong. The header gives
+    the size of level 0 as "[left,top widthxheight]".
+    """
+    found = re.search(r"\[\d+,\d+ (\d+)x(\d+)\]", properties.get("openslide.comment", ""))
+    if properties.get("openslide.vendor") != "aperio" or found is None:
+        return ()
+    width, height = int(found[1]), int(found[2])
+    across, down = width / level0.width, height / level0.height
+    if across < 1 + MPP_TOLERANCE or abs(across / down - 1) > MPP_TOLERANCE:  # a cropped slide keeps its pixel size
+        return ()
+    return (
+        f"has {level0.width} × {level0.height} pixels, but its header describes a picture of {width} × {height}; if it "
+        "was reduced after the scan, give its pixel size in the column mpp",
+    )
 
 
 def is_ome(path: Path) -> bool:
@@ -105,30 +126,49 @@ def ome_tiff_header(path: Path) -> Header:
     """Return the header of an OME-TIFF: the levels of its largest image.
 
     The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. SlideError unless the image
-    is one complete plane of 8-bit RGB, and the only large one; channels without names count as red, green and blue,
-    with a warning. Errors of tifffile propagate.
+    is one complete plane of 8-bit RGB in this file, and the only large one there; channels without names count as red,
+    green and blue, with a warning. Errors of tifffile propagate.
     """
     with tifffile.TiffFile(path) as tiff:
         series = list(tiff.series)
-        index = max(range(len(series)), key=lambda i: _plane(series[i].axes, series[i].shape).pixels)
-        largest = series[index]
-        check_ome(path, series, largest)
+        largest = max(series, key=lambda image: _plane(image.axes, image.shape).pixels)
+        if (holder := largest.keyframe.parent) is not tiff:
+            raise SlideError(
+                f"{path}: is one of several files of an OME-TIFF, and the largest picture is in "
+                f"{holder.filehandle.name}, which would be read instead; move this file to a folder of its own"
+            )
+        if series[0].axes != largest.axes:  # tiatoolbox reads all images along the axes of the first
+            raise SlideError(
+                f"{path}: an OME-TIFF whose first picture has the axes {series[0].axes} and the largest "
+                f"{largest.axes}; save the largest as a file of its own"
+            )
+        check_ome(path, [image for image in series if image.keyframe.parent is tiff], largest)
         levels = sorted((_plane(level.axes, level.shape) for level in largest.levels), key=lambda s: -s.pixels)
         xml = ElementTree.fromstring(tiff.ome_metadata or "<OME/>")
         size_in_tags = tiff_size(first_page(tiff))
-    images = [element for element in xml.iter() if element.tag.endswith("}Image")]  # in the order of `series`
-    elements = list(images[index].iter()) if index < len(images) else []
-    pixels: Mapping[str, str] = next((e.attrib for e in elements if e.tag.endswith("}Pixels")), {})
-    channels = [e.attrib.get("Name", "") for e in elements if e.tag.endswith("}Channel")] if "C" in largest.axes else []
-    powers = {
-        e.attrib.get("ID"): e.attrib.get("NominalMagnification") for e in xml.iter() if e.tag.endswith("}Objective")
-    }
-    used = next((e.attrib.get("ID") for e in elements if e.tag.endswith("}ObjectiveSettings")), None)
-    size = _ome_size(pixels)
-    if size == StatedSize(None):
+    # By its size, since the XML may describe images in other files, which tifffile leaves out if they are missing.
+    extent = {"SizeX": str(levels[0].width), "SizeY": str(levels[0].height)}
+    images = [e for e in _elements(xml, "Image") if any(extent.items() <= p.items() for p in _attributes(e, "Pixels"))]
+    sizes = {_ome_size(pixels) for image in images for pixels in _attributes(image, "Pixels")} or {StatedSize(None)}
+    if len(sizes) > 1:
+        size = StatedSize(None, "its OME header gives several pixel sizes for pictures of this size")
+    elif (size := sizes.pop()) == StatedSize(None):
         size = size_in_tags
-    power = to_float(powers.get(used, next(iter(powers.values()), None)))
-    return Header(tuple(levels), size, None, "ome-tiff", power, _warnings_of_channels(path, channels))
+    channels = _attributes(images[0], "Channel") if images and "C" in largest.axes else []
+    names = [channel.get("Name", "") for channel in channels]
+    powers = {objective.get("ID"): objective.get("NominalMagnification") for objective in _attributes(xml, "Objective")}
+    used = [settings.get("ID") for image in images for settings in _attributes(image, "ObjectiveSettings")]
+    power = to_float(powers.get(next(iter(used or powers), None)))
+    return Header(tuple(levels), size, None, "ome-tiff", power, _warnings_of_channels(path, names))
+
+
+def _elements(xml: ElementTree.Element, name: str) -> list[ElementTree.Element]:
+    """Return the elements of this name in the OME-XML below `xml`, in any namespace."""
+    return [element for element in xml.iter() if element.tag.endswith(f"}}{name}")]
+
+
+def _attributes(xml: ElementTree.Element, name: str) -> list[dict[str, str]]:
+    return [element.attrib for element in _elements(xml, name)]
 
 
 def _warnings_of_channels(path: Path, names: list[str]) -> tuple[str, ...]:

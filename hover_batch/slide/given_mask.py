@@ -213,9 +213,9 @@ def _read_geojson(path: Path) -> shapely.Geometry:
         positions = shapely.get_coordinates(shapes)
         if far := [f"{value:g}" for value in positions[~(abs(positions) < _MAX_COORDINATE)]]:
             raise ValueError(f"a coordinate of {far[0]}")
-        valid = shapely.make_valid(shapes)
-        polygons = [part for part in shapely.get_parts(valid) if shapely.get_dimensions(part) == 2]
-        outline = shapely.union_all(polygons)
+        # The default method would take areas that two polygons or loops of one outline cover for holes.
+        valid = shapely.make_valid(shapes, method="structure", keep_collapsed=False)
+        outline = shapely.union_all(valid)
     except OSError as error:
         raise InputError(f"{path}: the mask cannot be read: {error.strerror}; check mask_path") from error
     # json and shapely raise exceptions of many kinds for broken files.

@@ -156,7 +156,12 @@ def _check_plain(path: Path, tiff: tifffile.TiffFile) -> None:
     """
     first, *others = (page for page in tiff.pages if isinstance(page, tifffile.TiffPage))
     _check_dense(path, first)
-    large = [p for p in others if 2 * _area(p) > _area(first) and not p.subfiletype & (_REDUCED | _MASK)]
+    large = [
+        page
+        for page in others
+        # A picture that is larger than the first is not its reduced copy, as the tag may say.
+        if _area(page) > _area(first) or (2 * _area(page) > _area(first) and not page.subfiletype & (_REDUCED | _MASK))
+    ]
     if large:
         raise _several(path, 1 + len(large))
 
@@ -170,7 +175,14 @@ def _area(page: tifffile.TiffPage) -> int:
 
 
 def _check_extra_samples(path: Path, page: tifffile.TiffPage) -> None:
-    """Raise SlideError for colour with further samples that are not transparency, which OpenSlide takes for it."""
+    """Raise SlideError for samples beyond colour or grey that OpenSlide reads wrongly.
+
+    It takes a fourth sample of any meaning for transparency, and shifts the rows of grey tiles with a second one that
+    cross the slide's right edge.
+    """
+    grey = page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE)
+    if grey and page.samplesperpixel > 1:
+        raise SlideError(f"{path}: grey with {page.samplesperpixel} samples a pixel; save it as RGB")
     more = page.samplesperpixel - 3
     if page.photometric == tifffile.PHOTOMETRIC.RGB and more > 0 and (more > 1 or not is_alpha(page.extrasamples)):
         raise SlideError(

@@ -426,6 +426,26 @@ def test_windows_paths(slides: Path) -> None:
     assert "Windows" in texts[3] and "Windows" in texts[4]
 
 
+@pytest.mark.parametrize(
+    ("cell", "hint"),
+    [
+        ("~/a.svs", "~ and variables are not replaced: write the whole path"),
+        ("$SLIDES/a.svs", "~ and variables are not replaced: write the whole path"),
+        ("a%20b.svs", "write a path, not a URI: a b.svs"),
+        ("file:/slides/a%20b.svs", "write a path, not a URI: /slides/a b.svs"),
+    ],
+)
+def test_paths_of_shells_and_uris(tmp_path: Path, cell: str, hint: str) -> None:
+    (tmp_path / "a b.svs").touch()
+    (_, message), *_ = messages(read_cohort(write(tmp_path, f"path,slide_id\n{cell},x\n")))
+    assert message.endswith(f"no such file; {hint}")
+
+
+def test_a_url_as_the_cohort(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^https://host/a\.svs: .* in the column path of a CSV"):
+        read_cohort("https://me:word@host/a.svs")
+
+
 @pytest.mark.parametrize(("on_disk", "asked"), [("NFC", "NFD"), ("NFD", "NFC")])
 def test_names_in_another_unicode_form(tmp_path: Path, on_disk: str, asked: str) -> None:
     def name(form: str, text: str) -> str:

@@ -109,6 +109,14 @@ def test_both_files_have_the_same_columns_in_order(
     assert again[1].read_bytes() == (tmp_path / "summary.parquet").read_bytes()
 
 
+@pytest.mark.parametrize("order", [("level", "extra_level"), ("extra_level", "level")])
+def test_columns_of_the_cohort_do_not_replace_each_other(order: tuple[str, str]) -> None:
+    record = SlideRecord("a", Path("a.svs"), 2, extra={name: name for name in order})
+    row = slide_summary(record, CONSEP, status="failed", nuclei=None, tissue_mm2=None, seconds={})
+    own = {name: value for name, value in row.items() if name not in summary_schema(CONSEP).names}
+    assert list(own) == ["extra_level", "extra_extra_level"] and list(own.values()) == list(order)
+
+
 def test_a_slide_without_nuclei_or_tissue(tmp_path: Path) -> None:
     table(tmp_path / "none.parquet", 0, 0)
     row = slide_summary(

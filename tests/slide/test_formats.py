@@ -119,11 +119,17 @@ def test_a_deep_level_below_an_8_bit_label_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", [TILES, {"rowsperstrip": 64}], ids=["tiles", "strips"])
 def test_a_tiff_of_several_pictures_is_refused(tmp_path: Path, layout: dict[str, Any]) -> None:
-    """Levels and labels are no such pictures."""
+    """Levels and labels are no such pictures, but larger ones are, since the first gives the pixel size."""
     path = tmp_path / "stack.tif"
-    for subfiletype, size, refused in ((0, 300, True), (2, 300, True), (1, 300, False), (0, 150, False)):
+    for subfiletype, size, refused in (
+        (0, 300, True),
+        (2, 300, True),
+        (1, 300, False),
+        (0, 150, False),
+        (1, 600, True),
+    ):
         with tifffile.TiffWriter(path) as tiff:
-            for kind, page in ((0, FIELD), (subfiletype, FIELD[:size, :size].copy())):
+            for kind, page in ((0, FIELD), (subfiletype, np.resize(FIELD, (size, size, 3)))):
                 tiff.write(page, photometric="rgb", subfiletype=kind, metadata=None, **layout)
         if refused:
             with pytest.raises(SlideError, match="holds 2 full-size pictures; save each"):
@@ -138,6 +144,38 @@ def test_an_ome_tiff_of_several_pictures_is_refused(tmp_path: Path) -> None:
             tiff.write(FIELD, photometric="rgb", **TILES)
     with pytest.raises(SlideError, match="holds 2 full-size pictures"):
         peek(record(tmp_path / "two.ome.tif", mpp=0.25))
+
+
+def test_one_of_several_files_of_an_ome_tiff_is_never_read_as_another(tmp_path: Path) -> None:
+    """Such as bfconvert writes: each file describes the images of all."""
+    files = {"slide.ome.tif": (FIELD, 0.25), "macro.ome.tif": (FIELD[:90, :120].copy(), 4.0)}
+    images = "".join(
+        f'<Image ID="Image:{name}"><Pixels ID="Pixels:{name}" DimensionOrder="XYCZT" Type="uint8" SizeC="3" SizeZ="1" '
+        f'SizeT="1" SizeX="{pixels.shape[1]}" SizeY="{pixels.shape[0]}" PhysicalSizeX="{mpp}" PhysicalSizeY="{mpp}">'
+        f'<Channel ID="Channel:{name}" SamplesPerPixel="3"/><TiffData IFD="0" PlaneCount="1">'
+        f'<UUID FileName="{name}">urn:uuid:{name}</UUID></TiffData></Pixels></Image>'
+        for name, (pixels, mpp) in files.items()
+    )
+    for name, (pixels, _) in files.items():
+        schema = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+        xml = f'<?xml version="1.0"?><OME xmlns="{schema}" UUID="urn:uuid:{name}">{images}</OME>'
+        written(tmp_path / name, pixels, description=xml, metadata=None, **TILES)
+    assert peek(record(tmp_path / "slide.ome.tif")).mpp == Mpp(0.25, 0.25)
+    with pytest.raises(SlideError, match=r"largest picture is in slide\.ome\.tif.*to a folder of its own"):
+        peek(record(tmp_path / "macro.ome.tif"))
+    (tmp_path / "alone").mkdir()
+    with open_slide(record((tmp_path / "macro.ome.tif").rename(tmp_path / "alone" / "macro.ome.tif"))) as slide:
+        assert slide.info.mpp == Mpp(4.0, 4.0)
+        assert (slide.thumbnail(300) == FIELD[:90, :120]).all()
+
+
+def test_an_ome_tiff_of_pictures_with_different_axes_is_refused(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "slide.ome.tif") as tiff:
+        planes = np.moveaxis(FIELD[:90, :120], 2, 0).copy()
+        tiff.write(planes, photometric="minisblack", metadata={"axes": "CYX"}, **TILES)
+        tiff.write(FIELD, photometric="rgb", metadata={"axes": "YXS"}, **TILES)
+    with pytest.raises(SlideError, match="axes CYX and the largest YXS; save the largest"):
+        peek(record(tmp_path / "slide.ome.tif", mpp=0.25))
 
 
 @pytest.mark.parametrize(
@@ -187,6 +225,17 @@ def test_a_fourth_sample_is_transparency_only_if_the_file_says_so(tmp_path: Path
         many = np.dstack([pixels] + [pixels[..., :1]] * (len(extras) - 1))
         written(path, many, extrasamples=extras, **TILES)
         with pytest.raises(SlideError, match=f"{3 + len(extras)} samples a pixel.*save it as RGB"):
+            peek(record(path, mpp=0.25))
+
+
+def test_grey_tiles_with_transparency_are_refused(tmp_path: Path) -> None:
+    """OpenSlide's libtiff shifts the rows of tiles that cross the right edge."""
+    path, pixels = tmp_path / "grey.tif", np.dstack([FIELD[..., 0], np.full((300, 300), 255, np.uint8)])
+    for photometric in ("minisblack", "miniswhite"):
+        tifffile.imwrite(
+            path, pixels, photometric=photometric, planarconfig="contig", extrasamples=["unassalpha"], **TILES
+        )
+        with pytest.raises(SlideError, match="grey with 2 samples a pixel; save it as RGB"):
             peek(record(path, mpp=0.25))
 
 
@@ -266,6 +315,13 @@ def test_refused_values_of_aperio_are_quoted(tmp_path: Path, mpp: str, said: str
     path = written(tmp_path / "slide.svs", **TILES, description=text, metadata=None)
     with pytest.raises(InputError, match=f"{said}.*column mpp"):
         peek(record(path))
+
+
+@pytest.mark.parametrize(("described", "warned"), [("300x300", False), ("600x600", True), ("600x900", False)])
+def test_a_reduced_slide_with_the_header_of_the_scan_is_warned_of(tmp_path: Path, described: str, warned: bool) -> None:
+    text = f"Aperio Image Library v1\n{described} [0,0 {described}] (128x128)|AppMag = 40|MPP = 0.25"
+    info = peek(record(written(tmp_path / "slide.svs", **TILES, description=text, metadata=None)))
+    assert ["300 × 300 pixels, but its header describes" in w for w in info.warnings] == [True] * warned
 
 
 @pytest.mark.parametrize(

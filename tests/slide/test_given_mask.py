@@ -20,7 +20,7 @@ from hover_batch.cohort.record import SlideRecord
 from hover_batch.config import TissueSettings
 from hover_batch.errors import InputError
 from hover_batch.geometry import Box, Size
-from hover_batch.slide.given_mask import check_mask
+from hover_batch.slide.given_mask import check_mask, given_mask
 from hover_batch.slide.reader import open_slide
 from hover_batch.slide.tissue import TissueMask, tissue_mask
 
@@ -231,3 +231,25 @@ def test_palette_masks_are_read_only_where_number_and_colour_agree(slide: Path, 
         else:
             with pytest.raises(InputError, match="palette picture .* save it as a grey PNG"):
                 check_mask(path, CANVAS, BOUNDS)
+
+
+def square(x: int, y: int, side: int) -> list[list[int]]:
+    return [[x, y], [x + side, y], [x + side, y + side], [x, y + side], [x, y]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "coordinates", "area"),
+    [
+        ("MultiPolygon", [[square(0, 0, 60)], [square(40, 40, 60)]], 2 * 3600 - 400),
+        # An outline drawn by hand that crosses itself.
+        ("Polygon", [[[0, 0], [99, 0], [99, 60], [20, 60], [20, -9], [60, -9], [60, 99], [0, 99], [0, 0]]], 8280),
+        ("Polygon", [square(0, 0, 60), square(20, 20, 20)], 3600 - 400),
+        ("Polygon", [[[0, 0], [60, 0], [60, 60], [99, 60], [60, 60], [0, 60], [0, 0]]], 3600),
+    ],
+    ids=["overlapping polygons", "overlapping loops", "a hole", "a spike"],
+)
+def test_area_that_is_covered_twice_is_tissue(tmp_path: Path, kind: str, coordinates: object, area: int) -> None:
+    path = tmp_path / "mask.geojson"
+    path.write_text(json.dumps({"type": kind, "coordinates": coordinates}))
+    mask = given_mask(path, Size(100, 100), None, scale=0.1)
+    assert mask.sum() / 100 == pytest.approx(area, rel=0.01)  # pixels that the outline crosses count as a whole
