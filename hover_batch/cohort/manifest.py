@@ -250,7 +250,7 @@ def _faults_of_slide(path: Path | Url, base: Path) -> list[str]:
     try:
         str(path).encode()
         if path.is_dir():
-            return [] if _is_dicom_folder(path) else ["is a folder without DICOM files"]
+            return [] if _is_dicom_folder(path) else ["is a folder without DICOM files; give the slide's own file"]
         if path.exists() and not path.is_file():  # opening a pipe would block
             return ["is not a regular file"]
         with open(path, "rb"):
@@ -271,10 +271,14 @@ def _faults_of_mask(path: Path, base: Path) -> list[str]:
     try:
         if name.endswith(".png"):
             with open(path, "rb") as file:
-                return [] if file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE else ["is not a PNG image"]
-        return [] if isinstance(load_json(path), dict | list) else ["is not GeoJSON"]
+                return (
+                    []
+                    if file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE
+                    else ["is not a PNG image; save it again as PNG"]
+                )
+        return [] if isinstance(load_json(path), dict | list) else ["is not GeoJSON; export it again"]
     except (ValueError, RecursionError) as error:
-        return [f"is not JSON ({error})"]
+        return [f"is not JSON ({error}); export it again as GeoJSON"]
     except FileNotFoundError:
         return [f"no such file{near_name(path, base)}"]
     except OSError as error:
