@@ -421,3 +421,10 @@ def test_a_cluster_that_is_not_there_is_told_at_once(tile: Path, tmp_path: Path)
     rows = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
     result = run("segment", rows, "-o", tmp_path / "out", "--backend", "ray", "--address", "127.0.0.1:1")
     assert result.exit_code == 2 and "--address 127.0.0.1:1: nothing answers there" in result.stderr
+
+
+def test_an_interruption_while_libraries_load_ends_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    command = [sys.executable, "-c", "from hover_batch.__main__ import main; main()"]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")

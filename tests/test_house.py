@@ -30,6 +30,7 @@ FLOORS = (
     ("segment", "doctor", "cli_errors"),
     ("api", "commands"),
     ("cli",),
+    ("__main__",),
 )
 """The rooms of hover_batch, ground up. A room imports from its own floor and from those below."""
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
