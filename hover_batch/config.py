@@ -194,7 +194,8 @@ class Settings:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Build the settings from nested values, as `to_dict` returns them, with defaults for missing ones.
 
-        A whole number may be given for a float. InputError for unknown names, wrong types and invalid values.
+        A whole number may be given for a float, and the word auto for `infer.batch`. InputError for unknown names,
+        wrong types and invalid values.
         """
         sections = {name: section for name, section in vars(cls()).items() if isinstance(section, Section)}
         checked: dict[str, Any] = {}

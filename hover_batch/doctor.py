@@ -84,10 +84,10 @@ class Check:
 
 
 def checks(output: Path, *, start_ray: bool = False) -> list[Check]:
-    """Return all checks in the order of the output, without running them.
+    """Return all checks of this machine in the order of the output, without running them.
 
-    `output`: output folder of a run; it need not exist. `start_ray`: start Ray instead of only importing it. Run these
-    checks in order, before anything else imports Ray.
+    `output`: output folder of a run; it need not exist. `start_ray`: start Ray instead of only importing it; then run
+    the checks in order, and before anything else imports Ray.
     """
     reinstall = "reinstall hover-batch"
     temporary = Path(tempfile.gettempdir())

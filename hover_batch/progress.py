@@ -48,8 +48,9 @@ class ProgressCounter:
 
     @property
     def line(self) -> str:
-        """Progress as `NAME DONE/TOTAL`, with the rate and the time left if they are known."""
-        words, rate = f"{self.name} {self.done}/{self.total}", self.rate
+        """Progress as `NAME DONE/TOTAL`; also the rate and the time left, if the rate is known and items remain."""
+        text = f"{self.name} {self.done}/{self.total}"
+        rate = self.rate
         if rate > 0 and self.done < self.total:
-            words += f", {rate:.1f}/s, {duration((self.total - self.done) / rate)} left"
-        return words
+            text += f", {rate:.1f}/s, {duration((self.total - self.done) / rate)} left"
+        return text

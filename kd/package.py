@@ -19,7 +19,7 @@ from hover_batch.model.predict import Predictor
 from hover_batch.model.teacher import HoVerNet
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import Taxonomy
-from kd.data.classes import classes_by_source, fully_annotated
+from kd.data.classes import fully_annotated, sources_by_class
 from kd.data.datasets import MPP, read_data
 from kd.data.samples import hashes_of, truth_sha256
 from kd.evaluation.calibrate import calibrate
@@ -188,7 +188,7 @@ def _note(sources: Mapping[str, Mapping[str, int]], taxonomy: Taxonomy) -> str:
         )
         notes.append(f"{_list(untyped)} {'has' if len(untyped) == 1 else 'have'} no types, so {alone}.")
     typed_sources = [s for s, entry in sources.items() if entry["typed"]]
-    for name, taught_by in classes_by_source(taxonomy, typed_sources).items():
+    for name, taught_by in sources_by_class(taxonomy, typed_sources).items():
         if taught_by:
             named = _list([f"{KNOWN[s]} ({ORGANS[s]})" for s in taught_by])
             notes.append(f"The class {name} was learnt from {named}.")

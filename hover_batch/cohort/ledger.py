@@ -106,7 +106,7 @@ class Ledger:
 
     @property
     def events(self) -> EventLog:
-        """Log of the run's changes of state, open from `start` on. RuntimeError before."""
+        """Log of the run's changes of state, open from `start` to the end of the `with` block; else RuntimeError."""
         if self._events is None:
             raise RuntimeError("the ledger is not started")
         return self._events

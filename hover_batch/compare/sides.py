@@ -51,11 +51,12 @@ class Side:
 
 
 def load_side(name: str, flag: str, settings: InferSettings) -> Side:
-    """Load the network `name`: `starter`, a package, a published checkpoint, or the name of one, which is downloaded.
+    """Load the network `name`: `starter`, a package (as in `find_package`) or a published checkpoint.
 
-    An existing file and a package of this name in the cache take precedence over a download. `flag`: option that gave
-    `name`, for messages. `settings`: settings of inference. PackageError if the network cannot be loaded or downloaded,
-    OSError if the disk is full.
+    A checkpoint is a .tar or .pth file, or a name in KINDS, which is downloaded if it is not cached; an existing path
+    or a package of this name in the cache takes precedence. `flag`: option that gave `name`, for messages. `settings`:
+    settings of inference. PackageError if the network cannot be loaded or downloaded. OSError if the disk is full, or
+    the system denies access to a checkpoint.
     """
     path = Path(name)
     to_download = name in KINDS and not path.exists() and not cached_package(name).exists()

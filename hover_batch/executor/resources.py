@@ -91,9 +91,9 @@ class Resources:
         return self.at_most(settings)
 
     def at_most(self, settings: Settings) -> Resources:
-        """Return the CPU cores and GPUs that the settings request, as `limited` does, or all if fewer are available.
+        """Return what `limited` returns, but all CPU cores or GPUs if fewer are available than requested.
 
-        For a cluster, which may still grow.
+        Use it for a cluster, to which nodes may still be added.
         """
         engine = settings.engine
         cpus_left = engine.cpus or self.cpus

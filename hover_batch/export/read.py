@@ -120,7 +120,11 @@ class NucleiTable:
             raise unreadable(self.path, error) from error
 
     def checked(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Return the batch itself. SlideError if it has missing or impossible values, which Parquet does not detect."""
+        """Return the batch itself. SlideError if it has missing or impossible values, which Parquet does not detect.
+
+        Missing: a null in a column that the exporters need or in a float32 column. Impossible: a centroid, bbox or
+        shape that is not finite, a centroid below 0, or a type_id without a class. `polygons` checks the contours.
+        """
         if fault := self._fault_of(batch):
             raise unreadable(self.path, ValueError(fault))
         return batch

@@ -65,8 +65,8 @@ class SlideInfo:
 def peek(record: SlideRecord) -> SlideInfo:
     """Return the properties of a slide on disk, from its header and its row of the cohort, without decoding pixels.
 
-    The file is read in part for its fingerprint. InputError if the pixel size is unknown, SlideError if the file cannot
-    be read.
+    The file is read in part for its fingerprint. InputError if the pixel size is unknown, or a DICOM folder holds
+    several slides. SlideError if the file cannot be read or its format is not supported.
     """
     return describe(record, read_header(record.file, kind_of(record.file)))
 

@@ -46,11 +46,12 @@ def prepare(
     """Read and check annotated images, and write them to one cache, with a contact sheet for a check by eye.
 
     The other commands take the cache as --data. The folds are the published ones: train and test for CoNSeP (--val
-    takes a fold val from train); 1, 2, 3 for PanNuke. Images must have a pixel size of 0.25 µm (40×).
+    moves tiles from train to a fold val); 1, 2, 3 for PanNuke. Images must have a pixel size of 0.25 µm (40×). An older
+    cache at --out and an older contact sheet are replaced.
 
-    A folder with dataset.csv has one row per image, with the columns sample_id, image, labels (16-bit PNG of instance
-    ids), types (8-bit PNG of class codes, or empty), source and split (train, val or test,
-    or the number of a fold).
+    In a folder with dataset.csv, this table has one row per image, with the columns sample_id, image, labels (16-bit
+    PNG of instance ids), types (8-bit PNG of class codes, or empty), source and split (train, val or test, or the
+    number of a fold), and optionally group (patient or slide) and tissue. Paths are relative to the folder.
 
     hover-batch kd prepare CoNSeP/ PanNuke/ -o annotated.zarr --val 5
     """

@@ -1,7 +1,7 @@
 """Change the appearance of images: stain, colour, tone, sharpness, resolution, noise, JPEG.
 
-Images are (y, x, 3) uint8 RGB. All functions return a new image of the same shape and dtype. Training draws the changes
-at random; `kd.evaluation.shifts` applies fixed ones.
+Images are (y, x, 3) uint8 RGB. All functions return an image of the same shape and dtype, and do not modify the one
+that is passed. Training draws the changes at random; `kd.evaluation.shifts` applies fixed ones.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ HED_TO_RGB: NDArray[np.float32] = rgb_from_hed.astype(np.float32)
 
 
 def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return a square image (y, x, 3) uint8 RGB with randomly changed appearance.
+    """Return an image (y, x, 3) uint8 RGB with randomly changed appearance. `image` must be square.
 
     Changes to stain, colour, tone, sharpness, resolution and noise, and finally JPEG compression, are each applied with
-    their own probability and random strength.
+    their own probability and random strength. If none is applied, the result is `image` itself, not a copy.
     """
     if rng.random() < 0.7:
         image = jitter_stain(image, rng)

@@ -62,10 +62,11 @@ def fully_annotated(samples: Iterable[Sample]) -> list[Sample]:
     return [sample for sample in samples if sample.source not in PARTIAL]
 
 
-def classes_by_source(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, list[str]]:
-    """Return class name → those of `sources` that annotate nuclei of the class, for each class of `taxonomy`.
+def sources_by_class(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, list[str]]:
+    """Return class name → those of `sources` that annotate nuclei of the class.
 
-    Empty if `taxonomy` is not one of TAXONOMIES.
+    Each class of `taxonomy` except the background has an entry. Sources that are not in CODES are in no list. The
+    dictionary is empty if `taxonomy` is not one of TAXONOMIES.
     """
     if taxonomy not in TAXONOMIES.values():
         return {}

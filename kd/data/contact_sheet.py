@@ -48,7 +48,7 @@ class ContactSheet:
             if replaced >= PICTURES:
                 return
             del self._pictures[list(self._pictures)[replaced]]
-        self._pictures[index] = draw(sample, self._taxonomy)
+        self._pictures[index] = sample_picture(sample, self._taxonomy)
 
     def write(self, path: Path) -> None:
         """Write the sheet to `path` as a PNG, in the order of the samples. At least one must have been added.
@@ -78,11 +78,11 @@ class ContactSheet:
         return strip
 
 
-def draw(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
-    """Return a picture (y, x, 3) uint8 RGB of the magnified centre of a sample, with a caption of two lines.
+def sample_picture(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
+    """Return a picture (y, x, 3) uint8 RGB of a sample's central SIDE × SIDE pixels, magnified, with a caption below.
 
-    Nuclei are outlined in the colours of their classes. The pictures of all samples have the same size; smaller images
-    are padded with white.
+    Nuclei are outlined in the colours of their classes, and in UNTYPED without a class. `taxonomy`: classes of the
+    sample. The pictures of all samples have the same size; smaller images are padded with white.
     """
     height, width = (min(SIDE, extent) for extent in sample.instances.shape)
     y, x = (sample.instances.shape[0] - height) // 2, (sample.instances.shape[1] - width) // 2

@@ -71,26 +71,30 @@ class Remap:
         return MapLayout(len(self.model)).merge(maps, self.model)
 
 
-def remap_of(data: Taxonomy, model: Taxonomy, source: str, typed: bool = True) -> Remap:
-    """Return the mapping of the data's and the model's classes to common classes, for the source `source`.
+def remap_of(data_taxonomy: Taxonomy, model_taxonomy: Taxonomy, source: str, typed: bool = True) -> Remap:
+    """Return the mapping of the data's and the model's classes to common classes, for one source of the data.
 
-    If both have the same classes, these are the common ones, with one exception: for the source `consep` mapped to
-    PanNuke's classes, the common classes are the four of the paper. Between PanNuke's and CoNSeP's classes, they are
-    THREE. CoNSeP's "other", which has no class in PanNuke, is miscellaneous in both cases. `typed`: whether the source
-    has annotated types; without types, or with a model without types, only nuclei are common. Raises InputError if no
-    common classes are known.
+    `typed`: whether the source has annotated types. The first rule that applies determines the common classes:
+
+    - NUCLEI if `typed` is False, or if one of the taxonomies has only nuclei without types;
+    - PAPER_CONSEP if the source is `consep` and both taxonomies are PanNuke's;
+    - the model's classes if both taxonomies have the same classes;
+    - THREE if one taxonomy is PanNuke's and the other is CoNSeP's.
+
+    With PAPER_CONSEP and THREE, CoNSeP's "other", which has no class in PanNuke, becomes miscellaneous. Raises
+    InputError if no rule applies.
     """
-    data_names, model_names = _names(data), _names(model)
+    data_names, model_names = _names(data_taxonomy), _names(model_taxonomy)
     pannuke, consep = _names(PANNUKE), _names(CONSEP)
     if not typed or _names(NUCLEI) in (data_names, model_names):
-        return Remap(NUCLEI, _all_nuclei(data), _all_nuclei(model))
+        return Remap(NUCLEI, _all_nuclei(data_taxonomy), _all_nuclei(model_taxonomy))
     consep_as_pannuke = data_names == pannuke and source == "consep"
     if consep_as_pannuke and model_names == pannuke:
         ids = _ids(PANNUKE, PAPER_CONSEP, _PAPER_OF_PANNUKE)
         return Remap(PAPER_CONSEP, ids, ids, unnamed=_id_in(PAPER_CONSEP, "miscellaneous"))
     if data_names == model_names:
-        same = tuple(c.id for c in model.classes)
-        return Remap(model, same, same)
+        same = tuple(c.id for c in model_taxonomy.classes)
+        return Remap(model_taxonomy, same, same)
     three = {
         pannuke: _ids(PANNUKE, THREE, _THREE_OF_PANNUKE),
         consep: _ids(CONSEP, THREE, _THREE_OF_CONSEP),

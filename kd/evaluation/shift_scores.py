@@ -30,11 +30,14 @@ class ShiftScores:
     changes: dict[str, float]
     """Differences from the scores on the unchanged images."""
     collapsed: bool
-    """Whether PQ is at most COLLAPSE × the PQ on the unchanged images."""
+    """Whether PQ is at most COLLAPSE × the PQ on the unchanged images; False if that is 0, or either is undefined."""
 
     @classmethod
     def of(cls, shift: Shift, before: SourceScores, after: SourceScores) -> ShiftScores:
-        """Return the scores of one source after a shift, compared with those before."""
+        """Return the scores of one source after a shift, compared with those before.
+
+        The change of a score is NaN if the score is undefined before or after the shift.
+        """
         scores = {name: getattr(after, name) for name in SCORES}
         changes = {name: value - getattr(before, name) for name, value in scores.items()}
         collapsed = before.pq > 0 and after.pq <= COLLAPSE * before.pq

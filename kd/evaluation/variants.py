@@ -48,11 +48,12 @@ def from_stored(planes: NDArray[np.uint8]) -> Maps:
 def sobel(maps: Maps, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return Sobel_x(h) and Sobel_y(v), each (y, x) float64, not normalised.
 
-    `size`: odd side of the kernel in pixels. Borders are reflected about the outermost pixels.
+    `size`: side of the kernel in pixels, odd and at most 31. Borders are reflected about the outermost pixels.
     """
     _, h, v = maps
-    x = cv2.Sobel(h, cv2.CV_64F, 1, 0, ksize=size)
-    return np.asarray(x), np.asarray(cv2.Sobel(v, cv2.CV_64F, 0, 1, ksize=size))
+    sobel_x = cv2.Sobel(h, cv2.CV_64F, 1, 0, ksize=size)
+    sobel_y = cv2.Sobel(v, cv2.CV_64F, 0, 1, ksize=size)
+    return np.asarray(sobel_x), np.asarray(sobel_y)
 
 
 def extremes(maps: Maps, size: int) -> SobelConstants:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.cli import kd_app
-from kd.data.contact_sheet import COLUMNS, PICTURES, SIDE, UNTYPED, ZOOM, ContactSheet, draw
+from kd.data.contact_sheet import COLUMNS, PICTURES, SIDE, UNTYPED, ZOOM, ContactSheet, sample_picture
 from kd.data.datasets import read_data
 from kd.data.pieces import pieces_of
 from kd.data.samples import Sample
@@ -148,7 +148,7 @@ def blob(types: np.ndarray | None) -> Sample:
 def test_contours_lie_on_the_nucleus_in_the_colour_of_its_class(kind):
     sample = blob(np.full((40, 60), kind, np.uint8) if kind else None)
     color = PANNUKE.classes[kind].color if kind else UNTYPED
-    ys, xs = np.nonzero((draw(sample, PANNUKE) == color).all(axis=2))
+    ys, xs = np.nonzero((sample_picture(sample, PANNUKE) == color).all(axis=2))
     box = ys.min() / ZOOM, (ys.max() + 1) / ZOOM, xs.min() / ZOOM, (xs.max() + 1) / ZOOM
     assert box == pytest.approx((10, 20, 30, 45), abs=1)
 

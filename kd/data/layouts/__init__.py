@@ -23,7 +23,7 @@ class Layout(Protocol):
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether the folder has this layout, complete or not."""
+        """Return whether the folder has this layout, complete or not. Raises InputError if a fold occurs twice."""
 
     def __len__(self) -> int: ...
 
@@ -38,7 +38,7 @@ def recognise(folder: Path, val: int = 0) -> Layout:
     """Return the images in a folder, whose layout is recognised by its content. Pixels are not read yet.
 
     `val`: number of CoNSeP's last training tiles to use as fold val; ignored for other layouts. Raises InputError if
-    there is no such folder, its layout is unknown, or it is incomplete.
+    there is no such folder, its layout is unknown, it is incomplete or invalid, or a fold occurs twice.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give one with annotated images")

@@ -40,7 +40,7 @@ class PanNuke:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether the folder has a fold of this layout."""
+        """Return whether the folder has a fold of this layout. Raises InputError if a fold occurs twice."""
         return bool(_folds(folder))
 
     def __len__(self) -> int:
