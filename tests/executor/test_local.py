@@ -160,8 +160,8 @@ def test_an_automatic_batch_is_recorded_and_kept(
     assert recorded(tmp_path / "cpu") == recorded(tmp_path / "eight", 8)
     assert "batch: 8 tiles (auto)" in capsys.readouterr().err
     assert recorded(tmp_path / "two", 2) == recorded(tmp_path / "two")
-    # As `settled_here` leaves the settings on a GPU.
-    monkeypatch.setattr(hover_batch.segment, "settled_here", lambda settings: settings)
+    # As `resolve_here` leaves the settings on a GPU.
+    monkeypatch.setattr(hover_batch.segment, "resolve_here", lambda settings: settings)
     assert recorded(tmp_path / "gpu")["infer"]["batch"] == 4
     assert recorded(tmp_path / "gpu")["infer"]["batch"] == 4
     assert tables(tmp_path / "gpu") == tables(tmp_path / "cpu")

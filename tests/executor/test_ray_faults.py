@@ -70,7 +70,7 @@ def test_a_unit_of_an_unreachable_network_is_retried_if_it_was_the_last_one_unde
     context: Any = SimpleNamespace(
         package=None,
         settings=SETTINGS,
-        recorder=SimpleNamespace(progress=SimpleNamespace(warn=None), networks=0, event=None),
+        recorder=SimpleNamespace(progress=SimpleNamespace(warn=None), networks=0, log_event=None),
         disk=SimpleNamespace(full=False, report_full=None),
     )
     executor = RayExecutor(context, engine_of(0))
