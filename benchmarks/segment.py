@@ -83,7 +83,7 @@ def run_segment(folder: Path, program: str) -> dict[str, Any]:
     out = folder / "out"
     command = ["segment", str(folder / "cohort.csv"), "-o", str(out), *FLAGS[program]]
     command += ["--batch", str(BATCH), "--tissue", "all"]
-    _, process = _timed([sys.executable, "-c", "from hover_batch.cli import app; app()", *command])
+    _, process = _timed([sys.executable, "-c", "from hover_batch.__main__ import main; main()", *command])
     events = [json.loads(line) for line in (out / "logs" / "events.jsonl").read_text().splitlines()]
     slide = json.loads((out / "slides" / "slide" / "slide.json").read_text())
     stages = json.loads((out / "slides" / "slide" / "timings.json").read_text())

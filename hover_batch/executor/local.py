@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from threading import Thread
 
 from hover_batch.cohort.record import Stage
 from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.interrupts import on_interrupt, raise_interrupt
 from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.model.predict import Predictor, load_predictor
+from hover_batch.nuclei.stitch import load_kernels
 from hover_batch.pipeline import Seconds, block_reader, finalize, infer, is_posted, post, verify_unit
 from hover_batch.plan import PlannedSlide
 from hover_batch.slide_work import open_swept_store, opened, survey
@@ -41,6 +43,8 @@ class LocalExecutor(Executor):
         If the disk fills up, wait for space and then resume the slide. Errors as in `Executor.run`; KeyboardInterrupt
         is raised at once.
         """
+        # The network computes without Python's lock: meanwhile, post-processing can be loaded.
+        Thread(target=load_kernels, args=(self.context.package.card.layout,), daemon=True).start()
         with on_interrupt(self._interrupt):
             for slide in slides:
                 while not self._end(slide):

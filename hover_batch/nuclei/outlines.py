@@ -36,7 +36,8 @@ def outlines(
     If an instance has several parts, the largest is outlined; parts one pixel wide have no area. The outline of an
     instance without any area is the bounding rectangle of its pixels, edges included.
     """
-    points, ends, plain = _follow(instances, bounds, anchor_x, area)
+    # A column of a table is contiguous if it has one row. Numba would compile another function for that.
+    points, ends, plain = _follow(instances, bounds, np.ascontiguousarray(anchor_x), np.ascontiguousarray(area))
     ring_points = points + (np.array(origin) + 0.5)
     starts = np.concatenate([[0], ends])[:-1]
     rings = [ring_points[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]

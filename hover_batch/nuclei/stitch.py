@@ -75,6 +75,20 @@ def nuclei_of_region(
     return nuclei.take(nuclei.area_px >= settings.min_area_px)
 
 
+def load_kernels(layout: MapLayout) -> None:
+    """Load the compiled functions of post-processing, for which each process otherwise waits at its first region.
+
+    `layout`: planes of the maps that will be processed.
+    """
+
+    def square(box: Box) -> NDArray[np.uint8]:
+        maps = np.zeros((layout.planes, box.height, box.width), np.uint8)
+        maps[:, 80:100, 80:100] = MapLayout.NP_NUCLEUS
+        return maps
+
+    nuclei_of_region(square, Box(0, 0, 64, 64), layout, PostSettings(), SobelConstants(-1, 1, -1, 1))
+
+
 @dataclass(frozen=True)
 class _View:
     """Maps (plane, y, x) of a window and the components of its foreground. Positions are absolute."""

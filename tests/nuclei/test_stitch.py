@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import fields
 
 import numpy as np
@@ -174,6 +176,42 @@ def test_random_canvases_contain_the_hard_cases() -> None:
             nested += bool((foreground[box] & ~own & ndimage.binary_fill_holes(own)).any())
             large += max(own.shape) > 64
     assert min(several, nested, diagonal, large) >= 20, (several, nested, diagonal, large)
+
+
+def test_loaded_kernels_serve_a_region_of_many_nuclei() -> None:
+    program = """
+import sys
+import numpy as np
+from numba.core.dispatcher import Dispatcher
+from hover_batch.config import PostSettings
+from hover_batch.geometry import Box
+from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.stitch import load_kernels, nuclei_of_region
+from hover_batch.nuclei.watershed import SobelConstants
+
+def loaded():
+    modules = [module for name, module in sys.modules.items() if name.startswith("hover_batch.nuclei.")]
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, Dispatcher)]
+    return sorted((kernel.__name__, str(kernel.signatures)) for kernel in found)
+
+layout = MapLayout(5)
+load_kernels(layout)
+before = loaded()
+core = Box(0, 0, 400, 400)
+blobs = np.kron(np.random.default_rng(3).integers(0, 180, (layout.planes, 50, 50)), np.ones((8, 8)))
+
+def read(box):
+    maps = np.zeros((layout.planes, *box.shape), np.uint8)
+    common = box.intersect(core)
+    maps[:, *common.slices_in(box)] = blobs[:, *common.slices_in(core)]
+    return maps
+
+nuclei = nuclei_of_region(read, core, layout, PostSettings(), SobelConstants(-1, 1, -1, 1))
+assert len(nuclei.area_px) > 20, len(nuclei.area_px)
+assert any(signatures != "[]" for _, signatures in before)
+assert loaded() == before
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_an_empty_region_has_no_nuclei() -> None:
