@@ -64,7 +64,7 @@ OPEN_TO_KD = (
 OPEN_ABOVE_KD = ("cli", "commands")
 """Rooms that may import kd: to mount its commands, and to use it in theirs."""
 MODULES_OPEN_TO_KD = ("hover_batch.executor.map_tasks", "hover_batch.cohort.record")
-"""What kd may ask of other rooms: to do a function's work over many items, and the record by which a slide is opened."""
+"""What kd may ask of other rooms: to do a function's work over many items, and to open a slide by its record."""
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,15 @@ class InstanceFolder:
         return "pannuke" if any(row["source"] == "pannuke" and row["types"] for row in self._rows) else "consep"
 
     @property
-    def unread_types(self) -> list[str]:
-        """Names of sources whose types are not read, because the meaning of their codes is unknown."""
-        return [s for s in self.sources if s not in CODES and any(r["types"] for r in self._rows if r["source"] == s)]
+    def notes(self) -> list[str]:
+        """A sentence about sources whose types are not read, if there are any."""
+        unread = [s for s in self.sources if s not in CODES and any(r["types"] for r in self._rows if r["source"] == s)]
+        if not unread:
+            return []
+        return [
+            f"the types of {', '.join(unread)} are not read, because the meaning of codes is known only for "
+            f"{', '.join(CODES)}"
+        ]
 
     @property
     def folds(self) -> list[str]:
