@@ -111,9 +111,11 @@ def meaning(name: str, class_map: Mapping[str, str], classes: Iterable[str] = ()
 
 def _with_children(features: Iterable[Any]) -> Iterator[dict[str, Any]]:
     for feature in features:
+        if not isinstance(feature, dict):
+            raise ValueError(f"an object is {feature!r:.40}")
         yield feature
-        properties = _properties(feature)
-        yield from _with_children(properties.get("childObjects") or properties.get("children") or [])
+        children = _properties(feature).get("childObjects")
+        yield from _with_children(children if isinstance(children, list) else [])
 
 
 def _properties(feature: dict[str, Any]) -> dict[str, Any]:
