@@ -47,21 +47,22 @@ class InstanceFolder:
             text = (folder / TABLE).read_bytes().decode("utf-8-sig")  # spreadsheets write a byte order mark
         except UnicodeDecodeError as error:
             raise InputError(f"{folder / TABLE}: not UTF-8; save it as CSV UTF-8") from error
-        cells = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+        reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
         try:
-            lines = [[cell.strip() for cell in line] for line in cells if line]
+            # Rows are counted as a spreadsheet shows them, with blank ones.
+            lines = {row: [cell.strip() for cell in cells] for row, cells in enumerate(reader, 1) if cells}
         except csv.Error as error:
             raise InputError(f"{folder / TABLE} cannot be read as CSV ({error}); save it again as CSV UTF-8") from error
-        header, rows = (lines[0], lines[1:]) if lines else ([], [])
+        header = lines.pop(min(lines)) if lines else []
         if missing := [c for c in COLUMNS if c not in header]:
             raise InputError(
                 f"{folder / TABLE}: no column {', '.join(missing)}; add it, and separate columns by commas"
             )
-        self._rows = [dict(zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
+        self._rows = [dict(zip_longest(header, cells[: len(header)], fillvalue="")) for cells in lines.values()]
         if not self._rows:
             raise InputError(f"{folder / TABLE}: it lists no image; add one row per image")
         row_of_id: dict[str, int] = {}
-        for number, row in enumerate(self._rows, start=2):  # row 1 is the header
+        for number, row in zip(lines, self._rows, strict=True):
             if empty := [c for c in COLUMNS if not row[c] and c != "types"]:
                 raise InputError(f"{folder / TABLE}: row {number} has no {', '.join(empty)}; fill it in")
             if not re.fullmatch(SPLITS, row["split"]):
