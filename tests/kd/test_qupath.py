@@ -262,6 +262,8 @@ def test_pannukes_classes_are_recognised(folder: Path) -> None:
     samples, taxonomy, _ = prepared(folder)
     types = samples["qupath_x"].types
     assert taxonomy == PANNUKE and types is not None and (types[30, 30], types[90, 90]) == (1, 5)
+    write(folder / "x.geojson", feature(disc(30, 30), "Tumor"))
+    assert prepared(folder, "--map", "Tumor=neoplastic")[1] == PANNUKE
 
 
 @pytest.mark.parametrize("name", ["x.GeoJSON", "x.geojson.gz", "x.json", "x.png.geojson", "x.zip"])
@@ -281,8 +283,9 @@ def test_names_of_the_file(folder: Path, name: str) -> None:
     [
         ([], "holds no objects; export all objects"),
         ([feature(disc(30, 30)), feature(disc(900, 30))], "1 of 2 outlines lie outside of x.png, the first at 890, 20"),
-        ([feature(shapely.box(0, 0, 200, 205), "epithelial")], "an outline of the class epithelial covers 2,562 µm²"),
+        ([feature(shapely.box(0, 0, 200, 205), "epithelial")], "of the class epithelial covers 2,562 µm² and is 51 µm"),
         ([feature(shapely.box(0, 0, 200, 205))], r"without a class covers .* no nucleus; give it the class Region\*"),
+        ([feature(shapely.Polygon([(0, 0), (900, 1), (900, 0)]))], "covers 28 µm² and is 225 µm long, which is no"),
         ([feature(disc(50, 50, 45), "Region*")], "the region at 5, 5 is not a rectangle"),
         ([feature(shapely.box(10, 20, 30, 99), "Region*")], "the region at 10, 20 has 20 × 79 pixels"),
         ([feature(disc(30, 30), objectType="cell")], "1 cells have no outline of their nucleus"),

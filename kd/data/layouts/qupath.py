@@ -23,7 +23,8 @@ from hover_batch.formatting import listed
 from hover_batch.geometry import Box, Grid, Mpp, qupath_origin
 from hover_batch.slide.headers import SlideInfo, kind_of, peek, read_header
 from hover_batch.slide.reader import open_slide
-from hover_batch.taxonomy import CONSEP, PANNUKE, Taxonomy
+from hover_batch.taxonomy import Taxonomy
+from kd.data.classes import TAXONOMIES
 from kd.data.layouts.qupath_files import Annotated, find_annotated, has_annotations
 from kd.data.layouts.qupath_objects import IGNORE, NONE, REGION, meaning, read_objects
 from kd.data.rasterise import SMALLEST, rasterise
@@ -33,8 +34,8 @@ FIELD_SIDE = 2048
 """Largest side in pixels (0.5 mm) of a picture that is one image without a region."""
 REGION_SIDES = (64, 4096)
 """Smallest and largest side in pixels of a region, 16 µm to 1 mm; images are held in memory as a whole."""
-LARGEST_UM2 = 2500.0
-"""Area above which an outline is no nucleus but a region."""
+LARGEST_UM2, LONGEST_UM = 2500.0, 200.0
+"""Area and extent above which an outline is no nucleus, but a region or several nuclei."""
 USUAL_UM2 = (8.0, 400.0)
 """Median area of nuclei outside of which positions are probably in another unit."""
 _DRAW = (
@@ -99,11 +100,12 @@ class Qupath:
     def classes(self) -> str:
         """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that has more of its classes."""
         names = self.class_names
-        return max(
-            ("consep", CONSEP),
-            ("pannuke", PANNUKE),
-            key=lambda item: sum(meaning(name, self._class_map, _names_in(item[1])) is not None for name in names),
-        )[0]
+
+        def fitting(key: str) -> int:
+            classes = _names_in(TAXONOMIES[key])
+            return sum(meaning(name, self._class_map, classes) in classes for name in names)
+
+        return max(TAXONOMIES, key=fitting)
 
     @property
     def class_names(self) -> list[str]:
@@ -126,7 +128,8 @@ class Qupath:
         classes = _names_in(taxonomy)
         if odd := sorted(set(self._class_map.values()) - {*classes, REGION, IGNORE, NONE}):
             raise InputError(
-                f"--map …={odd[0]}: not a class; give one of {', '.join(classes)}, or {NONE}, {IGNORE}, {REGION}"
+                f"--map …={odd[0]}: not a class; give one of {', '.join(classes)}, or {NONE}, {IGNORE}, {REGION}, "
+                "or other --classes"
             )
         names = self.class_names
         meanings = {name: meaning(name, self._class_map, classes) for name in names}
@@ -229,13 +232,15 @@ class Qupath:
                 "its pixels of full resolution, as QuPath exports them"
             )
         areas = shapely.area(nuclei) * MPP**2
-        if len(areas) and areas.max() > LARGEST_UM2:
-            name = names[int(areas.argmax())]
+        x0, y0, x1, y1 = shapely.bounds(nuclei).T
+        extents = np.maximum(x1 - x0, y1 - y0) * MPP
+        for k in np.flatnonzero((areas > LARGEST_UM2) | (extents > LONGEST_UM))[:1]:
             of, remedy = "without a class", "give it the class Region*, or Ignore* to skip it"
-            if name:
+            if name := names[k]:
                 of, remedy = f"of the class {name}", f"give it another class, or --map '{name}={IGNORE}' (or ={REGION})"
             raise InputError(
-                f"{files.annotations}: an outline {of} covers {areas.max():,.0f} µm², which is no nucleus; {remedy}"
+                f"{files.annotations}: an outline {of} covers {areas[k]:,.0f} µm² and is {extents[k]:,.0f} µm long, "
+                f"which is no nucleus; {remedy}"
             )
         if len(areas) and not USUAL_UM2[0] <= (median := float(np.median(areas))) <= USUAL_UM2[1]:
             self._warnings.append(
