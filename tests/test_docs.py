@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ import torch
 from deploy_commands import blocks, options
 from published import tiles, write_consep, write_pannuke
 from random_weights import randomise
+from shapely.geometry import box, mapping
 from typer.testing import CliRunner
 
 from hover_batch.cli import app
@@ -98,6 +100,7 @@ def write_world(folder: Path) -> None:
     write_pannuke(folder / "PanNuke", {fold: some[i : i + 2] for i, fold in enumerate("123")})
     for name in ("nuclei", "annotated"):
         annotate(folder / name, some)
+    correct(folder / "corrected", folder / "slides" / "case-01.tif")
     for name in ("my-student", "other"):
         shutil.copyfile(STARTER, folder / f"{name}.safetensors")
     network = randomise(build_teacher(TeacherArch("fast", 6, width=8)))
@@ -119,6 +122,26 @@ def annotate(folder: Path, some: list[Any]) -> None:
         typed = f"{number}_types.png" if source == "consep" else ""
         rows.append(f"s{number},{number}_image.png,{number}_labels.png,{typed},{source},{split}")
     (folder / "dataset.csv").write_text("\n".join(rows) + "\n")
+
+
+def correct(folder: Path, slide: Path) -> None:
+    """A slide with two nuclei in a region, as QuPath exports them."""
+    folder.mkdir()
+    shutil.copyfile(slide, folder / slide.name)
+    features = [
+        {
+            "type": "Feature",
+            "geometry": mapping(shape),
+            "properties": {"objectType": "annotation", "classification": {"name": name}},
+        }
+        for shape, name in (
+            (box(20, 20, 40, 44), "Epithelial"),
+            (box(80, 90, 96, 99), "Spindle"),
+            (box(0, 0, 200, 150), "Region*"),
+        )
+    ]
+    content = json.dumps({"type": "FeatureCollection", "features": features})
+    (folder / slide.with_suffix(".geojson").name).write_text(content)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ PACKAGES = ("hover_batch", "kd")
 MAX_LINES = {"hover_batch": 400, "kd": 400, "benchmarks": 500, "tests": 500}
 
 FLOORS = (
-    ("errors", "files", "formatting", "progress", "geometry", "taxonomy", "logs", "version", "environment"),
+    ("errors", "files", "formatting", "progress", "geometry", "geojson", "taxonomy", "logs", "version", "environment"),
     ("config", "cohort", "model", "shard"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report", "quality"),
@@ -53,16 +53,18 @@ OPEN_TO_KD = (
     "formatting",
     "progress",
     "geometry",
+    "geojson",
     "taxonomy",
     "config",
     "model",
+    "slide",
     "nuclei",
     "metrics",
 )
 OPEN_ABOVE_KD = ("cli", "commands")
 """Rooms that may import kd: to mount its commands, and to use it in theirs."""
-EXECUTOR_OPEN_TO_KD = "hover_batch.executor.map_tasks"
-"""The one thing that kd may ask of the executor: to do a function's work over many items."""
+MODULES_OPEN_TO_KD = ("hover_batch.executor.map_tasks", "hover_batch.cohort.record")
+"""What kd may ask of other rooms: to do a function's work over many items, and to open a slide by its record."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ def _fault(i: Import) -> str | None:
     source_room, target_room = _room(i.source), _room(i.target)
     if _inside(i.target, "ray") and source_room != "executor":
         return "ray is imported outside hover_batch.executor"
-    if _inside(i.source, "kd") and target_room and target_room not in OPEN_TO_KD and i.target != EXECUTOR_OPEN_TO_KD:
-        known = ", ".join((*OPEN_TO_KD, EXECUTOR_OPEN_TO_KD))
+    if _inside(i.source, "kd") and target_room and target_room not in OPEN_TO_KD and i.target not in MODULES_OPEN_TO_KD:
+        known = ", ".join((*OPEN_TO_KD, *MODULES_OPEN_TO_KD))
         return f"kd imports {i.target}; of hover_batch it may import only {known}"
     if _inside(i.source, "hover_batch") and _inside(i.target, "kd") and source_room not in OPEN_ABOVE_KD:
         return f"{i.source} imports kd; only hover_batch's {' and '.join(OPEN_ABOVE_KD)} may"

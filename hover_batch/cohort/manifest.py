@@ -16,16 +16,13 @@ from types import MappingProxyType
 
 from hover_batch.cohort.csv_rows import MPP_COLUMNS, Row, read_rows
 from hover_batch.cohort.near_name import near_name
-from hover_batch.cohort.record import SlideRecord, Url
+from hover_batch.cohort.record import SLIDE_SUFFIXES, SlideRecord, Url, is_dicom_folder, looks_like_slide
 from hover_batch.cohort.slide_id import fault_in, fold, suggest
 from hover_batch.errors import InputError
-from hover_batch.files import is_dicom, load_json
+from hover_batch.files import load_json
 from hover_batch.formatting import counted
 from hover_batch.geometry import Mpp
 
-_SLIDE_SUFFIXES = frozenset(
-    ".svs .tif .tiff .ndpi .mrxs .scn .bif .svslide .vms .vmu .qptiff .png .jpg .jpeg".split()  # noqa: SIM905
-)
 _MASK_SUFFIXES = (".geojson", ".geojson.gz", ".json", ".json.gz", ".zip", ".png")
 _DECIMAL_COMMA = re.compile(r"(?![1-9]\d{0,2},\d{3}$)\d+,\d+")
 """Digits on both sides of a comma that does not separate thousands."""
@@ -70,7 +67,7 @@ def read_cohort(source: str | Path) -> Cohort:
     try:
         if path.is_dir():
             rows, warnings = _list_folder(path)
-        elif path.is_file() and path.suffix.lower() not in _SLIDE_SUFFIXES:
+        elif path.is_file() and path.suffix.lower() not in SLIDE_SUFFIXES:
             rows, warnings = read_rows(path)
         elif path.exists() or glob.has_magic(str(source)):
             entries = [path] if path.exists() else [Path(name) for name in glob.glob(str(source), recursive=True)]
@@ -120,7 +117,7 @@ def raise_if_faulty(cohort: Cohort) -> None:
 
 def _list_folder(folder: Path) -> tuple[list[Row], list[str]]:
     entries = list(folder.iterdir())
-    if not any(_looks_like_slide(entry) for entry in entries) and _is_dicom_folder(folder):
+    if not any(looks_like_slide(entry) for entry in entries) and is_dicom_folder(folder):
         entries = [folder]
     return _as_rows(entries, str(folder))
 
@@ -128,10 +125,10 @@ def _list_folder(folder: Path) -> tuple[list[Row], list[str]]:
 def _as_rows(entries: Iterable[Path], source: str) -> tuple[list[Row], list[str]]:
     # Hidden files are not reported: macOS leaves a "._a.svs" beside each a.svs on other file systems.
     entries = sorted(entry for entry in entries if not entry.name.startswith("."))
-    slides = dict.fromkeys(entry for entry in entries if _looks_like_slide(entry))
+    slides = dict.fromkeys(entry for entry in entries if looks_like_slide(entry))
     if not slides:
         raise InputError(
-            f"{source}: no slide found; looked for {' '.join(sorted(_SLIDE_SUFFIXES))} and DICOM folders, "
+            f"{source}: no slide found; looked for {' '.join(sorted(SLIDE_SUFFIXES))} and DICOM folders, "
             "not in subfolders; other files can be listed in a CSV"
         )
     companions = {slide.with_suffix("") for slide in slides if slide.suffix.lower() == ".mrxs"}
@@ -142,17 +139,6 @@ def _as_rows(entries: Iterable[Path], source: str) -> tuple[list[Row], list[str]
         warnings.append(f"{source}: skipped {len(others)} that do not look like slides: {names}")
     rows = [Row(number, {"path": str(slide.absolute())}) for number, slide in enumerate(slides, start=1)]
     return rows, warnings
-
-
-def _looks_like_slide(path: Path) -> bool:
-    try:
-        return _is_dicom_folder(path) if path.is_dir() else path.suffix.lower() in _SLIDE_SUFFIXES
-    except PermissionError:  # a folder of another user, such as lost+found
-        return False
-
-
-def _is_dicom_folder(path: Path) -> bool:
-    return any(map(is_dicom, path.iterdir()))
 
 
 # Rows
@@ -250,7 +236,7 @@ def _faults_of_slide(path: Path | Url, base: Path) -> list[str]:
     try:
         str(path).encode()
         if path.is_dir():
-            return [] if _is_dicom_folder(path) else ["is a folder without DICOM files; give the slide's own file"]
+            return [] if is_dicom_folder(path) else ["is a folder without DICOM files; give the slide's own file"]
         if path.exists() and not path.is_file():  # opening a pipe would block
             return ["is not a regular file"]
         with open(path, "rb"):

@@ -1,4 +1,4 @@
-"""Record of a slide, as its row in the cohort describes it, and the URL of a slide in cloud storage."""
+"""Record of a slide, as its row in the cohort describes it; URLs of slides; what looks like a slide in a folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
+from hover_batch.files import is_dicom
 from hover_batch.geometry import Mpp
+
+SLIDE_SUFFIXES = frozenset(
+    ".svs .tif .tiff .ndpi .mrxs .scn .bif .svslide .vms .vmu .qptiff .png .jpg .jpeg".split()  # noqa: SIM905
+)
+"""Suffixes, in lower case, of files that are taken for slides when a folder is listed."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _SECRETS = re.compile(r"(?<=://)[^/@\s]*@|[?#][^\s'\"]*", re.IGNORECASE)
@@ -112,3 +118,19 @@ class SlideRecord:
         """Path of the slide on this machine. AssertionError for a URL: copy the slide first (`Copies.staged`)."""
         assert isinstance(self.path, Path)
         return self.path
+
+
+def looks_like_slide(path: Path) -> bool:
+    """Return whether a path that exists is a DICOM folder, or a file with one of SLIDE_SUFFIXES.
+
+    False for a folder that this user cannot list. OSError if it cannot be listed for other reasons.
+    """
+    try:
+        return is_dicom_folder(path) if path.is_dir() else path.suffix.lower() in SLIDE_SUFFIXES
+    except PermissionError:  # a folder of another user, such as lost+found
+        return False
+
+
+def is_dicom_folder(path: Path) -> bool:
+    """Return whether a folder contains a DICOM file. OSError if it cannot be listed."""
+    return any(map(is_dicom, path.iterdir()))

@@ -117,7 +117,7 @@ def compare(
     from hover_batch.compare.budget import Options
     from hover_batch.compare.fields import choose_fields
     from hover_batch.compare.run import compare as run
-    from hover_batch.compare.sides import load_side, random_teacher
+    from hover_batch.compare.sides import TEACHER_FLAG, load_side, random_teacher
     from hover_batch.slide.example import write_example
     from kd.evaluation.evaluate_package import score_test_fold
 
@@ -132,7 +132,7 @@ def compare(
     elif timing_only:
         reference = random_teacher(teacher_weights, reference_settings)
     else:
-        reference = load_side(teacher_weights, "--teacher", reference_settings)
+        reference = load_side(teacher_weights, TEACHER_FLAG, reference_settings)
     if reference.name == student_side.name:
         student_side, reference = (
             replace(network, name=f"{network.name}, {network.predictor.precision} by {network.predictor.runtime}")

@@ -19,6 +19,9 @@ from hover_batch.model.published import KINDS
 from hover_batch.model.teacher import TeacherArch, build_teacher
 from hover_batch.nuclei.watershed import SobelConstants
 
+TEACHER_FLAG = "--teacher-weights"
+"""Option that names the weights of the teacher, which may be random instead."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -55,21 +58,25 @@ def load_side(name: str, flag: str, settings: InferSettings) -> Side:
 
     A checkpoint is a .tar or .pth file, or a name in KINDS, which is downloaded if it is not cached; an existing path
     or a package of this name in the cache takes precedence. `flag`: option that gave `name`, for messages. `settings`:
-    settings of inference. PackageError if the network cannot be loaded or downloaded. OSError if the disk is full, or
-    the system denies access to a checkpoint.
+    settings of inference. PackageError if the network cannot be loaded or downloaded. OSError if the disk is full.
     """
     path = Path(name)
-    to_download = name in KINDS and not path.exists() and not cached_package(name).exists()
-    if to_download or (path.is_file() and path.suffix in (".tar", ".pth")):
+    try:
+        to_download = name in KINDS and not path.exists() and not cached_package(name).exists()
+        is_checkpoint = path.is_file() and path.suffix in (".tar", ".pth")
+    except OSError as error:
+        raise PackageError(f"{flag} {name}: cannot be read ({error.strerror}); check the path") from error
+    if to_download or is_checkpoint:
         try:
             network, card = read_checkpoint(name)
         except PackageError as error:
             if not to_download:
                 raise
+            alternative = "; or compare only costs, with random weights: --timing-only" if flag == TEACHER_FLAG else ""
             raise PackageError(
                 f"{flag}: the weights {name} cannot be downloaded ({error}). Download the checkpoint on a machine with "
-                "a network connection (see https://github.com/vqdang/hover_net), and give the file: --teacher-weights "
-                "FILE.tar; or compare only costs, with random weights: --timing-only"
+                f"a network connection (see https://github.com/vqdang/hover_net), and give the file: {flag} FILE.tar"
+                f"{alternative}"
             ) from error
         return Side(name, card, network.eval().requires_grad_(False), settings)
     package = find_package(name, flag)
@@ -84,9 +91,7 @@ def random_teacher(name: str, settings: InferSettings) -> Side:
     kind = KINDS.get(name)
     if kind is None or not kind.architecture.startswith("hovernet-"):
         known = ", ".join(n for n, k in KINDS.items() if k.architecture.startswith("hovernet-"))
-        raise PackageError(
-            f"--teacher-weights {name}: with --timing-only, give the name of a published HoVerNet: {known}"
-        )
+        raise PackageError(f"{TEACHER_FLAG} {name}: with --timing-only, give the name of a published HoVerNet: {known}")
     form = kind.architecture.removeprefix("hovernet-")
     arch = TeacherArch(form, kind.types or None)  # type: ignore[arg-type]  # the two forms that there are
     tile_in, tile_out = arch.tile

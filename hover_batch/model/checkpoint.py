@@ -43,16 +43,19 @@ def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = N
     `source`: a file, a URL, or the name of one of tiatoolbox's models; a file takes precedence over a name. `kind`: a
     key of KINDS; by default the source's name, or else the first kind that matches the shapes. `sha256`: expected hex
     SHA-256 of the file. A download is cached. PackageError if the file cannot be downloaded, its hash differs, or it
-    is not a checkpoint of a known kind. OSError if the disk is full, or the system denies access to the file.
+    cannot be read, or is not a checkpoint of a known kind. OSError if the disk is full.
     """
     if kind is not None and kind not in KINDS:
         raise PackageError(f"--kind {kind}: not known; known are {', '.join(KINDS)}")
     is_name = source in KINDS and not Path(source).exists()
     path = fetched(source, sha256) if is_name or "://" in source else Path(source)
-    if not path.is_file():
+    try:
+        file_sha256 = sha256_file(path) if path.is_file() else None
+    except OSError as error:
+        raise PackageError(f"{path}: cannot be read ({error.strerror}); make the file readable") from error
+    if file_sha256 is None:
         names = ", ".join(name for name, k in KINDS.items() if k.by_name)
         raise PackageError(f"{source}: no such file; give a checkpoint, or one of the names {names}")
-    file_sha256 = sha256_file(path)
     if sha256 is not None and file_sha256 != sha256.lower():
         raise PackageError(f"{path}: its sha256 is {file_sha256}, not {sha256}; remove the file and download it again")
     weights = _tensors(path)

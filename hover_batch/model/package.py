@@ -144,6 +144,10 @@ class Card:
             raise PackageError(f"the card's sobel is {_short(self.sobel)}: must be {', '.join(sorted(_SOBEL))}")
         if not all(self.sobel[f"{axis}_min"] <= self.sobel[f"{axis}_max"] for axis in "hv"):
             raise PackageError(f"the card's sobel is {_short(self.sobel)}: a minimum is above its maximum")
+        try:
+            json.dumps(self.metrics, allow_nan=False)
+        except ValueError as error:
+            raise PackageError("the card's metrics hold a number that is not finite") from error
         for name, bounds in self.limits.items():
             pair = bounds if isinstance(bounds, (list, tuple)) else ()
             if (

@@ -6,19 +6,16 @@ whole canvas, as its aspect ratio shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import shapely
-import shapely.geometry
 from numpy.typing import NDArray
 from PIL import PngImagePlugin
 
 from hover_batch.errors import InputError
-from hover_batch.files import load_json
+from hover_batch.geojson import polygons_of, read_features
 from hover_batch.geometry import Box, Size, qupath_origin
 from hover_batch.slide.formats import MAX_PICTURE_PIXELS, bands
 
@@ -31,8 +28,6 @@ _ALL = 0.999
 """Fraction of the slide from which a mask is said to cover all of it."""
 _MIN_EXTENT = 0.001
 """Fraction of the slide's longer side below which polygons are probably in other units."""
-_MAX_COORDINATE = 1e9
-"""Largest position in pixels that a slide may have."""
 
 
 def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> NDArray[np.bool_]:
@@ -207,55 +202,14 @@ def _read_geojson(path: Path) -> shapely.Geometry:
     """Return the union of all polygons of the file, in its own coordinates."""
     remedy = "give polygons as GeoJSON in level-0 pixels, or a PNG"
     try:
-        geometries = _geometries(load_json(path))
-        with np.errstate(invalid="ignore"):  # shapely warns of NaN, which is refused below
-            shapes = [shapely.geometry.shape(geometry) for geometry in geometries]
-        positions = shapely.get_coordinates(shapes)
-        if far := [f"{value:g}" for value in positions[~(abs(positions) < _MAX_COORDINATE)]]:
-            raise ValueError(f"a coordinate of {far[0]}")
-        # The default method would take areas that two polygons or loops of one outline cover for holes.
-        valid = shapely.make_valid(shapes, method="structure", keep_collapsed=False)
-        outline = shapely.union_all(valid)
+        outline = shapely.union_all(polygons_of([feature["geometry"] for feature in read_features(path)]))
     except OSError as error:
         raise InputError(f"{path}: the mask cannot be read: {error.strerror}; check mask_path") from error
-    # json and shapely raise exceptions of many kinds for broken files.
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        shapely.errors.ShapelyError,
-    ) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: the mask is not valid GeoJSON ({reason}); {remedy}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: the mask is not valid GeoJSON ({error}); {remedy}") from error
     if outline.is_empty:
         raise InputError(f"{path}: the mask holds no polygon; {remedy}")
     return outline
-
-
-def _geometries(data: Any) -> Iterator[dict[str, Any]]:
-    """Yield the polygons in a FeatureCollection, Feature, GeometryCollection or geometry, or in a list of these.
-
-    QuPath's scripts write such lists. Points and lines have no area and are skipped.
-    """
-    if isinstance(data, list):
-        for item in data:
-            yield from _geometries(item)
-        return
-    kind = data["type"]
-    if kind == "FeatureCollection":
-        yield from _geometries(list(data["features"]))
-    elif kind == "Feature":
-        if data["geometry"] is not None:
-            yield from _geometries(data["geometry"])
-    elif kind == "GeometryCollection":
-        yield from _geometries(list(data["geometries"]))
-    elif kind in ("Polygon", "MultiPolygon"):
-        yield data
-    elif kind not in ("Point", "MultiPoint", "LineString", "MultiLineString"):
-        raise ValueError(f"type {kind} is not known")
 
 
 def _read_png(path: Path) -> NDArray[np.bool_]:

@@ -56,6 +56,7 @@ def calibrate(
     from kd.data.pixel_size import check_pixel_size
     from kd.data.samples import hashes_of
     from kd.evaluation.calibrate import predict_all, search, trial, try_others
+    from kd.evaluation.scores import plain
     from kd.training.state import contents
 
     check_package_file(out)
@@ -106,8 +107,8 @@ def calibrate(
             "data": contents(samples[fold]),
             "saw": hashes_of(samples[fold]),
             "precision": predictor.precision,
-            "gain_over_window": {n: _gain(fixed, window) for n, (window, fixed) in trials.items()},
-            "other_numbers": gains,
+            "gain_over_window": plain({n: _gain(fixed, window) for n, (window, fixed) in trials.items()}),
+            "other_numbers": plain(gains),
         },
     }
     card = dataclasses.replace(package.card, name=out.stem, sobel=found.constants.to_json(), metrics=metrics)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hover_batch.errors import InputError
 
 if TYPE_CHECKING:
     from kd.data.findings import Findings
@@ -17,8 +19,8 @@ def prepare(
     source: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders as published: PanNuke (with Fold 1 …, or a single fold), CoNSeP (with Train and Test); or a "
-            "folder with dataset.csv.",
+            help="Folders as published: PanNuke (with Fold 1 …, or a single fold), CoNSeP (with Train and Test); a "
+            "folder with dataset.csv; or a folder with pictures or slides and QuPath's GeoJSON.",
             show_default=False,
         ),
     ],
@@ -29,7 +31,7 @@ def prepare(
         str | None,
         typer.Option(
             help="Classes to map the annotated types to: consep or pannuke.",
-            show_default="pannuke if one of the folders is PanNuke, else consep",
+            show_default="pannuke if it fits one of the folders better, else consep",
         ),
     ] = None,
     val: Annotated[
@@ -39,6 +41,16 @@ def prepare(
             help="Use the last N training tiles of CoNSeP as fold val, because CoNSeP has no validation fold.",
         ),
     ] = 0,
+    map_class: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="NAME=CLASS",
+            help="Class in QuPath, and what it means: one of the classes; none for nuclei without a class; ignore to "
+            "skip the objects; region for rectangles in which every nucleus is outlined. Repeat for several.",
+            show_default="classes by their names; Region* = region; Ignore* = ignore",
+        ),
+    ] = None,
     sheet: Annotated[
         Path | None, typer.Option(help="Contact sheet to write, a PNG.", show_default="next to the cache")
     ] = None,
@@ -53,17 +65,36 @@ def prepare(
     PNG of instance ids), types (8-bit PNG of class codes, or empty), source and split (train, val or test, or the
     number of a fold), and optionally group (patient or slide) and tissue. Paths are relative to the folder.
 
+    In a folder with QuPath's GeoJSON, x.geojson lies beside x.png or x.svs. In QuPath, draw a rectangle of the class
+    Region* round each part of a slide in which every nucleus is outlined; each becomes an image. A picture of up to
+    0.5 mm needs none. Files in the subfolders val and test are of these folds, all others of train.
+
     hover-batch kd prepare CoNSeP/ PanNuke/ -o annotated.zarr --val 5
+
+    hover-batch kd prepare CoNSeP/ corrected/ -o annotated.zarr --val 5 --map Tumor=epithelial
     """
     from kd.data.prepare import prepare as run
 
     sheet = sheet or out.with_suffix(".png")
-    findings = run(source, out, sheet, classes, val, _watch)
+    findings = run(source, out, sheet, classes, val, _pairs(map_class or []), _watch)
     _print(findings)
     for line in findings.warnings():
         typer.echo(f"note: {line}", err=True)
     files = [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else [out]
     typer.echo(f"{out}: {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB; look at {sheet}")
+
+
+def _pairs(listed: Sequence[str]) -> dict[str, str]:
+    """Return the pairs NAME=CLASS as a dictionary. Raises InputError if one is malformed or a name is given twice."""
+    pairs: dict[str, str] = {}
+    for item in listed:
+        name, equals, value = (part.strip() for part in item.rpartition("="))
+        if not (name and equals and value):
+            raise InputError(f"--map {item}: give NAME=CLASS, such as --map Tumor=epithelial")
+        if name.lower() in map(str.lower, pairs):
+            raise InputError(f"--map {item}: {name} is given twice; give it once")
+        pairs[name] = value
+    return pairs
 
 
 def _watch(samples: Iterable[Sample], total: int) -> Iterable[Sample]:

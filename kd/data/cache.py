@@ -73,11 +73,14 @@ def is_cache(path: Path) -> bool:
 class CacheWriter:
     """Writer of a cache, one image at a time. Use `writing`, which makes it and finishes it.
 
-    `path`: zarr group or .npz file to create, by its suffix; an existing one is replaced.
+    `path`: zarr group or .npz file to create, by its suffix; an existing one is replaced. `out`: path for messages.
+    Raises InputError if it cannot be written, or the disk is full; so do the methods.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._store: Store = ZarrStore.create(path) if path.suffix == ".zarr" else NpzStore.create(path)
+    def __init__(self, path: Path, out: Path) -> None:
+        self._out = out
+        with _failures(out):
+            self._store: Store = ZarrStore.create(path) if path.suffix == ".zarr" else NpzStore.create(path)
         self._entries: dict[str, Entry] = {}
 
     def add(self, sample: Sample) -> None:
@@ -102,21 +105,23 @@ class CacheWriter:
             typed=typed,
             sha256=_sha256(arrays),
         )
-        self._store.append(len(self._entries) - 1, arrays)
+        with _failures(self._out):
+            self._store.append(len(self._entries) - 1, arrays)
 
     def finish(self, taxonomy: Taxonomy) -> None:
         """Write the header, with the classes of the types. No image can be added afterwards."""
         listed = [asdict(e) for e in self._entries.values()]
-        self._store.finish({"format": FORMAT, "version": VERSION, "taxonomy": taxonomy.to_json(), "images": listed})
+        with _failures(self._out):
+            self._store.finish({"format": FORMAT, "version": VERSION, "taxonomy": taxonomy.to_json(), "images": listed})
 
 
 @contextmanager
 def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
     """Yield a writer for a cache at `path`, which appears only if the block succeeds; it then replaces an older cache.
 
-    If the block fails, an older cache stays. `taxonomy`: classes of the types. Raises InputError if `path` does not end
-    in .zarr or .npz, its folder is missing, `path` exists and cannot be opened as a cache, it cannot be written, or the
-    disk is full.
+    If the block fails, an older cache stays; exceptions of the block pass through. `taxonomy`: classes of the types.
+    Raises InputError if `path` does not end in .zarr or .npz, its folder is missing, `path` exists and cannot be opened
+    as a cache, it cannot be written, or the disk is full.
     """
     if not is_cache(path):
         raise InputError(f"--out {path}: must end in .zarr or .npz; change the ending")
@@ -130,18 +135,26 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
     temporary = path.with_name(f".partial.{path.name}")
     _remove(temporary)  # left by a killed run
     try:
-        writer = CacheWriter(temporary)
+        writer = CacheWriter(temporary, path)
         yield writer
         writer.finish(taxonomy)
-        if path.is_dir():
-            _remove(path)  # os.replace does not replace a folder that is not empty
-        os.replace(temporary, path)
+        with _failures(path):
+            if path.is_dir():
+                _remove(path)  # os.replace does not replace a folder that is not empty
+            os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+@contextmanager
+def _failures(path: Path) -> Iterator[None]:
+    """Convert an OSError in writing the cache at `path` to an InputError."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise InputError(f"--out {path}: cannot be written ({error}); give another place") from error
         raise InputError(f"--out {path}: the disk is full; free some space and run the same command again") from error
-    finally:
-        _remove(temporary)
 
 
 class Cache:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hover_batch.taxonomy import Taxonomy
-from kd.data.classes import CODES
 from kd.data.pieces import pieces_of
 from kd.data.samples import Sample
 
@@ -37,8 +36,8 @@ class Findings:
         self.taxonomy = taxonomy
         self.parts: dict[tuple[str, str], Part] = defaultdict(Part)
         """(source, fold) → counts."""
-        self.unread_types: list[str] = []
-        """Sources whose types were not read."""
+        self.notes: list[str] = []
+        """Sentences of the layouts about what was not read."""
         self._irregular: Counter[str] = Counter()
         """Description of an irregularity → how often it occurs."""
         self._folds_of_image: dict[str, dict[str, str]] = defaultdict(dict)
@@ -71,11 +70,7 @@ class Findings:
         Beyond a few, images that are in several folds are only counted.
         """
         lines = [f"{n:,} {what}; not changed" for what, n in self._irregular.items() if n]
-        if self.unread_types:
-            lines.append(
-                f"the types of {', '.join(self.unread_types)} are not read, because the meaning of codes is known "
-                f"only for {', '.join(CODES)}"
-            )
+        lines += self.notes
         if unclassed := sum(part.by_class[0] for part in self.parts.values()):
             lines.append(f"{unclassed:,} nuclei have none of the classes of {self.taxonomy.name}; their type is 0")
         shared = [id_by_fold for id_by_fold in self._folds_of_image.values() if len(id_by_fold) > 1]
@@ -91,6 +86,7 @@ class Findings:
         folds = {fold for _, fold in self.parts}
         if "train" in folds and "val" not in folds:
             lines.append(
-                "there is no fold val, which training needs for validation; --val takes it from CoNSeP's tiles"
+                "there is no fold val, which training needs for validation; --val takes it from CoNSeP's tiles, and a "
+                "QuPath folder may have a subfolder val"
             )
         return lines

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from hover_batch.errors import InputError
@@ -13,37 +14,52 @@ from kd.data.contact_sheet import ContactSheet
 from kd.data.findings import Findings
 from kd.data.layouts import Layout, recognise
 from kd.data.layouts.consep import Consep
-from kd.data.layouts.folder import InstanceFolder
+from kd.data.layouts.qupath import Qupath
 from kd.data.samples import Sample
 
 Watch = Callable[[Iterable[Sample], int], Iterable[Sample]]
 """Function from samples and their number to the same samples, which shows progress while they are iterated."""
 
 
-def prepare(folders: Sequence[Path], out: Path, sheet: Path, classes: str | None, val: int, watch: Watch) -> Findings:
+def prepare(
+    folders: Sequence[Path],
+    out: Path,
+    sheet: Path,
+    classes: str | None,
+    val: int,
+    class_map: Mapping[str, str],
+    watch: Watch,
+) -> Findings:
     """Write the images of all folders to the cache `out` and some of them to the PNG `sheet`.
 
     Return their counts and irregularities. `classes`: name in TAXONOMIES of the classes to map types to; None for
-    pannuke if a folder has PanNuke's types, else consep. `val`: number of CoNSeP's last training tiles to use as fold
-    val. `watch`: shows progress. Images are read one at a time. Raises InputError if an argument is invalid, the
-    folders have no images, a folder or an image cannot be read, or a file cannot be written; `out` is unchanged unless
-    only the contact sheet could not be written.
+    pannuke if the types of a folder fit it best, else consep. `val`: number of CoNSeP's last training tiles to use as
+    fold val. `class_map`: class in QuPath → meaning (see `Qupath`), in any case. `watch`: shows progress. Images are
+    read one at a time. Raises InputError if an argument is invalid, the folders have no images, a folder or an image
+    cannot be read, or a file cannot be written; `out` is unchanged unless only the contact sheet could not be written.
     """
-    layouts = [recognise(folder, val) for folder in folders]
+    lowered = {name.lower(): value.lower() for name, value in class_map.items()}
+    layouts = [recognise(folder, val, lowered) for folder in folders]
     if val and not any(isinstance(layout, Consep) for layout in layouts):
         raise InputError(f"--val {val}: is for CoNSeP (Train, Test), but none of the folders is CoNSeP; leave it out")
+    if class_map and not any(isinstance(layout, Qupath) for layout in layouts):
+        raise InputError(
+            f"--map {next(iter(class_map))}: is for QuPath's classes, but no folder has GeoJSON; leave it out"
+        )
     if not sheet.parent.is_dir():
         raise InputError(f"--sheet {sheet}: the folder {sheet.parent} does not exist; create it first")
     taxonomy = _taxonomy(classes, layouts)
     findings, pictures = Findings(taxonomy), ContactSheet(taxonomy)
+    # The calls check all classes before the first image is read.
+    samples = chain.from_iterable([layout.samples(taxonomy) for layout in layouts])
     with writing(out, taxonomy) as cache:
-        for sample in watch(_samples(layouts, taxonomy), sum(len(layout) for layout in layouts)):
+        for sample in watch(samples, sum(len(layout) for layout in layouts)):
             cache.add(sample)
             findings.add(sample)
             pictures.add(sample)
         if not findings.parts:
             raise InputError(f"{', '.join(map(str, folders))}: no images found; give folders with annotated images")
-    findings.unread_types = [s for layout in layouts if isinstance(layout, InstanceFolder) for s in layout.unread_types]
+    findings.notes = [note for layout in layouts for note in layout.notes]
     pictures.write(sheet)
     return findings
 
@@ -54,8 +70,3 @@ def _taxonomy(classes: str | None, layouts: Sequence[Layout]) -> Taxonomy:
     if classes not in TAXONOMIES:
         raise InputError(f"--classes {classes}: unknown; give one of {', '.join(TAXONOMIES)}")
     return TAXONOMIES[classes]
-
-
-def _samples(layouts: Sequence[Layout], taxonomy: Taxonomy) -> Iterator[Sample]:
-    for layout in layouts:
-        yield from layout.samples(taxonomy)

@@ -26,6 +26,7 @@ from hover_batch.nuclei.markers import MARKER_ENERGY
 from hover_batch.nuclei.watershed import SobelConstants, without_debris
 from kd.data.datasets import MPP, Sample
 from kd.evaluation.evaluate import MapsOf, centroids_and_types
+from kd.evaluation.scores import plain
 from kd.evaluation.variants import Parameters, extremes, from_stored, instances_by
 
 CUTS = (-0.1, -0.05, 0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
@@ -91,8 +92,11 @@ class Calibration:
     """Scores of all settings that were tried: first `window`, then each cut."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the cut, medians and trials as JSON values for the card, which stores the constants separately."""
-        return {"cut": self.cut, "medians": self.medians.to_json(), "trials": [asdict(t) for t in self.trials]}
+        """Return the cut, medians and trials as JSON values for the card, which stores the constants separately.
+
+        NaN becomes None.
+        """
+        return {"cut": self.cut, "medians": self.medians.to_json(), "trials": [plain(asdict(t)) for t in self.trials]}
 
 
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:

@@ -35,10 +35,10 @@ def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | No
 
     `n_types`: number of classes, background included. Pixels that a branch does not learn from are not counted. The
     result is cached in `folder`/class_weights.json, because reading a teacher's outputs takes long; it is computed
-    again if the samples, the number of classes or the teacher's package have changed. Raises InputError if a teacher's
-    output is missing or corrupted.
+    again if the samples, the number of classes, the teacher's package or its `tta` have changed. Raises InputError if a
+    teacher's output is missing or corrupted.
     """
-    digest = hashlib.sha256(f"{n_types} {teacher.sha256 if teacher else ''}".encode())
+    digest = hashlib.sha256(f"{n_types} {(teacher.sha256, teacher.tta) if teacher else ''}".encode())
     for sample in samples:
         digest.update(sample.image_sha256.encode())
         digest.update(sample.instances.tobytes())

@@ -188,6 +188,14 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_an_error_in_reading_is_not_blamed_on_the_cache(tmp_path, form):
+    with pytest.raises(FileNotFoundError, match="absent.png"), writing(tmp_path / form, PANNUKE) as cache:
+        cache.add(sample("a", 5, 4))
+        (tmp_path / "absent.png").read_bytes()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_npz_needs_no_zarr_ray_tiatoolbox_or_torch(tmp_path):
     path = write(tmp_path / "data.npz", [sample("a", 5, 4)])
     code = f"""

@@ -20,7 +20,17 @@ from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_d
 from hover_batch.taxonomy import CONSEP
 from kd.cli import kd_app
 from kd.data.datasets import Sample, read_data
-from kd.evaluation.calibrate import CUTS, F_D_MARGIN, OTHERS, calibrate, constants_at, trial, try_others
+from kd.evaluation.calibrate import (
+    CUTS,
+    F_D_MARGIN,
+    OTHERS,
+    Calibration,
+    Trial,
+    calibrate,
+    constants_at,
+    trial,
+    try_others,
+)
 from kd.training.targets import hv_targets
 
 LAYOUT = MapLayout(len(CONSEP.classes))
@@ -136,6 +146,13 @@ def test_the_search_goes_into_the_card_as_json(predicted):
     assert data["cut"] in (0.0, 0.1)
     assert [t["cut"] for t in data["trials"]] == [None, 0.0, 0.1]
     assert set(data["trials"][0]["pq"]) == {"consep", "tnbc"}
+
+
+def test_undefined_scores_go_into_the_card_as_null():
+    """A card with NaN is refused when the package is read."""
+    same = SobelConstants(-1.0, 1.0, -1.0, 1.0)
+    found = Calibration(same, 0.1, same, (Trial("fixed", 0.1, {"a": 0.5}, {"a": float("nan")}, {"a": float("nan")}),))
+    assert found.to_json()["trials"][0]["f_d"] == {"a": None}
 
 
 def test_other_numbers_are_tried_at_the_same_cut(predicted):

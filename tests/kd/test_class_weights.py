@@ -22,6 +22,7 @@ class Counted:
     """A teacher that says of every pixel that it is a nucleus of class 2, and counts how often it is asked."""
 
     sha256 = "ab"
+    tta = 1
 
     def __init__(self):
         self.asked = 0
@@ -91,5 +92,9 @@ def test_a_teacher_is_asked_once_until_the_data_change(tmp_path):
         class_weights(samples, 3, teacher, tmp_path) == weights == json.loads((tmp_path / FILE).read_text())["weights"]
     )
     assert teacher.asked == 1
-    class_weights([sample("a", [[0, 1, 1, 2]])], 3, teacher, tmp_path)
+    changed = [sample("a", [[0, 1, 1, 2]])]
+    class_weights(changed, 3, teacher, tmp_path)
     assert teacher.asked == 2
+    teacher.tta = 8  # the same network, averaged over turns and flips, gives other outputs
+    class_weights(changed, 3, teacher, tmp_path)
+    assert teacher.asked == 3

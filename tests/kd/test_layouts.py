@@ -246,6 +246,10 @@ def test_a_folder_with_types_of_known_codes(tmp_path):
             "row 2 has the split tset; write train, val or test",
         ),
         (
+            lambda f: (f / "dataset.csv").write_text(f"{HEADER}\n\n{ROW.strip()}\n\n\n{ROW.strip()}\n"),
+            "rows 3 and 6 have the same sample_id x",
+        ),
+        (
             lambda f: (f / "dataset.csv").write_text(f"{HEADER},magnification\n{ROW.strip()},20x\n"),
             "row 2 has magnification 20; rescale images and labels to 40",
         ),

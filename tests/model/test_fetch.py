@@ -157,7 +157,7 @@ def test_a_published_name_is_downloaded_by_tiatoolbox(
     assert server.asked[0].startswith("HEAD") and server.asked[-1].startswith("GET")
     assert find_package(NAME).card.training["recognised"] == "by the name given"
     assert (cache / "downloads" / f"{NAME}.pth").read_bytes() == checkpoint
-    # compare --teacher takes the package, and asks nobody.
+    # compare takes the package, and asks nobody.
     asked = len(server.asked)
     assert load_side(NAME, "--teacher", InferSettings()).card.name == NAME and len(server.asked) == asked
 
@@ -283,6 +283,23 @@ def test_verify_finds_corrupted_files(server: Server, checkpoint: bytes) -> None
     download.unlink()
     result = run("verify")
     assert result.exit_code == 2 and f"CORRUPTED  {download}: {download}: cannot be read" in result.stdout
+
+
+@pytest.mark.parametrize(("flag", "timing"), [("--teacher-weights", True), ("--against", False), ("--student", False)])
+def test_the_remedy_names_the_option_that_was_given(monkeypatch: pytest.MonkeyPatch, flag: str, timing: bool) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(PackageError, match=f"{flag}: the weights .* give the file: {flag} FILE.tar") as caught:
+        load_side(NAME, flag, InferSettings())
+    assert ("--timing-only" in str(caught.value)) == timing
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.symlink_to("/proc/self/mem")  # reading fails, also for root
+    with pytest.raises(PackageError, match=r"x\.tar: cannot be read \(Input/output error\)"):
+        load_side(str(path), "--against", InferSettings())
+    with pytest.raises(PackageError, match=r"--against x+: cannot be read \(File name too long\)"):
+        load_side("x" * 300, "--against", InferSettings())
 
 
 @pytest.mark.parametrize("find", [find_package, lambda name: load_side(name, "--teacher", InferSettings())])

@@ -99,6 +99,8 @@ def test_a_package_has_the_permissions_of_the_umask(saved: Path, tmp_path: Path)
             {CARD_KEY: json.dumps(CARD.to_json() | {"sobel": {**CARD.sobel, "h_min": 2.0}})},
             "a minimum is above its maximum",
         ),
+        ({CARD_KEY: json.dumps(CARD.to_json() | {"metrics": {"val": {"pq": float("nan")}}})}, "metrics .* not finite"),
+        ({CARD_KEY: json.dumps(CARD.to_json() | {"metrics": {"a": [[float("inf")]]}})}, "metrics .* not finite"),
     ],
 )
 def test_files_without_a_usable_card_are_refused(tmp_path: Path, metadata: dict[str, str] | None, message: str) -> None:

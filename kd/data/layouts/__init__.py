@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from hover_batch.errors import InputError
@@ -11,6 +12,7 @@ from hover_batch.taxonomy import Taxonomy
 from kd.data.layouts.consep import Consep
 from kd.data.layouts.folder import InstanceFolder
 from kd.data.layouts.pannuke import PanNuke
+from kd.data.layouts.qupath import Qupath
 from kd.data.samples import Sample
 
 
@@ -21,6 +23,10 @@ class Layout(Protocol):
     def classes(self) -> str:
         """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that fits its types best."""
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """Sentences for the user about what was not read; complete once all images are read."""
+
     @staticmethod
     def recognises(folder: Path) -> bool:
         """Return whether the folder has this layout, complete or not. Raises InputError if a fold occurs twice."""
@@ -30,15 +36,16 @@ class Layout(Protocol):
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
         """Yield the images, with types mapped to `taxonomy`, one of TAXONOMIES.
 
-        Raises InputError if an image cannot be read.
+        Raises InputError if an image cannot be read; if a type has no class, already in the call.
         """
 
 
-def recognise(folder: Path, val: int = 0) -> Layout:
+def recognise(folder: Path, val: int = 0, class_map: Mapping[str, str] = MappingProxyType({})) -> Layout:
     """Return the images in a folder, whose layout is recognised by its content. Pixels are not read yet.
 
-    `val`: number of CoNSeP's last training tiles to use as fold val; ignored for other layouts. Raises InputError if
-    there is no such folder, its layout is unknown, it is incomplete or invalid, or a fold occurs twice.
+    `val`: number of CoNSeP's last training tiles to use as fold val; ignored for other layouts. `class_map`: meanings
+    of QuPath's classes (see `Qupath`); ignored for other layouts. Raises InputError if there is no such folder, its
+    layout is unknown, it is incomplete or invalid, or a fold occurs twice.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give one with annotated images")
@@ -48,7 +55,10 @@ def recognise(folder: Path, val: int = 0) -> Layout:
         return Consep(folder, val)
     if PanNuke.recognises(folder):
         return PanNuke(folder)
+    if Qupath.recognises(folder):
+        return Qupath(folder, class_map)
     raise InputError(
         f"{folder}: unknown layout; give a folder with dataset.csv, with Train/Images and Train/Labels "
-        "(CoNSeP), or with Fold 1/images/fold1 and Fold 1/masks/fold1 (PanNuke)"
+        "(CoNSeP), with Fold 1/images/fold1 and Fold 1/masks/fold1 (PanNuke), or with pictures or slides and their "
+        "x.geojson (QuPath)"
     )

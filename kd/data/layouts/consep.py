@@ -32,6 +32,7 @@ class Consep:
     """
 
     classes = "consep"
+    notes = ()
 
     def __init__(self, folder: Path, val: int = 0) -> None:
         self._tiles: list[tuple[str, Path, Path]] = []

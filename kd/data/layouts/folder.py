@@ -47,21 +47,22 @@ class InstanceFolder:
             text = (folder / TABLE).read_bytes().decode("utf-8-sig")  # spreadsheets write a byte order mark
         except UnicodeDecodeError as error:
             raise InputError(f"{folder / TABLE}: not UTF-8; save it as CSV UTF-8") from error
-        cells = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+        reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
         try:
-            lines = [[cell.strip() for cell in line] for line in cells if line]
+            # Rows are counted as a spreadsheet shows them, with blank ones.
+            lines = {row: [cell.strip() for cell in cells] for row, cells in enumerate(reader, 1) if cells}
         except csv.Error as error:
             raise InputError(f"{folder / TABLE} cannot be read as CSV ({error}); save it again as CSV UTF-8") from error
-        header, rows = (lines[0], lines[1:]) if lines else ([], [])
+        header = lines.pop(min(lines)) if lines else []
         if missing := [c for c in COLUMNS if c not in header]:
             raise InputError(
                 f"{folder / TABLE}: no column {', '.join(missing)}; add it, and separate columns by commas"
             )
-        self._rows = [dict(zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
+        self._rows = [dict(zip_longest(header, cells[: len(header)], fillvalue="")) for cells in lines.values()]
         if not self._rows:
             raise InputError(f"{folder / TABLE}: it lists no image; add one row per image")
         row_of_id: dict[str, int] = {}
-        for number, row in enumerate(self._rows, start=2):  # row 1 is the header
+        for number, row in zip(lines, self._rows, strict=True):
             if empty := [c for c in COLUMNS if not row[c] and c != "types"]:
                 raise InputError(f"{folder / TABLE}: row {number} has no {', '.join(empty)}; fill it in")
             if not re.fullmatch(SPLITS, row["split"]):
@@ -95,9 +96,15 @@ class InstanceFolder:
         return "pannuke" if any(row["source"] == "pannuke" and row["types"] for row in self._rows) else "consep"
 
     @property
-    def unread_types(self) -> list[str]:
-        """Names of sources whose types are not read, because the meaning of their codes is unknown."""
-        return [s for s in self.sources if s not in CODES and any(r["types"] for r in self._rows if r["source"] == s)]
+    def notes(self) -> list[str]:
+        """A sentence about sources whose types are not read, if there are any."""
+        unread = [s for s in self.sources if s not in CODES and any(r["types"] for r in self._rows if r["source"] == s)]
+        if not unread:
+            return []
+        return [
+            f"the types of {', '.join(unread)} are not read, because the meaning of codes is known only for "
+            f"{', '.join(CODES)}"
+        ]
 
     @property
     def folds(self) -> list[str]:

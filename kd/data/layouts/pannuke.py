@@ -32,6 +32,7 @@ class PanNuke:
     """
 
     classes = "pannuke"
+    notes = ()
 
     def __init__(self, folder: Path) -> None:
         self._folds = {}
