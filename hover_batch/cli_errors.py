@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hover_batch.errors import DISK_FULL, HoverBatchError
+from hover_batch.errors import DISK_FULL, HoverBatchError, file_fault
 from hover_batch.executor.interrupts import on_interrupt
 from hover_batch.logs import LogFormat, json_line
 
@@ -52,7 +52,7 @@ class CommandGroup(TyperGroup):
             if error.errno in DISK_FULL:
                 message = "Error: no space left on disk; free some space and run the same command again"
             elif error.filename is not None:
-                message = f"Error: {error.filename}: {error.strerror}; check that it can be read and written"
+                message = f"Error: {file_fault(error)}"
             else:
                 raise
             _say(ctx, message, HoverBatchError.exit_code)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import SlideRecord
-from hover_batch.cohort.run_folder import nuclei_if_done, read_slides, require_run
+from hover_batch.cohort.run_folder import read_slides, require_run, slide_if_done
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.export.read import NucleiTable
 from hover_batch.export.summary import cohort_summary
@@ -115,7 +115,7 @@ def _rows(status: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRo
             row = replace(row, state="failed", note=_reason(failure.stage, failure.reason))
         elif begun := open_slides.get(record.slide_id):
             row = replace(row, state="begun" if status.is_running is False else "under way", note=begun.line())
-        elif nuclei_if_done(slide) is not None and "summary" in (stored := read_json(slide.slide_json) or {}):
+        elif "summary" in (stored := slide_if_done(slide) or {}):
             row = replace(
                 row,
                 state="done",
@@ -230,7 +230,7 @@ def _densities(sums: _Sums) -> list[Strip]:
             kind: [
                 (row.summary[name], f"{row.slide_id}: {row.summary[name]:,.0f}")
                 for row in sums.good
-                if name in row.summary
+                if isinstance(row.summary.get(name), int | float)
             ]
             for kind, name in names.items()
         }

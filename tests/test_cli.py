@@ -6,6 +6,7 @@ import csv as csv_module
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -359,6 +360,35 @@ def test_a_full_disk_is_said_in_one_line_and_blames_no_slide(
     result = run("segment", csv, "-o", out)
     assert result.exit_code == 0, result.output
     assert table(out / "failures.csv") == []
+
+
+def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(tile: Path, tmp_path: Path) -> None:
+    csv, out = cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), tmp_path / "out"
+    assert run("segment", csv, "-o", out).exit_code == 0
+    (out / "summary.csv").unlink()
+    (out / "summary.csv").mkdir()
+    result = run("segment", csv, "-o", out)
+    said = f"Error: {out}/summary.csv: Is a directory; a file belongs there: move or remove the folder"
+    assert result.exit_code == 1 and result.stderr.splitlines()[-1] == said
+    (out / "summary.csv").rmdir()
+    shutil.rmtree(out / "slides" / "tile")
+    (out / "slides" / "tile").touch()
+    assert run("segment", csv, "-o", out).exit_code == 4
+    said = f"{out}/slides/tile: File exists; a folder belongs there: move or remove the file"
+    assert [row["reason"] for row in table(out / "failures.csv")] == [said]
+
+
+def test_plan_takes_the_settings_of_segment_from_the_environment(tile: Path, tmp_path: Path) -> None:
+    csv = cohort(tmp_path, "path,mpp\ntile.png,20\n")
+    assert " 0.0 GB of prediction stores" not in run("plan", csv).stdout
+    discarded = run("plan", csv, env={"HOVER_BATCH_DISCARD_PREDICTIONS": "1"})
+    assert " 0.0 GB of prediction stores" in discarded.stdout
+    classes = tmp_path / "map.toml"
+    classes.write_text('other = ["nobody"]\n')
+    for name, value in {"UNIT": "1000", "BATCH": "many", "CLASS_MAP": str(classes)}.items():
+        variable = {f"HOVER_BATCH_{name}": value}
+        refused, same = run("plan", csv, env=variable), run("segment", csv, "-o", tmp_path / "out", env=variable)
+        assert refused.exit_code == 2 and refused.stderr.replace("plan", "segment") == same.stderr
 
 
 COMMAND = (sys.executable, "-c", "from hover_batch.cli import app; app()")
