@@ -19,7 +19,7 @@ from hover_batch.cohort.record import SlideRecord
 from hover_batch.cohort.run_folder import read_slides, require_run, slide_if_done
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.export.read import NucleiTable
-from hover_batch.export.summary import cohort_summary
+from hover_batch.export.summary import cohort_summary, refuse_altered
 from hover_batch.files import read_json
 from hover_batch.formatting import duration
 from hover_batch.model.package import find_package
@@ -147,6 +147,8 @@ def _report(status: RunStatus, rows: Sequence[SlideRow], sums: _Sums, title: str
     counts = dict.fromkeys(("done", "failed", "left out", "under way", "begun", "pending"), 0)
     for row in rows:
         counts[row.state] += 1
+    for row in sums.done:
+        refuse_altered(dict(row.summary), classes, layout.slide(row.slide_id).slide_json)
     run = require_run(layout)
     return Report(
         title=title,

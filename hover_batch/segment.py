@@ -20,7 +20,7 @@ from hover_batch.errors import DISK_FULL, InputError, exit_code
 from hover_batch.executor.backend import OpenBackend, open_backend, resolve_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.executor.protocol import RunContext
-from hover_batch.export.summary import cohort_summary, slide_summary, with_record_columns, write_summary
+from hover_batch.export.summary import cohort_summary, refuse_altered, slide_summary, with_record_columns, write_summary
 from hover_batch.formatting import LISTED, counted, listed
 from hover_batch.logs import LogFormat
 from hover_batch.model.package import Package, find_package
@@ -230,6 +230,8 @@ def _summarise(
     model_busy: float | None,
 ) -> None:
     """Write summary.csv and summary.parquet. `slides`: content of slide.json of each of `done`."""
+    for record, slide in zip(done, slides, strict=True):
+        refuse_altered(slide["summary"], taxonomy.nuclei, layout.slide(record.slide_id).slide_json)
     rows = [
         with_record_columns(slide["summary"], record, taxonomy) | summary_columns(slide, flags[record.slide_id])
         for slide, record in zip(slides, done, strict=True)

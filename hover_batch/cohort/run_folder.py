@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +22,7 @@ from hover_batch.geometry import Mpp
 RUN_FORMAT = "hover-batch run"
 """Value of `format` in run.json, which distinguishes it from files of that name by other programs."""
 _COUNTS = ("nuclei", "slides", "failed")
+_MAX_NUMBER = 1e100
 _NUMBERS = ("tissue_mm2", "nuclei_per_mm2", "area_um2_p50")
 """Columns in the summary of a finished slide that are numbers; a cohort's own columns never have these names."""
 
@@ -135,10 +135,10 @@ def _is_well_formed(stored: Mapping[str, Any]) -> bool:
     warnings = stored.get("warnings", [])
     if not all(isinstance(section, dict) for section in (summary, quality, limits)):
         return False
-    counts = [summary[name] for name in _COUNTS if summary]
+    counts = [summary.get(name) for name in _COUNTS if summary]
     numbers = [value for name, value in summary.items() if name in _NUMBERS or name.startswith("seconds_")]
     return (
-        all(type(count) is int and count >= 0 for count in (stored.get("nuclei"), *counts))
+        all(type(count) is int and _is_number(count) for count in (stored.get("nuclei"), *counts))
         and all(number is None or _is_number(number) for number in numbers)
         and all(value is None or isinstance(value, str) or _is_number(value) for value in summary.values())
         and all(_is_number(value) for name, value in quality.items() if name != "sharpness")
@@ -154,5 +154,5 @@ def _are_numbers(values: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is a finite number that is not negative, as all measures are."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    """Whether a value is a number that a slide may have: finite and not negative."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MAX_NUMBER

@@ -319,11 +319,15 @@ def test_refused_values_of_aperio_are_quoted(tmp_path: Path, mpp: str, said: str
 
 def test_a_size_of_0_was_not_recorded(tmp_path: Path) -> None:
     """Some Philips exports have it."""
-    spacing = (
-        '<Attribute Name="DICOM_PIXEL_SPACING" Group="0x0028" Element="0x0030">&quot;0&quot; &quot;0&quot;</Attribute>'
-    )
-    scan = '<DataObject ObjectType="DPScannedImage"><Attribute Name="PIM_DP_IMAGE_TYPE">WSI</Attribute></DataObject>'
-    scans = f'<Attribute Name="PIM_DP_SCANNED_IMAGES"><Array>{scan}</Array></Attribute>'
+
+    def objects(name: str, kind: str, content: str) -> str:
+        array = f'<Array><DataObject ObjectType="{kind}">{content}</DataObject></Array>'
+        return f'<Attribute Name="{name}">{array}</Attribute>'
+
+    spacing = '<Attribute Name="DICOM_PIXEL_SPACING">&quot;0&quot; &quot;0&quot;</Attribute>'
+    level = objects("PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE", "PixelDataRepresentation", spacing)
+    scan = f'{spacing}<Attribute Name="PIM_DP_IMAGE_TYPE">WSI</Attribute>{level}'
+    scans = objects("PIM_DP_SCANNED_IMAGES", "DPScannedImage", scan)
     text = f'<?xml version="1.0"?><DataObject ObjectType="DPUfsImport">{spacing}{scans}</DataObject>'
     path = written(tmp_path / "slide.tiff", **TILES, software="Philips DP v1.0", description=text, metadata=None)
     with pytest.raises(
