@@ -39,9 +39,10 @@ class _Dropping(io.RawIOBase):
         try:
             return self._raw.write(data)
         except OSError as error:
-            if not (self._always or isinstance(error, BrokenPipeError)):
-                raise
-            return len(data)
+            if self._always or isinstance(error, BrokenPipeError):
+                return len(data)
+            self._always = True  # Python writes the rest of its buffer at exit, and would report the error again
+            raise
 
 
 def _tolerant(stream: Any) -> Any:
@@ -69,8 +70,10 @@ class CommandGroup(TyperGroup):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command line. Arguments and result are those of typer's `main`.
 
-        Without colours and cursor movements if NO_COLOR is set.
+        Without colours and cursor movements if NO_COLOR is set. Characters that the terminal cannot encode are printed
+        as escapes, and output that nobody reads is dropped.
         """
+        sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
         if os.environ.get("NO_COLOR"):
             # By itself, rich leaves out only the colours; it would still print bold text and move the cursor.
             os.environ["TERM"] = "dumb"
@@ -81,9 +84,7 @@ class CommandGroup(TyperGroup):
         """Run a command; on an expected error, print its message to stderr and raise typer.Exit with its exit code.
 
         Expected are HoverBatchError, an OSError that names a file or means a full disk, and KeyboardInterrupt (130).
-        Characters that the terminal cannot encode are printed as escapes. Output that nobody reads is dropped.
         """
-        sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
         try:
             with on_interrupt():
                 return super().invoke(ctx)

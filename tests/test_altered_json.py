@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from made_run import write_field, write_run
 from typer.testing import CliRunner, Result
 
 from hover_batch.cli import app
+from hover_batch.cohort.events import stream_events
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.errors import SlideError
 from hover_batch.slide.survey import read_info
@@ -73,6 +75,23 @@ def test_altered_columns_of_classes_are_refused(layout: RunLayout, changes: dict
     result = run("report", layout.root)
     path.write_bytes(original)
     assert result.exit_code == 2 and f"{path}: was edited: its summary lacks numbers" in result.stderr
+
+
+def test_a_slide_that_was_renamed_with_its_folder(tmp_path: Path) -> None:
+    """Its nuclei are kept, under the new name."""
+    field, *_ = write_field(tmp_path, 200)
+    out, rows = tmp_path / "out", tmp_path / "cohort.csv"
+    tables = []
+    for name in ("a", "b"):
+        rows.write_text(f"path,slide_id,mpp\n{field.name},{name},0.25\n")
+        assert run("segment", rows, "-o", out, "--backend", "local").exit_code == 0
+        tables.append(pd.read_parquet(out / "slides" / name / "nuclei.parquet"))
+        assert len(tables[-1]) > 10 and set(tables[-1]["slide_id"]) == {name}
+        if name == "a":
+            (out / "slides" / "a").rename(out / "slides" / "b")
+    predicted = [event for event in stream_events(out / "logs" / "events.jsonl") if event["event"] == "unit_done"]
+    assert len(predicted) == 1
+    assert tables[0].drop(columns="slide_id").equals(tables[1].drop(columns="slide_id"))
 
 
 def test_segment_makes_an_altered_slide_json_again(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_bad_settings_name_their_flag(tile: Path, tmp_path: Path, flags: list[st
 def test_flag_goes_before_environment_before_config_before_default(tile: Path, tmp_path: Path) -> None:
     csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
     config = tmp_path / "run.toml"
-    config.write_text("[infer]\nbatch = 2\nunit = 1024\n\n[post]\nhalo = 48\n")
+    config.write_text("\ufeff[infer]\nbatch = 2\nunit = 1024\n\n[post]\nhalo = 48\n")  # Notepad begins files so
     env = {"HOVER_BATCH_UNIT": "512", "HOVER_BATCH_HALO": "32"}
     out = tmp_path / "out"
     assert run("segment", csv, "-o", out, "--config", config, "--halo", "16", env=env).exit_code == 0

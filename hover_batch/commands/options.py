@@ -179,6 +179,6 @@ def _class_map(path: Path) -> dict[str, Any]:
 def read_toml(flag: str, path: Path) -> dict[str, Any]:
     """Return the content of a TOML file. InputError, which names the option `flag`, if it cannot be read."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{flag} {path}: {error}") from error

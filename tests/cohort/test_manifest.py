@@ -381,6 +381,12 @@ def test_paths_may_be_urls(tmp_path: Path) -> None:
     assert "chained" in cohort.faults[0].message and "x-a" in cohort.faults[1].message
 
 
+def test_invisible_characters_around_cells_are_dropped(slides: Path) -> None:
+    """Windows begins a copied path with U+202A."""
+    cohort = read_cohort(write(slides, "\u200bpath\u200b,mpp\xa0\n\u202aa.svs\u202c,\ufeff0.25\n"))
+    assert cohort.faults == () and [(r.path, r.mpp) for r in cohort.records] == [(slides / "a.svs", Mpp(0.25, 0.25))]
+
+
 def test_file_uris_name_files_of_this_machine(slides: Path) -> None:
     (slides / "mask.geojson").write_text("{}")
     place = f"file://localhost{slides}"
