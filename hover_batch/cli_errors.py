@@ -37,7 +37,7 @@ class _Dropping(io.RawIOBase):
 
     def write(self, data: Any) -> int | None:
         try:
-            return self._raw.write(data)
+            return self._raw.write(data) if len(data) else 0  # click tries it, and ignores errors
         except OSError as error:
             if self._always or isinstance(error, BrokenPipeError):
                 return len(data)
