@@ -173,10 +173,16 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
     after --discard-predictions; SlideError or PackageError if it is corrupted or incomplete.
     """
     folder = Path(slide_folder).absolute()
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file; give the folder of the slide, out/slides/ID")
     layout = SlideLayout(folder.parent.parent, folder.name)
     path = layout.predictions_zarr
-    if not (path / "zarr.json").is_file():
-        raise InputError(f"{folder}: holds no predictions; give out/slides/ID of a run that kept predictions")
+    # Another slide could lie where the layout expects a folder that was moved out of its run.
+    if path.parent != folder or not (path / "zarr.json").is_file():
+        raise InputError(
+            f"{folder}: holds no predictions, or is not in the folder slides of a run; give out/slides/ID of a run "
+            "that kept predictions"
+        )
     try:
         store = PredictionStore.open(path, read_only=True)
         _refuse_missing_shards(store, layout)

@@ -10,9 +10,54 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hover_batch.errors import DISK_FULL, HoverBatchError
+from hover_batch.errors import DISK_FULL, HoverBatchError, file_fault
 from hover_batch.executor.interrupts import on_interrupt
 from hover_batch.logs import LogFormat, json_line
+
+
+class _Dropping(io.RawIOBase):
+    """Stream that writes to `raw`, and drops what cannot be written, so that a command ends as it would otherwise.
+
+    This is the case after its reader, such as `head`, has closed the pipe. If `always` is set, errors of all kinds
+    count, such as a full disk: it is for messages on stderr.
+    """
+
+    def __init__(self, raw: io.FileIO, *, always: bool) -> None:
+        self._raw = raw
+        self._always = always
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._raw.isatty()
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return self._raw.write(data) if len(data) else 0  # click tries it, and ignores errors
+        except OSError as error:
+            if self._always or isinstance(error, BrokenPipeError):
+                return len(data)
+            self._always = True  # Python writes the rest of its buffer at exit, and would report the error again
+            raise
+
+
+def _tolerant(stream: Any) -> Any:
+    """Return stdout or stderr as a stream that drops what cannot be written, and escapes what cannot be encoded."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.reconfigure(errors="backslashreplace")  # else µ and → raise an error on a terminal that is not UTF-8
+    raw = getattr(stream.buffer, "raw", stream.buffer)
+    if not isinstance(raw, io.FileIO):  # a test's
+        return stream
+    dropping = _Dropping(raw, always=stream is sys.stderr)
+    buffer: Any = dropping if raw is stream.buffer else io.BufferedWriter(dropping)  # raw with python -u
+    return io.TextIOWrapper(
+        buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering, write_through=stream.write_through
+    )
 
 
 class CommandGroup(TyperGroup):
@@ -25,8 +70,10 @@ class CommandGroup(TyperGroup):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command line. Arguments and result are those of typer's `main`.
 
-        Without colours and cursor movements if NO_COLOR is set.
+        Without colours and cursor movements if NO_COLOR is set. Characters that the terminal cannot encode are printed
+        as escapes, and output that nobody reads is dropped.
         """
+        sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
         if os.environ.get("NO_COLOR"):
             # By itself, rich leaves out only the colours; it would still print bold text and move the cursor.
             os.environ["TERM"] = "dumb"
@@ -37,11 +84,7 @@ class CommandGroup(TyperGroup):
         """Run a command; on an expected error, print its message to stderr and raise typer.Exit with its exit code.
 
         Expected are HoverBatchError, an OSError that names a file or means a full disk, and KeyboardInterrupt (130).
-        Characters that the terminal cannot encode are printed as escapes.
         """
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # else µ and → raise an error on a terminal that is not UTF-8
-                stream.reconfigure(errors="backslashreplace")
         try:
             with on_interrupt():
                 return super().invoke(ctx)
@@ -52,7 +95,7 @@ class CommandGroup(TyperGroup):
             if error.errno in DISK_FULL:
                 message = "Error: no space left on disk; free some space and run the same command again"
             elif error.filename is not None:
-                message = f"Error: {error.filename}: {error.strerror}; check that it can be read and written"
+                message = f"Error: {file_fault(error)}"
             else:
                 raise
             _say(ctx, message, HoverBatchError.exit_code)

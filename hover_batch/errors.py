@@ -21,6 +21,16 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk and an exhausted quota, which are not faults of a slide."""
 
 
+def file_fault(error: OSError) -> str:
+    """Return what is wrong with the file that `error` names, and what to do."""
+    remedy = "check that it can be read and written"
+    if error.errno == errno.EISDIR:
+        remedy = "a file belongs there: move or remove the folder"
+    elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+        remedy = "a folder belongs there: move or remove the file"
+    return f"{error.filename}: {error.strerror}; {remedy}"
+
+
 def exit_code(done: int, failed: int) -> int:
     """Return the exit code of a command on many slides or runs: 0 all done, 3 some failed, 4 none done."""
     if not done:

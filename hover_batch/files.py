@@ -35,7 +35,10 @@ def replacing(path: Path) -> Iterator[Path]:
     with _temporary(path) as temporary:
         yield temporary
         _sync(temporary)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:  # its message would name the temporary file, such as when `path` is a folder
+            raise OSError(error.errno, error.strerror, str(path)) from error
     _sync(path.parent)
 
 
@@ -44,11 +47,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary path at which the block creates a folder, which then replaces the folder `path`, if any.
 
     For folders that can be made again: files are not synced, and for a moment during the replacement neither the old
-    nor the new folder exists at `path`. If the block raises an exception, `path` is unchanged.
+    nor the new folder exists at `path`. If the block raises an exception, `path` is unchanged. FileNotFoundError if the
+    block creates no folder.
     """
     temporary = _hidden_name(path)
     try:
         yield temporary
+        if not temporary.is_dir():  # before the old folder is moved away
+            raise FileNotFoundError(errno.ENOENT, "no folder was made to replace it", str(path))
         if path.exists():
             replaced = _hidden_name(path)
             os.replace(path, replaced)

@@ -23,6 +23,7 @@ from hover_batch.slide.given_mask import check_mask
 from hover_batch.slide.headers import SlideInfo, peek
 from hover_batch.slide.pixel_size import check_mpp, warnings_of
 from hover_batch.slide.remote import RemoteInfo, remote_info
+from hover_batch.taxonomy import Taxonomy
 
 STORE_BYTES_PER_PIXEL = 4.0
 """Compressed size of all planes per predicted pixel of dense tissue (3.8 on the example)."""
@@ -124,6 +125,20 @@ class Plan:
             f"{store / 1e9:.1f} GB of prediction stores, about {duration(seconds)} on {cores} idle cores"
         )
         return lines
+
+
+def check_settings(settings: Settings, card: Card) -> Taxonomy:
+    """Check the settings that depend on the model, and return the classes of the tables. InputError if one is invalid.
+
+    `card`: card of the model.
+    """
+    if settings.infer.unit % card.tile_out:
+        raise InputError(
+            f"--unit {settings.infer.unit}: must be a multiple of {card.tile_out}, the side of what the model "
+            f"{card.name} keeps of a tile"
+        )
+    taxonomy, _ = card.taxonomy.merged(settings.post.class_map)
+    return taxonomy
 
 
 def plan_cohort(cohort: Cohort, card: Card) -> Plan:

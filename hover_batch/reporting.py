@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import SlideRecord
-from hover_batch.cohort.run_folder import nuclei_if_done, read_slides, require_run
+from hover_batch.cohort.run_folder import read_slides, require_run, slide_if_done
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.export.read import NucleiTable
-from hover_batch.export.summary import cohort_summary
+from hover_batch.export.summary import cohort_summary, refuse_altered
 from hover_batch.files import read_json
 from hover_batch.formatting import duration
 from hover_batch.model.package import find_package
@@ -115,7 +115,7 @@ def _rows(status: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRo
             row = replace(row, state="failed", note=_reason(failure.stage, failure.reason))
         elif begun := open_slides.get(record.slide_id):
             row = replace(row, state="begun" if status.is_running is False else "under way", note=begun.line())
-        elif nuclei_if_done(slide) is not None and "summary" in (stored := read_json(slide.slide_json) or {}):
+        elif "summary" in (stored := slide_if_done(slide) or {}):
             row = replace(
                 row,
                 state="done",
@@ -147,6 +147,8 @@ def _report(status: RunStatus, rows: Sequence[SlideRow], sums: _Sums, title: str
     counts = dict.fromkeys(("done", "failed", "left out", "under way", "begun", "pending"), 0)
     for row in rows:
         counts[row.state] += 1
+    for row in sums.done:
+        refuse_altered(dict(row.summary), classes, layout.slide(row.slide_id).slide_json)
     run = require_run(layout)
     return Report(
         title=title,
@@ -230,7 +232,7 @@ def _densities(sums: _Sums) -> list[Strip]:
             kind: [
                 (row.summary[name], f"{row.slide_id}: {row.summary[name]:,.0f}")
                 for row in sums.good
-                if name in row.summary
+                if isinstance(row.summary.get(name), int | float)
             ]
             for kind, name in names.items()
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,19 +13,19 @@ from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import Ledger, SlideFailure
 from hover_batch.cohort.manifest import Cohort, read_cohort
 from hover_batch.cohort.record import SlideRecord, Stage, Url
-from hover_batch.cohort.run_folder import read_run
+from hover_batch.cohort.run_folder import read_run, slide_if_done
 from hover_batch.cohort.run_key import ModelId
 from hover_batch.config import AUTO_BATCH, Settings
 from hover_batch.errors import DISK_FULL, InputError, exit_code
 from hover_batch.executor.backend import OpenBackend, open_backend, resolve_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.executor.protocol import RunContext
-from hover_batch.export.summary import cohort_summary, slide_summary, with_record_columns, write_summary
+from hover_batch.export.summary import cohort_summary, refuse_altered, slide_summary, with_record_columns, write_summary
 from hover_batch.formatting import LISTED, counted, listed
 from hover_batch.logs import LogFormat
 from hover_batch.model.package import Package, find_package
 from hover_batch.nuclei.table import SCHEMA_VERSION
-from hover_batch.plan import plan_cohort
+from hover_batch.plan import check_settings, plan_cohort
 from hover_batch.quality.flags import FLAG_NAMES, Flag, flag_slides, summary_columns
 from hover_batch.slide_work import result_key
 from hover_batch.stored_run import StoredRun
@@ -119,16 +118,12 @@ def run_segment(
     if isinstance(source, StoredRun):
         source.check(settings, output, force=force)
         package, plan = source.package, source.plan
+        taxonomy = check_settings(settings, package.card)
     else:
         package = find_package(settings.model)
-        if settings.infer.unit % package.card.tile_out:
-            raise InputError(
-                f"--unit {settings.infer.unit}: must be a multiple of {package.card.tile_out}, "
-                f"the side of what the model {package.card.name} keeps of a tile"
-            )
+        taxonomy = check_settings(settings, package.card)
         settings = resolve_here(settings)
         plan = plan_cohort(read_cohort(source) if isinstance(source, str) else source, package.card)
-    taxonomy, _ = package.card.taxonomy.merged(settings.post.class_map)
     if not skip_invalid:
         plan.raise_if_faulty()
     layout = RunLayout(output)
@@ -219,7 +214,9 @@ def _flag(ledger: Ledger, records: Sequence[SlideRecord], fail_on: Collection[st
 
 
 def _slide_json(layout: RunLayout, slide_id: str) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(layout.slide(slide_id).slide_json.read_bytes())
+    slide = layout.slide(slide_id)
+    if (values := slide_if_done(slide)) is None:
+        raise InputError(f"{slide.slide_json}: was changed during the run; repeat the command")
     return values
 
 
@@ -233,6 +230,8 @@ def _summarise(
     model_busy: float | None,
 ) -> None:
     """Write summary.csv and summary.parquet. `slides`: content of slide.json of each of `done`."""
+    for record, slide in zip(done, slides, strict=True):
+        refuse_altered(slide["summary"], taxonomy.nuclei, layout.slide(record.slide_id).slide_json)
     rows = [
         with_record_columns(slide["summary"], record, taxonomy) | summary_columns(slide, flags[record.slide_id])
         for slide, record in zip(slides, done, strict=True)

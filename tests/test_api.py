@@ -148,6 +148,11 @@ def test_predictions_that_lack_a_shard_are_refused(table: Path, tmp_path: Path) 
     folder = Path(shutil.copytree(table.parent, tmp_path / "slides" / table.parent.name))
     hover_batch.load_predictions(folder)
     next(path for path in (folder / "predictions.zarr" / "c").rglob("*") if path.is_file()).unlink()
+    with pytest.raises(InputError, match="is a file; give the folder of the slide"):
+        hover_batch.load_predictions(folder / "nuclei.parquet")
+    moved = Path(shutil.copytree(folder, tmp_path / "kept" / folder.name))
+    with pytest.raises(InputError, match="not in the folder slides of a run"):
+        hover_batch.load_predictions(moved)  # else it would be the slide of the same name in slides/
     with pytest.raises(SlideError, match=r"the shard of the unit 0_0 \(column_row\) is missing.*run the slide again"):
         hover_batch.load_predictions(folder)
 

@@ -6,6 +6,7 @@ import csv as csv_module
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_bad_settings_name_their_flag(tile: Path, tmp_path: Path, flags: list[st
 def test_flag_goes_before_environment_before_config_before_default(tile: Path, tmp_path: Path) -> None:
     csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
     config = tmp_path / "run.toml"
-    config.write_text("[infer]\nbatch = 2\nunit = 1024\n\n[post]\nhalo = 48\n")
+    config.write_text("\ufeff[infer]\nbatch = 2\nunit = 1024\n\n[post]\nhalo = 48\n")  # Notepad begins files so
     env = {"HOVER_BATCH_UNIT": "512", "HOVER_BATCH_HALO": "32"}
     out = tmp_path / "out"
     assert run("segment", csv, "-o", out, "--config", config, "--halo", "16", env=env).exit_code == 0
@@ -361,6 +362,35 @@ def test_a_full_disk_is_said_in_one_line_and_blames_no_slide(
     assert table(out / "failures.csv") == []
 
 
+def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(tile: Path, tmp_path: Path) -> None:
+    csv, out = cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), tmp_path / "out"
+    assert run("segment", csv, "-o", out).exit_code == 0
+    (out / "summary.csv").unlink()
+    (out / "summary.csv").mkdir()
+    result = run("segment", csv, "-o", out)
+    said = f"Error: {out}/summary.csv: Is a directory; a file belongs there: move or remove the folder"
+    assert result.exit_code == 1 and result.stderr.splitlines()[-1] == said
+    (out / "summary.csv").rmdir()
+    shutil.rmtree(out / "slides" / "tile")
+    (out / "slides" / "tile").touch()
+    assert run("segment", csv, "-o", out).exit_code == 4
+    said = f"{out}/slides/tile: File exists; a folder belongs there: move or remove the file"
+    assert [row["reason"] for row in table(out / "failures.csv")] == [said]
+
+
+def test_plan_takes_the_settings_of_segment_from_the_environment(tile: Path, tmp_path: Path) -> None:
+    csv = cohort(tmp_path, "path,mpp\ntile.png,20\n")
+    assert " 0.0 GB of prediction stores" not in run("plan", csv).stdout
+    discarded = run("plan", csv, env={"HOVER_BATCH_DISCARD_PREDICTIONS": "1"})
+    assert " 0.0 GB of prediction stores" in discarded.stdout
+    classes = tmp_path / "map.toml"
+    classes.write_text('other = ["nobody"]\n')
+    for name, value in {"UNIT": "1000", "BATCH": "many", "CLASS_MAP": str(classes)}.items():
+        variable = {f"HOVER_BATCH_{name}": value}
+        refused, same = run("plan", csv, env=variable), run("segment", csv, "-o", tmp_path / "out", env=variable)
+        assert refused.exit_code == 2 and refused.stderr.replace("plan", "segment") == same.stderr
+
+
 COMMAND = (sys.executable, "-c", "from hover_batch.cli import app; app()")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -381,6 +411,21 @@ def test_a_run_goes_on_when_nobody_reads_its_progress(tile: Path, tmp_path: Path
     done = subprocess.run(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=writer, text=True)
     os.close(writer)
     assert done.returncode == 0 and "1 slide done, 0 failed" in done.stdout
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_changes_no_exit_code(tile: Path, tmp_path: Path, unbuffered: str) -> None:
+    """As after `| head -1`; and messages on a full disk, here /dev/full, stop no run."""
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    environment = ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full, open(writer, "w") as closed:
+        for arguments in (["plan", csv], ["segment", csv, "-o", tmp_path / "out"], ["--help"]):
+            ended = subprocess.run([*COMMAND, *arguments], env=environment, stdout=closed, stderr=full)
+            assert ended.returncode == 0, arguments
+        ended = subprocess.run([*COMMAND, "plan", csv], env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1 and ended.stderr.startswith("Error: no space left on disk")
 
 
 def test_an_output_whose_name_is_not_utf8(tile: Path, tmp_path: Path) -> None:

@@ -78,6 +78,22 @@ def test_a_folder_is_replaced_whole(tmp_path: Path, old: bool) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_block_that_makes_no_folder_keeps_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    path.mkdir()
+    with pytest.raises(FileNotFoundError, match=f"no folder was made.*{path}"), replacing_folder(path):
+        pass
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "summary.csv"
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match=f"'{path}'$"):
+        write_atomically(path, b"new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("step", ["fsync", "link"])
 def test_a_failed_first_write_leaves_the_place_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     path = tmp_path / "a.json"

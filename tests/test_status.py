@@ -390,4 +390,4 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path: Path) -> None
     result = run("view", out, "--slide", "a")
     assert result.exit_code == 1
     path = out / "slides" / "a" / "slide.json"
-    assert result.stderr == f"Error: {path}: Is a directory; check that it can be read and written\n"
+    assert result.stderr == f"Error: {path}: Is a directory; a file belongs there: move or remove the folder\n"

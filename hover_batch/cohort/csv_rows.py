@@ -23,6 +23,9 @@ _DELIMITERS = ",;\t"
 """Excel writes semicolons where the comma is the decimal separator."""
 _SEPARATOR_LINE = re.compile(rf'"?sep=[{_DELIMITERS}]?"?[{_DELIMITERS}]*(\r\n|\n|\r)', re.IGNORECASE)
 """First line that names the delimiter for Excel."""
+_BLANK = r"[\s\u200b-\u200f\u202a-\u202e\u2060\ufeff]"
+"""White space, and the invisible characters that come with paths and headers copied from Windows and web pages."""
+_MARGINS = re.compile(f"^{_BLANK}+|{_BLANK}+$")
 _ALIASES = {"wsi": "path", "slide": "path", "sample": "slide_id", "slide_mpp": "mpp"}
 
 
@@ -93,7 +96,7 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
         # A quoted cell may span lines, so the line where a record ends is not its row.
         number = reader.line_num + (2 if separator else 1)
         try:
-            cells = [cell.strip() for cell in next(reader)]
+            cells = [_MARGINS.sub("", cell) for cell in next(reader)]
         except StopIteration:
             return
         except csv.Error as error:

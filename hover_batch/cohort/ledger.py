@@ -27,7 +27,7 @@ from hover_batch.cohort.events import EventLog
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord, Url
-from hover_batch.cohort.run_folder import RUN_FORMAT, nuclei_if_done, read_run
+from hover_batch.cohort.run_folder import RUN_FORMAT, nuclei_if_done, read_run, slide_if_done
 from hover_batch.cohort.run_key import ModelId, refuse_changes, run_identity
 from hover_batch.cohort.run_lock import lock
 from hover_batch.config import Settings
@@ -108,7 +108,7 @@ class Ledger:
     def events(self) -> EventLog:
         """Log of the run's changes of state, open from `start` to the end of the `with` block; else RuntimeError."""
         if self._events is None:
-            raise RuntimeError("the ledger is not started")
+            raise RuntimeError("the log of events is open only after `start`, in the ledger's `with` block")
         return self._events
 
     def start(
@@ -261,8 +261,8 @@ class Ledger:
         by minutes.
         """
         slide = self.layout.slide(slide_id)
-        stored = read_json(slide.slide_json) or {}
-        if stored.get("run_key") != key or not slide.nuclei_parquet.is_file():
+        stored = slide_if_done(slide)
+        if stored is None or stored.get("run_key") != key or not slide.nuclei_parquet.is_file():
             return False
         size = slide.nuclei_parquet.stat().st_size
         if stored.get("nuclei_bytes", size) != size:

@@ -26,6 +26,8 @@ from hover_batch.geometry import Mpp
 _MASK_SUFFIXES = (".geojson", ".geojson.gz", ".json", ".json.gz", ".zip", ".png")
 _DECIMAL_COMMA = re.compile(r"(?![1-9]\d{0,2},\d{3}$)\d+,\d+")
 """Digits on both sides of a comma that does not separate thousands."""
+_LOCAL_URI = re.compile(r"(file|local)://(localhost(?=/))?", re.IGNORECASE)
+"""Beginning of a URI that names a file on this machine."""
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -164,12 +166,16 @@ def _check(source: str, rows: list[Row], base: Path, warnings: list[str]) -> Coh
             first_with_id.setdefault(fold(slide_id), row.number)
         mpp = _mpp(row, messages)
         magnification = _magnification(row, messages)
-        mask_path = base / row.cells["mask_path"] if "mask_path" in row.cells else None
-        if mask_path:
+        mask_path = _location(row.cells["mask_path"], base) if "mask_path" in row.cells else None
+        if isinstance(mask_path, Url):
+            messages.append(
+                f"mask_path {mask_path}: a mask is not read from a URL; copy it to a disk and give its path"
+            )
+        elif mask_path:
             messages += [f"mask_path {mask_path}: {fault}" for fault in _faults_of_mask(mask_path, base)]
         if row.surplus:
             messages.append(f"has {row.surplus} more cells than the header; a cell with a comma needs quotes")
-        if messages or path is None:
+        if messages or path is None or isinstance(mask_path, Url):
             faults += [RowFault(row.number, row.label, message) for message in messages]
             continue
         place = path.text if isinstance(path, Url) else os.path.realpath(path)
@@ -193,10 +199,9 @@ def _check(source: str, rows: list[Row], base: Path, warnings: list[str]) -> Coh
 
 
 def _location(cell: str, base: Path) -> Path | Url:
-    url = Url.of(cell)
-    if url is None:
-        return base / cell
-    return base / cell.split("://", 1)[1] if url.protocol in ("file", "local") else url
+    if local := _LOCAL_URI.match(cell):
+        return base / cell[local.end() :]
+    return Url.of(cell) or base / cell
 
 
 def _slide_id(row: Row, base: Path) -> str:

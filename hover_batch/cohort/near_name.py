@@ -9,7 +9,8 @@ from urllib.parse import unquote
 
 _SHELL = re.compile(r"~|\$")
 """What a shell replaces, at the beginning of a path."""
-_WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_WINDOWS_ROOT = re.compile(r"/?[A-Za-z]:[\\/]|\\\\")
+"""With a slash before it in file:///C:/…"""
 
 
 def near_name(path: Path, base: Path) -> str:

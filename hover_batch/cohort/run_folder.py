@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from hover_batch.geometry import Mpp
 
 RUN_FORMAT = "hover-batch run"
 """Value of `format` in run.json, which distinguishes it from files of that name by other programs."""
+_COUNTS = ("nuclei", "slides", "failed")
+_MAX_NUMBER = 1e100
+_NUMBERS = ("tissue_mm2", "nuclei_per_mm2", "area_um2_p50")
+"""Columns in the summary of a finished slide that are numbers; a cohort's own columns never have these names."""
 
 
 def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
@@ -109,6 +114,7 @@ def nuclei_if_done(slide: SlideLayout) -> int | None:
 def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict[str, Any] | None:
     """Return the content of a finished slide's slide.json; None if there is none, or it records another slide.
 
+    None, too, if the file is corrupted, or was edited so that values are of other types: then `segment` makes it again.
     `failed_at`: time when the slide failed in the last start; None if it did not. A slide.json that was written before
     does not count, since that start rejected it. OSError if the file cannot be read.
     """
@@ -120,4 +126,33 @@ def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict
     if failed_at is not None and modified < failed_at.timestamp():
         return None
     is_own = stored.get("slide_id", slide.slide_id) == slide.slide_id
-    return stored if is_own and isinstance(stored.get("nuclei"), int) else None
+    return stored if is_own and _is_well_formed(stored) else None
+
+
+def _is_well_formed(stored: Mapping[str, Any]) -> bool:
+    """Whether the values of a slide.json that commands compute with have the types that `segment` writes."""
+    summary, quality, limits = (stored.get(name, {}) for name in ("summary", "quality", "limits"))
+    warnings = stored.get("warnings", [])
+    if not all(isinstance(section, dict) for section in (summary, quality, limits)):
+        return False
+    counts = [summary.get(name) for name in _COUNTS if summary]
+    numbers = [value for name, value in summary.items() if name in _NUMBERS or name.startswith("seconds_")]
+    return (
+        all(type(count) is int and _is_number(count) for count in (stored.get("nuclei"), *counts))
+        and all(number is None or _is_number(number) for number in numbers)
+        and all(value is None or isinstance(value, str) or _is_number(value) for value in summary.values())
+        and all(_is_number(value) for name, value in quality.items() if name != "sharpness")
+        and _are_numbers(quality.get("sharpness", []))
+        and all(_are_numbers(pair) and len(pair) == 2 for pair in limits.values())
+        and isinstance(warnings, list)
+        and all(isinstance(warning, str) for warning in warnings)
+    )
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(map(_is_number, values))
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number that a slide may have: finite and not negative."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MAX_NUMBER

@@ -48,7 +48,12 @@ def setting(flag: str, help: str, panel: str, default: str | None = None, **type
 
 def batch_size(text: str) -> int | str:
     """Parse the value of --batch: auto, or a whole number. ValueError for anything else."""
-    return text if text == "auto" else int(text)
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is neither auto nor a whole number") from None
 
 
 CohortArgument = Annotated[
@@ -101,6 +106,7 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
     and invalid values.
     """
     options = {name: value for name, value in ctx.params.items() if value is not None and name in SECTION_OF}
+    options |= _further_variables(ctx)
     if "class_map" in options:
         options["class_map"] = _class_map(options["class_map"])
     from_options = nested(options)
@@ -110,6 +116,17 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
     if ctx.params["config"] is not None:
         from_files = _merged(from_files, read_toml("--config", ctx.params["config"]))
     return Settings.from_dict(_merged(from_files, from_options))
+
+
+def _further_variables(ctx: typer.Context) -> dict[str, Any]:
+    """Return the settings in the environment for which `segment` has an option and this command has none, by name.
+
+    With them, `plan` shows the run that `segment` would do.
+    """
+    segment: Any = ctx.find_root().command
+    options = {option.name: option for option in segment.commands["segment"].params if option.name in SECTION_OF}
+    texts = {name: options[name].resolve_envvar_value(ctx) for name in options.keys() - ctx.params.keys()}
+    return {name: options[name].type_cast_value(ctx, text) for name, text in texts.items() if text is not None}
 
 
 def warn_of_unknown_variables(ctx: typer.Context) -> None:
@@ -162,6 +179,6 @@ def _class_map(path: Path) -> dict[str, Any]:
 def read_toml(flag: str, path: Path) -> dict[str, Any]:
     """Return the content of a TOML file. InputError, which names the option `flag`, if it cannot be read."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{flag} {path}: {error}") from error

@@ -63,9 +63,10 @@ def plan(
     from hover_batch.cohort.manifest import read_cohort
     from hover_batch.executor.resources import resource_lines
     from hover_batch.model.package import find_package
-    from hover_batch.plan import plan_cohort
+    from hover_batch.plan import check_settings, plan_cohort
 
     package = find_package(settings.model)
+    check_settings(settings, package.card)
     planned = plan_cohort(read_cohort(cohort), package.card)
     if not skip_invalid:
         planned.raise_if_faulty()

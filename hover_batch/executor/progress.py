@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from types import TracebackType
@@ -22,17 +21,6 @@ MAX_LINE_EVERY_S = 600.0
 """Upper bound of the interval between progress lines."""
 
 
-class _Console(Console):
-    """A console whose reader may close the pipe: rich would end the program, but the run goes on without output."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        # Python would try to flush the rest of its buffer at exit.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
-        os.close(nowhere)
-
-
 class CohortProgress:
     """Progress of a run's slides, and of the tiles and regions of the slides that have begun.
 
@@ -41,7 +29,7 @@ class CohortProgress:
     """
 
     def __init__(self, slides: int, log_format: LogFormat = LogFormat.text) -> None:
-        self._console = _Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
+        self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._json = log_format is LogFormat.json
         self._slides = slides
         self._finished = 0

@@ -11,7 +11,7 @@ from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.ledger import Ledger
 from hover_batch.cohort.record import SlideRecord, Stage
 from hover_batch.config import Settings
-from hover_batch.errors import HoverBatchError, PackageError, SlideQuarantined, TooManyFailures
+from hover_batch.errors import HoverBatchError, PackageError, SlideQuarantined, TooManyFailures, file_fault
 from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.pipeline import Seconds, discard_predictions
@@ -180,6 +180,8 @@ class RunRecorder:
             raise error
         expected = isinstance(error, HoverBatchError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = file_fault(error)
         if isinstance(error, SlideQuarantined):
             try:
                 self._ledger.quarantine(record.slide_id, self._run_keys[record.slide_id], stage, reason)

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hover_batch.cohort.record import SlideRecord
+from hover_batch.errors import InputError
 from hover_batch.files import replacing
-from hover_batch.taxonomy import Taxonomy
+from hover_batch.taxonomy import NucleusClass, Taxonomy
 
 Row = dict[str, Any]
 """Row of a summary: column → value. Columns without a value may be missing, such as those about nuclei of a failed
@@ -91,6 +92,20 @@ def with_record_columns(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Ro
     known = set(summary_schema(taxonomy).names)
     measured = {name: value for name, value in row.items() if name in known or name.startswith(_STAGE)}
     return measured | _of_record(record, taxonomy)
+
+
+def refuse_altered(row: Row, classes: Sequence[NucleusClass], slide_json: Path) -> None:
+    """Raise InputError if the classes' columns of a finished slide are missing or no numbers, because they were edited.
+
+    `row`: its row of the summary in the file `slide_json`. `classes`: those of nuclei, without the background.
+    """
+    for kind in classes:
+        count, density = row.get(f"n_{kind.name}"), row.get(f"{kind.name}_per_mm2", 0.0)
+        if type(count) is not int or not isinstance(density, int | float):
+            raise InputError(
+                f"{slide_json}: was edited: its summary lacks numbers of the class {kind.name}; remove this file and "
+                "repeat the segment command, which makes it again"
+            )
 
 
 def _of_record(record: SlideRecord, taxonomy: Taxonomy) -> Row:

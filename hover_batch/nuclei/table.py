@@ -208,9 +208,9 @@ def merge_parts(
 
     `parts`: the file of each region, with its row in the grid of regions. The anchors of one row of regions all lie
     above those of the next, so memory holds one row of regions and one row group, independent of the slide's height.
-    `context`: slide and model, for the file's metadata. `select` chooses the nuclei of the table by their centroids,
-    before they are numbered; None for all. `out` is replaced atomically. SlideError if two regions hold the same
-    nucleus, OSError if a file cannot be read or written.
+    `context`: slide and model, for the file's metadata and the column slide_id. `select` chooses the nuclei of the
+    table by their centroids, before they are numbered; None for all. `out` is replaced atomically. SlideError if two
+    regions hold the same nucleus, OSError if a file cannot be read or written.
     """
     schema = table_schema(context.taxonomy)
     by_type = np.zeros(len(context.taxonomy.classes), np.int64)
@@ -234,7 +234,9 @@ def merge_parts(
             by_type += np.bincount(group["type_id"].to_numpy(), minlength=len(by_type))
             uncertain += int(np.count_nonzero(group["seam_uncertain"].to_numpy()))
             extent = _union(extent, group["bbox"].chunk(0))
-            table = group.add_column(1, schema.field("nucleus_id"), pa.array(ids))
+            # The folder of the parts may have been renamed, together with the slide in the cohort.
+            named = group.set_column(0, schema.field("slide_id"), pa.repeat(context.slide_id, len(group)))
+            table = named.add_column(1, schema.field("nucleus_id"), pa.array(ids))
             writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)
         geo = _geo(extent.tolist() if numbered else None)
         writer.add_key_value_metadata({"geo": _json(geo), "hover_batch": _json(context.to_json())})

@@ -168,7 +168,7 @@ RULES = (
     ),
     _Rule(
         "grey",
-        lambda s: s["chroma"] is not None and s["chroma"] < _GREY_CHROMA and s["dark"] > 0.01,
+        lambda s: s["chroma"] is not None and s["chroma"] < _GREY_CHROMA and (s["dark"] or 0) > 0.01,
         "The picture has no colour. Look at thumbnail.jpg: the model needs H&E in colour; export it again as RGB.",
     ),
     _Rule(
@@ -179,7 +179,7 @@ RULES = (
     ),
     _Rule(
         "stain",
-        lambda s: s.outside("h_od", s.limits) or s.outside("e_od", s.limits),
+        lambda s: None not in (s["h_od"], s["e_od"]) and (s.outside("h_od", s.limits) or s.outside("e_od", s.limits)),
         "The stain of the nuclei (optical density: hematoxylin {s[h_od]:.2f}, eosin {s[e_od]:.2f}) is unlike that of "
         "the training images. Look at overlay.jpg for missed nuclei before you use the counts.",
     ),
@@ -243,7 +243,7 @@ def _measures(slide: Mapping[str, Any]) -> dict[str, Any]:
     """Return the measures in a slide.json: those of `quality`, and counts from the summary."""
     summary = slide.get("summary", {})
     counted = {name: summary[name] for name in ("nuclei", "tissue_mm2", "nuclei_per_mm2") if name in summary}
-    if "area_um2_p50" in summary:
+    if summary.get("area_um2_p50"):
         counted["area_um2"] = summary["area_um2_p50"]
     return {**counted, **slide.get("quality", {})}
 

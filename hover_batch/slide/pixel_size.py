@@ -132,6 +132,8 @@ def _fault_of(x: float, y: float) -> str:
     low, high = PLAUSIBLE_MPP
     if low <= x <= high and low <= y <= high:
         return ""
+    if min(x, y) <= 0:
+        return "the true pixel size was not recorded"
     meant = [f"{x * _MICROMETRES[unit]:.4g} µm if it is in {unit}" for unit in ("nm", "mm", "cm")]
     usual = [USUAL_MPP[0] <= x * _MICROMETRES[unit] <= USUAL_MPP[1] for unit in ("nm", "mm", "cm")]
     hint = next((f" ({words})" for words, fits in zip(meant, usual, strict=True) if fits), "")

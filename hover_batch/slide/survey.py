@@ -45,10 +45,10 @@ def read_info(path: Path) -> SlideInfo:
         values = content["slide"]
         bounds = values["bounds"]
         converted = {
-            "level0": Size(**values["level0"]),
-            "mpp": Mpp(**values["mpp"]),
-            "bounds": None if bounds is None else Box(**bounds),
-            "downsamples": tuple(values["downsamples"]),
+            "level0": Size(**{name: int(value) for name, value in values["level0"].items()}),
+            "mpp": Mpp(**{name: float(value) for name, value in values["mpp"].items()}),
+            "bounds": None if bounds is None else Box(**{name: int(value) for name, value in bounds.items()}),
+            "downsamples": tuple(map(float, values["downsamples"])),
             "warnings": tuple(values["warnings"]),
         }
         return SlideInfo(**{**values, **converted})
@@ -69,5 +69,5 @@ def _content_of(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the content of the file; convert exceptions of the block, from corrupted content, to SlideError."""
     try:
         yield json.loads(path.read_bytes())
-    except (LookupError, TypeError, ValueError) as error:
+    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise SlideError(f"{path}: cannot be read ({error!r}); run the slide again") from error

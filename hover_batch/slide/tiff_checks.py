@@ -119,6 +119,8 @@ def _check_pages(path: Path, tiff: tifffile.TiffFile, compressions: frozenset[in
                 f"{path}: a TIFF with compression {getattr(page.compression, 'name', page.compression)}, which is read "
                 "only in an OME-TIFF; save it with JPEG, LZW or deflate, or convert it to an OME-TIFF with bfconvert"
             )
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+            _check_colour_map(path, page)
         _check_complete(path, page)
 
 
@@ -128,6 +130,17 @@ def orientation_error(path: Path, orientation: int) -> SlideError:
         f"{path}: the tag Orientation is {orientation}, so that programs turn or flip the picture; save it upright, "
         "without this tag"
     )
+
+
+def _check_colour_map(path: Path, page: tifffile.TiffPage) -> None:
+    """Raise SlideError if the values of a palette have 8 bits instead of the standard's 16.
+
+    OpenSlide's libtiff guesses this and warns on stderr for each tile; Pillow keeps the high bytes, which are all 0.
+    """
+    if page.colormap is None or page.colormap.max() < 256:
+        raise SlideError(
+            f"{path}: its palette has no colours of 16 bits, as the TIFF standard requires; save it as RGB"
+        )
 
 
 def _check_complete(path: Path, page: tifffile.TiffPage | tifffile.TiffFrame) -> None:

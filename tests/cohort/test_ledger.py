@@ -163,6 +163,14 @@ def test_a_slide_whose_table_was_replaced_is_not_done(layout: RunLayout, cohort:
         assert not ledger.is_done("a", "k")
 
 
+def test_events_outside_of_the_block(layout: RunLayout, cohort: Cohort) -> None:
+    ledger = Ledger(layout)
+    with ledger:
+        start(ledger, cohort)
+    with pytest.raises(RuntimeError, match="open only after `start`, in the ledger's `with` block"):
+        ledger.events.append("late")
+
+
 def test_the_same_command_goes_on(layout: RunLayout, cohort: Cohort) -> None:
     with Ledger(layout) as ledger:
         start(ledger, cohort)

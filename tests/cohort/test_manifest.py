@@ -381,6 +381,26 @@ def test_paths_may_be_urls(tmp_path: Path) -> None:
     assert "chained" in cohort.faults[0].message and "x-a" in cohort.faults[1].message
 
 
+def test_invisible_characters_around_cells_are_dropped(slides: Path) -> None:
+    """Windows begins a copied path with U+202A."""
+    cohort = read_cohort(write(slides, "\u200bpath\u200b,mpp\xa0\n\u202aa.svs\u202c,\ufeff0.25\n"))
+    assert cohort.faults == () and [(r.path, r.mpp) for r in cohort.records] == [(slides / "a.svs", Mpp(0.25, 0.25))]
+
+
+def test_file_uris_name_files_of_this_machine(slides: Path) -> None:
+    (slides / "mask.geojson").write_text("{}")
+    place = f"file://localhost{slides}"
+    text = (
+        f"path,slide_id,mask_path\n{place}/a.svs,a,FILE://{slides}/mask.geojson\na.svs,b,https://me:word@host/m.png\n"
+    )
+    cohort = read_cohort(write(slides, text))
+    assert [(r.path, r.mask_path) for r in cohort.records] == [(slides / "a.svs", slides / "mask.geojson")]
+    ((row, message),) = messages(cohort)
+    assert row == 3 and message.startswith("mask_path https://host/m.png: a mask is not read from a URL; copy it")
+    cohort = read_cohort(write(slides, "path\nfile:///C:/slides/a.svs\n"))
+    assert "give a Windows path as this machine sees it" in messages(cohort)[0][1]
+
+
 # Near misses
 
 

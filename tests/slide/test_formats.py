@@ -14,7 +14,7 @@ from PIL import Image
 
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import InputError, SlideError
-from hover_batch.geometry import Mpp, Size
+from hover_batch.geometry import Grid, Mpp, Size
 from hover_batch.slide import headers
 from hover_batch.slide.headers import peek
 from hover_batch.slide.reader import open_slide
@@ -315,6 +315,43 @@ def test_refused_values_of_aperio_are_quoted(tmp_path: Path, mpp: str, said: str
     path = written(tmp_path / "slide.svs", **TILES, description=text, metadata=None)
     with pytest.raises(InputError, match=f"{said}.*column mpp"):
         peek(record(path))
+
+
+def test_a_size_of_0_was_not_recorded(tmp_path: Path) -> None:
+    """Some Philips exports have it."""
+
+    def objects(name: str, kind: str, content: str) -> str:
+        array = f'<Array><DataObject ObjectType="{kind}">{content}</DataObject></Array>'
+        return f'<Attribute Name="{name}">{array}</Attribute>'
+
+    spacing = '<Attribute Name="DICOM_PIXEL_SPACING">&quot;0&quot; &quot;0&quot;</Attribute>'
+    level = objects("PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE", "PixelDataRepresentation", spacing)
+    scan = f'{spacing}<Attribute Name="PIM_DP_IMAGE_TYPE">WSI</Attribute>{level}'
+    scans = objects("PIM_DP_SCANNED_IMAGES", "DPScannedImage", scan)
+    text = f'<?xml version="1.0"?><DataObject ObjectType="DPUfsImport">{spacing}{scans}</DataObject>'
+    path = written(tmp_path / "slide.tiff", **TILES, software="Philips DP v1.0", description=text, metadata=None)
+    with pytest.raises(
+        InputError, match="header says 0 µm a pixel; the true pixel size was not recorded; give it in µm"
+    ):
+        peek(record(path))
+
+
+@pytest.mark.parametrize("tiles", [{}, TILES], ids=["strips", "tiles"])
+def test_palettes_of_8_bits_are_refused(
+    tmp_path: Path, tiles: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Pillow would make them black; libtiff guesses right, and warns on stderr for each tile."""
+    colours = np.stack([np.arange(256, dtype=np.uint16)] * 3)
+    paths = [tmp_path / "16.tif", tmp_path / "8.tif"]
+    for path, colourmap in zip(paths, (colours * 257, colours), strict=True):
+        tifffile.imwrite(path, FIELD[..., 0], photometric="palette", colormap=colourmap, **tiles)
+    with open_slide(record(paths[0], mpp=0.25)) as reader:
+        assert np.array_equal(
+            reader.read(Size(300, 300).box, Grid.over(Size(300, 300), Mpp(0.25, 0.25), 0.25))[..., 0], FIELD[..., 0]
+        )
+    with pytest.raises(SlideError, match=r"palette .* 16.*; save it as RGB"):
+        peek(record(paths[1], mpp=0.25))
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("described", "warned"), [("300x300", False), ("600x600", True), ("600x900", False)])

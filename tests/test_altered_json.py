@@ -1,0 +1,125 @@
+"""JSON files of a run that were edited to values of other types: no command ends with a traceback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from made_run import write_field, write_run
+from typer.testing import CliRunner, Result
+
+from hover_batch.cli import app
+from hover_batch.cohort.events import stream_events
+from hover_batch.cohort.layout import RunLayout
+from hover_batch.errors import SlideError
+from hover_batch.slide.survey import read_info
+
+ODD: tuple[Any, ...] = (None, "text", "", True, -1, 10**400, ["text", None], {"a": []}, [[1]], [], {})
+QUALITY = {"h_od": 0.4, "e_od": 0.2, "seg_score": 0.9, "type_prob": 0.9, "sharpness": [2.0], "chroma": 80, "dark": 0.8}
+LIMITS = {"area_um2": [5.0, 60.0], "h_od": [0.1, 1.5]}
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> RunLayout:
+    folder = tmp_path_factory.mktemp("altered")
+    layout = write_run(folder / "out", *write_field(folder, 200), done=["a", "b"])
+    path = layout.slide("a").slide_json
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"quality": QUALITY, "limits": LIMITS}))
+    return layout
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def altered(value: Any) -> Iterator[Any]:
+    """`value` with each of its parts replaced by each odd value, and without each part."""
+    yield from ODD
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield {key: other for key, other in value.items() if key != name}
+            yield from ({**value, name: other} for other in altered(part))
+    elif isinstance(value, list):
+        for i, part in enumerate(value):
+            yield from ([*value[:i], other, *value[i + 1 :]] for other in altered(part))
+
+
+def altered_files(path: Path, every: int) -> Iterator[str]:
+    """The altered versions of a file, one after the other in its place; `every`: take one of so many."""
+    original = path.read_bytes()
+    for value in list(altered(json.loads(original)))[::every]:
+        path.write_text(json.dumps(value))
+        yield path.read_text()
+    path.write_bytes(original)
+
+
+@pytest.mark.parametrize(("command", "every"), [("status", 7), ("report", 61)])
+def test_an_altered_slide_json(layout: RunLayout, command: str, every: int) -> None:
+    """A slide whose file is not as `segment` writes it is not done; the columns of its classes are checked later."""
+    for text in altered_files(layout.slide("a").slide_json, every):
+        result = run(command, layout.root)
+        assert isinstance(result.exception, SystemExit | None), text
+        assert result.exit_code == 0 or (result.exit_code == 2 and "slide.json: was edited" in result.stderr), text
+
+
+@pytest.mark.parametrize("changes", [{"n_spindle": "1"}, {"spindle_per_mm2": None}, {"n_spindle": 1.5}])
+def test_altered_columns_of_classes_are_refused(layout: RunLayout, changes: dict[str, Any]) -> None:
+    path = layout.slide("a").slide_json
+    original = path.read_bytes()
+    values = json.loads(original)
+    path.write_text(json.dumps({**values, "summary": values["summary"] | changes}))
+    result = run("report", layout.root)
+    path.write_bytes(original)
+    assert result.exit_code == 2 and f"{path}: was edited: its summary lacks numbers" in result.stderr
+
+
+def test_a_slide_that_was_renamed_with_its_folder(tmp_path: Path) -> None:
+    """Its nuclei are kept, under the new name."""
+    field, *_ = write_field(tmp_path, 200)
+    out, rows = tmp_path / "out", tmp_path / "cohort.csv"
+    tables = []
+    for name in ("a", "b"):
+        rows.write_text(f"path,slide_id,mpp\n{field.name},{name},0.25\n")
+        assert run("segment", rows, "-o", out, "--backend", "local").exit_code == 0
+        tables.append(pd.read_parquet(out / "slides" / name / "nuclei.parquet"))
+        assert len(tables[-1]) > 10 and set(tables[-1]["slide_id"]) == {name}
+        if name == "a":
+            (out / "slides" / "a").rename(out / "slides" / "b")
+    predicted = [event for event in stream_events(out / "logs" / "events.jsonl") if event["event"] == "unit_done"]
+    assert len(predicted) == 1
+    assert tables[0].drop(columns="slide_id").equals(tables[1].drop(columns="slide_id"))
+
+
+def test_segment_makes_an_altered_slide_json_again(tmp_path: Path) -> None:
+    """The slide's nuclei are merged again; nothing is predicted."""
+    field, *_ = write_field(tmp_path, 200)
+    (tmp_path / "cohort.csv").write_text(f"path,mpp\n{field.name},0.25\n")
+    command = ("segment", tmp_path / "cohort.csv", "-o", tmp_path / "out", "--backend", "local")
+    assert run(*command).exit_code == 0
+    path = tmp_path / "out" / "slides" / field.stem / "slide.json"
+    values = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**values, "quality": {"ink": [0.1]}}))
+    assert run("status", tmp_path / "out", "--json").stdout.count('"done": 0') == 1
+    assert run(*command).exit_code == 0
+    again = json.loads(path.read_bytes())
+    assert [again[name] for name in ("nuclei", "quality", "nuclei_sha256")] == [
+        values[name] for name in ("nuclei", "quality", "nuclei_sha256")
+    ]
+    path.write_text(json.dumps({**values, "summary": values["summary"] | {"n_spindle": "1"}}))
+    result = run(*command)
+    assert result.exit_code == 2 and f"{path}: was edited: its summary lacks numbers" in result.stderr
+
+
+def test_an_altered_survey_json_is_a_fault_of_its_slide(tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "out", *write_field(tmp_path, 200), done=["a"])
+    path = layout.slide("a").survey_json
+    original = json.loads(path.read_bytes())["slide"]
+    for name in ("level0", "mpp", "bounds"):
+        for odd in ODD[1:]:
+            path.write_text(json.dumps({"slide": original | {name: odd}}))
+            with pytest.raises(SlideError, match="cannot be read .*run the slide again"):
+                read_info(path)
