@@ -192,7 +192,6 @@ def test_wherever_it_is_killed_nothing_is_double_or_lost(
     new = {slide_id: run.table(slide_id) for slide_id in "abcde"}
     final = {(slide_id, run.model): table for slide_id, table in new.items()}
     check(dataset, final)
-    print(empty, len(states))
     assert empty > 10 and len(states) > empty + 10
     seen = set()
     for number, state in enumerate(states):
