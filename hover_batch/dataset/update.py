@@ -82,10 +82,13 @@ class _Update:
         self._notify = notify
         self._folder = writer.layout.model_folder(source.model)
         self._total = 0
+        self._classes: tuple[str, str] | None = None
+        """Value of the column `taxonomy` of the model's slides, and the run of one of them."""
 
     def run(self, chosen: Sequence[str]) -> None:
         """Add the slides `chosen`, in order; those that replace others first."""
         held = self._writer.entries(self._source.model)
+        self._classes = next(((entry.taxonomy, entry.run) for entry in held.values()), None)
         changed = []
         for slide_id in chosen:
             done, entry = self._source.done.get(slide_id), held.get(slide_id)
@@ -100,14 +103,15 @@ class _Update:
             self._notify(f"{counted(len(self.result.unchanged), 'slide')} already in the data set")
             self._refresh([held[slide_id] for slide_id in self.result.unchanged])
         self._total = len(changed)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if changed:
+            self._folder.mkdir(parents=True, exist_ok=True)
         replaced = [slide_id for slide_id in changed if slide_id in held and held[slide_id].nuclei_files]
         self._replace(replaced, held)
         self._append([slide_id for slide_id in changed if slide_id not in replaced])
 
     def _is_current(self, entry: SlideEntry) -> bool:
         """Return whether the data set has the slide's present table, and its files are there."""
-        is_same = entry.nuclei_sha256 == self._source.done[entry.slide_id]["nuclei_sha256"]
+        is_same = entry.nuclei_sha256 == self._source.done[entry.slide_id].get("nuclei_sha256")
         return is_same and all(path.is_file() for path in self._writer.files_of(entry))
 
     def _skip(self, slide_id: str, reason: str) -> None:
@@ -133,15 +137,16 @@ class _Update:
                 "slide_id in the cohort of one of the runs, or add this run to another data set"
             )
 
-    def _refuse_other_classes(self, taxonomy: Taxonomy) -> None:
+    def _refuse_other_classes(self, table: NucleiTable) -> None:
         """InputError if the data set holds tables of this model with other classes."""
-        for entry in self._writer.entries(self._source.model).values():
-            if entry.taxonomy != taxonomy_json(taxonomy):
-                raise InputError(
-                    f"{self._writer.layout.root}: holds nuclei of the model {self._source.model_name} with other "
-                    f"classes, from the run {entry.run}, since one of the runs has another --class-map; add this run "
-                    "to another data set"
-                )
+        classes = taxonomy_json(table.taxonomy)
+        self._classes = self._classes or (classes, str(self._source.layout.root))
+        if classes != self._classes[0]:
+            raise InputError(
+                f"{self._writer.layout.root}: holds nuclei of the model {self._source.model_name} with other classes, "
+                f"from the run {self._classes[1]}, since one of the runs has another --class-map; add this run to "
+                "another data set"
+            )
 
     def _refresh(self, entries: Sequence[SlideEntry]) -> None:
         """Update what slides.parquet says of slides whose nuclei have not changed: patients, flags, …"""
@@ -208,7 +213,7 @@ class _Update:
             except SlideError as error:
                 self._skip(slide_id, str(error))
                 continue
-            self._refuse_other_classes(table.taxonomy)
+            self._refuse_other_classes(table)
             tables.append(table)
         return tables
 
