@@ -105,9 +105,9 @@ class _Update:
         self._total = len(changed)
         if changed:
             self._folder.mkdir(parents=True, exist_ok=True)
-        replaced = [slide_id for slide_id in changed if slide_id in held and held[slide_id].nuclei_files]
-        self._replace(replaced, held)
-        self._append([slide_id for slide_id in changed if slide_id not in replaced])
+        has_rows = {slide_id for slide_id in changed if slide_id in held and held[slide_id].nuclei_files}
+        self._replace([held[slide_id] for slide_id in changed if slide_id in has_rows], list(held.values()))
+        self._append([slide_id for slide_id in changed if slide_id not in has_rows])
 
     def _is_current(self, entry: SlideEntry) -> bool:
         """Return whether the data set has the slide's present table, and its files are there."""
@@ -162,17 +162,15 @@ class _Update:
         is_slide = pc.is_in(table["slide_id"], value_set=pa.array([entry.slide_id for entry in entries]))
         return table.filter(pc.and_(is_model, is_slide))
 
-    def _replace(self, slide_ids: Sequence[str], held: dict[str, SlideEntry]) -> None:
-        """Replace slides, with the files that they are in; the rows of other slides there are copied."""
-        by_files: dict[tuple[str, ...], list[str]] = {}
-        for slide_id in slide_ids:
-            by_files.setdefault(held[slide_id].nuclei_files, []).append(slide_id)
-        for files, replaced in by_files.items():
-            tables = self._opened(replaced)
-            new = {table.slide_id for table in tables}
-            others = [e for e in held.values() if e.nuclei_files == files and e.slide_id not in new]
-            if tables:
-                self._write(others, tables)
+    def _replace(self, replaced: Sequence[SlideEntry], held: Sequence[SlideEntry]) -> None:
+        """Replace slides, with the files that they are in; the rows of the other slides `held` there are copied."""
+        by_files: dict[tuple[str, ...], list[SlideEntry]] = {entry.nuclei_files: [] for entry in replaced}
+        for entry in held:
+            if entry.nuclei_files in by_files:
+                by_files[entry.nuclei_files].append(entry)
+        changed = {entry.slide_id for entry in replaced}
+        for there in by_files.values():
+            self._write(there, self._opened([entry.slide_id for entry in there if entry.slide_id in changed]))
 
     def _append(self, slide_ids: Sequence[str]) -> None:
         """Add new slides: large ones each in a file, small ones to the file that is not full."""
@@ -217,15 +215,16 @@ class _Update:
             tables.append(table)
         return tables
 
-    def _write(self, stored: Sequence[SlideEntry], tables: Sequence[NucleiTable]) -> None:
+    def _write(self, there: Sequence[SlideEntry], tables: Sequence[NucleiTable]) -> None:
         """Write slides to new files, and change slides.parquet in one step.
 
-        `stored`: slides that are in the data set already, all in the same file, which is removed then. `tables`: new
-        slides, or those to be replaced. Tables that turn out to be corrupted are skipped.
+        `there`: all slides of a file that is in the data set; it is removed then, and the rows of those that `tables`
+        does not replace are copied. Tables that turn out to be corrupted are skipped.
         """
         while tables:
+            new = {table.slide_id for table in tables}
             try:
-                rows = self._written(stored, tables)
+                rows = self._written([entry for entry in there if entry.slide_id not in new], tables)
                 break
             except _SlideFailed as error:
                 self._skip(error.slide_id, error.reason)
@@ -239,7 +238,10 @@ class _Update:
             self._notify(f"[{number}/{self._total}] {table.slide_id}: {table.rows:,} nuclei")
 
     def _written(self, stored: Sequence[SlideEntry], tables: Sequence[NucleiTable]) -> pa.Table:
-        """Write the files and return the rows of slides.parquet. _SlideFailed if a table is corrupted."""
+        """Write the files and return the rows of slides.parquet. _SlideFailed if a table is corrupted.
+
+        `stored`: slides whose rows are copied from their file in the data set.
+        """
         source, taxonomy = self._source, tables[0].taxonomy
         metadata = source.file_metadata(taxonomy)
         files: dict[str, list[str]] = {}
