@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from hover_batch.cli_errors import CommandGroup
+from hover_batch.commands.cohort import cohort_app
 from hover_batch.commands.compare import compare
 from hover_batch.commands.doctor import doctor
 from hover_batch.commands.export import export
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 for command in (doctor, segment, plan, status, export, report, view, compare):
     app.command()(command)
+app.add_typer(cohort_app, name="cohort")
 app.add_typer(kd_app, name="kd")
 app.add_typer(models_app, name="models")
 

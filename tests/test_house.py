@@ -24,7 +24,7 @@ FLOORS = (
     ("errors", "files", "formatting", "progress", "geometry", "geojson", "taxonomy", "logs", "version", "environment"),
     ("config", "cohort", "model", "shard"),
     ("slide", "store", "nuclei", "metrics"),
-    ("export", "report", "quality"),
+    ("export", "report", "quality", "dataset"),
     ("pipeline", "slide_work", "plan", "stored_run", "status", "exporting", "compare", "reporting", "view"),
     ("executor",),
     ("segment", "doctor", "cli_errors"),

@@ -1,4 +1,4 @@
-"""Lock a run's folder, so that only one process at a time writes to it."""
+"""Lock the folder of a run or a data set, so that only one process at a time writes to it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _log = logging.getLogger(__name__)
 
 
-def lock(path: Path) -> int:
+def lock(path: Path, flag: str = "--output") -> int:
     """Lock a file, which is created if necessary, and return the open file descriptor that holds the lock.
 
     Close the descriptor to release the lock. The system releases it, too, once the process has ended, even if it was
     killed, and all its forked children have, since they may still write. On a file system without locks, a warning is
-    logged, and nothing is locked. The process id and the host are written to the file.
+    logged, and nothing is locked. The process id and the host are written to the file. `flag`: option that named the
+    folder, for the message.
 
     InputError if another process holds the lock, OSError if the file cannot be opened.
     """
@@ -32,7 +33,7 @@ def lock(path: Path) -> int:
         holder = os.read(descriptor, 200).decode(errors="replace").strip()
         os.close(descriptor)
         raise InputError(
-            f"--output {path.parent}: another run ({holder or 'unknown'}) is writing to it; wait for that run, or name "
+            f"{flag} {path.parent}: another run ({holder or 'unknown'}) is writing to it; wait for that run, or name "
             "another folder"
         ) from None
     except OSError as error:

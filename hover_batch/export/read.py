@@ -58,6 +58,8 @@ class NucleiTable:
     """Pixel size of level 0 in µm."""
     bounds: Box | None
     """Scanned part of the slide in level-0 pixels; None if the file gives none."""
+    software: str
+    """Version of hover-batch that wrote the table."""
     rows: int
     """Number of nuclei."""
     schema: pa.Schema
@@ -95,6 +97,7 @@ class NucleiTable:
                 level0=Size(**metadata["level0"]),
                 mpp=Mpp(**metadata["mpp"]),
                 bounds=None if metadata["bounds"] is None else Box(**metadata["bounds"]),
+                software=metadata["software"],
                 rows=rows,
                 schema=schema,
             )

@@ -31,7 +31,8 @@ QUARTILES = {"p25": 0.25, "p50": 0.5, "p75": 0.75}
 QUALITY = ("h_od_mean", "e_od_mean", "seg_score_mean", "type_prob_mean", "out_of_focus", "ink")
 """Measures of `hover_batch.quality`: means over the nuclei, except for the shares out_of_focus and ink."""
 
-_STAGE = "seconds_"
+STAGE = "seconds_"
+"""Beginning of the names of the columns with the seconds of a stage."""
 _BATCH = 131_072
 
 
@@ -79,7 +80,7 @@ def slide_summary(
     row: Row = {"level": "slide", "status": status, "slides": 1, "failed": int(nuclei is None)}
     if nuclei is not None:
         row |= _of_nuclei([nuclei], taxonomy, tissue_mm2)
-    row |= {_STAGE + stage: value for stage, value in seconds.items()}
+    row |= {STAGE + stage: value for stage, value in seconds.items()}
     return row | _of_record(record, taxonomy)
 
 
@@ -90,7 +91,7 @@ def with_record_columns(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Ro
     the summary nor `record` has are dropped.
     """
     known = set(summary_schema(taxonomy).names)
-    measured = {name: value for name, value in row.items() if name in known or name.startswith(_STAGE)}
+    measured = {name: value for name, value in row.items() if name in known or name.startswith(STAGE)}
     return measured | _of_record(record, taxonomy)
 
 
@@ -114,7 +115,7 @@ def _of_record(record: SlideRecord, taxonomy: Taxonomy) -> Row:
     known = set(summary_schema(taxonomy).names)
     for name, value in record.extra.items():
         # A column of the cohort CSV must replace neither one of the summary nor another of the CSV.
-        while name in known or name in row or name.startswith(_STAGE):
+        while name in known or name in row or name.startswith(STAGE):
             name = f"extra_{name}"
         row[name] = value
     return row
@@ -163,7 +164,7 @@ def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parqu
 
 def _stages(rows: Sequence[Row]) -> list[str]:
     """Return the names of all columns with the seconds of a stage, in order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(_STAGE)))
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(STAGE)))
 
 
 def _cell(value: Any) -> Any:

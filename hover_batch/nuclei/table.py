@@ -5,12 +5,11 @@ order), numbers them and writes row groups of a fixed length, so the bytes of nu
 not on the division into regions.
 
 Positions are level-0 pixels on OpenSlide's full canvas, x to the right and y down, a pixel (i, j) covering
-[i, i+1) × [j, j+1). Sizes are µm. Format: https://geoparquet.org/releases/v1.1.0.
+[i, i+1) × [j, j+1). Sizes are µm.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from hover_batch.errors import SlideError
 from hover_batch.files import replacing
 from hover_batch.geometry import Box, Grid, Mpp
+from hover_batch.nuclei.geoparquet import BBOX, DICTIONARY, geoparquet_writer
 from hover_batch.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
@@ -35,12 +35,6 @@ SCHEMA_VERSION = 1
 
 ROW_GROUP = 100_000
 """Rows per row group, about 40 MB in memory; readers of one field of a slide skip the other groups."""
-
-BBOX = pa.struct([pa.field(name, pa.float64(), nullable=False) for name in ("xmin", "ymin", "xmax", "ymax")])
-"""Type of the column `bbox`, in level-0 pixels."""
-
-_DICTIONARY = ["slide_id", "type_id", "type"]
-"""Columns with few distinct values; dictionaries of other columns would be built and then discarded."""
 
 Selection = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
 """Function from the centroids' x and y, each (n,) in level-0 pixels, to a mask (n,): True for nuclei of the table."""
@@ -198,7 +192,7 @@ def _wkb(contours: Sequence[NDArray[np.float64]], scale: NDArray[np.float64]) ->
 def write_part(path: Path, part: pa.Table) -> None:
     """Write the nuclei of one region (see `part_schema`) to `path`, atomically. OSError if it cannot be written."""
     with replacing(path) as temporary:
-        pq.write_table(part, temporary, compression="zstd", compression_level=1, use_dictionary=_DICTIONARY)
+        pq.write_table(part, temporary, compression="zstd", compression_level=1, use_dictionary=DICTIONARY)
 
 
 def merge_parts(
@@ -214,32 +208,17 @@ def merge_parts(
     """
     schema = table_schema(context.taxonomy)
     by_type = np.zeros(len(context.taxonomy.classes), np.int64)
-    extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
     rows_of_regions = _Rows(parts, part_schema(context.taxonomy), select)
     numbered = uncertain = 0
-    with (
-        replacing(out) as temporary,
-        pq.ParquetWriter(
-            temporary,
-            schema,
-            compression="zstd",
-            use_dictionary=_DICTIONARY,
-            # Statistics of WKB bytes are meaningless; readers skip row groups by those of bbox.
-            write_statistics=[c for c in _leaves(schema) if c != "geometry"],
-        ) as writer,
-    ):
+    with replacing(out) as temporary, geoparquet_writer(temporary, schema, context.to_json()) as write_group:
         for group in _cut(rows_of_regions, ROW_GROUP):
             ids = np.arange(numbered + 1, numbered + 1 + len(group), dtype=np.uint32)
             numbered += len(group)
             by_type += np.bincount(group["type_id"].to_numpy(), minlength=len(by_type))
             uncertain += int(np.count_nonzero(group["seam_uncertain"].to_numpy()))
-            extent = _union(extent, group["bbox"].chunk(0))
             # The folder of the parts may have been renamed, together with the slide in the cohort.
             named = group.set_column(0, schema.field("slide_id"), pa.repeat(context.slide_id, len(group)))
-            table = named.add_column(1, schema.field("nucleus_id"), pa.array(ids))
-            writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)
-        geo = _geo(extent.tolist() if numbered else None)
-        writer.add_key_value_metadata({"geo": _json(geo), "hover_batch": _json(context.to_json())})
+            write_group(named.add_column(1, schema.field("nucleus_id"), pa.array(ids)).cast(schema))
     return MergeResult(
         nuclei=numbered,
         by_class={c.name: int(by_type[c.id]) for c in context.taxonomy.nuclei},
@@ -302,37 +281,3 @@ def _cut(tables: Iterable[pa.Table], length: int) -> Iterator[pa.Table]:
             waiting = [joined.slice(len(joined) - count)]
     if count:
         yield pa.concat_tables(waiting).combine_chunks()
-
-
-def _union(extent: NDArray[np.float64], bbox: pa.StructArray) -> NDArray[np.float64]:
-    """Return `extent` [xmin, ymin, xmax, ymax] expanded to contain all of `bbox`."""
-    xmin, ymin, xmax, ymax = (bbox.field(i).to_numpy() for i in range(4))
-    low = np.minimum(extent[:2], [xmin.min(), ymin.min()])
-    high = np.maximum(extent[2:], [xmax.max(), ymax.max()])
-    return np.concatenate([low, high])
-
-
-def _geo(box: list[float] | None) -> dict[str, Any]:
-    """Return GeoParquet's file metadata; `crs: null` because coordinates are pixels, not positions on Earth."""
-    column: dict[str, Any] = {
-        "encoding": "WKB",
-        "geometry_types": ["Polygon"],
-        "crs": None,
-        "covering": {"bbox": {name: ["bbox", name] for name in ("xmin", "ymin", "xmax", "ymax")}},
-    }
-    if box is not None:
-        column["bbox"] = box
-    return {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
-
-
-def _leaves(schema: pa.Schema) -> list[str]:
-    """Return column paths as in Parquet, with the members of structs."""
-    return [
-        f"{field.name}.{member.name}" if member is not field else field.name
-        for field in schema
-        for member in (field.type if pa.types.is_struct(field.type) else [field])
-    ]
-
-
-def _json(data: dict[str, Any]) -> str:
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,58 @@
+"""Paths of a data set, each named once.
+
+::
+
+    dataset/
+      slides.parquet      one row per slide and model: what the data set holds, and in which files
+      nuclei/model=<name>-<hash>/<slide_id>-<hash>.parquet
+                          nuclei of one slide, or of several small ones, the first of which gives the name
+
+Files of nuclei never change. A writer adds them, then replaces slides.parquet, then removes the files that it no longer
+names. So readers take the names of files from slides.parquet only; other files are left over from a writer that was
+killed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hover_batch.cohort.slide_id import suggest
+
+
+@dataclass(frozen=True)
+class DatasetLayout:
+    """Paths of a data set, whether or not they exist."""
+
+    root: Path
+    """Folder of the data set; made absolute."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", self.root.absolute())
+
+    @property
+    def slides_parquet(self) -> Path:
+        """File with one row per slide and model; a folder without it is not a data set."""
+        return self.root / "slides.parquet"
+
+    @property
+    def lock(self) -> Path:
+        """Lock file, locked while a command writes here and never removed."""
+        return self.root / ".lock"
+
+    @property
+    def nuclei(self) -> Path:
+        """Folder of the nuclei, with one folder per model."""
+        return self.root / "nuclei"
+
+    def model_folder(self, model: str) -> Path:
+        """Return the folder of a model's nuclei. `model`: result of `model_key`."""
+        return self.nuclei / f"model={model}"
+
+
+def model_key(name: str, sha256: str) -> str:
+    """Return the value of the column `model`: the model's name, as far as it can be a file's, and its hash's start.
+
+    `sha256`: hash of the model's package, in hex.
+    """
+    return f"{suggest(name, ())}-{sha256[:8]}"
