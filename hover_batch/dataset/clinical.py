@@ -81,7 +81,9 @@ def _notes(path: Path, on: str, ids: Sequence[str], known: Sequence[str]) -> lis
         )
     notes = []
     if missing := [value for value in known if value not in joined]:
-        notes.append(f"{path}: no row for {len(missing):,} of the data set's {counted(len(known), on)}: {listed(missing)}")
+        notes.append(
+            f"{path}: no row for {len(missing):,} of the data set's {counted(len(known), on)}: {listed(missing)}"
+        )
     if missing := [value for value in ids if value not in joined]:
         notes.append(f"{path}: not in the data set: {len(missing):,} of {counted(len(ids), on)}: {listed(missing)}")
     return notes

@@ -1,6 +1,6 @@
 """Ready-made question: by how much the densities of groups of patients differ.
 
-A patient counts once, with the density over all of his or her slides: nuclei of one patient, and slides, resemble each
+A patient counts once, with the density over all their slides: nuclei of one patient, and slides, resemble each
 other, and would make intervals much too narrow. Effect sizes are the difference of the medians and Cliff's delta (Cliff
 1993), which is 1 if all densities of the second group are above those of the first, -1 if all are below, and 0 without
 a tendency.
@@ -128,8 +128,8 @@ def _check(by: str, groups: dict[str, list[tuple[float, ...]]], group_of: dict[s
         )
     if several := [patient for patient, names in group_of.items() if len(names) > 1]:
         raise InputError(
-            f"--by {by}: {listed(several)}: slides of one patient are in several groups, which then are not independent; "
-            "give each patient one group"
+            f"--by {by}: patients with slides in several groups: {listed(several)}; the groups are not independent then: give "
+            "each patient one group"
         )
     if not 2 <= len(groups) <= _MAX_GROUPS:
         raise InputError(
@@ -151,9 +151,7 @@ def _left_out(subject: Subject, by: str) -> list[str]:
     return [f"{counted(len(names), 'slide')} without patient_id or {by} left out: {listed(names)}"] if names else []
 
 
-def _effect(
-    measure: str, groups: tuple[str, str], samples: tuple[NDArray[np.float64], NDArray[np.float64]]
-) -> Effect:
+def _effect(measure: str, groups: tuple[str, str], samples: tuple[NDArray[np.float64], NDArray[np.float64]]) -> Effect:
     first, second = samples
     difference, delta = _difference(first, second), cliffs_delta(first, second)
     return Effect(

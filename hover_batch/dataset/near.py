@@ -6,7 +6,7 @@ each is compared only with those in its own cell and the eight around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import duckdb
 
@@ -14,7 +14,8 @@ from hover_batch.dataset.questions import Subject
 from hover_batch.dataset.quoting import identifier, text
 from hover_batch.dataset.slides import SlideEntry
 from hover_batch.errors import InputError
-from hover_batch.progress import ProgressCounter
+
+_Entries = list[SlideEntry]
 
 _CTES = """positions AS (
   -- in µm; a pixel may be wider than high
@@ -71,23 +72,20 @@ class NearQuestion:
         """The question as one SELECT."""
         return f"WITH {self._ctes},\nnear AS (\n  {self._near}\n)\n{self._answer}"
 
-    def answer(self, progress: Callable[[str], None]) -> duckdb.DuckDBPyRelation:
+    def answer(self, track: Callable[[list[_Entries]], Iterable[_Entries]]) -> duckdb.DuckDBPyRelation:
         """Return the answer, with the columns `by`, slides, nuclei, near and share.
 
         The files are read one after the other, so that memory holds the positions of one slide, or of the small slides
-        that share a file. `progress` is called with a line after each file. InputError if a file cannot be read.
+        that share a file. `track`: function that yields the items of a list and shows the progress. InputError if a
+        file cannot be read.
         """
         dataset = self._subject.dataset
         dataset.execute("CREATE OR REPLACE TEMP TABLE near (slide_id VARCHAR, near BIGINT)")
-        by_files: dict[tuple[str, ...], list[SlideEntry]] = {}
+        by_files: dict[tuple[str, ...], _Entries] = {}
         for entry in self._subject.entries:
             if entry.nuclei_files:
                 by_files.setdefault(entry.nuclei_files, []).append(entry)
-        counter = ProgressCounter("slides")
-        counter.expect(sum(map(len, by_files.values())))
-        for entries in by_files.values():
+        for entries in track(list(by_files.values())):
             with dataset.narrowed(entries):
                 dataset.execute(f"INSERT INTO near WITH {self._ctes} {self._near}")
-            counter.advance(len(entries))
-            progress(counter.line)
         return dataset.select(self._answer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -66,8 +66,8 @@ class Dataset:
     - `slides`: one row per slide and model, with the columns of slides.parquet
     - `clinical`: the rows of the table `clinical`, if one is given
 
-    `entries`: slides, one entry per slide and model. `on`: column that `clinical` is joined on. `notes`: what to know about the answers, such as patients without
-    a row in `clinical`.
+    `entries`: slides, one entry per slide and model. `on`: column by which `clinical` is joined; None without it.
+    `notes`: what to know about the answers, such as patients without a row in `clinical`.
 
     `root`: folder of the data set. `clinical`: CSV or Parquet file with one row per value of its column `on`, a column
     of `slides`. InputError if the folder is not a data set or holds no slides, or `clinical` cannot be joined.
@@ -91,7 +91,7 @@ class Dataset:
             }
         )
         try:
-            self._create_table("slides", slides)
+            self.create_table("slides", slides)
             self.execute(f"CREATE VIEW nuclei AS {self._nuclei(self.entries)}")
             if clinical is not None:
                 self.notes += load_clinical(self.connection, clinical, on, slides)
@@ -137,7 +137,7 @@ class Dataset:
                 )
             # In parentheses, DuckDB refuses a WITH clause that writes, such as WITH x AS (COPY … TO …).
             relation = self.connection.sql(f"FROM ({query}\n)")
-        return cast(relation, {"HUGEINT": "BIGINT"})
+        return cast(relation, {"HUGEINT": "BIGINT"}.get)
 
     def window(self, slide_id: str, box: Box | Sequence[float], model: str | None = None) -> pd.DataFrame:
         """Return the nuclei of a slide whose bounding boxes overlap `box`, with the columns of `load_nuclei`.
@@ -176,7 +176,8 @@ class Dataset:
         with query_errors():
             self.connection.execute(statement).fetchall()
 
-    def _create_table(self, name: str, rows: pa.Table) -> None:
+    def create_table(self, name: str, rows: pa.Table) -> None:
+        """Create or replace a table in memory."""
         self.connection.register("given", rows)
         self.execute(f"CREATE OR REPLACE TABLE {name} AS FROM given")
         self.connection.unregister("given")
@@ -195,7 +196,7 @@ class Dataset:
         ]
         if not parts:  # no slide has nuclei
             taxonomy = Taxonomy.from_json(json.loads(entries[0].taxonomy))
-            self._create_table("no_nuclei", table_schema(taxonomy).empty_table())
+            self.create_table("no_nuclei", table_schema(taxonomy).empty_table())
             parts = [f"SELECT {text(entries[0].model)} AS model, * FROM no_nuclei"]
         return " UNION ALL BY NAME ".join(parts)
 
@@ -222,13 +223,17 @@ def chosen_model(entries: Sequence[SlideEntry], model: str | None) -> str:
     raise InputError(f"the data set {what}; give --model, one of {listed(fits or known)}")
 
 
-def cast(relation: duckdb.DuckDBPyRelation, kinds: dict[str, str]) -> duckdb.DuckDBPyRelation:
-    """Return the relation with columns cast to other types. `kinds`: type → new type, by their names in SQL."""
-    columns = list(zip(relation.columns, map(str, relation.types), strict=True))
-    if not any(kind in kinds for _, kind in columns):
+def cast(relation: duckdb.DuckDBPyRelation, new_type: Callable[[str], str | None]) -> duckdb.DuckDBPyRelation:
+    """Return the relation with some columns cast to other types.
+
+    `new_type`: function from a type to the one that it becomes, or to None if it stays, by their names in SQL.
+    """
+    names = map(identifier, relation.columns)
+    types = [new_type(str(kind)) for kind in relation.types]
+    if not any(types):
         return relation
-    names = [(identifier(name), kinds.get(kind)) for name, kind in columns]
-    return relation.project(", ".join(f"CAST({name} AS {to}) AS {name}" if to else name for name, to in names))
+    columns = zip(names, types, strict=True)
+    return relation.project(", ".join(f"CAST({name} AS {to}) AS {name}" if to else name for name, to in columns))
 
 
 def _frame(relation: duckdb.DuckDBPyRelation) -> pd.DataFrame:
