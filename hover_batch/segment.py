@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -17,13 +18,16 @@ from hover_batch.cohort.record import SlideRecord, Stage, Url
 from hover_batch.cohort.run_folder import read_run
 from hover_batch.cohort.run_key import ModelId
 from hover_batch.config import AUTO_BATCH, Settings
-from hover_batch.errors import DISK_FULL, InputError, exit_code
+from hover_batch.dataset.layout import DatasetLayout
+from hover_batch.dataset.update import add_run
+from hover_batch.dataset.writer import check_folder
+from hover_batch.errors import DISK_FULL, HoverBatchError, InputError, SlideError, exit_code
 from hover_batch.executor.backend import OpenBackend, open_backend, resolve_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.executor.protocol import RunContext
 from hover_batch.export.summary import cohort_summary, slide_summary, with_record_columns, write_summary
 from hover_batch.formatting import LISTED, counted, listed
-from hover_batch.logs import LogFormat
+from hover_batch.logs import LogFormat, json_line
 from hover_batch.model.package import Package, find_package
 from hover_batch.nuclei.table import SCHEMA_VERSION
 from hover_batch.plan import plan_cohort
@@ -245,3 +249,39 @@ def _summarise(
     tables = [layout.slide(record.slide_id).nuclei_parquet for record in done]
     rows.append(cohort_summary(rows, tables, taxonomy, model_busy))
     write_summary(rows, taxonomy, layout.summary_csv, layout.summary_parquet)
+
+
+def check_dataset(dataset: Path, output: Path) -> None:
+    """Check, before the run, that its slides can be added to a data set. InputError if `dataset` holds anything else.
+
+    `output`: folder of the run.
+    """
+    if dataset.resolve() == output.resolve():
+        raise InputError(f"--dataset {dataset}: is the folder of --output; name another folder")
+    check_folder(DatasetLayout(dataset), "--dataset")
+
+
+def add_to_dataset(outcome: Outcome, dataset: Path, log_format: LogFormat) -> int:
+    """Add the finished slides of a run to a data set, and return the exit code of the command.
+
+    Messages go to stderr in `log_format`. If the data set cannot be written, the message says how to add the slides
+    later, and the exit code is 3, or 4 if no slide is done.
+    """
+
+    def say(line: str, level: str = "info") -> None:
+        print(json_line(level, line) if log_format is LogFormat.json else line, file=sys.stderr)
+
+    done = [str(slide["slide_id"]) for slide in outcome.slides]
+    if not done:
+        return outcome.exit_code
+    folder = outcome.layout.root
+    try:
+        added = add_run(folder, dataset, done, lambda line: say(f"data set: {line}"), "--dataset")
+    except (HoverBatchError, OSError) as error:
+        say(
+            f"The slides are done, but are not all in the data set: {error}. When this is resolved, add them with\n"
+            f"hover-batch cohort {folder} -o {dataset}",
+            "error",
+        )
+        return max(outcome.exit_code, SlideError.exit_code)
+    return max(outcome.exit_code, SlideError.exit_code if added.skipped else 0)

@@ -11,19 +11,29 @@ from typer.core import TyperGroup
 from hover_batch.commands.options import RunArgument
 
 BUILD = "build"
+"""Name of the command that adds a run, which need not be given."""
 
 
 class CohortGroup(TyperGroup):
-    """Group whose first argument is a command or else the folder of a run, which is then added to a data set."""
+    """Group of commands on data sets. Arguments that do not begin with a command's name are those of `build`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments of the group; all of them are those of `build` if the first is not a command."""
+        """Parse the arguments of the group, and put `build` before them if they name no command."""
         if args and args[0] not in (*self.commands, *ctx.help_option_names):
             args = [BUILD, *args]
         return super().parse_args(ctx, args)
 
 
-cohort_app = typer.Typer(cls=CohortGroup, no_args_is_help=True)
+cohort_app = typer.Typer(
+    cls=CohortGroup,
+    no_args_is_help=True,
+    help="Gather the nuclei of runs in one data set, and ask it questions.\n\n"
+    "A data set holds the nuclei of any number of slides, runs and models as GeoParquet, and a table of its slides. "
+    "DuckDB, Polars, GeoPandas and pandas read it.\n\n"
+    "To add a run's slides, give its folder; `build` may be left out:\n\n"
+    "hover-batch cohort OUT -o DATASET\n\n"
+    "The folder of a run with the name of a command is written as ./NAME.",
+)
 
 
 @cohort_app.command(BUILD)
@@ -31,13 +41,30 @@ def build(
     run: RunArgument,
     dataset: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="DATASET", help="Folder of the data set; made if it does not exist."),
+        typer.Option("--output", "-o", metavar="DATASET", help="Folder of the data set; created if it does not exist."),
     ],
     slide: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="Add only this slide; repeat the option for several.")
     ] = None,
 ) -> None:
-    """Add a run's slides to a data set."""
+    """Add a run's finished slides to a data set.
+
+    Prints the path of the data set. Repeat the command when the run has more slides: only new slides and slides that
+    were run again are read. The same data set may hold slides of several runs and models. The run's folder is not
+    changed, and not needed any more afterwards.
+
+    A command that was interrupted leaves a valid data set; repeat it to add the rest.
+
+    Exit codes: 0 all slides are in the data set, 2 invalid input, 3 some slides were skipped, 4 all were.
+
+    Examples: add two runs; count nuclei by class with DuckDB.
+
+    hover-batch cohort out/ -o cohort/
+
+    hover-batch cohort out-of-another-site/ -o cohort/
+
+    duckdb -c "SELECT type, count(*) FROM 'cohort/nuclei/*/*.parquet' GROUP BY type"
+    """
     from hover_batch.dataset.update import add_run
 
     added = add_run(run, dataset, slide or (), lambda line: typer.echo(line, err=True))

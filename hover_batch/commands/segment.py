@@ -51,6 +51,15 @@ def segment(
             "--output", "-o", help="Folder for the results; to resume a run that stopped, repeat the command."
         ),
     ] = Path("hover-batch-out"),
+    dataset: Annotated[
+        Path | None,
+        typer.Option(
+            "--dataset",
+            metavar="FOLDER",
+            help="Data set to which the finished slides are added at the end of the run, as by `hover-batch cohort`; "
+            "created if it does not exist.",
+        ),
+    ] = None,
     model: ModelOption = None,
     unit: Annotated[
         int | None,
@@ -184,6 +193,8 @@ def segment(
 
     Repeat the command to resume a run that stopped, and to retry the slides that failed.
 
+    With --dataset, the finished slides are also added to a data set of all nuclei (see `hover-batch cohort --help`).
+
     Examples: process a cohort; try the included slides; make new tables from the stored predictions of the first run.
 
     hover-batch segment cohort.csv -o out/
@@ -202,8 +213,10 @@ def segment(
 
         stored_run = StoredRun.open(from_run)
     settings = settings_of(ctx, stored_run.settings.to_dict() if stored_run else None)
-    from hover_batch.segment import run_segment
+    from hover_batch.segment import add_to_dataset, check_dataset, run_segment
 
+    if dataset is not None:
+        check_dataset(dataset, output)
     outcome = run_segment(
         stored_run or cohort or str(_example(output)),
         output,
@@ -217,7 +230,10 @@ def segment(
     )
     for line in outcome.closing_lines():
         typer.echo(line)
-    raise typer.Exit(outcome.exit_code)
+    code = outcome.exit_code
+    if dataset is not None:
+        code = add_to_dataset(outcome, dataset, log_format)
+    raise typer.Exit(code)
 
 
 def _example(output: Path) -> Path:

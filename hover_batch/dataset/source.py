@@ -85,6 +85,14 @@ class RunSource:
         """Return a finished slide's table of nuclei, whose checksum is compared. SlideError if it cannot be read."""
         return NucleiTable.open(self.layout.slide(slide_id).nuclei_parquet)
 
+    def is_unchanged(self, slide_id: str) -> bool:
+        """Return whether slide.json still records the table that it recorded when the run was opened.
+
+        A run that makes the slide again removes slide.json before it replaces the table.
+        """
+        now = slide_if_done(self.layout.slide(slide_id))
+        return now is not None and now.get("nuclei_sha256") == self.done[slide_id]["nuclei_sha256"]
+
     def row(self, slide_id: str, taxonomy: Taxonomy) -> Row:
         """Return the columns of a finished slide that come from its run's summary and cohort CSV.
 

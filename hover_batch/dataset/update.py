@@ -269,6 +269,8 @@ class _Update:
     def _pieces(self, table: NucleiTable) -> Iterator[pa.Table]:
         try:
             yield from sorted_pieces(table, self._folder)
+            if not self._source.is_unchanged(table.slide_id):
+                raise SlideError("was changed by its run while it was read; repeat the command when that run has ended")
         except SlideError as error:
             raise _SlideFailed(table.slide_id, str(error)) from error
 
