@@ -128,8 +128,8 @@ def _check(by: str, groups: dict[str, list[tuple[float, ...]]], group_of: dict[s
         )
     if several := [patient for patient, names in group_of.items() if len(names) > 1]:
         raise InputError(
-            f"--by {by}: patients with slides in several groups: {listed(several)}; the groups are not independent then: give "
-            "each patient one group"
+            f"--by {by}: patients with slides in several groups: {listed(several)}; such groups are not independent: "
+            "give each patient one group"
         )
     if not 2 <= len(groups) <= _MAX_GROUPS:
         raise InputError(
