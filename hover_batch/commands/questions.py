@@ -172,12 +172,13 @@ def _track(items: list[Any]) -> Iterable[Any]:
 def _show_effects(effects: Sequence[Effect]) -> None:
     """Print a table of the effects for each two groups, with their intervals."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     tables: dict[tuple[str, str], Table] = {}
     for effect in effects:
         patients = [f"{name} (n = {count})" for name, count in zip(effect.groups, effect.patients, strict=True)]
-        table = tables.setdefault(effect.groups, Table("median", *patients, "difference", "Cliff's delta"))
+        columns = (Column("median", no_wrap=True), *patients, "difference", "Cliff's delta")
+        table = tables.setdefault(effect.groups, Table(*columns))
         low, high = effect.difference_interval
         difference = f"{effect.difference:+.4g} ({low:+.4g} to {high:+.4g})"
         low, high = effect.cliffs_delta_interval

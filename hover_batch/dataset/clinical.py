@@ -56,7 +56,9 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> str:
     """Return the table function that reads the file, with the types of its columns."""
     if path.suffix.lower() in (".parquet", ".pq"):
         return f"read_parquet({text_list([path])})"
-    options = f"header = true, nullstr = {text_list(_MISSING)}, sample_size = -1"
+    # Cells such as yes, no and 01/02/2026 stay text: their meaning as a truth value or a date would be a guess.
+    kinds = f"{text_list(('BIGINT', 'DOUBLE', 'DATE', 'VARCHAR'))}, dateformat = '%Y-%m-%d'"
+    options = f"header = true, nullstr = {text_list(_MISSING)}, sample_size = -1, auto_type_candidates = {kinds}"
     cells = f"read_csv({text_list([path])}, all_varchar = true, {options})"
     columns = connection.sql(f"FROM {cells}").columns
     tests = ", ".join(f"bool_or(regexp_matches(trim({identifier(name)}), {text(_IS_TEXT)}))" for name in columns)

@@ -225,12 +225,12 @@ def test_two_models(two_models: Path) -> None:
     assert "33" in one and "s2" not in one
 
 
-CLINICAL = """patient_id;months;stage;code;name
-001;12.5;II;001;"x; y"
- 007 ;NA;III;20;"it's"
-010;7;I;3;z
-999;1;I;4;nobody
-;2;I;5;without an id
+CLINICAL = """patient_id;months;stage;code;name;seen;alive
+001;12.5;II;001;"x; y";01/02/2026;yes
+ 007 ;NA;III;20;"it's";02/02/2026;no
+010;7;I;3;z;03/02/2026;no
+999;1;I;4;nobody;04/02/2026;yes
+;2;I;5;without an id;05/02/2026;yes
 """
 
 
@@ -242,10 +242,11 @@ def test_a_clinical_table_is_joined_by_ids_that_stay_text(asked: Asked, tmp_path
             cohort = hover_batch.open_cohort(asked.root, path)
     with cohort:
         found = cohort.sql(
-            "SELECT patient_id, months, stage, code, sum(nuclei) AS n FROM slides JOIN clinical USING (patient_id) "
-            "GROUP BY ALL ORDER BY ALL"
+            "SELECT patient_id, months, stage, code, seen, alive, sum(nuclei) AS n "
+            "FROM slides JOIN clinical USING (patient_id) GROUP BY ALL ORDER BY ALL"
         )
     assert found.patient_id.tolist() == ["001", "007", "010"] and found.code.tolist() == ["001", "20", "3"]
+    assert found.seen[0] == "01/02/2026" and found.alive.tolist() == ["yes", "no", "no"]
     assert (
         found.months.tolist()[::2] == [12.5, 7.0] and np.isnan(found.months[1]) and found.n.tolist() == [180, 150, 400]
     )
