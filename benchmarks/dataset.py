@@ -1,23 +1,25 @@
 """Cost of a data set of 200 slides and ten million nuclei: to write it, and to ask it questions.
 
-    python -m benchmarks.dataset RUN [--json FILE] [--slides N] [--keep FOLDER]
+    python -m benchmarks.dataset RUN [--json FILE] [--folder FOLDER]
 
-RUN is the folder of a finished run of a real slide. Its nuclei are repeated side by side on larger slides of a second
-run, of which a few are large, many small, as in a cohort of resections and biopsies. The benchmark only reports numbers;
-it does not check them.
+RUN is the folder of a finished run of a real slide. Its nuclei are repeated side by side on the slides of a second run,
+of which few are large and many small, as in a cohort of resections and biopsies. Each measurement of the writer has its
+own process, which has written a small data set before, so that imports are not counted. The benchmark only reports
+numbers; it does not check them.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 import multiprocessing
-import shutil
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -32,23 +34,27 @@ import shapely
 
 from benchmarks.exports import resident
 from hover_batch.cohort.layout import RunLayout
+from hover_batch.cohort.record import SlideRecord
 from hover_batch.cohort.run_folder import slide_layouts
 from hover_batch.dataset.layout import DatasetLayout
-from hover_batch.dataset.slides import SlideEntry, read_entries
+from hover_batch.dataset.slides import read_entries
 from hover_batch.dataset.update import add_run
 from hover_batch.export.read import NucleiTable
 from hover_batch.export.summary import slide_summary
 from hover_batch.files import sha256_file, to_json
 from hover_batch.geometry import Grid, Size
 from hover_batch.nuclei.table import TableContext, merge_parts, part_schema, write_part
-from hover_batch.cohort.record import SlideRecord
 from hover_batch.slide.survey import read_info, read_tissue, write_survey
 
 SIZES = (300_000,) * 10 + (75_000,) * 60 + (19_230,) * 130
 """Nuclei of each slide: 3.0, 4.5 and 2.5 million in large, middle and small slides."""
+LARGE = 1_000_000
+"""Nuclei of a slide that is added by itself, to measure what its length costs."""
 SLIDES_PER_PATIENT = 4
 WINDOW = 4096
-"""Side of the window that is asked for, in level-0 pixels."""
+"""Side of a window of one slide, in level-0 pixels."""
+REPEATS = 15
+"""Number of times that each question is asked; the median counts."""
 
 
 class RealTile:
@@ -142,3 +148,139 @@ def write_run(out: Path, tile: RealTile, sizes: tuple[int, ...]) -> RunLayout:
         ids = [f"slide-{number:03d}" for number in range(len(sizes))]
         list(pool.map(tile.write_slide, [layout] * len(sizes), ids, sizes, range(len(sizes))))
     return layout
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one update of a data set."""
+
+    slides: int
+    """Number of slides that were added."""
+    nuclei: int
+    """Number of their nuclei."""
+    seconds: float
+    """Wall-clock time."""
+    cpu_seconds: float
+    """CPU time of the process, which depends little on other processes on the machine."""
+    peak_mb: float
+    """Peak of the resident memory in millions of bytes, minus the resident memory before the update."""
+
+
+def cost_of(run: Path, dataset: Path, slide_ids: Sequence[str], small: Path) -> Cost:
+    """Return the cost of adding slides of a run to a data set, in a new process.
+
+    `slide_ids`: the slides; empty for all. `small`: a run that the process adds to another data set first.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_cost_in_this_process, run, dataset, slide_ids, small).result()
+
+
+def _cost_in_this_process(run: Path, dataset: Path, slide_ids: Sequence[str], small: Path) -> Cost:
+    with tempfile.TemporaryDirectory(dir=dataset.parent) as folder:
+        add_run(small, Path(folder) / "small", (), _ignore)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    resident_before, started, cpu_started = resident("VmRSS"), time.perf_counter(), time.process_time()
+    added = add_run(run, dataset, slide_ids, _ignore).added
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    peak = (resident("VmHWM") - resident_before) / 1e6
+    rows = {entry.slide_id: entry.nuclei_rows for entry in read_entries(DatasetLayout(dataset))}
+    return Cost(len(added), sum(rows[slide_id] for slide_id in added), seconds, cpu_seconds, peak)
+
+
+def _ignore(line: str) -> None:
+    """Drop a line about progress."""
+
+
+def counts_by_patient(dataset: Path) -> dict[str, float]:
+    """Return the median seconds of counting the nuclei of each class and patient in DuckDB, and the number of rows."""
+    files = sorted({str(dataset / name) for e in read_entries(DatasetLayout(dataset)) for name in e.nuclei_files})
+    query = (
+        "SELECT patient_id, type, count(*) FROM read_parquet($files) JOIN read_parquet($slides) "
+        "USING (slide_id, model) GROUP BY ALL"
+    )
+    slides = str(DatasetLayout(dataset).slides_parquet)
+    seconds, rows = _asked(lambda db: db.execute(query, {"files": files, "slides": slides}).fetchall())
+    return {"seconds": seconds, "rows": rows}
+
+
+def window_of_a_slide(dataset: Path) -> dict[str, float]:
+    """Return the median seconds of reading all columns of a window in the middle of the largest slide in DuckDB."""
+    entry = max(read_entries(DatasetLayout(dataset)), key=lambda entry: entry.nuclei_rows)
+    x, y = (side / 2 for side in (entry.level0_width, entry.level0_height))
+    query = (
+        "SELECT * FROM read_parquet($files) WHERE slide_id = $slide AND bbox.xmax >= $x AND bbox.xmin <= $x + $side "
+        "AND bbox.ymax >= $y AND bbox.ymin <= $y + $side"
+    )
+    files = [str(dataset / name) for name in entry.nuclei_files]
+    values = {"files": files, "slide": entry.slide_id, "x": x, "y": y, "side": WINDOW}
+    seconds, rows = _asked(lambda db: db.execute(query, values).fetchall())
+    return {"seconds": seconds, "rows": rows, "nuclei_of_slide": entry.nuclei_rows}
+
+
+def neighbours(dataset: Path) -> dict[str, float]:
+    """Return the seconds of questions about neighbours; none yet."""
+    return {}
+
+
+def _asked(ask: Callable[[duckdb.DuckDBPyConnection], Sized]) -> tuple[float, int]:
+    """Return the median seconds of a question, each time on a new connection, and the number of rows."""
+    seconds = []
+    for _ in range(REPEATS):
+        with duckdb.connect() as db:
+            started = time.perf_counter()
+            rows = len(ask(db))
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds), rows
+
+
+def measured(run: Path, folder: Path) -> dict[str, Any]:
+    """Write the cohort and its data set to `folder`, and return all results as JSON values by name."""
+    tile = RealTile(run)
+    cohort, large, dataset = folder / "cohort", folder / "large", folder / "dataset"
+    if not cohort.exists():
+        write_run(cohort, tile, SIZES)
+        write_run(large, tile, (LARGE,))
+    ids = list(slide_layouts(RunLayout(cohort)))
+    # A tenth of the large, middle and small slides each.
+    tenth = [slide_id for slide_id, size in zip(ids, SIZES, strict=True) if ids.index(slide_id) % 10 == 0 and size]
+    part = cost_of(cohort, folder / "tenth", tenth, run)
+    whole = cost_of(cohort, dataset, (), run)
+    again = cost_of(cohort, dataset, (), run)
+    size = sum(path.stat().st_size for path in dataset.rglob("*.parquet"))
+    return {
+        "nuclei": whole.nuclei,
+        "slides": whole.slides,
+        "files": sum(1 for _ in dataset.rglob("nuclei/*/*.parquet")),
+        "mb_per_million": size / whole.nuclei,
+        "seconds_per_million": whole.seconds / whole.nuclei * 1e6,
+        "cpu_seconds_per_million": whole.cpu_seconds / whole.nuclei * 1e6,
+        "write_all": asdict(whole),
+        "write_a_tenth": asdict(part),
+        "same_command_again": asdict(again),
+        "write_one_slide_of_a_million": asdict(cost_of(large, folder / "of_large", (), run)),
+        "counts_by_patient": counts_by_patient(dataset),
+        "window": window_of_a_slide(dataset),
+        "neighbours": neighbours(dataset),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def main() -> None:
+    """Run the benchmark and print its results as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dataset", description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--folder", type=Path, help="keep the cohort and its data set in this folder; 4 GB")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as name:
+        text = json.dumps(measured(arguments.run, Path(name)), indent=2) + "\n"
+    print(text, end="")
+    if arguments.json:
+        arguments.json.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -185,11 +185,12 @@ def _key_column(table: pa.Table) -> pa.Array:
 
 def _without_text(table: pa.Table, other: pa.Table) -> pa.Table:
     """Return `table` with other names for the columns of text that are numbers in `other`."""
-    taken = {*table.column_names, *other.column_names}
+    kinds = {field.name: field.type for field in other.schema}
+    taken = {*table.column_names, *kinds}
     names = []
     for field in table.schema:
         name = field.name
-        if name in other.column_names and field.type == pa.string() != other.schema.field(name).type:
+        if field.type == pa.string() != kinds.get(name, pa.string()):
             while name in taken:
                 name = f"extra_{name}"
         names.append(name)

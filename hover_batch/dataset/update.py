@@ -91,7 +91,7 @@ class _Update:
             done, entry = self._source.done.get(slide_id), held.get(slide_id)
             if done is None:
                 self._skip(slide_id, "is not done; see failures.csv, or repeat the segment command to finish it")
-            elif entry is not None and entry.nuclei_sha256 == done["nuclei_sha256"]:
+            elif entry is not None and self._is_current(entry):
                 self.result.unchanged.append(slide_id)
             else:
                 changed.append(slide_id)
@@ -104,6 +104,11 @@ class _Update:
         replaced = [slide_id for slide_id in changed if slide_id in held and held[slide_id].nuclei_files]
         self._replace(replaced, held)
         self._append([slide_id for slide_id in changed if slide_id not in replaced])
+
+    def _is_current(self, entry: SlideEntry) -> bool:
+        """Return whether the data set has the slide's present table, and its files are there."""
+        is_same = entry.nuclei_sha256 == self._source.done[entry.slide_id]["nuclei_sha256"]
+        return is_same and all(path.is_file() for path in self._writer.files_of(entry))
 
     def _skip(self, slide_id: str, reason: str) -> None:
         self.result.skipped[slide_id] = reason

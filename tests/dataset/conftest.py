@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ def nuclei(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Size]:
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row groups of 100 nuclei, and shared files of 300, so that few nuclei fill several of both."""
+    """Row groups of 100 nuclei, and shared files of 300, so that few nuclei fill several of both; nothing is synced."""
     monkeypatch.setattr(nuclei_file, "ROW_GROUP", 100)
     monkeypatch.setattr(update, "SHARED_ROWS", 300)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)

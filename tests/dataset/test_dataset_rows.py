@@ -182,7 +182,9 @@ def test_the_curve_visits_each_cell_next_to_the_last() -> None:
     assert len(np.unique(index)) == side * side
     assert (np.abs(np.diff(x[order])) + np.abs(np.diff(y[order])) == 1).all()
     outside = hilbert_index(np.array([-5.0, 900.0]), np.array([3.0, 3.0]), side, side)
-    assert list(outside) == list(hilbert_index(np.array([0.0, np.nextafter(side, 0)]), np.array([3.0, 3.0]), side, side))
+    assert list(outside) == list(
+        hilbert_index(np.array([0.0, np.nextafter(side, 0)]), np.array([3.0, 3.0]), side, side)
+    )
 
 
 def test_an_empty_data_set_is_valid(run: MadeRun, tmp_path: Path) -> None:

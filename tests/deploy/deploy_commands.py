@@ -22,6 +22,8 @@ def options(words: list[str]) -> dict[str, Any]:
     command, name, rest = _program(words[0]), words[0], words[1:]
     with command.make_context(name, ["--help"], resilient_parsing=True) as context:
         while hasattr(command, "get_command"):
+            if name == "cohort" and rest[0] not in command.commands:
+                rest = ["build", *rest]
             name, rest = rest[0], rest[1:]
             command = command.get_command(context, name)
             assert command, f"{' '.join(words)}: there is no {name}"
