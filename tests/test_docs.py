@@ -90,6 +90,7 @@ def write_world(folder: Path) -> None:
     for name, x in (("case-01", 0), ("case-02", 400)):
         write_pyramidal_tiff(folder / "slides" / f"{name}.tif", np.ascontiguousarray(example[:320, x : x + 320]), 0.25)
     (folder / "cohort.csv").write_text("path,patient_id\nslides/case-01.tif,p1\nslides/case-02.tif,p2\n")
+    (folder / "clinical.csv").write_text("patient_id,months,event\np1,12.5,1\np2,30,0\n")
     (folder / "map.toml").write_text(
         'epithelial = ["epithelial"]\nother = ["miscellaneous", "inflammatory", "spindle"]\n'
     )

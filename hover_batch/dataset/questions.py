@@ -49,8 +49,8 @@ class Subject:
         notes = list(dataset.notes)
         if rows:
             flagged = listed([f"{slide_id} ({flags.replace(';', ', ')})" for slide_id, flags in rows])
-            what = "are left out" if without_flagged else "are counted; --without-flagged leaves them out"
-            notes.append(f"{len(rows):,} of {counted(len(entries), 'slide')} with quality flags {what}: {flagged}")
+            what = "left out" if without_flagged else "counted; --without-flagged leaves them out"
+            notes.append(f"quality flags on {len(rows):,} of {counted(len(entries), 'slide')}, {what}: {flagged}")
         if without_flagged:
             conditions.append(_UNFLAGGED)
             names = {slide_id for slide_id, _ in rows}
