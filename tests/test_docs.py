@@ -145,7 +145,9 @@ def interrupted(*_: object) -> None:
 def run(words: list[str]) -> None:
     said = " ".join(words[1:])
     more = [flag for start, flags in QUICK.items() if _begins(words[1:], start.split()) for flag in flags]
-    words = [found for word in words for found in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+    # As in a shell, a pattern that no file fits stays as it is; count(*) is one.
+    found = {word: sorted(map(str, Path().glob(word))) for word in words if "*" in word}
+    words = [each for word in words for each in found.get(word) or [word]]
     into = words.index(">") if ">" in words else len(words)
     done = CliRunner().invoke(app, [*words[1:into], *more])
     assert done.exit_code == 0, f"{said}: {done.output}\n{done.exception}"

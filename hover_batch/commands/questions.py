@@ -144,13 +144,13 @@ def compare_groups(
     """
     import pyarrow as pa
 
-    from hover_batch.dataset.groups import compare_groups, densities_sql
+    from hover_batch.dataset.groups import compare_densities, densities_sql
 
     with _subject(dataset, join, on, model, without_flagged, output) as subject:
         if show_sql:
             typer.echo(densities_sql(subject, by, of))
             return
-        comparison = compare_groups(subject, by, of)
+        comparison = compare_densities(subject, by, of)
         print_notes([*subject.notes, *comparison.notes])
         if output is None:
             _show_effects(comparison.effects)
@@ -177,8 +177,8 @@ def _show_effects(effects: Sequence[Effect]) -> None:
     tables: dict[tuple[str, str], Table] = {}
     for effect in effects:
         patients = [f"{name} (n = {count})" for name, count in zip(effect.groups, effect.patients, strict=True)]
-        columns = (Column("median", no_wrap=True), *patients, "difference", "Cliff's delta")
-        table = tables.setdefault(effect.groups, Table(*columns))
+        columns = [*patients, "difference", "Cliff's delta"]
+        table = tables.setdefault(effect.groups, Table(Column("median", no_wrap=True), *columns))
         low, high = effect.difference_interval
         difference = f"{effect.difference:+.4g} ({low:+.4g} to {high:+.4g})"
         low, high = effect.cliffs_delta_interval

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ROWS = 40
 """Maximum number of rows on the terminal."""
+_CELL = 60
+"""Maximum number of characters in a cell on the terminal; a polygon has hundreds."""
 _BATCH = 100_000
 """Rows in memory while a file is written."""
 _IN_CSV = ("BOOLEAN", "INT", "INTEGER", "FLOAT", "DOUBLE", "VARCHAR", "DATE", "TIMESTAMP")
@@ -63,7 +65,7 @@ def _show(result: duckdb.DuckDBPyRelation) -> None:
     # FLOAT is printed with at most eight digits.
     shown = cast(result, {"DOUBLE": "FLOAT"}.get)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1_000_000
-    shown.show(max_rows=ROWS, max_width=width)
+    shown.show(max_rows=ROWS, max_width=width, max_col_width=_CELL)
 
 
 def _write(result: duckdb.DuckDBPyRelation, path: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import duckdb
@@ -34,38 +34,62 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
     if not path.is_file():
         raise InputError(f"{flag}: no such file")
     try:
-        source = _source(connection, path, on)
-        columns = connection.sql(f"FROM {source}").columns
-        if on not in columns:
-            raise InputError(f"{flag}: has no column {on}, but {', '.join(columns)}; give the right one with --on")
-        connection.execute(
-            f"CREATE TABLE clinical AS SELECT * REPLACE (trim(CAST({identifier(on)} AS VARCHAR)) AS {identifier(on)}) "
-            f"FROM {source} WHERE trim(CAST({identifier(on)} AS VARCHAR)) <> ''"
-        ).fetchall()
-        ids = [row[0] for row in connection.sql(f"SELECT {identifier(on)} FROM clinical").fetchall()]
+        source, column = _source(connection, path, on)
+        values = f"trim(CAST({identifier(column)} AS VARCHAR))"
+        rows = f"SELECT * REPLACE ({values} AS {identifier(column)}) FROM {source} WHERE {values} <> ''"
+        connection.execute(f"CREATE TABLE clinical AS {rows}").fetchall()
+        ids = [row[0] for row in connection.sql(f"SELECT {identifier(column)} FROM clinical").fetchall()]
     except duckdb.Error as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split("\n\n")[0].splitlines()[:2])
         raise InputError(
-            f"{flag}: cannot be read as CSV (UTF-8, with a header) or Parquet ({reason}); save it as one of them"
+            f"{flag}: cannot be read as CSV (UTF-8, a header, equally many cells in all rows) or Parquet ({reason})"
         ) from error
     known = dict.fromkeys(value for value in slides[on].to_pylist() if value is not None)
     return _notes(path, on, ids, [str(value) for value in known])
 
 
-def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> str:
-    """Return the table function that reads the file, with the types of its columns."""
+def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple[str, str]:
+    """Return the table function that reads the file, with the types of its columns, and its name of the column `on`.
+
+    The name may differ in upper and lower case, which SQL ignores. InputError if there is no such column.
+    """
+
+    def name_in(columns: list[str]) -> str:
+        for name in columns:
+            if name.casefold() == on.casefold():
+                return name
+        raise InputError(f"--join {path}: has no column {on}, but {', '.join(columns)}; rename a column, or give --on")
+
     if path.suffix.lower() in (".parquet", ".pq"):
-        return f"read_parquet({text_list([path])})"
-    # Cells such as yes, no and 01/02/2026 stay text: their meaning as a truth value or a date would be a guess.
-    kinds = f"{text_list(('BIGINT', 'DOUBLE', 'DATE', 'VARCHAR'))}, dateformat = '%Y-%m-%d'"
-    options = f"header = true, nullstr = {text_list(_MISSING)}, sample_size = -1, auto_type_candidates = {kinds}"
-    cells = f"read_csv({text_list([path])}, all_varchar = true, {options})"
+        source = f"read_parquet({text_list([path])})"
+        return source, name_in(connection.sql(f"FROM {source}").columns)
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline()
+        if for_excel := header.lower().startswith(("sep=", '"sep=')):
+            header = file.readline()
+    options = {
+        "header": "true",
+        "skip": str(int(for_excel)),
+        # DuckDB would find a delimiter for which rows of different lengths are one column.
+        "delim": text(max(",;\t", key=header.count)),
+        "nullstr": text_list(_MISSING),
+        "sample_size": "-1",
+        # Cells such as yes, no and 01/02/2026 stay text: their meaning as a truth value or a date would be a guess.
+        "auto_type_candidates": text_list(("BIGINT", "DOUBLE", "DATE", "VARCHAR")),
+        "dateformat": text("%Y-%m-%d"),
+    }
+    cells = _read_csv(path, options | {"all_varchar": "true"})
     columns = connection.sql(f"FROM {cells}").columns
+    column = name_in(columns)
     tests = ", ".join(f"bool_or(regexp_matches(trim({identifier(name)}), {text(_IS_TEXT)}))" for name in columns)
     [found] = connection.sql(f"SELECT {tests} FROM {cells}").fetchall()
-    as_text = [name for name, is_text in zip(columns, found, strict=True) if is_text or name == on]
+    as_text = [name for name, is_text in zip(columns, found, strict=True) if is_text or name == column]
     types = ", ".join(f"{text(name)}: 'VARCHAR'" for name in as_text)
-    return f"read_csv({text_list([path])}, {options}, types = {{{types}}})"
+    return _read_csv(path, options | {"types": f"{{{types}}}"}), column
+
+
+def _read_csv(path: Path, options: Mapping[str, str]) -> str:
+    return f"read_csv({text_list([path])}, {', '.join(f'{name} = {value}' for name, value in options.items())})"
 
 
 def _notes(path: Path, on: str, ids: Sequence[str], known: Sequence[str]) -> list[str]:

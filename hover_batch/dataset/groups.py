@@ -86,7 +86,7 @@ def densities_sql(subject: Subject, by: str, of: str | None = None) -> str:
     return f"SELECT\n  {listing}\nFROM {source}{where}\nGROUP BY {group_by}\nORDER BY {group_by}"
 
 
-def compare_groups(subject: Subject, by: str, of: str | None = None) -> Comparison:
+def compare_densities(subject: Subject, by: str, of: str | None = None) -> Comparison:
     """Compare the densities of each two groups of patients.
 
     InputError if a group has fewer than MIN_PATIENTS patients, a patient is in several groups, or there are not 2 to

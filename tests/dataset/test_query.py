@@ -225,7 +225,7 @@ def test_two_models(two_models: Path) -> None:
     assert "33" in one and "s2" not in one
 
 
-CLINICAL = """patient_id;months;stage;code;name;seen;alive
+CLINICAL = """Patient_ID;months;stage;code;name;seen;alive
 001;12.5;II;001;"x; y";01/02/2026;yes
  007 ;NA;III;20;"it's";02/02/2026;no
 010;7;I;3;z;03/02/2026;no
@@ -234,9 +234,10 @@ CLINICAL = """patient_id;months;stage;code;name;seen;alive
 """
 
 
-def test_a_clinical_table_is_joined_by_ids_that_stay_text(asked: Asked, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["", "\ufeff", "sep=;\n"])
+def test_a_clinical_table_is_joined_by_ids_that_stay_text(asked: Asked, tmp_path: Path, start: str) -> None:
     path = tmp_path / "it's clinical.csv"
-    path.write_text("\ufeff" + CLINICAL)
+    path.write_text(start + CLINICAL)
     with pytest.warns(UserWarning, match="not in the data set: 1 of 4 patient_ids: 999"):  # noqa: SIM117
         with pytest.warns(UserWarning, match="no row for 3 of the data set's 6 patient_ids: 002, 011, 012"):
             cohort = hover_batch.open_cohort(asked.root, path)
@@ -281,6 +282,7 @@ def test_a_clinical_table_in_parquet_by_another_column(asked: Asked, tmp_path: P
         ("patient_id,x\n1,2\n", "patient_id", "no patient_id in it is in the data set; it has 1, and the data set 001"),
         ("patient_id,x\n001,2\n001,3\n", "patient_id", "several rows have the same patient_id: 001"),
         ("patient,x\n001,2\n", "patient_id", "has no column patient_id, but patient, x"),
+        ("patient_id,x\n001,2\n002,3,4,5\n", "patient_id", "cannot be read as CSV"),
         ("patient,x\n001,2\n", "patient", "--on patient: is not a column of the slides"),
         ("patient_id,x\n", "patient_id", "no patient_id in it is in the data set; it has none"),
         ("patient_id,x\n\xff001,2\n", "patient_id", "cannot be read as CSV"),
