@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ import pytest
 from asked import SLIDES, Asked, ask, make
 from scipy.spatial import cKDTree
 
+from hover_batch.dataset import update
 from hover_batch.dataset.groups import cliffs_delta
+from hover_batch.dataset.near import NearQuestion
+from hover_batch.dataset.opened import Dataset
+from hover_batch.dataset.questions import Subject
+from hover_batch.dataset.slides import SlideEntry
 from hover_batch.geometry import Mpp, Size
 from hover_batch.taxonomy import CONSEP, NucleusClass, Taxonomy
 
@@ -29,6 +35,7 @@ ODD = """it's "odd"); --"""
 def asked(nuclei: tuple[Any, Size], tmp_path_factory: pytest.TempPathFactory) -> Asked:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset_runs, "MPP", MPP)
+        patch.setattr(update, "SHARED_ROWS", 300)  # so that slides are in several files, some shared
         return make(tmp_path_factory.mktemp("asked"), *nuclei)
 
 
@@ -69,9 +76,7 @@ def test_counts_of_one_class_on_the_terminal(asked: Asked) -> None:
 
 def test_slides_with_flags_are_named_and_can_be_left_out(asked: Asked, tmp_path: Path) -> None:
     words = ("counts", asked.root, "--by", "patient_id")
-    found = answer(
-        tmp_path, *words, notes="note: 1 of 9 slides with quality flags are counted; --without-flagged leaves"
-    )
+    found = answer(tmp_path, *words, notes="note: quality flags on 1 of 9 slides, counted; --without-flagged")
     assert found.slides.tolist() == [2, 1, 1, 1, 1, 2, 1]
     found = answer(tmp_path, *words, "--without-flagged", notes="1 of 9 slides, left out: s8 (no_nuclei)")
     assert found.slides.tolist() == [2, 1, 1, 1, 1, 1, 1]
@@ -126,6 +131,23 @@ def test_near_by_patient_adds_up_slides(asked: Asked, tmp_path: Path) -> None:
     both = slides.loc[["s1", "s2"]].sum()
     assert (patients.loc["001", "nuclei"], patients.loc["001", "near"]) == (both.nuclei, both.near)
     assert patients.loc["001", "share"] == pytest.approx(both.near / both.nuclei)
+
+
+def test_near_reads_one_file_after_the_other(asked: Asked) -> None:
+    with Dataset(asked.root) as dataset:
+        question = NearQuestion(Subject.of(dataset, None, False), "spindle", "spindle", 20.0, "slide_id")
+        seen: list[list[str]] = []
+
+        def track(items: list[list[SlideEntry]]) -> Iterator[list[SlideEntry]]:
+            for entries in items:
+                yield entries
+                seen.append([entry.slide_id for entry in entries])
+                assert dataset.sql("SELECT count(DISTINCT slide_id) AS n FROM nuclei").n[0] == 8  # and is whole again
+
+        rows = question.answer(track).fetchall()
+    files = {entry.nuclei_files for entry in dataset.entries if entry.nuclei_files}
+    assert len(files) > 1 and len(seen) == len(files) and sorted(sum(seen, [])) == sorted(set(SLIDES) - {"s8"})
+    assert len(rows) == len(SLIDES)
 
 
 def test_bad_questions(asked: Asked) -> None:
