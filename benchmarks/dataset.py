@@ -46,6 +46,7 @@ from hover_batch.export.read import NucleiTable
 from hover_batch.export.summary import slide_summary
 from hover_batch.files import sha256_file, to_json
 from hover_batch.geometry import Grid, Size
+from hover_batch.nuclei.geoparquet import geoparquet_writer
 from hover_batch.nuclei.table import TableContext, merge_parts, part_schema, write_part
 from hover_batch.slide.survey import read_info, read_tissue, write_survey
 
@@ -135,22 +136,46 @@ class RealTile:
         slide.slide_json.write_bytes(to_json(done | {"summary": summary}))
 
 
-def write_run(out: Path, tile: RealTile, sizes: tuple[int, ...]) -> RunLayout:
-    """Write the folder of a run whose slides have `sizes` nuclei; SLIDES_PER_PATIENT each are of one patient."""
+def copy_slide(layout: RunLayout, made: str, slide_id: str, number: int) -> None:
+    """Write the finished slide `made` of a run once more under another name; `number` makes its fingerprint."""
+    source, slide = layout.slide(made), layout.slide(slide_id)
+    slide.folder.mkdir(parents=True)
+    with pq.ParquetFile(source.nuclei_parquet) as table:
+        metadata = json.loads(table.metadata.metadata[b"hover_batch"]) | {"slide_id": slide_id}
+        schema = table.schema_arrow.remove_metadata()
+        with geoparquet_writer(slide.nuclei_parquet, schema, metadata) as write:
+            for group in range(table.num_row_groups):
+                rows = table.read_row_group(group)
+                write(rows.set_column(0, schema.field(0), pa.repeat(slide_id, len(rows))).cast(schema).combine_chunks())
+    info = replace(read_info(source.survey_json), fingerprint=f"{number:064x}")
+    write_survey(slide.survey_json, info, read_tissue(source.survey_json))
+    done = json.loads(source.slide_json.read_bytes())
+    done |= {"slide_id": slide_id, "nuclei_sha256": sha256_file(slide.nuclei_parquet)}
+    slide.slide_json.write_bytes(to_json(done))
+
+
+def write_run(out: Path, tile: RealTile, sizes: Sequence[int]) -> None:
+    """Write the folder of a run whose slides have `sizes` nuclei; SLIDES_PER_PATIENT each are of one patient.
+
+    Slides of equal size have the same nuclei.
+    """
     layout = RunLayout(out)
     out.mkdir(parents=True)
-    run = json.loads(RunLayout(tile.slide.root).run_json.read_bytes())
-    layout.run_json.write_bytes(to_json(run))
+    layout.run_json.write_bytes(RunLayout(tile.slide.root).run_json.read_bytes())
+    ids = [f"slide-{number:03d}" for number in range(len(sizes))]
     with layout.slides_csv.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "slide_id", "patient_id", "group", "row", "status"))
-        for number, _ in enumerate(sizes):
+        for number, slide_id in enumerate(ids):
             patient = f"P{number // SLIDES_PER_PATIENT:03d}"
-            writer.writerow((f"{number}.svs", f"slide-{number:03d}", patient, "ab"[number % 2], number + 2, "done"))
-    with ProcessPoolExecutor(2) as pool:
-        ids = [f"slide-{number:03d}" for number in range(len(sizes))]
-        list(pool.map(tile.write_slide, [layout] * len(sizes), ids, sizes, range(len(sizes))))
-    return layout
+            writer.writerow((f"{slide_id}.svs", slide_id, patient, "ab"[number % 2], number + 2, "done"))
+    made: dict[int, str] = {}
+    for number, (slide_id, size) in enumerate(zip(ids, sizes, strict=True)):
+        if size in made:
+            copy_slide(layout, made[size], slide_id, number)
+        else:
+            tile.write_slide(layout, slide_id, size, number)
+            made[size] = slide_id
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import geopandas
 import numpy as np
 import openslide
 import pandas as pd
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from real_slides import CMU, COMPLETE, TCGA, write_real_cohort
@@ -17,6 +18,8 @@ from typer.testing import CliRunner
 
 from hover_batch.cli import app
 from hover_batch.config import PostSettings
+from hover_batch.dataset.layout import DatasetLayout
+from hover_batch.dataset.slides import read_entries
 from hover_batch.geometry import cell_box
 from hover_batch.metrics import match_centroids
 from hover_batch.model.package import Card
@@ -136,3 +139,19 @@ def test_cores_of_any_size_give_the_same_nuclei(out: Path) -> None:
 
 def rings(nuclei: Nuclei) -> set[bytes]:
     return {ring.tobytes() for ring in nuclei.contours}
+
+
+def test_a_data_set_has_all_nuclei_of_the_run(out: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["cohort", str(out), "-o", str(tmp_path / "dataset")])
+    assert result.exit_code == 3 and "broken: skipped: is not done" in result.stderr
+    entries = read_entries(DatasetLayout(tmp_path / "dataset"))
+    assert sorted(entry.slide_id for entry in entries) == sorted(COMPLETE)
+    [file] = {name for entry in entries for name in entry.nuclei_files}
+    with pq.ParquetFile(tmp_path / "dataset" / file) as shared:
+        held = shared.read().replace_schema_metadata(None)
+    for slide_id in COMPLETE:
+        with pq.ParquetFile(out / "slides" / slide_id / "nuclei.parquet") as table:
+            wanted = table.read().replace_schema_metadata(None)
+        found = held.filter(pc.equal(held["slide_id"], slide_id)).sort_by("nucleus_id")
+        assert found.combine_chunks().equals(wanted.combine_chunks())
+    assert len(held) == sum(entry.nuclei_rows for entry in entries)

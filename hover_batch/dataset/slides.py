@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -96,11 +95,6 @@ class SlideEntry:
 
 
 _ENTRY = list(SlideEntry.__dataclass_fields__)
-
-
-def is_dataset(folder: Path) -> bool:
-    """Return whether the folder holds a slides.parquet, of any program and version."""
-    return DatasetLayout(folder).slides_parquet.is_file()
 
 
 def read_slides_table(layout: DatasetLayout, flag: str = "") -> pa.Table:

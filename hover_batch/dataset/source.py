@@ -56,9 +56,8 @@ class RunSource:
         layout = RunLayout(folder)
         run = require_run(layout)
         records = {record.slide_id: record for record in read_slides(layout) or ()}
-        # A slide.json of an older version has no summary or no hash of the table: as good as not done.
         finished = {slide_id: slide_if_done(layout.slide(slide_id)) for slide_id in records}
-        done = {slide_id: values for slide_id, values in finished.items() if values and "nuclei_sha256" in values}
+        done = {slide_id: values for slide_id, values in finished.items() if values is not None}
         name, sha256 = str(run.get("model_id")), str(run.get("model_sha256"))
         return cls(layout, model_key(name, sha256), name, sha256, records, done, flag_slides(done))
 

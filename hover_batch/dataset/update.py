@@ -82,10 +82,13 @@ class _Update:
         self._notify = notify
         self._folder = writer.layout.model_folder(source.model)
         self._total = 0
+        self._classes: tuple[str, str] | None = None
+        """Value of the column `taxonomy` of the model's slides, and the run of one of them."""
 
     def run(self, chosen: Sequence[str]) -> None:
         """Add the slides `chosen`, in order; those that replace others first."""
         held = self._writer.entries(self._source.model)
+        self._classes = next(((entry.taxonomy, entry.run) for entry in held.values()), None)
         changed = []
         for slide_id in chosen:
             done, entry = self._source.done.get(slide_id), held.get(slide_id)
@@ -100,14 +103,15 @@ class _Update:
             self._notify(f"{counted(len(self.result.unchanged), 'slide')} already in the data set")
             self._refresh([held[slide_id] for slide_id in self.result.unchanged])
         self._total = len(changed)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        replaced = [slide_id for slide_id in changed if slide_id in held and held[slide_id].nuclei_files]
-        self._replace(replaced, held)
-        self._append([slide_id for slide_id in changed if slide_id not in replaced])
+        if changed:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        has_rows = {slide_id for slide_id in changed if slide_id in held and held[slide_id].nuclei_files}
+        self._replace([held[slide_id] for slide_id in changed if slide_id in has_rows], list(held.values()))
+        self._append([slide_id for slide_id in changed if slide_id not in has_rows])
 
     def _is_current(self, entry: SlideEntry) -> bool:
         """Return whether the data set has the slide's present table, and its files are there."""
-        is_same = entry.nuclei_sha256 == self._source.done[entry.slide_id]["nuclei_sha256"]
+        is_same = entry.nuclei_sha256 == self._source.done[entry.slide_id].get("nuclei_sha256")
         return is_same and all(path.is_file() for path in self._writer.files_of(entry))
 
     def _skip(self, slide_id: str, reason: str) -> None:
@@ -133,15 +137,16 @@ class _Update:
                 "slide_id in the cohort of one of the runs, or add this run to another data set"
             )
 
-    def _refuse_other_classes(self, taxonomy: Taxonomy) -> None:
+    def _refuse_other_classes(self, table: NucleiTable) -> None:
         """InputError if the data set holds tables of this model with other classes."""
-        for entry in self._writer.entries(self._source.model).values():
-            if entry.taxonomy != taxonomy_json(taxonomy):
-                raise InputError(
-                    f"{self._writer.layout.root}: holds nuclei of the model {self._source.model_name} with other "
-                    f"classes, from the run {entry.run}, since one of the runs has another --class-map; add this run "
-                    "to another data set"
-                )
+        classes = taxonomy_json(table.taxonomy)
+        self._classes = self._classes or (classes, str(self._source.layout.root))
+        if classes != self._classes[0]:
+            raise InputError(
+                f"{self._writer.layout.root}: holds nuclei of the model {self._source.model_name} with other classes, "
+                f"from the run {self._classes[1]}, since one of the runs has another --class-map; add this run to "
+                "another data set"
+            )
 
     def _refresh(self, entries: Sequence[SlideEntry]) -> None:
         """Update what slides.parquet says of slides whose nuclei have not changed: patients, flags, …"""
@@ -157,17 +162,15 @@ class _Update:
         is_slide = pc.is_in(table["slide_id"], value_set=pa.array([entry.slide_id for entry in entries]))
         return table.filter(pc.and_(is_model, is_slide))
 
-    def _replace(self, slide_ids: Sequence[str], held: dict[str, SlideEntry]) -> None:
-        """Replace slides, with the files that they are in; the rows of other slides there are copied."""
-        by_files: dict[tuple[str, ...], list[str]] = {}
-        for slide_id in slide_ids:
-            by_files.setdefault(held[slide_id].nuclei_files, []).append(slide_id)
-        for files, replaced in by_files.items():
-            tables = self._opened(replaced)
-            new = {table.slide_id for table in tables}
-            others = [e for e in held.values() if e.nuclei_files == files and e.slide_id not in new]
-            if tables:
-                self._write(others, tables)
+    def _replace(self, replaced: Sequence[SlideEntry], held: Sequence[SlideEntry]) -> None:
+        """Replace slides, with the files that they are in; the rows of the other slides `held` there are copied."""
+        by_files: dict[tuple[str, ...], list[SlideEntry]] = {entry.nuclei_files: [] for entry in replaced}
+        for entry in held:
+            if entry.nuclei_files in by_files:
+                by_files[entry.nuclei_files].append(entry)
+        changed = {entry.slide_id for entry in replaced}
+        for there in by_files.values():
+            self._write(there, self._opened([entry.slide_id for entry in there if entry.slide_id in changed]))
 
     def _append(self, slide_ids: Sequence[str]) -> None:
         """Add new slides: large ones each in a file, small ones to the file that is not full."""
@@ -208,19 +211,20 @@ class _Update:
             except SlideError as error:
                 self._skip(slide_id, str(error))
                 continue
-            self._refuse_other_classes(table.taxonomy)
+            self._refuse_other_classes(table)
             tables.append(table)
         return tables
 
-    def _write(self, stored: Sequence[SlideEntry], tables: Sequence[NucleiTable]) -> None:
+    def _write(self, there: Sequence[SlideEntry], tables: Sequence[NucleiTable]) -> None:
         """Write slides to new files, and change slides.parquet in one step.
 
-        `stored`: slides that are in the data set already, all in the same file, which is removed then. `tables`: new
-        slides, or those to be replaced. Tables that turn out to be corrupted are skipped.
+        `there`: all slides of a file that is in the data set; it is removed then, and the rows of those that `tables`
+        does not replace are copied. Tables that turn out to be corrupted are skipped.
         """
         while tables:
+            new = {table.slide_id for table in tables}
             try:
-                rows = self._written(stored, tables)
+                rows = self._written([entry for entry in there if entry.slide_id not in new], tables)
                 break
             except _SlideFailed as error:
                 self._skip(error.slide_id, error.reason)
@@ -234,7 +238,10 @@ class _Update:
             self._notify(f"[{number}/{self._total}] {table.slide_id}: {table.rows:,} nuclei")
 
     def _written(self, stored: Sequence[SlideEntry], tables: Sequence[NucleiTable]) -> pa.Table:
-        """Write the files and return the rows of slides.parquet. _SlideFailed if a table is corrupted."""
+        """Write the files and return the rows of slides.parquet. _SlideFailed if a table is corrupted.
+
+        `stored`: slides whose rows are copied from their file in the data set.
+        """
         source, taxonomy = self._source, tables[0].taxonomy
         metadata = source.file_metadata(taxonomy)
         files: dict[str, list[str]] = {}

@@ -93,11 +93,11 @@ class DatasetWriter:
             self._lock = None
 
     def _sweep(self) -> None:
-        """Remove files in the folders of nuclei that slides.parquet does not name."""
+        """Remove files of nuclei that slides.parquet does not name, and temporary ones; a user's other files stay."""
         remove_leftovers(self.layout.slides_parquet)
         named = self._named()
         for folder in self.layout.nuclei.glob("model=*"):
-            for path in folder.iterdir():
+            for path in [*folder.glob(".sort.*"), *folder.glob(".*.partial"), *folder.glob("*.parquet")]:
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 elif path not in named:

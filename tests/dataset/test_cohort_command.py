@@ -85,18 +85,30 @@ def test_a_corrupted_table_is_skipped_and_the_old_rows_stay(made: MadeRun, datas
     result = run("cohort", made.layout.root, "-o", dataset)
     assert result.exit_code == 3 and "a: skipped: " in said(result) and "checksum mismatch" in said(result)
     check(dataset, {("a", made.model): old, ("b", made.model): made.table("b")})
-    # One that only turns out to be corrupted while it is copied, in the middle of a shared file.
+    # Two that only turn out to be corrupted while they are copied: a new one, and one that replaces rows.
     made.put("c", 60)
-    table = made.table("c")
-    altered = pa.array([np.nan, *table["centroid_x"].to_pylist()[1:]])
-    metadata = pq.read_metadata(made.layout.slide("c").nuclei_parquet).metadata
-    table = table.set_column(2, table.schema.field("centroid_x"), altered)
-    pq.write_table(table.replace_schema_metadata(metadata), made.layout.slide("c").nuclei_parquet)
-    record_table(made.layout.slide("c"))
+    spoil(made, "c")
     made.put("d", 50)
     result = run("cohort", made.layout.root, "-o", dataset, "--slide", "c", "--slide", "d")
     assert result.exit_code == 3 and "c: skipped: " in said(result) and "not finite" in said(result)
-    check(dataset, {("a", made.model): old, **{(name, made.model): made.table(name) for name in "bd"}})
+    kept = {name: made.table(name) for name in "bd"} | {"a": old}
+    check(dataset, {(name, made.model): table for name, table in kept.items()})
+    made.put("b", 70, seed=2)
+    made.put("d", 40, seed=2)
+    spoil(made, "b")
+    result = run("cohort", made.layout.root, "-o", dataset)
+    assert result.exit_code == 3 and "b: skipped: " in said(result) and "[1/4] d: 40 nuclei" in said(result)
+    check(dataset, {(name, made.model): table for name, table in kept.items()} | {("d", made.model): made.table("d")})
+
+
+def spoil(made: MadeRun, slide_id: str) -> None:
+    """Give the slide's table a value that is impossible, and record it as if the run had written it."""
+    table, path = made.table(slide_id), made.layout.slide(slide_id).nuclei_parquet
+    altered = pa.array([np.nan, *table["centroid_x"].to_pylist()[1:]])
+    metadata = pq.read_metadata(path).metadata
+    table = table.set_column(2, table.schema.field("centroid_x"), altered)
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    record_table(made.layout.slide(slide_id))
 
 
 def test_the_same_name_for_another_slide_is_refused(made: MadeRun, nuclei: Any, dataset: Path, tmp_path: Path) -> None:
