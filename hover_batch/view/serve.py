@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.run_folder import nuclei_if_done, read_slides, require_run, slide_if_done
 from hover_batch.dataset.layout import DatasetLayout
-from hover_batch.dataset.slides import is_dataset, read_entries
+from hover_batch.dataset.slides import read_entries
 from hover_batch.errors import InputError
 from hover_batch.formatting import LISTED, listed
 
@@ -27,7 +27,8 @@ def serve(folder: Path, slide_id: str | None, port: int, notify: Notify) -> Serv
     only slide. `port`: 0 for any free port. `notify` is called with lines about progress. InputError if the slide is
     not in the run, is not done or cannot be shown, or the port is taken; SlideError if its table is corrupted.
     """
-    layout = RunLayout(_run_of(folder, slide_id) if is_dataset(folder) else folder)
+    is_dataset = DatasetLayout(folder).slides_parquet.is_file()
+    layout = RunLayout(_run_of(folder, slide_id) if is_dataset else folder)
     require_run(layout)
     records = {record.slide_id: record for record in read_slides(layout) or ()}
     slide = _chosen(layout, list(records), slide_id)
