@@ -30,27 +30,24 @@ from hover_batch.taxonomy import Taxonomy
 if TYPE_CHECKING:
     import pandas as pd
 
-VIEWS = "nuclei, slides and, with --join, clinical"
-"""What a query can name, for messages."""
-
 
 @contextlib.contextmanager
-def query_errors(what: str = "the query failed") -> Iterator[None]:
-    """Raise InputError, whose message begins with `what`, for an error of DuckDB in the block.
-
-    A signal that arrives during a query raises KeyboardInterrupt, as elsewhere.
-    """
+def query_errors() -> Iterator[None]:
+    """Raise InputError for an error of DuckDB in the block, and KeyboardInterrupt if a signal interrupted a query."""
     try:
         yield
     except duckdb.PermissionException as error:
-        raise InputError(f"{what}: it can only read {VIEWS} ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"the query failed: it can only read nuclei, slides and, with --join, clinical ({reason})"
+        ) from error
     except duckdb.IOException as error:
         raise InputError(
-            f"{what}: {error}\nIf a command has changed the data set in the meantime, repeat this one; otherwise make "
-            "the data set again with `hover-batch cohort OUT -o DATASET`"
+            f"the query failed: {error}\nIf a command has changed the data set in the meantime, repeat this one; "
+            "otherwise make the data set again with `hover-batch cohort OUT -o DATASET`"
         ) from error
     except (duckdb.Error, pa.ArrowException) as error:
-        raise InputError(f"{what}: {error}") from error
+        raise InputError(f"the query failed: {error}") from error
     except RuntimeError as error:
         if "interrupted" not in str(error):
             raise
