@@ -33,13 +33,11 @@ import pyarrow.parquet as pq
 import shapely
 
 from benchmarks.exports import resident
+from benchmarks.questions import questions
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.cohort.run_folder import slide_layouts
 from hover_batch.dataset.layout import DatasetLayout
-from hover_batch.dataset.near import NearQuestion
-from hover_batch.dataset.opened import Dataset
-from hover_batch.dataset.questions import Subject, counts_sql
 from hover_batch.dataset.slides import read_entries
 from hover_batch.dataset.update import add_run
 from hover_batch.export.read import NucleiTable
@@ -246,39 +244,6 @@ def window_of_a_slide(dataset: Path) -> dict[str, float]:
     return {"seconds": seconds, "rows": rows, "nuclei_of_slide": entry.nuclei_rows}
 
 
-def ready_made_counts(dataset: Path) -> dict[str, float]:
-    """Return the seconds of `cohort counts --by patient_id`, and of opening the data set for it."""
-    started = time.perf_counter()
-    with Dataset(dataset) as opened:
-        seconds_open = time.perf_counter() - started
-        rows = opened.select(counts_sql(Subject.of(opened, None, without_flagged=False), "patient_id")).fetchall()
-        return {"seconds": time.perf_counter() - started, "seconds_open": seconds_open, "rows": len(rows)}
-
-
-def neighbours(dataset: Path) -> dict[str, float]:
-    """Return the cost of `cohort near --within 20 --by patient_id` for the two most frequent classes."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    resident_before, cpu_started = resident("VmRSS"), time.process_time()
-    with Dataset(dataset) as opened:
-        subject = Subject.of(opened, None, without_flagged=False)
-        [(of, n_of), (to, n_to)] = opened.select(
-            "SELECT type, count(*) AS n FROM nuclei GROUP BY type ORDER BY n DESC LIMIT 2"
-        ).fetchall()
-        started = time.perf_counter()
-        rows = NearQuestion(subject, of, to, within=20.0, by="patient_id").answer(list).fetchall()
-        seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds,
-        "cpu_seconds": time.process_time() - cpu_started,
-        "peak_mb": (resident("VmHWM") - resident_before) / 1e6,
-        "nuclei_of": n_of,
-        "nuclei_to": n_to,
-        "near": sum(row[3] for row in rows),
-        "rows": len(rows),
-    }
-
-
 def _asked(ask: Callable[[duckdb.DuckDBPyConnection], Sized]) -> tuple[float, int]:
     """Return the median seconds of a question, each time on a new connection, and the number of rows."""
     seconds = []
@@ -316,9 +281,8 @@ def measured(run: Path, folder: Path) -> dict[str, Any]:
         "same_command_again": asdict(again),
         "write_one_slide_of_a_million": asdict(cost_of(large, folder / "of_large", (), run)),
         "counts_by_patient": counts_by_patient(dataset),
-        "counts_by_patient_ready_made": ready_made_counts(dataset),
         "window": window_of_a_slide(dataset),
-        "neighbours": neighbours(dataset),
+        "questions": questions(dataset),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
     }
