@@ -219,19 +219,18 @@ def _ignore(line: str) -> None:
 
 
 def counts_by_patient(dataset: Path) -> dict[str, float]:
-    """Return the median seconds of counting the nuclei of each class and patient in DuckDB, and the number of rows."""
+    """Return the cost of counting the nuclei of each class and patient in DuckDB."""
     files = sorted({str(dataset / name) for e in read_entries(DatasetLayout(dataset)) for name in e.nuclei_files})
     query = (
         "SELECT patient_id, type, count(*) FROM read_parquet($files) JOIN read_parquet($slides) "
         "USING (slide_id, model) GROUP BY ALL"
     )
     slides = str(DatasetLayout(dataset).slides_parquet)
-    seconds, rows = _asked(lambda db: db.execute(query, {"files": files, "slides": slides}).fetchall())
-    return {"seconds": seconds, "rows": rows}
+    return _asked(lambda db: db.execute(query, {"files": files, "slides": slides}).fetchall())
 
 
 def window_of_a_slide(dataset: Path) -> dict[str, float]:
-    """Return the median seconds of reading all columns of a window in the middle of the largest slide in DuckDB."""
+    """Return the cost of reading all columns of a window in the middle of the largest slide in DuckDB."""
     entry = max(read_entries(DatasetLayout(dataset)), key=lambda entry: entry.nuclei_rows)
     x, y = (side / 2 for side in (entry.level0_width, entry.level0_height))
     query = (
@@ -240,19 +239,22 @@ def window_of_a_slide(dataset: Path) -> dict[str, float]:
     )
     files = [str(dataset / name) for name in entry.nuclei_files]
     values = {"files": files, "slide": entry.slide_id, "x": x, "y": y, "side": WINDOW}
-    seconds, rows = _asked(lambda db: db.execute(query, values).fetchall())
-    return {"seconds": seconds, "rows": rows, "nuclei_of_slide": entry.nuclei_rows}
+    return _asked(lambda db: db.execute(query, values).fetchall()) | {"nuclei_of_slide": entry.nuclei_rows}
 
 
-def _asked(ask: Callable[[duckdb.DuckDBPyConnection], Sized]) -> tuple[float, int]:
-    """Return the median seconds of a question, each time on a new connection, and the number of rows."""
-    seconds = []
+def _asked(ask: Callable[[duckdb.DuckDBPyConnection], Sized]) -> dict[str, float]:
+    """Ask a question REPEATS times, each time on a new connection.
+
+    Return the median seconds and CPU seconds, and the number of rows of the answer.
+    """
+    seconds, cpu_seconds = [], []
     for _ in range(REPEATS):
         with duckdb.connect() as db:
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             rows = len(ask(db))
             seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds), rows
+            cpu_seconds.append(time.process_time() - cpu_started)
+    return {"seconds": statistics.median(seconds), "cpu_seconds": statistics.median(cpu_seconds), "rows": rows}
 
 
 def measured(run: Path, folder: Path) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from hover_batch.files import replacing
 from hover_batch.nuclei.geoparquet import WriteGroup, geoparquet_writer
 
 ROW_GROUP = 50_000
-"""Maximum number of rows per row group."""
+"""Maximum number of rows per row group. Larger ones make readers of a window read more rows that they do not need;
+smaller ones save little on disk and cost DuckDB more time per group."""
 
 FILE_ROWS = 4_000_000
 """Maximum number of rows per file, less than 1 GB."""
