@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 import shapely
 
 from benchmarks.exports import resident
+from benchmarks.questions import questions
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.cohort.run_folder import slide_layouts
@@ -241,11 +242,6 @@ def window_of_a_slide(dataset: Path) -> dict[str, float]:
     return _asked(lambda db: db.execute(query, values).fetchall()) | {"nuclei_of_slide": entry.nuclei_rows}
 
 
-def neighbours(dataset: Path) -> dict[str, float]:
-    """Return the seconds of questions about neighbours; none yet."""
-    return {}
-
-
 def _asked(ask: Callable[[duckdb.DuckDBPyConnection], Sized]) -> dict[str, float]:
     """Ask a question REPEATS times, each time on a new connection.
 
@@ -288,7 +284,7 @@ def measured(run: Path, folder: Path) -> dict[str, Any]:
         "write_one_slide_of_a_million": asdict(cost_of(large, folder / "of_large", (), run)),
         "counts_by_patient": counts_by_patient(dataset),
         "window": window_of_a_slide(dataset),
-        "neighbours": neighbours(dataset),
+        "questions": questions(dataset),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
     }

@@ -8,6 +8,7 @@ From Python, for a single slide or image (for cohorts use the command)::
     nuclei = hover_batch.load_nuclei(table)                    # one row with a polygon per nucleus
     maps = hover_batch.load_predictions("out/slides/a")        # the network's output for each pixel
     instances, nuclei = hover_batch.load_model("starter").nuclei(rgb)
+    cohort = hover_batch.open_cohort("dataset")                # SQL over all slides of a data set
 
 These names are imported on first use, so that importing the package itself is fast.
 """
@@ -20,7 +21,16 @@ from hover_batch.environment import complete_environment
 from hover_batch.version import __version__
 
 if TYPE_CHECKING:
-    from hover_batch.api import Model, Plane, Predictions, load_model, load_nuclei, load_predictions, segment_slide
+    from hover_batch.api import (
+        Model,
+        Plane,
+        Predictions,
+        load_model,
+        load_nuclei,
+        load_predictions,
+        open_cohort,
+        segment_slide,
+    )
 
 __all__ = [
     "Model",
@@ -30,6 +40,7 @@ __all__ = [
     "load_model",
     "load_nuclei",
     "load_predictions",
+    "open_cohort",
     "segment_slide",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from hover_batch.version import __version__
 if TYPE_CHECKING:
     import pandas as pd
 
+    from hover_batch.dataset.opened import Dataset
     from hover_batch.model.predict import Predictor
 
 CATEGORIES = ["slide_id", "type"]
@@ -95,6 +97,24 @@ def _frame(table: pa.Table, about: Mapping[str, Any]) -> pd.DataFrame:
     frame["geometry"] = shapely.from_wkb(frame["geometry"].to_numpy())
     frame.attrs["hover_batch"] = dict(about)
     return frame
+
+
+def open_cohort(path: str | Path, clinical: str | Path | None = None, on: str = "patient_id") -> Dataset:
+    """Open a data set, which `hover-batch cohort` makes from runs, for questions in SQL.
+
+    `path`: its folder. `clinical`: CSV or Parquet file with one row per patient. `on`: column of this file and of the
+    slides by which they belong together; ids are text, so that 007 stays 007.
+
+    The result has the DuckDB tables `nuclei`, `slides` and `clinical`: `cohort.sql("SELECT …")` returns a DataFrame,
+    and `cohort.window("case-01", (x0, y0, x1, y1))` the nuclei of a field. Patients without a row in `clinical` are
+    listed in `cohort.notes`, and give a UserWarning. InputError if a file cannot be read or joined.
+    """
+    from hover_batch.dataset.opened import Dataset
+
+    cohort = Dataset(Path(path), None if clinical is None else Path(clinical), on)
+    for note in cohort.notes:
+        warnings.warn(note, stacklevel=2)
+    return cohort
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from hover_batch.commands.export import export
 from hover_batch.commands.models import models_app
 from hover_batch.commands.options import warn_of_unknown_variables
 from hover_batch.commands.plan import plan
+from hover_batch.commands.query import query
+from hover_batch.commands.questions import compare_groups, counts, near
 from hover_batch.commands.report import report
 from hover_batch.commands.segment import segment
 from hover_batch.commands.status import status
@@ -33,8 +35,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (doctor, segment, plan, status, export, report, view, compare):
+for command in (doctor, segment, plan, status, export, report, view, compare, query):
     app.command()(command)
+cohort_app.command()(counts)
+cohort_app.command()(near)
+cohort_app.command("compare")(compare_groups)
 app.add_typer(cohort_app, name="cohort")
 app.add_typer(kd_app, name="kd")
 app.add_typer(models_app, name="models")

@@ -92,6 +92,7 @@ def write_world(folder: Path) -> None:
     for name, x in (("case-01", 0), ("case-02", 400)):
         write_pyramidal_tiff(folder / "slides" / f"{name}.tif", np.ascontiguousarray(example[:320, x : x + 320]), 0.25)
     (folder / "cohort.csv").write_text("path,patient_id\nslides/case-01.tif,p1\nslides/case-02.tif,p2\n")
+    (folder / "clinical.csv").write_text("patient_id,months,event\np1,12.5,1\np2,30,0\n")
     (folder / "map.toml").write_text(
         'epithelial = ["epithelial"]\nother = ["miscellaneous", "inflammatory", "spindle"]\n'
     )
@@ -167,7 +168,9 @@ def interrupted(*_: object) -> None:
 def run(words: list[str]) -> None:
     said = " ".join(words[1:])
     more = [flag for start, flags in QUICK.items() if _begins(words[1:], start.split()) for flag in flags]
-    words = [found for word in words for found in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+    # As in a shell, a pattern that no file fits stays as it is; count(*) is one.
+    found = {word: sorted(map(str, Path().glob(word))) for word in words if "*" in word}
+    words = [each for word in words for each in found.get(word) or [word]]
     into = words.index(">") if ">" in words else len(words)
     done = CliRunner().invoke(app, [*words[1:into], *more])
     assert done.exit_code == 0, f"{said}: {done.output}\n{done.exception}"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 import webbrowser
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hover_batch.commands.options import RunArgument
-
 
 def view(
-    run: RunArgument,
+    run: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder of a run, as given to `segment --output`, or of a data set.")
+    ],
     slide: Annotated[
         str | None,
         typer.Option(metavar="ID", help="slide_id of the slide to show.", show_default="the only slide of the run"),

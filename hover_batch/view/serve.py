@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.run_folder import nuclei_if_done, read_slides, require_run, slide_if_done
+from hover_batch.dataset.layout import DatasetLayout
+from hover_batch.dataset.slides import read_entries
 from hover_batch.errors import InputError
 from hover_batch.formatting import LISTED, listed
 
@@ -21,11 +23,12 @@ Notify = Callable[[str], None]
 def serve(folder: Path, slide_id: str | None, port: int, notify: Notify) -> Server:
     """Return a server for one slide of the run in `folder`. It listens on loopback; call its `serve_forever` to answer.
 
-    `slide_id`: None for the run's only slide. `port`: 0 for any free port. `notify` is called with lines about
-    progress. InputError if the slide is not in the run, is not done or cannot be shown, or the port is taken;
-    SlideError if its table is corrupted.
+    `folder`: may also be a data set, and then stands for the run that the slide comes from. `slide_id`: None for the
+    only slide. `port`: 0 for any free port. `notify` is called with lines about progress. InputError if the slide is
+    not in the run, is not done or cannot be shown, or the port is taken; SlideError if its table is corrupted.
     """
-    layout = RunLayout(folder)
+    is_dataset = DatasetLayout(folder).slides_parquet.is_file()
+    layout = RunLayout(_run_of(folder, slide_id) if is_dataset else folder)
     require_run(layout)
     records = {record.slide_id: record for record in read_slides(layout) or ()}
     slide = _chosen(layout, list(records), slide_id)
@@ -70,3 +73,26 @@ def _chosen(layout: RunLayout, slide_ids: Sequence[str], wanted: str | None) -> 
     if wanted is not None:
         raise InputError(f"--slide {wanted}: is not a slide of this run; {can}")
     raise InputError(f"the run has {len(slide_ids):,} slides; choose one with --slide ID; {can}")
+
+
+def _run_of(dataset: Path, slide_id: str | None) -> Path:
+    """Return the folder of the run that a slide of a data set comes from, which has the slide's path and pictures.
+
+    InputError if the slide is not in the data set, is from several runs, or its run was moved.
+    """
+    entries = read_entries(DatasetLayout(dataset))
+    runs = dict.fromkeys(entry.run for entry in entries if slide_id in (None, entry.slide_id))
+    slide_ids = list(dict.fromkeys(entry.slide_id for entry in entries))
+    if slide_id is not None and not runs:
+        raise InputError(f"--slide {slide_id}: is not a slide of this data set; its slides: {listed(slide_ids)}")
+    if slide_id is None and len(slide_ids) != 1:
+        raise InputError(f"the data set has {len(slide_ids):,} slides; choose one with --slide ID: {listed(slide_ids)}")
+    if len(runs) > 1:
+        raise InputError(
+            f"{slide_ids[0] if slide_id is None else slide_id}: is from several runs; name one of them "
+            f"instead of the data set: {listed(runs)}"
+        )
+    [run] = runs
+    if not Path(run).is_dir():
+        raise InputError(f"{run}: the run of this slide is not there any more; name the folder that it was moved to")
+    return Path(run)

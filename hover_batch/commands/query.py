@@ -1,0 +1,66 @@
+"""`hover-batch query`: ask a data set in SQL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hover_batch.commands.results import check_output, deliver, print_notes
+
+DatasetArgument = Annotated[
+    Path, typer.Argument(metavar="DATASET", help="Folder of a data set, as given to `cohort --output`.")
+]
+JoinOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--join",
+        metavar="FILE",
+        help="CSV or Parquet file with one row per patient; it becomes the table `clinical`. Empty cells and NA are "
+        "missing values.",
+    ),
+]
+OnOption = Annotated[
+    str,
+    typer.Option(metavar="COLUMN", help="Column of the slides and of the --join file by which they belong together."),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write the result to a .csv or .parquet file.",
+        show_default="show it on the terminal",
+    ),
+]
+
+
+def query(
+    dataset: DatasetArgument,
+    sql: Annotated[str, typer.Argument(metavar="SELECT", help="Query in DuckDB's SQL.")],
+    join: JoinOption = None,
+    on: OnOption = "patient_id",
+    output: OutputOption = None,
+) -> None:
+    """Ask a data set in SQL.
+
+    The tables are `nuclei` (one row per nucleus), `slides` (one row per slide and model: patient, tissue, numbers,
+    flags) and, with --join, `clinical`. They belong together by slide_id and model. A query changes nothing, and reads
+    no other files.
+
+    Examples: the columns of a table; the mean nucleus of each class; a table with survival.
+
+    hover-batch query DATASET "DESCRIBE slides"
+
+    hover-batch query DATASET "SELECT type, count(*), avg(area_um2) FROM nuclei GROUP BY type"
+
+    hover-batch query DATASET "SELECT * FROM slides JOIN clinical USING (patient_id)" --join clinical.csv -o joined.csv
+    """
+    from hover_batch.dataset.opened import Dataset
+
+    check_output(output, dataset)
+    with Dataset(dataset, join, on) as opened:
+        print_notes(opened.notes)
+        deliver(opened.select(sql), output)

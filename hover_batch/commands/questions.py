@@ -1,0 +1,187 @@
+"""`hover-batch cohort counts`, `near` and `compare`: ready-made questions about a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hover_batch.commands.query import DatasetArgument, JoinOption, OnOption, OutputOption
+from hover_batch.commands.results import check_output, deliver, print_notes
+
+if TYPE_CHECKING:
+    from hover_batch.dataset.groups import Effect
+    from hover_batch.dataset.questions import Subject
+
+ByOption = Annotated[
+    str,
+    typer.Option(
+        metavar="COLUMN", help="Column of the slides or of the --join file, such as patient_id, slide_id or group."
+    ),
+]
+OnlyClassOption = Annotated[
+    str | None, typer.Option("--of", metavar="CLASS", help="Only this class of nuclei.", show_default="all")
+]
+ModelOption = Annotated[
+    str | None, typer.Option(help="Model of the nuclei, if the data set holds several.", show_default="the only one")
+]
+WithoutFlaggedOption = Annotated[bool, typer.Option("--without-flagged", help="Leave out slides with quality flags.")]
+ShowSqlOption = Annotated[
+    bool, typer.Option("--show-sql", help="Print the SQL, for `hover-batch query`, instead of asking.")
+]
+
+
+@contextmanager
+def _subject(
+    dataset: Path, join: Path | None, on: str, model: str | None, without_flagged: bool, output: Path | None
+) -> Iterator[Subject]:
+    """Open the data set and yield the slides that a question is about."""
+    from hover_batch.dataset.opened import Dataset
+    from hover_batch.dataset.questions import Subject
+
+    check_output(output, dataset)
+    with Dataset(dataset, join, on) as opened:
+        yield Subject.of(opened, model, without_flagged)
+
+
+def counts(
+    dataset: DatasetArgument,
+    by: ByOption = "patient_id",
+    of: OnlyClassOption = None,
+    join: JoinOption = None,
+    on: OnOption = "patient_id",
+    model: ModelOption = None,
+    without_flagged: WithoutFlaggedOption = False,
+    show_sql: ShowSqlOption = False,
+    output: OutputOption = None,
+) -> None:
+    """Count the nuclei of patients, groups or slides: number and density per mm² of tissue, by class.
+
+    The density of a patient with several slides is the number of nuclei divided by the tissue, over all slides.
+
+    The question in SQL, for one class:
+
+    SELECT patient_id, sum(n_inflammatory) / sum(tissue_mm2) FROM slides GROUP BY patient_id
+
+    Example:
+
+    hover-batch cohort counts DATASET --by patient_id -o counts.csv
+    """
+    from hover_batch.dataset.questions import counts_sql
+
+    with _subject(dataset, join, on, model, without_flagged, output) as subject:
+        sql = counts_sql(subject, by, of)
+        if show_sql:
+            typer.echo(sql)
+        else:
+            print_notes(subject.notes)
+            deliver(subject.dataset.select(sql), output)
+
+
+def near(
+    dataset: DatasetArgument,
+    of: Annotated[str, typer.Option("--of", metavar="CLASS", help="Class of the nuclei that are counted.")],
+    to: Annotated[str, typer.Option("--to", metavar="CLASS", help="Class of the neighbours.")],
+    within: Annotated[float, typer.Option(metavar="UM", help="Largest distance between the centroids, in µm.")] = 20.0,
+    by: ByOption = "slide_id",
+    join: JoinOption = None,
+    on: OnOption = "patient_id",
+    model: ModelOption = None,
+    without_flagged: WithoutFlaggedOption = False,
+    show_sql: ShowSqlOption = False,
+    output: OutputOption = None,
+) -> None:
+    """Count the nuclei of one class that have a nucleus of another class nearby.
+
+    `nuclei` is the number of nuclei of the class --of, `near` the number of those with a neighbour, and `share` their
+    ratio. The slides are read one after the other.
+
+    The question in SQL is a join of the nuclei with those in the same or an adjacent cell of a grid, and a condition
+    on the distance. --show-sql prints it; with `query`, it gives the same answer, but reads all slides at once.
+
+    Example:
+
+    hover-batch cohort near DATASET --of epithelial --to inflammatory --within 20 --by patient_id
+    """
+    from hover_batch.dataset.near import NearQuestion
+
+    with _subject(dataset, join, on, model, without_flagged, output) as subject:
+        question = NearQuestion(subject, of, to, within, by)
+        if show_sql:
+            typer.echo(question.sql)
+        else:
+            print_notes(subject.notes)
+            deliver(question.answer(_track), output)
+
+
+def compare_groups(
+    dataset: DatasetArgument,
+    by: ByOption = "group",
+    of: OnlyClassOption = None,
+    join: JoinOption = None,
+    on: OnOption = "patient_id",
+    model: ModelOption = None,
+    without_flagged: WithoutFlaggedOption = False,
+    show_sql: ShowSqlOption = False,
+    output: OutputOption = None,
+) -> None:
+    """Compare the densities of nuclei between groups of patients.
+
+    For each density it shows the medians of two groups, their difference, and Cliff's delta: 1 if all patients of the
+    second group have a higher density than all of the first, -1 if a lower one, 0 without a tendency. Intervals are
+    95 % bootstrap intervals over patients. Each group needs three patients.
+
+    --show-sql prints the SQL of the densities by patient, from which these numbers follow.
+
+    Examples: groups of the cohort CSV, and those of a clinical table.
+
+    hover-batch cohort compare DATASET --by group
+
+    hover-batch cohort compare DATASET --by response --join clinical.csv --of inflammatory
+    """
+    import pyarrow as pa
+
+    from hover_batch.dataset.groups import compare_densities, densities_sql
+
+    with _subject(dataset, join, on, model, without_flagged, output) as subject:
+        if show_sql:
+            typer.echo(densities_sql(subject, by, of))
+            return
+        comparison = compare_densities(subject, by, of)
+        print_notes([*subject.notes, *comparison.notes])
+        if output is None:
+            _show_effects(comparison.effects)
+        else:
+            rows = pa.Table.from_pylist([effect.to_row() for effect in comparison.effects])
+            subject.dataset.create_table("effects", rows)
+            deliver(subject.dataset.select("FROM effects"), output)
+
+
+def _track(items: list[Any]) -> Iterable[Any]:
+    """Yield the items, with a progress bar on stderr if it is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, "files", console=console, transient=True, disable=not console.is_terminal)
+
+
+def _show_effects(effects: Sequence[Effect]) -> None:
+    """Print a table of the effects for each two groups, with their intervals."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    tables: dict[tuple[str, str], Table] = {}
+    for effect in effects:
+        patients = [f"{name} (n = {count})" for name, count in zip(effect.groups, effect.patients, strict=True)]
+        columns = [*patients, "difference", "Cliff's delta"]
+        table = tables.setdefault(effect.groups, Table(Column("median", no_wrap=True), *columns))
+        low, high = effect.difference_interval
+        difference = f"{effect.difference:+.4g} ({low:+.4g} to {high:+.4g})"
+        low, high = effect.cliffs_delta_interval
+        delta = f"{effect.cliffs_delta:+.2f} ({low:+.2f} to {high:+.2f})"
+        table.add_row(effect.measure, *(f"{median:.4g}" for median in effect.medians), difference, delta)
+    Console(highlight=False, markup=False).print(*tables.values())

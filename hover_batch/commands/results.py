@@ -1,0 +1,88 @@
+"""Show the result of a query on the terminal, or write it to a file."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from hover_batch.errors import InputError
+from hover_batch.files import replacing
+from hover_batch.formatting import counted
+
+if TYPE_CHECKING:
+    import duckdb
+
+ROWS = 40
+"""Maximum number of rows on the terminal."""
+_CELL = 60
+"""Maximum number of characters in a cell on the terminal; a polygon has hundreds."""
+_BATCH = 100_000
+"""Rows in memory while a file is written."""
+_IN_CSV = ("BOOLEAN", "INT", "INTEGER", "FLOAT", "DOUBLE", "VARCHAR", "DATE", "TIMESTAMP")
+"""Ends of the types that are written to a CSV by their values; all others, such as lists, become text."""
+
+
+def check_output(path: Path | None, dataset: Path) -> None:
+    """Raise InputError if `path`, given with --output, cannot be written, so that this is found before the query."""
+    if path is None:
+        return
+    if path.suffix.lower() not in (".csv", ".parquet"):
+        raise InputError(f"-o {path}: must end in .csv or .parquet")
+    if dataset.resolve() in path.resolve().parents:
+        raise InputError(f"-o {path}: is in the data set, which must not change; name a file elsewhere")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"-o {path}: is a folder, or in one that does not exist; name a file in a folder that exists")
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print notes about a result on stderr."""
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+
+
+def deliver(result: duckdb.DuckDBPyRelation, output: Path | None) -> None:
+    """Write a result to the file `output`, or show it on the terminal if None. InputError if the query fails."""
+    from hover_batch.dataset.opened import query_errors
+
+    with query_errors():
+        if output is None:
+            _show(result)
+        else:
+            rows = _write(result, output)
+            typer.echo(output)
+            typer.echo(counted(rows, "row"), err=True)
+
+
+def _show(result: duckdb.DuckDBPyRelation) -> None:
+    """Print the first and last rows, as many columns as fit, and the number of rows."""
+    from hover_batch.dataset.opened import cast
+
+    # FLOAT is printed with at most eight digits.
+    shown = cast(result, {"DOUBLE": "FLOAT"}.get)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1_000_000
+    shown.show(max_rows=ROWS, max_width=width, max_col_width=_CELL)
+
+
+def _write(result: duckdb.DuckDBPyRelation, path: Path) -> int:
+    """Write a CSV or Parquet file batch by batch, and return the number of rows."""
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    from hover_batch.dataset.opened import cast
+
+    is_csv = path.suffix.lower() == ".csv"
+    if is_csv:
+        result = cast(result, lambda kind: None if kind.endswith(_IN_CSV) else "VARCHAR")
+    rows = 0
+    with result.to_arrow_reader(_BATCH) as batches, replacing(path) as temporary:
+        kind: Any = pyarrow.csv.CSVWriter if is_csv else pyarrow.parquet.ParquetWriter
+        with kind(temporary, batches.schema) as file:
+            for batch in batches:
+                file.write_batch(batch)
+                rows += len(batch)
+    return rows

@@ -1,0 +1,115 @@
+"""Load a table about patients (CSV or Parquet), to be joined with the slides of a data set."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from hover_batch.dataset.quoting import identifier, text, text_list
+from hover_batch.errors import InputError
+from hover_batch.formatting import counted, listed
+
+_MISSING = ("", "NA")
+"""Cells of a CSV that are missing values."""
+
+_IS_TEXT = "^(0[0-9]+|[0-9]{16,})$"
+"""Cells that look like numbers and are not, since a number would lose their zeros or last digits."""
+
+
+def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, slides: pa.Table) -> list[str]:
+    """Create the table `clinical` from the file `path`, and return notes about ids that only one of the tables has.
+
+    Its column `on` is text without spaces around it; a column with values such as 007 is text, too. Rows without an id
+    are left out. `slides`: table with the column `on`.
+
+    InputError if the file cannot be read, a column `on` is missing, an id is in two rows, or no id is in `slides`.
+    """
+    flag = f"--join {path}"
+    if on not in slides.column_names:
+        raise InputError(f"--on {on}: is not a column of the slides; they have {', '.join(slides.column_names)}")
+    if not path.is_file():
+        raise InputError(f"{flag}: no such file")
+    try:
+        source, column = _source(connection, path, on)
+        values = f"trim(CAST({identifier(column)} AS VARCHAR))"
+        rows = f"SELECT * REPLACE ({values} AS {identifier(column)}) FROM {source} WHERE {values} <> ''"
+        connection.execute(f"CREATE TABLE clinical AS {rows}").fetchall()
+        ids = [row[0] for row in connection.sql(f"SELECT {identifier(column)} FROM clinical").fetchall()]
+    except duckdb.Error as error:
+        reason = " ".join(str(error).split("\n\n")[0].splitlines()[:2])
+        raise InputError(
+            f"{flag}: cannot be read as CSV (UTF-8, a header, equally many cells in all rows) or Parquet ({reason})"
+        ) from error
+    known = dict.fromkeys(value for value in slides[on].to_pylist() if value is not None)
+    return _notes(path, on, ids, [str(value) for value in known])
+
+
+def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple[str, str]:
+    """Return the table function that reads the file, with the types of its columns, and its name of the column `on`.
+
+    The name may differ in upper and lower case, which SQL ignores. InputError if there is no such column.
+    """
+
+    def name_in(columns: list[str]) -> str:
+        for name in columns:
+            if name.casefold() == on.casefold():
+                return name
+        raise InputError(f"--join {path}: has no column {on}, but {', '.join(columns)}; rename a column, or give --on")
+
+    if path.suffix.lower() in (".parquet", ".pq"):
+        source = f"read_parquet({text_list([path])})"
+        return source, name_in(connection.sql(f"FROM {source}").columns)
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline()
+        if for_excel := header.lower().startswith(("sep=", '"sep=')):
+            header = file.readline()
+    options = {
+        "header": "true",
+        "skip": str(int(for_excel)),
+        # DuckDB would find a delimiter for which rows of different lengths are one column.
+        "delim": text(max(",;\t", key=header.count)),
+        "nullstr": text_list(_MISSING),
+        "sample_size": "-1",
+        # Cells such as yes, no and 01/02/2026 stay text: their meaning as a truth value or a date would be a guess.
+        "auto_type_candidates": text_list(("BIGINT", "DOUBLE", "DATE", "VARCHAR")),
+        "dateformat": text("%Y-%m-%d"),
+    }
+    cells = _read_csv(path, options | {"all_varchar": "true"})
+    columns = connection.sql(f"FROM {cells}").columns
+    column = name_in(columns)
+    tests = ", ".join(f"bool_or(regexp_matches(trim({identifier(name)}), {text(_IS_TEXT)}))" for name in columns)
+    [found] = connection.sql(f"SELECT {tests} FROM {cells}").fetchall()
+    as_text = [name for name, is_text in zip(columns, found, strict=True) if is_text or name == column]
+    types = ", ".join(f"{text(name)}: 'VARCHAR'" for name in as_text)
+    return _read_csv(path, options | {"types": f"{{{types}}}"}), column
+
+
+def _read_csv(path: Path, options: Mapping[str, str]) -> str:
+    return f"read_csv({text_list([path])}, {', '.join(f'{name} = {value}' for name, value in options.items())})"
+
+
+def _notes(path: Path, on: str, ids: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Compare the ids in the table with those of the slides. InputError as in `load_clinical`."""
+    if twice := [value for value, number in Counter(ids).items() if number > 1]:
+        raise InputError(
+            f"--join {path}: several rows have the same {on}: {listed(twice)}; keep one row of each, since the join "
+            "would count nuclei more than once"
+        )
+    joined = set(ids) & set(known)
+    if not joined:
+        raise InputError(
+            f"--join {path}: no {on} in it is in the data set; it has {listed(ids[:3]) or 'none'}, and the data set "
+            f"{listed(known[:3]) or 'none'}: write them in the same way, or name another column with --on"
+        )
+    notes = []
+    if missing := [value for value in known if value not in joined]:
+        notes.append(
+            f"{path}: no row for {len(missing):,} of the data set's {counted(len(known), on)}: {listed(missing)}"
+        )
+    if missing := [value for value in ids if value not in joined]:
+        notes.append(f"{path}: not in the data set: {len(missing):,} of {counted(len(ids), on)}: {listed(missing)}")
+    return notes

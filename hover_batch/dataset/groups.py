@@ -1,0 +1,194 @@
+"""Ready-made question: by how much the densities of groups of patients differ.
+
+A patient counts once, with the density over all their slides: nuclei of one patient, and slides, resemble each
+other, and would make intervals much too narrow. Effect sizes are the difference of the medians and Cliff's delta (Cliff
+1993), which is 1 if all densities of the second group are above those of the first, -1 if all are below, and 0 without
+a tendency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import bootstrap, rankdata
+
+from hover_batch.dataset.questions import Subject, density_sql, measures
+from hover_batch.dataset.quoting import identifier
+from hover_batch.errors import InputError
+from hover_batch.formatting import counted, listed
+
+MIN_PATIENTS = 3
+"""Smallest number of patients in a group. With two, a bootstrap interval would be the two values."""
+FEW_PATIENTS = 10
+"""Number of patients below which a bootstrap interval is known to be too narrow."""
+_MAX_GROUPS = 10
+_RESAMPLES = 9999
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Difference of one density between two groups of patients. Each interval is (low, high), at 95 %."""
+
+    measure: str
+    """Name of the density, in nuclei per mm² of tissue."""
+    groups: tuple[str, str]
+    """Names of the groups."""
+    patients: tuple[int, int]
+    """Number of patients in each group."""
+    medians: tuple[float, float]
+    """Median density of each group."""
+    difference: float
+    """Median of the second group minus that of the first."""
+    difference_interval: tuple[float, float]
+    """Interval of the difference."""
+    cliffs_delta: float
+    """Cliff's delta of the second group against the first."""
+    cliffs_delta_interval: tuple[float, float]
+    """Interval of Cliff's delta."""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the effect as values by column."""
+        row: dict[str, Any] = {"measure": self.measure}
+        for number, name in enumerate(("first", "second")):
+            row[name] = self.groups[number]
+            row[f"patients_{name}"] = self.patients[number]
+            row[f"median_{name}"] = self.medians[number]
+        for name in ("difference", "cliffs_delta"):
+            row[name] = getattr(self, name)
+            row[f"{name}_low"], row[f"{name}_high"] = getattr(self, f"{name}_interval")
+        return row
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Effects for each density and each two groups, and notes about them."""
+
+    effects: list[Effect]
+    """Effects, ordered by density, then by groups."""
+    notes: list[str]
+    """What to know about the answer."""
+
+
+def densities_sql(subject: Subject, by: str, of: str | None = None) -> str:
+    """Return the SQL of the densities by group and patient. `by`, `of` and errors as in `counts_sql`."""
+    column, source = subject.column(by)
+    columns = [f"{column} AS {identifier(by)}", "slides.patient_id"]
+    columns += [f"{density_sql(number)} AS {density}" for number, density in measures(subject, of)]
+    listing = ",\n  ".join(columns)
+    where = subject.where(f"{column} IS NOT NULL", "slides.patient_id IS NOT NULL")
+    group_by = f"{column}, slides.patient_id"
+    return f"SELECT\n  {listing}\nFROM {source}{where}\nGROUP BY {group_by}\nORDER BY {group_by}"
+
+
+def compare_densities(subject: Subject, by: str, of: str | None = None) -> Comparison:
+    """Compare the densities of each two groups of patients.
+
+    InputError if a group has fewer than MIN_PATIENTS patients, a patient is in several groups, or there are not 2 to
+    _MAX_GROUPS groups; also as in `counts_sql`.
+    """
+    relation = subject.dataset.select(densities_sql(subject, by, of))
+    names, rows = relation.columns[2:], relation.fetchall()
+    groups: dict[str, list[tuple[float, ...]]] = {}
+    group_of: dict[str, list[str]] = {}
+    without_tissue: list[str] = []
+    for group, patient, *densities in rows:
+        group_of.setdefault(patient, []).append(str(group))
+        if None in densities:
+            without_tissue.append(patient)
+        else:
+            groups.setdefault(str(group), []).append(tuple(densities))
+    _check(by, groups, group_of)
+    effects = []
+    for index, name in enumerate(names):
+        columns = {group: np.array(values)[:, index] for group, values in groups.items()}
+        effects += [_effect(name, (a, b), (columns[a], columns[b])) for a, b in combinations(columns, 2)]
+    notes = list(_left_out(subject, by))
+    if without_tissue:
+        notes.append(f"patients without tissue are left out: {listed(without_tissue)}")
+    if few := [f"{group} ({len(values)})" for group, values in groups.items() if len(values) < FEW_PATIENTS]:
+        notes.append(
+            f"fewer than {FEW_PATIENTS} patients in {listed(few)}: the intervals are too narrow; take them as a hint"
+        )
+    if len(effects) > 1:
+        notes.append(f"{len(effects)} intervals, each at 95 %: of 20 such intervals, one misses the truth by chance")
+    return Comparison(effects, notes)
+
+
+def _check(by: str, groups: dict[str, list[tuple[float, ...]]], group_of: dict[str, list[str]]) -> None:
+    if not group_of:
+        raise InputError(
+            f"--by {by}: no slide has both a patient_id and a {by}; give both columns in the cohort CSV, repeat "
+            "`hover-batch segment` and `hover-batch cohort`, or give the groups of the patients with --join"
+        )
+    if several := [patient for patient, names in group_of.items() if len(names) > 1]:
+        raise InputError(
+            f"--by {by}: patients with slides in several groups: {listed(several)}; such groups are not independent: "
+            "give each patient one group"
+        )
+    if not 2 <= len(groups) <= _MAX_GROUPS:
+        raise InputError(
+            f"--by {by}: has {counted(len(groups), 'group')} ({listed(groups)}); 2 to {_MAX_GROUPS} can be compared"
+        )
+    if small := [f"{name} ({len(values)})" for name, values in groups.items() if len(values) < MIN_PATIENTS]:
+        raise InputError(
+            f"--by {by}: groups of fewer than {MIN_PATIENTS} patients: {listed(small)}; so few say nothing about "
+            "other patients, however many nuclei they have: add patients, or see their numbers with `cohort counts`"
+        )
+
+
+def _left_out(subject: Subject, by: str) -> list[str]:
+    """Return a note on the slides that are left out, if there are any."""
+    column, source = subject.column(by)
+    where = subject.where(f"({column} IS NULL OR slides.patient_id IS NULL)")
+    rows = subject.dataset.select(f"SELECT slides.slide_id FROM {source}{where} ORDER BY ALL").fetchall()
+    names = [name for (name,) in rows]
+    return [f"{counted(len(names), 'slide')} without patient_id or {by} left out: {listed(names)}"] if names else []
+
+
+def _effect(measure: str, groups: tuple[str, str], samples: tuple[NDArray[np.float64], NDArray[np.float64]]) -> Effect:
+    first, second = samples
+    difference, delta = _difference(first, second), cliffs_delta(first, second)
+    return Effect(
+        measure,
+        groups,
+        (len(first), len(second)),
+        (float(np.median(first)), float(np.median(second))),
+        float(difference),
+        _interval(samples, _difference),
+        float(delta),
+        _interval(samples, cliffs_delta),
+    )
+
+
+def _difference(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> Any:
+    return np.median(second, axis=axis) - np.median(first, axis=axis)
+
+
+def cliffs_delta(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> Any:
+    """Return P(second > first) - P(second < first) over all pairs of values along the last axis."""
+    n, m = first.shape[-1], second.shape[-1]
+    ranks = rankdata(np.concatenate([first, second], axis=-1), axis=-1)
+    u = ranks[..., n:].sum(axis=-1) - m * (m + 1) / 2
+    return 2 * u / (n * m) - 1
+
+
+def _interval(
+    samples: tuple[NDArray[np.float64], NDArray[np.float64]], statistic: Callable[..., Any]
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval at 95 %, with patients resampled within each group."""
+    found = bootstrap(
+        samples,
+        statistic,
+        n_resamples=_RESAMPLES,
+        batch=500,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(_SEED),
+    ).confidence_interval
+    return float(found.low), float(found.high)

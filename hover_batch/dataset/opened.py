@@ -1,0 +1,241 @@
+"""Open a data set for questions in SQL, with a DuckDB connection that reads its files and no others.
+
+A query can neither write a file, load an extension nor change a setting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import duckdb
+import pyarrow as pa
+import shapely
+
+from hover_batch.dataset.clinical import load_clinical
+from hover_batch.dataset.layout import DatasetLayout
+from hover_batch.dataset.quoting import identifier, text, text_list
+from hover_batch.dataset.slides import SlideEntry, entries_of, read_slides_table
+from hover_batch.errors import InputError
+from hover_batch.formatting import listed
+from hover_batch.geometry import Box
+from hover_batch.nuclei.table import table_schema
+from hover_batch.taxonomy import Taxonomy
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@contextlib.contextmanager
+def query_errors() -> Iterator[None]:
+    """Raise InputError for an error of DuckDB in the block, and KeyboardInterrupt if a signal interrupted a query."""
+    try:
+        yield
+    except duckdb.PermissionException as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"the query failed: it can only read nuclei, slides and, with --join, clinical ({reason})"
+        ) from error
+    except duckdb.IOException as error:
+        raise InputError(
+            f"the query failed: {error}\nIf a command has changed the data set in the meantime, repeat this one; "
+            "otherwise make the data set again with `hover-batch cohort OUT -o DATASET`"
+        ) from error
+    except (duckdb.Error, pa.ArrowException) as error:
+        raise InputError(f"the query failed: {error}") from error
+    except RuntimeError as error:
+        if "interrupted" not in str(error):
+            raise
+        raise KeyboardInterrupt from error
+
+
+class Dataset:
+    """Data set that is open for questions. Use it in a `with` block, or call `close`.
+
+    `connection`: DuckDB connection, which shows the data set as it was when it was opened, as
+
+    - `nuclei`: one row per nucleus, with the columns of nuclei.parquet and `model`
+    - `slides`: one row per slide and model, with the columns of slides.parquet
+    - `clinical`: the rows of the table `clinical`, if one is given
+
+    `entries`: slides, one entry per slide and model. `on`: column by which `clinical` is joined; None without it.
+    `notes`: what to know about the answers, such as patients without a row in `clinical`.
+
+    `root`: folder of the data set. `clinical`: CSV or Parquet file with one row per value of its column `on`, a column
+    of `slides`. InputError if the folder is not a data set or holds no slides, or `clinical` cannot be joined.
+    """
+
+    def __init__(self, root: Path, clinical: Path | None = None, on: str = "patient_id") -> None:
+        self.layout = DatasetLayout(root)
+        slides = read_slides_table(self.layout)
+        self.entries: list[SlideEntry] = entries_of(slides)
+        if not self.entries:
+            raise InputError(f"{root}: holds no slides yet; add a run with `hover-batch cohort OUT -o DATASET`")
+        self.notes: list[str] = []
+        self.on = None if clinical is None else on
+        self._scratch = tempfile.TemporaryDirectory(prefix="hover-batch-query-")
+        self.connection = duckdb.connect(
+            config={
+                "autoinstall_known_extensions": False,
+                "autoload_known_extensions": False,
+                "python_enable_replacements": False,
+                "temp_directory": self._scratch.name,
+            }
+        )
+        try:
+            self.create_table("slides", slides)
+            self.execute(f"CREATE VIEW nuclei AS {self._nuclei(self.entries)}")
+            if clinical is not None:
+                self.notes += load_clinical(self.connection, clinical, on, slides)
+            self._lock()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection and remove its temporary files."""
+        self.connection.close()
+        self._scratch.cleanup()
+
+    def sql(self, query: str) -> pd.DataFrame:
+        """Return the result of a SELECT; a geometry becomes shapely polygons in level-0 pixels. Errors as in `select`.
+
+        Other statements, such as CREATE TEMP TABLE, can be run with `connection.execute`.
+        """
+        with query_errors():
+            return _frame(self.select(query))
+
+    def select(self, query: str) -> duckdb.DuckDBPyRelation:
+        """Return a SELECT as a relation, which runs it each time that it is read.
+
+        Sums of integers, which DuckDB returns with 128 bits, have 64 bits. InputError if `query` is not one SELECT, or
+        it names what does not exist; for errors during the run, use `query_errors`.
+        """
+        query = query.strip().rstrip(";")
+        with query_errors():
+            kinds = [statement.type for statement in self.connection.extract_statements(query)]
+            if kinds != [duckdb.StatementType.SELECT]:
+                raise InputError(
+                    "the query must be one SELECT, since a data set is only read; to write its result to a file, give "
+                    "-o FILE.csv or -o FILE.parquet"
+                )
+            # In parentheses, DuckDB refuses a WITH clause that writes, such as WITH x AS (COPY … TO …).
+            relation = self.connection.sql(f"FROM ({query}\n)")
+        return cast(relation, {"HUGEINT": "BIGINT"}.get)
+
+    def window(self, slide_id: str, box: Box | Sequence[float], model: str | None = None) -> pd.DataFrame:
+        """Return the nuclei of a slide whose bounding boxes overlap `box`, with the columns of `load_nuclei`.
+
+        `box`: (x0, y0, x1, y1) in level-0 pixels. `model`: which one, if the data set holds several (see
+        `chosen_model`). InputError if the slide is not in the data set.
+        """
+        model = chosen_model(self.entries, model)
+        entries = [entry for entry in self.entries if (entry.slide_id, entry.model) == (slide_id, model)]
+        if not entries:
+            known = [entry.slide_id for entry in self.entries if entry.model == model]
+            raise InputError(f"{slide_id}: is not a slide of {self.layout.root}; its slides: {listed(known)}")
+        corners = (box.x0, box.y0, box.x1, box.y1) if isinstance(box, Box) else box
+        x0, y0, x1, y1 = (f"{text(float(value))}::DOUBLE" for value in corners)
+        with query_errors():
+            frame = _frame(
+                self.connection.sql(
+                    f"SELECT * EXCLUDE (model, bbox) FROM ({self._nuclei(entries)}) WHERE slide_id = {text(slide_id)} "
+                    f"AND bbox.xmax > {x0} AND bbox.xmin < {x1} AND bbox.ymax > {y0} AND bbox.ymin < {y1} "
+                    "ORDER BY nucleus_id"
+                )
+            )
+        return frame.astype(dict.fromkeys(("slide_id", "type"), "category"))
+
+    @contextlib.contextmanager
+    def narrowed(self, entries: Sequence[SlideEntry]) -> Iterator[None]:
+        """Let the view `nuclei` hold, in the block, only what is in the files of `entries`."""
+        self.execute(f"CREATE TEMP VIEW nuclei AS {self._nuclei(entries)}")
+        try:
+            yield
+        finally:
+            self.execute("DROP VIEW temp.nuclei")
+
+    def execute(self, statement: str) -> None:
+        """Run one of our own statements. InputError if it fails."""
+        with query_errors():
+            self.connection.execute(statement).fetchall()
+
+    def create_table(self, name: str, rows: pa.Table) -> None:
+        """Create or replace a table in memory."""
+        self.connection.register("given", rows)
+        self.execute(f"CREATE OR REPLACE TABLE {name} AS FROM given")
+        self.connection.unregister("given")
+
+    def _nuclei(self, entries: Sequence[SlideEntry]) -> str:
+        """Return the SELECT of all nuclei in the files of `entries`."""
+        files: dict[str, dict[str, None]] = {}
+        for entry in entries:
+            files.setdefault(entry.model, {}).update(dict.fromkeys(entry.nuclei_files))
+        # All files of a model have the same columns, so DuckDB needs to read the schema of one only.
+        parts = [
+            f"SELECT {text(model)} AS model, * FROM read_parquet({text_list(self.layout.root / n for n in names)}, "
+            "hive_partitioning = false)"
+            for model, names in files.items()
+            if names
+        ]
+        if not parts:  # no slide has nuclei
+            taxonomy = Taxonomy.from_json(json.loads(entries[0].taxonomy))
+            self.create_table("no_nuclei", table_schema(taxonomy).empty_table())
+            parts = [f"SELECT {text(entries[0].model)} AS model, * FROM no_nuclei"]
+        return " UNION ALL BY NAME ".join(parts)
+
+    def _lock(self) -> None:
+        """Deny access to all files but those of the data set, and changes of settings."""
+        files = dict.fromkeys(name for entry in self.entries for name in entry.nuclei_files)
+        self.execute(f"SET allowed_paths = {text_list(self.layout.root / name for name in files)}")
+        self.execute("SET enable_external_access = false")
+        self.execute("SET lock_configuration = true")
+
+
+def chosen_model(entries: Sequence[SlideEntry], model: str | None) -> str:
+    """Return the model in the column `model` that is meant by its name there or by its name without the hash.
+
+    None means the only one. InputError if there is no such model, or more than one.
+    """
+    known = dict.fromkeys(entry.model for entry in entries)
+    fits = [name for name in known if model in (None, name, name.rpartition("-")[0])]
+    if len(fits) == 1:
+        return fits[0]
+    what = "holds nuclei of several models" if model is None else f"--model {model}: is not one of its models"
+    if model is not None and fits:
+        what = f"--model {model}: several models have this name"
+    raise InputError(f"the data set {what}; give --model, one of {listed(fits or known)}")
+
+
+def cast(relation: duckdb.DuckDBPyRelation, new_type: Callable[[str], str | None]) -> duckdb.DuckDBPyRelation:
+    """Return the relation with some columns cast to other types.
+
+    `new_type`: function from a type to the one that it becomes, or to None if it stays, by their names in SQL.
+    """
+    names = map(identifier, relation.columns)
+    types = [new_type(str(kind)) for kind in relation.types]
+    if not any(types):
+        return relation
+    columns = zip(names, types, strict=True)
+    return relation.project(", ".join(f"CAST({name} AS {to}) AS {name}" if to else name for name, to in columns))
+
+
+def _frame(relation: duckdb.DuckDBPyRelation) -> pd.DataFrame:
+    frame: pd.DataFrame = relation.to_arrow_table().to_pandas()
+    for name, kind in zip(relation.columns, relation.types, strict=True):
+        if str(kind).startswith("GEOMETRY"):
+            frame[name] = shapely.from_wkb(frame[name].to_numpy())
+    return frame

@@ -1,0 +1,125 @@
+"""Ready-made questions: the slides and classes that they are about, and the SQL of numbers and densities.
+
+The SQL names only the views of `hover_batch.dataset.opened`, so that users can change it and run it themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from hover_batch.dataset.opened import Dataset, chosen_model
+from hover_batch.dataset.quoting import identifier, text
+from hover_batch.dataset.slides import SlideEntry
+from hover_batch.errors import InputError
+from hover_batch.formatting import counted, listed
+from hover_batch.taxonomy import Taxonomy
+
+_UNFLAGGED = "coalesce(slides.flags, '') = ''"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Slides that a question is about: those of one model, maybe without those that have quality flags."""
+
+    dataset: Dataset
+    """Data set that is asked."""
+    entries: tuple[SlideEntry, ...]
+    """The slides."""
+    conditions: tuple[str, ...]
+    """Conditions in SQL that distinguish them from the other rows of `slides`."""
+    classes: tuple[str, ...]
+    """Names of the classes of their nuclei."""
+    notes: tuple[str, ...]
+    """What to know about the answer: slides with quality flags, patients without clinical data."""
+
+    @classmethod
+    def of(cls, dataset: Dataset, model: str | None, without_flagged: bool) -> Self:
+        """Return the slides of a model. InputError if the data set holds several models and `model` names none of them.
+
+        `without_flagged`: leave out slides with quality flags.
+        """
+        model = chosen_model(dataset.entries, model)
+        entries = [entry for entry in dataset.entries if entry.model == model]
+        conditions = [f"slides.model = {text(model)}"] if len(entries) < len(dataset.entries) else []
+        where = " AND ".join([*conditions, f"NOT {_UNFLAGGED}"])
+        rows = dataset.select(f"SELECT slide_id, flags FROM slides WHERE {where} ORDER BY slide_id").fetchall()
+        notes = list(dataset.notes)
+        if rows:
+            flagged = listed([f"{slide_id} ({flags.replace(';', ', ')})" for slide_id, flags in rows])
+            what = "left out" if without_flagged else "counted; --without-flagged leaves them out"
+            notes.append(f"quality flags on {len(rows):,} of {counted(len(entries), 'slide')}, {what}: {flagged}")
+        if without_flagged:
+            conditions.append(_UNFLAGGED)
+            names = {slide_id for slide_id, _ in rows}
+            entries = [entry for entry in entries if entry.slide_id not in names]
+            if not entries:
+                raise InputError("--without-flagged: all slides have quality flags, so none is left")
+        taxonomy = Taxonomy.from_json(json.loads(entries[0].taxonomy))
+        classes = tuple(c.name for c in taxonomy.nuclei)
+        return cls(dataset, tuple(entries), tuple(conditions), classes, tuple(notes))
+
+    def check_class(self, flag: str, name: str) -> None:
+        """Raise InputError unless `name` is a class of the nuclei. `flag`: option that gave it."""
+        if name not in self.classes:
+            raise InputError(f"{flag} {name}: is not a class of these nuclei; their classes: {', '.join(self.classes)}")
+
+    def column(self, name: str) -> tuple[str, str]:
+        """Return the column `name` of the slides or the clinical table in SQL, and the FROM that holds it.
+
+        InputError if there is none.
+        """
+        slides = self.dataset.select("FROM slides").columns
+        if name in slides:
+            return f"slides.{identifier(name)}", "slides"
+        clinical = self.dataset.select("FROM clinical").columns if self.dataset.on else []
+        if name in clinical:
+            using = identifier(str(self.dataset.on))
+            return f"clinical.{identifier(name)}", f"slides LEFT JOIN clinical USING ({using})"
+        where = "the slides or the clinical table" if clinical else "the slides"
+        raise InputError(
+            f"--by {name}: is not a column of {where}; columns: {', '.join((*slides, *clinical))}"
+            + ("" if clinical else "; a column of another table needs --join FILE")
+        )
+
+    def where(self, *more: str) -> str:
+        """Return the WHERE that holds for the slides, with more conditions, and the line end before it; maybe empty."""
+        conditions = (*self.conditions, *more)
+        return f"\nWHERE {' AND '.join(conditions)}" if conditions else ""
+
+
+def counts_sql(subject: Subject, by: str, of: str | None = None) -> str:
+    """Return the SQL of the number of nuclei and of their density, in all and by class.
+
+    `by`: column of the slides or the clinical table; the result has a row for each of its values. `of`: the only class.
+    The density of several slides is their number of nuclei divided by their mm² of tissue. InputError if there is no
+    such column or class.
+    """
+    column, source = subject.column(by)
+    columns = [f"{column} AS {identifier(by)}"]
+    if by not in ("slide_id", "patient_id"):
+        columns.append("count(DISTINCT slides.patient_id) AS patients")
+    columns += ["count(*) AS slides", "sum(slides.tissue_mm2) AS tissue_mm2"]
+    for number, density in measures(subject, of):
+        columns += [f"sum(slides.{number}) AS {number}", f"{density_sql(number)} AS {density}"]
+    listing = ",\n  ".join(columns)
+    return f"SELECT\n  {listing}\nFROM {source}{subject.where()}\nGROUP BY {column}\nORDER BY {column}"
+
+
+def measures(subject: Subject, of: str | None) -> list[tuple[str, str]]:
+    """Return the columns of slides.parquet with numbers and densities, in SQL: of all nuclei and each class, or of one.
+
+    InputError if `of` is not a class.
+    """
+    if of is not None:
+        subject.check_class("--of", of)
+    names: Sequence[str] = subject.classes if of is None else [of]
+    each = [(identifier(f"n_{name}"), identifier(f"{name}_per_mm2")) for name in names]
+    return each if of is not None else [("nuclei", "nuclei_per_mm2"), *each]
+
+
+def density_sql(number: str) -> str:
+    """Return the SQL of the density over several slides. `number`: column with the number of nuclei."""
+    return f"sum(slides.{number}) / nullif(sum(slides.tissue_mm2), 0)"

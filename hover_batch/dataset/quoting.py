@@ -1,0 +1,20 @@
+"""Write names and values into SQL, so that none of them can end a string or begin a statement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def identifier(name: str) -> str:
+    """Return the name of a column or view for SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def text(value: object) -> str:
+    """Return a value as text for SQL; DuckDB knows no other escape than the doubled quote."""
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def text_list(values: Iterable[object]) -> str:
+    """Return values as a list of text for SQL."""
+    return f"[{', '.join(map(text, values))}]"

@@ -1,0 +1,299 @@
+"""Questions in SQL: the answers are those of the runs' own tables, and nothing else is read or written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from asked import SLIDES, Asked, ask, make
+from dataset_runs import MadeRun
+
+import hover_batch
+from hover_batch.dataset.update import add_run
+from hover_batch.errors import InputError
+from hover_batch.geometry import Box, Size
+
+ODD = "it's [1] *?\"; --"
+"""Name of a folder, full of characters that mean something in SQL and in patterns."""
+
+
+@pytest.fixture(scope="module")
+def asked(nuclei: tuple[Any, Size], tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    return make(tmp_path_factory.mktemp("asked") / ODD, *nuclei)
+
+
+def contents(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_sql_sees_every_nucleus_once(asked: Asked) -> None:
+    known = asked.nuclei()
+    with hover_batch.open_cohort(asked.root) as cohort:
+        found = cohort.sql("SELECT * FROM nuclei ORDER BY slide_id, nucleus_id")
+        counted = cohort.sql(
+            "SELECT patient_id, type, count(*) AS n, avg(area_um2) AS area "
+            "FROM nuclei JOIN slides USING (slide_id, model) WHERE patient_id IS NOT NULL GROUP BY ALL ORDER BY ALL"
+        )
+        assert cohort.notes == []
+    columns = ["slide_id", "nucleus_id", "type", "centroid_x", "prob_inflammatory", "touches_border"]
+    assert set(found.model) == {asked.run.model}
+    pd.testing.assert_frame_equal(found[columns], known[columns], check_dtype=False)
+    assert [shape.wkb for shape in found.geometry] == list(known.geometry)
+    patients = (
+        known[known.patient_id != ""].groupby(["patient_id", "type"]).area_um2.agg(["size", "mean"]).reset_index()
+    )
+    assert counted.patient_id.tolist() == patients.patient_id.tolist() and "007" in set(counted.patient_id)
+    assert counted.n.tolist() == patients["size"].tolist()
+    np.testing.assert_allclose(counted.area, patients["mean"], rtol=1e-6)
+
+
+def test_a_sum_is_a_whole_number_and_an_order_is_kept(asked: Asked, tmp_path: Path) -> None:
+    query = "SELECT slide_id, sum(nucleus_id) AS total FROM nuclei GROUP BY slide_id ORDER BY total DESC;"
+    with hover_batch.open_cohort(asked.root) as cohort:
+        found = cohort.sql(query)
+    assert found.total.dtype == np.int64
+    assert found.total.tolist() == sorted((n * (n + 1) // 2 for _, _, n in SLIDES.values() if n), reverse=True)
+
+
+@pytest.mark.parametrize("box", [Box(100, 200, 400, 300), (0.0, 0.0, 50.5, 1000.0), (5000, 0, 6000, 100)])
+def test_a_window_holds_what_overlaps_it(asked: Asked, box: Any) -> None:
+    known = hover_batch.load_nuclei(asked.run.layout.slide("s6").nuclei_parquet)
+    x0, y0, x1, y1 = (box.x0, box.y0, box.x1, box.y1) if isinstance(box, Box) else box
+    boxes = pd.DataFrame(asked.run.table("s6")["bbox"].to_pylist())
+    overlaps = (boxes.xmax > x0) & (boxes.xmin < x1) & (boxes.ymax > y0) & (boxes.ymin < y1)
+    with hover_batch.open_cohort(asked.root) as cohort:
+        found = cohort.window("s6", box)
+        assert len(cohort.window("s8", box)) == 0  # a slide without nuclei
+        with pytest.raises(InputError, match=r"s99: is not a slide .*s1, s2"):
+            cohort.window("s99", box)
+    wanted = known[overlaps.to_numpy()].reset_index(drop=True)
+    assert list(found.columns) == list(wanted.columns)
+    assert found.nucleus_id.tolist() == wanted.nucleus_id.tolist()
+    assert (found.geometry == wanted.geometry).all() and found.type.tolist() == wanted.type.tolist()
+
+
+REFUSED = [
+    "SELECT 1; SELECT 2",
+    "COPY (SELECT 1) TO '{free}'",
+    "WITH x AS (COPY (SELECT 1) TO '{file}' (USE_TMP_FILE false)) SELECT 1",
+    "WITH x AS (INSERT INTO slides SELECT * FROM slides RETURNING 1) FROM x",
+    "CREATE TABLE more AS SELECT 1",
+    "DROP TABLE slides",
+    "DELETE FROM slides",
+    "ATTACH '{free}'",
+    "INSTALL httpfs",
+    "LOAD httpfs",
+    "SET enable_external_access = true",
+    "PRAGMA database_list",
+    "EXPORT DATABASE '{free}'",
+    "SELECT * FROM read_csv('{secret}')",
+    "SELECT * FROM read_text('{secret}')",
+    "SELECT * FROM '{secret}'",
+    "SELECT * FROM glob('{secret}*')",
+    "SELECT * FROM query('COPY (SELECT 1) TO ''{free}''')",
+    "SELECT * FROM asked",
+    "SELECT 1) UNION ALL (SELECT 2",
+    "SELECT nonsense FROM nuclei",
+    "SELECT CAST(type AS INTEGER) FROM nuclei",
+    "SELEKT",
+    "",
+    "/* only a comment */",
+]
+
+
+@pytest.mark.parametrize("query", REFUSED)
+def test_a_query_only_reads_the_data_set(asked: Asked, tmp_path: Path, query: str) -> None:
+    secret, free = tmp_path / "secret.csv", tmp_path / "written.parquet"
+    secret.write_text("a\n1\n")
+    file = str(next(asked.root.rglob("model=*/*.parquet"))).replace("'", "''")
+    before = contents(asked.root)
+    done = ask("query", asked.root, query.format(secret=secret, free=free, file=file), exit_code=2)
+    assert done.stderr.startswith("Error: the query") and not done.stdout
+    assert contents(asked.root) == before and sorted(tmp_path.iterdir()) == [secret]
+
+
+def test_settings_cannot_be_changed_on_the_connection_itself(asked: Asked) -> None:
+    with hover_batch.open_cohort(asked.root) as cohort:
+        for statement in ("SET enable_external_access = true", "SET allowed_paths = ['/etc/passwd']", "LOAD httpfs"):
+            with pytest.raises(InputError):
+                cohort.execute(statement)
+        cohort.execute("CREATE TEMP TABLE large AS SELECT * FROM nuclei WHERE area_um2 > 5")
+        assert len(cohort.sql("FROM large"))
+
+
+def test_results_in_files(asked: Asked, tmp_path: Path) -> None:
+    columns = "patient_id, slide_id, bbox, geometry, area_um2, [type_id] AS ids"
+    query = f"SELECT {columns} FROM nuclei JOIN slides USING (slide_id, model)"
+    for name in ("all.csv", "all.parquet"):
+        done = ask("query", asked.root, query, "-o", tmp_path / name)
+        assert done.stdout == f"{tmp_path / name}\n" and "1,980 rows" in done.stderr
+    as_csv = pd.read_csv(tmp_path / "all.csv", dtype={"patient_id": str})
+    as_parquet = pq.read_table(tmp_path / "all.parquet")
+    assert len(as_csv) == as_parquet.num_rows == sum(rows for _, _, rows in SLIDES.values())
+    assert as_csv.patient_id.dropna().tolist() == as_parquet["patient_id"].drop_null().to_pylist()
+    assert as_csv.geometry[0].startswith("POLYGON") and "xmin" in as_csv.bbox[0]
+    np.testing.assert_array_equal(as_csv.area_um2.to_numpy(np.float32), as_parquet["area_um2"].to_numpy())
+
+
+@pytest.mark.parametrize("name", ["x.xlsx", "none/x.csv", "folder.csv"])
+def test_files_that_cannot_be_written_are_refused_before_the_query(asked: Asked, tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    assert f"-o {tmp_path / name}: " in ask("query", asked.root, "SELEKT", "-o", tmp_path / name, exit_code=2).stderr
+
+
+def test_a_result_does_not_go_into_the_data_set(asked: Asked) -> None:
+    path = asked.root / "slides.parquet"
+    assert "must not change" in ask("query", asked.root, "SELECT 1", "-o", path, exit_code=2).stderr
+
+
+def test_a_long_result_on_the_terminal(asked: Asked) -> None:
+    shown = ask("query", asked.root, "SELECT nucleus_id, 1 / 3 AS third FROM nuclei").stdout
+    assert "1980 rows" in shown and "(40 shown)" in shown and "0.33333334" in shown and len(shown.splitlines()) < 60
+
+
+def test_folders_that_are_no_data_set(asked: Asked, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none", asked.run.layout.root):
+        assert "is not a data set" in ask("query", folder, "SELECT 1", exit_code=2).stderr
+
+
+def test_a_lost_file_is_named(nuclei: tuple[Any, Size], tmp_path: Path) -> None:
+    asked = make(tmp_path, *nuclei)
+    path = next(asked.root.rglob("model=*/*.parquet"))
+    path.unlink()
+    message = ask("query", asked.root, "SELECT avg(area_um2) FROM nuclei", exit_code=2).stderr
+    assert path.name in message and "make the data set again" in message
+
+
+def test_a_data_set_without_nuclei(nuclei: tuple[Any, Size], tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run", *nuclei)
+    run.put("empty", 0)
+    add_run(run.layout.root, tmp_path / "dataset", (), lambda line: None)
+    with hover_batch.open_cohort(tmp_path / "dataset") as cohort:
+        assert cohort.sql("SELECT count(*) AS n, max(prob_inflammatory) AS p FROM nuclei").n.tolist() == [0]
+        assert len(cohort.window("empty", (0, 0, 10, 10))) == 0
+    assert "empty" in ask("cohort", "near", tmp_path / "dataset", "--of", "spindle", "--to", "spindle").stdout
+
+
+def test_ctrl_c_ends_a_query(asked: Asked) -> None:
+    endless = "SELECT count(*) FROM range(1000000000) a, range(1000) b WHERE a.range % 7 = b.range % 5"
+    probe = "import sys; from hover_batch.cli import app; print('begins', flush=True); app(sys.argv[1:])"
+    words = [sys.executable, "-c", probe, "query", str(asked.root), endless]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "begins\n"
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(1)  # the first ones may come before the query
+            os.kill(process.pid, signal.SIGINT)
+        _, said = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in said, said
+
+
+@pytest.fixture
+def two_models(nuclei: tuple[Any, Size], tmp_path: Path) -> Path:
+    """The data set with a second model, whose nuclei of s1 are others."""
+    asked = make(tmp_path / "first", *nuclei)
+    second = MadeRun(tmp_path / "second", *nuclei, model_sha256="f" * 64)
+    second.put("s1", 33)
+    add_run(second.layout.root, asked.root, (), lambda line: None)
+    return asked.root
+
+
+def test_two_models(two_models: Path) -> None:
+    with hover_batch.open_cohort(two_models) as cohort:
+        found = cohort.sql("SELECT model, count(*) AS n FROM nuclei WHERE slide_id = 's1' GROUP BY model ORDER BY n")
+        assert found.n.tolist() == [33, 120]
+        everywhere = (0, 0, 1000, 1000)
+        assert len(cohort.window("s1", everywhere, "starter-ffffffff")) == 33
+        with pytest.raises(InputError, match="several models; give --model, one of starter-00000000, starter-ffffffff"):
+            cohort.window("s1", everywhere)
+    for question in (["counts"], ["near", "--of", "spindle", "--to", "spindle"], ["compare"]):
+        words = ["cohort", question[0], two_models, *question[1:]]
+        assert "give --model, one of" in ask(*words, exit_code=2).stderr
+        assert "several models have this name" in ask(*words, "--model", "starter", exit_code=2).stderr
+        assert "other: is not one of its models" in ask(*words, "--model", "other", exit_code=2).stderr
+    one = ask("cohort", "counts", two_models, "--by", "slide_id", "--model", "starter-ffffffff").stdout
+    assert "33" in one and "s2" not in one
+
+
+CLINICAL = """Patient_ID;months;stage;code;name;seen;alive
+001;12.5;II;001;"x; y";01/02/2026;yes
+ 007 ;NA;III;20;"it's";02/02/2026;no
+010;7;I;3;z;03/02/2026;no
+999;1;I;4;nobody;04/02/2026;yes
+;2;I;5;without an id;05/02/2026;yes
+"""
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff", "sep=;\n"])
+def test_a_clinical_table_is_joined_by_ids_that_stay_text(asked: Asked, tmp_path: Path, start: str) -> None:
+    path = tmp_path / "it's clinical.csv"
+    path.write_text(start + CLINICAL)
+    with pytest.warns(UserWarning, match="not in the data set: 1 of 4 patient_ids: 999"):  # noqa: SIM117
+        with pytest.warns(UserWarning, match="no row for 3 of the data set's 6 patient_ids: 002, 011, 012"):
+            cohort = hover_batch.open_cohort(asked.root, path)
+    with cohort:
+        found = cohort.sql(
+            "SELECT patient_id, months, stage, code, seen, alive, sum(nuclei) AS n "
+            "FROM slides JOIN clinical USING (patient_id) GROUP BY ALL ORDER BY ALL"
+        )
+    assert found.patient_id.tolist() == ["001", "007", "010"] and found.code.tolist() == ["001", "20", "3"]
+    assert found.seen[0] == "01/02/2026" and found.alive.tolist() == ["yes", "no", "no"]
+    assert (
+        found.months.tolist()[::2] == [12.5, 7.0] and np.isnan(found.months[1]) and found.n.tolist() == [180, 150, 400]
+    )
+    done = ask("query", asked.root, "SELECT count(*) FROM clinical", "--join", path)
+    assert done.stderr.count("note: ") == 2 and "999" in done.stderr
+
+
+def test_a_clinical_table_in_parquet_by_another_column(asked: Asked, tmp_path: Path) -> None:
+    path = tmp_path / "samples.parquet"
+    pq.write_table(pa.table({"slide_id": ["s1", "s5"], "batch": [1, 2]}), path)
+    words = [
+        "cohort",
+        "counts",
+        asked.root,
+        "--by",
+        "batch",
+        "--join",
+        path,
+        "--on",
+        "slide_id",
+        "-o",
+        tmp_path / "x.csv",
+    ]
+    ask(*words)
+    found = pd.read_csv(tmp_path / "x.csv")
+    assert found.batch.fillna(0).tolist() == [1, 2, 0] and found.nuclei.tolist()[:2] == [120, 400]
+
+
+@pytest.mark.parametrize(
+    ("text", "on", "message"),
+    [
+        ("patient_id,x\n1,2\n", "patient_id", "no patient_id in it is in the data set; it has 1, and the data set 001"),
+        ("patient_id,x\n001,2\n001,3\n", "patient_id", "several rows have the same patient_id: 001"),
+        ("patient,x\n001,2\n", "patient_id", "has no column patient_id, but patient, x"),
+        ("patient_id,x\n001,2\n002,3,4,5\n", "patient_id", "cannot be read as CSV"),
+        ("patient,x\n001,2\n", "patient", "--on patient: is not a column of the slides"),
+        ("patient_id,x\n", "patient_id", "no patient_id in it is in the data set; it has none"),
+        ("patient_id,x\n\xff001,2\n", "patient_id", "cannot be read as CSV"),
+        ("", "patient_id", "clinical.csv"),
+    ],
+)
+def test_clinical_tables_that_cannot_be_joined(asked: Asked, tmp_path: Path, text: str, on: str, message: str) -> None:
+    path = tmp_path / "clinical.csv"
+    path.write_bytes(text.encode("latin-1"))
+    assert message in ask("query", asked.root, "SELECT 1", "--join", path, "--on", on, exit_code=2).stderr
+
+
+def test_a_clinical_table_that_does_not_exist(asked: Asked, tmp_path: Path) -> None:
+    assert "no such file" in ask("query", asked.root, "SELECT 1", "--join", tmp_path / "x.csv", exit_code=2).stderr
