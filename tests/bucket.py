@@ -80,11 +80,16 @@ def put(bucket: str, files: dict[str, bytes]) -> None:
         storage.pipe_file(f"{bucket}/{name}", content)
 
 
-def contents(bucket: str) -> dict[str, bytes]:
-    """All objects in the bucket."""
+def names(bucket: str) -> list[str]:
+    """Names of all objects in the bucket."""
     storage = fsspec.filesystem("s3")
     storage.invalidate_cache()
-    return {key.removeprefix(f"{bucket}/"): storage.cat_file(key) for key in storage.find(bucket)}
+    return [key.removeprefix(f"{bucket}/") for key in storage.find(bucket)]
+
+
+def contents(bucket: str) -> dict[str, bytes]:
+    """All objects in the bucket."""
+    return {name: fsspec.filesystem("s3").cat_file(f"{bucket}/{name}") for name in names(bucket)}
 
 
 class Unreliable:
