@@ -119,16 +119,23 @@ class RunUpload:
         refuse_other_slides(url, {slide_id: slide.get("run_key") for slide_id, slide in finished.items()}, run_keys)
 
     def _clear(self) -> None:
-        """Remove the results of the run in the folder: each slide.json before its table, and run.json last."""
-        of_run = {path.name for path in self._layout.kept}
-        of_slide = {path.name for path in self._layout.slide("any").kept}
-        own: list[str] = []
+        """Remove the results of the run in the folder: each slide.json before its table.
+
+        run.json stays until it is replaced, so that the folder still counts as a run if the removal is interrupted.
+        """
+        slide = self._layout.slide("any")
+        of_run = {path.name for path in self._layout.kept if path != self._layout.run_json}
+        of_slide = {path.name for path in slide.kept}
+        first: list[str] = []
+        others: list[str] = []
         for name in self._folder.names():
-            first, *inside = name.split("/")
-            if first in of_run or (first == self._layout.slides.name and len(inside) > 1 and inside[1] in of_slide):
-                own.append(name)
-        for group in ([n for n in own if n.endswith("/slide.json")], [n for n in own if not n.endswith("/slide.json")]):
-            self._folder.remove(group)
+            top, *inside = name.split("/")
+            if top == self._layout.slides.name and inside[1:] == [slide.slide_json.name]:
+                first.append(name)
+            elif top in of_run or (top == self._layout.slides.name and of_slide.intersection(inside[1:2])):
+                others.append(name)
+        self._folder.remove(first)
+        self._folder.remove(others)
 
     def add(self, slide_id: str) -> None:
         """Upload the slide, which is done, from the thread."""

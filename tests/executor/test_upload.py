@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,6 +27,7 @@ from hover_batch.bucket import BucketFolder
 from hover_batch.cli import app
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.errors import InputError, SettingsChanged, TooManyFailures
+from hover_batch.executor.upload import RunUpload
 
 Fields = Callable[..., Path]
 RESULTS = {"nuclei.parquet", "slide.json", "thumbnail.jpg", "overlay.jpg", "tissue.geojson", "survey.json"}
@@ -152,6 +154,21 @@ def test_a_short_loss_is_not_noticed(
 ) -> None:
     unreliable.failing = range(8, 1000, 7)
     assert run(fields("a"), tmp_path / "work", LoadQuick(), bucket=URL).exit_code == 0
+    assert_bucket_holds(tmp_path / "work", "a")
+
+
+def test_an_interrupted_wait_is_resumed(
+    fields: Fields, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(upload: RunUpload) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(RunUpload, "_wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(fields("a"), tmp_path / "work", LoadQuick(), bucket=URL)
+    assert not [thread for thread in threading.enumerate() if thread.name == "upload"]
+    assert run(tmp_path / "cohort" / "cohort.csv", tmp_path / "work", LoadQuick(), bucket=URL).exit_code == 0
     assert_bucket_holds(tmp_path / "work", "a")
 
 
