@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,10 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
+from hover_batch.bucket import fetch_file
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.manifest import one_slide
+from hover_batch.cohort.record import Url
 from hover_batch.config import Settings, nested
 from hover_batch.errors import InputError, SlideError
 from hover_batch.export.read import NucleiTable, unreadable
@@ -61,9 +64,11 @@ def segment_slide(
     """
     from hover_batch.segment import run_segment
 
+    if url := Url.of(str(output)):
+        raise InputError(f"output {url}: is a URL; give a folder, or use `hover-batch segment -o {url} --work FOLDER`")
     cohort = one_slide(path, mpp, slide_id)
     run_settings = Settings.from_dict({"model": str(model), **nested(settings)})
-    command = ["hover_batch.segment_slide", str(path)]
+    command = ["hover_batch.segment_slide", str(Url.of(str(path)) or path)]
     outcome = run_segment(cohort, Path(output), run_settings, skip_invalid=False, force=False, command=command)
     if outcome.failures:
         raise SlideError(outcome.failures[0].reason)
@@ -73,12 +78,19 @@ def segment_slide(
 def load_nuclei(path: str | Path) -> pd.DataFrame:
     """Load the nuclei of one slide from its nuclei.parquet or its folder.
 
+    `path`: path or URL; a URL (str) is fetched to a temporary folder first.
+
     Returns one row per nucleus, with the columns of the table except `bbox`. `geometry` holds shapely polygons in
     level-0 pixels; `slide_id` and `type` are categories. `attrs["hover_batch"]` holds the file's metadata: pixel size,
     classes with colours, model. `geopandas.GeoDataFrame(nuclei)` converts it to a GeoDataFrame.
 
-    Raises SlideError if the table is missing or corrupted.
+    Raises SlideError if the table is missing or corrupted; InputError if a URL does not exist or access is denied.
     """
+    if url := Url.of(str(path)):
+        table = url if url.name.endswith(".parquet") else Url(f"{url.text.rstrip('/')}/nuclei.parquet")
+        with tempfile.TemporaryDirectory() as folder:
+            fetch_file(table, Path(folder) / "nuclei.parquet")
+            return load_nuclei(folder)
     path = Path(path)
     if path.is_dir():
         path = path / "nuclei.parquet"

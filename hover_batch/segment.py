@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +26,7 @@ from hover_batch.errors import DISK_FULL, HoverBatchError, InputError, SlideErro
 from hover_batch.executor.backend import OpenBackend, open_backend, resolve_here
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.executor.protocol import RunContext
+from hover_batch.executor.upload import RunUpload, Uploaded
 from hover_batch.export.summary import cohort_summary, refuse_altered, slide_summary, with_record_columns, write_summary
 from hover_batch.formatting import LISTED, counted, listed
 from hover_batch.logs import LogFormat, json_line
@@ -53,11 +56,16 @@ class Outcome:
     """Quality flags by slide_id, of all finished slides and of those that --fail-on failed; empty tuples included."""
     model_busy: float | None
     """Fraction (0 to 1) of the time in which the networks computed; None if this start predicted nothing."""
+    command: str
+    """Command that resumes the run."""
+    uploaded: Uploaded | None = None
+    """Result of the uploads; None if the results stay in the folder."""
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the command: 0 all slides done, 3 some rows or slides failed, 4 no slide done."""
-        return exit_code(len(self.slides), len(self.failures))
+        """Exit code of the command: 0 all slides done, 3 some rows, slides or uploads failed, 4 no slide done."""
+        not_uploaded = len(self.uploaded.left) if self.uploaded else 0
+        return exit_code(len(self.slides), len(self.failures) + not_uploaded)
 
     def closing_lines(self) -> list[str]:
         """Return the lines for stdout: numbers of slides, then the first LISTED results, flags and failures."""
@@ -88,6 +96,8 @@ class Outcome:
         if self.failures:
             lines.append(f"failures: {self.layout.failures_csv}")
             lines += [f"  {f.slide_id}: {f.reason}" for f in self.failures[:LISTED]]
+        if self.uploaded:
+            lines += self.uploaded.lines(self.layout.root, self.command)
         return lines
 
 
@@ -102,6 +112,7 @@ def run_segment(
     retry_failed: bool = False,
     fail_on: Collection[str] = (),
     log_format: LogFormat = LogFormat.text,
+    bucket: Url | None = None,
 ) -> Outcome:
     """Run the cohort `source` into the folder `output`, or resume the run there. Return its outcome.
 
@@ -110,7 +121,7 @@ def run_segment(
     made. `skip_invalid`: leave out invalid rows instead of stopping. `force`: remove the results in `output` first.
     `command`: command line, for run.json. `retry_failed`: also retry quarantined slides. `fail_on`: names of quality
     flags; slides that have one are recorded as failed, but their results stay. `log_format`: format of the messages on
-    stderr.
+    stderr. `bucket`: folder in cloud storage to which the results are also uploaded (see `RunUpload`).
 
     Before anything runs, InputError if a row, a setting or the output folder is invalid, and PackageError if the model
     package cannot be read. Later, errors as in `Executor.run`, and OSError if the disk is full. Failures of single
@@ -118,6 +129,8 @@ def run_segment(
     """
     if unknown := [name for name in fail_on if name not in FLAG_NAMES]:
         raise InputError(f"--fail-on {unknown[0]}: is not a flag; flags are {', '.join(FLAG_NAMES)}")
+    layout = RunLayout(output)
+    upload = RunUpload(bucket, layout) if bucket else None
     predicts, auto_batch = not isinstance(source, StoredRun), settings.infer.batch == AUTO_BATCH
     if isinstance(source, StoredRun):
         source.check(settings, output, force=force)
@@ -130,11 +143,11 @@ def run_segment(
         plan = plan_cohort(read_cohort(source) if isinstance(source, str) else source, package.card)
     if not skip_invalid:
         plan.raise_if_faulty()
-    layout = RunLayout(output)
     versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED}}
     records = plan.cohort.records
     with (
         Ledger(layout) as ledger,
+        upload or nullcontext(),  # outside of the backend, which waiting uploads do not need
         open_backend(settings, layout, predicts=predicts) as backend,
         CohortProgress(len(records), log_format) as progress,
     ):
@@ -165,6 +178,9 @@ def run_segment(
             ledger.record_failure(fault.slide_id_or_path, fault.row, "", Stage.CHECK, fault.message)
         context = RunContext.of(package, settings, ledger, progress, run_keys)
         recorder = context.recorder
+        if upload:
+            upload.begin(run_keys, progress, ledger.events.append, force=force)
+            recorder.on_done = upload.add
         has_remote = any(isinstance(slide.record.path, Url) and slide.stored is None for slide in plan.slides)
         if has_remote:
             context.copies.open()
@@ -192,7 +208,10 @@ def run_segment(
         slides = tuple(_slide_json(layout, record.slide_id) for record in done)
         left_out = [record for record in records if record.row in failed]
         _summarise(layout, taxonomy, done, slides, left_out, flags, recorder.model_busy)
-    return Outcome(layout, slides, failures, flags, recorder.model_busy)
+    uploaded = upload.result() if upload else None
+    return Outcome(
+        layout, slides, failures, flags, recorder.model_busy, shlex.join(["hover-batch", *command]), uploaded
+    )
 
 
 def _with_batch(settings: Settings, layout: RunLayout, package: Package, backend: OpenBackend, force: bool) -> Settings:

@@ -153,6 +153,8 @@ class RunStatus:
         if len(self.open) > LISTED:
             lines.append(f"  … and {len(self.open) - LISTED:,} more")
         lines.append(f"nuclei: {self.nuclei:,} in {counted(self.done, 'slide')}")
+        if self.log.upload_url:
+            lines.append(f"uploaded: {counted(self.log.uploaded, 'slide')} to {self.log.upload_url}")
         if self.flags:
             kinds = ", ".join(f"{name} {count:,}" for name, count in counts_of(self.flags).items())
             lines.append(f"flagged: {counted(len(self.flags), 'slide')} ({kinds}); `hover-batch report` shows them")
@@ -236,6 +238,7 @@ class RunStatus:
                 for slide in self.open
             ],
             "nuclei": self.nuclei,
+            "uploaded": {"url": log.upload_url, "slides": log.uploaded} if log.upload_url else None,
             "flagged": {
                 slide_id: {flag.name: flag.sentence for flag in flags} for slide_id, flags in self.flags.items()
             },

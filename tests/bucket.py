@@ -7,8 +7,9 @@ import socket
 import socketserver
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -77,6 +78,57 @@ def put(bucket: str, files: dict[str, bytes]) -> None:
         storage.mkdir(bucket)
     for name, content in files.items():
         storage.pipe_file(f"{bucket}/{name}", content)
+
+
+def names(bucket: str) -> list[str]:
+    """Names of all objects in the bucket."""
+    storage = fsspec.filesystem("s3")
+    storage.invalidate_cache()
+    return [key.removeprefix(f"{bucket}/") for key in storage.find(bucket)]
+
+
+def contents(bucket: str) -> dict[str, bytes]:
+    """All objects in the bucket."""
+    return {name: fsspec.filesystem("s3").cat_file(f"{bucket}/{name}") for name in names(bucket)}
+
+
+class Unreliable:
+    """An fsspec file system of which some calls fail: those whose number, from 1 on, is in `failing`."""
+
+    def __init__(self, storage: Any) -> None:
+        self.storage = storage
+        self.calls = 0
+        self.failing: Container[int] = ()
+        self.sent: list[str] = []
+        """Keys that were uploaded, in order."""
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.storage, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            if name == "invalidate_cache":  # asks the storage for nothing
+                return method(*args, **options)
+            self.calls += 1
+            if self.calls in self.failing:
+                raise ConnectionResetError(f"connection to s3://me:{SECRET}@host lost")
+            if name == "put_file":
+                self.sent.append(args[1])
+            return method(*args, **options)
+
+        return call
+
+
+def unreliable(monkeypatch: pytest.MonkeyPatch) -> Unreliable:
+    """S3 for what is uploaded from now on."""
+    storage = Unreliable(None)
+    by_url = fsspec.url_to_fs
+
+    def url_to_fs(url: str) -> tuple[Unreliable, str]:
+        storage.storage, path = by_url(url)
+        return storage, path
+
+    monkeypatch.setattr(fsspec, "url_to_fs", url_to_fs)
+    return storage
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bucket
 import cv2
 import numpy as np
 import pytest
@@ -156,8 +157,10 @@ def test_the_commands_do_what_they_say(name: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Server, "serve_forever", interrupted)
     if name != "first-cohort.md":
         run(["hover-batch", "segment", "slides/", "-o", "out/"])
-    for words in commands(ROOT / "docs" / name):
-        run(words)
+    with bucket.s3_server(monkeypatch, tmp_path):
+        bucket.put("bucket", {})
+        for words in commands(ROOT / "docs" / name):
+            run(words)
 
 
 def interrupted(*_: object) -> None:

@@ -22,7 +22,7 @@ MAX_LINES = {"hover_batch": 400, "kd": 400, "benchmarks": 500, "tests": 500}
 
 FLOORS = (
     ("errors", "files", "formatting", "progress", "geometry", "geojson", "taxonomy", "logs", "version", "environment"),
-    ("config", "cohort", "model", "shard"),
+    ("config", "cohort", "model", "shard", "bucket"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report", "quality", "dataset"),
     ("pipeline", "slide_work", "plan", "stored_run", "status", "exporting", "compare", "reporting", "view"),

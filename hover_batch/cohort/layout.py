@@ -156,6 +156,20 @@ class SlideLayout:
         return self.folder / "slide.json"
 
     @property
+    def kept(self) -> tuple[Path, ...]:
+        """Paths of the results that a user keeps, files or folders, slide.json last; the others are working files."""
+        return (
+            self.nuclei_parquet,
+            self.thumbnail_jpg,
+            self.overlay_jpg,
+            self.tissue_geojson,
+            self.survey_json,
+            self.timings_json,
+            *map(self.exported, Format),
+            self.slide_json,
+        )
+
+    @property
     def removal_order(self) -> tuple[Path, ...]:
         """Paths of all the slide's results in the order of removal: markers before the data they refer to.
 
@@ -266,3 +280,18 @@ class RunLayout:
     def slides(self) -> Path:
         """Folder of all slides' results, with one folder per slide."""
         return self.root / "slides"
+
+    @property
+    def kept(self) -> tuple[Path, ...]:
+        """Paths of the results of the whole run that a user keeps, files or folders."""
+        return (
+            self.run_json,
+            self.settings_toml,
+            self.versions_json,
+            self.slides_csv,
+            self.failures_csv,
+            self.summary_csv,
+            self.summary_parquet,
+            self.report_html,
+            self.report_slides,
+        )

@@ -28,12 +28,11 @@ from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.cohort.run_folder import RUN_FORMAT, nuclei_if_done, read_run, slide_if_done
-from hover_batch.cohort.run_key import ModelId, refuse_changes, run_identity
+from hover_batch.cohort.run_key import ModelId, refuse_changes, refuse_other_slides, run_identity
 from hover_batch.cohort.run_lock import lock
 from hover_batch.config import Settings
-from hover_batch.errors import InputError, SettingsChanged
+from hover_batch.errors import InputError
 from hover_batch.files import read_json, remove_leftovers, to_json, write_atomically, write_first
-from hover_batch.formatting import listed
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,9 @@ class Ledger:
             self.clear()
         elif stored is not None:
             refuse_changes(self.layout.root, stored, identity)
-            self._refuse_other_slides(run_keys)
+            finished = {name: read_json(self.layout.slide(name).slide_json) or {} for name in run_keys}
+            keys = {slide_id: slide.get("run_key") for slide_id, slide in finished.items()}
+            refuse_other_slides(self.layout.root, keys, run_keys)
         is_new = stored is None or force
         if is_new:
             run = {
@@ -160,20 +161,6 @@ class Ledger:
             slides=len(cohort.records),
             versions=dict(versions),
         )
-
-    def _refuse_other_slides(self, run_keys: Mapping[str, str]) -> None:
-        """Raise SettingsChanged if the slide_id of a finished slide now has another file, pixel size or mask."""
-        changed = []
-        for slide_id, key in run_keys.items():
-            stored = read_json(self.layout.slide(slide_id).slide_json) or {}
-            if stored.get("run_key") not in (None, key):
-                changed.append(slide_id)
-        if changed:
-            raise SettingsChanged(
-                f"--output {self.layout.root}: {listed(changed)}: finished with another file, mpp or mask "
-                "than the cohort has now. Give these slides another slide_id or name another --output; --force "
-                "removes all results in the folder and starts again."
-            )
 
     def orphans(self, cohort: Cohort) -> list[str]:
         """Return the slide_ids of finished slides in the folder that the cohort does not list, sorted."""

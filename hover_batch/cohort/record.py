@@ -18,9 +18,10 @@ SLIDE_SUFFIXES = frozenset(
 """Suffixes, in lower case, of files that are taken for slides when a folder is listed."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-_SECRETS = re.compile(r"(?<=://)[^/@\s]*@|[?#][^\s'\"]*", re.IGNORECASE)
+_SECRETS = re.compile(r"(?<=://)[^/@\s]*@|[?#][^\s'\"]*")
 _CONTAINER = ("abfs", "abfss", "wasb", "wasbs")
-"""Schemes of URLs in which the part before the @ is the container, not a user."""
+"""Schemes of URLs in which the name before the @ is the container, not a user."""
+_CONTAINER_SECRETS = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*(?=@)|[?#][^\s'\"]*")
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,8 +51,8 @@ class Url:
 
     def without_secrets(self, text: str) -> str:
         """Return `text`, which may contain URLs of this protocol, without their credentials."""
-        if self.protocol in _CONTAINER:  # what precedes the @ is no user
-            return re.sub(r"\?[^\s'\"]*", "", text)
+        if self.protocol in _CONTAINER:
+            return _CONTAINER_SECRETS.sub(r"\1", text)
         if "://" not in text:
             return text
         return _SECRETS.sub("", text)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hover_batch.cohort.record import Url
 from hover_batch.errors import SettingsChanged
 from hover_batch.files import to_json
+from hover_batch.formatting import listed
 
 
 def run_key(model_sha256: str, results_key: Mapping[str, Any], slide_fingerprint: str, schema_version: int) -> str:
@@ -54,7 +56,7 @@ def run_identity(model: ModelId, results_key: Mapping[str, Any], schema_version:
     return dict(json.loads(to_json(identity)))
 
 
-def refuse_changes(root: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def refuse_changes(root: Path | Url, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise SettingsChanged if the identity of the run in `root` differs from that of the run to be started.
 
     `stored`, `wanted`: the two identities, as `run_identity` returns them. The message has a line for each difference,
@@ -73,6 +75,20 @@ def refuse_changes(root: Path, stored: Mapping[str, Any], wanted: Mapping[str, A
         raise SettingsChanged(
             "\n".join([f"--output {root}: holds results of other settings (in the folder → now):", *changes])
             + "\nName another --output, use the same settings, or give --force to remove those results and start again."
+        )
+
+
+def refuse_other_slides(root: Path | Url, stored: Mapping[str, str | None], run_keys: Mapping[str, str]) -> None:
+    """Raise SettingsChanged if the slide_id of a finished slide in `root` now has another file, pixel size or mask.
+
+    `stored`: run keys of finished slides by slide_id; None if not known. `run_keys`: run keys of the cohort's slides.
+    """
+    changed = [slide_id for slide_id, key in stored.items() if key not in (None, run_keys[slide_id])]
+    if changed:
+        raise SettingsChanged(
+            f"--output {root}: {listed(changed)}: finished with another file, mpp or mask "
+            "than the cohort has now. Give these slides another slide_id or name another --output; --force "
+            "removes all results in the folder and starts again."
         )
 
 

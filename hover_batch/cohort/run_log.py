@@ -100,6 +100,10 @@ class RunLog:
     """Number of events of each kind in RETRY_CAUSES."""
     nodes_and_networks: tuple[int, int] | None = None
     """Numbers of nodes and networks after the last change of the cluster; None if it has not changed."""
+    upload_url: str | None = None
+    """URL of the folder to which the results are uploaded; None if they stay on disk."""
+    uploaded: int = 0
+    """Number of slides that are there, found or uploaded since the last start."""
     _tiles: RateWindow | None = None
     _regions: RateWindow | None = None
 
@@ -124,6 +128,7 @@ class RunLog:
                 self.started, self.finished, self.last_slide = time, None, None
                 self.failures, self.slides_done = [], 0
                 self.disk_full, self.retries, self.nodes_and_networks = None, Counter(), None
+                self.upload_url, self.uploaded = None, 0
                 self._tiles, self._regions = RateWindow(time), RateWindow(time)
             case {"event": "run_finished" | "run_stopped" as ended}:
                 self.finished, self.stopped, self.disk_full = time, ended == "run_stopped", None
@@ -143,6 +148,10 @@ class RunLog:
                 self.retries[kind] += 1
             case {"event": "nodes_changed", "nodes": int(nodes), "networks": int(networks)}:
                 self.nodes_and_networks = nodes, networks
+            case {"event": "upload_started", "url": str(url)}:
+                self.upload_url = url
+            case {"event": "slide_uploaded"}:
+                self.uploaded += 1
             case {"event": "slide_done"}:
                 self.slides_done += 1
                 self.last_slide = time

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hover_batch.cohort.layout import Format
-from hover_batch.commands.options import RunArgument
+from hover_batch.commands.options import RunArgument, local_path
 
 
 def export(
@@ -16,7 +16,13 @@ def export(
     to: Annotated[list[Format], typer.Option("--to", help="Format to write; repeat the option for several.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for the files.", show_default="that of each slide's table"),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the files.",
+            parser=local_path,
+            show_default="that of each slide's table",
+        ),
     ] = None,
     slide: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="Export only this slide; repeat the option for several.")

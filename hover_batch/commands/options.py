@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hover_batch.cohort.record import Url
 from hover_batch.config import SECTION_OF, BackendChoice, Settings, nested
 from hover_batch.errors import InputError
 from hover_batch.logs import LogFormat, json_line
@@ -63,7 +64,22 @@ CohortArgument = Annotated[
         help="CSV with a column `path` (see docs/first-cohort.md), a folder of slides, or a glob pattern.",
     ),
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, as given to `segment --output`.")]
+
+
+def local_path(text: str) -> Path:
+    """Return the value of an option or argument as a path on this machine. InputError for a URL."""
+    if url := Url.of(text):
+        raise InputError(
+            f"{url}: is a URL, which only --output of `segment` and `plan` can be; for results in a bucket, give the "
+            f"folder of --work, or fetch them, from S3 with `aws s3 cp --recursive {url} FOLDER`"
+        )
+    return Path(text)
+
+
+RunArgument = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", help="Folder of a run, as given to `segment --output` or --work.", parser=local_path),
+]
 ModelOption = Annotated[
     str | None, setting("--model", "`starter`, a name that `models list` shows, or a .safetensors file.", MODEL)
 ]
@@ -127,6 +143,17 @@ def _further_variables(ctx: typer.Context) -> dict[str, Any]:
     options = {option.name: option for option in segment.commands["segment"].params if option.name in SECTION_OF}
     texts = {name: options[name].resolve_envvar_value(ctx) for name in options.keys() - ctx.params.keys()}
     return {name: options[name].type_cast_value(ctx, text) for name, text in texts.items() if text is not None}
+
+
+def bucket_of(output: str) -> Url | None:
+    """Return the URL of --output; None if it is a folder. InputError if the URL has a user, query or fragment."""
+    url = Url.of(output)
+    if url is not None and str(url) != url.text:
+        raise InputError(
+            f"--output {url}: the URL that you gave has a user, a password, a query or a fragment; leave this out, and "
+            "give credentials in the environment"
+        )
+    return url
 
 
 def warn_of_unknown_variables(ctx: typer.Context) -> None:

@@ -16,6 +16,7 @@ from hover_batch.commands.options import (
     GpusOption,
     ModelOption,
     SkipInvalidOption,
+    bucket_of,
     settings_of,
 )
 from hover_batch.errors import HoverBatchError, InputError
@@ -32,6 +33,17 @@ def plan(
     model: ModelOption = None,
     config: ConfigOption = None,
     skip_invalid: SkipInvalidOption = False,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="URL",
+            help="URL for the results, as for `segment`: check that they can be written there, with a small file that "
+            "is removed again.",
+            show_default="not checked",
+        ),
+    ] = None,
     backend: BackendOption = None,
     cpus: CpusOption = None,
     gpus: GpusOption = None,
@@ -47,7 +59,8 @@ def plan(
 ) -> None:
     """Check a cohort, and estimate the tiles, disk space and time of its run.
 
-    Checks every row and slide header. Writes nothing. Estimates are upper bounds, since the tissue is not known yet.
+    Checks every row and slide header. Writes nothing to disk. Estimates are upper bounds, since the tissue is not known
+    yet.
 
     Exit codes: 0 all slides can be run, 2 invalid input, 3 some slides cannot be run, 4 none can.
 
@@ -59,12 +72,19 @@ def plan(
     """
     if cohort is None:
         raise InputError("COHORT is missing: give a CSV, a folder of slides or a glob pattern")
+    bucket = bucket_of(output) if output is not None else None
+    if output is not None and bucket is None:
+        raise InputError(f"--output {output}: is not a URL; only URLs are checked, so leave it out")
     settings = settings_of(ctx)
+    from hover_batch.bucket import BucketFolder
     from hover_batch.cohort.manifest import read_cohort
     from hover_batch.executor.resources import resource_lines
     from hover_batch.model.package import find_package
     from hover_batch.plan import check_settings, plan_cohort
 
+    if bucket is not None:
+        BucketFolder(bucket).check_writable()
+        typer.echo(f"output: {bucket} can be written")
     package = find_package(settings.model)
     check_settings(settings, package.card)
     planned = plan_cohort(read_cohort(cohort), package.card)

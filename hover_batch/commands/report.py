@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from hover_batch.commands.options import RunArgument
+from hover_batch.commands.options import RunArgument, local_path
 
 
 def report(
     run: RunArgument,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="HTML file to write.", show_default="OUT/report.html")
+        Path | None,
+        typer.Option("--output", "-o", help="HTML file to write.", parser=local_path, show_default="OUT/report.html"),
     ] = None,
 ) -> None:
     """Write an HTML report of a run's cohort.

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hover_batch.cohort.record import Url
 from hover_batch.commands.options import (
     ENGINE,
     MODEL,
@@ -21,6 +22,8 @@ from hover_batch.commands.options import (
     ModelOption,
     SkipInvalidOption,
     batch_size,
+    bucket_of,
+    local_path,
     setting,
     settings_of,
     warn_of_unknown_variables,
@@ -41,16 +44,20 @@ def segment(
         typer.Option(
             "--from",
             metavar="RUN",
+            parser=local_path,
             help="Make new tables from the stored predictions of the run in this folder, with other settings "
             "(--sobel-norm, --halo, --min-area-px, --class-map). Needs no slides, no GPU and no weights.",
         ),
     ] = None,
     output: Annotated[
-        Path,
+        str,
         typer.Option(
-            "--output", "-o", help="Folder for the results; to resume a run that stopped, repeat the command."
+            "--output",
+            "-o",
+            help="Folder for the results, or a URL in cloud storage, such as s3://bucket/run, together with --work; to "
+            "resume a run that stopped, repeat the command.",
         ),
-    ] = Path("hover-batch-out"),
+    ] = "hover-batch-out",
     dataset: Annotated[
         Path | None,
         typer.Option(
@@ -58,6 +65,17 @@ def segment(
             metavar="FOLDER",
             help="Data set to which the finished slides are added at the end of the run, as by `hover-batch cohort`; "
             "created if it does not exist.",
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            "--work",
+            metavar="FOLDER",
+            parser=local_path,
+            help="Folder on disk for the run's working files, such as its predictions, if --output is a URL. Finished "
+            "slides are uploaded from it.",
+            show_default="none",
         ),
     ] = None,
     model: ModelOption = None,
@@ -146,7 +164,10 @@ def segment(
     skip_invalid: SkipInvalidOption = False,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Remove the results of the run in --output, and start again from the beginning."),
+        typer.Option(
+            "--force",
+            help="Remove the results of the run in --output and --work, and start again from the beginning.",
+        ),
     ] = False,
     retry_failed: Annotated[
         bool,
@@ -195,18 +216,23 @@ def segment(
 
     With --dataset, the finished slides are also added to a data set of all nuclei (see `hover-batch cohort --help`).
 
-    Examples: process a cohort; try the included slides; make new tables from the stored predictions of the first run.
+    Examples: process a cohort; try the included slides; make new tables from the stored predictions of the first run;
+    upload the results to a bucket.
 
     hover-batch segment cohort.csv -o out/
 
     hover-batch segment --example -o example-run
 
     hover-batch segment --from out/ -o stricter/ --min-area-px 120
+
+    hover-batch segment cohort.csv -o s3://bucket/run --work out/
     """
     ctx.find_root().obj = log_format
     warn_of_unknown_variables(ctx)
     if sum((cohort is not None, example, from_run is not None)) != 1:
         raise InputError("give exactly one of COHORT, --example and --from RUN")
+    bucket = bucket_of(output)
+    folder = _folder(output, bucket, work)
     stored_run = None
     if from_run is not None:
         from hover_batch.stored_run import StoredRun
@@ -216,10 +242,10 @@ def segment(
     from hover_batch.segment import add_to_dataset, check_dataset, run_segment
 
     if dataset is not None:
-        check_dataset(dataset, output)
+        check_dataset(dataset, folder)
     outcome = run_segment(
-        stored_run or cohort or str(_example(output)),
-        output,
+        stored_run or cohort or str(_example(folder)),
+        folder,
         settings,
         skip_invalid=skip_invalid,
         force=force,
@@ -227,6 +253,7 @@ def segment(
         retry_failed=retry_failed,
         fail_on=fail_on or (),
         log_format=log_format,
+        bucket=bucket,
     )
     for line in outcome.closing_lines():
         typer.echo(line)
@@ -234,6 +261,20 @@ def segment(
     if dataset is not None:
         code = add_to_dataset(outcome, dataset, log_format)
     raise typer.Exit(code)
+
+
+def _folder(output: str, bucket: Url | None, work: Path | None) -> Path:
+    """Return the folder of the run on disk. InputError if --work is missing, or has no use."""
+    if bucket is None:
+        if work is not None:
+            raise InputError(f"--work {work}: is only for a URL in --output, and --output {output} is a folder")
+        return Path(output)
+    if work is None:
+        raise InputError(
+            f"--output {bucket}: is a URL, and a run needs a folder on disk, too, for its working files; add for "
+            f"example --work {bucket.name or 'run'}-work"
+        )
+    return work
 
 
 def _example(output: Path) -> Path:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from hover_batch.cohort.record import Stage
 from hover_batch.formatting import duration
@@ -25,7 +25,8 @@ class CohortProgress:
     """Progress of a run's slides, and of the tiles and regions of the slides that have begun.
 
     It is shown on stderr: as bars on a terminal, else as lines of text; or as lines of JSON if `log_format` is json.
-    Use it as a context manager, which restores the terminal, and from one thread. `slides`: number of slides in all.
+    Use it as a context manager, which restores the terminal, and from one thread, except `say`, `warn` and
+    `show_uploads`. `slides`: number of slides in all.
     """
 
     def __init__(self, slides: int, log_format: LogFormat = LogFormat.text) -> None:
@@ -33,12 +34,15 @@ class CohortProgress:
         self._json = log_format is LogFormat.json
         self._slides = slides
         self._finished = 0
+        self._uploads: tuple[int, int] | None = None
+        """Numbers of slides that are uploaded, and of those that are done; None if nothing is uploaded."""
         self._counts = {
             Stage.INFER: ProgressCounter("inference: tiles"),
             Stage.POST: ProgressCounter("post-processing: regions"),
         }
         self._began = self._printed = time.monotonic()
         self._bars: Progress | None = None
+        self._upload_bar: TaskID | None = None
         if self._console.is_interactive and not self._json:  # a terminal that can redraw
             self._bars = Progress(
                 TextColumn("{task.description}"),
@@ -96,6 +100,14 @@ class CohortProgress:
         self._counts[Stage.POST].advance(n)
         self._show()
 
+    def show_uploads(self, uploaded: int, done: int) -> None:
+        """Show how many of the finished slides are uploaded to cloud storage."""
+        self._uploads = uploaded, done
+        if self._bars:
+            if self._upload_bar is None:
+                self._upload_bar = self._bars.add_task("upload: slides", rate="")
+            self._bars.update(self._upload_bar, total=done, completed=uploaded)
+
     def _show(self) -> None:
         if self._bars:
             for stage, count in self._counts.items():
@@ -106,13 +118,15 @@ class CohortProgress:
         if now - self._printed >= min(MAX_LINE_EVERY_S, max(LINE_EVERY_S, (now - self._began) / 20)):
             self._printed = now
             tiles, regions = self._counts.values()
+            uploads = " · uploaded {}/{}".format(*self._uploads) if self._uploads else ""
             self.say(
-                f"  slides {self._finished}/{self._slides} · {tiles.line} · {regions.line}",
+                f"  slides {self._finished}/{self._slides} · {tiles.line} · {regions.line}{uploads}",
                 event="progress",
                 slides=[self._finished, self._slides],
                 tiles=[tiles.done, tiles.total],
                 regions=[regions.done, regions.total],
                 tiles_per_second=round(tiles.rate, 2),
+                uploaded=list(self._uploads) if self._uploads else None,
             )
 
     def count_done(self, slide_id: str, nuclei: int, seconds: float) -> None:

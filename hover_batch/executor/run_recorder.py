@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hover_batch.cohort.layout import SlideLayout
@@ -33,6 +33,8 @@ class RunRecorder:
         self.layout = ledger.layout
         self.networks = 1
         """Largest number of networks that the run had at once, which the executor sets; `model_busy` is their mean."""
+        self.on_done: Callable[[str], None] = lambda slide_id: None
+        """Function that is called with the slide_id of each slide that is done, those of earlier starts included."""
         self._ledger = ledger
         self._settings = settings
         self._run_keys = run_keys
@@ -60,6 +62,7 @@ class RunRecorder:
         # Discarding may be a new setting, or the earlier start may have died before it.
         self._discard_predictions(slide_id)
         self.progress.count_skipped(slide_id)
+        self.on_done(slide_id)
         return True
 
     def skip_quarantined(self, slide: PlannedSlide, *, retry: bool) -> bool:
@@ -158,6 +161,7 @@ class RunRecorder:
         del self._left[slide_id]
         self._discard_predictions(slide_id)
         self.progress.count_done(slide_id, values["nuclei"], time.monotonic() - self._started.pop(slide_id))
+        self.on_done(slide_id)
 
     def _discard_predictions(self, slide_id: str) -> None:
         if self._settings.output.discard_predictions:

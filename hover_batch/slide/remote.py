@@ -6,19 +6,15 @@ library. Messages redact credentials in URLs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from hover_batch.bucket import require_package, storage_errors
 from hover_batch.cohort.record import Url
-from hover_batch.errors import DISK_FULL, HoverBatchError, InputError, SlideError
+from hover_batch.errors import SlideError
 from hover_batch.geometry import Mpp
 from hover_batch.slide.fingerprint import ReadParts, fingerprint_of
-
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
-"""Names of botocore's exceptions; it need not be installed."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +39,6 @@ class RemoteFile:
     """Path of the file in a copy, relative to the folder of the slide."""
     size: int
     """Size in bytes."""
-
-
-def require_package(url: Url) -> None:
-    """Check that fsspec supports the storage of `url`, and that the package that it needs for this is installed.
-
-    Otherwise raise InputError; for S3 with the command that installs the package.
-    """
-    import fsspec
-
-    try:
-        fsspec.get_filesystem_class(url.protocol)
-    except ImportError as error:
-        s3 = url.protocol in ("s3", "s3a")
-        remedy = "pip install 'hover-batch[s3]'" if s3 else "install it in the same environment"
-        raise InputError(f"{url}: a package for {url.protocol}:// is missing ({error}); {remedy}") from error
-    except ValueError as error:
-        raise InputError(
-            f"{url}: fsspec does not support storage of the kind {url.protocol}://; correct the path, or copy the "
-            "slide to disk"
-        ) from error
 
 
 def remote_info(url: Url, mpp: Mpp | None) -> RemoteInfo:
@@ -121,29 +97,3 @@ def _parts(url: Url, storage: Any, file: RemoteFile) -> ReadParts:
         return parts
 
     return read
-
-
-@contextmanager
-def storage_errors(url: Url) -> Iterator[None]:
-    """Convert errors of the storage's library in the block to InputError or SlideError of one line, without secrets.
-
-    InputError if the file does not exist or access is denied, SlideError otherwise. Errors of hover-batch, and an
-    OSError for a full disk, pass through.
-    """
-    try:
-        yield
-    except HoverBatchError:
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"{url}: no such file in the storage") from error
-    except Exception as error:  # each library has exceptions of its own
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise
-        reason = url.without_secrets(" ".join(str(error).split())) or type(error).__name__
-        denied = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
-        if denied or type(error).__name__ in _NO_CREDENTIALS:
-            raise InputError(
-                f"{url}: access denied ({reason}); give credentials in the environment: for S3 AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, a profile, or the machine's role"
-            ) from error
-        raise SlideError(f"{url}: cannot be fetched: {reason}") from error

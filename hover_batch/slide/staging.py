@@ -24,11 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from hover_batch.bucket import storage_errors
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError, ScratchFull, SlideError
 from hover_batch.files import replacing_folder
 from hover_batch.slide.fingerprint import fingerprint
-from hover_batch.slide.remote import files_of, storage_errors
+from hover_batch.slide.remote import files_of
 
 ATTEMPTS = 4
 """Maximum number of attempts to copy a slide."""

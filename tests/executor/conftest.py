@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import hover_batch.segment
 from hover_batch.cli import app
 from hover_batch.cohort.layout import RunLayout
+from hover_batch.cohort.record import Url
 from hover_batch.config import EngineSettings, InferSettings, Settings, TissueSettings
 from hover_batch.executor.backend import OpenBackend
 from hover_batch.executor.local import LocalExecutor
@@ -164,6 +165,8 @@ def runner(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
         plan: EnginePlan | None = None,
         settings: Settings = SETTINGS,
         retry_failed: bool = False,
+        bucket: str | None = None,
+        force: bool = False,
     ) -> Outcome:
         def execute(context: RunContext, slides: Any) -> None:
             if backend == "local":
@@ -181,7 +184,14 @@ def runner(backend: str, monkeypatch: pytest.MonkeyPatch) -> Run:
         monkeypatch.setattr(hover_batch.segment, "open_backend", open_backend)
         source = cohort if isinstance(cohort, StoredRun) else str(cohort)
         return run_segment(
-            source, out, settings, skip_invalid=False, force=False, command=["test"], retry_failed=retry_failed
+            source,
+            out,
+            settings,
+            skip_invalid=False,
+            force=force,
+            command=["segment", "cohort.csv"],
+            retry_failed=retry_failed,
+            bucket=Url(bucket) if bucket else None,
         )
 
     return run

@@ -309,6 +309,7 @@ def test_errors_name_the_url_and_not_the_copy(server: str, copies: Copies) -> No
             "abfs://container@account.dfs.core.windows.net/a.svs?sig=abc",
             "abfs://container@account.dfs.core.windows.net/a.svs",
         ),
+        ("wasbs://container:key@account/a.svs#sig=abc", "wasbs://container@account/a.svs"),
     ],
 )
 def test_a_url_is_shown_without_secrets(text: str, shown: str) -> None:

@@ -1,0 +1,259 @@
+"""Folders in storage that fsspec supports (S3, GCS, Azure …), and uploads that resume where they stopped.
+
+Credentials come from the environment, through the storage's own library. Messages redact credentials in URLs.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
+
+from hover_batch.cohort.record import Url
+from hover_batch.errors import DISK_FULL, HoverBatchError, InputError, SlideError, UploadError
+from hover_batch.files import sha256_file
+
+ATTEMPTS = 4
+"""Maximum number of attempts of an upload."""
+FIRST_WAIT_S = 1.0
+"""Seconds before the second attempt; each wait is three times the previous one. The storage's library also retries."""
+
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
+"""Names of botocore's exceptions; it need not be installed."""
+
+
+def require_package(url: Url) -> None:
+    """Check that fsspec supports the storage of `url`, and that the package that it needs for this is installed.
+
+    Otherwise raise InputError; for S3 with the command that installs the package.
+    """
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(url.protocol)
+    except ImportError as error:
+        s3 = url.protocol in ("s3", "s3a")
+        remedy = "pip install 'hover-batch[s3]'" if s3 else "install it in the same environment"
+        raise InputError(f"{url}: a package for {url.protocol}:// is missing ({error}); {remedy}") from error
+    except ValueError as error:
+        raise InputError(
+            f"{url}: fsspec does not support storage of the kind {url.protocol}://; correct the path, or use a folder "
+            "on disk"
+        ) from error
+
+
+@contextmanager
+def storage_errors(
+    url: Url,
+    *,
+    missing: str = "no such file in the storage",
+    failed: str = "cannot be fetched",
+    kind: type[HoverBatchError] = SlideError,
+) -> Iterator[None]:
+    """Convert errors of the storage's library in the block to errors of one line, without secrets.
+
+    InputError with the text `missing` if the file does not exist, InputError if access is denied, and otherwise `kind`
+    with the text `failed` and the reason. Errors of hover-batch, and an OSError for a full disk, pass through.
+    """
+    try:
+        yield
+    except HoverBatchError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{url}: {missing}") from error
+    except Exception as error:  # each library has exceptions of its own
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        reason = url.without_secrets(" ".join(str(error).split())) or type(error).__name__
+        denied = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
+        if denied or type(error).__name__ in _NO_CREDENTIALS:
+            raise InputError(
+                f"{url}: access denied ({reason}); give credentials in the environment: for S3 AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, a profile, or the machine's role"
+            ) from error
+        raise kind(f"{url}: {failed}: {reason}") from error
+
+
+def fetch_file(url: Url, path: Path) -> None:
+    """Copy a file in cloud storage to `path`. Errors as in `storage_errors`."""
+    import fsspec
+
+    require_package(url)
+    with storage_errors(url):
+        storage, key = fsspec.url_to_fs(url.text)
+        storage.get_file(key, str(path))
+
+
+class BucketFolder:
+    """Folder in cloud storage. Names of files in it are relative, with / between their parts.
+
+    InputError if a package for the storage is missing, or the URL names no bucket. Methods raise InputError if access
+    is denied or the bucket does not exist, and UploadError if the storage cannot be reached or refuses the request.
+    """
+
+    def __init__(self, url: Url) -> None:
+        import fsspec
+
+        require_package(url)
+        self.url = url
+        with self._errors():
+            self._storage, root = fsspec.url_to_fs(url.text)
+        self._root = str(root).rstrip("/")
+        if not self._root:
+            raise InputError(f"{url}: names no bucket; write {url.protocol}://BUCKET/FOLDER")
+
+    def _errors(self) -> Any:
+        missing = "no such bucket or folder; create it, or correct the URL"
+        return storage_errors(self.url, missing=missing, failed="cannot be written", kind=UploadError)
+
+    def _key(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def check_writable(self) -> None:
+        """Write a small file, read it back and remove it. InputError if this is impossible."""
+        key, content = self._key(f".probe-{uuid.uuid4().hex}"), b"can be written\n"
+        try:
+            with self._errors():
+                self._in_folder(key, lambda: self._storage.pipe_file(key, content))
+                if self._storage.cat_file(key) != content:
+                    raise UploadError(f"{self.url}: a file that was written there reads back otherwise")
+                self._storage.rm_file(key)
+        except UploadError as error:
+            raise InputError(str(error)) from error
+
+    def read(self, names: Collection[str]) -> dict[str, bytes]:
+        """Return the content of those of the files that exist, by name."""
+        keys = {self._key(name): name for name in names}
+        with self._errors():
+            self._storage.invalidate_cache()
+            found = self._storage.cat(list(keys), on_error="return") if keys else {}
+            for content in found.values():
+                if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                    raise content
+        return {keys[key]: content for key, content in found.items() if isinstance(content, bytes)}
+
+    def names(self) -> list[str]:
+        """Return the names of all files in the folder, those in folders inside included, sorted."""
+        with self._errors():
+            self._storage.invalidate_cache()
+            return sorted(str(PurePosixPath(key).relative_to(self._root)) for key in self._storage.find(self._root))
+
+    def remove(self, names: Collection[str]) -> None:
+        """Remove files, which must exist."""
+        with self._errors():
+            if names:
+                self._storage.rm([self._key(name) for name in names])
+
+    def put(self, files: Mapping[str, Path]) -> None:
+        """Upload local files by name, and compare them there. UploadError if one differs afterwards."""
+        with self._errors():
+            for name, path in files.items():
+                key = self._key(name)
+                self._in_folder(key, partial(self._storage.put_file, str(path), key))
+        there = self.entries(files)
+        for name, path in files.items():
+            if not self.holds(there.get(name), path):
+                raise UploadError(f"{self.url}/{name}: differs from {path} after its upload")
+
+    def _in_folder(self, key: str, write: Callable[[], object]) -> None:
+        """Call `write`, which writes `key`; if it needs the folder of `key`, create it. A bucket is not created."""
+        try:
+            write()
+        except FileNotFoundError:  # SFTP, for example; in S3 there are no folders
+            self._make_folder(key.rpartition("/")[0])
+            write()
+
+    def _make_folder(self, key: str) -> None:
+        with suppress(FileExistsError):
+            try:
+                self._storage.mkdir(key, create_parents=False)
+            except FileNotFoundError:
+                if key == self._root:
+                    raise
+                self._make_folder(key.rpartition("/")[0])
+                self._storage.mkdir(key, create_parents=False)
+
+    def entries(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Return the properties of those of the files that exist, by name, for `holds`."""
+        keys = {self._key(name): name for name in names}
+        entries: dict[str, dict[str, Any]] = {}
+        with self._errors():
+            self._storage.invalidate_cache()
+            for folder in {key.rpartition("/")[0] for key in keys}:
+                with suppress(FileNotFoundError):
+                    entries |= {entry["name"]: entry for entry in self._storage.ls(folder, detail=True)}
+        return {name: entries[key] for key, name in keys.items() if key in entries}
+
+    def holds(self, entry: Mapping[str, Any] | None, path: Path, *, by_size: bool = False) -> bool:
+        """Return whether a file in the folder has the same content as the local file `path`.
+
+        `entry`: its properties; None if it does not exist. `by_size`: compare only the sizes. Otherwise the content is
+        compared by the MD5 that the storage reports; if it reports none (S3: large or encrypted files), the file is
+        read back.
+        """
+        if entry is None or entry["size"] != path.stat().st_size:
+            return False
+        if by_size:
+            return True
+        with path.open("rb") as file:
+            md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+        # Of S3 and GCS. An ETag may also be anything else, so that another one proves no difference.
+        if entry.get("ETag", "").strip('"') == md5.hexdigest() or entry.get("md5Hash") == _base64(md5.digest()):
+            return True
+        with self._errors(), self._storage.open(entry["name"], "rb") as remote:
+            return hashlib.file_digest(remote, "sha256").hexdigest() == sha256_file(path)
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def upload_tree(
+    files: Mapping[str, Path],
+    folder: BucketFolder,
+    last: str | None = None,
+    sha256: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Upload local files by name, except those that are in the folder already; repeat the call to resume.
+
+    Each file is compared with the local one after its upload. `last`: name of the file whose presence means that all
+    are there. It is uploaded after the others, and an old one with other content is removed before them. If it is
+    there, the others are compared only by size. `sha256`: hex SHA-256 that local files must have, by name.
+
+    Up to ATTEMPTS attempts are made; UploadError if the last one fails. InputError if access is denied, the bucket does
+    not exist, or a local file has another hash.
+    """
+    wait = FIRST_WAIT_S
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _upload(files, folder, last, sha256)
+        except UploadError as error:
+            if attempt == ATTEMPTS:
+                raise UploadError(f"{error} ({ATTEMPTS} attempts)") from error
+        time.sleep(wait)
+        wait *= 3
+
+
+def _upload(files: Mapping[str, Path], folder: BucketFolder, last: str | None, sha256: Mapping[str, str]) -> None:
+    there = folder.entries(files)
+    complete = last is not None and folder.holds(there.get(last), files[last])
+    missing = {
+        name: path
+        for name, path in files.items()
+        if name != last and not folder.holds(there.get(name), path, by_size=complete)
+    }
+    for name in missing.keys() & sha256.keys():
+        if sha256_file(files[name]) != sha256[name]:
+            raise InputError(f"{files[name]}: checksum mismatch; it was changed or corrupted, and is not uploaded")
+    if last is not None and last in there and not complete:
+        folder.remove([last])
+    folder.put(missing)
+    if last is not None and not complete:
+        folder.put({last: files[last]})
