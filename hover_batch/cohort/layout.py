@@ -38,6 +38,8 @@ class Format(StrEnum):
     hovernet = "hovernet"
     spatialdata = "spatialdata"
     anndata = "anndata"
+    ome_zarr = "ome-zarr"
+    dicom = "dicom"
     csv = "csv"
 
     @property
@@ -52,6 +54,8 @@ _SUFFIXES = {
     Format.hovernet: "json",
     Format.spatialdata: "spatialdata.zarr",
     Format.anndata: "h5ad",
+    Format.ome_zarr: "ome.zarr",
+    Format.dicom: "ann.dcm",
     Format.csv: "csv",
 }
 
