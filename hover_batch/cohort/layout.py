@@ -30,7 +30,8 @@ from hover_batch.errors import InputError
 class Format(StrEnum):
     """Format of an exported table of nuclei; the value is its name on the command line.
 
-    `hover_batch.exporting.writer` returns the function that writes it.
+    `Format(name)` also accepts the names in ALIASES. `hover_batch.exporting.writer` returns the function that writes a
+    format.
     """
 
     qupath = "qupath"
@@ -47,6 +48,10 @@ class Format(StrEnum):
         """Suffix of the file's name, without its first dot, such as geojson.gz."""
         return _SUFFIXES[self]
 
+    @classmethod
+    def _missing_(cls, value: object) -> Format | None:
+        return ALIASES.get(str(value))
+
 
 _SUFFIXES = {
     Format.qupath: "geojson.gz",
@@ -58,6 +63,14 @@ _SUFFIXES = {
     Format.dicom: "ann.dcm",
     Format.csv: "csv",
 }
+
+ALIASES = {
+    "geojson": Format.qupath,
+    "hovernet-json": Format.hovernet,
+    "ngff": Format.ome_zarr,
+    "dicom-ann": Format.dicom,
+}
+"""Other names of formats, which people try first."""
 
 
 @dataclass(frozen=True)

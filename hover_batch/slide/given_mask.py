@@ -20,7 +20,7 @@ from PIL import PngImagePlugin
 from hover_batch.errors import InputError
 from hover_batch.files import load_json
 from hover_batch.geometry import Box, Size, qupath_origin
-from hover_batch.slide.formats import MAX_PICTURE_PIXELS, bands
+from hover_batch.slide.formats import MAX_PICTURE_PIXELS, bands, exif_orientation
 
 MAX_MASK_SIDE = 8192
 """Maximum length in pixels of the sides of a mask: 67 MB, and 3 µm a pixel on a slide 25 mm wide."""
@@ -31,6 +31,8 @@ _ALL = 0.999
 """Fraction of the slide from which a mask is said to cover all of it."""
 _MIN_EXTENT = 0.001
 """Fraction of the slide's longer side below which polygons are probably in other units."""
+_REGION = "Region*"
+"""QuPath's class for regions such as tissue: the only one whose name ends with * that is not ignored here."""
 _MAX_COORDINATE = 1e9
 """Largest position in pixels that a slide may have."""
 
@@ -47,7 +49,8 @@ def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> ND
         picture = _read_png(path)
         array = _over_canvas(picture, _frame(path, picture, level0, bounds), level0)
     else:
-        outline, _ = _on_canvas(path, _read_geojson(path), level0, bounds)
+        tissue, _ = _read_geojson(path)
+        outline, _ = _on_canvas(path, tissue, level0, bounds)
         array = _rasterise(outline, level0, scale)
     if not array.any():
         raise _no_tissue(path, level0)
@@ -65,13 +68,13 @@ def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None
 
 
 def _check_geojson(path: Path, level0: Size | None, bounds: Box | None) -> list[str]:
-    outline = _read_geojson(path)
+    outline, warnings = _read_geojson(path)
     if level0 is None:
-        return []
+        return warnings
     moved, fraction_inside = _on_canvas(path, outline, level0, bounds)
     frame = bounds or level0.box
     area_inside = fraction_inside * shapely.area(moved)
-    warnings = _warnings_of_cover(path, area_inside / (frame.width * frame.height))
+    warnings += _warnings_of_cover(path, area_inside / (frame.width * frame.height))
     x0, y0, x1, y1 = shapely.bounds(outline)
     if max(x1 - x0, y1 - y0) < _MIN_EXTENT * max(frame.width, frame.height):
         warnings.append(
@@ -203,19 +206,23 @@ def _rasterise(outline: shapely.Geometry, level0: Size, scale: float) -> NDArray
     return array.astype(bool)
 
 
-def _read_geojson(path: Path) -> shapely.Geometry:
-    """Return the union of all polygons of the file, in its own coordinates."""
+def _read_geojson(path: Path) -> tuple[shapely.Geometry, list[str]]:
+    """Return the union of all polygons of the file, in its own coordinates, and warnings for the user.
+
+    Polygons of a class that QuPath ignores are subtracted from it, with a warning.
+    """
     remedy = "give polygons as GeoJSON in level-0 pixels, or a PNG"
     try:
-        geometries = _geometries(load_json(path))
+        found = list(_geometries(load_json(path)))
+        ignored = np.array([name.endswith("*") and name != _REGION for _, name in found], bool)
         with np.errstate(invalid="ignore"):  # shapely warns of NaN, which is refused below
-            shapes = [shapely.geometry.shape(geometry) for geometry in geometries]
+            shapes = [shapely.geometry.shape(geometry) for geometry, _ in found]
         positions = shapely.get_coordinates(shapes)
         if far := [f"{value:g}" for value in positions[~(abs(positions) < _MAX_COORDINATE)]]:
             raise ValueError(f"a coordinate of {far[0]}")
         # The default method would take areas that two polygons or loops of one outline cover for holes.
-        valid = shapely.make_valid(shapes, method="structure", keep_collapsed=False)
-        outline = shapely.union_all(valid)
+        valid = np.asarray(shapely.make_valid(shapes, method="structure", keep_collapsed=False))
+        outline = shapely.difference(shapely.union_all(valid[~ignored]), shapely.union_all(valid[ignored]))
     except OSError as error:
         raise InputError(f"{path}: the mask cannot be read: {error.strerror}; check mask_path") from error
     # json and shapely raise exceptions of many kinds for broken files.
@@ -230,32 +237,49 @@ def _read_geojson(path: Path) -> shapely.Geometry:
     ) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: the mask is not valid GeoJSON ({reason}); {remedy}") from error
+    names = sorted({name for (_, name), leave_out in zip(found, ignored, strict=True) if leave_out})
     if outline.is_empty:
-        raise InputError(f"{path}: the mask holds no polygon; {remedy}")
-    return outline
+        besides = f" besides those of {', '.join(names)}, which QuPath ignores" if names else ""
+        raise InputError(f"{path}: the mask holds no polygon{besides}; {remedy}")
+    if not names:
+        return outline, []
+    return outline, [
+        f"{path}: {ignored.sum()} polygons of the class {', '.join(names)} are left out of the tissue, since QuPath "
+        "ignores classes whose names end with *; rename the class if they are tissue"
+    ]
 
 
-def _geometries(data: Any) -> Iterator[dict[str, Any]]:
+def _geometries(data: Any, class_name: str = "") -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the polygons in a FeatureCollection, Feature, GeometryCollection or geometry, or in a list of these.
 
-    QuPath's scripts write such lists. Points and lines have no area and are skipped.
+    Each comes with the name of its class in QuPath, "" if it has none. QuPath's scripts write lists. Points and lines
+    have no area and are skipped.
     """
     if isinstance(data, list):
         for item in data:
-            yield from _geometries(item)
+            yield from _geometries(item, class_name)
         return
     kind = data["type"]
     if kind == "FeatureCollection":
         yield from _geometries(list(data["features"]))
     elif kind == "Feature":
         if data["geometry"] is not None:
-            yield from _geometries(data["geometry"])
+            yield from _geometries(data["geometry"], _class_of(data.get("properties")))
     elif kind == "GeometryCollection":
-        yield from _geometries(list(data["geometries"]))
+        yield from _geometries(list(data["geometries"]), class_name)
     elif kind in ("Polygon", "MultiPolygon"):
-        yield data
+        yield data, class_name
     elif kind not in ("Point", "MultiPoint", "LineString", "MultiLineString"):
         raise ValueError(f"type {kind} is not known")
+
+
+def _class_of(properties: Any) -> str:
+    """Return the name of a feature's class in QuPath, the last of the `names` of a derived class; "" without one."""
+    classification = properties.get("classification") if isinstance(properties, dict) else None
+    if not isinstance(classification, dict):
+        return ""
+    names = classification.get("names")
+    return str(names[-1] if isinstance(names, list) and names else classification.get("name", ""))
 
 
 def _read_png(path: Path) -> NDArray[np.bool_]:
@@ -264,6 +288,11 @@ def _read_png(path: Path) -> NDArray[np.bool_]:
         with PngImagePlugin.PngImageFile(path) as picture:
             if picture.width * picture.height > MAX_PICTURE_PIXELS:
                 raise InputError(f"{path}: a mask of {picture.width} × {picture.height} pixels; reduce it")
+            if (turn := exif_orientation(picture)) != 1:
+                raise InputError(
+                    f"{path}: the tag Orientation is {turn}, so that programs turn or flip the mask; save it as it "
+                    "lies on the slide, without this tag"
+                )
             is_palette = picture.mode == "P"
             has_alpha = picture.mode in ("LA", "RGBA") or is_palette
             mask = np.empty((picture.height, picture.width), bool)
