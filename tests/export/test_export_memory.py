@@ -11,7 +11,8 @@ from hover_batch.cohort.layout import Format
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-WHOLE = (Format.spatialdata, Format.anndata)
+EXTRA = (Format.spatialdata, Format.anndata)
+WHOLE = (*EXTRA, Format.dicom)
 GROWTH_MB = 64
 """That ten times the nuclei may add: what the allocator does not give back; 40 were seen."""
 MB_PER_MILLION = 4000
@@ -26,7 +27,7 @@ def tables(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.mark.parametrize("format", Format)
 def test_memory(format: Format, tables: list[Path]) -> None:
-    if format in WHOLE:
+    if format in EXTRA:
         pytest.importorskip("spatialdata")
     warm, small, large = tables
     costs = [cost_of(format, table, warm) for table in (small, large)]
