@@ -45,8 +45,8 @@ _PRIVATE = "99HOVERBATCH"
 """Coding scheme of all other classes, whose code is their name; DICOM reserves the prefix 99 for private schemes."""
 _NO_DATE = "19700101"
 """Date where the source image has none, since the date is required and that of the export would change the bytes."""
-_CODE_LENGTH, _TEXT_LENGTH = 16, 64
-"""Maximum lengths of code values (SH) and of texts (LO)."""
+_TEXT_LENGTH = 64
+"""Maximum length of texts (LO)."""
 
 
 def write_dicom(nuclei: NucleiTable, path: Path) -> None:
@@ -78,6 +78,7 @@ def write_dicom(nuclei: NucleiTable, path: Path) -> None:
                 content_label="NUCLEI",
                 content_description=f"Nuclei of {nuclei.slide_id}"[:_TEXT_LENGTH],
                 series_description="Nuclei",
+                specific_character_set="ISO_IR 192",  # UTF-8, for the names of classes and patients
                 content_date=source.get("ContentDate") or _NO_DATE,
                 content_time=source.get("ContentTime") or "000000",
             )
@@ -100,8 +101,8 @@ def _groups(nuclei: NucleiTable, identity: str) -> list[Any]:
     from highdicom.color import CIELabColor
     from pydicom.sr.codedict import codes
 
-    rings: dict[int, list[Any]] = {c.id: [] for c in nuclei.taxonomy.nuclei}
-    values: dict[int, list[Any]] = {c.id: [] for c in nuclei.taxonomy.nuclei}
+    rings: dict[int, list[Any]] = {c.id: [] for c in nuclei.taxonomy.classes}
+    values: dict[int, list[Any]] = {c.id: [] for c in nuclei.taxonomy.classes}
     measured = {"area_um2": (codes.SCT.Area, codes.UCUM.SquareMicrometer)}
     measured["type_prob"] = (codes.DCM.Probability, codes.UCUM.NoUnits)
     names = list(measured)
@@ -121,7 +122,7 @@ def _groups(nuclei: NucleiTable, identity: str) -> list[Any]:
         nuclei.model[:_TEXT_LENGTH], codes.DCM.ArtificialIntelligence, nuclei.model_sha256, "hover-batch"
     )
     groups: list[Any] = []
-    for c in nuclei.taxonomy.nuclei:
+    for c in nuclei.taxonomy.classes:
         if not rings[c.id]:
             continue
         columns = np.concatenate(values.pop(c.id)).T
@@ -154,7 +155,7 @@ def _cell(c: NucleusClass) -> Code:
     if c.name in _CELLS:
         value, meaning = _CELLS[c.name]
         return Code(value, "SCT", meaning)
-    return Code(c.name[:_CODE_LENGTH], _PRIVATE, c.name[:_TEXT_LENGTH])
+    return Code(c.name, _PRIVATE, c.name[:_TEXT_LENGTH])
 
 
 def _source_image(nuclei: NucleiTable) -> Dataset:

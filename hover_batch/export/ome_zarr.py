@@ -209,9 +209,13 @@ def _multiscale(nuclei: NucleiTable, name: str, levels: int) -> dict[str, Any]:
 
 def _halve(below: zarr.Array[Any], array: zarr.Array[Any]) -> None:
     """Fill a level with every second pixel of the one below, shard by shard."""
-    canvas = Size(array.shape[1], array.shape[0]).box
+    canvas, half = Size(array.shape[1], array.shape[0]).box, SHARD // 2
     for column, row in canvas.cells(SHARD):
-        rows, columns = cell_box(column, row, SHARD).intersect(canvas).slices_in(canvas)
-        source = below[2 * rows.start : 2 * rows.stop, 2 * columns.start : 2 * columns.stop]
-        if (values := np.asarray(source)[::2, ::2]).any():
-            array[rows, columns] = values
+        box = cell_box(column, row, SHARD).intersect(canvas)
+        values = np.zeros(box.shape, array.dtype)
+        for part_column, part_row in box.cells(half):  # one shard of the level below at a time
+            part = cell_box(part_column, part_row, half).intersect(box)
+            source = below[2 * part.y0 : 2 * part.y1, 2 * part.x0 : 2 * part.x1]
+            values[part.slices_in(box)] = np.asarray(source)[::2, ::2]
+        if values.any():
+            array[box.slices_in(canvas)] = values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 from hover_batch.cli import app
 from hover_batch.cohort.layout import Format, RunLayout
 from hover_batch.export.read import NucleiTable
-from hover_batch.taxonomy import CONSEP
+from hover_batch.taxonomy import CONSEP, Taxonomy
 
 
 def as_stored(polygon: shapely.Polygon) -> shapely.Polygon:
@@ -45,7 +46,7 @@ def test_highdicom_reads_all_groups_and_measurements(nuclei: NucleiTable, tmp_pa
         assert group.annotated_property_type.meaning == "Nucleus"
         (cell,) = group.primary_anatomic_structures
         code = (cell.scheme_designator, cell.value)
-        assert code == (("SCT", "4212006") if group.label == "epithelial" else ("99HOVERBATCH", group.label[:16]))
+        assert code == (("SCT", "4212006") if group.label == "epithelial" else ("99HOVERBATCH", group.label))
         color = next(c.color for c in CONSEP.nuclei if c.name == group.label)
         shown = highdicom.color.CIELabColor.from_dicom_value(group.RecommendedDisplayCIELabValue).to_rgb()
         np.testing.assert_allclose(shown, color, atol=2)
@@ -65,6 +66,16 @@ def test_wsidicom_reads_the_same_polygons(nuclei: NucleiTable, tmp_path: Path) -
         same_polygons(polygons, as_stored(of_class.geometry))
         areas = [annotation.measurements[0].value for annotation in group.annotations]
         np.testing.assert_array_equal(np.array(areas, np.float32), of_class.area_um2)
+
+
+def test_long_and_accented_names_of_classes_are_kept(tmp_path: Path) -> None:
+    name = "Plasmazellen und übrige Entzündungszellen"
+    classes = (CONSEP.classes[0], *(replace(c, name=f"{name} {c.id}") for c in CONSEP.nuclei))
+    nuclei = replace(write_table(tmp_path, *drawn()), taxonomy=Taxonomy("long", classes))
+    groups = highdicom.ann.annread(exported(nuclei, Format.dicom, tmp_path)).get_annotation_groups()
+    names = [f"{name} {c.id}" for c in CONSEP.nuclei]
+    assert [group.label for group in groups] == names
+    assert [group.primary_anatomic_structures[0].value for group in groups] == names
 
 
 def test_other_tables_have_other_uids(tmp_path: Path) -> None:
