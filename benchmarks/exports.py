@@ -1,6 +1,6 @@
 """Cost of exporting one million nuclei: seconds, megabytes on disk and peak memory of each format.
 
-    python -m benchmarks.exports [--json FILE] [--nuclei N]
+    python -m benchmarks.exports [--to FORMAT]… [--json FILE] [--nuclei N]
 
 The table contains CoNSeP's annotated nuclei of ../shared/data, measured like predictions and repeated over a grid. Each
 format runs in its own process, which has written a small table before, so that the time and memory of imports are not
@@ -176,13 +176,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exports", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--nuclei", type=int, default=1_000_000, help="number of nuclei to export")
+    parser.add_argument("--to", type=Format, action="append", help="measure only this format; repeat it for several")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parts = annotated_parts()
         small = replicated_table(folder / "small.parquet", 1000, parts).path
         table = replicated_table(folder / "nuclei.parquet", arguments.nuclei, parts).path
-        costs = {format: cost_of(format, table, small) for format in Format}
+        costs = {format: cost_of(format, table, small) for format in arguments.to or Format}
         disk = table.stat().st_size / arguments.nuclei
     print("| --to | CPU seconds per million | seconds | MB per million | peak memory, MB |")
     print("|---|---|---|---|---|")

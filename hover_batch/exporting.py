@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hover_batch.cohort.layout import Format, RunLayout, SlideLayout
-from hover_batch.cohort.run_folder import nuclei_if_done, require_run, slide_layouts
+from hover_batch.cohort.record import SlideRecord, Url
+from hover_batch.cohort.run_folder import nuclei_if_done, read_slides, require_run
 from hover_batch.errors import DISK_FULL, InputError, SlideError, exit_code
 from hover_batch.export.read import NucleiTable
 from hover_batch.files import sweeping
 from hover_batch.formatting import duration, listed
+from hover_batch.slide.fingerprint import fingerprint
+from hover_batch.slide.survey import read_info
 
 Write = Callable[[NucleiTable, Path], None]
 Notify = Callable[[str], None]
@@ -53,19 +57,23 @@ def export_run(
     writers = {format: writer(format) for format in dict.fromkeys(formats)}
     files: list[Path] = []
     skipped: dict[str, str] = {}
-    for number, slide in enumerate(slides, start=1):
-        label = f"[{number}/{len(slides)}] {slide.slide_id}"
+    for number, record in enumerate(slides, start=1):
+        label = f"[{number}/{len(slides)}] {record.slide_id}"
         try:
-            for line in _exported(slide, writers, output, files):
+            for line in _exported(record, layout.slide(record.slide_id), writers, output, files):
                 notify(f"{label}: {line}")
         except SlideError as error:
-            skipped[slide.slide_id] = str(error)
+            skipped[record.slide_id] = str(error)
             notify(f"{label}: skipped: {error}")
     return Exported(tuple(files), skipped)
 
 
 def _exported(
-    slide: SlideLayout, writers: Mapping[Format, Write], output: Path | None, files: list[Path]
+    record: SlideRecord,
+    slide: SlideLayout,
+    writers: Mapping[Format, Write],
+    output: Path | None,
+    files: list[Path],
 ) -> Iterator[str]:
     """Write one slide's files, add each to `files` and yield a line about it.
 
@@ -73,7 +81,7 @@ def _exported(
     """
     if nuclei_if_done(slide) is None:
         raise SlideError("is not done; see failures.csv, or repeat the segment command to finish it")
-    nuclei = NucleiTable.open(slide.nuclei_parquet)
+    nuclei = NucleiTable.open(slide.nuclei_parquet, _dicom_folder(record, slide))
     for format, write in writers.items():
         path = slide.exported(format) if output is None else output / f"{slide.slide_id}.{format.suffix}"
         started = time.monotonic()
@@ -90,9 +98,19 @@ def _exported(
         yield f"{nuclei.rows:,} nuclei to {format} in {duration(time.monotonic() - started)}"
 
 
-def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideLayout]:
+def _dicom_folder(record: SlideRecord, slide: SlideLayout) -> Path | None:
+    """Return the folder of a DICOM slide if it still holds what was segmented; None otherwise."""
+    if isinstance(record.path, Url) or not record.path.is_dir():
+        return None
+    with suppress(OSError, SlideError):  # survey.json may be missing, or the slide unreadable by now
+        if fingerprint(record.path, record.mpp) == read_info(slide.survey_json).fingerprint:
+            return record.path
+    return None
+
+
+def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideRecord]:
     """Return the slides `slide_ids`, or all if it is empty. InputError for an unknown one."""
-    slides = slide_layouts(layout)
+    slides = {record.slide_id: record for record in read_slides(layout) or ()}
     if unknown := [name for name in slide_ids if name not in slides]:
         raise InputError(
             f"--slide {unknown[0]}: is not a slide of this run; {layout.slides_csv} lists its slides: {listed(slides)}"
@@ -129,6 +147,14 @@ def writer(format: Format) -> Write:
 
             require_extra()
             return write_anndata
+        case Format.ome_zarr:
+            from hover_batch.export.ome_zarr import write_ome_zarr
+
+            return write_ome_zarr
+        case Format.dicom:
+            from hover_batch.export.dicom import write_dicom
+
+            return write_dicom
         case Format.csv:
             from hover_batch.export.flat_csv import write_csv
 

@@ -160,7 +160,11 @@ class Grid:
 
         A scale within SNAP of a power of two is rounded to it, along x and y separately.
         """
-        scale_x, scale_y = _snap(model_mpp / slide_mpp.x), _snap(model_mpp / slide_mpp.y)
+        return cls.scaled(level0, slide_mpp, _snap(model_mpp / slide_mpp.x), _snap(model_mpp / slide_mpp.y))
+
+    @classmethod
+    def scaled(cls, level0: Size, slide_mpp: Mpp, scale_x: float, scale_y: float) -> Grid:
+        """Return the grid of pixels of `scale_x` × `scale_y` level-0 pixels, each of `slide_mpp`, over a slide."""
         return cls(
             level0=level0,
             scale_x=scale_x,

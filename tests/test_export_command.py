@@ -54,6 +54,17 @@ def test_what_is_done_is_written_beside_its_table(out: Path) -> None:
     assert len(pd.read_csv(layout.slide("a").exported(Format.csv))) == 0
 
 
+def test_names_that_people_try_first_are_known(out: Path, tmp_path: Path) -> None:
+    result = run(
+        "export", out, "--to", "geojson", "--to", "hovernet-json", "--to", "ngff", "--to", "dicom-ann", "-o", tmp_path
+    )
+    assert result.exit_code == 3, result.output
+    assert [path.name for path in written(result)[:4]] == ["a.geojson.gz", "a.json", "a.ome.zarr", "a.ann.dcm"]
+    assert len(written(run("export", out, "--to", "geojson", "--to", "qupath", "-o", tmp_path, "--slide", "a"))) == 1
+    shown = " ".join(run("export", "--help").output.replace("│", "").split())
+    assert "One of qupath, annotation-store, hovernet, spatialdata, anndata, ome-zarr, dicom, csv;" in shown
+
+
 def test_into_another_folder_by_the_slide_s_name(out: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     result = run("export", out, "--to", "hovernet", "-o", tmp_path / "new" / "folder", "--slide", "b.i-2")
@@ -88,12 +99,14 @@ def test_what_cannot_be_is_refused(out: Path, tmp_path: Path, monkeypatch: pytes
         (("export", tmp_path, "--to", "csv"), "holds no run"),
         (("export", out, "--to", "csv", "-o", tmp_path / "file"), "another folder with -o"),
         (("export", out, "--to", "csv", "--to", "anndata"), "pip install 'hover-batch[spatialdata]'"),
-        (("export", out, "--to", "word"), "'word' is not one of"),
+        (("export", out, "--to", "word"), "'word' is not one of qupath, annotation-store, hovernet"),
+        (("export", out, "--to", "ome-zar"), "csv; did you mean ome-zarr?"),
+        (("export", out, "--to", "geo-json"), "csv; did you mean geojson?"),
     ]
     for arguments, message in refused:
         result = run(*arguments)
         assert result.exit_code == 2, result.output
-        assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
+        assert message in " ".join(result.stderr.replace("│", "").split()) and "Traceback" not in result.stderr
         assert not result.stdout
     assert not list(out.rglob("nuclei.csv"))
 

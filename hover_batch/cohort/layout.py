@@ -30,7 +30,8 @@ from hover_batch.errors import InputError
 class Format(StrEnum):
     """Format of an exported table of nuclei; the value is its name on the command line.
 
-    `hover_batch.exporting.writer` returns the function that writes it.
+    `Format(name)` also accepts the names in ALIASES. `hover_batch.exporting.writer` returns the function that writes a
+    format.
     """
 
     qupath = "qupath"
@@ -38,12 +39,18 @@ class Format(StrEnum):
     hovernet = "hovernet"
     spatialdata = "spatialdata"
     anndata = "anndata"
+    ome_zarr = "ome-zarr"
+    dicom = "dicom"
     csv = "csv"
 
     @property
     def suffix(self) -> str:
         """Suffix of the file's name, without its first dot, such as geojson.gz."""
         return _SUFFIXES[self]
+
+    @classmethod
+    def _missing_(cls, value: object) -> Format | None:
+        return ALIASES.get(str(value))
 
 
 _SUFFIXES = {
@@ -52,8 +59,18 @@ _SUFFIXES = {
     Format.hovernet: "json",
     Format.spatialdata: "spatialdata.zarr",
     Format.anndata: "h5ad",
+    Format.ome_zarr: "ome.zarr",
+    Format.dicom: "ann.dcm",
     Format.csv: "csv",
 }
+
+ALIASES = {
+    "geojson": Format.qupath,
+    "hovernet-json": Format.hovernet,
+    "ngff": Format.ome_zarr,
+    "dicom-ann": Format.dicom,
+}
+"""Other names of formats, which people try first."""
 
 
 @dataclass(frozen=True)

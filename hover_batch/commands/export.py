@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hover_batch.cohort.layout import Format
+from hover_batch.cohort.layout import ALIASES, Format
 from hover_batch.commands.options import RunArgument, local_path
+
+_NAMES = ", ".join(Format)
+
+
+def format_named(name: str) -> Format:
+    """Return the format of a name or alias. BadParameter, with the nearest name, if there is none."""
+    try:
+        return Format(name)
+    except ValueError as error:
+        near = get_close_matches(name, [*Format, *ALIASES], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise typer.BadParameter(f"{name!r} is not one of {_NAMES}{hint}") from error
 
 
 def export(
     run: RunArgument,
-    to: Annotated[list[Format], typer.Option("--to", help="Format to write; repeat the option for several.")],
+    to: Annotated[
+        list[Format],
+        typer.Option(
+            "--to", metavar="FORMAT", parser=format_named, help=f"One of {_NAMES}; repeat the option for several."
+        ),
+    ],
     output: Annotated[
         Path | None,
         typer.Option(

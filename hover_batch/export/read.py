@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hover_batch.errors import SlideError
 from hover_batch.files import read_json, sha256_file
-from hover_batch.geometry import Box, Mpp, Size
+from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.taxonomy import Taxonomy
 
 BATCH = 10_000
@@ -38,8 +38,8 @@ _COLUMNS = {
 }
 """Columns that the exporters need, with their Arrow types; a table may hold more."""
 
-_NAMESPACE = uuid.UUID("5f0c2f52-9a0b-5d0e-8f55-3c1f6f3f7c11")
-"""Namespace of the nuclei's UUIDs. It must never change, or the UUIDs would."""
+NAMESPACE = uuid.UUID("5f0c2f52-9a0b-5d0e-8f55-3c1f6f3f7c11")
+"""Namespace of all UUIDs in exports. It must never change, or the UUIDs would."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class NucleiTable:
     """Size of the slide in level-0 pixels, to which all positions refer."""
     mpp: Mpp
     """Pixel size of level 0 in µm."""
+    grid: Grid
+    """Inference grid, on whose pixels the nuclei were found."""
     bounds: Box | None
     """Scanned part of the slide in level-0 pixels; None if the file gives none."""
     software: str
@@ -64,10 +66,18 @@ class NucleiTable:
     """Number of nuclei."""
     schema: pa.Schema
     """Columns of the table."""
+    model: str
+    """Name of the model."""
+    model_sha256: str
+    """Hash of the model's package."""
+    fingerprint: str
+    """Hash of the slide's content, from the survey.json beside the table; that of the table if there is none."""
+    dicom: Path | None = None
+    """Folder of the DICOM slide that was segmented; None if the slide is not DICOM, or not available."""
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Read the metadata of the table and check it; the rows are read by `batches`.
+    def open(cls, path: Path, dicom: Path | None = None) -> Self:
+        """Read the metadata of the table and check it; the rows are read by `batches`. `dicom`: as the field.
 
         SlideError if the file is missing, corrupted, or not a table of nuclei, or if a slide.json beside it records
         another table.
@@ -90,16 +100,24 @@ class NucleiTable:
                 raise ValueError(f"it is the table of the slide {metadata['slide_id']}")
             if finished is not None and finished.get("nuclei_sha256") != sha256_file(path):
                 raise ValueError("checksum mismatch: slide.json records another table")
+            level0, mpp = Size(**metadata["level0"]), Mpp(**metadata["mpp"])
+            scale = metadata["inference_scale"]
+            survey = read_json(path.with_name("survey.json"))
             return cls(
                 path=path,
                 slide_id=metadata["slide_id"],
                 taxonomy=Taxonomy.from_json(metadata["taxonomy"]),
-                level0=Size(**metadata["level0"]),
-                mpp=Mpp(**metadata["mpp"]),
+                level0=level0,
+                mpp=mpp,
+                grid=Grid.scaled(level0, mpp, scale["x"], scale["y"]),
                 bounds=None if metadata["bounds"] is None else Box(**metadata["bounds"]),
                 software=metadata["software"],
                 rows=rows,
                 schema=schema,
+                model=metadata["model"]["id"],
+                model_sha256=metadata["model"]["sha256"],
+                fingerprint=sha256_file(path) if survey is None else survey["slide"]["fingerprint"],
+                dicom=dicom,
             )
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise unreadable(path, error) from error
@@ -156,7 +174,7 @@ class NucleiTable:
 
     def uuids(self, batch: pa.RecordBatch) -> list[str]:
         """Return the UUID of each nucleus in the batch. It depends on slide_id and nucleus_id only, in all exports."""
-        return [str(uuid.uuid5(_NAMESPACE, f"{self.slide_id}/{number}")) for number in batch["nucleus_id"].to_pylist()]
+        return [str(uuid.uuid5(NAMESPACE, f"{self.slide_id}/{number}")) for number in batch["nucleus_id"].to_pylist()]
 
     def measurements(self, batch: pa.RecordBatch) -> list[dict[str, float]]:
         """Return the values of the `measured` columns of each nucleus, by name, without those that are not finite.

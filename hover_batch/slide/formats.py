@@ -253,7 +253,7 @@ def open_picture(path: Path) -> Image.Image:
             check_for_pillow(path, tiff)
     picture = _with_plugin(path)
     width, height = picture.size
-    orientation = _orientation(picture)
+    orientation = exif_orientation(picture)
     # Pillow opens 16-bit colour as 8-bit and keeps only the high byte, which makes 12-bit pictures black.
     is_16_bit = any(";16" in str(tile) for tile in picture.tile)
     fault = None
@@ -286,7 +286,7 @@ def _with_plugin(path: Path) -> ImageFile.ImageFile:
     )
 
 
-def _orientation(picture: Image.Image) -> int:
+def exif_orientation(picture: Image.Image) -> int:
     """Return how EXIF tells programs to turn or flip the picture, 2 to 8; 1 = not at all, or not readable."""
     if "exif" not in picture.info:  # getexif would decode a PNG to search for it
         return 1

@@ -17,7 +17,7 @@ from PIL import PngImagePlugin
 from hover_batch.errors import InputError
 from hover_batch.geojson import polygons_of, read_features
 from hover_batch.geometry import Box, Size, qupath_origin
-from hover_batch.slide.formats import MAX_PICTURE_PIXELS, bands
+from hover_batch.slide.formats import MAX_PICTURE_PIXELS, bands, exif_orientation
 
 MAX_MASK_SIDE = 8192
 """Maximum length in pixels of the sides of a mask: 67 MB, and 3 µm a pixel on a slide 25 mm wide."""
@@ -28,6 +28,8 @@ _ALL = 0.999
 """Fraction of the slide from which a mask is said to cover all of it."""
 _MIN_EXTENT = 0.001
 """Fraction of the slide's longer side below which polygons are probably in other units."""
+_REGION = "Region*"
+"""QuPath's class for regions such as tissue: the only one whose name ends with * that is not ignored here."""
 
 
 def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> NDArray[np.bool_]:
@@ -42,7 +44,8 @@ def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> ND
         picture = _read_png(path)
         array = _over_canvas(picture, _frame(path, picture, level0, bounds), level0)
     else:
-        outline, _ = _on_canvas(path, _read_geojson(path), level0, bounds)
+        tissue, _ = _read_geojson(path)
+        outline, _ = _on_canvas(path, tissue, level0, bounds)
         array = _rasterise(outline, level0, scale)
     if not array.any():
         raise _no_tissue(path, level0)
@@ -60,13 +63,13 @@ def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None
 
 
 def _check_geojson(path: Path, level0: Size | None, bounds: Box | None) -> list[str]:
-    outline = _read_geojson(path)
+    outline, warnings = _read_geojson(path)
     if level0 is None:
-        return []
+        return warnings
     moved, fraction_inside = _on_canvas(path, outline, level0, bounds)
     frame = bounds or level0.box
     area_inside = fraction_inside * shapely.area(moved)
-    warnings = _warnings_of_cover(path, area_inside / (frame.width * frame.height))
+    warnings += _warnings_of_cover(path, area_inside / (frame.width * frame.height))
     x0, y0, x1, y1 = shapely.bounds(outline)
     if max(x1 - x0, y1 - y0) < _MIN_EXTENT * max(frame.width, frame.height):
         warnings.append(
@@ -198,18 +201,41 @@ def _rasterise(outline: shapely.Geometry, level0: Size, scale: float) -> NDArray
     return array.astype(bool)
 
 
-def _read_geojson(path: Path) -> shapely.Geometry:
-    """Return the union of all polygons of the file, in its own coordinates."""
+def _read_geojson(path: Path) -> tuple[shapely.Geometry, list[str]]:
+    """Return the union of all polygons of the file, in its own coordinates, and warnings for the user.
+
+    Polygons of a class that QuPath ignores are subtracted from it, with a warning.
+    """
     remedy = "give polygons as GeoJSON in level-0 pixels, or a PNG"
     try:
-        outline = shapely.union_all(polygons_of([feature["geometry"] for feature in read_features(path)]))
+        features = read_features(path)
+        areas = polygons_of([feature["geometry"] for feature in features])
     except OSError as error:
         raise InputError(f"{path}: the mask cannot be read: {error.strerror}; check mask_path") from error
     except ValueError as error:
         raise InputError(f"{path}: the mask is not valid GeoJSON ({error}); {remedy}") from error
+    classes = np.array([_class_of(feature["properties"]) for feature in features], np.object_)
+    ignored = np.array([name.endswith("*") and name != _REGION for name in classes], bool) & ~shapely.is_empty(areas)
+    outline = shapely.difference(shapely.union_all(areas[~ignored]), shapely.union_all(areas[ignored]))
+    names = sorted(set(classes[ignored]))
     if outline.is_empty:
-        raise InputError(f"{path}: the mask holds no polygon; {remedy}")
-    return outline
+        besides = f" besides those of {', '.join(names)}, which QuPath ignores" if names else ""
+        raise InputError(f"{path}: the mask holds no polygon{besides}; {remedy}")
+    if not names:
+        return outline, []
+    return outline, [
+        f"{path}: {ignored.sum()} polygons of the class {', '.join(names)} are left out of the tissue, since QuPath "
+        "ignores classes whose names end with *; rename the class if they are tissue"
+    ]
+
+
+def _class_of(properties: Any) -> str:
+    """Return the name of a feature's class in QuPath, the last of the `names` of a derived class; "" without one."""
+    classification = properties.get("classification") if isinstance(properties, dict) else None
+    if not isinstance(classification, dict):
+        return ""
+    names = classification.get("names")
+    return str(names[-1] if isinstance(names, list) and names else classification.get("name", ""))
 
 
 def _read_png(path: Path) -> NDArray[np.bool_]:
@@ -218,6 +244,11 @@ def _read_png(path: Path) -> NDArray[np.bool_]:
         with PngImagePlugin.PngImageFile(path) as picture:
             if picture.width * picture.height > MAX_PICTURE_PIXELS:
                 raise InputError(f"{path}: a mask of {picture.width} × {picture.height} pixels; reduce it")
+            if (turn := exif_orientation(picture)) != 1:
+                raise InputError(
+                    f"{path}: the tag Orientation is {turn}, so that programs turn or flip the mask; save it as it "
+                    "lies on the slide, without this tag"
+                )
             is_palette = picture.mode == "P"
             has_alpha = picture.mode in ("LA", "RGBA") or is_palette
             mask = np.empty((picture.height, picture.width), bool)

@@ -21,94 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shapely
-from annotated import nuclei_from
-from numpy.typing import NDArray
+from export_tables import BOUNDS, annotated, boxes_of, drawn, expected, exported, same_polygons, write_table
 
 from hover_batch.cohort.layout import Format
 from hover_batch.errors import InputError, SlideError
-from hover_batch.export import annotation_store, read, spatial
+from hover_batch.export import annotation_store, spatial
 from hover_batch.export.annotation_store import sqlite_store
 from hover_batch.export.read import NucleiTable
 from hover_batch.exporting import writer
-from hover_batch.geometry import Box, Grid, Mpp, Size
-from hover_batch.nuclei.table import TableContext, merge_parts, to_arrow, write_part
 from hover_batch.taxonomy import CONSEP
-
-MERGED = np.array([0, 1, 2, 3, 3, 4, 4, 4], np.uint8)
-"""CoNSeP's codes → its merged classes."""
-BOUNDS = Box(130, 70, 900, 800)
-
-
-def drawn() -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-    """Instance and type map (300, 400) of rectangles, some of them single pixels or lines."""
-    random = np.random.default_rng(5)
-    instances = np.zeros((300, 400), np.int32)
-    for label, (x, y) in enumerate(np.argwhere(np.ones((20, 15))) * 20, start=1):
-        width, height = random.integers(1, 20, 2)
-        instances[y : y + height, x : x + width] = label
-    return instances, (instances % 4 + 1).astype(np.uint8)
-
-
-def write_table(
-    folder: Path,
-    instances: NDArray[Any],
-    types: NDArray[np.uint8],
-    scale: float = 1.0,
-    bounds: Box | None = None,
-    nan: bool = False,
-) -> NucleiTable:
-    nuclei = nuclei_from(instances, types, len(CONSEP.classes))
-    if nan:
-        nuclei.h_od[1::2] = np.nan
-    size = Size(instances.shape[1], instances.shape[0])
-    level0 = Size(round(size.width * scale), round(size.height * scale))
-    slide_mpp = Mpp(0.25 / scale, 0.25 / scale)
-    grid = Grid(level0, scale, scale, Mpp(0.25, 0.25), size)
-    context = TableContext("slide-1", CONSEP, grid, slide_mpp, "file", bounds, "starter", "ab" * 32, "0.1.0")
-    write_part(folder / "part.parquet", to_arrow(nuclei, context))
-    merge_parts([(0, folder / "part.parquet")], folder / "nuclei.parquet", context)
-    return NucleiTable.open(folder / "nuclei.parquet")
-
-
-@pytest.fixture(params=["annotated", "drawn"])
-def nuclei(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NucleiTable:
-    """A table of several batches: of an annotated image, or of drawn nuclei on a slide of finer pixels with bounds."""
-    monkeypatch.setattr(read, "BATCH", 100)
-    if request.param == "drawn":
-        return write_table(tmp_path, *drawn(), scale=1.087, bounds=BOUNDS)
-    instances, types = annotated(request.getfixturevalue("data"))
-    return write_table(tmp_path, instances, types)
-
-
-def annotated(data: Path) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-    rows = pd.read_csv(data / "nuclei" / "dataset.csv")
-    row = rows[rows.source == "consep"].iloc[0]
-    labels, types = (cv2.imread(str(data / "nuclei" / row[name]), cv2.IMREAD_UNCHANGED) for name in ("labels", "types"))
-    assert labels is not None and types is not None
-    return labels.astype(np.int32), MERGED[types]
-
-
-def exported(nuclei: NucleiTable, format: Format, folder: Path) -> Path:
-    path = folder / f"nuclei.{format.suffix}"
-    writer(format)(nuclei, path)
-    assert [file.name for file in folder.iterdir() if file.name.startswith(".")] == [], "a temporary file stayed"
-    return path
-
-
-def expected(nuclei: NucleiTable) -> geopandas.GeoDataFrame:
-    frame = geopandas.read_parquet(nuclei.path)  # without the bbox, which to geopandas is an index
-    assert len(frame) == nuclei.rows > 200 and frame["type"].nunique() > 1
-    return frame
-
-
-def boxes_of(nuclei: NucleiTable) -> list[dict[str, float]]:
-    boxes: list[dict[str, float]] = pq.read_table(nuclei.path, columns=["bbox"])["bbox"].to_pylist()
-    return boxes
-
-
-def same_polygons(found: Any, wanted: Any) -> None:
-    assert len(found) == len(wanted)
-    assert shapely.equals_exact(np.asarray(found), np.asarray(wanted), 0.0).all()
 
 
 def qupath_faults(text: bytes, width: float, height: float) -> list[str]:

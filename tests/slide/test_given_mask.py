@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -253,3 +254,44 @@ def test_area_that_is_covered_twice_is_tissue(tmp_path: Path, kind: str, coordin
     path.write_text(json.dumps({"type": kind, "coordinates": coordinates}))
     mask = given_mask(path, Size(100, 100), None, scale=0.1)
     assert mask.sum() / 100 == pytest.approx(area, rel=0.01)  # pixels that the outline crosses count as a whole
+
+
+def feature(x: int, side: int, **classification: object) -> dict[str, object]:
+    properties = {"objectType": "annotation", **({"classification": classification} if classification else {})}
+    return {
+        "type": "Feature",
+        "properties": properties,
+        "geometry": {"type": "Polygon", "coordinates": [square(x, 0, side)]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("ignored", "name"),
+    [({"name": "Ignore*", "color": [180, 180, 180]}, "Ignore*"), ({"names": ["Tumor", "Fold*"]}, "Fold*")],
+)
+def test_classes_that_qupath_ignores_are_no_tissue(tmp_path: Path, ignored: dict[str, object], name: str) -> None:
+    """Neither beside the tissue nor on it; only Region*, for which QuPath has the star, too, is tissue."""
+    path = tmp_path / "mask.geojson"
+    features = [feature(0, 40, name="Region*"), feature(30, 10, **ignored), feature(60, 20, **ignored), feature(90, 10)]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    mask = given_mask(path, Size(100, 100), None, scale=1)
+    assert [mask[5, x] for x in (5, 35, 70, 95)] == [True, False, False, True]
+    for canvas in ((), (Size(100, 100),)):
+        (warning,) = check_mask(path, *canvas)
+        assert f"2 polygons of the class {name} are left out" in warning and "rename the class" in warning
+    path.write_text(json.dumps(features[1:3]))
+    with pytest.raises(InputError, match=rf"no polygon besides those of {re.escape(name)}, which QuPath ignores"):
+        check_mask(path)
+
+
+def test_a_png_that_exif_turns_is_refused(tmp_path: Path) -> None:
+    path, exif = tmp_path / "mask.png", Image.Exif()
+    picture = Image.fromarray(np.triu(np.full((100, 100), 255, np.uint8)))
+    for value, refused in ((1, False), (6, True)):
+        exif[274] = value
+        picture.save(path, exif=exif)
+        if refused:
+            with pytest.raises(InputError, match="the tag Orientation is 6.*save it as it lies on the slide"):
+                check_mask(path, Size(1000, 1000))
+        else:
+            assert check_mask(path, Size(1000, 1000)) == []
