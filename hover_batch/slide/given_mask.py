@@ -7,6 +7,7 @@ whole canvas, as its aspect ratio shows.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
