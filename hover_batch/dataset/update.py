@@ -255,10 +255,12 @@ class _Update:
         for table in tables:
             if table.rows >= SHARED_ROWS:
                 write([self._member(table)], self._pieces(table))
-        if stored or small:
-            kept = [(entry.slide_id, entry.nuclei_sha256) for entry in stored]
-            old = stored_pieces(self._writer.files_of(stored[0]), [slide_id for slide_id, _ in kept]) if stored else ()
-            write([*kept, *map(self._member, small)], chain(old, *map(self._pieces, small)))
+        kept = [(entry.slide_id, entry.nuclei_sha256) for entry in stored]
+        old = stored_pieces(self._writer.files_of(stored[0]), [slide_id for slide_id, _ in kept]) if stored else ()
+        for group in _grouped(small, _rows(stored)):
+            if kept or group:
+                write([*kept, *map(self._member, group)], chain(old, *map(self._pieces, group)))
+            kept, old = [], ()
         rows = [
             source.row(table.slide_id, taxonomy)
             | source.table_row(table)
@@ -289,3 +291,15 @@ class _Update:
 
 def _rows(entries: Sequence[SlideEntry]) -> int:
     return sum(entry.nuclei_rows for entry in entries)
+
+
+def _grouped(tables: Sequence[NucleiTable], rows: int) -> list[list[NucleiTable]]:
+    """Distribute small tables over files that are full with SHARED_ROWS. `rows`: those in the first file so far."""
+    groups: list[list[NucleiTable]] = [[]]
+    for table in tables:
+        if rows >= SHARED_ROWS:
+            groups.append([])
+            rows = 0
+        groups[-1].append(table)
+        rows += table.rows
+    return groups

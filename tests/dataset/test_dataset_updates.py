@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from dataset_runs import MadeRun, check, held, same
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hover_batch.dataset.layout import DatasetLayout
@@ -39,6 +39,8 @@ def silent(line: str) -> None:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps)
+# A slide in a full file becomes larger.
+@example(steps=[([("x", s, 90, 0) for s in "abc"] + [("x", "d", 299, 0)], False), ([("x", "a", 299, 0)], False)])
 def test_any_sequence_leaves_the_tables_of_the_runs(
     nuclei: tuple[Any, Size], steps: list[tuple[list[tuple[str, str, int, int]], bool]]
 ) -> None:
