@@ -8,6 +8,7 @@ import typer
 
 from hover_batch.cli_errors import CommandGroup
 from hover_batch.commands.compare import compare
+from hover_batch.commands.diff import diff
 from hover_batch.commands.doctor import doctor
 from hover_batch.commands.export import export
 from hover_batch.commands.models import models_app
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (doctor, segment, plan, status, export, report, view, compare):
+for command in (doctor, segment, plan, status, export, report, view, compare, diff):
     app.command()(command)
 app.add_typer(kd_app, name="kd")
 app.add_typer(models_app, name="models")
