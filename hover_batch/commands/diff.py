@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SHOWN = 20
 """Maximum number of slides in the table."""
+WIDTH = 110
+"""Smallest width of the table in characters."""
 
 
 def _percentage(text: str) -> float:
@@ -109,19 +111,22 @@ def diff(
 
 def _print(cohort: CohortDiff) -> None:
     """Print the table of slides, the classes, and what is outside the limits or was not compared."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from hover_batch.diff.page import change
     from hover_batch.formatting import counted
 
     console = Console(highlight=False, markup=False)
+    if console.width < WIDTH:  # a narrower table would cut numbers
+        console.width = WIDTH
     endpoint = cohort.limits.endpoint
     if confusion := cohort.confusion:
-        table = Table("slide")
+        table = Table(Column("slide", overflow="fold", min_width=12), box=SIMPLE_HEAD)
         for name in ("in A", "in B", "matched", "only A", "only B", "class", "IoU", "IoU p5", "area"):
-            table.add_column(name, justify="right")
-        table.add_column(f"{endpoint}, change", justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(f"{endpoint}, change", justify="right", min_width=8)
         for slide in cohort.slides[:SHOWN]:
             a, b = slide.counts
             matched = slide.matched
@@ -164,12 +169,13 @@ def _print(cohort: CohortDiff) -> None:
 
 def _print_confusion(console: Console, confusion: Confusion) -> None:
     """Print the table of classes, and which of them only one run has."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     content = confusion.to_json()
-    table = Table("A, by class", title="nuclei by their class in A (rows) and B (columns)")
+    table = Table("class in A", box=SIMPLE_HEAD)
     for name in content["columns"]:
-        table.add_column(name, justify="right")
+        table.add_column(f"B: {name}", justify="right")
     for name, counts in zip(content["rows"], content["counts"], strict=True):
         table.add_row(name, *(f"{count:,}" for count in counts))
     console.print(table)

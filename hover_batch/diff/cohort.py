@@ -81,9 +81,9 @@ class Limits:
         faults = []
         if self.tolerance is not None and (relative is None or abs(relative) > self.tolerance):
             shown = "only in B" if relative is None else f"{relative:+.2%}"
-            faults.append(f"{self.endpoint} {shown}, more than ±{self.tolerance:.4g}")
+            faults.append(f"{self.endpoint} {shown}, more than ±{self.tolerance * 100:.4g}%")
         if self.min_matched is not None and slide.matched_share < self.min_matched:
-            faults.append(f"{slide.matched_share:.2%} matched, less than {self.min_matched:.4g}")
+            faults.append(f"{slide.matched_share:.2%} matched, less than {self.min_matched * 100:.4g}%")
         return "; ".join(faults)
 
 
@@ -146,7 +146,7 @@ class CohortDiff:
         ]
         mean = self.mean_change(limits.endpoint).mean
         if limits.tolerance is not None and mean is not None and abs(mean) > limits.tolerance:
-            faults.append(f"cohort: {limits.endpoint} {mean:+.2%}, more than ±{limits.tolerance:.4g}")
+            faults.append(f"cohort: {limits.endpoint} {mean:+.2%}, more than ±{limits.tolerance * 100:.4g}%")
         return faults
 
     @property
