@@ -85,7 +85,7 @@ def diff_runs(first: Path, second: Path, limits: Limits, *, pictures: bool, noti
             tables = [NucleiTable.open(layout.nuclei_parquet) for layout in runs.layouts(slide_id)]
             _check_endpoint(limits.endpoint, tables)
             rows = " and ".join(f"{table.rows:,}" for table in tables)
-            notify(f"{slide_id}: {rows} nuclei …")
+            notify(f"{progress.line}; {slide_id}: {rows} nuclei")
             done = [side.done[slide_id] for side in (runs.first, runs.second)]
             slide = SlideDiff.of(tables[0], tables[1], done)
         except SlideError as error:
@@ -96,7 +96,6 @@ def diff_runs(first: Path, second: Path, limits: Limits, *, pictures: bool, noti
             places = sorted(places, key=lambda place: -sum(place.counts))[:PLACES]
             slides.append(replace(slide, disputed=slide.disputed[:0], kinds=slide.kinds[:0]))
         progress.advance()
-        notify(progress.line)
     records = (runs.second.records, runs.first.records)
     patients = {i: r.patient_id for by_id in records for i, r in by_id.items() if r.patient_id is not None}
     compared = {slide.slide_id for slide in slides}

@@ -124,8 +124,9 @@ class SlideDiff:
         names = [tuple(c.name for c in table.taxonomy.nuclei) for table in (first, second)]
         confusion = _confusion(matches, first, second)
         a, b = matches.pairs.T
-        name_a, name_b = (np.array([c.name for c in table.taxonomy.classes]) for table in (first, second))
-        changed = a[name_a[matches.first.type_id[a]] != name_b[matches.second.type_id[b]]]
+        of_a, of_b = (np.array([c.name for c in table.taxonomy.classes]) for table in (first, second))
+        same_name = of_a[:, None] == of_b
+        changed = a[~same_name[matches.first.type_id[a], matches.second.type_id[b]]]
         only = matches.unmatched()
         return cls(
             slide_id=first.slide_id,

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.stats
 import shapely
 from made_run import record_table, write_run
 from typer.testing import CliRunner, Result
@@ -149,7 +150,9 @@ def test_planted_differences_are_sized(first: Path, second: RunLayout, tmp_path:
     # Rows 2 to 11 of the cohort have patients row // 2, two slides each.
     assert content["cohort"]["unit"] == "patients" and change["n"] == 5
     assert change["mean"] == pytest.approx(dropped["endpoints"]["nuclei"]["relative"] / 2 / 5)
-    assert change["low"] < change["mean"] < change["high"]
+    by_patient = [0.0, 0.0, 0.0, 0.0, dropped["endpoints"]["nuclei"]["relative"] / 2]
+    expected = scipy.stats.ttest_1samp(by_patient, 0).confidence_interval(0.95)
+    assert (change["low"], change["high"]) == pytest.approx((expected.low, expected.high))
 
 
 def test_the_other_direction_is_the_mirror_image(first: Path, second: RunLayout, tmp_path: Path) -> None:
