@@ -19,7 +19,7 @@ def render(found: RunsDiff) -> str:
         found=found,
         cohort=found.cohort,
         means={name: found.cohort.mean_change(name) for name in found.cohort.endpoints},
-        colors=["#{:02x}{:02x}{:02x}".format(*color) for color in COLORS],
+        colors=COLORS,
         rows=ROWS,
         version=__version__,
     )

@@ -116,8 +116,8 @@ def _enlarged(image: np.typing.NDArray[np.uint8], box: Box) -> View:
 def _with_pictures(place: Place, view: View, tables: Sequence[NucleiTable], source: str) -> Place:
     """Return the place with its pictures. SlideError or OSError if a table cannot be read."""
     both = view
-    # A's are wider, so that they remain visible under those of B.
-    for table, color, thickness in zip(tables, COLORS, (4, 2), strict=True):
+    # A's are wider, so that they remain visible on both sides of those of B.
+    for table, color, thickness in zip(tables, COLORS, (5, 2), strict=True):
         both = View(outlined(both, table.path, color, thickness), view.x0, view.y0, view.scale_x, view.scale_y)
     images = [both.image, *(contoured(view, table.path, table.taxonomy)[0] for table in tables)]
     pictures = tuple(data_uri(image[:, :, ::-1], ".jpg") for image in images)

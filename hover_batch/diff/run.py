@@ -15,6 +15,7 @@ from hover_batch.diff.slide import ALL, SlideDiff
 from hover_batch.errors import InputError, SlideError
 from hover_batch.export.read import NucleiTable
 from hover_batch.progress import ProgressCounter
+from hover_batch.taxonomy import NucleusClass
 
 PLACES = 12
 """Maximum number of places that are shown."""
@@ -32,6 +33,8 @@ class RunsDiff:
     """Differences by slide and in the cohort."""
     places: Sequence[Place]
     """Places that differ most, with their pictures if these were wanted."""
+    classes: tuple[Sequence[NucleusClass], Sequence[NucleusClass]]
+    """Classes of A and of B, for the legend; empty if no slide is compared."""
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the pictures as JSON values."""
@@ -78,6 +81,7 @@ def diff_runs(first: Path, second: Path, limits: Limits, *, pictures: bool, noti
     slides: list[SlideDiff] = []
     unreadable: list[Missing] = []
     places: list[Place] = []
+    classes: tuple[Sequence[NucleusClass], Sequence[NucleusClass]] = (), ()
     progress = ProgressCounter("slides")
     progress.expect(len(runs.shared))
     for slide_id in runs.shared:
@@ -94,6 +98,7 @@ def diff_runs(first: Path, second: Path, limits: Limits, *, pictures: bool, noti
         else:
             places += find_places(slide, tables[0].level0, tables[0].mpp)
             places = sorted(places, key=lambda place: -sum(place.counts))[:PLACES]
+            classes = tables[0].taxonomy.nuclei, tables[1].taxonomy.nuclei
             slides.append(replace(slide, disputed=slide.disputed[:0], kinds=slide.kinds[:0]))
         progress.advance()
     records = (runs.second.records, runs.first.records)
@@ -103,7 +108,7 @@ def diff_runs(first: Path, second: Path, limits: Limits, *, pictures: bool, noti
     cohort = CohortDiff.of(slides, [*runs.missing, *unreadable], patients, limits)
     if pictures:
         places = [_drawn(place, runs) for place in places]
-    return RunsDiff(runs, cohort, places)
+    return RunsDiff(runs, cohort, places, classes)
 
 
 def _check_endpoint(endpoint: str, tables: Sequence[NucleiTable]) -> None:
