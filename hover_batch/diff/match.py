@@ -1,7 +1,7 @@
 """Match the nuclei of two tables of the same slide one to one by the IoU of their contours.
 
 Tables are sorted by the upper edge of their nuclei, so both are read from top to bottom together: the contours of only
-a band are in memory, and of the whole slide about 30 bytes per nucleus.
+a band are in memory, and of the whole slide a few numbers per nucleus.
 """
 
 from __future__ import annotations
