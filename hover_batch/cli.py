@@ -9,6 +9,7 @@ import typer
 from hover_batch.cli_errors import CommandGroup
 from hover_batch.commands.cohort import cohort_app
 from hover_batch.commands.compare import compare
+from hover_batch.commands.diff import diff
 from hover_batch.commands.doctor import doctor
 from hover_batch.commands.export import export
 from hover_batch.commands.models import models_app
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (doctor, segment, plan, status, export, report, view, compare, query):
+for command in (doctor, segment, plan, status, export, report, view, compare, diff, query):
     app.command()(command)
 cohort_app.command()(counts)
 cohort_app.command()(near)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -93,6 +94,26 @@ def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.
     Return the picture, RGB (y, x, 3) uint8, and the number of nuclei of each class whose bounding box reaches into it,
     (classes,) int64 by class id. SlideError if the table is corrupted, OSError if it is missing.
     """
+    polygons, types = _in_view(view, nuclei)
+    canvas = view.image.copy()
+    for kind in taxonomy.nuclei:
+        _draw_polygons(canvas, view, polygons[types == kind.id], kind.color, thickness=1)
+    return canvas, np.bincount(types, minlength=len(taxonomy.classes))
+
+
+def outlined(view: View, nuclei: Path, color: Rgb, thickness: int) -> NDArray[np.uint8]:
+    """Draw the contours of the table `nuclei` (nuclei.parquet), all in `color`, on a copy of the image of `view`.
+
+    `thickness`: width of the lines in pixels of the picture. Return the picture, RGB (y, x, 3) uint8. Errors as in
+    `contoured`.
+    """
+    canvas = view.image.copy()
+    _draw_polygons(canvas, view, _in_view(view, nuclei)[0], color, thickness)
+    return canvas
+
+
+def _in_view(view: View, nuclei: Path) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+    """Return the polygons and class ids, each (n,), of the nuclei whose bounding box reaches into `view`."""
     x0, y0, x1, y1 = view.extent
     in_view = (
         (pc.field("bbox", "xmin") < x1)
@@ -105,14 +126,14 @@ def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.
         table = pq.read_table(nuclei, columns=["type_id", "geometry"], filters=in_view, partitioning=None)
     except pa.ArrowException as error:
         raise unreadable(nuclei, error) from error
-    polygons = read_polygons(nuclei, table["geometry"])
-    types = table["type_id"].to_numpy()
-    canvas = view.image.copy()
-    for kind in taxonomy.nuclei:
-        points, ring_of_point = shapely.get_coordinates(polygons[types == kind.id], return_index=True)
-        starts = np.flatnonzero(np.diff(ring_of_point)) + 1
-        _draw(canvas, np.split(view.to_opencv(points), starts), kind.color, thickness=1)
-    return canvas, np.bincount(types, minlength=len(taxonomy.classes))
+    return read_polygons(nuclei, table["geometry"]), table["type_id"].to_numpy()
+
+
+def _draw_polygons(canvas: NDArray[np.uint8], view: View, polygons: NDArray[Any], color: Rgb, thickness: int) -> None:
+    """Draw the contours of polygons in level-0 pixels on the canvas, a copy of the image of `view`."""
+    points, ring_of_point = shapely.get_coordinates(polygons, return_index=True)
+    starts = np.flatnonzero(np.diff(ring_of_point)) + 1
+    _draw(canvas, np.split(view.to_opencv(points), starts), color, thickness)
 
 
 def densest_field(nuclei: Path, side: int, canvas: Size) -> Box:

@@ -39,7 +39,7 @@ class Pages:
         self._title = title
         self._waiting: list[SlideDetail] = []
         self._written = 0
-        self._environment = _environment()
+        self._environment = page_environment("hover_batch.report")
 
     @property
     def next_page(self) -> str:
@@ -90,10 +90,10 @@ class Pages:
         write_atomically(path, self._environment.get_template(template).render(**values))
 
 
-def _environment() -> jinja2.Environment:
-    """Return the templates, with escaping, filters, and the style and script of the pages."""
+def page_environment(package: str) -> jinja2.Environment:
+    """Return the templates of `package` and of the report, with escaping, filters, and the pages' style and script."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hover_batch.report"),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name) for name in (package, "hover_batch.report")]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

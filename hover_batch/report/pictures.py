@@ -75,6 +75,9 @@ def data_uri(image: NDArray[np.uint8], suffix: str) -> str:
 
     `image`: BGR (y, x, 3) or, for .png only, BGRA (y, x, 4) uint8. `suffix`: .png or .jpg.
     """
-    _, encoded = cv2.imencode(suffix, image, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY] if suffix == ".jpg" else [])
+    # Full chroma: the usual half resolution smears thin contours into their neighbours.
+    sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    settings = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY, *sampling] if suffix == ".jpg" else []
+    _, encoded = cv2.imencode(suffix, image, settings)
     kind = {".jpg": "jpeg", ".png": "png"}[suffix]
     return f"data:image/{kind};base64,{base64.b64encode(encoded.tobytes()).decode()}"

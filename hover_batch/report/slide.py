@@ -9,7 +9,7 @@ from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import HoverBatchError, SlideError
 from hover_batch.export.pictures import View, contoured
 from hover_batch.export.read import NucleiTable
-from hover_batch.geometry import Box
+from hover_batch.geometry import Box, Mpp, Size
 from hover_batch.report.content import Crop, SlideDetail, SlideRow
 from hover_batch.report.measure import Measured, measure
 from hover_batch.report.pictures import data_uri, heatmaps, reduced_picture
@@ -94,21 +94,23 @@ def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, measure
     """
     crops = []
     with reopen(record, layout.survey_json) as reader:
-        canvas, cells = table.level0, measured.cells
-        width, height = (
-            min(round(CROP_UM / mpp), extent)
-            for mpp, extent in ((table.mpp.x, canvas.width), (table.mpp.y, canvas.height))
-        )
-        places = {
-            (
-                int(min(max(0, x - width / 2), canvas.width - width)),
-                int(min(max(0, y - height / 2), canvas.height - height)),
-            )
-            for x, y in measured.chosen
-        }
-        for x0, y0 in sorted(places):
-            view = View(reader.read(Box(x0, y0, x0 + width, y0 + height), cells.grid), x0, y0, 1.0, 1.0)
+        boxes = {crop_box(x, y, table.level0, table.mpp) for x, y in measured.chosen.tolist()}
+        for box in sorted(boxes):
+            view = View(reader.read(box, measured.cells.grid), box.x0, box.y0, 1.0, 1.0)
             image, counts = contoured(view, layout.nuclei_parquet, table.taxonomy)
             picture = data_uri(image[:, :, ::-1], ".jpg")
-            crops.append(Crop(picture, x0, y0, width * table.mpp.x, int(counts.sum())))
+            crops.append(Crop(picture, box.x0, box.y0, box.width * table.mpp.x, int(counts.sum())))
     return crops
+
+
+def crop_box(x: float, y: float, canvas: Size, mpp: Mpp) -> Box:
+    """Return the square of CROP_UM around a position, moved inside the canvas, in level-0 pixels.
+
+    It is clipped if the canvas is smaller. `x`, `y` and `canvas` in level-0 pixels; `mpp`: their size.
+    """
+    width, height = (
+        min(round(CROP_UM / side), extent) for side, extent in ((mpp.x, canvas.width), (mpp.y, canvas.height))
+    )
+    x0 = int(min(max(0, x - width / 2), canvas.width - width))
+    y0 = int(min(max(0, y - height / 2), canvas.height - height))
+    return Box(x0, y0, x0 + width, y0 + height)

@@ -1,0 +1,184 @@
+"""`hover-batch diff`: compare the results of two runs on the same slides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hover_batch.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hover_batch.diff.cohort import CohortDiff
+    from hover_batch.diff.slide import Confusion
+
+SHOWN = 20
+"""Maximum number of slides in the table."""
+WIDTH = 110
+"""Smallest width of the table in characters."""
+
+
+def _percentage(text: str) -> float:
+    """Parse a percentage such as 1% to a fraction. typer.BadParameter for anything else."""
+    try:
+        value = float(text.strip().removesuffix("%")) / 100
+    except ValueError:
+        value = -1.0
+    if not text.strip().endswith("%") or not 0 <= value < float("inf"):
+        raise typer.BadParameter(f"{text!r} is no percentage; write it with its sign, such as 1%")
+    return value
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run: the one to compare with.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another run on the same slides.")],
+    endpoint: Annotated[
+        str, typer.Option("--of", metavar="nuclei|CLASS", help="What --tolerance checks: all nuclei, or one class.")
+    ] = "nuclei",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PERCENT",
+            parser=_percentage,
+            help="Largest relative change, (B − A) / A, of the nuclei per mm² of tissue, in each slide and on average.",
+            show_default="only report",
+        ),
+    ] = None,
+    min_matched: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PERCENT",
+            parser=_percentage,
+            help="Smallest share of matched nuclei in each slide: pairs ÷ mean number of nuclei in A and B.",
+            show_default="any",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers to this file.")
+    ] = None,
+    html_file: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a page with the places that differ most to this file."),
+    ] = None,
+) -> None:
+    """Compare the nuclei of two runs on the same slides, such as of two models, versions or settings.
+
+    Nuclei are matched one to one where their contours overlap with an IoU above 0.5. The table gives, for each slide,
+    the nuclei that are in both runs, in A only (vanished) and in B only (appeared), those with another class, and the
+    change of the density; the slides that differ most come first, and the cohort last.
+
+    Only the folders of the runs are read. The page shows pixels of slides that can still be opened.
+
+    Exit codes: 0 compared, and within --tolerance and --min-matched if given; 2 invalid input, such as runs on
+    different slides; 3 a slide or the cohort is outside these limits, a slide is done in one run only while limits are
+    given, or a table cannot be read; 4 no slide could be compared.
+
+    Examples: look at all differences; accept a new version only if no slide changes by more than 1 %.
+
+    hover-batch diff out/ out-new/ --html diff.html
+
+    hover-batch diff out/ out-new/ --tolerance 1% --min-matched 98%
+    """
+    for flag, path in (("--json", json_file), ("--html", html_file)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise InputError(f"{flag} {path}: give the path of a file in an existing folder")
+    from hover_batch.diff.cohort import Limits
+    from hover_batch.diff.run import diff_runs
+    from hover_batch.files import to_json, write_atomically
+
+    found = diff_runs(
+        first,
+        second,
+        Limits(endpoint, tolerance, min_matched),
+        pictures=html_file is not None,
+        notify=lambda line: typer.echo(line, err=True),
+    )
+    if json_file is not None:
+        write_atomically(json_file, to_json(found.to_json()))
+    if html_file is not None:
+        from hover_batch.diff.page import render
+
+        write_atomically(html_file, render(found))
+    _print(found.cohort)
+    for path in (json_file, html_file):
+        if path is not None:
+            typer.echo(path)
+    raise typer.Exit(found.cohort.exit_code)
+
+
+def _print(cohort: CohortDiff) -> None:
+    """Print the table of slides, the classes, and what is outside the limits or was not compared."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from hover_batch.diff.page import change
+    from hover_batch.formatting import counted
+
+    console = Console(highlight=False, markup=False)
+    if console.width < WIDTH:  # a narrower table would cut numbers
+        console.width = WIDTH
+    endpoint = cohort.limits.endpoint
+    if confusion := cohort.confusion:
+        table = Table(Column("slide", overflow="fold", min_width=12), box=SIMPLE_HEAD)
+        for name in ("in A", "in B", "matched", "only A", "only B", "class", "IoU", "IoU p5", "area"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(f"{endpoint}, change", justify="right", min_width=8)
+        for slide in cohort.slides[:SHOWN]:
+            a, b = slide.counts
+            matched = slide.matched
+            counts = (a, b, matched, a - matched, b - matched, slide.confusion.changed)
+            ratios = (slide.iou["median"], slide.iou["p5"], slide.area_ratio["median"])
+            table.add_row(
+                slide.slide_id,
+                *(f"{count:,}" for count in counts),
+                *("–" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
+                change(slide.change(endpoint).relative),
+            )
+        if (more := len(cohort.slides) - SHOWN) > 0:
+            table.add_row(f"… {more:,} more (--json)")
+        table.add_section()
+        mean = cohort.mean_change(endpoint)
+        a, b = (sum(slide.counts[side] for slide in cohort.slides) for side in range(2))
+        matched = sum(slide.matched for slide in cohort.slides)
+        counts = (a, b, matched, a - matched, b - matched, confusion.changed)
+        name = f"cohort, {counted(len(cohort.slides), 'slide')}"
+        table.add_row(name, *(f"{count:,}" for count in counts), "", "", "", change(mean.mean))
+        console.print(table)
+        console.print(
+            "matched: IoU of the contours above 0.5 · class: matched, with another class · area: median of B ÷ A",
+            soft_wrap=True,
+        )
+        for name in cohort.endpoints:
+            mean = cohort.mean_change(name)
+            span = "" if mean.low is None else f", 95 % interval {change(mean.low)} to {change(mean.high)}"
+            left_out = f", {counted(mean.undefined, 'slide')} without it in A left out" if mean.undefined else ""
+            line = f"{name}: mean change {change(mean.mean)}{span}, n = {mean.n} {cohort.unit}{left_out}"
+            console.print(line, soft_wrap=True)
+        _print_confusion(console, confusion)
+    for missing in cohort.missing:
+        console.print(f"not compared: {missing.slide_id}, done in {missing.done_in}; {missing.reason}", soft_wrap=True)
+    for fault in cohort.faults:
+        console.print(f"outside the limits: {fault}", soft_wrap=True)
+    if cohort.slides and cohort.limits.given and not cohort.faults:
+        console.print("within the limits")
+
+
+def _print_confusion(console: Console, confusion: Confusion) -> None:
+    """Print the table of classes, and which of them only one run has."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    content = confusion.to_json()
+    table = Table("class in A", box=SIMPLE_HEAD)
+    for name in content["columns"]:
+        table.add_column(f"B: {name}", justify="right")
+    for name, counts in zip(content["rows"], content["counts"], strict=True):
+        table.add_row(name, *(f"{count:,}" for count in counts))
+    console.print(table)
+    for run, names in (("A", confusion.only_in_rows), ("B", confusion.only_in_columns)):
+        if names:
+            console.print(f"classes that only {run} has: {', '.join(names)}", soft_wrap=True)

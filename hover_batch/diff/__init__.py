@@ -1,0 +1,1 @@
+"""Compare the results of two runs on the same slides, nucleus by nucleus."""
