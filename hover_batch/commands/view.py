@@ -9,10 +9,17 @@ from typing import Annotated
 
 import typer
 
+from hover_batch.commands.options import local_path
+
 
 def view(
     run: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder of a run, as given to `segment --output`, or of a data set.")
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="Folder of a run, as given to `segment --output` or --work, or of a data set.",
+            parser=local_path,
+        ),
     ],
     slide: Annotated[
         str | None,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hover_batch.errors import PackageError
@@ -58,7 +58,7 @@ def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
     """Return the samples that the model of `card` has seen, by source, certain leaks first; empty if there are none.
 
     A sample is listed only with its strongest kind of reason: seen in training, else in calibration, else of a seen
-    patient, else possibly seen. Raises PackageError if the card's record of the training is malformed.
+    patient, else possibly seen. What the model itself has seen is not repeated for what it started from. Raises PackageError if the card's record of the training is malformed.
     """
     try:
         records = [*_records("the model", card.training), *_calibration(card)]
@@ -74,7 +74,8 @@ def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
             newly_listed: set[str] = set()
             for record in records:
                 if record.kind == kind:
-                    ids = tuple(s.id for s in of_source if s.id not in listed and record.holds(s))
+                    known = listed | newly_listed if record.earlier else listed
+                    ids = tuple(s.id for s in of_source if s.id not in known and record.holds(s))
                     newly_listed.update(ids)
                     if ids:
                         found.append(Leak(source, record.how, kind != _DOUBT, ids, len(of_source)))
@@ -95,6 +96,8 @@ class _Record:
     """Clause that states how they were seen."""
     holds: Callable[[Sample], bool]
     """Returns whether a sample is among them."""
+    earlier: bool = False
+    """Whether they were seen in the training of the initial weights."""
 
 
 def _records(who: str, training: Training) -> Iterator[_Record]:
@@ -118,7 +121,7 @@ def _records(who: str, training: Training) -> Iterator[_Record]:
         kind = _IMAGE if "whole data set" in seen or "seen all of it" in seen else _DOUBT
         yield _Record(kind, f"{who} has seen: {seen}", _named_in(seen))
     if before := training.get("before"):
-        yield from _records(f"what {who} started from", before)
+        yield from (replace(record, earlier=True) for record in _records(f"what {who} started from", before))
     if teacher := training.get("teacher"):
         yield from _records("the teacher" if who == "the model" else f"{who}'s teacher", teacher.get("training") or {})
 
