@@ -123,7 +123,9 @@ class BucketFolder:
             with self._errors():
                 self._in_folder(key, lambda: self._storage.pipe_file(key, content))
                 if self._storage.cat_file(key) != content:
-                    raise UploadError(f"{self.url}: a file that was written there reads back otherwise")
+                    raise UploadError(
+                        f"{self.url}: a file that was written there has other content when read back; check the storage"
+                    )
                 self._storage.rm_file(key)
         except UploadError as error:
             raise InputError(str(error)) from error
@@ -204,7 +206,7 @@ class BucketFolder:
             return True
         with path.open("rb") as file:
             md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
-        # Of S3 and GCS. An ETag may also be anything else, so that another one proves no difference.
+        # Of S3 and GCS. An ETag is not always an MD5, so a different one does not prove that the content differs.
         if entry.get("ETag", "").strip('"') == md5.hexdigest() or entry.get("md5Hash") == _base64(md5.digest()):
             return True
         with self._errors(), self._storage.open(entry["name"], "rb") as remote:

@@ -57,13 +57,13 @@ def build(
 
     Exit codes: 0 all slides are in the data set, 2 invalid input, 3 some slides were skipped, 4 all were.
 
-    Examples: add two runs; count nuclei by class with DuckDB.
+    Examples: add two runs; count nuclei by class.
 
     hover-batch cohort out/ -o cohort/
 
     hover-batch cohort out-of-another-site/ -o cohort/
 
-    duckdb -c "SELECT type, count(*) FROM 'cohort/nuclei/*/*.parquet' GROUP BY type"
+    hover-batch query cohort/ "SELECT type, count(*) FROM nuclei GROUP BY type"
     """
     from hover_batch.dataset.update import add_run
 

@@ -28,7 +28,7 @@ def _percentage(text: str) -> float:
     except ValueError:
         value = -1.0
     if not text.strip().endswith("%") or not 0 <= value < float("inf"):
-        raise typer.BadParameter(f"{text!r} is no percentage; write it with its sign, such as 1%")
+        raise typer.BadParameter(f"{text!r} is not a percentage; write it with its sign, such as 1%")
     return value
 
 

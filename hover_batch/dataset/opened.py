@@ -169,7 +169,7 @@ class Dataset:
             self.execute("DROP VIEW temp.nuclei")
 
     def execute(self, statement: str) -> None:
-        """Run one of our own statements. InputError if it fails."""
+        """Run a statement that hover-batch generates. InputError if it fails."""
         with query_errors():
             self.connection.execute(statement).fetchall()
 

@@ -11,7 +11,7 @@ def identifier(name: str) -> str:
 
 
 def text(value: object) -> str:
-    """Return a value as text for SQL; DuckDB knows no other escape than the doubled quote."""
+    """Return a value as text for SQL; in DuckDB, a doubled quote is the only escape."""
     return "'" + str(value).replace("'", "''") + "'"
 
 
