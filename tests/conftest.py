@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,24 @@ def hovernet() -> Any:
         warnings.simplefilter("ignore")
         from tiatoolbox.models.architecture.hovernet import HoVerNet
     return HoVerNet
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """Address of an S3 server with an empty bucket named bucket, for uploads that retry at once."""
+    import bucket
+
+    import hover_batch.bucket
+
+    monkeypatch.setattr(hover_batch.bucket, "FIRST_WAIT_S", 0.001)
+    with bucket.s3_server(monkeypatch, tmp_path) as address:
+        bucket.put("bucket", {})
+        yield address
+
+
+@pytest.fixture
+def unreliable(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Storage whose calls fail as the test says (`bucket.Unreliable`)."""
+    import bucket
+
+    return bucket.unreliable(monkeypatch)

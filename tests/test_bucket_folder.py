@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import bucket
@@ -10,24 +9,10 @@ import numpy as np
 import pytest
 from bucket import Unreliable
 
-import hover_batch.bucket
 from hover_batch.bucket import ATTEMPTS, BucketFolder, upload_tree
 from hover_batch.cohort.record import Url
 from hover_batch.errors import InputError, UploadError
 from hover_batch.files import sha256_file
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    monkeypatch.setattr(hover_batch.bucket, "FIRST_WAIT_S", 0.001)
-    with bucket.s3_server(monkeypatch, tmp_path) as address:
-        bucket.put("bucket", {})
-        yield address
-
-
-@pytest.fixture
-def unreliable(monkeypatch: pytest.MonkeyPatch) -> Unreliable:
-    return bucket.unreliable(monkeypatch)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from command import ROOT
 from conftest import SETTINGS, Run, runner
 from typer.testing import CliRunner
 
-import hover_batch.bucket
 from hover_batch import load_nuclei, segment_slide
 from hover_batch.bucket import BucketFolder
 from hover_batch.cli import app
@@ -34,18 +33,7 @@ RESULTS = {"nuclei.parquet", "slide.json", "thumbnail.jpg", "overlay.jpg", "tiss
 RUN = {"run.json", "settings.toml", "versions.json", "slides.csv", "failures.csv", "summary.csv", "summary.parquet"}
 URL = "s3://bucket/run"
 
-
-@pytest.fixture(autouse=True)
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    monkeypatch.setattr(hover_batch.bucket, "FIRST_WAIT_S", 0.001)
-    with bucket.s3_server(monkeypatch, tmp_path) as address:
-        bucket.put("bucket", {})
-        yield address
-
-
-@pytest.fixture
-def unreliable(monkeypatch: pytest.MonkeyPatch) -> Unreliable:
-    return bucket.unreliable(monkeypatch)
+pytestmark = pytest.mark.usefixtures("server")
 
 
 @pytest.fixture
