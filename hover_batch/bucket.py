@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -84,6 +83,14 @@ def storage_errors(
         raise kind(f"{url}: {failed}: {reason}") from error
 
 
+def instead_of_url(url: Url) -> str:
+    """Return what to give to a command that reads the results of a run from a folder only."""
+    return (
+        f"for results in a bucket, give the folder of --work, or fetch them, from S3 with `aws s3 cp --recursive {url} "
+        "FOLDER`"
+    )
+
+
 def fetch_file(url: Url, path: Path) -> None:
     """Copy a file in cloud storage to `path`. Errors as in `storage_errors`."""
     import fsspec
@@ -125,7 +132,8 @@ class BucketFolder:
 
     def check_writable(self) -> None:
         """Write a small file, read it back and remove it. InputError if this is impossible."""
-        key, content = self._key(f".probe-{uuid.uuid4().hex}"), b"can be written\n"
+        # Always the same name, so that one that a killed check left behind is removed.
+        key, content = self._key(".probe"), b"can be written\n"
         try:
             with self._errors():
                 self._in_folder(key, lambda: self._storage.pipe_file(key, content))

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hover_batch.bucket import instead_of_url
 from hover_batch.cohort.record import Url
 from hover_batch.config import SECTION_OF, BackendChoice, Settings, nested
 from hover_batch.errors import InputError
@@ -70,8 +71,7 @@ def local_path(text: str) -> Path:
     """Return the value of an option or argument as a path on this machine. InputError for a URL."""
     if url := Url.of(text):
         raise InputError(
-            f"{url}: is a URL, which only data sets and --output of `segment` and `plan` can be; for results in a "
-            f"bucket, give the folder of --work, or fetch them, from S3 with `aws s3 cp --recursive {url} FOLDER`"
+            f"{url}: is a URL, which only data sets and --output of `segment` and `plan` can be; {instead_of_url(url)}"
         )
     return Path(text)
 

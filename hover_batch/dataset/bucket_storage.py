@@ -60,9 +60,8 @@ class BucketStorage:
         self._folder, self._layout, self._content = folder, layout, content
         self.where, self.root = folder.url, layout.root
         if content is None:  # the first file, so that the folder counts as a data set from now on
-            self.replace_table(FIXED.empty_table())
-        else:
-            self.table = parse_slides_table(content, folder.url)
+            content = self._put_table(FIXED.empty_table())
+        self.table = parse_slides_table(content, folder.url)
         self._files: set[str] = set()
         """Files of the data set that exist."""
 
@@ -100,10 +99,15 @@ class BucketStorage:
             raise InputError(
                 f"{self.where}: another command has changed this data set; wait for its end, and repeat this one"
             )
+        self._put_table(table)
+
+    def _put_table(self, table: pa.Table) -> bytes:
+        """Write slides.parquet, and return its content."""
         path = self._layout.slides_parquet
         write_slides_table(self._layout, table)
         upload_tree({SLIDES_PARQUET: path}, self._folder)
-        self._content, self.table = path.read_bytes(), table
+        self._content = path.read_bytes()
+        return self._content
 
     def remove(self, names: Collection[str]) -> None:
         """Remove files and their local copies; it is no error if one does not exist."""

@@ -22,8 +22,7 @@ def check_folder(folder: Path, flag: str) -> None:
     if layout.slides_parquet.is_file():
         read_slides_table(folder, flag)
     elif layout.root.is_dir():
-        # Hidden files do not count: our lock, leftovers of killed writes, or made by desktops.
-        refuse_other_files(folder, flag, [e.name for e in layout.root.iterdir() if not e.name.startswith(".")])
+        refuse_other_files(folder, flag, [entry.name for entry in layout.root.iterdir()])
 
 
 @contextmanager

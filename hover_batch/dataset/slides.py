@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hover_batch.bucket import BucketFolder
+from hover_batch.bucket import BucketFolder, instead_of_url
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import Url
 from hover_batch.dataset.layout import SLIDES_PARQUET, DatasetLayout
@@ -112,9 +112,10 @@ def read_slides_table(where: Path | Url, flag: str = "") -> pa.Table:
     else:
         content = read_file(where / SLIDES_PARQUET)
     if content is None:
-        raise InputError(
-            f"{flag} {where}: is not a data set; make one from a run with `hover-batch cohort OUT -o DATASET`".lstrip()
-        )
+        message = f"{flag} {where}: is not a data set; make one from a run with `hover-batch cohort OUT -o DATASET`"
+        if isinstance(where, Url):
+            message += f"; {instead_of_url(where)}"
+        raise InputError(message.lstrip())
     return parse_slides_table(content, where, flag)
 
 
@@ -146,7 +147,11 @@ def parse_slides_table(content: bytes, where: Path | Url, flag: str = "") -> pa.
 
 
 def refuse_other_files(where: Path | Url, flag: str, names: Sequence[str]) -> None:
-    """InputError if a folder or bucket without slides.parquet holds files, whose `names` are given."""
+    """InputError if a folder or bucket without slides.parquet holds files, whose `names` are given.
+
+    Hidden files do not count: our lock, what killed checks and writes left behind, or made by desktops.
+    """
+    names = [name for name in names if not name.startswith(".")]
     if RunLayout(Path()).run_json.name in names:
         raise InputError(f"{flag} {where}: is the folder of a run; name a new folder for the data set")
     if names:
