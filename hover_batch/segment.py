@@ -268,13 +268,13 @@ def _summarise(
     write_summary(rows, taxonomy, layout.summary_csv, layout.summary_parquet)
 
 
-def check_dataset(dataset: Path | Url, output: Path | Url) -> None:
+def check_dataset(dataset: Path | Url, *outputs: Path | Url) -> None:
     """Check, before the run, that its slides can be added to a data set. InputError if `dataset` holds anything else.
 
-    `output`: where the run's results go.
+    `outputs`: where the run's results and working files go.
     """
-    if _resolved(dataset) == _resolved(output):
-        raise InputError(f"--dataset {dataset}: is the folder of --output; name another folder")
+    if _resolved(dataset) in map(_resolved, outputs):
+        raise InputError(f"--dataset {dataset}: is the folder of --output or --work; name another folder")
     check_place(dataset, "--dataset")
 
 

@@ -245,7 +245,7 @@ def segment(
     from hover_batch.segment import add_to_dataset, check_dataset, run_segment
 
     if dataset is not None:
-        check_dataset(dataset, output)
+        check_dataset(dataset, output, folder)
     outcome = run_segment(
         stored_run or cohort or str(_example(folder)),
         folder,

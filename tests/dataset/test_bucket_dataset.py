@@ -101,6 +101,16 @@ def test_questions_have_the_answers_of_the_folder(run: MadeRun, tmp_path: Path) 
         serve(Url(URL), None, 0, lambda line: None)
 
 
+def test_a_lost_file_is_named(run: MadeRun) -> None:
+    add_run(run.layout.root, Url(URL), (), lambda line: None)
+    with hover_batch.open_cohort(URL) as cohort:
+        there = bucket.contents("bucket")
+        reset_to("bucket", {"dataset/slides.parquet": there["dataset/slides.parquet"]})
+        lost = f"the query failed: {URL}: nuclei/model=.* does not exist any more; repeat"
+        with pytest.raises(InputError, match=lost):
+            cohort.sql("SELECT avg(area_um2), avg(perimeter_um) FROM nuclei")
+
+
 def test_a_query_reads_the_ranges_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a file of several MB; DuckDB reads small ones at once."""
     values = np.random.default_rng(0).random((2, 300_000))
@@ -214,6 +224,7 @@ def test_places_that_are_refused(run: MadeRun, tmp_path: Path) -> None:
         (("cohort", run.layout.root, "-o", URL), "holds notes.txt but no slides.parquet"),
         (("segment", cohort, "-o", tmp_path / "out", "--dataset", URL), "--dataset s3://bucket/dataset: holds notes"),
         (("segment", cohort, "-o", URL, "--work", tmp_path, "--dataset", f"{URL}/"), "is the folder of --output"),
+        (("segment", cohort, "-o", URL, "--work", tmp_path, "--dataset", tmp_path), "or --work; name another"),
         (("cohort", run.layout.root, "-o", "s3://bucket/run"), "is the folder of a run"),
         (("cohort", run.layout.root, "-o", "s3://none/dataset"), "no such bucket"),
         (("query", f"s3://me:{bucket.SECRET}@bucket/dataset", "SELECT 1"), "give credentials in the environment"),
