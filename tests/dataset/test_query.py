@@ -186,7 +186,7 @@ def test_a_data_set_without_nuclei(nuclei: tuple[Any, Size], tmp_path: Path) -> 
 
 def test_ctrl_c_ends_a_query(asked: Asked) -> None:
     endless = "SELECT count(*) FROM range(1000000000) a, range(1000) b WHERE a.range % 7 = b.range % 5"
-    probe = "import sys; from hover_batch.cli import app; print('begins', flush=True); app(sys.argv[1:])"
+    probe = "import sys, duckdb; from hover_batch.cli import app; print('begins', flush=True); app(sys.argv[1:])"
     words = [sys.executable, "-c", probe, "query", str(asked.root), endless]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "begins\n"
@@ -223,7 +223,7 @@ def test_two_models(two_models: Path) -> None:
         words = ["cohort", question[0], two_models, *question[1:]]
         assert "give --model (in Python, the argument `model`), one of" in ask(*words, exit_code=2).stderr
         assert "several models have this name" in ask(*words, "--model", "starter", exit_code=2).stderr
-        assert "other: is not one of its models" in ask(*words, "--model", "other", exit_code=2).stderr
+        assert "model other: is not one of the data set's models" in ask(*words, "--model", "other", exit_code=2).stderr
     one = ask("cohort", "counts", two_models, "--by", "slide_id", "--model", "starter-ffffffff").stdout
     assert "33" in one and "s2" not in one
 
