@@ -210,7 +210,7 @@ def _cost_in_this_process(run: Path, dataset: Path, slide_ids: Sequence[str], sm
     added = add_run(run, dataset, slide_ids, _ignore).added
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     peak = (resident("VmHWM") - resident_before) / 1e6
-    rows = {entry.slide_id: entry.nuclei_rows for entry in read_entries(DatasetLayout(dataset))}
+    rows = {entry.slide_id: entry.nuclei_rows for entry in read_entries(dataset)}
     return Cost(len(added), sum(rows[slide_id] for slide_id in added), seconds, cpu_seconds, peak)
 
 
@@ -220,7 +220,7 @@ def _ignore(line: str) -> None:
 
 def counts_by_patient(dataset: Path) -> dict[str, float]:
     """Return the cost of counting the nuclei of each class and patient in DuckDB."""
-    files = sorted({str(dataset / name) for e in read_entries(DatasetLayout(dataset)) for name in e.nuclei_files})
+    files = sorted({str(dataset / name) for e in read_entries(dataset) for name in e.nuclei_files})
     query = (
         "SELECT patient_id, type, count(*) FROM read_parquet($files) JOIN read_parquet($slides) "
         "USING (slide_id, model) GROUP BY ALL"
@@ -231,7 +231,7 @@ def counts_by_patient(dataset: Path) -> dict[str, float]:
 
 def window_of_a_slide(dataset: Path) -> dict[str, float]:
     """Return the cost of reading all columns of a window in the middle of the largest slide in DuckDB."""
-    entry = max(read_entries(DatasetLayout(dataset)), key=lambda entry: entry.nuclei_rows)
+    entry = max(read_entries(dataset), key=lambda entry: entry.nuclei_rows)
     x, y = (side / 2 for side in (entry.level0_width, entry.level0_height))
     query = (
         "SELECT * FROM read_parquet($files) WHERE slide_id = $slide AND bbox.xmax >= $x AND bbox.xmin <= $x + $side "

@@ -114,8 +114,8 @@ def _frame(table: pa.Table, about: Mapping[str, Any]) -> pd.DataFrame:
 def open_cohort(path: str | Path, clinical: str | Path | None = None, on: str = "patient_id") -> Dataset:
     """Open a data set, which `hover-batch cohort` makes from runs, for questions in SQL.
 
-    `path`: its folder. `clinical`: CSV or Parquet file with one row per patient. `on`: column of this file and of the
-    slides by which they belong together; ids are text, so that 007 stays 007.
+    `path`: its folder, or its URL in cloud storage. `clinical`: CSV or Parquet file with one row per patient. `on`:
+    column of this file and of the slides by which they belong together; ids are text, so that 007 stays 007.
 
     The result has the DuckDB tables `nuclei`, `slides` and `clinical`: `cohort.sql("SELECT …")` returns a DataFrame,
     and `cohort.window("case-01", (x0, y0, x1, y1))` the nuclei of a field. Patients without a row in `clinical` are
@@ -123,7 +123,7 @@ def open_cohort(path: str | Path, clinical: str | Path | None = None, on: str = 
     """
     from hover_batch.dataset.opened import Dataset
 
-    cohort = Dataset(Path(path), None if clinical is None else Path(clinical), on)
+    cohort = Dataset(Url.of(str(path)) or Path(path), None if clinical is None else Path(clinical), on)
     for note in cohort.notes:
         warnings.warn(note, stacklevel=2)
     return cohort

@@ -8,25 +8,27 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from hover_batch.cohort.record import Url
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError, SlideError, UploadError
 from hover_batch.files import sha256_file
 
 ATTEMPTS = 4
-"""Maximum number of attempts of an upload."""
+"""Maximum number of attempts of an upload, or of another request."""
 FIRST_WAIT_S = 1.0
 """Seconds before the second attempt; each wait is three times the previous one. The storage's library also retries."""
 
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
 """Names of botocore's exceptions; it need not be installed."""
+
+T = TypeVar("T")
 
 
 def require_package(url: Url) -> None:
@@ -81,6 +83,14 @@ def storage_errors(
         raise kind(f"{url}: {failed}: {reason}") from error
 
 
+def instead_of_url(url: Url) -> str:
+    """Return what to give to a command that reads the results of a run from a folder only."""
+    return (
+        f"for results in a bucket, give the folder of --work, or fetch them, from S3 with `aws s3 cp --recursive {url} "
+        "FOLDER`"
+    )
+
+
 def fetch_file(url: Url, path: Path) -> None:
     """Copy a file in cloud storage to `path`. Errors as in `storage_errors`."""
     import fsspec
@@ -109,16 +119,21 @@ class BucketFolder:
         if not self._root:
             raise InputError(f"{url}: names no bucket; write {url.protocol}://BUCKET/FOLDER")
 
-    def _errors(self) -> Any:
+    def _errors(self, failed: str = "cannot be written") -> Any:
         missing = "no such bucket or folder; create it, or correct the URL"
-        return storage_errors(self.url, missing=missing, failed="cannot be written", kind=UploadError)
+        return storage_errors(self.url, missing=missing, failed=failed, kind=UploadError)
+
+    def _reading(self, name: str) -> Any:
+        missing = f"{name} does not exist any more; repeat the command"
+        return storage_errors(self.url, missing=missing, failed=f"{name} cannot be read", kind=UploadError)
 
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}"
 
     def check_writable(self) -> None:
         """Write a small file, read it back and remove it. InputError if this is impossible."""
-        key, content = self._key(f".probe-{uuid.uuid4().hex}"), b"can be written\n"
+        # Always the same name, so that one that a killed check left behind is removed.
+        key, content = self._key(".probe"), b"can be written\n"
         try:
             with self._errors():
                 self._in_folder(key, lambda: self._storage.pipe_file(key, content))
@@ -140,6 +155,27 @@ class BucketFolder:
                 if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
                     raise content
         return {keys[key]: content for key, content in found.items() if isinstance(content, bytes)}
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a file to `path`."""
+        with self._reading(name):
+            self._storage.get_file(self._key(name), str(path))
+
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
+        with self._reading(name):
+            return int(self._storage.info(self._key(name))["size"])
+
+    def read_range(self, name: str, start: int | None, end: int | None) -> bytes:
+        """Return the bytes of a file from `start` to `end`, without the last; None for the first or last byte."""
+        with self._reading(name):
+            return bytes(self._storage.cat_file(self._key(name), start=start, end=end))
+
+    def modified(self, name: str) -> datetime:
+        """Return when a file was uploaded, with its time zone."""
+        with self._reading(name):
+            found: datetime = self._storage.modified(self._key(name))
+            return found if found.tzinfo else found.replace(tzinfo=UTC)
 
     def names(self) -> list[str]:
         """Return the names of all files in the folder, those in folders inside included, sorted."""
@@ -229,18 +265,24 @@ def upload_tree(
     are there. It is uploaded after the others, and an old one with other content is removed before them. If it is
     there, the others are compared only by size. `sha256`: hex SHA-256 that local files must have, by name.
 
-    Up to ATTEMPTS attempts are made; UploadError if the last one fails. InputError if access is denied, the bucket does
-    not exist, or a local file has another hash.
+    UploadError as in `retried`. InputError if access is denied, the bucket does not exist, or a local file has another
+    hash.
     """
+    retried(lambda: _upload(files, folder, last, sha256))
+
+
+def retried(work: Callable[[], T]) -> T:
+    """Return the result of `work`, which is called up to ATTEMPTS times; UploadError if it fails with one each time."""
     wait = FIRST_WAIT_S
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return _upload(files, folder, last, sha256)
-        except UploadError as error:
-            if attempt == ATTEMPTS:
-                raise UploadError(f"{error} ({ATTEMPTS} attempts)") from error
+    for _ in range(ATTEMPTS - 1):
+        with suppress(UploadError):
+            return work()
         time.sleep(wait)
         wait *= 3
+    try:
+        return work()
+    except UploadError as error:
+        raise UploadError(f"{error} ({ATTEMPTS} attempts)") from error
 
 
 def _upload(files: Mapping[str, Path], folder: BucketFolder, last: str | None, sha256: Mapping[str, str]) -> None:
@@ -253,7 +295,10 @@ def _upload(files: Mapping[str, Path], folder: BucketFolder, last: str | None, s
     }
     for name in missing.keys() & sha256.keys():
         if sha256_file(files[name]) != sha256[name]:
-            raise InputError(f"{files[name]}: checksum mismatch; it was changed or corrupted, and is not uploaded")
+            raise InputError(
+                f"{files[name]}: checksum mismatch; it was changed or corrupted, and is not uploaded: "
+                "remove slide.json beside it, and repeat the segment command, which makes it again"
+            )
     if last is not None and last in there and not complete:
         folder.remove([last])
     folder.put(missing)

@@ -109,9 +109,10 @@ class Plan:
                 continue
             assert slide.grid is not None
             size, grid = slide.info.level0, slide.grid
+            scaled = "" if grid.size == size else f" → {grid.size.width} × {grid.size.height} at {grid.mpp} µm"
             lines.append(
-                f"  {slide.record.slide_id}: {size.width} × {size.height} px at {slide.info.mpp} µm "
-                f"→ {grid.size.width} × {grid.size.height} at {grid.mpp} µm, ≤ {slide.tiles:,} tiles"
+                f"  {slide.record.slide_id}: {size.width} × {size.height} px at {slide.info.mpp} µm{scaled}, "
+                f"≤ {slide.tiles:,} tiles"
             )
             lines += [f"    warning: {w}" for w in slide.info.warnings]
         lines += [f"  {record.slide_id}: will fail: {reason}" for record, reason in self.unreadable]
@@ -122,7 +123,7 @@ class Plan:
         store = 0.0 if settings.output.discard_predictions else pixels * STORE_BYTES_PER_PIXEL
         lines.append(
             f"at most: {sum(slide.tiles for slide in self.slides):,} tiles, {pixels / 1e6:,.0f} Mpx, "
-            f"{store / 1e9:.1f} GB of prediction stores, about {duration(seconds)} on {cores} idle cores"
+            f"{store / 1e9:.1f} GB of stored predictions, about {duration(seconds)} on {cores} idle cores"
         )
         return lines
 

@@ -19,9 +19,8 @@ from hover_batch.cohort.record import SlideRecord, Stage, Url
 from hover_batch.cohort.run_folder import read_run, slide_if_done
 from hover_batch.cohort.run_key import ModelId
 from hover_batch.config import AUTO_BATCH, Settings
-from hover_batch.dataset.layout import DatasetLayout
 from hover_batch.dataset.update import add_run
-from hover_batch.dataset.writer import check_folder
+from hover_batch.dataset.writer import check_place
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError, SlideError, exit_code
 from hover_batch.executor.backend import OpenBackend, open_backend, resolve_here
 from hover_batch.executor.progress import CohortProgress
@@ -269,17 +268,21 @@ def _summarise(
     write_summary(rows, taxonomy, layout.summary_csv, layout.summary_parquet)
 
 
-def check_dataset(dataset: Path, output: Path) -> None:
+def check_dataset(dataset: Path | Url, *outputs: Path | Url) -> None:
     """Check, before the run, that its slides can be added to a data set. InputError if `dataset` holds anything else.
 
-    `output`: folder of the run.
+    `outputs`: where the run's results and working files go.
     """
-    if dataset.resolve() == output.resolve():
-        raise InputError(f"--dataset {dataset}: is the folder of --output; name another folder")
-    check_folder(DatasetLayout(dataset), "--dataset")
+    if _resolved(dataset) in map(_resolved, outputs):
+        raise InputError(f"--dataset {dataset}: is the folder of --output or --work; name another folder")
+    check_place(dataset, "--dataset")
 
 
-def add_to_dataset(outcome: Outcome, dataset: Path, log_format: LogFormat) -> int:
+def _resolved(where: Path | Url) -> Path | str:
+    return where.text.rstrip("/") if isinstance(where, Url) else where.resolve()
+
+
+def add_to_dataset(outcome: Outcome, dataset: Path | Url, log_format: LogFormat) -> int:
     """Add the finished slides of a run to a data set, and return the exit code of the command.
 
     Messages go to stderr in `log_format`. If the data set cannot be written, the message says how to add the slides

@@ -92,6 +92,13 @@ def contents(bucket: str) -> dict[str, bytes]:
     return {name: fsspec.filesystem("s3").cat_file(f"{bucket}/{name}") for name in names(bucket)}
 
 
+def reset_to(bucket: str, files: dict[str, bytes]) -> None:
+    """These objects in the bucket, and no others."""
+    if others := [f"{bucket}/{name}" for name in names(bucket) if name not in files]:
+        fsspec.filesystem("s3").rm(others)
+    put(bucket, files)
+
+
 class Unreliable:
     """An fsspec file system of which some calls fail: those whose number, from 1 on, is in `failing`."""
 

@@ -380,9 +380,9 @@ def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(tile: Path,
 
 def test_plan_takes_the_settings_of_segment_from_the_environment(tile: Path, tmp_path: Path) -> None:
     csv = cohort(tmp_path, "path,mpp\ntile.png,20\n")
-    assert " 0.0 GB of prediction stores" not in run("plan", csv).stdout
+    assert " 0.0 GB of stored predictions" not in run("plan", csv).stdout
     discarded = run("plan", csv, env={"HOVER_BATCH_DISCARD_PREDICTIONS": "1"})
-    assert " 0.0 GB of prediction stores" in discarded.stdout
+    assert " 0.0 GB of stored predictions" in discarded.stdout
     classes = tmp_path / "map.toml"
     classes.write_text('other = ["nobody"]\n')
     for name, value in {"UNIT": "1000", "BATCH": "many", "CLASS_MAP": str(classes)}.items():

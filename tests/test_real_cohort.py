@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from hover_batch.cli import app
 from hover_batch.config import PostSettings
-from hover_batch.dataset.layout import DatasetLayout
 from hover_batch.dataset.slides import read_entries
 from hover_batch.geometry import cell_box
 from hover_batch.metrics import match_centroids
@@ -144,7 +143,7 @@ def rings(nuclei: Nuclei) -> set[bytes]:
 def test_a_data_set_has_all_nuclei_of_the_run(out: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["cohort", str(out), "-o", str(tmp_path / "dataset")])
     assert result.exit_code == 3 and "broken: skipped: is not done" in result.stderr
-    entries = read_entries(DatasetLayout(tmp_path / "dataset"))
+    entries = read_entries(tmp_path / "dataset")
     assert sorted(entry.slide_id for entry in entries) == sorted(COMPLETE)
     [file] = {name for entry in entries for name in entry.nuclei_files}
     with pq.ParquetFile(tmp_path / "dataset" / file) as shared:

@@ -10,7 +10,6 @@ import contextlib
 import csv
 import hashlib
 import io
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.cohort.run_folder import RUN_FORMAT, nuclei_if_done, read_run, slide_if_done
 from hover_batch.cohort.run_key import ModelId, refuse_changes, refuse_other_slides, run_identity
-from hover_batch.cohort.run_lock import lock
+from hover_batch.cohort.run_lock import locked
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.files import read_json, remove_leftovers, to_json, write_atomically, write_first
@@ -60,7 +59,7 @@ class Ledger:
 
     def __init__(self, layout: RunLayout) -> None:
         self.layout = layout
-        self._lock: int | None = None
+        self._lock = contextlib.ExitStack()
         self._events: EventLog | None = None
         self._failures: list[SlideFailure] = []
         self._done: set[str] = set()
@@ -76,7 +75,7 @@ class Ledger:
             if root.is_dir():
                 self._read_run()
             root.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(self.layout.lock)
+            self._lock.enter_context(locked(self.layout.lock))
             probe = root / f".probe-{uuid.uuid4().hex}"
             write_first(probe, b"can be written and linked\n")
             probe.unlink()
@@ -99,9 +98,7 @@ class Ledger:
         if self._events is not None:
             self._events.close()
             self._events = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
 
     @property
     def events(self) -> EventLog:

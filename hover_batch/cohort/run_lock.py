@@ -7,6 +7,8 @@ import fcntl
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hover_batch.errors import InputError
@@ -16,35 +18,41 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _log = logging.getLogger(__name__)
 
 
-def lock(path: Path, flag: str = "--output") -> int:
-    """Lock a file, which is created if necessary, and return the open file descriptor that holds the lock.
+@contextmanager
+def locked(path: Path, flag: str = "--output") -> Iterator[None]:
+    """Lock a file, which is created if necessary, for the block.
 
-    Close the descriptor to release the lock. The system releases it, too, once the process has ended, even if it was
-    killed, and all its forked children have, since they may still write. On a file system without locks, a warning is
-    logged, and nothing is locked. The process id and the host are written to the file. `flag`: option that named the
-    folder, for the message.
+    If the process ends earlier, even by a kill, the system releases the lock, once all its forked children have ended,
+    too, since they may still write. On a file system without locks, a warning is logged, and nothing is locked. The
+    process id and the host are written to the file. `flag`: option that named the folder, for the message.
 
     InputError if another process holds the lock, OSError if the file cannot be opened.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
+        _lock(descriptor, path.parent, flag)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path, flag: str) -> None:
+    """Lock an open file. Errors as in `locked`."""
+    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(descriptor, 200).decode(errors="replace").strip()
-        os.close(descriptor)
         raise InputError(
-            f"{flag} {path.parent}: another run ({holder or 'unknown'}) is writing to it; wait for that run, or name "
+            f"{flag} {folder}: another run ({holder or 'unknown'}) is writing to it; wait for that run, or name "
             "another folder"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            os.close(descriptor)
             raise
         # Some cluster file systems are mounted without locks; runs must work there, too.
-        _log.warning("%s: this file system has no locks; make sure that no second run writes there", path.parent)
+        _log.warning("%s: this file system has no locks; make sure that no second run writes there", folder)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return descriptor
 
 
 def is_locked(path: Path) -> bool | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from hover_batch.commands.options import RunArgument
+from hover_batch.commands.options import RunArgument, place
+from hover_batch.errors import UploadError
 
 BUILD = "build"
 """Name of the command that adds a run, which need not be given."""
@@ -40,8 +40,15 @@ cohort_app = typer.Typer(
 def build(
     run: RunArgument,
     dataset: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DATASET", help="Folder of the data set; created if it does not exist."),
+        Any,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DATASET",
+            parser=place,
+            help="Folder of the data set, or its URL in cloud storage, such as s3://bucket/dataset; created if it does "
+            "not exist.",
+        ),
     ],
     slide: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="Add only this slide; repeat the option for several.")
@@ -53,9 +60,12 @@ def build(
     were run again are read. The same data set may hold slides of several runs and models. The run's folder is not
     changed, and not needed any more afterwards.
 
-    A command that was interrupted leaves a valid data set; repeat it to add the rest.
+    A command that was interrupted leaves a valid data set; repeat it to add the rest. Files for a bucket are first
+    written to a temporary folder, for which TMPDIR names another place. Let only one command at a time write to a
+    bucket.
 
-    Exit codes: 0 all slides are in the data set, 2 invalid input, 3 some slides were skipped, 4 all were.
+    Exit codes: 0 all slides are in the data set, 2 invalid input, 3 some slides were skipped or a bucket could not be
+    reached, 4 all were skipped.
 
     Examples: add two runs; count nuclei by class.
 
@@ -67,6 +77,9 @@ def build(
     """
     from hover_batch.dataset.update import add_run
 
-    added = add_run(run, dataset, slide or (), lambda line: typer.echo(line, err=True))
+    try:
+        added = add_run(run, dataset, slide or (), lambda line: typer.echo(line, err=True))
+    except UploadError as error:
+        raise UploadError(f"{error}; repeat the command: what was added stays, and the rest is added then") from error
     typer.echo(dataset)
     raise typer.Exit(added.exit_code)

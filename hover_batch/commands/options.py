@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hover_batch.bucket import instead_of_url
 from hover_batch.cohort.record import Url
 from hover_batch.config import SECTION_OF, BackendChoice, Settings, nested
 from hover_batch.errors import InputError
@@ -70,8 +71,7 @@ def local_path(text: str) -> Path:
     """Return the value of an option or argument as a path on this machine. InputError for a URL."""
     if url := Url.of(text):
         raise InputError(
-            f"{url}: is a URL, which only --output of `segment` and `plan` can be; for results in a bucket, give the "
-            f"folder of --work, or fetch them, from S3 with `aws s3 cp --recursive {url} FOLDER`"
+            f"{url}: is a URL, which only data sets and --output of `segment` and `plan` can be; {instead_of_url(url)}"
         )
     return Path(text)
 
@@ -145,15 +145,18 @@ def _further_variables(ctx: typer.Context) -> dict[str, Any]:
     return {name: options[name].type_cast_value(ctx, text) for name, text in texts.items() if text is not None}
 
 
-def bucket_of(output: str) -> Url | None:
-    """Return the URL of --output; None if it is a folder. InputError if the URL has a user, query or fragment."""
-    url = Url.of(output)
+def place(text: str) -> Path | Url:
+    """Return the value of an option or argument as a path or, if it is one, a URL.
+
+    InputError if the URL has a user, query or fragment.
+    """
+    url = Url.of(text)
     if url is not None and str(url) != url.text:
         raise InputError(
-            f"--output {url}: the URL that you gave has a user, a password, a query or a fragment; leave this out, and "
+            f"{url}: the URL that you gave has a user, a password, a query or a fragment; leave this out, and "
             "give credentials in the environment"
         )
-    return url
+    return url or Path(text)
 
 
 def warn_of_unknown_variables(ctx: typer.Context) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +17,7 @@ from hover_batch.commands.options import (
     GpusOption,
     ModelOption,
     SkipInvalidOption,
-    bucket_of,
+    place,
     settings_of,
 )
 from hover_batch.errors import HoverBatchError, InputError
@@ -34,11 +35,12 @@ def plan(
     config: ConfigOption = None,
     skip_invalid: SkipInvalidOption = False,
     output: Annotated[
-        str | None,
+        Any,
         typer.Option(
             "--output",
             "-o",
             metavar="URL",
+            parser=place,
             help="URL for the results, as for `segment`: check that they can be written there, with a small file that "
             "is removed again.",
             show_default="not checked",
@@ -72,8 +74,7 @@ def plan(
     """
     if cohort is None:
         raise InputError("COHORT is missing: give a CSV, a folder of slides or a glob pattern")
-    bucket = bucket_of(output) if output is not None else None
-    if output is not None and bucket is None:
+    if isinstance(output, Path):
         raise InputError(f"--output {output}: is not a URL; only URLs are checked, so leave it out")
     settings = settings_of(ctx)
     from hover_batch.bucket import BucketFolder
@@ -82,9 +83,9 @@ def plan(
     from hover_batch.model.package import find_package
     from hover_batch.plan import check_settings, plan_cohort
 
-    if bucket is not None:
-        BucketFolder(bucket).check_writable()
-        typer.echo(f"output: {bucket} can be written")
+    if output is not None:
+        BucketFolder(output).check_writable()
+        typer.echo(f"output: {output} can be written")
     package = find_package(settings.model)
     check_settings(settings, package.card)
     planned = plan_cohort(read_cohort(cohort), package.card)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from hover_batch.commands.options import place
 from hover_batch.commands.results import check_output, deliver, print_notes
 
 DatasetArgument = Annotated[
-    Path, typer.Argument(metavar="DATASET", help="Folder of a data set, as given to `cohort --output`.")
+    Any,
+    typer.Argument(metavar="DATASET", help="Folder or URL of a data set, as given to `cohort --output`.", parser=place),
 ]
 JoinOption = Annotated[
     Path | None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hover_batch.cohort.record import Url
 from hover_batch.commands.query import DatasetArgument, JoinOption, OnOption, OutputOption
 from hover_batch.commands.results import check_output, deliver, print_notes
 
@@ -36,7 +37,7 @@ ShowSqlOption = Annotated[
 
 @contextmanager
 def _subject(
-    dataset: Path, join: Path | None, on: str, model: str | None, without_flagged: bool, output: Path | None
+    dataset: Path | Url, join: Path | None, on: str, model: str | None, without_flagged: bool, output: Path | None
 ) -> Iterator[Subject]:
     """Open the data set and yield the slides that a question is about."""
     from hover_batch.dataset.opened import Dataset

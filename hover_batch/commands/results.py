@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from hover_batch.cohort.record import Url
 from hover_batch.errors import InputError
 from hover_batch.files import replacing
 from hover_batch.formatting import counted
@@ -27,13 +28,13 @@ _IN_CSV = ("BOOLEAN", "INT", "INTEGER", "FLOAT", "DOUBLE", "VARCHAR", "DATE", "T
 """Ends of the types that are written to a CSV by their values; all others, such as lists, become text."""
 
 
-def check_output(path: Path | None, dataset: Path) -> None:
+def check_output(path: Path | None, dataset: Path | Url) -> None:
     """Raise InputError if `path`, given with --output, cannot be written, so that this is found before the query."""
     if path is None:
         return
     if path.suffix.lower() not in (".csv", ".parquet"):
         raise InputError(f"-o {path}: must end in .csv or .parquet")
-    if dataset.resolve() in path.resolve().parents:
+    if isinstance(dataset, Path) and dataset.resolve() in path.resolve().parents:
         raise InputError(f"-o {path}: is in the data set, which must not change; name a file elsewhere")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InputError(f"-o {path}: is a folder, or in one that does not exist; name a file in a folder that exists")

@@ -22,8 +22,8 @@ from hover_batch.commands.options import (
     ModelOption,
     SkipInvalidOption,
     batch_size,
-    bucket_of,
     local_path,
+    place,
     setting,
     settings_of,
     warn_of_unknown_variables,
@@ -50,21 +50,24 @@ def segment(
         ),
     ] = None,
     output: Annotated[
-        str,
+        Any,
         typer.Option(
             "--output",
             "-o",
+            metavar="OUTPUT",
+            parser=place,
             help="Folder for the results, or a URL in cloud storage, such as s3://bucket/run, together with --work; to "
             "resume a run that stopped, repeat the command.",
         ),
     ] = "hover-batch-out",
     dataset: Annotated[
-        Path | None,
+        Any,
         typer.Option(
             "--dataset",
-            metavar="FOLDER",
-            help="Data set to which the finished slides are added at the end of the run, as by `hover-batch cohort`; "
-            "created if it does not exist.",
+            metavar="DATASET",
+            parser=place,
+            help="Data set to which the finished slides are added at the end of the run, as by `hover-batch cohort`: a "
+            "folder, or a URL in cloud storage; created if it does not exist.",
         ),
     ] = None,
     work: Annotated[
@@ -231,8 +234,8 @@ def segment(
     warn_of_unknown_variables(ctx)
     if sum((cohort is not None, example, from_run is not None)) != 1:
         raise InputError("give exactly one of COHORT, --example and --from RUN")
-    bucket = bucket_of(output)
-    folder = _folder(output, bucket, work)
+    bucket = output if isinstance(output, Url) else None
+    folder = _folder(output, work)
     stored_run = None
     if from_run is not None:
         from hover_batch.stored_run import StoredRun
@@ -242,7 +245,7 @@ def segment(
     from hover_batch.segment import add_to_dataset, check_dataset, run_segment
 
     if dataset is not None:
-        check_dataset(dataset, folder)
+        check_dataset(dataset, output, folder)
     outcome = run_segment(
         stored_run or cohort or str(_example(folder)),
         folder,
@@ -263,16 +266,16 @@ def segment(
     raise typer.Exit(code)
 
 
-def _folder(output: str, bucket: Url | None, work: Path | None) -> Path:
+def _folder(output: Path | Url, work: Path | None) -> Path:
     """Return the folder of the run on disk. InputError if --work is missing, or has no use."""
-    if bucket is None:
+    if isinstance(output, Path):
         if work is not None:
             raise InputError(f"--work {work}: is only for a URL in --output, and --output {output} is a folder")
-        return Path(output)
+        return output
     if work is None:
         raise InputError(
-            f"--output {bucket}: is a URL, and a run needs a folder on disk, too, for its working files; add for "
-            f"example --work {bucket.name or 'run'}-work"
+            f"--output {output}: is a URL, and a run needs a folder on disk, too, for its working files; add for "
+            f"example --work {output.name or 'run'}-work"
         )
     return work
 

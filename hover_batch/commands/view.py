@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import threading
 import webbrowser
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from hover_batch.commands.options import local_path
+from hover_batch.commands.options import place
 
 
 def view(
     run: Annotated[
-        Path,
+        Any,
         typer.Argument(
             metavar="OUT",
-            help="Folder of a run, as given to `segment --output` or --work, or of a data set.",
-            parser=local_path,
+            help="Folder of a run, as given to `segment --output` or --work, or folder or URL of a data set.",
+            parser=place,
         ),
     ],
     slide: Annotated[

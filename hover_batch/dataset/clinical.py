@@ -13,6 +13,8 @@ from hover_batch.dataset.quoting import identifier, text, text_list
 from hover_batch.errors import InputError
 from hover_batch.formatting import counted, listed
 
+_ON = "name another column with --on (in Python, the argument `on`)"
+
 _MISSING = ("", "NA")
 """Cells of a CSV that are missing values."""
 
@@ -28,11 +30,13 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
 
     InputError if the file cannot be read, a column `on` is missing, an id is in two rows, or no id is in `slides`.
     """
-    flag = f"--join {path}"
     if on not in slides.column_names:
-        raise InputError(f"--on {on}: is not a column of the slides; they have {', '.join(slides.column_names)}")
+        raise InputError(
+            f"{on}: is not a column of the slides, so a table cannot be joined by it; {_ON}, one of "
+            f"{', '.join(slides.column_names)}"
+        )
     if not path.is_file():
-        raise InputError(f"{flag}: no such file")
+        raise InputError(f"{path}: no such file; give another one with --join (in Python, the argument `clinical`)")
     try:
         source, column = _source(connection, path, on)
         values = f"trim(CAST({identifier(column)} AS VARCHAR))"
@@ -42,7 +46,7 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
     except duckdb.Error as error:
         reason = " ".join(str(error).split("\n\n")[0].splitlines()[:2])
         raise InputError(
-            f"{flag}: cannot be read as CSV (UTF-8, a header, equally many cells in all rows) or Parquet ({reason})"
+            f"{path}: cannot be read as CSV (UTF-8, a header, equally many cells in all rows) or Parquet ({reason})"
         ) from error
     known = dict.fromkeys(value for value in slides[on].to_pylist() if value is not None)
     return _notes(path, on, ids, [str(value) for value in known])
@@ -58,7 +62,7 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
         for name in columns:
             if name.casefold() == on.casefold():
                 return name
-        raise InputError(f"--join {path}: has no column {on}, but {', '.join(columns)}; rename a column, or give --on")
+        raise InputError(f"{path}: has no column {on}, but {', '.join(columns)}; rename a column, or {_ON}")
 
     if path.suffix.lower() in (".parquet", ".pq"):
         source = f"read_parquet({text_list([path])})"
@@ -96,14 +100,14 @@ def _notes(path: Path, on: str, ids: Sequence[str], known: Sequence[str]) -> lis
     """Compare the ids in the table with those of the slides. InputError as in `load_clinical`."""
     if twice := [value for value, number in Counter(ids).items() if number > 1]:
         raise InputError(
-            f"--join {path}: several rows have the same {on}: {listed(twice)}; keep one row of each, since the join "
+            f"{path}: several rows have the same {on}: {listed(twice)}; keep one row of each, since the join "
             "would count nuclei more than once"
         )
     joined = set(ids) & set(known)
     if not joined:
         raise InputError(
-            f"--join {path}: no {on} in it is in the data set; it has {listed(ids[:3]) or 'none'}, and the data set "
-            f"{listed(known[:3]) or 'none'}: write them in the same way, or name another column with --on"
+            f"{path}: no {on} in it is in the data set; it has {listed(ids[:3]) or 'none'}, and the data set "
+            f"{listed(known[:3]) or 'none'}: write them in the same way, or {_ON}"
         )
     notes = []
     if missing := [value for value in known if value not in joined]:

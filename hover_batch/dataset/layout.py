@@ -19,6 +19,9 @@ from pathlib import Path
 
 from hover_batch.cohort.slide_id import suggest
 
+SLIDES_PARQUET = "slides.parquet"
+"""Name of the file with one row per slide and model; a folder without it is not a data set."""
+
 
 @dataclass(frozen=True)
 class DatasetLayout:
@@ -32,8 +35,8 @@ class DatasetLayout:
 
     @property
     def slides_parquet(self) -> Path:
-        """File with one row per slide and model; a folder without it is not a data set."""
-        return self.root / "slides.parquet"
+        """File with one row per slide and model."""
+        return self.root / SLIDES_PARQUET
 
     @property
     def lock(self) -> Path:

@@ -1,5 +1,7 @@
 """Open a data set for questions in SQL, with a DuckDB connection that reads its files and no others.
 
+Of a data set in a bucket, only the ranges of bytes that a query needs are read.
+
 A query can neither write a file, load an extension nor change a setting.
 """
 
@@ -17,11 +19,13 @@ import duckdb
 import pyarrow as pa
 import shapely
 
+from hover_batch.bucket import BucketFolder
+from hover_batch.cohort.record import Url
+from hover_batch.dataset.bucket_files import BucketFiles
 from hover_batch.dataset.clinical import load_clinical
-from hover_batch.dataset.layout import DatasetLayout
 from hover_batch.dataset.quoting import identifier, text, text_list
 from hover_batch.dataset.slides import SlideEntry, entries_of, read_slides_table
-from hover_batch.errors import InputError
+from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.formatting import listed
 from hover_batch.geometry import Box
 from hover_batch.nuclei.table import table_schema
@@ -47,11 +51,17 @@ def query_errors() -> Iterator[None]:
             "otherwise make the data set again with `hover-batch cohort OUT -o DATASET`"
         ) from error
     except (duckdb.Error, pa.ArrowException) as error:
-        raise InputError(f"the query failed: {error}") from error
+        raise InputError(f"the query failed: {_reason(error)}") from error
     except RuntimeError as error:
         if "interrupted" not in str(error):
             raise
         raise KeyboardInterrupt from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error; without the traceback that DuckDB adds to errors of `BucketFiles`."""
+    raised = str(error).rpartition(f"\n{HoverBatchError.__module__}.")[2]
+    return raised.partition(": ")[2] if str(error).startswith("Traceback") else str(error)
 
 
 class Dataset:
@@ -66,13 +76,14 @@ class Dataset:
     `entries`: slides, one entry per slide and model. `on`: column by which `clinical` is joined; None without it.
     `notes`: what to know about the answers, such as patients without a row in `clinical`.
 
-    `root`: folder of the data set. `clinical`: CSV or Parquet file with one row per value of its column `on`, a column
-    of `slides`. InputError if the folder is not a data set or holds no slides, or `clinical` cannot be joined.
+    `root`: folder of the data set, or its URL in cloud storage. `clinical`: CSV or Parquet file with one row per value
+    of its column `on`, a column of `slides`. InputError if `root` is not a data set or holds no slides, or `clinical`
+    cannot be joined; UploadError if a bucket cannot be reached.
     """
 
-    def __init__(self, root: Path, clinical: Path | None = None, on: str = "patient_id") -> None:
-        self.layout = DatasetLayout(root)
-        slides = read_slides_table(self.layout)
+    def __init__(self, root: Path | Url, clinical: Path | None = None, on: str = "patient_id") -> None:
+        self.root = root if isinstance(root, Url) else root.absolute()
+        slides = read_slides_table(self.root)
         self.entries: list[SlideEntry] = entries_of(slides)
         if not self.entries:
             raise InputError(f"{root}: holds no slides yet; add a run with `hover-batch cohort OUT -o DATASET`")
@@ -87,7 +98,10 @@ class Dataset:
                 "temp_directory": self._scratch.name,
             }
         )
+        self._files = BucketFiles(BucketFolder(root)) if isinstance(root, Url) else None
         try:
+            if self._files:
+                self.connection.register_filesystem(self._files)
             self.create_table("slides", slides)
             self.execute(f"CREATE VIEW nuclei AS {self._nuclei(self.entries)}")
             if clinical is not None:
@@ -137,16 +151,17 @@ class Dataset:
         return cast(relation, {"HUGEINT": "BIGINT"}.get)
 
     def window(self, slide_id: str, box: Box | Sequence[float], model: str | None = None) -> pd.DataFrame:
-        """Return the nuclei of a slide whose bounding boxes overlap `box`, with the columns of `load_nuclei`.
+        """Return the nuclei of a slide whose bounding boxes overlap `box`, ordered by nucleus_id.
 
-        `box`: (x0, y0, x1, y1) in level-0 pixels. `model`: which one, if the data set holds several (see
-        `chosen_model`). InputError if the slide is not in the data set.
+        The columns are those of `load_nuclei`, `slide_id` and `type` as categories. Nuclei whose bounding boxes only
+        touch the box are left out. `box`: (x0, y0, x1, y1) in level-0 pixels. `model`: which one, if the data set holds
+        several (see `chosen_model`). InputError if the slide is not in the data set.
         """
         model = chosen_model(self.entries, model)
         entries = [entry for entry in self.entries if (entry.slide_id, entry.model) == (slide_id, model)]
         if not entries:
             known = [entry.slide_id for entry in self.entries if entry.model == model]
-            raise InputError(f"{slide_id}: is not a slide of {self.layout.root}; its slides: {listed(known)}")
+            raise InputError(f"{slide_id}: is not a slide of {self.root}; its slides: {listed(known)}")
         corners = (box.x0, box.y0, box.x1, box.y1) if isinstance(box, Box) else box
         x0, y0, x1, y1 = (f"{text(float(value))}::DOUBLE" for value in corners)
         with query_errors():
@@ -186,7 +201,7 @@ class Dataset:
             files.setdefault(entry.model, {}).update(dict.fromkeys(entry.nuclei_files))
         # All files of a model have the same columns, so DuckDB needs to read the schema of one only.
         parts = [
-            f"SELECT {text(model)} AS model, * FROM read_parquet({text_list(self.layout.root / n for n in names)}, "
+            f"SELECT {text(model)} AS model, * FROM read_parquet({text_list(map(self._path, names))}, "
             "hive_partitioning = false)"
             for model, names in files.items()
             if names
@@ -197,10 +212,14 @@ class Dataset:
             parts = [f"SELECT {text(entries[0].model)} AS model, * FROM no_nuclei"]
         return " UNION ALL BY NAME ".join(parts)
 
+    def _path(self, name: str) -> str:
+        """Return the path of a file of the data set for DuckDB."""
+        return self._files.path(name) if self._files else f"{self.root}/{name}"
+
     def _lock(self) -> None:
         """Deny access to all files but those of the data set, and changes of settings."""
         files = dict.fromkeys(name for entry in self.entries for name in entry.nuclei_files)
-        self.execute(f"SET allowed_paths = {text_list(self.layout.root / name for name in files)}")
+        self.execute(f"SET allowed_paths = {text_list(map(self._path, files))}")
         self.execute("SET enable_external_access = false")
         self.execute("SET lock_configuration = true")
 
@@ -214,10 +233,11 @@ def chosen_model(entries: Sequence[SlideEntry], model: str | None) -> str:
     fits = [name for name in known if model in (None, name, name.rpartition("-")[0])]
     if len(fits) == 1:
         return fits[0]
-    what = "holds nuclei of several models" if model is None else f"--model {model}: is not one of its models"
-    if model is not None and fits:
-        what = f"--model {model}: several models have this name"
-    raise InputError(f"the data set {what}; give --model, one of {listed(fits or known)}")
+    if model is None:
+        what = "the data set holds nuclei of several models"
+    else:
+        what = f"model {model}: " + ("several models have this name" if fits else "is not one of the data set's models")
+    raise InputError(f"{what}; give --model (in Python, the argument `model`), one of {listed(fits or known)}")
 
 
 def cast(relation: duckdb.DuckDBPyRelation, new_type: Callable[[str], str | None]) -> duckdb.DuckDBPyRelation:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hover_batch.dataset.layout import DatasetLayout
+from hover_batch.bucket import BucketFolder, instead_of_url
+from hover_batch.cohort.layout import RunLayout
+from hover_batch.cohort.record import Url
+from hover_batch.dataset.layout import SLIDES_PARQUET, DatasetLayout
 from hover_batch.errors import InputError
-from hover_batch.files import replacing
+from hover_batch.files import read_file, replacing
 from hover_batch.version import __version__
 
 VERSION = 1
@@ -97,15 +101,29 @@ class SlideEntry:
 _ENTRY = list(SlideEntry.__dataclass_fields__)
 
 
-def read_slides_table(layout: DatasetLayout, flag: str = "") -> pa.Table:
-    """Return slides.parquet, with all its columns.
+def read_slides_table(where: Path | Url, flag: str = "") -> pa.Table:
+    """Return slides.parquet of the data set in a folder or a bucket, with all its columns.
 
-    `flag`: option that named the folder, for the message. InputError if the folder is not a data set, the file is
-    corrupted, or a newer version of hover-batch wrote it; OSError if it cannot be read.
+    `flag`: option that named it, for the message. InputError if `where` is not a data set, the file is corrupted, or a
+    newer version of hover-batch wrote it; OSError or, for a bucket, UploadError if it cannot be read.
     """
-    named = f"{flag} {layout.root}".lstrip()
+    if isinstance(where, Url):
+        content = BucketFolder(where).read([SLIDES_PARQUET]).get(SLIDES_PARQUET)
+    else:
+        content = read_file(where / SLIDES_PARQUET)
+    if content is None:
+        message = f"{flag} {where}: is not a data set; make one from a run with `hover-batch cohort OUT -o DATASET`"
+        if isinstance(where, Url):
+            message += f"; {instead_of_url(where)}"
+        raise InputError(message.lstrip())
+    return parse_slides_table(content, where, flag)
+
+
+def parse_slides_table(content: bytes, where: Path | Url, flag: str = "") -> pa.Table:
+    """Return the content of slides.parquet as a table. Arguments and InputError as in `read_slides_table`."""
+    named = f"{flag} {where}".lstrip()
     try:
-        with pq.ParquetFile(layout.slides_parquet) as file:
+        with pq.ParquetFile(pa.BufferReader(content)) as file:
             metadata = json.loads((file.schema_arrow.metadata or {}).get(_KEY, b"null"))
             if metadata is None:
                 raise InputError(
@@ -121,10 +139,6 @@ def read_slides_table(layout: DatasetLayout, flag: str = "") -> pa.Table:
             if missing := [field.name for field in FIXED if field not in list(table.schema)]:
                 raise ValueError(f"no column {missing[0]} of the right type")
             return table.replace_schema_metadata(None)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(
-            f"{named}: is not a data set; make one from a run with `hover-batch cohort OUT -o DATASET`"
-        ) from error
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{named}: its slides.parquet is corrupted ({error}); remove the data set and make it again from its runs "
@@ -132,9 +146,28 @@ def read_slides_table(layout: DatasetLayout, flag: str = "") -> pa.Table:
         ) from error
 
 
-def read_entries(layout: DatasetLayout, flag: str = "") -> list[SlideEntry]:
+def refuse_other_files(where: Path | Url, flag: str, names: Sequence[str]) -> None:
+    """InputError if a folder or bucket without slides.parquet holds files, whose `names` are given.
+
+    Hidden files do not count: our lock, what killed checks and writes left behind, or made by desktops.
+    """
+    names = [name for name in names if not name.startswith(".")]
+    if RunLayout(Path()).run_json.name in names:
+        raise InputError(f"{flag} {where}: is the folder of a run; name a new folder for the data set")
+    if names:
+        raise InputError(
+            f"{flag} {where}: holds {min(names)} but no {SLIDES_PARQUET}, so it is not a data set; name a new folder"
+        )
+
+
+def read_entries(where: Path | Url, flag: str = "") -> list[SlideEntry]:
     """Return the rows of slides.parquet, sorted by model and slide_id. Errors as in `read_slides_table`."""
-    return entries_of(read_slides_table(layout, flag))
+    return entries_of(read_slides_table(where, flag))
+
+
+def named_files(table: pa.Table) -> set[str]:
+    """Return the files that rows of slides.parquet name."""
+    return {name for names in table["nuclei_files"].to_pylist() for name in names}
 
 
 def entries_of(table: pa.Table) -> list[SlideEntry]:

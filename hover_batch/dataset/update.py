@@ -11,11 +11,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hover_batch.cohort.record import Url
 from hover_batch.dataset.layout import DatasetLayout
 from hover_batch.dataset.nuclei_file import sorted_pieces, stored_pieces, write_files
 from hover_batch.dataset.slides import FIXED, SlideEntry, rows_table, with_rows
 from hover_batch.dataset.source import RunSource, taxonomy_json
-from hover_batch.dataset.writer import DatasetWriter
+from hover_batch.dataset.writer import DatasetWriter, open_writer
 from hover_batch.errors import InputError, SlideError, exit_code
 from hover_batch.export.read import NucleiTable
 from hover_batch.formatting import counted, listed
@@ -45,7 +46,7 @@ class Added:
         return exit_code(len(self.added) + len(self.unchanged), len(self.skipped))
 
 
-def add_run(folder: Path, dataset: Path, slide_ids: Sequence[str], notify: Notify, flag: str = "-o") -> Added:
+def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify: Notify, flag: str = "-o") -> Added:
     """Add the finished slides of the run in `folder` to the data set, which is created if it does not exist.
 
     Slides that the data set holds already are not read again; a slide whose table has changed since is replaced. Slides
@@ -54,11 +55,11 @@ def add_run(folder: Path, dataset: Path, slide_ids: Sequence[str], notify: Notif
     added or skipped. `flag`: option that named the data set, for messages.
 
     InputError if `folder` holds no run, a slide is not in it, `dataset` holds anything else, is being written, or holds
-    other slides of the same names; OSError if a file cannot be written.
+    other slides of the same names; OSError if a file cannot be written, UploadError if a bucket cannot be reached.
     """
     source = RunSource.open(folder)
     chosen = source.chosen(slide_ids)
-    with DatasetWriter(DatasetLayout(dataset), flag) as writer:
+    with open_writer(dataset, flag) as writer:
         update = _Update(source, writer, notify)
         update.run(chosen)
     return update.result
@@ -80,7 +81,7 @@ class _Update:
         self._source = source
         self._writer = writer
         self._notify = notify
-        self._folder = writer.layout.model_folder(source.model)
+        self._folder = DatasetLayout(writer.root).model_folder(source.model)
         self._total = 0
         self._classes: tuple[str, str] | None = None
         """Value of the column `taxonomy` of the model's slides, and the run of one of them."""
@@ -112,7 +113,7 @@ class _Update:
     def _is_current(self, entry: SlideEntry) -> bool:
         """Return whether the data set has the slide's present table, and its files are there."""
         is_same = entry.nuclei_sha256 == self._source.done[entry.slide_id].get("nuclei_sha256")
-        return is_same and all(path.is_file() for path in self._writer.files_of(entry))
+        return is_same and self._writer.holds(entry)
 
     def _skip(self, slide_id: str, reason: str) -> None:
         self.result.skipped[slide_id] = reason
@@ -132,7 +133,7 @@ class _Update:
         if others:
             names = [entry.slide_id for entry in others]
             raise InputError(
-                f"{self._writer.layout.root}: {listed(names)}: {'is' if len(names) == 1 else 'are'} there from the run "
+                f"{self._writer.where}: {listed(names)}: {'is' if len(names) == 1 else 'are'} there from the run "
                 f"{others[0].run}, of the same model but another file or mpp than in {root}; give these slides another "
                 "slide_id in the cohort of one of the runs, or add this run to another data set"
             )
@@ -143,7 +144,7 @@ class _Update:
         self._classes = self._classes or (classes, str(self._source.layout.root))
         if classes != self._classes[0]:
             raise InputError(
-                f"{self._writer.layout.root}: holds nuclei of the model {self._source.model_name} with other classes, "
+                f"{self._writer.where}: holds nuclei of the model {self._source.model_name} with other classes, "
                 f"from the run {self._classes[1]}, since one of the runs has another --class-map; add this run to "
                 "another data set"
             )
@@ -248,7 +249,7 @@ class _Update:
 
         def write(members: Sequence[tuple[str, str]], pieces: Iterator[pa.Table]) -> None:
             paths = write_files(self._folder, members, pieces, metadata)
-            names = [path.relative_to(self._writer.layout.root).as_posix() for path in paths]
+            names = [path.relative_to(self._writer.root).as_posix() for path in paths]
             files.update({slide_id: names for slide_id, _ in members})
 
         small = [table for table in tables if 0 < table.rows < SHARED_ROWS]

@@ -165,7 +165,8 @@ class EnginePlan:
         devices = "one GPU each" if self.actor_gpus else f"on the CPU, threads each: {self.threads}"
         return [
             available,
-            f"  networks: {self.actors} ({devices}), units at once per network: {self.units_at_once}; "
+            f"  networks: {self.actors} ({devices}), units (large squares of a slide) at once per "
+            f"network: {self.units_at_once}; "
             f"cores for reading and post-processing: {self.slots}, of which at most {self.posts} post-process",
         ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hover_batch.cohort.layout import RunLayout, SlideLayout
+from hover_batch.cohort.record import Url
 from hover_batch.cohort.run_folder import nuclei_if_done, read_slides, require_run, slide_if_done
 from hover_batch.dataset.layout import DatasetLayout
 from hover_batch.dataset.slides import read_entries
@@ -20,15 +21,17 @@ if TYPE_CHECKING:
 Notify = Callable[[str], None]
 
 
-def serve(folder: Path, slide_id: str | None, port: int, notify: Notify) -> Server:
+def serve(folder: Path | Url, slide_id: str | None, port: int, notify: Notify) -> Server:
     """Return a server for one slide of the run in `folder`. It listens on loopback; call its `serve_forever` to answer.
 
-    `folder`: may also be a data set, and then stands for the run that the slide comes from. `slide_id`: None for the
-    only slide. `port`: 0 for any free port. `notify` is called with lines about progress. InputError if the slide is
-    not in the run, is not done or cannot be shown, or the port is taken; SlideError if its table is corrupted.
+    `folder`: may also be a data set, even in a bucket, and then stands for the run that the slide comes from, which is
+    on this machine. `slide_id`: None for the only slide. `port`: 0 for any free port. `notify` is called with lines
+    about progress. InputError if the slide is not in the run, is not done or cannot be shown, or the port is taken;
+    SlideError if its table is corrupted.
     """
-    is_dataset = DatasetLayout(folder).slides_parquet.is_file()
-    layout = RunLayout(_run_of(folder, slide_id) if is_dataset else folder)
+    if isinstance(folder, Url) or DatasetLayout(folder).slides_parquet.is_file():
+        folder = _run_of(folder, slide_id)
+    layout = RunLayout(folder)
     require_run(layout)
     records = {record.slide_id: record for record in read_slides(layout) or ()}
     slide = _chosen(layout, list(records), slide_id)
@@ -75,12 +78,12 @@ def _chosen(layout: RunLayout, slide_ids: Sequence[str], wanted: str | None) -> 
     raise InputError(f"the run has {len(slide_ids):,} slides; choose one with --slide ID; {can}")
 
 
-def _run_of(dataset: Path, slide_id: str | None) -> Path:
+def _run_of(dataset: Path | Url, slide_id: str | None) -> Path:
     """Return the folder of the run that a slide of a data set comes from, which has the slide's path and pictures.
 
     InputError if the slide is not in the data set, is from several runs, or its run was moved.
     """
-    entries = read_entries(DatasetLayout(dataset))
+    entries = read_entries(dataset)
     runs = dict.fromkeys(entry.run for entry in entries if slide_id in (None, entry.slide_id))
     slide_ids = list(dict.fromkeys(entry.slide_id for entry in entries))
     if slide_id is not None and not runs:

@@ -113,7 +113,7 @@ def rows_of(path: Path) -> pa.Table:
 
 def held(dataset: Path) -> dict[tuple[str, str], pa.Table]:
     """The nuclei of a data set by slide_id and model, in order of nucleus_id. Fails if one is double or lost."""
-    entries = read_entries(DatasetLayout(dataset))
+    entries = read_entries(dataset)
     by_file: dict[str, list[SlideEntry]] = {}
     for entry in entries:
         for name in entry.nuclei_files:
@@ -143,7 +143,7 @@ def check(dataset: Path, wanted: Mapping[tuple[str, str], pa.Table]) -> None:
     for key, table in wanted.items():
         assert same(found[key], table), key
     layout = DatasetLayout(dataset)
-    named = {layout.root / name for entry in read_entries(layout) for name in entry.nuclei_files}
+    named = {layout.root / name for entry in read_entries(dataset) for name in entry.nuclei_files}
     assert {path for path in layout.root.rglob("*") if path.is_file()} == named | {layout.slides_parquet, layout.lock}
 
 

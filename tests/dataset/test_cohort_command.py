@@ -20,8 +20,8 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from hover_batch.cli import app
-from hover_batch.cohort.run_lock import lock
-from hover_batch.dataset import slides, writer
+from hover_batch.cohort.run_lock import locked
+from hover_batch.dataset import folder_storage, slides
 from hover_batch.dataset.layout import DatasetLayout
 from hover_batch.dataset.slides import read_entries
 from hover_batch.geometry import Size
@@ -67,7 +67,7 @@ def test_what_is_not_done_is_skipped_until_it_is(made: MadeRun, dataset: Path) -
 
 def test_only_some_slides(made: MadeRun, dataset: Path) -> None:
     assert run("cohort", "build", made.layout.root, "-o", dataset, "--slide", "b").exit_code == 0
-    assert [entry.slide_id for entry in read_entries(DatasetLayout(dataset))] == ["b"]
+    assert [entry.slide_id for entry in read_entries(dataset)] == ["b"]
     assert run("cohort", made.layout.root, "-o", dataset, "--slide", "c").exit_code == 4
     result = run("cohort", made.layout.root, "-o", dataset, "--slide", "d")
     assert result.exit_code == 2 and "--slide d: is not a slide of this run" in said(result)
@@ -174,20 +174,19 @@ def test_a_newer_version_and_a_second_writer_are_refused(
     made: MadeRun, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("cohort", made.layout.root, "-o", dataset)
-    held = lock(DatasetLayout(dataset).lock)
-    result = run("cohort", made.layout.root, "-o", dataset)
-    os.close(held)
+    with locked(DatasetLayout(dataset).lock):
+        result = run("cohort", made.layout.root, "-o", dataset)
     assert result.exit_code == 2 and "is writing to it" in said(result) and f"-o {dataset}" in said(result)
     with monkeypatch.context() as patched:
         patched.setattr(slides, "VERSION", 2)
-        slides.write_slides_table(DatasetLayout(dataset), slides.read_slides_table(DatasetLayout(dataset)))
+        slides.write_slides_table(DatasetLayout(dataset), slides.read_slides_table(dataset))
     result = run("cohort", made.layout.root, "-o", dataset)
     assert result.exit_code == 2 and "version 2" in said(result) and "update hover-batch" in said(result)
 
 
 def test_a_lost_file_of_nuclei_is_named(made: MadeRun, dataset: Path) -> None:
     run("cohort", made.layout.root, "-o", dataset)
-    entry = next(entry for entry in read_entries(DatasetLayout(dataset)) if entry.slide_id == "a")
+    entry = next(entry for entry in read_entries(dataset) if entry.slide_id == "a")
     (dataset / entry.nuclei_files[0]).unlink()
     result = run("cohort", made.layout.root, "-o", dataset)
     assert result.exit_code == 3 and "[1/1] a: 120 nuclei" in said(result)
@@ -206,7 +205,7 @@ def test_a_full_disk_leaves_what_was_there(made: MadeRun, dataset: Path, monkeyp
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for owner, name in ((pq.ParquetWriter, "write_table"), (writer, "write_slides_table")):
+    for owner, name in ((pq.ParquetWriter, "write_table"), (folder_storage, "write_slides_table")):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, full)
             result = run("cohort", made.layout.root, "-o", dataset)
@@ -231,7 +230,7 @@ def test_segment_adds_its_slides(cohort: Path, dataset: Path, tmp_path: Path) ->
     result = run(*command)
     assert result.exit_code == 3, result.output
     assert "data set: [2/2] b: 0 nuclei" in said(result) and "c: skipped" not in said(result)
-    assert [entry.slide_id for entry in read_entries(DatasetLayout(dataset))] == ["a", "b"]
+    assert [entry.slide_id for entry in read_entries(dataset)] == ["a", "b"]
     cohort.write_text(cohort.read_text().replace("broken.svs,c", "a.png,c"))
     result = run(*command, "--log-format", "json")
     assert result.exit_code == 0, result.output
@@ -254,7 +253,7 @@ def test_a_data_set_that_fails_costs_no_slide(
     def denied(*_: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(dataset))
 
-    monkeypatch.setattr(writer, "lock", denied)
+    monkeypatch.setattr(folder_storage, "locked", denied)
     result = run("segment", cohort, "-o", tmp_path / "out", "--dataset", dataset)
     assert result.exit_code == 3 and "3 slides done, 0 failed" in result.stdout
     assert "Permission denied" in said(result) and f"hover-batch cohort {tmp_path / 'out'} -o {dataset}" in said(result)

@@ -19,7 +19,6 @@ from dataset_runs import MadeRun, check, held, rows_of
 
 from hover_batch.dataset import nuclei_file
 from hover_batch.dataset.hilbert import hilbert_index
-from hover_batch.dataset.layout import DatasetLayout
 from hover_batch.dataset.slides import read_entries, read_slides_table
 from hover_batch.dataset.update import add_run
 from hover_batch.geometry import Size
@@ -51,7 +50,7 @@ def test_each_nucleus_is_there_once_with_all_columns(run: MadeRun, tmp_path: Pat
     assert added.added == list(SIZES) and added.exit_code == 0
     assert lines[0] == "[1/6] a: 700 nuclei" and len(lines) == 6
     check(dataset, {(slide_id, run.model): run.table(slide_id) for slide_id in SIZES})
-    files = {entry.slide_id: entry.nuclei_files for entry in read_entries(DatasetLayout(dataset))}
+    files = {entry.slide_id: entry.nuclei_files for entry in read_entries(dataset)}
     assert files["b"] == files["d"] == files["e"] != files["f"] and files["a"] != files["b"] and files["c"] == ()
 
 
@@ -77,7 +76,7 @@ def test_real_nuclei(data: Path, tmp_path: Path) -> None:
 def test_the_table_of_slides_has_the_summary_the_csv_and_the_provenance(run: MadeRun, tmp_path: Path) -> None:
     run.list("a", patient="Ä", site="south", nuclei_files="no file", n_epithelial="text")
     add_run(run.layout.root, tmp_path / "dataset", (), silent)
-    table = read_slides_table(DatasetLayout(tmp_path / "dataset"))
+    table = read_slides_table(tmp_path / "dataset")
     rows = {row["slide_id"]: row for row in table.to_pylist()}
     first = rows["a"]
     assert first["patient_id"] == "Ä" and first["site"] == "south" and rows["b"]["site"] == "north"
@@ -93,7 +92,7 @@ def test_the_table_of_slides_has_the_summary_the_csv_and_the_provenance(run: Mad
 def test_a_huge_slide_is_cut_into_several_files(run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nuclei_file, "FILE_ROWS", 350)
     add_run(run.layout.root, tmp_path / "dataset", ["a"], silent)
-    [entry] = read_entries(DatasetLayout(tmp_path / "dataset"))
+    [entry] = read_entries(tmp_path / "dataset")
     assert len(entry.nuclei_files) == 3
     check(tmp_path / "dataset", {entry.key: run.table("a")})
     run.put("a", 650, seed=1)
@@ -104,7 +103,7 @@ def test_a_huge_slide_is_cut_into_several_files(run: MadeRun, tmp_path: Path, mo
 def test_other_programs_read_the_files(run: MadeRun, tmp_path: Path) -> None:
     dataset = tmp_path / "dataset"
     add_run(run.layout.root, dataset, (), silent)
-    files = sorted({str(dataset / name) for e in read_entries(DatasetLayout(dataset)) for name in e.nuclei_files})
+    files = sorted({str(dataset / name) for e in read_entries(dataset) for name in e.nuclei_files})
     box = (200.0, 300.0, 420.0, 480.0)
     wanted = {
         (slide_id, number)
@@ -139,7 +138,7 @@ def test_a_window_of_a_slide_skips_the_other_row_groups(run: MadeRun, tmp_path: 
     """The pages of all row groups that the window does not need are corrupted, and nobody notices."""
     dataset = tmp_path / "dataset"
     add_run(run.layout.root, dataset, (), silent)
-    entries = {entry.slide_id: entry for entry in read_entries(DatasetLayout(dataset))}
+    entries = {entry.slide_id: entry for entry in read_entries(dataset)}
     path = dataset / entries["a"].nuclei_files[0]
     metadata = pq.read_metadata(path)
     names = [metadata.row_group(0).column(i).path_in_schema for i in range(metadata.num_columns)]
@@ -193,4 +192,4 @@ def test_an_empty_data_set_is_valid(run: MadeRun, tmp_path: Path) -> None:
     added = add_run(run.layout.root, tmp_path / "dataset", (), silent)
     assert added.exit_code == 4 and added.skipped.keys() == SIZES.keys()
     assert held(tmp_path / "dataset") == {}
-    assert isinstance(read_slides_table(DatasetLayout(tmp_path / "dataset")), pa.Table)
+    assert isinstance(read_slides_table(tmp_path / "dataset"), pa.Table)

@@ -16,7 +16,6 @@ from dataset_runs import MadeRun, check, held, same
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hover_batch.dataset.layout import DatasetLayout
 from hover_batch.dataset.slides import read_entries, read_slides_table
 from hover_batch.dataset.update import add_run
 from hover_batch.geometry import Size
@@ -72,7 +71,7 @@ def test_any_sequence_leaves_the_tables_of_the_runs(
 def sizes_of(dataset: Path) -> dict[str, list[int]]:
     """Numbers of nuclei of the slides in each file."""
     sizes: dict[str, list[int]] = {}
-    for entry in read_entries(DatasetLayout(dataset)):
+    for entry in read_entries(dataset):
         for name in entry.nuclei_files:
             sizes.setdefault(name, []).append(entry.nuclei_rows)
     return sizes
@@ -113,7 +112,7 @@ def test_a_corrected_row_changes_the_table_of_slides_only(nuclei: tuple[Any, Siz
     before = {path: path.stat().st_ino for path in dataset.rglob("nuclei/**/*.parquet")}
     run.list("b", patient="P2", site="north")
     assert add_run(run.layout.root, dataset, (), silent).added == []
-    rows = {row["slide_id"]: row for row in read_slides_table(DatasetLayout(dataset)).to_pylist()}
+    rows = {row["slide_id"]: row for row in read_slides_table(dataset).to_pylist()}
     assert rows["b"]["patient_id"] == "P2" and rows["b"]["site"] == "north" and rows["a"]["patient_id"] == "P1"
     assert {path: path.stat().st_ino for path in dataset.rglob("nuclei/**/*.parquet")} == before
 
@@ -128,7 +127,7 @@ def test_columns_of_two_runs_with_other_classes_and_cells(nuclei: tuple[Any, Siz
             runs[key].put(slide_id, 50)
         for key in order * 2:
             add_run(runs[key].layout.root, tmp_path / order / "dataset", (), silent)
-        tables.append(read_slides_table(DatasetLayout(tmp_path / order / "dataset")))
+        tables.append(read_slides_table(tmp_path / order / "dataset"))
     for table in tables:
         rows = {row["slide_id"]: row for row in table.to_pylist()}
         assert rows["b"]["extra_ink"] == "much" and rows["a"]["extra_ink"] is None

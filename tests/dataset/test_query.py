@@ -186,7 +186,7 @@ def test_a_data_set_without_nuclei(nuclei: tuple[Any, Size], tmp_path: Path) -> 
 
 def test_ctrl_c_ends_a_query(asked: Asked) -> None:
     endless = "SELECT count(*) FROM range(1000000000) a, range(1000) b WHERE a.range % 7 = b.range % 5"
-    probe = "import sys; from hover_batch.cli import app; print('begins', flush=True); app(sys.argv[1:])"
+    probe = "import sys, duckdb; from hover_batch.cli import app; print('begins', flush=True); app(sys.argv[1:])"
     words = [sys.executable, "-c", probe, "query", str(asked.root), endless]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "begins\n"
@@ -214,13 +214,16 @@ def test_two_models(two_models: Path) -> None:
         assert found.n.tolist() == [33, 120]
         everywhere = (0, 0, 1000, 1000)
         assert len(cohort.window("s1", everywhere, "starter-ffffffff")) == 33
-        with pytest.raises(InputError, match="several models; give --model, one of starter-00000000, starter-ffffffff"):
+        with pytest.raises(
+            InputError,
+            match="several models; .* the argument `model`.*, one of starter-00000000, starter-ffffffff",
+        ):
             cohort.window("s1", everywhere)
     for question in (["counts"], ["near", "--of", "spindle", "--to", "spindle"], ["compare"]):
         words = ["cohort", question[0], two_models, *question[1:]]
-        assert "give --model, one of" in ask(*words, exit_code=2).stderr
+        assert "give --model (in Python, the argument `model`), one of" in ask(*words, exit_code=2).stderr
         assert "several models have this name" in ask(*words, "--model", "starter", exit_code=2).stderr
-        assert "other: is not one of its models" in ask(*words, "--model", "other", exit_code=2).stderr
+        assert "model other: is not one of the data set's models" in ask(*words, "--model", "other", exit_code=2).stderr
     one = ask("cohort", "counts", two_models, "--by", "slide_id", "--model", "starter-ffffffff").stdout
     assert "33" in one and "s2" not in one
 
@@ -283,7 +286,7 @@ def test_a_clinical_table_in_parquet_by_another_column(asked: Asked, tmp_path: P
         ("patient_id,x\n001,2\n001,3\n", "patient_id", "several rows have the same patient_id: 001"),
         ("patient,x\n001,2\n", "patient_id", "has no column patient_id, but patient, x"),
         ("patient_id,x\n001,2\n002,3,4,5\n", "patient_id", "cannot be read as CSV"),
-        ("patient,x\n001,2\n", "patient", "--on patient: is not a column of the slides"),
+        ("patient,x\n001,2\n", "patient", "patient: is not a column of the slides"),
         ("patient_id,x\n", "patient_id", "no patient_id in it is in the data set; it has none"),
         ("patient_id,x\n\xff001,2\n", "patient_id", "cannot be read as CSV"),
         ("", "patient_id", "clinical.csv"),

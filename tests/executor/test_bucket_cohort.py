@@ -14,7 +14,7 @@ import bucket
 import pandas as pd
 import pytest
 from accelerators import LoadQuick
-from conftest import SETTINGS, file_system, on_loopback, runner
+from cohort_runs import SETTINGS, file_system, on_loopback, runner
 
 from hover_batch.config import Settings
 from hover_batch.errors import InputError

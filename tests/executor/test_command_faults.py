@@ -15,8 +15,8 @@ import pandas as pd
 import psutil
 import pytest
 from accelerators import LoadQuick
+from cohort_runs import HERE, SETTINGS, Run, file_system, note, runner
 from command import UNITS, assert_all_gone, count, start
-from conftest import HERE, SETTINGS, Run, file_system, note, runner
 from test_contract import events, tables
 from test_kill_9 import at, recovery
 from test_several_nodes import on_nodes

@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from accelerators import LoadQuick, load_nothing
-from conftest import SETTINGS, Run, file_system, runner
+from cohort_runs import SETTINGS, Run, file_system, runner
 from PIL import Image
 
 from hover_batch.cohort.events import stream_events

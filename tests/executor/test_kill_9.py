@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from accelerators import LoadDeadly, LoadQuick
-from conftest import Run, note, runner
+from cohort_runs import Run, note, runner
 from test_contract import events
 
 pytestmark = pytest.mark.faults

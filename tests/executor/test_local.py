@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerators import LoadQuick, Quick
-from conftest import SETTINGS, runner
+from cohort_runs import SETTINGS, runner
 from numpy.typing import NDArray
 from test_contract import events, tables
 from thread_streams import Memory, thread_streams

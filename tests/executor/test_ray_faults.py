@@ -10,7 +10,7 @@ from typing import Any, cast
 import pandas as pd
 import pytest
 from accelerators import LoadBroken, LoadDeadly, LoadQuick, die_loading
-from conftest import SETTINGS, Run, engine_of, runner
+from cohort_runs import SETTINGS, Run, engine_of, runner
 from test_contract import events, tables
 
 from hover_batch.errors import HoverBatchError

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 from accelerators import LoadQuick
-from conftest import SETTINGS, Run, engine_of, runner
+from cohort_runs import SETTINGS, Run, engine_of, runner
 from PIL import Image
 from test_contract import events
 

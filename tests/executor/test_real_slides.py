@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from cohort_runs import on_loopback
 from command import assert_all_gone, count, start
-from conftest import on_loopback
 from real_slides import COMPLETE, write_real_cohort
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]

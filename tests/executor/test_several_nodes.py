@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from accelerators import LoadQuick
-from conftest import note, on_loopback, runner
+from cohort_runs import note, on_loopback, runner
 from test_contract import events
 from test_kill_9 import recovery
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from accelerators import LoadQuick, load_nothing
-from conftest import SETTINGS, Run, runner
+from cohort_runs import SETTINGS, Run, runner
 from test_contract import events, tables
 
 from hover_batch.config import PostSettings

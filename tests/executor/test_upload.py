@@ -17,8 +17,8 @@ import bucket
 import pytest
 from accelerators import LoadQuick
 from bucket import Unreliable
+from cohort_runs import SETTINGS, Run, runner
 from command import ROOT
-from conftest import SETTINGS, Run, runner
 from typer.testing import CliRunner
 
 from hover_batch import load_nuclei, segment_slide

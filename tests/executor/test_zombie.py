@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerators import LoadQuick, Quick
-from conftest import Run, note, runner
+from cohort_runs import Run, note, runner
 from numpy.typing import NDArray
 from test_contract import tables
 

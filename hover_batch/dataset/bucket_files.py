@@ -1,0 +1,66 @@
+"""Files of a data set in a bucket as DuckDB reads them: only the ranges of bytes that a query needs."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+
+from fsspec import AbstractFileSystem
+from fsspec.spec import AbstractBufferedFile
+
+from hover_batch.bucket import BucketFolder
+
+_NEVER = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
+    """Read-only file system for `duckdb.DuckDBPyConnection.register_filesystem`, with paths `URL/name`.
+
+    Files of a data set never change, so that DuckDB may keep what it has read.
+    """
+
+    cachable = False
+
+    def __init__(self, folder: BucketFolder) -> None:
+        super().__init__()
+        self.protocol = folder.url.protocol
+        self._folder = folder
+        self._size = lru_cache(None)(folder.size)
+
+    def path(self, name: str) -> str:
+        """Return the path of a file by its name in the data set."""
+        return f"{self._folder.url.text.rstrip('/')}/{name}"
+
+    def name(self, path: str) -> str:
+        """Return the name of a file in the data set by its path."""
+        return path.removeprefix(self.path(""))
+
+    def glob(self, path: str, **_: Any) -> list[str]:
+        """Return the path itself, even if it looks like a pattern."""
+        return [path]
+
+    def unstrip_protocol(self, name: str) -> str:
+        """Return the path, which has its protocol."""
+        return name
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        """Return name, size in bytes and type of a file. Errors as in `BucketFolder.size`."""
+        return {"name": path, "size": self._size(self.name(path)), "type": "file"}
+
+    def modified(self, path: str) -> datetime:
+        """Return the same time for all files."""
+        return _NEVER
+
+    def open(self, path: str, mode: str = "rb", **_: Any) -> _Ranges:
+        """Open a file for reading, without read-ahead."""
+        return _Ranges(self, path, mode, cache_type="none", size=self._size(self.name(path)))
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        """Return the bytes from `start` to `end`, without the last."""
+        return self._folder.read_range(self.name(path), start, end)
+
+
+class _Ranges(AbstractBufferedFile):  # type: ignore[misc]
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return bytes(self.fs.cat_file(self.path, start, end))

@@ -1,0 +1,117 @@
+"""Data set in a bucket that is open for writing.
+
+New files are written to a temporary folder on disk, and uploaded before the slides.parquet that names them, which the
+storage replaces in one step. Storage has no locks, so a second writer is only noticed by what it has changed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+
+from hover_batch.bucket import BucketFolder, retried, upload_tree
+from hover_batch.cohort.record import Url
+from hover_batch.dataset.layout import SLIDES_PARQUET, DatasetLayout
+from hover_batch.dataset.slides import FIXED, named_files, parse_slides_table, refuse_other_files, write_slides_table
+from hover_batch.errors import InputError
+
+KEPT_FOR = timedelta(days=1)
+"""Files that slides.parquet does not name are removed when they are older: another command may be uploading them."""
+
+
+def check_bucket(url: Url, flag: str) -> None:
+    """Check that a data set is in the bucket or can be made there. InputError otherwise."""
+    folder = BucketFolder(url)
+    folder.check_writable()
+    _stored(folder, flag)
+
+
+@contextmanager
+def open_bucket(url: Url, flag: str) -> Iterator[BucketStorage]:
+    """Open or create the data set in a bucket. Errors as in `writer.open_writer`."""
+    folder = BucketFolder(url)
+    with tempfile.TemporaryDirectory(prefix="hover-batch-upload-") as staging:
+        storage = BucketStorage(folder, DatasetLayout(Path(staging)), _stored(folder, flag))
+        storage.sweep()
+        yield storage
+
+
+def _stored(folder: BucketFolder, flag: str) -> bytes | None:
+    """Return slides.parquet; None if the folder is empty. InputError if it holds anything but a data set."""
+    content = retried(lambda: folder.read([SLIDES_PARQUET])).get(SLIDES_PARQUET)
+    if content is None:
+        refuse_other_files(folder.url, flag, retried(folder.names))
+    else:
+        parse_slides_table(content, folder.url, flag)
+    return content
+
+
+class BucketStorage:
+    """Bucket with a data set that is open for writing (see `hover_batch.dataset.writer.Storage`)."""
+
+    def __init__(self, folder: BucketFolder, layout: DatasetLayout, content: bytes | None) -> None:
+        """`layout`: paths in a temporary folder. `content`: slides.parquet; None to create the data set."""
+        self._folder, self._layout, self._content = folder, layout, content
+        self.where, self.root = folder.url, layout.root
+        if content is None:  # the first file, so that the folder counts as a data set from now on
+            content = self._put_table(FIXED.empty_table())
+        self.table = parse_slides_table(content, folder.url)
+        self._files: set[str] = set()
+        """Files of the data set that exist."""
+
+    def sweep(self) -> None:
+        """List the files, and remove those of nuclei that slides.parquet does not name and that are old enough."""
+        found, named = set(retried(self._folder.names)), named_files(self.table)
+        self._files = found & named
+        others = [name for name in found - named if name.startswith("nuclei/model=") and name.endswith(".parquet")]
+        limit = datetime.now(UTC) - KEPT_FOR
+        self.remove([name for name in others if retried(partial(self._folder.modified, name)) < limit])
+
+    def holds(self, names: Collection[str]) -> bool:
+        """Return whether all the files exist."""
+        return self._files.issuperset(names)
+
+    def fetch(self, names: Collection[str]) -> list[Path]:
+        """Copy files to the temporary folder, and return their paths. InputError if one is missing."""
+        paths = [self.root / name for name in names]
+        for name, path in zip(names, paths, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            retried(partial(self._folder.fetch, name, path))
+        return paths
+
+    def add(self, names: Collection[str]) -> None:
+        """Upload files, and remove their local copies."""
+        new = {name: self.root / name for name in names if name not in self._files}
+        upload_tree(new, self._folder)
+        self._files.update(new)
+        for path in new.values():
+            path.unlink()
+
+    def replace_table(self, table: pa.Table) -> None:
+        """Replace slides.parquet. InputError if another command has changed it."""
+        if retried(lambda: self._folder.read([SLIDES_PARQUET])).get(SLIDES_PARQUET) != self._content:
+            raise InputError(
+                f"{self.where}: another command has changed this data set; wait for its end, and repeat this one"
+            )
+        self._put_table(table)
+
+    def _put_table(self, table: pa.Table) -> bytes:
+        """Write slides.parquet, and return its content."""
+        path = self._layout.slides_parquet
+        write_slides_table(self._layout, table)
+        upload_tree({SLIDES_PARQUET: path}, self._folder)
+        self._content = path.read_bytes()
+        return self._content
+
+    def remove(self, names: Collection[str]) -> None:
+        """Remove files and their local copies; it is no error if one does not exist."""
+        retried(lambda: self._folder.remove(self._folder.entries(names)))
+        self._files.difference_update(names)
+        for name in names:
+            (self.root / name).unlink(missing_ok=True)

@@ -1,0 +1,88 @@
+"""Data set in a folder that is open for writing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+
+from hover_batch.cohort.run_lock import locked
+from hover_batch.dataset.layout import DatasetLayout
+from hover_batch.dataset.slides import FIXED, named_files, read_slides_table, refuse_other_files, write_slides_table
+from hover_batch.errors import DISK_FULL, InputError
+from hover_batch.files import remove_leftovers
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Check that a data set is in the folder or can be made there; nothing is written. InputError otherwise."""
+    layout = DatasetLayout(folder)
+    if layout.slides_parquet.is_file():
+        read_slides_table(folder, flag)
+    elif layout.root.is_dir():
+        refuse_other_files(folder, flag, [entry.name for entry in layout.root.iterdir()])
+
+
+@contextmanager
+def open_folder(folder: Path, flag: str) -> Iterator[FolderStorage]:
+    """Open or create the data set in a folder, which is locked for the block. Errors as in `writer.open_writer`."""
+    check_folder(folder, flag)
+    layout = DatasetLayout(folder)
+    with ExitStack() as lock:
+        try:
+            layout.root.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(locked(layout.lock, flag))
+            if not layout.slides_parquet.is_file():
+                # The first file, so that the folder counts as a data set from now on.
+                write_slides_table(layout, FIXED.empty_table())
+            storage = FolderStorage(layout, read_slides_table(folder, flag))
+            storage.sweep()
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            raise InputError(
+                f"{flag} {layout.root}: cannot be written ({error.strerror or error}); name another folder"
+            ) from error
+        yield storage
+
+
+class FolderStorage:
+    """Folder of a data set that is open for writing (see `hover_batch.dataset.writer.Storage`)."""
+
+    def __init__(self, layout: DatasetLayout, table: pa.Table) -> None:
+        self._layout = layout
+        self.where = self.root = layout.root
+        self.table = table
+
+    def sweep(self) -> None:
+        """Remove files of nuclei that slides.parquet does not name, and temporary ones; a user's other files stay."""
+        remove_leftovers(self._layout.slides_parquet)
+        named = {self.root / name for name in named_files(self.table)}
+        for folder in self._layout.nuclei.glob("model=*"):
+            for path in [*folder.glob(".sort.*"), *folder.glob(".*.partial"), *folder.glob("*.parquet")]:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path not in named:
+                    path.unlink()
+
+    def holds(self, names: Collection[str]) -> bool:
+        """Return whether all the files exist."""
+        return all((self.root / name).is_file() for name in names)
+
+    def fetch(self, names: Collection[str]) -> list[Path]:
+        """Return the paths of files."""
+        return [self.root / name for name in names]
+
+    def add(self, names: Collection[str]) -> None:
+        """Do nothing: the files were written in their place."""
+
+    def replace_table(self, table: pa.Table) -> None:
+        """Replace slides.parquet in one step. OSError if it cannot be written."""
+        write_slides_table(self._layout, table)
+
+    def remove(self, names: Collection[str]) -> None:
+        """Remove files; it is no error if one does not exist."""
+        for name in names:
+            (self.root / name).unlink(missing_ok=True)
