@@ -68,21 +68,21 @@ def change_color(image: NDArray[np.uint8], amounts: Mapping[str, float]) -> NDAr
     multiplies the saturation by 1 + a, and hue adds a turns to the hue. Values are clipped after each change. These are
     the definitions of kornia's ColorJiggle, which HoVer-UNet's released code uses.
     """
-    pixels = image.astype(np.float32) / 255
+    pixels = image.astype(np.float32) / np.float32(255)
     for name, amount in amounts.items():
         if name == "brightness":
-            pixels = pixels + amount
+            pixels = pixels + np.float32(amount)
         elif name == "contrast":
-            pixels = pixels * (1 + amount)
+            pixels = pixels * np.float32(1 + amount)
         else:
             hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # hue in degrees
             if name == "saturation":
                 hsv[..., 1] = np.minimum(hsv[..., 1] * (1 + amount), 1)
             else:
                 hsv[..., 0] = (hsv[..., 0] + 360 * amount) % 360
-            pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-        pixels = np.clip(pixels, 0, 1, dtype=np.float32)
-    return np.rint(pixels * 255).astype(np.uint8)
+            pixels = np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.float32)
+        pixels = np.clip(pixels, np.float32(0), np.float32(1))
+    return np.asarray(np.rint(pixels * 255), np.uint8)
 
 
 def blur(image: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ from hover_batch.model.package import find_package
 from kd.cli import kd_app
 from kd.evaluation.published_rows import MIN_AREA, TABLES
 
-SMALL = ("--size", "64", "--batch", "2", "--steps", "4", "--epoch-steps", "2", "--encoder-weights", "random")
+SMALL = ("--size", "64", "--batch", "2", "--steps", "2", "--epoch-steps", "2", "--encoder-weights", "random")
 
 
 def kd(*arguments: object) -> None:
@@ -26,8 +26,8 @@ def kd(*arguments: object) -> None:
 
 @pytest.mark.slow
 def test_from_three_folds_to_the_tables(tmp_path: Path) -> None:
-    cut = tiles(9, 256)
-    write_pannuke(tmp_path / "PanNuke", {fold: cut[i : i + 3] for fold, i in (("1", 0), ("2", 3), ("3", 6))})
+    cut = tiles(6, 96)
+    write_pannuke(tmp_path / "PanNuke", {fold: cut[i : i + 2] for fold, i in (("1", 0), ("2", 2), ("3", 4))})
     data, runs, out = tmp_path / "pannuke.npz", tmp_path / "runs", tmp_path / "tables"
     kd("prepare", tmp_path / "PanNuke", "-o", data)
     splits = ("--split", "1/2/3", "--split", "2/1/3", "--split", "3/2/1")
