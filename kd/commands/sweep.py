@@ -79,8 +79,7 @@ def sweep(
 
     hover-batch kd sweep --data annotated/ --teacher taught/ -o runs/ --alpha 0 --alpha 0.5 -- --steps 900
 
-    hover-batch kd sweep --data pannuke.zarr --teacher taught/ -o runs/ --preset paper --min-area-px 10 \\
-      --split 1/2/3 --split 2/1/3 --split 3/2/1
+    hover-batch kd sweep --data pannuke.zarr -o runs/ --alpha 1 --split 1/2/3 --split 2/1/3 --split 3/2/1
     """
     if not 0 < gpus_per_run <= 1:
         raise InputError(f"--gpus-per-run {gpus_per_run}: must be above 0 and at most 1, because a run uses one GPU")
