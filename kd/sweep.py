@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hover_batch.config import EngineSettings
+from hover_batch.config import EngineSettings, PostSettings
 from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.executor.map_tasks import TaskFailed, map_tasks, task_resources
 from hover_batch.files import read_json, to_json, write_atomically
@@ -39,6 +39,36 @@ SUMMARY_SCORES = ("pq", "aji", "dice", "f_d")
 """Scores in the report, for each source."""
 
 
+@dataclass(frozen=True)
+class Split:
+    """Folds of one training, such as a split of PanNuke."""
+
+    train: str
+    """Fold to train on."""
+    val: str
+    """Fold to validate on."""
+    test: str
+    """Fold to score on."""
+
+    @property
+    def name(self) -> str:
+        """Part of the name of a run, such as 1-2-3."""
+        return f"{self.train}-{self.val}-{self.test}"
+
+    @property
+    def settings(self) -> dict[str, tuple[str, ...]]:
+        """Folds of the training, by the names of `TrainConfig`."""
+        return {"train_folds": (self.train,), "val_folds": (self.val,)}
+
+    @classmethod
+    def parse(cls, text: str) -> Split:
+        """Return the split that is written as TRAIN/VAL/TEST. Raises InputError if `text` is not three folds."""
+        folds = text.split("/")
+        if len(folds) != 3 or not all(folds):
+            raise InputError(f"--split {text}: give TRAIN/VAL/TEST, such as 1/2/3")
+        return cls(*folds)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """Values of each axis of a sweep; on an empty axis, all runs have the preset's value."""
@@ -51,13 +81,21 @@ class Grid:
     """Values of T."""
     seeds: Sequence[int] = ()
     """Seeds of the training."""
+    splits: Sequence[Split] = ()
+    """Folds to train, validate and score on."""
 
     def points(self) -> Iterator[dict[str, Any]]:
         """Yield the settings of each point, by the names of `TrainConfig.of`; None stands for the preset's value.
 
-        The last axis (seed) varies fastest.
+        The key `split` is the point's split; None if the grid has no splits. The last axis (split) varies fastest.
         """
-        axes = {"encoder": self.encoders, "alpha": self.alphas, "temperature": self.temperatures, "seed": self.seeds}
+        axes: dict[str, Sequence[Any]] = {
+            "encoder": self.encoders,
+            "alpha": self.alphas,
+            "temperature": self.temperatures,
+            "seed": self.seeds,
+            "split": self.splits,
+        }
         for values in product(*(axis or (None,) for axis in axes.values())):
             yield dict(zip(axes, values, strict=True))
 
@@ -68,10 +106,14 @@ class Run:
 
     config: TrainConfig
     """Settings of the training; `config.out` is the folder of the run."""
+    label: str
+    """Name without the split: the runs of all splits share a row in `kd tables`."""
     varied: dict[str, Any]
     """Settings that differ between runs, for the report."""
     test_folds: tuple[str, ...]
     """Folds that the student is scored on."""
+    min_area_px: int
+    """Smallest area in pixels of the predicted nuclei that are scored."""
     inputs: dict[str, str]
     """Hashes of the data and of the teacher."""
 
@@ -94,9 +136,10 @@ class Run:
 
     @property
     def scores(self) -> dict[str, dict[str, Any]] | None:
-        """Scores by source, as in `SourceScores.to_json`; None if the run is not done, or was scored on other folds."""
+        """Scores by source, as in `SourceScores.to_json`; None if the run is not done, or was scored otherwise."""
         stored = read_json(self.folder / SCORES) or {}
-        return stored.get("sources") if stored.get("folds") == list(self.test_folds) else None
+        as_asked = (stored.get("folds"), stored.get("min_area_px")) == (list(self.test_folds), self.min_area_px)
+        return stored.get("sources") if as_asked else None
 
 
 @dataclass(frozen=True)
@@ -119,6 +162,7 @@ def runs_of(
     teacher: Path | None,
     preset: str,
     test_folds: Sequence[str],
+    min_area_px: int,
     threads: int,
     settings: Mapping[str, Any],
 ) -> list[Run]:
@@ -126,27 +170,34 @@ def runs_of(
 
     Points that train the same student, such as all temperatures without distillation, are one run. `data`: annotated
     images. `teacher`: folder written by `kd teach`; None without distillation. `preset`: name of the preset for what
-    neither the grid nor `settings` sets. `test_folds`: folds to score on. `threads`: CPU cores for each run.
-    `settings`: further settings of all runs, by the names of `TrainConfig`. Raises InputError if a setting is invalid,
-    the data or the teacher cannot be read, or a run's folder belongs to a run with other settings, data or teacher.
+    neither the grid nor `settings` sets. `test_folds`: folds to score on, if the grid has no splits. `min_area_px`:
+    smallest area of the predicted nuclei that are scored. `threads`: CPU cores for each run. `settings`: further
+    settings of all runs, by the names of `TrainConfig`. Raises InputError if a setting is invalid, the data or the
+    teacher cannot be read, or a run's folder belongs to a run with other settings, data or teacher.
     """
-    shared = {"data": data.resolve(), "threads": threads, **settings}
     with_teacher = {"teacher": teacher and teacher.resolve()}
-    points: dict[str, tuple[TrainConfig, dict[str, Any]]] = {}
+    points: dict[str, tuple[TrainConfig, str, dict[str, Any], Sequence[str]]] = {}
     for point in grid.points():
+        split: Split | None = point.pop("split")
+        shared = {"data": data.resolve(), "threads": threads, **settings, **(split.settings if split else {})}
         config = TrainConfig.of(preset, out=out, **shared, **with_teacher, **point)  # fills in the preset's values
         varied: dict[str, Any] = {"encoder": config.encoder, "alpha": config.alpha}
-        name = f"{config.encoder}_a{config.alpha:g}"
+        label = f"{config.encoder}_a{config.alpha:g}"
         if config.distils:
             varied["temperature"] = config.temperature
-            name += f"_t{config.temperature:g}"
+            label += f"_t{config.temperature:g}"
         varied["seed"] = config.seed
         if grid.seeds:
-            name += f"_s{config.seed}"
+            label += f"_s{config.seed}"
+        name = f"{label}_{split.name}" if split else label
         run_settings = shared | varied | (with_teacher if config.distils else {})
-        points[name] = TrainConfig.of(preset, out=out.resolve() / name, **run_settings), varied
-    inputs = hashes_of_inputs(data, teacher if any(config.distils for config, _ in points.values()) else None)
-    runs = [Run(config, varied, tuple(test_folds), inputs) for config, varied in points.values()]
+        config = TrainConfig.of(preset, out=out.resolve() / name, **run_settings)
+        points[name] = config, label, varied, [split.test] if split else test_folds
+    inputs = hashes_of_inputs(data, teacher if any(config.distils for config, *_ in points.values()) else None)
+    runs = [
+        Run(config, label, varied, tuple(folds), min_area_px, inputs)
+        for config, label, varied, folds in points.values()
+    ]
     for run in runs:
         arguments = run.folder / ARGUMENTS
         if arguments.exists() and read_json(arguments) != run.arguments:
@@ -216,7 +267,12 @@ def do_run(run: Run) -> None:
             train(config)
             print(make_package(run.folder / CHECKPOINT, config.data, package))
             evaluation = evaluate_package(
-                str(package), config.data, folds=run.test_folds, label=run.name, threads=config.threads
+                str(package),
+                config.data,
+                folds=run.test_folds,
+                post=PostSettings(min_area_px=run.min_area_px),
+                label=run.label,
+                threads=config.threads,
             )
             evaluation.write(run.folder / SCORES)
         except HoverBatchError:  # its message explains it

@@ -18,8 +18,13 @@ Data = Annotated[
         show_default=False,
     ),
 ]
-
-
+MinAreaPx = Annotated[
+    int,
+    typer.Option(
+        "--min-area-px",
+        help="Drop predicted nuclei with fewer pixels. Published scores use 10, HoVerNet's value.",
+    ),
+]
 BackendOption = Annotated[
     Backend,
     typer.Option(

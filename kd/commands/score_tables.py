@@ -25,6 +25,10 @@ def show(evaluation: Evaluation) -> None:
     name = evaluation.package.card.name
     console.print(_scores(evaluation))
     typer.echo(_cost(evaluation.cost))
+    if timed := evaluation.timed:
+        tile = timed["seconds_per_tile"]
+        of_tile = "no image of 1000² px to time" if tile is None else f"{tile:.2f} s per tile of 1000² px"
+        typer.echo(f"{timed['seconds_per_patch']:.4f} s per patch, {of_tile} ({timed['timed_on']})")
     if evaluation.shifts:
         console.print(shift_table(evaluation.shifts, f"{name} on changed images"))
     if evaluation.baseline:

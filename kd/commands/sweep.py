@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hover_batch.config import EngineSettings
+from hover_batch.config import EngineSettings, PostSettings
 from hover_batch.errors import InputError, exit_code
-from kd.commands.options import Address, BackendOption, Cpus, Data, Gpus
+from kd.commands.options import Address, BackendOption, Cpus, Data, Gpus, MinAreaPx
 from kd.commands.train import train, train_settings
 from kd.training.config import PRESETS
 
@@ -42,6 +42,15 @@ def sweep(
     seed: Annotated[
         list[int] | None, typer.Option(help="Seed, as for `kd train`; repeat for several.", show_default="7")
     ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TRAIN/VAL/TEST",
+            help="Folds to train, validate and score on, such as 1/2/3; repeat for cross-validation. The runs of all "
+            "splits share a row in `kd tables`.",
+            show_default="train/val/test",
+        ),
+    ] = None,
     teacher: Annotated[
         Path | None, typer.Option(help="Folder written by `kd teach`.", show_default="none; then α must be 1")
     ] = None,
@@ -49,6 +58,7 @@ def sweep(
     test_fold: Annotated[
         list[str] | None, typer.Option(help="Fold to score on; repeat for several.", show_default="test")
     ] = None,
+    min_area_px: MinAreaPx = PostSettings.min_area_px,
     threads: Annotated[int, typer.Option(help="CPU cores for each run.")] = 2,
     gpus_per_run: Annotated[float, typer.Option(help="Fraction of a GPU for each run, if there are GPUs.")] = 1.0,
     backend: BackendOption = "ray",
@@ -60,7 +70,7 @@ def sweep(
         typer.Argument(metavar="[-- TRAIN OPTIONS]", help="Further options of `kd train`, the same for all runs."),
     ] = None,
 ) -> None:
-    """Train and score a student for every combination of --encoder, --alpha, --temperature and --seed.
+    """Train and score a student for every combination of --encoder, --alpha, --temperature, --seed and --split.
 
     Interrupt it at any time: the same command skips finished runs and resumes the others. A failed run does not stop
     the others. The scores of all runs are written to sweep.csv in OUT.
@@ -68,23 +78,35 @@ def sweep(
     Exit codes: 0 all runs done, 3 some runs failed, 4 all runs failed.
 
     hover-batch kd sweep --data annotated/ --teacher taught/ -o runs/ --alpha 0 --alpha 0.5 -- --steps 900
+
+    hover-batch kd sweep --data pannuke.zarr -o runs/ --alpha 1 --split 1/2/3 --split 2/1/3 --split 3/2/1
     """
     if not 0 < gpus_per_run <= 1:
         raise InputError(f"--gpus-per-run {gpus_per_run}: must be above 0 and at most 1, because a run uses one GPU")
     if threads < 1:
         raise InputError(f"--threads {threads}: must be at least 1")
-    from kd.sweep import REPORT, Grid, runs_of
+    from kd.sweep import REPORT, Grid, Split, runs_of
     from kd.sweep import sweep as run
 
+    settings = _train_settings(more or ())
+    if split and (test_fold or {"train_folds", "val_folds"} & settings.keys()):
+        raise InputError("--split: already names the folds; leave out --test-fold, --fold and --val-fold")
     runs = runs_of(
-        Grid(encoders=encoder or (), alphas=alpha or (), temperatures=temperature or (), seeds=seed or ()),
+        Grid(
+            encoders=encoder or (),
+            alphas=alpha or (),
+            temperatures=temperature or (),
+            seeds=seed or (),
+            splits=[Split.parse(text) for text in split or ()],
+        ),
         out,
         data=data,
         teacher=teacher,
         preset=preset,
         test_folds=test_fold or ["test"],
+        min_area_px=min_area_px,
         threads=threads,
-        settings=_train_settings(more or ()),
+        settings=settings,
     )
     ended = run(
         runs,

@@ -72,17 +72,19 @@ def train(
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(help="T: both networks' logits are divided by T before the KL divergence.", show_default="1"),
+        typer.Option(
+            help="T: both networks' logits are divided by T before the KL divergence.", show_default="1; released: 3"
+        ),
     ] = None,
     size: Annotated[
         int | None,
         typer.Option(help="Side of the crops in pixels of 0.25 µm.", show_default="256; hovernet-original: 270"),
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Crops per step.", show_default="8")] = None,
+    batch: Annotated[int | None, typer.Option(help="Crops per step.", show_default="8; released: 64")] = None,
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Total number of optimiser steps.", show_default="quick: 4250; starter: 20000; others: 200 epochs"
+            help="Total number of optimiser steps.", show_default="quick: 4250; starter: 20000; paper: 200 epochs"
         ),
     ] = None,
     epoch_steps: Annotated[
@@ -170,11 +172,11 @@ def train(
 
     starter-open: like starter, but only on data under CC BY 4.0 or CC0, and 8,000 steps.
 
-    paper: HoVer-UNet as in arXiv 2311.12553: mit_b2 from ImageNet weights, weighted cross-entropy, Adam, learning rate
-    reduced on plateaus, early stopping, KL × 1/T².
+    paper: HoVer-UNet as in arXiv 2311.12553: mit_b2 from ImageNet weights, the teacher's probabilities as targets of
+    the weighted cross-entropy, Adam, learning rate reduced on plateaus, early stopping, KL × 1/T².
 
-    released: like paper, with the settings of HoVer-UNet's released code: α multiplies L_distill, KL × T², mean over
-    pixels and classes, other betas, no early stopping.
+    released: like paper, with the loss and settings of HoVer-UNet's released code: α multiplies L_distill, T = 3,
+    KL × T², other reductions, 240 epochs of batches of 64, only colour jitter and blur, no early stopping.
     """
     config = TrainConfig.of(**train_settings(ctx.params))
     from kd.package import make_package, package_path

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from hover_batch.config import InferSettings, PostSettings
 from hover_batch.errors import InputError
 from hover_batch.files import write_atomically
-from hover_batch.model.cost import Cost, cost_of, seconds_per_patch
+from hover_batch.model.cost import Cost, cost_of
+from hover_batch.model.heads import MapLayout
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import Package, find_package, load_network
 from hover_batch.model.predict import Predictor, load_predictor
-from hover_batch.model.prepare import on_device
+from hover_batch.nuclei.image import nuclei_of
 from hover_batch.nuclei.watershed import SobelConstants
 from kd.data.datasets import Data, read_data
 from kd.data.pixel_size import check_pixel_size
@@ -31,6 +32,7 @@ from kd.evaluation.paired import Baseline, Paired, compared
 from kd.evaluation.scores import SourceScores
 from kd.evaluation.shift_scores import ShiftScores, score_shifts
 from kd.evaluation.shifts import UNCHANGED, Shift
+from kd.evaluation.timing import timed
 
 FOLD = "test"
 """Fold that is scored by default."""
@@ -70,7 +72,7 @@ class Evaluation:
     cost: Cost
     """Parameters and operations of the network."""
     timed: dict[str, Any]
-    """`seconds_per_patch` and `timed_on`, the hardware; empty if nothing was timed."""
+    """Times, as from `kd.evaluation.timing.timed`; empty if nothing was timed."""
     shifts: list[ShiftScores]
     """Scores on changed images; empty if not requested."""
     baseline: Baseline | None
@@ -145,8 +147,8 @@ def evaluate_package(
     only `sobel_norm` and `min_area_px` are used; None for the defaults. `label`: name of the row in tables; None for
     the package's name. `shift`: also score the images after each of SHIFTS. `against`: another package, or the .json
     file of an earlier evaluation, to compare with. `picture`: draw the predictions next to the annotations. `beside`:
-    another package whose predictions are drawn, too. `time_network`: measure the time of the network. `threads`:
-    threads of each network on the CPU; 0 for all cores. `notify` is called with lines about the progress.
+    another package whose predictions are drawn, too. `time_network`: measure the time of patches and of a tile.
+    `threads`: threads of each network on the CPU; 0 for all cores. `notify` is called with lines about the progress.
 
     Raises InputError if an argument is invalid, the data cannot be read or has no images in these folds, it is not
     known which classes the data and a model have in common, or an image has too many nuclei to pair; PackageError if a
@@ -194,7 +196,7 @@ def evaluate_package(
         scores=scores,
         leaks=leaked,
         cost=cost_of(network, package.card),
-        timed=_timed(network, loaded.predictor) if time_network else {},
+        timed=loaded.timed(network, annotated) if time_network else {},
         baseline=baseline,
         paired=compared(by_image(scores), baseline) if baseline else [],
         shifts=score_shifts(loaded.scores, annotated, scores) if shift else [],
@@ -265,6 +267,17 @@ class _Loaded:
         maps_of = _reporting(shown.maps_of, what, len(data.samples), self.notify)
         return evaluate_data(maps_of, data, shown.constants, shown.taxonomy, min_area_px=shown.min_area_px, shift=shift)
 
+    def timed(self, network: nn.Module, data: Data) -> dict[str, Any]:
+        """Return the times of the model (see `kd.evaluation.timing.timed`), of which `network` is the plain network."""
+        shown = self.shown
+        layout = MapLayout(len(shown.taxonomy.classes))
+
+        def nuclei(image: Image) -> object:
+            return nuclei_of(shown.maps_of(image), shown.constants, layout, shown.min_area_px)
+
+        self.notify(f"{shown.name}, times")
+        return timed(network, self.predictor, nuclei, [sample.image for sample in data.samples])
+
 
 def _reporting(maps_of: MapsOf, what: str, images: int, notify: Notify) -> MapsOf:
     """Return `maps_of` with a line of progress at most every NOTIFY_EVERY_S seconds. `images`: number of calls."""
@@ -280,11 +293,3 @@ def _reporting(maps_of: MapsOf, what: str, images: int, notify: Notify) -> MapsO
         return maps
 
     return reporting
-
-
-def _timed(network: torch.nn.Module, predictor: Predictor) -> dict[str, Any]:
-    """Return the seconds per patch, and the hardware on which they were measured."""
-    seconds = seconds_per_patch(on_device(network, predictor.device), predictor.card)
-    cpu = f"a CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {"seconds_per_patch": seconds, "timed_on": f"{device}, float32"}

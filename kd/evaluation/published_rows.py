@@ -57,13 +57,20 @@ class PaperTable:
     """Reference for the published rows."""
     notes: tuple[str, ...] = ()
     """Sentences below the table."""
+    tests: tuple[str, ...] = ()
+    """Folds of the tests of which the published rows are the mean; () if they are from one test."""
 
 
 def _of_classes(kind: str, *names: str) -> tuple[Column, ...]:
     return tuple(Column(name.capitalize(), (kind, name)) for name in names)
 
 
+PER_TILE = Column("s per tile", ("seconds_per_tile",), digits=2)
+"""Seconds for a tile of 1000² pixels, network and post-processing."""
+
 _FIVE = tuple(c.name for c in PANNUKE.nuclei)
+PANNUKE_TESTS = ("1", "3", "3")
+"""Folds of the tests of PanNuke's three splits: train 1, 2, 3; validation 2, 1, 2; test 3, 3, 1."""
 _SEEN = (
     "HoVer-UNet's released code uses the published HoVerNet weights as its teacher. They were fine-tuned on all of "
     "PanNuke (vqdang/hover_net issue 275), so the teacher had seen every test fold."
@@ -85,6 +92,7 @@ TABLES = (
         },
         f"{PAPER}, Table 1",
         (_SEEN,),
+        PANNUKE_TESTS,
     ),
     PaperTable(
         "pannuke_f",
@@ -101,6 +109,7 @@ TABLES = (
         },
         f"{PAPER}, Table 2",
         (_SEEN,),
+        PANNUKE_TESTS,
     ),
     PaperTable(
         "consep_external",
@@ -111,16 +120,19 @@ TABLES = (
             Column("F_d", ("f_d",)),
             Column("PQ", ("pq",)),
             *_of_classes("f_c", "inflammatory", "miscellaneous", "neoplastic", "epithelial"),
+            PER_TILE,
         ),
         {
-            "HoVerNet": ("0.818", "0.526", "0.758", "0.559", "", ""),
-            "HoVer-UNet": ("0.742", "0.594", "0.681", "0.557", "", ""),
+            "HoVerNet": ("0.818", "0.526", "0.758", "0.559", "", "", "48"),
+            "HoVer-UNet": ("0.742", "0.594", "0.681", "0.557", "", "", "17"),
         },
         f"{PAPER}, Table 3",
         (
             "The columns of the published rows were identified from the paper's text. Its F scores of neoplastic and "
             "epithelial are 0.495 and 0.415 for HoVerNet, 0.603 and 0.599 for HoVer-UNet, but the text does not say "
-            "which is which. It states times of about 48 s and 17 s.",
+            "which is which. Its times are approximate.",
+            "Seconds per tile: network and post-processing of 1000 × 1000 pixels; of ours, the median of three runs. "
+            "Compare only times from one machine.",
         ),
     ),
 )
@@ -131,12 +143,14 @@ COST_COLUMNS = (
     Column("GMac per patch", ("macs_per_patch",), 1e-9, 2),
     Column("kMac per kept pixel", ("macs_per_kept_pixel",), 1e-3, 1),
     Column("s per patch", ("seconds_per_patch",), digits=4),
+    PER_TILE,
 )
 COST_ROWS = {
-    "HoVerNet": ("", "256", "149.73", "", "0.835"),
-    "HoVer-UNet, mit_b3": ("", "256", "10.63", "", "0.065"),
+    "HoVerNet": ("", "256", "149.73", "", "0.835", ""),
+    "HoVer-UNet, mit_b3": ("", "256", "10.63", "", "0.065", ""),
 }
 COST_ORIGIN = f"{PAPER}, section 3"
 COST_NOTES = (
-    "Seconds are the mean over a batch of 16 patches, for the network alone. Compare only times from one machine.",
+    "Seconds per patch are the mean over a batch of 16 patches, for the network alone; seconds per tile are for 1000² "
+    "pixels, with post-processing. Compare only times from one machine.",
 )

@@ -170,7 +170,8 @@ def tables(runs: Sequence[Run], out: Path) -> list[Table]:
         columns = [*paper.columns, MIN_AREA]
         published = {name: (*cells, REFERENCE_MIN_AREA) for name, cells in paper.rows.items()}
         ours = _rows(fitting, columns, _scores_on(paper.source), paper.source, out)
-        made.append(Table(paper.name, paper.title, columns, published, paper.origin, ours, paper.notes))
+        notes = (*paper.notes, *_other_tests(fitting, paper.tests))
+        made.append(Table(paper.name, paper.title, columns, published, paper.origin, ours, notes))
     cost = _rows(runs, COST_COLUMNS, lambda run: run.report["cost"], None, out)
     timed_on = [
         f"{r.label} was timed on {r.report['cost']['timed_on']}." for r in runs if "timed_on" in r.report["cost"]
@@ -200,7 +201,8 @@ def write_tables(made: Sequence[Table], out: Path) -> None:
 
 def _scores_on(source: str) -> Callable[[Run], Mapping[str, Any]]:
     def scores(run: Run) -> Mapping[str, Any]:
-        return {**run.sources[source], "min_area_px": run.report["min_area_px"]}
+        time = run.report["cost"].get("seconds_per_tile")
+        return {**run.sources[source], "min_area_px": run.report["min_area_px"], "seconds_per_tile": time}
 
     return scores
 
@@ -256,6 +258,17 @@ def _leaks(group: Sequence[Run], source: str | None) -> tuple[tuple[str, str], .
         if leak["source"] == source
     ]
     return tuple(dict.fromkeys(found))
+
+
+def _other_tests(runs: Sequence[Run], tests: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence for each row whose tests are not on the folds `tests`, of which published rows are the mean."""
+    for label in dict.fromkeys(run.label for run in runs if tests):
+        folds = sorted(fold for run in runs if run.label == label for fold in run.report["folds"])
+        if folds != sorted(tests):
+            yield (
+                f"{label} is from tests on fold {', '.join(folds)}; the published rows are means over the tests of all "
+                f"splits, on fold {', '.join(tests)}."
+            )
 
 
 def _markdown(table: Table) -> Iterator[str]:

@@ -62,6 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "plateau",
         "early_stop": 10,
         "class_weights": True,
+        "teacher_labels": "soft",
         "dice_over": "sum",
         "np_weight": 1.0,
         "tp_weight": 1.0,
@@ -69,13 +70,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Settings of each preset that differ from the defaults of TrainConfig."""
-# HoVer-UNet's released code, where it differs from the paper.
+# HoVer-UNet's released code (DIAGNijmegen/HoVer-UNet at 913d2a9), where it differs from the paper. docs/models.md lists
+# what else differs.
 PRESETS["released"] = PRESETS["paper"] | {
     "alpha_of": "distillation",
+    "temperature": 3.0,
     "kl_scale": "T²",
     "kl_mean": "elements",
+    "dice_over": "mean",
+    "msge_axes": "swapped",
+    "batch": 64,
+    "epochs": 240,
     "betas": (0.9, 0.999),
+    "clip": 0.0,
     "plateau_delta": 1e-3,
+    "plateau_relative": True,
     "min_lr": 1e-7,
     "early_stop": 0,
     "augmentation": "color",
@@ -118,10 +127,17 @@ class TrainConfig:
     """Factor of the KL divergence."""
     kl_mean: Literal["pixels", "elements"] = "pixels"
     """Reduction of the KL divergence: mean over pixels of the sum over classes, or mean over pixels and classes."""
+    teacher_labels: Literal["hard", "soft"] = "hard"
+    """What L_distill takes from the teacher's branches np and tp for its cross-entropies and for the nuclei of MSGE:
+    hard, the most probable class of each pixel, or soft, the probabilities (the paper: "y is HoVerNet prediction")."""
     class_weights: bool = False
     """Whether rare classes of the training data have larger weights in the cross-entropies."""
-    dice_over: Literal["present", "sum"] = "present"
-    """Reduction of the Dice loss: mean over the classes present in a batch, or sum over all classes as in HoVerNet."""
+    dice_over: Literal["present", "sum", "mean"] = "present"
+    """Reduction of the Dice loss. present: mean over the classes present in a batch · sum: over all classes, as in
+    HoVerNet · mean: over all classes, absent ones counting 0, as in the library that HoVer-UNet's code uses."""
+    msge_axes: Literal["own", "swapped"] = "own"
+    """Axes of the derivatives in MSGE. own: h along x and v along y, as in HoVer-Net eq. 4 · swapped: h along y and v
+    along x, as a meshgrid in the code of HoVerNet and HoVer-UNet has it."""
     np_weight: float = 3.0
     """Weight of the branch np (nucleus or background) in the loss. In an unweighted sum, np gives only a twentieth of
     the gradient at the decoder's output, although the foreground is the hardest task for students."""
@@ -162,12 +178,14 @@ class TrainConfig:
     """Factor by which the schedule `plateau` reduces the learning rate."""
     plateau_delta: float = 1e-4
     """Smallest decrease of the validation loss that counts as progress, for `plateau` and `early_stop`."""
+    plateau_relative: bool = False
+    """Whether `plateau_delta` is a fraction of the lowest loss so far, as by default in torch, or a difference."""
     min_lr: float = 1e-6
     """Lower bound of the learning rate with the schedule `plateau`."""
     early_stop: int = 0
     """Epochs without progress after which training ends; 0: no early stopping."""
     clip: float = 5.0
-    """Largest norm of the gradient; larger gradients are scaled down to it."""
+    """Largest norm of the gradient; larger gradients are scaled down to it. 0: no limit."""
     ema_decay: float = 0.999
     """Decay per step of the moving average of the weights, which is validated and packaged. 0: no average; the weights
     of the epoch with the lowest validation loss are packaged."""

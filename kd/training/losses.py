@@ -57,23 +57,36 @@ def weighted_ce(logits: Tensor, truth: Tensor, weight: Tensor | None = None) -> 
     return F.cross_entropy(logits, truth, weight, ignore_index=UNKNOWN)
 
 
-def dice_loss(probabilities: Tensor, truth: Tensor, over: str = "sum", eps: float = 1e-3) -> Tensor:
+def soft_ce(logits: Tensor, p: Tensor, known: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the cross-entropy with probabilities as the target, over the N `known` pixels.
+
+    CE = -1/N·Σ_i Σ_c w_c p_ic log q_ic, with q = softmax(logits). Unlike in `weighted_ce`, the sum is divided by the
+    number of pixels, not by their weights, as torch does with such targets. `logits`, `p`: (b, c, y, x). `known`:
+    (b, y, x) bool. `weight`: (c,) weights of the classes; None for equal weights. NaN if no pixel is known.
+    """
+    return F.cross_entropy(logits, _where(known, p), weight, reduction="sum") / known.sum()
+
+
+def dice_loss(probabilities: Tensor, truth: Tensor, over: str = "sum") -> Tensor:
     """Return the Dice loss over pixels that are not UNKNOWN (HoVer-Net eq. 6, for each class).
 
     Dice = Σ_c 1 - (2·Σ_i p_ic t_ic + ε) / (Σ_i p_ic + Σ_i t_ic + ε). `probabilities`: (b, c, y, x). `truth`: (b, y, x)
-    int64 class ids. `over`: "sum", the sum over all classes, or "present", the mean over the classes that occur in
-    `truth`, so that absent classes are not counted as missed. `eps`: ε.
+    int64 class ids. `over`: "sum", the sum over all classes; "present", the mean over the classes that occur in
+    `truth`, so that absent classes are not counted as missed; or "mean", the sum over the classes that occur, divided
+    by the number of all classes. ε is 1e-3, as in HoVerNet's code, or with "mean" 0, as in HoVer-UNet's.
     """
+    eps = 0.0 if over == "mean" else 1e-3
     known = (truth != UNKNOWN).unsqueeze(1).to(probabilities.dtype)
     one_hot = F.one_hot(truth.clamp(min=0), probabilities.shape[1]).movedim(-1, 1).to(probabilities.dtype) * known
     probabilities = probabilities * known
     overlap = (probabilities * one_hot).sum((0, 2, 3))
     total = probabilities.sum((0, 2, 3)) + one_hot.sum((0, 2, 3))
-    each = 1 - (2 * overlap + eps) / (total + eps)
+    each = 1 - (2 * overlap + eps) / (total + eps).clamp(min=1e-7)
     if over == "sum":
         return each.sum()
     present = (one_hot.sum((0, 2, 3)) > 0).to(each.dtype)  # 1 for classes that occur, else 0
-    return (each * present).sum() / present.sum().clamp(min=1)
+    classes = present.sum().clamp(min=1) if over == "present" else len(each)
+    return (each * present).sum() / classes
 
 
 def mse_loss(hv: Tensor, truth: Tensor, known: Tensor) -> Tensor:
@@ -89,8 +102,7 @@ def mse_loss(hv: Tensor, truth: Tensor, known: Tensor) -> Tensor:
 def gradient_kernels(size: int, like: Tensor) -> Tensor:
     """Return derivative kernels (2, 1, size, size), along x and then along y, with the reference's weights i/(i² + j²).
 
-    The kernel for h is along x and the kernel for v along y, as in HoVer-Net eq. 4; the meshgrid of the reference
-    implementation swaps them. `size`: odd side in pixels. `like`: tensor with the dtype and device to use.
+    `size`: odd side in pixels. `like`: tensor with the dtype and device to use.
     """
     steps = torch.arange(-(size // 2), size // 2 + 1, dtype=like.dtype, device=like.device)
     v, h = torch.meshgrid(steps, steps, indexing="ij")
@@ -98,15 +110,20 @@ def gradient_kernels(size: int, like: Tensor) -> Tensor:
     return torch.stack([h / norm, v / norm]).unsqueeze(1)
 
 
-def msge_loss(hv: Tensor, truth: Tensor, nuclei: Tensor, known: Tensor) -> Tensor:
-    """Return the mean squared error of the gradients of h and v over the M nucleus pixels (HoVer-Net eq. 4).
+def msge_loss(hv: Tensor, truth: Tensor, nuclei: Tensor, known: Tensor, axes: str = "own") -> Tensor:
+    """Return the mean squared error of the gradients of h and v over nuclei (HoVer-Net eq. 4).
 
-    MSGE = 1/(2M)·Σ_{i∈M} (∂x h_i - ∂x h'_i)² + (∂y v_i - ∂y v'_i)². `hv`, `truth`: (b, 2, y, x). `nuclei`, `known`:
-    (b, y, x) bool. Errors of h and v at unknown pixels are set to 0 before the derivative. 0 without known nuclei.
+    MSGE = 1/(2·Σ_i m_i)·Σ_i m_i·[(∂x h_i - ∂x h'_i)² + (∂y v_i - ∂y v'_i)²], where m_i, the value of `nuclei`, is 1 on
+    nuclei and 0 on the background, or the probability of a nucleus. `hv`, `truth`: (b, 2, y, x). `nuclei`: (b, y, x)
+    bool or float. `known`: (b, y, x) bool. `axes`: "own" as in the equation; "swapped" for the derivatives ∂y h and
+    ∂x v, which the code of HoVerNet and HoVer-UNet computes. Errors of h and v at unknown pixels are set to 0 before
+    the derivative. 0 without known nuclei.
     """
     kernels = gradient_kernels(5, hv)
+    if axes == "swapped":
+        kernels = kernels.flip(0)
     error = F.conv2d(_where(known, hv - truth), kernels, padding=2, groups=2)
-    focus = (nuclei & known).unsqueeze(1).to(hv.dtype)
+    focus = (nuclei * known).unsqueeze(1).to(hv.dtype)
     return (focus * error * error).sum() / (2 * focus.sum() + 1e-8)
 
 
@@ -125,13 +142,19 @@ def kl_loss(logits: Tensor, teacher: Tensor, known: Tensor, temperature: float =
 
 
 def student_loss(
-    output: Tensor, targets: Targets, heads: Heads, weights: BranchWeights | None = None, dice_over: str = "sum"
+    output: Tensor,
+    targets: Targets,
+    heads: Heads,
+    weights: BranchWeights | None = None,
+    dice_over: str = "sum",
+    msge_axes: str = "own",
 ) -> dict[str, Tensor]:
     """Return the terms of L_student by name: np_ce, np_dice, hv_mse, hv_msge, tp_ce, tp_dice.
 
     L_student = (CE + Dice)_np + (MSE + MSGE)_hv + (CE + Dice)_tp. Terms of np and hv are left out if no pixel of the
     batch is annotated, terms of tp if no pixel has a class. `output`: the network's output (b, c, y, x) as in `heads`.
-    `weights`: class weights; None for equal weights. `dice_over`: as `over` in `dice_loss`.
+    `weights`: class weights; None for equal weights. `dice_over`: as `over` in `dice_loss`. `msge_axes`: as `axes` in
+    `msge_loss`.
     """
     weights = weights or BranchWeights()
     np_logits, hv, tp_logits = output[:, NP], output[:, HV], output[:, heads.tp]
@@ -141,7 +164,7 @@ def student_loss(
         terms["np_ce"] = weighted_ce(np_logits, targets.np, weights.np)
         terms["np_dice"] = dice_loss(np_logits.softmax(1), targets.np, dice_over)
         terms["hv_mse"] = mse_loss(hv, targets.hv, known)
-        terms["hv_msge"] = msge_loss(hv, targets.hv, targets.np == 1, known)
+        terms["hv_msge"] = msge_loss(hv, targets.hv, targets.np == 1, known, msge_axes)
     if (targets.tp != UNKNOWN).any():
         terms["tp_ce"] = weighted_ce(tp_logits, targets.tp, weights.tp)
         terms["tp_dice"] = dice_loss(tp_logits.softmax(1), targets.tp, dice_over)
@@ -156,17 +179,22 @@ def distill_loss(
     temperature: float = 1.0,
     kl_scale: str = "1/T²",
     kl_mean: str = "pixels",
+    labels: str = "hard",
+    msge_axes: str = "own",
 ) -> dict[str, Tensor]:
     """Return the terms of L_distill by name: np_ce, np_kl, hv_mse, hv_msge, tp_ce, tp_kl.
 
     L_distill = (CE + k·KL)_np + (MSE + MSGE)_hv + (CE + k·KL)_tp, where k is 1/T² as in the HoVer-UNet paper, or T² as
-    in Hinton et al. and in HoVer-UNet's released code (`kl_scale`). The target of CE is the teacher's most probable
-    class; the targets of MSE and MSGE are the teacher's h and v (MSGE only in the teacher's nuclei). The teacher
-    predicts types for every image, so the branch tp also learns from images without annotated types.
+    in Hinton et al. and in HoVer-UNet's released code (`kl_scale`). With `labels` "hard", the target of CE is the
+    teacher's most probable class, and MSGE counts the pixels where this is a nucleus. With "soft", the target of CE is
+    the teacher's probabilities, and MSGE weights each pixel by that of a nucleus. The targets of MSE and MSGE are the
+    teacher's h and v. The teacher predicts types for every image, so the branch tp also learns from images without
+    annotated types.
 
     `output`, `teacher`: (b, c, y, x) as in `heads`. Pixels where any channel of the teacher is not finite are not
     counted; the CE terms are NaN if no pixel is left. `weights`: class weights; None for equal weights. `temperature`:
-    T. `kl_mean`: as `mean` in `kl_loss`. The KL terms are returned already multiplied by k.
+    T. `kl_mean`: as `mean` in `kl_loss`. `msge_axes`: as `axes` in `msge_loss`. The KL terms are returned already
+    multiplied by k.
     """
     weights = weights or BranchWeights()
     factor = temperature**2 if kl_scale == "T²" else temperature**-2
@@ -175,11 +203,15 @@ def distill_loss(
     terms = {}
     for branch, channels, weight in (("np", NP, weights.np), ("tp", heads.tp, weights.tp)):
         logits, teacher_logits = output[:, channels], teacher[:, channels]
-        most_probable = teacher_logits.argmax(1).masked_fill(~known, UNKNOWN)
-        terms[f"{branch}_ce"] = weighted_ce(logits, most_probable, weight)
+        if labels == "soft":
+            terms[f"{branch}_ce"] = soft_ce(logits, teacher_logits.softmax(1), known, weight)
+        else:
+            most_probable = teacher_logits.argmax(1).masked_fill(~known, UNKNOWN)
+            terms[f"{branch}_ce"] = weighted_ce(logits, most_probable, weight)
         terms[f"{branch}_kl"] = factor * kl_loss(logits, teacher_logits, known, temperature, kl_mean)
     terms["hv_mse"] = mse_loss(output[:, HV], teacher[:, HV], known)
-    terms["hv_msge"] = msge_loss(output[:, HV], teacher[:, HV], teacher[:, NP].argmax(1) == 1, known)
+    nuclei = teacher[:, NP].softmax(1)[:, 1] if labels == "soft" else teacher[:, NP].argmax(1) == 1
+    terms["hv_msge"] = msge_loss(output[:, HV], teacher[:, HV], nuclei, known, msge_axes)
     return terms
 
 
@@ -210,13 +242,13 @@ class Loss:
         The terms are neither weighted by branch nor multiplied by α; `loss` is. `output`: the network's output
         (b, c, y, x) float32 as in `heads`.
         """
-        student_share, distill_share = self.config.loss_shares
-        terms = student_loss(output, targets, self.heads, self.student_weights, self.config.dice_over)
+        config = self.config
+        student_share, distill_share = config.loss_shares
+        terms = student_loss(output, targets, self.heads, self.student_weights, config.dice_over, config.msge_axes)
         # Without any annotation the loss is 0, and must still depend on the output for backward().
         loss = student_share * self._sum(terms) + 0 * output.sum()
         if distill_share:
             assert targets.teacher is not None, "distillation needs crops with the teacher's output"
-            config = self.config
             distilled = distill_loss(
                 output,
                 targets.teacher,
@@ -225,6 +257,8 @@ class Loss:
                 config.temperature,
                 config.kl_scale,
                 config.kl_mean,
+                config.teacher_labels,
+                config.msge_axes,
             )
             loss = loss + distill_share * self._sum(distilled)
             terms |= {f"kd_{name}": term for name, term in distilled.items()}

@@ -79,9 +79,10 @@ class Cosine:
 class Plateau:
     """Schedule of `optimizer` that reduces the rate, and later ends training, when the validation loss stops falling.
 
-    An epoch has progress if its loss is more than `plateau_delta` below the lowest loss so far. After more than
-    `plateau_patience` epochs without progress, the rate is multiplied by `plateau_factor`, but not below `min_lr`.
-    After `early_stop` epochs without progress, training ends; 0: it does not end early.
+    An epoch has progress if its loss is more than `plateau_delta` below the lowest loss so far; with `plateau_relative`
+    this is a fraction of the lowest loss. After more than `plateau_patience` epochs without progress, the rate is
+    multiplied by `plateau_factor`, but not below `min_lr`. After `early_stop` epochs without progress, training ends;
+    0: it does not end early.
     """
 
     def __init__(self, config: TrainConfig, optimizer: torch.optim.Optimizer) -> None:
@@ -91,7 +92,7 @@ class Plateau:
             factor=config.plateau_factor,
             patience=config.plateau_patience,
             threshold=config.plateau_delta,
-            threshold_mode="abs",
+            threshold_mode="rel" if config.plateau_relative else "abs",
             min_lr=config.min_lr,
         )
         self.least = math.inf
@@ -103,7 +104,8 @@ class Plateau:
     def after(self, loss: float) -> bool:
         """Update the rate with the validation loss of an epoch; return False if training should end."""
         self.rate.step(loss)
-        if loss < self.least - self.config.plateau_delta:
+        delta, relative = self.config.plateau_delta, self.config.plateau_relative
+        if loss < (self.least * (1 - delta) if relative else self.least - delta):
             self.least, self.waited = loss, 0
         else:
             self.waited += 1

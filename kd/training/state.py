@@ -7,7 +7,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,13 @@ class State:
         if not path.exists():
             return
         saved = read_checkpoint(path)
-        if saved["config"] != config.to_json():
+        wanted = config.to_json()
+        # A version without a setting trained as its default does.
+        given = {f.name: f.default for f in fields(config) if f.name in wanted} | saved["config"]
+        if given != wanted:
             raise InputError(
-                f"{path} was written with other settings ({_difference(saved['config'], config.to_json())}); give "
-                "another --out, or the same settings"
+                f"{path} was written with other settings ({_difference(given, wanted)}); give another --out, or the "
+                "same settings"
             )
         for key, flag in (("saw", "--data"), ("truth_sha256", "--data"), ("teacher", "--teacher")):
             if saved["record"].get(key) != record[key]:

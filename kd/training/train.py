@@ -126,7 +126,8 @@ def train(config: TrainConfig) -> nn.Module:
         terms = loss_of(output.float(), targets)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()  # type: ignore[no-untyped-call]  # untyped in torch
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        if config.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         if config.ema_decay:
             _average(shipped, model, min(config.ema_decay, (1 + step) / (10 + step)))

@@ -25,15 +25,17 @@ def test_the_papers_figures():
     assert (config.min_lr, config.early_stop) == (1e-6, 10)
     assert (config.encoder, config.loss_shares, config.temperature) == ("mit_b2", (0.5, 0.5), 1)
     assert (config.kl_scale, config.kl_mean, config.class_weights) == ("1/T²", "pixels", True)
+    assert (config.teacher_labels, config.dice_over, config.msge_axes) == ("soft", "sum", "own")
 
 
 def test_where_the_released_code_differs():
     paper, released = (TrainConfig.of(p, **PLACES, teacher=Path("t"), alpha=0.2) for p in ("paper", "released"))
     differing = {f.name for f in fields(paper) if getattr(paper, f.name) != getattr(released, f.name)}
     assert differing == {
-        *("preset", "alpha_of", "kl_scale", "kl_mean", "betas", "plateau_delta", "min_lr", "early_stop"),
-        "augmentation",
+        *("preset", "alpha_of", "temperature", "kl_scale", "kl_mean", "dice_over", "msge_axes", "batch", "epochs"),
+        *("betas", "clip", "plateau_delta", "plateau_relative", "min_lr", "early_stop", "augmentation"),
     }
+    assert (released.temperature, released.batch, released.epochs) == (3, 64, 240)
     assert (released.betas, released.plateau_delta, released.min_lr) == ((0.9, 0.999), 1e-3, 1e-7)
     assert (paper.loss_shares, released.loss_shares) == ((0.2, 0.8), (0.8, 0.2))
 

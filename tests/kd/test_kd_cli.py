@@ -145,6 +145,7 @@ def test_evaluate_by_the_classes_in_common_with_a_picture_and_the_time(folder, p
     assert report["sources"]["tnbc"]["classes"] == ["nucleus"]
     assert (report["label"], report["folds"]) == ("mine", ["test", "val"])
     assert report["cost"]["seconds_per_patch"] > 0 and "1 threads" in report["cost"]["timed_on"]
+    assert report["cost"]["seconds_per_tile"] is None and "no image of 1000² px to time" in result.stdout
     assert cv2.imread(str(picture)).shape[1] > 4 * 512
     tables = run("tables", out, "-o", tmp_path / "tables")
     assert tables.exit_code == 0 and "| mine |" in (tmp_path / "tables" / "tables.md").read_text()

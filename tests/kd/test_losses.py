@@ -24,6 +24,7 @@ from kd.training.losses import (
     gradient_kernels,
     kl_loss,
     msge_loss,
+    soft_ce,
     student_loss,
     weighted_ce,
 )
@@ -159,10 +160,10 @@ def test_a_batch_without_annotations_has_no_terms_and_a_loss_of_zero():
     assert not output.grad.any()
 
 
-@pytest.mark.parametrize("dice_over", ["sum", "present"])
+@pytest.mark.parametrize("preset", ["paper", "released", "quick"])
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**16), share=st.floats(0.05, 0.95))
-def test_masked_pixels_change_no_gradient(dice_over, seed, share):
+def test_masked_pixels_change_no_gradient(preset, seed, share):
     """What is drawn under the masks, in targets or in the network's own output, changes no other pixel's gradient, and
     the masked pixels have none."""
     generator = torch.Generator().manual_seed(seed)
@@ -176,7 +177,7 @@ def test_masked_pixels_change_no_gradient(dice_over, seed, share):
     )
     noise = torch.randn(2, HEADS.channels, 8, 8, generator=generator, dtype=torch.float64)
     redrawn = replace(masked, hv=torch.where(masked_np.unsqueeze(1), noise[:, HV], masked.hv))
-    config = config_with(0.5, dice_over=dice_over)
+    config = config_with(0.5, preset)
 
     def gradient(output: Tensor, of: Targets) -> Tensor:
         output = output.clone().requires_grad_()
@@ -272,6 +273,29 @@ def test_distillation_from_oneself_costs_only_the_doubt():
     assert terms["np_ce"].item() == pytest.approx(-sure.item())
 
 
+def test_soft_labels_by_hand():
+    # two pixels with p = .7 .3 and .2 .8, q = .6 .4 and .5 .5, weights 1 and 3
+    p, q = (
+        torch.tensor(v, dtype=torch.float64).T.reshape(1, 2, 1, 2)
+        for v in ([[0.7, 0.3], [0.2, 0.8]], [[0.6, 0.4], [0.5, 0.5]])
+    )
+    by_pixel = (
+        -(0.7 * math.log(0.6) + 3 * 0.3 * math.log(0.4)),
+        -(0.2 * math.log(0.5) + 3 * 0.8 * math.log(0.5)),
+    )
+    weight = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    known = torch.tensor([True, True]).reshape(1, 1, 2)
+    assert soft_ce(q.log(), p, known, weight).item() == pytest.approx(sum(by_pixel) / 2)
+    known[..., 1] = False
+    assert soft_ce(q.log(), p, known, weight).item() == pytest.approx(by_pixel[0])
+
+
+def test_soft_labels_of_a_sure_teacher_are_hard_ones():
+    output, teacher = some_output(), 1e5 * some_teacher()
+    hard, soft = (distill_loss(output, teacher, HEADS, labels=labels) for labels in ("hard", "soft"))
+    assert {k: v.item() for k, v in soft.items()} == pytest.approx({k: v.item() for k, v in hard.items()}, rel=1e-3)
+
+
 def test_the_papers_factor_and_the_released_ones():
     output, teacher = some_output(), some_teacher()
     paper = distill_loss(output, teacher, HEADS, temperature=3)
@@ -301,8 +325,13 @@ def test_the_sum_is_equation_1(preset, alpha):
     config = config_with(alpha, preset)
     weights = BranchWeights(*(torch.tensor(w, dtype=torch.float64) for w in ([0.5, 1.5], [0.2, 1.0, 1.8])))
     terms = Loss(HEADS, config, weights, weights)(output, targets)
-    student = sum(student_loss(output, targets, HEADS, weights).values())
-    distill = sum(distill_loss(output, targets.teacher, HEADS, weights, 3, config.kl_scale, config.kl_mean).values())
+    student = sum(student_loss(output, targets, HEADS, weights, config.dice_over, config.msge_axes).values())
+    distill = sum(
+        distill_loss(
+            *(output, targets.teacher, HEADS, weights, 3, config.kl_scale, config.kl_mean),
+            *(config.teacher_labels, config.msge_axes),
+        ).values()
+    )
     share = alpha if preset == "paper" else 1 - alpha
     assert terms["loss"].item() == pytest.approx((share * student + (1 - share) * distill).item())
 

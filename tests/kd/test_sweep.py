@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kd.sweep
+from hover_batch.config import PostSettings
 from hover_batch.errors import InputError
 from hover_batch.model.package import find_package
 from kd.cli import kd_app
@@ -32,13 +33,15 @@ def report_of(out: Path) -> dict[str, dict[str, str]]:
 class Scored:
     """An evaluation with made-up scores."""
 
-    def __init__(self, model: str, data: Path, *, folds: Sequence[str], label: str, threads: int) -> None:
+    def __init__(
+        self, model: str, data: Path, *, folds: Sequence[str], post: PostSettings, label: str, threads: int
+    ) -> None:
         assert Path(model).name == "student.safetensors"
-        self.label, self.folds = label, folds
+        self.scored = {"label": label, "folds": folds, "min_area_px": post.min_area_px}
 
     def write(self, path: Path) -> None:
         scores = {"tnbc": {"pq": 0.5, "aji": 0.25, "dice": None, "f_d": 0.125, "sq": 0.7}}
-        path.write_text(json.dumps({"label": self.label, "folds": self.folds, "sources": scores}))
+        path.write_text(json.dumps(self.scored | {"sources": scores}))
 
 
 @pytest.fixture
@@ -136,6 +139,10 @@ def test_an_interrupt_is_no_failure(tmp_path, trained):
         (["--threads", "0"], "--threads 0"),
         (["--gpus-per-run", "0"], "--gpus-per-run 0.0"),
         (["--gpus-per-run", "1.5"], "--gpus-per-run 1.5"),
+        (["--split", "1/2"], "--split 1/2: give TRAIN/VAL/TEST"),
+        (["--split", "1/1/3"], "--val-fold 1: is also a fold to train on"),
+        (["--split", "1/2/3", "--test-fold", "3"], "--split: already names the folds"),
+        (["--split", "1/2/3", "--", "--fold", "1"], "--split: already names the folds"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(tmp_path, trained, arguments, message):
@@ -209,6 +216,26 @@ def test_other_test_folds_are_scored_anew(tmp_path, trained):
         assert grid(tmp_path, "--test-fold", fold).exit_code == 0
         assert json.loads((tmp_path / "mit_b0_a1" / "scores.json").read_text())["folds"] == [fold]
     assert "3 runs, 3 of them done before" in grid(tmp_path, "--test-fold", "3").stderr
+
+
+def test_another_smallest_area_is_scored_anew(tmp_path, trained):
+    for area in (64, 10):
+        assert grid(tmp_path, "--min-area-px", area).exit_code == 0
+        assert json.loads((tmp_path / "mit_b0_a1" / "scores.json").read_text())["min_area_px"] == area
+    assert "3 runs, 3 of them done before" in grid(tmp_path, "--min-area-px", 10).stderr
+
+
+def test_every_split_is_a_run_and_all_of_them_have_one_label(tmp_path, trained):
+    splits = ["--split", "1/2/3", "--split", "2/1/3", "--split", "3/2/1"]
+    assert run("--data", "d", "-o", tmp_path, "--encoder", "mit_b0", *splits).exit_code == 0
+    assert [(c.out.name, c.train_folds, c.val_folds) for c in trained] == [
+        ("mit_b0_a1_1-2-3", ("1",), ("2",)),
+        ("mit_b0_a1_2-1-3", ("2",), ("1",)),
+        ("mit_b0_a1_3-2-1", ("3",), ("2",)),
+    ]
+    stored = [json.loads((c.out / "scores.json").read_text()) for c in trained]
+    assert [s["folds"] for s in stored] == [["3"], ["3"], ["1"]]
+    assert {s["label"] for s in stored} == {"mit_b0_a1"}
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path, trained):

@@ -71,7 +71,7 @@ def runs(tmp_path: Path) -> list[Path]:
             architecture="unet mit_b0",
             cost=cost | {"timed_on": "a CPU"},
         ),
-        write(tmp_path / "runs" / "fff", {"consep": scores(PAPER_CONSEP, 0.5)}),
+        write(tmp_path / "runs" / "fff", {"consep": scores(PAPER_CONSEP, 0.5)}, cost=cost | {"seconds_per_tile": 3.5}),
     ]
 
 
@@ -90,7 +90,7 @@ def test_ours_beside_the_papers(runs: list[Path], tmp_path: Path) -> None:
         "| HoVer-UNet | 0.6286 | 0.4475 | 0.5239 | 0.4009 | 0.3794 | 0.0762 | 0.4779 | 10 | arXiv 2311.12553, Table 1 |"
         in text
     )
-    assert "| starter | 0.00 | 256 | 0.00 | 0.0 | 0.2500 | ../runs/123 (123123123123) |" in text
+    assert "| starter | 0.00 | 256 | 0.00 | 0.0 | 0.2500 | – | ../runs/123 (123123123123) |" in text
     assert "starter was timed on a CPU." in text
 
     pq = read(out, "pannuke_pq")
@@ -106,11 +106,19 @@ def test_ours_beside_the_papers(runs: list[Path], tmp_path: Path) -> None:
     assert set(external) == {"HoVerNet", "HoVer-UNet", "b2"}
     assert [float(external["b2"][c]) for c in ("Neoplastic", "Miscellaneous")] == pytest.approx([0.51, 0.54])
     assert external["b2"]["seen"] == ""  # what was seen is PanNuke
+    assert [external[name]["s per tile"] for name in ("HoVerNet", "HoVer-UNet", "b2")] == ["48", "17", "3.5"]
+    assert "b2 is from tests on fold 1, 3; the published rows are means over the tests" in text
     ours = read(out, "ours_consep")
     assert (ours["starter"]["f spindle"], ours["b2"]["f spindle"]) == ("0.34", "")
     cost = read(out, "cost")
-    assert float(cost["b2"]["GMac per patch"]) == pytest.approx(7.179, abs=1e-3) and cost["b2"]["s per patch"] == ""
+    assert float(cost["b2"]["GMac per patch"]) == pytest.approx(7.179 * 2 / 3, abs=1e-3)
     assert (cost["HoVerNet"]["GMac per patch"], cost["HoVerNet"]["s per patch"]) == ("149.73", "0.835")
+
+
+def test_a_row_of_all_three_tests_needs_no_note(tmp_path: Path) -> None:
+    folds = [("a", "3"), ("b", "3"), ("c", "1")]
+    paths = [write(tmp_path / name, {"pannuke": scores(PANNUKE, 0.4)}, folds=[fold]) for name, fold in folds]
+    assert [note for table in tables(read_runs(paths), tmp_path) for note in table.notes if "b2" in note] == []
 
 
 def test_every_cell_of_ours_has_a_run(runs: list[Path], tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ from kd.training.config import TrainConfig
 from kd.training.initial_weights import starting_network
 from kd.training.logs import LOG, read_log
 from kd.training.losses import UNKNOWN
+from kd.training.state import CHECKPOINT
 from kd.training.train import train
+
+NEWER = ("teacher_labels", "msge_axes", "plateau_relative")
+"""Settings that the first checkpoints do not have."""
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +307,16 @@ def test_a_finished_run_is_not_trained_again(undisturbed, config):
     before = log_of(config.out)
     assert same(train(config).state_dict(), undisturbed)
     assert log_of(config.out) == before
+
+
+def test_a_checkpoint_from_before_a_setting_goes_on_with_its_default(undisturbed, config, tmp_path):
+    saved = torch.load(config.out / CHECKPOINT, weights_only=True)
+    saved["config"] = {name: value for name, value in saved["config"].items() if name not in NEWER}
+    torch.save(saved, tmp_path / CHECKPOINT)
+    again = train(replace(config, out=tmp_path)).state_dict()
+    assert same(again, undisturbed)
+    with pytest.raises(InputError, match=r"other settings \(teacher_labels hard, not soft\)"):
+        train(replace(config, out=tmp_path, teacher_labels="soft"))
 
 
 @pytest.mark.parametrize("changed", [{"lr": 1e-3}, {"size": 96}, {"sources": {"consep": 1.0}}, {"steps": 16}])
