@@ -220,7 +220,7 @@ class Dataset:
         return self._files.path(name) if self._files else f"{self.root}/{name}"
 
     def _check_files(self) -> None:
-        """Raise InputError if files of nuclei on disk are unreadable, or have other numbers of rows than their slides."""
+        """Raise InputError if files of nuclei on disk are unreadable, or do not have the rows of their slides."""
         if self._files or not self._paths:  # in a bucket, that would be a request for each file
             return
         described: Counter[tuple[str, ...]] = Counter()
