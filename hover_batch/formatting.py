@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LISTED = 10
 """Maximum number of names in a message; a cohort may have thousands."""
@@ -28,3 +32,13 @@ def duration(seconds: float) -> str:
 def listed(names: Collection[str]) -> str:
     """Join the first LISTED names with commas, with an ellipsis if there are more."""
     return ", ".join(islice(names, LISTED)) + (", …" if len(names) > LISTED else "")
+
+
+def plain_console(**options: Any) -> Console:
+    """Return a console of rich that prints text of users as it is: `[b]` and `:x:` have no meaning in it.
+
+    `options`: further arguments of rich's Console.
+    """
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False, **options)

@@ -17,6 +17,7 @@ from hover_batch.geometry import Grid
 from hover_batch.model.package import Card, Package
 from hover_batch.nuclei.table import SCHEMA_VERSION, TableContext
 from hover_batch.plan import PlannedSlide, StoredMaps
+from hover_batch.slide.doubts import doubts_of_levels, doubts_of_mask
 from hover_batch.slide.given_mask import check_mask
 from hover_batch.slide.reader import SlideInfo, SlideReader, open_slide
 from hover_batch.slide.staging import Copies
@@ -140,6 +141,8 @@ def survey(
                 raise SlideError(
                     f"{mask_path}: the mask was replaced or changed after the run began; repeat the segment command"
                 )
+            info = replace(info, warnings=(*info.warnings, *doubts_of_mask(reader, mask, settings.tissue)))
+        info = replace(info, warnings=(*info.warnings, *doubts_of_levels(reader)))
     write_survey(layout.survey_json, info, mask)
     grid = Grid.over(info.level0, info.mpp, package.card.mpp)
     units = plan_units(grid, mask, settings.infer.unit, package.card.tile_out)

@@ -11,6 +11,7 @@ import typer
 from hover_batch.commands.options import CohortArgument
 from hover_batch.config import InferSettings, Precision, Runtime
 from hover_batch.errors import InputError
+from hover_batch.formatting import plain_console
 
 TEACHER = "hovernet_fast-pannuke"
 SIDE, PER_SLIDE, SLIDES = 512, 2, 3
@@ -181,7 +182,6 @@ def _batches(text: str) -> list[int]:
 
 def _print(found: dict[str, Any]) -> None:
     """Print the results as a table and notes. `found`: the content of compare.json."""
-    from rich.console import Console
     from rich.table import Table
 
     first, second = found["sides"]
@@ -204,7 +204,7 @@ def _print(found: dict[str, Any]) -> None:
         label = f"seconds per patch, batch size {batch}" + (" (as in the paper)" if batch == "16" else "")
         cells = [f"{side['seconds_per_patch'][batch]:.3g}" for side in (first, second)]
         table.add_row(label, *cells, f"{ratio:.3g} ×")
-    console = Console(highlight=False, markup=False)
+    console = plain_console()
     console.print(table)
     if agreed := found["agreement"]:
         pq, f1, r = (_decimals(agreed[key]) for key in ("pq", "detection_f1", "density_correlation"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hover_batch.errors import InputError
+from hover_batch.formatting import counted, plain_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,13 +113,11 @@ def diff(
 def _print(cohort: CohortDiff) -> None:
     """Print the table of slides, the classes, and what is outside the limits or was not compared."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Column, Table
 
     from hover_batch.diff.page import change
-    from hover_batch.formatting import counted
 
-    console = Console(highlight=False, markup=False)
+    console = plain_console()
     if console.width < WIDTH:  # a narrower table would cut numbers
         console.width = WIDTH
     endpoint = cohort.limits.endpoint

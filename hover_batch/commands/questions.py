@@ -12,6 +12,7 @@ import typer
 from hover_batch.cohort.record import Url
 from hover_batch.commands.query import DatasetArgument, JoinOption, OnOption, OutputOption
 from hover_batch.commands.results import check_output, deliver, print_notes
+from hover_batch.formatting import plain_console
 
 if TYPE_CHECKING:
     from hover_batch.dataset.groups import Effect
@@ -172,7 +173,6 @@ def _track(items: list[Any]) -> Iterable[Any]:
 
 def _show_effects(effects: Sequence[Effect]) -> None:
     """Print a table of the effects for each two groups, with their intervals."""
-    from rich.console import Console
     from rich.table import Column, Table
 
     tables: dict[tuple[str, str], Table] = {}
@@ -185,4 +185,4 @@ def _show_effects(effects: Sequence[Effect]) -> None:
         low, high = effect.cliffs_delta_interval
         delta = f"{effect.cliffs_delta:+.2f} ({low:+.2f} to {high:+.2f})"
         table.add_row(effect.measure, *(f"{median:.4g}" for median in effect.medians), difference, delta)
-    Console(highlight=False, markup=False).print(*tables.values())
+    plain_console().print(*tables.values())

@@ -36,7 +36,8 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
             f"{', '.join(slides.column_names)}"
         )
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give another one with --join (in Python, the argument `clinical`)")
+        fault = "is a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {fault}; give another one with --join (in Python, the argument `clinical`)")
     try:
         source, column = _source(connection, path, on)
         values = f"trim(CAST({identifier(column)} AS VARCHAR))"

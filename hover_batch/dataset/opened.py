@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -77,8 +78,9 @@ class Dataset:
     `notes`: what to know about the answers, such as patients without a row in `clinical`.
 
     `root`: folder of the data set, or its URL in cloud storage. `clinical`: CSV or Parquet file with one row per value
-    of its column `on`, a column of `slides`. InputError if `root` is not a data set or holds no slides, or `clinical`
-    cannot be joined; UploadError if a bucket cannot be reached.
+    of its column `on`, a column of `slides`. InputError if `root` is not a data set or holds no slides, a file of
+    nuclei on disk was removed, replaced or corrupted, or `clinical` cannot be joined; UploadError if a bucket cannot be
+    reached.
     """
 
     def __init__(self, root: Path | Url, clinical: Path | None = None, on: str = "patient_id") -> None:
@@ -103,6 +105,7 @@ class Dataset:
             if self._files:
                 self.connection.register_filesystem(self._files)
             self.create_table("slides", slides)
+            self._check_files()
             self.execute(f"CREATE VIEW nuclei AS {self._nuclei(self.entries)}")
             if clinical is not None:
                 self.notes += load_clinical(self.connection, clinical, on, slides)
@@ -216,10 +219,39 @@ class Dataset:
         """Return the path of a file of the data set for DuckDB."""
         return self._files.path(name) if self._files else f"{self.root}/{name}"
 
+    def _check_files(self) -> None:
+        """Raise InputError if files of nuclei on disk are unreadable, or do not have the rows of their slides."""
+        if self._files or not self._paths:  # in a bucket, that would be a request for each file
+            return
+        described: Counter[tuple[str, ...]] = Counter()
+        for entry in self.entries:
+            described[entry.nuclei_files] += entry.nuclei_rows
+        fault = None
+        try:
+            query = f"SELECT file_name, num_rows FROM parquet_file_metadata({self._paths})"
+            rows_of = dict(self.connection.execute(query).fetchall())
+        except duckdb.Error as error:
+            fault = str(error).splitlines()[0]
+        else:
+            for names, rows in described.items():
+                if (found := sum(rows_of.get(self._path(name), 0) for name in names)) != rows:
+                    fault = f"{', '.join(names)}: has {found:,} nuclei instead of {rows:,}"
+        if fault:
+            raise InputError(
+                f"{self.root}: a file of nuclei was removed or replaced ({fault}). If a command has changed the "
+                "data set in the meantime, repeat this one; otherwise make the data set again with `hover-batch cohort "
+                "OUT -o DATASET`"
+            )
+
+    @property
+    def _paths(self) -> str:
+        """All files of nuclei as a list in SQL; empty if there are none."""
+        names = dict.fromkeys(name for entry in self.entries for name in entry.nuclei_files)
+        return text_list(map(self._path, names)) if names else ""
+
     def _lock(self) -> None:
         """Deny access to all files but those of the data set, and changes of settings."""
-        files = dict.fromkeys(name for entry in self.entries for name in entry.nuclei_files)
-        self.execute(f"SET allowed_paths = {text_list(map(self._path, files))}")
+        self.execute(f"SET allowed_paths = {self._paths or '[]'}")
         self.execute("SET enable_external_access = false")
         self.execute("SET lock_configuration = true")
 

@@ -7,11 +7,10 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from hover_batch.cohort.record import Stage
-from hover_batch.formatting import duration
+from hover_batch.formatting import duration, plain_console
 from hover_batch.logs import LogFormat, json_line
 from hover_batch.progress import ProgressCounter
 
@@ -30,7 +29,7 @@ class CohortProgress:
     """
 
     def __init__(self, slides: int, log_format: LogFormat = LogFormat.text) -> None:
-        self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
+        self._console = plain_console(file=sys.stderr)
         self._json = log_format is LogFormat.json
         self._slides = slides
         self._finished = 0

@@ -40,6 +40,8 @@ class RunRecorder:
         self._run_keys = run_keys
         self._model = Seconds()
         self._started: dict[str, float] = {}
+        self._shown: dict[str, tuple[str, ...]] = {}
+        """Warnings that were shown when a slide began."""
         self._left: dict[str, list[int]] = {}
         """Tiles and regions still to be done, by slide."""
 
@@ -94,6 +96,7 @@ class RunRecorder:
         self._started[slide_id] = time.monotonic()
         layout = self._ledger.open_slide(slide_id, self._run_keys[slide_id])
         self.log_event("slide_started", slide_id=slide_id)
+        self._shown[slide_id] = slide.info.warnings
         for warning in slide.info.warnings:
             self.progress.warn(f"{slide_id}: {warning}")
         return layout
@@ -155,10 +158,14 @@ class RunRecorder:
     def finish_slide(self, slide_id: str, values: Mapping[str, Any]) -> None:
         """Declare the slide done: write slide.json, remove the predictions if the settings say so, and count the slide.
 
-        `values`: the result of `finalize`. OSError if slide.json cannot be written.
+        Warnings that arose since it began are shown. `values`: the result of `finalize`. OSError if slide.json cannot
+        be written.
         """
         self._ledger.write_slide_json(slide_id, self._run_keys[slide_id], values)
         del self._left[slide_id]
+        for warning in values["warnings"]:
+            if warning not in self._shown[slide_id]:
+                self.progress.warn(f"{slide_id}: {warning}")
         self._discard_predictions(slide_id)
         self.progress.count_done(slide_id, values["nuclei"], time.monotonic() - self._started.pop(slide_id))
         self.on_done(slide_id)

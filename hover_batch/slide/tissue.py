@@ -148,6 +148,12 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
         return TissueMask(array, (info.level0.width / array.shape[1], info.level0.height / array.shape[0]), given=True)
     if settings.tissue == "all":
         return TissueMask(np.ones((1, 1), bool), (float(info.level0.width), float(info.level0.height)))
+    return detect_tissue(reader, settings)
+
+
+def detect_tissue(reader: SlideReader, settings: TissueSettings) -> TissueMask:
+    """Return the tissue that is detected by its colour (see `tissue_mask`). SlideError if the pixels cannot be read."""
+    info = reader.info
     grid = whole_grid(info, _mask_scale(info.level0, info.mpp, settings.mask_mpp))
     coloured = _coloured(reader.read(grid.size.box, grid))
     canvas_mm2 = info.level0.width * info.mpp.x * info.level0.height * info.mpp.y / 1e6

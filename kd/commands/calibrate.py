@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hover_batch.errors import InputError
+from hover_batch.formatting import plain_console
 from kd.commands.options import Data, check_package_file
 
 if TYPE_CHECKING:
@@ -125,7 +126,6 @@ def _gain(fixed: Trial, window: Trial) -> dict[str, float]:
 
 
 def _print(title: str, trials: dict[str, Trial]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     sources = list(next(iter(trials.values())).pq)
@@ -135,7 +135,7 @@ def _print(title: str, trials: dict[str, Trial]) -> None:
     for name, t in trials.items():
         cells = (f"{t.pq[s]:.4f} / {t.f_d[s]:.4f} / {t.count[s]:.2f}" for s in sources)
         table.add_row(name, *cells, _means((t.mean_pq, t.mean_f_d)))
-    Console(width=max(80, 24 * (len(sources) + 2))).print(table)
+    plain_console(width=max(80, 24 * (len(sources) + 2))).print(table)
 
 
 def _means(values: Iterable[float]) -> str:

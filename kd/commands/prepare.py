@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hover_batch.errors import InputError
+from hover_batch.formatting import plain_console
 
 if TYPE_CHECKING:
     from kd.data.findings import Findings
@@ -98,15 +99,13 @@ def _pairs(listed: Sequence[str]) -> dict[str, str]:
 
 
 def _watch(samples: Iterable[Sample], total: int) -> Iterable[Sample]:
-    from rich.console import Console
     from rich.progress import track
 
-    return track(samples, "reading", total, console=Console(stderr=True), transient=True)
+    return track(samples, "reading", total, console=plain_console(stderr=True), transient=True)
 
 
 def _print(findings: Findings) -> None:
     """Print a table with a row for each source and fold."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("source", "fold", title=f"Annotated images, classes of {findings.taxonomy.name}")
@@ -118,4 +117,4 @@ def _print(findings: Findings) -> None:
     for (source, fold), part in findings.parts.items():
         counts = ", ".join(f"{c.name} {part.by_class[c.id]:,}" for c in findings.taxonomy.nuclei)
         table.add_row(source, fold, f"{part.images:,}", f"{part.nuclei:,}", counts if part.by_class else "no types")
-    Console().print(table)
+    plain_console().print(table)

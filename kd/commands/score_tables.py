@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from hover_batch.formatting import plain_console
 from hover_batch.model.cost import Cost
 from kd.data.classes import PARTIAL
 from kd.evaluation.evaluate_package import Evaluation
@@ -21,7 +21,7 @@ SHOWN = {"pq": "PQ", "dice": "Dice", "f_d": "F_d"}
 
 def show(evaluation: Evaluation) -> None:
     """Print the scores and the cost of the model to stdout, and the shifts and the comparison if they were computed."""
-    console = Console()
+    console = plain_console()
     name = evaluation.package.card.name
     console.print(_scores(evaluation))
     typer.echo(_cost(evaluation.cost))

@@ -10,6 +10,7 @@ import typer
 
 from hover_batch.config import EngineSettings, PostSettings
 from hover_batch.errors import InputError, exit_code
+from hover_batch.formatting import plain_console
 from kd.commands.options import Address, BackendOption, Cpus, Data, Gpus, MinAreaPx
 from kd.commands.train import train, train_settings
 from kd.training.config import PRESETS
@@ -144,7 +145,6 @@ def _train_settings(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _print(ended: list[Ended]) -> None:
     """Print the report as a table, without the columns that are part of the name of a run."""
-    from rich.console import Console
     from rich.table import Table
 
     from kd.sweep import report
@@ -156,7 +156,7 @@ def _print(ended: list[Ended]) -> None:
         table.add_column(column, justify="left" if column in ("run", "failed") else "right")
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _cell(value: Any) -> str:

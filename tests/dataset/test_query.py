@@ -174,6 +174,19 @@ def test_a_lost_file_is_named(nuclei: tuple[Any, Size], tmp_path: Path) -> None:
     assert path.name in message and "make the data set again" in message
 
 
+def test_a_replaced_file_is_not_counted(nuclei: tuple[Any, Size], tmp_path: Path) -> None:
+    root = make(tmp_path, *nuclei).root
+    [path] = list((root / "nuclei").rglob("*.parquet"))
+    table = pq.read_table(path)
+    for rows in (table.slice(1), pa.concat_tables([table, table])):
+        pq.write_table(rows, path)
+        with pytest.raises(InputError, match=rf"has {len(rows):,} nuclei instead of {len(table):,}\)\. If .* repeat"):
+            hover_batch.open_cohort(root)
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"a file of nuclei was removed or replaced \(.*too small.*\)\. If"):
+        hover_batch.open_cohort(root)
+
+
 def test_a_data_set_without_nuclei(nuclei: tuple[Any, Size], tmp_path: Path) -> None:
     run = MadeRun(tmp_path / "run", *nuclei)
     run.put("empty", 0)

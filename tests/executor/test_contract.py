@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -202,3 +203,16 @@ def test_a_slide_without_tissue_has_an_empty_table(run: Run, tmp_path: Path) -> 
     outcome = run(tmp_path / "cohort.csv", tmp_path / "out", LoadQuick(), settings=settings)
     assert outcome.exit_code == 0 and outcome.slides[0]["nuclei"] == 0
     assert events(tmp_path / "out", "slide_surveyed")[0]["units"] == 0
+
+
+def test_a_mask_on_glass_is_warned_of_during_the_run(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.full((300, 300), 245, np.uint8)).save(tmp_path / "glass.png")
+    Image.fromarray(np.eye(30, dtype=np.uint8)).save(tmp_path / "mask.png")
+    (tmp_path / "cohort.csv").write_text("path,mpp,mask_path\nglass.png,0.25,mask.png\n")
+    outcome = run(tmp_path / "cohort.csv", tmp_path / "out", LoadQuick())
+    assert outcome.exit_code == 0
+    warning = "only 0% of the mask lies on stained tissue"
+    assert f"glass: {warning}" in capfd.readouterr().err
+    assert warning in json.loads((tmp_path / "out" / "slides" / "glass" / "slide.json").read_bytes())["warnings"][0]

@@ -251,7 +251,23 @@ def test_a_folder_with_types_of_known_codes(tmp_path):
         ),
         (
             lambda f: (f / "dataset.csv").write_text(f"{HEADER},magnification\n{ROW.strip()},20x\n"),
-            "row 2 has magnification 20; rescale images and labels to 40",
+            "row 2 has magnification 20x; rescale images and labels to 40",
+        ),
+        (
+            lambda f: (f / "dataset.csv").write_text(f"{HEADER},magnification\n{ROW.strip()},obj. x20\n"),
+            r"row 2 has magnification obj\. x20; rescale",
+        ),
+        (
+            lambda f: (f / "dataset.csv").write_text(f'{HEADER},mpp\n{ROW.strip()},"0,5"\n'),
+            "row 2 has mpp 0,5; rescale images and labels to 40",
+        ),
+        (
+            lambda f: (f / "dataset.csv").write_text(f"{HEADER},image\n{ROW.strip()},other.png\n"),
+            "several columns image; keep one of each",
+        ),
+        (
+            lambda f: (f / "dataset.csv").write_text(f"{HEADER}\n{ROW.strip()}".replace("val", "\u0663")),
+            "row 2 has the split \u0663; write train",
         ),
         (lambda f: (f / "dataset.csv").write_text(f"{HEADER}\n{'x' * 200_000}\n"), "dataset.csv cannot be read as CSV"),
         (lambda f: (f / "dataset.csv").write_bytes("Präparat".encode("cp1252")), "dataset.csv: not UTF-8"),

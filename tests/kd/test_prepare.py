@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import cv2
@@ -115,6 +116,25 @@ def test_what_is_wrong_is_said_and_nothing_left(folders, tmp_path, arguments, me
     with pytest.raises(InputError, match=message):
         raise result.exception
     assert list(tmp_path.iterdir()) == [empty]
+
+
+def test_names_are_printed_as_they_are(tmp_path):
+    """As markup of rich, the first would be an error, the second bold and the third a cross."""
+    for source in ("[/x]", "[b]x", "a:x:"):
+        folder = write_folder(tmp_path / source.replace("/", ""), {"x": tiles(1, 64)[0]}, source=source)
+        (folder / "x_types.png").unlink()
+        table = (folder / "dataset.csv").read_text()
+        (folder / "dataset.csv").write_text(table.replace("x_types.png", ""))
+        result = run(folder, "-o", tmp_path / "data.npz")
+        assert result.exit_code == 0 and f"│ {source} " in result.stdout
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    folder = write_folder(tmp_path / "x", {"x": tiles(1, 64)[0]})
+    (folder / "x_image.png").unlink()
+    os.mkfifo(folder / "x_image.png")
+    with pytest.raises(InputError, match=r"x_image\.png cannot be read as an image"):
+        raise run(folder, "-o", tmp_path / "data.npz").exception
 
 
 def test_real_annotations_come_back(data, tmp_path):

@@ -2,14 +2,15 @@
 
 dataset.csv has one row per image, with the columns sample_id, image (RGB PNG), labels (uint16 PNG of instance ids, 0 =
 background), types (uint8 PNG of class codes, or empty), source and split (train, val, test or a fold's number).
-Optional columns are group (patient or slide), tissue and magnification, which must be 40. Paths are relative to the
-folder. Images must be at 40× (0.25 µm).
+Optional columns are group (patient or slide), tissue, magnification, which must be 40, and mpp, which must be 0.25.
+Paths are relative to the folder. Images must be at 40× (0.25 µm).
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Collection, Iterator
 from itertools import zip_longest
@@ -20,25 +21,27 @@ from hover_batch.files import sha256_file
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import CODES, class_ids
 from kd.data.layouts.pictures import read_codes, read_image, read_instances
-from kd.data.samples import Sample, renumbered
+from kd.data.samples import MPP, Sample, renumbered
 
 TABLE = "dataset.csv"
 """Name of the table."""
 COLUMNS = ("sample_id", "image", "labels", "types", "source", "split")
 """Required columns."""
-SPLITS = r"train|val|test|\d"
+SPLITS = r"train|val|test|[0-9]"
 """Values of split: folds for training, validation and testing, or published folds of a cross-validation."""
 FILES = ("image", "labels", "types")
 """Columns with paths."""
 MAGNIFICATION = 40
 """Magnification of the images."""
+SCALES = {"magnification": MAGNIFICATION, "mpp": MPP}
+"""Optional columns that state the scale of an image, and the value that they must have."""
 
 
 class InstanceFolder:
     """Images of an instance folder; `len` gives their number.
 
     Raises InputError if dataset.csv is not a CSV in UTF-8, has no rows, lacks a column or a value, has an unknown
-    split, repeats a sample_id, or states another magnification than 40.
+    split, repeats a column or a sample_id, or states another scale than 40 (0.25 µm per pixel).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,6 +57,8 @@ class InstanceFolder:
         except csv.Error as error:
             raise InputError(f"{folder / TABLE} cannot be read as CSV ({error}); save it again as CSV UTF-8") from error
         header = lines.pop(min(lines)) if lines else []
+        if repeated := sorted({c for c in header if c and header.count(c) > 1}):
+            raise InputError(f"{folder / TABLE}: several columns {', '.join(repeated)}; keep one of each")
         if missing := [c for c in COLUMNS if c not in header]:
             raise InputError(
                 f"{folder / TABLE}: no column {', '.join(missing)}; add it, and separate columns by commas"
@@ -75,12 +80,13 @@ class InstanceFolder:
                     f"{folder / TABLE}: rows {first} and {number} have the same sample_id {row['sample_id']}; change "
                     "one"
                 )
-            magnification = re.match(r"\d+(\.\d+)?", row.get("magnification") or "")
-            if magnification and float(magnification[0]) != MAGNIFICATION:
-                raise InputError(
-                    f"{folder / TABLE}: row {number} has magnification {magnification[0]}; rescale images and labels "
-                    f"to {MAGNIFICATION} (0.25 µm per pixel)"
-                )
+            for column, expected in SCALES.items():
+                stated = re.search(r"\d+([.,]\d+)?", row.get(column) or "")
+                if stated and not math.isclose(float(stated[0].replace(",", ".")), expected, rel_tol=0.05):
+                    raise InputError(
+                        f"{folder / TABLE}: row {number} has {column} {row[column]}; rescale images and labels to "
+                        f"{MAGNIFICATION} ({MPP} µm per pixel)"
+                    )
 
     @staticmethod
     def recognises(folder: Path) -> bool:

@@ -115,7 +115,7 @@ def _read(path: Path, flags: int) -> NDArray[Any]:
         )
     try:
         # imread prints a warning of its own for a missing file, and fills up a truncated JPEG with grey.
-        pixels = cv2.imdecode(np.fromfile(path, np.uint8), flags)
+        pixels = cv2.imdecode(np.fromfile(path, np.uint8), flags) if path.is_file() else None  # a pipe would never end
     except (OSError, cv2.error):
         pixels = None
     if pixels is None:

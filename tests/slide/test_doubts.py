@@ -1,0 +1,125 @@
+"""Warnings about pixels that contradict each other, on a real slide's field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+from numpy.typing import NDArray
+
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.config import TissueSettings
+from hover_batch.slide.doubts import doubts_of_levels, doubts_of_mask
+from hover_batch.slide.reader import open_slide
+from hover_batch.slide.tissue import TissueMask
+
+Picture = NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def field(data: Path) -> Picture:
+    """1536 × 1500 pixels of a slide, RGB (y, x, 3) uint8."""
+    with open_slide(SlideRecord("s", data / "slides" / "CMU-1-Small-Region.svs", 2)) as reader:
+        return reader.source.read(0, reader.info.level0.box)[600:2100, 400:1936]  # type: ignore[attr-defined]
+
+
+def reduced(picture: Picture, factor: float, interpolation: int = cv2.INTER_AREA) -> Picture:
+    size = round(picture.shape[1] / factor), round(picture.shape[0] / factor)
+    return np.asarray(cv2.resize(picture, size, interpolation=interpolation), np.uint8)
+
+
+def doubts(path: Path, *levels: Picture) -> list[str]:
+    with tifffile.TiffWriter(path) as file:
+        for number, pixels in enumerate(levels):
+            file.write(
+                pixels,
+                tile=(256, 256),
+                photometric="rgb",
+                compression="deflate",
+                subfiletype=int(number > 0),
+                resolution=(20_000, 20_000),
+                resolutionunit="CENTIMETER",
+                metadata=None,
+            )
+    with open_slide(SlideRecord("s", path, 2)) as reader:
+        assert len(reader.info.downsamples) == len(levels)
+        return doubts_of_levels(reader)
+
+
+@pytest.mark.parametrize("factors", [(2, 4), (4, 16), (3,), (1.4, 2.9), (32,)])
+@pytest.mark.parametrize("interpolation", [cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_CUBIC])
+def test_levels_however_they_were_reduced_raise_no_doubt(
+    field: Picture, tmp_path: Path, factors: tuple[float, ...], interpolation: int
+) -> None:
+    levels = [reduced(field, factor, interpolation) for factor in factors]
+    assert doubts(tmp_path / "s.tif", field, *levels) == []
+
+
+def test_brighter_blurred_and_compressed_levels_raise_no_doubt(field: Picture, tmp_path: Path) -> None:
+    level = cv2.convertScaleAbs(cv2.GaussianBlur(reduced(field, 4), (5, 5), 0), alpha=0.9, beta=20)
+    _, coded = cv2.imencode(".jpg", level, [cv2.IMWRITE_JPEG_QUALITY, 20])
+    assert doubts(tmp_path / "s.tif", field, np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.uint8)) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda level: level[:, ::-1],
+        lambda level: level[::-1],
+        lambda level: np.roll(level, (60, 90), (0, 1)),
+        lambda level: 255 - level,
+        np.zeros_like,
+        lambda level: np.full_like(level, 255),
+    ],
+    ids=["mirrored", "upside down", "shifted", "inverted", "black", "white"],
+)
+@pytest.mark.parametrize("factor", [2, 4, 16])
+def test_a_level_that_shows_something_else_is_named(
+    field: Picture, tmp_path: Path, change: Callable[[Picture], Picture], factor: int
+) -> None:
+    level = change(reduced(field, factor))
+    [doubt] = doubts(tmp_path / "s.tif", field, np.ascontiguousarray(level))
+    assert f"level of 1/{factor} of the full size shows something else" in doubt
+
+
+@pytest.fixture(scope="module")
+def two_pieces(field: Picture, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Slide of 2.6 mm² with tissue in its upper left and lower right quarters, on glass."""
+    glass = np.full((3000, 3400, 3), 243, np.uint8)
+    glass[:1500, :1536] = glass[1500:, 1864:] = field
+    path = tmp_path_factory.mktemp("doubts") / "slide.tif"
+    tifffile.imwrite(
+        path,
+        glass,
+        tile=(256, 256),
+        photometric="rgb",
+        compression="deflate",
+        resolution=(20_000, 20_000, "CENTIMETER"),
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("place", "doubtful"),
+    [
+        (np.s_[:1500, :1536], False),
+        (np.s_[1600:, 1900:], False),
+        (np.s_[:1500, 1000:2000], False),
+        (np.s_[1500:, :1536], True),
+        (np.s_[:1500, 1864:], True),
+        (np.s_[::-1, 1000:2400], True),
+    ],
+)
+def test_a_mask_that_lies_mostly_on_glass_is_warned_of(
+    two_pieces: Path, place: tuple[slice, slice], doubtful: bool
+) -> None:
+    given = np.zeros((3000, 3400), bool)
+    given[place] = True
+    with open_slide(SlideRecord("s", two_pieces, 2)) as reader:
+        doubts = doubts_of_mask(reader, TissueMask(given, (1.0, 1.0), given=True), TissueSettings())
+    assert len(doubts) == doubtful
+    assert all("of the mask lies on stained tissue" in doubt for doubt in doubts)
