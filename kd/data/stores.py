@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -159,8 +160,13 @@ class NpzStore:
         return {name: self._load(f"{name}/{i}") for name in ARRAYS}
 
     def _save(self, name: str, array: NDArray[Any]) -> None:
-        with self._zip.open(f"{name}.npy", "w", force_zip64=True) as f:
-            np.save(f, array, allow_pickle=False)
+        try:
+            with self._zip.open(f"{name}.npy", "w", force_zip64=True) as f:
+                np.save(f, array, allow_pickle=False)
+        except OSError:
+            with suppress(OSError):  # else the garbage collector closes the file, and prints a second error
+                self._zip.close()
+            raise
 
     def _load(self, name: str) -> NDArray[Any]:
         with self._zip.open(f"{name}.npy") as f:

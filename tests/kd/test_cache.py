@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import resource
 import signal
 import subprocess
 import sys
@@ -185,6 +187,18 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(kd.data.stores.NpzStore, "append", full)
     with pytest.raises(InputError, match="the disk is full"):
         write(tmp_path / "data.npz", [sample("a", 5, 4)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_may_not_grow_gives_one_error(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(InputError, match="cannot be written"):
+            write(tmp_path / "data.npz", [sample("a", 300, 300)])
+        gc.collect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
 
 
