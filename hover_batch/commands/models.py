@@ -24,8 +24,9 @@ from hover_batch.model.cache import (
     download_path,
     is_package_name,
 )
+from hover_batch.model.card import Card
 from hover_batch.model.hub_card import listed_entries, nested
-from hover_batch.model.package import Card, Package, find_package, load_tensors, save_package
+from hover_batch.model.package import Package, find_package, load_tensors, save_package
 from hover_batch.model.published import KINDS
 
 PackageArgument = Annotated[

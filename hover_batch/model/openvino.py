@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from hover_batch.errors import InputError, PackageError
 from hover_batch.files import replacing_folder, sha256_file
+from hover_batch.model.architectures import file_of
 from hover_batch.model.cache import cache_folder, check_download
+from hover_batch.model.card import Card
 
 XML, WEIGHTS = "network.xml", "network.bin"
 LIBRARIES = ("openvino", "torch", "segmentation-models-pytorch", "timm")
@@ -108,19 +110,19 @@ def convert(network: nn.Module, side: int) -> Any:
     return model
 
 
-def cached_conversion(package_sha256: str, side: int, load: Callable[[], nn.Module]) -> Any:
-    """Return the package's network as an openvino.Model, from the cache or else from `convert(load(), side)`.
+def cached_conversion(package_sha256: str, card: Card, load: Callable[[], nn.Module]) -> Any:
+    """Return the package's network as an openvino.Model, from the cache or else from `convert(load(), card.tile_in)`.
 
-    `package_sha256`: hash of the package. `side`: side of the image in pixels. `load`: loads the network if it is not
-    in the cache; the conversion is then saved there. A cache that cannot be read or written is ignored. Errors as in
+    `package_sha256`, `card`: hash and card of the package. `load`: loads the network if it is not in the cache; the
+    conversion is then saved there. A cache that cannot be read or written is ignored. Errors as in
     `convert` and `load`.
     """
-    folder = cache_folder() / "openvino" / _key(package_sha256, side)
+    folder = cache_folder() / "openvino" / _key(package_sha256, card)
     with contextlib.suppress(OSError, PackageError, RuntimeError, ImportError):
         for name in (XML, WEIGHTS):
             check_download(folder / name, (folder / f"{name}.sha256").read_text().split()[0])
         return _core().read_model(folder / XML)
-    model = convert(load(), side)
+    model = convert(load(), card.tile_in)
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(folder) as temporary:
@@ -133,10 +135,11 @@ def cached_conversion(package_sha256: str, side: int, load: Callable[[], nn.Modu
     return model
 
 
-def _key(package_sha256: str, side: int) -> str:
-    code = [sha256_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
+def _key(package_sha256: str, card: Card) -> str:
+    files = [*sorted(Path(__file__).parent.glob("*.py")), file_of(card.architecture)]
+    code = [sha256_file(path) for path in files if path]
     versions = [version(name) for name in LIBRARIES]
-    return hashlib.sha256(" ".join([package_sha256, str(side), *code, *versions]).encode()).hexdigest()[:16]
+    return hashlib.sha256(" ".join([package_sha256, str(card.tile_in), *code, *versions]).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

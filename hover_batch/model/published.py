@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from hover_batch.taxonomy import CONSEP, MONUSAC, NUCLEI, PANNUKE, Taxonomy
 
-MPP = 0.25
-"""Pixel size in µm at which all were trained (40×)."""
 HUB = "https://huggingface.co/TIACentre/TIAToolbox_pretrained_weights"
 """Repository from which tiatoolbox downloads them, each as NAME.pth."""
 
@@ -17,7 +15,7 @@ class Kind:
     """Published model that can be imported."""
 
     architecture: str
-    """One of `hover_batch.model.package.ARCHITECTURES`."""
+    """Name of the architecture in cards."""
     taxonomy: Taxonomy
     """Classes of the model."""
     types: int
@@ -28,6 +26,10 @@ class Kind:
     """Licence of the weights, in words."""
     by_name: bool = True
     """Whether tiatoolbox can download it by its name."""
+    encoders: tuple[str, ...] = ("",)
+    """Variants of the architecture that it may have, the published one first."""
+    mpp: float = 0.25
+    """Pixel size in µm at which it was trained; 0.25 is 40×."""
 
 
 _PANNUKE = "CC BY-NC-SA 4.0, research only: trained on PanNuke"
@@ -57,5 +59,6 @@ KINDS = {
         "PanNuke, distilled from hovernet_fast-pannuke, which has seen all of it; which folds is not in the file",
         _PANNUKE,
         by_name=False,
+        encoders=("mit_b2", "mit_b0", "mit_b1", "mit_b3", "mit_b4", "mit_b5"),
     ),
 }
