@@ -10,6 +10,10 @@ HUB = "https://huggingface.co/TIACentre/TIAToolbox_pretrained_weights"
 """Repository from which tiatoolbox downloads them, each as NAME.pth."""
 
 
+CELLVIT_LOGS = "mean of three folds, from the logs in TIO-IKIM/CellViT, logs_paper"
+"""Source of CellViT's scores: `inference_results.json` under logs_paper/PanNuke/CellViTHV at 05097e1."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """Published model that can be imported."""
@@ -30,9 +34,20 @@ class Kind:
     """Variants of the architecture that it may have, the published one first."""
     mpp: float = 0.25
     """Pixel size in µm at which it was trained; 0.25 is 40×."""
+    source: str = HUB
+    """Where the weights are published."""
+    scores: str = "none read at their source"
+    """Published scores, and where they are from."""
+    parameters: int = 0
+    """Number of weights."""
+    macs_per_kept_pixel: int = 0
+    """Multiply-accumulates for each kept pixel of a slide, margins included, as `hover_batch.model.cost` counts them."""
 
 
 _PANNUKE = "CC BY-NC-SA 4.0, research only: trained on PanNuke"
+_NULITE = "https://github.com/CosmoIknosLab/NuLite"
+_CELLVIT = "https://github.com/TIO-IKIM/CellViT"
+_COMMONS = "Apache 2.0 with Commons Clause; research only: trained on PanNuke, CC BY-NC-SA 4.0"
 _UNKNOWN = "of the source's authors: see where the checkpoint was published"
 KINDS = {
     "hovernet_fast-pannuke": Kind(
@@ -61,4 +76,44 @@ KINDS = {
         by_name=False,
         encoders=("mit_b2", "mit_b0", "mit_b1", "mit_b3", "mit_b4", "mit_b5"),
     ),
+    **{
+        f"nulite-{size}": Kind(
+            "nulite",
+            PANNUKE,
+            6,
+            "PanNuke, all of it, so that scores on any of its folds are contaminated",
+            "Apache 2.0; research only: trained on PanNuke, CC BY-NC-SA 4.0",
+            by_name=False,
+            encoders=encoders,
+            source=_NULITE,
+        )
+        for size, encoders in {
+            "t": ("fastvit_s12",),
+            "s": ("fastvit_sa12", "fastvit_t12", "fastvit_t8"),
+            "m": ("fastvit_sa24", "fastvit_sa36"),
+            "h": ("fastvit_ma36",),
+        }.items()
+    },
+    **{
+        f"cellvit-{encoder.lower().removeprefix('vit-')}{suffix}": Kind(
+            "cellvit",
+            PANNUKE,
+            6,
+            "PanNuke, 90 % of all folds, so that scores on any of its folds are contaminated",
+            _COMMONS,
+            by_name=False,
+            encoders=(encoder,),
+            mpp=mpp,
+            source=_CELLVIT,
+            scores=scores,
+        )
+        for encoder, suffix, mpp, scores in (
+            ("ViT-256", "", 0.25, f"PanNuke mPQ 0.483, bPQ 0.654, F_d 0.824 ({CELLVIT_LOGS})"),
+            ("ViT-256", "-x20", 0.5, f"PanNuke mPQ 0.372, bPQ 0.523, F_d 0.710 ({CELLVIT_LOGS})"),
+            ("SAM-B", "", 0.25, f"PanNuke mPQ 0.491, bPQ 0.663, F_d 0.828 ({CELLVIT_LOGS})"),
+            ("SAM-L", "", 0.25, f"PanNuke mPQ 0.497, bPQ 0.666, F_d 0.829 ({CELLVIT_LOGS})"),
+            ("SAM-H", "", 0.25, f"PanNuke mPQ 0.496, bPQ 0.666, F_d 0.829 ({CELLVIT_LOGS})"),
+            ("SAM-H", "-x20", 0.5, f"PanNuke mPQ 0.399, bPQ 0.552, F_d 0.732 ({CELLVIT_LOGS})"),
+        )
+    },
 }

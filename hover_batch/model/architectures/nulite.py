@@ -1,8 +1,8 @@
 """NuLite: a U-Net with a FastViT encoder by timm, one decoder and a head for each branch.
 
-Source: Tommasino et al. 2024 (arXiv 2408.01797) and its released code (CosmoIknosLab/NuLite, 601e370), whose state dicts
-load strictly. The published T has the encoder fastvit_s12 (by the code), the published H fastvit_ma36 (by the number of
-parameters); for S and M, the code does not say which of the sizes between they have, and any can be imported.
+Source: Tommasino et al. 2024 (arXiv 2408.01797) and its released code (CosmoIknosLab/NuLite, 601e370), whose state
+dicts load strictly. The published T has the encoder fastvit_s12 (by the code), the published H fastvit_ma36 (by the
+number of parameters); the code does not say which of the sizes between S and M have, and any can be imported.
 
 The classifier of tissues is loaded but not run, because nothing here uses it.
 """
@@ -38,8 +38,8 @@ TISSUES = 19
 class NuLite(nn.Module):
     """NuLite with random weights.
 
-    It takes RGB in [0, 1], float (batch, 3, y, x), y and x multiples of 32, and returns (batch, 4 + n_types, y, x) float
-    in the layout of `hover_batch.model.heads`.
+    It takes RGB in [0, 1], float (batch, 3, y, x), y and x multiples of 32, and returns (batch, 4 + n_types, y, x)
+    float in the layout of `hover_batch.model.heads`.
     """
 
     def __init__(self, encoder: str, n_types: int, tissues: int) -> None:
@@ -94,13 +94,11 @@ class NuLiteFamily(Architecture):
         if not any(name.startswith("encoder.fast_vit.") for name in tensors):
             return None
         if any("reparam_conv" in name for name in tensors):
-            raise PackageError(
-                "NuLite with merged branches of its encoder; give the checkpoint before reparameterisation"
-            )
+            raise PackageError("NuLite with merged branches in its encoder; give the checkpoint from before the merge")
         check_normalisation(record)
         stages = "encoder.fast_vit.stages_"
         rows, width = tensors[f"{stages}0.blocks.0.mlp.fc1.weight"].shape[:2]
-        depth = len({name.split(".")[3] for name in tensors if name.startswith(f"{stages}2.blocks.")})
+        depth = len({name.split(".")[4] for name in tensors if name.startswith(f"{stages}2.blocks.")})
         attention = f"{stages}3.blocks.0.token_mixer.qkv.weight" in tensors
         return Recognised(ENCODERS[width, depth, rows // width, attention], len(tensors["tp_head.1.bias"]))
 
