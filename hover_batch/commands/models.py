@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hover_batch.errors import InputError, PackageError
-from hover_batch.files import replacing
+from hover_batch.files import replacing, sha256_file
 from hover_batch.model.cache import (
     cached_downloads,
     cached_package,
@@ -28,6 +28,9 @@ from hover_batch.model.card import Card
 from hover_batch.model.hub_card import listed_entries, nested
 from hover_batch.model.package import Package, find_package, load_tensors, save_package
 from hover_batch.model.published import KINDS
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PackageArgument = Annotated[
     str,
@@ -42,8 +45,9 @@ def import_package(
     source: Annotated[
         str,
         typer.Argument(
-            help="Weights: hover_net's .tar, tiatoolbox's .pth, HoVer-UNet's .pth or a package's .safetensors, given "
-            "as a file, an https URL, or a name that `models list` shows.",
+            help="Weights: hover_net's .tar, the .pth of tiatoolbox, HoVer-UNet, NuLite or CellViT, a package's "
+            ".safetensors, or with --channels any network's .onnx; given as a file, an https URL, or a name that "
+            "`models list` shows.",
             show_default=False,
         ),
     ],
@@ -59,6 +63,13 @@ def import_package(
     kind: Annotated[
         str | None,
         typer.Option(help=f"Kind of checkpoint: {', '.join(KINDS)}.", show_default="recognised by its tensors' shapes"),
+    ] = None,
+    channels: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML that says what an exported network (.onnx, or OpenVINO's .xml) takes and gives: docs/models.md.",
+            show_default=False,
+        ),
     ] = None,
     calibrate_on: Annotated[
         Path | None,
@@ -84,6 +95,8 @@ def import_package(
 
     hover-batch models import hovernet_fast_pannuke_type_tf2pytorch.tar -o teacher.safetensors
 
+    hover-batch models import my-network.onnx --channels my-network.toml -o mine.safetensors
+
     Downloads, and packages without -o, are stored in HOVER_BATCH_CACHE (default ~/.cache/hover-batch).
 
     Without a network connection, the error message says which file to copy to which place.
@@ -91,7 +104,18 @@ def import_package(
     target = _target(source, out)
     if calibrate_on is not None and not (calibrate_on / "dataset.csv").is_file():
         raise InputError(f"--calibrate {calibrate_on}: holds no dataset.csv; give a folder of annotated images")
-    is_package = _source_file(source).suffix == ".safetensors"
+    suffix = _source_file(source).suffix
+    is_package, is_exported = suffix == ".safetensors", suffix in (".onnx", ".xml")
+    if suffix == ".pt2":
+        raise InputError(
+            f"{source}: is not read, because torch unpickles parts of .pt2 files, which could run code; export the network "
+            "to ONNX (torch.onnx.export), and describe it with --channels"
+        )
+    if is_exported != (channels is not None) or (is_exported and (kind is not None or "://" in source)):
+        raise InputError(
+            f"{source}: --channels FILE.toml describes an exported network, a local .onnx or .xml file; it is needed "
+            "for these, and for nothing else (see docs/models.md)"
+        )
     if is_package and (kind is not None or calibrate_on is not None):
         raise InputError(
             f"{source}: is a package already, not a checkpoint; leave out --kind and --calibrate (to calibrate a "
@@ -106,9 +130,7 @@ def import_package(
     if is_package:
         _copy(source, sha256, target, replaceable=out is not None)
     else:
-        from hover_batch.model.checkpoint import read_checkpoint
-
-        network, card = read_checkpoint(source, kind, sha256)
+        network, card = _read(source, kind, channels, sha256)
         if out is None:
             _refuse_another(target, lambda existing: existing.card.training.get("source") == card.training["source"])
         card = replace(card, name=target.stem)
@@ -121,6 +143,23 @@ def import_package(
         typer.echo(line)
     if out is None:
         typer.echo(f"to use it: --model {target.stem}")
+
+
+def _read(source: str, kind: str | None, channels: Path | None, sha256: str | None) -> tuple[nn.Module, Card]:
+    """Return the network and the card of a checkpoint, or with `channels` of an exported network."""
+    if channels is None:
+        from hover_batch.model.checkpoint import read_checkpoint
+
+        return read_checkpoint(source, kind, sha256)
+    from hover_batch.model.architectures.exported import read_exported
+
+    path = Path(source)
+    if not path.is_file():
+        raise PackageError(f"{source}: no such file")
+    if sha256 is not None and sha256_file(path) != sha256.lower():
+        raise PackageError(f"{source}: its sha256 is {sha256_file(path)}, not {sha256}; download it again")
+    network, card = read_exported(path, channels, find_package("starter").card.sobel)
+    return network, replace(card, training=card.training | {"source": {"file": path.name, "sha256": sha256_file(path)}})
 
 
 def _target(source: str, out: Path | None) -> Path:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hover_batch.model.architectures import architecture
 from hover_batch.model.card import Card
 from hover_batch.model.margins import without_margin
+from hover_batch.model.openvino import StoredNetwork, model_macs
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ def cost_of(network: nn.Module, card: Card) -> Cost:
 
     `card`: card of the package, for the sides of patches and tiles.
     """
+    if isinstance(network, StoredNetwork):
+        macs, constants = model_macs(network.model())
+        return Cost(constants, card.tile_in, macs, macs / card.tile_out**2, card.tile_in, card.tile_out)
     meta_network = copy.deepcopy(network).to("meta").eval()
     patch = patch_side(card)
     return Cost(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hover_batch.config import AUTO_BATCH, InferSettings, Precision, Runtime
 from hover_batch.errors import InputError
+from hover_batch.model.architectures import file_of
 from hover_batch.model.card import Card
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
 from hover_batch.model.in_flight import Computed, InFlight, Pending, Streams
@@ -204,7 +205,7 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
 
         return prepared(load_network(package), card, torch.device("cpu"), "openvino")
 
-    model = cached_conversion(package.sha256, card, load)
+    model = cached_conversion(package.sha256, card.tile_in, file_of(card.architecture), load)
     return Predictor(OpenVinoNetwork(model, resolved.batch, settings.threads), card, settings)
 
 

@@ -41,7 +41,7 @@ class Kind:
     parameters: int = 0
     """Number of weights."""
     macs_per_kept_pixel: int = 0
-    """Multiply-accumulates for each kept pixel of a slide, margins included, as `hover_batch.model.cost` counts them."""
+    """Multiply-accumulates for each kept pixel of a slide, margins included (see `hover_batch.model.cost`)."""
 
 
 _PANNUKE = "CC BY-NC-SA 4.0, research only: trained on PanNuke"
@@ -113,7 +113,7 @@ KINDS = {
             ("SAM-B", "", 0.25, f"PanNuke mPQ 0.491, bPQ 0.663, F_d 0.828 ({CELLVIT_LOGS})"),
             ("SAM-L", "", 0.25, f"PanNuke mPQ 0.497, bPQ 0.666, F_d 0.829 ({CELLVIT_LOGS})"),
             ("SAM-H", "", 0.25, f"PanNuke mPQ 0.496, bPQ 0.666, F_d 0.829 ({CELLVIT_LOGS})"),
-            ("SAM-H", "-x20", 0.5, f"PanNuke mPQ 0.399, bPQ 0.552, F_d 0.732 ({CELLVIT_LOGS})"),
+            ("SAM-H", "-x20", 0.5, f"PanNuke mPQ 0.399, bPQ 0.552, F_d 0.731 ({CELLVIT_LOGS})"),
         )
     },
 }
