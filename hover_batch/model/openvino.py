@@ -189,14 +189,14 @@ def model_macs(model: Any) -> tuple[int, int]:
     for node in model.get_ops():
         kind = node.get_type_name()
         if kind == "Constant":
-            constants += int(np.prod(node.shape))
+            constants += int(np.prod(node.get_output_shape(0)))
         elif kind in ("Convolution", "GroupConvolution"):
-            weights = list(node.input(1).shape)[1 if kind == "Convolution" else 2 :]
-            macs += int(np.prod(node.output(0).shape)) * int(np.prod(weights))
+            weights = list(node.get_input_shape(1))[1 if kind == "Convolution" else 2 :]
+            macs += int(np.prod(node.get_output_shape(0))) * int(np.prod(weights))
         elif kind in ("ConvolutionBackpropData", "GroupConvolutionBackpropData"):
-            weights = list(node.input(1).shape)[1 if kind == "ConvolutionBackpropData" else 2 :]
-            macs += int(np.prod(node.input(0).shape)) * int(np.prod(weights))
+            weights = list(node.get_input_shape(1))[1 if kind == "ConvolutionBackpropData" else 2 :]
+            macs += int(np.prod(node.get_input_shape(0))) * int(np.prod(weights))
         elif kind == "MatMul":
             summed = -2 if node.get_attributes()["transpose_a"] else -1
-            macs += int(np.prod(node.output(0).shape)) * node.input(0).shape[summed]
+            macs += int(np.prod(node.get_output_shape(0))) * node.get_input_shape(0)[summed]
     return macs, constants

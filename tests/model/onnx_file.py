@@ -1,4 +1,4 @@
-"""Write a one-layer network as an ONNX file, in the few parts of its format that this needs (no library is installed)."""
+"""Write a one-layer network as an ONNX file, in the few parts of its format that this needs, without a library."""
 
 from __future__ import annotations
 
