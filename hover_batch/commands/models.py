@@ -27,7 +27,7 @@ from hover_batch.model.cache import (
 from hover_batch.model.card import Card
 from hover_batch.model.hub_card import listed_entries, nested
 from hover_batch.model.package import Package, find_package, load_tensors, save_package
-from hover_batch.model.published import KINDS
+from hover_batch.model.published import COSTS, KINDS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,8 +108,8 @@ def import_package(
     is_package, is_exported = suffix == ".safetensors", suffix in (".onnx", ".xml")
     if suffix == ".pt2":
         raise InputError(
-            f"{source}: is not read, because torch unpickles parts of .pt2 files, which could run code; export the network "
-            "to ONNX (torch.onnx.export), and describe it with --channels"
+            f"{source}: is not read, because torch unpickles parts of .pt2 files, which could run code; export the "
+            "network to ONNX (torch.onnx.export), and describe it with --channels"
         )
     if is_exported != (channels is not None) or (is_exported and (kind is not None or "://" in source)):
         raise InputError(
@@ -221,21 +221,30 @@ def list_packages(
 ) -> None:
     """List the packages that can be used, and the published models that can be imported.
 
-    The packages are the starter and those in the cache and in FOLDER.
+    The packages are the starter and those in the cache and in FOLDER. The cost of a published model is the number of
+    multiply-accumulates for each pixel of a slide whose output is kept, counted here with the model's margins.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name one that holds .safetensors files")
     cached = [path.stem for path in cached_packages()]
     for name in ("starter", *cached, *map(str, sorted(folder.glob("*.safetensors")))):
         try:
-            card = find_package(name).card
+            package = find_package(name)
         except PackageError:  # a .safetensors file of another program
             continue
+        card, size = package.card, package.path.stat().st_size / 1e6
         typer.echo(f"{name}: {_architecture(card)}, {card.taxonomy.name}, {card.mpp:g} µm")
+        typer.echo(f"    {size:.1f} MB; seams {_SEAMS[card.seam_exact]}; licence: {_line(card.licence)}")
     typer.echo("can be imported:")
     for name, kind in KINDS.items():
         how = "by name or file" if kind.by_name else "by file"
-        typer.echo(f"  {name}: {kind.architecture}, {kind.taxonomy.name} ({how})")
+        weights, cost = COSTS[name]
+        classes = ", ".join(c.name for c in kind.taxonomy.nuclei)
+        typer.echo(f"  {name}: {f'{kind.architecture} {kind.encoders[0]}'.rstrip()}, {kind.taxonomy.name} ({how})")
+        typer.echo(f"    {kind.mpp:g} µm; classes: {classes}; seams {_SEAMS[kind.seam_exact]}")
+        typer.echo(f"    {weights / 1e6:.1f} million weights; {cost / 1000:,.0f} thousand products for each kept pixel")
+        typer.echo(f"    source: {kind.source}; licence: {kind.licence}")
+        typer.echo(f"    published scores: {kind.scores}")
 
 
 def show_package(
@@ -322,6 +331,10 @@ def describe(card: Card) -> list[str]:
 def _line(value: object) -> str:
     """Return the value as one line, without control characters, which a terminal would obey."""
     return re.sub(r"[^\S ]+|[\x00-\x1f\x7f-\x9f]", " ", str(value))
+
+
+_SEAMS = {True: "exact", False: "merged by overlap"}
+"""Words for a card's `seam_exact`."""
 
 
 def _architecture(card: Card) -> str:

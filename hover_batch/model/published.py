@@ -38,10 +38,8 @@ class Kind:
     """Where the weights are published."""
     scores: str = "none read at their source"
     """Published scores, and where they are from."""
-    parameters: int = 0
-    """Number of weights."""
-    macs_per_kept_pixel: int = 0
-    """Multiply-accumulates for each kept pixel of a slide, margins included (see `hover_batch.model.cost`)."""
+    seam_exact: bool = True
+    """Whether a nucleus is the same in every division of a slide into units."""
 
 
 _PANNUKE = "CC BY-NC-SA 4.0, research only: trained on PanNuke"
@@ -117,3 +115,4 @@ KINDS = {
         )
     },
 }
+COSTS: dict[str, tuple[int, int]] = {}

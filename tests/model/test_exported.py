@@ -46,15 +46,8 @@ def weights() -> NDArray[np.float32]:
 def imported(folder: Path, weights: NDArray[np.float32], toml: str = TOML) -> Result:
     write_onnx(folder / "net.onnx", weights, 64)
     (folder / "net.toml").write_text(toml)
-    words = [
-        "models",
-        "import",
-        folder / "net.onnx",
-        "--channels",
-        folder / "net.toml",
-        "-o",
-        folder / "net.safetensors",
-    ]
+    out = folder / "net.safetensors"
+    words = ["models", "import", folder / "net.onnx", "--channels", folder / "net.toml", "-o", out]
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
