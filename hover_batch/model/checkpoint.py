@@ -140,7 +140,7 @@ def _recognised(
                 return architecture, found
         except PackageError as error:
             raise PackageError(f"{path}: {error}") from error
-        except (KeyError, IndexError, ValueError, RuntimeError, TypeError) as error:
+        except (LookupError, ValueError, RuntimeError, TypeError, ArithmeticError) as error:
             raise PackageError(
                 f"{path}: a part of the {architecture.name} network is missing or has the wrong shape ({error}); "
                 "download it again"

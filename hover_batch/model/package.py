@@ -95,7 +95,7 @@ def load_network(package: Package) -> nn.Module:
     try:
         network = architecture(package.card.architecture).build(package.card, tensors)
         network.load_state_dict(tensors)
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         # Raised by the libraries for unknown encoders and for wrong shapes.
         reason = " ".join(str(error).split()[:40]) or type(error).__name__
         raise PackageError(f"package {package.path}: the weights do not fit its card: {reason}") from error

@@ -72,6 +72,7 @@ KINDS = {
         "PanNuke, distilled from hovernet_fast-pannuke, which has seen all of it; which folds is not in the file",
         _PANNUKE,
         by_name=False,
+        source="https://github.com/DIAGNijmegen/HoVer-UNet",
         encoders=("mit_b2", "mit_b0", "mit_b1", "mit_b3", "mit_b4", "mit_b5"),
     ),
     **{

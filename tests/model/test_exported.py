@@ -94,7 +94,7 @@ def test_segment_runs_it(tmp_path: Path, weights: NDArray[np.float32]) -> None:
         ('values = "probabilities"', 'values = "sigmoid"', "np.values is 'sigmoid'"),
         ("tile_out = 32", "tile_out = 33", "tile_out 33"),
         ('order = "BGR"', 'order = "RBG"', "order"),
-        ("[1, 0] }", '[1, 0], output = "hv" }', "hv"),
+        ("[1, 0] }", '[1, 0], output = "hv" }', "has no output 'hv'"),
         ("tumour", "nuclei", "nuclei"),
         ("tp = { channels = [4, 2, 3] }", "", "several classes"),
     ],

@@ -149,7 +149,8 @@ def _adapted(model: Any, said: Mapping[str, Any], card: Card) -> Any:
     steps.input().tensor().set_element_type(openvino.Type.f32).set_layout(openvino.Layout("NCHW"))
     steps.input().model().set_layout(openvino.Layout("NCHW"))
     scaling = {"mean": [0.0] * 3, "std": [1.0] * 3, "order": "RGB"} | said.get("input", {})
-    if len(scaling) != 3 or scaling["order"] not in ("RGB", "BGR") or min(scaling["std"]) <= 0:
+    numbers = [len(scaling["mean"]), len(scaling["std"])] == [3, 3] and min(scaling["std"]) > 0
+    if len(scaling) != 3 or scaling["order"] not in ("RGB", "BGR") or not numbers:
         raise ValueError('input takes mean, std (each three numbers) and order ("RGB" or "BGR")')
     if scaling["order"] == "BGR":
         steps.input().preprocess().reverse_channels()
@@ -189,6 +190,8 @@ def _output(model: Any, name: str | None) -> Any:
     named = {port_name: port for port in model.outputs for port_name in port.names}
     if name is None and len(model.outputs) != 1:
         raise ValueError(f"the network has the outputs {', '.join(sorted(named))}; name the output of each branch")
+    if name is not None and name not in named:
+        raise ValueError(f"the network has no output {name!a}; it has {', '.join(sorted(named))}")
     port = model.outputs[0] if name is None else named[name]
     if not port.partial_shape.is_static or len(port.shape) != 4:
         raise ValueError(f"the output {port.any_name if port.names else 0} is not of the form (1, channels, y, x)")
