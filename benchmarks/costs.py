@@ -19,7 +19,8 @@ def cost(name: str) -> tuple[int, int]:
     """Return the number of weights of a published model, and its multiply-accumulates for each kept pixel."""
     found = architecture(KINDS[name].architecture)
     card = card_of(name, found)
-    with torch.device("meta"):
+    # segmentation-models-pytorch computes with values while it builds an encoder.
+    with torch.device("cpu" if card.architecture == "unet" else "meta"):
         network = found.build(card, None)
     counted = cost_of(network, card)
     return counted.parameters, round(counted.macs_per_kept_pixel)

@@ -159,7 +159,9 @@ def _read(source: str, kind: str | None, channels: Path | None, sha256: str | No
     if sha256 is not None and sha256_file(path) != sha256.lower():
         raise PackageError(f"{source}: its sha256 is {sha256_file(path)}, not {sha256}; download it again")
     network, card = read_exported(path, channels, find_package("starter").card.sobel)
-    return network, replace(card, training=card.training | {"source": {"file": path.name, "sha256": sha256_file(path)}})
+    return network, replace(
+        card, training=dict(card.training) | {"source": {"file": path.name, "sha256": sha256_file(path)}}
+    )
 
 
 def _target(source: str, out: Path | None) -> Path:

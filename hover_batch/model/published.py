@@ -116,4 +116,20 @@ KINDS = {
         )
     },
 }
-COSTS: dict[str, tuple[int, int]] = {}
+COSTS = {
+    "hovernet_fast-pannuke": (37639626, 4582215),
+    "hovernet_fast-monusac": (37639561, 4582149),
+    "hovernet_original-consep": (54744457, 10510643),
+    "hovernet_original-kumar": (45028676, 8294798),
+    "nulite-t": (12049885, 442781),
+    "nulite-s": (14157277, 446316),
+    "nulite-m": (24130525, 489965),
+    "nulite-h": (47929201, 750026),
+    "cellvit-256": (46750349, 2309844),
+    "cellvit-256-x20": (46750349, 2309844),
+    "cellvit-sam-b": (146094557, 3513562),
+    "cellvit-sam-l": (367847645, 5316970),
+    "cellvit-sam-h": (699741149, 8000275),
+    "cellvit-sam-h-x20": (699741149, 8000275),
+}
+"""Number of weights of each kind, and its multiply-accumulates for each kept pixel (`python -m benchmarks.costs`)."""

@@ -18,6 +18,7 @@ from random_weights import named_weights
 from torch import Tensor
 from typer.testing import CliRunner
 
+from benchmarks.costs import cost
 from hover_batch.cli import app
 from hover_batch.errors import PackageError
 from hover_batch.model.architectures import architecture, architectures
@@ -25,6 +26,7 @@ from hover_batch.model.architectures.cellvit import CellViT, CellViTArch, arch_o
 from hover_batch.model.architectures.nulite import ENCODERS, NuLite
 from hover_batch.model.checkpoint import card_of, read_checkpoint
 from hover_batch.model.package import find_package, load_network
+from hover_batch.model.published import COSTS, KINDS
 from hover_batch.taxonomy import PANNUKE
 
 IMAGE = torch.from_numpy(np.random.default_rng(7).random((1, 3, 64, 64), np.float32))
@@ -89,6 +91,12 @@ def test_shapes_decide_the_published_sizes() -> None:
             tensors = NuLite(encoder, 6, 19).state_dict()
         found = architecture("nulite").recognise(tensors, {})
         assert found is not None and found.encoder == encoder and encoder in ENCODERS.values()
+
+
+def test_the_listed_costs_are_those_of_the_networks() -> None:
+    assert COSTS.keys() == KINDS.keys()
+    for name in ("nulite-t", "cellvit-256"):
+        assert cost(name) == COSTS[name]
 
 
 def change(tensors: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class _Encoder(nn.Module):
     def _positions(self, side: int) -> Tensor:
         """Return the learnt positions (1, side, side, dim) of ViT-256, interpolated as in DINO's released code."""
         grid = self.arch.grid
-        learnt = self.pos_embed[:, 1:].unflatten(1, (grid, grid))
+        learnt = self.pos_embed[:, 1:].view(1, grid, grid, -1)
         if side == grid:
             return learnt
         # The added 0.1, which keeps the size from being rounded down, is part of the scale in the weights' training.
@@ -245,7 +245,8 @@ class _Block(nn.Module):
         rows, columns = tokens.shape[1] // side, tokens.shape[2] // side
         windows = tokens.view(batch, rows, side, columns, side, dim).transpose(2, 3).flatten(0, 2)
         windows = self.attn(windows).view(batch, rows, columns, side, side, dim).transpose(2, 3)
-        return windows.reshape(batch, rows * side, columns * side, dim)[:, :height, :width]
+        image: Tensor = windows.reshape(batch, rows * side, columns * side, dim)[:, :height, :width]
+        return image
 
 
 class _Attention(nn.Module):
@@ -271,7 +272,7 @@ class _Attention(nn.Module):
 
     def _bias(self, query: Tensor, height: int, width: int) -> Tensor:
         """Return what relative positions add to the attention (b, heads, y · x, y · x) of each query."""
-        along_y = query.unflatten(2, (height, width))
+        along_y = query.view(*query.shape[:2], height, width, -1)
         rows = torch.einsum("bnyxc,ykc->bnyxk", along_y, _relative(self.rel_pos_h, height))
         columns = torch.einsum("bnyxc,xkc->bnyxk", along_y, _relative(self.rel_pos_w, width))
         return (rows[..., :, None] + columns[..., None, :]).flatten(4, 5).flatten(2, 3)
