@@ -121,6 +121,7 @@ COSTS = {
     "hovernet_fast-monusac": (37639561, 4582149),
     "hovernet_original-consep": (54744457, 10510643),
     "hovernet_original-kumar": (45028676, 8294798),
+    "hover-unet-pannuke": (27478314, 164455),
     "nulite-t": (12049885, 442781),
     "nulite-s": (14157277, 446316),
     "nulite-m": (24130525, 489965),
