@@ -25,8 +25,9 @@ from hover_batch.errors import InputError, SlideError
 from hover_batch.export.read import NucleiTable, unreadable
 from hover_batch.files import read_json
 from hover_batch.geometry import Box, Grid, Mpp, Size
+from hover_batch.model.card import Card
 from hover_batch.model.images import batch_of, predict_image
-from hover_batch.model.package import Card, find_package
+from hover_batch.model.package import find_package
 from hover_batch.nuclei.table import TableContext, to_arrow
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.slide.survey import read_info

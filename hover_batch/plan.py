@@ -18,7 +18,7 @@ from hover_batch.config import Settings
 from hover_batch.errors import InputError, SlideError, exit_code
 from hover_batch.formatting import counted, duration
 from hover_batch.geometry import Grid
-from hover_batch.model.package import Card
+from hover_batch.model.card import Card
 from hover_batch.slide.given_mask import check_mask
 from hover_batch.slide.headers import SlideInfo, peek
 from hover_batch.slide.pixel_size import check_mpp, warnings_of

@@ -14,7 +14,8 @@ from hover_batch.config import Settings
 from hover_batch.errors import SlideError
 from hover_batch.files import sha256_file
 from hover_batch.geometry import Grid
-from hover_batch.model.package import Card, Package
+from hover_batch.model.card import Card
+from hover_batch.model.package import Package
 from hover_batch.nuclei.table import SCHEMA_VERSION, TableContext
 from hover_batch.plan import PlannedSlide, StoredMaps
 from hover_batch.slide.doubts import doubts_of_levels, doubts_of_mask

@@ -20,7 +20,8 @@ from hover_batch.errors import InputError, PackageError, SlideError
 from hover_batch.files import read_json
 from hover_batch.formatting import LISTED, listed
 from hover_batch.geometry import Grid
-from hover_batch.model.package import Card, Package
+from hover_batch.model.card import Card
+from hover_batch.model.package import Package
 from hover_batch.plan import Plan, PlannedSlide, StoredMaps
 from hover_batch.slide.survey import read_info
 from hover_batch.store import HV_MASKED

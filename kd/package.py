@@ -13,10 +13,12 @@ from torch import nn
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
+from hover_batch.model.architectures import architecture
+from hover_batch.model.architectures.hovernet import HoVerNet
+from hover_batch.model.card import Card
 from hover_batch.model.images import batch_of, predict_image
-from hover_batch.model.package import Card, find_package, save_package
+from hover_batch.model.package import find_package, save_package
 from hover_batch.model.predict import Predictor
-from hover_batch.model.teacher import HoVerNet
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import fully_annotated, sources_by_class
@@ -46,8 +48,6 @@ ORGANS = {"consep": "colon", "monusac": "kidney, lung, prostate and breast", "pa
 """Sources whose annotations of types are used → their tissues."""
 NOT_CALIBRATED = "none, because there are no validation images: the Sobel constants are the starter's"
 """Entry for the calibration in the card of a package that could not be calibrated."""
-TILE = (320, 256)
-"""Sides in pixels of a student's input and output tiles. The margin of 32 px is one pixel of the deepest features."""
 
 
 def package_path(config: TrainConfig) -> Path:
@@ -94,7 +94,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     validated_on = (record["saw"]["val"], record["truth_sha256"]["val"])
     if (hashes_of(splits["val"]), truth_sha256(splits["val"])) != validated_on:
         raise InputError(f"--data {data}: is not the data that {checkpoint} was validated on; give that one")
-    tile_in, tile_out = network.arch.tile if isinstance(network, HoVerNet) else TILE
+    tile_in, tile_out = architecture(config["model"]).tile
     card = Card(
         name=out.stem,
         architecture=config["model"],

@@ -20,8 +20,9 @@ from typer.testing import CliRunner, Result
 
 from hover_batch.cli import app
 from hover_batch.config import SECTION_OF, Settings
-from hover_batch.model.package import Card, save_package
-from hover_batch.model.student import StudentArch, build_student
+from hover_batch.model.architectures.unet import StudentArch, build_student
+from hover_batch.model.card import Card
+from hover_batch.model.package import save_package
 from hover_batch.taxonomy import CONSEP
 
 

@@ -24,8 +24,8 @@ from shapely.geometry import box, mapping
 from typer.testing import CliRunner
 
 from hover_batch.cli import app
+from hover_batch.model.architectures.hovernet import TeacherArch, build_teacher
 from hover_batch.model.package import STARTER
-from hover_batch.model.teacher import TeacherArch, build_teacher
 from hover_batch.slide.example import write_example, write_pyramidal_tiff
 from hover_batch.view.server import Server
 

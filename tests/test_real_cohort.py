@@ -21,7 +21,7 @@ from hover_batch.config import PostSettings
 from hover_batch.dataset.slides import read_entries
 from hover_batch.geometry import cell_box
 from hover_batch.metrics import match_centroids
-from hover_batch.model.package import Card
+from hover_batch.model.card import Card
 from hover_batch.nuclei.measure import Nuclei, concatenate
 from hover_batch.nuclei.stitch import nuclei_of_region
 from hover_batch.nuclei.watershed import SobelConstants

@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hover_batch.errors import InputError, PackageError
-from hover_batch.files import replacing
+from hover_batch.files import replacing, sha256_file
 from hover_batch.model.cache import (
     cached_downloads,
     cached_package,
@@ -24,9 +24,13 @@ from hover_batch.model.cache import (
     download_path,
     is_package_name,
 )
+from hover_batch.model.card import Card
 from hover_batch.model.hub_card import listed_entries, nested
-from hover_batch.model.package import Card, Package, find_package, load_tensors, save_package
-from hover_batch.model.published import KINDS
+from hover_batch.model.package import Package, find_package, load_tensors, save_package
+from hover_batch.model.published import COSTS, KINDS
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PackageArgument = Annotated[
     str,
@@ -41,8 +45,9 @@ def import_package(
     source: Annotated[
         str,
         typer.Argument(
-            help="Weights: hover_net's .tar, tiatoolbox's .pth, HoVer-UNet's .pth or a package's .safetensors, given "
-            "as a file, an https URL, or a name that `models list` shows.",
+            help="Weights: hover_net's .tar, the .pth of tiatoolbox, HoVer-UNet, NuLite or CellViT, a package's "
+            ".safetensors, or with --channels any network's .onnx; given as a file, an https URL, or a name that "
+            "`models list` shows.",
             show_default=False,
         ),
     ],
@@ -58,6 +63,13 @@ def import_package(
     kind: Annotated[
         str | None,
         typer.Option(help=f"Kind of checkpoint: {', '.join(KINDS)}.", show_default="recognised by its tensors' shapes"),
+    ] = None,
+    channels: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML that says what an exported network (.onnx, or OpenVINO's .xml) takes and gives: docs/models.md.",
+            show_default=False,
+        ),
     ] = None,
     calibrate_on: Annotated[
         Path | None,
@@ -83,6 +95,8 @@ def import_package(
 
     hover-batch models import hovernet_fast_pannuke_type_tf2pytorch.tar -o teacher.safetensors
 
+    hover-batch models import my-network.onnx --channels my-network.toml -o mine.safetensors
+
     Downloads, and packages without -o, are stored in HOVER_BATCH_CACHE (default ~/.cache/hover-batch).
 
     Without a network connection, the error message says which file to copy to which place.
@@ -90,7 +104,18 @@ def import_package(
     target = _target(source, out)
     if calibrate_on is not None and not (calibrate_on / "dataset.csv").is_file():
         raise InputError(f"--calibrate {calibrate_on}: holds no dataset.csv; give a folder of annotated images")
-    is_package = _source_file(source).suffix == ".safetensors"
+    suffix = _source_file(source).suffix
+    is_package, is_exported = suffix == ".safetensors", suffix in (".onnx", ".xml")
+    if suffix == ".pt2":
+        raise InputError(
+            f"{source}: is not read, because torch unpickles parts of .pt2 files, which could run code; export the "
+            "network to ONNX (torch.onnx.export), and describe it with --channels"
+        )
+    if is_exported != (channels is not None) or (is_exported and (kind is not None or "://" in source)):
+        raise InputError(
+            f"{source}: --channels FILE.toml describes an exported network, a local .onnx or .xml file; it is needed "
+            "for these, and for nothing else (see docs/models.md)"
+        )
     if is_package and (kind is not None or calibrate_on is not None):
         raise InputError(
             f"{source}: is a package already, not a checkpoint; leave out --kind and --calibrate (to calibrate a "
@@ -105,9 +130,7 @@ def import_package(
     if is_package:
         _copy(source, sha256, target, replaceable=out is not None)
     else:
-        from hover_batch.model.checkpoint import read_checkpoint
-
-        network, card = read_checkpoint(source, kind, sha256)
+        network, card = _read(source, kind, channels, sha256)
         if out is None:
             _refuse_another(target, lambda existing: existing.card.training.get("source") == card.training["source"])
         card = replace(card, name=target.stem)
@@ -120,6 +143,25 @@ def import_package(
         typer.echo(line)
     if out is None:
         typer.echo(f"to use it: --model {target.stem}")
+
+
+def _read(source: str, kind: str | None, channels: Path | None, sha256: str | None) -> tuple[nn.Module, Card]:
+    """Return the network and the card of a checkpoint, or with `channels` of an exported network."""
+    if channels is None:
+        from hover_batch.model.checkpoint import read_checkpoint
+
+        return read_checkpoint(source, kind, sha256)
+    from hover_batch.model.architectures.exported import read_exported
+
+    path = Path(source)
+    if not path.is_file():
+        raise PackageError(f"{source}: no such file")
+    if sha256 is not None and sha256_file(path) != sha256.lower():
+        raise PackageError(f"{source}: its sha256 is {sha256_file(path)}, not {sha256}; download it again")
+    network, card = read_exported(path, channels, find_package("starter").card.sobel)
+    return network, replace(
+        card, training=dict(card.training) | {"source": {"file": path.name, "sha256": sha256_file(path)}}
+    )
 
 
 def _target(source: str, out: Path | None) -> Path:
@@ -181,21 +223,30 @@ def list_packages(
 ) -> None:
     """List the packages that can be used, and the published models that can be imported.
 
-    The packages are the starter and those in the cache and in FOLDER.
+    The packages are the starter and those in the cache and in FOLDER. The cost of a published model is the number of
+    multiply-accumulates for each pixel of a slide whose output is kept, counted here with the model's margins.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name one that holds .safetensors files")
     cached = [path.stem for path in cached_packages()]
     for name in ("starter", *cached, *map(str, sorted(folder.glob("*.safetensors")))):
         try:
-            card = find_package(name).card
+            package = find_package(name)
         except PackageError:  # a .safetensors file of another program
             continue
+        card, size = package.card, package.path.stat().st_size / 1e6
         typer.echo(f"{name}: {_architecture(card)}, {card.taxonomy.name}, {card.mpp:g} µm")
+        typer.echo(f"    {size:.1f} MB; seams {_SEAMS[card.seam_exact]}; licence: {_line(card.licence)}")
     typer.echo("can be imported:")
     for name, kind in KINDS.items():
         how = "by name or file" if kind.by_name else "by file"
-        typer.echo(f"  {name}: {kind.architecture}, {kind.taxonomy.name} ({how})")
+        weights, cost = COSTS[name]
+        classes = ", ".join(c.name for c in kind.taxonomy.nuclei)
+        typer.echo(f"  {name}: {f'{kind.architecture} {kind.encoders[0]}'.rstrip()}, {kind.taxonomy.name} ({how})")
+        typer.echo(f"    {kind.mpp:g} µm; classes: {classes}; seams {_SEAMS[kind.seam_exact]}")
+        typer.echo(f"    {weights / 1e6:.1f} million weights; {cost / 1000:,.0f} thousand products for each kept pixel")
+        typer.echo(f"    source: {kind.source}; licence: {kind.licence}")
+        typer.echo(f"    published scores: {kind.scores}")
 
 
 def show_package(
@@ -282,6 +333,10 @@ def describe(card: Card) -> list[str]:
 def _line(value: object) -> str:
     """Return the value as one line, without control characters, which a terminal would obey."""
     return re.sub(r"[^\S ]+|[\x00-\x1f\x7f-\x9f]", " ", str(value))
+
+
+_SEAMS = {True: "exact", False: "merged by overlap"}
+"""Words for a card's `seam_exact`."""
 
 
 def _architecture(card: Card) -> str:

@@ -10,13 +10,14 @@ from torch import nn
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import PackageError
+from hover_batch.model.architectures import architecture
 from hover_batch.model.cache import cached_package
-from hover_batch.model.checkpoint import read_checkpoint
+from hover_batch.model.card import Card
+from hover_batch.model.checkpoint import card_of, read_checkpoint
 from hover_batch.model.images import batch_of
-from hover_batch.model.package import STARTER, Card, find_package, load_network
+from hover_batch.model.package import find_package, load_network
 from hover_batch.model.predict import Predictor
 from hover_batch.model.published import KINDS
-from hover_batch.model.teacher import TeacherArch, build_teacher
 from hover_batch.nuclei.watershed import SobelConstants
 
 TEACHER_FLAG = "--teacher-weights"
@@ -84,26 +85,14 @@ def load_side(name: str, flag: str, settings: InferSettings) -> Side:
 
 
 def random_teacher(name: str, settings: InferSettings) -> Side:
-    """Return the HoVerNet that is published as `name`, but with random weights, to measure costs without a download.
+    """Return the network that is published as `name`, but with random weights, to measure costs without a download.
 
-    PackageError if there is no HoVerNet of this name.
+    PackageError if there is none of this name.
     """
-    kind = KINDS.get(name)
-    if kind is None or not kind.architecture.startswith("hovernet-"):
-        known = ", ".join(n for n, k in KINDS.items() if k.architecture.startswith("hovernet-"))
-        raise PackageError(f"{TEACHER_FLAG} {name}: with --timing-only, give the name of a published HoVerNet: {known}")
-    form = kind.architecture.removeprefix("hovernet-")
-    arch = TeacherArch(form, kind.types or None)  # type: ignore[arg-type]  # the two forms that there are
-    tile_in, tile_out = arch.tile
-    card = Card(
-        name=f"{name}, random weights",
-        architecture=kind.architecture,
-        encoder="",
-        taxonomy=kind.taxonomy,
-        mpp=0.25,
-        tile_in=tile_in,
-        tile_out=tile_out,
-        sobel=find_package(str(STARTER)).card.sobel,
-        licence="none",
-    )
-    return Side(card.name, card, build_teacher(arch).eval().requires_grad_(False), settings, random=True)
+    if name not in KINDS:
+        raise PackageError(
+            f"{TEACHER_FLAG} {name}: with --timing-only, give the name of a published model: {', '.join(KINDS)}"
+        )
+    kind = architecture(KINDS[name].architecture)
+    card = replace(card_of(name, kind), name=f"{name}, random weights", licence="none")
+    return Side(card.name, card, kind.build(card, None).eval().requires_grad_(False), settings, random=True)

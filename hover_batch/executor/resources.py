@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from hover_batch.config import EngineSettings, Settings
 from hover_batch.errors import InputError
 from hover_batch.formatting import counted
-from hover_batch.model.package import Card
+from hover_batch.model.card import Card
 
 if TYPE_CHECKING:  # it imports the readers, and `doctor` also runs where one of their libraries is broken
     from hover_batch.plan import PlannedSlide

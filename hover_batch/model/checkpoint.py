@@ -1,8 +1,8 @@
-"""Convert published checkpoints to a network and its card: hover_net's .tar, tiatoolbox's and HoVer-UNet's .pth.
+"""Convert published checkpoints to a network and its card.
 
 Only tensors are read (`torch.load(weights_only=True)`); no code in a checkpoint is run. Tensor names and shapes
-determine HoVerNet's form, HoVer-UNet's encoder and the number of classes. The names of the classes are those in
-`hover_batch.model.published`.
+determine the architecture, its variant and the number of classes (see `hover_batch.model.architectures`). The names of
+the classes are those in `hover_batch.model.published`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hover_batch.errors import PackageError
 from hover_batch.files import sha256_file
+from hover_batch.model.architectures import architectures
+from hover_batch.model.architectures.protocol import Architecture, Recognised
+from hover_batch.model.card import Card
 from hover_batch.model.fetch import fetched
-from hover_batch.model.package import Card, find_package
-from hover_batch.model.published import KINDS, MPP
-from hover_batch.model.student import StudentArch, build_student
-from hover_batch.model.teacher import TeacherArch, arch_of, build_teacher
+from hover_batch.model.package import find_package
+from hover_batch.model.published import KINDS
 
 _DAMAGED = (
     RuntimeError,
@@ -58,37 +61,47 @@ def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = N
         raise PackageError(f"{source}: no such file; give a checkpoint, or one of the names {names}")
     if sha256 is not None and file_sha256 != sha256.lower():
         raise PackageError(f"{path}: its sha256 is {file_sha256}, not {sha256}; remove the file and download it again")
-    weights = _tensors(path)
-    network, architecture, encoder, n_types = _network(weights, path)
-    name = _kind(architecture, n_types, path, kind or (source if is_name else None))
+    weights, record = _tensors(path)
+    architecture, found = _recognised(weights, record, path)
+    name = _kind(architecture, found, path, kind or (source if is_name else None))
+    training = {
+        "seen": KINDS[name].seen,
+        "source": {"file": path.name, "sha256": file_sha256},
+        "recognised": "by the name given" if kind or is_name else "by the tensors' names and shapes",
+    }
+    card = replace(card_of(name, architecture), encoder=found.encoder, training=training)
+    network = architecture.build(card, weights)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         problems = " ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise PackageError(f"{path}: not {name}'s weights: {problems[:300]}") from error
-    published = KINDS[name]
-    card = Card(
-        name=name,
-        architecture=architecture,
-        encoder=encoder,
-        taxonomy=published.taxonomy,
-        mpp=MPP,
-        tile_in=320 if architecture == "unet" else arch_of(weights).tile[0],
-        tile_out=256,
-        sobel=find_package("starter").card.sobel,
-        licence=published.licence,
-        training={
-            "seen": published.seen,
-            "source": {"file": path.name, "sha256": file_sha256},
-            "recognised": "by the name given" if kind or is_name else "by the tensors' names and shapes",
-        },
-        metrics={"calibration": "none for this model: the Sobel constants are the starter's"},
-    )
     return network.eval().requires_grad_(False), card
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """Return the state dict of a checkpoint: bare, or under `desc` (hover_net) or `model_state_dict` (HoVer-UNet)."""
+def card_of(name: str, architecture: Architecture) -> Card:
+    """Return the card of a published model, a key of KINDS, with the Sobel constants of the starter."""
+    kind = KINDS[name]
+    tile_in, tile_out = architecture.tile
+    return Card(
+        name=name,
+        architecture=architecture.name,
+        encoder=kind.encoders[0],
+        taxonomy=kind.taxonomy,
+        mpp=kind.mpp,
+        tile_in=tile_in,
+        tile_out=tile_out,
+        sobel=find_package("starter").card.sobel,
+        licence=kind.licence,
+        metrics={"calibration": "none for this model: the Sobel constants are the starter's"},
+    )
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Return the state dict of a checkpoint, and everything else in it.
+
+    The state dict is bare, or under `desc` (hover_net) or `model_state_dict` (HoVer-UNet, NuLite, CellViT).
+    """
     if path.suffix == ".safetensors":
         raise PackageError(f"{path}: is already a .safetensors file; published checkpoints are .tar and .pth files")
     try:
@@ -100,9 +113,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         ) from error
     except _DAMAGED as error:
         raise PackageError(f"{path}: not a torch checkpoint, or a corrupted one; download it again") from error
+    record: Mapping[str, Any] = {}
     for key in ("desc", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+            record, content = content, content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise PackageError(
             f"{path}: holds no state dict; expected tensors by name, bare or under `desc` or `model_state_dict`"
@@ -112,46 +126,41 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise PackageError(f"{path}: {odd[0]} is not a dense tensor with values; save it as one")
     if broken := [n for n, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]:
         raise PackageError(f"{path}: {broken[0]} is not finite; the training diverged, or the file is corrupted")
-    return weights
+    return weights, record
 
 
-def _network(weights: Mapping[str, Tensor], path: Path) -> tuple[nn.Module, str, str, int]:
-    """Build the network that fits, with random weights; return it, architecture, encoder and type channels (or 0)."""
-    try:
-        if any(name.startswith("decoder.ls.") for name in weights):
+def _recognised(
+    weights: Mapping[str, Tensor], record: Mapping[str, Any], path: Path
+) -> tuple[Architecture, Recognised]:
+    """Return the architecture of a checkpoint's state dict, and what is recognised of it."""
+    known = architectures()
+    for architecture in known:
+        try:
+            if found := architecture.recognise(weights, record):
+                return architecture, found
+        except PackageError as error:
+            raise PackageError(f"{path}: {error}") from error
+        except (LookupError, ValueError, RuntimeError, TypeError, ArithmeticError) as error:
             raise PackageError(
-                f"{path}: HoVerNet+, which has a layer branch; only HoVerNet and HoVer-UNet can be imported"
-            )
-        if "decoder.np.u3.conva.weight" in weights:
-            teacher: TeacherArch = arch_of(weights)
-            return build_teacher(teacher), f"hovernet-{teacher.form}", "", teacher.n_types or 0
-        if "encoder.patch_embed1.proj.weight" in weights:
-            types = len(weights["segmentation_head.0.bias"]) - 4
-            encoder = _encoder(weights)
-            return build_student(StudentArch(encoder, types)), "unet", encoder, types
-    except (KeyError, IndexError, ValueError, RuntimeError, TypeError) as error:
-        raise PackageError(
-            f"{path}: a part of the network is missing or has the wrong shape ({error}); download it again"
-        ) from error
-    raise PackageError(f"{path}: tensors of neither HoVerNet nor HoVer-UNet; other networks cannot be imported")
+                f"{path}: a part of the {architecture.name} network is missing or has the wrong shape ({error}); "
+                "download it again"
+            ) from error
+    names = ", ".join(architecture.name for architecture in known)
+    raise PackageError(f"{path}: its tensors are of none of the known architectures: {names}")
 
 
-def _encoder(weights: Mapping[str, Tensor]) -> str:
-    """Return the name of the Mix Vision Transformer, by the depth of its third stage and its width."""
-    depth = len({name.split(".")[2] for name in weights if name.startswith("encoder.block3.")})
-    if depth == 2:
-        return "mit_b0" if len(weights["encoder.patch_embed1.proj.weight"]) == 32 else "mit_b1"
-    return {6: "mit_b2", 18: "mit_b3", 27: "mit_b4", 40: "mit_b5"}[depth]
-
-
-def _kind(architecture: str, types: int, path: Path, given: str | None) -> str:
+def _kind(architecture: Architecture, found: Recognised, path: Path, given: str | None) -> str:
     """Return the `given` kind if it fits, or the first that does. PackageError if none fits."""
-    fitting = [name for name, k in KINDS.items() if (k.architecture, k.types) == (architecture, types)]
-    found = f"{architecture} with {types} type channels"
+    fitting = [
+        name
+        for name, kind in KINDS.items()
+        if (kind.architecture, kind.types) == (architecture.name, found.types) and found.encoder in kind.encoders
+    ]
+    described = f"{architecture.name} {found.encoder}".rstrip() + f" with {found.types} type channels"
     if given is not None and given not in fitting:
-        raise PackageError(f"{path}: not {given}: it holds {found}; matching kinds: {', '.join(fitting) or 'none'}")
+        raise PackageError(f"{path}: not {given}: it holds {described}; matching kinds: {', '.join(fitting) or 'none'}")
     if not fitting:
         raise PackageError(
-            f"{path}: {found} is none of the published models, whose classes are known: {', '.join(KINDS)}"
+            f"{path}: {described} is none of the published models, whose classes are known: {', '.join(KINDS)}"
         )
     return given or fitting[0]

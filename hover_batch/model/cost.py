@@ -15,11 +15,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hover_batch.model.architectures import architecture
+from hover_batch.model.card import Card
 from hover_batch.model.margins import without_margin
-from hover_batch.model.package import Card
-
-PATCH_SIDES = {"hovernet-original": 270}
-"""Side in pixels of the patches on which published networks are compared, by architecture; 256 for others."""
+from hover_batch.model.openvino import StoredNetwork, model_macs
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,9 @@ def cost_of(network: nn.Module, card: Card) -> Cost:
 
     `card`: card of the package, for the sides of patches and tiles.
     """
+    if isinstance(network, StoredNetwork):
+        macs, constants = model_macs(network.model())
+        return Cost(constants, card.tile_in, macs, macs / card.tile_out**2, card.tile_in, card.tile_out)
     meta_network = copy.deepcopy(network).to("meta").eval()
     patch = patch_side(card)
     return Cost(
@@ -65,7 +67,7 @@ def cost_of(network: nn.Module, card: Card) -> Cost:
 
 def patch_side(card: Card) -> int:
     """Return the side in pixels of the patches on which networks of the card's architecture are compared."""
-    return PATCH_SIDES.get(card.architecture, 256)
+    return architecture(card.architecture).patch_side
 
 
 def _macs(meta_network: nn.Module, side: int) -> int:

@@ -37,7 +37,8 @@ def fetched(source: str, sha256: str | None = None) -> Path:
     if not was_cached:
         if "://" not in source and not KINDS[source].by_name:
             raise PackageError(
-                f"{source}: not among tiatoolbox's models; download the authors' .pth and import the file"
+                f"{source}: not among tiatoolbox's models; download the authors' .pth (see {KINDS[source].source}) and "
+                "import the file"
             )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

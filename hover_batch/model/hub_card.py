@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hover_batch.model.package import Card, Package
+from hover_batch.model.card import Card
+from hover_batch.model.package import Package
 
 _SCORES = {
     "pq": "PQ",

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hover_batch.config import InferSettings
+from hover_batch.model.architectures import architecture
 
 if TYPE_CHECKING:
-    from hover_batch.model.package import Card
+    from hover_batch.model.card import Card
     from hover_batch.model.predict import Predictor
 
 OfTiles = Callable[[NDArray[np.uint8]], NDArray[Any]]
@@ -23,13 +23,13 @@ OfTiles = Callable[[NDArray[np.uint8]], NDArray[Any]]
 
 
 def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
-    """Return a suitable number of tiles per batch: 2 for HoVerNet, whose features are large, else the default.
+    """Return a suitable number of tiles per batch for the card's architecture.
 
     `shapes`: shapes (y, x, …) of images that are processed one by one, if they are known. The batch is then at most the
     number of tiles of the largest image.
     """
     tile_counts = [-(-shape[0] // card.tile_out) * -(-shape[1] // card.tile_out) for shape in shapes]
-    usual = 2 if card.architecture.startswith("hovernet") else InferSettings.batch
+    usual = architecture(card.architecture).batch
     return min(usual, max(tile_counts, default=usual))
 
 

@@ -32,7 +32,7 @@ LIBRARIES = ("openvino", "torch", "segmentation-models-pytorch", "timm")
 
 
 @cache
-def _core() -> Any:
+def core() -> Any:
     """Return the OpenVINO core of this process, which is never destroyed.
 
     On CPUs with AMX a core gives its thread another signal stack, and its destruction frees that stack and restores the
@@ -65,8 +65,8 @@ class OpenVinoNetwork(nn.Module):
             # Several networks may share a machine and would all be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
-        with _as_package_error():
-            compiled = _core().compile_model(model, "CPU", options)
+        with as_package_error():
+            compiled = core().compile_model(model, "CPU", options)
         self._requests = [compiled.create_infer_request() for _ in range(batch)]
 
     def forward(self, image: Tensor) -> Tensor:
@@ -82,6 +82,36 @@ class OpenVinoNetwork(nn.Module):
         return torch.from_numpy(np.concatenate([request.get_output_tensor(0).data for request in self._requests]))
 
 
+class StoredNetwork(nn.Module):
+    """Network that is an OpenVINO model, stored as bytes in two buffers. It runs on the CPU, whatever the device.
+
+    `xml`, `weights`: uint8 (n), the two files of OpenVINO's format.
+    """
+
+    xml: Tensor
+    weights: Tensor
+
+    def __init__(self, xml: Tensor, weights: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("xml", xml)
+        self.register_buffer("weights", weights)
+        self._compiled: Any = None
+
+    def model(self) -> Any:
+        """Return the openvino.Model. PackageError if the bytes are not one."""
+        with as_package_error():
+            return core().read_model(self.xml.cpu().numpy().tobytes(), self.weights.cpu().numpy().tobytes())
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the model's output (b, channels, y, x) for (b, 3, side, side) of its side."""
+        if self._compiled is None:
+            with as_package_error():
+                self._compiled = core().compile_model(self.model(), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        request = self._compiled.create_infer_request()
+        outputs = [request.infer({0: one[None]})[0].copy() for one in image.float().cpu().contiguous().numpy()]
+        return torch.from_numpy(np.concatenate(outputs)).to(image.device)
+
+
 def convert(network: nn.Module, side: int) -> Any:
     """Convert a network to an openvino.Model for one image (1, 3, side, side) float32.
 
@@ -95,9 +125,11 @@ def convert(network: nn.Module, side: int) -> Any:
         raise InputError(
             "--runtime openvino: OpenVINO is not installed; pip install openvino, or leave --runtime out"
         ) from error
+    if isinstance(network, StoredNetwork):
+        return network.model()
     shape = (1, 3, side, side)
     # `openvino.convert_model` would send telemetry.
-    with _as_package_error(), torch.no_grad(), warnings.catch_warnings():
+    with as_package_error(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates tracing, which OpenVINO builds on
         decoder = TorchScriptPythonDecoder(
             network.eval().float(), example_input=torch.zeros(shape), trace_kwargs={"check_trace": False}
@@ -108,18 +140,19 @@ def convert(network: nn.Module, side: int) -> Any:
     return model
 
 
-def cached_conversion(package_sha256: str, side: int, load: Callable[[], nn.Module]) -> Any:
+def cached_conversion(package_sha256: str, side: int, code: Path | None, load: Callable[[], nn.Module]) -> Any:
     """Return the package's network as an openvino.Model, from the cache or else from `convert(load(), side)`.
 
-    `package_sha256`: hash of the package. `side`: side of the image in pixels. `load`: loads the network if it is not
-    in the cache; the conversion is then saved there. A cache that cannot be read or written is ignored. Errors as in
+    `package_sha256`: hash of the package. `side`: side of the image in pixels. `code`: file of the architecture, on
+    which the conversion depends. `load`: loads the network if it is not in the cache; the conversion is then saved
+    there. A cache that cannot be read or written is ignored. Errors as in
     `convert` and `load`.
     """
-    folder = cache_folder() / "openvino" / _key(package_sha256, side)
+    folder = cache_folder() / "openvino" / _key(package_sha256, side, code)
     with contextlib.suppress(OSError, PackageError, RuntimeError, ImportError):
         for name in (XML, WEIGHTS):
             check_download(folder / name, (folder / f"{name}.sha256").read_text().split()[0])
-        return _core().read_model(folder / XML)
+        return core().read_model(folder / XML)
     model = convert(load(), side)
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -133,16 +166,37 @@ def cached_conversion(package_sha256: str, side: int, load: Callable[[], nn.Modu
     return model
 
 
-def _key(package_sha256: str, side: int) -> str:
-    code = [sha256_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
+def _key(package_sha256: str, side: int, code: Path | None) -> str:
+    files = [*sorted(Path(__file__).parent.glob("*.py")), *([code] if code else [])]
+    hashes = [sha256_file(path) for path in files]
     versions = [version(name) for name in LIBRARIES]
-    return hashlib.sha256(" ".join([package_sha256, str(side), *code, *versions]).encode()).hexdigest()[:16]
+    return hashlib.sha256(" ".join([package_sha256, str(side), *hashes, *versions]).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
-def _as_package_error() -> Iterator[None]:
+def as_package_error() -> Iterator[None]:
+    """Raise PackageError for OpenVINO's errors."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise PackageError(f"OpenVINO cannot run this network ({reason}); use --runtime torch") from error
+
+
+def model_macs(model: Any) -> tuple[int, int]:
+    """Return the multiply-accumulates of an openvino.Model's convolutions and matrix products, and its constants."""
+    macs = constants = 0
+    for node in model.get_ops():
+        kind = node.get_type_name()
+        if kind == "Constant":
+            constants += int(np.prod(node.get_output_shape(0)))
+        elif kind in ("Convolution", "GroupConvolution"):
+            weights = list(node.get_input_shape(1))[1 if kind == "Convolution" else 2 :]
+            macs += int(np.prod(node.get_output_shape(0))) * int(np.prod(weights))
+        elif kind in ("ConvolutionBackpropData", "GroupConvolutionBackpropData"):
+            weights = list(node.get_input_shape(1))[1 if kind == "ConvolutionBackpropData" else 2 :]
+            macs += int(np.prod(node.get_input_shape(0))) * int(np.prod(weights))
+        elif kind == "MatMul":
+            summed = -2 if node.get_attributes()["transpose_a"] else -1
+            macs += int(np.prod(node.get_output_shape(0))) * node.get_input_shape(0)[summed]
+    return macs, constants

@@ -7,163 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hover_batch.errors import PackageError
 from hover_batch.files import write_atomically
+from hover_batch.model.architectures import architecture
 from hover_batch.model.cache import cached_package, is_package_name
-from hover_batch.taxonomy import Taxonomy
+from hover_batch.model.card import Card
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from hover_batch.model.heads import MapLayout
-
 CARD_KEY = "hover_batch"
-FORMAT = 1
-ARCHITECTURES = ("unet", "hovernet-fast", "hovernet-original")
-"""Architectures of networks: the students' U-Net, and HoVerNet's two published forms."""
 STARTER = Path(__file__).parent.parent / "assets" / "starter.safetensors"
-MAX_TILE = 4096
-"""Limit of `tile_in` in pixels; above it a single tile of a HoVerNet takes tens of GB."""
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("name", "architecture", "encoder", "licence", "input_scaling", "weights_sha256"), (str,)),
-    **dict.fromkeys(("tile_in", "tile_out"), (int,)),
-    **dict.fromkeys(("taxonomy", "sobel", "training", "metrics", "limits"), (dict,)),
-    "mpp": (int, float),
-}
-"""JSON types of the card's entries. Packages are untrusted, so every entry is checked."""
-_SOBEL = {"h_min", "h_max", "v_min", "v_max"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """Description of a model: architecture, classes, training data and scores.
-
-    PackageError if the tile sizes are invalid.
-    """
-
-    name: str
-    """Name of the model, one line."""
-    architecture: str
-    """One of ARCHITECTURES."""
-    encoder: str
-    """Encoder's name in segmentation-models-pytorch; empty for HoVerNet."""
-    taxonomy: Taxonomy
-    """Classes of the model."""
-    mpp: float
-    """Pixel size of the training images in µm."""
-    tile_in: int
-    """Side in pixels of a tile, the network's input."""
-    tile_out: int
-    """Side in pixels of the central part of a tile whose output is kept."""
-    sobel: Mapping[str, float]
-    """The four constants of `hover_batch.nuclei.watershed.SobelConstants` by name."""
-    licence: str
-    """Licence of the weights, in words."""
-    input_scaling: str = "RGB / 255"
-    """Scaling of the pixels; only "RGB / 255" is supported."""
-    training: Mapping[str, Any] = field(default_factory=dict)
-    """Training data and settings, as recorded at export."""
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    """Scores by split and data set, and the calibration."""
-    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Lowest and highest value of each measure of a slide (`hover_batch.quality.flags.LIMITS`) that the training images
-    support; measures without an entry have default limits."""
-    weights_sha256: str = ""
-    """SHA-256 of names, dtypes, shapes and bytes of all tensors (see `tensors_sha256`)."""
-
-    def __post_init__(self) -> None:
-        margin = self.tile_in - self.tile_out
-        if margin < 0 or margin % 2 or self.tile_out < 32 or self.tile_in > MAX_TILE:
-            raise PackageError(
-                f"package {self.name}: tile_in {self.tile_in} and tile_out {self.tile_out} are invalid: tile_out is at "
-                f"least 32, tile_in at most {MAX_TILE}, and their difference even and not negative; export it again"
-            )
-
-    @property
-    def margin(self) -> int:
-        """Context in pixels on each side of the kept part of a tile."""
-        return (self.tile_in - self.tile_out) // 2
-
-    @property
-    def layout(self) -> MapLayout:
-        """Planes of this model's maps."""
-        from hover_batch.model.heads import MapLayout  # imports numpy, which --help does not need
-
-        return MapLayout(len(self.taxonomy.classes))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the card as JSON values by name, without empty `limits`; the inverse of `from_json`."""
-        values = {"format": FORMAT, **asdict(self), "taxonomy": self.taxonomy.to_json()}
-        return values if self.limits else {name: value for name, value in values.items() if name != "limits"}
-
-    @classmethod
-    def from_json(cls, data: Any) -> Card:
-        """Return the card that `to_json` gave as `data`, which may come from an untrusted file.
-
-        PackageError if an entry is missing, unknown or invalid, or the format is of another version.
-        """
-        if not isinstance(data, Mapping):
-            raise PackageError("the card is not a JSON object")
-        values = dict(data)
-        if values.pop("format", None) != FORMAT:
-            raise PackageError("the package was written by another version of hover-batch; export it again")
-        for name, value in values.items():
-            if name not in _TYPES:
-                raise PackageError(f"the card has the unknown entry {name[:40]!r}")
-            if type(value) not in _TYPES[name]:
-                words = " or ".join(kind.__name__ for kind in _TYPES[name])
-                raise PackageError(f"the card's {name} is {_short(value)}, not of the type {words}")
-        try:
-            card = cls(**(values | {"taxonomy": Taxonomy.from_json(values["taxonomy"])}))
-        except (KeyError, TypeError, ValueError) as error:  # a missing entry, or invalid classes
-            raise PackageError(f"the card is not complete: {_short(str(error))}") from error
-        card._check_values()
-        return card
-
-    def _check_values(self) -> None:
-        if not self.name or len(self.name) > 200 or not self.name.isprintable():
-            raise PackageError(f"the card's name is {_short(self.name)}: must be one line of text")
-        if self.input_scaling != "RGB / 255":
-            raise PackageError(f"the card's input_scaling is {_short(self.input_scaling)}; only RGB / 255 is supported")
-        if not re.fullmatch(
-            r"[\w.-]*", self.encoder, re.ASCII
-        ):  # timm would download encoders named in some other forms
-            raise PackageError(f"the card's encoder is {_short(self.encoder)}: must be a name")
-        if not 0.01 <= self.mpp <= 100:
-            raise PackageError(f"the card's mpp is {self.mpp}: must be 0.01 to 100 µm per pixel")
-        numbers = [v for v in self.sobel.values() if type(v) in (int, float) and math.isfinite(v)]
-        if self.sobel.keys() != _SOBEL or len(numbers) != len(_SOBEL):
-            raise PackageError(f"the card's sobel is {_short(self.sobel)}: must be {', '.join(sorted(_SOBEL))}")
-        if not all(self.sobel[f"{axis}_min"] <= self.sobel[f"{axis}_max"] for axis in "hv"):
-            raise PackageError(f"the card's sobel is {_short(self.sobel)}: a minimum is above its maximum")
-        try:
-            json.dumps(self.metrics, allow_nan=False)
-        except ValueError as error:
-            raise PackageError("the card's metrics hold a number that is not finite") from error
-        for name, bounds in self.limits.items():
-            pair = bounds if isinstance(bounds, (list, tuple)) else ()
-            if (
-                len(pair) != 2
-                or not all(type(v) in (int, float) and math.isfinite(v) for v in pair)
-                or pair[0] > pair[1]
-            ):
-                raise PackageError(
-                    f"the card's limits of {_short(name)} are {_short(bounds)}: must be two numbers in order"
-                )
-
-
-def _short(value: object) -> str:
-    """Format any value for a message, in at most 100 characters."""
-    text = value if isinstance(value, str) else repr(value)
-    return ascii(text if len(text) <= 100 else f"{text[:100]}…")
 
 
 @dataclass(frozen=True)
@@ -233,9 +93,9 @@ def load_network(package: Package) -> nn.Module:
     """
     tensors = load_tensors(package)
     try:
-        network = _build(package.card, tensors)
+        network = architecture(package.card.architecture).build(package.card, tensors)
         network.load_state_dict(tensors)
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         # Raised by the libraries for unknown encoders and for wrong shapes.
         reason = " ".join(str(error).split()[:40]) or type(error).__name__
         raise PackageError(f"package {package.path}: the weights do not fit its card: {reason}") from error
@@ -260,36 +120,6 @@ def load_tensors(package: Package) -> dict[str, torch.Tensor]:
     if not matches:
         raise PackageError(f"package {package.path}: the weights do not match their card; download the file again")
     return tensors
-
-
-def _build(card: Card, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Build the card's network with random weights; for HoVerNet the tensors decide whether it has a type branch."""
-    from hover_batch.model.student import StudentArch, build_student
-    from hover_batch.model.teacher import arch_of, build_teacher
-
-    n_types = len(card.taxonomy.classes)
-    if card.architecture == "unet":
-        if card.tile_in % 32:
-            raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of a unet is a multiple of 32")
-        return build_student(StudentArch(card.encoder, n_types))
-    if card.architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise PackageError(f"package {card.name}: architecture {card.architecture} is not known; known are {known}")
-    try:
-        arch = arch_of(tensors)
-    except KeyError as error:
-        raise PackageError(f"package {card.name}: {card.architecture} needs the tensor {error}") from error
-    if card.architecture != f"hovernet-{arch.form}" or n_types != (arch.n_types or 2):
-        raise PackageError(
-            f"package {card.name}: the card says {card.architecture} with {n_types} classes, the tensors are "
-            f"hovernet-{arch.form}'s with {arch.n_types or 2}"
-        )
-    if card.tile_in % 8 != arch.excess or card.tile_in - arch.shrink < card.tile_out:
-        raise PackageError(
-            f"package {card.name}: {card.architecture} cannot keep {card.tile_out} of {card.tile_in} pixels; "
-            f"it keeps {arch.tile[1]} of {arch.tile[0]}"
-        )
-    return build_teacher(arch)
 
 
 def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = True) -> None:

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from hover_batch.config import AUTO_BATCH, InferSettings, Precision, Runtime
 from hover_batch.errors import InputError
+from hover_batch.model.architectures import file_of
+from hover_batch.model.card import Card
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
 from hover_batch.model.in_flight import Computed, InFlight, Pending, Streams
 from hover_batch.model.openvino import OpenVinoNetwork, cached_conversion, convert
-from hover_batch.model.package import Card, Package, load_network
+from hover_batch.model.package import Package, load_network
 
 STAIN_FROM_OD = torch.tensor(hed_from_rgb[:, :2], dtype=torch.float32)
 """Matrix (3, 2) from optical densities of RGB to hematoxylin and eosin (Ruifrok and Johnston 2001, as in skimage)."""
@@ -203,7 +205,7 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
 
         return prepared(load_network(package), card, torch.device("cpu"), "openvino")
 
-    model = cached_conversion(package.sha256, card.tile_in, load)
+    model = cached_conversion(package.sha256, card.tile_in, file_of(card.architecture), load)
     return Predictor(OpenVinoNetwork(model, resolved.batch, settings.threads), card, settings)
 
 

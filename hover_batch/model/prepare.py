@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from hover_batch.config import Runtime
+from hover_batch.model.card import Card
 from hover_batch.model.fold import folded
 from hover_batch.model.margins import without_margin
-from hover_batch.model.package import Card
 from hover_batch.model.upsampling import upsampling_merged
 
 

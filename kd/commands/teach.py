@@ -22,7 +22,8 @@ def teach(
     teacher: Annotated[
         str,
         typer.Option(
-            help="Package of the teacher; `models import` converts a published HoVerNet checkpoint.", show_default=False
+            help="Package of the teacher; `models import` converts published checkpoints, such as HoVerNet's.",
+            show_default=False,
         ),
     ],
     out: Annotated[
@@ -48,7 +49,7 @@ def teach(
     gpus: Gpus = -1,
     address: Address = "",
 ) -> None:
-    """Run a HoVerNet teacher over all images once, and store its outputs (logits of np and tp, and h and v).
+    """Run a teacher, such as HoVerNet, over all images once, and store its outputs (logits of np and tp, and h and v).
 
     `kd train --teacher` reads them instead of running the teacher in every epoch. Whole images are predicted tile by
     tile with their real surroundings. Interrupt it at any time: the same command resumes.

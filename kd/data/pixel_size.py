@@ -9,7 +9,7 @@ from hover_batch.errors import InputError
 from kd.data.samples import MPP
 
 if TYPE_CHECKING:
-    from hover_batch.model.package import Card
+    from hover_batch.model.card import Card
 
 
 def check_pixel_size(card: Card, where: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hover_batch.errors import PackageError
-from hover_batch.model.package import Card
+from hover_batch.model.card import Card
 from kd.data.samples import SHA_DIGITS, Sample
 
 SAME_IMAGES = {"monuseg": "kumar", "kumar": "monuseg"}

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from hover_batch.config import EngineSettings, InferSettings
 from hover_batch.errors import InputError
 from hover_batch.executor.map_tasks import TaskFailed, map_tasks, task_resources
-from hover_batch.model.package import Card, find_package
+from hover_batch.model.card import Card
+from hover_batch.model.package import find_package
 from hover_batch.progress import ProgressCounter
 from kd.data.datasets import Sample, folds_of, read_data, taxonomy_of
 from kd.data.pixel_size import check_pixel_size

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from hover_batch.errors import InputError, PackageError
 from hover_batch.files import write_atomically
+from hover_batch.model.card import Card
 from hover_batch.model.heads import Heads
-from hover_batch.model.package import Card, Package
+from hover_batch.model.package import Package
 from hover_batch.taxonomy import Taxonomy
 from kd.data.samples import Sample
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hover_batch.errors import InputError
+from hover_batch.model.architectures.hovernet import Form, HoVerNet, TeacherArch, build_teacher
+from hover_batch.model.architectures.unet import StudentArch, build_student
 from hover_batch.model.package import find_package, load_network
-from hover_batch.model.student import StudentArch, build_student
-from hover_batch.model.teacher import Form, HoVerNet, TeacherArch, build_teacher
 from hover_batch.taxonomy import Taxonomy
 from kd.training.config import TrainConfig
 from kd.training.efficientnet_lite import PACKAGES, imagenet_weights

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hover_batch.metrics import mean_defined
+from hover_batch.model.architectures.hovernet import HoVerNet
 from hover_batch.model.heads import MapLayout
 from hover_batch.model.predict import quantise
-from hover_batch.model.teacher import HoVerNet
 from hover_batch.nuclei.image import instances_of
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import Taxonomy

@@ -21,9 +21,10 @@ from hover_batch.compare.fields import Place
 from hover_batch.compare.sides import random_teacher
 from hover_batch.config import InferSettings
 from hover_batch.geometry import Box
-from hover_batch.model.package import Card, find_package, save_package
-from hover_batch.model.student import StudentArch, build_student
-from hover_batch.model.teacher import TeacherArch, build_teacher
+from hover_batch.model.architectures.hovernet import HoverNetForm, TeacherArch, build_teacher
+from hover_batch.model.architectures.unet import StudentArch, build_student
+from hover_batch.model.card import Card
+from hover_batch.model.package import find_package, save_package
 from hover_batch.taxonomy import CONSEP
 
 MARKUP = "<script>alert(1)</script>"
@@ -115,10 +116,9 @@ def test_a_network_agrees_with_itself(packages: dict[str, Path], cohort: Path, t
 def test_random_weights_are_marked_everywhere(
     packages: dict[str, Path], cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import hover_batch.compare.sides as sides
-
     # The true width takes minutes on a CPU.
-    monkeypatch.setattr(sides, "TeacherArch", lambda form, types: TeacherArch(form, types, 8))
+    narrow = build_teacher(TeacherArch("fast", 6, 8))
+    monkeypatch.setattr(HoverNetForm, "build", lambda self, card, tensors: narrow)
     words = ["--teacher", "--timing-only", "--student", packages["small"]]
     done = compare(cohort, *words, *QUICK, "-o", tmp_path / "out")
     assert done.exit_code == 0, done.output

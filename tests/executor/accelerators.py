@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import PackageError
+from hover_batch.model.card import Card
 from hover_batch.model.in_flight import Computed
-from hover_batch.model.package import Card, Package
+from hover_batch.model.package import Package
 
 DARK = 150
 

@@ -26,7 +26,7 @@ from hover_batch.executor.slide_state import (
     Task,
     Verdict,
 )
-from hover_batch.model.package import Card
+from hover_batch.model.card import Card
 from hover_batch.pipeline import NetworkFailed, Seconds, UnitsMissing
 
 BLAMELESS = (Verdict.RETRY, Verdict.SHORT_OF_MEMORY, Verdict.DISK_FULL)

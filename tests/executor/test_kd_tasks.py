@@ -14,8 +14,9 @@ import torch
 import kd.teaching.teach
 from hover_batch.config import EngineSettings
 from hover_batch.executor.resources import Node, Resources
-from hover_batch.model.package import Card, find_package, save_package
-from hover_batch.model.teacher import TeacherArch, build_teacher
+from hover_batch.model.architectures.hovernet import TeacherArch, build_teacher
+from hover_batch.model.card import Card
+from hover_batch.model.package import find_package, save_package
 from hover_batch.taxonomy import CONSEP
 
 CARD = Card(

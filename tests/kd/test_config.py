@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hover_batch.errors import InputError
-from hover_batch.model.teacher import TeacherArch
+from hover_batch.model.architectures.hovernet import TeacherArch
 from kd.training.config import PRESETS, SIDES, TrainConfig
 
 PLACES = {"data": Path("data"), "out": Path("out")}

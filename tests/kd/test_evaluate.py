@@ -16,10 +16,10 @@ from truth_maps import maps_of_truth
 
 import kd.training.validate
 from hover_batch.errors import InputError
+from hover_batch.model.architectures.hovernet import TeacherArch
+from hover_batch.model.card import Card
 from hover_batch.model.heads import HV, NP, Heads, MapLayout
 from hover_batch.model.images import predict_image
-from hover_batch.model.package import Card
-from hover_batch.model.teacher import TeacherArch
 from hover_batch.taxonomy import CONSEP
 from kd.data.datasets import Sample, read_data
 from kd.evaluation.evaluate import centroids_and_types, evaluate

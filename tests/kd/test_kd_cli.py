@@ -16,8 +16,9 @@ import torch
 from typer.testing import CliRunner
 
 from hover_batch.errors import InputError, PackageError
-from hover_batch.model.package import Card, save_package
-from hover_batch.model.student import StudentArch, build_student
+from hover_batch.model.architectures.unet import StudentArch, build_student
+from hover_batch.model.card import Card
+from hover_batch.model.package import save_package
 from hover_batch.taxonomy import CONSEP, MONUSAC, PANNUKE, Taxonomy
 from kd.cli import kd_app
 from kd.data.datasets import read_data

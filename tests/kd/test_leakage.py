@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from hover_batch.errors import PackageError
-from hover_batch.model.package import Card, find_package
+from hover_batch.model.card import Card
+from hover_batch.model.package import find_package
 from hover_batch.model.published import KINDS
 from hover_batch.taxonomy import CONSEP
 from kd.data.datasets import Sample, read_data

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from hover_batch.errors import PackageError
-from hover_batch.model.package import Card, find_package
+from hover_batch.model.card import Card
+from hover_batch.model.package import find_package
 from kd.data.samples import Sample
 from kd.evaluation.slide_limits import slide_limits
 

@@ -20,11 +20,12 @@ from typer.testing import CliRunner
 
 from hover_batch.config import EngineSettings, InferSettings
 from hover_batch.errors import InputError, PackageError
+from hover_batch.model.architectures.hovernet import TeacherArch, build_teacher
+from hover_batch.model.card import Card
 from hover_batch.model.heads import Heads
 from hover_batch.model.images import image_logits
-from hover_batch.model.package import Card, find_package, load_network, save_package, save_with_card
+from hover_batch.model.package import find_package, load_network, save_package, save_with_card
 from hover_batch.model.predict import Predictor
-from hover_batch.model.teacher import TeacherArch, build_teacher
 from hover_batch.taxonomy import CONSEP, PANNUKE
 from kd.cli import kd_app
 from kd.data.datasets import Sample, read_data

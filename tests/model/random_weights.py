@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,3 +28,25 @@ def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
             else:
                 tensor.copy_(0.2 * draw(tensor) - 0.1)
     return network.eval().requires_grad_(False)
+
+
+def named_weights(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of the same names and shapes, whose values depend on these alone, so that outputs can be recorded.
+
+    They are computed by numpy, whose generators keep their streams across versions.
+    """
+    drawn = {}
+    for name, tensor in like.items():
+        values = np.random.default_rng(zlib.crc32(name.encode())).random(tuple(tensor.shape), np.float32)
+        if not tensor.is_floating_point():
+            values = np.zeros(tensor.shape, np.int64)
+        elif tensor.ndim == 4 and not name.endswith("pos_embed"):
+            values = (values - 0.5) * (24 / tensor[0].numel()) ** 0.5
+        elif tensor.ndim == 2:
+            values = (values - 0.5) * (12 / tensor.shape[1]) ** 0.5
+        elif name.endswith(("running_var", "weight")):
+            values = values + 0.5
+        else:
+            values = 0.4 * values - 0.2
+        drawn[name] = torch.from_numpy(np.asarray(values)).to(tensor.dtype)
+    return drawn

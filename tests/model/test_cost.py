@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from hover_batch.model.architectures.hovernet import TeacherArch, build_teacher
+from hover_batch.model.architectures.unet import StudentArch, build_student
+from hover_batch.model.card import Card
 from hover_batch.model.cost import cost_of, seconds_per_patch
-from hover_batch.model.package import Card, find_package, load_network
-from hover_batch.model.student import StudentArch, build_student
-from hover_batch.model.teacher import TeacherArch, build_teacher
+from hover_batch.model.package import find_package, load_network
 from hover_batch.taxonomy import PANNUKE
 
 STUDENT = Card(

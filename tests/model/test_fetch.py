@@ -18,11 +18,11 @@ from hover_batch.cli import app
 from hover_batch.compare.sides import load_side
 from hover_batch.config import InferSettings
 from hover_batch.errors import PackageError
+from hover_batch.model.architectures.hovernet import TeacherArch, build_teacher
 from hover_batch.model.cache import cached_package, download_path
 from hover_batch.model.fetch import fetched
 from hover_batch.model.package import STARTER, find_package
 from hover_batch.model.published import HUB, KINDS
-from hover_batch.model.teacher import TeacherArch, build_teacher
 
 NAME = "hovernet_fast-pannuke"
 

@@ -17,9 +17,9 @@ from thread_streams import Memory, thread_streams
 from torch import Tensor, nn
 
 from hover_batch.config import InferSettings, Precision
+from hover_batch.model.card import Card
 from hover_batch.model.heads import Heads
 from hover_batch.model.in_flight import IN_FLIGHT, Tiles, in_flight
-from hover_batch.model.package import Card
 from hover_batch.model.predict import Predictor
 from hover_batch.taxonomy import CONSEP
 

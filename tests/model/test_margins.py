@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hover_batch.model.architectures.hovernet import TeacherArch, build_teacher
+from hover_batch.model.architectures.unet import StudentArch, build_student
 from hover_batch.model.heads import Heads
 from hover_batch.model.margins import without_margin
-from hover_batch.model.student import StudentArch, build_student
-from hover_batch.model.teacher import TeacherArch, build_teacher
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from torch import nn
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import InputError
+from hover_batch.model.architectures.hovernet import TeacherArch, build_teacher
+from hover_batch.model.architectures.unet import StudentArch, build_student
+from hover_batch.model.card import Card
 from hover_batch.model.fold import folded
 from hover_batch.model.heads import Heads, MapLayout
-from hover_batch.model.package import Card
 from hover_batch.model.predict import Predictor, quantise, resolve, stain_density
-from hover_batch.model.student import StudentArch, build_student
-from hover_batch.model.teacher import TeacherArch, build_teacher
 from hover_batch.taxonomy import CONSEP
 
 LAYOUT = MapLayout(5)

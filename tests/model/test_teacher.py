@@ -9,8 +9,8 @@ import torch
 from random_weights import randomise
 from torch import Tensor
 
+from hover_batch.model.architectures.hovernet import Form, TeacherArch, arch_of, build_teacher
 from hover_batch.model.heads import HV, NP, Heads
-from hover_batch.model.teacher import Form, TeacherArch, arch_of, build_teacher
 
 FORMS: tuple[Form, ...] = ("fast", "original")
 SMALLEST = {"fast": 96, "original": 198}

@@ -7,10 +7,10 @@ import segmentation_models_pytorch as smp
 import torch
 from random_weights import randomise
 
+from hover_batch.model.architectures.hovernet import TeacherArch, build_teacher
+from hover_batch.model.architectures.unet import StudentArch, build_student
 from hover_batch.model.cost import cost_of
 from hover_batch.model.package import find_package, load_network
-from hover_batch.model.student import StudentArch, build_student
-from hover_batch.model.teacher import TeacherArch, build_teacher
 from hover_batch.model.upsampling import upsampling_merged
 
 

@@ -30,11 +30,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+
+from hover_batch.errors import PackageError
+from hover_batch.model.architectures.protocol import Architecture, Recognised
+from hover_batch.model.card import Card
 
 Form = Literal["fast", "original"]
 
@@ -146,6 +150,49 @@ def arch_of(weights: Mapping[str, Tensor]) -> TeacherArch:
     )
 
 
+class HoverNetForm(Architecture):
+    """One of HoVerNet's two published forms. Checkpoints are hover_net's and tiatoolbox's."""
+
+    batch = 2
+
+    def __init__(self, form: Form) -> None:
+        self.form = form
+        self.name = f"hovernet-{form}"
+        self.tile = TeacherArch(form, None).tile
+        self.patch_side = 256 if form == "fast" else 270
+
+    def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
+        """Return the HoVerNet of the tensors' width, with a type branch if they have one.
+
+        Without tensors, it has the published width, and a type branch if the card has several classes.
+        """
+        n_types = len(card.taxonomy.classes)
+        try:
+            arch = TeacherArch(self.form, n_types if n_types > 2 else None) if tensors is None else arch_of(tensors)
+        except KeyError as error:
+            raise PackageError(f"package {card.name}: {self.name} needs the tensor {error}") from error
+        if arch.form != self.form or n_types != (arch.n_types or 2):
+            raise PackageError(
+                f"package {card.name}: the card says {self.name} with {n_types} classes, the tensors are "
+                f"hovernet-{arch.form}'s with {arch.n_types or 2}"
+            )
+        if card.tile_in % 8 != arch.excess or card.tile_in - arch.shrink < card.tile_out:
+            raise PackageError(
+                f"package {card.name}: {self.name} cannot keep {card.tile_out} of {card.tile_in} pixels; "
+                f"it keeps {arch.tile[1]} of {arch.tile[0]}"
+            )
+        return build_teacher(arch)
+
+    def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
+        """Recognise HoVerNet by its decoder's kernels. PackageError for HoVerNet+."""
+        if "decoder.np.u3.conva.weight" not in tensors:
+            return None
+        if any(name.startswith("decoder.ls.") for name in tensors):
+            raise PackageError("HoVerNet+, which has a layer branch, cannot be imported; HoVerNet without it can")
+        arch = arch_of(tensors)
+        return Recognised("", arch.n_types or 0) if arch.form == self.form else None
+
+
 class _Stage(nn.Module):
     """Residual units of 1×1, 3×3 and 1×1 convolutions; with a stride of 2 the first halves the resolution."""
 
@@ -253,3 +300,6 @@ def _centre(features: Tensor, like: Tensor) -> Tensor:
     height, width = like.shape[2:]
     top, left = (features.shape[2] - height) // 2, (features.shape[3] - width) // 2
     return features[:, :, top : top + height, left : left + width]
+
+
+ARCHITECTURES = (HoverNetForm("fast"), HoverNetForm("original"))

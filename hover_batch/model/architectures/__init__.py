@@ -1,0 +1,62 @@
+"""Architectures of networks, each in one file: how it is built, and how its published checkpoints are recognised.
+
+The file NAME.py in this folder, or the module of an entry point NAME in the group `hover_batch.architectures` of
+another installed distribution, holds `ARCHITECTURES`, a tuple of `protocol.Architecture`. Their names are NAME or begin
+with `NAME-`, so that only the file of the wanted one is imported. This module needs no torch; the files do.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hover_batch.errors import PackageError
+
+if TYPE_CHECKING:
+    from hover_batch.model.architectures.protocol import Architecture
+
+GROUP = "hover_batch.architectures"
+"""Group of the entry points of architectures in other distributions."""
+
+
+def architecture(name: str) -> Architecture:
+    """Return the architecture `name`, as a card names it. PackageError if it is not known."""
+    module = _module_of(name)
+    for found in _held_by(module) if module else ():
+        if found.name == name:
+            return found
+    known = ", ".join(found.name for found in architectures())
+    raise PackageError(f"architecture {name[:100]!a} is not known; known are {known}")
+
+
+def architectures() -> list[Architecture]:
+    """Return all architectures, sorted by name. Their files are imported, and with them torch."""
+    found = [found for module in _modules().values() for found in _held_by(module)]
+    return sorted(found, key=lambda found: found.name)
+
+
+def file_of(name: str) -> Path | None:
+    """Return the file of the architecture `name`, without importing it; None if it is not known."""
+    module = _module_of(name)
+    spec = find_spec(module) if module else None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _modules() -> dict[str, str]:
+    """Return the names of the modules of all architectures by the beginning of the architectures' names."""
+    others = {point.name: point.value for point in entry_points(group=GROUP)}
+    own = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "protocol"]
+    return others | {name.replace("_", "-"): f"{__name__}.{name}" for name in own}
+
+
+def _module_of(name: str) -> str | None:
+    return next((module for start, module in _modules().items() if f"{name}-".startswith(f"{start}-")), None)
+
+
+def _held_by(module: str) -> tuple[Architecture, ...]:
+    found: tuple[Architecture, ...] = import_module(module).ARCHITECTURES
+    return found

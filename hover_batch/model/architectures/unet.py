@@ -1,0 +1,76 @@
+"""Student: a U-Net with a Mix Vision Transformer encoder and all branches as channels of one output.
+
+Source: HoVer-UNet (Tommasino et al., arXiv 2311.12553): encoder and decoder depth 5, single decoder.
+The published weights are `smp.Unet('mit_b2', classes=10)` state dicts, which load into this network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hover_batch.errors import PackageError
+from hover_batch.model.architectures.protocol import Architecture, Recognised
+from hover_batch.model.card import Card
+from hover_batch.model.heads import Heads
+
+
+@dataclass(frozen=True)
+class StudentArch:
+    """Architecture of a student."""
+
+    encoder: str = "mit_b0"
+    """Encoder's name in segmentation-models-pytorch."""
+    n_types: int = 5
+    """Number of classes, background included."""
+
+
+def build_student(arch: StudentArch) -> nn.Module:
+    """Build the student with random weights. Nothing is downloaded.
+
+    The network takes (batch, 3, y, x) float RGB in [0, 1], y and x multiples of 32, and returns
+    (batch, `Heads(n_types).channels`, y, x) float in the layout of `hover_batch.model.heads`. Unknown encoders raise
+    KeyError.
+    """
+    import segmentation_models_pytorch as smp  # takes seconds
+
+    model: nn.Module = smp.Unet(
+        arch.encoder,
+        encoder_depth=5,
+        encoder_weights=None,
+        in_channels=3,
+        classes=Heads(arch.n_types).channels,
+    )
+    return model
+
+
+class UNet(Architecture):
+    """Student. Checkpoints are HoVer-UNet's, whose encoder is a Mix Vision Transformer."""
+
+    name = "unet"
+
+    def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
+        """Return the student with the card's encoder."""
+        if card.tile_in % 32:
+            raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of a unet is a multiple of 32")
+        return build_student(StudentArch(card.encoder, len(card.taxonomy.classes)))
+
+    def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
+        """Recognise HoVer-UNet by its encoder."""
+        if "encoder.patch_embed1.proj.weight" not in tensors:
+            return None
+        return Recognised(_encoder(tensors), len(tensors["segmentation_head.0.bias"]) - Heads(0).channels)
+
+
+def _encoder(tensors: Mapping[str, Tensor]) -> str:
+    """Return the name of the Mix Vision Transformer, by the depth of its third stage and its width."""
+    depth = len({name.split(".")[2] for name in tensors if name.startswith("encoder.block3.")})
+    if depth == 2:
+        return "mit_b0" if len(tensors["encoder.patch_embed1.proj.weight"]) == 32 else "mit_b1"
+    return {6: "mit_b2", 18: "mit_b3", 27: "mit_b4", 40: "mit_b5"}[depth]
+
+
+ARCHITECTURES = (UNet(),)
