@@ -32,6 +32,7 @@ from hover_batch.nuclei.table import TableContext, to_arrow
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.slide.survey import read_info
 from hover_batch.store import PredictionStore
+from hover_batch.uncertainty import Uncertainty
 from hover_batch.version import __version__
 
 if TYPE_CHECKING:
@@ -299,6 +300,7 @@ class Model:
             model_id=card.name,
             model_sha256=self.sha256,
             software=__version__,
+            scalings=Uncertainty.from_json(card.uncertainty).probabilities,
         )
         table = to_arrow(nuclei, context).drop_columns(["anchor_y", "anchor_x"])
         table = table.add_column(1, "nucleus_id", pa.array(numbers))

@@ -342,6 +342,7 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
             nuclei=layout.nuclei_parquet,
             tissue_mm2=work.mask.area_mm2(work.info.mpp),
             seconds=seconds.totals,
+            error=work.count_error,
         ),
     }
 

@@ -192,11 +192,11 @@ def _facts(status: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
     """Return the figures of the cohort by name, without unknown ones."""
     facts: dict[str, str] = {}
     if cohort:
-        facts["nuclei"] = f"{cohort['nuclei']:,}"
+        facts["nuclei"] = f"{cohort['nuclei']:,}{_interval(cohort, 'nuclei')}"
         if cohort["tissue_mm2"] is not None:
             facts["mm² of tissue"] = f"{cohort['tissue_mm2']:,.4g}"
         if "nuclei_per_mm2" in cohort:
-            facts["nuclei per mm²"] = f"{cohort['nuclei_per_mm2']:,.0f}"
+            facts["nuclei per mm²"] = f"{cohort['nuclei_per_mm2']:,.0f}{_interval(cohort, 'nuclei_per_mm2')}"
     log = status.log
     if log.started and log.finished:
         facts["duration of the last start"] = duration((log.finished - log.started).total_seconds())
@@ -205,6 +205,12 @@ def _facts(status: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
     if log.model_busy is not None:
         facts["of the time, networks busy"] = f"{log.model_busy:.0%}"
     return facts
+
+
+def _interval(cohort: Mapping[str, Any], name: str) -> str:
+    """Return the interval of a number of the cohort in brackets, after a space; empty if it has none."""
+    low, high = (cohort.get(f"{name}_{end}") for end in ("low", "high"))
+    return "" if low is None or high is None else f" ({low:,.0f} to {high:,.0f})"
 
 
 def _missing(status: RunStatus, rows: Sequence[SlideRow], sums: _Sums) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.cohort.run_key import run_key
-from hover_batch.config import Settings
+from hover_batch.config import PostSettings, Settings
 from hover_batch.errors import SlideError
 from hover_batch.files import sha256_file
 from hover_batch.geometry import Grid
@@ -27,7 +27,11 @@ from hover_batch.slide.tiles import Unit, plan_units
 from hover_batch.slide.tissue import TissueMask, tissue_mask
 from hover_batch.store import HV_MASKED, PredictionStore
 from hover_batch.taxonomy import Taxonomy
+from hover_batch.uncertainty import CountError, Uncertainty
 from hover_batch.version import __version__
+
+COARSEST = 1.25
+"""Pixel size of a slide, relative to the model's, up to which the errors measured at the model's hold."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,29 @@ class SlideWork:
         return self.card.taxonomy.merged(self.settings.post.class_map)[0]
 
     @property
+    def has_usual_nuclei(self) -> bool:
+        """Whether the post-processing is that with which the errors of models are measured."""
+        post = self.settings.post
+        return (post.sobel_norm, post.min_area_px) == (PostSettings.sobel_norm, PostSettings.min_area_px)
+
+    @property
+    def count_error(self) -> CountError | None:
+        """Error of the number of nuclei; None if it was not measured for slides and settings like these.
+
+        Slides with clearly larger pixels than those of the annotated images were not measured.
+        """
+        is_as_sharp = max(self.info.mpp.x, self.info.mpp.y) <= self.card.mpp * COARSEST
+        return Uncertainty.from_json(self.card.uncertainty).count if is_as_sharp and self.has_usual_nuclei else None
+
+    @property
     def context(self) -> TableContext:
-        """Properties of the slide and the model that the table records."""
+        """Properties of the slide and the model that the table records.
+
+        With a class map, type_prob is not calibrated, since merged classes are easier to tell apart.
+        """
+        scalings = dict(Uncertainty.from_json(self.card.uncertainty).probabilities)
+        if self.settings.post.class_map:
+            scalings.pop("type_prob", None)
         return TableContext(
             slide_id=self.record.slide_id,
             taxonomy=self.taxonomy,
@@ -84,6 +109,7 @@ class SlideWork:
             model_id=self.card.name,
             model_sha256=self.package.sha256,
             software=__version__,
+            scalings=scalings,
         )
 
 

@@ -26,6 +26,7 @@ from kd.data.datasets import MPP, read_data
 from kd.data.samples import hashes_of, truth_sha256
 from kd.evaluation.calibrate import calibrate
 from kd.evaluation.evaluate import evaluate
+from kd.evaluation.measured_errors import evidence, fit_uncertainty, notes, paired_images
 from kd.evaluation.slide_limits import slide_limits
 from kd.training.config import TrainConfig
 from kd.training.initial_weights import build_network
@@ -60,11 +61,11 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
 
     `data`: the annotated images of the training. The Sobel constants are found on those images of its validation folds
     in which all nuclei are outlined; without any, the starter's constants are used, and the card says so. The card also
-    has the limits that flag unusual slides, and scores on the validation folds and, if the network was trained only on
-    the fold train, on the fold test. They are computed with the packaged weights (students: float16). This takes
-    minutes; progress is printed to stdout. Missing folders of `out` are created. `threads`: threads of the network on
-    the CPU; 0 for all cores. Raises InputError if the checkpoint or the data cannot be read, or the validation images
-    are not those of the training; PackageError if a weight is not finite.
+    has the limits that flag unusual slides, the errors measured on these images, and scores on the validation folds
+    and, if the network was trained only on the fold train, on the fold test. They are computed with the packaged
+    weights (students: float16). This takes minutes; progress is printed to stdout. Missing folders of `out` are
+    created. `threads`: threads of the network on the CPU; 0 for all cores. Raises InputError if the checkpoint or the
+    data cannot be read, or the validation images are not those of the training; PackageError if a weight is not finite.
     """
     saved = read_checkpoint(checkpoint)
     config, record = saved["config"], saved["record"]
@@ -127,6 +128,8 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
         print(f"calibrating on {len(outlined)} images of {', '.join(folds['val'])}", flush=True)
         found = calibrate(maps_of, outlined)
         constants, calibration = found.constants, {**found.to_json(), "saw": hashes_of(outlined)}
+    paired = {part: paired_images(maps_of, samples, constants, taxonomy) for part, samples in splits.items()}
+    uncertainty, measured = fit_uncertainty(paired["val"]), evidence(paired["val"], paired)
     scores = {}
     for part, samples in splits.items():
         print(f"scoring {len(samples)} images of {', '.join(folds[part])}", flush=True)
@@ -135,11 +138,19 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
         card,
         sobel=constants.to_json(),
         limits=slide_limits(outlined),
-        metrics={**scores, "calibration": calibration, "precision": predictor.precision},
+        uncertainty=uncertainty.to_json(),
+        metrics={**scores, "calibration": calibration, "errors": measured, "precision": predictor.precision},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     save_package(out, network, card, half=student)
-    return "\n".join([str(out), *([] if outlined else [f"calibration: {calibration}"]), *_lines(scores)])
+    return "\n".join(
+        [
+            str(out),
+            *([] if outlined else [f"calibration: {calibration}"]),
+            *_lines(scores),
+            *notes(uncertainty, measured),
+        ]
+    )
 
 
 def calibrated(network: nn.Module, card: Card, data: Path) -> Card:

@@ -21,7 +21,19 @@ PACKAGES = ("hover_batch", "kd")
 MAX_LINES = {"hover_batch": 400, "kd": 400, "benchmarks": 500, "tests": 500}
 
 FLOORS = (
-    ("errors", "files", "formatting", "progress", "geometry", "geojson", "taxonomy", "logs", "version", "environment"),
+    (
+        "errors",
+        "files",
+        "formatting",
+        "progress",
+        "geometry",
+        "geojson",
+        "taxonomy",
+        "uncertainty",
+        "logs",
+        "version",
+        "environment",
+    ),
     ("config", "cohort", "model", "shard", "bucket"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report", "quality", "dataset"),
@@ -55,6 +67,7 @@ OPEN_TO_KD = (
     "geometry",
     "geojson",
     "taxonomy",
+    "uncertainty",
     "config",
     "model",
     "slide",

@@ -23,7 +23,10 @@ RUN_FORMAT = "hover-batch run"
 """Value of `format` in run.json, which distinguishes it from files of that name by other programs."""
 _COUNTS = ("nuclei", "slides", "failed")
 _MAX_NUMBER = 1e100
-_NUMBERS = ("tissue_mm2", "nuclei_per_mm2", "area_um2_p50")
+_NUMBERS = (
+    "tissue_mm2", "nuclei_per_mm2", "area_um2_p50", "nuclei_low", "nuclei_high", "nuclei_per_mm2_low",
+    "nuclei_per_mm2_high",
+)  # fmt: skip
 """Columns in the summary of a finished slide that are numbers; a cohort's own columns never have these names."""
 
 

@@ -136,6 +136,9 @@ def compare_groups(
     second group have a higher density than all of the first, -1 if a lower one, 0 without a tendency. Intervals are
     95 % bootstrap intervals over patients. Each group needs three patients.
 
+    If the model's errors were measured, the difference of all nuclei has two more intervals, which also carry the error
+    of counts: if both groups are from one source (laboratory, stain, scanner, tissue), and if each has its own.
+
     --show-sql prints the SQL of the densities by patient, from which these numbers follow.
 
     Examples: groups of the cohort CSV, and those of a clinical table.
@@ -185,4 +188,10 @@ def _show_effects(effects: Sequence[Effect]) -> None:
         low, high = effect.cliffs_delta_interval
         delta = f"{effect.cliffs_delta:+.2f} ({low:+.2f} to {high:+.2f})"
         table.add_row(effect.measure, *(f"{median:.4g}" for median in effect.medians), difference, delta)
+        if effect.measured:
+            for what, (low, high) in (
+                ("  one source", effect.measured.one_source),
+                ("  two sources", effect.measured.two_sources),
+            ):
+                table.add_row(what, "", "", f"({low:+.4g} to {high:+.4g})", "")
     plain_console().print(*tables.values())

@@ -8,6 +8,7 @@ a tendency.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -20,15 +21,33 @@ from scipy.stats import bootstrap, rankdata
 from hover_batch.dataset.questions import Subject, density_sql, measures
 from hover_batch.dataset.quoting import identifier
 from hover_batch.errors import InputError
+from hover_batch.export.summary import COUNT_ERROR, read_count_error
 from hover_batch.formatting import counted, listed
+from hover_batch.uncertainty import CountError
 
 MIN_PATIENTS = 3
 """Smallest number of patients in a group. With two, a bootstrap interval would be the two values."""
 FEW_PATIENTS = 10
 """Number of patients below which a bootstrap interval is known to be too narrow."""
+ALL = "nuclei_per_mm2"
+"""Density of all nuclei, the only one whose measuring error may be known."""
 _MAX_GROUPS = 10
 _RESAMPLES = 9999
 _SEED = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Intervals of a difference, (low, high) at 95 %, that carry both the patients' and the counts' error.
+
+    The counts of a source (laboratory, stain, scanner, tissue) are all too high or too low by one factor, which is not
+    known. The error that slides have of their own is part of the variation between patients.
+    """
+
+    one_source: tuple[float, float]
+    """If both groups are from one source: the factor is the same, so it changes the size of the difference only."""
+    two_sources: tuple[float, float]
+    """If each group has a source of its own: the factors differ, which alone makes a difference."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,8 @@ class Effect:
     """Cliff's delta of the second group against the first."""
     cliffs_delta_interval: tuple[float, float]
     """Interval of Cliff's delta."""
+    measured: Measured | None
+    """The difference with the measuring error of counts; None if that was not measured."""
 
     def to_row(self) -> dict[str, Any]:
         """Return the effect as values by column."""
@@ -62,6 +83,9 @@ class Effect:
         for name in ("difference", "cliffs_delta"):
             row[name] = getattr(self, name)
             row[f"{name}_low"], row[f"{name}_high"] = getattr(self, f"{name}_interval")
+        for name in ("one_source", "two_sources"):
+            interval = (None, None) if self.measured is None else getattr(self.measured, name)
+            row[f"difference_{name}_low"], row[f"difference_{name}_high"] = interval
         return row
 
 
@@ -104,10 +128,12 @@ def compare_densities(subject: Subject, by: str, of: str | None = None) -> Compa
         else:
             groups.setdefault(str(group), []).append(tuple(densities))
     _check(by, groups, group_of)
+    error = _count_error(subject)
     effects = []
     for index, name in enumerate(names):
         columns = {group: np.array(values)[:, index] for group, values in groups.items()}
-        effects += [_effect(name, (a, b), (columns[a], columns[b])) for a, b in combinations(columns, 2)]
+        of_all = error if name == ALL else None
+        effects += [_effect(name, (a, b), (columns[a], columns[b]), of_all) for a, b in combinations(columns, 2)]
     notes = list(_left_out(subject, by))
     if without_tissue:
         notes.append(f"patients without tissue are left out: {listed(without_tissue)}")
@@ -117,6 +143,10 @@ def compare_densities(subject: Subject, by: str, of: str | None = None) -> Compa
         )
     if len(effects) > 1:
         notes.append(f"{len(effects)} intervals, each at 95 %: of 20 such intervals, one misses the truth by chance")
+    if error is None:
+        notes.append("the measuring error of these counts is not known; the intervals are those of the patients alone")
+    elif names != [ALL]:
+        notes.append("the measuring error of classes is not known; their intervals are those of the patients alone")
     return Comparison(effects, notes)
 
 
@@ -151,7 +181,20 @@ def _left_out(subject: Subject, by: str) -> list[str]:
     return [f"{counted(len(names), 'slide')} without patient_id or {by} left out: {listed(names)}"] if names else []
 
 
-def _effect(measure: str, groups: tuple[str, str], samples: tuple[NDArray[np.float64], NDArray[np.float64]]) -> Effect:
+def _count_error(subject: Subject) -> CountError | None:
+    """Return the error of the number of nuclei; None unless all slides have the same one."""
+    if COUNT_ERROR not in subject.dataset.select("FROM slides").columns:
+        return None
+    rows = subject.dataset.select(f"SELECT DISTINCT {COUNT_ERROR} FROM slides{subject.where()}").fetchall()
+    return read_count_error(rows[0][0]) if len(rows) == 1 else None
+
+
+def _effect(
+    measure: str,
+    groups: tuple[str, str],
+    samples: tuple[NDArray[np.float64], NDArray[np.float64]],
+    error: CountError | None,
+) -> Effect:
     first, second = samples
     difference, delta = _difference(first, second), cliffs_delta(first, second)
     return Effect(
@@ -163,7 +206,25 @@ def _effect(measure: str, groups: tuple[str, str], samples: tuple[NDArray[np.flo
         _interval(samples, _difference),
         float(delta),
         _interval(samples, cliffs_delta),
+        None if error is None else with_measuring_error(samples, error),
     )
+
+
+def with_measuring_error(samples: tuple[NDArray[np.float64], NDArray[np.float64]], error: CountError) -> Measured:
+    """Return the intervals of the difference of medians: patients are resampled, and the factors of sources drawn.
+
+    `samples`: counted densities of the patients of both groups. The factors follow the multivariate t distribution of
+    `error`: all sources share the error of its mean, and have independent errors of their own.
+    """
+    random = np.random.default_rng(_SEED)
+    medians = [np.median(random.choice(values, (_RESAMPLES, len(values))), axis=1) for values in samples]
+    shared, *own = random.standard_normal((3, _RESAMPLES))
+    heavier = np.sqrt(error.df / random.chisquare(error.df, _RESAMPLES))
+    of_mean, of_source = math.sqrt(error.mean_variance), math.sqrt(error.source)
+    first, second = (np.exp(error.mean + heavier * (of_mean * shared + of_source * each)) for each in own)
+    differences = (first * (medians[1] - medians[0]), second * medians[1] - first * medians[0])
+    one, two = ((float(low), float(high)) for low, high in (np.percentile(d, (2.5, 97.5)) for d in differences))
+    return Measured(one, two)
 
 
 def _difference(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> Any:

@@ -207,7 +207,7 @@ class _Update:
             try:
                 table = self._source.open_table(slide_id)
                 self._source.fingerprint(slide_id)
-                if table.schema != table_schema(table.taxonomy):
+                if table.schema != table_schema(table.taxonomy, table.calibrated):
                     raise SlideError(f"{table.path}: another version of hover-batch wrote it; run the slide again")
             except SlideError as error:
                 self._skip(slide_id, str(error))

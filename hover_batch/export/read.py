@@ -20,6 +20,7 @@ from hover_batch.errors import SlideError
 from hover_batch.files import read_json, sha256_file
 from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.taxonomy import Taxonomy
+from hover_batch.uncertainty import CALIBRATED, calibrated_column
 
 BATCH = 10_000
 """Rows per batch: at most about 50 MB as Python objects, independent of the table's length."""
@@ -121,6 +122,11 @@ class NucleiTable:
             )
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise unreadable(path, error) from error
+
+    @property
+    def calibrated(self) -> list[str]:
+        """Names of the columns that have a calibrated one beside them."""
+        return [name for name in CALIBRATED if calibrated_column(name) in self.schema.names]
 
     @property
     def measured(self) -> list[str]:

@@ -7,6 +7,7 @@ one batch. Quantiles are exact, neither sampled nor binned, for slides and for t
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import InputError
 from hover_batch.files import replacing
 from hover_batch.taxonomy import NucleusClass, Taxonomy
+from hover_batch.uncertainty import CountError
 
 Row = dict[str, Any]
 """Row of a summary: column → value. Columns without a value may be missing, such as those about nuclei of a failed
@@ -30,6 +32,9 @@ QUARTILES = {"p25": 0.25, "p50": 0.5, "p75": 0.75}
 
 QUALITY = ("h_od_mean", "e_od_mean", "seg_score_mean", "type_prob_mean", "out_of_focus", "ink")
 """Measures of `hover_batch.quality`: means over the nuclei, except for the shares out_of_focus and ink."""
+
+COUNT_ERROR = "count_error"
+"""Column with the error of the number of nuclei, as JSON (`hover_batch.uncertainty.CountError`)."""
 
 STAGE = "seconds_"
 """Beginning of the names of the columns with the seconds of a stage."""
@@ -52,12 +57,17 @@ def summary_schema(taxonomy: Taxonomy) -> pa.Schema:
         ("tissue_mm2", pa.float64()),
         ("nuclei", pa.int64()),
         *((f"n_{c.name}", pa.int64()) for c in taxonomy.nuclei),
+        ("nuclei_low", pa.float64()),
+        ("nuclei_high", pa.float64()),
         ("nuclei_per_mm2", pa.float64()),
+        ("nuclei_per_mm2_low", pa.float64()),
+        ("nuclei_per_mm2_high", pa.float64()),
         *((f"{c.name}_per_mm2", pa.float64()) for c in taxonomy.nuclei),
         *((f"{name}_{quartile}", pa.float64()) for name in MORPHOLOGY for quartile in QUARTILES),
         ("model_busy", pa.float64()),
         *((name, pa.float64()) for name in QUALITY),
         ("flags", pa.string()),
+        (COUNT_ERROR, pa.string()),
     ]
     return pa.schema(columns)
 
@@ -70,16 +80,20 @@ def slide_summary(
     nuclei: Path | None,
     tissue_mm2: float | None,
     seconds: Mapping[str, float],
+    error: CountError | None = None,
 ) -> Row:
     """Return the row of one slide, whose `level` is "slide".
 
     `status`: value of the column, done or failed. `nuclei`: path of its nuclei.parquet; None for a slide that failed.
-    `tissue_mm2`: area that was searched in mm²; None if unknown. `seconds`: stage → wall time. The cohort CSV's own
-    columns are added, with the prefix extra_ if they have a name of the summary.
+    `tissue_mm2`: area that was searched in mm²; None if unknown. `seconds`: stage → wall time. `error`: error of the
+    number of nuclei, for its interval; None if it was not measured. The cohort CSV's own columns are added, with the
+    prefix extra_ if they have a name of the summary.
     """
     row: Row = {"level": "slide", "status": status, "slides": 1, "failed": int(nuclei is None)}
     if nuclei is not None:
         row |= _of_nuclei([nuclei], taxonomy, tissue_mm2)
+        row |= _interval(error, [(row["nuclei"], tissue_mm2)])
+        row[COUNT_ERROR] = None if error is None else json.dumps(error.to_json())
     row |= {STAGE + stage: value for stage, value in seconds.items()}
     return row | _of_record(record, taxonomy)
 
@@ -128,14 +142,19 @@ def cohort_summary(
 
     `slides`: rows of its slides; counts, tissue area and seconds are summed. `nuclei`: paths of their tables; densities
     and quartiles are those of all nuclei together, not means over slides. `model_busy`: fraction (0 to 1) of the time
-    in which the networks computed; None if unknown.
+    in which the networks computed; None if unknown. The interval takes the slides as those of one source; it is missing
+    if a slide has another error of counts, or none.
     """
+    done = [row for row in slides if not row["failed"]]
+    errors = {row.get(COUNT_ERROR) for row in done}
+    error = read_count_error(errors.pop()) if len(errors) == 1 else None
     areas = [row["tissue_mm2"] for row in slides if row.get("tissue_mm2") is not None]
     return {
         "level": "cohort",
         "slides": sum(row["slides"] for row in slides),
         "failed": sum(row["failed"] for row in slides),
         **_of_nuclei(nuclei, taxonomy, sum(areas) if areas else None),
+        **_interval(error, [(row["nuclei"], row.get("tissue_mm2")) for row in done]),
         "model_busy": model_busy,
         **{stage: sum(row.get(stage, 0.0) for row in slides) for stage in _stages(slides)},
     }
@@ -188,6 +207,29 @@ def _of_nuclei(paths: Sequence[Path], taxonomy: Taxonomy, tissue_mm2: float | No
             values = _quantiles(paths, name, total)
             row |= {f"{name}_{quartile}": value for quartile, value in zip(QUARTILES, values, strict=True)}
     return row
+
+
+def read_count_error(stored: Any) -> CountError | None:
+    """Return the error in a cell of the column COUNT_ERROR; None if it is empty or was edited so that it is invalid."""
+    try:
+        return CountError.from_json(json.loads(stored))
+    except (TypeError, ValueError):
+        return None
+
+
+def _interval(error: CountError | None, slides: Sequence[tuple[int, float | None]]) -> Row:
+    """Return the interval of the number of nuclei in `slides` and of their density; empty if it is not known.
+
+    `slides`: number of nuclei and mm² of tissue of each.
+    """
+    interval = None if error is None else error.interval(slides)
+    if interval is None:
+        return {}
+    area = sum(tissue_mm2 or 0.0 for _, tissue_mm2 in slides)
+    ends = zip(("low", "high"), interval, strict=True)
+    return {
+        name: value for end, n in ends for name, value in ((f"nuclei_{end}", n), (f"nuclei_per_mm2_{end}", n / area))
+    }
 
 
 def _quantiles(paths: Sequence[Path], column: str, total: int) -> list[float]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hover_batch.errors import PackageError
 from hover_batch.taxonomy import Taxonomy
+from hover_batch.uncertainty import Uncertainty
 
 if TYPE_CHECKING:
     from hover_batch.model.heads import MapLayout
@@ -21,7 +22,7 @@ MAX_TILE = 4096
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("name", "architecture", "encoder", "licence", "input_scaling", "weights_sha256"), (str,)),
     **dict.fromkeys(("tile_in", "tile_out"), (int,)),
-    **dict.fromkeys(("taxonomy", "sobel", "training", "metrics", "limits"), (dict,)),
+    **dict.fromkeys(("taxonomy", "sobel", "training", "metrics", "limits", "uncertainty"), (dict,)),
     "mpp": (int, float),
     "seam_exact": (bool,),
 }
@@ -63,6 +64,8 @@ class Card:
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Lowest and highest value of each measure of a slide (`hover_batch.quality.flags.LIMITS`) that the training images
     support; measures without an entry have default limits."""
+    uncertainty: Mapping[str, Any] = field(default_factory=dict)
+    """Measured errors of the model (`hover_batch.uncertainty.Uncertainty` as JSON); empty if they were not measured."""
     seam_exact: bool = True
     """Whether a nucleus is the same in every division of a slide into units. False if the post-processing of one
     nucleus depends on others, so that seams are merged by overlap."""
@@ -96,7 +99,7 @@ class Card:
         bytes.
         """
         values = {"format": FORMAT, **asdict(self), "taxonomy": self.taxonomy.to_json()}
-        defaults = {"limits": {}, "seam_exact": True}
+        defaults = {"limits": {}, "uncertainty": {}, "seam_exact": True}
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     @classmethod
@@ -153,6 +156,10 @@ class Card:
                 raise PackageError(
                     f"the card's limits of {short(name)} are {short(bounds)}: must be two numbers in order"
                 )
+        try:
+            Uncertainty.from_json(self.uncertainty)
+        except ValueError as error:
+            raise PackageError(f"the card's uncertainty is invalid: {short(str(error))}") from error
 
 
 def short(value: object) -> str:

@@ -10,8 +10,8 @@ Positions are level-0 pixels on OpenSlide's full canvas, x to the right and y do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from hover_batch.files import replacing
 from hover_batch.geometry import Box, Grid, Mpp
 from hover_batch.nuclei.geoparquet import BBOX, DICTIONARY, geoparquet_writer
 from hover_batch.taxonomy import Taxonomy
+from hover_batch.uncertainty import BetaScaling, calibrated_column
 
 if TYPE_CHECKING:
     from hover_batch.nuclei.measure import Nuclei
@@ -62,6 +63,8 @@ class TableContext:
     """Hash of the model's package."""
     software: str
     """Version of hover-batch."""
+    scalings: Mapping[str, BetaScaling] = field(default_factory=dict)
+    """Calibration of a column in `hover_batch.uncertainty.CALIBRATED`; its result is a column beside it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry `hover_batch` of the file's metadata, as JSON values by name."""
@@ -95,8 +98,11 @@ class MergeResult:
     """Number of nuclei that `select` removed."""
 
 
-def table_schema(taxonomy: Taxonomy) -> pa.Schema:
-    """Return the columns of nuclei.parquet, in order; none is nullable. One `prob_<class>` per class of `taxonomy`."""
+def table_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Schema:
+    """Return the columns of nuclei.parquet, in order; none is nullable. One `prob_<class>` per class of `taxonomy`.
+
+    `calibrated`: columns that have a calibrated one after them.
+    """
     columns: list[tuple[str, pa.DataType]] = [
         ("slide_id", pa.string()),
         ("nucleus_id", pa.uint32()),
@@ -120,16 +126,21 @@ def table_schema(taxonomy: Taxonomy) -> pa.Schema:
         ("seam_uncertain", pa.bool_()),
         ("geometry", pa.binary()),
     ]
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
+    with_calibrated = (
+        entry
+        for name, kind in columns
+        for entry in ((name, kind), *([(calibrated_column(name), kind)] if name in calibrated else []))
+    )
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in with_calibrated])
 
 
-def part_schema(taxonomy: Taxonomy) -> pa.Schema:
+def part_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Schema:
     """Return the columns of a part: those of nuclei.parquet, with the anchor instead of nucleus_id.
 
     The anchor, anchor_y and anchor_x in inference pixels, comes first; the merge sorts by it.
     """
     anchors = [pa.field(name, pa.int64(), nullable=False) for name in ("anchor_y", "anchor_x")]
-    return pa.schema(anchors + [field for field in table_schema(taxonomy) if field.name != "nucleus_id"])
+    return pa.schema(anchors + [field for field in table_schema(taxonomy, calibrated) if field.name != "nucleus_id"])
 
 
 def to_arrow(nuclei: Nuclei, context: TableContext) -> pa.Table:
@@ -169,7 +180,9 @@ def to_arrow(nuclei: Nuclei, context: TableContext) -> pa.Table:
         "seam_uncertain": nuclei.seam_uncertain,
         "geometry": _wkb(nuclei.contours, scale),
     }
-    schema = part_schema(taxonomy)
+    for name, scaling in context.scalings.items():
+        columns[calibrated_column(name)] = scaling.apply(columns[name])
+    schema = part_schema(taxonomy, context.scalings)
     return pa.table([_column(columns[field.name], field.type) for field in schema], schema=schema)
 
 
@@ -206,9 +219,9 @@ def merge_parts(
     table by their centroids, before they are numbered; None for all. `out` is replaced atomically. SlideError if two
     regions hold the same nucleus, OSError if a file cannot be read or written.
     """
-    schema = table_schema(context.taxonomy)
+    schema = table_schema(context.taxonomy, context.scalings)
     by_type = np.zeros(len(context.taxonomy.classes), np.int64)
-    rows_of_regions = _Rows(parts, part_schema(context.taxonomy), select)
+    rows_of_regions = _Rows(parts, part_schema(context.taxonomy, context.scalings), select)
     numbered = uncertain = 0
     with replacing(out) as temporary, geoparquet_writer(temporary, schema, context.to_json()) as write_group:
         for group in _cut(rows_of_regions, ROW_GROUP):

@@ -159,6 +159,11 @@ class Report:
     """Content of run.json, and the folder."""
 
     @property
+    def done_with_interval(self) -> bool:
+        """Whether the number of nuclei of a slide has an interval."""
+        return any(row.summary.get("nuclei_low") is not None for row in self.rows)
+
+    @property
     def stages(self) -> dict[str, float]:
         """Seconds of all slides together by stage."""
         return stages_of(self.cohort)

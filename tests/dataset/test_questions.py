@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import dataset_runs
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from asked import SLIDES, Asked, ask, make
 from scipy.spatial import cKDTree
+from scipy.stats import t
 
 from hover_batch.dataset import update
-from hover_batch.dataset.groups import cliffs_delta
+from hover_batch.dataset.groups import cliffs_delta, with_measuring_error
+from hover_batch.dataset.layout import DatasetLayout
 from hover_batch.dataset.near import NearQuestion
 from hover_batch.dataset.opened import Dataset
 from hover_batch.dataset.questions import Subject
-from hover_batch.dataset.slides import SlideEntry
+from hover_batch.dataset.slides import SlideEntry, read_slides_table, write_slides_table
 from hover_batch.geometry import Mpp, Size
 from hover_batch.taxonomy import CONSEP, NucleusClass, Taxonomy
+from hover_batch.uncertainty import CountError
 
 MPP = Mpp(0.25, 0.75)
 """Pixels much higher than wide, as no scanner makes them, so that a distance in pixels would be wrong."""
@@ -204,6 +211,44 @@ def test_compare_takes_patients_not_slides_nor_nuclei(asked: Asked, tmp_path: Pa
     # With three patients, the extremes of the medians are those of the patients themselves.
     assert (row.difference_low, row.difference_high) == pytest.approx((b.min() - a.max(), b.max() - a.min()))
     assert (found.difference_low <= found.difference).all() and (found.difference <= found.difference_high).all()
+
+
+def test_the_measuring_error_of_sources_in_differences() -> None:
+    """One source scales a difference and keeps its sign; with two, equal groups may differ by their factors."""
+    exact = CountError(mean=0.2, mean_variance=0, source=0, slide=0, field_mm2=0, unpaired=0, df=6)
+    a, b = np.full(5, 100.0), np.full(5, 300.0)
+    found = with_measuring_error((a, b), exact)
+    assert found.one_source == found.two_sources == pytest.approx((200 * np.exp(0.2),) * 2)
+    error = replace(exact, mean=0.0, mean_variance=0.001, source=0.01)
+    one, two = with_measuring_error((a, b), error).one_source, with_measuring_error((a, b), error).two_sources
+    half = t.ppf(0.975, 6) * np.sqrt(0.011)
+    assert one == pytest.approx((200 * np.exp(-half), 200 * np.exp(half)), rel=0.02)
+    assert two[0] < one[0] and two[1] > one[1]
+    same = with_measuring_error((a, a), error)
+    assert same.one_source == (0, 0)
+    # The median of |t1 - t2| of two sources: a normal approximation of the difference of two factors near 1.
+    assert -60 < same.two_sources[0] < -20 and 20 < same.two_sources[1] < 60
+
+
+def test_compare_carries_the_measuring_error_if_all_slides_have_the_same(asked: Asked, tmp_path: Path) -> None:
+    root = tmp_path / "measured"
+    shutil.copytree(asked.root, root)
+    layout = DatasetLayout(root)
+    slides = read_slides_table(root)
+    error = CountError(mean=0.1, mean_variance=0.001, source=0.01, slide=0.003, field_mm2=0.002, unpaired=0.3, df=6)
+    column = slides.column_names.index("count_error")
+    cells = [json.dumps(error.to_json())] * len(slides)
+    write_slides_table(layout, slides.set_column(column, "count_error", pa.array(cells)))
+    found = answer(tmp_path, "compare", root, "--by", "group", notes="the measuring error of classes is not known")
+    row, *classes = found.itertuples()
+    low, high = row.difference_one_source_low, row.difference_one_source_high
+    assert row.difference_two_sources_low < low < row.difference < high < row.difference_two_sources_high
+    assert all(np.isnan(row.difference_two_sources_low) for row in classes)
+    assert "two sources" in ask("cohort", "compare", root, "--by", "group").stdout
+    cells[0] = json.dumps(replace(error, df=5).to_json())
+    write_slides_table(layout, slides.set_column(column, "count_error", pa.array(cells)))
+    notes = "the measuring error of these counts is not known"
+    assert np.isnan(answer(tmp_path, "compare", root, "--by", "group", notes=notes).difference_one_source_low[0])
 
 
 def test_compare_on_the_terminal_with_groups_of_a_clinical_table(asked: Asked, tmp_path: Path) -> None:

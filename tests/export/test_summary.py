@@ -16,8 +16,17 @@ from numpy.typing import NDArray
 
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.export import summary
-from hover_batch.export.summary import MORPHOLOGY, Row, cohort_summary, slide_summary, summary_schema, write_summary
+from hover_batch.export.summary import (
+    MORPHOLOGY,
+    Row,
+    cohort_summary,
+    read_count_error,
+    slide_summary,
+    summary_schema,
+    write_summary,
+)
 from hover_batch.taxonomy import CONSEP
+from hover_batch.uncertainty import CountError
 
 NAMES = [c.name for c in CONSEP.nuclei]
 
@@ -83,6 +92,30 @@ def test_cohort_row_is_of_all_nuclei_together(
         joined = np.concatenate([t[name] for t in tables])
         expected = np.quantile(joined, [0.25, 0.5, 0.75], method="inverted_cdf")
         assert [row[f"{name}_{q}"] for q in ("p25", "p50", "p75")] == expected.tolist()
+
+
+def test_intervals_of_a_slide_and_of_the_cohort(tmp_path: Path) -> None:
+    error = CountError(mean=0.1, mean_variance=0.001, source=0.004, slide=0.003, field_mm2=0.002, unpaired=0.3, df=6)
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    numbers, areas = (120, 301), (2.0, 0.5)
+    for path, n in zip(paths, numbers, strict=True):
+        table(path, n, n)
+    rows = [
+        slide_summary(record(path.stem), CONSEP, status="done", nuclei=path, tissue_mm2=area, seconds={}, error=error)
+        for path, area in zip(paths, areas, strict=True)
+    ]
+    everything = cohort_summary(rows, paths, CONSEP)
+    slides = list(zip(numbers, areas, strict=True))
+    for row, of, area in zip((*rows, everything), ([slides[0]], [slides[1]], slides), (*areas, 2.5), strict=True):
+        interval = error.interval(of)
+        assert (row["nuclei_low"], row["nuclei_high"]) == interval
+        assert (row["nuclei_per_mm2_low"] * area, row["nuclei_per_mm2_high"] * area) == pytest.approx(interval)
+    assert read_count_error(rows[0]["count_error"]) == error
+    other = rows[1] | {"count_error": None}
+    assert "nuclei_low" not in cohort_summary([rows[0], other], paths, CONSEP)
+    assert read_count_error("{}") is None and read_count_error(None) is None
+    write_summary([*rows, everything], CONSEP, tmp_path / "s.csv", tmp_path / "s.parquet")
+    assert pq.read_table(tmp_path / "s.parquet")["nuclei_high"].to_pylist()[0] == rows[0]["nuclei_high"]
 
 
 def test_both_files_have_the_same_columns_in_order(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +19,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hover_batch.errors import SlideError
+from hover_batch.export.read import NucleiTable
 from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.nuclei import table
 from hover_batch.nuclei.table import TableContext, merge_parts, table_schema, to_arrow, write_part
 from hover_batch.taxonomy import CONSEP
+from hover_batch.uncertainty import BetaScaling
 
 
 def blobs(side: int, seed: int) -> NDArray[np.int32]:
@@ -99,6 +102,18 @@ def test_columns_and_types(tmp_path: Path, nuclei: SimpleNamespace) -> None:
     sizes = ["seg_score", "area_um2", "perimeter_um", "major_axis_um", "minor_axis_um", "eccentricity", "solidity"]
     after = ["h_od_mean", "e_od_mean", "touches_border", "seam_uncertain", "geometry"]
     assert schema.names == before + probs + sizes + after
+
+
+def test_calibrated_columns_stand_beside_the_raw_ones(tmp_path: Path, nuclei: SimpleNamespace) -> None:
+    scaling = BetaScaling(0.5, 1.5, -0.3)
+    path = merged(tmp_path, nuclei, replace(context(), scalings={"seg_score": scaling}))
+    table = NucleiTable.open(path)
+    assert table.calibrated == ["seg_score"] and table.schema == table_schema(CONSEP, ["seg_score"])
+    read = pq.read_table(path)
+    position = read.column_names.index("seg_score")
+    assert read.column_names[position + 1] == "seg_score_calibrated" and "type_prob_calibrated" not in read.column_names
+    expected = scaling.apply(read["seg_score"].to_numpy()).astype(np.float32)
+    np.testing.assert_array_equal(read["seg_score_calibrated"].to_numpy(), expected)
 
 
 def test_values_are_in_their_columns(tmp_path: Path, nuclei: SimpleNamespace) -> None:

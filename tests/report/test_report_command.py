@@ -19,7 +19,11 @@ from typer.testing import CliRunner, Result
 
 from hover_batch.cli import app
 from hover_batch.cohort.layout import RunLayout
+from hover_batch.cohort.record import SlideRecord
+from hover_batch.export.summary import slide_summary
 from hover_batch.report import page
+from hover_batch.taxonomy import CONSEP
+from hover_batch.uncertainty import CountError
 
 MARKUP = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> & {{ 7 * 7 }}"
 
@@ -120,6 +124,27 @@ def test_figures_are_those_of_the_tables(tmp_path: Path, field: Field) -> None:
     # Class 1 never occurs: it is listed, and has no curve.
     assert "miscellaneous 0 0.0% 0" in page.text
     assert [tag for tag, _ in page.tags].count("polyline") == 3 * 3
+
+
+def test_intervals_of_counts_are_shown_or_said_to_be_missing(tmp_path: Path, field: Field) -> None:
+    layout = write_run(tmp_path / "out", *field, done=["a", "b"])
+    assert "The error of these counts is not measured." in shown(layout).text
+    error = CountError(mean=0.1, mean_variance=0.001, source=0.004, slide=0.003, field_mm2=0.002, unpaired=0.3, df=6)
+    slides = []
+    for name in ("a", "b"):
+        path = layout.slide(name).slide_json
+        done = json.loads(path.read_text())
+        row = slide_summary(
+            SlideRecord(slide_id=name, path=field[0], row=2), CONSEP, status="done",
+            nuclei=layout.slide(name).nuclei_parquet, tissue_mm2=done["summary"]["tissue_mm2"], seconds={}, error=error,
+        )  # fmt: skip
+        path.write_text(json.dumps(done | {"summary": row}))
+        slides.append((row["nuclei"], row["tissue_mm2"]))
+    page = shown(layout)
+    low, high = error.interval(slides) or (0, 0)
+    assert f"{sum(n for n, _ in slides):,} ({low:,.0f} to {high:,.0f}) nuclei" in page.text
+    assert "Intervals in brackets contain the true number of nuclei with a probability of 90 %" in page.text
+    assert "not measured." in page.text and "The error of these counts is not measured." not in page.text
 
 
 def test_crops_show_the_slide_with_its_contours(tmp_path: Path, field: Field) -> None:

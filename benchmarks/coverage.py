@@ -1,0 +1,113 @@
+"""Measure whether the intervals of counts, and calibrated scores, hold on tissue that a network has never seen.
+
+Train a network without each of some sources, then measure the error of counts on the fold val of the other sources, as
+`kd package` does, and try its intervals on all images of the source that was left out:
+
+    hover-batch kd train --data nuclei/ --preset starter --out runs/without_tnbc --steps 250 --epoch-steps 250 \
+        --size 128 --threads 1 --source consep=.29 …      # the starter's shares, without tnbc
+    python -m benchmarks.coverage --data nuclei/ tnbc=runs/without_tnbc/checkpoint.pt … -o coverage.json
+
+`--images` limits the number of images of a source, drawn at random. Results are added to an existing file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from hover_batch.config import InferSettings
+from hover_batch.files import read_json, write_atomically
+from hover_batch.model.card import Card
+from hover_batch.model.images import batch_of, predict_image
+from hover_batch.model.package import find_package
+from hover_batch.model.predict import Predictor
+from hover_batch.taxonomy import Taxonomy
+from kd.data.classes import fully_annotated
+from kd.data.datasets import MPP, read_data
+from kd.data.samples import Sample
+from kd.evaluation.calibrate import calibrate
+from kd.evaluation.measured_errors import MIN_IMAGES, evidence, fit_uncertainty, paired_images
+from kd.package import TILE
+from kd.training.config import STARTER_SHARES
+from kd.training.initial_weights import build_network
+from kd.training.state import read_checkpoint
+
+
+def main() -> None:
+    """Read the arguments, and write the results of all sources."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("left_out", nargs="+", metavar="SOURCE=CHECKPOINT")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=10**6)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    given = parser.parse_args()
+    sources = (read_json(given.output) or {}).get("sources", {})
+    for item in given.left_out:
+        source, _, checkpoint = item.partition("=")
+        sources[source] = measure(source, Path(checkpoint), given.data, given.images)
+        report = {"sources": sources, "pooled": pooled(list(sources.values()))}
+        write_atomically(given.output, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        print(source, sources[source]["coverage"], report["pooled"], flush=True)
+
+
+def measure(source: str, checkpoint: Path, data: Path, most: int) -> dict[str, Any]:
+    """Return the error of counts without `source`, and how it holds on at most `most` of its images."""
+    saved = read_checkpoint(checkpoint)
+    if source in saved["record"]["data"]["train"]:
+        raise SystemExit(f"{checkpoint}: was trained on {source}")
+    taxonomy = Taxonomy.from_json(saved["record"]["taxonomy"])
+    network = build_network(saved["config"], len(taxonomy.classes))
+    network.load_state_dict(saved["shipped"])
+    card = Card(
+        name=f"without_{source}", architecture="unet", encoder=saved["config"]["encoder"], taxonomy=taxonomy,
+        mpp=MPP, tile_in=TILE[0], tile_out=TILE[1], sobel=find_package("starter").card.sobel, licence="",
+    )  # fmt: skip
+    predictor = Predictor(network, card, InferSettings(threads=1, batch=batch_of(card)))
+    known = [name for name in STARTER_SHARES if name in saved["record"]["data"]["train"]]
+    val = fully_annotated(read_data(data, ["val"], [name for name in known if name != "dsb2018"]).samples)
+    unseen = read_data(data, ["train", "val", "test"], [source]).samples
+    chosen = np.sort(np.random.default_rng(0).permutation(len(unseen))[:most])
+    maps = {s.image_sha256: predict_image(predictor, s.image) for s in (*val, *(unseen[i] for i in chosen))}
+
+    def paired(samples: Sequence[Sample]) -> Any:
+        queue = iter(samples)
+        return paired_images(lambda image: maps[next(queue).image_sha256], samples, constants, taxonomy)
+
+    queue = iter(val)
+    constants = calibrate(lambda image: maps[next(queue).image_sha256], val).constants
+    fitted_on, tested_on = paired(val), paired([unseen[i] for i in chosen])
+    error = fit_uncertainty(fitted_on).count
+    assert error is not None
+    hits = [hit for image in tested_on if (hit := image.count.is_covered(error)) is not None]
+    return {
+        "steps": saved["step"],
+        "count_error": error.to_json(),
+        "fitted_on": [asdict(image.count) for image in fitted_on],
+        "tested_on": [asdict(image.count) for image in tested_on],
+        "evidence": evidence(fitted_on, {"val": fitted_on, "unseen": tested_on}),
+        "coverage": coverage(sum(hits), len(hits)),
+    }
+
+
+def pooled(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the coverage of all sources together."""
+    parts = [result["coverage"] for result in results]
+    return coverage(sum(p["covered"] for p in parts), sum(p["of"] for p in parts))
+
+
+def coverage(covered: int, of: int) -> dict[str, Any]:
+    """Return a share with its 95 % Clopper-Pearson interval, which takes the images as independent."""
+    interval = binomtest(covered, of).proportion_ci(0.95, method="exact")
+    ends = {"low": round(float(interval.low), 3), "high": round(float(interval.high), 3)}
+    return {"covered": covered, "of": of, **ends, "claim": of >= MIN_IMAGES}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Fit the error of counts: the ratio of true to predicted numbers of nuclei, by source, slide and field.
+
+For image i of slide j of source s, ln((true + ½) ÷ (predicted + ½)) = mean + source_s + slide_j + field_i + noise_i:
+
+- source and slide have one variance each, since images of one laboratory, and of one slide, err alike;
+- the field's variance is inversely proportional to the image's area, as for a mean over independent fields;
+- noise is that of the missed and false nuclei, whose numbers are taken as Poisson: it is
+  (missed + false) ÷ (true · predicted).
+
+The variances are estimated by restricted maximum likelihood (REML), so that few sources do not make them too small. A
+new slide is predicted with Student's t distribution with (sources - 1) degrees of freedom (Higgins et al. 2009).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+from hover_batch.uncertainty import CountError
+
+MIN_SOURCES = 3
+"""Smallest number of sources; with two, the 90 % interval would be a factor of 6.3 standard deviations wide."""
+
+
+@dataclass(frozen=True)
+class CountedImage:
+    """Numbers of nuclei in one annotated image."""
+
+    source: str
+    """Source of the image."""
+    slide: str
+    """Slide or patient; unique in its source."""
+    true: int
+    """Annotated nuclei."""
+    predicted: int
+    """Predicted nuclei."""
+    paired: int
+    """Pairs of both."""
+    mm2: float
+    """Area in mm²."""
+
+    @property
+    def log_ratio(self) -> float:
+        """ln(true ÷ predicted), each increased by ½, so that it is finite."""
+        return math.log((self.true + 0.5) / (self.predicted + 0.5))
+
+    @property
+    def noise(self) -> float:
+        """Poisson variance of `log_ratio`: that of the nuclei which only one side has, as the others cancel."""
+        unpaired = self.true + self.predicted - 2 * self.paired
+        return (unpaired + 1) / ((self.true + 0.5) * (self.predicted + 0.5))
+
+    def is_covered(self, error: CountError) -> bool | None:
+        """Return whether the interval for this image contains its true number; None if there is no interval."""
+        interval = error.interval([(self.predicted, self.mm2)])
+        return None if interval is None else bool(interval[0] <= self.true <= interval[1])
+
+
+def fit_count_error(images: Sequence[CountedImage]) -> CountError | None:
+    """Return the error of counts in `images`, in which all nuclei are annotated; None with fewer than MIN_SOURCES.
+
+    Without several images of a slide, fields cannot be told from slides: then all variance is that of slides, which
+    does not shrink with the area. If the estimate for sources is zero, they could not be told from slides, since there
+    are few of both: then the variance of slides is taken as that of sources, which does not shrink with their number.
+    """
+    images = [image for image in images if image.true or image.predicted]
+    sources = list(dict.fromkeys(image.source for image in images))
+    if len(sources) < MIN_SOURCES:
+        return None
+    y = np.array([image.log_ratio for image in images])
+    noise = np.array([image.noise for image in images])
+    per_mm2 = 1 / np.array([image.mm2 for image in images])
+    same_source = _same(image.source for image in images)
+    same_slide = _same((image.source, image.slide) for image in images)
+    fields_known = same_slide.sum() > len(images)
+    parts = [same_source, same_slide, np.diag(per_mm2)]
+
+    def deviance(variances: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        v = np.tensordot(variances, parts, 1) + np.diag(noise)
+        inverse = np.linalg.inv(v)
+        information = inverse.sum()
+        projected = inverse - np.outer(inverse.sum(axis=0), inverse.sum(axis=1)) / information
+        residual = projected @ y
+        gradient = [(projected * part).sum() - residual @ part @ residual for part in parts]
+        return float(np.linalg.slogdet(v)[1] + math.log(information) + y @ residual), np.array(gradient)
+
+    def scaled(x: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        value, gradient = deviance(x * scale)
+        return value, gradient * scale
+
+    total = max(float(np.var(y)), 1e-4)
+    scale = np.array([total, total, total / float(np.median(per_mm2))])
+    bounds = [(0, 20), (0, 20), (0, 20 if fields_known else 0)]
+    starts = [np.array(start) for start in ((0.3, 0.3, 0.3), (0.05, 0.05, 0.8))]
+    tries = [minimize(scaled, x, jac=True, method="L-BFGS-B", bounds=bounds) for x in starts]
+    source, slide, field = min(tries, key=lambda found: float(found.fun)).x * scale
+    inverse = np.linalg.inv(source * same_source + slide * same_slide + np.diag(field * per_mm2 + noise))
+    if source < slide / 1000:
+        source, slide = slide, 0.0
+    return CountError(
+        mean=float(inverse.sum(axis=0) @ y / inverse.sum()),
+        mean_variance=float(1 / inverse.sum()),
+        source=float(source),
+        slide=float(slide),
+        field_mm2=float(field),
+        unpaired=_unpaired(images),
+        df=len(sources) - 1,
+    )
+
+
+def _same(labels: Iterable[object]) -> NDArray[np.float64]:
+    """Return (n, n) float64: 1 where two images have the same label, else 0."""
+    _, index = np.unique([str(label) for label in labels], return_inverse=True)
+    return np.asarray(index[:, None] == index, np.float64)
+
+
+def _unpaired(images: Sequence[CountedImage]) -> float:
+    """Return the number of missed and false nuclei per predicted nucleus, mean over sources."""
+    by_source: dict[str, NDArray[np.int64]] = {}
+    for image in images:
+        numbers = np.array([image.true + image.predicted - 2 * image.paired, image.predicted])
+        by_source[image.source] = by_source.get(image.source, np.zeros(2, np.int64)) + numbers
+    return float(np.mean([unpaired / max(predicted, 1) for unpaired, predicted in by_source.values()]))

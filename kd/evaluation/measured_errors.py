@@ -1,0 +1,166 @@
+"""Measure the errors of a model on annotated images, for its card: how often it is right, and how well it counts.
+
+Predicted and annotated nuclei are paired as HoVerNet's reference does (`match_as_hovernet`). Images of sources that do
+not outline every nucleus cannot say whether a prediction is false, so they are not used; types are those of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch.formatting import counted
+from hover_batch.metrics import DETECTION_RADIUS_UM, match_as_hovernet
+from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.image import nuclei_of
+from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.taxonomy import Taxonomy
+from hover_batch.uncertainty import CALIBRATED, BetaScaling, Uncertainty
+from kd.data.classes import fully_annotated
+from kd.data.samples import MPP, Sample
+from kd.evaluation.count_error import MIN_SOURCES, CountedImage, fit_count_error
+from kd.evaluation.evaluate import MapsOf, centroids_and_types
+from kd.evaluation.frequencies import Outcomes, fit_scaling, reliability
+
+MIN_IMAGES = 20
+"""Number of images below which results of a source are called few: they say little about other images."""
+
+
+@dataclass(frozen=True)
+class PairedImage:
+    """Predictions for one image, compared with its annotations."""
+
+    count: CountedImage
+    """Numbers of nuclei."""
+    seg_score: NDArray[np.float64]
+    """(n,): score of each predicted nucleus."""
+    is_nucleus: NDArray[np.bool_]
+    """(n,): whether it is paired."""
+    type_prob: NDArray[np.float64]
+    """(m,): probability of the class of each paired nucleus whose annotation has a class; empty without types."""
+    is_class: NDArray[np.bool_]
+    """(m,): whether that class is right."""
+
+
+def paired_images(
+    maps_of: MapsOf, samples: Iterable[Sample], constants: SobelConstants, taxonomy: Taxonomy
+) -> list[PairedImage]:
+    """Predict the images of `samples` with `maps_of`, and pair predicted with annotated nuclei.
+
+    `constants`: Sobel constants of the model. `taxonomy`: classes of both the model and the samples. Sources that do
+    not outline every nucleus are left out.
+    """
+    n_types = len(taxonomy.classes)
+    paired = []
+    for sample in fully_annotated(samples):
+        _, nuclei = nuclei_of(maps_of(sample.image), constants, MapLayout(n_types))
+        true_xy, true_types = centroids_and_types(sample, n_types)
+        pairs = match_as_hovernet(
+            true_xy, np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1), DETECTION_RADIUS_UM / MPP
+        )
+        annotated, predicted = pairs.T
+        typed = true_types[annotated] > 0
+        paired.append(
+            PairedImage(
+                CountedImage(
+                    source=sample.source,
+                    slide=sample.group or sample.id,
+                    true=len(true_xy),
+                    predicted=len(nuclei),
+                    paired=len(pairs),
+                    mm2=sample.instances.size * MPP**2 / 1e6,
+                ),
+                nuclei.seg_score.astype(np.float64),
+                np.isin(np.arange(len(nuclei)), predicted),
+                nuclei.type_prob[predicted[typed]].astype(np.float64),
+                nuclei.type_id[predicted[typed]] == true_types[annotated[typed]],
+            )
+        )
+    return paired
+
+
+def fit_scalings(images: Sequence[PairedImage]) -> dict[str, BetaScaling]:
+    """Return the calibration of each column in CALIBRATED for which `images` have enough nuclei, by its name."""
+    scalings = {name: fit_scaling(_outcomes(images, name)) for name in CALIBRATED}
+    return {name: scaling for name, scaling in scalings.items() if scaling}
+
+
+def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
+    """Return the errors that `images` support, for the card.
+
+    A calibration needs MIN_IMAGES images with nuclei, since nuclei of one image are alike; intervals of counts need
+    MIN_SOURCES sources.
+    """
+    used = {name: sum(o.images for o in _outcomes(images, name)) for name in CALIBRATED}
+    return Uncertainty(
+        {name: scaling for name, scaling in fit_scalings(images).items() if used[name] >= MIN_IMAGES},
+        fit_count_error([image.count for image in images]),
+    )
+
+
+def evidence(fitted_on: Sequence[PairedImage], folds: Mapping[str, Sequence[PairedImage]]) -> dict[str, Any]:
+    """Return how well what is fitted on the images `fitted_on` holds for others, as JSON values for the card's metrics.
+
+    `folds`: images by fold. For each fold, source and column there are the reliability diagrams before and after the
+    calibration, also of one that has too few images for the card. `covered` is the number of images whose true count
+    is in the interval, and `of` the number of images with an interval.
+    """
+    scalings, error = fit_scalings(fitted_on), fit_count_error([image.count for image in fitted_on])
+    by_fold: dict[str, Any] = {}
+    for fold, images in folds.items():
+        by_source: dict[str, Any] = {}
+        for source in dict.fromkeys(image.count.source for image in images):
+            own = [image for image in images if image.count.source == source]
+            by_source[source] = {"images": len(own)}
+            for name, scaling in scalings.items():
+                for outcomes in _outcomes(own, name):
+                    diagrams = {"before": reliability(outcomes), "after": reliability(outcomes, scaling)}
+                    by_source[source][name] = {when: diagram.to_json() for when, diagram in diagrams.items()}
+            if error is not None:
+                hits = [hit for image in own if (hit := image.count.is_covered(error)) is not None]
+                by_source[source] |= {"covered": sum(hits), "of": len(hits)}
+        by_fold[fold] = by_source
+    return by_fold
+
+
+def notes(fitted: Uncertainty, by_fold: Mapping[str, Any]) -> list[str]:
+    """Return lines for users: what was not measured, and by source whether the calibration holds.
+
+    `by_fold`: result of `evidence`.
+    """
+    lines = [
+        f"{name}: not calibrated; that needs {MIN_IMAGES} images in which all nuclei are outlined"
+        + (", with types" if name == "type_prob" else "")
+        for name in CALIBRATED
+        if name not in fitted.probabilities
+    ]
+    if fitted.count is None:
+        lines.append(f"count intervals: none; they need {MIN_SOURCES} sources that outline all nuclei")
+    for fold, by_source in by_fold.items():
+        for source, found in by_source.items():
+            few = f" ({counted(found['images'], 'image')}: few)" if found["images"] < MIN_IMAGES else ""
+            for name in CALIBRATED:
+                if name in found:
+                    before, after = found[name]["before"]["ece"], found[name]["after"]["ece"]
+                    fails = "; the calibration fails here" if after >= before else ""
+                    lines.append(f"{fold} {source}: {name}: ECE {before:.3f} → {after:.3f}{fails}{few}")
+            if "of" in found:
+                lines.append(f"{fold} {source}: {found['covered']} of {found['of']} counts are in their interval{few}")
+    return lines
+
+
+def _outcomes(images: Sequence[PairedImage], column: str) -> list[Outcomes]:
+    """Return the outcomes of a column in CALIBRATED by source, without sources that have none."""
+    found = []
+    for source in dict.fromkeys(image.count.source for image in images):
+        own = [image for image in images if image.count.source == source]
+        pairs = [(i.seg_score, i.is_nucleus) if column == "seg_score" else (i.type_prob, i.is_class) for i in own]
+        pairs = [(p, right) for p, right in pairs if len(p)]
+        if pairs:
+            probability, outcome = (np.concatenate(column) for column in zip(*pairs, strict=True))
+            found.append(Outcomes(source, len(pairs), probability, outcome))
+    return found
