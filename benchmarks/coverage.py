@@ -24,6 +24,7 @@ from scipy.stats import binomtest
 
 from hover_batch.config import InferSettings
 from hover_batch.files import read_json, write_atomically
+from hover_batch.model.architectures import architecture
 from hover_batch.model.card import Card
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import find_package
@@ -34,7 +35,6 @@ from kd.data.datasets import MPP, read_data
 from kd.data.samples import Sample
 from kd.evaluation.calibrate import calibrate
 from kd.evaluation.measured_errors import MIN_IMAGES, evidence, fit_uncertainty, paired_images
-from kd.package import TILE
 from kd.training.config import STARTER_SHARES
 from kd.training.initial_weights import build_network
 from kd.training.state import read_checkpoint
@@ -65,9 +65,10 @@ def measure(source: str, checkpoint: Path, data: Path, most: int) -> dict[str, A
     taxonomy = Taxonomy.from_json(saved["record"]["taxonomy"])
     network = build_network(saved["config"], len(taxonomy.classes))
     network.load_state_dict(saved["shipped"])
+    tile_in, tile_out = architecture("unet").tile
     card = Card(
         name=f"without_{source}", architecture="unet", encoder=saved["config"]["encoder"], taxonomy=taxonomy,
-        mpp=MPP, tile_in=TILE[0], tile_out=TILE[1], sobel=find_package("starter").card.sobel, licence="",
+        mpp=MPP, tile_in=tile_in, tile_out=tile_out, sobel=find_package("starter").card.sobel, licence="",
     )  # fmt: skip
     predictor = Predictor(network, card, InferSettings(threads=1, batch=batch_of(card)))
     known = [name for name in STARTER_SHARES if name in saved["record"]["data"]["train"]]
