@@ -79,7 +79,7 @@ def test_segment_runs_it(tmp_path: Path, weights: NDArray[np.float32]) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)).save(tmp_path / "tile.png")
     (tmp_path / "cohort.csv").write_text("path,mpp\ntile.png,0.25\n")
     words = ["segment", tmp_path / "cohort.csv", "-o", tmp_path / "out", "--model", tmp_path / "net.safetensors"]
-    done = CliRunner().invoke(app, [str(w) for w in words] + ["--tissue", "all", "--batch", "1", "--unit", "64"])
+    done = CliRunner().invoke(app, [str(w) for w in words] + ["--tissue", "all", "--batch", "1", "--unit", "256"])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "slides" / "tile" / "nuclei.parquet").is_file()
 
