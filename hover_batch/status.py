@@ -301,7 +301,8 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
             estimates[slide.slide_id] = estimated["estimate"]
         elif slide.key_json.exists():
             units, tiles = log.surveyed.get(slide.slide_id, (None, None))
-            at_work = slide if _count_files(slide.markers) else slide.sample  # its clusters are the units, then
+            # Until the whole slide is processed, its clusters are the units.
+            at_work = slide.sample if not (_count_files(slide.markers) or _count_files(slide.parts)) else slide
             predicted, posted = _count_files(at_work.markers), _count_files(at_work.parts)
             unfinished.append(UnfinishedSlide(slide.slide_id, predicted, posted, units, tiles))
     return RunStatus(
