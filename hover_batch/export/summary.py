@@ -146,8 +146,8 @@ def cohort_summary(
 ) -> Row:
     """Return the row of the cohort, whose `level` is "cohort".
 
-    `slides`: rows of its slides; counts, tissue area and seconds are summed, the tissue of slides that are not estimated
-    only. `nuclei`: paths of their tables; densities and quartiles are those of all nuclei together, not means over
+    `slides`: rows of its slides; counts, seconds and tissue area are summed, the area without that of estimated slides.
+    `nuclei`: paths of their tables; densities and quartiles are those of all nuclei together, not means over
     slides. `model_busy`: fraction (0 to 1) of the time in which the networks computed; None if unknown. The interval
     takes the slides as those of one source; it is missing if a slide has another error of counts, or none.
     """
