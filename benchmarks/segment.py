@@ -42,7 +42,7 @@ from hover_batch.executor import local
 from hover_batch.geometry import Grid
 from hover_batch.model.in_flight import Computed
 from hover_batch.model.package import find_package
-from hover_batch.pipeline import Seconds
+from hover_batch.seconds import Seconds
 from hover_batch.slide.example import write_pyramidal_tiff
 from hover_batch.slide.reader import open_slide
 
@@ -115,7 +115,7 @@ def budget_child(folder: Path, slides: int) -> list[dict[str, float]]:
     """
     rows = [f"{SLIDE},slide{i}" for i in range(slides)]
     (folder / "cohort.csv").write_text("\n".join(["path,slide_id", *rows]) + "\n")
-    pipeline.Seconds = local.Seconds = CpuSeconds  # type: ignore[misc, attr-defined]
+    pipeline.Seconds = local.Seconds = CpuSeconds  # type: ignore[attr-defined]
     Computed.clock = staticmethod(time.process_time)
     command = ["segment", str(folder / "cohort.csv"), "-o", str(folder / "out"), *FLAGS[LOCAL]]
     app([*command, "--batch", str(BATCH), "--threads", "1"], standalone_mode=False)

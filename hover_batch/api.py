@@ -70,6 +70,8 @@ def segment_slide(
         raise InputError(f"output {url}: is a URL; give a folder, or use `hover-batch segment -o {url} --work FOLDER`")
     cohort = one_slide(path, mpp, slide_id)
     run_settings = Settings.from_dict({"model": str(model), **nested(settings)})
+    if run_settings.sample.stop_at:
+        raise InputError("stop_at: would give an estimate, not a table; use `hover-batch segment --stop-at`")
     command = ["hover_batch.segment_slide", str(Url.of(str(path)) or path)]
     outcome = run_segment(cohort, Path(output), run_settings, skip_invalid=False, force=False, command=command)
     if outcome.failures:

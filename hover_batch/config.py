@@ -135,6 +135,24 @@ class PostSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleSettings(Section):
+    """Settings of an estimate from a part of each slide. They do not change the results of a whole slide."""
+
+    stop_at: float = 0.0
+    """Share of the estimated density, such as 0.05, within which its interval must lie for a slide to end; 0 = process
+    whole slides."""
+    of: str = "nuclei"
+    """Density that must be so precise: that of all nuclei, or of a class."""
+    cluster: int = 1024
+    """Side in inference pixels of the squares that are drawn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(0 <= self.stop_at < 1, "stop-at", self.stop_at, "a share below 1, such as 5% or 0.05; 0 = whole slides")
+        _check(64 <= self.cluster <= MAX_SIDE, "cluster", self.cluster, f"between 64 and {MAX_SIDE}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputSettings(Section):
     """Settings of the files in the output folder."""
 
@@ -181,6 +199,8 @@ class Settings:
     """Settings of inference."""
     post: PostSettings = field(default_factory=PostSettings)
     """Settings of post-processing."""
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    """Settings of an estimate from a part of each slide."""
     output: OutputSettings = field(default_factory=OutputSettings)
     """Settings of the output folder."""
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -218,7 +238,8 @@ class Settings:
     def results_key(self) -> dict[str, Any]:
         """Return the settings that change results, for the run key: section → name → value.
 
-        The model is left out, since its hash is another part of the run key; so are the output and engine settings.
+        The model is left out, since its hash is another part of the run key; so are the sample, output and engine
+        settings.
         """
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # all GPUs of a node give the same results

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hover_batch.cohort.layout import Format, RunLayout, SlideLayout
 from hover_batch.cohort.record import SlideRecord, Url
-from hover_batch.cohort.run_folder import nuclei_if_done, read_slides, require_run
+from hover_batch.cohort.run_folder import nuclei_if_done, read_slides, require_run, why_not_done
 from hover_batch.errors import DISK_FULL, InputError, SlideError, exit_code
 from hover_batch.export.read import NucleiTable
 from hover_batch.files import sweeping
@@ -80,7 +80,7 @@ def _exported(
     SlideError if its table cannot be read.
     """
     if nuclei_if_done(slide) is None:
-        raise SlideError("is not done; see failures.csv, or repeat the segment command to finish it")
+        raise SlideError(why_not_done(slide))
     nuclei = NucleiTable.open(slide.nuclei_parquet, _dicom_folder(record, slide))
     for format, write in writers.items():
         path = slide.exported(format) if output is None else output / f"{slide.slide_id}.{format.suffix}"

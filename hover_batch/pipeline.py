@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hover_batch.blocks import ReadBlocks
+from hover_batch.blocks import batches as tile_batches
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import Stage
 from hover_batch.errors import SlideError
@@ -28,62 +29,24 @@ from hover_batch.geometry import Box, Grid
 from hover_batch.model.heads import MapLayout
 from hover_batch.model.in_flight import in_flight
 from hover_batch.nuclei.energy import mask_hv
-from hover_batch.nuclei.stitch import nuclei_of_region
+from hover_batch.nuclei.stitch import Read, nuclei_of_region
 from hover_batch.nuclei.table import merge_parts, to_arrow, write_part
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.quality.measures import field_sharpness, mean_measures, sampled_fields
 from hover_batch.quality.picture import PICTURE_MEASURES, picture_measures
+from hover_batch.seconds import Seconds
 from hover_batch.slide.reader import SlideReader
 from hover_batch.slide.tiles import Unit
-from hover_batch.slide_work import SlideWork, open_store, refuse_if_taken_over
+from hover_batch.slide_work import SlideWork, open_sampled_tiles, open_store, refuse_if_taken_over
 from hover_batch.store import PredictionStore
 
 if TYPE_CHECKING:  # it imports torch, which readers and post-processing do not need
     from hover_batch.model.predict import Predictor
 
-READ_BLOCK = 1024
-"""Side in inference pixels of a block that is read: large compared with the file's JPEG tiles, and small in memory."""
-
 OVERLAY_SIDE = 2048
 """Side in level-0 pixels of the field in the overlay."""
 THUMBNAIL_SIDE = 1024
 """Longer side of the thumbnail in pixels."""
-
-
-class Seconds:
-    """Wall time by stage, in seconds."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, float] = {}
-        """Sum of all measured blocks, by stage."""
-        self.spans: dict[str, tuple[float, float]] = {}
-        """Start of the first block and end of the last one, by stage, in seconds since 1970, so that they can be
-        compared between processes."""
-
-    @contextmanager
-    def measure(self, stage: Stage) -> Iterator[None]:
-        """Measure the block and add its time to `stage`, even if it raises an exception."""
-        started, clock = time.time(), time.monotonic()
-        try:
-            yield
-        finally:
-            self.add_span(stage, time.monotonic() - clock, (started, time.time()))
-
-    def add(self, other: Seconds) -> None:
-        """Add the totals of `other`, and extend the spans by its spans."""
-        for stage, seconds in other.totals.items():
-            self.add_span(stage, seconds, other.spans[stage])
-
-    def add_span(self, stage: str, seconds: float, span: tuple[float, float]) -> None:
-        """Add `seconds` of work to `stage`, between the two times of `span`."""
-        self.totals[stage] = self.totals.get(stage, 0.0) + seconds
-        first, last = self.spans.get(stage, span)
-        self.spans[stage] = min(first, span[0]), max(last, span[1])
-
-
-ReadBlocks = Callable[[list[Box], Seconds], Iterable[NDArray[np.uint8]]]
-"""Function from boxes, in inference pixels, to their pixels, RGB (y, x, 3) uint8, in order. It adds its time to the
-stage `read` of the Seconds."""
 
 
 class NetworkFailed(Exception):
@@ -155,21 +118,21 @@ def infer(
     over its folder; OSError if a file cannot be written.
     """
     seconds = Seconds()
-    digest = store.shard_sha256(unit.box)
+    # A cluster has several shards, which it shares with other clusters.
+    digest = store.shard_sha256(unit.box) if work.sample is None else None
     if digest is not None:
         advance(len(unit.tile_cells))
     else:
         maps = np.zeros((work.card.layout.planes, *unit.box.shape), np.uint8)
-        batches = _batches(unit, work, read, predictor.batch, seconds)
+        tiles_to_predict = _copy_sampled(unit, work, maps)
+        advance(len(unit.tile_cells) - len(tiles_to_predict))
+        batches = tile_batches(tiles_to_predict, work.card.margin, read, predictor.batch, seconds)
         for tiles, pending in in_flight(batches, _as_network_failed()(predictor.submit)):
             with _as_network_failed():
                 predicted = pending.result()
             seconds.add_span(Stage.INFER, pending.seconds, pending.span)
             for tile, tile_maps in zip(tiles, predicted, strict=True):
-                inside = tile.intersect(unit.box)
-                rows, columns = inside.slices_in(unit.box)
-                tile_rows, tile_columns = inside.slices_in(tile)
-                maps[:, rows, columns] = tile_maps[:, tile_rows, tile_columns]
+                _paste(tile_maps, tile, maps, unit.box)
             advance(len(tiles))
         refuse_if_taken_over(work)
         with seconds.measure(Stage.WRITE):
@@ -184,58 +147,34 @@ def infer(
     return seconds
 
 
+def _paste(tile_maps: NDArray[np.uint8], tile: Box, maps: NDArray[np.uint8], box: Box) -> None:
+    """Copy the maps of a tile to those of `box`, as far as the tile lies in it; both are (plane, y, x) uint8."""
+    inside = tile.intersect(box)
+    rows, columns = inside.slices_in(box)
+    tile_rows, tile_columns = inside.slices_in(tile)
+    maps[:, rows, columns] = tile_maps[:, tile_rows, tile_columns]
+
+
+def _copy_sampled(unit: Unit, work: SlideWork, maps: NDArray[np.uint8]) -> list[Box]:
+    """Copy the tiles of a unit that a sample has predicted to its maps (plane, y, x) uint8. Return the other tiles."""
+    sampled = open_sampled_tiles(work)
+    if sampled is None:
+        return list(unit.tiles)
+    others = []
+    for tile in unit.tiles:
+        if sampled.has_shard(tile):
+            _paste(sampled.read(tile), tile, maps, unit.box)
+        else:
+            others.append(tile)
+    return others
+
+
 @contextmanager
 def _as_network_failed() -> Iterator[None]:
     try:
         yield
     except Exception as error:
         raise NetworkFailed(f"{type(error).__name__}: {error}") from error
-
-
-def _batches(
-    unit: Unit, work: SlideWork, read: ReadBlocks, size: int, seconds: Seconds
-) -> Iterator[tuple[list[Box], list[NDArray[np.uint8]]]]:
-    """Yield the unit's tiles in batches of `size`; the last may be smaller.
-
-    A batch is the kept boxes of its tiles, in inference pixels, and their pixels, RGB (tile_in, tile_in, 3) uint8 each.
-    """
-    card = work.card
-    boxes: list[Box] = []
-    pixels: list[NDArray[np.uint8]] = []
-    together: dict[tuple[int, int], list[Box]] = {}
-    for tile in unit.tiles:
-        together.setdefault((tile.y0 // READ_BLOCK, tile.x0 // READ_BLOCK), []).append(tile)
-    blocks = [_hull(tiles).expand(card.margin) for tiles in together.values()]
-    for tiles, block, image in zip(together.values(), blocks, read(blocks, seconds), strict=True):
-        for tile in tiles:
-            boxes.append(tile)
-            pixels.append(image[tile.expand(card.margin).slices_in(block)])
-            if len(boxes) == size:
-                yield boxes, pixels
-                boxes, pixels = [], []
-    if boxes:
-        yield boxes, pixels
-
-
-def _hull(tiles: list[Box]) -> Box:
-    """Return the smallest box that contains all tiles."""
-    return Box(min(t.x0 for t in tiles), min(t.y0 for t in tiles), max(t.x1 for t in tiles), max(t.y1 for t in tiles))
-
-
-def block_reader(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
-    """Return a function that reads blocks of a slide with an open reader, in this process.
-
-    `reader`: None for stored maps, whose slide is not read; the function must not be called then.
-    """
-
-    def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
-        assert reader is not None
-        for box in boxes:
-            with seconds.measure(Stage.READ):
-                image = reader.read(box, work.grid)
-            yield image
-
-    return read
 
 
 def neighbours(unit: Unit) -> Iterator[tuple[int, int]]:
@@ -259,7 +198,10 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     constants = SobelConstants.from_json(work.card.sobel) if settings.sobel_norm == "fixed" else None
     with seconds.measure(Stage.POST):
         layout = MapLayout(len(work.taxonomy.classes))
-        nuclei = nuclei_of_region(_checked_read(store, work), unit.box, layout, settings, constants)
+        read = _checked_read(store, work)
+        if work.sample is not None:
+            read = _only_in(unit.box, read)
+        nuclei = nuclei_of_region(read, work.core(unit), layout, settings, constants)
         refuse_if_taken_over(work)
         write_part(work.layout.part(unit.column, unit.row), to_arrow(nuclei, work.context))
     return seconds
@@ -275,10 +217,12 @@ def _can_be_read(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
         marker = json.loads(work.maps.marker(unit.column, unit.row).read_bytes())
     except FileNotFoundError:
         return False
+    if work.sample is not None:  # of several shards, some may not be visible
+        return bool(marker["shard_sha256"] == store.shard_sha256(unit.box))
     return marker["shard_sha256"] is None or store.has_shard(unit.box)
 
 
-def _checked_read(store: PredictionStore, work: SlideWork) -> Callable[[Box], NDArray[np.uint8]]:
+def _checked_read(store: PredictionStore, work: SlideWork) -> Read:
     """Return a function like `store.read` that merges classes by the class map, and checks the units that it reads.
 
     It raises UnitsMissing for units that are not predicted yet or not visible here. Each unit is checked once.
@@ -286,9 +230,10 @@ def _checked_read(store: PredictionStore, work: SlideWork) -> Callable[[Box], ND
     class_map = work.settings.post.class_map
     _, ids = work.card.taxonomy.merged(class_map)
     unchecked = {(unit.column, unit.row): unit for unit in work.units}
+    side = work.settings.infer.unit if work.sample is None else work.settings.sample.cluster
 
     def read(box: Box) -> NDArray[np.uint8]:
-        needed = unchecked.keys() & set(box.intersect(store.canvas).cells(work.settings.infer.unit))
+        needed = unchecked.keys() & set(box.intersect(store.canvas).cells(side))
         if missing := [cell for cell in needed if not _can_be_read(unchecked[cell], work, store)]:
             raise UnitsMissing(tuple(sorted(missing)))
         for cell in needed:
@@ -297,6 +242,25 @@ def _checked_read(store: PredictionStore, work: SlideWork) -> Callable[[Box], ND
         return work.card.layout.merge(maps, ids) if class_map else maps
 
     return read
+
+
+def _only_in(window: Box, read: Read) -> Read:
+    """Return a function like `read` whose maps are zero outside of `window`.
+
+    So the nuclei of a cluster do not depend on which clusters around it are predicted, too.
+    """
+
+    def read_inside(box: Box) -> NDArray[np.uint8]:
+        inside = box.intersect(window)
+        if inside == box:
+            return read(box)
+        part = read(inside)
+        maps = np.zeros((len(part), *box.shape), np.uint8)
+        if not inside.empty:
+            _paste(part, inside, maps, box)
+        return maps
+
+    return read_inside
 
 
 def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dict[str, Any]:
@@ -381,15 +345,30 @@ def _draw(work: SlideWork, reader: SlideReader) -> dict[str, float]:
     Return the measures of the thumbnail.
     """
     layout, canvas = work.layout, work.grid.level0
-    image = reader.thumbnail(THUMBNAIL_SIDE)
-    whole_view = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
-    rings = [ring for polygon in work.mask.polygons().geoms for ring in (polygon.exterior, *polygon.interiors)]
-    write_thumbnail(layout.thumbnail_jpg, whole_view, [np.asarray(ring.coords) for ring in rings])
+    measured = draw_thumbnail(work, reader)
     field = densest_field(layout.nuclei_parquet, OVERLAY_SIDE, canvas)
     level0 = Grid(canvas, 1.0, 1.0, work.info.mpp, canvas)
     field_view = View(reader.read(field, level0), field.x0, field.y0, 1.0, 1.0)
     write_overlay(layout.overlay_jpg, field_view, layout.nuclei_parquet, work.taxonomy)
-    return picture_measures(image, whole_view.scale_x * work.info.mpp.x)
+    return measured
+
+
+def draw_thumbnail(work: SlideWork, reader: SlideReader) -> dict[str, float]:
+    """Draw the thumbnail with the tissue's outline, and return its measures. OSError if it cannot be written."""
+    image, canvas = reader.thumbnail(THUMBNAIL_SIDE), work.grid.level0
+    view = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
+    rings = [ring for polygon in work.mask.polygons().geoms for ring in (polygon.exterior, *polygon.interiors)]
+    write_thumbnail(work.layout.thumbnail_jpg, view, [np.asarray(ring.coords) for ring in rings])
+    return picture_measures(image, view.scale_x * work.info.mpp.x)
+
+
+def discard_sample(layout: SlideLayout) -> None:
+    """Remove the files of the clusters from which the slide's density was estimated; errors are ignored.
+
+    Call it only once slide.json exists.
+    """
+    shutil.rmtree(layout.sample.working, ignore_errors=True)
+    layout.sampled_nuclei_parquet.unlink(missing_ok=True)
 
 
 def discard_predictions(layout: SlideLayout) -> None:

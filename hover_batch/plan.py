@@ -139,7 +139,26 @@ def check_settings(settings: Settings, card: Card) -> Taxonomy:
             f"{card.name} keeps of a tile"
         )
     taxonomy, _ = card.taxonomy.merged(settings.post.class_map)
+    if settings.sample.stop_at:
+        _check_sample(settings, card, taxonomy)
     return taxonomy
+
+
+def _check_sample(settings: Settings, card: Card, taxonomy: Taxonomy) -> None:
+    """Check the settings of an estimate. InputError if slides cannot be sampled with them."""
+    sample = settings.sample
+    if sample.of not in (known := ["nuclei", *(kind.name for kind in taxonomy.nuclei)]):
+        raise InputError(f"--of {sample.of}: must be one of {', '.join(known)}, which the model {card.name} counts")
+    if settings.post.sobel_norm == "window":
+        raise InputError(
+            "--stop-at: needs nuclei that do not depend on tile borders, and with --sobel-norm window they do; leave "
+            "one of the two out"
+        )
+    if sample.cluster % card.tile_out:
+        raise InputError(
+            f"setting sample.cluster = {sample.cluster}: must be a multiple of {card.tile_out}, the side of what the "
+            f"model {card.name} keeps of a tile"
+        )
 
 
 def plan_cohort(cohort: Cohort, card: Card) -> Plan:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import SlideRecord
-from hover_batch.cohort.run_folder import read_slides, require_run, slide_if_done
+from hover_batch.cohort.run_folder import estimate_line, read_slides, require_run, slide_if_done
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.export.read import NucleiTable
 from hover_batch.export.summary import cohort_summary, refuse_altered
@@ -123,6 +123,8 @@ def _rows(status: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRo
                 warnings=stored.get("warnings", ()),
                 flags=status.flags.get(record.slide_id, ()),
             )
+        elif (estimated := status.estimates.get(record.slide_id)) is not None:
+            row = replace(row, state="estimated", note=estimate_line(estimated))
         rows.append(row)
     rows += [
         SlideRow(failure.slide_id, failure.row, "left out", _reason(failure.stage, failure.reason))
@@ -144,7 +146,7 @@ def _report(status: RunStatus, rows: Sequence[SlideRow], sums: _Sums, title: str
         summaries = [dict(row.summary) for row in sums.good]
         paths, taxonomy = [table.path for table in sums.tables], sums.tables[0].taxonomy
         cohort = cohort_summary(summaries, paths, taxonomy, status.log.model_busy)
-    counts = dict.fromkeys(("done", "failed", "left out", "under way", "begun", "pending"), 0)
+    counts = dict.fromkeys(("done", "estimated", "failed", "left out", "under way", "begun", "pending"), 0)
     for row in rows:
         counts[row.state] += 1
     for row in sums.done:
@@ -159,6 +161,7 @@ def _report(status: RunStatus, rows: Sequence[SlideRow], sums: _Sums, title: str
         facts=_facts(status, cohort),
         missing=_missing(status, rows, sums),
         flagged=_flagged(layout, rows),
+        estimated=[row for row in rows if row.state == "estimated"],
         classes=classes,
         shares=[_share(kind, cohort) for kind in classes],
         rows=rows,
@@ -223,6 +226,10 @@ def _missing(status: RunStatus, rows: Sequence[SlideRow], sums: _Sums) -> list[s
         missing.append(
             f"The run is not finished: {len(sums.done):,} of {len(rows):,} slides are done, and only "
             f"these are counted here; {waiting:,} are not done yet."
+        )
+    if estimated := sum(row.state == "estimated" for row in rows):
+        missing.append(
+            f"Slides that are estimated from a part of them, and are not counted in the sums: {estimated:,}."
         )
     if bad := len(sums.done) - len(sums.good):
         missing.append(f"Tables that cannot be read, and are not counted: {bad:,}. The section of each slide says why.")

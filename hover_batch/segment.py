@@ -16,7 +16,7 @@ from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import Ledger, SlideFailure
 from hover_batch.cohort.manifest import Cohort, read_cohort
 from hover_batch.cohort.record import SlideRecord, Stage, Url
-from hover_batch.cohort.run_folder import read_run, slide_if_done
+from hover_batch.cohort.run_folder import estimate_line, estimate_of, read_run, slide_if_done
 from hover_batch.cohort.run_key import ModelId
 from hover_batch.config import AUTO_BATCH, Settings
 from hover_batch.dataset.update import add_run
@@ -49,6 +49,8 @@ class Outcome:
     """Paths of the run's results."""
     slides: tuple[dict[str, Any], ...]
     """Content of slide.json of each finished slide, in the order of the cohort."""
+    estimates: tuple[dict[str, Any], ...]
+    """Content of estimate.json of each slide whose density is estimated from a part of it, in the same order."""
     failures: tuple[SlideFailure, ...]
     """Rows of failures.csv: failures of this start, by row of the cohort."""
     flags: Mapping[str, tuple[Flag, ...]]
@@ -62,17 +64,28 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the command: 0 all slides done, 3 some rows, slides or uploads failed, 4 no slide done."""
+        """Exit code of the command: 0 all slides done, 3 some rows, slides or uploads failed, 4 no slide done.
+
+        Slides whose density is estimated count as done.
+        """
         not_uploaded = len(self.uploaded.left) if self.uploaded else 0
-        return exit_code(len(self.slides), len(self.failures) + not_uploaded)
+        return exit_code(len(self.slides) + len(self.estimates), len(self.failures) + not_uploaded)
 
     def closing_lines(self) -> list[str]:
         """Return the lines for stdout: numbers of slides, then the first LISTED results, flags and failures."""
         failed = len({failure.row for failure in self.failures})  # an invalid row may have several faults
-        slides = counted(len(self.slides), "slide")
-        lines = [f"{slides} done, {failed} failed; summary: {self.layout.summary_csv}"]
+        slides = f"{counted(len(self.slides), 'slide')} done"
+        if self.estimates:
+            slides += f", {len(self.estimates):,} estimated"
+        lines = [f"{slides}, {failed} failed; summary: {self.layout.summary_csv}"]
         if self.model_busy is not None:
             lines.append(f"networks busy {self.model_busy:.0%} of the time from the first tile to the last")
+        for estimated in self.estimates[:LISTED]:
+            paths = self.layout.slide(estimated["slide_id"])
+            lines.append(f"{paths.slide_id}: {estimate_line(estimated['estimate'])}")
+            lines.append(f"  table    {paths.sampled_nuclei_parquet} (of these clusters only)")
+        if self.estimates:
+            lines.append("the same command without --stop-at completes the estimated slides")
         for slide in self.slides[:LISTED]:
             paths = self.layout.slide(slide["slide_id"])
             lines.append(f"{slide['slide_id']}: {slide['nuclei']:,} nuclei")
@@ -204,12 +217,18 @@ def run_segment(
         # By row, since an invalid row may have the slide_id of a slide that was run.
         failed = {failure.row for failure in failures}
         done = [record for record in records if record.row not in failed]
-        slides = tuple(_slide_json(layout, record.slide_id) for record in done)
+        finished = [_finished(layout, record.slide_id) for record in done]
         left_out = [record for record in records if record.row in failed]
-        _summarise(layout, taxonomy, done, slides, left_out, flags, recorder.model_busy)
-    uploaded = upload.result() if upload else None
+        _summarise(layout, taxonomy, done, finished, left_out, flags, recorder.model_busy)
     return Outcome(
-        layout, slides, failures, flags, recorder.model_busy, shlex.join(["hover-batch", *command]), uploaded
+        layout,
+        slides=tuple(slide for slide in finished if "estimate" not in slide),
+        estimates=tuple(slide for slide in finished if "estimate" in slide),
+        failures=failures,
+        flags=flags,
+        model_busy=recorder.model_busy,
+        command=shlex.join(["hover-batch", *command]),
+        uploaded=upload.result() if upload else None,
     )
 
 
@@ -223,21 +242,26 @@ def _with_batch(settings: Settings, layout: RunLayout, package: Package, backend
 
 
 def _flag(ledger: Ledger, records: Sequence[SlideRecord], fail_on: Collection[str]) -> dict[str, tuple[Flag, ...]]:
-    """Return the flags of the finished slides, and record those with a flag of `fail_on` as failed."""
+    """Return the flags of the finished slides, and record those with a flag of `fail_on` as failed.
+
+    Slides whose density is estimated are not measured, and have no flags.
+    """
     failed = {failure.row for failure in ledger.failures()}
     done = {record.slide_id: record for record in records if record.row not in failed}
-    flags = flag_slides({slide_id: _slide_json(ledger.layout, slide_id) for slide_id in done})
+    finished = {slide_id: _finished(ledger.layout, slide_id) for slide_id in done}
+    flags = flag_slides({slide_id: slide for slide_id, slide in finished.items() if "estimate" not in slide})
     for slide_id, record in done.items():
-        for flag in flags[slide_id]:
+        for flag in flags.get(slide_id, ()):
             if flag.name in fail_on:
                 reason = f"--fail-on {flag.name}: {flag.sentence}"
                 ledger.record_failure(slide_id, record.row, record.path, Stage.QUALITY, reason)
     return flags
 
 
-def _slide_json(layout: RunLayout, slide_id: str) -> dict[str, Any]:
+def _finished(layout: RunLayout, slide_id: str) -> dict[str, Any]:
+    """Return the content of a slide's slide.json; of its estimate.json if its density is estimated."""
     slide = layout.slide(slide_id)
-    if (values := slide_if_done(slide)) is None:
+    if (values := slide_if_done(slide) or estimate_of(slide)) is None:
         raise InputError(f"{slide.slide_json}: was changed during the run; repeat the command")
     return values
 
@@ -251,19 +275,20 @@ def _summarise(
     flags: Mapping[str, tuple[Flag, ...]],
     model_busy: float | None,
 ) -> None:
-    """Write summary.csv and summary.parquet. `slides`: content of slide.json of each of `done`."""
+    """Write summary.csv and summary.parquet. `slides`: content of slide.json or estimate.json of each of `done`."""
+    rows, tables = [], []
     for record, slide in zip(done, slides, strict=True):
-        refuse_altered(slide["summary"], taxonomy.nuclei, layout.slide(record.slide_id).slide_json)
-    rows = [
-        with_record_columns(slide["summary"], record, taxonomy) | summary_columns(slide, flags[record.slide_id])
-        for slide, record in zip(slides, done, strict=True)
-    ]
+        row = with_record_columns(slide["summary"], record, taxonomy)
+        if "estimate" not in slide:
+            refuse_altered(slide["summary"], taxonomy.nuclei, layout.slide(record.slide_id).slide_json)
+            row |= summary_columns(slide, flags[record.slide_id])
+            tables.append(layout.slide(record.slide_id).nuclei_parquet)
+        rows.append(row)
     rows += [
         slide_summary(record, taxonomy, status="failed", nuclei=None, tissue_mm2=None, seconds={})
         | {"flags": ";".join(flag.name for flag in flags.get(record.slide_id, ()))}
         for record in failed
     ]
-    tables = [layout.slide(record.slide_id).nuclei_parquet for record in done]
     rows.append(cohort_summary(rows, tables, taxonomy, model_busy))
     write_summary(rows, taxonomy, layout.summary_csv, layout.summary_parquet)
 

@@ -13,11 +13,12 @@ from hover_batch.cohort.run_key import run_key
 from hover_batch.config import PostSettings, Settings
 from hover_batch.errors import SlideError
 from hover_batch.files import sha256_file
-from hover_batch.geometry import Grid
+from hover_batch.geometry import Box, Grid, cell_box
 from hover_batch.model.card import Card
 from hover_batch.model.package import Package
 from hover_batch.nuclei.table import SCHEMA_VERSION, TableContext
 from hover_batch.plan import PlannedSlide, StoredMaps
+from hover_batch.sampling.estimate import Sample
 from hover_batch.slide.doubts import doubts_of_levels, doubts_of_mask
 from hover_batch.slide.given_mask import check_mask
 from hover_batch.slide.reader import SlideInfo, SlideReader, open_slide
@@ -58,6 +59,13 @@ class SlideWork:
     """Content of the slide's key.json when the work began; see `refuse_if_taken_over`."""
     stored: StoredMaps | None = None
     """Maps that another run stored, from which new tables are made; None if this run predicts the slide."""
+    sample: Sample | None = None
+    """Sample whose clusters are the `units`, if the density is estimated from them; None for the whole slide."""
+
+    def core(self, unit: Unit) -> Box:
+        """Return the region, in inference pixels, whose nuclei a unit counts."""
+        side = self.settings.sample.cluster
+        return unit.box if self.sample is None else cell_box(unit.column, unit.row, side)
 
     @property
     def card(self) -> Card:
@@ -193,6 +201,9 @@ def refuse_if_taken_over(work: SlideWork) -> None:
 def open_store(work: SlideWork) -> PredictionStore:
     """Open the slide's prediction store, or create it; the store of another run is opened read-only.
 
+    A sample has a store of its own, with a shard per tile, and with h and v as the network gave them, so that units of
+    the whole slide can take them over.
+
     SlideError if the latter does not match the settings and survey.json of its run, FileNotFoundError if it is missing.
     """
     if work.stored is not None:
@@ -208,18 +219,24 @@ def open_store(work: SlideWork) -> PredictionStore:
         work.layout.predictions_zarr,
         work.grid.size,
         card.layout.planes,
-        work.settings.infer.unit,
+        work.settings.infer.unit if work.sample is None else card.tile_out,
         {
             "mpp": [work.grid.mpp.x, work.grid.mpp.y],
             "level0_per_pixel": [work.grid.scale_x, work.grid.scale_y],
             "level0_size": [work.grid.level0.width, work.grid.level0.height],
             "planes": card.layout.names(tuple(c.name for c in card.taxonomy.classes)),
             "od_scale": card.layout.OD_SCALE,
-            HV_MASKED: work.settings.post.sobel_norm == "fixed",
+            HV_MASKED: work.settings.post.sobel_norm == "fixed" and work.sample is None,
             "model": card.to_json(),
             "model_sha256": work.package.sha256,
         },
     )
+
+
+def open_sampled_tiles(work: SlideWork) -> PredictionStore | None:
+    """Open the store of the tiles that were predicted for samples of the slide; None if there is none."""
+    path = work.layout.sample.predictions_zarr
+    return PredictionStore.open(path) if (path / "zarr.json").exists() else None
 
 
 def open_swept_store(work: SlideWork) -> PredictionStore:

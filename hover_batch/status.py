@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hover_batch.cohort.layout import RunLayout
-from hover_batch.cohort.run_folder import read_slides, require_run, slide_if_done
+from hover_batch.cohort.run_folder import estimate_line, estimate_of, read_slides, require_run, slide_if_done
 from hover_batch.cohort.run_lock import is_locked
 from hover_batch.cohort.run_log import RETRY_CAUSES, LoggedFailure, Rate, RunLog, to_utc
 from hover_batch.errors import InputError
@@ -86,6 +86,8 @@ class RunStatus:
     """Number of nuclei in the finished slides."""
     open: tuple[UnfinishedSlide, ...]
     """Slides in progress."""
+    estimates: Mapping[str, Mapping[str, Any]]
+    """Estimates of slides whose density is estimated from a part of them, by slide_id: section of estimate.json."""
     failures: tuple[LoggedFailure, ...]
     """Failures since the last start."""
     failed: int
@@ -98,7 +100,7 @@ class RunStatus:
     @property
     def pending(self) -> int:
         """Number of slides that have not been started."""
-        return (self.slides or 0) - self.done - self.failed - len(self.open)
+        return (self.slides or 0) - self.done - len(self.estimates) - self.failed - len(self.open)
 
     def seconds_left(self) -> tuple[float, str] | None:
         """Return the estimated seconds left, and the basis of the estimate in words.
@@ -145,13 +147,17 @@ class RunStatus:
         else:
             open_word = "begun" if self.is_running is False else "under way"
             left_out = f"; {counted(self.left_out, 'row')} of the cohort left out" if self.left_out else ""
+            estimated = f"{len(self.estimates):,} estimated, " if self.estimates else ""
             lines.append(
-                f"slides: {self.done:,} done, {self.failed:,} failed, {len(self.open):,} {open_word}, "
+                f"slides: {self.done:,} done, {estimated}{self.failed:,} failed, {len(self.open):,} {open_word}, "
                 f"{self.pending:,} pending, of {self.slides:,}{left_out}"
             )
         lines += [f"  {slide.line()}" for slide in self.open[:LISTED]]
         if len(self.open) > LISTED:
             lines.append(f"  … and {len(self.open) - LISTED:,} more")
+        lines += [f"  {name}: {estimate_line(estimate)}" for name, estimate in [*self.estimates.items()][:LISTED]]
+        if len(self.estimates) > LISTED:
+            lines.append(f"  … and {len(self.estimates) - LISTED:,} more estimated")
         lines.append(f"nuclei: {self.nuclei:,} in {counted(self.done, 'slide')}")
         if self.log.upload_url:
             lines.append(f"uploaded: {counted(self.log.uploaded, 'slide')} to {self.log.upload_url}")
@@ -238,6 +244,7 @@ class RunStatus:
                 for slide in self.open
             ],
             "nuclei": self.nuclei,
+            "estimated": dict(self.estimates),
             "uploaded": {"url": log.upload_url, "slides": log.uploaded} if log.upload_url else None,
             "flagged": {
                 slide_id: {flag.name: flag.sentence for flag in flags} for slide_id, flags in self.flags.items()
@@ -279,6 +286,7 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
     slides = read_slides(layout)
     failed_at: dict[int | None, datetime] = {failure.row: time for failure, time in log.failures}
     done: dict[str, dict[str, Any]] = {}
+    estimates: dict[str, Mapping[str, Any]] = {}
     recovered, failed = set(), set()
     unfinished: list[UnfinishedSlide] = []
     for record in slides or ():
@@ -289,9 +297,13 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
             recovered.add(row)
         elif row in failed_at:
             failed.add(row)
+        elif (estimated := estimate_of(slide)) is not None:
+            estimates[slide.slide_id] = estimated["estimate"]
         elif slide.key_json.exists():
             units, tiles = log.surveyed.get(slide.slide_id, (None, None))
-            predicted, posted = _count_files(slide.markers), _count_files(slide.parts)
+            # Until the whole slide is processed, its clusters are the units.
+            at_work = slide.sample if not (_count_files(slide.markers) or _count_files(slide.parts)) else slide
+            predicted, posted = _count_files(at_work.markers), _count_files(at_work.parts)
             unfinished.append(UnfinishedSlide(slide.slide_id, predicted, posted, units, tiles))
     return RunStatus(
         layout=layout,
@@ -305,6 +317,7 @@ def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, hold
         done=len(done),
         nuclei=sum(stored["nuclei"] for stored in done.values()),
         open=tuple(unfinished),
+        estimates=estimates,
         failures=tuple(failure for failure, _ in log.failures if failure.row not in recovered),
         failed=len(failed),
         left_out=0 if slides is None else len(failed_at.keys() - {record.row for record in slides}),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,25 +81,31 @@ class PredictionStore:
         return cls(zarr.open_array(store, mode="r" if read_only else "r+"), path)
 
     def write(self, box: Box, maps: NDArray[np.uint8]) -> str | None:
-        """Write a whole unit and sync it to disk, unless its shard exists, which then stays as it is.
+        """Write whole units and sync them to disk, except those whose shard exists, which then stays as it is.
 
-        `box`: the unit, clipped to the canvas. `maps`: (plane, y, x) uint8, of the shape of `box`. Returns the hex
-        SHA-256 of the shard on disk; None if there is none, because all maps are zero. OSError if it cannot be written.
+        `box`: the unit or units, clipped to the canvas. `maps`: (plane, y, x) uint8, of the shape of `box`. Returns the
+        result of `shard_sha256`. OSError if they cannot be written.
         """
-        shard = encode_shard(maps, self.unit, self.array.chunks[1])
-        if shard is not None:
-            path = self._shard(box)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_first(path, shard)
+        for unit in self._units(box):
+            rows, columns = unit.intersect(box).slices_in(box)
+            shard = encode_shard(maps[:, rows, columns], self.unit, self.array.chunks[1])
+            if shard is not None:
+                path = self._shard(unit)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_first(path, shard)
         return self.shard_sha256(box)
 
     def shard_sha256(self, box: Box) -> str | None:
-        """Return the hex SHA-256 of the shard of the unit at `box`; None if it has no shard."""
-        try:
-            with self._shard(box).open("rb") as shard:
-                return hashlib.file_digest(shard, "sha256").hexdigest()
-        except FileNotFoundError:
-            return None
+        """Return the hex SHA-256 of the shard of the unit at `box`; None if it has none, because its maps are zero.
+
+        If there are several units in `box`, it is the hash of all their shards, one after another in raster order.
+        """
+        digest, found = hashlib.sha256(), False
+        for unit in self._units(box):
+            with contextlib.suppress(FileNotFoundError), self._shard(unit).open("rb") as shard:
+                hashlib.file_digest(shard, lambda: digest)
+                found = True
+        return digest.hexdigest() if found else None
 
     def has_shard(self, box: Box) -> bool:
         """Return whether the unit at `box` has a shard. Units that are not written or hold only zeros have none."""
@@ -111,8 +117,13 @@ class PredictionStore:
             leftover.unlink(missing_ok=True)
 
     def remove(self, box: Box) -> None:
-        """Remove the shard of the unit at `box`, which then reads as zero. Call it only while nothing writes there."""
-        self._shard(box).unlink(missing_ok=True)
+        """Remove the shards of the units in `box`, which then read as zero. Call it only while nothing writes there."""
+        for unit in self._units(box):
+            self._shard(unit).unlink(missing_ok=True)
+
+    def _units(self, box: Box) -> Iterator[Box]:
+        """Yield the units that `box` meets, not clipped to the canvas, in raster order."""
+        return (cell_box(column, row, self.unit) for column, row in box.intersect(self.canvas).cells(self.unit))
 
     def _shard(self, box: Box) -> Path:
         return self.path / "c" / "0" / str(box.y0 // self.unit) / str(box.x0 // self.unit)
@@ -123,8 +134,7 @@ class PredictionStore:
         SlideError if a shard is damaged.
         """
         maps = np.zeros((self.array.shape[0], *box.shape), np.uint8)
-        for column, row in box.intersect(self.canvas).cells(self.unit):
-            cell = cell_box(column, row, self.unit)
+        for unit in self._units(box):
             with contextlib.suppress(FileNotFoundError):
-                decode_shard(self._shard(cell), cell, self.array.chunks[1], box, maps)
+                decode_shard(self._shard(unit), unit, self.array.chunks[1], box, maps)
         return maps

@@ -13,7 +13,7 @@ from typing import Any, Self
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord
-from hover_batch.cohort.run_folder import read_run, read_slides, require_run, slide_if_done
+from hover_batch.cohort.run_folder import read_run, read_slides, require_run, slide_if_done, why_not_done
 from hover_batch.cohort.run_lock import is_locked
 from hover_batch.config import Settings
 from hover_batch.errors import InputError, PackageError, SlideError
@@ -125,10 +125,7 @@ def _planned(layout: RunLayout, record: SlideRecord, model_sha256: str) -> tuple
     slide = layout.slide(record.slide_id)
     done = slide_if_done(slide)
     if done is None or "run_key" not in done:
-        raise SlideError(
-            f"is not done in {layout.root}; see failures.csv there, or repeat that run's own segment "
-            "command to finish it"
-        )
+        raise SlideError(why_not_done(slide))
     store = read_json(slide.predictions_zarr / "zarr.json")
     if store is None:
         raise SlideError(

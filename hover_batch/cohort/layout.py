@@ -14,6 +14,8 @@
         survey.json         the slide's header and tissue: with the store, everything that new tables need
         predictions.zarr  tissue.geojson  nuclei.parquet  thumbnail.jpg  overlay.jpg  timings.json
         slide.json          written last: the slide is done
+        sample/             with --stop-at: clusters.json, look_*.json; of clusters: markers/, parts/, predictions.zarr
+        sampled_nuclei.parquet  estimate.json  (with --stop-at; written last: the slide's density is estimated)
         nuclei.*            the table in other formats, by `export`
 """
 
@@ -173,6 +175,21 @@ class SlideLayout:
         return self.folder / "slide.json"
 
     @property
+    def sample(self) -> SampleLayout:
+        """Paths of the clusters of the slide that were drawn to estimate its density."""
+        return SampleLayout(self.root, self.slide_id)
+
+    @property
+    def sampled_nuclei_parquet(self) -> Path:
+        """File with the table of the nuclei of these clusters."""
+        return self.folder / "sampled_nuclei.parquet"
+
+    @property
+    def estimate_json(self) -> Path:
+        """File with the estimated densities; written last, so that it exists only if the estimate is precise enough."""
+        return self.folder / "estimate.json"
+
+    @property
     def kept(self) -> tuple[Path, ...]:
         """Paths of the results that a user keeps, files or folders, slide.json last; the others are working files."""
         return (
@@ -194,6 +211,9 @@ class SlideLayout:
         """
         return (
             self.slide_json,
+            self.estimate_json,
+            self.sample.working,
+            self.sampled_nuclei_parquet,
             self.parts,
             self.markers,
             self.predictions_zarr,
@@ -207,6 +227,40 @@ class SlideLayout:
             self.quarantine_json,
             self.key_json,
         )
+
+
+@dataclass(frozen=True)
+class SampleLayout(SlideLayout):
+    """Paths of one slide's results whose markers, parts and predictions are those of clusters, not of units."""
+
+    @property
+    def working(self) -> Path:
+        """Folder of the working files of the clusters."""
+        return self.folder / "sample"
+
+    @property
+    def markers(self) -> Path:
+        """Folder of the markers, one file per cluster that is predicted and stored."""
+        return self.working / "markers"
+
+    @property
+    def parts(self) -> Path:
+        """Folder of the nuclei, one Parquet file per post-processed cluster."""
+        return self.working / "parts"
+
+    @property
+    def predictions_zarr(self) -> Path:
+        """Folder of the prediction store of the clusters, one shard per tile."""
+        return self.working / "predictions.zarr"
+
+    @property
+    def clusters_json(self) -> Path:
+        """File with all clusters of the slide and the order in which they are drawn."""
+        return self.working / "clusters.json"
+
+    def look_json(self, look: int) -> Path:
+        """Return the path of the densities that were estimated at a look. `look`: its number, from 0."""
+        return self.working / f"look_{look + 1}.json"
 
 
 @dataclass(frozen=True)

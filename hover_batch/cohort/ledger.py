@@ -26,7 +26,7 @@ from hover_batch.cohort.events import EventLog
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord, Url
-from hover_batch.cohort.run_folder import RUN_FORMAT, nuclei_if_done, read_run, slide_if_done
+from hover_batch.cohort.run_folder import RUN_FORMAT, estimate_of, nuclei_if_done, read_run, slide_if_done
 from hover_batch.cohort.run_key import ModelId, refuse_changes, refuse_other_slides, run_identity
 from hover_batch.cohort.run_lock import locked
 from hover_batch.config import Settings
@@ -233,6 +233,7 @@ class Ledger:
             slide.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(slide.key_json, key_content)
         _remove(slide.slide_json)
+        _remove(slide.estimate_json)
         slide.markers.mkdir(exist_ok=True)
         slide.parts.mkdir(exist_ok=True)
         return slide
@@ -253,6 +254,28 @@ class Ledger:
             return False
         self._done.add(slide_id)
         return True
+
+    def is_estimated(self, slide_id: str, key: str, of: str, stop_at: float) -> bool:
+        """Return whether estimate.json holds this run key, and the density `of` with at least the precision `stop_at`.
+
+        If so, the slide counts as done from now on, in the log's last event.
+        """
+        slide = self.layout.slide(slide_id)
+        stored = estimate_of(slide)
+        if stored is None or stored.get("run_key") != key or not slide.sampled_nuclei_parquet.is_file():
+            return False
+        if stored["estimate"]["of"] != of or stored["estimate"]["stop_at"] > stop_at:
+            return False
+        self._done.add(slide_id)
+        return True
+
+    def write_estimate_json(self, slide_id: str, key: str, values: Mapping[str, Any]) -> None:
+        """Declare the slide's density estimated: write estimate.json, as `write_slide_json` writes slide.json."""
+        write_atomically(
+            self.layout.slide(slide_id).estimate_json, to_json({**values, "slide_id": slide_id, "run_key": key})
+        )
+        self._done.add(slide_id)
+        self.events.append("slide_estimated", slide_id=slide_id)
 
     def write_slide_json(self, slide_id: str, key: str, values: Mapping[str, Any]) -> bool:
         """Declare the slide done: write slide.json with `values` (JSON), the slide_id and the run key, and log it.
@@ -317,8 +340,8 @@ class Ledger:
     def write_slides(self, records: Sequence[SlideRecord]) -> None:
         """Write slides.csv: the cohort's columns, extra ones included, and the row and status of each slide.
 
-        The status is done, failed (since the last start), begun (its folder holds unfinished work) or pending. OSError
-        if the file cannot be written.
+        The status is done, estimated (from a part of the slide), failed (since the last start), begun (its folder holds
+        unfinished work) or pending. OSError if the file cannot be written.
         """
         extra = list(dict.fromkeys(name for record in records for name in record.extra))
         header = [*COLUMNS, *extra, *RUN_COLUMNS]
@@ -329,6 +352,8 @@ class Ledger:
             status = "begun" if slide.key_json.is_file() else "pending"
             if record.row in failed:
                 status = "failed"
+            elif estimate_of(slide) is not None:
+                status = "estimated"
             elif record.slide_id in self._done or nuclei_if_done(slide) is not None:
                 status = "done"
             cells = {

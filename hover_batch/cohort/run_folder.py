@@ -132,6 +132,43 @@ def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict
     return stored if is_own and _is_well_formed(stored) else None
 
 
+def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
+    """Return the content of estimate.json of a slide whose density is estimated from a part of it; None for others.
+
+    None, too, if the slide is done as a whole, or if the file is corrupted, so that `segment` makes it again. OSError
+    if it cannot be read.
+    """
+    stored = read_json(slide.estimate_json)
+    if stored is None or stored.get("slide_id") != slide.slide_id or slide.slide_json.exists():
+        return None
+    estimate, summary = stored.get("estimate"), stored.get("summary")
+    if not (isinstance(estimate, dict) and isinstance(summary, dict) and isinstance(stored.get("warnings"), list)):
+        return None
+    densities = estimate.get("densities")
+    if not (isinstance(densities, dict) and isinstance(densities.get(estimate.get("of")), dict)):
+        return None
+    numbers = [estimate.get(name) for name in ("stop_at", "clusters", "of_clusters", "tiles", "of_tiles")]
+    numbers += densities[estimate["of"]].values()
+    return stored if all(map(_is_number, numbers)) else None
+
+
+def why_not_done(slide: SlideLayout) -> str:
+    """Return why a slide has no table of all its nuclei, and what to do. OSError as in `read_file`."""
+    if estimate_of(slide) is not None:
+        return "is only estimated from a part of it; repeat the segment command without --stop-at to complete it"
+    return "is not done; see failures.csv, or repeat the segment command to finish it"
+
+
+def estimate_line(estimate: Mapping[str, Any]) -> str:
+    """Return an estimate in words. `estimate`: section of estimate.json."""
+    density = estimate["densities"][estimate["of"]]
+    per_mm2, low, high = (f"{density[name]:,.0f}" for name in ("per_mm2", "low", "high"))
+    return (
+        f"{per_mm2} {estimate['of']} per mm² of tissue ({low} to {high}), estimated from "
+        f"{estimate['clusters']:,} of {estimate['of_clusters']:,} clusters"
+    )
+
+
 def _is_well_formed(stored: Mapping[str, Any]) -> bool:
     """Whether the values of a slide.json that commands compute with have the types that `segment` writes."""
     summary, quality, limits = (stored.get(name, {}) for name in ("summary", "quality", "limits"))

@@ -152,7 +152,7 @@ class RunLog:
                 self.upload_url = url
             case {"event": "slide_uploaded"}:
                 self.uploaded += 1
-            case {"event": "slide_done"}:
+            case {"event": "slide_done" | "slide_estimated"}:
                 self.slides_done += 1
                 self.last_slide = time
             case {"event": "slide_failed", "slide_id": str(slide_id)}:

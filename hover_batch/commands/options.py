@@ -24,6 +24,7 @@ from hover_batch.model.cache import VARIABLE as CACHE_VARIABLE
 
 MODEL = "Model and inference"
 POST = "Tissue and post-processing"
+SAMPLE = "Estimate from a part of each slide"
 ENGINE = "Execution"
 
 
@@ -56,6 +57,14 @@ def batch_size(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise ValueError(f"{text!r} is neither auto nor a whole number") from None
+
+
+def share(text: str) -> float:
+    """Parse a share such as 5% or 0.05. ValueError for anything else."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a share such as 5%") from None
 
 
 CohortArgument = Annotated[

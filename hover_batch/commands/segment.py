@@ -13,6 +13,7 @@ from hover_batch.commands.options import (
     ENGINE,
     MODEL,
     POST,
+    SAMPLE,
     AddressOption,
     BackendOption,
     CohortArgument,
@@ -26,6 +27,7 @@ from hover_batch.commands.options import (
     place,
     setting,
     settings_of,
+    share,
     warn_of_unknown_variables,
 )
 from hover_batch.config import Precision, Runtime, SobelNorm, Tissue
@@ -154,6 +156,23 @@ def segment(
             "the model's classes",
         ),
     ] = None,
+    stop_at: Annotated[
+        Any,
+        setting(
+            "--stop-at",
+            "Estimate the density of each slide from random squares of it, and stop once its 90 % interval lies within "
+            "± this share, such as 5%. Slides that are too small or uneven are processed whole. The same command "
+            "without it completes the slides (docs/numbers.md).",
+            SAMPLE,
+            "whole slides",
+            parser=share,
+            metavar="SHARE",
+        ),
+    ] = None,
+    of: Annotated[
+        str | None,
+        setting("--of", "Density to which --stop-at applies: nuclei, or a class.", SAMPLE, metavar="nuclei|CLASS"),
+    ] = None,
     discard_predictions: Annotated[
         bool | None,
         setting(
@@ -242,6 +261,8 @@ def segment(
 
         stored_run = StoredRun.open(from_run)
     settings = settings_of(ctx, stored_run.settings.to_dict() if stored_run else None)
+    if settings.sample.stop_at:
+        _refuse_whole_only({"--from": from_run, "--dataset": dataset})
     from hover_batch.segment import add_to_dataset, check_dataset, run_segment
 
     if dataset is not None:
@@ -264,6 +285,16 @@ def segment(
     if dataset is not None:
         code = add_to_dataset(outcome, dataset, log_format)
     raise typer.Exit(code)
+
+
+def _refuse_whole_only(options: dict[str, Path | None]) -> None:
+    """Raise InputError if one of these options, which need whole slides, is given."""
+    for option, folder in options.items():
+        if folder is not None:
+            raise InputError(
+                f"{option} {folder}: needs whole slides, and --stop-at estimates from a part of them; leave one of the "
+                "two out"
+            )
 
 
 def _folder(output: Path | Url, work: Path | None) -> Path:

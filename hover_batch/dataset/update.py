@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hover_batch.cohort.record import Url
+from hover_batch.cohort.run_folder import why_not_done
 from hover_batch.dataset.layout import DatasetLayout
 from hover_batch.dataset.nuclei_file import sorted_pieces, stored_pieces, write_files
 from hover_batch.dataset.slides import FIXED, SlideEntry, rows_table, with_rows
@@ -94,7 +95,7 @@ class _Update:
         for slide_id in chosen:
             done, entry = self._source.done.get(slide_id), held.get(slide_id)
             if done is None:
-                self._skip(slide_id, "is not done; see failures.csv, or repeat the segment command to finish it")
+                self._skip(slide_id, why_not_done(self._source.layout.slide(slide_id)))
             elif entry is not None and self._is_current(entry):
                 self.result.unchanged.append(slide_id)
             else:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.record import SlideRecord
-from hover_batch.cohort.run_folder import read_slides, require_run, slide_if_done
+from hover_batch.cohort.run_folder import read_slides, require_run, slide_if_done, why_not_done
 from hover_batch.errors import InputError, SlideError
 from hover_batch.formatting import LISTED
 from hover_batch.slide.survey import read_info
@@ -54,7 +54,7 @@ class Side:
         """Return why a slide is not done in this run."""
         if slide_id not in self.records:
             return "not in the cohort"
-        return self.failures.get(slide_id, "not done yet")
+        return self.failures.get(slide_id) or why_not_done(self.layout.slide(slide_id))
 
     def to_json(self) -> dict[str, Any]:
         """Return the run as JSON values."""

@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from functools import cached_property
 from threading import Thread
 
+from hover_batch.blocks import block_reader
 from hover_batch.cohort.record import Stage
 from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.interrupts import on_interrupt, raise_interrupt
 from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.model.predict import Predictor, load_predictor
 from hover_batch.nuclei.stitch import load_kernels
-from hover_batch.pipeline import Seconds, block_reader, finalize, infer, is_posted, post, verify_unit
+from hover_batch.pipeline import infer, is_posted, post, verify_unit
 from hover_batch.plan import PlannedSlide
-from hover_batch.slide_work import open_swept_store, opened, survey
+from hover_batch.sampled import finish, next_work
+from hover_batch.seconds import Seconds
+from hover_batch.slide.reader import SlideReader
+from hover_batch.slide_work import SlideWork, open_swept_store, opened, survey
 
 
 class LocalExecutor(Executor):
@@ -79,33 +83,40 @@ class LocalExecutor(Executor):
         self.context.recorder.progress.add_tiles(tiles)
 
     def _process(self, slide: PlannedSlide) -> None:
-        context, recorder, slide_id = self.context, self.context.recorder, slide.record.slide_id
+        context, recorder = self.context, self.context.recorder
         layout = recorder.begin(slide)
         seconds = Seconds()
         with opened(slide, context.copies) as reader:
-            self._stage = Stage.SURVEY
-            with seconds.measure(self._stage):
-                work = survey(reader, slide, context.package, context.settings, layout)
-            store = open_swept_store(work)
-            predicted = [unit for unit in work.units if verify_unit(unit, work, store)]
-            done = [unit for unit in work.units if is_posted(unit, work)]
-            recorder.record_survey(slide_id, work.units, predicted, len(done))
+            result = None
+            while result is None:
+                self._stage = Stage.SURVEY
+                with seconds.measure(self._stage):
+                    work = next_work(survey(reader, slide, context.package, context.settings, layout), reader)
+                self._predict(work, reader, seconds)
+                self._stage = Stage.FINALIZE
+                result = finish(work, reader, seconds)
+            recorder.finish_slide(slide.record.slide_id, result)
 
-            self._stage = Stage.INFER
-            for unit in work.units:
-                if unit not in predicted:
-                    spent = infer(unit, work, block_reader(reader, work), self.predictor, store, self._advance)
-                    seconds.add(spent)
-                    recorder.record_unit(slide_id, unit, spent)
+    def _predict(self, work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> None:
+        """Predict and post-process all units that earlier starts have not done, and add the times to `seconds`."""
+        recorder, slide_id = self.context.recorder, work.record.slide_id
+        store = open_swept_store(work)
+        predicted = [unit for unit in work.units if verify_unit(unit, work, store)]
+        done = [unit for unit in work.units if is_posted(unit, work)]
+        recorder.record_survey(slide_id, work.units, predicted, len(done))
 
-            self._stage = Stage.POST
-            for unit in work.units:
-                self._check_interrupted()
-                if unit not in done:
-                    spent = post(unit, work, store)
-                    seconds.add(spent)
-                    recorder.record_region(slide_id, unit, spent)
+        self._stage = Stage.INFER
+        for unit in work.units:
+            if unit not in predicted:
+                spent = infer(unit, work, block_reader(reader, work), self.predictor, store, self._advance)
+                seconds.add(spent)
+                recorder.record_unit(slide_id, unit, spent)
 
+        self._stage = Stage.POST
+        for unit in work.units:
             self._check_interrupted()
-            self._stage = Stage.FINALIZE
-            recorder.finish_slide(slide_id, finalize(work, reader, seconds))
+            if unit not in done:
+                spent = post(unit, work, store)
+                seconds.add(spent)
+                recorder.record_region(slide_id, unit, spent)
+        self._check_interrupted()

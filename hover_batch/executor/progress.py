@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from hover_batch.cohort.record import Stage
+from hover_batch.cohort.run_folder import estimate_line
 from hover_batch.formatting import duration, plain_console
 from hover_batch.logs import LogFormat, json_line
 from hover_batch.progress import ProgressCounter
@@ -132,6 +134,11 @@ class CohortProgress:
         """Count a slide as finished, and print its number of nuclei and the time that it took in seconds."""
         line = f"{slide_id}: {nuclei:,} nuclei in {duration(seconds)}"
         self._finish(line, event="slide_done", slide_id=slide_id, nuclei=nuclei, seconds=round(seconds, 2))
+
+    def count_estimated(self, slide_id: str, estimate: Mapping[str, Any], seconds: float) -> None:
+        """Count a slide as finished, and print its estimated density and the time that it took in seconds."""
+        line = f"{slide_id}: {estimate_line(estimate)}, in {duration(seconds)}"
+        self._finish(line, event="slide_estimated", slide_id=slide_id, estimate=estimate, seconds=round(seconds, 2))
 
     def count_skipped(self, slide_id: str) -> None:
         """Count a slide as finished and print that an earlier run completed it."""

@@ -251,6 +251,8 @@ class RayExecutor(Executor):
                 slide.seconds.add(result)
                 slide.count_region()
                 recorder.record_region(slide.slide_id, slide.units[call.task.index], result)
+            case Stage.FINALIZE if result is None:
+                slide.look_again()
             case Stage.FINALIZE:
                 try:
                     recorder.finish_slide(slide.slide_id, result)

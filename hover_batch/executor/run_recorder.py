@@ -14,8 +14,9 @@ from hover_batch.config import Settings
 from hover_batch.errors import HoverBatchError, PackageError, SlideQuarantined, TooManyFailures, file_fault
 from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.progress import CohortProgress
-from hover_batch.pipeline import Seconds, discard_predictions
+from hover_batch.pipeline import discard_predictions, discard_sample
 from hover_batch.plan import PlannedSlide
+from hover_batch.seconds import Seconds
 from hover_batch.slide.tiles import Unit
 
 
@@ -56,15 +57,18 @@ class RunRecorder:
     def skip_done(self, slide: PlannedSlide) -> bool:
         """Return whether an earlier start with the same run key finished the slide, so that it is skipped.
 
-        If so, count it as finished and, if the settings say so, remove its predictions.
+        If so, count it as finished and, if the settings say so, remove its predictions. With --stop-at, a slide whose
+        density is estimated precisely enough is finished, too.
         """
-        slide_id = slide.record.slide_id
-        if not self._ledger.is_done(slide_id, self._run_keys[slide_id]):
+        slide_id, sample = slide.record.slide_id, self._settings.sample
+        key = self._run_keys[slide_id]
+        if self._ledger.is_done(slide_id, key):
+            # Discarding may be a new setting, or the earlier start may have died before it.
+            self._discard_files(slide_id)
+            self.on_done(slide_id)
+        elif not (sample.stop_at and self._ledger.is_estimated(slide_id, key, sample.of, sample.stop_at)):
             return False
-        # Discarding may be a new setting, or the earlier start may have died before it.
-        self._discard_predictions(slide_id)
         self.progress.count_skipped(slide_id)
-        self.on_done(slide_id)
         return True
 
     def skip_quarantined(self, slide: PlannedSlide, *, retry: bool) -> bool:
@@ -158,21 +162,32 @@ class RunRecorder:
     def finish_slide(self, slide_id: str, values: Mapping[str, Any]) -> None:
         """Declare the slide done: write slide.json, remove the predictions if the settings say so, and count the slide.
 
-        Warnings that arose since it began are shown. `values`: the result of `finalize`. OSError if slide.json cannot
-        be written.
+        If only its density is estimated, estimate.json is written, and all its files stay. Warnings that arose since it
+        began are shown. `values`: the result of `hover_batch.sampled.finish`. OSError if the file cannot be written.
         """
-        self._ledger.write_slide_json(slide_id, self._run_keys[slide_id], values)
-        del self._left[slide_id]
+        key, seconds = self._run_keys[slide_id], time.monotonic() - self._started[slide_id]
+        estimate = values.get("estimate")
+        if estimate:
+            self._ledger.write_estimate_json(slide_id, key, values)
+        else:
+            self._ledger.write_slide_json(slide_id, key, values)
+        del self._left[slide_id], self._started[slide_id]
         for warning in values["warnings"]:
             if warning not in self._shown[slide_id]:
                 self.progress.warn(f"{slide_id}: {warning}")
-        self._discard_predictions(slide_id)
-        self.progress.count_done(slide_id, values["nuclei"], time.monotonic() - self._started.pop(slide_id))
+        if estimate:
+            self.progress.count_estimated(slide_id, estimate, seconds)
+            return
+        self._discard_files(slide_id)
+        self.progress.count_done(slide_id, values["nuclei"], seconds)
         self.on_done(slide_id)
 
-    def _discard_predictions(self, slide_id: str) -> None:
+    def _discard_files(self, slide_id: str) -> None:
+        """Remove what a whole slide does not need: its sample and, if the settings say so, its predictions."""
+        slide = self.layout.slide(slide_id)
+        discard_sample(slide)
         if self._settings.output.discard_predictions:
-            discard_predictions(self.layout.slide(slide_id))
+            discard_predictions(slide)
 
     def withdraw(self, slide: PlannedSlide) -> None:
         """Remove the slide's remaining tiles and regions from the progress, because it failed or will start again."""

@@ -16,8 +16,9 @@ from typing import Any
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import Stage
 from hover_batch.errors import ScratchFull, SlideError, SlideQuarantined
-from hover_batch.pipeline import Seconds, UnitsMissing, neighbours
+from hover_batch.pipeline import UnitsMissing, neighbours
 from hover_batch.plan import PlannedSlide
+from hover_batch.seconds import Seconds
 from hover_batch.slide.tiles import Unit
 from hover_batch.slide_work import SlideWork
 
@@ -129,6 +130,12 @@ class SlideState:
         for region in regions:
             self._wait(region, self._indices(neighbours(self.units[region])))
         self._finalize_if_complete()
+
+    def look_again(self) -> None:
+        """Survey the slide again, since the clusters so far do not suffice: it gets other units."""
+        self.surveyed = False
+        self.next_stage = Stage.SURVEY
+        self.verdicts.clear()
 
     def mark_inferred(self, index: int) -> None:
         """Mark the unit `index` as predicted, and queue the regions that waited only for it.

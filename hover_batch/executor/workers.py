@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from hover_batch.blocks import ReadBlocks
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import SlideRecord, Stage
 from hover_batch.config import InferSettings, Settings
@@ -29,8 +30,10 @@ from hover_batch.executor.resources import BLOCKS_AHEAD
 from hover_batch.executor.slide_state import Surveyed
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.package import Package
-from hover_batch.pipeline import ReadBlocks, Seconds, finalize, infer, is_posted, post, verify_unit
+from hover_batch.pipeline import infer, is_posted, post, verify_unit
 from hover_batch.plan import PlannedSlide
+from hover_batch.sampled import finish, next_work
+from hover_batch.seconds import Seconds
 from hover_batch.slide.reader import SlideReader, open_slide
 from hover_batch.slide.staging import Copies
 from hover_batch.slide_work import SlideWork, open_store, open_swept_store, opened, survey
@@ -81,7 +84,7 @@ def _copies(layout: SlideLayout, settings: Settings) -> Copies:
 
 @ray.remote(num_cpus=1, max_retries=0)
 def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout) -> Surveyed:
-    """Find the tissue of a slide, and which of its units earlier starts have done.
+    """Find the tissue of a slide, and which of its units, or of the clusters of its next look, are done.
 
     Corrupted units and leftovers of killed writes are removed from its store, so nothing else may write to the slide at
     the same time. InputError or SlideError if the slide cannot be read, ScratchFull if there is no space for its copy.
@@ -89,7 +92,7 @@ def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layo
     limit_threads()
     seconds = Seconds()
     with seconds.measure(Stage.SURVEY), opened(slide, _copies(layout, settings)) as reader:
-        work = survey(reader, slide, package, settings, layout)
+        work = next_work(survey(reader, slide, package, settings, layout), reader)
     store = open_swept_store(work)
     numbered = list(enumerate(work.units))
     return Surveyed(
@@ -134,15 +137,15 @@ def post_region(work: SlideWork, index: int) -> Seconds:
 
 
 @ray.remote(num_cpus=1, max_retries=0)
-def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any]:
-    """Write the slide's tables and pictures. Return the content of slide.json.
+def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any] | None:
+    """Write the slide's tables and pictures. Return the content of slide.json or estimate.json; None for another look.
 
     `seconds`: times of its earlier stages. UnitsMissing if results of units are not visible on this node. Other errors
-    as in `hover_batch.pipeline.finalize`.
+    as in `hover_batch.sampled.finish`.
     """
     limit_threads()
     with opened(work, _copies(work.layout, work.settings)) as reader:
-        return finalize(work, reader, seconds)
+        return finish(work, reader, seconds)
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)

@@ -38,13 +38,15 @@ COUNT_ERROR = "count_error"
 
 STAGE = "seconds_"
 """Beginning of the names of the columns with the seconds of a stage."""
+ESTIMATE = "estimated_"
+"""Beginning of the names of the columns of slides whose density is estimated from a part of them."""
 _BATCH = 131_072
 
 
 def summary_schema(taxonomy: Taxonomy) -> pa.Schema:
     """Return the columns that every summary for `taxonomy` has, in order.
 
-    In a summary, they are followed by the seconds of each stage and the cohort CSV's own columns.
+    In a summary, they are followed by the estimates, the seconds of each stage and the cohort CSV's own columns.
     """
     columns: list[tuple[str, pa.DataType]] = [
         ("level", pa.string()),
@@ -81,19 +83,23 @@ def slide_summary(
     tissue_mm2: float | None,
     seconds: Mapping[str, float],
     error: CountError | None = None,
+    estimate: Mapping[str, Any] | None = None,
 ) -> Row:
     """Return the row of one slide, whose `level` is "slide".
 
-    `status`: value of the column, done or failed. `nuclei`: path of its nuclei.parquet; None for a slide that failed.
-    `tissue_mm2`: area that was searched in mm²; None if unknown. `seconds`: stage → wall time. `error`: error of the
-    number of nuclei, for its interval; None if it was not measured. The cohort CSV's own columns are added, with the
-    prefix extra_ if they have a name of the summary.
+    `status`: value of the column: done, estimated or failed. `nuclei`: path of its nuclei.parquet; None for a slide
+    that is not done. `tissue_mm2`: area that was searched in mm²; None if unknown. `seconds`: stage → wall time.
+    `error`: error of the number of nuclei, for its interval; None if it was not measured. `estimate`: section of
+    estimate.json; its numbers are in columns of their own, and those of whole slides stay empty. The cohort CSV's own
+    columns are added, with the prefix extra_ if they have a name of the summary.
     """
-    row: Row = {"level": "slide", "status": status, "slides": 1, "failed": int(nuclei is None)}
+    row: Row = {"level": "slide", "status": status, "slides": 1, "failed": int(status == "failed")}
     if nuclei is not None:
         row |= _of_nuclei([nuclei], taxonomy, tissue_mm2)
         row |= _interval(error, [(row["nuclei"], tissue_mm2)])
         row[COUNT_ERROR] = None if error is None else json.dumps(error.to_json())
+    if estimate is not None:
+        row |= {"tissue_mm2": tissue_mm2} | _of_estimate(estimate)
     row |= {STAGE + stage: value for stage, value in seconds.items()}
     return row | _of_record(record, taxonomy)
 
@@ -105,7 +111,7 @@ def with_record_columns(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Ro
     the summary nor `record` has are dropped.
     """
     known = set(summary_schema(taxonomy).names)
-    measured = {name: value for name, value in row.items() if name in known or name.startswith(STAGE)}
+    measured = {name: value for name, value in row.items() if name in known or name.startswith((STAGE, ESTIMATE))}
     return measured | _of_record(record, taxonomy)
 
 
@@ -129,7 +135,7 @@ def _of_record(record: SlideRecord, taxonomy: Taxonomy) -> Row:
     known = set(summary_schema(taxonomy).names)
     for name, value in record.extra.items():
         # A column of the cohort CSV must replace neither one of the summary nor another of the CSV.
-        while name in known or name in row or name.startswith(STAGE):
+        while name in known or name in row or name.startswith((STAGE, ESTIMATE)):
             name = f"extra_{name}"
         row[name] = value
     return row
@@ -140,15 +146,16 @@ def cohort_summary(
 ) -> Row:
     """Return the row of the cohort, whose `level` is "cohort".
 
-    `slides`: rows of its slides; counts, tissue area and seconds are summed. `nuclei`: paths of their tables; densities
-    and quartiles are those of all nuclei together, not means over slides. `model_busy`: fraction (0 to 1) of the time
-    in which the networks computed; None if unknown. The interval takes the slides as those of one source; it is missing
-    if a slide has another error of counts, or none.
+    `slides`: rows of its slides; counts, seconds and tissue area are summed, the area without that of estimated slides.
+    `nuclei`: paths of their tables; densities and quartiles are those of all nuclei together, not means over
+    slides. `model_busy`: fraction (0 to 1) of the time in which the networks computed; None if unknown. The interval
+    takes the slides as those of one source; it is missing if a slide has another error of counts, or none.
     """
-    done = [row for row in slides if not row["failed"]]
+    whole = [row for row in slides if row.get("status") != "estimated"]
+    done = [row for row in whole if not row["failed"]]
     errors = {row.get(COUNT_ERROR) for row in done}
     error = read_count_error(errors.pop()) if len(errors) == 1 else None
-    areas = [row["tissue_mm2"] for row in slides if row.get("tissue_mm2") is not None]
+    areas = [row["tissue_mm2"] for row in whole if row.get("tissue_mm2") is not None]
     return {
         "level": "cohort",
         "slides": sum(row["slides"] for row in slides),
@@ -156,20 +163,20 @@ def cohort_summary(
         **_of_nuclei(nuclei, taxonomy, sum(areas) if areas else None),
         **_interval(error, [(row["nuclei"], row.get("tissue_mm2")) for row in done]),
         "model_busy": model_busy,
-        **{stage: sum(row.get(stage, 0.0) for row in slides) for stage in _stages(slides)},
+        **{stage: sum(row.get(stage, 0.0) for row in slides) for stage in _starting(STAGE, slides)},
     }
 
 
 def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parquet_path: Path) -> None:
     """Write `rows` to a CSV and a Parquet file.
 
-    The columns are those of `summary_schema`, the seconds by stage, and the cohort CSV's own as text. Missing values
-    are empty in the CSV and null in Parquet. The CSV has six significant digits, Parquet all. OSError if a file cannot
-    be written.
+    The columns are those of `summary_schema`, the estimates if there are any, the seconds by stage, and the cohort
+    CSV's own as text. Missing values are empty in the CSV and null in Parquet. The CSV has six significant digits,
+    Parquet all. OSError if a file cannot be written.
     """
     schema = summary_schema(taxonomy)
-    for stage in _stages(rows):
-        schema = schema.append(pa.field(stage, pa.float64()))
+    for name in (*_starting(ESTIMATE, rows), *_starting(STAGE, rows)):
+        schema = schema.append(pa.field(name, pa.float64()))
     cohort_columns = dict.fromkeys(name for row in rows for name in row if name not in schema.names)
     for name in cohort_columns:
         schema = schema.append(pa.field(name, pa.string()))
@@ -181,14 +188,26 @@ def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parqu
         writer.writerows([_cell(row.get(name)) for name in schema.names] for row in rows)
 
 
-def _stages(rows: Sequence[Row]) -> list[str]:
-    """Return the names of all columns with the seconds of a stage, in order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(STAGE)))
+def _starting(prefix: str, rows: Sequence[Row]) -> list[str]:
+    """Return the names of all columns with this beginning, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(prefix)))
 
 
 def _cell(value: Any) -> Any:
     """Format a cell of the CSV: floats with six significant digits."""
     return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _of_estimate(estimate: Mapping[str, Any]) -> Row:
+    """Return the columns of a slide whose densities are estimated."""
+    row: Row = {
+        f"{ESTIMATE}from_clusters": float(estimate["clusters"]),
+        f"{ESTIMATE}of_clusters": float(estimate["of_clusters"]),
+    }
+    for name, density in estimate["densities"].items():
+        row[f"{ESTIMATE}{name}_per_mm2"] = density["per_mm2"]
+        row |= {f"{ESTIMATE}{name}_per_mm2_{end}": density[end] for end in ("low", "high")}
+    return row
 
 
 def _of_nuclei(paths: Sequence[Path], taxonomy: Taxonomy, tissue_mm2: float | None) -> Row:

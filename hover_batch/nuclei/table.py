@@ -65,6 +65,8 @@ class TableContext:
     """Version of hover-batch."""
     scalings: Mapping[str, BetaScaling] = field(default_factory=dict)
     """Calibration of a column in `hover_batch.uncertainty.CALIBRATED`; its result is a column beside it."""
+    estimate: Mapping[str, Any] | None = None
+    """Estimate of which these are the counted nuclei (JSON); None for the table of a whole slide."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry `hover_batch` of the file's metadata, as JSON values by name."""
@@ -81,6 +83,7 @@ class TableContext:
             "inference_scale": {"x": grid.scale_x, "y": grid.scale_y},
             "taxonomy": self.taxonomy.to_json(),
             "model": {"id": self.model_id, "sha256": self.model_sha256},
+            **({} if self.estimate is None else {"estimate": self.estimate}),
         }
 
 

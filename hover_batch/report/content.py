@@ -11,7 +11,7 @@ from hover_batch.report.charts import Histogram, Strip
 from hover_batch.report.pictures import Heatmap
 from hover_batch.taxonomy import NucleusClass
 
-State = Literal["done", "failed", "left out", "under way", "begun", "pending"]
+State = Literal["done", "estimated", "failed", "left out", "under way", "begun", "pending"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SlideRow:
     state: State
     """State of the slide; `left out` for an invalid row."""
     note: str = ""
-    """Progress, or reason of the failure."""
+    """Progress, estimate, or reason of the failure."""
     patient_id: str | None = None
     """Patient; None if the cohort gives none."""
     group: str | None = None
@@ -135,6 +135,8 @@ class Report:
     """One sentence for each thing that the report lacks."""
     flagged: Sequence[Flagged]
     """Slides with quality flags."""
+    estimated: Sequence[SlideRow]
+    """Slides whose density is estimated from a part of them."""
     classes: Sequence[NucleusClass]
     """Classes without the background; empty if no table can be read."""
     shares: Sequence[Share]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.record import Url
-from hover_batch.cohort.run_folder import nuclei_if_done, read_slides, require_run, slide_if_done
+from hover_batch.cohort.run_folder import nuclei_if_done, read_slides, require_run, slide_if_done, why_not_done
 from hover_batch.dataset.layout import DatasetLayout
 from hover_batch.dataset.slides import read_entries
 from hover_batch.errors import InputError
@@ -70,9 +70,7 @@ def _chosen(layout: RunLayout, slide_ids: Sequence[str], wanted: str | None) -> 
     done = list(islice((n for n in slide_ids if nuclei_if_done(layout.slide(n)) is not None), LISTED + 1))
     can = f"done slides: {listed(done)}" if done else "no slide of the run is done yet"
     if known:
-        raise InputError(
-            f"--slide {wanted}: is not done; see failures.csv, or repeat the segment command to finish it; {can}"
-        )
+        raise InputError(f"--slide {wanted}: {why_not_done(layout.slide(str(wanted)))}; {can}")
     if wanted is not None:
         raise InputError(f"--slide {wanted}: is not a slide of this run; {can}")
     raise InputError(f"the run has {len(slide_ids):,} slides; choose one with --slide ID; {can}")

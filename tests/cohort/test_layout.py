@@ -27,9 +27,8 @@ def test_nothing_leaves_the_slide_s_folder(slide_id: str) -> None:
 def test_each_path_has_its_own_name_and_is_removed(tmp_path: Path) -> None:
     slide = SlideLayout(tmp_path, "a")
     named = {name for name, kind in vars(SlideLayout).items() if isinstance(kind, property)}
-    paths = {getattr(slide, name) for name in named - {"folder", "kept", "removal_order"}} | set(
-        map(slide.exported, Format)
-    )
+    paths = {getattr(slide, name) for name in named - {"folder", "kept", "removal_order", "sample"}}
+    paths |= {slide.sample.working, *map(slide.exported, Format)}
     assert paths == set(slide.removal_order) and len(paths) == len(slide.removal_order)
     assert set(slide.kept) < paths and slide.kept[-1] == slide.slide_json
     assert slide.marker(3, 14).parent == slide.markers and slide.part(3, 14).parent == slide.parts

@@ -181,9 +181,16 @@ def test_limits_decide_the_exit_code(first: Path, second: RunLayout) -> None:
 def test_slides_of_one_run_are_listed(first: Path, second: RunLayout, tmp_path: Path) -> None:
     second.slide("s1").slide_json.unlink()
     content = found(first, second, tmp_path)
-    assert content["not_compared"] == [{"slide_id": "s1", "done_in": "A", "reason": "B: not done yet"}]
+    assert content["not_compared"] == [
+        {
+            "slide_id": "s1",
+            "done_in": "A",
+            "reason": "B: is not done; see failures.csv, or repeat the segment command to finish it",
+        }
+    ]
     assert (
-        "s1: done in A only (B: not done yet)" in found(first, second, tmp_path, "--tolerance", "1%", code=3)["faults"]
+        "s1: done in A only (B: is not done; see failures.csv, or repeat the segment command to finish it)"
+        in found(first, second, tmp_path, "--tolerance", "1%", code=3)["faults"]
     )
     second.slide("s2").nuclei_parquet.write_bytes(b"no table")
     content = found(first, second, tmp_path, code=3)

@@ -27,7 +27,8 @@ from hover_batch.executor.slide_state import (
     Verdict,
 )
 from hover_batch.model.card import Card
-from hover_batch.pipeline import NetworkFailed, Seconds, UnitsMissing
+from hover_batch.pipeline import NetworkFailed, UnitsMissing
+from hover_batch.seconds import Seconds
 
 BLAMELESS = (Verdict.RETRY, Verdict.SHORT_OF_MEMORY, Verdict.DISK_FULL)
 CELLS = ((0, 0), (1, 0), (0, 1), (5, 5))

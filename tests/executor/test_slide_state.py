@@ -13,8 +13,9 @@ from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import SlideRecord, Stage
 from hover_batch.executor.slide_state import RETRY_S, SlideState, Surveyed, Task
 from hover_batch.geometry import Grid, Mpp, Size, cell_box
-from hover_batch.pipeline import Seconds, neighbours
+from hover_batch.pipeline import neighbours
 from hover_batch.plan import PlannedSlide
+from hover_batch.seconds import Seconds
 from hover_batch.slide.headers import SlideInfo
 from hover_batch.slide.tiles import Unit
 

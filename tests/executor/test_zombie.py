@@ -18,7 +18,8 @@ from test_contract import tables
 from hover_batch.errors import SlideError
 from hover_batch.executor.slide_state import SlideState, Surveyed
 from hover_batch.geometry import Box
-from hover_batch.pipeline import Seconds, infer
+from hover_batch.pipeline import infer
+from hover_batch.seconds import Seconds
 from hover_batch.slide.reader import open_slide
 from hover_batch.slide_work import SlideWork, open_store
 

@@ -1,0 +1,67 @@
+"""Read the tiles of a slide in blocks, and group them into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hover_batch.cohort.record import Stage
+from hover_batch.geometry import Box
+from hover_batch.seconds import Seconds
+from hover_batch.slide.reader import SlideReader
+from hover_batch.slide_work import SlideWork
+
+READ_BLOCK = 1024
+"""Side in inference pixels of a block that is read: large compared with the file's JPEG tiles, and small in memory."""
+
+ReadBlocks = Callable[[list[Box], Seconds], Iterable[NDArray[np.uint8]]]
+"""Function from boxes, in inference pixels, to their pixels, RGB (y, x, 3) uint8, in order. It adds its time to the
+stage `read` of the Seconds."""
+
+
+def block_reader(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
+    """Return a function that reads blocks of a slide with an open reader, in this process.
+
+    `reader`: None for stored maps, whose slide is not read; the function must not be called then.
+    """
+
+    def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
+        assert reader is not None
+        for box in boxes:
+            with seconds.measure(Stage.READ):
+                image = reader.read(box, work.grid)
+            yield image
+
+    return read
+
+
+def batches(
+    kept: Iterable[Box], margin: int, read: ReadBlocks, size: int, seconds: Seconds
+) -> Iterator[tuple[list[Box], list[NDArray[np.uint8]]]]:
+    """Yield tiles in batches of `size`; the last may be smaller.
+
+    `kept`: boxes of the tiles without their margins, in inference pixels. A batch is such boxes, and the pixels of
+    their tiles, RGB (tile_in, tile_in, 3) uint8 each.
+    """
+    boxes: list[Box] = []
+    pixels: list[NDArray[np.uint8]] = []
+    together: dict[tuple[int, int], list[Box]] = {}
+    for tile in kept:
+        together.setdefault((tile.y0 // READ_BLOCK, tile.x0 // READ_BLOCK), []).append(tile)
+    blocks = [_hull(tiles).expand(margin) for tiles in together.values()]
+    for tiles, block, image in zip(together.values(), blocks, read(blocks, seconds), strict=True):
+        for tile in tiles:
+            boxes.append(tile)
+            pixels.append(image[tile.expand(margin).slices_in(block)])
+            if len(boxes) == size:
+                yield boxes, pixels
+                boxes, pixels = [], []
+    if boxes:
+        yield boxes, pixels
+
+
+def _hull(tiles: list[Box]) -> Box:
+    """Return the smallest box that contains all tiles."""
+    return Box(min(t.x0 for t in tiles), min(t.y0 for t in tiles), max(t.x1 for t in tiles), max(t.y1 for t in tiles))

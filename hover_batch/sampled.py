@@ -1,0 +1,200 @@
+"""Estimate the density of a slide from clusters of it: which clusters are next, and what they show.
+
+A look is processed like a slide whose units are the clusters that are drawn up to it. If its interval is too wide, the
+next look adds clusters; after the last look, the whole slide is processed. Tiles that were predicted are used again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from hover_batch.cohort.record import Stage
+from hover_batch.config import SampleSettings
+from hover_batch.export.summary import slide_summary
+from hover_batch.files import read_json, to_json, write_atomically
+from hover_batch.nuclei.table import merge_parts
+from hover_batch.pipeline import UnitsMissing, draw_thumbnail, finalize, verify_unit
+from hover_batch.sampling.clusters import area_sums, clusters_of
+from hover_batch.sampling.draw import Draw, draw
+from hover_batch.sampling.estimate import ERROR, Density, Sample
+from hover_batch.seconds import Seconds
+from hover_batch.slide.reader import SlideReader
+from hover_batch.slide.tiles import Unit
+from hover_batch.slide_work import SlideWork, open_sampled_tiles, refuse_if_taken_over
+
+PICTURE_SIDE = 2048
+"""Longer side in pixels of the picture on which the stain of the clusters is measured."""
+_RED = 0
+"""Channel that hematoxylin absorbs, and eosin hardly does."""
+
+
+def next_work(work: SlideWork, reader: SlideReader | None) -> SlideWork:
+    """Return what must be processed next: the clusters of a look, or the whole slide, which is `work` itself.
+
+    `work`: the surveyed slide. `reader`: reader of the slide; None for stored maps, which are not sampled. Looks that
+    were taken and were not precise enough are skipped. The result depends on nothing else, so a run that was killed
+    goes on with the same clusters. Call it only while nothing writes to the slide. OSError if a file cannot be written.
+    """
+    if reader is None:
+        return work
+    settings, layout = work.settings.sample, work.layout.sample
+    if settings.stop_at:
+        clusters = clusters_of(work.units, work.grid.size, settings.cluster)
+        tissue_mm2, drawn = _drawn(work, clusters, reader)
+        for look in range(len(drawn.looks)):
+            if not _is_too_wide(read_json(layout.look_json(look)), settings):
+                layout.markers.mkdir(exist_ok=True)
+                layout.parts.mkdir(exist_ok=True)
+                return _at_look(look, work, clusters, tissue_mm2, drawn)
+    _remove_corrupted(work)
+    return work
+
+
+def _remove_corrupted(work: SlideWork) -> None:
+    """Remove corrupted tiles of clusters, before units of the whole slide take them over."""
+    layout = work.layout.sample
+    if (store := open_sampled_tiles(work)) is None:
+        return
+    if (stored := read_json(layout.clusters_json)) is None:
+        shutil.rmtree(layout.working)
+        return
+    store.sweep()
+    of_clusters = replace(work, layout=layout)
+    for unit in clusters_of(work.units, work.grid.size, stored["side"]):
+        if layout.marker(unit.column, unit.row).exists():
+            verify_unit(unit, of_clusters, store)
+
+
+def _is_too_wide(look: Mapping[str, Any] | None, settings: SampleSettings) -> bool:
+    """Return whether a look was taken, and its interval was too wide. `look`: content of its file."""
+    density = (look or {}).get("densities", {}).get(settings.of)
+    return density is not None and not Density(**density).is_within(settings.stop_at)
+
+
+def _at_look(
+    look: int, work: SlideWork, clusters: tuple[Unit, ...], tissue_mm2: NDArray[np.float64], drawn: Draw
+) -> SlideWork:
+    """Return the slide with the clusters that are drawn up to a look as its units."""
+    chosen = drawn.sample(look)
+    sample = Sample(
+        look=look,
+        looks=len(drawn.looks),
+        tissue_mm2=tissue_mm2[chosen],
+        stratum=drawn.stratum[chosen],
+        clusters=np.bincount(drawn.stratum),
+        tiles=sum(len(unit.tile_cells) for unit in work.units),
+    )
+    return replace(work, units=tuple(clusters[i] for i in chosen), layout=work.layout.sample, sample=sample)
+
+
+def _drawn(work: SlideWork, clusters: tuple[Unit, ...], reader: SlideReader) -> tuple[NDArray[np.float64], Draw]:
+    """Return the tissue area in mm² of each cluster, (n,), and their random order; both are stored."""
+    layout, side = work.layout.sample, work.settings.sample.cluster
+    stored = read_json(layout.clusters_json)
+    if stored is None or stored["side"] != side:
+        shutil.rmtree(layout.working, ignore_errors=True)
+        layout.working.mkdir()
+        stored = _draw(work, clusters, reader)
+        write_atomically(layout.clusters_json, to_json(stored))
+    columns = {name: np.array([row[name] for row in stored["clusters"]]) for name in ("tissue_mm2", "stratum", "rank")}
+    return columns["tissue_mm2"], Draw(columns["stratum"], columns["rank"])
+
+
+def _draw(work: SlideWork, clusters: tuple[Unit, ...], reader: SlideReader) -> dict[str, Any]:
+    """Draw the clusters, and return the content of clusters.json."""
+    side, mpp, canvas = work.settings.sample.cluster, work.info.mpp, work.grid.level0
+    tissue = area_sums(work.mask.array, work.mask.level0_per_pixel, clusters, work.grid, side)
+    picture = reader.thumbnail(PICTURE_SIDE)[:, :, _RED]
+    absorbed = -np.log10((picture.astype(np.float64) + 1) / 256)
+    scale = canvas.width / picture.shape[1], canvas.height / picture.shape[0]
+    stain = area_sums(absorbed, scale, clusters, work.grid, side) / np.maximum(tissue, 1)
+    # Other models draw the same clusters of a slide, and can be compared.
+    seed = int(hashlib.sha256(work.info.fingerprint.encode()).hexdigest()[:8], 16)
+    drawn = draw(tissue, stain, seed)
+    rows = [
+        {
+            "column": unit.column,
+            "row": unit.row,
+            "tissue_mm2": float(tissue[i] * (mpp.x * mpp.y / 1e6)),
+            "stain": float(stain[i]),
+            "stratum": int(drawn.stratum[i]),
+            "rank": int(drawn.rank[i]),
+        }
+        for i, unit in enumerate(clusters)
+    ]
+    return {"seed": seed, "side": side, "clusters": rows}
+
+
+def finish(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dict[str, Any] | None:
+    """Finalize a whole slide, or estimate its density from the clusters of a look.
+
+    Return the content of slide.json or estimate.json, which the caller writes; None if the density is not precise
+    enough, so that `next_work` has more to do. `seconds`: times of all earlier steps of the slide; those of this step
+    are added in place. Errors as in `hover_batch.pipeline.finalize`.
+    """
+    if work.sample is None or reader is None:
+        return finalize(work, reader, seconds)
+    return _finish_look(work, work.sample, reader, seconds)
+
+
+def _finish_look(work: SlideWork, sample: Sample, reader: SlideReader, seconds: Seconds) -> dict[str, Any] | None:
+    """Estimate the densities. If the one asked for is precise enough, write the table of the clusters' nuclei,
+    tissue.geojson, the thumbnail and timings.json, and return the content of estimate.json; else None."""
+    layout = work.layout.sample
+    parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]
+    if unseen := [(unit.column, unit.row) for unit in work.units if not layout.part(unit.column, unit.row).exists()]:
+        raise UnitsMissing(tuple(unseen))
+    with seconds.measure(Stage.FINALIZE):
+        densities = _densities(work, sample)
+        estimate = {
+            "of": work.settings.sample.of,
+            "stop_at": work.settings.sample.stop_at,
+            "clusters": len(work.units),
+            "of_clusters": int(sample.clusters.sum()),
+            "tiles": len({cell for unit in work.units for cell in unit.tile_cells}),
+            "of_tiles": sample.tiles,
+            "error": ERROR,
+            "densities": {name: density.to_json() for name, density in densities.items()},
+        }
+        refuse_if_taken_over(work)
+        write_atomically(layout.look_json(sample.look), to_json(estimate))
+        if not densities[work.settings.sample.of].is_within(work.settings.sample.stop_at):
+            return None
+        select = work.mask.contains if work.mask.given else None
+        merge_parts(parts, layout.sampled_nuclei_parquet, replace(work.context, estimate=estimate), select)
+        work.mask.write_geojson(layout.tissue_geojson, work.info.bounds)
+        draw_thumbnail(work, reader)
+    write_atomically(layout.timings_json, to_json(seconds.totals))
+    summary = slide_summary(
+        work.record,
+        work.taxonomy,
+        status="estimated",
+        nuclei=None,
+        tissue_mm2=work.mask.area_mm2(work.info.mpp),
+        seconds=seconds.totals,
+        estimate=estimate,
+    )
+    return {"estimate": estimate, "warnings": list(work.info.warnings), "summary": summary}
+
+
+def _densities(work: SlideWork, sample: Sample) -> dict[str, Density]:
+    """Return the estimated densities: `nuclei`, and each class by its name."""
+    classes = work.taxonomy.classes
+    by_class = np.zeros((len(work.units), len(classes)), np.int64)
+    for counts, unit in zip(by_class, work.units, strict=True):
+        with pq.ParquetFile(work.layout.part(unit.column, unit.row)) as part:
+            nuclei = part.read(["type_id", "centroid_x", "centroid_y"])
+        types = nuclei["type_id"].to_numpy()
+        if work.mask.given:
+            types = types[work.mask.contains(nuclei["centroid_x"].to_numpy(), nuclei["centroid_y"].to_numpy())]
+        counts += np.bincount(types, minlength=len(classes))
+    counted = {"nuclei": by_class.sum(axis=1)} | {kind.name: by_class[:, kind.id] for kind in work.taxonomy.nuclei}
+    return {name: sample.density(counts) for name, counts in counted.items()}

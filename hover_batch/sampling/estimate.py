@@ -1,0 +1,76 @@
+"""Estimate a density from a stratified random sample of clusters.
+
+The density is the combined ratio estimator of the number of nuclei per tissue area (Cochran, Sampling Techniques, 3rd
+ed. 1977, 6.11), its variance the usual linearisation with finite-population correction, and its interval that of
+Student's t with as many degrees of freedom as there are clusters beyond one per stratum. The error ERROR is divided
+equally among the looks (Bonferroni), so the interval at which a slide ends contains the density of the whole slide in
+at least 90 % of all draws, whatever ended it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t
+
+MIN_CLUSTERS_WITH = 10
+"""Smallest number of clusters with nuclei for an interval: with fewer, counts are too skewed for Student's t."""
+ERROR = 0.10
+"""Highest probability that the interval at which a slide ends does not contain the density of the whole slide."""
+
+
+@dataclass(frozen=True)
+class Density:
+    """Estimated number of nuclei per mm² of tissue, with its interval."""
+
+    per_mm2: float
+    """Estimate."""
+    low: float | None
+    """Lower end of the interval, at least 0; None if too few clusters have such nuclei for an interval."""
+    high: float | None
+    """Upper end of the interval; None as for `low`."""
+
+    def is_within(self, share: float) -> bool:
+        """Return whether there is an interval, and it lies within ± `share` of the estimate."""
+        return self.high is not None and self.high - self.per_mm2 <= share * self.per_mm2
+
+    def to_json(self) -> dict[str, float | None]:
+        """Return the numbers by name, as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Clusters of a slide that were drawn up to a look."""
+
+    look: int
+    """Number of the look, from 0."""
+    looks: int
+    """Number of looks among which the error is divided."""
+    tissue_mm2: NDArray[np.float64]
+    """Tissue area of each cluster of the sample: (n,)."""
+    stratum: NDArray[np.int64]
+    """Stratum of each of them: (n,), from 0. Each stratum has at least two."""
+    clusters: NDArray[np.int64]
+    """Number of all clusters of the slide in each stratum."""
+    tiles: int
+    """Number of tiles of the whole slide."""
+
+    def density(self, counts: NDArray[np.integer]) -> Density:
+        """Return the density on the whole slide. `counts`: number of nuclei in each cluster of the sample, (n,)."""
+        drawn = np.bincount(self.stratum, minlength=len(self.clusters))
+        weight = (self.clusters / drawn)[self.stratum]
+        area = float(weight @ self.tissue_mm2)
+        density = float(weight @ counts) / area if area else 0.0
+        if np.count_nonzero(counts) < MIN_CLUSTERS_WITH:
+            return Density(density, None, None)
+        residual = counts - density * self.tissue_mm2
+        mean = np.bincount(self.stratum, residual) / drawn
+        variance = np.bincount(self.stratum, (residual - mean[self.stratum]) ** 2) / (drawn - 1)
+        of_total = float(np.sum(self.clusters * (self.clusters - drawn) * variance / drawn))
+        quantile = float(t.ppf(1 - ERROR / self.looks / 2, len(counts) - len(self.clusters)))
+        half = quantile * math.sqrt(of_total) / area
+        return Density(density, max(0.0, density - half), density + half)
