@@ -32,19 +32,24 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks.maps import DENSE_FIELD, SLIDE
 from hover_batch import pipeline
+from hover_batch.blocks import ReadBlocks
 from hover_batch.cli import app
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import SlideRecord, Stage
 from hover_batch.config import InferSettings
 from hover_batch.executor import local
-from hover_batch.geometry import Grid
+from hover_batch.geometry import Box, Grid
 from hover_batch.model.in_flight import Computed
 from hover_batch.model.package import find_package
 from hover_batch.seconds import Seconds
 from hover_batch.slide.example import write_pyramidal_tiff
-from hover_batch.slide.reader import open_slide
+from hover_batch.slide.reader import SlideReader, open_slide
+from hover_batch.slide_work import SlideWork
 
 REGION = "region.tif"
 """Name of the slide with the densest field."""
@@ -116,6 +121,7 @@ def budget_child(folder: Path, slides: int) -> list[dict[str, float]]:
     rows = [f"{SLIDE},slide{i}" for i in range(slides)]
     (folder / "cohort.csv").write_text("\n".join(["path,slide_id", *rows]) + "\n")
     pipeline.Seconds = local.Seconds = CpuSeconds  # type: ignore[attr-defined]
+    local.block_reader = _read_in_turn  # type: ignore[attr-defined]  # CPU time cannot be split between threads
     Computed.clock = staticmethod(time.process_time)
     command = ["segment", str(folder / "cohort.csv"), "-o", str(folder / "out"), *FLAGS[LOCAL]]
     app([*command, "--batch", str(BATCH), "--threads", "1"], standalone_mode=False)
@@ -128,6 +134,19 @@ def budget_child(folder: Path, slides: int) -> list[dict[str, float]]:
         stages = json.loads(layout.timings_json.read_text())
         times.append({**stages, "mm2": tiles * tile_mm2, "densest_mb": max(shards) / 1e6})
     return times
+
+
+def _read_in_turn(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
+    """Return a function that reads blocks one after the other, and nothing ahead."""
+
+    def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
+        assert reader is not None
+        for box in boxes:
+            with seconds.measure(Stage.READ):
+                block = reader.read(box, work.grid)
+            yield block
+
+    return read
 
 
 def budget(repeats: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,17 +23,26 @@ stage `read` of the Seconds."""
 
 
 def block_reader(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
-    """Return a function that reads blocks of a slide with an open reader, in this process.
+    """Return a function that reads blocks of an open slide in this process, each while the previous one is in use.
 
     `reader`: None for stored maps, whose slide is not read; the function must not be called then.
     """
 
     def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
         assert reader is not None
-        for box in boxes:
+
+        def read_one(box: Box) -> NDArray[np.uint8]:
             with seconds.measure(Stage.READ):
-                image = reader.read(box, work.grid)
-            yield image
+                return reader.read(box, work.grid)
+
+        with ThreadPoolExecutor(1, "read") as ahead:
+            following: Future[NDArray[np.uint8]] | None = None
+            for box in boxes:
+                block, following = following, ahead.submit(read_one, box)
+                if block is not None:
+                    yield block.result()
+            if following is not None:
+                yield following.result()
 
     return read
 

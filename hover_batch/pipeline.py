@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,9 @@ from hover_batch.blocks import batches as tile_batches
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import Stage
 from hover_batch.errors import SlideError
-from hover_batch.export.pictures import View, densest_field, write_overlay, write_thumbnail
 from hover_batch.export.summary import slide_summary
-from hover_batch.files import read_json, sha256_file, to_json, write_atomically, write_first
-from hover_batch.geometry import Box, Grid
+from hover_batch.files import sha256_file, to_json, write_atomically, write_first
+from hover_batch.geometry import Box
 from hover_batch.model.heads import MapLayout
 from hover_batch.model.in_flight import in_flight
 from hover_batch.nuclei.energy import mask_hv
@@ -33,20 +33,15 @@ from hover_batch.nuclei.stitch import Read, nuclei_of_region
 from hover_batch.nuclei.table import merge_parts, to_arrow, write_part
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.quality.measures import field_sharpness, mean_measures, sampled_fields
-from hover_batch.quality.picture import PICTURE_MEASURES, picture_measures
 from hover_batch.seconds import Seconds
 from hover_batch.slide.reader import SlideReader
 from hover_batch.slide.tiles import Unit
+from hover_batch.slide_pictures import draw_overlay, draw_thumbnail
 from hover_batch.slide_work import SlideWork, open_sampled_tiles, open_store, refuse_if_taken_over
 from hover_batch.store import PredictionStore
 
 if TYPE_CHECKING:  # it imports torch, which readers and post-processing do not need
     from hover_batch.model.predict import Predictor
-
-OVERLAY_SIDE = 2048
-"""Side in level-0 pixels of the field in the overlay."""
-THUMBNAIL_SIDE = 1024
-"""Longer side of the thumbnail in pixels."""
 
 
 class NetworkFailed(Exception):
@@ -282,10 +277,13 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
         select = work.mask.contains if work.mask.given else None
         parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]
         refuse_if_taken_over(work)
-        merged = merge_parts(parts, layout.nuclei_parquet, work.context, select)
-        work.mask.write_geojson(layout.tissue_geojson, work.info.bounds)
-        picture = _draw(work, reader) if reader is not None else _copy_picture(work)
-        quality = {**_measure_nuclei(work), **picture}
+        with ThreadPoolExecutor(1, "pictures") as pictures:  # reading and drawing mostly release Python's lock
+            thumbnail = pictures.submit(draw_thumbnail, work, reader)
+            merged = merge_parts(parts, layout.nuclei_parquet, work.context, select)
+            overlay = pictures.submit(draw_overlay, work, reader)
+            work.mask.write_geojson(layout.tissue_geojson, work.info.bounds)
+            quality = {**_measure_nuclei(work), **thumbnail.result()}
+            overlay.result()
     write_atomically(layout.timings_json, to_json(seconds.totals))
     return {
         "nuclei": merged.nuclei,
@@ -328,38 +326,6 @@ def _measure_nuclei(work: SlideWork) -> dict[str, Any]:
     fields = sampled_fields(work.layout.nuclei_parquet, work.grid)
     read = _checked_read(open_store(work), work)
     return {**mean_measures(work.layout.nuclei_parquet), "sharpness": field_sharpness(fields, read, layout)}
-
-
-def _copy_picture(work: SlideWork) -> dict[str, float]:
-    """Copy the thumbnail of the run that stored the maps, and return its measures; none if that run's version of
-    hover-batch did not store them."""
-    if work.maps.thumbnail_jpg.is_file():
-        shutil.copyfile(work.maps.thumbnail_jpg, work.layout.thumbnail_jpg)
-    measured = (read_json(work.maps.slide_json) or {}).get("quality", {})
-    return {name: measured[name] for name in PICTURE_MEASURES if name in measured}
-
-
-def _draw(work: SlideWork, reader: SlideReader) -> dict[str, float]:
-    """Draw the thumbnail with the tissue's outline, and the densest field with its nuclei at full resolution.
-
-    Return the measures of the thumbnail.
-    """
-    layout, canvas = work.layout, work.grid.level0
-    measured = draw_thumbnail(work, reader)
-    field = densest_field(layout.nuclei_parquet, OVERLAY_SIDE, canvas)
-    level0 = Grid(canvas, 1.0, 1.0, work.info.mpp, canvas)
-    field_view = View(reader.read(field, level0), field.x0, field.y0, 1.0, 1.0)
-    write_overlay(layout.overlay_jpg, field_view, layout.nuclei_parquet, work.taxonomy)
-    return measured
-
-
-def draw_thumbnail(work: SlideWork, reader: SlideReader) -> dict[str, float]:
-    """Draw the thumbnail with the tissue's outline, and return its measures. OSError if it cannot be written."""
-    image, canvas = reader.thumbnail(THUMBNAIL_SIDE), work.grid.level0
-    view = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
-    rings = [ring for polygon in work.mask.polygons().geoms for ring in (polygon.exterior, *polygon.interiors)]
-    write_thumbnail(work.layout.thumbnail_jpg, view, [np.asarray(ring.coords) for ring in rings])
-    return picture_measures(image, view.scale_x * work.info.mpp.x)
 
 
 def discard_sample(layout: SlideLayout) -> None:

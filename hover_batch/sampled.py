@@ -21,13 +21,14 @@ from hover_batch.config import SampleSettings
 from hover_batch.export.summary import slide_summary
 from hover_batch.files import read_json, to_json, write_atomically
 from hover_batch.nuclei.table import merge_parts
-from hover_batch.pipeline import UnitsMissing, draw_thumbnail, finalize, verify_unit
+from hover_batch.pipeline import UnitsMissing, finalize, verify_unit
 from hover_batch.sampling.clusters import area_sums, clusters_of
 from hover_batch.sampling.draw import Draw, draw
 from hover_batch.sampling.estimate import ERROR, Density, Sample
 from hover_batch.seconds import Seconds
 from hover_batch.slide.reader import SlideReader
 from hover_batch.slide.tiles import Unit
+from hover_batch.slide_pictures import draw_thumbnail
 from hover_batch.slide_work import SlideWork, open_sampled_tiles, refuse_if_taken_over
 
 PICTURE_SIDE = 2048

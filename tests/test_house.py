@@ -37,8 +37,8 @@ FLOORS = (
     ("config", "cohort", "model", "shard", "bucket"),
     ("slide", "store", "nuclei", "metrics"),
     ("export", "report", "quality", "dataset", "sampling"),
-    ("blocks", "pipeline", "sampled", "seconds", "slide_work", "plan", "stored_run", "status", "exporting")
-    + ("compare", "reporting", "view", "diff"),
+    ("blocks", "pipeline", "sampled", "seconds", "slide_pictures", "slide_work", "plan", "stored_run", "status")
+    + ("exporting", "compare", "reporting", "view", "diff"),
     ("executor",),
     ("segment", "doctor", "cli_errors"),
     ("api", "commands"),

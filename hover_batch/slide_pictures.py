@@ -1,0 +1,53 @@
+"""Draw the pictures of a finished slide: its thumbnail, and the densest field with its nuclei."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+
+from hover_batch.export.pictures import View, densest_field, write_overlay, write_thumbnail
+from hover_batch.files import read_json
+from hover_batch.geometry import Grid
+from hover_batch.quality.picture import PICTURE_MEASURES, picture_measures
+from hover_batch.slide.reader import SlideReader
+from hover_batch.slide_work import SlideWork
+
+OVERLAY_SIDE = 2048
+"""Side in level-0 pixels of the field in the overlay."""
+THUMBNAIL_SIDE = 1024
+"""Longer side of the thumbnail in pixels."""
+
+
+def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, float]:
+    """Draw the whole slide with the tissue's outline, and return the measures of the picture by name.
+
+    Without a reader, both are copied from the run that stored the maps; its version of hover-batch may not have stored
+    the measures. OSError if the picture cannot be written, SlideError if the slide cannot be read.
+    """
+    layout, canvas = work.layout, work.grid.level0
+    if reader is None:
+        if work.maps.thumbnail_jpg.is_file():
+            shutil.copyfile(work.maps.thumbnail_jpg, layout.thumbnail_jpg)
+        measured = (read_json(work.maps.slide_json) or {}).get("quality", {})
+        return {name: measured[name] for name in PICTURE_MEASURES if name in measured}
+    image = reader.thumbnail(THUMBNAIL_SIDE)
+    view = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
+    rings = [ring for polygon in work.mask.polygons().geoms for ring in (polygon.exterior, *polygon.interiors)]
+    write_thumbnail(layout.thumbnail_jpg, view, [np.asarray(ring.coords) for ring in rings])
+    return picture_measures(image, view.scale_x * work.info.mpp.x)
+
+
+def draw_overlay(work: SlideWork, reader: SlideReader | None) -> None:
+    """Draw the densest field with its nuclei at full resolution; without a reader, draw nothing.
+
+    The table of the nuclei must exist. OSError if the picture cannot be written, SlideError if the slide cannot be
+    read.
+    """
+    if reader is None:
+        return
+    layout, canvas = work.layout, work.grid.level0
+    field = densest_field(layout.nuclei_parquet, OVERLAY_SIDE, canvas)
+    level0 = Grid(canvas, 1.0, 1.0, work.info.mpp, canvas)
+    view = View(reader.read(field, level0), field.x0, field.y0, 1.0, 1.0)
+    write_overlay(layout.overlay_jpg, view, layout.nuclei_parquet, work.taxonomy)
