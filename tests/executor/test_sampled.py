@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from accelerators import LoadQuick, Quick
-from conftest import SETTINGS, Run, runner
+from cohort_runs import SETTINGS, Run, runner
 from numpy.typing import NDArray
 from PIL import Image
 from test_contract import events, tables
