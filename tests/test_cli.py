@@ -175,7 +175,7 @@ def test_flag_goes_before_environment_before_config_before_default(tile: Path, t
 
 def test_every_setting_is_an_option_with_the_choices_of_config() -> None:
     options = {option.name: option for option in get_command(app).commands["segment"].params}  # type: ignore[attr-defined]
-    assert SECTION_OF.keys() - options.keys() == {"max_component"}
+    assert SECTION_OF.keys() - options.keys() == {"max_component", "cluster"}
     for name, section in SECTION_OF.items():
         kind = get_type_hints(type(getattr(Settings(), section)))[name]
         if get_origin(kind) is Literal:
@@ -397,11 +397,11 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def test_a_terminal_that_is_not_utf8_is_no_reason_to_fail(tile: Path, tmp_path: Path) -> None:
-    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.5\n")
     environment = ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}
     done = subprocess.run([*COMMAND, "plan", csv], env=environment, capture_output=True, encoding="latin-1")
     assert done.returncode == 0, done.stderr
-    assert "300 × 200 px at 0.25 µm \\u2192 300 × 200" in done.stdout
+    assert "300 × 200 px at 0.5 µm \\u2192 600 × 400" in done.stdout
 
 
 def test_a_run_goes_on_when_nobody_reads_its_progress(tile: Path, tmp_path: Path) -> None:
