@@ -19,7 +19,7 @@ from hover_batch.files import write_atomically
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import find_package
 from hover_batch.model.predict import load_predictor
-from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.nuclei.systems import splitter_of
 from kd.data.datasets import read_data
 from kd.evaluation.measured_errors import PairedImage, evidence, fit_scalings, fit_uncertainty, notes, paired_images
 
@@ -36,12 +36,11 @@ def main() -> None:
     given = parser.parse_args()
     package = find_package(given.model)
     predictor = load_predictor(package, InferSettings(threads=1, batch=batch_of(package.card)))
-    constants = SobelConstants.from_json(package.card.sobel)
     paired = {
         fold: paired_images(
             lambda image: predict_image(predictor, image),
             read_data(given.data, [fold], None).samples,
-            constants,
+            splitter_of(package.card),
             package.card.taxonomy,
         )
         for fold in FOLDS

@@ -34,8 +34,9 @@ from benchmarks.maps import SLIDE, real_maps, synthetic_maps
 from hover_batch.model.heads import MapLayout
 from hover_batch.model.package import find_package
 from hover_batch.nuclei import measure as measuring
+from hover_batch.nuclei.components import Components
 from hover_batch.nuclei.outlines import outlines
-from hover_batch.nuclei.watershed import Components, SobelConstants, instance_map, split_components
+from hover_batch.nuclei.watershed import SobelConstants, instance_map
 
 Maps = NDArray[np.uint8]
 """Stored maps (plane, y, x) uint8."""
@@ -200,13 +201,13 @@ def steps(maps: Maps, layout: MapLayout) -> dict[str, Callable[[], Any]]:
     np_map, h, v = maps[layout.NP], maps[layout.H], maps[layout.V]
     components = Components.of(np_map)
     constants = SobelConstants.of_window(h, v)
-    instances = split_components(h, v, components, components.large, constants)
+    instances = constants.split(np.stack([h, v]), components, components.large)
     n = int(instances.max())
     anchor, bounds, _, area, _ = measuring._places(instances, maps[layout.tp], n)
     return {
         "components": lambda: Components.of(np_map),
         "extremes of the Sobel maps": lambda: SobelConstants.of_window(h, v),
-        "energy, markers, flooding": lambda: split_components(h, v, components, components.large, constants),
+        "energy, markers, flooding": lambda: constants.split(np.stack([h, v]), components, components.large),
         "area, centroid, box, type": lambda: measuring._places(instances, maps[layout.tp], n),
         "contours": lambda: outlines(instances, bounds, anchor[:, 0], area, (0, 0)),
         "extra: probabilities, stain, moments": lambda: sums(instances, maps, layout, anchor, bounds),

@@ -28,8 +28,8 @@ from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.model.card import Card
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import find_package
+from hover_batch.nuclei.systems import splitter_of
 from hover_batch.nuclei.table import TableContext, to_arrow
-from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.slide.survey import read_info
 from hover_batch.store import PredictionStore
 from hover_batch.uncertainty import Uncertainty
@@ -286,7 +286,7 @@ class Model:
 
         maps = self.predict(rgb)
         card = self.card
-        labels, nuclei = nuclei_of(maps, SobelConstants.from_json(card.sobel), card.layout)
+        labels, nuclei = nuclei_of(maps, splitter_of(card), card.layout)
         # Number the nuclei in the order of the table, which is not that of their labels.
         numbers = np.arange(1, len(nuclei) + 1, dtype=np.uint32)
         number_of_label = np.zeros(len(nuclei) + 1, np.int32)

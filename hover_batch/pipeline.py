@@ -30,8 +30,8 @@ from hover_batch.model.heads import MapLayout
 from hover_batch.model.in_flight import in_flight
 from hover_batch.nuclei.energy import mask_hv
 from hover_batch.nuclei.stitch import Read, nuclei_of_region
+from hover_batch.nuclei.systems import splitter_of
 from hover_batch.nuclei.table import merge_parts, to_arrow, write_part
-from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.quality.measures import field_sharpness, mean_measures, sampled_fields
 from hover_batch.seconds import Seconds
 from hover_batch.slide.reader import SlideReader
@@ -190,13 +190,13 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     """
     seconds = Seconds()
     settings = work.settings.post
-    constants = SobelConstants.from_json(work.card.sobel) if settings.sobel_norm == "fixed" else None
+    splitter = splitter_of(work.card, settings.sobel_norm)
     with seconds.measure(Stage.POST):
         layout = MapLayout(len(work.taxonomy.classes))
         read = _checked_read(store, work)
         if work.sample is not None:
             read = _only_in(unit.box, read)
-        nuclei = nuclei_of_region(read, work.core(unit), layout, settings, constants)
+        nuclei = nuclei_of_region(read, work.core(unit), layout, settings, splitter)
         refuse_if_taken_over(work)
         write_part(work.layout.part(unit.column, unit.row), to_arrow(nuclei, work.context))
     return seconds

@@ -138,6 +138,7 @@ def check_settings(settings: Settings, card: Card) -> Taxonomy:
             f"--unit {settings.infer.unit}: must be a multiple of {card.tile_out}, the side of what the model "
             f"{card.name} keeps of a tile"
         )
+    card.check_sobel_norm(settings.post.sobel_norm)
     taxonomy, _ = card.taxonomy.merged(settings.post.class_map)
     if settings.sample.stop_at:
         _check_sample(settings, card, taxonomy)

@@ -224,7 +224,7 @@ def open_store(work: SlideWork) -> PredictionStore:
             "mpp": [work.grid.mpp.x, work.grid.mpp.y],
             "level0_per_pixel": [work.grid.scale_x, work.grid.scale_y],
             "level0_size": [work.grid.level0.width, work.grid.level0.height],
-            "planes": card.layout.names(tuple(c.name for c in card.taxonomy.classes)),
+            "planes": card.layout.names(tuple(c.name for c in card.taxonomy.classes), card.system),
             "od_scale": card.layout.OD_SCALE,
             HV_MASKED: work.settings.post.sobel_norm == "fixed" and work.sample is None,
             "model": card.to_json(),

@@ -14,12 +14,11 @@ from torch import nn
 from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.architectures import architecture
-from hover_batch.model.architectures.hovernet import HoVerNet
 from hover_batch.model.card import Card
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import find_package, save_package
 from hover_batch.model.predict import Predictor
-from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.nuclei.systems import splitter
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import fully_annotated, sources_by_class
 from kd.data.datasets import MPP, read_data
@@ -28,7 +27,7 @@ from kd.evaluation.calibrate import calibrate
 from kd.evaluation.evaluate import evaluate
 from kd.evaluation.measured_errors import evidence, fit_uncertainty, notes, paired_images
 from kd.evaluation.slide_limits import slide_limits
-from kd.training.config import TrainConfig
+from kd.training.config import ENCODERS, TrainConfig
 from kd.training.initial_weights import build_network
 from kd.training.state import contents, read_checkpoint
 
@@ -52,8 +51,9 @@ NOT_CALIBRATED = "none, because there are no validation images: the Sobel consta
 
 
 def package_path(config: TrainConfig) -> Path:
-    """Return the path of the package in the output folder: student.safetensors or teacher.safetensors."""
-    return config.out / ("student.safetensors" if config.model == "unet" else "teacher.safetensors")
+    """Return the path of the package in the output folder: student, teacher or the system's name, .safetensors."""
+    names = {"unet": "student", "hovernet-fast": "teacher", "hovernet-original": "teacher"}
+    return config.out / f"{names.get(config.model, config.model)}.safetensors"
 
 
 def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> str:
@@ -77,11 +77,11 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
         raise InputError(
             f"{checkpoint}: its weights do not fit its settings; train again with another --out"
         ) from error
-    student = not isinstance(network, HoVerNet)
-    if student:
+    half = config["model"] in ENCODERS
+    if half:
         network.half().float()  # score the weights as they are stored in the package
     if not all(t.isfinite().all() for t in network.state_dict().values()):
-        too_large = " or too large for float16" if student else ""
+        too_large = " or too large for float16" if half else ""
         raise PackageError(
             f"{checkpoint}: a weight is not finite{too_large}, because the training has diverged; train again with a "
             "lower --lr"
@@ -95,11 +95,13 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     validated_on = (record["saw"]["val"], record["truth_sha256"]["val"])
     if (hashes_of(splits["val"]), truth_sha256(splits["val"])) != validated_on:
         raise InputError(f"--data {data}: is not the data that {checkpoint} was validated on; give that one")
-    tile_in, tile_out = architecture(config["model"]).tile
+    kind = architecture(config["model"])
+    tile_in, tile_out = kind.tile
     card = Card(
         name=out.stem,
-        architecture=config["model"],
-        encoder=config["encoder"] if student else "",
+        architecture=kind.name,
+        system=kind.system,
+        encoder=config["encoder"] if half else "",
         taxonomy=taxonomy,
         mpp=MPP,
         tile_in=tile_in,
@@ -122,31 +124,36 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     def maps_of(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return predict_image(predictor, image)
 
-    calibration: dict[str, Any] | str = NOT_CALIBRATED
-    constants = SobelConstants.from_json(find_package("starter").card.sobel)
-    if outlined := fully_annotated(splits["val"]):
+    outlined = fully_annotated(splits["val"])
+    if kind.system != "hover":
+        calibration: dict[str, Any] | str = f"none: {kind.system} has no Sobel constants"
+        sobel: Mapping[str, float] = {}
+    elif outlined:
         print(f"calibrating on {len(outlined)} images of {', '.join(folds['val'])}", flush=True)
         found = calibrate(maps_of, outlined)
-        constants, calibration = found.constants, {**found.to_json(), "saw": hashes_of(outlined)}
-    paired = {part: paired_images(maps_of, samples, constants, taxonomy) for part, samples in splits.items()}
+        sobel, calibration = found.constants.to_json(), {**found.to_json(), "saw": hashes_of(outlined)}
+    else:
+        sobel, calibration = find_package("starter").card.sobel, NOT_CALIBRATED
+    post = splitter(kind.system, sobel)
+    paired = {part: paired_images(maps_of, samples, post, taxonomy) for part, samples in splits.items()}
     uncertainty, measured = fit_uncertainty(paired["val"]), evidence(paired["val"], paired)
     scores = {}
     for part, samples in splits.items():
         print(f"scoring {len(samples)} images of {', '.join(folds[part])}", flush=True)
-        scores[part] = {s.source: s.to_json() for s in evaluate(maps_of, samples, constants, taxonomy)}
+        scores[part] = {s.source: s.to_json() for s in evaluate(maps_of, samples, post, taxonomy)}
     card = replace(
         card,
-        sobel=constants.to_json(),
+        sobel=sobel,
         limits=slide_limits(outlined),
         uncertainty=uncertainty.to_json(),
         metrics={**scores, "calibration": calibration, "errors": measured, "precision": predictor.precision},
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_package(out, network, card, half=student)
+    save_package(out, network, card, half=half)
     return "\n".join(
         [
             str(out),
-            *([] if outlined else [f"calibration: {calibration}"]),
+            *([f"calibration: {calibration}"] if isinstance(calibration, str) else []),
             *_lines(scores),
             *notes(uncertainty, measured),
         ]

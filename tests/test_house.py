@@ -55,6 +55,7 @@ KD_FLOOR_OF = {room: floor for floor, room in enumerate(KD_FLOORS)}
 STATIONS = ("slide", "model", "store", "nuclei", "export")
 """They do one thing each to what they are given; hover_batch.pipeline joins them."""
 OPEN_TO_STATIONS = (
+    "hover_batch.model.card",
     "hover_batch.model.heads",
     "hover_batch.cohort.record",
     "hover_batch.cohort.layout",

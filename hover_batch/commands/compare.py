@@ -162,7 +162,7 @@ def compare(
         Options(sizes, repeats, timing_only, None if minutes is None else 60 * minutes),
         output,
         lambda line: typer.echo(line, err=True),
-        (lambda network: score_test_fold(network.predictor, network.constants, truth)) if truth is not None else None,
+        (lambda network: score_test_fold(network.predictor, network.splitter, truth)) if truth is not None else None,
     )
     _print(results)
     typer.echo(output / "compare.json")

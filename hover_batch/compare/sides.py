@@ -18,7 +18,8 @@ from hover_batch.model.images import batch_of
 from hover_batch.model.package import find_package, load_network
 from hover_batch.model.predict import Predictor
 from hover_batch.model.published import KINDS
-from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.nuclei.components import Splitter
+from hover_batch.nuclei.systems import splitter_of
 
 TEACHER_FLAG = "--teacher-weights"
 """Option that names the weights of the teacher, which may be random instead."""
@@ -49,9 +50,9 @@ class Side:
         return replace(self, settings=replace(self.settings, batch=batch_of(self.card, [(side, side)])))
 
     @property
-    def constants(self) -> SobelConstants:
-        """Sobel constants of the card, for post-processing."""
-        return SobelConstants.from_json(self.card.sobel)
+    def splitter(self) -> Splitter | None:
+        """Post-processing of the network's system."""
+        return splitter_of(self.card)
 
 
 def load_side(name: str, flag: str, settings: InferSettings) -> Side:

@@ -69,7 +69,7 @@ def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[Sid
             started = time.perf_counter()
             maps = predict_image(side.predictor, field.image)
             predicted = time.perf_counter()
-            result = nuclei_of(maps, side.constants, side.card.layout)
+            result = nuclei_of(maps, side.splitter, side.card.layout)
             seconds[number].append((predicted - started, time.perf_counter() - predicted))
             if repetition == 0:  # all repetitions have the same result
                 results.append(result)
@@ -91,6 +91,6 @@ def warm_up(sides: Sequence[Side], field: Field) -> list[int | None]:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         maps = predict_image(side.predictor, field.image)
-        nuclei_of(maps, side.constants, side.card.layout)
+        nuclei_of(maps, side.splitter, side.card.layout)
         peaks.append(torch.cuda.max_memory_allocated() if on_gpu else None)
     return peaks

@@ -13,6 +13,7 @@ from hover_batch.executor.interrupts import on_interrupt, raise_interrupt
 from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.model.predict import Predictor, load_predictor
 from hover_batch.nuclei.stitch import load_kernels
+from hover_batch.nuclei.systems import splitter_of
 from hover_batch.pipeline import infer, is_posted, post, verify_unit
 from hover_batch.plan import PlannedSlide
 from hover_batch.sampled import finish, next_work
@@ -48,7 +49,8 @@ class LocalExecutor(Executor):
         is raised at once.
         """
         # The network computes without Python's lock: meanwhile, post-processing can be loaded.
-        Thread(target=load_kernels, args=(self.context.package.card.layout,), daemon=True).start()
+        card, post = self.context.package.card, self.context.settings.post
+        Thread(target=load_kernels, args=(card.layout, splitter_of(card, post.sobel_norm)), daemon=True).start()
         with on_interrupt(self._interrupt):
             for slide in slides:
                 while not self._end(slide):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hover_batch.errors import PackageError
+from hover_batch.errors import InputError, PackageError
 from hover_batch.taxonomy import Taxonomy
 from hover_batch.uncertainty import Uncertainty
 
@@ -20,7 +20,9 @@ FORMAT = 1
 MAX_TILE = 4096
 """Limit of `tile_in` in pixels; above it a single tile of a HoVerNet takes tens of GB."""
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("name", "architecture", "encoder", "licence", "input_scaling", "weights_sha256"), (str,)),
+    **dict.fromkeys(
+        ("name", "architecture", "system", "encoder", "licence", "input_scaling", "weights_sha256"), (str,)
+    ),
     **dict.fromkeys(("tile_in", "tile_out"), (int,)),
     **dict.fromkeys(("taxonomy", "sobel", "training", "metrics", "limits", "uncertainty"), (dict,)),
     "mpp": (int, float),
@@ -52,7 +54,7 @@ class Card:
     tile_out: int
     """Side in pixels of the central part of a tile whose output is kept."""
     sobel: Mapping[str, float]
-    """The four constants of `hover_batch.nuclei.watershed.SobelConstants` by name."""
+    """The four constants of `hover_batch.nuclei.watershed.SobelConstants` by name; empty for systems without them."""
     licence: str
     """Licence of the weights, in words."""
     input_scaling: str = "RGB / 255"
@@ -69,6 +71,8 @@ class Card:
     seam_exact: bool = True
     """Whether a nucleus is the same in every division of a slide into units. False if the post-processing of one
     nucleus depends on others, so that seams are merged by overlap."""
+    system: str = "hover"
+    """What the network learned and how its output becomes nuclei: a key of `hover_batch.model.heads.SYSTEMS`."""
     weights_sha256: str = ""
     """SHA-256 of names, dtypes, shapes and bytes of all tensors (see `tensors_sha256`)."""
 
@@ -92,6 +96,14 @@ class Card:
 
         return MapLayout(len(self.taxonomy.classes))
 
+    def check_sobel_norm(self, sobel_norm: str) -> None:
+        """Raise InputError if Sobel maps are to be scaled by the extremes of windows, but this model has none."""
+        if sobel_norm == "window" and self.system != "hover":
+            raise InputError(
+                f"--sobel-norm window: {self.name} has no Sobel maps, since its nuclei are found as by {self.system}; "
+                "leave the option out"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Return the card as JSON values by name; the inverse of `from_json`.
 
@@ -99,7 +111,7 @@ class Card:
         bytes.
         """
         values = {"format": FORMAT, **asdict(self), "taxonomy": self.taxonomy.to_json()}
-        defaults = {"limits": {}, "uncertainty": {}, "seam_exact": True}
+        defaults = {"limits": {}, "uncertainty": {}, "seam_exact": True, "system": "hover"}
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     @classmethod
@@ -137,10 +149,16 @@ class Card:
             raise PackageError(f"the card's encoder is {short(self.encoder)}: must be a name")
         if not 0.01 <= self.mpp <= 100:
             raise PackageError(f"the card's mpp is {self.mpp}: must be 0.01 to 100 µm per pixel")
+        from hover_batch.model.heads import SYSTEMS
+
+        if self.system not in SYSTEMS:
+            raise PackageError(f"the card's system is {short(self.system)}: must be one of {', '.join(SYSTEMS)}")
+        wanted = _SOBEL if self.system == "hover" else set()
         numbers = [v for v in self.sobel.values() if type(v) in (int, float) and math.isfinite(v)]
-        if self.sobel.keys() != _SOBEL or len(numbers) != len(_SOBEL):
-            raise PackageError(f"the card's sobel is {short(self.sobel)}: must be {', '.join(sorted(_SOBEL))}")
-        if not all(self.sobel[f"{axis}_min"] <= self.sobel[f"{axis}_max"] for axis in "hv"):
+        if self.sobel.keys() != wanted or len(numbers) != len(wanted):
+            names = ", ".join(sorted(wanted)) or f"empty for the system {self.system}"
+            raise PackageError(f"the card's sobel is {short(self.sobel)}: must be {names}")
+        if wanted and not all(self.sobel[f"{axis}_min"] <= self.sobel[f"{axis}_max"] for axis in "hv"):
             raise PackageError(f"the card's sobel is {short(self.sobel)}: a minimum is above its maximum")
         try:
             json.dumps(self.metrics, allow_nan=False)

@@ -13,7 +13,9 @@ tp     4 … 4 + n - 1   logits of the classes in the taxonomy's order, backgrou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,18 @@ from numpy.typing import NDArray
 NP = slice(0, 2)
 HV = slice(2, 4)
 _TP_START = 4
+
+SYSTEMS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "hover": ("h", "v"),
+        "dist": ("distance", "unused_v"),
+        "micronet": ("unused_h", "unused_v"),
+    }
+)
+"""System → names of its planes h and v in stored maps. A system is what a network learns and how its output becomes
+nuclei: HoVerNet's, DIST's (h is the distance to the nucleus's edge divided by DISTANCE_PX) or Micro-Net's."""
+DISTANCE_PX = 32
+"""Largest distance to the edge of a nucleus in pixels that DIST stores; a stored step is a quarter of a pixel."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,8 @@ class MapLayout:
     plane        index                   value
     ============ ======================= =====================================================================
     np           0                       min(255, floor(256·p)); nucleus ⇔ ≥ 128, exact
-    h, v         1, 2                    round(127·clip(x, -1, 1)) as a two's-complement byte (view as int8)
+    h, v         1, 2                    round(127·clip(x, -1, 1)) as a two's-complement byte (view as int8);
+                                         their meaning depends on the system (see SYSTEMS)
     tp           3 … 3 + n - 1           round(255·p) of each class's softmax, background first; 0 where np < 64
     hematoxylin  3 + n                   min(255, round(OD_SCALE·density)); 0 where np < 64
     eosin        4 + n                   the same for eosin
@@ -101,9 +116,9 @@ class MapLayout:
         merged_planes = np.minimum(sums, 255).astype(np.uint8)
         return np.concatenate([maps[: self.tp.start], merged_planes, maps[self.tp.stop :]])
 
-    def names(self, classes: tuple[str, ...]) -> list[str]:
+    def names(self, classes: tuple[str, ...], system: str = "hover") -> list[str]:
         """Return the names of all planes in order, for the store's attributes; those of classes begin with tp_.
 
-        `classes` (n_types): names of the classes, background first.
+        `classes` (n_types): names of the classes, background first. `system`: a key of SYSTEMS.
         """
-        return ["np", "h", "v", *(f"tp_{name}" for name in classes), "hematoxylin", "eosin"]
+        return ["np", *SYSTEMS[system], *(f"tp_{name}" for name in classes), "hematoxylin", "eosin"]

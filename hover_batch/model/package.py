@@ -92,8 +92,13 @@ def load_network(package: Package) -> nn.Module:
     PackageError if the weights cannot be read, do not match the card's hash, or do not fit the architecture.
     """
     tensors = load_tensors(package)
+    card, kind = package.card, architecture(package.card.architecture)
+    if card.system != kind.system:
+        raise PackageError(
+            f"package {package.path}: the card says system {card.system}, but that of {kind.name} is {kind.system}"
+        )
     try:
-        network = architecture(package.card.architecture).build(package.card, tensors)
+        network = kind.build(card, tensors)
         network.load_state_dict(tensors)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         # Raised by the libraries for unknown encoders and for wrong shapes.

@@ -7,34 +7,36 @@ from numpy.typing import NDArray
 
 from hover_batch.config import PostSettings
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.components import Splitter, without_debris
 from hover_batch.nuclei.measure import Nuclei, measure
-from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_debris
+from hover_batch.nuclei.watershed import instance_map
 
 
 def instances_of(
-    planes: NDArray[np.uint8], constants: SobelConstants | None, min_area_px: int = PostSettings.min_area_px
+    planes: NDArray[np.uint8], splitter: Splitter | None, min_area_px: int = PostSettings.min_area_px
 ) -> NDArray[np.int32]:
     """Return the instances (y, x) int32 of at least `min_area_px` pixels, numbered 1 … n; 0 = background.
 
-    `planes` (3, y, x) uint8: stored np, h and v (see `MapLayout`). `constants`: the model's Sobel constants; None
-    normalises the Sobel maps by their own extremes (see `instance_map`).
+    `planes` (3, y, x) uint8: stored np, h and v (see `MapLayout`). `splitter`: post-processing of the model's system;
+    None: HoVerNet's with Sobel maps normalised by their own extremes (see `instance_map`).
     """
-    return without_debris(instance_map(planes[0], planes[1], planes[2], constants), min_area_px)
+    return without_debris(instance_map(planes[0], planes[1], planes[2], splitter), min_area_px)
 
 
 def nuclei_of(
     maps: NDArray[np.uint8],
-    constants: SobelConstants | None,
+    splitter: Splitter | None,
     layout: MapLayout,
     min_area_px: int = PostSettings.min_area_px,
 ) -> tuple[NDArray[np.int32], Nuclei]:
     """Return the instances (y, x) int32, numbered 1 … n, 0 = background, and their measurements in pixels of the image.
 
-    `maps` (plane, y, x) uint8: stored maps in the planes of `layout`. `constants`: the model's Sobel constants; None
-    normalises the Sobel maps by their own extremes (see `instance_map`). Instances below `min_area_px` pixels are
-    dropped. The measurements are sorted by anchor, not by instance; `types_by_id` relates the two.
+    `maps` (plane, y, x) uint8: stored maps in the planes of `layout`. `splitter`: post-processing of the model's
+    system; None: HoVerNet's with Sobel maps normalised by their own extremes (see `instance_map`). Instances below
+    `min_area_px` pixels are dropped. The measurements are sorted by anchor, not by instance; `types_by_id` relates the
+    two.
     """
-    instances = instances_of(maps[[layout.NP, layout.H, layout.V]], constants, min_area_px)
+    instances = instances_of(maps[[layout.NP, layout.H, layout.V]], splitter, min_area_px)
     return instances, measure(instances, maps, layout)
 
 

@@ -2,8 +2,8 @@
 
 Invariant: the result for a component of the foreground depends only on that component and the maps within MARGIN of
 it, not on the core, the halo or the window. So the nuclei of the cores of any tiling, taken together, are those of the
-whole slide, bit for bit. This holds for fixed Sobel constants; `window` normalisation uses the extremes of each
-region's window and is not invariant.
+whole slide, bit for bit. This holds for every `Splitter`, hence for fixed Sobel constants; `window` normalisation uses
+the extremes of each region's window and is not invariant.
 
 - A component with pixels in the core that does not touch the window's margin is processed in place.
 - One that touches the margin is read until it is complete, and processed on its own around its bounding box.
@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from hover_batch.config import PostSettings
 from hover_batch.geometry import Box, cell_box
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.components import Components, Splitter
 from hover_batch.nuclei.measure import Nuclei, concatenate, measure, no_nuclei
 from hover_batch.nuclei.regions import MARGIN, clear_of_margin, owned
-from hover_batch.nuclei.watershed import Components, SobelConstants, split_components
+from hover_batch.nuclei.watershed import SobelConstants
 
 SEAM_VIEW = 80
 """Context in pixels around a cell of a component that is cut: a large nucleus and MARGIN."""
@@ -39,21 +40,21 @@ Read = Callable[[Box], NDArray[np.uint8]]
 
 
 def nuclei_of_region(
-    read: Read, core: Box, layout: MapLayout, settings: PostSettings, constants: SobelConstants | None
+    read: Read, core: Box, layout: MapLayout, settings: PostSettings, splitter: Splitter | None
 ) -> Nuclei:
     """Return the nuclei that the region `core` owns, in absolute pixels of the inference grid, sorted by anchor.
 
     `read(box)` returns the maps (plane, y, x) uint8 of any box, in the planes of `layout`, with zeros outside of the
     canvas and where nothing was predicted; its exceptions propagate. `settings`: halo, smallest area and largest
-    component. `constants`: the model's Sobel constants; None uses the extremes of this region's window, for
-    `--sobel-norm window`.
+    component. `splitter`: post-processing of the model's system; None is HoVerNet's with the extremes of this region's
+    window, for `--sobel-norm window`.
     """
     view = _View.of(read, core.expand(settings.halo), layout)
-    if constants is None:
-        constants = SobelConstants.of_window(view.maps[layout.H], view.maps[layout.V])
+    if splitter is None:
+        splitter = SobelConstants.of_window(view.maps[layout.H], view.maps[layout.V])
     in_core = view.components_in(core)
     whole = in_core & clear_of_margin(view.components.bounds, view.window) & (view.sides <= settings.max_component)
-    parts = [view.nuclei(whole, constants)]
+    parts = [view.nuclei(whole, splitter)]
     oversized = np.zeros_like(in_core)
     pending = in_core & ~whole
     while pending.any():
@@ -66,19 +67,19 @@ def nuclei_of_region(
         if followed.sides[component] > settings.max_component:
             oversized |= joined
         else:
-            parts.append(followed.nuclei_alone(component, constants))
+            parts.append(followed.nuclei_alone(component, splitter))
     if oversized.any():
         for column, row in core.cells(settings.max_component):
             cell = cell_box(column, row, settings.max_component)
-            parts.append(_nuclei_of_cell(read, view, oversized, core, cell, constants))
+            parts.append(_nuclei_of_cell(read, view, oversized, core, cell, splitter))
     nuclei = owned(core, concatenate(parts))
     return nuclei.take(nuclei.area_px >= settings.min_area_px)
 
 
-def load_kernels(layout: MapLayout) -> None:
+def load_kernels(layout: MapLayout, splitter: Splitter | None) -> None:
     """Load the compiled functions of post-processing, for which each process otherwise waits at its first region.
 
-    `layout`: planes of the maps that will be processed.
+    `layout`, `splitter`: planes of the maps that will be processed, and their post-processing.
     """
 
     def square(box: Box) -> NDArray[np.uint8]:
@@ -86,7 +87,7 @@ def load_kernels(layout: MapLayout) -> None:
         maps[:, 80:100, 80:100] = MapLayout.NP_NUCLEUS
         return maps
 
-    nuclei_of_region(square, Box(0, 0, 64, 64), layout, PostSettings(), SobelConstants(-1, 1, -1, 1))
+    nuclei_of_region(square, Box(0, 0, 64, 64), layout, PostSettings(), splitter)
 
 
 @dataclass(frozen=True)
@@ -141,22 +142,23 @@ class _View:
         present[0] = False
         return np.asarray(present, np.bool_)
 
-    def nuclei(self, chosen: NDArray[np.bool_], constants: SobelConstants) -> Nuclei:
+    def nuclei(self, chosen: NDArray[np.bool_], splitter: Splitter) -> Nuclei:
         """Return the nuclei of the `chosen` (n,) components."""
         if not chosen.any():
             return no_nuclei(self.layout.n_types)
-        layout, maps = self.layout, self.maps
-        instances = split_components(maps[layout.H], maps[layout.V], self.components, chosen, constants)
-        return measure(instances, maps, layout, (self.window.x0, self.window.y0))
+        origin = self.window.x0, self.window.y0
+        planes = self.maps[self.layout.H : self.layout.V + 1]
+        instances = splitter.split(planes, self.components, chosen, origin)
+        return measure(instances, self.maps, self.layout, origin)
 
-    def nuclei_alone(self, component: int, constants: SobelConstants) -> Nuclei:
+    def nuclei_alone(self, component: int, splitter: Splitter) -> Nuclei:
         """Return the nuclei of one component, from the maps within MARGIN of it."""
         window = self.box(component).expand(MARGIN)
         rows, columns = window.slices_in(self.window)
         cropped = _View.of(lambda _: self.maps[:, rows, columns], window, self.layout)
         chosen = np.zeros(len(cropped.components.pixels), np.bool_)
         chosen[cropped.component_at(*self.pixel_of(component))] = True
-        return cropped.nuclei(chosen, constants)
+        return cropped.nuclei(chosen, splitter)
 
 
 def _follow(read: Read, view: _View, component: int, max_side: int) -> tuple[_View, int]:
@@ -185,7 +187,7 @@ def _follow(read: Read, view: _View, component: int, max_side: int) -> tuple[_Vi
 
 
 def _nuclei_of_cell(
-    read: Read, view: _View, oversized: NDArray[np.bool_], core: Box, cell: Box, constants: SobelConstants
+    read: Read, view: _View, oversized: NDArray[np.bool_], core: Box, cell: Box, splitter: Splitter
 ) -> Nuclei:
     """Return the flagged nuclei that `core` owns in one cell of the `oversized` (n,) components of its `view`."""
     area = cell.intersect(core)
@@ -195,5 +197,5 @@ def _nuclei_of_cell(
     cell_view = _View.of(read, cell.expand(SEAM_VIEW), view.layout)
     chosen = np.zeros(len(cell_view.components.pixels), np.bool_)
     chosen[cell_view.components.labels[area.slices_in(cell_view.window)][cut]] = True
-    nuclei = owned(area, cell_view.nuclei(chosen, constants))
+    nuclei = owned(area, cell_view.nuclei(chosen, splitter))
     return replace(nuclei, seam_uncertain=np.ones(len(nuclei), np.bool_))

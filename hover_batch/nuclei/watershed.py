@@ -28,11 +28,10 @@ from numba import njit
 from numpy.typing import NDArray
 
 from hover_batch.errors import PackageError
-from hover_batch.geometry import Box
-from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.components import Components, Splitter
 from hover_batch.nuclei.energy import HV_STEPS, energy_around, sobel_extremes
 from hover_batch.nuclei.flood import flood
-from hover_batch.nuclei.markers import MIN_PIXELS, markers_of
+from hover_batch.nuclei.markers import markers_of
 
 REACH = 11
 """Distance in pixels within which a component's instances depend on the maps. The blur reads the energy of diagonal
@@ -76,6 +75,26 @@ class SobelConstants:
         scale_h, scale_v = _scale(self.h_min, self.h_max), _scale(self.v_min, self.v_max)
         return (scale_h / HV_STEPS, scale_v / HV_STEPS), (self.h_min * scale_h, self.v_min * scale_v)
 
+    def split(
+        self,
+        planes: NDArray[np.uint8],
+        components: Components,
+        chosen: NDArray[np.bool_],
+        origin: tuple[int, int] = (0, 0),
+    ) -> NDArray[np.int32]:
+        """Split the `chosen` (n,) components of a window into instances: (y, x) int32, 0 = background.
+
+        `planes` (2, y, x): stored h and v. A component with one marker becomes one instance (flooding from one marker
+        fills its component); a component without markers, or of fewer than MIN_PIXELS pixels, is dropped. Instances
+        are numbered by component, then by the first pixel of their marker. The result is exact for components at least
+        REACH pixels from the window's edge, and does not depend on `origin`.
+        """
+        # All components that are large enough enter the energy: the blur reads diagonal neighbours.
+        large = components.large
+        h, v = np.ascontiguousarray(planes).view(np.int8)
+        instances = _split(h, v, components.labels, components.bounds, large, chosen & large, *self.scaling)
+        return np.asarray(instances, np.int32)
+
     def to_json(self) -> dict[str, float]:
         """Return the constants by name, for model cards; the inverse of `from_json`."""
         return asdict(self)
@@ -96,86 +115,22 @@ def _scale(low: float, high: float) -> float:
     return 1 / (high - low) if high > low else 0.0
 
 
-@dataclass(frozen=True)
-class Components:
-    """4-connected components of the foreground of a window, numbered by their first pixels in raster order.
-
-    Row 0 of each array is that of the background, whose values are not used.
-    """
-
-    labels: NDArray[np.int32]
-    """(y, x): component of each pixel, 0 = background."""
-    bounds: NDArray[np.int64]
-    """(n, 4): x0, y0, x1, y1, half-open, in pixels of the window."""
-    pixels: NDArray[np.int64]
-    """(n,): number of pixels of each component."""
-
-    @classmethod
-    def of(cls, np_map: NDArray[np.uint8]) -> Self:
-        """Label the 4-connected components of the pixels with np ≥ 0.5 in a stored map (y, x)."""
-        return cls(*_labelled(np.ascontiguousarray(np_map), MapLayout.NP_NUCLEUS))
-
-    @property
-    def large(self) -> NDArray[np.bool_]:
-        """Whether each component has at least MIN_PIXELS pixels; False for the background: (n,) bool."""
-        large = self.pixels >= MIN_PIXELS
-        large[0] = False
-        return large
-
-    def box(self, component: int) -> Box:
-        """Return the bounding box of the component numbered `component`, in pixels of the window."""
-        x0, y0, x1, y1 = self.bounds[component].tolist()
-        return Box(x0, y0, x1, y1)
-
-
 def instance_map(
-    np_map: NDArray[np.uint8], h: NDArray[np.uint8], v: NDArray[np.uint8], constants: SobelConstants | None
+    np_map: NDArray[np.uint8], h: NDArray[np.uint8], v: NDArray[np.uint8], splitter: Splitter | None
 ) -> NDArray[np.int32]:
     """Return the instances (y, x) int32, 0 = background, of a window of stored maps (y, x) uint8 (see `MapLayout`).
 
-    Instances are numbered 1 … n. With `constants`, the maps count as zero outside of the window, so that a whole canvas
-    gives the same instances as any tiling of it. With None, the Sobel maps are normalised by their own extremes, and
-    the window's edge is treated as in the reference.
+    Instances are numbered 1 … n. With a `splitter`, the maps count as zero outside of the window, so that a whole
+    canvas gives the same instances as any tiling of it. With None, they are HoVerNet's with Sobel maps normalised by
+    their own extremes, and the window's edge is treated as in the reference.
     """
-    if constants is None:
+    if splitter is None:
         components = Components.of(np_map)
-        return split_components(h, v, components, components.large, SobelConstants.of_window(h, v))
-    np_map, h, v = (np.pad(plane, REACH) for plane in (np_map, h, v))
-    components = Components.of(np_map)
-    padded = split_components(h, v, components, components.large, constants)
+        return SobelConstants.of_window(h, v).split(np.stack([h, v]), components, components.large)
+    planes = np.pad(np.stack([h, v]), [(0, 0), (REACH, REACH), (REACH, REACH)])
+    components = Components.of(np.pad(np_map, REACH))
+    padded = splitter.split(planes, components, components.large, (-REACH, -REACH))
     return np.ascontiguousarray(padded[REACH:-REACH, REACH:-REACH])
-
-
-def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.int32]:
-    """Return the instances (y, x) int32 with at least `min_pixels` pixels, renumbered 1 … n in the order of their ids.
-
-    `instances` (y, x): 0 = background. Smaller instances become background.
-    """
-    large = np.bincount(instances.ravel()) >= min_pixels
-    large[0] = False
-    new_ids = np.where(large, np.cumsum(large), 0).astype(np.int32)
-    return new_ids[instances]
-
-
-def split_components(
-    h: NDArray[np.uint8],
-    v: NDArray[np.uint8],
-    components: Components,
-    chosen: NDArray[np.bool_],
-    constants: SobelConstants,
-) -> NDArray[np.int32]:
-    """Split the `chosen` (n,) components of a window into instances: (y, x) int32, 0 = background.
-
-    `h`, `v` (y, x): stored maps. A component with one marker becomes one instance (flooding from one marker fills its
-    component); a component without markers, or of fewer than MIN_PIXELS pixels, is dropped. Instances are numbered by
-    component, then by the first pixel of their marker. The result is exact for components at least REACH pixels from
-    the window's edge.
-    """
-    # All components that are large enough enter the energy: the blur reads diagonal neighbours.
-    large = components.large
-    signed = (np.ascontiguousarray(plane).view(np.int8) for plane in (h, v))
-    instances = _split(*signed, components.labels, components.bounds, large, chosen & large, *constants.scaling)
-    return np.asarray(instances, np.int32)
 
 
 @njit(cache=True, nogil=True)
@@ -189,7 +144,7 @@ def _split(
     scales: tuple[float, float],
     offsets: tuple[float, float],
 ) -> NDArray[np.int32]:
-    """Return the instances of the `chosen` components, as `split_components` does.
+    """Return the instances of the `chosen` components, as `SobelConstants.split` does.
 
     `bounds` (n, 4): bounding boxes of the components. `large` (n,): whether each is in the foreground of the energy.
     """
@@ -210,88 +165,3 @@ def _split(
                         instances[y, x] = numbered + (markers[y - y0, x - x0] if number > 1 else 1)
         numbered += number
     return instances
-
-
-@njit(cache=True, nogil=True)
-def _labelled(
-    np_map: NDArray[np.uint8], threshold: int
-) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    """Label the 4-connected components of the pixels ≥ `threshold`, run by run; return the fields of Components.
-
-    A run is joined to the runs that it touches in the row above. Joined runs are identified by the first of them, so
-    components are numbered by their first pixels in raster order, as OpenCV does.
-    """
-    height, width = np_map.shape
-    runs = _runs(np_map, threshold)
-    size = len(runs)
-    above = 0
-    for r in range(size):
-        y, x0, x1, _ = runs[r]
-        while runs[above, 0] < y - 1 or (runs[above, 0] == y - 1 and runs[above, 2] <= x0):
-            above += 1
-        touching = above
-        while runs[touching, 0] == y - 1 and runs[touching, 1] < x1:
-            a, b = _first_of(runs, r), _first_of(runs, touching)
-            runs[max(a, b), 3] = min(a, b)
-            touching += 1
-    labels = np.zeros((height, width), np.int32)
-    component_of_run = np.zeros(size, np.int64)
-    n = 1
-    for r in range(size):
-        if runs[r, 3] == r:
-            component_of_run[r] = n
-            n += 1
-        else:
-            component_of_run[r] = component_of_run[_first_of(runs, r)]
-    bounds = np.zeros((n, 4), np.int64)
-    pixels = np.zeros(n, np.int64)
-    bounds[1:, 0] = width
-    for r in range(size):
-        y, x0, x1, _ = runs[r]
-        i = component_of_run[r]
-        labels[y, x0:x1] = i
-        if pixels[i] == 0:
-            bounds[i, 1] = y
-        bounds[i, 0] = min(bounds[i, 0], x0)
-        bounds[i, 2] = max(bounds[i, 2], x1)
-        bounds[i, 3] = y + 1
-        pixels[i] += x1 - x0
-    return labels, bounds, pixels
-
-
-@njit(cache=True, nogil=True)
-def _runs(np_map: NDArray[np.uint8], threshold: int) -> NDArray[np.int64]:
-    """Return the horizontal runs (n, 4) of pixels ≥ `threshold`, in raster order: y, x0, x1, and the run's number."""
-    height, width = np_map.shape
-    limit = np.uint8(threshold)
-    size = 0
-    for y in range(height):
-        was_inside = False
-        for x in range(width):
-            inside = np_map[y, x] >= limit
-            size += inside and not was_inside
-            was_inside = inside
-    runs = np.empty((size, 4), np.int64)
-    size = 0
-    for y in range(height):
-        row = np_map[y]
-        x = 0
-        while x < width:
-            if row[x] < limit:
-                x += 1
-                continue
-            runs[size, 0], runs[size, 1], runs[size, 3] = y, x, size
-            while x < width and row[x] >= limit:
-                x += 1
-            runs[size, 2] = x
-            size += 1
-    return runs
-
-
-@njit(cache=True, nogil=True)
-def _first_of(runs: NDArray[np.int64], r: int) -> int:
-    """Return the first run of the component of run `r`. The links that lead to it are shortened."""
-    while runs[r, 3] != r:
-        runs[r, 3] = runs[runs[r, 3], 3]
-        r = runs[r, 3]
-    return r

@@ -14,7 +14,7 @@ from hover_batch.config import TissueSettings
 from hover_batch.geometry import Box, Grid, Mpp
 from hover_batch.model.images import predict_image
 from hover_batch.nuclei.image import nuclei_of
-from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.nuclei.systems import splitter_of
 from hover_batch.quality.flags import LIMITS
 from hover_batch.slide.pixel_size import USUAL_MPP
 from hover_batch.slide.reader import SlideReader, open_slide, whole_grid
@@ -124,7 +124,7 @@ def _trials(reader: SlideReader, mask: TissueMask, predictor: Predictor) -> list
         left, top = round(x / grid.scale_x) - FIELD // 2, round(y / grid.scale_y) - FIELD // 2
         field = Box(left, top, left + FIELD, top + FIELD).intersect(grid.size.box)
         maps = predict_image(predictor, reader.read(field, grid))
-        _, nuclei = nuclei_of(maps, SobelConstants.from_json(card.sobel), card.layout)
+        _, nuclei = nuclei_of(maps, splitter_of(card), card.layout)
         score, area = (float(np.mean(nuclei.seg_score)), float(np.median(nuclei.area_px))) if len(nuclei) else (0, 1)
         trials.append(Trial(mpp, len(nuclei), score, area * grid.mpp.x * grid.mpp.y))
     return trials

@@ -70,6 +70,11 @@ def calibrate(
         raise InputError(f"--check {check}: is the fold of the search, which proves nothing; give another fold")
     package = find_package(model, "package")
     check_pixel_size(package.card, f"package {model}")
+    if package.card.system != "hover":
+        raise InputError(
+            f"package {model}: has no Sobel constants, since its nuclei are found as by {package.card.system}; it can "
+            "be used as it is"
+        )
     read = {name: read_data(data, [name], source) for name in (fold, check)}
     samples = {name: fully_annotated(of_fold.samples) for name, of_fold in read.items()}
     if not samples[fold]:

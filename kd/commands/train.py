@@ -28,15 +28,16 @@ def train(
     model: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(SIDES)}: a U-Net student, or HoVerNet as a teacher, in its fast or original form.",
+            help=f"{', '.join(SIDES)}: a U-Net student; HoVerNet as a teacher, in its fast or original form; or "
+            "another system to compare with.",
             show_default="unet",
         ),
     ] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
-            help="Encoder of the U-Net, by its name in segmentation-models-pytorch: mit_b0 … mit_b3, or one of timm's "
-            "such as tu-resnet18.",
+            help="Encoder of the U-Net or DIST, by its name in segmentation-models-pytorch: mit_b0 … mit_b3, or one of "
+            "timm's such as tu-resnet18.",
             show_default=_PRESET,
         ),
     ] = None,
@@ -51,7 +52,7 @@ def train(
     width: Annotated[
         int | None,
         typer.Option(
-            help="Channels of HoVerNet's first convolution; 8 is small enough to train on a CPU.",
+            help="Channels of the first convolution of HoVerNet or Micro-Net; 8 is small enough to train on a CPU.",
             show_default="64, as published",
         ),
     ] = None,
@@ -78,7 +79,9 @@ def train(
     ] = None,
     size: Annotated[
         int | None,
-        typer.Option(help="Side of the crops in pixels of 0.25 µm.", show_default="256; hovernet-original: 270"),
+        typer.Option(
+            help="Side of the crops in pixels of 0.25 µm.", show_default="256; hovernet-original: 270; micronet: 252"
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Crops per step.", show_default="8; released: 64")] = None,
     steps: Annotated[

@@ -21,9 +21,10 @@ from hover_batch.config import PostSettings
 from hover_batch.errors import InputError
 from hover_batch.metrics import DETECTION_RADIUS_UM, match_centroids, mean_defined, panoptic_quality
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.components import without_debris
 from hover_batch.nuclei.image import instances_of
 from hover_batch.nuclei.markers import MARKER_ENERGY
-from hover_batch.nuclei.watershed import SobelConstants, without_debris
+from hover_batch.nuclei.watershed import SobelConstants
 from kd.data.datasets import MPP, Sample
 from kd.evaluation.evaluate import MapsOf, centroids_and_types
 from kd.evaluation.scores import plain

@@ -25,9 +25,9 @@ from hover_batch.metrics import (
     panoptic_quality,
 )
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.components import Splitter
 from hover_batch.nuclei.image import nuclei_of, types_by_id
 from hover_batch.nuclei.measure import Nuclei
-from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import Taxonomy
 from kd.data.datasets import Data, Sample
 from kd.evaluation.remap import Remap, remaps_of
@@ -44,7 +44,7 @@ MOST_DISTANCES = 10**8
 def evaluate(
     maps_of: MapsOf,
     samples: Iterable[Sample],
-    constants: SobelConstants | None,
+    splitter: Splitter | None,
     taxonomy: Taxonomy,
     *,
     min_area_px: int = PostSettings.min_area_px,
@@ -52,7 +52,7 @@ def evaluate(
 ) -> list[SourceScores]:
     """Return the scores of the maps that `maps_of` predicts, by source in the order of appearance.
 
-    `constants`: Sobel constants; None: scale by the extremes of each image, as HoVerNet's reference does. `taxonomy`:
+    `splitter`: post-processing of the maps; None: HoVerNet's with Sobel maps scaled by their extremes. `taxonomy`:
     classes of both the samples and the maps. `min_area_px`: drop predicted nuclei with fewer pixels. `shift`: applied
     to each sample before prediction. Raises InputError if an image has too many nuclei to pair (MOST_DISTANCES).
     """
@@ -60,7 +60,7 @@ def evaluate(
     layout = MapLayout(len(taxonomy.classes))
     for sample in samples:
         shifted = shift.apply(sample)
-        instances, nuclei = nuclei_of(maps_of(shifted.image), constants, layout, min_area_px)
+        instances, nuclei = nuclei_of(maps_of(shifted.image), splitter, layout, min_area_px)
         by_source.setdefault(sample.source, []).append(_score(shifted, instances, nuclei, taxonomy, shift.mpp))
     return [pooled(source, images, taxonomy) for source, images in by_source.items()]
 
@@ -68,7 +68,7 @@ def evaluate(
 def evaluate_data(
     maps_of: MapsOf,
     data: Data,
-    constants: SobelConstants | None,
+    splitter: Splitter | None,
     model: Taxonomy,
     *,
     min_area_px: int = PostSettings.min_area_px,
@@ -87,7 +87,7 @@ def evaluate_data(
         scores += evaluate(
             partial(_remapped, maps_of, remap),
             samples,
-            constants,
+            splitter,
             remap.taxonomy,
             min_area_px=min_area_px,
             shift=shift,

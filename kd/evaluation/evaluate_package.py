@@ -21,8 +21,9 @@ from hover_batch.model.heads import MapLayout
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import Package, find_package, load_network
 from hover_batch.model.predict import Predictor, load_predictor
+from hover_batch.nuclei.components import Splitter
 from hover_batch.nuclei.image import nuclei_of
-from hover_batch.nuclei.watershed import SobelConstants
+from hover_batch.nuclei.systems import splitter_of
 from kd.data.datasets import Data, read_data
 from kd.data.pixel_size import check_pixel_size
 from kd.evaluation.evaluate import MapsOf, evaluate_data
@@ -204,11 +205,11 @@ def evaluate_package(
     )
 
 
-def score_test_fold(predictor: Predictor, constants: SobelConstants, data: Path) -> dict[str, Any]:
+def score_test_fold(predictor: Predictor, splitter: Splitter | None, data: Path) -> dict[str, Any]:
     """Score a loaded network on the fold test of `data`; return JSON values by name.
 
     `sources` has the scores by source, as in `SourceScores.to_json`, and `leakage` is a list of {"text": sentence}
-    about images that the model has seen in training. `constants`: Sobel constants for post-processing. Raises
+    about images that the model has seen in training. `splitter`: its post-processing. Raises
     InputError if the data cannot be read, the fold has no images, the model is for another pixel size, it is not known
     which classes the data and the model have in common, or an image has too many nuclei to pair; PackageError if the
     card's record of the training is malformed.
@@ -218,7 +219,7 @@ def score_test_fold(predictor: Predictor, constants: SobelConstants, data: Path)
     annotated = read_data(data, [FOLD], None)
     if not annotated.samples:
         raise InputError(f"--truth {data}: has no image of the fold {FOLD}; give other annotated images")
-    scores = evaluate_data(lambda image: predict_image(predictor, image), annotated, constants, card.taxonomy)
+    scores = evaluate_data(lambda image: predict_image(predictor, image), annotated, splitter, card.taxonomy)
     return {
         "sources": {s.source: s.to_json() for s in scores},
         "leakage": [{"text": str(leak)} for leak in leaks(card, annotated.samples)],
@@ -250,11 +251,10 @@ class _Loaded:
     def shown(self) -> Shown:
         """Model as it is shown in the picture."""
         card = self.package.card
-        constants = SobelConstants.from_json(card.sobel) if self.post.sobel_norm == "fixed" else None
         return Shown(
             card.name,
             lambda image: predict_image(self.predictor, image),
-            constants,
+            splitter_of(card, self.post.sobel_norm),
             card.taxonomy,
             self.post.min_area_px,
         )
@@ -265,7 +265,7 @@ class _Loaded:
         what = f"{shown.name}, {shift.name}"
         self.notify(what)
         maps_of = _reporting(shown.maps_of, what, len(data.samples), self.notify)
-        return evaluate_data(maps_of, data, shown.constants, shown.taxonomy, min_area_px=shown.min_area_px, shift=shift)
+        return evaluate_data(maps_of, data, shown.splitter, shown.taxonomy, min_area_px=shown.min_area_px, shift=shift)
 
     def timed(self, network: nn.Module, data: Data) -> dict[str, Any]:
         """Return the times of the model (see `kd.evaluation.timing.timed`), of which `network` is the plain network."""
@@ -273,7 +273,7 @@ class _Loaded:
         layout = MapLayout(len(shown.taxonomy.classes))
 
         def nuclei(image: Image) -> object:
-            return nuclei_of(shown.maps_of(image), shown.constants, layout, shown.min_area_px)
+            return nuclei_of(shown.maps_of(image), shown.splitter, layout, shown.min_area_px)
 
         self.notify(f"{shown.name}, times")
         return timed(network, self.predictor, nuclei, [sample.image for sample in data.samples])

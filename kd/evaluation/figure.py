@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from hover_batch.config import PostSettings
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.components import Splitter
 from hover_batch.nuclei.image import nuclei_of, types_by_id
-from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import NUCLEI, Rgb, Taxonomy
 from kd.data.datasets import Data, Sample
 from kd.evaluation.evaluate import MapsOf
@@ -36,8 +36,8 @@ class Shown:
     """Title of its column."""
     maps_of: MapsOf
     """Function from an image to the model's stored maps (see `MapsOf`)."""
-    constants: SobelConstants | None
-    """Sobel constants; None to scale by the extremes of each image."""
+    splitter: Splitter | None
+    """Post-processing of its maps; None: HoVerNet's with Sobel maps scaled by the extremes of each image."""
     taxonomy: Taxonomy
     """Classes of the model."""
     min_area_px: int = PostSettings.min_area_px
@@ -95,7 +95,7 @@ def _predicted(sample: Sample, model: Shown, common: Remap) -> Sample:
     """Return the sample with predicted nuclei; without types if data and model have no classes in common."""
     maps = common.maps(model.maps_of(sample.image))
     layout = MapLayout(len(common.taxonomy.classes))
-    found, nuclei = nuclei_of(maps, model.constants, layout, model.min_area_px)
+    found, nuclei = nuclei_of(maps, model.splitter, layout, model.min_area_px)
     types = None
     if common.taxonomy is not NUCLEI:
         types = np.concatenate([np.zeros(1, np.uint8), types_by_id(found, nuclei)])[found]

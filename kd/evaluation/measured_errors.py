@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from hover_batch.formatting import counted
 from hover_batch.metrics import DETECTION_RADIUS_UM, match_as_hovernet
 from hover_batch.model.heads import MapLayout
+from hover_batch.nuclei.components import Splitter
 from hover_batch.nuclei.image import nuclei_of
-from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import Taxonomy
 from hover_batch.uncertainty import CALIBRATED, BetaScaling, Uncertainty
 from kd.data.classes import fully_annotated
@@ -47,17 +47,17 @@ class PairedImage:
 
 
 def paired_images(
-    maps_of: MapsOf, samples: Iterable[Sample], constants: SobelConstants, taxonomy: Taxonomy
+    maps_of: MapsOf, samples: Iterable[Sample], splitter: Splitter | None, taxonomy: Taxonomy
 ) -> list[PairedImage]:
     """Predict the images of `samples` with `maps_of`, and pair predicted with annotated nuclei.
 
-    `constants`: Sobel constants of the model. `taxonomy`: classes of both the model and the samples. Sources that do
+    `splitter`: post-processing of the model. `taxonomy`: classes of both the model and the samples. Sources that do
     not outline every nucleus are left out.
     """
     n_types = len(taxonomy.classes)
     paired = []
     for sample in fully_annotated(samples):
-        _, nuclei = nuclei_of(maps_of(sample.image), constants, MapLayout(n_types))
+        _, nuclei = nuclei_of(maps_of(sample.image), splitter, MapLayout(n_types))
         true_xy, true_types = centroids_and_types(sample, n_types)
         pairs = match_as_hovernet(
             true_xy, np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1), DETECTION_RADIUS_UM / MPP

@@ -93,6 +93,11 @@ def teach(
         raise InputError(f"--tta {tta}: must be 1, or {len(VIEWS)} for the rotations and flips of an image")
     package = find_package(teacher, "--teacher")
     check_pixel_size(package.card, f"--teacher {teacher}")
+    if package.card.system != "hover":
+        raise InputError(
+            f"--teacher {teacher}: is a network of {package.card.system}, from which students cannot be distilled; "
+            "give one with HoVerNet's outputs"
+        )
     teacher_taxonomy, data_taxonomy = package.card.taxonomy, taxonomy_of(data)
     if teacher_taxonomy.classes != data_taxonomy.classes:
         raise InputError(

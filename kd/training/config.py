@@ -23,8 +23,18 @@ STARTER_SHARES = {
 }
 """Relative number of crops from each source in the training of the starter."""
 
-SIDES = {"unet": (256, 64, 32, 0), "hovernet-fast": (256, 128, 8, 0), "hovernet-original": (270, 222, 8, 6)}
-"""Sides in pixels of a training crop, by model: (default, smallest, divisor, remainder of side ÷ divisor)."""
+SIDES = {
+    "unet": (256, 64, 32, 0),
+    "hovernet-fast": (256, 128, 8, 0),
+    "hovernet-original": (270, 222, 8, 6),
+    "dist": (256, 64, 32, 0),
+    "micronet": (252, 252, 0, 0),
+}
+"""Sides in pixels of a training crop, by model: (default, smallest, divisor, remainder of side ÷ divisor).
+With the divisor 0, the default alone is valid."""
+
+ENCODERS = ("unet", "dist")
+"""Models that have an encoder of segmentation-models-pytorch."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # This project's recipe, which takes hours on a CPU: the defaults of TrainConfig.
@@ -106,13 +116,13 @@ class TrainConfig:
     preset: str = "quick"
     """Name of the preset that gave the settings; recorded only."""
     model: str = "unet"
-    """unet: a student · hovernet-fast, hovernet-original: a teacher."""
+    """unet: a student · hovernet-fast, hovernet-original: a teacher · dist, micronet: other systems."""
     encoder: str = "mit_b0"
     """Encoder of the U-Net, by its name in segmentation-models-pytorch."""
     encoder_weights: str = "random"
     """Initial weights of the encoder: random, imagenet, or a file with a state dict."""
     width: int = 64
-    """Channels of HoVerNet's first convolution."""
+    """Channels of the first convolution of HoVerNet and Micro-Net."""
     init: Path | None = None
     """Package with the initial weights; it must have the same network and classes."""
     teacher: Path | None = None
@@ -207,7 +217,9 @@ class TrainConfig:
             raise InputError(f"--model {self.model}: unknown; give one of {', '.join(SIDES)}")
         default, smallest, multiple, excess = SIDES[self.model]
         object.__setattr__(self, "size", self.size or default)
-        if self.size % multiple != excess or self.size < smallest:
+        if not multiple and self.size != default:
+            raise InputError(f"--size {self.size}: must be {default} for {self.model}")
+        if multiple and (self.size % multiple != excess or self.size < smallest):
             more = f"{excess} more than " if excess else ""
             raise InputError(
                 f"--size {self.size}: must be {more}a multiple of {multiple}, at least {smallest}, for {self.model}"
@@ -226,7 +238,7 @@ class TrainConfig:
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < 1:
                 raise InputError(f"--{name.replace('_', '-')} {rate}: must be above 0 and below 1")
-        if self.encoder_lr is not None and self.model != "unet":
+        if self.encoder_lr is not None and self.model not in ENCODERS:
             raise InputError(f"--encoder-lr: {self.model} has no separate encoder rate; use --lr instead")
         if self.warmup is not None and self.warmup < 0:
             raise InputError(f"--warmup {self.warmup}: must not be negative")
@@ -249,6 +261,11 @@ class TrainConfig:
                 f"--alpha {self.alpha}: distils, which needs --teacher, a folder written by `hover-batch kd teach`; "
                 f"give it, or --alpha {alone} to train without a teacher"
             )
+        if self.teacher is not None and self.system != "hover":
+            raise InputError(
+                f"--teacher: {self.model} cannot be distilled from HoVerNet's outputs; leave --teacher out, or train "
+                "--model unet"
+            )
         if self.init is not None and self.encoder_weights not in ("random", "imagenet"):
             raise InputError(
                 "--encoder-weights: --init already contains the encoder's weights; give only one of the two"
@@ -270,6 +287,13 @@ class TrainConfig:
         if math.isnan(values.get("alpha", 0.0)):  # nan would select the default
             raise InputError("--alpha nan: must be a number from 0 to 1")
         return cls(preset=preset, **(PRESETS[preset] | values))
+
+    @property
+    def system(self) -> str:
+        """System of the model: a key of `hover_batch.model.heads.SYSTEMS`."""
+        from hover_batch.model.heads import SYSTEMS  # imports numpy, which --help does not need
+
+        return self.model if self.model in SYSTEMS else "hover"
 
     @property
     def loss_shares(self) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from kd.data.datasets import Sample, folds_of
 from kd.training.augment import LABEL_MARGIN, random_view
 from kd.training.config import TrainConfig
 from kd.training.losses import UNKNOWN, Targets
-from kd.training.targets import hv_targets
+from kd.training.systems import SYSTEMS
 
 OUTPUTS_CACHED = 32
 """Number of whole images whose teacher output a worker caches; 1000² pixels and 9 channels take 18 MB."""
@@ -130,6 +130,7 @@ class Crops(Dataset[tuple[Tensor, ...]]):
     ) -> None:
         self.samples, self.config, self.cut, self.n = samples, config, cut, n
         self.extra_seed: tuple[int, ...] = (1,) if validation else ()
+        self.planes_of = SYSTEMS[config.system].planes
         self.kind = "none" if validation else config.augmentation
         by_source = {source: [i for i, s in enumerate(samples) if s.source == source] for source in shares}
         self.indices = [indices for indices in by_source.values() if indices]
@@ -165,7 +166,7 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         item = (
             torch.from_numpy(view.image).permute(2, 0, 1),
             torch.from_numpy(nuclei),
-            torch.from_numpy(np.ascontiguousarray(_inner(hv_targets(view.instances), margin))),
+            torch.from_numpy(np.ascontiguousarray(_inner(self.planes_of(view.instances), margin))),
             torch.from_numpy(types),
         )
         if view.planes is None:

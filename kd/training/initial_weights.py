@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hover_batch.errors import InputError
+from hover_batch.model.architectures.dist import build_dist
 from hover_batch.model.architectures.hovernet import Form, HoVerNet, TeacherArch, build_teacher
+from hover_batch.model.architectures.micronet import build_micronet
 from hover_batch.model.architectures.unet import StudentArch, build_student
 from hover_batch.model.package import find_package, load_network
 from hover_batch.taxonomy import Taxonomy
-from kd.training.config import TrainConfig
+from kd.training.config import ENCODERS, TrainConfig
 from kd.training.efficientnet_lite import PACKAGES, imagenet_weights
 
 
@@ -24,8 +26,10 @@ def build_network(settings: Mapping[str, Any], n_types: int) -> nn.Module:
     `n_types`: number of classes, background included. Raises InputError if the encoder is unknown or does not fit a
     U-Net.
     """
-    if settings["model"] == "unet":
-        return _build_student(settings["encoder"], n_types)
+    if settings["model"] in ENCODERS:
+        return _build_unet(build_student if settings["model"] == "unet" else build_dist, settings["encoder"], n_types)
+    if settings["model"] == "micronet":
+        return build_micronet(n_types, settings["width"])
     form: Form = "fast" if settings["model"] == "hovernet-fast" else "original"
     return build_teacher(TeacherArch(form, n_types, settings["width"]))
 
@@ -45,7 +49,7 @@ def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module
     network = build_network(config.to_json(), len(taxonomy.classes))
     if config.init is not None:
         return network, _load_package(config.init, config, taxonomy, network)
-    if config.model == "unet" and config.encoder_weights != "random":
+    if config.model in ENCODERS and config.encoder_weights != "random":
         origin: dict[str, Any] = {}
         if config.encoder_weights != "imagenet":
             weights = _read(Path(config.encoder_weights))
@@ -58,9 +62,9 @@ def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module
     return network, {}
 
 
-def _build_student(encoder: str, n_types: int) -> nn.Module:
+def _build_unet(build: Callable[[StudentArch], nn.Module], encoder: str, n_types: int) -> nn.Module:
     try:
-        network = build_student(StudentArch(encoder, n_types))
+        network = build(StudentArch(encoder, n_types))
         with torch.inference_mode():
             side = network.eval()(torch.zeros(1, 3, 64, 96)).shape[2:]
     except (KeyError, ValueError, RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
@@ -80,7 +84,7 @@ def _build_student(encoder: str, n_types: int) -> nn.Module:
 def _load_package(init: Path, config: TrainConfig, taxonomy: Taxonomy, network: nn.Module) -> dict[str, Any]:
     package = find_package(str(init), "--init")
     card = package.card
-    encoder = config.encoder if config.model == "unet" else ""
+    encoder = config.encoder if config.model in ENCODERS else ""
     if (card.architecture, card.encoder, card.taxonomy.classes) != (config.model, encoder, taxonomy.classes):
         raise InputError(
             f"--init {init}: has another network ({f'{card.architecture} {card.encoder}'.rstrip()}) or other classes "

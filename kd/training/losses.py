@@ -30,7 +30,8 @@ class Targets:
     np: Tensor
     """(b, y, x) int64: 1 on nuclei, 0 on the background, UNKNOWN where nuclei are not annotated."""
     hv: Tensor
-    """(b, 2, y, x) float32: h and v in [-1, 1], 0 on the background; ignored where np is UNKNOWN."""
+    """(b, 2, y, x) float32: h and v in [-1, 1], 0 on the background; ignored where np is UNKNOWN. For other systems
+    what `kd.training.systems` says."""
     tp: Tensor
     """(b, y, x) int64: class ids, UNKNOWN where classes are not annotated."""
     teacher: Tensor | None = None
@@ -224,6 +225,7 @@ def _where(known: Tensor, planes: Tensor) -> Tensor:
 class Loss:
     """Loss of a configuration: L = α·L_student + (1 - α)·L_distill (HoVer-UNet eq. 1).
 
+    It is for networks with HoVerNet's branches; those of other systems are derived from it (`kd.training.systems`).
     In both parts, the terms of a branch are multiplied by the weight of the branch.
     """
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.model.heads import Heads
+from hover_batch.nuclei.systems import splitter
 from hover_batch.taxonomy import NUCLEI
 from kd.data.datasets import read_data
 from kd.panels import write_panel
@@ -24,10 +25,11 @@ from kd.training.config import TrainConfig
 from kd.training.crops import batches, open_teacher, source_shares, training_crops, validation_crops
 from kd.training.initial_weights import cut_of, starting_network
 from kd.training.logs import Log
-from kd.training.losses import BranchWeights, Loss
+from kd.training.losses import BranchWeights
 from kd.training.schedule import build_schedule
 from kd.training.state import State, record_of
-from kd.training.validate import examples, validate, validation_loss
+from kd.training.systems import SYSTEMS
+from kd.training.validate import TYPICAL, examples, validate, validation_loss
 
 PANELS = "panels"
 """Folder of the example pictures in the output folder, one per epoch."""
@@ -76,11 +78,12 @@ def train(config: TrainConfig) -> nn.Module:
     state = State(model, shipped, optimizer, build_schedule(config, optimizer, steps))
     record = record_of(taxonomy, samples, validation, teacher, origin)
     state.resume(config, record)
-    loss_of = Loss(Heads(len(taxonomy.classes)), config)
+    heads, loss_by = Heads(len(taxonomy.classes)), SYSTEMS[config.system].loss
+    loss_of = loss_by(heads, config)
     if config.class_weights:
         weights = class_weights(samples, len(taxonomy.classes), teacher, config.out)
-        loss_of = Loss(loss_of.heads, config, *(_branch_weights(w, device) for w in weights.values()))
-    log = Log(config.out)
+        loss_of = loss_by(heads, config, *(_branch_weights(w, device) for w in weights.values()))
+    log, system = Log(config.out), splitter(config.system, TYPICAL.to_json())
 
     def end_epoch(row: dict[str, float], whole: bool) -> None:
         """Validate, log, update the schedule and save.
@@ -91,8 +94,8 @@ def train(config: TrainConfig) -> nn.Module:
         validated = shipped if config.ema_decay else model.eval()
         if fixed_crops is not None:
             row["val_loss"] = validation_loss(validated, fixed_crops, loss_of, config.batch, device)
-            row |= validate(validated, validation, device, taxonomy)
-            picture = examples(validated, validation, device, taxonomy, teacher)
+            row |= validate(validated, validation, device, taxonomy, system)
+            picture = examples(validated, validation, device, taxonomy, teacher, system)
             write_panel(config.out / PANELS / f"epoch_{math.ceil(state.step / epoch_steps):04d}.jpg", picture)
         log.write(row)
         val_loss = row.get("val_loss", -math.inf)

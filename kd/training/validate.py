@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 
 from hover_batch.metrics import mean_defined
 from hover_batch.model.architectures.hovernet import HoVerNet
+from hover_batch.model.architectures.micronet import KEPT, MicroNet, by_tiles
+from hover_batch.model.architectures.micronet import SIDE as SIDE_OF_MICRONET
 from hover_batch.model.heads import MapLayout
 from hover_batch.model.predict import quantise
+from hover_batch.nuclei.components import Splitter
 from hover_batch.nuclei.image import instances_of
 from hover_batch.nuclei.watershed import SobelConstants
 from hover_batch.taxonomy import Taxonomy
@@ -57,22 +61,28 @@ def validation_loss(
     return float(torch.stack(losses).double().mean())
 
 
-def validate(model: nn.Module, samples: Sequence[Sample], device: torch.device, taxonomy: Taxonomy) -> dict[str, float]:
+def validate(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    device: torch.device,
+    taxonomy: Taxonomy,
+    splitter: Splitter = TYPICAL,
+) -> dict[str, float]:
     """Return scores from 0 to 1 by name, for the log: `val_pq_<source>`, `val_dice_<source>` and `val_f_d_<source>`.
 
     Sources with annotated types also have `val_f_c_<source>`, the mean F_c over the classes. Sources in PARTIAL have
     `val_recall_<source>` instead of PQ, Dice and F_d.
 
-    `model`: network in evaluation mode, on `device`. `samples`: validation images. `taxonomy`: classes of both. The
-    central SIDE × SIDE pixels of at most SCORED images per source are scored; smaller images are cropped to multiples
-    of 32 pixels. The network sees mirrored pixels around this part.
+    `model`: network in evaluation mode, on `device`. `samples`: validation images. `taxonomy`: classes of both.
+    `splitter`: post-processing. The central SIDE × SIDE pixels of at most SCORED images per source are scored; smaller
+    images are cropped to multiples of 32 pixels. The network sees mirrored pixels around this part.
     """
     maps_of = maps_by(model, device, taxonomy)
     chosen: list[Sample] = []
     for source in dict.fromkeys(s.source for s in samples):
         chosen += _spread([s for s in samples if s.source == source], SCORED)
     row: dict[str, float] = {}
-    for scores in evaluate(maps_of, [_central(s, SIDE) for s in chosen], TYPICAL, taxonomy):
+    for scores in evaluate(maps_of, [_central(s, SIDE) for s in chosen], splitter, taxonomy):
         names = ("recall",) if scores.source in PARTIAL else ("pq", "dice", "f_d")
         row |= {f"val_{name}_{scores.source}": getattr(scores, name) for name in names}
         if scores.f_c:
@@ -81,20 +91,25 @@ def validate(model: nn.Module, samples: Sequence[Sample], device: torch.device, 
 
 
 def examples(
-    model: nn.Module, samples: Sequence[Sample], device: torch.device, taxonomy: Taxonomy, teacher: Teacher | None
+    model: nn.Module,
+    samples: Sequence[Sample],
+    device: torch.device,
+    taxonomy: Taxonomy,
+    teacher: Teacher | None,
+    splitter: Splitter = TYPICAL,
 ) -> Image:
     """Return a picture (y, x, 3) uint8 RGB with one row for each of up to EXAMPLES images.
 
     Its columns are the centre of the image, its annotations, the teacher's prediction if there is a teacher, and the
     prediction of `model`, a network in evaluation mode on `device`. The images are evenly spaced in `samples`, which
-    must not be empty. `taxonomy`: classes of all of them. Raises InputError if a teacher's output is missing or
-    corrupted.
+    must not be empty. `taxonomy`: classes of all of them. `splitter`: post-processing. Raises InputError if a teacher's
+    output is missing or corrupted.
     """
     maps_of = maps_by(model, device, taxonomy)
     layout = MapLayout(len(taxonomy.classes))
 
     def drawn(image: Image, maps: NDArray[np.uint8]) -> Image:
-        found = instances_of(maps[[layout.NP, layout.H, layout.V]], TYPICAL)
+        found = instances_of(maps[[layout.NP, layout.H, layout.V]], splitter)
         return outlined(image, found, maps[layout.tp].argmax(0).astype(np.uint8), taxonomy)
 
     rows = []
@@ -117,6 +132,7 @@ def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsO
     be multiples of 32. The network sees mirrored pixels around them.
     """
     layout = MapLayout(len(taxonomy.classes))
+    forward = partial(by_tiles, model) if isinstance(model, MicroNet) else model
 
     @torch.inference_mode()
     def maps_of(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -124,7 +140,7 @@ def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsO
         mirrored = np.pad(image, [(margin, margin) for margin in margins] + [(0, 0)], mode="reflect")
         rgb, padded = (torch.from_numpy(a).to(device).permute(2, 0, 1).unsqueeze(0) for a in (image, mirrored))
         with torch.autocast(device.type, torch.bfloat16):
-            output = model(padded.float().div(255).contiguous(memory_format=torch.channels_last)).float()
+            output = forward(padded.float().div(255).contiguous(memory_format=torch.channels_last)).float()
         height, width = image.shape[:2]
         top, left = (output.shape[2] - height) // 2, (output.shape[3] - width) // 2
         return quantise(output[..., top : top + height, left : left + width], rgb, layout)[0].cpu().numpy()
@@ -134,6 +150,8 @@ def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsO
 
 def _margin(model: nn.Module, side: int) -> int:
     """Return the margin in pixels that the network needs around an image with this side, a multiple of 32 pixels."""
+    if isinstance(model, MicroNet):
+        return (SIDE_OF_MICRONET - KEPT + -side % KEPT) // 2
     if not isinstance(model, HoVerNet):
         return LABEL_MARGIN
     arch = model.arch

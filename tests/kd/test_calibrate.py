@@ -15,8 +15,9 @@ from hover_batch.errors import InputError
 from hover_batch.metrics import panoptic_quality
 from hover_batch.model.heads import MapLayout
 from hover_batch.model.package import find_package, save_with_card
+from hover_batch.nuclei.components import without_debris
 from hover_batch.nuclei.markers import MARKER_ENERGY
-from hover_batch.nuclei.watershed import SobelConstants, instance_map, without_debris
+from hover_batch.nuclei.watershed import SobelConstants, instance_map
 from hover_batch.taxonomy import CONSEP
 from kd.cli import kd_app
 from kd.data.datasets import Sample, read_data

@@ -13,11 +13,12 @@ from skimage.measure import label
 from skimage.segmentation import watershed
 from synthetic_maps import LAYOUT, random_canvas
 
+from hover_batch.nuclei.components import Components
 from hover_batch.nuclei.energy import HV_STEPS, energy_around, sobel_extremes
 from hover_batch.nuclei.flood import flood
 from hover_batch.nuclei.measure import measure
 from hover_batch.nuclei.outlines import _repaired, outlines
-from hover_batch.nuclei.watershed import Components, SobelConstants, split_components
+from hover_batch.nuclei.watershed import SobelConstants
 
 SIDES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
@@ -117,11 +118,11 @@ def test_all_components_together_equal_each_alone(seed: int) -> None:
     np_map, h, v = maps[LAYOUT.NP], maps[LAYOUT.H], maps[LAYOUT.V]
     constants = SobelConstants(-1.8e10, 1.3e10, -1.7e10, 1.3e10)
     components = Components.of(np_map)
-    together = split_components(h, v, components, components.large, constants)
+    together = constants.split(np.stack([h, v]), components, components.large)
     last = 0
     for component in np.flatnonzero(components.large):
         chosen = np.arange(len(components.large)) == component
-        alone = split_components(h, v, components, chosen, constants)
+        alone = constants.split(np.stack([h, v]), components, chosen)
         np.testing.assert_array_equal(
             np.where(alone > 0, alone + last, 0), np.where(components.labels == component, together, 0)
         )

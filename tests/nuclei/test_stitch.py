@@ -195,7 +195,7 @@ def loaded():
     return sorted((kernel.__name__, str(kernel.signatures)) for kernel in found)
 
 layout = MapLayout(5)
-load_kernels(layout)
+load_kernels(layout, SobelConstants(-1, 1, -1, 1))
 before = loaded()
 core = Box(0, 0, 400, 400)
 blobs = np.kron(np.random.default_rng(3).integers(0, 180, (layout.planes, 50, 50)), np.ones((8, 8)))

@@ -1,7 +1,8 @@
 """What an architecture says about its networks, so that nothing else in the program needs to know them.
 
 A network maps RGB in [0, 1], float (b, 3, y, x), to one tensor (b, channel, y, x) with the channels of
-`hover_batch.model.heads`: two logits of np, h and v, one logit per class. An architecture whose weights expect another
+`hover_batch.model.heads`: two logits of np, h and v, one logit per class. Systems other than HoVerNet's store something
+else in h and v. An architecture whose weights expect another
 scaling of the input, or give their channels in another order or after an activation, adapts them in its module. The
 output covers the centre of the input; it may be smaller by a margin.
 """
@@ -34,6 +35,8 @@ class Architecture(ABC):
 
     name: str
     """Name in cards."""
+    system: str = "hover"
+    """What its networks learn and how their output becomes nuclei: a key of `hover_batch.model.heads.SYSTEMS`."""
     tile: tuple[int, int] = (320, 256)
     """`tile_in` and `tile_out` in pixels of new packages. The margin of 32 px is one pixel of the features at 1/32."""
     batch: int = InferSettings.batch

@@ -1,0 +1,32 @@
+"""Splitters of the systems that cards name (see `hover_batch.model.heads.SYSTEMS`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from hover_batch.config import SobelNorm
+from hover_batch.model.card import Card
+from hover_batch.nuclei.components import Splitter
+from hover_batch.nuclei.dist import DynamicWatershed
+from hover_batch.nuclei.labels import WholeComponents
+from hover_batch.nuclei.watershed import SobelConstants
+
+_SPLITTERS: dict[str, Callable[[Mapping[str, float]], Splitter]] = {
+    "hover": SobelConstants.from_json,
+    "dist": lambda _: DynamicWatershed(),
+    "micronet": lambda _: WholeComponents(),
+}
+
+
+def splitter(system: str, sobel: Mapping[str, float]) -> Splitter:
+    """Return the post-processing of a system. `sobel`: Sobel constants as in cards, for those that need them."""
+    return _SPLITTERS[system](sobel)
+
+
+def splitter_of(card: Card, sobel_norm: SobelNorm = "fixed") -> Splitter | None:
+    """Return the post-processing of a model; None for HoVerNet's with Sobel maps normalised by each window's extremes.
+
+    InputError if such Sobel maps are wanted of a model that has none.
+    """
+    card.check_sobel_norm(sobel_norm)
+    return splitter(card.system, card.sobel) if sobel_norm == "fixed" else None

@@ -1,0 +1,137 @@
+"""Targets and losses of each system (see `hover_batch.model.heads.SYSTEMS`).
+
+HoVerNet's are in `targets.py` and `losses.py`. The comparisons of the HoVerNet paper gave DIST and Micro-Net classes by
+a softmax over all of them (vqdang/hover_net, `src/model`), which is done here, too. Crops whose classes are not
+annotated teach the other targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt, find_objects
+from torch import Tensor
+
+from hover_batch.model.heads import DISTANCE_PX, HV
+from kd.training.losses import UNKNOWN, Loss, Targets, weighted_ce
+from kd.training.targets import hv_targets
+
+GAP_WEIGHT, GAP_SIGMA = 10.0, 5.0
+"""w₀ and σ of the weights near gaps between nuclei, in pixels (Ronneberger et al. 2015, equation 2)."""
+AUXILIARY = 0.1
+"""Weight of each auxiliary output of Micro-Net. The paper divides by the number of the epoch, from 1 on."""
+
+Planes = Callable[[NDArray[np.int32]], NDArray[np.float32]]
+"""Function from instances (y, x) int32, values up to 0 = background, to what a system learns beside foreground and
+classes: (2, y, x) float32."""
+
+
+def distance_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Return the targets of DIST: the distance to the nucleus's edge / DISTANCE_PX, and zero; both 0 on the background.
+
+    The distance is that to the nearest pixel of something else, so the outermost pixels of a nucleus have 1 pixel.
+    """
+    planes = np.zeros((2, *instances.shape), np.float32)
+    for number, (rows, columns) in _boxes(instances):
+        own = np.pad(instances[rows, columns] == number, 1).astype(np.uint8)
+        distance = cv2.distanceTransform(own, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+        planes[0, rows, columns] += distance / DISTANCE_PX
+    return planes
+
+
+def gap_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Return the targets of Micro-Net: the weight of each pixel, and 1 in the gaps between nuclei that touch, else 0.
+
+    A gap is the pixels of a nucleus that touch another one; they count as background. The weight is 1, and near a gap
+    or between two nuclei 1 + w₀·exp(-(d₁ + d₂)² / 2σ²) on the background, with the distances in pixels to the nearest
+    two nuclei.
+    """
+    gap = np.zeros(instances.shape, bool)
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        touching = (instances[a] != instances[b]) & (instances[a] > 0) & (instances[b] > 0)
+        gap[a] |= touching
+        gap[b] |= touching
+    nuclei = np.where(gap, 0, instances)
+    nearest = np.full((2, *instances.shape), np.inf, np.float32)
+    reach = 3 * round(GAP_SIGMA)
+    for number, (rows, columns) in _boxes(nuclei):
+        y, x = (slice(max(0, s.start - reach), s.stop + reach) for s in (rows, columns))
+        distance = distance_transform_edt(nuclei[y, x] != number).astype(np.float32)
+        first, second = nearest[0, y, x], nearest[1, y, x]
+        np.minimum(second, np.maximum(first, distance), out=second)
+        np.minimum(first, distance, out=first)
+    weight = 1 + GAP_WEIGHT * np.exp(-(nearest.sum(0) ** 2) / (2 * GAP_SIGMA**2)) * (nuclei <= 0)
+    return np.stack([weight, gap]).astype(np.float32)
+
+
+def _boxes(instances: NDArray[np.int32]) -> list[tuple[int, tuple[slice, slice]]]:
+    """Return number and bounding box (rows, columns) of each instance."""
+    found = find_objects(np.maximum(instances, 0))
+    return [(number, (box[0], box[1])) for number, box in enumerate(found, start=1) if box is not None]
+
+
+class DistLoss(Loss):
+    """Loss of DIST: mean squared error of the distance in pixels, and cross-entropy of the classes."""
+
+    def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Return the terms hv_mse and tp_ce, and `loss` (see `Loss`)."""
+        terms = {}
+        known = targets.np != UNKNOWN
+        if known.any():
+            error = DISTANCE_PX * (output[:, HV] - targets.hv)[:, 0][known]
+            terms["hv_mse"] = (error * error).mean()
+        if (targets.tp != UNKNOWN).any():
+            terms["tp_ce"] = weighted_ce(output[:, self.heads.tp], targets.tp, self.student_weights.tp)
+        return terms | {"loss": self._sum(terms) + 0 * output.sum()}
+
+
+class MicroNetLoss(Loss):
+    """Loss of Micro-Net: weighted cross-entropy of the classes, of the output and, in training, the auxiliary ones."""
+
+    def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Return the terms tp_ce and, if `output` has auxiliary outputs, tp_aux, and `loss` (see `Loss`).
+
+        On pixels whose class is not annotated, a nucleus may have any class.
+        """
+        terms = {}
+        if (targets.np != UNKNOWN).any() or (targets.tp != UNKNOWN).any():
+            terms["tp_ce"] = self._cross_entropy(output[:, self.heads.tp], targets)
+            starts = range(self.heads.channels, output.shape[1], self.heads.n_types)
+            each = [self._cross_entropy(output[:, i : i + self.heads.n_types], targets) for i in starts]
+            if each:
+                terms["tp_aux"] = AUXILIARY * torch.stack(each).sum()
+        return terms | {"loss": self._sum(terms) + 0 * output.sum()}
+
+    def _cross_entropy(self, logits: Tensor, targets: Targets) -> Tensor:
+        log_p = logits.log_softmax(1)
+        weight, gap = targets.hv.unbind(1)
+        background = (gap > 0) | (targets.np == 0)
+        typed = (targets.tp > 0) & ~background
+        of_class = log_p.gather(1, targets.tp.clamp(min=0).unsqueeze(1)).squeeze(1)
+        of_nucleus = log_p[:, 1:].logsumexp(1)
+        log_likelihood = torch.where(background, log_p[:, 0], torch.where(typed, of_class, of_nucleus))
+        known = (targets.np != UNKNOWN) | (targets.tp != UNKNOWN)
+        return -(weight * log_likelihood)[known].sum() / weight[known].sum()
+
+
+@dataclass(frozen=True)
+class System:
+    """What a system learns, and how."""
+
+    planes: Planes
+    """Targets in the place of h and v."""
+    loss: type[Loss]
+    """Loss."""
+
+
+SYSTEMS = {
+    "hover": System(hv_targets, Loss),
+    "dist": System(distance_targets, DistLoss),
+    "micronet": System(gap_targets, MicroNetLoss),
+}
+"""System by its name in cards."""
