@@ -160,9 +160,9 @@ def segment(
         Any,
         setting(
             "--stop-at",
-            "Estimate the density of nuclei from random squares of each slide, until its 90 % interval is within ± "
-            "this percentage of it, such as 5%. Small or heterogeneous slides are processed whole. To complete the slides "
-            "later, repeat the command without this option (docs/numbers.md).",
+            "Estimate the density of nuclei from random squares of each slide, until its 90 % interval is within "
+            "± this percentage of it, such as 5%. Small or heterogeneous slides are processed whole. To complete the "
+            "slides later, repeat the command without this option (docs/numbers.md).",
             SAMPLE,
             "whole slides",
             parser=share,
