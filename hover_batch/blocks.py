@@ -18,14 +18,15 @@ READ_BLOCK = 1024
 """Side in inference pixels of a block that is read: large compared with the file's JPEG tiles, and small in memory."""
 
 ReadBlocks = Callable[[list[Box], Seconds], Iterable[NDArray[np.uint8]]]
-"""Function from boxes, in inference pixels, to their pixels, RGB (y, x, 3) uint8, in order. It adds its time to the
-stage `read` of the Seconds."""
+"""Function from boxes in inference pixels to their pixels, RGB (y, x, 3) uint8, in order. It adds the time that it
+takes to the stage `read` of the Seconds."""
 
 
 def block_reader(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
     """Return a function that reads blocks of an open slide in this process, each while the previous one is in use.
 
-    `reader`: None for stored maps, whose slide is not read; the function must not be called then.
+    `reader`: reader of the slide; None for stored maps, whose slide is not read: then the function must not be called.
+    `work`: the slide's grid. Errors of the reader propagate.
     """
 
     def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
@@ -50,10 +51,12 @@ def block_reader(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
 def batches(
     kept: Iterable[Box], margin: int, read: ReadBlocks, size: int, seconds: Seconds
 ) -> Iterator[tuple[list[Box], list[NDArray[np.uint8]]]]:
-    """Yield tiles in batches of `size`; the last may be smaller.
+    """Read tiles, and yield them in batches of `size`; the last batch may be smaller.
 
-    `kept`: boxes of the tiles without their margins, in inference pixels. A batch is such boxes, and the pixels of
-    their tiles, RGB (tile_in, tile_in, 3) uint8 each.
+    A batch has two lists of equal length: boxes from `kept`, and the pixels of their tiles with margins, RGB (tile_in,
+    tile_in, 3) uint8 each. Tiles that start in the same block of READ_BLOCK pixels are read together. `kept`: boxes of
+    the tiles without their margins, in inference pixels. `margin`: width of the margin in inference pixels. `read`:
+    reads the blocks; its errors propagate. `seconds`: passed to `read`, which adds its time.
     """
     boxes: list[Box] = []
     pixels: list[NDArray[np.uint8]] = []

@@ -139,10 +139,10 @@ class SampleSettings(Section):
     """Settings of an estimate from a part of each slide. They do not change the results of a whole slide."""
 
     stop_at: float = 0.0
-    """Share of the estimated density, such as 0.05, within which its interval must lie for a slide to end; 0 = process
-    whole slides."""
+    """Stop a slide when the interval of its density lies within ± this share of it, such as 0.05; 0 = process whole
+    slides."""
     of: str = "nuclei"
-    """Density that must be so precise: that of all nuclei, or of a class."""
+    """Density to which `stop_at` applies: `nuclei` for all nuclei, or the name of a class."""
     cluster: int = 1024
     """Side in inference pixels of the squares that are drawn."""
 

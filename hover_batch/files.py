@@ -251,6 +251,6 @@ def to_json(value: Any) -> bytes:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the hex SHA-256 of a file."""
+    """Return the SHA-256 of a file's content as 64 hex digits. OSError if it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""Estimate the density of a slide from clusters of it: which clusters are next, and what they show.
+"""Estimate the density of a slide from some of its clusters: choose the next clusters, and compute the estimate.
 
 A look is processed like a slide whose units are the clusters that are drawn up to it. If its interval is too wide, the
-next look adds clusters; after the last look, the whole slide is processed. Tiles that were predicted are used again.
+next look adds clusters; after the last look, the whole slide is processed. Tiles are not predicted twice.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ from hover_batch.slide_work import SlideWork, open_sampled_tiles, refuse_if_take
 PICTURE_SIDE = 2048
 """Longer side in pixels of the picture on which the stain of the clusters is measured."""
 _RED = 0
-"""Channel that hematoxylin absorbs, and eosin hardly does."""
+"""Channel that hematoxylin absorbs and eosin hardly absorbs."""
 
 
 def next_work(work: SlideWork, reader: SlideReader | None) -> SlideWork:
-    """Return what must be processed next: the clusters of a look, or the whole slide, which is `work` itself.
+    """Return the work to process next: the clusters of a look, or `work` itself, which is the whole slide.
 
-    `work`: the surveyed slide. `reader`: reader of the slide; None for stored maps, which are not sampled. Looks that
-    were taken and were not precise enough are skipped. The result depends on nothing else, so a run that was killed
-    goes on with the same clusters. Call it only while nothing writes to the slide. OSError if a file cannot be written.
+    Looks that are stored and not precise enough are skipped. The result depends only on the slide and these looks, so a
+    run that is resumed continues with the same clusters. `work`: the surveyed slide. `reader`: reader of the slide;
+    None for stored maps, which are not sampled. Call it only while nothing writes to the slide's results. OSError if a
+    file cannot be written.
     """
     if reader is None:
         return work
@@ -60,7 +61,7 @@ def next_work(work: SlideWork, reader: SlideReader | None) -> SlideWork:
 
 
 def _remove_corrupted(work: SlideWork) -> None:
-    """Remove corrupted tiles of clusters, before units of the whole slide take them over."""
+    """Remove corrupted tiles of clusters, because units of the whole slide will use the tiles."""
     layout = work.layout.sample
     if (store := open_sampled_tiles(work)) is None:
         return
@@ -75,7 +76,7 @@ def _remove_corrupted(work: SlideWork) -> None:
 
 
 def _is_too_wide(look: Mapping[str, Any] | None, settings: SampleSettings) -> bool:
-    """Return whether a look was taken, and its interval was too wide. `look`: content of its file."""
+    """Return whether the interval of a look was too wide. `look`: content of its file; None if there is none."""
     density = (look or {}).get("densities", {}).get(settings.of)
     return density is not None and not Density(**density).is_within(settings.stop_at)
 
@@ -83,7 +84,7 @@ def _is_too_wide(look: Mapping[str, Any] | None, settings: SampleSettings) -> bo
 def _at_look(
     look: int, work: SlideWork, clusters: tuple[Unit, ...], tissue_mm2: NDArray[np.float64], drawn: Draw
 ) -> SlideWork:
-    """Return the slide with the clusters that are drawn up to a look as its units."""
+    """Return the work on the clusters that are drawn up to a look: they are its units."""
     chosen = drawn.sample(look)
     sample = Sample(
         look=look,
@@ -97,7 +98,7 @@ def _at_look(
 
 
 def _drawn(work: SlideWork, clusters: tuple[Unit, ...], reader: SlideReader) -> tuple[NDArray[np.float64], Draw]:
-    """Return the tissue area in mm² of each cluster, (n,), and their random order; both are stored."""
+    """Return the tissue area in mm² of each cluster, (n,), and the draw; read them, or make and store them."""
     layout, side = work.layout.sample, work.settings.sample.cluster
     stored = read_json(layout.clusters_json)
     if stored is None or stored["side"] != side:
@@ -117,7 +118,7 @@ def _draw(work: SlideWork, clusters: tuple[Unit, ...], reader: SlideReader) -> d
     absorbed = -np.log10((picture.astype(np.float64) + 1) / 256)
     scale = canvas.width / picture.shape[1], canvas.height / picture.shape[0]
     stain = area_sums(absorbed, scale, clusters, work.grid, side) / np.maximum(tissue, 1)
-    # Other models draw the same clusters of a slide, and can be compared.
+    # The seed depends on the slide only, so that other models draw the same clusters and can be compared.
     seed = int(hashlib.sha256(work.info.fingerprint.encode()).hexdigest()[:8], 16)
     drawn = draw(tissue, stain, seed)
     rows = [
@@ -138,8 +139,9 @@ def finish(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dic
     """Finalize a whole slide, or estimate its density from the clusters of a look.
 
     Return the content of slide.json or estimate.json, which the caller writes; None if the density is not precise
-    enough, so that `next_work` has more to do. `seconds`: times of all earlier steps of the slide; those of this step
-    are added in place. Errors as in `hover_batch.pipeline.finalize`.
+    enough: then call `next_work` again. `work`: result of `next_work`, whose units are all done. `reader`: reader of
+    the slide; None for stored maps. `seconds`: times of all earlier steps of the slide; the time of this step is added
+    in place. Errors as in `hover_batch.pipeline.finalize`.
     """
     if work.sample is None or reader is None:
         return finalize(work, reader, seconds)
@@ -147,8 +149,10 @@ def finish(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dic
 
 
 def _finish_look(work: SlideWork, sample: Sample, reader: SlideReader, seconds: Seconds) -> dict[str, Any] | None:
-    """Estimate the densities. If the one asked for is precise enough, write the table of the clusters' nuclei,
-    tissue.geojson, the thumbnail and timings.json, and return the content of estimate.json; else None."""
+    """Estimate the densities, and return the content of estimate.json; None if the density `of` is not precise enough.
+
+    In the first case, also write the table of the clusters' nuclei, tissue.geojson, the thumbnail and timings.json.
+    """
     layout = work.layout.sample
     parts = [(unit.row, layout.part(unit.column, unit.row)) for unit in work.units]
     if unseen := [(unit.column, unit.row) for unit in work.units if not layout.part(unit.column, unit.row).exists()]:
@@ -187,7 +191,7 @@ def _finish_look(work: SlideWork, sample: Sample, reader: SlideReader, seconds: 
 
 
 def _densities(work: SlideWork, sample: Sample) -> dict[str, Density]:
-    """Return the estimated densities: `nuclei`, and each class by its name."""
+    """Return the estimated densities by name: `nuclei`, and each class."""
     classes = work.taxonomy.classes
     by_class = np.zeros((len(work.units), len(classes)), np.int64)
     for counts, unit in zip(by_class, work.units, strict=True):

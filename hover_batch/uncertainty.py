@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.9
 """Probability that an interval contains the true number."""
 CALIBRATED = ("seg_score", "type_prob")
-"""Columns of a table of nuclei that can be calibrated."""
+"""Columns of the table of nuclei that can be calibrated."""
 _EPSILON = 1e-6
-"""Distance from 0 and 1 at which probabilities are cut off, where their logarithms would be infinite."""
+"""Smallest distance of a probability from 0 and 1; closer ones are moved, so that logarithms are finite."""
 
 
 def calibrated_column(name: str) -> str:
-    """Return the name of the calibrated column beside the column `name`."""
+    """Return the name of the column with the calibrated values of the column `name`."""
     return f"{name}_calibrated"
 
 
@@ -32,7 +32,7 @@ class _Numbers:
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """Return what `to_json` gave as `data`. ValueError if it is malformed or a number is out of range."""
+        """Return the object whose `to_json` returned `data`. ValueError if `data` is malformed or out of range."""
         names = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # subclasses are dataclasses
         if not isinstance(data, Mapping) or sorted(data) != sorted(names):
             raise ValueError(f"must have the entries {', '.join(names)}")
@@ -53,7 +53,7 @@ class BetaScaling(_Numbers):
     """
 
     a: float
-    """Weight of ln p, at least 0, so that the order of nuclei stays."""
+    """Weight of ln p; at least 0, so that calibration does not change the order of nuclei."""
     b: float
     """Weight of -ln(1 - p), at least 0."""
     c: float
@@ -72,7 +72,7 @@ class BetaScaling(_Numbers):
 
 
 def log_odds_parts(p: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return ln p and -ln(1 - p), whose sum is logit(p), of probabilities of any shape; both are finite."""
+    """Return ln p and -ln(1 - p), whose sum is logit(p), for probabilities of any shape; both are finite."""
     import numpy as np
 
     inside = np.clip(np.asarray(p, np.float64), _EPSILON, 1 - _EPSILON)
@@ -81,19 +81,19 @@ def log_odds_parts(p: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArra
 
 @dataclass(frozen=True, kw_only=True)
 class CountError(_Numbers):
-    """Distribution of ln(true ÷ counted nuclei) of a slide from a new source: mean, and variance by origin.
+    """Distribution of ln(true ÷ counted nuclei) for a slide from a new source: mean, and variance by origin.
 
     ValueError if a variance is negative or `df` is below 1.
     """
 
     mean: float
-    """Mean over sources; e to this power corrects the count."""
+    """Mean over sources; multiply a count by exp(mean) to correct it."""
     mean_variance: float
     """Squared standard error of the mean."""
     source: float
     """Variance between sources: laboratory, stain, scanner, tissue. Slides of one source share it."""
     slide: float
-    """Variance between slides of a source. It does not become smaller with the area."""
+    """Variance between slides of a source. It does not decrease with the area."""
     field_mm2: float
     """Variance between fields of a slide × area of a field in mm²."""
     unpaired: float
@@ -106,7 +106,7 @@ class CountError(_Numbers):
             raise ValueError("variances must not be negative, and df must be at least 1")
 
     def own_variance(self, nuclei: int, tissue_mm2: float) -> float:
-        """Return the variance of one slide in its source: between slides, between fields, and Poisson.
+        """Return the variance of one slide within its source: between slides, between fields, and Poisson.
 
         `nuclei`: number of counted nuclei, above 0. `tissue_mm2`: area that was searched, above 0.
         """
@@ -117,9 +117,9 @@ class CountError(_Numbers):
     ) -> tuple[float, float] | None:
         """Return the prediction interval (low, high) of the true number of nuclei in `slides` of one new source.
 
-        `slides`: counted nuclei and mm² of tissue of each slide. The slides share the error of their source, and have
-        independent ones of their own. None if no nuclei were counted, or an area is 0 or unknown: then the error is
-        unknown, too.
+        `slides`: number of counted nuclei, and area of tissue in mm², of each slide. The slides share the error of
+        their source; their own errors are independent. `confidence`: probability, between 0 and 1, that the interval
+        contains the true number. None if no nuclei were counted, or the area of a slide with nuclei is 0 or unknown.
         """
         from scipy.special import stdtrit
 
@@ -138,19 +138,19 @@ class CountError(_Numbers):
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """Measured errors of a model. They hold for the post-processing that they were measured with: the defaults."""
+    """Measured errors of a model, valid only with the default post-processing, with which they were measured."""
 
     probabilities: Mapping[str, BetaScaling]
-    """Calibration of a column in CALIBRATED by its name. seg_score: the probability that the object is a nucleus;
-    type_prob: the probability that its class is right, if it is one."""
+    """Calibrations by the name of the column (see CALIBRATED). seg_score: probability that an object is a nucleus;
+    type_prob: probability that the class of a true nucleus is correct."""
     count: CountError | None
     """Error of the number of all nuclei; None if it was not measured."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return what `to_json` gave as `data`, which may come from an untrusted file.
+        """Return the object whose `to_json` returned `data`. ValueError if `data` is malformed.
 
-        ValueError if it is malformed.
+        `data` may come from an untrusted file.
         """
         probabilities = data.get("probabilities", {})
         if not data.keys() <= {"probabilities", "count"} or not isinstance(probabilities, Mapping):
@@ -163,7 +163,7 @@ class Uncertainty:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the errors as JSON values, without those that were not measured."""
+        """Return the errors as JSON values; those that were not measured have no entry."""
         values: dict[str, Any] = {}
         if self.probabilities:
             values["probabilities"] = {name: scaling.to_json() for name, scaling in self.probabilities.items()}

@@ -52,12 +52,12 @@ class Split:
 
     @property
     def name(self) -> str:
-        """Part of the name of a run, such as 1-2-3."""
+        """Name of the split, TRAIN-VAL-TEST, such as 1-2-3; it ends the names of the split's runs."""
         return f"{self.train}-{self.val}-{self.test}"
 
     @property
     def settings(self) -> dict[str, tuple[str, ...]]:
-        """Folds of the training, by the names of `TrainConfig`."""
+        """Folds to train and validate on, by the names of the fields of `TrainConfig`."""
         return {"train_folds": (self.train,), "val_folds": (self.val,)}
 
     @classmethod
@@ -223,7 +223,7 @@ def sweep(
 ) -> list[Ended]:
     """Do all runs that are not done, write `out`/sweep.csv, and return the outcome of every run, in order.
 
-    Interrupted runs are resumed, and failed ones tried again. A failed run does not stop the others. `gpus_per_run`:
+    Interrupted runs are resumed, and failed ones retried. A failed run does not stop the others. `gpus_per_run`:
     fraction of a GPU for each run, if there are GPUs. `engine`: settings of the backend. `notify` is called with lines
     of progress. Raises InputError if `out` cannot be created or the backend's resources are not available.
     """

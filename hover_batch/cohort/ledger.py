@@ -293,8 +293,9 @@ class Ledger:
     def record_failure(self, slide_id: str, row: int, path: Path | Url | str, stage: str, reason: str) -> None:
         """Record that a slide, or an invalid row, failed in `stage`, and log it; the slide no longer counts as done.
 
-        failures.csv is written only by `finish`. `slide_id`: id, or the row's name in messages. `path`: path or URL;
-        empty for an invalid row. `reason`: message for the user.
+        failures.csv is written only by `finish`. `slide_id`: id of the slide, or the name by which messages call an
+        invalid row. `row`: see `SlideRecord.row`. `path`: path or URL of the slide; empty for an invalid row. `reason`:
+        message for the user. OSError if the log cannot be written.
         """
         self._failures.append(SlideFailure(slide_id, row, str(path), stage, reason))
         self._done.discard(slide_id)

@@ -1,4 +1,4 @@
-"""`hover-batch cohort`: gather a run in a data set that can be asked questions."""
+"""`hover-batch cohort`: gather the nuclei of runs in a data set, and answer questions about it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hover_batch.commands.options import RunArgument, place
 from hover_batch.errors import UploadError
 
 BUILD = "build"
-"""Name of the command that adds a run, which need not be given."""
+"""Name of the command that adds a run; users may omit it."""
 
 
 class CohortGroup(TyperGroup):
-    """Group of commands on data sets. Arguments that do not begin with a command's name are those of `build`."""
+    """Group of commands on data sets. If the first argument is not the name of a command, `build` is run."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of the group, and put `build` before them if they name no command."""
@@ -27,12 +27,12 @@ class CohortGroup(TyperGroup):
 cohort_app = typer.Typer(
     cls=CohortGroup,
     no_args_is_help=True,
-    help="Gather the nuclei of runs in one data set, and ask it questions.\n\n"
+    help="Gather the nuclei of runs in one data set, and answer questions about it.\n\n"
     "A data set holds the nuclei of any number of slides, runs and models as GeoParquet, and a table of its slides. "
     "DuckDB, Polars, GeoPandas and pandas read it.\n\n"
-    "To add a run's slides, give its folder; `build` may be left out:\n\n"
+    "To add the slides of a run, give its folder; the name of the command, `build`, is optional:\n\n"
     "hover-batch cohort OUT -o DATASET\n\n"
-    "The folder of a run with the name of a command is written as ./NAME.",
+    "If the folder of a run has the name of a command, write it as ./NAME.",
 )
 
 
@@ -57,12 +57,12 @@ def build(
     """Add a run's finished slides to a data set.
 
     Prints the path of the data set. Repeat the command when the run has more slides: only new slides and slides that
-    were run again are read. The same data set may hold slides of several runs and models. The run's folder is not
-    changed, and not needed any more afterwards.
+    were run again are read. One data set may hold slides of several runs and models. The folder of the run is not
+    changed; the data set does not need it afterwards.
 
-    A command that was interrupted leaves a valid data set; repeat it to add the rest. Files for a bucket are first
-    written to a temporary folder, for which TMPDIR names another place. Let only one command at a time write to a
-    bucket.
+    If the command is interrupted, the data set remains valid; repeat the command to add the rest. Files for a bucket
+    are first written to a temporary folder (set TMPDIR for another place). Run only one command at a time that writes
+    to a bucket.
 
     Exit codes: 0 all slides are in the data set, 2 invalid input, 3 some slides were skipped or a bucket could not be
     reached, 4 all were skipped.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SHOWN = 20
 """Maximum number of slides in the table."""
 WIDTH = 110
-"""Smallest width of the table in characters."""
+"""Minimum width of the table in characters."""
 
 
 def _percentage(text: str) -> float:
@@ -34,10 +34,11 @@ def _percentage(text: str) -> float:
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run: the one to compare with.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another run on the same slides.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of the first run, the reference.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of the second run, on the same slides.")],
     endpoint: Annotated[
-        str, typer.Option("--of", metavar="nuclei|CLASS", help="What --tolerance checks: all nuclei, or one class.")
+        str,
+        typer.Option("--of", metavar="nuclei|CLASS", help="Density that --tolerance checks: of nuclei, or of a class."),
     ] = "nuclei",
     tolerance: Annotated[
         float | None,
@@ -67,11 +68,11 @@ def diff(
 ) -> None:
     """Compare the nuclei of two runs on the same slides, such as of two models, versions or settings.
 
-    Nuclei are matched one to one where their contours overlap with an IoU above 0.5. The table gives, for each slide,
-    the nuclei that are in both runs, in A only (vanished) and in B only (appeared), those with another class, and the
-    change of the density; the slides that differ most come first, and the cohort last.
+    Two nuclei match if the IoU of their contours is above 0.5. For each slide, the table gives the numbers of nuclei in
+    both runs, in A only (vanished), in B only (appeared) and with another class, and the change of the density. The
+    slides that differ most are first; the cohort is last.
 
-    Only the folders of the runs are read. The page shows pixels of slides that can still be opened.
+    The slides themselves are not needed; the --html page shows pixels of those that can still be opened.
 
     Exit codes: 0 compared, and within --tolerance and --min-matched if given; 2 invalid input, such as runs on
     different slides; 3 a slide or the cohort is outside these limits, a slide is done in one run only while limits are

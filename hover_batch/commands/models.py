@@ -45,9 +45,9 @@ def import_package(
     source: Annotated[
         str,
         typer.Argument(
-            help="Weights: hover_net's .tar, the .pth of tiatoolbox, HoVer-UNet, NuLite or CellViT, a package's "
-            ".safetensors, or with --channels any network's .onnx; given as a file, an https URL, or a name that "
-            "`models list` shows.",
+            help="Weights: hover_net's .tar, the .pth of tiatoolbox, HoVer-UNet, NuLite or CellViT, a package "
+            "(.safetensors), or with --channels an exported network (.onnx). A file, an https URL, or a name that "
+            "`models list` shows as importable by name.",
             show_default=False,
         ),
     ],
@@ -67,7 +67,8 @@ def import_package(
     channels: Annotated[
         Path | None,
         typer.Option(
-            help="TOML that says what an exported network (.onnx, or OpenVINO's .xml) takes and gives: docs/models.md.",
+            help="TOML file that describes input and channels of an exported network, .onnx or OpenVINO's .xml (see "
+            "docs/architectures.md).",
             show_default=False,
         ),
     ] = None,
@@ -75,8 +76,8 @@ def import_package(
         Path | None,
         typer.Option(
             "--calibrate",
-            help="Folder of annotated images with dataset.csv: calibrate the Sobel constants, which scale the maps in "
-            "post-processing, on its split val.",
+            help="Folder of annotated images with dataset.csv. Its split val is used to calibrate the Sobel constants, "
+            "which scale the maps in post-processing.",
             show_default="the starter's constants",
         ),
     ] = None,
@@ -85,9 +86,10 @@ def import_package(
         typer.Option(help="SHA-256 that the file must have.", show_default="the one of the first download"),
     ] = None,
 ) -> None:
-    """Convert published weights into a model package for `segment --model`.
+    """Convert a published or exported network into a model package for `segment --model`.
 
-    Names and URLs are downloaded. Examples: download a published HoVerNet and use it, or convert a checkpoint file.
+    Names and URLs are downloaded. Examples: download a published HoVerNet and use it; convert a checkpoint file; import
+    an exported network.
 
     hover-batch models import hovernet_fast-pannuke
 
@@ -114,7 +116,7 @@ def import_package(
     if is_exported != (channels is not None) or (is_exported and (kind is not None or "://" in source)):
         raise InputError(
             f"{source}: --channels FILE.toml describes an exported network, a local .onnx or .xml file; it is needed "
-            "for these, and for nothing else (see docs/models.md)"
+            "for these, and for nothing else (see docs/architectures.md)"
         )
     if is_package and (kind is not None or calibrate_on is not None):
         raise InputError(
@@ -219,12 +221,12 @@ def _refuse_another(target: Path, same: Callable[[Package], bool]) -> None:
 
 
 def list_packages(
-    folder: Annotated[Path, typer.Argument(help="Folder whose packages are listed, too.")] = Path("."),
+    folder: Annotated[Path, typer.Argument(help="Folder whose packages are also listed.")] = Path("."),
 ) -> None:
-    """List the packages that can be used, and the published models that can be imported.
+    """List the packages on this machine, and the published models that can be imported.
 
-    The packages are the starter and those in the cache and in FOLDER. The cost of a published model is the number of
-    multiply-accumulates for each pixel of a slide whose output is kept, counted here with the model's margins.
+    The packages are the starter, those in the cache, and those in FOLDER. The cost of a published model is its number
+    of multiply-accumulates (MACs) per kept pixel of a slide, which includes those on the margins of tiles.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name one that holds .safetensors files")
@@ -244,7 +246,7 @@ def list_packages(
         classes = ", ".join(c.name for c in kind.taxonomy.nuclei)
         typer.echo(f"  {name}: {f'{kind.architecture} {kind.encoders[0]}'.rstrip()}, {kind.taxonomy.name} ({how})")
         typer.echo(f"    {kind.mpp:g} µm; classes: {classes}; seams {_SEAMS[kind.seam_exact]}")
-        typer.echo(f"    {weights / 1e6:.1f} million weights; {cost / 1000:,.0f} thousand products for each kept pixel")
+        typer.echo(f"    {weights / 1e6:.1f} million weights; {cost / 1000:,.0f} thousand MACs per kept pixel")
         typer.echo(f"    source: {kind.source}; licence: {kind.licence}")
         typer.echo(f"    published scores: {kind.scores}")
 

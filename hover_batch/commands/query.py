@@ -1,4 +1,4 @@
-"""`hover-batch query`: ask a data set in SQL."""
+"""`hover-batch query`: query a data set in SQL."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JoinOption = Annotated[
 ]
 OnOption = Annotated[
     str,
-    typer.Option(metavar="COLUMN", help="Column of the slides and of the --join file by which they belong together."),
+    typer.Option(metavar="COLUMN", help="Column by which the slides and the --join file are joined."),
 ]
 OutputOption = Annotated[
     Path | None,
@@ -46,11 +46,11 @@ def query(
     on: OnOption = "patient_id",
     output: OutputOption = None,
 ) -> None:
-    """Ask a data set in SQL.
+    """Query a data set in SQL.
 
     The tables are `nuclei` (one row per nucleus), `slides` (one row per slide and model: patient, tissue, numbers,
-    flags) and, with --join, `clinical`. They belong together by slide_id and model. A query changes nothing, and reads
-    no other files.
+    flags) and, with --join, `clinical`. Join `nuclei` and `slides` by slide_id and model. A query cannot change the
+    data set, and cannot read or write other files.
 
     Examples: the columns of a table; the mean nucleus of each class; a table with survival.
 

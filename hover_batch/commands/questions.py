@@ -25,14 +25,14 @@ ByOption = Annotated[
     ),
 ]
 OnlyClassOption = Annotated[
-    str | None, typer.Option("--of", metavar="CLASS", help="Only this class of nuclei.", show_default="all")
+    str | None, typer.Option("--of", metavar="CLASS", help="Count only nuclei of this class.", show_default="all")
 ]
 ModelOption = Annotated[
     str | None, typer.Option(help="Model of the nuclei, if the data set holds several.", show_default="the only one")
 ]
 WithoutFlaggedOption = Annotated[bool, typer.Option("--without-flagged", help="Leave out slides with quality flags.")]
 ShowSqlOption = Annotated[
-    bool, typer.Option("--show-sql", help="Print the SQL, for `hover-batch query`, instead of asking.")
+    bool, typer.Option("--show-sql", help="Print the SQL for `hover-batch query` instead of running it.")
 ]
 
 
@@ -60,11 +60,11 @@ def counts(
     show_sql: ShowSqlOption = False,
     output: OutputOption = None,
 ) -> None:
-    """Count the nuclei of patients, groups or slides: number and density per mm² of tissue, by class.
+    """Count the nuclei of each patient, group or slide, by class: number, and density per mm² of tissue.
 
-    The density of a patient with several slides is the number of nuclei divided by the tissue, over all slides.
+    The density over several slides is the sum of their nuclei divided by the sum of their tissue.
 
-    The question in SQL, for one class:
+    The same in SQL, for one class:
 
     SELECT patient_id, sum(n_inflammatory) / sum(tissue_mm2) FROM slides GROUP BY patient_id
 
@@ -101,8 +101,8 @@ def near(
     `nuclei` is the number of nuclei of the class --of, `near` the number of those with a neighbour, and `share` their
     ratio. The slides are read one after the other.
 
-    The question in SQL is a join of the nuclei with those in the same or an adjacent cell of a grid, and a condition
-    on the distance. --show-sql prints it; with `query`, it gives the same answer, but reads all slides at once.
+    In SQL, this joins each nucleus with those in the same or an adjacent cell of a grid, and checks the distance.
+    --show-sql prints the query; `hover-batch query` gives the same answer with it, but reads all slides at once.
 
     Example:
 
@@ -132,16 +132,16 @@ def compare_groups(
 ) -> None:
     """Compare the densities of nuclei between groups of patients.
 
-    For each density it shows the medians of two groups, their difference, and Cliff's delta: 1 if all patients of the
-    second group have a higher density than all of the first, -1 if a lower one, 0 without a tendency. Intervals are
-    95 % bootstrap intervals over patients. Each group needs three patients.
+    The table shows, for each density, the medians of two groups, their difference, and Cliff's delta: 1 if all patients
+    of the second group have a higher density than all of the first, -1 if all have a lower one, 0 without a tendency.
+    Intervals are 95 % bootstrap intervals over patients. Each group needs at least three patients.
 
-    If the model's errors were measured, the difference of all nuclei has two more intervals, which also carry the error
-    of counts: if both groups are from one source (laboratory, stain, scanner, tissue), and if each has its own.
+    If the errors of the model were measured, the difference of all nuclei has two more intervals, which include the
+    error of counts: one for groups from one source (laboratory, stain, scanner, tissue), one for groups from two.
 
-    --show-sql prints the SQL of the densities by patient, from which these numbers follow.
+    --show-sql prints the SQL of the densities by patient, from which these numbers are computed.
 
-    Examples: groups of the cohort CSV, and those of a clinical table.
+    Examples: groups in the cohort CSV; groups in a clinical table.
 
     hover-batch cohort compare DATASET --by group
 

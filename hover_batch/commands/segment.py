@@ -160,9 +160,9 @@ def segment(
         Any,
         setting(
             "--stop-at",
-            "Estimate the density of each slide from random squares of it, and stop once its 90 % interval lies within "
-            "± this share, such as 5%. Slides that are too small or uneven are processed whole. The same command "
-            "without it completes the slides (docs/numbers.md).",
+            "Estimate the density of nuclei from random squares of each slide, until its 90 % interval is within "
+            "± this percentage of it, such as 5%. Small or heterogeneous slides are processed whole. To complete the "
+            "slides later, repeat the command without this option (docs/numbers.md).",
             SAMPLE,
             "whole slides",
             parser=share,
@@ -171,7 +171,7 @@ def segment(
     ] = None,
     of: Annotated[
         str | None,
-        setting("--of", "Density to which --stop-at applies: nuclei, or a class.", SAMPLE, metavar="nuclei|CLASS"),
+        setting("--of", "Density that --stop-at estimates: of nuclei, or of a class.", SAMPLE, metavar="nuclei|CLASS"),
     ] = None,
     discard_predictions: Annotated[
         bool | None,

@@ -1,4 +1,4 @@
-"""Files of a data set in a bucket as DuckDB reads them: only the ranges of bytes that a query needs."""
+"""File system with which DuckDB reads a data set in a bucket: only the ranges of bytes that a query needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NEVER = datetime(2000, 1, 1, tzinfo=UTC)
 class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
     """Read-only file system for `duckdb.DuckDBPyConnection.register_filesystem`, with paths `URL/name`.
 
-    Files of a data set never change, so that DuckDB may keep what it has read.
+    The files of a data set never change, so DuckDB may cache what it has read.
     """
 
     cachable = False
@@ -29,19 +29,19 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         self._size = lru_cache(None)(folder.size)
 
     def path(self, name: str) -> str:
-        """Return the path of a file by its name in the data set."""
+        """Return the path of the file with this name in the data set."""
         return f"{self._folder.url.text.rstrip('/')}/{name}"
 
     def name(self, path: str) -> str:
-        """Return the name of a file in the data set by its path."""
+        """Return the name in the data set of the file at `path`."""
         return path.removeprefix(self.path(""))
 
     def glob(self, path: str, **_: Any) -> list[str]:
-        """Return the path itself, even if it looks like a pattern."""
+        """Return only the path itself: the names of the data set's files are not patterns."""
         return [path]
 
     def unstrip_protocol(self, name: str) -> str:
-        """Return the path, which has its protocol."""
+        """Return the name unchanged, because it already has its protocol."""
         return name
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         return {"name": path, "size": self._size(self.name(path)), "type": "file"}
 
     def modified(self, path: str) -> datetime:
-        """Return the same time for all files."""
+        """Return the same time for all files, because they never change."""
         return _NEVER
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> _Ranges:
@@ -57,7 +57,7 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         return _Ranges(self, path, mode, cache_type="none", size=self._size(self.name(path)))
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
-        """Return the bytes from `start` to `end`, without the last."""
+        """Return the bytes from `start` up to, but without, `end`; None for the beginning or the end of the file."""
         return self._folder.read_range(self.name(path), start, end)
 
 

@@ -1,7 +1,7 @@
 """Data set in a bucket that is open for writing.
 
 New files are written to a temporary folder on disk, and uploaded before the slides.parquet that names them, which the
-storage replaces in one step. Storage has no locks, so a second writer is only noticed by what it has changed.
+storage replaces in one step. Storage has no locks, so a second writer is detected only by its changes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from hover_batch.dataset.slides import FIXED, named_files, parse_slides_table, r
 from hover_batch.errors import InputError
 
 KEPT_FOR = timedelta(days=1)
-"""Files that slides.parquet does not name are removed when they are older: another command may be uploading them."""
+"""Age above which files that slides.parquet does not name are removed; another command may be uploading newer ones."""
 
 
 def check_bucket(url: Url, flag: str) -> None:
-    """Check that a data set is in the bucket or can be made there. InputError otherwise."""
+    """Check that the bucket has a data set at `url`, or that one can be created. InputError if not.
+
+    `flag`: option or argument that the message names.
+    """
     folder = BucketFolder(url)
     folder.check_writable()
     _stored(folder, flag)
@@ -34,7 +37,7 @@ def check_bucket(url: Url, flag: str) -> None:
 
 @contextmanager
 def open_bucket(url: Url, flag: str) -> Iterator[BucketStorage]:
-    """Open or create the data set in a bucket. Errors as in `writer.open_writer`."""
+    """Open or create the data set in a bucket. Arguments as for `check_bucket`, errors as in `writer.open_writer`."""
     folder = BucketFolder(url)
     with tempfile.TemporaryDirectory(prefix="hover-batch-upload-") as staging:
         storage = BucketStorage(folder, DatasetLayout(Path(staging)), _stored(folder, flag))
@@ -43,7 +46,10 @@ def open_bucket(url: Url, flag: str) -> Iterator[BucketStorage]:
 
 
 def _stored(folder: BucketFolder, flag: str) -> bytes | None:
-    """Return slides.parquet; None if the folder is empty. InputError if it holds anything but a data set."""
+    """Return the content of slides.parquet; None if the folder is empty.
+
+    InputError if the folder holds anything else than a data set.
+    """
     content = retried(lambda: folder.read([SLIDES_PARQUET])).get(SLIDES_PARQUET)
     if content is None:
         refuse_other_files(folder.url, flag, retried(folder.names))
@@ -56,17 +62,17 @@ class BucketStorage:
     """Bucket with a data set that is open for writing (see `hover_batch.dataset.writer.Storage`)."""
 
     def __init__(self, folder: BucketFolder, layout: DatasetLayout, content: bytes | None) -> None:
-        """`layout`: paths in a temporary folder. `content`: slides.parquet; None to create the data set."""
+        """`layout`: paths in a temporary folder. `content`: that of slides.parquet; None to create the data set."""
         self._folder, self._layout, self._content = folder, layout, content
         self.where, self.root = folder.url, layout.root
-        if content is None:  # the first file, so that the folder counts as a data set from now on
+        if content is None:  # the first file, which marks the folder as a data set
             content = self._put_table(FIXED.empty_table())
         self.table = parse_slides_table(content, folder.url)
         self._files: set[str] = set()
-        """Files of the data set that exist."""
+        """Names of the files of the data set that exist."""
 
     def sweep(self) -> None:
-        """List the files, and remove those of nuclei that slides.parquet does not name and that are old enough."""
+        """List the files, and remove those of nuclei that are unnamed in slides.parquet and older than KEPT_FOR."""
         found, named = set(retried(self._folder.names)), named_files(self.table)
         self._files = found & named
         others = [name for name in found - named if name.startswith("nuclei/model=") and name.endswith(".parquet")]
@@ -74,11 +80,11 @@ class BucketStorage:
         self.remove([name for name in others if retried(partial(self._folder.modified, name)) < limit])
 
     def holds(self, names: Collection[str]) -> bool:
-        """Return whether all the files exist."""
+        """Return whether all these files exist. `names`: relative to the data set."""
         return self._files.issuperset(names)
 
     def fetch(self, names: Collection[str]) -> list[Path]:
-        """Copy files to the temporary folder, and return their paths. InputError if one is missing."""
+        """Copy files to the temporary folder, and return their paths, in order. InputError if one is missing."""
         paths = [self.root / name for name in names]
         for name, path in zip(names, paths, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +92,7 @@ class BucketStorage:
         return paths
 
     def add(self, names: Collection[str]) -> None:
-        """Upload files, and remove their local copies."""
+        """Upload files from the temporary folder, and remove them there. Files that the bucket has are skipped."""
         new = {name: self.root / name for name in names if name not in self._files}
         upload_tree(new, self._folder)
         self._files.update(new)
@@ -97,7 +103,7 @@ class BucketStorage:
         """Replace slides.parquet. InputError if another command has changed it."""
         if retried(lambda: self._folder.read([SLIDES_PARQUET])).get(SLIDES_PARQUET) != self._content:
             raise InputError(
-                f"{self.where}: another command has changed this data set; wait for its end, and repeat this one"
+                f"{self.where}: another command has changed this data set; wait until it ends, and repeat this one"
             )
         self._put_table(table)
 
@@ -110,7 +116,7 @@ class BucketStorage:
         return self._content
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove files and their local copies; it is no error if one does not exist."""
+        """Remove files and their local copies; files that do not exist are ignored."""
         retried(lambda: self._folder.remove(self._folder.entries(names)))
         self._files.difference_update(names)
         for name in names:

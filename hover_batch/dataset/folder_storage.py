@@ -17,7 +17,10 @@ from hover_batch.files import remove_leftovers
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Check that a data set is in the folder or can be made there; nothing is written. InputError otherwise."""
+    """Check, without writing, that the folder has a data set, or that one can be created. InputError if not.
+
+    `flag`: option or argument that the message names.
+    """
     layout = DatasetLayout(folder)
     if layout.slides_parquet.is_file():
         read_slides_table(folder, flag)
@@ -27,7 +30,10 @@ def check_folder(folder: Path, flag: str) -> None:
 
 @contextmanager
 def open_folder(folder: Path, flag: str) -> Iterator[FolderStorage]:
-    """Open or create the data set in a folder, which is locked for the block. Errors as in `writer.open_writer`."""
+    """Open or create the data set in a folder, and lock it for the block.
+
+    Arguments as for `check_folder`, errors as in `writer.open_writer`.
+    """
     check_folder(folder, flag)
     layout = DatasetLayout(folder)
     with ExitStack() as lock:
@@ -35,7 +41,7 @@ def open_folder(folder: Path, flag: str) -> Iterator[FolderStorage]:
             layout.root.mkdir(parents=True, exist_ok=True)
             lock.enter_context(locked(layout.lock, flag))
             if not layout.slides_parquet.is_file():
-                # The first file, so that the folder counts as a data set from now on.
+                # The first file, which marks the folder as a data set.
                 write_slides_table(layout, FIXED.empty_table())
             storage = FolderStorage(layout, read_slides_table(folder, flag))
             storage.sweep()
@@ -57,7 +63,7 @@ class FolderStorage:
         self.table = table
 
     def sweep(self) -> None:
-        """Remove files of nuclei that slides.parquet does not name, and temporary ones; a user's other files stay."""
+        """Remove temporary files, and files of nuclei that slides.parquet does not name. A user's other files stay."""
         remove_leftovers(self._layout.slides_parquet)
         named = {self.root / name for name in named_files(self.table)}
         for folder in self._layout.nuclei.glob("model=*"):
@@ -68,21 +74,21 @@ class FolderStorage:
                     path.unlink()
 
     def holds(self, names: Collection[str]) -> bool:
-        """Return whether all the files exist."""
+        """Return whether all these files exist. `names`: relative to the data set."""
         return all((self.root / name).is_file() for name in names)
 
     def fetch(self, names: Collection[str]) -> list[Path]:
-        """Return the paths of files."""
+        """Return the paths of files, in order."""
         return [self.root / name for name in names]
 
     def add(self, names: Collection[str]) -> None:
-        """Do nothing: the files were written in their place."""
+        """Do nothing, because the files were written to the data set's folder."""
 
     def replace_table(self, table: pa.Table) -> None:
         """Replace slides.parquet in one step. OSError if it cannot be written."""
         write_slides_table(self._layout, table)
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove files; it is no error if one does not exist."""
+        """Remove files; files that do not exist are ignored."""
         for name in names:
             (self.root / name).unlink(missing_ok=True)

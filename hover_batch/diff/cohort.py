@@ -94,7 +94,7 @@ class CohortDiff:
     slides: Sequence[SlideDiff]
     """Slides that are compared, those with the largest differences first."""
     missing: Sequence[Missing]
-    """Slides that are not."""
+    """Slides that are not compared."""
     patients: Mapping[str, str]
     """slide_id → patient; empty if the cohorts give no patients."""
     limits: Limits
@@ -118,12 +118,12 @@ class CohortDiff:
         return "patients" if self.patients else "slides"
 
     def mean_change(self, endpoint: str) -> MeanChange:
-        """Return the mean relative change of an endpoint."""
+        """Return the mean relative change over patients, or slides without a patient. `endpoint`: ALL or a class."""
         return MeanChange.of(self.slides, endpoint, self.patients)
 
     @property
     def confusion(self) -> Any:
-        """Confusion table of all slides together; None if no slide is compared."""
+        """Confusion table (`Confusion`) of all slides together; None if no slide is compared."""
         return reduce(add, (slide.confusion for slide in self.slides)) if self.slides else None
 
     @property

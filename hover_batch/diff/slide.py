@@ -36,7 +36,7 @@ class Change:
         return (self.second - self.first) / self.first if self.first else None
 
     def to_json(self) -> dict[str, float | None]:
-        """Return the values, their difference and the relative change."""
+        """Return `a`, `b`, their `difference` (B − A) and the `relative` change (None if undefined) as JSON values."""
         return {"a": self.first, "b": self.second, "difference": self.second - self.first, "relative": self.relative}
 
 
@@ -79,7 +79,7 @@ class Confusion:
         return Confusion(rows, columns, counts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return names and counts as JSON values."""
+        """Return `rows` and `columns`, names with NONE last, and `counts`, a list of rows, as JSON values."""
         return {"rows": [*self.rows, NONE], "columns": [*self.columns, NONE], "counts": self.counts.tolist()}
 
 
@@ -169,7 +169,7 @@ class SlideDiff:
 
     @property
     def matched(self) -> int:
-        """Number of pairs."""
+        """Number of pairs of a nucleus in A and its partner in B, whatever their classes."""
         return int(self.confusion.counts[:-1, :-1].sum())
 
     @property
@@ -180,11 +180,11 @@ class SlideDiff:
 
     @property
     def per_mm2(self) -> bool:
-        """Whether `change` gives densities: if both areas of tissue are known."""
+        """Whether `change` returns densities: True if both areas of tissue are known and not 0."""
         return all(self.tissue_mm2)
 
     def change(self, endpoint: str) -> Change:
-        """Return the change of an endpoint: ALL, or a class, of which a run without this class has none."""
+        """Return the change of an endpoint: ALL or the name of a class. A run without this class has 0 such nuclei."""
         table = self.confusion
         if endpoint == ALL:
             values = self.counts
@@ -202,7 +202,7 @@ class SlideDiff:
         return list(dict.fromkeys([ALL, *self.confusion.rows, *self.confusion.columns]))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the differences as JSON values by name."""
+        """Return the differences as JSON values by name: the entry of this slide in diff.json."""
         (a, b), matched = self.counts, self.matched
         return {
             "slide_id": self.slide_id,

@@ -252,7 +252,8 @@ def in_process_line(slides: Sequence[PlannedSlide]) -> str:
 def resource_lines(settings: Settings, card: Card, slides: Sequence[PlannedSlide]) -> list[str]:
     """Return lines of text about the resources that `segment` will use, as far as they are known without Ray or torch.
 
-    InputError if the settings request more than this machine has; the resources of a cluster are not checked.
+    `card`: card of the network. `slides`: slides of the cohort, whose tiles decide whether Ray is used. InputError
+    if the settings request more than this machine has; the resources of a cluster are not checked.
     """
     engine = settings.engine
     reason = [in_process_line(slides)] if runs_in_process(engine, slides) else []

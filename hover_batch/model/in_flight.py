@@ -38,7 +38,10 @@ class Pending(Protocol):
     span: tuple[float, float]
 
     def result(self) -> NDArray[np.uint8]:
-        """Wait for the maps (n, plane, tile_out, tile_out) uint8 and return them. Errors of the network propagate."""
+        """Wait for the maps, (n, plane, tile_out, tile_out) uint8, and return them.
+
+        Errors of the network propagate.
+        """
         ...
 
 
@@ -54,7 +57,7 @@ class Computed:
         self.span = started, time.time()
 
     def result(self) -> NDArray[np.uint8]:
-        """Return the maps."""
+        """Return the maps (n, plane, tile_out, tile_out) uint8."""
         return self._maps
 
 
@@ -65,17 +68,17 @@ class Step(Protocol):
     def seconds(self) -> float: ...
 
     def result(self) -> Tensor:
-        """Wait until it is done, and return its tensor. Errors of the work, and of its inputs, propagate."""
+        """Wait for the work, and return the tensor that it returned. Errors of the work and of its inputs propagate."""
         ...
 
 
 class Stream(Protocol):
-    """Queue of a device, which works in order, and at the same time as other streams."""
+    """Queue of a device: its work is done in order, and in parallel with that of other streams."""
 
     def run(self, work: Callable[..., Tensor], *inputs: Any) -> Step:
-        """Queue `work`, which is called with the tensors of the steps `inputs` once they are done. Do not wait.
+        """Queue `work`, and return its step without waiting.
 
-        Errors are raised by the result of the step.
+        `work` is called with the tensors of the steps `inputs` once they are done. `Step.result` raises its errors.
         """
         ...
 
@@ -93,10 +96,10 @@ class Streams:
 class InFlight:
     """Batch that a device uploads, computes and downloads while the caller goes on.
 
-    `tiles`: (n, tile_in, tile_in, 3) uint8 in memory from `streams.empty`, not to be changed any more. `shape`: that of
-    the maps. `upload`: copies tiles to the device. `compute`: turns tiles on the device into a flat uint8 tensor, the
-    maps and a last byte, which is 0 if they must be computed again. `again`: predicts tiles without streams, and
-    handles overflows and a lack of memory.
+    `tiles`: (n, tile_in, tile_in, 3) uint8 in memory from `streams.empty`, which the caller must not change. `shape`:
+    shape of the maps. `upload`: copies tiles to the device. `compute`: turns tiles on the device into a flat
+    uint8 tensor: the maps and a last byte, which is 0 if they must be computed again. `again`: predicts tiles without
+    streams, and handles overflows and a lack of memory.
     """
 
     def __init__(
@@ -120,7 +123,10 @@ class InFlight:
         self._downloaded = streams.download.run(download, self._computed)
 
     def result(self) -> NDArray[np.uint8]:
-        """Wait for the maps and return them. Errors of the network propagate."""
+        """Wait for the maps, (n, plane, tile_out, tile_out) uint8, and return them.
+
+        Errors of the network propagate.
+        """
         maps = self._maps()
         if maps is None:
             redone = self._again(self._tiles.numpy())
@@ -143,7 +149,10 @@ class InFlight:
 def in_flight(
     batches: Iterable[tuple[Key, Tiles]], submit: Callable[[Tiles], Pending]
 ) -> Iterator[tuple[Key, Pending]]:
-    """Submit batches, IN_FLIGHT of them ahead, and yield them in order, each with its key."""
+    """Submit batches, and yield them in order, each with its key; IN_FLIGHT of them are pending at a time.
+
+    `submit`: begins to predict a batch, as `Predictor.submit` does.
+    """
     waiting: deque[tuple[Key, Pending]] = deque()
     for key, tiles in batches:
         waiting.append((key, submit(tiles)))

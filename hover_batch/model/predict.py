@@ -95,10 +95,10 @@ class Predictor:
         return doubled(cuda_trial(compute, self.card.tile_in, self.device))
 
     def submit(self, tiles: Sequence[NDArray[np.uint8]]) -> Pending:
-        """Begin to predict up to `batch` tiles; the result is what `predict` returns. Threads take turns.
+        """Begin to predict at most `batch` tiles; `Pending.result` returns what `predict` would return.
 
-        `tiles`: RGB (tile_in, tile_in, 3) uint8 each. On a GPU it does not wait for the device, whose errors are raised
-        by the result.
+        `tiles`: RGB (tile_in, tile_in, 3) uint8 each. On a GPU, return without waiting for the device; errors of the
+        device are raised by `Pending.result`. Several threads may call this method; they take turns.
         """
         if self.streams is None:
             return self._in_turn(np.stack(tiles))

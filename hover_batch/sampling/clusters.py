@@ -1,4 +1,4 @@
-"""Clusters of a slide: the squares of tissue that are drawn at random, predicted and counted.
+"""Clusters of a slide: squares with tissue, from which random ones are drawn to be predicted and counted.
 
 They form a grid that starts at (0, 0). A nucleus is counted in the cluster that contains its anchor, so all clusters
 together count every nucleus of the slide once. To outline the nuclei at its edges, the tiles around a cluster are
@@ -17,14 +17,15 @@ from hover_batch.geometry import Box, Grid, Size, cell_box
 from hover_batch.slide.tiles import Unit
 
 HALO = 64
-"""Width in inference pixels of the context of a cluster: all tiles that meet it are predicted."""
+"""Width in inference pixels of the context around a cluster; all tiles that overlap it are predicted."""
 
 
 def clusters_of(units: Sequence[Unit], canvas: Size, side: int) -> tuple[Unit, ...]:
-    """Return the clusters that hold tiles of a slide's units, in raster order.
+    """Return the clusters that contain tiles of a slide's units, in raster order; empty if there are no tiles.
 
-    Each is a unit of work, at its place in the grid of clusters; its box and its tiles include the halo. `canvas`: size
-    in inference pixels. `side`: side of a cluster without its halo, a multiple of that of a tile.
+    Each cluster is a unit of work, whose column and row are those in the grid of clusters, and whose box and tiles
+    include the halo. `canvas`: size of the slide in inference pixels. `side`: side of a cluster in inference pixels,
+    without its halo; a multiple of the side of a tile.
     """
     planned = {cell for unit in units for cell in unit.tile_cells}
     if not planned:
@@ -43,10 +44,10 @@ def clusters_of(units: Sequence[Unit], canvas: Size, side: int) -> tuple[Unit, .
 def area_sums(
     picture: NDArray[np.generic], level0_per_pixel: Sequence[float], clusters: Sequence[Unit], grid: Grid, side: int
 ) -> NDArray[np.float64]:
-    """Return the integral of a picture over each cluster, in level-0 pixels: (n,).
+    """Return the integral of a picture over each cluster without its halo, (n,), with areas in level-0 pixels.
 
-    Pixels of the picture (y, x) on the border of a cluster count in part. `level0_per_pixel`: (x, y). `side`: side of a
-    cluster in inference pixels of `grid`.
+    `picture`: (y, x), which covers the slide. `level0_per_pixel`: size (x, y) of its pixels in level-0 pixels; a pixel
+    on the border of a cluster counts in part. `side`: side of a cluster in inference pixels of `grid`.
     """
     scale_x, scale_y = level0_per_pixel
     height, width = picture.shape

@@ -1,7 +1,7 @@
-"""Draw clusters at random: strata, the order in each of them, and the numbers at which the sample is looked at.
+"""Draw clusters at random: strata, a random order in each of them, and sample sizes.
 
-The sample of a look contains that of the look before. Within a stratum, each sample is a simple random one without
-replacement.
+A look is a point at which the sample is large enough to compute the estimate and decide whether to stop. The sample of
+a look contains that of the previous one. Within a stratum, each is a simple random sample without replacement.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 FRACTIONS = (0.05, 0.10, 0.20, 0.40)
-"""Shares of the clusters at which the sample is looked at. They are fixed before the first look, since the error of the
-intervals is divided among them."""
+"""Fractions of the clusters that are drawn at each look. They are fixed before the first look, because the error
+probability of the intervals is divided among the looks."""
 MIN_CLUSTERS = 20
 """Smallest sample: variances of fewer clusters are too uncertain."""
 BY_TISSUE, BY_STAIN = 2, 3
-"""Number of strata by tissue area, and of those by stain in each of them; all have the same number of clusters."""
+"""Number of parts by tissue area, and of strata by stain in each part. Strata differ by at most one cluster."""
 MIN_PER_STRATUM = 2
 """Smallest sample of a stratum, for its variance."""
 
@@ -34,16 +34,16 @@ class Draw:
 
     @property
     def looks(self) -> tuple[int, ...]:
-        """Numbers of clusters at which the sample is looked at; empty for a slide too small to be sampled."""
+        """Number of clusters to draw at each look; empty if the slide is too small to be sampled."""
         n = len(self.stratum)
         if FRACTIONS[-1] * n < MIN_CLUSTERS:
             return ()
         return tuple(sorted({max(MIN_CLUSTERS, math.ceil(share * n)) for share in FRACTIONS}))
 
     def sample(self, look: int) -> NDArray[np.int64]:
-        """Return the indices of the clusters of a look, sorted. `look`: its index in `looks`.
+        """Return the indices (k,) of the clusters of a look, in ascending order. `look`: its index in `looks`.
 
-        They are slightly more than `looks` says, since each stratum's share is rounded up.
+        There may be slightly more than `looks` states, because the number of each stratum is rounded up.
         """
         sizes = np.bincount(self.stratum)
         wanted = np.ceil(self.looks[look] * sizes / len(self.stratum))
@@ -51,9 +51,10 @@ class Draw:
 
 
 def draw(tissue: NDArray[np.float64], stain: NDArray[np.float64], seed: int) -> Draw:
-    """Divide clusters into strata by their tissue area and stain, each (n,), and put each stratum in random order.
+    """Divide clusters into strata by tissue area and stain, and put each stratum in random order.
 
-    `seed`: seed of the random numbers.
+    `tissue`, `stain`: values of each cluster, (n,), in any unit; only their order matters. `seed`: seed of the random
+    numbers; the same arguments give the same result.
     """
     stratum = np.zeros(len(tissue), np.int64)
     by_tissue = np.array_split(np.argsort(tissue, kind="stable"), BY_TISSUE)

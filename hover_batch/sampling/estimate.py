@@ -1,10 +1,10 @@
 """Estimate a density from a stratified random sample of clusters.
 
 The density is the combined ratio estimator of the number of nuclei per tissue area (Cochran, Sampling Techniques, 3rd
-ed. 1977, 6.11), its variance the usual linearisation with finite-population correction, and its interval that of
-Student's t with as many degrees of freedom as there are clusters beyond one per stratum. The error ERROR is divided
-equally among the looks (Bonferroni), so the interval at which a slide ends contains the density of the whole slide in
-at least 90 % of all draws, whatever ended it.
+ed. 1977, 6.11). Its variance is the usual linearisation with finite-population correction. Its interval is that of
+Student's t; the degrees of freedom are the number of clusters minus the number of strata. The error probability ERROR
+is divided equally among the looks (Bonferroni), so the last interval contains the density of the whole slide in at
+least 90 % of all draws, whichever look is the last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scipy.stats import t
 MIN_CLUSTERS_WITH = 10
 """Smallest number of clusters with nuclei for an interval: with fewer, counts are too skewed for Student's t."""
 ERROR = 0.10
-"""Highest probability that the interval at which a slide ends does not contain the density of the whole slide."""
+"""Largest probability that the final interval of a slide does not contain the density of the whole slide."""
 
 
 @dataclass(frozen=True)
@@ -34,33 +34,37 @@ class Density:
     """Upper end of the interval; None as for `low`."""
 
     def is_within(self, share: float) -> bool:
-        """Return whether there is an interval, and it lies within ± `share` of the estimate."""
+        """Return whether the interval lies within ± `share` of the estimate (0.05: 5 %); False without an interval."""
         return self.high is not None and self.high - self.per_mm2 <= share * self.per_mm2
 
     def to_json(self) -> dict[str, float | None]:
-        """Return the numbers by name, as JSON values."""
+        """Return the fields by name, as JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Clusters of a slide that were drawn up to a look."""
+    """Clusters of a slide that are drawn up to a look (see `hover_batch.sampling.draw`)."""
 
     look: int
     """Number of the look, from 0."""
     looks: int
-    """Number of looks among which the error is divided."""
+    """Number of looks, among which the error probability is divided."""
     tissue_mm2: NDArray[np.float64]
     """Tissue area of each cluster of the sample: (n,)."""
     stratum: NDArray[np.int64]
-    """Stratum of each of them: (n,), from 0. Each stratum has at least two."""
+    """Stratum of each cluster of the sample: (n,), from 0. Each stratum has at least two of them."""
     clusters: NDArray[np.int64]
-    """Number of all clusters of the slide in each stratum."""
+    """Number of all clusters of the slide in each stratum: (stratum,)."""
     tiles: int
     """Number of tiles of the whole slide."""
 
     def density(self, counts: NDArray[np.integer]) -> Density:
-        """Return the density on the whole slide. `counts`: number of nuclei in each cluster of the sample, (n,)."""
+        """Return the estimated density of the whole slide.
+
+        `counts`: number of nuclei in each cluster of the sample, (n,). The interval is None if fewer than
+        MIN_CLUSTERS_WITH clusters have nuclei.
+        """
         drawn = np.bincount(self.stratum, minlength=len(self.clusters))
         weight = (self.clusters / drawn)[self.stratum]
         area = float(weight @ self.tissue_mm2)

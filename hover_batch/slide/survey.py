@@ -24,8 +24,8 @@ from hover_batch.slide.tissue import TissueMask
 def write_survey(path: Path, info: SlideInfo, mask: TissueMask) -> None:
     """Write a slide's properties and its tissue mask to `path` (survey.json), atomically.
 
-    The mask is stored as lengths of runs of equal pixels in raster order; the first run, of length 0 if need be, is
-    background. OSError if the file cannot be written.
+    The mask is stored as lengths of runs of equal pixels in raster order. The first run is background; its length is
+    0 if the first pixel is tissue. OSError if the file cannot be written.
     """
     flat = mask.array.ravel()
     changes = np.flatnonzero(np.diff(flat, prepend=False))

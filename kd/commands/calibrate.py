@@ -1,4 +1,4 @@
-"""`kd calibrate`: model package and annotated images → the package with the best Sobel constants."""
+"""`kd calibrate`: find the best Sobel constants of a model package, and measure its errors, on annotated images."""
 
 from __future__ import annotations
 
@@ -35,18 +35,20 @@ def calibrate(
     check: Annotated[str, typer.Option(help="Fold on which the result is checked.")] = "test",
     threads: Annotated[int, typer.Option(help="Threads of the network on the CPU; 0 = all cores.")] = 0,
 ) -> None:
-    """Find the best Sobel constants and measure the errors, and write a copy of the package; the weights do not change.
+    """Find the best Sobel constants and measure the errors of a model; write both to a copy of its package.
 
-    HoVerNet's post-processing scales the Sobel maps of h and v by their minimum and maximum in each image. This tool
+    HoVerNet's post-processing scales the Sobel maps of h and v by their minimum and maximum in each image. hover-batch
     uses four constants instead (--sobel-norm fixed), so that nuclei do not depend on how a slide is tiled.
 
     Prints PQ, F_d and the ratio of predicted to annotated nuclei for both folds, compared with HoVerNet's normalisation
     (`window`). Also prints whether other values of HoVerNet's nucleus threshold, Sobel kernel or opening would improve
     PQ on both folds.
 
-    It also measures the errors of the model on these images: how often a predicted nucleus is one and its class is
-    right, for the calibrated columns of tables, and how the number of nuclei differs from the annotated one, for the
-    intervals in summaries. Prints by source how well both hold for the two folds.
+    The errors are fitted on --fold and tested on --check: how often a predicted nucleus is a true one, and its class
+    correct, for the calibrated columns of tables; and by how much the number of predicted nuclei differs from that of
+    annotated ones, for the intervals in summaries (docs/bars.md). Results are printed by source for both folds.
+
+    Example:
 
     hover-batch kd calibrate student.safetensors --data annotated.zarr -o calibrated.safetensors
     """
@@ -115,7 +117,7 @@ def calibrate(
     typer.echo("measuring errors", err=True)
     compared = samples
     if read[fold].taxonomy != package.card.taxonomy:
-        typer.echo("note: the classes of the data are not the model's, so those of nuclei are not calibrated", err=True)
+        typer.echo("note: the classes of the data are not the model's, so type_prob is not calibrated", err=True)
         compared = {name: [dataclasses.replace(s, types=None) for s in images] for name, images in samples.items()}
     paired = {
         name: paired_images(

@@ -1,4 +1,4 @@
-"""`kd evaluate`: model package and annotated images → scores as a table, JSON and a picture."""
+"""`kd evaluate`: score a model package on annotated images; write a table, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ def evaluate(
         bool,
         typer.Option(
             "--time",
-            help="Measure times as in arXiv 2311.12553, each the median of three: per patch, of the network alone on a "
-            "batch of 16; and of a tile of 1000² pixels, network and post-processing, if an image is as large.",
+            help="Also measure times as in arXiv 2311.12553, each the median of three runs: seconds per patch of the "
+            "network alone, in batches of 16, and seconds of network and post-processing for a tile of 1000² pixels, "
+            "if an image is that large.",
         ),
     ] = False,
     threads: Annotated[int, typer.Option(help="Threads of the network on the CPU; 0 = all cores.")] = 0,

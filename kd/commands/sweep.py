@@ -1,4 +1,4 @@
-"""`kd sweep`: encoders × α × T × seeds → a trained and scored student for each combination, and one table."""
+"""`kd sweep`: train and score a student for each combination of encoder, α, T, seed and split, and write one table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kd.sweep import Ended
 
 REQUIRED = ("data", "out", "preset")
-"""Options of `kd train` with a value in any case."""
+"""Options of `kd train` that always have a value."""
 OWN = (*REQUIRED, "encoder", "alpha", "temperature", "seed", "teacher", "threads")
 """Options of `kd train` that the sweep sets for each run."""
 
@@ -73,10 +73,12 @@ def sweep(
 ) -> None:
     """Train and score a student for every combination of --encoder, --alpha, --temperature, --seed and --split.
 
-    Interrupt it at any time: the same command skips finished runs and resumes the others. A failed run does not stop
-    the others. The scores of all runs are written to sweep.csv in OUT.
+    It can be interrupted at any time: the same command skips finished runs and resumes the others. A failed run does
+    not stop the others. The scores of all runs are written to sweep.csv in OUT.
 
     Exit codes: 0 all runs done, 3 some runs failed, 4 all runs failed.
+
+    Examples: two values of α; the three splits of PanNuke, without a teacher.
 
     hover-batch kd sweep --data annotated/ --teacher taught/ -o runs/ --alpha 0 --alpha 0.5 -- --steps 900
 

@@ -115,11 +115,12 @@ def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] 
 
 
 def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
-    """Return the constants with the best mean PQ among the cuts whose mean F_d is within F_D_MARGIN of the best F_d.
+    """Try each cut, and return the constants of the best one, with the scores of all.
 
-    `predicted`: result of `predict_all`, not empty. `cuts`: cuts to try, at least one; if several are equally good, the
-    lowest is chosen. Raises InputError if there are neither annotated nor predicted nuclei, because PQ is then
-    undefined.
+    The best cut has the highest mean PQ of those whose mean F_d is at most F_D_MARGIN below the highest F_d; if several
+    are equally good, it is the lowest. `predicted`: result of `predict_all`, not empty. `cuts`: cuts to try, at least
+    one, as multiples of the median minimum (see the module). Raises InputError if there are neither annotated nor
+    predicted nuclei, because PQ is then undefined.
     """
     median_extremes = medians([SobelConstants.of_window(h, v) for _, (_, h, v) in predicted])
     window = trial(predicted, None, None)

@@ -1,14 +1,15 @@
-"""Fit the error of counts: the ratio of true to predicted numbers of nuclei, by source, slide and field.
+"""Fit the error of counts: the distribution of the ratio true ÷ predicted nuclei over sources, slides and fields.
 
 For image i of slide j of source s, ln((true + ½) ÷ (predicted + ½)) = mean + source_s + slide_j + field_i + noise_i:
 
-- source and slide have one variance each, since images of one laboratory, and of one slide, err alike;
-- the field's variance is inversely proportional to the image's area, as for a mean over independent fields;
-- noise is that of the missed and false nuclei, whose numbers are taken as Poisson: it is
+- source and slide have one variance each, because images of one laboratory, and of one slide, have similar errors;
+- the variance of the field is inversely proportional to the area of the image, as for a mean over independent fields;
+- the noise comes from missed and false nuclei, whose numbers are assumed to be Poisson distributed; its variance is
   (missed + false) ÷ (true · predicted).
 
-The variances are estimated by restricted maximum likelihood (REML), so that few sources do not make them too small. A
-new slide is predicted with Student's t distribution with (sources - 1) degrees of freedom (Higgins et al. 2009).
+The variances are estimated by restricted maximum likelihood (REML), which does not underestimate them if there are few
+sources. For a new slide, the interval uses Student's t distribution with (sources - 1) degrees of freedom (Higgins et
+al. 2009).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from scipy.optimize import minimize
 from hover_batch.uncertainty import CountError
 
 MIN_SOURCES = 3
-"""Smallest number of sources; with two, the 90 % interval would be a factor of 6.3 standard deviations wide."""
+"""Smallest number of sources; with two, the 90 % interval would extend 6.3 standard deviations to each side."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +35,24 @@ class CountedImage:
     source: str
     """Source of the image."""
     slide: str
-    """Slide or patient; unique in its source."""
+    """Slide or patient; unique within its source."""
     true: int
-    """Annotated nuclei."""
+    """Number of annotated nuclei."""
     predicted: int
-    """Predicted nuclei."""
+    """Number of predicted nuclei."""
     paired: int
-    """Pairs of both."""
+    """Number of pairs of an annotated and a predicted nucleus."""
     mm2: float
     """Area in mm²."""
 
     @property
     def log_ratio(self) -> float:
-        """ln(true ÷ predicted), each increased by ½, so that it is finite."""
+        """ln(true ÷ predicted); ½ is added to both numbers, so that it is finite."""
         return math.log((self.true + 0.5) / (self.predicted + 0.5))
 
     @property
     def noise(self) -> float:
-        """Poisson variance of `log_ratio`: that of the nuclei which only one side has, as the others cancel."""
+        """Poisson variance of `log_ratio`, from the unpaired nuclei only, because paired ones cancel."""
         unpaired = self.true + self.predicted - 2 * self.paired
         return (unpaired + 1) / ((self.true + 0.5) * (self.predicted + 0.5))
 
@@ -64,9 +65,10 @@ class CountedImage:
 def fit_count_error(images: Sequence[CountedImage]) -> CountError | None:
     """Return the error of counts in `images`, in which all nuclei are annotated; None with fewer than MIN_SOURCES.
 
-    Without several images of a slide, fields cannot be told from slides: then all variance is that of slides, which
-    does not shrink with the area. If the estimate for sources is zero, they could not be told from slides, since there
-    are few of both: then the variance of slides is taken as that of sources, which does not shrink with their number.
+    If no slide has several images, the variances of fields and slides cannot be separated: then all of it counts as
+    variance of slides, which does not decrease with the area. If the estimated variance of sources is zero, sources and
+    slides could not be separated: then the variance of slides counts as that of sources, which does not decrease with
+    the number of slides.
     """
     images = [image for image in images if image.true or image.predicted]
     sources = list(dict.fromkeys(image.source for image in images))
@@ -114,13 +116,13 @@ def fit_count_error(images: Sequence[CountedImage]) -> CountError | None:
 
 
 def _same(labels: Iterable[object]) -> NDArray[np.float64]:
-    """Return (n, n) float64: 1 where two images have the same label, else 0."""
+    """Return (n, n) float64: 1 where the labels of two images are equal, else 0. `labels`: one for each image."""
     _, index = np.unique([str(label) for label in labels], return_inverse=True)
     return np.asarray(index[:, None] == index, np.float64)
 
 
 def _unpaired(images: Sequence[CountedImage]) -> float:
-    """Return the number of missed and false nuclei per predicted nucleus, mean over sources."""
+    """Return the number of missed and false nuclei per predicted nucleus, averaged over sources."""
     by_source: dict[str, NDArray[np.int64]] = {}
     for image in images:
         numbers = np.array([image.true + image.predicted - 2 * image.paired, image.predicted])

@@ -1,4 +1,4 @@
-"""Calibrate probabilities, so that they mean frequencies, and measure how well they do."""
+"""Calibrate probabilities, so that they agree with frequencies, and measure how well they agree."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from scipy.special import expit
 from hover_batch.uncertainty import BetaScaling, log_odds_parts
 
 MIN_NUCLEI = 200
-"""Smallest number of nuclei, and MIN_EACH of both outcomes, to which a calibration is fitted."""
+"""Smallest number of nuclei to which a calibration is fitted."""
 MIN_EACH = 20
+"""Smallest number of nuclei with each of the two outcomes."""
 BINS = 10
-"""Number of bins with equally many nuclei in a reliability diagram."""
+"""Number of bins in a reliability diagram; all have the same number of nuclei."""
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Probabilities of predicted nuclei in images of one source, and whether they came true."""
+    """Probabilities and outcomes of predicted nuclei in the images of one source."""
 
     source: str
     """Source of the images."""
     images: int
     """Number of images."""
     probability: NDArray[np.float64]
-    """(n,): predicted probabilities."""
+    """Predicted probability of each nucleus: (n,)."""
     outcome: NDArray[np.bool_]
-    """(n,): whether the object is a nucleus, or its class is right."""
+    """Whether each object is a nucleus, or its class is correct: (n,)."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class Reliability:
     nuclei: int
     """Number of nuclei."""
     ece: float
-    """Expected calibration error: mean distance of probability and frequency over the bins; NaN without nuclei."""
+    """Expected calibration error: mean difference of probability and frequency over the bins; NaN without nuclei."""
     predicted: tuple[float, ...]
     """Mean probability in each bin."""
     observed: tuple[float, ...]
     """Frequency in each bin."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values, with three decimals, so that cards stay small."""
+        """Return the fields as JSON values, rounded so that cards stay small; NaN becomes None."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {
             name: [round(v, 3) for v in value] if isinstance(value, list) else value for name, value in values.items()
@@ -58,9 +59,9 @@ class Reliability:
 
 
 def reliability(outcomes: Outcomes, scaling: BetaScaling | None = None) -> Reliability:
-    """Return the reliability diagram of the probabilities; `scaling`: after this calibration.
+    """Return the reliability diagram of the probabilities, after the calibration `scaling` if it is given.
 
-    The bins hold equally many nuclei (Nguyen & O'Connor 2015), so that no bin is decided by a few of them.
+    The bins have equal numbers of nuclei (Nguyen & O'Connor 2015), so that no bin depends on a few of them.
     """
     p = outcomes.probability if scaling is None else scaling.apply(outcomes.probability)
     order = np.argsort(p, kind="stable")
@@ -73,10 +74,10 @@ def reliability(outcomes: Outcomes, scaling: BetaScaling | None = None) -> Relia
 
 
 def fit_scaling(sources: Sequence[Outcomes]) -> BetaScaling | None:
-    """Return the beta calibration with the highest likelihood, in which each source has the same weight.
+    """Return the beta calibration with the highest likelihood.
 
-    So one source with many nuclei does not decide for the others. None if there are fewer than MIN_NUCLEI nuclei, or
-    fewer than MIN_EACH of one outcome.
+    Each source has the same weight, so that one with many nuclei does not dominate the others. None if there are fewer
+    than MIN_NUCLEI nuclei, or fewer than MIN_EACH with one of the outcomes.
     """
     sources = [source for source in sources if len(source.outcome)]
     outcome = np.concatenate([source.outcome for source in sources] or [np.zeros(0, bool)])

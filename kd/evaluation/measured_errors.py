@@ -1,7 +1,7 @@
-"""Measure the errors of a model on annotated images, for its card: how often it is right, and how well it counts.
+"""Measure the errors of a model on annotated images, for its card: those of its probabilities and of its counts.
 
-Predicted and annotated nuclei are paired as HoVerNet's reference does (`match_as_hovernet`). Images of sources that do
-not outline every nucleus cannot say whether a prediction is false, so they are not used; types are those of the others.
+Predicted and annotated nuclei are paired as in HoVerNet's reference (`match_as_hovernet`). Sources that do not outline
+every nucleus are not used, not even for types, because their images do not show whether a predicted nucleus is false.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kd.evaluation.evaluate import MapsOf, centroids_and_types
 from kd.evaluation.frequencies import Outcomes, fit_scaling, reliability
 
 MIN_IMAGES = 20
-"""Number of images below which results of a source are called few: they say little about other images."""
+"""Smallest number of images for a calibration; notes mark sources with fewer, which say little about other images."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class PairedImage:
     count: CountedImage
     """Numbers of nuclei."""
     seg_score: NDArray[np.float64]
-    """(n,): score of each predicted nucleus."""
+    """Score of each predicted nucleus: (n,)."""
     is_nucleus: NDArray[np.bool_]
-    """(n,): whether it is paired."""
+    """Whether each predicted nucleus is paired: (n,)."""
     type_prob: NDArray[np.float64]
-    """(m,): probability of the class of each paired nucleus whose annotation has a class; empty without types."""
+    """Probability of the predicted class of each paired nucleus with an annotated class: (m,); empty without types."""
     is_class: NDArray[np.bool_]
-    """(m,): whether that class is right."""
+    """Whether the predicted class of each of these is correct: (m,)."""
 
 
 def paired_images(
@@ -51,8 +51,8 @@ def paired_images(
 ) -> list[PairedImage]:
     """Predict the images of `samples` with `maps_of`, and pair predicted with annotated nuclei.
 
-    `splitter`: post-processing of the model. `taxonomy`: classes of both the model and the samples. Sources that do
-    not outline every nucleus are left out.
+    `splitter`: post-processing of the model. `taxonomy`: classes of both the model and the samples. Samples of sources
+    that do not outline every nucleus are left out.
     """
     n_types = len(taxonomy.classes)
     paired = []
@@ -84,15 +84,15 @@ def paired_images(
 
 
 def fit_scalings(images: Sequence[PairedImage]) -> dict[str, BetaScaling]:
-    """Return the calibration of each column in CALIBRATED for which `images` have enough nuclei, by its name."""
+    """Return the calibrations by column, for the columns in CALIBRATED with enough nuclei (see `fit_scaling`)."""
     scalings = {name: fit_scaling(_outcomes(images, name)) for name in CALIBRATED}
     return {name: scaling for name, scaling in scalings.items() if scaling}
 
 
 def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
-    """Return the errors that `images` support, for the card.
+    """Return the errors for the card, as far as there are enough images.
 
-    A calibration needs MIN_IMAGES images with nuclei, since nuclei of one image are alike; intervals of counts need
+    A calibration needs MIN_IMAGES images with nuclei, because nuclei of one image are similar; intervals of counts need
     MIN_SOURCES sources.
     """
     used = {name: sum(o.images for o in _outcomes(images, name)) for name in CALIBRATED}
@@ -103,11 +103,12 @@ def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
 
 
 def evidence(fitted_on: Sequence[PairedImage], folds: Mapping[str, Sequence[PairedImage]]) -> dict[str, Any]:
-    """Return how well what is fitted on the images `fitted_on` holds for others, as JSON values for the card's metrics.
+    """Fit the errors on the images `fitted_on`, and test them on others; return JSON values for the card's metrics.
 
-    `folds`: images by fold. For each fold, source and column there are the reliability diagrams before and after the
-    calibration, also of one that has too few images for the card. `covered` is the number of images whose true count
-    is in the interval, and `of` the number of images with an interval.
+    `folds`: images to test on, by fold. The values are nested by fold, source and column: the reliability diagrams
+    `before` and `after` the calibration, which is fitted even if there are too few images for the card. By fold and
+    source, `images` is the number of images, `covered` the number of those whose true count is in the interval, and
+    `of` the number of those with an interval.
     """
     scalings, error = fit_scalings(fitted_on), fit_count_error([image.count for image in fitted_on])
     by_fold: dict[str, Any] = {}
@@ -128,7 +129,7 @@ def evidence(fitted_on: Sequence[PairedImage], folds: Mapping[str, Sequence[Pair
 
 
 def notes(fitted: Uncertainty, by_fold: Mapping[str, Any]) -> list[str]:
-    """Return lines for users: what was not measured, and by source whether the calibration holds.
+    """Return lines for users: what was not measured, and whether the calibration improves each source.
 
     `by_fold`: result of `evidence`.
     """
@@ -154,7 +155,7 @@ def notes(fitted: Uncertainty, by_fold: Mapping[str, Any]) -> list[str]:
 
 
 def _outcomes(images: Sequence[PairedImage], column: str) -> list[Outcomes]:
-    """Return the outcomes of a column in CALIBRATED by source, without sources that have none."""
+    """Return the outcomes of a column in CALIBRATED, one for each source that has any."""
     found = []
     for source in dict.fromkeys(image.count.source for image in images):
         own = [image for image in images if image.count.source == source]

@@ -1,4 +1,4 @@
-"""Measure the time that a model takes, as arXiv 2311.12553 states it: by patch, and by tile of its Table 3."""
+"""Measure the time that a model takes, as in arXiv 2311.12553: per patch, and per tile as in its Table 3."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hover_batch.model.predict import Predictor
 from hover_batch.model.prepare import on_device
 
 TILE = 1000
-"""Side in pixels of the timed tile: that of CoNSeP's images."""
+"""Side in pixels of the timed tile, which is that of CoNSeP's images."""
 RUNS = 3
-"""Number of times that each measurement is made; its median counts."""
+"""Number of times that each time is measured; the median is returned."""
 
 
 def timed(
@@ -31,14 +31,15 @@ def timed(
     """Return the times of a model and the hardware, as JSON values by name.
 
     - `seconds_per_patch`: the network alone, in float32 (see `hover_batch.model.cost.seconds_per_patch`);
-    - `seconds_per_tile`: from a tile of TILE² pixels in memory to its nuclei: the network as on slides, with the
-      margins of its tiles, and post-processing. None if no image is large enough;
+    - `seconds_per_tile`: from a tile of TILE² pixels in memory to its nuclei, that is the network, run as on slides
+      with margins around its tiles, and post-processing. None if no image is large enough;
     - `tile_runs`: the seconds of each run, of which `seconds_per_tile` is the median;
     - `timed_on`: the device, and the precision and runtime of the tile.
 
-    `nuclei_of`: function from an image (y, x, 3) uint8 RGB to its nuclei, which uses `predictor` and has been called
-    before, so that everything is loaded and compiled. `images`: images (y, x, 3) uint8 RGB; the tile is the corner of
-    the first one that is large enough. Use the times only to compare models on one idle machine.
+    `network`: network with the weights of the model. `predictor`: its predictor, which gives the device. `nuclei_of`:
+    function from an image (y, x, 3) uint8 RGB to its nuclei; it uses `predictor` and has been called before, so that
+    everything is loaded and compiled. `images`: images (y, x, 3) uint8 RGB; the tile is the upper left corner of the
+    first one that is large enough. Use the times only to compare models on one idle machine.
     """
     on_its_device = on_device(network, predictor.device)
     patch = statistics.median(seconds_per_patch(on_its_device, predictor.card) for _ in range(RUNS))

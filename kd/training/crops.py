@@ -55,12 +55,12 @@ class Teacher(Protocol):
         """Number of rotated and flipped views of an image over which each output is averaged; 1 for no averaging."""
 
     def covers(self, sample: Sample) -> bool:
-        """Return whether there is an output for the image; it may be corrupted."""
+        """Return whether an output is stored for the image. The output is not read, so it may be corrupted."""
 
     def logits(self, sample: Sample) -> NDArray[np.float16]:
-        """Return the output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`.
+        """Return the stored output (channel, y, x) float16 of the whole image, as in `hover_batch.model.heads`.
 
-        Raises InputError if it is missing or corrupted.
+        Raises InputError if the output is missing or corrupted.
         """
 
 

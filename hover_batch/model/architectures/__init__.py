@@ -1,8 +1,9 @@
-"""Architectures of networks, each in one file: how it is built, and how its published checkpoints are recognised.
+"""Architectures of networks, one per file, which builds the network and recognises its published checkpoints.
 
-The file NAME.py in this folder, or the module of an entry point NAME in the group `hover_batch.architectures` of
-another installed distribution, holds `ARCHITECTURES`, a tuple of `protocol.Architecture`. Their names are NAME or begin
-with `NAME-`, so that only the file of the wanted one is imported. This module needs no torch; the files do.
+An architecture is in the file NAME.py of this folder, or in another installed distribution, as the module of an entry
+point NAME in the group `hover_batch.architectures`. The file defines `ARCHITECTURES`, a tuple of
+`protocol.Architecture`, whose names are NAME or begin with `NAME-`, so that only the file of the requested one is
+imported. The files import torch; this module does not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ GROUP = "hover_batch.architectures"
 
 
 def architecture(name: str) -> Architecture:
-    """Return the architecture `name`, as a card names it. PackageError if it is not known."""
+    """Return the architecture with the name `name` in model cards. PackageError if it is not known."""
     module = _module_of(name)
     for found in _held_by(module) if module else ():
         if found.name == name:
@@ -34,7 +35,7 @@ def architecture(name: str) -> Architecture:
 
 
 def architectures() -> list[Architecture]:
-    """Return all architectures, sorted by name. Their files are imported, and with them torch."""
+    """Return all architectures, sorted by name. This imports their files and torch."""
     found = [found for module in _modules().values() for found in _held_by(module)]
     return sorted(found, key=lambda found: found.name)
 
@@ -47,7 +48,7 @@ def file_of(name: str) -> Path | None:
 
 
 def _modules() -> dict[str, str]:
-    """Return the names of the modules of all architectures by the beginning of the architectures' names."""
+    """Return the modules of all architectures, by the first part of the architectures' names."""
     others = {point.name: point.value for point in entry_points(group=GROUP)}
     own = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "protocol"]
     return others | {name.replace("_", "-"): f"{__name__}.{name}" for name in own}

@@ -1,14 +1,14 @@
-"""CellViT: a vision transformer, and for each branch a decoder of transposed convolutions with skip connections.
+"""CellViT: a vision transformer, and one decoder of transposed convolutions with skip connections per branch.
 
 Source: Hörst et al. 2024, Medical Image Analysis 94, 103143, and its released code (TIO-IKIM/CellViT, 05097e1), whose
-state dicts load strictly. The encoder is ViT-256, or Segment Anything's in its sizes B, L and H, which attends within
-windows of 14 × 14 patches except in four blocks, and adds relative positions. Tensors of any width and depth load, as
-long as the skip connections are taken after each quarter of the blocks.
+state dicts load strictly. The encoder is ViT-256, or Segment Anything's in sizes B, L and H. The latter attends within
+windows of 14 × 14 patches, except in four blocks, and adds relative positions. Tensors of any width and depth can be
+loaded if the skip connections are taken after each quarter of the blocks.
 
-**Sizes.** Trained on 256 pixels; the released code runs on windows of 1024 that overlap by 64. Here tiles of 320
-overlap by 64, which is nearest to the training: the transformer sees 20 × 20 patches instead of 16 × 16.
+**Sizes.** CellViT was trained on 256 pixels; the released code runs it on windows of 1024 that overlap by 64. Here,
+tiles of 320 overlap by 64, which is closer to the training: the transformer sees 20 × 20 patches instead of 16 × 16.
 
-The classifier of tissues is loaded but not run, because nothing here uses it.
+The tissue classifier is loaded but not run, because its output is not used.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ class CellViTArch:
     """Architecture of a CellViT."""
 
     dim: int
-    """Channels of a token."""
+    """Number of channels of a token."""
     heads: int
-    """Heads of the attention."""
+    """Number of attention heads."""
     windows: tuple[int, ...]
     """Side in tokens of the attention windows of each block; 0 for attention to all tokens."""
     grid: int
-    """Side in tokens of the image for which positions are learnt."""
+    """Side in tokens of the image for which positions were learned."""
     types: int
-    """Channels of the type branch, background included."""
+    """Number of channels of the type branch, background included."""
     tissues: int = 19
-    """Classes of the tissue classifier; 0 without one."""
+    """Number of classes of the tissue classifier; 0 if there is none."""
     np_channels: int = 2
-    """Channels of the np branch: 2, or 4 with a regression branch, whose output is not used."""
+    """Number of channels of the np branch: 2, or 4 with a regression branch, whose output is not used."""
     sam: bool = False
     """Whether the encoder is Segment Anything's."""
 
@@ -70,7 +70,10 @@ def _sam(dim: int, heads: int, depth: int, types: int) -> CellViTArch:
 
 
 def published(encoder: str, types: int) -> CellViTArch:
-    """Return the published architecture with an encoder. KeyError if there is none."""
+    """Return the published architecture with an encoder, such as SAM-B. KeyError if the encoder is not known.
+
+    `types`: number of channels of the type branch.
+    """
     return {
         "ViT-256": CellViTArch(384, 6, (0,) * 12, 14, types),
         "SAM-B": _sam(768, 12, 12, types),
@@ -80,9 +83,9 @@ def published(encoder: str, types: int) -> CellViTArch:
 
 
 def arch_of(weights: Mapping[str, Tensor]) -> CellViTArch:
-    """Return the architecture of a CellViT's state dict, by the shapes of its tensors.
+    """Return the architecture of a CellViT from the shapes of the tensors in its state dict.
 
-    KeyError and the like if tensors are missing.
+    KeyError or a similar error if tensors are missing.
     """
     sam = "encoder.cls_token" not in weights
     dim = len(weights["encoder.patch_embed.proj.bias"])
@@ -106,8 +109,8 @@ def arch_of(weights: Mapping[str, Tensor]) -> CellViTArch:
 class CellViT(nn.Module):
     """CellViT with random weights.
 
-    It takes RGB in [0, 1], float (batch, 3, side, side), a multiple of 16, and returns (batch, 4 + types, side, side)
-    float in the layout of `hover_batch.model.heads`.
+    It takes RGB in [0, 1], float (batch, 3, side, side), side a multiple of 16, and returns (batch, 4 + types, side,
+    side) float in the layout of `hover_batch.model.heads`.
     """
 
     def __init__(self, arch: CellViTArch) -> None:
@@ -141,7 +144,7 @@ class CellViT(nn.Module):
 
 
 def _raised(*channels: int) -> nn.Sequential:
-    """Return blocks that each double the side, from the first of `channels` to the last."""
+    """Return blocks that each double the side; `channels`: those of the input, then those after each block."""
     pairs = zip(channels, channels[1:], strict=False)
     return nn.Sequential(*(ConvBlock(inputs, outputs, upsample=True) for inputs, outputs in pairs))
 
@@ -167,7 +170,7 @@ class _Encoder(nn.Module):
     """Vision transformer that returns the tokens after each quarter of its blocks, as maps (b, dim, y, x)."""
 
     NECK = 256
-    """Channels of Segment Anything's last layers, which feed only the classifier of tissues."""
+    """Number of channels of Segment Anything's last layers, which feed only the tissue classifier."""
 
     def __init__(self, arch: CellViTArch) -> None:
         super().__init__()
@@ -205,12 +208,12 @@ class _Encoder(nn.Module):
         return taken
 
     def _positions(self, side: int) -> Tensor:
-        """Return the learnt positions (1, side, side, dim) of ViT-256, interpolated as in DINO's released code."""
+        """Return the learned positions (1, side, side, dim) of ViT-256, interpolated as in DINO's released code."""
         grid = self.arch.grid
         learnt = self.pos_embed[:, 1:].view(1, grid, grid, -1)
         if side == grid:
             return learnt
-        # The added 0.1, which keeps the size from being rounded down, is part of the scale in the weights' training.
+        # DINO adds 0.1 to prevent rounding down; the weights were trained with this scale, so it must be the same.
         scale = (side + 0.1) / grid
         return interpolate(learnt.permute(0, 3, 1, 2), scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1)
 
@@ -238,7 +241,7 @@ class _Block(nn.Module):
         return result
 
     def _in_windows(self, tokens: Tensor) -> Tensor:
-        """Attend within each window, the image padded with zeros on the right and below to whole windows."""
+        """Attend within each window. The image is padded with zeros on the right and below to whole windows."""
         batch, height, width, dim = tokens.shape
         side = self.window
         tokens = pad(tokens, (0, 0, 0, -width % side, 0, -height % side))
@@ -250,7 +253,7 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Self-attention; for Segment Anything with relative positions along both axes, learnt for `side` tokens."""
+    """Self-attention; for Segment Anything with relative positions along both axes, learned for `side` tokens."""
 
     def __init__(self, arch: CellViTArch, side: int) -> None:
         super().__init__()
@@ -271,7 +274,7 @@ class _Attention(nn.Module):
         return result
 
     def _bias(self, query: Tensor, height: int, width: int) -> Tensor:
-        """Return what relative positions add to the attention (b, heads, y · x, y · x) of each query."""
+        """Return the terms (b, heads, y · x, y · x) that relative positions add to the attention of each query."""
         along_y = query.view(*query.shape[:2], height, width, -1)
         rows = torch.einsum("bnyxc,ykc->bnyxk", along_y, _relative(self.rel_pos_h, height))
         columns = torch.einsum("bnyxc,xkc->bnyxk", along_y, _relative(self.rel_pos_w, width))
@@ -294,7 +297,7 @@ class CellViTFamily(Architecture):
     batch = 2
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the CellViT of the tensors' width and depth."""
+        """Return the CellViT with the width and depth of the tensors. PackageError if the card does not fit them."""
         types = len(card.taxonomy.classes)
         arch = published(card.encoder, types) if tensors is None else arch_of(tensors)
         if (arch.encoder, arch.types) != (card.encoder, types):
@@ -310,7 +313,7 @@ class CellViTFamily(Architecture):
         return CellViT(arch)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise CellViT by its decoders and its encoder's depth."""
+        """Recognise CellViT by its decoders and the depth of its encoder. PackageError if it has one decoder only."""
         if "encoder.patch_embed.proj.weight" not in tensors:
             return None
         if any(name.startswith("decoder.") for name in tensors):

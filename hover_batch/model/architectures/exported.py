@@ -1,4 +1,4 @@
-"""Any network that was exported to ONNX or OpenVINO's format, with a TOML that says what it takes and gives.
+"""Networks that were exported to ONNX or to OpenVINO's format, with a TOML file that describes input and output.
 
     name = "my-network"
     licence = "MIT"
@@ -8,18 +8,19 @@
     input = { mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5], order = "RGB" }   # of RGB in [0, 1]; optional
     np = { channels = [0, 1] }       # background and nucleus, or only nucleus
     hv = { channels = [2, 3] }       # h (along x) and v (along y)
-    tp = { channels = [4, 5, 6], values = "probabilities" }   # background, then the classes; left out without types
+    tp = { channels = [4, 5, 6], values = "probabilities" }   # background, then the classes; omit it if there are none
 
     [classes]                        # names and colours, in the order of tp
     tumour = [220, 30, 40]
     lymphocyte = [0, 160, 60]
 
-Each branch may name its `output` of the network, and its `values`: "logits" (the default) or "probabilities".
+A branch may also have `output`, the name of the network's output that contains it, and `values`: "logits" (the default)
+or "probabilities".
 
-The network is converted once, with scaling and channels adapted inside, and the package holds the two files of
-OpenVINO's format as bytes. Such a network runs on the CPU. torch.export's .pt2 is not read, because torch's loader
-unpickles parts of it (torch 2.12, `torch.load(weights_only=False)` in torch/export/pt2_archive), so that a file could
-run code.
+The network is converted once, together with the scaling of the input and the choice of channels, and the package stores
+the two files of OpenVINO's format as bytes. Such a network runs on the CPU only. The .pt2 files of torch.export are not
+read, because torch unpickles parts of them (torch 2.12, `torch.load(weights_only=False)` in torch/export/pt2_archive),
+so that a file could run code.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from hover_batch.model.heads import Heads
 from hover_batch.model.openvino import StoredNetwork, as_package_error, core
 
 SUFFIXES = (".onnx", ".xml")
-"""Suffixes of the files that can be imported: ONNX, and OpenVINO's with the .bin beside it."""
+"""Suffixes of the files that can be imported: ONNX, and OpenVINO's format, whose .bin must be in the same folder."""
 LEAST = 1e-6
-"""Smallest probability; smaller ones are raised to it before their logarithm."""
+"""Smallest probability; smaller ones are set to it before the logarithm is taken."""
 _ENTRIES = {"name", "licence", "mpp", "tile_in", "tile_out", "input", "np", "hv", "tp", "classes"}
 
 
@@ -54,7 +55,7 @@ class Exported(Architecture):
     name = "exported"
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the network in the tensors. PackageError if it does not fit the card."""
+        """Return the network that the tensors contain. PackageError if it does not fit the card."""
         if tensors is None:
             raise PackageError(f"package {card.name}: an exported network cannot be made without its file")
         network = StoredNetwork(tensors["xml"], tensors["weights"])
@@ -77,10 +78,10 @@ ARCHITECTURES = (Exported(),)
 
 
 def read_exported(path: Path, toml: Path, sobel: Mapping[str, float]) -> tuple[nn.Module, Card]:
-    """Return the network in an exported file, and its card, as the TOML describes it (see the module's docstring).
+    """Return the network in an exported file, and the card that its TOML file describes (see the module's docstring).
 
-    `sobel`: Sobel constants for the card. PackageError if a file cannot be read, the TOML is not complete, or it
-    contradicts the network.
+    `path`: ONNX or .xml file. `toml`: TOML file. `sobel`: Sobel constants for the card. PackageError if a file cannot
+    be read, or the TOML file is incomplete or contradicts the network.
     """
     try:
         said = tomllib.loads(toml.read_text("utf-8"))
@@ -118,9 +119,9 @@ def _card(said: Mapping[str, Any], name: str, sobel: Mapping[str, float]) -> Car
 
 
 def _model(path: Path, folder: Path, side: int) -> Any:
-    """Read a file as an openvino.Model that takes (1, 3, side, side).
+    """Read a file as an openvino.Model with the input (1, 3, side, side).
 
-    It is read from a copy in the empty `folder`, so that it cannot refer to other files beside it.
+    The file is copied to the empty `folder` first, so that it cannot refer to other files in its own folder.
     """
     try:
         copy = Path(shutil.copyfile(path, folder / f"network{path.suffix}"))
@@ -141,7 +142,7 @@ def _model(path: Path, folder: Path, side: int) -> Any:
 
 
 def _adapted(model: Any, said: Mapping[str, Any], card: Card) -> Any:
-    """Return the model with RGB in [0, 1] as its input and the channels of `heads` as its one output."""
+    """Return the model with RGB in [0, 1] as its input and the channels of `heads` as its only output."""
     import openvino
     from openvino import opset13 as ops
 

@@ -1,4 +1,4 @@
-"""Teacher: HoVerNet in its two published forms, with all branches in one output tensor.
+"""HoVerNet, the usual teacher, in its two published forms, with all branches in one output tensor.
 
 Source: Graham et al. 2019, Medical Image Analysis 58, 101563: a pre-activated ResNet-50 without its first pooling, and
 three decoder branches of dense units without padding. `original` (5×5 kernels; CoNSeP, Kumar, CPM17) and `fast` (3×3;
@@ -16,13 +16,14 @@ fast       256 → 164    352 → 260 → 256              1.9, 2.4 (348 → 256
 original   270 → 80     446 → 256 → 256              3.0, 11.4
 ========== ============ ============================ ==================================================
 
-**Equal pixels.** The decoders do not pad, but the encoder does, with zeros, and so does the last convolution before the
-output. So a pixel depends on the position of a window's edge that is nearer than `reach`: 95 pixels for the left and
-upper edges and 103 for the others in `fast`, 145 and 153 in `original`. Pixels further from the edges of two windows
-have the same value in both (if shifted by multiples of 8, as in the tile grid). In a published 256 window of `fast`
-these are the middle 58 × 58, in a 270 window of `original` none: all other published values are specific to the
-published windows, and larger ones do not reproduce them. Larger windows show each kept pixel at least as much real
-tissue on every side as the published windows show pixels at the edges of their output.
+**Equal pixels.** The decoders do not pad, but the encoder and the last convolution before the output pad with zeros. So
+an output pixel depends on the position of the window's edge if it is nearer to the edge than `reach`: 95 pixels for the
+left and upper edges and 103 for the others in `fast`, 145 and 153 in `original`. A pixel that is further from the edges
+of two windows has the same value in both, if the windows are shifted by multiples of 8, as in the tile grid. In a
+published 256 window of `fast` these are the central 58 × 58 pixels, in a 270 window of `original` there are none. All
+other published values depend on the published windows, and larger windows do not reproduce them. Larger windows show
+each kept pixel at least as much real tissue on every side as the published windows show pixels at the edges of their
+output.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class TeacherArch:
     n_types: int | None
     """Number of classes, background included; None without a type branch."""
     width: int = 64
-    """Channels of the first convolution, to which all others are proportional: 64 in the published networks; any
-    multiple of 8 is valid."""
+    """Number of channels of the first convolution, to which all others are proportional: 64 in the published networks;
+    any multiple of 8 is valid."""
 
     @property
     def kernel(self) -> int:
@@ -137,7 +138,7 @@ def build_teacher(arch: TeacherArch) -> nn.Module:
 
 
 def arch_of(weights: Mapping[str, Tensor]) -> TeacherArch:
-    """Return the architecture of a HoVerNet's state dict, by the shapes of its tensors.
+    """Return the architecture of a HoVerNet from the shapes of the tensors in its state dict.
 
     KeyError if tensors of a HoVerNet are missing.
     """
@@ -162,9 +163,10 @@ class HoverNetForm(Architecture):
         self.patch_side = 256 if form == "fast" else 270
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the HoVerNet of the tensors' width, with a type branch if they have one.
+        """Return the HoVerNet with the width of the tensors, and with a type branch if they have one.
 
-        Without tensors, it has the published width, and a type branch if the card has several classes.
+        Without tensors, it has the published width, and a type branch if the card has several classes. PackageError if
+        card and tensors do not fit each other, or the tile sizes of the card are not valid.
         """
         n_types = len(card.taxonomy.classes)
         try:
@@ -184,7 +186,7 @@ class HoverNetForm(Architecture):
         return build_teacher(arch)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise HoVerNet by its decoder's kernels. PackageError for HoVerNet+."""
+        """Recognise this form of HoVerNet by the size of the decoder's kernels. PackageError for HoVerNet+."""
         if "decoder.np.u3.conva.weight" not in tensors:
             return None
         if any(name.startswith("decoder.ls.") for name in tensors):

@@ -1,10 +1,10 @@
-"""NuLite: a U-Net with a FastViT encoder by timm, one decoder and a head for each branch.
+"""NuLite: a U-Net with a FastViT encoder from timm, one decoder, and one head per branch.
 
 Source: Tommasino et al. 2024 (arXiv 2408.01797) and its released code (CosmoIknosLab/NuLite, 601e370), whose state
-dicts load strictly. The published T has the encoder fastvit_s12 (by the code), the published H fastvit_ma36 (by the
-number of parameters); the code does not say which of the sizes between S and M have, and any can be imported.
+dicts load strictly. The encoder of the published T is fastvit_s12 (according to the code), that of H fastvit_ma36
+(according to the number of parameters). The code does not state the encoders of S and M; all of ENCODERS are accepted.
 
-The classifier of tissues is loaded but not run, because nothing here uses it.
+The tissue classifier is loaded but not run, because its output is not used.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ ENCODERS = {
     (64, 18, 4, True): "fastvit_sa36",
     (76, 18, 4, True): "fastvit_ma36",
 }
-"""Channels of the first stage, blocks of the third, widening in a block, attention in the last → name in timm."""
+"""(channels of the first stage, blocks of the third, expansion in a block, attention in the last) → name in timm."""
 TISSUES = 19
-"""Tissues of PanNuke, which the published networks classify."""
+"""Number of tissues in PanNuke, which the published networks classify."""
 
 
 class NuLite(nn.Module):
@@ -76,12 +76,12 @@ class NuLite(nn.Module):
 
 
 class NuLiteFamily(Architecture):
-    """NuLite of all sizes, which its encoder decides."""
+    """NuLite in all sizes; the encoder in the card gives the size."""
 
     name = "nulite"
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the NuLite with the card's encoder."""
+        """Return the NuLite with the card's encoder. PackageError if encoder or tile size of the card are not valid."""
         if card.encoder not in ENCODERS.values():
             raise PackageError(f"package {card.name}: the encoder of a nulite is one of {', '.join(ENCODERS.values())}")
         if card.tile_in % 32:
@@ -90,7 +90,7 @@ class NuLiteFamily(Architecture):
         return NuLite(card.encoder, len(card.taxonomy.classes), tissues)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise NuLite by its encoder's shapes."""
+        """Recognise NuLite and its encoder by the shapes of the tensors."""
         if not any(name.startswith("encoder.fast_vit.") for name in tensors):
             return None
         if any("reparam_conv" in name for name in tensors):

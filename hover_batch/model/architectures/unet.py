@@ -31,9 +31,9 @@ class StudentArch:
 def build_student(arch: StudentArch) -> nn.Module:
     """Build the student with random weights. Nothing is downloaded.
 
-    The network takes (batch, 3, y, x) float RGB in [0, 1], y and x multiples of 32, and returns
-    (batch, `Heads(n_types).channels`, y, x) float in the layout of `hover_batch.model.heads`. Unknown encoders raise
-    KeyError.
+    The network takes RGB in [0, 1], float (batch, 3, y, x), y and x multiples of 32, and returns (batch,
+    `Heads(n_types).channels`, y, x) float in the layout of `hover_batch.model.heads`. KeyError if the encoder is not
+    known.
     """
     import segmentation_models_pytorch as smp  # takes seconds
 
@@ -48,25 +48,25 @@ def build_student(arch: StudentArch) -> nn.Module:
 
 
 class UNet(Architecture):
-    """Student. Checkpoints are HoVer-UNet's, whose encoder is a Mix Vision Transformer."""
+    """Student. HoVer-UNet's checkpoints are recognised; their encoder is a Mix Vision Transformer."""
 
     name = "unet"
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the student with the card's encoder."""
+        """Return the student with the card's encoder. PackageError if the tile size of the card is not valid."""
         if card.tile_in % 32:
             raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of a unet is a multiple of 32")
         return build_student(StudentArch(card.encoder, len(card.taxonomy.classes)))
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise HoVer-UNet by its encoder."""
+        """Recognise HoVer-UNet, and the size of its encoder, by the tensors of the encoder."""
         if "encoder.patch_embed1.proj.weight" not in tensors:
             return None
         return Recognised(_encoder(tensors), len(tensors["segmentation_head.0.bias"]) - Heads(0).channels)
 
 
 def _encoder(tensors: Mapping[str, Tensor]) -> str:
-    """Return the name of the Mix Vision Transformer, by the depth of its third stage and its width."""
+    """Return the name of the Mix Vision Transformer from the depth of its third stage and its width."""
     depth = len({name.split(".")[2] for name in tensors if name.startswith("encoder.block3.")})
     if depth == 2:
         return "mit_b0" if len(tensors["encoder.patch_embed1.proj.weight"]) == 32 else "mit_b1"
