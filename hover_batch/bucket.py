@@ -146,7 +146,7 @@ class BucketFolder:
             raise InputError(str(error)) from error
 
     def read(self, names: Collection[str]) -> dict[str, bytes]:
-        """Return the content of those of the files that exist, by name."""
+        """Return the content of files by name; files that do not exist are left out."""
         keys = {self._key(name): name for name in names}
         with self._errors():
             self._storage.invalidate_cache()
@@ -157,40 +157,40 @@ class BucketFolder:
         return {keys[key]: content for key, content in found.items() if isinstance(content, bytes)}
 
     def fetch(self, name: str, path: Path) -> None:
-        """Copy a file to `path`."""
+        """Copy the file `name` to `path` on disk. UploadError if it does not exist."""
         with self._reading(name):
             self._storage.get_file(self._key(name), str(path))
 
     def size(self, name: str) -> int:
-        """Return the size of a file in bytes."""
+        """Return the size of a file in bytes. UploadError if it does not exist."""
         with self._reading(name):
             return int(self._storage.info(self._key(name))["size"])
 
     def read_range(self, name: str, start: int | None, end: int | None) -> bytes:
-        """Return the bytes of a file from `start` to `end`, without the last; None for the first or last byte."""
+        """Return the bytes of a file from `start` up to, but without, `end`; None for the file's beginning or end."""
         with self._reading(name):
             return bytes(self._storage.cat_file(self._key(name), start=start, end=end))
 
     def modified(self, name: str) -> datetime:
-        """Return when a file was uploaded, with its time zone."""
+        """Return the time at which a file was uploaded, with a time zone. UploadError if it does not exist."""
         with self._reading(name):
             found: datetime = self._storage.modified(self._key(name))
             return found if found.tzinfo else found.replace(tzinfo=UTC)
 
     def names(self) -> list[str]:
-        """Return the names of all files in the folder, those in folders inside included, sorted."""
+        """Return the names of all files in the folder and its subfolders, sorted."""
         with self._errors():
             self._storage.invalidate_cache()
             return sorted(str(PurePosixPath(key).relative_to(self._root)) for key in self._storage.find(self._root))
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove files, which must exist."""
+        """Remove files, which must exist; none if `names` is empty."""
         with self._errors():
             if names:
                 self._storage.rm([self._key(name) for name in names])
 
     def put(self, files: Mapping[str, Path]) -> None:
-        """Upload local files by name, and compare them there. UploadError if one differs afterwards."""
+        """Upload local files, by name, and check what was stored. UploadError if a file differs afterwards."""
         with self._errors():
             for name, path in files.items():
                 key = self._key(name)

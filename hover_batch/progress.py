@@ -42,13 +42,13 @@ class ProgressCounter:
 
     @property
     def rate(self) -> float:
-        """Items per second since the clock started; 0 before."""
+        """Items per second that this process has done since its clock started; 0 before the start."""
         elapsed = 0.0 if self._started is None else time.monotonic() - self._started
         return self.done_now / max(1e-6, elapsed)
 
     @property
     def line(self) -> str:
-        """Progress as `NAME DONE/TOTAL`; also the rate and the time left, if the rate is known and items remain."""
+        """Progress as `NAME DONE/TOTAL`, with rate and time left if this process has done items and some remain."""
         text = f"{self.name} {self.done}/{self.total}"
         rate = self.rate
         if rate > 0 and self.done < self.total:

@@ -153,14 +153,14 @@ def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
 
 
 def why_not_done(slide: SlideLayout) -> str:
-    """Return why a slide has no table of all its nuclei, and what to do. OSError as in `read_file`."""
+    """Return why a slide has no table of all its nuclei, and the remedy. OSError as in `read_file`."""
     if estimate_of(slide) is not None:
         return "is only estimated from a part of it; repeat the segment command without --stop-at to complete it"
     return "is not done; see failures.csv, or repeat the segment command to finish it"
 
 
 def estimate_line(estimate: Mapping[str, Any]) -> str:
-    """Return an estimate in words. `estimate`: section of estimate.json."""
+    """Return a sentence with an estimated density and its interval. `estimate`: section of estimate.json."""
     density = estimate["densities"][estimate["of"]]
     per_mm2, low, high = (f"{density[name]:,.0f}" for name in ("per_mm2", "low", "high"))
     return (

@@ -31,9 +31,10 @@ ENGINE = "Execution"
 def setting(flag: str, help: str, panel: str, default: str | None = None, **typer_options: Any) -> Any:
     """Return the typer option of a setting, which can also be given as HOVER_BATCH_NAME in the environment.
 
-    The parameter's own default must be None, so that --config can supply the value. `flag`: name of the option, from
-    which that of the setting follows. `help`: text in the help. `panel`: group of options in the help. `default`:
-    description of the default in the help; None to show its value. `typer_options`: further arguments of typer.Option.
+    The parameter's own default must be None, so that --config can supply the value. `flag`: name of the option, such as
+    --min-area-px for the setting min_area_px. `help`: text in the help. `panel`: group of options in the help.
+    `default`: description of the default in the help; None to show its value. `typer_options`: further arguments of
+    typer.Option.
     """
     name = flag.removeprefix("--").replace("-", "_")
     if default is None:

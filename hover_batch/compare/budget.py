@@ -42,7 +42,7 @@ class Speed:
 
     @classmethod
     def of(cls, side: Side) -> Speed:
-        """Return the speed of a network, measured on one patch."""
+        """Measure the speed of a network on one patch, on its device and in its precision."""
         card = side.card
         network = on_device(side.network, side.predictor.device)
         with side.predictor.autocast():

@@ -86,9 +86,9 @@ def load_side(name: str, flag: str, settings: InferSettings) -> Side:
 
 
 def random_teacher(name: str, settings: InferSettings) -> Side:
-    """Return the network that is published as `name`, but with random weights, to measure costs without a download.
+    """Return the published network `name` with random weights, to measure costs without a download.
 
-    PackageError if there is none of this name.
+    `settings`: settings of inference. PackageError if no published network has this name.
     """
     if name not in KINDS:
         raise PackageError(

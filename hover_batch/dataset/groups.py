@@ -74,7 +74,7 @@ class Effect:
     """The difference with the measuring error of counts; None if that was not measured."""
 
     def to_row(self) -> dict[str, Any]:
-        """Return the effect as values by column."""
+        """Return the fields as a row of the results: values by column, each interval in two columns, _low and _high."""
         row: dict[str, Any] = {"measure": self.measure}
         for number, name in enumerate(("first", "second")):
             row[name] = self.groups[number]

@@ -179,7 +179,7 @@ class Dataset:
 
     @contextlib.contextmanager
     def narrowed(self, entries: Sequence[SlideEntry]) -> Iterator[None]:
-        """Let the view `nuclei` hold, in the block, only what is in the files of `entries`."""
+        """Limit the view `nuclei`, for the block, to the nuclei in the files of `entries`."""
         self.execute(f"CREATE TEMP VIEW nuclei AS {self._nuclei(entries)}")
         try:
             yield
@@ -187,12 +187,12 @@ class Dataset:
             self.execute("DROP VIEW temp.nuclei")
 
     def execute(self, statement: str) -> None:
-        """Run a statement that hover-batch generates. InputError if it fails."""
+        """Run an SQL statement that hover-batch generates, without a result. InputError if it fails."""
         with query_errors():
             self.connection.execute(statement).fetchall()
 
     def create_table(self, name: str, rows: pa.Table) -> None:
-        """Create or replace a table in memory."""
+        """Create the table `name` with the content of `rows` in memory, or replace it."""
         self.connection.register("given", rows)
         self.execute(f"CREATE OR REPLACE TABLE {name} AS FROM given")
         self.connection.unregister("given")

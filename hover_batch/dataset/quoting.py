@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 
 def identifier(name: str) -> str:
-    """Return the name of a column or view for SQL."""
+    """Return the name of a column or view as a quoted SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def text(value: object) -> str:
-    """Return a value as text for SQL; in DuckDB, a doubled quote is the only escape."""
+    """Return `str(value)` as an SQL string literal; in DuckDB, a doubled quote is the only escape."""
     return "'" + str(value).replace("'", "''") + "'"
 
 
 def text_list(values: Iterable[object]) -> str:
-    """Return values as a list of text for SQL."""
+    """Return values as an SQL list of string literals."""
     return f"[{', '.join(map(text, values))}]"

@@ -166,18 +166,18 @@ def read_entries(where: Path | Url, flag: str = "") -> list[SlideEntry]:
 
 
 def named_files(table: pa.Table) -> set[str]:
-    """Return the files that rows of slides.parquet name."""
+    """Return the names of all files of nuclei in the rows of slides.parquet, relative to the data set."""
     return {name for names in table["nuclei_files"].to_pylist() for name in names}
 
 
 def entries_of(table: pa.Table) -> list[SlideEntry]:
-    """Return the rows of a table as from `read_slides_table`."""
+    """Return the rows of slides.parquet, in order. `table`: result of `read_slides_table`."""
     rows = table.select(_ENTRY).to_pylist()
     return [SlideEntry(**(row | {"nuclei_files": tuple(row["nuclei_files"])})) for row in rows]
 
 
 def write_slides_table(layout: DatasetLayout, table: pa.Table) -> None:
-    """Replace slides.parquet in one step. OSError if it cannot be written."""
+    """Replace the slides.parquet of a data set by `table` in one step. OSError if it cannot be written."""
     metadata = {_KEY: json.dumps({"version": VERSION, "software": __version__})}
     with replacing(layout.slides_parquet) as temporary:
         pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")

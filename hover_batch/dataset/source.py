@@ -154,5 +154,5 @@ class RunSource:
 
 
 def taxonomy_json(taxonomy: Taxonomy) -> str:
-    """Return the value of the column `taxonomy`."""
+    """Return the value of the column `taxonomy` of slides.parquet: the classes as JSON text."""
     return json.dumps(taxonomy.to_json(), ensure_ascii=False)

@@ -34,22 +34,26 @@ class Storage(Protocol):
         """Return whether the data set has all these files."""
 
     def fetch(self, names: Collection[str]) -> list[Path]:
-        """Return paths on disk with the content of files of the data set."""
+        """Return the paths of files on disk, in order; those in a bucket are downloaded first."""
 
     def add(self, names: Collection[str]) -> None:
-        """Add files that are complete in `root` to the data set."""
+        """Add files to the data set, which are complete under their names in `root`."""
 
     def replace_table(self, table: pa.Table) -> None:
-        """Replace slides.parquet in one step."""
+        """Replace slides.parquet by `table` in one step.
+
+        OSError or UploadError if it cannot be written, InputError if another command has changed it.
+        """
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove files of nuclei; it is no error if one does not exist."""
+        """Remove files of nuclei; files that do not exist are ignored."""
 
 
 def check_place(where: Path | Url, flag: str) -> None:
-    """Check that a data set is in the folder or bucket, or can be made there; a probe is written to a bucket only.
+    """Check that the folder or bucket has a data set, or that one can be created; a test file is written to buckets.
 
-    InputError if it holds anything else, or a data set that this version cannot change.
+    `flag`: option or argument that the message names. InputError if it holds anything else, or a data set that this
+    version cannot change.
     """
     if isinstance(where, Url):
         check_bucket(where, flag)
@@ -96,7 +100,7 @@ class DatasetWriter:
         return {entry.slide_id: entry for entry in entries_of(self._table) if entry.model == model}
 
     def holds(self, entry: SlideEntry) -> bool:
-        """Return whether the files with the nuclei of a slide are there."""
+        """Return whether all files with the nuclei of a slide exist."""
         return self._storage.holds(entry.nuclei_files)
 
     def files_of(self, entry: SlideEntry) -> list[Path]:

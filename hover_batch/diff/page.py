@@ -12,7 +12,7 @@ ROWS = 500
 
 
 def render(found: RunsDiff) -> str:
-    """Return the HTML of a comparison."""
+    """Return the page of a comparison as HTML, with its pictures."""
     environment = page_environment("hover_batch.diff")
     environment.filters["change"] = change
     return environment.get_template("diff.html").render(

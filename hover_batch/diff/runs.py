@@ -51,7 +51,7 @@ class Side:
         return cls(layout, str(run.get("model_id")), str(run.get("model_sha256")), records, done, failures)
 
     def reason(self, slide_id: str) -> str:
-        """Return why a slide is not done in this run."""
+        """Return why a slide is not done in this run, as a phrase for messages."""
         if slide_id not in self.records:
             return "not in the cohort"
         return self.failures.get(slide_id) or why_not_done(self.layout.slide(slide_id))

@@ -79,7 +79,7 @@ class DiskSpace:
         return not self.full
 
     def wait(self) -> None:
-        """Wait until the run can continue. OSError as in `available`."""
+        """Wait until there is enough free space for the run to continue. OSError as in `available`."""
         while not self.available():
             time.sleep(0.2)
 

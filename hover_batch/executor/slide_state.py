@@ -166,7 +166,7 @@ class SlideState:
             self.next_stage = task.stage
 
     def queue_due_retries(self, now: float) -> None:
-        """Queue the tasks again whose time in `retry_at` has come. `now`: time in seconds."""
+        """Queue the tasks whose time in `retry_at` is not after `now`, in seconds on the same clock."""
         due = [task for task, at in self.retry_at.items() if at <= now]
         for task in due:
             del self.retry_at[task]

@@ -138,7 +138,7 @@ class RunUpload:
         self._folder.remove(others)
 
     def add(self, slide_id: str) -> None:
-        """Upload the slide, which is done, from the thread."""
+        """Queue a finished slide for the thread that uploads."""
         self._slides += 1
         self._left[slide_id] = ""
         self._wake.set()

@@ -53,7 +53,7 @@ class Outlines:
     """First and last pixels in the outlines (n, 4): x0, y0, x1, y1, inclusive."""
 
     def where(self, mask: NDArray[np.bool_]) -> Outlines:
-        """Return the nuclei of the mask (n,)."""
+        """Return the nuclei for which `mask`, (n,), is True."""
         return Outlines(self.ids[mask], self.types[mask], self.shapes[mask], self.boxes[mask])
 
     def joined(self, other: Outlines) -> Outlines:

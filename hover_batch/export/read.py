@@ -125,7 +125,7 @@ class NucleiTable:
 
     @property
     def calibrated(self) -> list[str]:
-        """Names of the columns that have a calibrated one beside them."""
+        """Names of the columns in CALIBRATED whose calibrated values are in the table, too."""
         return [name for name in CALIBRATED if calibrated_column(name) in self.schema.names]
 
     @property

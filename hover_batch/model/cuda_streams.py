@@ -39,19 +39,19 @@ class CudaStep:
 
     @property
     def seconds(self) -> float:
-        """Time between the two events."""
+        """Seconds between the two events; call it after `result`."""
         milliseconds: float = self.started.elapsed_time(self.ended)
         return milliseconds / 1000
 
     def queued(self) -> Tensor:
-        """Return the tensor, whose content is there once `ended` has happened. Errors of the work propagate."""
+        """Return the tensor without waiting; its content is valid after the event `ended`. Errors propagate."""
         if self.error is not None:
             raise self.error
         assert self.tensor is not None
         return self.tensor
 
     def result(self) -> Tensor:
-        """Wait until it is done, and return its tensor. Errors of the work propagate."""
+        """Wait for the work, and return the tensor that it returned. Errors of the work propagate."""
         tensor = self.queued()
         self.ended.synchronize()
         return tensor
@@ -64,7 +64,10 @@ class CudaStream:
         self._stream = stream
 
     def run(self, work: Callable[..., Tensor], *inputs: CudaStep) -> CudaStep:
-        """Queue `work` after its inputs, without waiting for the device."""
+        """Queue `work`, which is called with the tensors of `inputs`, and return its step without waiting.
+
+        Errors of the work are raised by `CudaStep.result`.
+        """
         step = CudaStep()
         try:
             with torch.cuda.stream(self._stream):

@@ -32,12 +32,12 @@ class ConvBlock(nn.Module):
 
 
 def upsampling(inputs: int, outputs: int) -> nn.Module:
-    """Return a transposed convolution that doubles the side."""
+    """Return a transposed convolution that maps (b, inputs, y, x) to (b, outputs, 2 y, 2 x)."""
     return nn.ConvTranspose2d(inputs, outputs, 2, stride=2)
 
 
 def normalised(image: Tensor) -> Tensor:
-    """Normalise RGB in [0, 1] as in training."""
+    """Normalise RGB in [0, 1], of any shape, by MEAN and STD, as in training."""
     return (image - MEAN) / STD
 
 

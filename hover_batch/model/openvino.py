@@ -175,7 +175,7 @@ def _key(package_sha256: str, side: int, code: Path | None) -> str:
 
 @contextlib.contextmanager
 def as_package_error() -> Iterator[None]:
-    """Raise PackageError for OpenVINO's errors."""
+    """Raise a RuntimeError of OpenVINO in the block as a PackageError, with the remedy."""
     try:
         yield
     except RuntimeError as error:

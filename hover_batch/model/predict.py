@@ -259,11 +259,10 @@ def stain_density(rgb: Tensor) -> Tensor:
 
 
 def resolve(settings: InferSettings) -> InferSettings:
-    """Return the settings with device, precision and runtime `auto` resolved for this machine, as a run records them.
+    """Return the settings with `auto` replaced by the device, precision and runtime for this machine.
 
-    On a GPU the batch stays AUTO_BATCH, since it depends on the network: see `auto_batch`.
-
-    InputError if the device cannot be used, or not with the runtime and the precision.
+    A run records the result. On a GPU, AUTO_BATCH remains, because the batch size depends on the network (see
+    `auto_batch`). InputError if the device is not available, or cannot be combined with the runtime or the precision.
     """
     if settings.runtime == "openvino":
         device = _device("cpu" if settings.device == "auto" else settings.device)

@@ -162,12 +162,12 @@ class Report:
 
     @property
     def done_with_interval(self) -> bool:
-        """Whether the number of nuclei of a slide has an interval."""
+        """Whether at least one slide has an interval of its number of nuclei."""
         return any(row.summary.get("nuclei_low") is not None for row in self.rows)
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds of all slides together by stage."""
+        """Seconds by stage, summed over all slides."""
         return stages_of(self.cohort)
 
 

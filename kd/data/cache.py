@@ -66,7 +66,7 @@ class Entry:
 
 
 def is_cache(path: Path) -> bool:
-    """Return whether the path has the suffix of a cache."""
+    """Return whether the suffix of `path` is that of a cache (.zarr or .npz); the file need not exist."""
     return path.suffix in SUFFIXES
 
 

@@ -249,7 +249,7 @@ class _Loaded:
 
     @property
     def shown(self) -> Shown:
-        """Model as it is shown in the picture."""
+        """Model for the picture (see `kd.evaluation.figure`): name, prediction, post-processing and classes."""
         card = self.package.card
         return Shown(
             card.name,
@@ -260,7 +260,7 @@ class _Loaded:
         )
 
     def scores(self, data: Data, shift: Shift) -> list[SourceScores]:
-        """Return the scores on `data` after a shift, and report progress."""
+        """Return the scores by source on the images of `data`, changed by `shift`, and report the progress."""
         shown = self.shown
         what = f"{shown.name}, {shift.name}"
         self.notify(what)

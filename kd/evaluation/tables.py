@@ -52,14 +52,14 @@ class Run:
 
     @property
     def sources(self) -> Mapping[str, Any]:
-        """Scores by source."""
+        """Scores by source, as in `SourceScores.to_json`."""
         sources: Mapping[str, Any] = self.report["sources"]
         return sources
 
 
 @dataclass(frozen=True)
 class Row:
-    """Row of our evaluations with the same label."""
+    """Row of the tables: evaluations with the same label."""
 
     name: str
     """Label."""

@@ -57,9 +57,9 @@ def sobel(maps: Maps, size: int) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 
 def extremes(maps: Maps, size: int) -> SobelConstants:
-    """Return the extremes of both Sobel maps of one image, as `SobelConstants.of_window` does for stored maps.
+    """Return minimum and maximum of both Sobel maps of one image, as `SobelConstants.of_window` does for stored maps.
 
-    `size`: odd side of the Sobel kernel in pixels.
+    `maps`: np, h and v, each (y, x) float32. `size`: side of the Sobel kernel in pixels, odd and at most 31.
     """
     x, y = sobel(maps, size)
     return SobelConstants(float(x.min()), float(x.max()), float(y.min()), float(y.max()))
