@@ -34,7 +34,7 @@ from kd.data.classes import fully_annotated
 from kd.data.datasets import MPP, read_data
 from kd.data.samples import Sample
 from kd.evaluation.calibrate import calibrate
-from kd.evaluation.measured_errors import MIN_IMAGES, evidence, fit_uncertainty, paired_images
+from kd.evaluation.measured_errors import MIN_IMAGES, fit_uncertainty, paired_images, tried_on
 from kd.training.config import STARTER_SHARES
 from kd.training.initial_weights import build_network
 from kd.training.state import read_checkpoint
@@ -92,7 +92,7 @@ def measure(source: str, checkpoint: Path, data: Path, most: int) -> dict[str, A
         "count_error": error.to_json(),
         "fitted_on": [asdict(image.count) for image in fitted_on],
         "tested_on": [asdict(image.count) for image in tested_on],
-        "evidence": evidence(fitted_on, {"val": fitted_on, "unseen": tested_on}),
+        "evidence": {"val": tried_on(fitted_on, fitted_on), "unseen": tried_on(tested_on, fitted_on)},
         "coverage": coverage(sum(hits), len(hits)),
     }
 

@@ -1,16 +1,16 @@
-"""Measure the errors of a package, as `kd package` stores them: fitted on the fold val, tried on the fold test.
+"""Measure the errors of a package, as `kd package` stores them: fitted on the folds val and test.
 
     python -m benchmarks.errors starter --data nuclei/ -o errors.json --diagram reliability.svg
 
-The diagram shows, by source of the fold test, the frequency with which a predicted nucleus is one, before and after the
-calibration.
+Each source is also tried with what the other sources give. The diagram shows, by source, the frequency with which a
+predicted nucleus is one, before and after the calibration by the other sources.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from hover_batch.model.package import find_package
 from hover_batch.model.predict import load_predictor
 from hover_batch.nuclei.systems import splitter_of
 from kd.data.datasets import read_data
-from kd.evaluation.measured_errors import PairedImage, evidence, fit_scalings, fit_uncertainty, notes, paired_images
+from kd.evaluation.measured_errors import evidence, fit_scalings, fit_uncertainty, notes, paired_images
 
-FOLDS = ("val", "test")
+FOLDS = ("val", "test")  # of the annotated images, those that trained nothing
 
 
 def main() -> None:
@@ -36,27 +36,19 @@ def main() -> None:
     given = parser.parse_args()
     package = find_package(given.model)
     predictor = load_predictor(package, InferSettings(threads=1, batch=batch_of(package.card)))
-    paired = {
-        fold: paired_images(
-            lambda image: predict_image(predictor, image),
-            read_data(given.data, [fold], None).samples,
-            splitter_of(package.card),
-            package.card.taxonomy,
-        )
-        for fold in FOLDS
-    }
-    write(paired, given.output, given.diagram)
-
-
-def write(paired: Mapping[str, Sequence[PairedImage]], output: Path, diagram: Path | None) -> None:
-    """Write what is fitted on the fold val and how it holds, and the diagram; print the lines for users."""
-    fitted, by_fold = fit_uncertainty(paired["val"]), evidence(paired["val"], paired)
-    scalings = {name: scaling.to_json() for name, scaling in fit_scalings(paired["val"]).items()}
-    report = {"uncertainty": fitted.to_json(), "scalings": scalings, "folds": by_fold}
-    write_atomically(output, json.dumps(report, indent=1, allow_nan=False) + "\n")
-    print("\n".join(notes(fitted, by_fold)))
-    if diagram is not None:
-        draw(by_fold["test"], diagram)
+    paired = paired_images(
+        lambda image: predict_image(predictor, image),
+        read_data(given.data, FOLDS, None).samples,
+        splitter_of(package.card),
+        package.card.taxonomy,
+    )
+    fitted, by_source = fit_uncertainty(paired), evidence(paired)
+    scalings = {name: scaling.to_json() for name, scaling in fit_scalings(paired).items()}
+    report = {"uncertainty": fitted.to_json(), "scalings": scalings, "sources": by_source}
+    write_atomically(given.output, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print("\n".join(notes(fitted, by_source)))
+    if given.diagram is not None:
+        draw(by_source, given.diagram)
 
 
 def draw(by_source: Mapping[str, Any], path: Path) -> None:

@@ -135,8 +135,8 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     else:
         sobel, calibration = find_package("starter").card.sobel, NOT_CALIBRATED
     post = splitter(kind.system, sobel)
-    paired = {part: paired_images(maps_of, samples, post, taxonomy) for part, samples in splits.items()}
-    uncertainty, measured = fit_uncertainty(paired["val"]), evidence(paired["val"], paired)
+    paired = [image for samples in splits.values() for image in paired_images(maps_of, samples, post, taxonomy)]
+    uncertainty, measured = fit_uncertainty(paired), evidence(paired)
     scores = {}
     for part, samples in splits.items():
         print(f"scoring {len(samples)} images of {', '.join(folds[part])}", flush=True)

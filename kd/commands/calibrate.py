@@ -119,14 +119,14 @@ def calibrate(
     if read[fold].taxonomy != package.card.taxonomy:
         typer.echo("note: the classes of the data are not the model's, so type_prob is not calibrated", err=True)
         compared = {name: [dataclasses.replace(s, types=None) for s in images] for name, images in samples.items()}
-    paired = {
-        name: paired_images(
+    paired = [
+        image
+        for images in compared.values()
+        for image in paired_images(
             lambda image: predict_image(predictor, image), images, found.constants, package.card.taxonomy
         )
-        for name, images in compared.items()
-        if images
-    }
-    uncertainty, measured = fit_uncertainty(paired[fold]), evidence(paired[fold], paired)
+    ]
+    uncertainty, measured = fit_uncertainty(paired), evidence(paired)
     for line in notes(uncertainty, measured):
         typer.echo(line)
     metrics = {

@@ -102,36 +102,45 @@ def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
     )
 
 
-def evidence(fitted_on: Sequence[PairedImage], folds: Mapping[str, Sequence[PairedImage]]) -> dict[str, Any]:
-    """Fit the errors on the images `fitted_on`, and test them on others; return JSON values for the card's metrics.
+def evidence(images: Sequence[PairedImage]) -> dict[str, Any]:
+    """Test how the errors hold on a new source: fit them on all sources but one, and try them on this one.
 
-    `folds`: images to test on, by fold. The values are nested by fold, source and column: the reliability diagrams
-    `before` and `after` the calibration, which is fitted even if there are too few images for the card. By fold and
-    source, `images` is the number of images, `covered` the number of those whose true count is in the interval, and
-    `of` the number of those with an interval.
+    Return the results of `tried_on` for each source, as JSON values for the card's metrics.
+    """
+    by_source: dict[str, Any] = {}
+    for source in dict.fromkeys(image.count.source for image in images):
+        own = [image for image in images if image.count.source == source]
+        others = [image for image in images if image.count.source != source]
+        by_source |= tried_on(own, others)
+    return by_source
+
+
+def tried_on(images: Sequence[PairedImage], fitted_on: Sequence[PairedImage]) -> dict[str, Any]:
+    """Fit the errors on the images `fitted_on`, and test them on `images`; return JSON values by source of the latter.
+
+    The values of a source are the reliability diagrams `before` and `after` the calibration by column, which is fitted
+    even if there are too few images for the card; `images`, the number of images; `covered`, the number of those whose
+    true count is in the interval; and `of`, the number of those with an interval.
     """
     scalings, error = fit_scalings(fitted_on), fit_count_error([image.count for image in fitted_on])
-    by_fold: dict[str, Any] = {}
-    for fold, images in folds.items():
-        by_source: dict[str, Any] = {}
-        for source in dict.fromkeys(image.count.source for image in images):
-            own = [image for image in images if image.count.source == source]
-            by_source[source] = {"images": len(own)}
-            for name, scaling in scalings.items():
-                for outcomes in _outcomes(own, name):
-                    diagrams = {"before": reliability(outcomes), "after": reliability(outcomes, scaling)}
-                    by_source[source][name] = {when: diagram.to_json() for when, diagram in diagrams.items()}
-            if error is not None:
-                hits = [hit for image in own if (hit := image.count.is_covered(error)) is not None]
-                by_source[source] |= {"covered": sum(hits), "of": len(hits)}
-        by_fold[fold] = by_source
-    return by_fold
+    by_source: dict[str, Any] = {}
+    for source in dict.fromkeys(image.count.source for image in images):
+        own = [image for image in images if image.count.source == source]
+        by_source[source] = {"images": len(own)}
+        for name, scaling in scalings.items():
+            for outcomes in _outcomes(own, name):
+                diagrams = {"before": reliability(outcomes), "after": reliability(outcomes, scaling)}
+                by_source[source][name] = {when: diagram.to_json() for when, diagram in diagrams.items()}
+        if error is not None:
+            hits = [hit for image in own if (hit := image.count.is_covered(error)) is not None]
+            by_source[source] |= {"covered": sum(hits), "of": len(hits)}
+    return by_source
 
 
-def notes(fitted: Uncertainty, by_fold: Mapping[str, Any]) -> list[str]:
-    """Return lines for users: what was not measured, and whether the calibration improves each source.
+def notes(fitted: Uncertainty, by_source: Mapping[str, Any]) -> list[str]:
+    """Return lines for users: what was not measured, and whether the errors of the other sources hold on each source.
 
-    `by_fold`: result of `evidence`.
+    `by_source`: result of `evidence`.
     """
     lines = [
         f"{name}: not calibrated; that needs {MIN_IMAGES} images in which all nuclei are outlined"
@@ -141,16 +150,17 @@ def notes(fitted: Uncertainty, by_fold: Mapping[str, Any]) -> list[str]:
     ]
     if fitted.count is None:
         lines.append(f"count intervals: none; they need {MIN_SOURCES} sources that outline all nuclei")
-    for fold, by_source in by_fold.items():
-        for source, found in by_source.items():
-            few = f" ({counted(found['images'], 'image')}: few)" if found["images"] < MIN_IMAGES else ""
-            for name in CALIBRATED:
-                if name in found:
-                    before, after = found[name]["before"]["ece"], found[name]["after"]["ece"]
-                    fails = "; the calibration fails here" if after >= before else ""
-                    lines.append(f"{fold} {source}: {name}: ECE {before:.3f} → {after:.3f}{fails}{few}")
-            if "of" in found:
-                lines.append(f"{fold} {source}: {found['covered']} of {found['of']} counts are in their interval{few}")
+    for source, found in by_source.items():
+        few = f" ({counted(found['images'], 'image')}: few)" if found["images"] < MIN_IMAGES else ""
+        for name in CALIBRATED:
+            if name in found:
+                before, after = found[name]["before"]["ece"], found[name]["after"]["ece"]
+                fails = "; the calibration fails here" if after >= before else ""
+                lines.append(f"{source}, by the other sources: {name}: ECE {before:.3f} → {after:.3f}{fails}{few}")
+        if "of" in found:
+            lines.append(
+                f"{source}, by the other sources: {found['covered']} of {found['of']} counts are in their interval{few}"
+            )
     return lines
 
 
