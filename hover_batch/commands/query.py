@@ -60,9 +60,10 @@ def query(
 
     hover-batch query DATASET "SELECT * FROM slides JOIN clinical USING (patient_id)" --join clinical.csv -o joined.csv
     """
+    from hover_batch.dataset.interrupts import ended_by_ctrl_c
     from hover_batch.dataset.opened import Dataset
 
     check_output(output, dataset)
-    with Dataset(dataset, join, on) as opened:
+    with Dataset(dataset, join, on) as opened, ended_by_ctrl_c(opened.connection):
         print_notes(opened.notes)
         deliver(opened.select(sql), output)

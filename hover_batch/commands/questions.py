@@ -41,11 +41,12 @@ def _subject(
     dataset: Path | Url, join: Path | None, on: str, model: str | None, without_flagged: bool, output: Path | None
 ) -> Iterator[Subject]:
     """Open the data set and yield the slides that a question is about."""
+    from hover_batch.dataset.interrupts import ended_by_ctrl_c
     from hover_batch.dataset.opened import Dataset
     from hover_batch.dataset.questions import Subject
 
     check_output(output, dataset)
-    with Dataset(dataset, join, on) as opened:
+    with Dataset(dataset, join, on) as opened, ended_by_ctrl_c(opened.connection):
         yield Subject.of(opened, model, without_flagged)
 
 
