@@ -20,6 +20,7 @@ from hover_batch.cohort.record import Stage
 from hover_batch.config import SampleSettings
 from hover_batch.export.summary import slide_summary
 from hover_batch.files import read_json, to_json, write_atomically
+from hover_batch.formatting import counted
 from hover_batch.nuclei.table import merge_parts
 from hover_batch.pipeline import UnitsMissing, finalize, verify_unit
 from hover_batch.sampling.clusters import area_sums, clusters_of
@@ -56,8 +57,18 @@ def next_work(work: SlideWork, reader: SlideReader | None) -> SlideWork:
                 layout.markers.mkdir(exist_ok=True)
                 layout.parts.mkdir(exist_ok=True)
                 return _at_look(look, work, clusters, tissue_mm2, drawn)
+        if not drawn.looks:
+            work = _with_warning(
+                work,
+                f"--stop-at: {counted(len(clusters), 'cluster')} with tissue are too few for an estimate, so the whole "
+                "slide is processed",
+            )
     _remove_corrupted(work)
     return work
+
+
+def _with_warning(work: SlideWork, warning: str) -> SlideWork:
+    return replace(work, info=replace(work.info, warnings=(*work.info.warnings, warning)))
 
 
 def _remove_corrupted(work: SlideWork) -> None:
