@@ -44,9 +44,9 @@ def calibrate(
     (`window`). Also prints whether other values of HoVerNet's nucleus threshold, Sobel kernel or opening would improve
     PQ on both folds.
 
-    The errors are fitted on --fold and tested on --check: how often a predicted nucleus is a true one, and its class
-    correct, for the calibrated columns of tables; and by how much the number of predicted nuclei differs from that of
-    annotated ones, for the intervals in summaries (docs/bars.md). Results are printed by source for both folds.
+    The errors are fitted on both folds: how often a predicted nucleus is a true one, and its class correct, for the
+    calibrated columns of tables; and by how much the number of predicted nuclei differs from that of annotated ones,
+    for the intervals in summaries (docs/bars.md). Each source is also tried with what the other sources give.
 
     Example:
 
