@@ -196,6 +196,7 @@ def _finish_look(work: SlideWork, sample: Sample, reader: SlideReader, seconds: 
         nuclei=None,
         tissue_mm2=work.mask.area_mm2(work.info.mpp),
         seconds=seconds.totals,
+        error=work.count_error,
         estimate=estimate,
     )
     return {"estimate": estimate, "warnings": list(work.info.warnings), "summary": summary}

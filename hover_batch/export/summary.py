@@ -99,7 +99,7 @@ def slide_summary(
         row |= _interval(error, [(row["nuclei"], tissue_mm2)])
         row[COUNT_ERROR] = None if error is None else json.dumps(error.to_json())
     if estimate is not None:
-        row |= {"tissue_mm2": tissue_mm2} | _of_estimate(estimate)
+        row |= {"tissue_mm2": tissue_mm2} | _of_estimate(estimate, error, tissue_mm2)
     row |= {STAGE + stage: value for stage, value in seconds.items()}
     return row | _of_record(record, taxonomy)
 
@@ -198,8 +198,12 @@ def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def _of_estimate(estimate: Mapping[str, Any]) -> Row:
-    """Return the columns of a slide whose densities are estimated."""
+def _of_estimate(estimate: Mapping[str, Any], error: CountError | None, tissue_mm2: float | None) -> Row:
+    """Return the columns of a slide whose densities are estimated.
+
+    Those that end in _true_low and _true_high are the interval of the measuring error alone, as that of a whole slide
+    with the estimated density.
+    """
     row: Row = {
         f"{ESTIMATE}from_clusters": float(estimate["clusters"]),
         f"{ESTIMATE}of_clusters": float(estimate["of_clusters"]),
@@ -207,7 +211,11 @@ def _of_estimate(estimate: Mapping[str, Any]) -> Row:
     for name, density in estimate["densities"].items():
         row[f"{ESTIMATE}{name}_per_mm2"] = density["per_mm2"]
         row |= {f"{ESTIMATE}{name}_per_mm2_{end}": density[end] for end in ("low", "high")}
-    return row
+    nuclei = round(estimate["densities"]["nuclei"]["per_mm2"] * (tissue_mm2 or 0.0))
+    measured = _interval(error, [(nuclei, tissue_mm2)])
+    return row | {
+        f"{ESTIMATE}nuclei_per_mm2_true_{end}": measured.get(f"nuclei_per_mm2_{end}") for end in ("low", "high")
+    }
 
 
 def _of_nuclei(paths: Sequence[Path], taxonomy: Taxonomy, tissue_mm2: float | None) -> Row:

@@ -155,6 +155,8 @@ def test_what_is_estimated_is_nowhere_taken_for_whole(
     assert even.status == "estimated" and even.failed == 0 and np.isnan(even.nuclei) and np.isnan(even.nuclei_per_mm2)
     assert even.estimated_from_clusters == 24 and even.estimated_of_clusters == 64 and even.extra_estimated_age == 50
     assert even.estimated_nuclei_per_mm2_low < even.estimated_nuclei_per_mm2 < even.estimated_nuclei_per_mm2_high
+    assert 0.6 < even.estimated_nuclei_per_mm2_true_low / even.estimated_nuclei_per_mm2 < 0.95, "the measuring error"
+    assert 1.05 < even.estimated_nuclei_per_mm2_true_high / even.estimated_nuclei_per_mm2 < 1.6
     assert np.isnan(even.estimated_epithelial_per_mm2_low), "a class that was not seen has no interval"
     assert cohort_row.nuclei == small.nuclei and cohort_row.nuclei_per_mm2 == pytest.approx(
         small.nuclei_per_mm2, rel=1e-4
