@@ -60,7 +60,9 @@ def query_errors() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the message of an error; without the traceback that DuckDB adds to errors of `BucketFiles`."""
+    """Return the message of an error, without the traceback that DuckDB adds to errors of `BucketFiles`."""
+    if "Table with name clinical does not exist" in str(error):
+        return "there is no table clinical; give one with --join FILE.csv (in Python, the argument `clinical`)"
     raised = str(error).rpartition(f"\n{HoverBatchError.__module__}.")[2]
     return raised.partition(": ")[2] if str(error).startswith("Traceback") else str(error)
 

@@ -151,6 +151,11 @@ def test_files_that_cannot_be_written_are_refused_before_the_query(asked: Asked,
     assert f"-o {tmp_path / name}: " in ask("query", asked.root, "SELEKT", "-o", tmp_path / name, exit_code=2).stderr
 
 
+def test_a_query_without_its_clinical_table(asked: Asked) -> None:
+    said = ask("query", asked.root, "SELECT * FROM slides JOIN clinical USING (patient_id)", exit_code=2).stderr
+    assert "there is no table clinical; give one with --join FILE.csv" in " ".join(said.split())
+
+
 def test_a_result_does_not_go_into_the_data_set(asked: Asked) -> None:
     path = asked.root / "slides.parquet"
     assert "must not change" in ask("query", asked.root, "SELECT 1", "-o", path, exit_code=2).stderr
