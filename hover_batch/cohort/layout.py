@@ -194,7 +194,7 @@ class SlideLayout:
 
     @property
     def kept(self) -> tuple[Path, ...]:
-        """Paths of the slide's results that a user keeps, files or folders, slide.json last; others are working files."""
+        """Paths of the slide's results that a user keeps, files or folders, slide.json last; not the working files."""
         return (
             self.nuclei_parquet,
             self.thumbnail_jpg,

@@ -313,7 +313,7 @@ class Ledger:
         write_atomically(self.layout.slide(slide_id).quarantine_json, content)
 
     def quarantined(self, slide_id: str, key: str) -> tuple[str, str] | None:
-        """Return (stage, reason) of the slide's quarantine for the run key `key`, or None. OSError as in `read_json`."""
+        """Return (stage, reason) of the slide's quarantine for run key `key`, or None. OSError as in `read_json`."""
         stored = read_json(self.layout.slide(slide_id).quarantine_json) or {}
         if stored.get("run_key") != key or "stage" not in stored or "reason" not in stored:
             return None
