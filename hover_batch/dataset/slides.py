@@ -165,7 +165,10 @@ def refuse_other_files(where: Path | Url, flag: str, names: Sequence[str]) -> No
 
 
 def read_entries(where: Path | Url, flag: str = "") -> list[SlideEntry]:
-    """Return the rows of slides.parquet, sorted by model and slide_id. Arguments and errors as in `read_slides_table`."""
+    """Return the rows of slides.parquet, sorted by model and slide_id.
+
+    Arguments and errors as in `read_slides_table`.
+    """
     return entries_of(read_slides_table(where, flag))
 
 

@@ -109,7 +109,7 @@ class DatasetWriter:
         return {entry.slide_id: entry for entry in entries_of(self._table) if entry.model == model}
 
     def holds(self, entry: SlideEntry) -> bool:
-        """Return whether the data set has all files of nuclei of a slide. `entry`: row of slides.parquet of the slide."""
+        """Return whether the data set has all files of nuclei of a slide. `entry`: row of slides.parquet."""
         return self._storage.holds(entry.nuclei_files)
 
     def files_of(self, entry: SlideEntry) -> list[Path]:

@@ -122,7 +122,7 @@ class CohortDiff:
         return "patients" if self.patients else "slides"
 
     def mean_change(self, endpoint: str) -> MeanChange:
-        """Return the mean relative change, over patients if the cohort names them, otherwise over slides.
+        """Return the mean relative change over patients or, where the cohort names none, over slides.
 
         `endpoint`: ALL or the name of a class.
         """
