@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the dry run: 0 if all slides can be run, 3 if some are unreadable or faulty, 4 if all are."""
+        """Exit code of the dry run: 0 without unreadable or faulty slides; otherwise 3, or 4 if no slide can be run."""
         return exit_code(len(self.slides), len(self.unreadable) + len(self.cohort.faults))
 
     def raise_if_faulty(self) -> None:

@@ -184,6 +184,6 @@ class Card:
 
 
 def short(value: object) -> str:
-    """Format `value` for a message, as ASCII text of about 100 characters at most."""
+    """Format `value` for a message: at most its first 100 characters, quoted, with others than ASCII escaped."""
     text = value if isinstance(value, str) else repr(value)
     return ascii(text if len(text) <= 100 else f"{text[:100]}…")

@@ -105,7 +105,7 @@ class StoredNetwork(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Return the network's output (b, channels, y, x) float32 on the device of `image`.
 
-        `image`: (b, 3, side, side) float, of the side that the model takes. PackageError if the model cannot be compiled.
+        `image`: (b, 3, side, side) float, of the side that the model takes. PackageError if it cannot be compiled.
         """
         if self._compiled is None:
             with as_package_error():

@@ -287,7 +287,7 @@ def _with_plugin(path: Path) -> ImageFile.ImageFile:
 
 
 def exif_orientation(picture: Image.Image) -> int:
-    """Return the EXIF orientation by which programs turn or flip `picture`, 2 to 8; 1 if it has none or is unreadable."""
+    """Return the EXIF orientation by which programs turn or flip `picture`, 2 to 8; 1 if none can be read."""
     if "exif" not in picture.info:  # getexif would decode a PNG to search for it
         return 1
     with suppress(SyntaxError), _quiet():
