@@ -84,7 +84,7 @@ def storage_errors(
 
 
 def instead_of_url(url: Url) -> str:
-    """Return what to give to a command that reads the results of a run from a folder only."""
+    """Return the remedy for `url` given to a command that reads results from folders only, as a phrase for messages."""
     return (
         f"for results in a bucket, give the folder of --work, or fetch them, from S3 with `aws s3 cp --recursive {url} "
         "FOLDER`"
@@ -92,7 +92,10 @@ def instead_of_url(url: Url) -> str:
 
 
 def fetch_file(url: Url, path: Path) -> None:
-    """Copy a file in cloud storage to `path`. Errors as in `storage_errors`."""
+    """Copy the file at `url` in cloud storage to `path` on disk.
+
+    Errors as in `require_package` and `storage_errors`.
+    """
     import fsspec
 
     require_package(url)
@@ -131,7 +134,7 @@ class BucketFolder:
         return f"{self._root}/{name}"
 
     def check_writable(self) -> None:
-        """Write a small file, read it back and remove it. InputError if this is impossible."""
+        """Check that the folder can be written to, with a small file that is then removed. InputError if it cannot."""
         # Always the same name, so that one that a killed check left behind is removed.
         key, content = self._key(".probe"), b"can be written\n"
         try:
@@ -146,7 +149,10 @@ class BucketFolder:
             raise InputError(str(error)) from error
 
     def read(self, names: Collection[str]) -> dict[str, bytes]:
-        """Return the content of files by name; files that do not exist are left out."""
+        """Return the content of the files `names` by name, without files that do not exist.
+
+        InputError if access is denied, UploadError if a file cannot be read.
+        """
         keys = {self._key(name): name for name in names}
         with self._errors():
             self._storage.invalidate_cache()
@@ -157,40 +163,58 @@ class BucketFolder:
         return {keys[key]: content for key, content in found.items() if isinstance(content, bytes)}
 
     def fetch(self, name: str, path: Path) -> None:
-        """Copy the file `name` to `path` on disk. UploadError if it does not exist."""
+        """Copy the file `name` to `path` on disk.
+
+        InputError if the file does not exist or access is denied, UploadError if it cannot be read.
+        """
         with self._reading(name):
             self._storage.get_file(self._key(name), str(path))
 
     def size(self, name: str) -> int:
-        """Return the size of a file in bytes. UploadError if it does not exist."""
+        """Return the size of the file `name` in bytes.
+
+        InputError if the file does not exist or access is denied, UploadError if it cannot be read.
+        """
         with self._reading(name):
             return int(self._storage.info(self._key(name))["size"])
 
     def read_range(self, name: str, start: int | None, end: int | None) -> bytes:
-        """Return the bytes of a file from `start` up to, but without, `end`; None for the file's beginning or end."""
+        """Return bytes of the file `name`. Errors as in `size`.
+
+        `start`, `end`: first byte, and the end of the range, exclusive; None for the beginning or the end of the file.
+        """
         with self._reading(name):
             return bytes(self._storage.cat_file(self._key(name), start=start, end=end))
 
     def modified(self, name: str) -> datetime:
-        """Return the time at which a file was uploaded, with a time zone. UploadError if it does not exist."""
+        """Return the time at which the file `name` was uploaded, with a time zone. Errors as in `size`."""
         with self._reading(name):
             found: datetime = self._storage.modified(self._key(name))
             return found if found.tzinfo else found.replace(tzinfo=UTC)
 
     def names(self) -> list[str]:
-        """Return the names of all files in the folder and its subfolders, sorted."""
+        """Return the names of all files in the folder and its subfolders, sorted.
+
+        InputError if access is denied, UploadError if they cannot be listed.
+        """
         with self._errors():
             self._storage.invalidate_cache()
             return sorted(str(PurePosixPath(key).relative_to(self._root)) for key in self._storage.find(self._root))
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove files, which must exist; none if `names` is empty."""
+        """Remove the files `names`, which must exist.
+
+        InputError if a file does not exist or access is denied, UploadError if one cannot be removed.
+        """
         with self._errors():
             if names:
                 self._storage.rm([self._key(name) for name in names])
 
     def put(self, files: Mapping[str, Path]) -> None:
-        """Upload local files, by name, and check what was stored. UploadError if a file differs afterwards."""
+        """Upload local files, and compare what is stored with them afterwards. `files`: local paths by name.
+
+        InputError if access is denied or the bucket does not exist, UploadError if a file cannot be written or differs.
+        """
         with self._errors():
             for name, path in files.items():
                 key = self._key(name)
@@ -219,7 +243,10 @@ class BucketFolder:
                 self._storage.mkdir(key, create_parents=False)
 
     def entries(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Return the properties of those of the files that exist, by name, for `holds`."""
+        """Return the storage's properties of those of the files `names` that exist, by name, for `holds`.
+
+        InputError if access is denied, UploadError if the folder cannot be listed.
+        """
         keys = {self._key(name): name for name in names}
         entries: dict[str, dict[str, Any]] = {}
         with self._errors():
@@ -272,7 +299,10 @@ def upload_tree(
 
 
 def retried(work: Callable[[], T]) -> T:
-    """Return the result of `work`, which is called up to ATTEMPTS times; UploadError if it fails with one each time."""
+    """Return the result of `work`, called again after each UploadError, up to ATTEMPTS times, with growing waits.
+
+    UploadError if all attempts fail; other errors propagate at once.
+    """
     wait = FIRST_WAIT_S
     for _ in range(ATTEMPTS - 1):
         with suppress(UploadError):

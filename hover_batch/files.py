@@ -102,9 +102,9 @@ def _only_file(archive: zipfile.ZipFile) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file; None if there is no such file or it holds anything else.
+    """Return the JSON object in the file at `path`; None if there is no such file or it holds anything else.
 
-    OSError if it cannot be read.
+    OSError if the file cannot be read.
     """
     content = read_file(path)
     return None if content is None else json_object(content)
@@ -128,7 +128,7 @@ def read_file(path: Path) -> bytes | None:
 
 
 def json_object(content: bytes) -> dict[str, Any] | None:
-    """Parse a JSON object; None if the content is anything else."""
+    """Return the JSON object that `content` holds, as a dict; None if it is anything else."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
@@ -156,7 +156,10 @@ def is_dicom(path: Path) -> bool:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write or replace the file `path` in one step, as `replacing` does. Text is written as UTF-8."""
+    """Write or replace the file `path` in one step, as `replacing` does. OSError if it cannot be written.
+
+    `data`: content; text is encoded as UTF-8.
+    """
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
@@ -181,12 +184,12 @@ def write_first(path: Path, data: bytes) -> bool:
 
 
 def leftovers(path: Path) -> Iterator[Path]:
-    """Yield the temporary files and folders that killed writes of `path` left behind, and those of running writes."""
+    """Yield the temporary files and folders beside `path` that belong to writes of it, killed or still running."""
     return path.parent.glob(f".{path.name}.*.partial")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the `leftovers` of `path`. Call it only while nothing writes `path`."""
+    """Remove the `leftovers` of `path`. Call it only while nothing writes `path`. OSError if one cannot be removed."""
     for leftover in leftovers(path):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
@@ -251,6 +254,6 @@ def to_json(value: Any) -> bytes:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content as 64 hex digits. OSError if it cannot be read."""
+    """Return the SHA-256 of the content of the file at `path` as 64 hex digits. OSError if it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,7 +27,7 @@ class Size:
 
     @property
     def box(self) -> Box:
-        """Box of this size with its corner at (0, 0)."""
+        """Box of this size with its upper left corner at (0, 0)."""
         return Box(0, 0, self.width, self.height)
 
 
@@ -46,12 +46,12 @@ class Box:
 
     @property
     def width(self) -> int:
-        """Number of columns; 0 if the box is empty."""
+        """Number of pixel columns; 0 if the box is empty."""
         return max(0, self.x1 - self.x0)
 
     @property
     def height(self) -> int:
-        """Number of rows; 0 if the box is empty."""
+        """Number of pixel rows; 0 if the box is empty."""
         return max(0, self.y1 - self.y0)
 
     @property
@@ -65,7 +65,7 @@ class Box:
         return self.height, self.width
 
     def intersect(self, other: Box) -> Box:
-        """Return the intersection; empty (width or height 0) if the boxes are disjoint."""
+        """Return the intersection of the box and `other`; empty (width or height 0) if they are disjoint."""
         return Box(max(self.x0, other.x0), max(self.y0, other.y0), min(self.x1, other.x1), min(self.y1, other.y1))
 
     def expand(self, margin: int) -> Box:
@@ -77,13 +77,13 @@ class Box:
         return self.x0 <= x < self.x1 and self.y0 <= y < self.y1
 
     def contains_box(self, other: Box) -> bool:
-        """Return whether `other` lies entirely in this box."""
+        """Return whether `other` lies entirely in this box; edges may coincide."""
         return self.x0 <= other.x0 and self.y0 <= other.y0 and other.x1 <= self.x1 and other.y1 <= self.y1
 
     def slices_in(self, frame: Box) -> tuple[slice, slice]:
-        """Return the (y, x) slices of this box in an array that covers `frame`.
+        """Return the slices (y, x) of this box in an array that covers the box `frame`.
 
-        ValueError if the box extends beyond `frame`.
+        ValueError if this box extends beyond `frame`.
         """
         if not frame.contains_box(self):
             raise ValueError(f"{self} does not lie inside {frame}")
@@ -102,7 +102,10 @@ class Box:
 
 
 def cell_box(column: int, row: int, side: int) -> Box:
-    """Return the box of the cell (column, row) in a grid of squares of `side` pixels that starts at (0, 0)."""
+    """Return the box of the cell (`column`, `row`) in a grid of squares that starts at (0, 0).
+
+    `side`: side of a square in pixels.
+    """
     return Box(column * side, row * side, (column + 1) * side, (row + 1) * side)
 
 
@@ -164,7 +167,10 @@ class Grid:
 
     @classmethod
     def scaled(cls, level0: Size, slide_mpp: Mpp, scale_x: float, scale_y: float) -> Grid:
-        """Return the grid of pixels of `scale_x` × `scale_y` level-0 pixels, each of `slide_mpp`, over a slide."""
+        """Return a grid over a whole slide whose pixels are `scale_x` × `scale_y` level-0 pixels.
+
+        `level0`: size of the slide in level-0 pixels. `slide_mpp`: size of a level-0 pixel in µm.
+        """
         return cls(
             level0=level0,
             scale_x=scale_x,

@@ -65,7 +65,7 @@ class PlannedSlide:
 
     @property
     def pixels(self) -> int:
-        """Number of inference pixels of the whole canvas; 0 for a slide in cloud storage, whose size is unknown."""
+        """Number of inference pixels of the whole canvas; 0 for a slide in cloud storage, whose size is not known."""
         return self.grid.size.pixels if self.grid else 0
 
 
@@ -86,7 +86,7 @@ class Plan:
         return exit_code(len(self.slides), len(self.unreadable) + len(self.cohort.faults))
 
     def raise_if_faulty(self) -> None:
-        """Raise InputError if the cohort has faults. Its message also has the warnings and reasons of other slides."""
+        """Raise InputError if the cohort has faults; its message also has warnings and reasons of unreadable slides."""
         warnings = [f"{slide.record.slide_id}: {w}" for slide in self.slides for w in slide.info.warnings]
         warnings += [f"{record.slide_id}: will fail: {reason}" for record, reason in self.unreadable]
         raise_if_faulty(replace(self.cohort, warnings=(*self.cohort.warnings, *warnings)))

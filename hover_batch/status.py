@@ -55,7 +55,7 @@ class UnfinishedSlide:
         return self.tiles * (1 - min(1.0, self.predicted / self.units))
 
     def line(self) -> str:
-        """Return the slide's progress as one line of text, for people."""
+        """Return the progress of the slide as one line of text for the user."""
         of = "" if self.units is None else f" of {self.units:,}"
         return f"{self.slide_id}: {self.predicted:,}{of} units predicted, {self.posted:,}{of} regions post-processed"
 
@@ -99,7 +99,7 @@ class RunStatus:
 
     @property
     def pending(self) -> int:
-        """Number of slides that have not been started."""
+        """Number of slides that have not been started; they are neither done, estimated, failed nor open."""
         return (self.slides or 0) - self.done - len(self.estimates) - self.failed - len(self.open)
 
     def seconds_left(self) -> tuple[float, str] | None:
@@ -127,7 +127,7 @@ class RunStatus:
         return None
 
     def lines(self) -> list[str]:
-        """Return the progress as lines of text for stdout."""
+        """Return the progress of the run as lines of text for the user."""
         begun = f", begun {_clock(self.created)}" if self.created else ""
         lines = [f"{self.layout.root}: model {self.model}{begun}", f"running: {self._running()}"]
         if self.log.disk_full and self.is_running is not False:
@@ -207,7 +207,7 @@ class RunStatus:
         return f"no, it stopped before its end; repeat the segment command to resume it{times}"
 
     def to_json(self) -> str:
-        """Return the complete status as indented JSON; unknown values are null, times ISO 8601 in UTC."""
+        """Return the complete status as indented JSON text; unknown values are null, times are ISO 8601 in UTC."""
         log, estimate = self.log, self.seconds_left()
         tile_rate, region_rate = log.tile_rate, log.region_rate
         shown_rate = tile_rate or region_rate
@@ -261,7 +261,10 @@ class RunStatus:
 
 
 def read_status(folder: Path) -> RunStatus:
-    """Return the progress of the run in `folder`. InputError if it holds no run, or its files cannot be read."""
+    """Return the progress of the run in `folder`.
+
+    InputError if the folder holds no run, or a file of the run is corrupted or cannot be read.
+    """
     layout = RunLayout(folder)
     try:
         run = require_run(layout)

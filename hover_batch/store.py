@@ -108,16 +108,25 @@ class PredictionStore:
         return digest.hexdigest() if found else None
 
     def has_shard(self, box: Box) -> bool:
-        """Return whether the unit at `box` has a shard. Units that are not written or hold only zeros have none."""
+        """Return whether the unit `box` has a shard; units that are not written or hold only zeros have none.
+
+        `box`: the unit in inference pixels.
+        """
         return self._shard(box).exists()
 
     def sweep(self) -> None:
-        """Remove partial files of killed writers. Call it only while nothing writes to the store."""
+        """Remove the partial files of killed writers. Call it only while nothing writes to the store.
+
+        OSError if a file cannot be removed.
+        """
         for leftover in list(self.path.rglob(".*.partial")):
             leftover.unlink(missing_ok=True)
 
     def remove(self, box: Box) -> None:
-        """Remove the shards of the units in `box`, which then read as zero. Call it only while nothing writes there."""
+        """Remove the shards of the units in `box`, which then read as zero. Call it only while nothing writes to them.
+
+        `box`: in inference pixels. OSError if a shard cannot be removed.
+        """
         for unit in self._units(box):
             self._shard(unit).unlink(missing_ok=True)
 

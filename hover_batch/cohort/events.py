@@ -50,7 +50,7 @@ class EventLog:
                 self._file.truncate(end)
 
     def close(self) -> None:
-        """Close the file; nothing can be appended afterwards."""
+        """Close the log file; no event can be appended afterwards."""
         self._file.close()
 
 

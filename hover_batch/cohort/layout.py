@@ -47,7 +47,7 @@ class Format(StrEnum):
 
     @property
     def suffix(self) -> str:
-        """Suffix of the file's name, without its first dot, such as geojson.gz."""
+        """Suffix of an exported file's name, without the first dot, such as geojson.gz."""
         return _SUFFIXES[self]
 
     @classmethod
@@ -103,12 +103,12 @@ class SlideLayout:
 
     @property
     def quarantine_json(self) -> Path:
-        """File with the run key, stage and reason of the quarantine; exists only if the slide is quarantined."""
+        """File with the run key, stage and reason of the slide's quarantine; exists only while it is quarantined."""
         return self.folder / "quarantine.json"
 
     @property
     def markers(self) -> Path:
-        """Folder of the markers, one file per unit that is predicted and stored."""
+        """Folder of the slide's markers, one JSON file per unit that is predicted and stored."""
         return self.folder / "markers"
 
     def marker(self, column: int, row: int) -> Path:
@@ -120,7 +120,7 @@ class SlideLayout:
 
     @property
     def parts(self) -> Path:
-        """Folder of the parts of the table, one Parquet file per post-processed region."""
+        """Folder of the parts of the table of nuclei, one Parquet file per post-processed region."""
         return self.folder / "parts"
 
     def part(self, column: int, row: int) -> Path:
@@ -132,36 +132,39 @@ class SlideLayout:
 
     @property
     def survey_json(self) -> Path:
-        """File with the slide's header and tissue, written before its first pixel is predicted."""
+        """File with the slide's header and tissue mask, written before the first pixel of the slide is predicted."""
         return self.folder / "survey.json"
 
     @property
     def predictions_zarr(self) -> Path:
-        """Folder of the prediction store, which holds the slide's maps."""
+        """Folder of the prediction store (`PredictionStore`), which holds the slide's predicted maps."""
         return self.folder / "predictions.zarr"
 
     @property
     def tissue_geojson(self) -> Path:
-        """File with the tissue that was searched, as GeoJSON."""
+        """GeoJSON file with the outline of the tissue in which nuclei were searched for."""
         return self.folder / "tissue.geojson"
 
     @property
     def nuclei_parquet(self) -> Path:
-        """File with the table of nuclei."""
+        """Parquet file with the slide's table of nuclei, one row per nucleus."""
         return self.folder / "nuclei.parquet"
 
     def exported(self, format: Format) -> Path:
-        """Return the path of the table of nuclei when it is exported to `format`."""
+        """Return the path of the slide's table of nuclei in another format, whether or not it exists.
+
+        `format`: format of the exported table; it determines the suffix of the path.
+        """
         return self.folder / f"nuclei.{format.suffix}"
 
     @property
     def thumbnail_jpg(self) -> Path:
-        """Picture of the whole slide with the tissue's outline."""
+        """JPEG picture of the whole slide with the outline of its tissue."""
         return self.folder / "thumbnail.jpg"
 
     @property
     def overlay_jpg(self) -> Path:
-        """Picture of the slide's densest field with the contours of its nuclei."""
+        """JPEG picture of the slide's densest field with the contours of its nuclei."""
         return self.folder / "overlay.jpg"
 
     @property
@@ -176,22 +179,22 @@ class SlideLayout:
 
     @property
     def sample(self) -> SampleLayout:
-        """Paths of the clusters of the slide that were drawn to estimate its density."""
+        """Paths of the results of the slide's clusters, which are drawn to estimate its density (`--stop-at`)."""
         return SampleLayout(self.root, self.slide_id)
 
     @property
     def sampled_nuclei_parquet(self) -> Path:
-        """File with the table of the nuclei of these clusters."""
+        """Parquet file with the table of the nuclei in the clusters that were drawn to estimate the slide's density."""
         return self.folder / "sampled_nuclei.parquet"
 
     @property
     def estimate_json(self) -> Path:
-        """File with the estimated densities; written last, so that it exists only if the estimate is precise enough."""
+        """File with the slide's estimated densities; written last, only once the estimate is precise enough."""
         return self.folder / "estimate.json"
 
     @property
     def kept(self) -> tuple[Path, ...]:
-        """Paths of the results that a user keeps, files or folders, slide.json last; the others are working files."""
+        """Paths of the slide's results that a user keeps, files or folders, slide.json last; not the working files."""
         return (
             self.nuclei_parquet,
             self.thumbnail_jpg,
@@ -255,11 +258,14 @@ class SampleLayout(SlideLayout):
 
     @property
     def clusters_json(self) -> Path:
-        """File with all clusters of the slide and the order in which they are drawn."""
+        """File with all clusters of the slide and the order in which the clusters are drawn."""
         return self.working / "clusters.json"
 
     def look_json(self, look: int) -> Path:
-        """Return the path of the densities that were estimated at a look. `look`: its number, from 0."""
+        """Return the path of the densities that were estimated at one look, that is, after a batch of clusters.
+
+        `look`: number of the look, from 0; file names count from 1.
+        """
         return self.working / f"look_{look + 1}.json"
 
 
@@ -274,12 +280,12 @@ class RunLayout:
         object.__setattr__(self, "root", self.root.absolute())
 
     def slide(self, slide_id: str) -> SlideLayout:
-        """Return the paths of one slide. InputError if the slide_id cannot name a folder."""
+        """Return the paths of the results of the slide `slide_id`. InputError if the id cannot name a folder."""
         return SlideLayout(self.root, slide_id)
 
     @property
     def lock(self) -> Path:
-        """Lock file, locked while a run writes here and never removed."""
+        """Lock file; locked while a run writes to the folder, and never removed."""
         return self.root / ".lock"
 
     @property
@@ -304,12 +310,12 @@ class RunLayout:
 
     @property
     def slides_csv(self) -> Path:
-        """File with the cohort and the status of each slide."""
+        """CSV file with the slides of the cohort and the status of each."""
         return self.root / "slides.csv"
 
     @property
     def failures_csv(self) -> Path:
-        """File with the failures since the run was last started, written when it ends."""
+        """CSV file with the slides that failed since the run was last started; written when the run ends."""
         return self.root / "failures.csv"
 
     @property
@@ -319,7 +325,7 @@ class RunLayout:
 
     @property
     def summary_parquet(self) -> Path:
-        """File with the summary as in summary.csv, with full precision."""
+        """Parquet file with the content of summary.csv in full precision."""
         return self.root / "summary.parquet"
 
     @property
@@ -334,7 +340,7 @@ class RunLayout:
 
     @property
     def logs(self) -> Path:
-        """Folder of the logs."""
+        """Folder of the run's logs, events.jsonl and ray.log."""
         return self.root / "logs"
 
     @property

@@ -160,7 +160,7 @@ class Ledger:
         )
 
     def orphans(self, cohort: Cohort) -> list[str]:
-        """Return the slide_ids of finished slides in the folder that the cohort does not list, sorted."""
+        """Return the slide_ids, sorted, of the finished slides in the output folder that are not in `cohort`."""
         known = {record.slide_id for record in cohort.records}
         finished = [slide.slide_id for slide in self._slides() if slide.slide_json.is_file()]
         return [slide_id for slide_id in finished if slide_id not in known]
@@ -270,7 +270,10 @@ class Ledger:
         return True
 
     def write_estimate_json(self, slide_id: str, key: str, values: Mapping[str, Any]) -> None:
-        """Declare the slide's density estimated: write estimate.json, as `write_slide_json` writes slide.json."""
+        """Write estimate.json with `values` (JSON), the slide_id and the run key `key`, and log the event.
+
+        The slide counts as done from now on; an existing file is replaced. OSError if a file cannot be written.
+        """
         write_atomically(
             self.layout.slide(slide_id).estimate_json, to_json({**values, "slide_id": slide_id, "run_key": key})
         )
@@ -310,18 +313,18 @@ class Ledger:
         write_atomically(self.layout.slide(slide_id).quarantine_json, content)
 
     def quarantined(self, slide_id: str, key: str) -> tuple[str, str] | None:
-        """Return the stage and reason of the slide's quarantine; None if it is not quarantined for this run key."""
+        """Return (stage, reason) of the slide's quarantine for run key `key`, or None. OSError as in `read_json`."""
         stored = read_json(self.layout.slide(slide_id).quarantine_json) or {}
         if stored.get("run_key") != key or "stage" not in stored or "reason" not in stored:
             return None
         return stored["stage"], stored["reason"]
 
     def end_quarantine(self, slide_id: str) -> None:
-        """Remove the slide's quarantine.json, so that the slide runs again."""
+        """Remove the slide's quarantine.json, if there is one, so that the next start processes the slide again."""
         _remove(self.layout.slide(slide_id).quarantine_json)
 
     def failures(self) -> tuple[SlideFailure, ...]:
-        """Return the failures of this start, sorted by row."""
+        """Return the slides and invalid rows that failed since the run was last started, sorted by row."""
         return tuple(sorted(self._failures, key=lambda failure: failure.row))
 
     def finish(self, cohort: Cohort, model_busy: float | None = None, *, stopped: bool = False) -> None:

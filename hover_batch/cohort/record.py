@@ -36,12 +36,12 @@ class Url:
 
     @classmethod
     def of(cls, text: str) -> Url | None:
-        """Return a cell of the cohort as a URL; None if `text` is not a URL but a path."""
+        """Return `text`, a cell of the cohort, as a URL; None if it is a path."""
         return cls(text) if _SCHEME.match(text) else None
 
     @property
     def protocol(self) -> str:
-        """Scheme in lower case, such as s3."""
+        """Scheme of the URL in lower case, such as s3."""
         return self.text.split("://", 1)[0].lower()
 
     def __str__(self) -> str:
@@ -59,12 +59,12 @@ class Url:
 
     @property
     def name(self) -> str:
-        """Name of the file or folder: the last part of the path."""
+        """Name of the file or folder that the URL refers to: the last part of its path."""
         return PurePosixPath(str(self).split("://", 1)[1]).name
 
     @property
     def stem(self) -> str:
-        """Name without its suffix; the whole name of a folder."""
+        """Name of the file at the URL without its last suffix; for a folder (the URL ends with /), the whole name."""
         return self.name if str(self).endswith("/") else PurePosixPath(self.name).stem
 
 
@@ -116,7 +116,7 @@ class SlideRecord:
 
     @property
     def file(self) -> Path:
-        """Path of the slide on this machine. AssertionError for a URL: copy the slide first (`Copies.staged`)."""
+        """Path of the slide on this machine. AssertionError if the slide is at a URL: call `Copies.staged` first."""
         assert isinstance(self.path, Path)
         return self.path
 
@@ -133,5 +133,5 @@ def looks_like_slide(path: Path) -> bool:
 
 
 def is_dicom_folder(path: Path) -> bool:
-    """Return whether a folder contains a DICOM file. OSError if it cannot be listed."""
+    """Return whether the folder `path` directly contains a DICOM file. OSError if the folder cannot be listed."""
     return any(map(is_dicom, path.iterdir()))

@@ -51,7 +51,11 @@ def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
 
 
 def require_run(layout: RunLayout, flag: str = "") -> dict[str, Any]:
-    """Return the content of run.json. InputError if the folder holds no run; other errors as in `read_run`."""
+    """Return the content of run.json, as JSON values by name.
+
+    `layout`: paths of the run. `flag`: option that named the folder, for the message. InputError if the folder holds no
+    run; other errors as in `read_run`.
+    """
     run = read_run(layout, flag)
     if run is None:
         raise InputError(f"{_named(layout, flag)}: holds no run; give the --output folder of `segment`")
@@ -109,7 +113,7 @@ def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
 
 
 def nuclei_if_done(slide: SlideLayout) -> int | None:
-    """Return the number of nuclei of a finished slide; None if it is not finished. OSError as in `read_file`."""
+    """Return the number of nuclei of the slide at `slide`; None if it is not finished. OSError if it cannot be read."""
     done = slide_if_done(slide)
     return None if done is None else int(done["nuclei"])
 
@@ -153,14 +157,20 @@ def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
 
 
 def why_not_done(slide: SlideLayout) -> str:
-    """Return why a slide has no table of all its nuclei, and the remedy. OSError as in `read_file`."""
+    """Return why the slide at `slide` has no table of all its nuclei, and the remedy, as the rest of a sentence.
+
+    OSError if its estimate.json cannot be read.
+    """
     if estimate_of(slide) is not None:
         return "is only estimated from a part of it; repeat the segment command without --stop-at to complete it"
     return "is not done; see failures.csv, or repeat the segment command to finish it"
 
 
 def estimate_line(estimate: Mapping[str, Any]) -> str:
-    """Return a sentence with an estimated density and its interval. `estimate`: section of estimate.json."""
+    """Return the estimated density of a slide, nuclei per mm² of tissue, and its interval as a phrase for the user.
+
+    `estimate`: section `estimate` of estimate.json.
+    """
     density = estimate["densities"][estimate["of"]]
     per_mm2, low, high = (f"{density[name]:,.0f}" for name in ("per_mm2", "low", "high"))
     return (

@@ -64,7 +64,7 @@ class RateWindow:
 
     @property
     def rate(self) -> Rate | None:
-        """Mean rate in the window; None if nothing was done in it."""
+        """Mean rate over the window, per second; None if nothing was done in it or it has no duration."""
         begin, _ = self._entries[0]
         end, _ = self._entries[-1]
         seconds = (end - begin).total_seconds()
@@ -109,7 +109,10 @@ class RunLog:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read events.jsonl; return an empty log if the file does not exist. OSError if it cannot be read."""
+        """Read the log of events at `path`. OSError if it cannot be read.
+
+        The result is empty if the file does not exist.
+        """
         log = cls()
         for event in stream_events(path):
             log.add(event)
@@ -173,7 +176,10 @@ class RunLog:
 
 
 def to_utc(time: object) -> datetime | None:
-    """Parse an ISO 8601 time and return it in UTC; None if `time` is not one. Without an offset, it is local time."""
+    """Return an ISO 8601 time, such as "2025-01-31T12:00:00+01:00", as a datetime in UTC.
+
+    `time`: text; without an offset from UTC, it is local time. None for any other value.
+    """
     try:
         return datetime.fromisoformat(str(time)).astimezone(UTC)
     except ValueError:

@@ -16,7 +16,7 @@ _DEVICES = frozenset(
 
 
 def fold(slide_id: str) -> str:
-    """Return an id in lower case, to find ids that are the same name on a case-insensitive file system."""
+    """Return `slide_id` in lower case, to find ids that name the same file on a case-insensitive file system."""
     return slide_id.lower()
 
 

@@ -42,7 +42,10 @@ class Speed:
 
     @classmethod
     def of(cls, side: Side) -> Speed:
-        """Measure the speed of a network on one patch, on its device and in its precision."""
+        """Measure the speed of the network of `side` on one patch, on its device and in its precision.
+
+        InputError if the device cannot be used.
+        """
         card = side.card
         network = on_device(side.network, side.predictor.device)
         with side.predictor.autocast():
@@ -50,7 +53,7 @@ class Speed:
         return cls(seconds, patch_side(card), card.tile_in, card.tile_out)
 
     def field_seconds(self, box: Box) -> float:
-        """Return the estimated seconds of inference on a field. `box`: the field in inference pixels."""
+        """Return the estimated seconds of inference on one field. `box`: the field, in inference pixels."""
         tiles = -(-box.width // self.tile_out) * -(-box.height // self.tile_out)
         return tiles * self.seconds * (self.tile_in / self.patch) ** 2
 
@@ -87,7 +90,10 @@ def fit_to_budget(
 
 
 def announcement(speeds: Sequence[Speed], places: Sequence[Place], options: Options) -> str:
-    """Return a line for the user that says what will be measured, and about how long it takes."""
+    """Return a line for the user that says what will be measured, and about how long it takes.
+
+    `speeds`: speed of each network. `places`: fields that are read. `options`: batch sizes and number of repetitions.
+    """
     return (
         f"{counted(len(places), 'field')}, batch sizes {', '.join(map(str, options.batches))}, "
         f"{counted(options.repeats, 'repetition')}: about {duration(estimate(speeds, places, options))}"

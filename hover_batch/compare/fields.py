@@ -34,7 +34,7 @@ class Field:
 
     @property
     def pixels(self) -> int:
-        """Number of inference pixels."""
+        """Number of inference pixels of the field."""
         return self.box.width * self.box.height
 
 
@@ -50,7 +50,7 @@ class Place:
     """Size of an inference pixel in µm."""
 
     def read(self) -> Field:
-        """Return the field with its pixels, and the time of reading them. SlideError if the slide cannot be read."""
+        """Read the field, and measure the time that this takes. SlideError if the slide cannot be read."""
         with open_slide(self.record) as reader:
             started = time.perf_counter()
             image = reader.read(self.box, Grid.over(reader.info.level0, reader.info.mpp, self.mpp))

@@ -119,7 +119,7 @@ class Costs:
     """Seconds of post-processing."""
 
     def add(self, field: Field, result: SideResult) -> None:
-        """Add the size of one field, and the times of the network on it."""
+        """Add the size of `field`, and the seconds that `result` states for the network on it."""
         self.pixels += field.pixels
         self.mm2 += field.pixels * (field.mpp / 1000) ** 2
         self.tiles += -(-field.box.height // self.tile_side) * -(-field.box.width // self.tile_side)

@@ -46,12 +46,12 @@ class Side:
         return Predictor(self.network, self.card, self.settings)
 
     def for_fields(self, side: int) -> Side:
-        """Return a copy whose batch size suits fields of `side` × `side` inference pixels (see `batch_of`)."""
+        """Return a copy whose batch size (`batch_of`) suits square fields. `side`: their side in inference pixels."""
         return replace(self, settings=replace(self.settings, batch=batch_of(self.card, [(side, side)])))
 
     @property
     def splitter(self) -> Splitter | None:
-        """Post-processing of the network's system."""
+        """Post-processing of the network's system, with the constants on the network's card."""
         return splitter_of(self.card)
 
 

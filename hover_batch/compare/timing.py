@@ -61,7 +61,10 @@ class SideResult:
 
 
 def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[SideResult]:
-    """Return the result of each of `sides` on a field, with the median times of `repeats` repetitions, at least 1."""
+    """Return the result of each network on a field, with the medians of its times in seconds.
+
+    `sides`: the networks. `field`: the field, already read. `repeats`: number of repetitions, at least 1.
+    """
     seconds: list[list[tuple[float, float]]] = [[] for _ in sides]
     results: list[tuple[NDArray[np.int32], Nuclei]] = []
     for repetition in range(repeats):

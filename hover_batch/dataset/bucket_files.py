@@ -29,15 +29,15 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         self._size = lru_cache(None)(folder.size)
 
     def path(self, name: str) -> str:
-        """Return the path of the file with this name in the data set."""
+        """Return the path, `URL/name`, of the file `name` of the data set."""
         return f"{self._folder.url.text.rstrip('/')}/{name}"
 
     def name(self, path: str) -> str:
-        """Return the name in the data set of the file at `path`."""
+        """Return the name of the file at `path`, `URL/name`, relative to the data set."""
         return path.removeprefix(self.path(""))
 
     def glob(self, path: str, **_: Any) -> list[str]:
-        """Return only the path itself: the names of the data set's files are not patterns."""
+        """Return `path` alone, because names of the data set's files are not patterns."""
         return [path]
 
     def unstrip_protocol(self, name: str) -> str:
@@ -45,19 +45,25 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         return name
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        """Return name, size in bytes and type of a file. Errors as in `BucketFolder.size`."""
+        """Return `name`, `size` in bytes and `type` of the file at `path`. Errors as in `BucketFolder.size`."""
         return {"name": path, "size": self._size(self.name(path)), "type": "file"}
 
     def modified(self, path: str) -> datetime:
-        """Return the same time for all files, because they never change."""
+        """Return the same time for every `path`, because the files never change."""
         return _NEVER
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> _Ranges:
-        """Open a file for reading, without read-ahead."""
+        """Open the file at `path` for reading, without read-ahead. Errors as in `BucketFolder.size`.
+
+        `mode`: only "rb".
+        """
         return _Ranges(self, path, mode, cache_type="none", size=self._size(self.name(path)))
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
-        """Return the bytes from `start` up to, but without, `end`; None for the beginning or the end of the file."""
+        """Return bytes of the file at `path`. Errors as in `BucketFolder.read_range`.
+
+        `start`, `end`: first byte, and the end of the range, exclusive; None for the beginning or the end of the file.
+        """
         return self._folder.read_range(self.name(path), start, end)
 
 

@@ -37,7 +37,11 @@ def check_bucket(url: Url, flag: str) -> None:
 
 @contextmanager
 def open_bucket(url: Url, flag: str) -> Iterator[BucketStorage]:
-    """Open or create the data set in a bucket. Arguments as for `check_bucket`, errors as in `writer.open_writer`."""
+    """Open the data set in a bucket, or create it, for the duration of the block.
+
+    `url`: folder of the data set. `flag`: option or argument that named it, for messages. Errors as in
+    `writer.open_writer`.
+    """
     folder = BucketFolder(url)
     with tempfile.TemporaryDirectory(prefix="hover-batch-upload-") as staging:
         storage = BucketStorage(folder, DatasetLayout(Path(staging)), _stored(folder, flag))
@@ -72,7 +76,10 @@ class BucketStorage:
         """Names of the files of the data set that exist."""
 
     def sweep(self) -> None:
-        """List the files, and remove those of nuclei that are unnamed in slides.parquet and older than KEPT_FOR."""
+        """List the files, and remove those of nuclei that are not named in slides.parquet and older than KEPT_FOR.
+
+        UploadError or InputError if the bucket cannot be read or changed.
+        """
         found, named = set(retried(self._folder.names)), named_files(self.table)
         self._files = found & named
         others = [name for name in found - named if name.startswith("nuclei/model=") and name.endswith(".parquet")]
@@ -80,11 +87,14 @@ class BucketStorage:
         self.remove([name for name in others if retried(partial(self._folder.modified, name)) < limit])
 
     def holds(self, names: Collection[str]) -> bool:
-        """Return whether all these files exist. `names`: relative to the data set."""
+        """Return whether all files in `names`, which are relative to the data set, exist."""
         return self._files.issuperset(names)
 
     def fetch(self, names: Collection[str]) -> list[Path]:
-        """Copy files to the temporary folder, and return their paths, in order. InputError if one is missing."""
+        """Download the files `names` of the data set to the temporary folder, and return their paths, in order.
+
+        InputError if a file is missing, UploadError if the bucket cannot be read.
+        """
         paths = [self.root / name for name in names]
         for name, path in zip(names, paths, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +102,10 @@ class BucketStorage:
         return paths
 
     def add(self, names: Collection[str]) -> None:
-        """Upload files from the temporary folder, and remove them there. Files that the bucket has are skipped."""
+        """Upload files from the temporary folder, and remove them there; files that the bucket has are not uploaded.
+
+        `names`: relative to the data set and to the temporary folder. Errors as in `upload_tree`.
+        """
         new = {name: self.root / name for name in names if name not in self._files}
         upload_tree(new, self._folder)
         self._files.update(new)
@@ -100,7 +113,10 @@ class BucketStorage:
             path.unlink()
 
     def replace_table(self, table: pa.Table) -> None:
-        """Replace slides.parquet. InputError if another command has changed it."""
+        """Replace slides.parquet by `table`.
+
+        InputError if another command has changed it since it was opened, UploadError if it cannot be written.
+        """
         if retried(lambda: self._folder.read([SLIDES_PARQUET])).get(SLIDES_PARQUET) != self._content:
             raise InputError(
                 f"{self.where}: another command has changed this data set; wait until it ends, and repeat this one"
@@ -116,7 +132,10 @@ class BucketStorage:
         return self._content
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove files and their local copies; files that do not exist are ignored."""
+        """Remove the files `names` and their local copies; files that do not exist are ignored.
+
+        UploadError if the bucket cannot be changed.
+        """
         retried(lambda: self._folder.remove(self._folder.entries(names)))
         self._files.difference_update(names)
         for name in names:

@@ -63,7 +63,10 @@ class FolderStorage:
         self.table = table
 
     def sweep(self) -> None:
-        """Remove temporary files, and files of nuclei that slides.parquet does not name. A user's other files stay."""
+        """Remove temporary files, and files of nuclei that slides.parquet does not name; the user's other files stay.
+
+        OSError if a file cannot be removed.
+        """
         remove_leftovers(self._layout.slides_parquet)
         named = {self.root / name for name in named_files(self.table)}
         for folder in self._layout.nuclei.glob("model=*"):
@@ -74,21 +77,21 @@ class FolderStorage:
                     path.unlink()
 
     def holds(self, names: Collection[str]) -> bool:
-        """Return whether all these files exist. `names`: relative to the data set."""
+        """Return whether all files in `names`, which are relative to the data set, exist."""
         return all((self.root / name).is_file() for name in names)
 
     def fetch(self, names: Collection[str]) -> list[Path]:
-        """Return the paths of files, in order."""
+        """Return the paths of the files `names`, which are relative to the data set, in order."""
         return [self.root / name for name in names]
 
     def add(self, names: Collection[str]) -> None:
-        """Do nothing, because the files were written to the data set's folder."""
+        """Do nothing with `names`, because new files are written directly to the folder of the data set."""
 
     def replace_table(self, table: pa.Table) -> None:
-        """Replace slides.parquet in one step. OSError if it cannot be written."""
+        """Replace slides.parquet by `table` in one step. OSError if it cannot be written."""
         write_slides_table(self._layout, table)
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove files; files that do not exist are ignored."""
+        """Remove the files `names`; files that do not exist are ignored. OSError if one cannot be removed."""
         for name in names:
             (self.root / name).unlink(missing_ok=True)

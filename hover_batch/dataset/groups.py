@@ -74,7 +74,10 @@ class Effect:
     """The difference with the measuring error of counts; None if that was not measured."""
 
     def to_row(self) -> dict[str, Any]:
-        """Return the fields as a row of the results: values by column, each interval in two columns, _low and _high."""
+        """Return the fields as a row of the results: values by column, each interval in two columns, _low and _high.
+
+        Fields with a value for each group are two columns, _first and _second.
+        """
         row: dict[str, Any] = {"measure": self.measure}
         for number, name in enumerate(("first", "second")):
             row[name] = self.groups[number]
@@ -100,7 +103,10 @@ class Comparison:
 
 
 def densities_sql(subject: Subject, by: str, of: str | None = None) -> str:
-    """Return the SQL of the densities by group and patient. `by`, `of` and errors as in `counts_sql`."""
+    """Return the SQL of the densities, nuclei per mm² of tissue, with one row per group and patient.
+
+    `by`: column with the group. `of`: the only class; None for all. InputError as in `counts_sql`.
+    """
     column, source = subject.column(by)
     columns = [f"{column} AS {identifier(by)}", "slides.patient_id"]
     columns += [f"{density_sql(number)} AS {density}" for number, density in measures(subject, of)]
@@ -232,7 +238,10 @@ def _difference(first: NDArray[np.float64], second: NDArray[np.float64], axis: i
 
 
 def cliffs_delta(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> Any:
-    """Return P(second > first) - P(second < first) over all pairs of values along the last axis."""
+    """Return Cliff's delta, P(second > first) - P(second < first), over all pairs of values along the last axis.
+
+    `first` (…, n), `second` (…, m). `axis`: ignored; scipy passes it. The result has the shape of the other axes.
+    """
     n, m = first.shape[-1], second.shape[-1]
     ranks = rankdata(np.concatenate([first, second], axis=-1), axis=-1)
     u = ranks[..., n:].sum(axis=-1) - m * (m + 1) / 2

@@ -35,21 +35,21 @@ class DatasetLayout:
 
     @property
     def slides_parquet(self) -> Path:
-        """File with one row per slide and model."""
+        """Parquet file with one row per slide and model."""
         return self.root / SLIDES_PARQUET
 
     @property
     def lock(self) -> Path:
-        """Lock file, locked while a command writes here and never removed."""
+        """Lock file; locked while a command writes to the data set, and never removed."""
         return self.root / ".lock"
 
     @property
     def nuclei(self) -> Path:
-        """Folder of the nuclei, with one folder per model."""
+        """Folder of the files of nuclei, with one folder per model."""
         return self.root / "nuclei"
 
     def model_folder(self, model: str) -> Path:
-        """Return the folder of a model's nuclei. `model`: result of `model_key`."""
+        """Return the folder of the files of nuclei that a model found. `model`: result of `model_key`."""
         return self.nuclei / f"model={model}"
 
 

@@ -69,7 +69,7 @@ class NearQuestion:
 
     @property
     def sql(self) -> str:
-        """The question as one SELECT."""
+        """The question as one SELECT statement of DuckDB's SQL."""
         return f"WITH {self._ctes},\nnear AS (\n  {self._near}\n)\n{self._answer}"
 
     def answer(self, track: Callable[[list[_Entries]], Iterable[_Entries]]) -> duckdb.DuckDBPyRelation:

@@ -125,7 +125,7 @@ class Dataset:
         self.close()
 
     def close(self) -> None:
-        """Close the connection and remove its temporary files."""
+        """Close the connection to DuckDB, and remove its temporary files."""
         self.connection.close()
         self._scratch.cleanup()
 
@@ -181,7 +181,10 @@ class Dataset:
 
     @contextlib.contextmanager
     def narrowed(self, entries: Sequence[SlideEntry]) -> Iterator[None]:
-        """Limit the view `nuclei`, for the block, to the nuclei in the files of `entries`."""
+        """Limit the view `nuclei`, for the duration of the block, to the nuclei in the files of `entries`.
+
+        `entries`: rows of slides.parquet. InputError as in `execute`.
+        """
         self.execute(f"CREATE TEMP VIEW nuclei AS {self._nuclei(entries)}")
         try:
             yield
@@ -189,12 +192,18 @@ class Dataset:
             self.execute("DROP VIEW temp.nuclei")
 
     def execute(self, statement: str) -> None:
-        """Run an SQL statement that hover-batch generates, without a result. InputError if it fails."""
+        """Run `statement`, an SQL statement that hover-batch generates and whose result is not needed.
+
+        InputError as in `query_errors`; KeyboardInterrupt if a signal interrupts the statement.
+        """
         with query_errors():
             self.connection.execute(statement).fetchall()
 
     def create_table(self, name: str, rows: pa.Table) -> None:
-        """Create the table `name` with the content of `rows` in memory, or replace it."""
+        """Create the table `name` from `rows` in memory, or replace it.
+
+        `name`: must be a plain SQL identifier, since it is not quoted. InputError as in `execute`.
+        """
         self.connection.register("given", rows)
         self.execute(f"CREATE OR REPLACE TABLE {name} AS FROM given")
         self.connection.unregister("given")

@@ -62,7 +62,10 @@ class Subject:
         return cls(dataset, tuple(entries), tuple(conditions), classes, tuple(notes))
 
     def check_class(self, flag: str, name: str) -> None:
-        """Raise InputError unless `name` is a class of the nuclei. `flag`: option that gave it."""
+        """Check that `name` is a class of these nuclei. InputError if it is not.
+
+        `flag`: option that gave the name, for the message.
+        """
         if name not in self.classes:
             raise InputError(f"{flag} {name}: is not a class of these nuclei; their classes: {', '.join(self.classes)}")
 
@@ -85,7 +88,10 @@ class Subject:
         )
 
     def where(self, *more: str) -> str:
-        """Return the WHERE that holds for the slides, with more conditions, and the line end before it; maybe empty."""
+        """Return the SQL WHERE clause of the slides, on a line of its own; "" without conditions.
+
+        `more`: further conditions in SQL, which must hold, too.
+        """
         conditions = (*self.conditions, *more)
         return f"\nWHERE {' AND '.join(conditions)}" if conditions else ""
 
@@ -121,5 +127,8 @@ def measures(subject: Subject, of: str | None) -> list[tuple[str, str]]:
 
 
 def density_sql(number: str) -> str:
-    """Return the SQL of the density over several slides. `number`: column with the number of nuclei."""
+    """Return the SQL of the density, nuclei per mm² of tissue, over several slides; NULL without tissue.
+
+    `number`: column of slides.parquet with the number of nuclei, as SQL.
+    """
     return f"sum(slides.{number}) / nullif(sum(slides.tissue_mm2), 0)"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def identifier(name: str) -> str:
-    """Return the name of a column or view as a quoted SQL identifier."""
+    """Return `name`, of a column or view, as a quoted SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
@@ -16,5 +16,5 @@ def text(value: object) -> str:
 
 
 def text_list(values: Iterable[object]) -> str:
-    """Return values as an SQL list of string literals."""
+    """Return `values` as an SQL list of string literals, each from `text`."""
     return f"[{', '.join(map(text, values))}]"

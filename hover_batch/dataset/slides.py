@@ -94,7 +94,7 @@ class SlideEntry:
 
     @property
     def key(self) -> Key:
-        """Key of the row: there is one per slide and model."""
+        """Key (slide_id, model) of the row, which is unique in slides.parquet."""
         return self.slide_id, self.model
 
 
@@ -120,7 +120,11 @@ def read_slides_table(where: Path | Url, flag: str = "") -> pa.Table:
 
 
 def parse_slides_table(content: bytes, where: Path | Url, flag: str = "") -> pa.Table:
-    """Return the content of slides.parquet as a table. Arguments and InputError as in `read_slides_table`."""
+    """Return `content`, the bytes of slides.parquet, as a table without schema metadata.
+
+    `where`: folder or URL of the data set. `flag`: option that named it, for messages. InputError as in
+    `read_slides_table`.
+    """
     named = f"{flag} {where}".lstrip()
     try:
         with pq.ParquetFile(pa.BufferReader(content)) as file:
@@ -161,17 +165,20 @@ def refuse_other_files(where: Path | Url, flag: str, names: Sequence[str]) -> No
 
 
 def read_entries(where: Path | Url, flag: str = "") -> list[SlideEntry]:
-    """Return the rows of slides.parquet, sorted by model and slide_id. Errors as in `read_slides_table`."""
+    """Return the rows of slides.parquet, sorted by model and slide_id.
+
+    Arguments and errors as in `read_slides_table`.
+    """
     return entries_of(read_slides_table(where, flag))
 
 
 def named_files(table: pa.Table) -> set[str]:
-    """Return the names of all files of nuclei in the rows of slides.parquet, relative to the data set."""
+    """Return the names, relative to the data set, of all files of nuclei. `table`: content of slides.parquet."""
     return {name for names in table["nuclei_files"].to_pylist() for name in names}
 
 
 def entries_of(table: pa.Table) -> list[SlideEntry]:
-    """Return the rows of slides.parquet, in order. `table`: result of `read_slides_table`."""
+    """Return the rows of `table`, the content of slides.parquet, in order."""
     rows = table.select(_ENTRY).to_pylist()
     return [SlideEntry(**(row | {"nuclei_files": tuple(row["nuclei_files"])})) for row in rows]
 
@@ -184,7 +191,10 @@ def write_slides_table(layout: DatasetLayout, table: pa.Table) -> None:
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], measured: pa.Schema) -> pa.Table:
-    """Return rows as a table with the FIXED columns, those of `measured` that a row has, and all others as text."""
+    """Return rows, values by column, as a table with the FIXED columns first.
+
+    `measured`: names and types of further columns, of which the table has those that a row has. All others are text.
+    """
     names = dict.fromkeys(name for row in rows for name in row)
     kinds = {field.name: field for field in (*measured, *FIXED)}
     others = [kinds.get(name, pa.field(name, pa.string())) for name in names if name not in FIXED.names]

@@ -52,7 +52,10 @@ class RunSource:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the run in `folder`. InputError if it holds no run, or a file of the run is corrupted."""
+        """Read the run in `folder`.
+
+        InputError if the folder holds no run, or a file of the run is corrupted; OSError if a file cannot be read.
+        """
         layout = RunLayout(folder)
         run = require_run(layout)
         records = {record.slide_id: record for record in read_slides(layout) or ()}
@@ -62,7 +65,10 @@ class RunSource:
         return cls(layout, model_key(name, sha256), name, sha256, records, done, flag_slides(done))
 
     def chosen(self, slide_ids: Sequence[str]) -> list[str]:
-        """Return the slides `slide_ids`, or all if it is empty. InputError for an unknown one."""
+        """Return `slide_ids` without repetitions, or all slides of the run if it is empty.
+
+        InputError if an id is not a slide of this run.
+        """
         if unknown := [name for name in slide_ids if name not in self.slides]:
             raise InputError(
                 f"--slide {unknown[0]}: is not a slide of this run; {self.layout.slides_csv} lists its slides: "
@@ -71,7 +77,7 @@ class RunSource:
         return list(dict.fromkeys(slide_ids) if slide_ids else self.slides)
 
     def fingerprint(self, slide_id: str) -> str:
-        """Return the fingerprint of a finished slide. SlideError if its survey.json cannot be read."""
+        """Return the fingerprint of the finished slide `slide_id`. SlideError if its survey.json cannot be read."""
         try:
             return read_info(self.layout.slide(slide_id).survey_json).fingerprint
         except OSError as error:
@@ -81,7 +87,7 @@ class RunSource:
             ) from error
 
     def open_table(self, slide_id: str) -> NucleiTable:
-        """Return a finished slide's table of nuclei, whose checksum is compared. SlideError if it cannot be read."""
+        """Open the table of nuclei of the finished slide `slide_id`. SlideError as in `NucleiTable.open`."""
         return NucleiTable.open(self.layout.slide(slide_id).nuclei_parquet)
 
     def is_unchanged(self, slide_id: str) -> bool:
@@ -120,14 +126,20 @@ class RunSource:
         }
 
     def measured(self, taxonomy: Taxonomy) -> pa.Schema:
-        """Return the columns of `row` that are numbers, those of the summary, and maybe others."""
+        """Return the names and types of the columns of `row` that are numbers, those of the summary and the stages.
+
+        `taxonomy`: classes of the slides' tables.
+        """
         stages = dict.fromkeys(
             name for done in self.done.values() for name in done.get("summary", {}) if name.startswith(STAGE)
         )
         return pa.schema([*summary_schema(taxonomy), *(pa.field(name, pa.float64()) for name in stages)])
 
     def table_row(self, table: NucleiTable) -> Row:
-        """Return the columns that describe a finished slide's table. SlideError if its survey.json cannot be read."""
+        """Return the columns of slides.parquet that describe a finished slide's table of nuclei, as values by name.
+
+        `table`: that of the slide. SlideError if survey.json of the slide cannot be read.
+        """
         done = self.done[table.slide_id]
         return {
             "nuclei_rows": table.rows,
@@ -145,7 +157,10 @@ class RunSource:
         }
 
     def file_metadata(self, taxonomy: Taxonomy) -> dict[str, Any]:
-        """Return the entry `hover_batch` of the metadata of files of nuclei, as JSON values by name."""
+        """Return the entry `hover_batch` of the metadata of files of nuclei, as JSON values by name.
+
+        `taxonomy`: classes of the nuclei.
+        """
         return {
             "schema_version": SCHEMA_VERSION,
             "taxonomy": taxonomy.to_json(),
@@ -154,5 +169,5 @@ class RunSource:
 
 
 def taxonomy_json(taxonomy: Taxonomy) -> str:
-    """Return the value of the column `taxonomy` of slides.parquet: the classes as JSON text."""
+    """Return the classes of `taxonomy` as JSON text, the value of the column `taxonomy` of slides.parquet."""
     return json.dumps(taxonomy.to_json(), ensure_ascii=False)

@@ -28,16 +28,22 @@ class Storage(Protocol):
 
     @property
     def table(self) -> pa.Table:
-        """Content of slides.parquet."""
+        """Content of slides.parquet as a table, one row per slide and model."""
 
     def holds(self, names: Collection[str]) -> bool:
-        """Return whether the data set has all these files."""
+        """Return whether the data set has all files in `names`."""
 
     def fetch(self, names: Collection[str]) -> list[Path]:
-        """Return the paths of files on disk, in order; those in a bucket are downloaded first."""
+        """Return the paths on disk of the files `names`, in order; those in a bucket are downloaded first.
+
+        InputError if a file in a bucket is missing, UploadError if the bucket cannot be read.
+        """
 
     def add(self, names: Collection[str]) -> None:
-        """Add files to the data set, which are complete under their names in `root`."""
+        """Add the files `names`, which are complete under these names in `root`, to the data set.
+
+        UploadError if files cannot be uploaded.
+        """
 
     def replace_table(self, table: pa.Table) -> None:
         """Replace slides.parquet by `table` in one step.
@@ -46,7 +52,10 @@ class Storage(Protocol):
         """
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove files of nuclei; files that do not exist are ignored."""
+        """Remove the files of nuclei `names`; files that do not exist are ignored.
+
+        OSError or, in a bucket, UploadError if a file cannot be removed.
+        """
 
 
 def check_place(where: Path | Url, flag: str) -> None:
@@ -92,19 +101,22 @@ class DatasetWriter:
 
     @property
     def table(self) -> pa.Table:
-        """Content of slides.parquet."""
+        """Content of slides.parquet as a table, one row per slide and model."""
         return self._table
 
     def entries(self, model: str) -> dict[str, SlideEntry]:
-        """Return the slides of a model by slide_id."""
+        """Return the rows of slides.parquet of a model by slide_id. `model`: result of `model_key`."""
         return {entry.slide_id: entry for entry in entries_of(self._table) if entry.model == model}
 
     def holds(self, entry: SlideEntry) -> bool:
-        """Return whether all files with the nuclei of a slide exist."""
+        """Return whether the data set has all files of nuclei of a slide. `entry`: row of slides.parquet."""
         return self._storage.holds(entry.nuclei_files)
 
     def files_of(self, entry: SlideEntry) -> list[Path]:
-        """Return paths on disk with the nuclei of a slide. InputError if a file in a bucket is missing."""
+        """Return the paths on disk of the files of nuclei of a slide, in order. Errors as in `Storage.fetch`.
+
+        `entry`: row of slides.parquet of the slide.
+        """
         return self._storage.fetch(entry.nuclei_files)
 
     def commit(self, rows: pa.Table) -> None:

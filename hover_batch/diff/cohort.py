@@ -72,11 +72,11 @@ class Limits:
 
     @property
     def given(self) -> bool:
-        """Whether there is something to check."""
+        """Whether at least one limit is set."""
         return self.tolerance is not None or self.min_matched is not None
 
     def fault(self, slide: SlideDiff) -> str:
-        """Return how a slide exceeds the limits; "" if it does not."""
+        """Return how `slide` exceeds the limits, as a phrase for messages; "" if it does not."""
         relative = slide.change(self.endpoint).relative
         faults = []
         if self.tolerance is not None and (relative is None or abs(relative) > self.tolerance):
@@ -104,7 +104,11 @@ class CohortDiff:
     def of(
         cls, slides: Sequence[SlideDiff], missing: Sequence[Missing], patients: Mapping[str, str], limits: Limits
     ) -> CohortDiff:
-        """Sort the slides by the absolute relative change of the endpoint; undefined ones first."""
+        """Return the comparison of a cohort, slides sorted by decreasing absolute relative change of the endpoint.
+
+        Slides whose change is undefined come first. `slides`: those that are compared. `missing`: those that are not.
+        `patients`: slide_id → patient_id. `limits`: limits to check, with the endpoint.
+        """
 
         def size(slide: SlideDiff) -> tuple[float, float, str]:
             relative = slide.change(limits.endpoint).relative
@@ -114,11 +118,14 @@ class CohortDiff:
 
     @property
     def unit(self) -> str:
-        """What `MeanChange.n` counts."""
+        """Name of what `MeanChange.n` counts: patients or slides."""
         return "patients" if self.patients else "slides"
 
     def mean_change(self, endpoint: str) -> MeanChange:
-        """Return the mean relative change over patients, or slides without a patient. `endpoint`: ALL or a class."""
+        """Return the mean relative change over patients or, where the cohort names none, over slides.
+
+        `endpoint`: ALL or the name of a class.
+        """
         return MeanChange.of(self.slides, endpoint, self.patients)
 
     @property
@@ -128,7 +135,7 @@ class CohortDiff:
 
     @property
     def endpoints(self) -> list[str]:
-        """Names of all endpoints of all slides."""
+        """Names of all endpoints: ALL, and the classes of all slides."""
         return list(dict.fromkeys([ALL, *(name for slide in self.slides for name in slide.endpoints)]))
 
     @property
@@ -151,7 +158,7 @@ class CohortDiff:
 
     @property
     def exit_code(self) -> int:
-        """Exit code: 4 nothing compared; 3 limits exceeded, or a table cannot be read; else 0."""
+        """Exit code: 4 if no slide is compared, 3 if limits are exceeded or a table cannot be read, else 0."""
         if not self.slides:
             return 4
         return 3 if self.faults or any(m.done_in == "both" for m in self.missing) else 0

@@ -53,7 +53,7 @@ class Matches:
     """IoU of each pair: (k,), above MIN_IOU."""
 
     def unmatched(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the rows without a partner in the first, and in the second table."""
+        """Return the rows without a partner in the first and in the second table: two arrays (k,) int64, ascending."""
         first, second = (
             np.setdiff1d(np.arange(len(nuclei)), self.pairs[:, side], assume_unique=True)
             for side, nuclei in enumerate((self.first, self.second))

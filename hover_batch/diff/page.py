@@ -12,7 +12,7 @@ ROWS = 500
 
 
 def render(found: RunsDiff) -> str:
-    """Return the page of a comparison as HTML, with its pictures."""
+    """Return the page of a comparison as one HTML document, pictures included. `found`: the comparison."""
     environment = page_environment("hover_batch.diff")
     environment.filters["change"] = change
     return environment.get_template("diff.html").render(
@@ -26,5 +26,5 @@ def render(found: RunsDiff) -> str:
 
 
 def change(value: float | None) -> str:
-    """Format a relative change as a percentage with its sign; a dash for None."""
+    """Format `value`, a relative change (0.01 is 1 %), as a percentage with its sign; a dash if it is None."""
     return "–" if value is None else f"{value:+.2%}"

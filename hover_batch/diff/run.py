@@ -37,7 +37,7 @@ class RunsDiff:
     """Classes of A and of B, for the legend; empty if no slide is compared."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything but the pictures as JSON values."""
+        """Return the content of diff.json, everything but the pictures, as JSON values by name."""
         cohort = self.cohort
         confusion = cohort.confusion
         return {

@@ -35,9 +35,9 @@ class Side:
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Self:
-        """Read the run in `folder`; `name` (A or B) is for messages.
+        """Read the run in `folder`, which messages call `name`, A or B.
 
-        InputError if it holds no run, or its files are corrupted.
+        InputError if the folder holds no run, or its files are corrupted or cannot be read.
         """
         layout = RunLayout(folder)
         run = require_run(layout, name)
@@ -51,13 +51,13 @@ class Side:
         return cls(layout, str(run.get("model_id")), str(run.get("model_sha256")), records, done, failures)
 
     def reason(self, slide_id: str) -> str:
-        """Return why a slide is not done in this run, as a phrase for messages."""
+        """Return why the slide `slide_id` is not done in this run, as a phrase. OSError as in `why_not_done`."""
         if slide_id not in self.records:
             return "not in the cohort"
         return self.failures.get(slide_id) or why_not_done(self.layout.slide(slide_id))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the run as JSON values."""
+        """Return folder, model and numbers of slides of the run, as JSON values by name."""
         return {
             "folder": str(self.layout.root),
             "model": self.model,
@@ -123,7 +123,7 @@ class Runs:
         return cls(a, b, shared, [_missing(a, b, slide_id) for slide_id in ids if slide_id not in set(shared)])
 
     def layouts(self, slide_id: str) -> tuple[SlideLayout, SlideLayout]:
-        """Return the paths of a slide's results in A and in B."""
+        """Return the paths of the results of the slide `slide_id` in A and in B."""
         return _layouts(self.first, self.second, slide_id)
 
 

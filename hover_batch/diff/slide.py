@@ -30,7 +30,7 @@ class Change:
 
     @property
     def relative(self) -> float | None:
-        """(B − A) / A; 0 if they are equal, None if only A is 0."""
+        """Relative change, (B − A) / A; 0 if A and B are equal, None if only A is 0."""
         if self.first == self.second:
             return 0.0
         return (self.second - self.first) / self.first if self.first else None
@@ -53,7 +53,7 @@ class Confusion:
 
     @property
     def changed(self) -> int:
-        """Number of pairs whose classes have different names."""
+        """Number of matched pairs whose nuclei have classes of different names."""
         same = sum(int(self.counts[i, self.columns.index(n)]) for i, n in enumerate(self.rows) if n in self.columns)
         return int(self.counts[:-1, :-1].sum()) - same
 
@@ -79,7 +79,7 @@ class Confusion:
         return Confusion(rows, columns, counts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return `rows` and `columns`, names with NONE last, and `counts`, a list of rows, as JSON values."""
+        """Return `rows` and `columns`, class names with NONE last, and `counts`, a list of rows, as JSON values."""
         return {"rows": [*self.rows, NONE], "columns": [*self.columns, NONE], "counts": self.counts.tolist()}
 
 
@@ -164,7 +164,7 @@ class SlideDiff:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Number of nuclei in A and in B."""
+        """Numbers of nuclei (A, B)."""
         return int(self.confusion.counts[:-1].sum()), int(self.confusion.counts[:, :-1].sum())
 
     @property
@@ -180,11 +180,14 @@ class SlideDiff:
 
     @property
     def per_mm2(self) -> bool:
-        """Whether `change` returns densities: True if both areas of tissue are known and not 0."""
+        """Whether `change` returns densities in nuclei per mm²: True if both areas of tissue are known and not 0."""
         return all(self.tissue_mm2)
 
     def change(self, endpoint: str) -> Change:
-        """Return the change of an endpoint: ALL or the name of a class. A run without this class has 0 such nuclei."""
+        """Return the change from A to B of a density in nuclei per mm² or, unless `per_mm2`, of a number of nuclei.
+
+        `endpoint`: ALL or the name of a class. A run without this class has 0 such nuclei.
+        """
         table = self.confusion
         if endpoint == ALL:
             values = self.counts

@@ -127,7 +127,7 @@ def _prepare() -> None:
 
 
 def ray_version() -> str:
-    """Return the installed Ray version. Import errors propagate."""
+    """Return the version of the installed Ray, such as 2.40.0. ImportError if Ray cannot be imported."""
     _prepare()
     import ray
 

@@ -19,7 +19,7 @@ MAX_WAIT_S = 300.0
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error means that the disk, or this user's quota on it, is full."""
+    """Return whether `error` is an OSError because the disk, or the user's quota on it, is full."""
     return isinstance(error, OSError) and error.errno in DISK_FULL
 
 
@@ -79,7 +79,7 @@ class DiskSpace:
         return not self.full
 
     def wait(self) -> None:
-        """Wait until there is enough free space for the run to continue. OSError as in `available`."""
+        """Wait until the disk has enough free space for the run to continue. OSError as in `available`."""
         while not self.available():
             time.sleep(0.2)
 

@@ -59,7 +59,7 @@ class WorkerDied(HoverBatchError):
 
 
 def verdict_on(error: BaseException) -> Verdict:
-    """Return the verdict on an exception that a task or the driver raised, or that Ray raised in place of a task."""
+    """Return what to do about `error`, which a task or the driver raised, or Ray raised in place of a task."""
     if isinstance(error, WorkerDied):
         return error.verdict
     if is_disk_full(error):

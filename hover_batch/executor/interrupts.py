@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def raise_interrupt() -> None:
-    """Raise KeyboardInterrupt, as Python does on Ctrl-C."""
+    """Raise KeyboardInterrupt, as Python does when the user presses Ctrl-C."""
     raise KeyboardInterrupt
 
 

@@ -86,12 +86,12 @@ class NetworkPool:
 
     @property
     def ready(self) -> list[Network]:
-        """Networks that have loaded."""
+        """Networks that have loaded and can be given units."""
         return [network for network in self._networks if network.ready]
 
     @property
     def any_unreachable(self) -> bool:
-        """Whether there are networks that do not answer and may be dead."""
+        """Whether at least one network does not answer and may be dead."""
         return bool(self._unreachable)
 
     def least_loaded(self) -> Network | None:
@@ -231,7 +231,7 @@ class NetworkPool:
             self.stop(network)
 
     def close(self) -> None:
-        """Kill the processes of all networks, whatever they are doing."""
+        """Kill the processes of all networks, without waiting for their units in progress."""
         for network in self._networks:
             ray.kill(network.handle)
 

@@ -48,7 +48,7 @@ class ClusterNodes:
 
     @property
     def resources(self) -> Resources:
-        """CPU cores, GPUs and memory of the nodes, used or not. InputError if there is no node."""
+        """CPU cores, GPUs and memory of all live nodes, whether in use or not. InputError if no node has a CPU core."""
         if not self._nodes:
             raise InputError("--address: the cluster has no node with a CPU core; add one, or use another cluster")
         offered = [node["Resources"] for _, node in sorted(self._nodes.items())]
@@ -96,7 +96,7 @@ class ClusterNodes:
         self._nodes = nodes
 
     def is_up(self, node: str) -> bool:
-        """Return whether the node with this id was live at the last query."""
+        """Return whether the node was live at the last query of the cluster. `node`: Ray's id of the node."""
         return node in self._nodes
 
     def on_each(self, function: Callable[[], object], wait_s: float = 0.0) -> None:

@@ -79,7 +79,7 @@ class CohortProgress:
         self._console.print(json_line(level, line.strip(), **fields) if self._json else line, soft_wrap=True)
 
     def warn(self, line: str) -> None:
-        """Print a line as `say` does, with the level warning."""
+        """Print `line` on stderr as a warning; see `say`."""
         self.say(line, "warning")
 
     def expect(self, tiles: int, regions: int, tiles_before: int = 0, regions_before: int = 0) -> None:
@@ -92,17 +92,17 @@ class CohortProgress:
         self._show()
 
     def add_tiles(self, n: int) -> None:
-        """Count `n` more tiles as predicted."""
+        """Count `n` more tiles as predicted, and show the progress."""
         self._counts[Stage.INFER].advance(n)
         self._show()
 
     def add_regions(self, n: int) -> None:
-        """Count `n` more regions as post-processed."""
+        """Count `n` more regions as post-processed, and show the progress."""
         self._counts[Stage.POST].advance(n)
         self._show()
 
     def show_uploads(self, uploaded: int, done: int) -> None:
-        """Show how many of the finished slides are uploaded to cloud storage."""
+        """Show that `uploaded` of the `done` finished slides are in cloud storage."""
         self._uploads = uploaded, done
         if self._bars:
             if self._upload_bar is None:
@@ -131,21 +131,27 @@ class CohortProgress:
             )
 
     def count_done(self, slide_id: str, nuclei: int, seconds: float) -> None:
-        """Count a slide as finished, and print its number of nuclei and the time that it took in seconds."""
+        """Count a slide as finished, and print its result.
+
+        `nuclei`: number of nuclei of the slide. `seconds`: time that the slide took.
+        """
         line = f"{slide_id}: {nuclei:,} nuclei in {duration(seconds)}"
         self._finish(line, event="slide_done", slide_id=slide_id, nuclei=nuclei, seconds=round(seconds, 2))
 
     def count_estimated(self, slide_id: str, estimate: Mapping[str, Any], seconds: float) -> None:
-        """Count a slide as finished, and print its estimated density and the time that it took in seconds."""
+        """Count a slide as finished, and print its estimated density.
+
+        `estimate`: section `estimate` of estimate.json. `seconds`: time that the slide took.
+        """
         line = f"{slide_id}: {estimate_line(estimate)}, in {duration(seconds)}"
         self._finish(line, event="slide_estimated", slide_id=slide_id, estimate=estimate, seconds=round(seconds, 2))
 
     def count_skipped(self, slide_id: str) -> None:
-        """Count a slide as finished and print that an earlier run completed it."""
+        """Count a slide as finished, and print that an earlier start of the run completed it."""
         self._finish(f"{slide_id}: done before", event="slide_skipped", slide_id=slide_id)
 
     def count_failed(self, slide_id: str, reason: str) -> None:
-        """Count a slide as finished and print why it failed."""
+        """Count a slide as finished, and print that it failed for `reason`, a message for the user."""
         line = f"{slide_id}: FAILED: {reason}"
         self._finish(line, "error", event="slide_failed", slide_id=slide_id, reason=reason)
 

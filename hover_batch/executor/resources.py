@@ -64,12 +64,12 @@ class Resources:
 
     @property
     def cpus(self) -> int:
-        """Number of CPU cores of all nodes."""
+        """Number of CPU cores of all nodes together."""
         return sum(node.cpus for node in self.nodes)
 
     @property
     def gpus(self) -> int:
-        """Number of GPUs of all nodes."""
+        """Number of GPUs of all nodes together."""
         return sum(node.gpus for node in self.nodes)
 
     def limited(self, settings: Settings) -> Resources:
@@ -244,7 +244,7 @@ def runs_in_process(engine: EngineSettings, slides: Sequence[PlannedSlide]) -> b
 
 
 def in_process_line(slides: Sequence[PlannedSlide]) -> str:
-    """Return the message that `auto` runs the slides in one process, and why."""
+    """Return the message that `auto` processes `slides` in one process, without Ray, and why."""
     tiles = sum(slide.tiles for slide in slides)
     return f"backend: one process, because Ray would take longer to start than {counted(tiles, 'tile')} take (auto)"
 

@@ -47,11 +47,17 @@ class RunRecorder:
         """Tiles and regions still to be done, by slide."""
 
     def log_event(self, event: str, **values: Any) -> None:
-        """Append an event to the run's log, events.jsonl. `values`: JSON values."""
+        """Append an event to the run's log, events.jsonl.
+
+        `event`: name of the event. `values`: its JSON values by name. OSError as in `EventLog.append`.
+        """
         self._ledger.events.append(event, **values)
 
     def fail_unreadable(self, record: SlideRecord, reason: str) -> None:
-        """Record a slide as failed because its header could not be read, for `reason`. TooManyFailures as in `fail`."""
+        """Record that a slide failed because its header cannot be read.
+
+        `record`: the slide in the cohort. `reason`: message for the user. TooManyFailures as in `fail`.
+        """
         self._failed(record, Stage.OPEN, reason)
 
     def skip_done(self, slide: PlannedSlide) -> bool:
@@ -88,7 +94,7 @@ class RunRecorder:
         return True
 
     def was_begun(self, slide: PlannedSlide) -> bool:
-        """Return whether an earlier start has begun the slide: its folder exists."""
+        """Return whether an earlier start of the run has begun `slide`, so that the slide's folder exists."""
         return self._ledger.layout.slide(slide.record.slide_id).folder.exists()
 
     def begin(self, slide: PlannedSlide) -> SlideLayout:
@@ -127,12 +133,18 @@ class RunRecorder:
         self._timed_event("unit_done", slide_id, unit, seconds, tiles=predicted)
 
     def add_network_time(self, seconds: Seconds) -> None:
-        """Add the time that a network spent on a unit to `model_busy`, even if its slide has failed since."""
+        """Add the time that a network computed for a unit to `model_busy`, even if its slide has failed since.
+
+        `seconds`: times of the unit by stage; ignored without the stage infer.
+        """
         if Stage.INFER in seconds.spans:
             self._model.add(seconds)
 
     def record_region(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
-        """Log that a region's nuclei are on disk, with the seconds by stage, and add it to the progress."""
+        """Log that the nuclei of the region of `unit` are on disk, and add the region to the progress.
+
+        `slide_id`: slide of the region. `seconds`: times of the region by stage. OSError as in `EventLog.append`.
+        """
         self._left[slide_id][1] -= 1
         self._timed_event("region_done", slide_id, unit, seconds)
         self.progress.add_regions(1)
@@ -190,7 +202,10 @@ class RunRecorder:
             discard_predictions(slide)
 
     def withdraw(self, slide: PlannedSlide) -> None:
-        """Remove the slide's remaining tiles and regions from the progress, because it failed or will start again."""
+        """Remove the tiles and regions that `slide` still needs from the progress.
+
+        Call it when the slide failed or will start again.
+        """
         tiles, regions = self._left.pop(slide.record.slide_id, [0, 0])
         self.progress.expect(-tiles, -regions)
 

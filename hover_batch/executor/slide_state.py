@@ -132,7 +132,7 @@ class SlideState:
         self._finalize_if_complete()
 
     def look_again(self) -> None:
-        """Survey the slide again, since the clusters so far do not suffice: it gets other units."""
+        """Return the slide to the survey stage, which draws more clusters, since those so far do not suffice."""
         self.surveyed = False
         self.next_stage = Stage.SURVEY
         self.verdicts.clear()
@@ -151,12 +151,12 @@ class SlideState:
         self._finalize_if_complete()
 
     def count_region(self) -> None:
-        """Count a region as post-processed. The slide can be finalized once all its units and regions are done."""
+        """Count a region as post-processed; once all units and regions are done, the slide can be finalized."""
         self.regions_left -= 1
         self._finalize_if_complete()
 
     def retry(self, task: Task) -> None:
-        """Queue the task again, before others of its kind. A unit with a strike is queued to run alone."""
+        """Queue `task` again, before others of its kind; a unit that has a strike is queued to run alone."""
         if task.stage is Stage.INFER:
             queue = self.suspects if self.verdicts[Verdict.STRIKE, task] else self.to_infer
             queue.appendleft(task.index)
@@ -166,7 +166,7 @@ class SlideState:
             self.next_stage = task.stage
 
     def queue_due_retries(self, now: float) -> None:
-        """Queue the tasks whose time in `retry_at` is not after `now`, in seconds on the same clock."""
+        """Queue the tasks of `retry_at` that are due. `now`: seconds on the clock of `retry_at`."""
         due = [task for task, at in self.retry_at.items() if at <= now]
         for task in due:
             del self.retry_at[task]
@@ -255,7 +255,7 @@ class OpenSlides:
         return len(self._slides)
 
     def add(self, slide: SlideState) -> None:
-        """Add a slide as the newest."""
+        """Add `slide` as the newest of the open slides."""
         self._slides.append(slide)
 
     def close(self, slide: SlideState) -> None:
@@ -270,7 +270,7 @@ class OpenSlides:
 
     @property
     def any_on_hold(self) -> bool:
-        """Whether a slide waits for disk space for its copy."""
+        """Whether at least one slide waits for disk space for its local copy."""
         return any(slide.on_hold for slide in self._slides)
 
     def take_tasks(

@@ -46,7 +46,10 @@ class Uploaded:
     """What is not there: slide_id, or "the files of the run" → reason."""
 
     def lines(self, root: Path, command: str) -> list[str]:
-        """Return the result in lines for people. `root`: folder of the run. `command`: what the user repeats."""
+        """Return the result of the upload as lines of text for the user.
+
+        `root`: folder of the run. `command`: command that the user repeats to upload the missing files.
+        """
         there = f"{counted(self.slides, 'slide')} to {self.url}"
         if not self.left:
             return [f"uploaded: {there}"]
@@ -138,14 +141,14 @@ class RunUpload:
         self._folder.remove(others)
 
     def add(self, slide_id: str) -> None:
-        """Queue a finished slide for the thread that uploads."""
+        """Queue a finished slide, `slide_id`, for the thread that uploads; return at once."""
         self._slides += 1
         self._left[slide_id] = ""
         self._wake.set()
         self._show()
 
     def result(self) -> Uploaded:
-        """Return the result. Call it after the `with` block."""
+        """Return what was uploaded and what is missing; complete only after the `with` block."""
         left = {name or "the files of the run": reason for name, reason in self._left.items()}
         return Uploaded(self._folder.url, self._uploaded, left)
 

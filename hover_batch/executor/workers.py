@@ -167,11 +167,11 @@ class InferActor:
         )
 
     def where(self) -> str:
-        """Return the id of the actor's node."""
+        """Return Ray's id of the node on which the actor runs."""
         return ray.get_runtime_context().get_node_id()
 
     def start(self) -> None:
-        """Load the network. Call it once, before any unit. PackageError if the network cannot be loaded."""
+        """Load the network; call this once, before any unit. Errors as in `load_predictor`."""
         _limit_libraries()
         self.predictor = self.load(self.package, self.settings)
 

@@ -53,7 +53,7 @@ class Outlines:
     """First and last pixels in the outlines (n, 4): x0, y0, x1, y1, inclusive."""
 
     def where(self, mask: NDArray[np.bool_]) -> Outlines:
-        """Return the nuclei for which `mask`, (n,), is True."""
+        """Return the nuclei at which `mask`, (n,) bool, is True, in their order."""
         return Outlines(self.ids[mask], self.types[mask], self.shapes[mask], self.boxes[mask])
 
     def joined(self, other: Outlines) -> Outlines:
@@ -125,7 +125,10 @@ def _outlines(nuclei: NucleiTable, batch: pa.RecordBatch) -> Outlines:
 
 
 def draw(outlines: Outlines, box: Box) -> NDArray[np.int32]:
-    """Return the map (y, x) of `box` with the number 1 … n of the nucleus at each pixel; 0 is background."""
+    """Return the map (y, x) int32 of `box` with the number 1 … n of the nucleus at each pixel; 0 is background.
+
+    `outlines`: n nuclei; later ones cover earlier ones. `box`: in the same pixels as the outlines.
+    """
     drawing = np.zeros(box.shape, np.int32)
     for number, (shape, (x0, y0, x1, y1)) in enumerate(
         zip(outlines.shapes, outlines.boxes.tolist(), strict=True), start=1

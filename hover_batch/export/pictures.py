@@ -59,7 +59,7 @@ class View:
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
-        """x0, y0, x1, y1 of the picture in level-0 pixels."""
+        """Extent of the picture, (x0, y0, x1, y1) in level-0 pixels."""
         height, width = self.image.shape[:2]
         return self.x0, self.y0, self.x0 + width * self.scale_x, self.y0 + height * self.scale_y
 

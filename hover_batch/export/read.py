@@ -125,12 +125,12 @@ class NucleiTable:
 
     @property
     def calibrated(self) -> list[str]:
-        """Names of the columns in CALIBRATED whose calibrated values are in the table, too."""
+        """Names of those columns in CALIBRATED whose calibrated values the table has, too."""
         return [name for name in CALIBRATED if calibrated_column(name) in self.schema.names]
 
     @property
     def measured(self) -> list[str]:
-        """Names of the float32 columns: probabilities, sizes, shapes and stain."""
+        """Names of the float32 columns of the table: probabilities, sizes, shapes and stain densities."""
         return [field.name for field in self.schema if field.type == pa.float32()]
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -179,7 +179,10 @@ class NucleiTable:
         return read_polygons(self.path, batch["geometry"])
 
     def uuids(self, batch: pa.RecordBatch) -> list[str]:
-        """Return the UUID of each nucleus in the batch. It depends on slide_id and nucleus_id only, in all exports."""
+        """Return the UUID of each nucleus in `batch`, in order; it is the same in all exports.
+
+        Each depends only on slide_id and nucleus_id.
+        """
         return [str(uuid.uuid5(NAMESPACE, f"{self.slide_id}/{number}")) for number in batch["nucleus_id"].to_pylist()]
 
     def measurements(self, batch: pa.RecordBatch) -> list[dict[str, float]]:
@@ -214,7 +217,10 @@ def read_polygons(path: Path, geometry: pa.Array | pa.ChunkedArray) -> NDArray[A
 
 
 def unreadable(path: Path, error: Exception) -> SlideError:
-    """Return the SlideError to raise if the table at `path` is missing or corrupted, with `error` as the reason."""
+    """Return the SlideError to raise if the table of nuclei at `path` is missing or corrupted.
+
+    `error`: the reason, for the message.
+    """
     return SlideError(
         f"{path}: cannot be read as a table of nuclei ({error}); remove it and repeat the segment command"
     )

@@ -29,7 +29,7 @@ _SHAPES = "nuclei"
 
 
 def require_extra() -> None:
-    """Check that anndata and spatialdata are installed. InputError if one of them is not."""
+    """Check that the packages anndata and spatialdata are installed. InputError if one of them is not."""
     if not (find_spec("anndata") and find_spec("spatialdata")):
         raise InputError(
             "--to spatialdata and --to anndata need packages that are not installed; run: pip install "

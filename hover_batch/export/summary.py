@@ -237,7 +237,10 @@ def _of_nuclei(paths: Sequence[Path], taxonomy: Taxonomy, tissue_mm2: float | No
 
 
 def read_count_error(stored: Any) -> CountError | None:
-    """Return the error in a cell of the column COUNT_ERROR; None if it is empty or was edited so that it is invalid."""
+    """Return the error in a cell of the column COUNT_ERROR of the summary.
+
+    `stored`: text of the cell; None if it is empty or invalid, as after an edit.
+    """
     try:
         return CountError.from_json(json.loads(stored))
     except (TypeError, ValueError):

@@ -23,7 +23,10 @@ torch.OutOfMemoryError if memory is too small."""
 
 
 def doubled(trial: Trial) -> int:
-    """Return the batch size, a power of two, that is no longer worth doubling by the results of `trial`."""
+    """Return the batch size, a power of two up to MAX_BATCH, beyond which doubling is not worthwhile.
+
+    `trial`: measures a batch size. Doubling ends when memory is too small or the gain is less than MIN_GAIN.
+    """
     best, seconds_per_tile = 1, float("inf")
     for size in (2**n for n in range(MAX_BATCH.bit_length())):
         try:
@@ -37,7 +40,11 @@ def doubled(trial: Trial) -> int:
 
 
 def cuda_trial(compute: Callable[[Tensor], object], side: int, device: torch.device) -> Trial:
-    """Return the trial on a CUDA device of `compute`, for tiles (n, 3, side, side) uint8. The time is a median."""
+    """Return a `Trial` that measures `compute` on a CUDA device, as the median of REPEATS calls.
+
+    `compute`: function of tiles (n, 3, side, side) uint8 on the device. `side`: side of a tile in pixels. `device`: the
+    CUDA device.
+    """
     free, _ = torch.cuda.mem_get_info(device)
 
     def trial(size: int) -> tuple[float, float]:

@@ -46,7 +46,7 @@ def is_package_name(text: str) -> bool:
 
 
 def cached_package(name: str) -> Path:
-    """Return the path in the cache of the package `name`, whether or not it exists."""
+    """Return the path in the cache of the package with the name `name`, whether or not it exists."""
     return cache_folder() / "models" / f"{name}.safetensors"
 
 
@@ -56,13 +56,13 @@ def cached_packages() -> list[Path]:
 
 
 def cached_downloads() -> Iterator[Path]:
-    """Yield the files in the downloads folder that were used at least once, sorted by path."""
+    """Yield the paths of the files in the downloads folder that were used at least once, sorted."""
     for record in sorted((cache_folder() / "downloads").rglob("*.sha256")):
         yield record.with_suffix("")
 
 
 def download_path(source: str) -> Path:
-    """Return the path in the cache for the file of `source`, a URL or a published name, whether or not it exists."""
+    """Return the path in the cache of a download, whether or not it exists. `source`: URL or published name."""
     downloads = cache_folder() / "downloads"
     if "://" not in source:
         return downloads / f"{source}.pth"

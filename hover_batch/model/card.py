@@ -86,18 +86,21 @@ class Card:
 
     @property
     def margin(self) -> int:
-        """Context in pixels on each side of the kept part of a tile."""
+        """Context on each side of the kept part of a tile, in pixels."""
         return (self.tile_in - self.tile_out) // 2
 
     @property
     def layout(self) -> MapLayout:
-        """Planes of this model's maps."""
+        """Layout of the planes of this model's maps."""
         from hover_batch.model.heads import MapLayout  # imports numpy, which --help does not need
 
         return MapLayout(len(self.taxonomy.classes))
 
     def check_sobel_norm(self, sobel_norm: str) -> None:
-        """Raise InputError if Sobel maps are to be scaled by the extremes of windows, but this model has none."""
+        """Check that this model's Sobel maps can be normalised as `sobel_norm` says, "fixed" or "window".
+
+        InputError for "window" if the model has no Sobel maps.
+        """
         if sobel_norm == "window" and self.system != "hover":
             raise InputError(
                 f"--sobel-norm window: {self.name} has no Sobel maps, since its nuclei are found as by {self.system}; "
@@ -181,6 +184,6 @@ class Card:
 
 
 def short(value: object) -> str:
-    """Format any value for a message, in at most 100 characters."""
+    """Format `value` for a message: at most its first 100 characters, quoted, with others than ASCII escaped."""
     text = value if isinstance(value, str) else repr(value)
     return ascii(text if len(text) <= 100 else f"{text[:100]}…")

@@ -80,7 +80,10 @@ def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = N
 
 
 def card_of(name: str, architecture: Architecture) -> Card:
-    """Return the card of a published model, a key of KINDS, with the Sobel constants of the starter."""
+    """Return the card of a published model, with the Sobel constants of the starter.
+
+    `name`: key of KINDS. `architecture`: architecture of the network. KeyError if the name is not known.
+    """
     kind = KINDS[name]
     tile_in, tile_out = architecture.tile
     return Card(

@@ -40,7 +40,7 @@ class Cost:
     """Side in pixels of the kept part of their output."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields by name, as JSON values."""
+        """Return the fields as JSON values by name."""
         return asdict(self)
 
 
@@ -66,7 +66,10 @@ def cost_of(network: nn.Module, card: Card) -> Cost:
 
 
 def patch_side(card: Card) -> int:
-    """Return the side in pixels of the patches on which networks of the card's architecture are compared."""
+    """Return the side in pixels of the patches on which networks of the card's architecture are compared.
+
+    PackageError if the architecture on `card` is not known.
+    """
     return architecture(card.architecture).patch_side
 
 

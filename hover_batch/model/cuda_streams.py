@@ -12,7 +12,10 @@ from hover_batch.model.in_flight import Streams
 
 
 def cuda_streams(device: torch.device) -> Streams:
-    """Return the streams of a device. It computes in its default stream, whose memory other calls then share."""
+    """Return the streams of the CUDA device `device`.
+
+    Networks compute in its default stream, so that they share memory with other calls.
+    """
     upload, download = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # untyped in torch
     return Streams(
         upload=CudaStream(upload),
@@ -39,12 +42,15 @@ class CudaStep:
 
     @property
     def seconds(self) -> float:
-        """Seconds between the two events; call it after `result`."""
+        """Seconds that the device took, between the events `started` and `ended`; known only after `result`."""
         milliseconds: float = self.started.elapsed_time(self.ended)
         return milliseconds / 1000
 
     def queued(self) -> Tensor:
-        """Return the tensor without waiting; its content is valid after the event `ended`. Errors propagate."""
+        """Return the tensor without waiting; its content is valid only after the event `ended`.
+
+        Errors that occurred while the work was queued propagate.
+        """
         if self.error is not None:
             raise self.error
         assert self.tensor is not None

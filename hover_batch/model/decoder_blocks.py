@@ -32,17 +32,23 @@ class ConvBlock(nn.Module):
 
 
 def upsampling(inputs: int, outputs: int) -> nn.Module:
-    """Return a transposed convolution that maps (b, inputs, y, x) to (b, outputs, 2 y, 2 x)."""
+    """Return a transposed convolution from (b, inputs, y, x) to (b, outputs, 2 y, 2 x).
+
+    `inputs`, `outputs`: numbers of channels.
+    """
     return nn.ConvTranspose2d(inputs, outputs, 2, stride=2)
 
 
 def normalised(image: Tensor) -> Tensor:
-    """Normalise RGB in [0, 1], of any shape, by MEAN and STD, as in training."""
+    """Return `image`, float RGB in [0, 1] of any shape, normalised by MEAN and STD, as in training."""
     return (image - MEAN) / STD
 
 
 def check_normalisation(record: Mapping[str, Any]) -> None:
-    """Raise PackageError if the settings in a checkpoint state another normalisation than MEAN and STD."""
+    """Check that a checkpoint was trained with the normalisation MEAN and STD, as far as it states one.
+
+    `record`: content of the checkpoint besides its tensors. PackageError if it states another normalisation.
+    """
     settings = record.get("config")
     if not isinstance(settings, Mapping):
         return

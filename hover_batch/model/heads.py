@@ -46,12 +46,12 @@ class Heads:
 
     @property
     def tp(self) -> slice:
-        """Channels of the class logits, background first."""
+        """Channels of the output with the class logits, background first."""
         return slice(_TP_START, _TP_START + self.n_types)
 
     @property
     def channels(self) -> int:
-        """Number of channels of the output."""
+        """Number of channels of the network's output."""
         return _TP_START + self.n_types
 
 
@@ -86,7 +86,7 @@ class MapLayout:
 
     @property
     def tp(self) -> slice:
-        """Planes of the class probabilities, background first."""
+        """Planes of the maps with the class probabilities, background first."""
         return slice(3, 3 + self.n_types)
 
     @property
@@ -101,7 +101,7 @@ class MapLayout:
 
     @property
     def planes(self) -> int:
-        """Number of planes."""
+        """Number of planes of the maps."""
         return 5 + self.n_types
 
     def merge(self, maps: NDArray[np.uint8], ids: tuple[int, ...]) -> NDArray[np.uint8]:

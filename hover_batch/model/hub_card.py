@@ -115,7 +115,7 @@ def _scores(card: Card) -> Iterator[tuple[str, str, str, float]]:
 
 
 def nested(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
-    """Return the nested mapping at `path`, one key per level; empty if it is missing or not a mapping."""
+    """Return the mapping inside `values` at `path`, one key per level; empty if there is none."""
     for name in path:
         inner = values.get(name)
         if not isinstance(inner, Mapping):
@@ -125,7 +125,7 @@ def nested(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
 
 
 def listed_entries(values: Mapping[str, Any]) -> str:
-    """Format a mapping as `a 1, b 2`; the entry `a: {"images": 3, …}` becomes `a 3 images`."""
+    """Format the mapping `values` as `a 1, b 2`; an entry `a: {"images": 3, …}` becomes `a 3 images`."""
     return ", ".join(
         f"{k} {v['images']} images" if isinstance(v, Mapping) and "images" in v else f"{k} {v}"
         for k, v in values.items()

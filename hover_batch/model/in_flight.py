@@ -57,7 +57,7 @@ class Computed:
         self.span = started, time.time()
 
     def result(self) -> NDArray[np.uint8]:
-        """Return the maps (n, plane, tile_out, tile_out) uint8."""
+        """Return the maps (n, plane, tile_out, tile_out) uint8 at once."""
         return self._maps
 
 

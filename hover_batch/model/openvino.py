@@ -98,12 +98,15 @@ class StoredNetwork(nn.Module):
         self._compiled: Any = None
 
     def model(self) -> Any:
-        """Return the openvino.Model. PackageError if the bytes are not one."""
+        """Return the network as an openvino.Model. PackageError if the stored bytes are not one."""
         with as_package_error():
             return core().read_model(self.xml.cpu().numpy().tobytes(), self.weights.cpu().numpy().tobytes())
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the model's output (b, channels, y, x) for (b, 3, side, side) of its side."""
+        """Return the network's output (b, channels, y, x) float32 on the device of `image`.
+
+        `image`: (b, 3, side, side) float, of the side that the model takes. PackageError if it cannot be compiled.
+        """
         if self._compiled is None:
             with as_package_error():
                 self._compiled = core().compile_model(self.model(), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -175,7 +178,7 @@ def _key(package_sha256: str, side: int, code: Path | None) -> str:
 
 @contextlib.contextmanager
 def as_package_error() -> Iterator[None]:
-    """Raise a RuntimeError of OpenVINO in the block as a PackageError, with the remedy."""
+    """Convert a RuntimeError of OpenVINO in the block to a PackageError, whose message has the remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -184,7 +187,11 @@ def as_package_error() -> Iterator[None]:
 
 
 def model_macs(model: Any) -> tuple[int, int]:
-    """Return the multiply-accumulates of an openvino.Model's convolutions and matrix products, and its constants."""
+    """Return (macs, constants) of an openvino.Model.
+
+    macs: multiply-accumulates of its convolutions and matrix products. constants: number of values in its constants.
+    `model`: must have static shapes.
+    """
     macs = constants = 0
     for node in model.get_ops():
         kind = node.get_type_name()

@@ -185,7 +185,10 @@ class Predictor:
             return _centre(self.network(image), self.card.tile_out).float()
 
     def autocast(self) -> torch.autocast:
-        """Return a context manager in which torch computes in the predictor's `precision`."""
+        """Return a context manager in which torch computes in the predictor's `precision`.
+
+        It changes nothing unless that is fp16 or bf16.
+        """
         short = _SHORT.get(self.precision)
         return torch.autocast(self.device.type, short or torch.bfloat16, enabled=short is not None)
 
@@ -210,7 +213,10 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
 
 
 def auto_batch(package: Package, settings: InferSettings) -> int:
-    """Return the batch size of `--batch auto` for a package on this machine's GPU. Errors as in `load_predictor`."""
+    """Return the batch size that `--batch auto` chooses for `package` on this machine's GPU.
+
+    `settings`: settings of inference. Errors as in `load_predictor`.
+    """
     batch = load_predictor(package, settings).batch
     torch.cuda.empty_cache()  # for the processes that will use the GPU
     return batch

@@ -36,18 +36,21 @@ class Components:
 
     @classmethod
     def of(cls, np_map: NDArray[np.uint8]) -> Self:
-        """Label the 4-connected components of the pixels with np ≥ 0.5 in a stored map (y, x)."""
+        """Label the 4-connected components of the pixels with a probability of nucleus of at least 0.5.
+
+        `np_map`: stored plane np (y, x) uint8 of a window.
+        """
         return cls(*_labelled(np.ascontiguousarray(np_map), MapLayout.NP_NUCLEUS))
 
     @property
     def large(self) -> NDArray[np.bool_]:
-        """Whether each component has at least MIN_PIXELS pixels; False for the background: (n,) bool."""
+        """Whether each component has at least MIN_PIXELS pixels, (n,) bool; False for the background."""
         large = self.pixels >= MIN_PIXELS
         large[0] = False
         return large
 
     def box(self, component: int) -> Box:
-        """Return the bounding box of the component numbered `component`, in pixels of the window."""
+        """Return the bounding box of a component in pixels of the window. `component`: number of the component."""
         x0, y0, x1, y1 = self.bounds[component].tolist()
         return Box(x0, y0, x1, y1)
 

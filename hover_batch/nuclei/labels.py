@@ -23,6 +23,9 @@ class WholeComponents:
         chosen: NDArray[np.bool_],
         origin: tuple[int, int] = (0, 0),
     ) -> NDArray[np.int32]:
-        """Number the `chosen` components of a window (see `Splitter.split`)."""
+        """Return the `chosen` components of a window as instances, one each, numbered 1 … n: (y, x) int32.
+
+        Arguments as in `Splitter.split`. Components of fewer than MIN_PIXELS pixels are dropped.
+        """
         kept = chosen & components.large
         return np.where(kept, np.cumsum(kept), 0).astype(np.int32)[components.labels]

@@ -67,7 +67,7 @@ class Nuclei:
         return len(self.area_px)
 
     def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Self:
-        """Return the nuclei at the given rows, in their order: indices (k,) or a mask (n,)."""
+        """Return a selection of the nuclei, in the order of `rows`: indices (k,) int64, or a mask (n,) bool."""
         index = np.arange(len(self))[rows]
         columns = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "contours"}
         return type(self)(**columns, contours=[self.contours[i] for i in index])
@@ -83,7 +83,7 @@ def no_nuclei(n_types: int) -> Nuclei:
 
 
 def concatenate(parts: Sequence[Nuclei]) -> Nuclei:
-    """Return the nuclei of all parts of a slide as one `Nuclei`, sorted by anchor (y, then x).
+    """Return the nuclei of all `parts` of a slide as one `Nuclei`, sorted by anchor (y, then x).
 
     ValueError if `parts` is empty.
     """

@@ -206,7 +206,10 @@ def _wkb(contours: Sequence[NDArray[np.float64]], scale: NDArray[np.float64]) ->
 
 
 def write_part(path: Path, part: pa.Table) -> None:
-    """Write the nuclei of one region (see `part_schema`) to `path`, atomically. OSError if it cannot be written."""
+    """Write `part`, the nuclei of one region (see `part_schema`), to the Parquet file `path` in one step.
+
+    OSError if the file cannot be written.
+    """
     with replacing(path) as temporary:
         pq.write_table(part, temporary, compression="zstd", compression_level=1, use_dictionary=DICTIONARY)
 

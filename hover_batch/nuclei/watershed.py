@@ -63,7 +63,10 @@ class SobelConstants:
 
     @classmethod
     def of_window(cls, h: NDArray[np.uint8], v: NDArray[np.uint8]) -> Self:
-        """Return the extremes over one window, as in the reference. `h`, `v` (y, x) uint8: stored maps."""
+        """Return the extremes of the Sobel maps of one window, by which the reference implementation normalises them.
+
+        `h`, `v`: stored planes (y, x) uint8.
+        """
         return cls(*(sobel_extremes(h, v) / HV_STEPS).tolist())
 
     @property
@@ -101,7 +104,7 @@ class SobelConstants:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the constants that `to_json` gave as `data`. PackageError if a number is missing or invalid."""
+        """Return the constants from `data`, the result of `to_json`. PackageError if a number is missing or invalid."""
         try:
             return cls(**{f.name: float(data[f.name]) for f in fields(cls)})
         except (KeyError, TypeError, ValueError) as error:

@@ -54,7 +54,7 @@ class Trial:
 
     @property
     def plausible(self) -> bool:
-        """Whether the median nucleus has a size that nuclei can have."""
+        """Whether the median nucleus has an area that nuclei can have, by LIMITS."""
         low, high = LIMITS["area_um2"]
         return low <= self.area_um2 <= high
 

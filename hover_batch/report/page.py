@@ -43,16 +43,16 @@ class Pages:
 
     @property
     def next_page(self) -> str:
-        """Link from the front page to the page of the next slide's pictures; "" if that is the front page itself."""
+        """Link from the front page to the page with the next slide's pictures; "" if all are on the front page."""
         return self._link(self._written) if self.count else ""
 
     @property
     def to_front(self) -> str:
-        """Relative link from the pages with pictures to the folder of the front page; "" if all is on one page."""
+        """Relative link from the pages with pictures to the front page's folder; "" if all are on the front page."""
         return "../" if self.count else ""
 
     def add(self, detail: SlideDetail) -> None:
-        """Add the next slide's pictures, and write the page if it is full."""
+        """Add `detail`, the pictures of the next slide, and write the page once it is full. Errors as in the class."""
         self._waiting.append(detail)
         if self.count and len(self._waiting) == PER_PAGE:
             self._write_page()
@@ -91,7 +91,11 @@ class Pages:
 
 
 def page_environment(package: str) -> jinja2.Environment:
-    """Return the templates of `package` and of the report, with escaping, filters, and the pages' style and script."""
+    """Return the Jinja environment with the templates of `package` and of the report.
+
+    It escapes HTML, raises an error for undefined names, and has the filters, style and script of the pages. `package`:
+    name of a Python package with a folder `templates`.
+    """
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name) for name in (package, "hover_batch.report")]),
         autoescape=True,

@@ -55,7 +55,11 @@ def doubts_of_levels(reader: SlideReader) -> list[str]:
 
 
 def doubts_of_mask(reader: SlideReader, mask: TissueMask, settings: TissueSettings) -> list[str]:
-    """Return a warning if most of a given mask lies where no tissue is detected. SlideError as for `detect_tissue`."""
+    """Return a warning in a list if most of a given tissue mask lies where no tissue is detected; otherwise [].
+
+    `reader`: open slide. `mask`: the mask that the user gave. `settings`: settings of the detection. SlideError as in
+    `detect_tissue`.
+    """
     detected = detect_tissue(reader, settings).array
     height, width = detected.shape
     share = cv2.resize(mask.array.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)

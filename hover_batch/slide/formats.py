@@ -114,7 +114,7 @@ def _warnings_of_aperio(properties: Mapping[str, str], level0: Size) -> tuple[st
 
 
 def is_ome(path: Path) -> bool:
-    """Return whether a file is an OME-TIFF."""
+    """Return whether the file at `path` is an OME-TIFF. SlideError as in `open_tiff`."""
     tiff = open_tiff(path)
     if tiff is None:
         return False
@@ -203,9 +203,9 @@ def _ome_size(pixels: Mapping[str, str]) -> StatedSize:
 
 
 def dicom_header(path: Path) -> Header:
-    """Return the header of the slide in a DICOM folder.
+    """Return the header of the slide in the DICOM folder `path`.
 
-    SlideError if its pixels are not 8-bit. Errors of `open_dicom` propagate.
+    SlideError if the pixels are not RGB with 8 bits per channel; other errors as in `open_dicom`.
     """
     with open_dicom(path) as wsi:
         levels = tuple(Size(level.size.width, level.size.height) for level in wsi.levels)
@@ -287,7 +287,7 @@ def _with_plugin(path: Path) -> ImageFile.ImageFile:
 
 
 def exif_orientation(picture: Image.Image) -> int:
-    """Return how EXIF tells programs to turn or flip the picture, 2 to 8; 1 = not at all, or not readable."""
+    """Return the EXIF orientation by which programs turn or flip `picture`, 2 to 8; 1 if none can be read."""
     if "exif" not in picture.info:  # getexif would decode a PNG to search for it
         return 1
     with suppress(SyntaxError), _quiet():

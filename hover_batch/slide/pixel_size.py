@@ -39,7 +39,7 @@ class StatedSize:
 
 
 def to_float(text: object) -> float | None:
-    """Convert a value, such as the text of a tag, to a finite number; None if it is not one."""
+    """Return `text`, such as the value of a tag, as a float; None if it is not a finite number."""
     try:
         value = float(str(text))
     except ValueError:
@@ -95,7 +95,7 @@ def _per_unit(page: tifffile.TiffPage, name: str) -> float | None:
 
 
 def check_mpp(mpp: Mpp) -> None:
-    """Check a pixel size from the cohort. InputError if it is not plausible for a slide."""
+    """Check `mpp`, a pixel size that the cohort gives, in µm. InputError if it is not plausible for a slide."""
     if fault := _fault_of(mpp.x, mpp.y):
         raise InputError(f"mpp {mpp}: {fault}")
 

@@ -36,7 +36,7 @@ class SlideReader(Protocol):
 
     @property
     def info(self) -> SlideInfo:
-        """Properties of the slide."""
+        """Properties of the slide: its size, pixel size, format and warnings."""
         ...
 
     def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:

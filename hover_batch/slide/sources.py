@@ -36,7 +36,7 @@ class Source(Protocol):
 
     @property
     def levels(self) -> tuple[Size, ...]:
-        """Sizes of the levels in pixels, largest first."""
+        """Sizes of the slide's levels in pixels, largest first."""
         ...
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
@@ -104,9 +104,9 @@ class OpenSlideSource:
         self.levels = tuple(Size(w, h) for w, h in self._slide.level_dimensions)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Read a box of a level, in pixels of the level: RGB (y, x, 3) uint8, transparent parts white.
+        """Read a box of a level and return it as RGB (y, x, 3) uint8, with transparent parts white.
 
-        Errors of OpenSlide propagate.
+        `level`: index of the level. `box`: in pixels of the level, inside it. Errors of OpenSlide propagate.
         """
         downsample = float(self._slide.level_downsamples[level])
         if downsample.is_integer():
@@ -128,7 +128,7 @@ class OpenSlideSource:
         return _on_white(self._slide.read_region(corner, level, (box.width, box.height)))
 
     def close(self) -> None:
-        """Close the OpenSlide handle."""
+        """Close the OpenSlide handle. Nothing can be read afterwards."""
         self._slide.close()
 
 
@@ -141,12 +141,15 @@ class TiffSource:
         self.levels = tuple(Size(array.shape[1], array.shape[0]) for array in self._arrays)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Read a box of a level, in pixels of the level: RGB (y, x, 3) uint8. Errors of tifffile propagate."""
+        """Read a box of a level and return it as RGB (y, x, 3) uint8.
+
+        `level`: index of the level. `box`: in pixels of the level, inside it. Errors of tifffile propagate.
+        """
         pixels: NDArray[np.uint8] = self._arrays[level][box.y0 : box.y1, box.x0 : box.x1]
         return np.ascontiguousarray(pixels)
 
     def close(self) -> None:
-        """Close the TIFF file and its zarr store."""
+        """Close the TIFF file and its Zarr store. Nothing can be read afterwards."""
         self.reader._zarr_store.close()
         self.reader.tiff.close()
 
@@ -161,15 +164,15 @@ class DicomSource:
         self.levels = tuple(Size(level.size.width, level.size.height) for level in self._wsi.levels)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Read a box of a level, in pixels of the level: RGB (y, x, 3) uint8, transparent parts white.
+        """Read a box of a level and return it as RGB (y, x, 3) uint8, with transparent parts white.
 
-        Errors of wsidicom propagate.
+        `level`: index of the level. `box`: in pixels of the level, inside it. Errors of wsidicom propagate.
         """
         # wsidicom counts positions in pixels of the level, unlike OpenSlide.
         return _on_white(self._wsi.read_region((box.x0, box.y0), self._numbers[level], (box.width, box.height)))
 
     def close(self) -> None:
-        """Close the files of the DICOM slide."""
+        """Close the files of the DICOM slide. Nothing can be read afterwards."""
         self._wsi.close()
 
 
@@ -190,11 +193,14 @@ class PictureSource:
         self.levels = (Size(self._pixels.shape[1], self._pixels.shape[0]),)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Return the pixels of a box: RGB (y, x, 3) uint8, a view of the picture in memory. `level` is ignored."""
+        """Return the pixels of `box` as RGB (y, x, 3) uint8, a view of the picture in memory.
+
+        `level`: ignored, because a picture has one level. `box`: in pixels, inside the picture.
+        """
         return self._pixels[box.y0 : box.y1, box.x0 : box.x1]
 
     def close(self) -> None:
-        """Free the memory of the picture."""
+        """Free the memory of the picture. Nothing can be read afterwards."""
         self._pixels = np.empty((0, 0, 3), np.uint8)
 
 

@@ -187,11 +187,14 @@ class Copies:
                 lock.unlink()
 
     def release(self, slide_id: str) -> None:
-        """Remove the slide's copy on this machine, if there is one. Processes that have it open can still read it."""
+        """Remove the copy of the slide `slide_id` on this machine, if any.
+
+        Processes that have opened the copy can still read it.
+        """
         shutil.rmtree(self._folder / slide_id, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove all copies of the run on this machine and release this process's lock. Call it when the run ends."""
+        """Remove all copies of the run on this machine, and release this process's lock. Call it when the run ends."""
         shutil.rmtree(self._folder, ignore_errors=True)
         with _holding:
             self._lock.unlink(missing_ok=True)

@@ -40,7 +40,10 @@ def write_survey(path: Path, info: SlideInfo, mask: TissueMask) -> None:
 
 
 def read_info(path: Path) -> SlideInfo:
-    """Read the slide's properties from survey.json. SlideError if the file is corrupted, OSError if it is missing."""
+    """Read the properties of a slide from the survey.json at `path`.
+
+    SlideError if the file is corrupted, OSError if it is missing or cannot be read.
+    """
     with _content_of(path) as content:
         values = content["slide"]
         bounds = values["bounds"]
@@ -55,7 +58,10 @@ def read_info(path: Path) -> SlideInfo:
 
 
 def read_tissue(path: Path) -> TissueMask:
-    """Read the tissue mask from survey.json. SlideError if the file is corrupted, OSError if it is missing."""
+    """Read the tissue mask of a slide from the survey.json at `path`.
+
+    SlideError if the file is corrupted, OSError if it is missing or cannot be read.
+    """
     with _content_of(path) as content:
         values = content["tissue"]
         runs = np.array(values["runs"].split(), np.int64)

@@ -30,7 +30,10 @@ tifffile.logger().addHandler(logging.NullHandler())
 
 
 def open_tiff(path: Path) -> tifffile.TiffFile | None:
-    """Open a TIFF; None if the file is of another format. SlideError if it has no directory of its pixels."""
+    """Open the TIFF at `path`, which the caller closes; None if the file is of another format.
+
+    SlideError if the TIFF has no directory of its pixels, OSError if it cannot be read.
+    """
     try:
         tiff = tifffile.TiffFile(path)
     except tifffile.TiffFileError:
@@ -44,7 +47,7 @@ def open_tiff(path: Path) -> tifffile.TiffFile | None:
 
 
 def first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
-    """Return the first page with all its tags."""
+    """Return the first page of `tiff` with all its tags. AssertionError if it is not a complete page."""
     page = tiff.pages.first
     assert isinstance(page, tifffile.TiffPage)
     return page
@@ -62,7 +65,10 @@ def check_for_openslide(path: Path, tiff: tifffile.TiffFile, *, generic: bool) -
 
 
 def check_for_pillow(path: Path, tiff: tifffile.TiffFile) -> None:
-    """Raise SlideError if Pillow would read a TIFF wrongly."""
+    """Check that Pillow would read the TIFF correctly. SlideError if it would not.
+
+    `path`: path for messages. `tiff`: the open file.
+    """
     _check_pages(path, tiff, _PILLOW_COMPRESSIONS)
     _check_plain(path, tiff)
 
@@ -125,7 +131,7 @@ def _check_pages(path: Path, tiff: tifffile.TiffFile, compressions: frozenset[in
 
 
 def orientation_error(path: Path, orientation: int) -> SlideError:
-    """Return the error for a picture with a tag Orientation other than 1."""
+    """Return the SlideError to raise for the picture at `path`, whose tag Orientation is `orientation`, not 1."""
     return SlideError(
         f"{path}: the tag Orientation is {orientation}, so that programs turn or flip the picture; save it upright, "
         "without this tag"
@@ -205,5 +211,8 @@ def _check_extra_samples(path: Path, page: tifffile.TiffPage) -> None:
 
 
 def is_alpha(extra_samples: tuple[int, ...]) -> bool:
-    """Return whether the first extra sample of a TIFF is transparency; by the standard, it may be anything else."""
+    """Return whether the first of `extra_samples`, a TIFF's values of ExtraSamples, is transparency.
+
+    By the standard, an extra sample may be anything else.
+    """
     return extra_samples[:1] in ((1,), (2,))

@@ -42,7 +42,7 @@ class Unit:
 
     @property
     def unit_id(self) -> str:
-        """Name of the unit, by its row and column in the unit grid, such as r00002_c00005."""
+        """Name of the unit by its row and column in the unit grid, such as r00002_c00005."""
         return f"r{self.row:05d}_c{self.column:05d}"
 
 

@@ -48,7 +48,7 @@ class TissueMask:
     """Whether the user supplied the mask, so that nuclei outside it are removed."""
 
     def meets(self, box: Box, grid: Grid) -> bool:
-        """Return whether there is tissue in a box, given in inference pixels of `grid`; False outside the canvas."""
+        """Return whether there is tissue in `box`, given in inference pixels of `grid`; none is outside the canvas."""
         return bool(self.meets_product([(box.x0, box.x1)], [(box.y0, box.y1)], grid)[0, 0])
 
     def meets_product(
@@ -79,7 +79,7 @@ class TissueMask:
         return found
 
     def area_mm2(self, slide_mpp: Mpp) -> float:
-        """Return the tissue area in mm². `slide_mpp`: size of a level-0 pixel in µm."""
+        """Return the area of the tissue in mm². `slide_mpp`: size of a level-0 pixel in µm."""
         pixel_um2 = self.level0_per_pixel[0] * slide_mpp.x * self.level0_per_pixel[1] * slide_mpp.y
         return float(np.count_nonzero(self.array) * pixel_um2 / 1e6)
 
@@ -152,7 +152,10 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
 
 
 def detect_tissue(reader: SlideReader, settings: TissueSettings) -> TissueMask:
-    """Return the tissue that is detected by its colour (see `tissue_mask`). SlideError if the pixels cannot be read."""
+    """Return the tissue of the slide that `reader` has opened, detected by its colour; see `tissue_mask`.
+
+    `settings`: resolution of the mask and smallest area of tissue. SlideError if the pixels cannot be read.
+    """
     info = reader.info
     grid = whole_grid(info, _mask_scale(info.level0, info.mpp, settings.mask_mpp))
     coloured = _coloured(reader.read(grid.size.box, grid))

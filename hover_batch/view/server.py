@@ -141,11 +141,14 @@ class Server(socketserver.ThreadingTCPServer):
 
     @property
     def url(self) -> str:
-        """URL of the page, with the secret token."""
+        """URL of the page on this machine, with the secret token."""
         return f"http://{ADDRESS}:{self.server_address[1]}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print an error, unless the browser closed the connection, as it does for tiles that it no longer needs."""
+        """Print the error of a request, unless the browser closed the connection.
+
+        It does so for tiles that it no longer needs. Arguments as in `socketserver.BaseServer.handle_error`.
+        """
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 

@@ -25,7 +25,7 @@ GROUP = "hover_batch.architectures"
 
 
 def architecture(name: str) -> Architecture:
-    """Return the architecture with the name `name` in model cards. PackageError if it is not known."""
+    """Return the architecture that model cards call `name`. PackageError if there is none."""
     module = _module_of(name)
     for found in _held_by(module) if module else ():
         if found.name == name:
@@ -35,13 +35,13 @@ def architecture(name: str) -> Architecture:
 
 
 def architectures() -> list[Architecture]:
-    """Return all architectures, sorted by name. This imports their files and torch."""
+    """Return all architectures, sorted by name. The call imports their files and torch, which takes seconds."""
     found = [found for module in _modules().values() for found in _held_by(module)]
     return sorted(found, key=lambda found: found.name)
 
 
 def file_of(name: str) -> Path | None:
-    """Return the file of the architecture `name`, without importing it; None if it is not known."""
+    """Return the Python file of the architecture `name` without importing it; None if there is none."""
     module = _module_of(name)
     spec = find_spec(module) if module else None
     return Path(spec.origin) if spec and spec.origin else None

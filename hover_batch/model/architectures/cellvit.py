@@ -59,7 +59,7 @@ class CellViTArch:
 
     @property
     def encoder(self) -> str:
-        """Name of the encoder."""
+        """Name of the encoder, as in model cards."""
         depth = len(self.windows)
         return SAM_SIZES.get(depth, f"SAM-{depth}-blocks") if self.sam else "ViT-256"
 
@@ -129,7 +129,7 @@ class CellViT(nn.Module):
             self.add_module(name, _branch(dim, high, outputs))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the outputs of all branches for `image`; see the class."""
+        """Return the outputs of all branches for a batch; `CellViT` states the shapes of `image` and result."""
         image = normalised(image)
         first, second, third, last = self.encoder(image)
         skips = [self.decoder3(third), self.decoder2(second), self.decoder1(first), self.decoder0(image)]
@@ -297,7 +297,10 @@ class CellViTFamily(Architecture):
     batch = 2
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the CellViT with the width and depth of the tensors. PackageError if the card does not fit them."""
+        """Return the CellViT with the width and depth of `tensors`, or the published one if it is None.
+
+        PackageError if encoder, classes or tile size on the card do not fit the tensors.
+        """
         types = len(card.taxonomy.classes)
         arch = published(card.encoder, types) if tensors is None else arch_of(tensors)
         if (arch.encoder, arch.types) != (card.encoder, types):
@@ -313,7 +316,10 @@ class CellViTFamily(Architecture):
         return CellViT(arch)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise CellViT by its decoders and the depth of its encoder. PackageError if it has one decoder only."""
+        """Recognise CellViT by its decoders and the depth of its encoder. Arguments as in the base class.
+
+        PackageError if it has one decoder for all branches, or another normalisation; KeyError as in `arch_of`.
+        """
         if "encoder.patch_embed.proj.weight" not in tensors:
             return None
         if any(name.startswith("decoder.") for name in tensors):

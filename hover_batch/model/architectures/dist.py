@@ -41,7 +41,7 @@ class Arranged(nn.Module):
 
 
 def build_dist(arch: StudentArch) -> nn.Module:
-    """Build DIST with random weights. Input, output and errors are those of `build_student`."""
+    """Return DIST with random weights. `arch`, input, output and errors as in `build_student`."""
     import segmentation_models_pytorch as smp  # takes seconds
 
     model: nn.Module = smp.Unet(
@@ -62,7 +62,10 @@ class Dist(Architecture):
     system = "dist"
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return DIST with the card's encoder."""
+        """Return DIST with the card's encoder and classes; `tensors` is ignored.
+
+        PackageError if `tile_in` is not a multiple of 32, KeyError if the encoder is not known.
+        """
         if card.tile_in % 32:
             raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of dist is a multiple of 32")
         return build_dist(StudentArch(card.encoder, len(card.taxonomy.classes)))

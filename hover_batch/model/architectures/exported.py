@@ -55,7 +55,10 @@ class Exported(Architecture):
     name = "exported"
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the network that the tensors contain. PackageError if it does not fit the card."""
+        """Return the network that `tensors` contains.
+
+        PackageError if there are no tensors, or the network does not fit the card.
+        """
         if tensors is None:
             raise PackageError(f"package {card.name}: an exported network cannot be made without its file")
         network = StoredNetwork(tensors["xml"], tensors["weights"])

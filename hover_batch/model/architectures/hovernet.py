@@ -81,7 +81,7 @@ class TeacherArch:
 
     @property
     def tile(self) -> tuple[int, int]:
-        """`tile_in` and `tile_out` of a package, in pixels."""
+        """`tile_in` and `tile_out` of packages with this form, in pixels."""
         return (352, 256) if self.form == "fast" else (446, 256)
 
 
@@ -133,7 +133,7 @@ class HoVerNet(nn.Module):
 
 
 def build_teacher(arch: TeacherArch) -> nn.Module:
-    """Build a HoVerNet with random weights; see `HoVerNet` for its input and output."""
+    """Return a HoVerNet of the form `arch` with random weights; `HoVerNet` states its input and output."""
     return HoVerNet(arch)
 
 
@@ -186,7 +186,10 @@ class HoverNetForm(Architecture):
         return build_teacher(arch)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise this form of HoVerNet by the size of the decoder's kernels. PackageError for HoVerNet+."""
+        """Recognise this form of HoVerNet by the size of the decoder's kernels. Arguments as in the base class.
+
+        PackageError for HoVerNet+, which cannot be imported; KeyError as in `arch_of`.
+        """
         if "decoder.np.u3.conva.weight" not in tensors:
             return None
         if any(name.startswith("decoder.ls.") for name in tensors):

@@ -55,7 +55,7 @@ class MicroNet(nn.Module):
         self.network.layer = nn.ModuleDict(layers)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the output for `image` (see `MicroNet`). ValueError for other sides."""
+        """Return the output for the batch `image`; `MicroNet` states both shapes. ValueError if a side is not SIDE."""
         if image.shape[2:] != (SIDE, SIDE):
             raise ValueError(f"Micro-Net takes {SIDE} × {SIDE} pixels, not {tuple(image.shape[2:])}")
         types, *auxiliary = self.network(image)
@@ -90,7 +90,7 @@ def by_tiles(network: nn.Module, image: Tensor) -> Tensor:
 
 
 def build_micronet(n_types: int, width: int = 64) -> nn.Module:
-    """Build a Micro-Net with random weights; see `MicroNet` for arguments, input and output."""
+    """Return a Micro-Net with random weights; `MicroNet` describes the arguments, input and output."""
     return MicroNet(n_types, width)
 
 
@@ -103,7 +103,10 @@ class MicroNetArchitecture(Architecture):
     patch_side = SIDE
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the Micro-Net of the tensors' width, or of the published one."""
+        """Return the Micro-Net of the width that `tensors` has, or of the published one if it is None.
+
+        PackageError if `tile_in` of the card is not SIDE; KeyError if the tensors are not those of a Micro-Net.
+        """
         if card.tile_in != SIDE:
             raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of a micronet is {SIDE}")
         width = 64 if tensors is None else len(tensors["network.layer.b1.conv1.0.bias"])

@@ -64,7 +64,7 @@ class NuLite(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the outputs of all branches for `image`; see the class."""
+        """Return the outputs of all branches for a batch; `NuLite` states the shapes of `image` and result."""
         image = normalised(image)
         fine, middle, coarse, maps = self.encoder["fast_vit"](image)
         bottleneck, decoder4, decoder3, decoder2, decoder1 = self.decoder
@@ -81,7 +81,10 @@ class NuLiteFamily(Architecture):
     name = "nulite"
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the NuLite with the card's encoder. PackageError if encoder or tile size of the card are not valid."""
+        """Return the NuLite with the card's encoder and classes. Arguments as in the base class.
+
+        PackageError if the card's encoder is not one of ENCODERS, or `tile_in` is not a multiple of 32.
+        """
         if card.encoder not in ENCODERS.values():
             raise PackageError(f"package {card.name}: the encoder of a nulite is one of {', '.join(ENCODERS.values())}")
         if card.tile_in % 32:
@@ -90,7 +93,11 @@ class NuLiteFamily(Architecture):
         return NuLite(card.encoder, len(card.taxonomy.classes), tissues)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise NuLite and its encoder by the shapes of the tensors."""
+        """Recognise NuLite and its encoder by the shapes of the tensors. Arguments as in the base class.
+
+        PackageError if branches of the encoder are merged or the normalisation is another one; KeyError or IndexError
+        if tensors are missing or the encoder is not known.
+        """
         if not any(name.startswith("encoder.fast_vit.") for name in tensors):
             return None
         if any("reparam_conv" in name for name in tensors):

@@ -53,13 +53,19 @@ class UNet(Architecture):
     name = "unet"
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the student with the card's encoder. PackageError if the tile size of the card is not valid."""
+        """Return the student with the card's encoder and classes; `tensors` is ignored.
+
+        PackageError if `tile_in` is not a multiple of 32, KeyError if the encoder is not known.
+        """
         if card.tile_in % 32:
             raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of a unet is a multiple of 32")
         return build_student(StudentArch(card.encoder, len(card.taxonomy.classes)))
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise HoVer-UNet, and the size of its encoder, by the tensors of the encoder."""
+        """Recognise HoVer-UNet, and the size of its encoder, by the tensors of the encoder.
+
+        Arguments and errors as in the base class.
+        """
         if "encoder.patch_embed1.proj.weight" not in tensors:
             return None
         return Recognised(_encoder(tensors), len(tensors["segmentation_head.0.bias"]) - Heads(0).channels)
