@@ -86,7 +86,7 @@ def change_color(image: NDArray[np.uint8], amounts: Mapping[str, float]) -> NDAr
 
 
 def blur(image: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8, blurred by a Gaussian with a standard deviation of `sigma` pixels."""
+    """Return an image (y, x, 3) uint8, blurred by a Gaussian with a standard deviation of `sigma` > 0 pixels."""
     return np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), np.uint8)
 
 
@@ -118,7 +118,11 @@ def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLik
 
 
 def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8 RGB with randomly changed contrast, brightness, saturation and hue."""
+    """Return an image (y, x, 3) uint8 RGB with randomly changed contrast, brightness, saturation and hue.
+
+    Contrast is multiplied by 0.8 to 1.25 and saturation by 0.75 to 1.25; brightness changes by up to 20 of 255 levels,
+    and hue by up to 12°. `rng`: generator of the random numbers.
+    """
     pixels = image.astype(np.float32)
     pixels = (pixels - pixels.mean()) * rng.uniform(0.8, 1.25) + pixels.mean() + rng.uniform(-20, 20)
     grey = pixels.mean(axis=2, keepdims=True)
@@ -144,14 +148,22 @@ def change_gamma(image: NDArray[np.uint8], exponent: float) -> NDArray[np.uint8]
 
 
 def sharpen(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8, sharpened by a random unsharp mask, as some scanners do."""
+    """Return an image (y, x, 3) uint8, sharpened by a random unsharp mask, as some scanners do.
+
+    0.3 to 1.5 times the difference from a blurred image, whose Gaussian has a standard deviation of 0.8 to 2 pixels, is
+    added. `rng`: generator of the random numbers.
+    """
     amount = rng.uniform(0.3, 1.5)
     blurred = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 2.0))
     return np.asarray(cv2.addWeighted(image, 1 + amount, blurred, -amount, 0), np.uint8)
 
 
 def lose_resolution(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return a square image (y, x, 3) uint8 as if it had been scanned with pixels 1.3 to 2.2 times as large."""
+    """Return a square image (y, x, 3) uint8 as if it had been scanned with pixels 1.3 to 2.2 times as large.
+
+    The image is reduced by area averages, then enlarged to its old size by bilinear or bicubic interpolation. `rng`:
+    generator of the random numbers.
+    """
     side = image.shape[0]
     reduced_side = int(side / rng.uniform(1.3, 2.2))
     reduced = cv2.resize(image, (reduced_side, reduced_side), interpolation=cv2.INTER_AREA)

@@ -101,7 +101,10 @@ class Calibration:
 
 
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
-    """Predict the images of `samples` with `maps_of`; return each sample and its stored np, h and v (3, y, x) uint8."""
+    """Predict the images of `samples`; return each sample and its stored np, h and v (3, y, x) uint8, in order.
+
+    `maps_of`: function from an image (y, x, 3) uint8 RGB to all planes of its maps (see `MapLayout`).
+    """
     stored = [MapLayout.NP, MapLayout.H, MapLayout.V]
     return [(s, np.ascontiguousarray(maps_of(s.image)[stored])) for s in samples]
 
@@ -151,7 +154,7 @@ def constants_at(medians: SobelConstants, cut: float) -> SobelConstants:
 
 
 def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
-    """Return the median of each of the four constants over `windows`, which must not be empty."""
+    """Return the median over `windows`, the extremes of at least one image, of each of the four constants."""
     names = windows[0].to_json()
     return SobelConstants(**{name: float(np.median([w.to_json()[name] for w in windows])) for name in names})
 

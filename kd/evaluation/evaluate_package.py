@@ -117,7 +117,7 @@ class Evaluation:
         return report
 
     def write(self, path: Path) -> None:
-        """Write `to_json` to a file, atomically. OSError if it cannot be written."""
+        """Write `to_json` to the file `path`, atomically. Raises OSError if the file cannot be written."""
         write_atomically(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
 
 

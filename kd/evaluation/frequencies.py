@@ -51,7 +51,7 @@ class Reliability:
     """Frequency in each bin."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values, rounded so that cards stay small; NaN becomes None."""
+        """Return the fields as JSON values, rounded so that cards stay small; `ece` is None without nuclei."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {
             name: [round(v, 3) for v in value] if isinstance(value, list) else value for name, value in values.items()

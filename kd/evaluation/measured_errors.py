@@ -84,7 +84,10 @@ def paired_images(
 
 
 def fit_scalings(images: Sequence[PairedImage]) -> dict[str, BetaScaling]:
-    """Return the calibrations by column, for the columns in CALIBRATED with enough nuclei (see `fit_scaling`)."""
+    """Return column → calibration fitted on `images`, for the columns in CALIBRATED.
+
+    Columns with too few nuclei have no entry (see `fit_scaling`).
+    """
     scalings = {name: fit_scaling(_outcomes(images, name)) for name in CALIBRATED}
     return {name: scaling for name, scaling in scalings.items() if scaling}
 

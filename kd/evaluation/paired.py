@@ -51,7 +51,10 @@ class Baseline:
 
     @classmethod
     def read(cls, path: Path) -> Baseline:
-        """Read the scores from a file that `kd evaluate --json` wrote. Raises InputError if it is anything else."""
+        """Read the scores from the file `path`, which `kd evaluate --json` wrote.
+
+        Raises InputError if the file cannot be read, is anything else, or lacks the scores of single images.
+        """
         (run,) = read_runs([path])
         report = run.report
         for rows in report["by_image"].values():

@@ -40,7 +40,7 @@ class Parameters:
 
 
 def from_stored(planes: NDArray[np.uint8]) -> Maps:
-    """Return np, h and v, each (y, x) float32, from stored planes (3, y, x) uint8 (see `MapLayout`)."""
+    """Return np, h and v, each (y, x) float32, from the stored `planes` (3, y, x) uint8 (see `MapLayout`)."""
     hv = planes[1:].view(np.int8).astype(np.float32) / HV_STEPS
     return planes[0].astype(np.float32) / 256, hv[0], hv[1]
 

@@ -122,11 +122,14 @@ class TeacherCache:
         return logits
 
     def covers(self, sample: Sample) -> bool:
-        """Return whether there is an output for this image; it may be corrupted."""
+        """Return whether an output is stored for the image of `sample`. It is not read, so it may be corrupted."""
         return self._array(sample).is_dir()
 
     def has_intact(self, sample: Sample) -> bool:
-        """Return whether there is an intact output for this image. A corrupted one is deleted, to be replaced."""
+        """Return whether an intact output is stored for the image of `sample`.
+
+        A corrupted output is deleted, so that it can be written again. OSError if it cannot be deleted.
+        """
         if not self.covers(sample):
             return False
         try:

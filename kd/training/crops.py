@@ -44,7 +44,7 @@ class Teacher(Protocol):
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the teacher's package."""
+        """Hex SHA-256 of the teacher's package."""
 
     @property
     def card(self) -> Mapping[str, Any]:
@@ -55,7 +55,7 @@ class Teacher(Protocol):
         """Number of rotated and flipped views of an image over which each output is averaged; 1 for no averaging."""
 
     def covers(self, sample: Sample) -> bool:
-        """Return whether an output is stored for the image. The output is not read, so it may be corrupted."""
+        """Return whether an output is stored for the image of `sample`. It is not read, so it may be corrupted."""
 
     def logits(self, sample: Sample) -> NDArray[np.float16]:
         """Return the stored output (channel, y, x) float16 of the whole image, as in `hover_batch.model.heads`.

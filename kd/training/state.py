@@ -163,7 +163,7 @@ def record_of(
 
 
 def contents(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """Return source → number of `images`, of `nuclei`, and of images with types (`typed`)."""
+    """Return source → numbers of its `images`, of their `nuclei`, and of the images with types (`typed`)."""
     found: dict[str, dict[str, int]] = {}
     for sample in samples:
         entry = found.setdefault(sample.source, {"images": 0, "nuclei": 0, "typed": 0})

@@ -21,7 +21,7 @@ class Layout(Protocol):
 
     @property
     def classes(self) -> str:
-        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that fits its types best."""
+        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that fits the annotated types best."""
 
     @property
     def notes(self) -> Sequence[str]:
@@ -29,7 +29,7 @@ class Layout(Protocol):
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether the folder has this layout, complete or not. Raises InputError if a fold occurs twice."""
+        """Return whether `folder` has this layout, complete or not. Raises InputError if a fold occurs twice."""
 
     def __len__(self) -> int: ...
 
