@@ -84,7 +84,7 @@ def storage_errors(
 
 
 def instead_of_url(url: Url) -> str:
-    """Return what to give to a command that reads the results of a run from a folder only."""
+    """Return advice for a user who gave `url` to a command that reads a run's results from a folder only."""
     return (
         f"for results in a bucket, give the folder of --work, or fetch them, from S3 with `aws s3 cp --recursive {url} "
         "FOLDER`"
@@ -92,7 +92,11 @@ def instead_of_url(url: Url) -> str:
 
 
 def fetch_file(url: Url, path: Path) -> None:
-    """Copy a file in cloud storage to `path`. Errors as in `storage_errors`."""
+    """Copy the file at `url` in cloud storage to `path` on disk.
+
+    InputError if a package for the storage is missing, the file does not exist or access is denied; SlideError if the
+    file cannot be fetched; OSError if the disk is full.
+    """
     import fsspec
 
     require_package(url)
@@ -131,7 +135,7 @@ class BucketFolder:
         return f"{self._root}/{name}"
 
     def check_writable(self) -> None:
-        """Write a small file, read it back and remove it. InputError if this is impossible."""
+        """Write a small file, read it back and remove it. InputError if this fails, with the reason."""
         # Always the same name, so that one that a killed check left behind is removed.
         key, content = self._key(".probe"), b"can be written\n"
         try:
@@ -146,7 +150,7 @@ class BucketFolder:
             raise InputError(str(error)) from error
 
     def read(self, names: Collection[str]) -> dict[str, bytes]:
-        """Return the content of files by name; files that do not exist are left out."""
+        """Return name → content of those of the files `names` that exist."""
         keys = {self._key(name): name for name in names}
         with self._errors():
             self._storage.invalidate_cache()
@@ -157,22 +161,31 @@ class BucketFolder:
         return {keys[key]: content for key, content in found.items() if isinstance(content, bytes)}
 
     def fetch(self, name: str, path: Path) -> None:
-        """Copy the file `name` to `path` on disk. UploadError if it does not exist."""
+        """Copy the file `name` to `path` on disk.
+
+        InputError if the file does not exist any more, OSError if the disk is full.
+        """
         with self._reading(name):
             self._storage.get_file(self._key(name), str(path))
 
     def size(self, name: str) -> int:
-        """Return the size of a file in bytes. UploadError if it does not exist."""
+        """Return the size of the file `name` in bytes. InputError if the file does not exist any more."""
         with self._reading(name):
             return int(self._storage.info(self._key(name))["size"])
 
     def read_range(self, name: str, start: int | None, end: int | None) -> bytes:
-        """Return the bytes of a file from `start` up to, but without, `end`; None for the file's beginning or end."""
+        """Return the bytes of the file `name` from the offset `start` up to, but without, `end`.
+
+        None stands for the file's beginning or end. InputError if the file does not exist any more.
+        """
         with self._reading(name):
             return bytes(self._storage.cat_file(self._key(name), start=start, end=end))
 
     def modified(self, name: str) -> datetime:
-        """Return the time at which a file was uploaded, with a time zone. UploadError if it does not exist."""
+        """Return the time at which the file `name` was uploaded, with a time zone.
+
+        InputError if the file does not exist any more.
+        """
         with self._reading(name):
             found: datetime = self._storage.modified(self._key(name))
             return found if found.tzinfo else found.replace(tzinfo=UTC)
@@ -184,13 +197,16 @@ class BucketFolder:
             return sorted(str(PurePosixPath(key).relative_to(self._root)) for key in self._storage.find(self._root))
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove files, which must exist; none if `names` is empty."""
+        """Remove the files `names`, which must exist; do nothing if `names` is empty."""
         with self._errors():
             if names:
                 self._storage.rm([self._key(name) for name in names])
 
     def put(self, files: Mapping[str, Path]) -> None:
-        """Upload local files, by name, and check what was stored. UploadError if a file differs afterwards."""
+        """Upload local files, and check what was stored. UploadError if a file differs afterwards.
+
+        `files`: name in the folder → path of the local file.
+        """
         with self._errors():
             for name, path in files.items():
                 key = self._key(name)
@@ -219,7 +235,7 @@ class BucketFolder:
                 self._storage.mkdir(key, create_parents=False)
 
     def entries(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Return the properties of those of the files that exist, by name, for `holds`."""
+        """Return name → properties of those of the files `names` that exist, as `holds` takes them."""
         keys = {self._key(name): name for name in names}
         entries: dict[str, dict[str, Any]] = {}
         with self._errors():
@@ -232,9 +248,9 @@ class BucketFolder:
     def holds(self, entry: Mapping[str, Any] | None, path: Path, *, by_size: bool = False) -> bool:
         """Return whether a file in the folder has the same content as the local file `path`.
 
-        `entry`: its properties; None if it does not exist. `by_size`: compare only the sizes. Otherwise the content is
-        compared by the MD5 that the storage reports; if it reports none (S3: large or encrypted files), the file is
-        read back.
+        `entry`: properties of the file in the folder, from `entries`; None if it does not exist. `by_size`: compare
+        only the sizes. Otherwise the content is compared by the MD5 that the storage reports; if it reports none (S3:
+        large or encrypted files), the file is read back. OSError if `path` cannot be read.
         """
         if entry is None or entry["size"] != path.stat().st_size:
             return False
@@ -272,7 +288,11 @@ def upload_tree(
 
 
 def retried(work: Callable[[], T]) -> T:
-    """Return the result of `work`, which is called up to ATTEMPTS times; UploadError if it fails with one each time."""
+    """Return the result of `work`, which is called again after an UploadError, up to ATTEMPTS times in all.
+
+    The waits between the calls grow from FIRST_WAIT_S seconds. Other exceptions propagate at once. UploadError if the
+    last call raises one, too.
+    """
     wait = FIRST_WAIT_S
     for _ in range(ATTEMPTS - 1):
         with suppress(UploadError):

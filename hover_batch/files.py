@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     When the block ends, the file there is synced and replaces `path`; on an error it is removed, and `path` is
     unchanged. The name is unique to the call, so that concurrent writers of one file do not use the same temporary
-    file.
+    file. OSError if the file cannot be synced or cannot replace `path`.
     """
     with _temporary(path) as temporary:
         yield temporary
@@ -102,16 +102,16 @@ def _only_file(archive: zipfile.ZipFile) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file; None if there is no such file or it holds anything else.
+    """Return the JSON object in the file `path`; None if there is no such file or it holds anything else.
 
-    OSError if it cannot be read.
+    OSError if the file cannot be read.
     """
     content = read_file(path)
     return None if content is None else json_object(content)
 
 
 def read_file(path: Path) -> bytes | None:
-    """Return the content of a file; None if it does not exist. OSError if it cannot be read.
+    """Return the content of the file `path`; None if it does not exist. OSError if it cannot be read.
 
     On NFS, the file may be replaced while it is read: then it is read once more.
     """
@@ -128,7 +128,7 @@ def read_file(path: Path) -> bytes | None:
 
 
 def json_object(content: bytes) -> dict[str, Any] | None:
-    """Parse a JSON object; None if the content is anything else."""
+    """Return the JSON object in `content`; None if `content` is not JSON, or a JSON value of another kind."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
@@ -156,15 +156,19 @@ def is_dicom(path: Path) -> bool:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write or replace the file `path` in one step, as `replacing` does. Text is written as UTF-8."""
+    """Write the file `path` in one step, or replace it (see `replacing`). OSError if it cannot be written.
+
+    `data`: content of the file; text is written as UTF-8.
+    """
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_first(path: Path, data: bytes) -> bool:
-    """Write the file `path`, synced to disk, unless it exists. Return whether it was written.
+    """Write `data` to the file `path`, synced to disk, unless the file exists. Return whether it was written.
 
-    If several writers call it at once, one of them wins and gets True. The file system must have hard links.
+    If several writers call this at once, one of them wins and gets True. The file system must have hard links. OSError
+    if the file cannot be written.
     """
     with _temporary(path) as temporary:
         temporary.write_bytes(data)
@@ -186,7 +190,10 @@ def leftovers(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the `leftovers` of `path`. Call it only while nothing writes `path`."""
+    """Remove the `leftovers` of `path`. OSError if one cannot be removed.
+
+    Call this only while nothing writes `path`.
+    """
     for leftover in leftovers(path):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
@@ -251,6 +258,6 @@ def to_json(value: Any) -> bytes:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content as 64 hex digits. OSError if it cannot be read."""
+    """Return the SHA-256 of the file `path` as 64 hex digits. OSError if the file cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -65,7 +65,7 @@ class Box:
         return self.height, self.width
 
     def intersect(self, other: Box) -> Box:
-        """Return the intersection; empty (width or height 0) if the boxes are disjoint."""
+        """Return the intersection with `other`; an empty box (width or height 0) if the boxes are disjoint."""
         return Box(max(self.x0, other.x0), max(self.y0, other.y0), min(self.x1, other.x1), min(self.y1, other.y1))
 
     def expand(self, margin: int) -> Box:
@@ -158,13 +158,18 @@ class Grid:
     def over(cls, level0: Size, slide_mpp: Mpp, model_mpp: float) -> Grid:
         """Return the grid of a model for pixels of `model_mpp` µm over a slide with level-0 pixels of `slide_mpp`.
 
-        A scale within SNAP of a power of two is rounded to it, along x and y separately.
+        `level0`: size of the canvas in level-0 pixels. `slide_mpp` is in µm. A scale within SNAP of a power of two is
+        rounded to it, along x and y separately.
         """
         return cls.scaled(level0, slide_mpp, _snap(model_mpp / slide_mpp.x), _snap(model_mpp / slide_mpp.y))
 
     @classmethod
     def scaled(cls, level0: Size, slide_mpp: Mpp, scale_x: float, scale_y: float) -> Grid:
-        """Return the grid of pixels of `scale_x` × `scale_y` level-0 pixels, each of `slide_mpp`, over a slide."""
+        """Return a grid over a slide, whose pixels are `scale_x` × `scale_y` level-0 pixels large.
+
+        `level0`: size of the canvas in level-0 pixels. `slide_mpp`: size of a level-0 pixel in µm. Scales are not
+        rounded.
+        """
         return cls(
             level0=level0,
             scale_x=scale_x,

@@ -124,7 +124,7 @@ def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
 
 
 def mean_defined(scores: Iterable[float]) -> float:
-    """Return the mean of the scores that are not NaN; NaN if there are none."""
+    """Return the mean of those of `scores` that are not NaN; NaN if there are none."""
     defined = [score for score in scores if not math.isnan(score)]
     return sum(defined) / len(defined) if defined else math.nan
 

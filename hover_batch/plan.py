@@ -86,7 +86,10 @@ class Plan:
         return exit_code(len(self.slides), len(self.unreadable) + len(self.cohort.faults))
 
     def raise_if_faulty(self) -> None:
-        """Raise InputError if the cohort has faults. Its message also has the warnings and reasons of other slides."""
+        """Raise InputError if the cohort has faults.
+
+        The message lists them with the warnings about other slides, and the reasons why slides cannot be read.
+        """
         warnings = [f"{slide.record.slide_id}: {w}" for slide in self.slides for w in slide.info.warnings]
         warnings += [f"{record.slide_id}: will fail: {reason}" for record, reason in self.unreadable]
         raise_if_faulty(replace(self.cohort, warnings=(*self.cohort.warnings, *warnings)))

@@ -294,9 +294,10 @@ def _summarise(
 
 
 def check_dataset(dataset: Path | Url, *outputs: Path | Url) -> None:
-    """Check, before the run, that its slides can be added to a data set. InputError if `dataset` holds anything else.
+    """Check, before the run, that slides can be added to the data set at `dataset`.
 
-    `outputs`: where the run's results and working files go.
+    `outputs`: where the run's results and working files go. InputError if `dataset` is one of these, holds anything but
+    a data set, or cannot be used as one.
     """
     if _resolved(dataset) in map(_resolved, outputs):
         raise InputError(f"--dataset {dataset}: is the folder of --output or --work; name another folder")

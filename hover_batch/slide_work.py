@@ -63,7 +63,7 @@ class SlideWork:
     """Sample whose clusters are the `units`, if the density is estimated from them; None for the whole slide."""
 
     def core(self, unit: Unit) -> Box:
-        """Return the region, in inference pixels, whose nuclei a unit counts."""
+        """Return the region, in inference pixels, whose nuclei belong to `unit`: of a sample, the unit's cluster."""
         side = self.settings.sample.cluster
         return unit.box if self.sample is None else cell_box(unit.column, unit.row, side)
 
@@ -74,8 +74,10 @@ class SlideWork:
 
     @property
     def maps(self) -> SlideLayout:
-        """Paths of the prediction store and the markers: in this run, or in the run that stored them, which must not
-        change."""
+        """Paths of the prediction store and the markers, in this run or in the run that stored them.
+
+        The files of the other run must not change.
+        """
         return self.layout if self.stored is None else self.stored.layout
 
     @property
@@ -85,7 +87,7 @@ class SlideWork:
 
     @property
     def has_usual_nuclei(self) -> bool:
-        """Whether the post-processing is that with which the errors of models are measured."""
+        """Whether `sobel_norm` and `min_area_px` are the defaults, with which the errors of models are measured."""
         post = self.settings.post
         return (post.sobel_norm, post.min_area_px) == (PostSettings.sobel_norm, PostSettings.min_area_px)
 
@@ -234,7 +236,10 @@ def open_store(work: SlideWork) -> PredictionStore:
 
 
 def open_sampled_tiles(work: SlideWork) -> PredictionStore | None:
-    """Open the store of the tiles that were predicted for samples of the slide; None if there is none."""
+    """Open the store of the tiles that were predicted for samples of the slide of `work`.
+
+    None if there is none. Errors as in `PredictionStore.open`.
+    """
     path = work.layout.sample.predictions_zarr
     return PredictionStore.open(path) if (path / "zarr.json").exists() else None
 

@@ -112,12 +112,18 @@ class PredictionStore:
         return self._shard(box).exists()
 
     def sweep(self) -> None:
-        """Remove partial files of killed writers. Call it only while nothing writes to the store."""
+        """Remove partial files of killed writers. OSError if one cannot be removed.
+
+        Call this only while nothing writes to the store.
+        """
         for leftover in list(self.path.rglob(".*.partial")):
             leftover.unlink(missing_ok=True)
 
     def remove(self, box: Box) -> None:
-        """Remove the shards of the units in `box`, which then read as zero. Call it only while nothing writes there."""
+        """Remove the shards of the units in `box`, which then read as zero. OSError if one cannot be removed.
+
+        Call this only while nothing writes there.
+        """
         for unit in self._units(box):
             self._shard(unit).unlink(missing_ok=True)
 
@@ -129,9 +135,9 @@ class PredictionStore:
         return self.path / "c" / "0" / str(box.y0 // self.unit) / str(box.x0 // self.unit)
 
     def read(self, box: Box) -> NDArray[np.uint8]:
-        """Return the maps (plane, y, x) uint8 of any box, zero where nothing was predicted or outside the canvas.
+        """Return the maps (plane, y, x) uint8 of `box`, zero where nothing was predicted or outside the canvas.
 
-        SlideError if a shard is damaged.
+        `box`: any box, in inference pixels. SlideError if a shard is damaged.
         """
         maps = np.zeros((self.array.shape[0], *box.shape), np.uint8)
         for unit in self._units(box):
