@@ -32,9 +32,9 @@ T = TypeVar("T")
 
 
 def require_package(url: Url) -> None:
-    """Check that fsspec supports the storage of `url`, and that the package that it needs for this is installed.
+    """Check that fsspec supports the storage of `url`, and that the package needed for this is installed.
 
-    Otherwise raise InputError; for S3 with the command that installs the package.
+    InputError otherwise; for S3 with the command that installs the package.
     """
     import fsspec
 
@@ -61,8 +61,9 @@ def storage_errors(
 ) -> Iterator[None]:
     """Convert errors of the storage's library in the block to errors of one line, without secrets.
 
-    InputError with the text `missing` if the file does not exist, InputError if access is denied, and otherwise `kind`
-    with the text `failed` and the reason. Errors of hover-batch, and an OSError for a full disk, pass through.
+    `url`: named in the messages. InputError with the text `missing` if the file does not exist, InputError if access is
+    denied, and otherwise `kind` with the text `failed` and the reason. Errors of hover-batch, and an OSError for a full
+    disk, pass through.
     """
     try:
         yield

@@ -72,10 +72,10 @@ MAX_JSON_BYTES = 1 << 30
 
 
 def load_json(path: Path) -> Any:
-    """Return the parsed content of a JSON file, gzipped, zipped or plain, with or without a byte order mark.
+    """Return the parsed content of the JSON file `path`, gzipped, zipped or plain, with or without a byte order mark.
 
     A zip archive must hold no other file. ValueError if the content is not valid or larger than MAX_JSON_BYTES, OSError
-    if the file cannot be read, RecursionError if it is nested too deeply.
+    if the file cannot be read, RecursionError if the content is nested too deeply.
     """
     content = path.read_bytes()
     try:
@@ -250,7 +250,7 @@ def _sync(path: Path) -> None:
 
 
 def to_json(value: Any) -> bytes:
-    """Return a value as indented JSON in UTF-8, with sorted keys: equal values give equal bytes.
+    """Return `value` as indented JSON in UTF-8, with sorted keys: equal values give equal bytes.
 
     ValueError for NaN and infinity, TypeError for values that are not JSON.
     """

@@ -129,7 +129,8 @@ class Mpp:
 def qupath_origin(bounds: Box | None) -> tuple[int, int]:
     """Return the level-0 pixel (x, y) that is QuPath's (0, 0).
 
-    QuPath crops a slide to OpenSlide's `bounds`, in level-0 pixels, so it is their upper left corner; (0, 0) for None.
+    `bounds`: OpenSlide's bounds in level-0 pixels, to which QuPath crops a slide, so that the result is their upper
+    left corner; None without bounds, for (0, 0).
     """
     return (0, 0) if bounds is None else (bounds.x0, bounds.y0)
 

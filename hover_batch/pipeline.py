@@ -332,7 +332,7 @@ def _measure_nuclei(work: SlideWork) -> dict[str, Any]:
 def discard_sample(layout: SlideLayout) -> None:
     """Remove the files of the clusters from which the slide's density was estimated; errors are ignored.
 
-    Call it only once slide.json exists.
+    `layout`: paths of the slide. Call this only once slide.json exists.
     """
     shutil.rmtree(layout.sample.working, ignore_errors=True)
     layout.sampled_nuclei_parquet.unlink(missing_ok=True)
@@ -341,6 +341,6 @@ def discard_sample(layout: SlideLayout) -> None:
 def discard_predictions(layout: SlideLayout) -> None:
     """Remove the slide's prediction store, if there is one; errors are ignored.
 
-    Call it only once slide.json exists, since the table is made from the store.
+    `layout`: paths of the slide. Call this only once slide.json exists, since the table is made from the store.
     """
     shutil.rmtree(layout.predictions_zarr, ignore_errors=True)

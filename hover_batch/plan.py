@@ -132,9 +132,9 @@ class Plan:
 
 
 def check_settings(settings: Settings, card: Card) -> Taxonomy:
-    """Check the settings that depend on the model, and return the classes of the tables. InputError if one is invalid.
+    """Check those of `settings` that depend on the model, and return the classes of the tables.
 
-    `card`: card of the model.
+    `card`: card of the model. InputError if a setting is invalid.
     """
     if settings.infer.unit % card.tile_out:
         raise InputError(
@@ -166,7 +166,7 @@ def _check_sample(settings: Settings, card: Card, taxonomy: Taxonomy) -> None:
 
 
 def plan_cohort(cohort: Cohort, card: Card) -> Plan:
-    """Check the slides of a cohort and return the plan. `card`: card of the model, for the inference grid.
+    """Check the slides of `cohort` and return the plan. `card`: card of the model, for the inference grid.
 
     The headers of slides on this machine and all masks are read. Slides in cloud storage are checked for existence, and
     their fingerprints are computed. Faults of slides are collected in the plan, not raised.

@@ -311,8 +311,9 @@ def _resolved(where: Path | Url) -> Path | str:
 def add_to_dataset(outcome: Outcome, dataset: Path | Url, log_format: LogFormat) -> int:
     """Add the finished slides of a run to a data set, and return the exit code of the command.
 
-    Messages go to stderr in `log_format`. If the data set cannot be written, the message says how to add the slides
-    later, and the exit code is 3, or 4 if no slide is done.
+    `outcome`: outcome of the run. `dataset`: folder or URL of the data set. Messages go to stderr in `log_format`. If
+    the data set cannot be written, the message says how to add the slides later, and the exit code is 3, or 4 if no
+    slide is done.
     """
 
     def say(line: str, level: str = "info") -> None:

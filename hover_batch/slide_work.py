@@ -189,8 +189,8 @@ def survey(
 def refuse_if_taken_over(work: SlideWork) -> None:
     """Raise SlideError if a run with another run key has taken over or removed the slide's folder.
 
-    Call it before each write, so that a process on a node that was considered lost does not mix its results into those
-    of the other run.
+    Call this before each write, so that a process on a node that was considered lost does not mix its results into
+    those of the other run.
     """
     try:
         unchanged = work.layout.key_json.read_bytes() == work.key_content
@@ -206,7 +206,8 @@ def open_store(work: SlideWork) -> PredictionStore:
     A sample has a store of its own, with a shard per tile, and with h and v as the network gave them, so that units of
     the whole slide can take them over.
 
-    SlideError if the latter does not match the settings and survey.json of its run, FileNotFoundError if it is missing.
+    For the store of another run, SlideError if it does not match the settings and survey.json of that run, and
+    FileNotFoundError if it is missing.
     """
     if work.stored is not None:
         store = PredictionStore.open(work.maps.predictions_zarr, read_only=True)
@@ -245,9 +246,10 @@ def open_sampled_tiles(work: SlideWork) -> PredictionStore | None:
 
 
 def open_swept_store(work: SlideWork) -> PredictionStore:
-    """Open the store as `open_store` does, and remove leftovers of killed writes from it.
+    """Open the slide's store as `open_store` does, and remove leftovers of killed writes from it.
 
-    The store of another run is not changed. Call it only while nothing writes to the slide.
+    The store of another run is not changed. Call this only while nothing writes to the slide. Errors as in
+    `open_store`.
     """
     store = open_store(work)
     if work.stored is None:

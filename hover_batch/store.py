@@ -84,7 +84,7 @@ class PredictionStore:
         """Write whole units and sync them to disk, except those whose shard exists, which then stays as it is.
 
         `box`: the unit or units, clipped to the canvas. `maps`: (plane, y, x) uint8, of the shape of `box`. Returns the
-        result of `shard_sha256`. OSError if they cannot be written.
+        result of `shard_sha256`. OSError if a shard cannot be written.
         """
         for unit in self._units(box):
             rows, columns = unit.intersect(box).slices_in(box)
@@ -96,9 +96,10 @@ class PredictionStore:
         return self.shard_sha256(box)
 
     def shard_sha256(self, box: Box) -> str | None:
-        """Return the hex SHA-256 of the shard of the unit at `box`; None if it has none, because its maps are zero.
+        """Return the hex SHA-256 of the shard of the unit at `box`; None if its maps are zero, so that it has no shard.
 
-        If there are several units in `box`, it is the hash of all their shards, one after another in raster order.
+        If there are several units in `box`, the result is the hash of all their shards, one after another in raster
+        order.
         """
         digest, found = hashlib.sha256(), False
         for unit in self._units(box):
@@ -108,7 +109,10 @@ class PredictionStore:
         return digest.hexdigest() if found else None
 
     def has_shard(self, box: Box) -> bool:
-        """Return whether the unit at `box` has a shard. Units that are not written or hold only zeros have none."""
+        """Return whether the unit at `box` has a shard. Units that are not written or hold only zeros have none.
+
+        `box`: the unit, clipped to the canvas.
+        """
         return self._shard(box).exists()
 
     def sweep(self) -> None:

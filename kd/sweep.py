@@ -297,8 +297,9 @@ def _write_report(path: Path, ended: Sequence[Ended]) -> None:
 def report(ended: Sequence[Ended]) -> list[dict[str, Any]]:
     """Return one row per run for sweep.csv: column → value.
 
-    The columns are `run`, the varied settings ("" if one does not apply), the scores as SOURCE_SCORE (such as
-    consep_pq; None if undefined), and `failed`, the reason if the run failed, else "".
+    `ended`: outcomes of the runs, from `sweep`. The columns are `run`, the varied settings ("" if one does not apply),
+    the scores as SOURCE_SCORE (such as consep_pq; None if undefined), and `failed`, the reason if the run failed, else
+    "".
     """
     rows = []
     for outcome in ended:

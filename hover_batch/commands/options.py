@@ -156,7 +156,7 @@ def _further_variables(ctx: typer.Context) -> dict[str, Any]:
 
 
 def place(text: str) -> Path | Url:
-    """Return the value of an option or argument as a path or, if it is one, a URL.
+    """Return `text`, the value of an option or argument, as a path or, if it is one, a URL.
 
     InputError if the URL has a user, query or fragment.
     """

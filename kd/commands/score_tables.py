@@ -74,7 +74,8 @@ def _cost(cost: Cost) -> str:
 def shift_table(rows: Sequence[ShiftScores], title: str) -> Table:
     """Return a table with one row per source and shift; rows in which PQ collapsed are red, with an arrow.
 
-    `rows`: scores, source by source. Each score is followed by its change from the unchanged images.
+    `rows`: scores, source by source. Each score is followed by its change from the unchanged images. `title`: title of
+    the table.
     """
     collapsed = any(row.collapsed for row in rows)
     table = Table(

@@ -24,7 +24,8 @@ def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDA
     """Return an image (y, x, 3) uint8 RGB with randomly changed appearance. `image` must be square.
 
     Changes to stain, colour, tone, sharpness, resolution and noise, and finally JPEG compression, are each applied with
-    their own probability and random strength. If none is applied, the result is `image` itself, not a copy.
+    their own probability and random strength. If none is applied, the result is `image` itself, not a copy. `rng`:
+    generator of the random numbers.
     """
     if rng.random() < 0.7:
         image = jitter_stain(image, rng)
@@ -51,7 +52,7 @@ def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArra
 
     With probability 0.5, brightness, contrast, saturation and hue change in random order, each by up to 0.1 (see
     `change_color`). With probability 0.5, a Gaussian of 3 × 3 pixels with a standard deviation of 1 to 2 pixels blurs
-    the image.
+    the image. `rng`: generator of the random numbers.
     """
     if rng.random() < 0.5:
         names = rng.permutation(["brightness", "contrast", "saturation", "hue"])
@@ -99,7 +100,7 @@ def jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 RGB with randomly changed stains (Tellez et al. 2018).
 
-    Hematoxylin, eosin and the residual are scaled and shifted independently.
+    Hematoxylin, eosin and the residual are scaled and shifted independently. `rng`: generator of the random numbers.
     """
     return change_stain(image, rng.uniform(0.65, 1.6, 3), rng.uniform(-0.03, 0.03, 3))
 
@@ -136,7 +137,8 @@ def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 with randomly lighter or darker midtones (see `change_gamma`).
 
-    The exponent is between 0.6 and 2.5, because nuclei are black on old scanners and in thick sections.
+    The exponent is between 0.6 and 2.5, because nuclei are black on old scanners and in thick sections. `rng`:
+    generator of the random numbers.
     """
     return change_gamma(image, math.exp(rng.uniform(math.log(0.6), math.log(2.5))))
 

@@ -195,7 +195,7 @@ class Cache:
         return list(dict.fromkeys(entry.source for entry in self.entries))
 
     def samples(self, fold: str, sources: Collection[str] | None) -> Iterator[Sample]:
-        """Yield the images of one fold and of the given sources (None: all), in order.
+        """Yield the images of `fold` and of `sources` (None for all), in the order of the cache.
 
         Raises InputError if an image is corrupted.
         """
@@ -234,7 +234,7 @@ class Cache:
 def open_cache(path: Path) -> Cache:
     """Open the cache at `path` for reading; only its header is read.
 
-    Raises InputError if there is none, it cannot be read, or it is of another format or version.
+    Raises InputError if there is no cache, or it cannot be read or is of another format or version.
     """
     if not path.exists():
         raise InputError(f"{path}: no such cache; write one with `hover-batch kd prepare`")

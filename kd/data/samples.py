@@ -69,7 +69,7 @@ def truth_sha256(samples: Iterable[Sample]) -> str:
 
 
 def hashes_of(samples: Iterable[Sample]) -> list[str]:
-    """Return the hashes of the images, as a model card records them, sorted and without duplicates.
+    """Return the hashes of the images of `samples`, as a model card records them, sorted, without duplicates.
 
     A hash is the first SHA_DIGITS digits of `image_sha256`.
     """

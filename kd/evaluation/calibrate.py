@@ -140,7 +140,7 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
 
 
 def constants_at(medians: SobelConstants, cut: float) -> SobelConstants:
-    """Return the medians, shifted so that the marker threshold is at `cut` times the minimum, in each direction.
+    """Return `medians`, shifted so that the marker threshold is at `cut` times the minimum, in each direction.
 
     The difference of maximum and minimum stays.
     """
@@ -160,9 +160,10 @@ def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
 
 
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
-    """Return the scores of the post-processing of slides with these constants; None for the extremes of each image.
+    """Return the scores of the post-processing of slides with the Sobel constants `constants`.
 
-    `predicted`: result of `predict_all`. `cut`: cut of the constants, for the record; None for the extremes.
+    `predicted`: result of `predict_all`. `cut`: cut of the constants, for the record. Both `constants` and `cut` are
+    None for the extremes of each image.
     """
     scores = _scores(predicted, lambda planes: instances_of(planes, constants))
     return Trial("window" if constants is None else "fixed", cut, *scores)

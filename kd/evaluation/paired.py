@@ -117,7 +117,7 @@ class Paired:
 
 
 def compared(new: ByImage, baseline: Baseline) -> list[Paired]:
-    """Return the comparison of `new` with the baseline for each source but those in PARTIAL, which have no PQ.
+    """Return the comparison of `new` with `baseline` for each source but those in PARTIAL, which have no PQ.
 
     The baseline must have scores of the same images (see `Baseline.check`).
     """
@@ -150,7 +150,7 @@ def _mean(values: NDArray[np.float64]) -> float:
 def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
     """Return the ends of the percentile bootstrap interval of the mean of `differences` (n,); NaN for n < 2.
 
-    It has the coverage LEVEL and uses RESAMPLES samples with a fixed seed.
+    The interval has the coverage LEVEL and uses RESAMPLES samples with a fixed seed.
     """
     n = len(differences)
     if n < 2:
