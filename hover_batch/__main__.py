@@ -13,7 +13,7 @@ start-up is spent on searching them for garbage.
 
 
 def main() -> None:
-    """Run the command line of this process, and exit."""
+    """Run the command line with the arguments of this process, and exit with the code of the command."""
     gc.set_threshold(*GC_THRESHOLDS)
     try:
         from hover_batch.cli import app

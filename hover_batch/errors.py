@@ -23,7 +23,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def file_fault(error: OSError) -> str:
-    """Return what is wrong with the file that `error` names, and what to do."""
+    """Return in one line what is wrong with the file that `error` names (`error.filename`), and what to do."""
     remedy = "check that it can be read and written"
     if error.errno == errno.EISDIR:
         remedy = "a file belongs there: move or remove the folder"
@@ -33,7 +33,10 @@ def file_fault(error: OSError) -> str:
 
 
 def exit_code(done: int, failed: int) -> int:
-    """Return the exit code of a command on many slides or runs: 0 all done, 3 some failed, 4 none done."""
+    """Return the exit code of a command on many slides or runs: 0 all done, 3 some failed, 4 none done.
+
+    `done`, `failed`: numbers of slides or runs.
+    """
     if not done:
         return 4
     return 3 if failed else 0

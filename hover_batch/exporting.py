@@ -121,7 +121,7 @@ def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideRecord]:
 def writer(format: Format) -> Write:
     """Return the function that writes a table to a file of `format`.
 
-    InputError if it needs a package that is not installed, so that this is found before anything is written.
+    InputError if the format needs a package that is not installed, so that this is found before anything is written.
     """
     match format:
         case Format.qupath:

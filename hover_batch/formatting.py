@@ -17,12 +17,12 @@ _UNITS = (("s", 1, 90), ("min", 60, 90 * 60), ("h", 3600, 48 * 3600), ("days", 8
 
 
 def counted(number: int, noun: str) -> str:
-    """Format a number with its noun, such as `1 slide` or `1,200 slides`; the plural is the noun with an s."""
+    """Format `number` with `noun`, such as `1 slide` or `1,200 slides`; the plural is the noun with an s."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """Format seconds in a suitable unit, such as `3.4 s`, `12 min`, `1.5 h` or `2 days`: one decimal below 10."""
+    """Format `seconds` in a suitable unit, such as `3.4 s`, `12 min`, `1.5 h`, `2 days`; one decimal below 10."""
     unit, length = next((unit, length) for unit, length, below in _UNITS if seconds < below)
     value = seconds / length
     number = f"{value:.1f}".removesuffix(".0") if value < 9.95 else f"{value:,.0f}"
@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 
 
 def listed(names: Collection[str]) -> str:
-    """Join the first LISTED names with commas, with an ellipsis if there are more."""
+    """Join the first LISTED of `names` with commas, followed by an ellipsis if there are more."""
     return ", ".join(islice(names, LISTED)) + (", …" if len(names) > LISTED else "")
 
 

@@ -48,9 +48,10 @@ class PanopticQuality:
 def panoptic_quality(true: NDArray[np.integer], pred: NDArray[np.integer]) -> PanopticQuality:
     """Return the PQ of two instance maps (y, x) without regard to types (Kirillov et al. 2019, equation 1).
 
-    Instances are paired if their IoU exceeds 0.5, so that each has at most one partner. DQ = TP / (TP + FP/2 + FN/2),
-    SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ, each from 0 to 1 (perfect); all are NaN if both maps are
-    empty. HoVerNet's reference divides by TP + 1e-6 in SQ; here it is TP. ValueError for maps of different shapes.
+    `true`, `pred`: ids, 0 = background. Instances are paired if their IoU exceeds 0.5, so that each has at most one
+    partner. DQ = TP / (TP + FP/2 + FN/2), SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ, each from 0 to 1
+    (perfect); all are NaN if both maps are empty. HoVerNet's reference divides by TP + 1e-6 in SQ; here it is TP.
+    ValueError for maps of different shapes.
     """
     overlap = _Overlap.of(true, pred)
     matched = overlap.iou[overlap.iou > 0.5]
@@ -95,10 +96,10 @@ def _only(instances: NDArray[np.integer], chosen: NDArray[np.bool_]) -> NDArray[
 def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
     """Return the aggregated Jaccard index of two instance maps (y, x) (Kumar et al. 2017, algorithm 1).
 
-    Each true instance is paired with the prediction of highest IoU (if equal, the larger intersection, then the lower
-    id, as in HoVerNet's reference); a prediction may be in several pairs. The index, from 0 to 1 (perfect), is the sum
-    of their intersections, divided by the sum of their unions plus the areas of all unpaired instances. NaN if both
-    maps are empty. ValueError for maps of different shapes.
+    `true`, `pred`: ids, 0 = background. Each true instance is paired with the prediction of highest IoU (if equal, the
+    larger intersection, then the lower id, as in HoVerNet's reference); a prediction may be in several pairs. The
+    index, from 0 to 1 (perfect), is the sum of their intersections, divided by the sum of their unions plus the areas
+    of all unpaired instances. NaN if both maps are empty. ValueError for maps of different shapes.
     """
     overlap = _Overlap.of(true, pred)
     order = np.lexsort((overlap.pred_id, -overlap.intersection, -overlap.iou, overlap.true_id))
@@ -114,8 +115,8 @@ def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
 def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
     """Return the Dice score of the foregrounds of two instance maps (y, x): 2·|∩| / (|true| + |pred|) in pixels.
 
-    It is 1 for equal foregrounds, 0 for disjoint ones, and NaN if both maps are empty. ValueError for maps of different
-    shapes.
+    `true`, `pred`: ids, 0 = background. The score is 1 for equal foregrounds, 0 for disjoint ones, and NaN if both maps
+    are empty. ValueError for maps of different shapes.
     """
     _check_maps(true, pred)
     true_foreground, pred_foreground = true > 0, pred > 0
@@ -323,8 +324,9 @@ class ClassScores:
 def class_scores(counts: PairCounts, type_id: int) -> ClassScores:
     """Return F_c = 2·TP_c / (2·TP_c + 2·FP_c + 2·FN_c + FP_d + FN_d) of one class (Graham et al. 2019, section 4.3).
 
-    The weights 2, 2, 1, 1 and the counts are those of the reference implementation: unpaired nuclei count only for
-    their own class, and pairs with other classes on both sides (the paper's TN_c) do not count.
+    `counts`: counts of one or more images. `type_id`: id of the class. The weights 2, 2, 1, 1 and the counts are those
+    of the reference implementation: unpaired nuclei count only for their own class, and pairs with other classes on
+    both sides (the paper's TN_c) do not count.
     """
     table = counts.table
     tp = int(table[type_id, type_id])

@@ -63,8 +63,8 @@ def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
     """Return whether the unit's maps are stored and intact: its marker exists and has the hash of its shard.
 
     On a checksum mismatch, remove the shard, its marker, and the parts of the regions that may have read it, so that
-    they are made again, and return False; SlideError if the store belongs to another run, which must not change. Call
-    it only while nothing writes to the slide.
+    they are made again, and return False. Call this only while nothing writes to the slide. SlideError instead of False
+    if the store belongs to another run, which must not change.
     """
     path = work.maps.marker(unit.column, unit.row)
     try:
@@ -90,7 +90,7 @@ def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
 
 
 def is_posted(unit: Unit, work: SlideWork) -> bool:
-    """Return whether the unit's region is post-processed: its part of the table exists."""
+    """Return whether the region of `unit` is post-processed: its part of the slide's table exists."""
     return work.layout.part(unit.column, unit.row).exists()
 
 
@@ -185,8 +185,9 @@ def neighbours(unit: Unit) -> Iterator[tuple[int, int]]:
 def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     """Write the nuclei that the unit's region owns, as a part of the table. Return the seconds by stage.
 
-    It reads the maps of the unit and its neighbours. UnitsMissing if units that it needs are not predicted yet or not
-    visible here, SlideError if another run has taken over the slide's folder, OSError if the part cannot be written.
+    The maps of the unit and its neighbours are read from `store`. UnitsMissing if units that are needed are not
+    predicted yet or not visible here, SlideError if another run has taken over the slide's folder, OSError if the part
+    cannot be written.
     """
     seconds = Seconds()
     settings = work.settings.post
@@ -331,7 +332,7 @@ def _measure_nuclei(work: SlideWork) -> dict[str, Any]:
 def discard_sample(layout: SlideLayout) -> None:
     """Remove the files of the clusters from which the slide's density was estimated; errors are ignored.
 
-    Call it only once slide.json exists.
+    `layout`: paths of the slide. Call this only once slide.json exists.
     """
     shutil.rmtree(layout.sample.working, ignore_errors=True)
     layout.sampled_nuclei_parquet.unlink(missing_ok=True)
@@ -340,6 +341,6 @@ def discard_sample(layout: SlideLayout) -> None:
 def discard_predictions(layout: SlideLayout) -> None:
     """Remove the slide's prediction store, if there is one; errors are ignored.
 
-    Call it only once slide.json exists, since the table is made from the store.
+    `layout`: paths of the slide. Call this only once slide.json exists, since the table is made from the store.
     """
     shutil.rmtree(layout.predictions_zarr, ignore_errors=True)

@@ -21,9 +21,9 @@ class ProgressCounter:
         self._started: float | None = None
 
     def expect(self, total: int, before: int = 0) -> None:
-        """Add `total` items, `before` of which an earlier start has done. The clock of `rate` starts at the first call.
+        """Add `total` items to the total, `before` of which an earlier start has done.
 
-        Negative numbers remove items.
+        The clock of `rate` starts at the first call. Negative numbers remove items.
         """
         if self._started is None:
             self._started = time.monotonic()
@@ -32,7 +32,7 @@ class ProgressCounter:
         self._before += before
 
     def advance(self, items: int = 1) -> None:
-        """Count more items as done."""
+        """Count `items` more items as done."""
         self.done += items
 
     @property

@@ -21,7 +21,7 @@ class Seconds:
 
     @contextmanager
     def measure(self, stage: Stage) -> Iterator[None]:
-        """Measure the block and add its time to `stage`, even if it raises an exception."""
+        """Measure the wall time of the block, and add it to `stage`, even if the block raises an exception."""
         started, clock = time.time(), time.monotonic()
         try:
             yield
@@ -34,7 +34,7 @@ class Seconds:
             self.add_span(stage, seconds, other.spans[stage])
 
     def add_span(self, stage: str, seconds: float, span: tuple[float, float]) -> None:
-        """Add `seconds` of work to `stage`, between the two times of `span`."""
+        """Add `seconds` of work to `stage`, done between the two times of `span`, in seconds since 1970."""
         self.totals[stage] = self.totals.get(stage, 0.0) + seconds
         first, last = self.spans.get(stage, span)
         self.spans[stage] = min(first, span[0]), max(last, span[1])

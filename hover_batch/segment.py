@@ -294,9 +294,10 @@ def _summarise(
 
 
 def check_dataset(dataset: Path | Url, *outputs: Path | Url) -> None:
-    """Check, before the run, that its slides can be added to a data set. InputError if `dataset` holds anything else.
+    """Check, before the run, that slides can be added to the data set at `dataset`.
 
-    `outputs`: where the run's results and working files go.
+    `outputs`: where the run's results and working files go. InputError if `dataset` is one of these, holds anything but
+    a data set, or cannot be used as one.
     """
     if _resolved(dataset) in map(_resolved, outputs):
         raise InputError(f"--dataset {dataset}: is the folder of --output or --work; name another folder")
@@ -310,8 +311,9 @@ def _resolved(where: Path | Url) -> Path | str:
 def add_to_dataset(outcome: Outcome, dataset: Path | Url, log_format: LogFormat) -> int:
     """Add the finished slides of a run to a data set, and return the exit code of the command.
 
-    Messages go to stderr in `log_format`. If the data set cannot be written, the message says how to add the slides
-    later, and the exit code is 3, or 4 if no slide is done.
+    `outcome`: outcome of the run. `dataset`: folder or URL of the data set. Messages go to stderr in `log_format`. If
+    the data set cannot be written, the message says how to add the slides later, and the exit code is 3, or 4 if no
+    slide is done.
     """
 
     def say(line: str, level: str = "info") -> None:

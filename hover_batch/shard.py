@@ -29,7 +29,7 @@ _CRC_BYTES = 4
 
 
 def encode_shard(maps: NDArray[np.uint8], unit: int, chunk: int) -> bytes | None:
-    """Return the shard of a unit with the maps (plane, y, x) uint8; None if they are zero everywhere.
+    """Return the shard of a unit with `maps` (plane, y, x) uint8; None if they are zero everywhere.
 
     `unit`: side of a whole unit in pixels, a multiple of `chunk`, the side of a chunk. The maps of a unit that is
     clipped to the canvas are smaller than the unit; the rest of the unit is zero.

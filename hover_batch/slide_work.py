@@ -63,7 +63,7 @@ class SlideWork:
     """Sample whose clusters are the `units`, if the density is estimated from them; None for the whole slide."""
 
     def core(self, unit: Unit) -> Box:
-        """Return the region, in inference pixels, whose nuclei a unit counts."""
+        """Return the region, in inference pixels, whose nuclei belong to `unit`: of a sample, the unit's cluster."""
         side = self.settings.sample.cluster
         return unit.box if self.sample is None else cell_box(unit.column, unit.row, side)
 
@@ -74,8 +74,10 @@ class SlideWork:
 
     @property
     def maps(self) -> SlideLayout:
-        """Paths of the prediction store and the markers: in this run, or in the run that stored them, which must not
-        change."""
+        """Paths of the prediction store and the markers, in this run or in the run that stored them.
+
+        The files of the other run must not change.
+        """
         return self.layout if self.stored is None else self.stored.layout
 
     @property
@@ -85,7 +87,7 @@ class SlideWork:
 
     @property
     def has_usual_nuclei(self) -> bool:
-        """Whether the post-processing is that with which the errors of models are measured."""
+        """Whether `sobel_norm` and `min_area_px` are the defaults, with which the errors of models are measured."""
         post = self.settings.post
         return (post.sobel_norm, post.min_area_px) == (PostSettings.sobel_norm, PostSettings.min_area_px)
 
@@ -187,8 +189,8 @@ def survey(
 def refuse_if_taken_over(work: SlideWork) -> None:
     """Raise SlideError if a run with another run key has taken over or removed the slide's folder.
 
-    Call it before each write, so that a process on a node that was considered lost does not mix its results into those
-    of the other run.
+    Call this before each write, so that a process on a node that was considered lost does not mix its results into
+    those of the other run.
     """
     try:
         unchanged = work.layout.key_json.read_bytes() == work.key_content
@@ -204,7 +206,8 @@ def open_store(work: SlideWork) -> PredictionStore:
     A sample has a store of its own, with a shard per tile, and with h and v as the network gave them, so that units of
     the whole slide can take them over.
 
-    SlideError if the latter does not match the settings and survey.json of its run, FileNotFoundError if it is missing.
+    For the store of another run, SlideError if it does not match the settings and survey.json of that run, and
+    FileNotFoundError if it is missing.
     """
     if work.stored is not None:
         store = PredictionStore.open(work.maps.predictions_zarr, read_only=True)
@@ -234,15 +237,19 @@ def open_store(work: SlideWork) -> PredictionStore:
 
 
 def open_sampled_tiles(work: SlideWork) -> PredictionStore | None:
-    """Open the store of the tiles that were predicted for samples of the slide; None if there is none."""
+    """Open the store of the tiles that were predicted for samples of the slide of `work`.
+
+    None if there is none. Errors as in `PredictionStore.open`.
+    """
     path = work.layout.sample.predictions_zarr
     return PredictionStore.open(path) if (path / "zarr.json").exists() else None
 
 
 def open_swept_store(work: SlideWork) -> PredictionStore:
-    """Open the store as `open_store` does, and remove leftovers of killed writes from it.
+    """Open the slide's store as `open_store` does, and remove leftovers of killed writes from it.
 
-    The store of another run is not changed. Call it only while nothing writes to the slide.
+    The store of another run is not changed. Call this only while nothing writes to the slide. Errors as in
+    `open_store`.
     """
     store = open_store(work)
     if work.stored is None:

@@ -23,7 +23,7 @@ _EPSILON = 1e-6
 
 
 def calibrated_column(name: str) -> str:
-    """Return the name of the column with the calibrated values of the column `name`."""
+    """Return the name of the column that holds the calibrated values of the column `name`."""
     return f"{name}_calibrated"
 
 
@@ -64,7 +64,7 @@ class BetaScaling(_Numbers):
             raise ValueError("a and b must not be negative")
 
     def apply(self, p: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Return the calibrated probabilities of `p`, of any shape, each from 0 to 1."""
+        """Return the calibrated values of the probabilities `p`, of the same shape, float64 from 0 to 1."""
         from scipy.special import expit
 
         log_p, minus_log_q = log_odds_parts(p)
@@ -72,7 +72,10 @@ class BetaScaling(_Numbers):
 
 
 def log_odds_parts(p: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return ln p and -ln(1 - p), whose sum is logit(p), for probabilities of any shape; both are finite."""
+    """Return ln p and -ln(1 - p), whose sum is logit(p), as float64 of the shape of `p`.
+
+    `p`: probabilities of any shape. Those closer to 0 or 1 than 1e-6 are moved away, so that both results are finite.
+    """
     import numpy as np
 
     inside = np.clip(np.asarray(p, np.float64), _EPSILON, 1 - _EPSILON)

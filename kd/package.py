@@ -51,7 +51,10 @@ NOT_CALIBRATED = "none, because there are no validation images: the Sobel consta
 
 
 def package_path(config: TrainConfig) -> Path:
-    """Return the path of the package in the output folder: student, teacher or the system's name, .safetensors."""
+    """Return the path of the package in the output folder of the training with the settings `config`.
+
+    The name is student (U-Net), teacher (HoVerNet) or that of the system, with the suffix .safetensors.
+    """
     names = {"unet": "student", "hovernet-fast": "teacher", "hovernet-original": "teacher"}
     return config.out / f"{names.get(config.model, config.model)}.safetensors"
 

@@ -52,7 +52,7 @@ def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8
 
 
 def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
-    """Return a picture (y, x, 3) uint8 RGB of images in rows and columns on white, with the column names above.
+    """Return a picture (y, x, 3) uint8 RGB of images in rows and columns on white, with the names `columns` above.
 
     `rows`: one image (y, x, 3) uint8 RGB for each column. Each row is as high as its highest image, and each column as
     wide as its widest. Raises ValueError if a row does not have one image per column.
@@ -72,9 +72,9 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
 
 
 def write_panel(path: Path, picture: Image) -> None:
-    """Write a picture (y, x, 3) uint8 RGB to `path`, in the format of its suffix. Missing folders are created.
+    """Write `picture` (y, x, 3) uint8 RGB to `path`, in the format of its suffix. Missing folders are created.
 
-    OSError if it cannot be written.
+    OSError if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), picture[..., ::-1]):  # OpenCV writes BGR

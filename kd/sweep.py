@@ -62,7 +62,7 @@ class Split:
 
     @classmethod
     def parse(cls, text: str) -> Split:
-        """Return the split that is written as TRAIN/VAL/TEST. Raises InputError if `text` is not three folds."""
+        """Return the split that `text` gives as TRAIN/VAL/TEST. Raises InputError if `text` is not three folds."""
         folds = text.split("/")
         if len(folds) != 3 or not all(folds):
             raise InputError(f"--split {text}: give TRAIN/VAL/TEST, such as 1/2/3")
@@ -136,7 +136,10 @@ class Run:
 
     @property
     def scores(self) -> dict[str, dict[str, Any]] | None:
-        """Scores by source, as in `SourceScores.to_json`; None if the run is not done, or was scored otherwise."""
+        """Scores by source, as in `SourceScores.to_json`; None if the run is not done.
+
+        Also None if it was scored on other folds, or with another `min_area_px`.
+        """
         stored = read_json(self.folder / SCORES) or {}
         as_asked = (stored.get("folds"), stored.get("min_area_px")) == (list(self.test_folds), self.min_area_px)
         return stored.get("sources") if as_asked else None
@@ -294,8 +297,9 @@ def _write_report(path: Path, ended: Sequence[Ended]) -> None:
 def report(ended: Sequence[Ended]) -> list[dict[str, Any]]:
     """Return one row per run for sweep.csv: column → value.
 
-    The columns are `run`, the varied settings ("" if one does not apply), the scores as SOURCE_SCORE (such as
-    consep_pq; None if undefined), and `failed`, the reason if the run failed, else "".
+    `ended`: outcomes of the runs, from `sweep`. The columns are `run`, the varied settings ("" if one does not apply),
+    the scores as SOURCE_SCORE (such as consep_pq; None if undefined), and `failed`, the reason if the run failed, else
+    "".
     """
     rows = []
     for outcome in ended:

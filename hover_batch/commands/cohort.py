@@ -18,7 +18,10 @@ class CohortGroup(TyperGroup):
     """Group of commands on data sets. If the first argument is not the name of a command, `build` is run."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments of the group, and put `build` before them if they name no command."""
+        """Parse the arguments of the group, after `build` has been put first if they name no command.
+
+        `args`: the command line after the group's name. `ctx` and the result are those of click.
+        """
         if args and args[0] not in (*self.commands, *ctx.help_option_names):
             args = [BUILD, *args]
         return super().parse_args(ctx, args)

@@ -15,7 +15,7 @@ _NAMES = ", ".join(Format)
 
 
 def format_named(name: str) -> Format:
-    """Return the format of a name or alias. BadParameter, with the nearest name, if there is none."""
+    """Return the format of a name or alias. typer.BadParameter, with the nearest name, for other names."""
     try:
         return Format(name)
     except ValueError as error:

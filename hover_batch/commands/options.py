@@ -51,7 +51,7 @@ def setting(flag: str, help: str, panel: str, default: str | None = None, **type
 
 
 def batch_size(text: str) -> int | str:
-    """Parse the value of --batch: auto, or a whole number. ValueError for anything else."""
+    """Parse the value of --batch: `auto`, or a whole number. ValueError for any other text."""
     if text == "auto":
         return text
     try:
@@ -61,7 +61,7 @@ def batch_size(text: str) -> int | str:
 
 
 def share(text: str) -> float:
-    """Parse a share such as 5% or 0.05. ValueError for anything else."""
+    """Parse a share, such as 5% or 0.05, to a fraction (0.05). ValueError for any other text."""
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -78,7 +78,7 @@ CohortArgument = Annotated[
 
 
 def local_path(text: str) -> Path:
-    """Return the value of an option or argument as a path on this machine. InputError for a URL."""
+    """Return `text`, the value of an option or argument, as a path on this machine. InputError for a URL."""
     if url := Url.of(text):
         raise InputError(
             f"{url}: is a URL, which only data sets and --output of `segment` and `plan` can be; {instead_of_url(url)}"
@@ -156,7 +156,7 @@ def _further_variables(ctx: typer.Context) -> dict[str, Any]:
 
 
 def place(text: str) -> Path | Url:
-    """Return the value of an option or argument as a path or, if it is one, a URL.
+    """Return `text`, the value of an option or argument, as a path or, if it is one, a URL.
 
     InputError if the URL has a user, query or fragment.
     """
@@ -217,7 +217,10 @@ def _class_map(path: Path) -> dict[str, Any]:
 
 
 def read_toml(flag: str, path: Path) -> dict[str, Any]:
-    """Return the content of a TOML file. InputError, which names the option `flag`, if it cannot be read."""
+    """Return the content of the TOML file `path`, given with the option `flag`.
+
+    InputError, which names the option, if the file cannot be read or is not TOML.
+    """
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:

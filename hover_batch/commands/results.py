@@ -29,7 +29,10 @@ _IN_CSV = ("BOOLEAN", "INT", "INTEGER", "FLOAT", "DOUBLE", "VARCHAR", "DATE", "T
 
 
 def check_output(path: Path | None, dataset: Path | Url) -> None:
-    """Raise InputError if `path`, given with --output, cannot be written, so that this is found before the query."""
+    """Raise InputError if the result of a query cannot be written to `path`, so that this is found before the query.
+
+    `path`: value of --output, .csv or .parquet, in an existing folder and outside of `dataset`; None without it.
+    """
     if path is None:
         return
     if path.suffix.lower() not in (".csv", ".parquet"):
@@ -41,13 +44,16 @@ def check_output(path: Path | None, dataset: Path | Url) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print notes about a result on stderr."""
+    """Print `notes` about a result on stderr, one per line."""
     for note in notes:
         typer.echo(f"note: {note}", err=True)
 
 
 def deliver(result: duckdb.DuckDBPyRelation, output: Path | None) -> None:
-    """Write a result to the file `output`, or show it on the terminal if None. InputError if the query fails."""
+    """Write `result` to the file `output`, or show it on the terminal if `output` is None.
+
+    After writing, the path is printed on stdout, and the number of rows on stderr. InputError if the query fails.
+    """
     from hover_batch.dataset.opened import query_errors
 
     with query_errors():

@@ -34,7 +34,7 @@ class Draw:
 
     @property
     def looks(self) -> tuple[int, ...]:
-        """Number of clusters to draw at each look; empty if the slide is too small to be sampled."""
+        """Number of clusters in the sample of each look, increasing; empty if the slide is too small to be sampled."""
         n = len(self.stratum)
         if FRACTIONS[-1] * n < MIN_CLUSTERS:
             return ()

@@ -20,7 +20,10 @@ SHOWN = {"pq": "PQ", "dice": "Dice", "f_d": "F_d"}
 
 
 def show(evaluation: Evaluation) -> None:
-    """Print the scores and the cost of the model to stdout, and the shifts and the comparison if they were computed."""
+    """Print an evaluation to stdout: scores by source, cost and times, shifts, and the comparison.
+
+    Times, shifts and the comparison with a baseline are printed only if `evaluation` has them.
+    """
     console = plain_console()
     name = evaluation.package.card.name
     console.print(_scores(evaluation))
@@ -71,7 +74,8 @@ def _cost(cost: Cost) -> str:
 def shift_table(rows: Sequence[ShiftScores], title: str) -> Table:
     """Return a table with one row per source and shift; rows in which PQ collapsed are red, with an arrow.
 
-    `rows`: scores, source by source. Each score is followed by its change from the unchanged images.
+    `rows`: scores, source by source. Each score is followed by its change from the unchanged images. `title`: title of
+    the table.
     """
     collapsed = any(row.collapsed for row in rows)
     table = Table(

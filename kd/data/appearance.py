@@ -24,7 +24,8 @@ def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDA
     """Return an image (y, x, 3) uint8 RGB with randomly changed appearance. `image` must be square.
 
     Changes to stain, colour, tone, sharpness, resolution and noise, and finally JPEG compression, are each applied with
-    their own probability and random strength. If none is applied, the result is `image` itself, not a copy.
+    their own probability and random strength. If none is applied, the result is `image` itself, not a copy. `rng`:
+    generator of the random numbers.
     """
     if rng.random() < 0.7:
         image = jitter_stain(image, rng)
@@ -51,7 +52,7 @@ def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArra
 
     With probability 0.5, brightness, contrast, saturation and hue change in random order, each by up to 0.1 (see
     `change_color`). With probability 0.5, a Gaussian of 3 × 3 pixels with a standard deviation of 1 to 2 pixels blurs
-    the image.
+    the image. `rng`: generator of the random numbers.
     """
     if rng.random() < 0.5:
         names = rng.permutation(["brightness", "contrast", "saturation", "hue"])
@@ -86,7 +87,7 @@ def change_color(image: NDArray[np.uint8], amounts: Mapping[str, float]) -> NDAr
 
 
 def blur(image: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8, blurred by a Gaussian with a standard deviation of `sigma` pixels."""
+    """Return an image (y, x, 3) uint8, blurred by a Gaussian with a standard deviation of `sigma` > 0 pixels."""
     return np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), np.uint8)
 
 
@@ -99,7 +100,7 @@ def jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 RGB with randomly changed stains (Tellez et al. 2018).
 
-    Hematoxylin, eosin and the residual are scaled and shifted independently.
+    Hematoxylin, eosin and the residual are scaled and shifted independently. `rng`: generator of the random numbers.
     """
     return change_stain(image, rng.uniform(0.65, 1.6, 3), rng.uniform(-0.03, 0.03, 3))
 
@@ -118,7 +119,11 @@ def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLik
 
 
 def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8 RGB with randomly changed contrast, brightness, saturation and hue."""
+    """Return an image (y, x, 3) uint8 RGB with randomly changed contrast, brightness, saturation and hue.
+
+    Contrast is multiplied by 0.8 to 1.25 and saturation by 0.75 to 1.25; brightness changes by up to 20 of 255 levels,
+    and hue by up to 12°. `rng`: generator of the random numbers.
+    """
     pixels = image.astype(np.float32)
     pixels = (pixels - pixels.mean()) * rng.uniform(0.8, 1.25) + pixels.mean() + rng.uniform(-20, 20)
     grey = pixels.mean(axis=2, keepdims=True)
@@ -132,7 +137,8 @@ def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 with randomly lighter or darker midtones (see `change_gamma`).
 
-    The exponent is between 0.6 and 2.5, because nuclei are black on old scanners and in thick sections.
+    The exponent is between 0.6 and 2.5, because nuclei are black on old scanners and in thick sections. `rng`:
+    generator of the random numbers.
     """
     return change_gamma(image, math.exp(rng.uniform(math.log(0.6), math.log(2.5))))
 
@@ -144,14 +150,22 @@ def change_gamma(image: NDArray[np.uint8], exponent: float) -> NDArray[np.uint8]
 
 
 def sharpen(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8, sharpened by a random unsharp mask, as some scanners do."""
+    """Return an image (y, x, 3) uint8, sharpened by a random unsharp mask, as some scanners do.
+
+    0.3 to 1.5 times the difference from a blurred image, whose Gaussian has a standard deviation of 0.8 to 2 pixels, is
+    added. `rng`: generator of the random numbers.
+    """
     amount = rng.uniform(0.3, 1.5)
     blurred = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 2.0))
     return np.asarray(cv2.addWeighted(image, 1 + amount, blurred, -amount, 0), np.uint8)
 
 
 def lose_resolution(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return a square image (y, x, 3) uint8 as if it had been scanned with pixels 1.3 to 2.2 times as large."""
+    """Return a square image (y, x, 3) uint8 as if it had been scanned with pixels 1.3 to 2.2 times as large.
+
+    The image is reduced by area averages, then enlarged to its old size by bilinear or bicubic interpolation. `rng`:
+    generator of the random numbers.
+    """
     side = image.shape[0]
     reduced_side = int(side / rng.uniform(1.3, 2.2))
     reduced = cv2.resize(image, (reduced_side, reduced_side), interpolation=cv2.INTER_AREA)

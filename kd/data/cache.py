@@ -84,7 +84,11 @@ class CacheWriter:
         self._entries: dict[str, Entry] = {}
 
     def add(self, sample: Sample) -> None:
-        """Append an image. Raises InputError if an image with this id has been added already."""
+        """Append `sample`. If it has no types, they are stored as zeros and marked as not annotated.
+
+        Raises InputError if an image with the same id has been added already, the cache cannot be written, or the disk
+        is full.
+        """
         height, width = sample.instances.shape
         if sample.id in self._entries:
             raise InputError(
@@ -109,7 +113,11 @@ class CacheWriter:
             self._store.append(len(self._entries) - 1, arrays)
 
     def finish(self, taxonomy: Taxonomy) -> None:
-        """Write the header, with the classes of the types. No image can be added afterwards."""
+        """Write the header. No image can be added afterwards.
+
+        `taxonomy`: classes of the types of all images. Raises InputError if the cache cannot be written, or the disk is
+        full.
+        """
         listed = [asdict(e) for e in self._entries.values()]
         with _failures(self._out):
             self._store.finish({"format": FORMAT, "version": VERSION, "taxonomy": taxonomy.to_json(), "images": listed})
@@ -187,7 +195,7 @@ class Cache:
         return list(dict.fromkeys(entry.source for entry in self.entries))
 
     def samples(self, fold: str, sources: Collection[str] | None) -> Iterator[Sample]:
-        """Yield the images of one fold and of the given sources (None: all), in order.
+        """Yield the images of `fold` and of `sources` (None for all), in the order of the cache.
 
         Raises InputError if an image is corrupted.
         """
@@ -226,7 +234,7 @@ class Cache:
 def open_cache(path: Path) -> Cache:
     """Open the cache at `path` for reading; only its header is read.
 
-    Raises InputError if there is none, it cannot be read, or it is of another format or version.
+    Raises InputError if there is no cache, or it cannot be read or is of another format or version.
     """
     if not path.exists():
         raise InputError(f"{path}: no such cache; write one with `hover-batch kd prepare`")

@@ -58,7 +58,7 @@ accuracy of their types."""
 
 
 def fully_annotated(samples: Iterable[Sample]) -> list[Sample]:
-    """Return the samples of sources that outline every nucleus; only these can be scored with PQ."""
+    """Return those of `samples` whose source outlines every nucleus; only these can be scored with PQ."""
     return [sample for sample in samples if sample.source not in PARTIAL]
 
 

@@ -40,7 +40,10 @@ class ContactSheet:
         self._random = np.random.default_rng(0)
 
     def add(self, sample: Sample) -> None:
-        """Add a sample. The sheet shows a random choice of all samples, each with the same probability."""
+        """Add `sample` to those from which the sheet shows a random choice.
+
+        All samples have the same probability to be among the PICTURES that are shown.
+        """
         index = self._added
         self._added += 1
         if index >= PICTURES:  # reservoir sampling

@@ -58,7 +58,7 @@ def folds_of(path: Path) -> list[str]:
 
 
 def taxonomy_of(path: Path) -> Taxonomy:
-    """Return the classes of the data at `path` (see `read_data`). Raises InputError if it cannot be read."""
+    """Return the classes of the data at `path` (see `read_data`). Raises InputError if the data cannot be read."""
     data = _open(path)
     return data.taxonomy if isinstance(data, Cache) else CONSEP
 

@@ -44,7 +44,7 @@ class Findings:
         """image_sha256 → fold → the image's id there."""
 
     def add(self, sample: Sample) -> None:
-        """Add one image to the counts, and look for irregularities in it.
+        """Add one image, `sample`, to the counts, and look for irregularities in it.
 
         The class of a nucleus is that of most of its pixels, the lower class id if several are equal.
         """

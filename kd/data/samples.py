@@ -60,7 +60,7 @@ def renumbered(instances: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 def truth_sha256(samples: Iterable[Sample]) -> str:
-    """Return the hex SHA-256 of the instances and types of all samples, in order."""
+    """Return the hex SHA-256 of the instances and types of all `samples`, in order; types may be missing."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(np.ascontiguousarray(sample.instances).tobytes())
@@ -69,7 +69,7 @@ def truth_sha256(samples: Iterable[Sample]) -> str:
 
 
 def hashes_of(samples: Iterable[Sample]) -> list[str]:
-    """Return the hashes of the images, as a model card records them, sorted and without duplicates.
+    """Return the hashes of the images of `samples`, as a model card records them, sorted, without duplicates.
 
     A hash is the first SHA_DIGITS digits of `image_sha256`.
     """

@@ -30,13 +30,17 @@ class Store(Protocol):
         """Header that `finish` wrote; empty if there is none."""
 
     def append(self, i: int, arrays: Arrays) -> None:
-        """Append the arrays of image `i`, which must be the next one. OSError if they cannot be written."""
+        """Append the arrays of one image. OSError if they cannot be written.
+
+        `i`: number of the image; images are numbered from 0 in the order in which they are appended. `arrays`: an array
+        (y, x) or (y, x, 3) for each name in ARRAYS.
+        """
 
     def finish(self, header: dict[str, Any]) -> None:
-        """Write the header (JSON values), and close the store."""
+        """Write `header` (JSON values), and close the store. OSError if it cannot be written."""
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
-        """Return the arrays of image `i`. Errors of the library propagate.
+        """Return the arrays of image `i`, by the names in ARRAYS. Errors of the library propagate.
 
         `shape`: (y, x) of the image. `offset`: number of pixels of all images before it.
         """
@@ -57,7 +61,7 @@ class ZarrStore:
 
     @classmethod
     def create(cls, path: Path) -> ZarrStore:
-        """Create an empty group at `path`, which replaces any other."""
+        """Create an empty group at `path` for writing; it replaces any other. OSError if it cannot be written."""
         import zarr
         from zarr.codecs import ZstdCodec
 
@@ -82,11 +86,15 @@ class ZarrStore:
 
     @property
     def header(self) -> dict[str, Any]:
-        """Header that `finish` wrote."""
+        """Header that `finish` wrote, as JSON values; empty if there is none."""
         return dict(self._group.attrs)
 
     def append(self, i: int, arrays: Arrays) -> None:
-        """Append the arrays of the next image to the buffer, and write chunks that are full; `i` is ignored."""
+        """Append the arrays of the next image to the buffer, and write chunks that are full.
+
+        `i` is ignored. `arrays`: an array (y, x) or (y, x, 3) for each name in ARRAYS. OSError if a chunk cannot be
+        written.
+        """
         self._buffer.append({name: a.reshape(-1, *ARRAYS[name][1]) for name, a in arrays.items()})
         if sum(len(a["instances"]) for a in self._buffer) >= CHUNK:
             self._write(whole_chunks=True)
@@ -103,13 +111,19 @@ class ZarrStore:
         self._buffer = [{name: values[n:] for name, values in joined.items()}]
 
     def finish(self, header: dict[str, Any]) -> None:
-        """Write the rest of the buffer, and the header as attributes of the group."""
+        """Write the rest of the buffer, and `header` (JSON values) as attributes of the group.
+
+        OSError if they cannot be written.
+        """
         if self._buffer:
             self._write(whole_chunks=False)
         self._group.attrs.put(header)
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
-        """Return the arrays of the image of `shape` (y, x) that begins at pixel `offset`; `i` is ignored."""
+        """Return the arrays of the image of `shape` (y, x) that begins at pixel `offset`, by the names in ARRAYS.
+
+        `i` is ignored. Errors of zarr propagate.
+        """
         stop = offset + math.prod(shape)
         chunks = range(offset // CHUNK, -(-stop // CHUNK))
         arrays: Arrays = {}
@@ -132,7 +146,7 @@ class NpzStore:
 
     @classmethod
     def create(cls, path: Path) -> NpzStore:
-        """Create an empty file at `path`, which replaces any other."""
+        """Create an empty file at `path` for writing; it replaces any other. OSError if it cannot be written."""
         return cls(zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1))
 
     @classmethod
@@ -142,21 +156,27 @@ class NpzStore:
 
     @property
     def header(self) -> dict[str, Any]:
-        """Header that `finish` wrote."""
+        """Header that `finish` wrote, as JSON values. Errors of the library propagate, such as if there is none."""
         return dict(json.loads(self._load("header").tobytes()))
 
     def append(self, i: int, arrays: Arrays) -> None:
-        """Write the arrays of image `i`."""
+        """Write the arrays of image `i`. OSError if they cannot be written.
+
+        `arrays`: an array (y, x) or (y, x, 3) for each name in ARRAYS.
+        """
         for name, array in arrays.items():
             self._save(f"{name}/{i}", array)
 
     def finish(self, header: dict[str, Any]) -> None:
-        """Write the header, and close the file."""
+        """Write `header` (JSON values), and close the file. OSError if it cannot be written."""
         self._save("header", np.frombuffer(json.dumps(header).encode(), np.uint8))
         self._zip.close()
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
-        """Return the arrays of image `i`; `shape` and `offset` are ignored."""
+        """Return the arrays of image `i`, by the names in ARRAYS; `shape` and `offset` are ignored.
+
+        Errors of zipfile and numpy propagate.
+        """
         return {name: self._load(f"{name}/{i}") for name in ARRAYS}
 
     def _save(self, name: str, array: NDArray[Any]) -> None:

@@ -101,7 +101,10 @@ class Calibration:
 
 
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
-    """Predict the images of `samples` with `maps_of`; return each sample and its stored np, h and v (3, y, x) uint8."""
+    """Predict the images of `samples`; return each sample and its stored np, h and v (3, y, x) uint8, in order.
+
+    `maps_of`: function from an image (y, x, 3) uint8 RGB to all planes of its maps (see `MapLayout`).
+    """
     stored = [MapLayout.NP, MapLayout.H, MapLayout.V]
     return [(s, np.ascontiguousarray(maps_of(s.image)[stored])) for s in samples]
 
@@ -137,7 +140,7 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
 
 
 def constants_at(medians: SobelConstants, cut: float) -> SobelConstants:
-    """Return the medians, shifted so that the marker threshold is at `cut` times the minimum, in each direction.
+    """Return `medians`, shifted so that the marker threshold is at `cut` times the minimum, in each direction.
 
     The difference of maximum and minimum stays.
     """
@@ -151,15 +154,16 @@ def constants_at(medians: SobelConstants, cut: float) -> SobelConstants:
 
 
 def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
-    """Return the median of each of the four constants over `windows`, which must not be empty."""
+    """Return the median over `windows`, the extremes of at least one image, of each of the four constants."""
     names = windows[0].to_json()
     return SobelConstants(**{name: float(np.median([w.to_json()[name] for w in windows])) for name in names})
 
 
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
-    """Return the scores of the post-processing of slides with these constants; None for the extremes of each image.
+    """Return the scores of the post-processing of slides with the Sobel constants `constants`.
 
-    `predicted`: result of `predict_all`. `cut`: cut of the constants, for the record; None for the extremes.
+    `predicted`: result of `predict_all`. `cut`: cut of the constants, for the record. Both `constants` and `cut` are
+    None for the extremes of each image.
     """
     scores = _scores(predicted, lambda planes: instances_of(planes, constants))
     return Trial("window" if constants is None else "fixed", cut, *scores)

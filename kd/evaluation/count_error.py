@@ -47,7 +47,7 @@ class CountedImage:
 
     @property
     def log_ratio(self) -> float:
-        """ln(true ÷ predicted); ½ is added to both numbers, so that it is finite."""
+        """ln(true ÷ predicted), where ½ is added to both numbers, so that the ratio is finite."""
         return math.log((self.true + 0.5) / (self.predicted + 0.5))
 
     @property
@@ -57,7 +57,7 @@ class CountedImage:
         return (unpaired + 1) / ((self.true + 0.5) * (self.predicted + 0.5))
 
     def is_covered(self, error: CountError) -> bool | None:
-        """Return whether the interval for this image contains its true number; None if there is no interval."""
+        """Return whether the interval of `error` for this image contains its true number; None without an interval."""
         interval = error.interval([(self.predicted, self.mm2)])
         return None if interval is None else bool(interval[0] <= self.true <= interval[1])
 

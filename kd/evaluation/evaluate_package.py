@@ -117,7 +117,7 @@ class Evaluation:
         return report
 
     def write(self, path: Path) -> None:
-        """Write `to_json` to a file, atomically. OSError if it cannot be written."""
+        """Write `to_json` to the file `path`, atomically. Raises OSError if the file cannot be written."""
         write_atomically(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
 
 
@@ -209,10 +209,10 @@ def score_test_fold(predictor: Predictor, splitter: Splitter | None, data: Path)
     """Score a loaded network on the fold test of `data`; return JSON values by name.
 
     `sources` has the scores by source, as in `SourceScores.to_json`, and `leakage` is a list of {"text": sentence}
-    about images that the model has seen in training. `splitter`: its post-processing. Raises
-    InputError if the data cannot be read, the fold has no images, the model is for another pixel size, it is not known
-    which classes the data and the model have in common, or an image has too many nuclei to pair; PackageError if the
-    card's record of the training is malformed.
+    about images that the model has seen in training. `predictor`: predictor of the network. `splitter`: post-processing
+    of its maps. Raises InputError if the data cannot be read, the fold has no images, the model is for another pixel
+    size, it is not known which classes the data and the model have in common, or an image has too many nuclei to pair;
+    PackageError if the card's record of the training is malformed.
     """
     card = predictor.card
     check_pixel_size(card, card.name)

@@ -51,7 +51,7 @@ class Reliability:
     """Frequency in each bin."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values, rounded so that cards stay small; NaN becomes None."""
+        """Return the fields as JSON values, rounded so that cards stay small; `ece` is None without nuclei."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {
             name: [round(v, 3) for v in value] if isinstance(value, list) else value for name, value in values.items()
@@ -59,7 +59,7 @@ class Reliability:
 
 
 def reliability(outcomes: Outcomes, scaling: BetaScaling | None = None) -> Reliability:
-    """Return the reliability diagram of the probabilities, after the calibration `scaling` if it is given.
+    """Return the reliability diagram of `outcomes`, after the calibration `scaling` if it is given.
 
     The bins have equal numbers of nuclei (Nguyen & O'Connor 2015), so that no bin depends on a few of them.
     """
@@ -74,7 +74,7 @@ def reliability(outcomes: Outcomes, scaling: BetaScaling | None = None) -> Relia
 
 
 def fit_scaling(sources: Sequence[Outcomes]) -> BetaScaling | None:
-    """Return the beta calibration with the highest likelihood.
+    """Return the beta calibration with the highest likelihood for `sources`.
 
     Each source has the same weight, so that one with many nuclei does not dominate the others. None if there are fewer
     than MIN_NUCLEI nuclei, or fewer than MIN_EACH with one of the outcomes.

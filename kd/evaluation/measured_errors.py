@@ -84,13 +84,16 @@ def paired_images(
 
 
 def fit_scalings(images: Sequence[PairedImage]) -> dict[str, BetaScaling]:
-    """Return the calibrations by column, for the columns in CALIBRATED with enough nuclei (see `fit_scaling`)."""
+    """Return column → calibration fitted on `images`, for the columns in CALIBRATED.
+
+    Columns with too few nuclei have no entry (see `fit_scaling`).
+    """
     scalings = {name: fit_scaling(_outcomes(images, name)) for name in CALIBRATED}
     return {name: scaling for name, scaling in scalings.items() if scaling}
 
 
 def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
-    """Return the errors for the card, as far as there are enough images.
+    """Return the errors for the card that can be fitted on `images`; an error needs enough images.
 
     A calibration needs MIN_IMAGES images with nuclei, because nuclei of one image are similar; intervals of counts need
     MIN_SOURCES sources.
@@ -103,9 +106,9 @@ def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
 
 
 def evidence(images: Sequence[PairedImage]) -> dict[str, Any]:
-    """Test how the errors hold on a new source: fit them on all sources but one, and try them on this one.
+    """Test how the errors hold on a new source: fit them on all sources of `images` but one, and test on this one.
 
-    Return the results of `tried_on` for each source, as JSON values for the card's metrics.
+    Return source → result of `tried_on`, as JSON values for the card's metrics.
     """
     by_source: dict[str, Any] = {}
     for source in dict.fromkeys(image.count.source for image in images):
@@ -140,7 +143,7 @@ def tried_on(images: Sequence[PairedImage], fitted_on: Sequence[PairedImage]) ->
 def notes(fitted: Uncertainty, by_source: Mapping[str, Any]) -> list[str]:
     """Return lines for users: what was not measured, and whether the errors of the other sources hold on each source.
 
-    `by_source`: result of `evidence`.
+    `fitted`: result of `fit_uncertainty`. `by_source`: result of `evidence`.
     """
     lines = [
         f"{name}: not calibrated; that needs {MIN_IMAGES} images in which all nuclei are outlined"

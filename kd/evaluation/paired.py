@@ -51,7 +51,10 @@ class Baseline:
 
     @classmethod
     def read(cls, path: Path) -> Baseline:
-        """Read the scores from a file that `kd evaluate --json` wrote. Raises InputError if it is anything else."""
+        """Read the scores from the file `path`, which `kd evaluate --json` wrote.
+
+        Raises InputError if the file cannot be read, is anything else, or lacks the scores of single images.
+        """
         (run,) = read_runs([path])
         report = run.report
         for rows in report["by_image"].values():
@@ -114,7 +117,7 @@ class Paired:
 
 
 def compared(new: ByImage, baseline: Baseline) -> list[Paired]:
-    """Return the comparison of `new` with the baseline for each source but those in PARTIAL, which have no PQ.
+    """Return the comparison of `new` with `baseline` for each source but those in PARTIAL, which have no PQ.
 
     The baseline must have scores of the same images (see `Baseline.check`).
     """
@@ -147,7 +150,7 @@ def _mean(values: NDArray[np.float64]) -> float:
 def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
     """Return the ends of the percentile bootstrap interval of the mean of `differences` (n,); NaN for n < 2.
 
-    It has the coverage LEVEL and uses RESAMPLES samples with a fixed seed.
+    The interval has the coverage LEVEL and uses RESAMPLES samples with a fixed seed.
     """
     n = len(differences)
     if n < 2:

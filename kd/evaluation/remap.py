@@ -59,7 +59,7 @@ class Remap:
     """Common class id of nuclei without a class in the data's taxonomy; 0 if they have no common class either."""
 
     def sample(self, sample: Sample) -> Sample:
-        """Return a copy of the sample with types in the common classes; without types if only nuclei are common."""
+        """Return a copy of `sample` with types in the common classes; without types if only nuclei are common."""
         if sample.types is None or self.taxonomy is NUCLEI:
             return replace(sample, types=None)
         types = np.array(self.data, np.uint8)[sample.types]
@@ -67,7 +67,7 @@ class Remap:
         return replace(sample, types=types)
 
     def maps(self, maps: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the model's stored maps (plane, y, x) uint8, with the type planes merged to the common classes."""
+        """Return the model's stored `maps` (plane, y, x) uint8, with the type planes merged to the common classes."""
         return MapLayout(len(self.model)).merge(maps, self.model)
 
 

@@ -143,7 +143,7 @@ def plain(value: Any) -> Any:
 
 
 def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> SourceScores:
-    """Return the scores of a source from the scores of its images, at least one, as the module describes.
+    """Return the scores of `source` from the scores of its `images`, at least one, as the module describes.
 
     `taxonomy`: classes in which the images are scored. For sources in PARTIAL, only `recall` and `type_accuracy` are
     defined.

@@ -34,9 +34,9 @@ class ShiftScores:
 
     @classmethod
     def of(cls, shift: Shift, before: SourceScores, after: SourceScores) -> ShiftScores:
-        """Return the scores of one source after a shift, compared with those before.
+        """Return the scores of one source `after` the shift, compared with those `before` it.
 
-        The change of a score is NaN if the score is undefined before or after the shift.
+        `shift`: the shift. The change of a score is NaN if the score is undefined before or after the shift.
         """
         scores = {name: getattr(after, name) for name in SCORES}
         changes = {name: value - getattr(before, name) for name, value in scores.items()}
@@ -51,10 +51,10 @@ class ShiftScores:
 def score_shifts(
     scores_of: Callable[[Data, Shift], list[SourceScores]], data: Data, unchanged: Sequence[SourceScores]
 ) -> list[ShiftScores]:
-    """Return the scores after each of SHIFTS, source by source, without the sources in PARTIAL, which have no PQ.
+    """Return the scores of `data` after each of SHIFTS, source by source.
 
-    `scores_of`: function from data and a shift to the scores of each source after it. `unchanged`: scores on the
-    unchanged images.
+    Sources in PARTIAL are left out, because they have no PQ. `scores_of`: function from data and a shift to the scores
+    of each source after it. `unchanged`: scores on the unchanged images.
     """
     before = {scores.source: scores for scores in unchanged if scores.source not in PARTIAL}
     scored = Data(data.taxonomy, [sample for sample in data.samples if sample.source in before])

@@ -34,7 +34,7 @@ class Shift:
     """Pixel size in µm to which images are resampled; the model still assumes MPP."""
 
     def apply(self, sample: Sample) -> Sample:
-        """Return a copy of the sample with the shift applied to its image.
+        """Return a copy of `sample` with the shift applied to its image.
 
         If the pixel size changes, the labels are resampled to the size of the new image (nearest neighbour).
         """

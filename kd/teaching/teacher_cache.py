@@ -52,7 +52,7 @@ class TeacherCache:
     def open(cls, path: Path) -> TeacherCache:
         """Open the cache at `path`, which `kd teach` wrote.
 
-        Raises InputError if there is none, or it cannot be read.
+        Raises InputError if there is no cache, or its teacher.json cannot be read.
         """
         try:
             about = json.loads((path / "teacher.json").read_bytes())
@@ -95,9 +95,10 @@ class TeacherCache:
         return cache
 
     def logits(self, sample: Sample) -> NDArray[np.float16]:
-        """Return the stored output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`.
+        """Return the stored output (channel, y, x) float16 for the whole image of `sample`.
 
-        Raises InputError if it is missing or corrupted, or of another teacher.
+        The channels are as in `hover_batch.model.heads`. Raises InputError if the output is missing, corrupted, or of
+        another teacher.
         """
         path = self._array(sample)
         if not self.covers(sample):
@@ -122,11 +123,14 @@ class TeacherCache:
         return logits
 
     def covers(self, sample: Sample) -> bool:
-        """Return whether there is an output for this image; it may be corrupted."""
+        """Return whether an output is stored for the image of `sample`. It is not read, so it may be corrupted."""
         return self._array(sample).is_dir()
 
     def has_intact(self, sample: Sample) -> bool:
-        """Return whether there is an intact output for this image. A corrupted one is deleted, to be replaced."""
+        """Return whether an intact output is stored for the image of `sample`.
+
+        A corrupted output is deleted, so that it can be written again. OSError if it cannot be deleted.
+        """
         if not self.covers(sample):
             return False
         try:
@@ -137,10 +141,10 @@ class TeacherCache:
         return True
 
     def write(self, sample: Sample, logits: NDArray[np.floating[Any]]) -> None:
-        """Store the output `logits` (channel, y, x) for an image that has none yet, as float16.
+        """Store `logits` (channel, y, x), the output for the image of `sample`, as float16.
 
-        Values are clipped to the range of float16, ±65504, which does not change any softmax. Raises PackageError if a
-        value is not finite, OSError if the output cannot be written.
+        No output may be stored for the image yet. Values are clipped to the range of float16, ±65504, which does not
+        change any softmax. Raises PackageError if a value is not finite, OSError if the output cannot be written.
         """
         import zarr
         from zarr.codecs import ZstdCodec

@@ -42,14 +42,14 @@ def _mean(outputs: Logits, heads: Heads) -> Logits:
 def turned(image: NDArray[np.uint8], turns: int, flip: bool) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8, rotated counterclockwise by `turns` × 90°, then flipped left to right if `flip`.
 
-    It is a view of `image`.
+    The result is a view of `image`, not a copy.
     """
     view = np.rot90(image, turns)
     return view[:, ::-1] if flip else view
 
 
 def turned_back(output: Logits, turns: int, flip: bool) -> Logits:
-    """Turn a network's output (channel, y, x) for `turned(image, turns, flip)` back to the orientation of `image`.
+    """Turn `output` (channel, y, x) of a network for `turned(image, turns, flip)` back to the orientation of `image`.
 
     h and v are distances along the axes, so they swap and change sign when the axes do. Returns a new array.
     """

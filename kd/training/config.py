@@ -277,7 +277,7 @@ class TrainConfig:
 
     @classmethod
     def of(cls, preset: str, **given: Any) -> TrainConfig:
-        """Return the settings of a preset, overridden by the `given` settings that are not None.
+        """Return the settings of `preset`, overridden by the `given` settings that are not None.
 
         `given` must contain `data` and `out`. Raises InputError if the preset is unknown or a setting is invalid.
         """

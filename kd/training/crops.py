@@ -44,7 +44,7 @@ class Teacher(Protocol):
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the teacher's package."""
+        """Hex SHA-256 of the teacher's package."""
 
     @property
     def card(self) -> Mapping[str, Any]:
@@ -55,12 +55,12 @@ class Teacher(Protocol):
         """Number of rotated and flipped views of an image over which each output is averaged; 1 for no averaging."""
 
     def covers(self, sample: Sample) -> bool:
-        """Return whether an output is stored for the image. The output is not read, so it may be corrupted."""
+        """Return whether an output is stored for the image of `sample`. It is not read, so it may be corrupted."""
 
     def logits(self, sample: Sample) -> NDArray[np.float16]:
-        """Return the stored output (channel, y, x) float16 of the whole image, as in `hover_batch.model.heads`.
+        """Return the stored output (channel, y, x) float16 of the whole image of `sample`.
 
-        Raises InputError if the output is missing or corrupted.
+        The channels are as in `hover_batch.model.heads`. Raises InputError if the output is missing or corrupted.
         """
 
 
@@ -222,8 +222,9 @@ def validation_crops(
 def batches(crops: Crops, batch: int, device: torch.device, first: int = 0) -> Iterator[tuple[Tensor, Targets]]:
     """Yield batches from number `first` on: images (b, 3, y, x) float32 in [0, 1] and their targets, on `device`.
 
-    `batch`: crops per batch; the last one may be smaller. Crops are drawn in forked processes, and OpenCV is limited to
-    one thread in this one. Raises InputError if a teacher's output cannot be read.
+    `crops`: the crops, in order. `batch`: crops per batch; the last one may be smaller. Crops are drawn in forked
+    processes, and OpenCV is limited to one thread in this process. Raises InputError if a teacher's output cannot be
+    read.
     """
     # A forked worker that inherits OpenCV's running thread pool hangs when it first uses it.
     cv2.setNumThreads(1)

@@ -35,7 +35,7 @@ def build_network(settings: Mapping[str, Any], n_types: int) -> nn.Module:
 
 
 def cut_of(network: nn.Module) -> int:
-    """Return the number of pixels by which the network's output is smaller than its input on each side."""
+    """Return the number of pixels by which the output of `network` is smaller than its input on each side."""
     return network.arch.shrink // 2 if isinstance(network, HoVerNet) else 0
 
 

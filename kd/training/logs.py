@@ -78,7 +78,10 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a log.csv, column → text, without empty cells; an empty list if there is no file."""
+    """Return the rows of the log.csv at `path`, column → text, without empty cells.
+
+    Empty if there is no such file. OSError if it cannot be read.
+    """
     if not path.is_file():
         return []
     with path.open(newline="") as f:

@@ -14,19 +14,19 @@ class Schedule(Protocol):
     """Learning rate schedule of an optimiser, whose state can be stored in a checkpoint."""
 
     def before(self, step: int) -> None:
-        """Set the learning rate of the optimiser. Call it before each step. `step`: number of steps done."""
+        """Set the learning rates of the optimiser. Call this before each step. `step`: number of steps done so far."""
 
     def after(self, loss: float) -> bool:
-        """Update the schedule with the validation loss of an epoch; return False if training should end.
+        """Update the schedule after an epoch with its validation loss; return False if training should end.
 
-        Call it after each epoch.
+        `loss`: the validation loss, lower is better. Call this after each epoch.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for the checkpoint."""
+        """Return the state of the schedule for the checkpoint, from which `load_state_dict` continues it."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
+        """Restore `state`, which `state_dict` of a schedule with the same settings returned."""
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Schedule:
@@ -60,12 +60,12 @@ class Cosine:
         self.shares = [group["lr"] / config.lr for group in optimizer.param_groups]
 
     def before(self, step: int) -> None:
-        """Set the learning rate of every parameter group for `step`."""
+        """Set the learning rate of every parameter group. `step`: number of steps done so far."""
         for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
             group["lr"] = learning_rate(self.config, step, self.steps) * share
 
     def after(self, loss: float) -> bool:
-        """Return True, since training ends only at its last step."""
+        """Return True, since training ends only at its last step; `loss` is ignored."""
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Cosine:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing, since there is no state."""
+        """Do nothing, since there is no state; `state` is ignored."""
 
 
 class Plateau:
@@ -99,10 +99,14 @@ class Plateau:
         self.waited = 0
 
     def before(self, step: int) -> None:
-        """Do nothing, since the rate changes only after epochs."""
+        """Do nothing, since the rate changes only after epochs; `step` is ignored."""
 
     def after(self, loss: float) -> bool:
-        """Update the rate with the validation loss of an epoch; return False if training should end."""
+        """Update the rate after an epoch; return False if training should end.
+
+        `loss`: the epoch's validation loss, lower is better. Training should end once the loss has not decreased by
+        more than `plateau_delta` for `early_stop` epochs (settings); never if `early_stop` is 0.
+        """
         self.rate.step(loss)
         delta, relative = self.config.plateau_delta, self.config.plateau_relative
         if loss < (self.least * (1 - delta) if relative else self.least - delta):
@@ -118,6 +122,6 @@ class Plateau:
         return {"rate": rate, "least": self.least, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
+        """Restore `state`, which `state_dict` of a schedule with the same settings returned."""
         self.rate.load_state_dict(state["rate"])
         self.least, self.waited = state["least"], state["waited"]

@@ -50,7 +50,7 @@ class State:
     def save(self, config: TrainConfig, record: dict[str, Any]) -> None:
         """Write the checkpoint of `config.out` atomically. `record`: see `record_of`.
 
-        Raises HoverBatchError if it cannot be written; the previous checkpoint then remains.
+        Raises HoverBatchError if the checkpoint cannot be written; the previous checkpoint then remains.
         """
         path = config.out / CHECKPOINT
         temporary = path.with_suffix(".tmp")
@@ -69,8 +69,8 @@ class State:
     def resume(self, config: TrainConfig, record: dict[str, Any]) -> None:
         """Load the checkpoint of `config.out` into this state, if there is one. `record`: see `record_of`.
 
-        Raises InputError if it was written with other settings, images, annotations or another teacher, or cannot be
-        read.
+        Raises InputError if the checkpoint cannot be read, or was written with other settings, images or annotations,
+        or another teacher.
         """
         path = config.out / CHECKPOINT
         if not path.exists():
@@ -101,10 +101,11 @@ def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint that `State.save` wrote; only tensors and plain values are unpickled.
+    """Return the content of the checkpoint `path`, which `State.save` wrote.
 
-    Its keys are `config` (`TrainConfig.to_json`), `record` (see `record_of`), and the fields of `State`. Raises
-    InputError if there is no such file, it is not a checkpoint, or an older version wrote it.
+    Only tensors and plain values are unpickled. The keys are `config` (`TrainConfig.to_json`), `record` (see
+    `record_of`), and the fields of `State`. Raises InputError if there is no such file, it is not a checkpoint, or an
+    older version wrote it.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; write one with `hover-batch kd train`")
@@ -163,7 +164,7 @@ def record_of(
 
 
 def contents(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """Return source → number of `images`, of `nuclei`, and of images with types (`typed`)."""
+    """Return source → numbers of its `images`, of their `nuclei`, and of the images with types (`typed`)."""
     found: dict[str, dict[str, int]] = {}
     for sample in samples:
         entry = found.setdefault(sample.source, {"images": 0, "nuclei": 0, "typed": 0})

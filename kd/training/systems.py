@@ -32,9 +32,10 @@ classes: (2, y, x) float32."""
 
 
 def distance_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Return the targets of DIST: the distance to the nucleus's edge / DISTANCE_PX, and zero; both 0 on the background.
+    """Return the targets (2, y, x) float32 of DIST: distance to the nucleus's edge / DISTANCE_PX, then zeros.
 
-    The distance is that to the nearest pixel of something else, so the outermost pixels of a nucleus have 1 pixel.
+    The distance is in pixels, and is that to the nearest pixel of something else, so the outermost pixels of a nucleus
+    have 1; it is 0 on the background. `instances`: (y, x) int32 ids, values up to 0 = background.
     """
     planes = np.zeros((2, *instances.shape), np.float32)
     for number, (rows, columns) in _boxes(instances):
@@ -45,11 +46,11 @@ def distance_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
 
 
 def gap_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Return the targets of Micro-Net: the weight of each pixel, and 1 in the gaps between nuclei that touch, else 0.
+    """Return the targets (2, y, x) float32 of Micro-Net: the weight of each pixel, then 1 in gaps, else 0.
 
     A gap is the pixels of a nucleus that touch another one; they count as background. The weight is 1, and near a gap
     or between two nuclei 1 + w₀·exp(-(d₁ + d₂)² / 2σ²) on the background, with the distances in pixels to the nearest
-    two nuclei.
+    two nuclei. `instances`: (y, x) int32 ids, values up to 0 = background.
     """
     gap = np.zeros(instances.shape, bool)
     for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):

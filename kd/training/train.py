@@ -38,9 +38,11 @@ PANELS = "panels"
 def train(config: TrainConfig) -> nn.Module:
     """Train a network, or resume from the checkpoint in `config.out`; return it with the weights to package.
 
-    It is in evaluation mode, on the GPU if there is one. Training pauses at `config.max_steps`; if the checkpoint is of
-    a finished training, nothing is trained. The checkpoint, log.csv, TensorBoard files and pictures are written to
-    `config.out`, and progress is printed to stdout. The number of torch's threads in this process is set.
+    The network is in evaluation mode, on the GPU if there is one. Training pauses at `config.max_steps`; if the
+    checkpoint is of a finished training, nothing is trained. The checkpoint, log.csv, TensorBoard files and pictures
+    are written to `config.out`, and progress is printed to stdout. The number of torch's threads in this process is
+    set.
+
     Raises InputError or PackageError if the data, the teacher or the initial weights do not fit, or the checkpoint was
     written with other settings or data; HoverBatchError if the loss is not finite or the checkpoint cannot be written.
     """

@@ -21,7 +21,7 @@ class Layout(Protocol):
 
     @property
     def classes(self) -> str:
-        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that fits its types best."""
+        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that fits the annotated types best."""
 
     @property
     def notes(self) -> Sequence[str]:
@@ -29,7 +29,7 @@ class Layout(Protocol):
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether the folder has this layout, complete or not. Raises InputError if a fold occurs twice."""
+        """Return whether `folder` has this layout, complete or not. Raises InputError if a fold occurs twice."""
 
     def __len__(self) -> int: ...
 
@@ -41,11 +41,11 @@ class Layout(Protocol):
 
 
 def recognise(folder: Path, val: int = 0, class_map: Mapping[str, str] = MappingProxyType({})) -> Layout:
-    """Return the images in a folder, whose layout is recognised by its content. Pixels are not read yet.
+    """Return the images in `folder`, whose layout is recognised by its content. Pixels are not read yet.
 
     `val`: number of CoNSeP's last training tiles to use as fold val; ignored for other layouts. `class_map`: meanings
     of QuPath's classes (see `Qupath`); ignored for other layouts. Raises InputError if there is no such folder, its
-    layout is unknown, it is incomplete or invalid, or a fold occurs twice.
+    layout is unknown, incomplete or invalid, or a fold occurs twice.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give one with annotated images")

@@ -58,14 +58,17 @@ class Consep:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether the folder has one of the subfolders of this layout."""
+        """Return whether `folder` has one of CoNSeP's subfolders (such as Train/Images); its files are not checked."""
         return any((folder / part / kind).is_dir() for part in PARTS.values() for kind in ("Images", "Labels"))
 
     def __len__(self) -> int:
         return len(self._tiles)
 
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
-        """Yield the tiles, Train before Test, with types mapped to `taxonomy`. Raises InputError if one is invalid."""
+        """Yield the tiles, Train before Test, with types mapped to `taxonomy`, one of TAXONOMIES.
+
+        Raises InputError if a tile's image or labels cannot be read or are invalid.
+        """
         for fold, image, labels in self._tiles:
             yield _read(fold, image, labels, taxonomy)
 

@@ -90,7 +90,7 @@ class InstanceFolder:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether the folder has a dataset.csv."""
+        """Return whether `folder` has a dataset.csv; its content is not checked."""
         return (folder / TABLE).is_file()
 
     def __len__(self) -> int:
@@ -98,12 +98,12 @@ class InstanceFolder:
 
     @property
     def classes(self) -> str:
-        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that fits its types best."""
+        """Name in `kd.data.classes.TAXONOMIES`: pannuke if the source of this name has types, else consep."""
         return "pannuke" if any(row["source"] == "pannuke" and row["types"] for row in self._rows) else "consep"
 
     @property
     def notes(self) -> list[str]:
-        """A sentence about sources whose types are not read, if there are any."""
+        """One sentence that names the sources whose types are not read; empty if all types are read."""
         unread = [s for s in self.sources if s not in CODES and any(r["types"] for r in self._rows if r["source"] == s)]
         if not unread:
             return []

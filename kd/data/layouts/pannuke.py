@@ -41,14 +41,17 @@ class PanNuke:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether the folder has a fold of this layout. Raises InputError if a fold occurs twice."""
+        """Return whether `folder` has a fold of this layout, or is one. Raises InputError if a fold occurs twice."""
         return bool(_folds(folder))
 
     def __len__(self) -> int:
         return sum(len(fold) for fold in self._folds.values())
 
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
-        """Yield the patches, fold by fold, with types mapped to `taxonomy`. Raises InputError if a value is invalid."""
+        """Yield the patches, fold by fold, with types mapped to `taxonomy`, one of TAXONOMIES.
+
+        Raises InputError if a patch has invalid values.
+        """
         for fold in self._folds.values():
             for i in range(len(fold)):
                 yield fold.read(i, taxonomy)

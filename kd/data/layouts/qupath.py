@@ -90,7 +90,10 @@ class Qupath:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether the folder, or a subfolder for a fold, has a GeoJSON file, or JSON beside a picture."""
+        """Return whether `folder`, or a subfolder for a fold, has a GeoJSON file, or JSON beside a picture.
+
+        Raises InputError if a folder cannot be listed.
+        """
         return has_annotations(folder)
 
     def __len__(self) -> int:
@@ -98,7 +101,7 @@ class Qupath:
 
     @property
     def classes(self) -> str:
-        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that has more of its classes."""
+        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy in which more classes of the nuclei have a meaning."""
         names = self.class_names
 
         def fitting(key: str) -> int:
@@ -109,7 +112,7 @@ class Qupath:
 
     @property
     def class_names(self) -> list[str]:
-        """Classes of the nuclei as in QuPath, sorted."""
+        """Names of the nuclei's classes in QuPath, sorted, each once. Nuclei without a class are left out."""
         fields = chain.from_iterable(picture.fields for picture in self._pictures)
         return sorted({name for field in fields for name in field.names if name})
 

@@ -35,7 +35,7 @@ class Annotated:
 
 
 def has_annotations(folder: Path) -> bool:
-    """Return whether the folder, or a subfolder for a fold, has a GeoJSON file, or JSON beside a picture.
+    """Return whether `folder`, or a subfolder for a fold, has a GeoJSON file, or JSON beside a picture.
 
     Raises InputError if a folder cannot be listed.
     """
@@ -48,7 +48,7 @@ def has_annotations(folder: Path) -> bool:
 
 
 def find_annotated(folder: Path) -> tuple[list[Annotated], int]:
-    """Return the annotated pictures of the folder and its subfolders for folds, and the number of other pictures.
+    """Return the annotated pictures of `folder` and its subfolders for folds, and the number of other pictures.
 
     A GeoJSON file has the name of its picture, with or without the picture's suffix. Raises InputError if a GeoJSON
     file belongs to no or to several pictures, a picture has several, or a folder cannot be listed.

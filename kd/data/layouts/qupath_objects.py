@@ -52,7 +52,7 @@ class Objects:
 
 
 def read_objects(path: Path, class_map: Mapping[str, str]) -> Objects:
-    """Read the objects in a GeoJSON file of QuPath (gzipped, zipped or plain).
+    """Read the objects in the GeoJSON file `path` of QuPath (gzipped, zipped or plain).
 
     `class_map`: see `meaning`. A locked annotation without a class counts as a region. Raises InputError if the file
     cannot be read, is not GeoJSON, has no objects, or has a cell without a nucleus.
