@@ -2,9 +2,10 @@
 
 The density is the combined ratio estimator of the number of nuclei per tissue area (Cochran, Sampling Techniques, 3rd
 ed. 1977, 6.11). Its variance is the usual linearisation with finite-population correction. Its interval is that of
-Student's t; the degrees of freedom are the number of clusters minus the number of strata. The error probability ERROR
-is divided equally among the looks (Bonferroni), so the last interval contains the density of the whole slide in at
-least 90 % of all draws, whichever look is the last.
+Student's t; the degrees of freedom are Satterthwaite's (Cochran, 5.4), since one stratum may have most of the variance.
+The error probability ERROR is divided equally among the looks (Bonferroni), so that the last interval contains the
+density of the whole slide in about 90 % of all draws, whichever look is the last. In fewer, if a few clusters hold most
+of the nuclei: then the first small sample may have seen none of them.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ class Sample:
         residual = counts - density * self.tissue_mm2
         mean = np.bincount(self.stratum, residual) / drawn
         variance = np.bincount(self.stratum, (residual - mean[self.stratum]) ** 2) / (drawn - 1)
-        of_total = float(np.sum(self.clusters * (self.clusters - drawn) * variance / drawn))
-        quantile = float(t.ppf(1 - ERROR / self.looks / 2, len(counts) - len(self.clusters)))
-        half = quantile * math.sqrt(of_total) / area
+        of_strata = self.clusters * (self.clusters - drawn) * variance / drawn
+        of_total = float(of_strata.sum())
+        if not of_total:  # all clusters of a stratum are alike
+            return Density(density, density, density)
+        freedom = of_total**2 / float(np.sum(of_strata**2 / (drawn - 1)))
+        half = float(t.ppf(1 - ERROR / self.looks / 2, freedom)) * math.sqrt(of_total) / area
         return Density(density, max(0.0, density - half), density + half)
