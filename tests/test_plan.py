@@ -117,5 +117,5 @@ def test_pixel_sizes_are_checked_by_the_nuclei(data: Path, tmp_path: Path) -> No
     assert said["fourfold"].startswith("warning: the nuclei fit 0.25 µm better than the given 1 (")
     assert said["fourfold"].endswith("put 0.25 into the column mpp of the cohort")
     assert said["tenfold"].startswith("warning: the nuclei fit 0.25 µm better than the given 2.5 (")
-    assert said["absurd"].startswith("warning: the pixel size of 15 µm is not confirmed: ")
+    assert said["absurd"].startswith("warning: the pixel size of 15 µm is not confirmed: no usual one gives enough")
     assert said["white"] == "pixel size not checked, because no tissue was found"
