@@ -58,16 +58,10 @@ class Components:
 class Splitter(Protocol):
     """Post-processing of one system: how components become instances."""
 
-    def split(
-        self,
-        planes: NDArray[np.uint8],
-        components: Components,
-        chosen: NDArray[np.bool_],
-        origin: tuple[int, int] = (0, 0),
-    ) -> NDArray[np.int32]:
+    def split(self, planes: NDArray[np.uint8], components: Components, chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Split the `chosen` (n,) components of a window into instances: (y, x) int32, 0 = background.
 
-        `planes` (2, y, x): the stored planes h and v. `origin`: (x, y) of the window's first pixel in the slide.
+        `planes` (2, y, x): the stored planes h and v.
         Components of fewer than MIN_PIXELS pixels are dropped. Instances are numbered 1 … n without gaps. The result
         is exact for components at least `regions.MARGIN` pixels from the window's edge.
         """

@@ -28,13 +28,7 @@ DYNAMIC = round(HV_STEPS / DISTANCE_PX)
 class DynamicWatershed:
     """Splitter of DIST."""
 
-    def split(
-        self,
-        planes: NDArray[np.uint8],
-        components: Components,
-        chosen: NDArray[np.bool_],
-        origin: tuple[int, int] = (0, 0),
-    ) -> NDArray[np.int32]:
+    def split(self, planes: NDArray[np.uint8], components: Components, chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Split the `chosen` components of a window (see `Splitter.split`).
 
         `planes` (2, y, x): the stored distance, and a plane that is not used. Instances are numbered by component, then

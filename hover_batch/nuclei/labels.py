@@ -16,13 +16,7 @@ from hover_batch.nuclei.components import Components
 class WholeComponents:
     """Splitter of Micro-Net."""
 
-    def split(
-        self,
-        planes: NDArray[np.uint8],
-        components: Components,
-        chosen: NDArray[np.bool_],
-        origin: tuple[int, int] = (0, 0),
-    ) -> NDArray[np.int32]:
+    def split(self, planes: NDArray[np.uint8], components: Components, chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Return the `chosen` components of a window as instances, one each, numbered 1 … n: (y, x) int32.
 
         Arguments as in `Splitter.split`. Components of fewer than MIN_PIXELS pixels are dropped.

@@ -148,7 +148,7 @@ class _View:
             return no_nuclei(self.layout.n_types)
         origin = self.window.x0, self.window.y0
         planes = self.maps[self.layout.H : self.layout.V + 1]
-        instances = splitter.split(planes, self.components, chosen, origin)
+        instances = splitter.split(planes, self.components, chosen)
         return measure(instances, self.maps, self.layout, origin)
 
     def nuclei_alone(self, component: int, splitter: Splitter) -> Nuclei:

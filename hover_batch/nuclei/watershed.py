@@ -78,19 +78,13 @@ class SobelConstants:
         scale_h, scale_v = _scale(self.h_min, self.h_max), _scale(self.v_min, self.v_max)
         return (scale_h / HV_STEPS, scale_v / HV_STEPS), (self.h_min * scale_h, self.v_min * scale_v)
 
-    def split(
-        self,
-        planes: NDArray[np.uint8],
-        components: Components,
-        chosen: NDArray[np.bool_],
-        origin: tuple[int, int] = (0, 0),
-    ) -> NDArray[np.int32]:
+    def split(self, planes: NDArray[np.uint8], components: Components, chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Split the `chosen` (n,) components of a window into instances: (y, x) int32, 0 = background.
 
         `planes` (2, y, x): stored h and v. A component with one marker becomes one instance (flooding from one marker
         fills its component); a component without markers, or of fewer than MIN_PIXELS pixels, is dropped. Instances
         are numbered by component, then by the first pixel of their marker. The result is exact for components at least
-        REACH pixels from the window's edge, and does not depend on `origin`.
+        REACH pixels from the window's edge.
         """
         # All components that are large enough enter the energy: the blur reads diagonal neighbours.
         large = components.large
@@ -132,7 +126,7 @@ def instance_map(
         return SobelConstants.of_window(h, v).split(np.stack([h, v]), components, components.large)
     planes = np.pad(np.stack([h, v]), [(0, 0), (REACH, REACH), (REACH, REACH)])
     components = Components.of(np.pad(np_map, REACH))
-    padded = splitter.split(planes, components, components.large, (-REACH, -REACH))
+    padded = splitter.split(planes, components, components.large)
     return np.ascontiguousarray(padded[REACH:-REACH, REACH:-REACH])
 
 
