@@ -17,12 +17,9 @@ from hover_batch.model.predict import Predictor
 from hover_batch.nuclei.watershed import SobelConstants, instance_map
 
 
-@pytest.mark.parametrize(("short", "at_least"), [("fp16", 0.99), ("bf16", 0.95)])
+@pytest.mark.parametrize(("short", "at_least"), [("fp16", 0.999), ("bf16", 0.95)])
 def test_short_precisions_find_the_nuclei_of_fp32(data: Path, short: Precision, at_least: float) -> None:
-    """`auto` chooses fp16 on a GPU; bf16 is less precise and must be requested.
-
-    The maps of fp16 differ by 2 or 3 steps of 256 at most, which joins or splits about one nucleus in 150.
-    """
+    """`auto` chooses fp16 on a GPU; bf16 is less precise and must be requested."""
     capabilities = torch.cpu.get_capabilities()
     if short == "bf16" and not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
         pytest.skip("this processor computes no bf16 by itself")

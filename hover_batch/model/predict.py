@@ -59,6 +59,7 @@ class Predictor:
             from hover_batch.model.cuda_streams import cuda_streams
 
             self.streams = cuda_streams(self.device)
+            torch.backends.cudnn.allow_tf32 = False  # TF32 has no more digits than fp16
         if self.device.type == "cpu":
             torch.set_num_threads(settings.threads or torch.get_num_threads())
         self._threads: ThreadPoolExecutor | None = None
@@ -71,7 +72,7 @@ class Predictor:
         if not isinstance(network, OpenVinoNetwork):
             from hover_batch.model.prepare import prepared
 
-            self.network = prepared(network, card, self.device, resolved.runtime)
+            self.network = prepared(network, card, self.device, resolved.runtime, resolved.precision)
             if resolved.runtime == "openvino":
                 self.network = OpenVinoNetwork(convert(self.network, card.tile_in), resolved.batch, settings.threads)
         self.batch = self._auto_batch() if resolved.batch == AUTO_BATCH else resolved.batch
@@ -206,7 +207,7 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
     def load() -> nn.Module:
         from hover_batch.model.prepare import prepared
 
-        return prepared(load_network(package), card, torch.device("cpu"), "openvino")
+        return prepared(load_network(package), card, torch.device("cpu"), "openvino", "fp32")
 
     model = cached_conversion(package.sha256, card.tile_in, file_of(card.architecture), load)
     return Predictor(OpenVinoNetwork(model, resolved.batch, settings.threads), card, settings)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hover_batch.config import Runtime
+from hover_batch.config import Precision, Runtime
 from hover_batch.model.card import Card
+from hover_batch.model.fine_layers import fine_layers_in_fp32
 from hover_batch.model.fold import folded
 from hover_batch.model.margins import without_margin
 from hover_batch.model.upsampling import upsampling_merged
@@ -26,7 +27,7 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     return laid_out
 
 
-def prepared(network: nn.Module, card: Card, device: torch.device, runtime: Runtime) -> nn.Module:
+def prepared(network: nn.Module, card: Card, device: torch.device, runtime: Runtime, precision: Precision) -> nn.Module:
     """Return the network of a package with `card`, optimised for inference on a device by a runtime.
 
     It maps RGB in [0, 1], float (b, 3, tile_in, tile_in), to (b, channels, y, x), whose centre holds the kept pixels.
@@ -35,4 +36,6 @@ def prepared(network: nn.Module, card: Card, device: torch.device, runtime: Runt
     network = on_device(network, device)
     if runtime == "openvino":  # torch's transposed convolutions depend on the number of threads
         network = upsampling_merged(network)
+    if precision != "fp32":
+        network = fine_layers_in_fp32(network, card.tile_in)
     return without_margin(network, card.tile_in, card.tile_out)
