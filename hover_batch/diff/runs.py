@@ -35,9 +35,10 @@ class Side:
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Self:
-        """Read the run in `folder`, which messages call `name`, A or B.
+        """Read the run in `folder`.
 
-        InputError if the folder holds no run, or its files are corrupted or cannot be read.
+        `name`: A or B, by which messages call the run. InputError if the folder holds no run, or a file in it is
+        corrupted; OSError if a file cannot be read.
         """
         layout = RunLayout(folder)
         run = require_run(layout, name)
@@ -96,7 +97,8 @@ class Runs:
     def open(cls, first: Path, second: Path) -> Self:
         """Read the runs in two folders, and check that slides of the same slide_id are the same slide.
 
-        InputError if a folder holds no run, if the runs have no slide_id in common, or if slides differ.
+        InputError if a folder holds no run, if a file of a run is corrupted, if the runs have no slide_id in common, or
+        if slides differ. OSError if a file cannot be read.
         """
         a, b = Side.open(first, "A"), Side.open(second, "B")
         if not a.records.keys() & b.records.keys():

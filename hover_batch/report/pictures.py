@@ -34,8 +34,9 @@ class Heatmap:
 def heatmaps(measured: Measured, classes: Sequence[NucleusClass], tissue: TissueMask | None) -> list[Heatmap]:
     """Return a heatmap of all classes together, then one of each of `classes`.
 
-    `measured`: counts by class and cell. `tissue`: where the run searched; None if unknown. Cells with neither tissue
-    nor nuclei are transparent; without `tissue`, none are.
+    Cells with neither tissue nor nuclei are transparent; without `tissue`, none are.
+
+    `measured`: counts by class and cell. `tissue`: where the run searched; None if unknown.
     """
     cells = measured.cells
     shown = np.ones(cells.shape, bool) if tissue is None else tissue.meets_product(*cells.spans, cells.grid)
@@ -71,7 +72,7 @@ def reduced_picture(path: Path, max_side: int) -> str | None:
 
 
 def data_uri(image: NDArray[np.uint8], suffix: str) -> str:
-    """Encode an image as a data URI.
+    """Return an image as a data URI.
 
     `image`: BGR (y, x, 3) or, for .png only, BGRA (y, x, 4) uint8. `suffix`: .png or .jpg.
     """

@@ -41,7 +41,10 @@ def architectures() -> list[Architecture]:
 
 
 def file_of(name: str) -> Path | None:
-    """Return the Python file of the architecture `name` without importing it; None if there is none."""
+    """Return the Python file of the architecture `name` without importing it.
+
+    None if the architecture is not known or has no file.
+    """
     module = _module_of(name)
     spec = find_spec(module) if module else None
     return Path(spec.origin) if spec and spec.origin else None

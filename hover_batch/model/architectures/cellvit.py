@@ -70,9 +70,10 @@ def _sam(dim: int, heads: int, depth: int, types: int) -> CellViTArch:
 
 
 def published(encoder: str, types: int) -> CellViTArch:
-    """Return the published architecture with an encoder, such as SAM-B. KeyError if the encoder is not known.
+    """Return the published architecture with an encoder.
 
-    `types`: number of channels of the type branch.
+    `encoder`: name of the encoder, such as SAM-B. `types`: number of channels of the type branch. KeyError if the
+    encoder is not known.
     """
     return {
         "ViT-256": CellViTArch(384, 6, (0,) * 12, 14, types),
@@ -129,7 +130,7 @@ class CellViT(nn.Module):
             self.add_module(name, _branch(dim, high, outputs))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the outputs of all branches for a batch; `CellViT` states the shapes of `image` and result."""
+        """Return the outputs of all branches for the batch `image`. See `CellViT` for the shapes of both."""
         image = normalised(image)
         first, second, third, last = self.encoder(image)
         skips = [self.decoder3(third), self.decoder2(second), self.decoder1(first), self.decoder0(image)]

@@ -133,14 +133,14 @@ class HoVerNet(nn.Module):
 
 
 def build_teacher(arch: TeacherArch) -> nn.Module:
-    """Return a HoVerNet of the form `arch` with random weights; `HoVerNet` states its input and output."""
+    """Return a HoVerNet of the form `arch` with random weights. See `HoVerNet` for its input and output."""
     return HoVerNet(arch)
 
 
 def arch_of(weights: Mapping[str, Tensor]) -> TeacherArch:
     """Return the architecture of a HoVerNet from the shapes of the tensors in its state dict.
 
-    KeyError if tensors of a HoVerNet are missing.
+    `weights`: tensors by name. KeyError if tensors of a HoVerNet are missing.
     """
     kernel = weights["decoder.np.u3.conva.weight"].shape[-1]
     type_biases = weights.get("decoder.tp.u0.conv.bias")

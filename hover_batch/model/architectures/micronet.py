@@ -55,7 +55,10 @@ class MicroNet(nn.Module):
         self.network.layer = nn.ModuleDict(layers)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the output for the batch `image`; `MicroNet` states both shapes. ValueError if a side is not SIDE."""
+        """Return the output for the batch `image`. See `MicroNet` for the shapes of both.
+
+        ValueError if a side is not SIDE.
+        """
         if image.shape[2:] != (SIDE, SIDE):
             raise ValueError(f"Micro-Net takes {SIDE} × {SIDE} pixels, not {tuple(image.shape[2:])}")
         types, *auxiliary = self.network(image)
@@ -71,9 +74,10 @@ def _widths(*channels: int) -> list[tuple[int, int, int]]:
 
 
 def by_tiles(network: nn.Module, image: Tensor) -> Tensor:
-    """Return the output of Micro-Net for a larger image, (b, channels, y - SIDE + KEPT, x - SIDE + KEPT), its centre.
+    """Return the output of Micro-Net for the centre of an image that is larger than a tile.
 
-    `image`: (b, 3, y, x), whose sides are SIDE plus a multiple of KEPT.
+    The result is (b, channels, y - SIDE + KEPT, x - SIDE + KEPT). `image`: (b, 3, y, x) float RGB in [0, 1], whose
+    sides are SIDE plus a multiple of KEPT.
     """
     edge = (SIDE - KEPT) // 2
     rows = [
@@ -90,7 +94,7 @@ def by_tiles(network: nn.Module, image: Tensor) -> Tensor:
 
 
 def build_micronet(n_types: int, width: int = 64) -> nn.Module:
-    """Return a Micro-Net with random weights; `MicroNet` describes the arguments, input and output."""
+    """Return a Micro-Net with random weights. See `MicroNet` for the arguments, input and output."""
     return MicroNet(n_types, width)
 
 

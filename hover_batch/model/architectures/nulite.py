@@ -64,7 +64,7 @@ class NuLite(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the outputs of all branches for a batch; `NuLite` states the shapes of `image` and result."""
+        """Return the outputs of all branches for the batch `image`. See `NuLite` for the shapes of both."""
         image = normalised(image)
         fine, middle, coarse, maps = self.encoder["fast_vit"](image)
         bottleneck, decoder4, decoder3, decoder2, decoder1 = self.decoder

@@ -29,11 +29,12 @@ class StudentArch:
 
 
 def build_student(arch: StudentArch) -> nn.Module:
-    """Build the student with random weights. Nothing is downloaded.
+    """Return the student with random weights. Nothing is downloaded.
 
     The network takes RGB in [0, 1], float (batch, 3, y, x), y and x multiples of 32, and returns (batch,
-    `Heads(n_types).channels`, y, x) float in the layout of `hover_batch.model.heads`. KeyError if the encoder is not
-    known.
+    `Heads(n_types).channels`, y, x) float in the layout of `hover_batch.model.heads`.
+
+    KeyError if the encoder is not known.
     """
     import segmentation_models_pytorch as smp  # takes seconds
 
