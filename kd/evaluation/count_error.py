@@ -52,7 +52,10 @@ class CountedImage:
 
     @property
     def noise(self) -> float:
-        """Poisson variance of `log_ratio`, from the unpaired nuclei only, because paired ones cancel."""
+        """Variance of `log_ratio` by Poisson noise of the unpaired nuclei; paired ones cancel.
+
+        1 is added to the number of unpaired nuclei, because ½ is added to both counts.
+        """
         unpaired = self.true + self.predicted - 2 * self.paired
         return (unpaired + 1) / ((self.true + 0.5) * (self.predicted + 0.5))
 

@@ -84,7 +84,7 @@ def paired_images(
 
 
 def fit_scalings(images: Sequence[PairedImage]) -> dict[str, BetaScaling]:
-    """Return column → calibration fitted on `images`, for the columns in CALIBRATED.
+    """Return the calibration fitted on `images` of each column in CALIBRATED, by column.
 
     Columns with too few nuclei have no entry (see `fit_scaling`).
     """
@@ -106,9 +106,10 @@ def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
 
 
 def evidence(images: Sequence[PairedImage]) -> dict[str, Any]:
-    """Test how the errors hold on a new source: fit them on all sources of `images` but one, and test on this one.
+    """Test how the errors hold on a new source. Return the results by source, as JSON values for the card's metrics.
 
-    Return source → result of `tried_on`, as JSON values for the card's metrics.
+    The errors are fitted on all sources of `images` but one, and tested on this one, for each source in turn. Its entry
+    is that of `tried_on`.
     """
     by_source: dict[str, Any] = {}
     for source in dict.fromkeys(image.count.source for image in images):

@@ -115,7 +115,7 @@ class SourceScores:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "by_image"}
 
     def images_to_json(self) -> list[dict[str, Any]]:
-        """Return id, sha256, annotated nuclei, pq, dice and f_d of each image as JSON objects.
+        """Return id, sha256, number of annotated nuclei, pq, dice and f_d of each image, as JSON values by name.
 
         Undefined scores are None; for sources in PARTIAL, all of them are.
         """

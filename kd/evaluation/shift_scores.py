@@ -51,10 +51,12 @@ class ShiftScores:
 def score_shifts(
     scores_of: Callable[[Data, Shift], list[SourceScores]], data: Data, unchanged: Sequence[SourceScores]
 ) -> list[ShiftScores]:
-    """Return the scores of `data` after each of SHIFTS, source by source.
+    """Return the scores of `data` after each of SHIFTS, sorted by source.
 
-    Sources in PARTIAL are left out, because they have no PQ. `scores_of`: function from data and a shift to the scores
-    of each source after it. `unchanged`: scores on the unchanged images.
+    Sources in PARTIAL are left out, because they have no PQ.
+
+    `scores_of`: function from data and a shift to the scores of each source after it; its errors propagate.
+    `unchanged`: scores on the unchanged images.
     """
     before = {scores.source: scores for scores in unchanged if scores.source not in PARTIAL}
     scored = Data(data.taxonomy, [sample for sample in data.samples if sample.source in before])

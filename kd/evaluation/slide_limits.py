@@ -19,9 +19,10 @@ _MARGIN = 1.5
 def slide_limits(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
     """Return the limits (lowest, highest) of `area_um2`, `h_od` and `e_od` for a card, by name.
 
-    See `hover_batch.quality.flags.LIMITS`. `samples`: images in which all nuclei are outlined. The limits are the 1st
-    and the 99th percentile over images with nuclei, with a margin; the lowest `e_od` is 0. Empty if fewer than
-    MIN_IMAGES images have nuclei.
+    They are the 1st and the 99th percentile over images with nuclei, with a margin; the lowest `e_od` is 0. Empty if
+    fewer than MIN_IMAGES images have nuclei. See `hover_batch.quality.flags.LIMITS`.
+
+    `samples`: images in which all nuclei are outlined.
     """
     measured = np.array([_measures(sample) for sample in samples if sample.instances.any()]).reshape(-1, 3)
     if len(measured) < MIN_IMAGES:
