@@ -50,7 +50,10 @@ class Place:
     """Size of an inference pixel in µm."""
 
     def read(self) -> Field:
-        """Read the field, and measure the time that this takes. SlideError if the slide cannot be read."""
+        """Read the field's pixels from its slide, and measure the time that this takes.
+
+        SlideError if they cannot be read.
+        """
         with open_slide(self.record) as reader:
             started = time.perf_counter()
             image = reader.read(self.box, Grid.over(reader.info.level0, reader.info.mpp, self.mpp))

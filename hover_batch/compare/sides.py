@@ -44,8 +44,7 @@ class Side:
     def predictor(self) -> Predictor:
         """Network on its device, loaded on first use.
 
-        InputError if the device cannot be used or the runtime is not installed, PackageError if the network cannot be
-        compiled.
+        InputError if the device cannot be used, PackageError if the network cannot be compiled.
         """
         return Predictor(self.network, self.card, self.settings)
 
@@ -97,7 +96,7 @@ def load_side(name: str, flag: str, settings: InferSettings) -> Side:
 def random_teacher(name: str, settings: InferSettings) -> Side:
     """Return the published network `name` with random weights, to measure costs without a download.
 
-    `settings`: settings of inference. PackageError if no published network has this name.
+    `name`: key of KINDS. `settings`: settings of inference. PackageError if the name is not known.
     """
     if name not in KINDS:
         raise PackageError(

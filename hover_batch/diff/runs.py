@@ -52,7 +52,10 @@ class Side:
         return cls(layout, str(run.get("model_id")), str(run.get("model_sha256")), records, done, failures)
 
     def reason(self, slide_id: str) -> str:
-        """Return why the slide `slide_id` is not done in this run, as a phrase. OSError as in `why_not_done`."""
+        """Return why the slide `slide_id` is not done in this run, as a phrase.
+
+        OSError if a file of the slide cannot be read.
+        """
         if slide_id not in self.records:
             return "not in the cohort"
         return self.failures.get(slide_id) or why_not_done(self.layout.slide(slide_id))

@@ -50,9 +50,11 @@ class View:
     """Level-0 pixels per pixel of the picture, along y."""
 
     def to_opencv(self, points: NDArray[np.float64]) -> NDArray[np.int32]:
-        """Convert level-0 positions (…, 2) of x, y to OpenCV's fixed-point coordinates in the image, int32.
+        """Return positions as OpenCV's fixed-point coordinates in the image, (…, 2) int32 in sixteenths of its pixels.
 
         Integers are pixel centres in OpenCV and pixel corners in our positions, so half a pixel is subtracted.
+
+        `points`: (…, 2) of x, y in level-0 pixels.
         """
         pixels = (points - [self.x0, self.y0]) / [self.scale_x, self.scale_y] - 0.5
         return np.rint(pixels * (1 << _SHIFT)).astype(np.int32)

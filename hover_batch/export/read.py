@@ -204,9 +204,10 @@ class NucleiTable:
 
 
 def read_polygons(path: Path, geometry: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
-    """Return the column `geometry` (WKB) as an array (n,) of shapely polygons.
+    """Return the contours of a table as an array (n,) of shapely polygons.
 
-    `path`: file of the table, for the message. SlideError if one is corrupted, not a polygon, empty or not finite.
+    `path`: file of the table, for the message. `geometry`: its column `geometry` (WKB). SlideError if one is corrupted,
+    not a polygon, empty or not finite.
     """
     try:
         with np.errstate(invalid="ignore"):  # NaN is refused below

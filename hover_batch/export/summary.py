@@ -185,6 +185,9 @@ def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parqu
     CSV's own as text. Missing values are empty in the CSV and null in Parquet. Numbers have six significant digits in
     the CSV and all in Parquet.
 
+    `rows`: rows of the slides and of the cohort. `taxonomy`: classes of the nuclei. `csv_path`, `parquet_path`: files
+    to write.
+
     OSError if a file cannot be written.
     """
     schema = summary_schema(taxonomy)

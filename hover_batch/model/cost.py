@@ -49,8 +49,9 @@ def cost_of(network: nn.Module, card: Card) -> Cost:
 
     The patch of a StoredNetwork is a tile, because it takes images of one size only.
 
-    `card`: card of the package, for the architecture and the sides of tiles. PackageError if the architecture is not
-    known or a StoredNetwork cannot be read.
+    `network`: network of the package. `card`: card of the package, for the architecture and the sides of tiles.
+
+    PackageError if the architecture is not known or a StoredNetwork cannot be read.
     """
     if isinstance(network, StoredNetwork):
         macs, constants = model_macs(network.model())

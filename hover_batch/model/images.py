@@ -34,21 +34,24 @@ def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
 
 
 def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the maps (plane, y, x) uint8 (see `MapLayout`) of a whole image, tile by tile.
+    """Return the maps of a whole image, (plane, y, x) uint8 (see `MapLayout`), predicted tile by tile.
 
-    `image`: (y, x, 3) uint8 RGB of any size, with the pixel size of the model, `card.mpp`. Errors as in
-    `Predictor.predict`.
+    `predictor`: loaded network. `image`: (y, x, 3) uint8 RGB of any size, with the pixel size of the model, `card.mpp`.
+
+    PackageError if the network cannot be compiled, torch.OutOfMemoryError if one tile does not fit in the GPU's memory.
     """
     return _by_tiles(predictor.predict, [image], predictor.card, predictor.batch)[0]
 
 
 def image_logits(predictor: Predictor, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-    """Return the network's output (channel, y, x) float32 (see `Heads`) for each of several whole images.
+    """Return the network's output for each of several whole images, (channel, y, x) float32 (see `Heads`).
 
     Tiles of several images share batches, without effect on the output (see `hover_batch.model.predict`).
 
-    `images`: (y, x, 3) uint8 RGB each, of any sizes, with the pixel size of the model, `card.mpp`. Errors as in
-    `Predictor.logits`.
+    `predictor`: loaded network. `images`: (y, x, 3) uint8 RGB each, of any sizes, with the pixel size of the model,
+    `card.mpp`.
+
+    PackageError if the network cannot be compiled, torch.OutOfMemoryError if one tile does not fit in the GPU's memory.
     """
     return _by_tiles(predictor.logits, images, predictor.card, predictor.batch)
 

@@ -99,10 +99,7 @@ class StoredNetwork(nn.Module):
         self._compiled: Any = None
 
     def model(self) -> Any:
-        """Return the network as an openvino.Model.
-
-        PackageError if the stored bytes are not one, ImportError if OpenVINO is not installed.
-        """
+        """Return the network as an openvino.Model. PackageError if the stored bytes are not one."""
         with as_package_error():
             return core().read_model(self.xml.cpu().numpy().tobytes(), self.weights.cpu().numpy().tobytes())
 
@@ -110,7 +107,7 @@ class StoredNetwork(nn.Module):
         """Return the network's output (b, channels, y, x) float32 on the device of `image`. The first call compiles it.
 
         `image`: RGB in [0, 1], (b, 3, side, side) float, of the side that the model takes. PackageError if the network
-        cannot be compiled, ImportError if OpenVINO is not installed.
+        cannot be compiled.
         """
         if self._compiled is None:
             with as_package_error():
@@ -156,9 +153,10 @@ def cached_conversion(package_sha256: str, side: int, code: Path | None, load: C
     A new conversion is saved in the cache. A cache that cannot be read or written is ignored.
 
     `package_sha256`: hash of the package. `side`: side of the image in pixels. `code`: Python file of the architecture,
-    on which the conversion depends; None if it has no file. `load`: loads the network if it is not in the cache.
+    on which the conversion depends; None if it has no file. `load`: loads the network if it is not in the cache; its
+    errors propagate.
 
-    Errors as in `convert` and `load`.
+    PackageError if OpenVINO cannot convert the network.
     """
     folder = cache_folder() / "openvino" / _key(package_sha256, side, code)
     with contextlib.suppress(OSError, PackageError, RuntimeError, ImportError):
@@ -187,7 +185,7 @@ def _key(package_sha256: str, side: int, code: Path | None) -> str:
 
 @contextlib.contextmanager
 def as_package_error() -> Iterator[None]:
-    """Convert a RuntimeError of OpenVINO in the block to a PackageError, whose message has the remedy."""
+    """Return a context manager that converts a RuntimeError of OpenVINO to a PackageError with the remedy."""
     try:
         yield
     except RuntimeError as error:

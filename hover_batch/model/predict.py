@@ -128,11 +128,11 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the network's output for the kept pixels of tiles, (n, channel, tile_out, tile_out) float32 (see
-        `Heads`).
+        """Return the network's output for the kept pixels of tiles (see `Heads`).
 
-        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch`. Overflow, lack of memory and errors as in
-        `predict`.
+        It is (n, channel, tile_out, tile_out) float32. Overflow and lack of memory are handled as in `predict`.
+
+        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch`. torch.OutOfMemoryError if one tile is too much.
         """
         return self._as_fits(tiles, self._checked_output)
 
@@ -207,8 +207,8 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
 
     `settings`: settings of inference, which may contain `auto`.
 
-    InputError if the device cannot be used or OpenVINO is not installed; PackageError if the weights cannot be loaded
-    or the network cannot be compiled.
+    InputError if the device cannot be used, PackageError if the weights cannot be loaded or the network cannot be
+    compiled.
     """
     card, resolved = package.card, resolve(settings)
     if resolved.runtime != "openvino":

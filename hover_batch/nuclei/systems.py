@@ -22,7 +22,9 @@ def splitter(system: str, sobel: Mapping[str, float]) -> Splitter:
     """Return the post-processing of a system.
 
     `system`: key of `hover_batch.model.heads.SYSTEMS`. `sobel`: Sobel constants as in cards; ignored by systems without
-    Sobel maps. KeyError if the system is not known, PackageError if its constants are invalid.
+    Sobel maps.
+
+    KeyError if the system is not known, PackageError if its constants are invalid.
     """
     return _SPLITTERS[system](sobel)
 

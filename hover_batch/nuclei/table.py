@@ -141,7 +141,8 @@ def table_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Sch
 def part_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Schema:
     """Return the columns of a part: those of nuclei.parquet, with the anchor instead of nucleus_id.
 
-    The anchor, anchor_y and anchor_x in inference pixels, comes first; the merge sorts by it.
+    The anchor, anchor_y and anchor_x in inference pixels, comes first; the merge sorts by it. Arguments as in
+    `table_schema`.
     """
     anchors = [pa.field(name, pa.int64(), nullable=False) for name in ("anchor_y", "anchor_x")]
     return pa.schema(anchors + [field for field in table_schema(taxonomy, calibrated) if field.name != "nucleus_id"])

@@ -60,7 +60,7 @@ def _heatmap(kind: NucleusClass | None, density: NDArray[np.float64], shown: NDA
 def reduced_picture(path: Path, max_side: int) -> str | None:
     """Return the picture at `path` as a JPEG data URI, with a longer side of at most `max_side` pixels.
 
-    It is never enlarged. None if the file is missing or corrupted.
+    It is never enlarged. The result is None if the file is missing or corrupted.
     """
     image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
     if image is None:

@@ -105,7 +105,10 @@ def jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 RGB with randomly changed stains (Tellez et al. 2018).
 
-    Hematoxylin, eosin and the residual are scaled and shifted independently. `rng`: generator of the random numbers.
+    The densities of hematoxylin, eosin and the residual are independently multiplied by 0.65 to 1.6 and shifted by up
+    to 0.03 (see `change_stain`).
+
+    `rng`: generator of the random numbers, which is advanced.
     """
     return change_stain(image, rng.uniform(0.65, 1.6, 3), rng.uniform(-0.03, 0.03, 3))
 
@@ -146,14 +149,18 @@ def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 with randomly lighter or darker midtones (see `change_gamma`).
 
-    The exponent is between 0.6 and 2.5, because nuclei are black on old scanners and in thick sections. `rng`:
-    generator of the random numbers.
+    The exponent is between 0.6 and 2.5, because nuclei are black on old scanners and in thick sections.
+
+    `rng`: generator of the random numbers, which is advanced.
     """
     return change_gamma(image, math.exp(rng.uniform(math.log(0.6), math.log(2.5))))
 
 
 def change_gamma(image: NDArray[np.uint8], exponent: float) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8 with the gamma curve x^`exponent` on [0, 1]; above 1, midtones are darker."""
+    """Return an image (y, x, 3) uint8 with a gamma curve applied to its values, scaled to [0, 1].
+
+    `exponent`: exponent of the curve; above 1, midtones become darker.
+    """
     table = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(np.uint8)
     return table[image]
 

@@ -47,7 +47,7 @@ class CountedImage:
 
     @property
     def log_ratio(self) -> float:
-        """ln(true ÷ predicted), where ½ is added to both numbers, so that the ratio is finite."""
+        """Natural logarithm of true ÷ predicted; ½ is added to both numbers, so that it is finite."""
         return math.log((self.true + 0.5) / (self.predicted + 0.5))
 
     @property

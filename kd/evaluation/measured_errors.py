@@ -49,10 +49,12 @@ class PairedImage:
 def paired_images(
     maps_of: MapsOf, samples: Iterable[Sample], splitter: Splitter | None, taxonomy: Taxonomy
 ) -> list[PairedImage]:
-    """Predict the images of `samples` with `maps_of`, and pair predicted with annotated nuclei.
+    """Predict the images of `samples` with `maps_of`, and pair predicted with annotated nuclei, image by image.
 
-    `splitter`: post-processing of the model. `taxonomy`: classes of both the model and the samples. Samples of sources
-    that do not outline every nucleus are left out.
+    Samples of sources that do not outline every nucleus are left out.
+
+    `maps_of`: function from an image to its maps. `splitter`: post-processing of the model; None for HoVerNet's with
+    Sobel maps scaled by the extremes of each image. `taxonomy`: classes of both the model and the samples.
     """
     n_types = len(taxonomy.classes)
     paired = []

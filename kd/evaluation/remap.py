@@ -86,7 +86,10 @@ def remap_of(data_taxonomy: Taxonomy, model_taxonomy: Taxonomy, source: str, typ
 
     With PAPER_CONSEP and THREE, CoNSeP's "other", which has no class in PanNuke, becomes miscellaneous.
 
-    `typed`: whether the source has annotated types. Raises InputError if no rule applies.
+    `data_taxonomy`, `model_taxonomy`: classes of the data and of the model. `source`: name of the source. `typed`:
+    whether the source has annotated types.
+
+    Raises InputError if no rule applies.
     """
     data_names, model_names = _names(data_taxonomy), _names(model_taxonomy)
     pannuke, consep = _names(PANNUKE), _names(CONSEP)

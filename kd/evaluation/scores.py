@@ -143,10 +143,12 @@ def plain(value: Any) -> Any:
 
 
 def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> SourceScores:
-    """Return the scores of `source` from the scores of its `images`, at least one, as the module describes.
+    """Return the scores of a source from those of its images, averaged as the module's docstring describes.
 
-    `taxonomy`: classes in which the images are scored. For sources in PARTIAL, only `recall` and `type_accuracy` are
-    defined.
+    For sources in PARTIAL, only `recall` and `type_accuracy` are defined.
+
+    `source`: name of the source. `images`: scores of its images, at least one. `taxonomy`: classes in which they are
+    scored.
     """
     pairs = sum((i.pairs for i in images[1:]), images[0].pairs)
     detection = detection_scores(pairs)

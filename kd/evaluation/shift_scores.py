@@ -34,9 +34,11 @@ class ShiftScores:
 
     @classmethod
     def of(cls, shift: Shift, before: SourceScores, after: SourceScores) -> ShiftScores:
-        """Return the scores of one source `after` the shift, compared with those `before` it.
+        """Return the scores of one source after a shift, compared with those before it.
 
-        `shift`: the shift. The change of a score is NaN if the score is undefined before or after the shift.
+        The change of a score is NaN if the score is undefined before or after the shift.
+
+        `shift`: the shift. `before`, `after`: scores on the unchanged and on the changed images.
         """
         scores = {name: getattr(after, name) for name in SCORES}
         changes = {name: value - getattr(before, name) for name, value in scores.items()}

@@ -36,7 +36,8 @@ class Shift:
     def apply(self, sample: Sample) -> Sample:
         """Return a copy of `sample` with the shift applied to its image.
 
-        If the pixel size changes, the labels are resampled to the size of the new image (nearest neighbour).
+        If the pixel size changes, the image is resampled, and the labels are resampled to its size (nearest neighbour).
+        The result then has pixels of `mpp`.
         """
         image = self.change(sample.image)
         if self.mpp == MPP:

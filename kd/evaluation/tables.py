@@ -96,8 +96,8 @@ class Table:
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Return the evaluations in files that `kd evaluate --json` wrote, in the order of `paths`.
 
-    Raises InputError if a file is not an evaluation of this version, or if two with the same label differ in
-    architecture or settings, or are of the same model on the same images.
+    Raises InputError if a file cannot be read or is not an evaluation of this version, or if two with the same label
+    differ in architecture or settings, or are of the same model on the same images.
     """
     runs = [Run(path, _read(path)) for path in paths]
     for run in runs:

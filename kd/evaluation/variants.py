@@ -71,7 +71,7 @@ def extremes(maps: Maps, size: int) -> SobelConstants:
 
 
 def instances_by(maps: Maps, constants: SobelConstants, parameters: Parameters) -> NDArray[np.int32]:
-    """Return the instances (y, x) int32, 0 = background, in the maps of one image.
+    """Return the instances in the maps of one image, (y, x) int32, numbered 1 … n, 0 = background.
 
     `maps`: np, h and v, each (y, x) float32. `constants`: extremes by which the Sobel maps are scaled. `parameters`:
     all other parameters.

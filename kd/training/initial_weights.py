@@ -48,7 +48,8 @@ def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module
 
     `config`: settings of the training. `taxonomy`: classes of the network.
 
-    Raises InputError or PackageError if the weights cannot be loaded or do not fit the network or the classes.
+    Raises InputError or PackageError if the encoder is unknown, or the weights cannot be loaded or do not fit the
+    network or the classes.
     """
     network = build_network(config.to_json(), len(taxonomy.classes))
     if config.init is not None:

@@ -109,10 +109,13 @@ class HoVerNet(nn.Module):
         self.upsample2x = _Upsample()
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the outputs of all branches for the centre of `image`, float (batch, channels, y, x).
+        """Return the outputs of all branches for the centre of `image`: (batch, channels, y - shrink, x - shrink)
+        float.
 
-        `image`: RGB in [0, 1], float (batch, 3, y, x). The channels are those of np, hv and tp in this order; without a
-        type branch, those of np are repeated as tp. ValueError for invalid sides.
+        The channels are those of np, hv and tp in this order; without a type branch, those of np are repeated as tp.
+
+        `image`: RGB in [0, 1], float (batch, 3, y, x). ValueError if its sides are invalid (see the module's
+        docstring).
         """
         if any(side % 8 != self.arch.excess for side in image.shape[2:]):
             raise ValueError(
@@ -165,8 +168,9 @@ class HoverNetForm(Architecture):
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
         """Return the HoVerNet with the width of the tensors, and with a type branch if they have one.
 
-        Without tensors, it has the published width, and a type branch if the card has several classes. PackageError if
-        card and tensors do not fit each other, or the tile sizes of the card are not valid.
+        Without tensors, it has the published width, and a type branch if the card has several classes.
+
+        PackageError if card and tensors do not fit each other, or the tile sizes of the card are not valid.
         """
         n_types = len(card.taxonomy.classes)
         try:
@@ -186,9 +190,10 @@ class HoverNetForm(Architecture):
         return build_teacher(arch)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise this form of HoVerNet by the size of the decoder's kernels. Arguments as in the base class.
+        """Recognise this form of HoVerNet by the size of the decoder's kernels.
 
-        PackageError for HoVerNet+, which cannot be imported; KeyError as in `arch_of`.
+        Arguments and result as in the base class. PackageError for HoVerNet+, which cannot be imported; KeyError as in
+        `arch_of`.
         """
         if "decoder.np.u3.conva.weight" not in tensors:
             return None

@@ -76,8 +76,9 @@ def _widths(*channels: int) -> list[tuple[int, int, int]]:
 def by_tiles(network: nn.Module, image: Tensor) -> Tensor:
     """Return the output of Micro-Net for the centre of an image that is larger than a tile.
 
-    The result is (b, channels, y - SIDE + KEPT, x - SIDE + KEPT). `image`: (b, 3, y, x) float RGB in [0, 1], whose
-    sides are SIDE plus a multiple of KEPT.
+    The result is (b, channels, y - SIDE + KEPT, x - SIDE + KEPT).
+
+    `network`: Micro-Net. `image`: (b, 3, y, x) float RGB in [0, 1], whose sides are SIDE plus a multiple of KEPT.
     """
     edge = (SIDE - KEPT) // 2
     rows = [
@@ -107,7 +108,7 @@ class MicroNetArchitecture(Architecture):
     patch_side = SIDE
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the Micro-Net of the width that `tensors` has, or of the published one if it is None.
+        """Return the Micro-Net with the width of `tensors`; without tensors, the published width.
 
         PackageError if `tile_in` of the card is not SIDE; KeyError if the tensors are not those of a Micro-Net.
         """

@@ -93,7 +93,7 @@ class NuLiteFamily(Architecture):
         return NuLite(card.encoder, len(card.taxonomy.classes), tissues)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise NuLite and its encoder by the shapes of the tensors. Arguments as in the base class.
+        """Recognise NuLite and its encoder by the shapes of the tensors. Arguments and result as in the base class.
 
         PackageError if branches of the encoder are merged or the normalisation is another one; KeyError or IndexError
         if tensors are missing or the encoder is not known.

@@ -65,7 +65,7 @@ class UNet(Architecture):
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
         """Recognise HoVer-UNet, and the size of its encoder, by the tensors of the encoder.
 
-        Arguments and errors as in the base class.
+        Arguments, result and errors as in the base class.
         """
         if "encoder.patch_embed1.proj.weight" not in tensors:
             return None
