@@ -96,7 +96,7 @@ def load_side(name: str, flag: str, settings: InferSettings) -> Side:
 def random_teacher(name: str, settings: InferSettings) -> Side:
     """Return the published network `name` with random weights, to measure costs without a download.
 
-    `name`: key of KINDS. `settings`: settings of inference. PackageError if the name is not known.
+    `name`: key of KINDS. `settings`: settings of inference. PackageError if no published network has this name.
     """
     if name not in KINDS:
         raise PackageError(

@@ -97,7 +97,10 @@ def warm_up(sides: Sequence[Side], field: Field) -> list[int | None]:
     Compilation and cold caches then do not count in the comparison. The peak is that of this process while the network
     ran. It includes everything else that the process holds there, such as the other network.
 
-    `sides`: the networks. `field`: a field, already read. Errors as in `process_field`.
+    `sides`: the networks. `field`: a field, already read.
+
+    InputError if a device cannot be used, PackageError if a network cannot be compiled, torch.OutOfMemoryError if one
+    tile does not fit in the GPU's memory.
     """
     peaks: list[int | None] = []
     for side in sides:

@@ -36,9 +36,10 @@ class MeanChange:
 
     @classmethod
     def of(cls, slides: Sequence[SlideDiff], endpoint: str, patients: Mapping[str, str]) -> MeanChange:
-        """Return the mean relative change over patients, each with the mean of their slides.
+        """Return the mean relative change over patients, each with the mean of their slides, and its interval.
 
-        A slide without a patient counts as a patient of its own. Slides whose change is undefined are only counted.
+        A slide without a patient counts as a patient of its own. Slides whose change is undefined are left out and
+        counted.
 
         `slides`: differences of the slides. `endpoint`: ALL or the name of a class. `patients`: slide_id → patient.
         """

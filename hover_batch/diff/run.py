@@ -79,8 +79,7 @@ def diff_runs(first: Path, second: Path, limits: Limits, *, pictures: bool, noti
     the places that differ most. `notify`: called with a line about each slide.
 
     InputError if a folder holds no run, the runs are not on the same slides, or the endpoint is not a class of both.
-    OSError if a file of a run cannot be read. SlideError or OSError if a table becomes unreadable before its places are
-    drawn.
+    OSError if a file of a run cannot be read, SlideError if a table can no longer be read when its places are drawn.
     """
     runs = Runs.open(first, second)
     slides: list[SlideDiff] = []

@@ -99,8 +99,9 @@ def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.
     Return the picture, RGB (y, x, 3) uint8, and the number of nuclei of each class whose bounding box reaches into it,
     (classes,) int64 by class id.
 
-    `nuclei`: path of nuclei.parquet. `taxonomy`: classes of the nuclei. SlideError if the table is corrupted, OSError
-    if it is missing.
+    `nuclei`: path of nuclei.parquet. `taxonomy`: classes of the nuclei.
+
+    SlideError if the table is corrupted, OSError if it is missing.
     """
     polygons, types = _in_view(view, nuclei)
     canvas = view.image.copy()
@@ -115,7 +116,9 @@ def outlined(view: View, nuclei: Path, color: Rgb, thickness: int) -> NDArray[np
     Return the picture, RGB (y, x, 3) uint8.
 
     `nuclei`: path of nuclei.parquet. `color`: colour of the contours. `thickness`: width of the lines in pixels of the
-    picture. Errors as in `contoured`.
+    picture.
+
+    SlideError if the table is corrupted, OSError if it is missing.
     """
     canvas = view.image.copy()
     _draw_polygons(canvas, view, _in_view(view, nuclei)[0], color, thickness)

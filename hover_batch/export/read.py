@@ -150,8 +150,9 @@ class NucleiTable:
             raise unreadable(self.path, error) from error
 
     def checked(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Return the batch itself after a check of its values, which Parquet does not make. `polygons` checks the
-        contours.
+        """Return the batch itself after a check of its values, which Parquet does not make.
+
+        `polygons` checks the contours.
 
         SlideError if a value is missing (a null in a column that the exporters need or in a float32 column) or
         impossible (a centroid, bbox or shape that is not finite, a centroid below 0, or a type_id without a class).

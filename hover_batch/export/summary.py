@@ -89,11 +89,11 @@ def slide_summary(
 
     The cohort CSV's own columns are added, with the prefix extra_ if they have a name of the summary.
 
-    `record`: row of the slide in the cohort. `taxonomy`: classes of the nuclei. `status`: value of the column: done,
-    estimated or failed. `nuclei`: path of its nuclei.parquet; None for a slide that is not done. `tissue_mm2`: area
-    that was searched in mm²; None if unknown. `seconds`: stage → wall time. `error`: error of the number of nuclei, for
-    its interval; None if it was not measured. `estimate`: section of estimate.json; its numbers are in columns of their
-    own, and those of whole slides stay empty; None for a slide that is not estimated.
+    `record`: row of the slide in the cohort. `taxonomy`: classes of the nuclei. `status`: done, estimated or failed.
+    `nuclei`: path of its nuclei.parquet; None for a slide that is not done. `tissue_mm2`: area that was searched in
+    mm²; None if unknown. `seconds`: stage → wall time. `error`: error of the number of nuclei, for its interval; None
+    if it was not measured. `estimate`: section of estimate.json, whose numbers have columns of their own; None for a
+    slide that is not estimated.
 
     OSError if the table cannot be read, pyarrow.ArrowInvalid if it is corrupted.
     """
@@ -125,7 +125,7 @@ def refuse_altered(row: Row, classes: Sequence[NucleusClass], slide_json: Path) 
     """Check that the row of a finished slide has the numbers of all classes, since a user may have edited it.
 
     `row`: row of the summary in the file `slide_json`. `classes`: classes of nuclei, without the background. InputError
-    if a number is missing or not a number.
+    if a column is missing or holds no number.
     """
     for kind in classes:
         count, density = row.get(f"n_{kind.name}"), row.get(f"{kind.name}_per_mm2", 0.0)

@@ -110,7 +110,7 @@ class MapLayout:
         The probabilities of classes with the same new id are added; sums that rounding brings above 1 are clipped.
 
         `maps`: (plane, y, x) uint8 in this layout. `ids` (n_types): new id of each class, in the order of the old ids.
-        ValueError if their number is another one.
+        ValueError if `ids` has another length.
         """
         sums = np.zeros((max(ids) + 1, *maps.shape[1:]), np.uint16)
         for plane, new_id in zip(maps[self.tp], ids, strict=True):

@@ -125,7 +125,10 @@ def nested(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
 
 
 def listed_entries(values: Mapping[str, Any]) -> str:
-    """Return the entries of `values` as text, `a 1, b 2`; an entry `a: {"images": 3, …}` becomes `a 3 images`."""
+    """Return the entries of `values` as text, such as `a 1, b 2`.
+
+    An entry `a: {"images": 3, …}` becomes `a 3 images`.
+    """
     return ", ".join(
         f"{k} {v['images']} images" if isinstance(v, Mapping) and "images" in v else f"{k} {v}"
         for k, v in values.items()

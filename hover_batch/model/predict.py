@@ -227,7 +227,9 @@ def auto_batch(package: Package, settings: InferSettings) -> int:
     """Return the batch size that inference with `settings` uses for `package` on this machine.
 
     The network is loaded. With `--batch auto` on a GPU, the size is found in a trial of a few seconds; otherwise it is
-    that of `resolve`. Errors as in `load_predictor`.
+    that of `resolve`.
+
+    InputError if the device cannot be used, PackageError if the network cannot be loaded or compiled.
     """
     batch = load_predictor(package, settings).batch
     torch.cuda.empty_cache()  # for the processes that will use the GPU

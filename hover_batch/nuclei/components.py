@@ -38,8 +38,7 @@ class Components:
     def of(cls, np_map: NDArray[np.uint8]) -> Self:
         """Return the 4-connected components of a window's foreground.
 
-        The foreground are the pixels with a probability of nucleus of at least 0.5. `np_map`: stored plane np (y, x)
-        uint8.
+        Foreground pixels have a probability of nucleus of at least 0.5. `np_map`: stored plane np (y, x) uint8.
         """
         return cls(*_labelled(np.ascontiguousarray(np_map), MapLayout.NP_NUCLEUS))
 

@@ -102,7 +102,7 @@ class MergeResult:
 
 
 def table_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Schema:
-    """Return the columns of nuclei.parquet, in order. None is nullable.
+    """Return the columns of nuclei.parquet, in order. No column is nullable.
 
     `taxonomy`: classes of the nuclei; each has a column `prob_<class>`. `calibrated`: columns after which a column with
     their calibrated values follows.
@@ -221,11 +221,10 @@ def write_part(path: Path, part: pa.Table) -> None:
 def merge_parts(
     parts: Iterable[tuple[int, Path]], out: Path, context: TableContext, select: Selection | None = None
 ) -> MergeResult:
-    """Sort and number all nuclei of a slide, and write them to `out`, which is replaced atomically. Return their
-    counts.
+    """Sort and number all nuclei of a slide, and write them to `out`. Return their counts.
 
-    The anchors of one row of regions all lie above those of the next, so memory holds one row of regions and one row
-    group, independent of the slide's height.
+    `out` is replaced atomically. The anchors of one row of regions all lie above those of the next, so memory holds one
+    row of regions and one row group, independent of the slide's height.
 
     `parts`: the file of each region, with its row in the grid of regions. `context`: slide and model, for the file's
     metadata and the column slide_id. `select`: chooses the nuclei of the table by their centroids, before they are

@@ -113,9 +113,10 @@ def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
 def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] = CUTS) -> Calibration:
     """Predict the images of `samples`, and return the Sobel constants that `search` finds on them.
 
-    `maps_of`: function from an image to its maps, as for `predict_all`. `cuts`: cuts to try.
+    `maps_of`: function from an image to its maps, as for `predict_all`. `samples`: annotated images, at least one.
+    `cuts`: cuts to try.
 
-    Raises InputError as `search` does.
+    Raises InputError if there are neither annotated nor predicted nuclei.
     """
     return search(predict_all(maps_of, samples), cuts)
 

@@ -52,7 +52,7 @@ class CountedImage:
 
     @property
     def noise(self) -> float:
-        """Variance of `log_ratio` by Poisson noise of the unpaired nuclei; paired ones cancel.
+        """Poisson variance of `log_ratio`, from the unpaired nuclei only, because paired ones cancel.
 
         1 is added to the number of unpaired nuclei, because ½ is added to both counts.
         """

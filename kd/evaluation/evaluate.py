@@ -84,7 +84,7 @@ def evaluate_data(
     `maps_of`: function from an image to maps in the classes of the model. `data`: annotated images. `model`: classes of
     the model. Other arguments as for `evaluate`.
 
-    Raises InputError, before anything is predicted, if the common classes of a source are unknown; and if an image has
+    Raises InputError if the common classes of a source are unknown, before anything is predicted, or if an image has
     too many nuclei to pair.
     """
     remaps = remaps_of(data, model)

@@ -50,9 +50,9 @@ def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uin
     The images are those of `fullest`. Columns are the image, the annotations, and the predictions of each model in the
     classes that it has in common with the data. The annotations are drawn in the common classes of the last model.
 
-    `data`: annotated images. `models`: models to show, at least one.
+    `data`: annotated images, at least one. `models`: models to show, at least one. `n`: largest number of rows.
 
-    Raises InputError if common classes are unknown.
+    Raises InputError if the common classes of a source are unknown.
     """
     remaps_by_model = [remaps_of(data, model.taxonomy) for model in models]
     rows, drawn_classes = [], list[Taxonomy]()

@@ -61,7 +61,9 @@ def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
     calibration, else of a seen patient, else possibly seen. Images that the model itself has seen are not listed again
     for the model from which its training started.
 
-    `samples`: scored images. Raises PackageError if the card's record of the training is malformed.
+    `card`: card of the model. `samples`: scored images.
+
+    Raises PackageError if the card's record of the training is malformed.
     """
     try:
         records = [*_records("the model", card.training), *_calibration(card)]

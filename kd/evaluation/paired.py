@@ -65,10 +65,11 @@ class Baseline:
         return cls(run.label, report["sha256"], report["sobel_norm"], report["min_area_px"], report["by_image"])
 
     def check(self, samples: Iterable[Sample]) -> None:
-        """Check that each source was scored on the same annotated images as those in `samples`.
+        """Check that the baseline was scored on the same annotated images as those in `samples`, source by source.
 
-        Only the sources of `samples` are checked, without those in PARTIAL, which have no PQ. Raises InputError if one
-        was not.
+        Only the sources of `samples` are checked, without those in PARTIAL, which have no PQ.
+
+        Raises InputError if the images or annotations of a source differ.
         """
         given: dict[str, set[Key]] = {}
         for sample in samples:

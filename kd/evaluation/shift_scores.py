@@ -53,7 +53,7 @@ class ShiftScores:
 def score_shifts(
     scores_of: Callable[[Data, Shift], list[SourceScores]], data: Data, unchanged: Sequence[SourceScores]
 ) -> list[ShiftScores]:
-    """Return the scores of `data` after each of SHIFTS, sorted by source.
+    """Return the scores of `data` after each of SHIFTS, source by source in the order of `unchanged`.
 
     Sources in PARTIAL are left out, because they have no PQ.
 

@@ -162,8 +162,8 @@ def tables(runs: Sequence[Run], out: Path) -> list[Table]:
 
     The paper's tables have rows only for evaluations with the paper's source and classes, the others for all.
 
-    `runs`: evaluations. `out`: folder to which the tables will be written; the files of evaluations are named relative
-    to it.
+    `runs`: evaluations, as `read_runs` returns and checks them. `out`: folder to which the tables will be written; the
+    files of evaluations are named relative to it.
     """
     made = []
     for paper in TABLES:

@@ -85,10 +85,10 @@ def teach(
     `find_package`. `cache`: folder of the outputs. `batch`: tiles per batch. `tta`: 8 to average over the rotations and
     flips of each image, else 1. `engine`: settings of the backend. `notify`: called with lines about the progress.
 
-    Raises InputError if `tta` is invalid, the data cannot be read, the teacher does not fit it, `cache` holds other
-    outputs, or the backend's resources are not available; PackageError if the teacher cannot be loaded or its output is
-    not finite; OSError if an output cannot be written. The first task that fails ends the run with its error; the
-    outputs stored so far remain.
+    Raises InputError if `tta` is invalid, the data cannot be read or has no image of a fold, the teacher does not fit
+    it, `cache` holds other outputs, or the backend's resources are not available; PackageError if the teacher cannot be
+    loaded or its output is not finite; OSError if an output cannot be written. The first task that fails ends the run
+    with its error; the outputs stored so far remain.
     """
     if tta not in (1, len(VIEWS)):
         raise InputError(f"--tta {tta}: must be 1, or {len(VIEWS)} for the rotations and flips of an image")
@@ -179,7 +179,10 @@ def run_lesson(lesson: Lesson) -> None:
     Outputs that are not intact are deleted first (see `TeacherCache.has_intact`). Data and teacher are loaded once per
     process.
 
-    Raises InputError, PackageError or OSError as `teach` does.
+    `lesson`: the task.
+
+    Raises InputError if the data or the cache cannot be read, PackageError if the teacher cannot be loaded or its
+    output is not finite, OSError if an output cannot be deleted or written.
     """
     from hover_batch.model.images import image_logits
 

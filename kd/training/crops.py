@@ -219,7 +219,7 @@ def validation_crops(
 ) -> Crops:
     """Return fixed crops without augmentation for the validation loss.
 
-    They are as many as could cover the area of the images once, but at most MAX_VALIDATION_CROPS.
+    Their number suffices to cover the area of the images once, but is at most MAX_VALIDATION_CROPS.
 
     `samples`: validation images, at least one. Other arguments and errors as for `training_crops`.
     """

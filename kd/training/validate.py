@@ -50,10 +50,8 @@ def validation_loss(
 ) -> float:
     """Return the mean of the entry `loss` over the batches of `crops`; lower is better.
 
-    `model`: network in evaluation mode, on `device`. `crops`: crops of the validation images. `loss`: function from
-    (output, targets) to terms by name, among them `loss`. `batch`: crops per batch.
-
-    Raises InputError if a teacher's output cannot be read.
+    `model`: network in evaluation mode, on `device`. `loss`: function from (output, targets) to terms by name, among
+    them `loss`. `batch`: crops per batch.
     """
     losses = []
     for image, targets in batches(crops, batch, device):

@@ -43,7 +43,7 @@ class Arranged(nn.Module):
 
 
 def build_dist(arch: StudentArch) -> nn.Module:
-    """Return DIST with random weights. See `build_student` for `arch`, the network's input and output, and errors."""
+    """Return DIST with random weights. `arch`, input, output and errors as in `build_student`."""
     import segmentation_models_pytorch as smp  # takes seconds
 
     model: nn.Module = smp.Unet(

@@ -109,13 +109,14 @@ class HoVerNet(nn.Module):
         self.upsample2x = _Upsample()
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the outputs of all branches for the centre of `image`: (batch, channels, y - shrink, x - shrink)
-        float.
+        """Return the outputs of all branches for the centre of `image`.
 
-        The channels are those of np, hv and tp in this order; without a type branch, those of np are repeated as tp.
+        The result is (batch, channels, y - shrink, x - shrink) float. The channels are those of np, hv and tp in this
+        order; without a type branch, those of np are repeated as tp.
 
-        `image`: RGB in [0, 1], float (batch, 3, y, x). ValueError if its sides are invalid (see the module's
-        docstring).
+        `image`: RGB in [0, 1], float (batch, 3, y, x).
+
+        ValueError if its sides are invalid (see the module's docstring).
         """
         if any(side % 8 != self.arch.excess for side in image.shape[2:]):
             raise ValueError(

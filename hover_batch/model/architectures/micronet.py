@@ -95,7 +95,7 @@ def by_tiles(network: nn.Module, image: Tensor) -> Tensor:
 
 
 def build_micronet(n_types: int, width: int = 64) -> nn.Module:
-    """Return a Micro-Net with random weights. See `MicroNet` for the arguments, input and output."""
+    """Return a Micro-Net with random weights; `MicroNet` describes the arguments, input and output."""
     return MicroNet(n_types, width)
 
 

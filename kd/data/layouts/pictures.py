@@ -47,7 +47,8 @@ def read_instances(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
 
     `shape`: (y, x) of the image.
 
-    Raises InputError as `read_codes` does, and if the values look like classes, or like ids truncated to 8 bits.
+    Raises InputError if the file cannot be read as labels of this shape (see `read_codes`), or the values look like
+    classes or like ids truncated to 8 bits.
     """
     ids, dtype = _read_labels(path, shape)
     check_instance_ids(ids, str(path))
@@ -65,8 +66,8 @@ def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
 
     `shape`: (y, x) of the image.
 
-    Raises InputError if the file cannot be read, has anything but one channel of whole numbers from 0 on, or has
-    another shape.
+    Raises InputError if the file cannot be read, does not have one channel of whole numbers from 0 on, or has another
+    shape.
     """
     return _read_labels(path, shape)[0]
 
@@ -78,7 +79,9 @@ def check_instance_ids(instances: NDArray[np.int32], where: str) -> None:
     least half of the values are on SEMANTIC_PIECES or more pieces. Published annotations contain a few nuclei in
     several pieces; these are accepted.
 
-    `instances`: labels (y, x) int32. `where`: file, for the message. Raises InputError if the labels are anything else.
+    `instances`: labels (y, x) int32. `where`: file, for the message.
+
+    Raises InputError if the labels are anything else.
     """
     ids, areas = np.unique(instances, return_counts=True)
     largest = areas.argmax()

@@ -101,7 +101,10 @@ class Qupath:
 
     @property
     def classes(self) -> str:
-        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that has more of the nuclei's classes."""
+        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that has more of the nuclei's classes.
+
+        It is consep if both have equally many.
+        """
         names = self.class_names
 
         def fitting(key: str) -> int:
