@@ -77,9 +77,11 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
 
 
 def write_panel(path: Path, picture: Image) -> None:
-    """Write `picture` (y, x, 3) uint8 RGB to `path`, in the format of its suffix. Missing folders are created.
+    """Write a picture to a file, in the format of its suffix. Missing folders are created.
 
-    Raises OSError if the file cannot be written.
+    `path`: file to write. `picture`: (y, x, 3) uint8 RGB.
+
+    Raises OSError if the file cannot be written, cv2.error if OpenCV does not know the suffix.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), picture[..., ::-1]):  # OpenCV writes BGR

@@ -87,7 +87,9 @@ def write_ome_zarr(nuclei: NucleiTable, path: Path) -> None:
 
 
 def bands(nuclei: NucleiTable) -> Iterator[tuple[int, Outlines]]:
-    """Yield each row of shards that may have nuclei, and the nuclei that reach into it, in the order of the table.
+    """Yield the number of each row of shards that may have nuclei, with the nuclei that reach into it.
+
+    The nuclei are in the order of the table.
 
     SlideError if the table is corrupted, or not in the order of the nuclei's first rows of pixels.
     """

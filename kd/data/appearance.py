@@ -131,8 +131,8 @@ def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLik
 def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 RGB with randomly changed contrast, brightness, saturation and hue.
 
-    Contrast is multiplied by 0.8 to 1.25 and saturation by 0.75 to 1.25; brightness changes by up to 20 of 255 levels,
-    and hue by up to 12°.
+    Contrast about the image's mean is multiplied by 0.8 to 1.25 and saturation by 0.75 to 1.25; brightness changes by
+    up to 20 of 255 levels, and hue by up to 12°.
 
     `rng`: generator of the random numbers, which is advanced.
     """

@@ -38,9 +38,10 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps:
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Return the learning rate at a step: linear warm-up to `config.lr`, then half a cosine to zero at the last step.
+    """Return the learning rate at a step: linear warm-up to `config.lr`, then half a cosine down to zero.
 
-    The warm-up takes `config.warmup` steps, by default a tenth of all steps, but at most 300.
+    It would be zero after the last step. The warm-up takes `config.warmup` steps, by default a tenth of all steps, but
+    at most 300.
 
     `step`: number of steps done so far. `steps`: number of all steps.
     """
