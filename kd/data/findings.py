@@ -65,7 +65,7 @@ class Findings:
         self._irregular["typed pixels are outside nuclei"] += int(np.count_nonzero(sample.types[~inside]))
 
     def warnings(self) -> list[str]:
-        """Return one line for each irregularity that a user may want to correct. None of them is an error.
+        """Return one line for each irregularity or note that a user may want to act on. None of them is an error.
 
         Only the first few images that are in several folds are named; the others are counted.
         """
