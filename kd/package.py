@@ -60,15 +60,20 @@ def package_path(config: TrainConfig) -> Path:
 
 
 def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> str:
-    """Write the weights of `checkpoint` as a package to `out`, and return text with its path and scores, for the user.
+    """Write the weights of a training checkpoint as a package. Return its path and scores as text for the user.
 
-    `data`: the annotated images of the training. The Sobel constants are found on those images of its validation folds
-    in which all nuclei are outlined; without any, the starter's constants are used, and the card says so. The card also
-    has the limits that flag unusual slides, the errors measured on these images, and scores on the validation folds
-    and, if the network was trained only on the fold train, on the fold test. They are computed with the packaged
-    weights (students: float16). This takes minutes; progress is printed to stdout. Missing folders of `out` are
-    created. `threads`: threads of the network on the CPU; 0 for all cores. Raises InputError if the checkpoint or the
-    data cannot be read, or the validation images are not those of the training; PackageError if a weight is not finite.
+    The Sobel constants are found on those images of the validation folds in which all nuclei are outlined; without any,
+    the starter's constants are used, and the card says so. The card also has the limits that flag unusual slides, the
+    errors measured on these images, and scores on the validation folds and, if the network was trained only on the fold
+    train, on the fold test. They are computed with the packaged weights (students: float16). This takes minutes;
+    progress is printed to stdout.
+
+    `checkpoint`: file that the training wrote. `data`: the annotated images of the training. `out`: package to write;
+    missing folders are created, and an existing package is replaced. `threads`: threads of the network on the CPU; 0
+    for all cores.
+
+    Raises InputError if the checkpoint or the data cannot be read, or the validation images are not those of the
+    training; PackageError if a weight is not finite; OSError if the package cannot be written.
     """
     saved = read_checkpoint(checkpoint)
     config, record = saved["config"], saved["record"]
@@ -166,8 +171,12 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
 def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
     """Return a copy of `card` with the best Sobel constants for `network`, found on the fold val of `data`.
 
-    The search is recorded in the card's metrics. Only sources that outline every nucleus are used. Raises InputError if
-    the fold has no image of these, or the data cannot be read.
+    The search is recorded in the card's metrics. Only sources that outline every nucleus are used. `network` is set to
+    evaluation mode, and may be moved to a GPU.
+
+    `network`: network with the weights of the model. `data`: annotated images, as for `read_data`.
+
+    Raises InputError if the fold has no image of these sources, or the data cannot be read.
     """
     samples = fully_annotated(read_data(data, ["val"]).samples)
     if not samples:

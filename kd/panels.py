@@ -24,11 +24,13 @@ Image = NDArray[np.uint8]
 
 
 def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8] | None, taxonomy: Taxonomy) -> Image:
-    """Return a copy of the image (y, x, 3) uint8 RGB with outlines of the nuclei in the colours of their classes.
+    """Return a copy of an image with outlines of the nuclei in the colours of their classes.
 
-    Outlines are one pixel wide, inside the nuclei; edges of the image are not outlined. `instances`: (y, x) int32 ids,
-    0 = background. `types`: (y, x) uint8 class ids; a nucleus has the class of most of its pixels, without those of
-    class 0. None if types are unknown. The outlines of nuclei without a class have the colour UNTYPED.
+    Outlines are one pixel wide, inside the nuclei; edges of the image are not outlined. A nucleus has the class of most
+    of its pixels, without those of class 0. The outlines of nuclei without a class have the colour UNTYPED.
+
+    `image`: (y, x, 3) uint8 RGB. `instances`: (y, x) int32 ids, 0 = background. `types`: (y, x) uint8 class ids; None
+    if types are unknown. `taxonomy`: classes of the types.
     """
     edge = np.zeros(instances.shape, bool)
     for ids, border in ((instances, edge), (instances.T, edge.T)):  # the transposed arrays are views
@@ -52,10 +54,13 @@ def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8
 
 
 def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
-    """Return a picture (y, x, 3) uint8 RGB of images in rows and columns on white, with the names `columns` above.
+    """Return a picture (y, x, 3) uint8 RGB of images in rows and columns on white, with the names of the columns above.
 
-    `rows`: one image (y, x, 3) uint8 RGB for each column. Each row is as high as its highest image, and each column as
-    wide as its widest. Raises ValueError if a row does not have one image per column.
+    Each row is as high as its highest image, and each column as wide as its widest.
+
+    `columns`: names of the columns. `rows`: one image (y, x, 3) uint8 RGB for each column.
+
+    Raises ValueError if a row does not have one image per column.
     """
     widths = [max(image.shape[1] for image in column) for column in zip(*rows, strict=True)]
     heights = [max(image.shape[0] for image in row) for row in rows]
@@ -72,9 +77,11 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
 
 
 def write_panel(path: Path, picture: Image) -> None:
-    """Write `picture` (y, x, 3) uint8 RGB to `path`, in the format of its suffix. Missing folders are created.
+    """Write a picture to a file, in the format of its suffix. Missing folders are created.
 
-    OSError if the file cannot be written.
+    `path`: file to write. `picture`: (y, x, 3) uint8 RGB.
+
+    Raises OSError if the file cannot be written, cv2.error if OpenCV does not know the suffix.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), picture[..., ::-1]):  # OpenCV writes BGR

@@ -62,7 +62,7 @@ class Split:
 
     @classmethod
     def parse(cls, text: str) -> Split:
-        """Return the split that `text` gives as TRAIN/VAL/TEST. Raises InputError if `text` is not three folds."""
+        """Return the split in `text`, TRAIN/VAL/TEST. Raises InputError if `text` does not name three folds."""
         folds = text.split("/")
         if len(folds) != 3 or not all(folds):
             raise InputError(f"--split {text}: give TRAIN/VAL/TEST, such as 1/2/3")
@@ -136,9 +136,9 @@ class Run:
 
     @property
     def scores(self) -> dict[str, dict[str, Any]] | None:
-        """Scores by source, as in `SourceScores.to_json`; None if the run is not done.
+        """Scores by source, as in `SourceScores.to_json`.
 
-        Also None if it was scored on other folds, or with another `min_area_px`.
+        None if the run is not done, or was scored on other folds or with another `min_area_px`.
         """
         stored = read_json(self.folder / SCORES) or {}
         as_asked = (stored.get("folds"), stored.get("min_area_px")) == (list(self.test_folds), self.min_area_px)
@@ -169,14 +169,17 @@ def runs_of(
     threads: int,
     settings: Mapping[str, Any],
 ) -> list[Run]:
-    """Return the runs of a grid in the folder `out`, in order.
+    """Return the runs of a grid in the folder `out`, in order. Nothing is written.
 
-    Points that train the same student, such as all temperatures without distillation, are one run. `data`: annotated
-    images. `teacher`: folder written by `kd teach`; None without distillation. `preset`: name of the preset for what
-    neither the grid nor `settings` sets. `test_folds`: folds to score on, if the grid has no splits. `min_area_px`:
-    smallest area of the predicted nuclei that are scored. `threads`: CPU cores for each run. `settings`: further
-    settings of all runs, by the names of `TrainConfig`. Raises InputError if a setting is invalid, the data or the
-    teacher cannot be read, or a run's folder belongs to a run with other settings, data or teacher.
+    Points that train the same student, such as all temperatures without distillation, are one run.
+
+    `data`: annotated images. `teacher`: folder written by `kd teach`; None without distillation. `preset`: name of the
+    preset for what neither the grid nor `settings` sets. `test_folds`: folds to score on, if the grid has no splits.
+    `min_area_px`: smallest area in pixels of the predicted nuclei that are scored. `threads`: CPU cores for each run.
+    `settings`: further settings of all runs, by the names of `TrainConfig`.
+
+    Raises InputError if a setting is invalid, the data or the teacher cannot be read, or a run's folder belongs to a
+    run with other settings, data or teacher.
     """
     with_teacher = {"teacher": teacher and teacher.resolve()}
     points: dict[str, tuple[TrainConfig, str, dict[str, Any], Sequence[str]]] = {}
@@ -212,9 +215,11 @@ def runs_of(
 
 
 def hashes_of_inputs(data: Path, teacher: Path | None) -> dict[str, str]:
-    """Return `data_sha256` and, with a teacher, `teacher_sha256`: other inputs must not count as the same run.
+    """Return the hashes of the data and, with a teacher, of its package: `data_sha256` and `teacher_sha256`.
 
-    `data`: annotated images. `teacher`: folder written by `kd teach`, whose hash is that of the teacher's package.
+    Runs with other hashes do not count as the same run. `data`: annotated images. `teacher`: folder written by `kd
+    teach`; None without distillation.
+
     Raises InputError if one of them cannot be read.
     """
     hashes = {"data_sha256": contents_sha256(data)}
@@ -226,9 +231,14 @@ def sweep(
 ) -> list[Ended]:
     """Do all runs that are not done, write `out`/sweep.csv, and return the outcome of every run, in order.
 
-    Interrupted runs are resumed, and failed ones retried. A failed run does not stop the others. `gpus_per_run`:
-    fraction of a GPU for each run, if there are GPUs. `engine`: settings of the backend. `notify` is called with lines
-    of progress. Raises InputError if `out` cannot be created or the backend's resources are not available.
+    Interrupted runs are resumed, and failed ones retried. A failed run does not stop the others. `out` is created if it
+    is missing.
+
+    `gpus_per_run`: fraction of a GPU for each run, if there are GPUs. `engine`: settings of the backend. `notify`:
+    called with lines of progress.
+
+    Raises InputError if `out` cannot be created or the backend's resources are not available; OSError if sweep.csv
+    cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -256,11 +266,13 @@ def sweep(
 
 
 def do_run(run: Run) -> None:
-    """Train a student, package it and score it; everything is written to the folder of `run`. Errors propagate.
+    """Train a student, package it and score it. All files are written to the folder of `run`, which is created.
 
     An interrupted training is resumed. The settings are written first, to arguments.json, and the scores last, to
-    scores.json. stdout is appended to train.txt, and so is the traceback of an unexpected error, of which the sweep
-    reports only the first line.
+    scores.json. stdout is appended to train.txt. The traceback of an unexpected error is appended there, too, because
+    the sweep reports only its first line.
+
+    Errors of the training, the packaging and the scoring propagate. Raises OSError if a file cannot be written.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(run.folder / ARGUMENTS, to_json(run.arguments))
@@ -295,11 +307,12 @@ def _write_report(path: Path, ended: Sequence[Ended]) -> None:
 
 
 def report(ended: Sequence[Ended]) -> list[dict[str, Any]]:
-    """Return one row per run for sweep.csv: column → value.
+    """Return the rows of sweep.csv, one per run, as values by column.
 
-    `ended`: outcomes of the runs, from `sweep`. The columns are `run`, the varied settings ("" if one does not apply),
-    the scores as SOURCE_SCORE (such as consep_pq; None if undefined), and `failed`, the reason if the run failed, else
-    "".
+    The columns are `run`, the varied settings ("" if one does not apply), the scores as SOURCE_SCORE (such as
+    consep_pq; None if undefined), and `failed`, the reason if the run failed, else "".
+
+    `ended`: outcomes of the runs, from `sweep`.
     """
     rows = []
     for outcome in ended:

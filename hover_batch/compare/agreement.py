@@ -46,10 +46,11 @@ class Agreement:
         self._densities: list[NDArray[np.int64]] = []
 
     def add(self, first: SideResult, second: SideResult, mpp: float) -> list[Dispute]:
-        """Add one field; return its cells with nuclei that only one network found, in raster order.
+        """Add one field. Return its cells with nuclei that only one network found, in raster order.
 
-        `first`, `second`: results of the networks on this field. `mpp`: size of its inference pixels in µm. Detections
-        match if their centroids are at most DETECTION_RADIUS_UM apart.
+        Detections match if their centroids are at most DETECTION_RADIUS_UM apart.
+
+        `first`, `second`: results of the networks on this field. `mpp`: size of its inference pixels in µm.
         """
         self._qualities.append(panoptic_quality(first.instances, second.instances).pq)
         both = first.nuclei, second.nuclei
@@ -73,11 +74,12 @@ class Agreement:
     def to_json(self) -> dict[str, Any]:
         """Return the results by name, as JSON values; None for undefined ones, such as F1 without nuclei.
 
+        Call it after at least one `add`.
+
         `pq`: mean over fields. `detection_f1`: F1 of detections within DETECTION_RADIUS_UM. Both are 1 for full
         agreement. `nuclei`: number found by each network. `density_correlation`: Pearson correlation of the nuclei per
-        cell, None if a network found equally many in all cells. `confusion`: number of matched
-        nuclei by class, rows for the first network and columns for the second; the last row and column, `none`, are for
-        unmatched nuclei. Call it after at least one `add`.
+        cell; None if a network found equally many in all cells. `confusion`: number of matched nuclei by class, rows
+        for the first network and columns for the second; the last row and column, `none`, are for unmatched nuclei.
         """
         cells = np.concatenate(self._densities, axis=1).astype(float)
         has_variance = cells.shape[1] > 1 and bool((cells.std(axis=1) > 0).all())

@@ -42,9 +42,11 @@ class Speed:
 
     @classmethod
     def of(cls, side: Side) -> Speed:
-        """Measure the speed of the network of `side` on one patch, on its device and in its precision.
+        """Measure the speed of a network on one patch, on its device and in its precision.
 
-        InputError if the device cannot be used.
+        `side`: side of the comparison. Its predictor is loaded, and its network may be moved to the predictor's device.
+
+        InputError if the device cannot be used, PackageError if the network cannot be compiled.
         """
         card = side.card
         network = on_device(side.network, side.predictor.device)
@@ -61,7 +63,8 @@ class Speed:
 def estimate(speeds: Sequence[Speed], places: Sequence[Place], options: Options) -> float:
     """Return the estimated seconds of a comparison: the warm-up, the patches of each batch size, and all fields.
 
-    `speeds`: speeds of the two networks. `places`: fields to compare on, at least one.
+    `speeds`: speeds of the two networks. `places`: fields to compare on, at least one. `options`: batch sizes and
+    number of repetitions.
     """
     batches_s = sum(1 + batch for batch in options.batches) * sum(speed.seconds for speed in speeds)
     fields_s = [sum(speed.field_seconds(place.box) for speed in speeds) for place in places]
@@ -76,6 +79,8 @@ def fit_to_budget(
 
     Repetitions are reduced first, then fields (the last ones), then batch sizes (the largest ones). One of each is
     always left, even if that takes longer.
+
+    `speeds`: speeds of the two networks. `places`: fields to compare on, at least one. `options`: options to reduce.
     """
     while options.budget_s is not None and estimate(speeds, places, options) > options.budget_s:
         if options.repeats > 1:

@@ -50,7 +50,10 @@ class Place:
     """Size of an inference pixel in µm."""
 
     def read(self) -> Field:
-        """Read the field, and measure the time that this takes. SlideError if the slide cannot be read."""
+        """Read the field's pixels from its slide, and measure the time that this takes.
+
+        SlideError if they cannot be read.
+        """
         with open_slide(self.record) as reader:
             started = time.perf_counter()
             image = reader.read(self.box, Grid.over(reader.info.level0, reader.info.mpp, self.mpp))
@@ -60,9 +63,12 @@ class Place:
 def choose_fields(records: Sequence[SlideRecord], mpp: float, side: int, per_slide: int) -> Iterator[Place]:
     """Yield the fields of each slide: the `per_slide` squares with most tissue, most first; ties in raster order.
 
-    With `per_slide` 0, all squares with tissue are yielded in raster order. `mpp`: size of an inference pixel in µm.
-    `side`: side of a square in inference pixels; squares are clipped to the canvas. InputError if a slide is given by a
-    URL or its pixel size is unknown, SlideError if one cannot be read.
+    With `per_slide` 0, all squares with tissue are yielded in raster order. Squares are clipped to the canvas. Each
+    slide is opened, and its tissue found, when its first field is asked for.
+
+    `records`: slides. `mpp`: size of an inference pixel in µm. `side`: side of a square in inference pixels.
+
+    InputError if a slide is given by a URL or its pixel size is unknown, SlideError if one cannot be read.
     """
     for record in records:
         if isinstance(record.path, Url):

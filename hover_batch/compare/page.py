@@ -80,7 +80,7 @@ def _large(image: NDArray[Any]) -> NDArray[Any]:
 def render(content: dict[str, Any], panels: Sequence[Panel]) -> str:
     """Return compare.html as HTML.
 
-    `content`: that of compare.json. `panels`: pictures of disagreements, largest first.
+    `content`: content of compare.json. `panels`: pictures of disagreements, largest first.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hover_batch.compare"), autoescape=True, undefined=jinja2.StrictUndefined

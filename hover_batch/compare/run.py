@@ -36,14 +36,19 @@ def compare(
     notify: Notify,
     scorer: Scorer | None,
 ) -> dict[str, Any]:
-    """Compare two networks, and write compare.json and compare.html to the folder `out`.
+    """Compare two networks, and write compare.json and compare.html. Return the content of compare.json.
 
-    Return the content of compare.json. Costs of `first` are given as multiples of those of `second`, the candidate to
-    replace it. If the comparison would take longer than `options` allow, less is measured. Nuclei are not compared with
-    `options.timing_only`, or if a network has random weights. `places`: fields to compare on. `notify` is called with
-    lines about the progress, one of which says what is measured and about how long it takes. `scorer` scores a network
-    on annotated images; None to omit that. InputError if `places` is empty, SlideError if a field cannot be read,
-    OSError if a file cannot be written. Errors of `scorer` propagate.
+    Costs of `first` are given as multiples of those of `second`, the candidate to replace it. If the comparison would
+    take longer than `options` allow, less is measured. Nuclei are not compared with `options.timing_only`, or if a
+    network has random weights. The networks of both sides may be moved to their devices.
+
+    `first`, `second`: networks of the same pixel size. `places`: fields to compare on. `options`: batch sizes,
+    repetitions and time. `out`: existing folder for the files. `notify`: called with lines about the progress, one of
+    which says what is measured and about how long it takes. `scorer`: scores a network on annotated images; None to
+    omit that.
+
+    InputError if `places` is empty or a device cannot be used, PackageError if a network cannot be compiled, SlideError
+    if a field cannot be read, OSError if a file cannot be written. Errors of `scorer` propagate.
     """
     if not places:
         raise InputError(

@@ -42,25 +42,33 @@ class Side:
 
     @cached_property
     def predictor(self) -> Predictor:
-        """Network on its device, loaded on first use. InputError if the device cannot be used."""
+        """Network on its device, loaded on first use.
+
+        InputError if the device cannot be used, PackageError if the network cannot be compiled.
+        """
         return Predictor(self.network, self.card, self.settings)
 
     def for_fields(self, side: int) -> Side:
-        """Return a copy whose batch size (`batch_of`) suits square fields. `side`: their side in inference pixels."""
+        """Return a copy whose batch size suits square fields (see `batch_of`), with a predictor of its own.
+
+        `side`: side of the fields in inference pixels. PackageError if the architecture on the card is not known.
+        """
         return replace(self, settings=replace(self.settings, batch=batch_of(self.card, [(side, side)])))
 
     @property
     def splitter(self) -> Splitter | None:
-        """Post-processing of the network's system, with the constants on the network's card."""
+        """Post-processing of the network's system, with the constants on the card. PackageError if they are invalid."""
         return splitter_of(self.card)
 
 
 def load_side(name: str, flag: str, settings: InferSettings) -> Side:
-    """Load the network `name`: `starter`, a package (as in `find_package`) or a published checkpoint.
+    """Load the network `name` with its weights on the CPU. A published checkpoint is downloaded if it is not cached.
 
-    A checkpoint is a .tar or .pth file, or a name in KINDS, which is downloaded if it is not cached; an existing path
-    or a package of this name in the cache takes precedence. `flag`: option that gave `name`, for messages. `settings`:
-    settings of inference. PackageError if the network cannot be loaded or downloaded. OSError if the disk is full.
+    `name`: `starter`, another package (as in `find_package`), a checkpoint (a .tar or .pth file) or a name in KINDS. An
+    existing path or a package of this name in the cache takes precedence over a name in KINDS. `flag`: option that gave
+    `name`, for messages. `settings`: settings of inference.
+
+    PackageError if the network cannot be loaded or downloaded. OSError if the disk is full.
     """
     path = Path(name)
     try:
@@ -88,7 +96,7 @@ def load_side(name: str, flag: str, settings: InferSettings) -> Side:
 def random_teacher(name: str, settings: InferSettings) -> Side:
     """Return the published network `name` with random weights, to measure costs without a download.
 
-    `settings`: settings of inference. PackageError if no published network has this name.
+    `name`: key of KINDS. `settings`: settings of inference. PackageError if no published network has this name.
     """
     if name not in KINDS:
         raise PackageError(

@@ -23,10 +23,16 @@ Notify = Callable[[str], None]
 
 
 def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, notify: Notify) -> list[dict[int, float]]:
-    """Return, for each of `sides`, batch size → median seconds per patch of its network, as in HoVerNet's paper.
+    """Return the median seconds per patch of each side's network, by batch size.
 
-    `batches`: batch sizes. `repeats`: repetitions of each measurement. `notify` is called with a line about each batch
-    size. The mapping is empty for a side whose runtime is not torch, since its network is compiled for one input shape.
+    Whole patches are counted, as in HoVerNet's paper. The result of a side whose runtime is not torch is empty, since
+    its network is compiled for one input shape. All networks may be moved to their devices.
+
+    `sides`: the networks. `batches`: batch sizes. `repeats`: repetitions of each measurement. `notify`: called with a
+    line about each batch size.
+
+    InputError if a device cannot be used, PackageError if a network cannot be compiled or its architecture is not
+    known, torch.OutOfMemoryError if a batch does not fit in the GPU's memory.
     """
     medians: list[dict[int, float]] = [{} for _ in sides]
     # Whole patches, as in the paper, rather than only the pixels that are kept.
@@ -64,6 +70,9 @@ def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[Sid
     """Return the result of each network on a field, with the medians of its times in seconds.
 
     `sides`: the networks. `field`: the field, already read. `repeats`: number of repetitions, at least 1.
+
+    InputError if a device cannot be used, PackageError if a network cannot be compiled, torch.OutOfMemoryError if one
+    tile does not fit in the GPU's memory.
     """
     seconds: list[list[tuple[float, float]]] = [[] for _ in sides]
     results: list[tuple[NDArray[np.int32], Nuclei]] = []
@@ -83,10 +92,15 @@ def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[Sid
 
 
 def warm_up(sides: Sequence[Side], field: Field) -> list[int | None]:
-    """Run each side once on `field`, so that compilation and cold caches do not count in the comparison.
+    """Run each network once on `field`. Return the peak GPU memory of each in bytes; None on the CPU.
 
-    Return the peak GPU memory of this process in bytes while each side ran; None on the CPU. It includes whatever else
-    the process holds there, such as the other network.
+    Compilation and cold caches then do not count in the comparison. The peak is that of this process while the network
+    ran. It includes everything else that the process holds there, such as the other network.
+
+    `sides`: the networks. `field`: a field, already read.
+
+    InputError if a device cannot be used, PackageError if a network cannot be compiled, torch.OutOfMemoryError if one
+    tile does not fit in the GPU's memory.
     """
     peaks: list[int | None] = []
     for side in sides:

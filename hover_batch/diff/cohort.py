@@ -36,9 +36,12 @@ class MeanChange:
 
     @classmethod
     def of(cls, slides: Sequence[SlideDiff], endpoint: str, patients: Mapping[str, str]) -> MeanChange:
-        """Return the mean over `patients` (slide_id → patient), each with the mean of its slides.
+        """Return the mean relative change over patients, each with the mean of their slides, and its interval.
 
-        A slide without a patient counts as a patient of its own.
+        A slide without a patient counts as a patient of its own. Slides whose change is undefined are left out and
+        counted.
+
+        `slides`: differences of the slides. `endpoint`: ALL or the name of a class. `patients`: slide_id → patient.
         """
         values: dict[tuple[str, str], list[float]] = {}
         undefined = 0
@@ -104,10 +107,12 @@ class CohortDiff:
     def of(
         cls, slides: Sequence[SlideDiff], missing: Sequence[Missing], patients: Mapping[str, str], limits: Limits
     ) -> CohortDiff:
-        """Return the comparison of a cohort, slides sorted by decreasing absolute relative change of the endpoint.
+        """Return the comparison of a cohort, with its slides sorted by their change of the endpoint in `limits`.
 
-        Slides whose change is undefined come first. `slides`: those that are compared. `missing`: those that are not.
-        `patients`: slide_id → patient_id. `limits`: limits to check, with the endpoint.
+        Slides whose change is undefined come first, then those with the largest absolute relative change.
+
+        `slides`: slides that are compared. `missing`: slides that are not. `patients`: slide_id → patient. `limits`:
+        limits to check, with the endpoint.
         """
 
         def size(slide: SlideDiff) -> tuple[float, float, str]:
@@ -122,7 +127,7 @@ class CohortDiff:
         return "patients" if self.patients else "slides"
 
     def mean_change(self, endpoint: str) -> MeanChange:
-        """Return the mean relative change over patients or, where the cohort names none, over slides.
+        """Return the mean relative change over patients or, if the cohorts give no patients, over slides.
 
         `endpoint`: ALL or the name of a class.
         """
@@ -140,9 +145,10 @@ class CohortDiff:
 
     @property
     def faults(self) -> list[str]:
-        """One sentence for each slide that exceeds the limits or is done in one run only, and for the cohort.
+        """Sentences about the limits that are exceeded; empty without limits.
 
-        Empty without limits.
+        There is one for each slide that exceeds them or is done in one run only, and one if the mean change of the
+        cohort exceeds the tolerance.
         """
         limits = self.limits
         if not limits.given:

@@ -121,9 +121,12 @@ class _Reader:
 def match_tables(first: NucleiTable, second: NucleiTable) -> Matches:
     """Match the nuclei of two tables of the same slide one to one.
 
-    Two nuclei are a pair if their IoU is above MIN_IOU and neither has a partner of higher IoU, which can only be if
-    contours of one table overlap. The result does not depend on the order of the tables. SlideError if a table is
-    corrupted.
+    Two nuclei are a pair if their IoU is above MIN_IOU and neither has a partner of higher IoU; the second condition
+    matters only where contours of one table overlap. The result does not depend on the order of the tables.
+
+    `first`, `second`: the tables, sorted by the upper edge of their nuclei.
+
+    SlideError if a table is corrupted or not sorted, or a contour crosses itself.
     """
     readers = _Reader(first), _Reader(second)
     found = [np.empty((0, 3))]

@@ -47,7 +47,8 @@ class Place:
 def find_places(slide: SlideDiff, canvas: Size, mpp: Mpp) -> list[Place]:
     """Return the cells of CROP_UM with most differing nuclei, at most PER_SLIDE, most first; ties in raster order.
 
-    `canvas`, `mpp`: size in level-0 pixels and pixel size of the slide.
+    `slide`: differences of the slide, with the positions in `disputed`. `canvas`: its size in level-0 pixels. `mpp`:
+    its pixel size in µm.
     """
     if not len(slide.disputed):
         return []
@@ -66,9 +67,11 @@ def find_places(slide: SlideDiff, canvas: Size, mpp: Mpp) -> list[Place]:
 def draw(
     place: Place, layouts: Sequence[SlideLayout], tables: Sequence[NucleiTable], records: Sequence[SlideRecord]
 ) -> Place:
-    """Return the place with its pictures: from the slide, else from a thumbnail, else with the reason for none.
+    """Return the place with its pictures from the slide, or else from a thumbnail, or else with the reason for none.
 
-    `layouts`, `tables`, `records`: of the slide in A and B.
+    `layouts`, `tables`, `records`: paths of the results, table and cohort row of the slide, each in A and in B.
+
+    SlideError or OSError if the pictures are drawn on a thumbnail and a table cannot be read.
     """
     reasons = []
     for layout, record in zip(layouts, records, strict=True):

@@ -71,11 +71,15 @@ class RunsDiff:
 
 
 def diff_runs(first: Path, second: Path, limits: Limits, *, pictures: bool, notify: Notify) -> RunsDiff:
-    """Compare the runs in two folders.
+    """Compare the runs in two folders, one slide after the other.
 
-    `limits`: differences that a validation accepts. `pictures`: whether to draw the places that differ most. `notify`
-    is called with a line about each slide. InputError if the runs are not on the same slides, or the endpoint is not a
-    class of both. Slides whose tables cannot be read are collected in `cohort.missing`.
+    Slides whose tables cannot be read are collected in `cohort.missing` of the result, not raised.
+
+    `first`, `second`: folders of A and B. `limits`: differences that a validation accepts. `pictures`: whether to draw
+    the places that differ most. `notify`: called with a line about each slide.
+
+    InputError if a folder holds no run, the runs are not on the same slides, or the endpoint is not a class of both.
+    OSError if a file of a run cannot be read, SlideError if a table can no longer be read when its places are drawn.
     """
     runs = Runs.open(first, second)
     slides: list[SlideDiff] = []

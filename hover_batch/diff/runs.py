@@ -35,9 +35,10 @@ class Side:
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Self:
-        """Read the run in `folder`, which messages call `name`, A or B.
+        """Read the run in `folder`.
 
-        InputError if the folder holds no run, or its files are corrupted or cannot be read.
+        `name`: A or B, by which messages call the run. InputError if the folder holds no run, or a file in it is
+        corrupted; OSError if a file cannot be read.
         """
         layout = RunLayout(folder)
         run = require_run(layout, name)
@@ -51,7 +52,10 @@ class Side:
         return cls(layout, str(run.get("model_id")), str(run.get("model_sha256")), records, done, failures)
 
     def reason(self, slide_id: str) -> str:
-        """Return why the slide `slide_id` is not done in this run, as a phrase. OSError as in `why_not_done`."""
+        """Return why the slide `slide_id` is not done in this run, as a phrase.
+
+        OSError if a file of the slide cannot be read.
+        """
         if slide_id not in self.records:
             return "not in the cohort"
         return self.failures.get(slide_id) or why_not_done(self.layout.slide(slide_id))
@@ -96,7 +100,8 @@ class Runs:
     def open(cls, first: Path, second: Path) -> Self:
         """Read the runs in two folders, and check that slides of the same slide_id are the same slide.
 
-        InputError if a folder holds no run, if the runs have no slide_id in common, or if slides differ.
+        InputError if a folder holds no run, if a file of a run is corrupted, if the runs have no slide_id in common, or
+        if slides differ. OSError if a file cannot be read.
         """
         a, b = Side.open(first, "A"), Side.open(second, "B")
         if not a.records.keys() & b.records.keys():

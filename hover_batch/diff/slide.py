@@ -106,7 +106,9 @@ class SlideDiff:
 
     @classmethod
     def of(cls, first: NucleiTable, second: NucleiTable, done: Sequence[Mapping[str, Any]]) -> Self:
-        """Compare two tables of the same slide. `done`: content of slide.json of A and of B.
+        """Compare two tables of the same slide. Identical tables are not matched.
+
+        `first`, `second`: tables of A and B. `done`: content of slide.json of A and of B.
 
         SlideError if a table is corrupted, or the tables are of slides of different size or pixel size.
         """
@@ -164,7 +166,7 @@ class SlideDiff:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Numbers of nuclei (A, B)."""
+        """Number of nuclei in A and in B."""
         return int(self.confusion.counts[:-1].sum()), int(self.confusion.counts[:, :-1].sum())
 
     @property
@@ -184,7 +186,7 @@ class SlideDiff:
         return all(self.tissue_mm2)
 
     def change(self, endpoint: str) -> Change:
-        """Return the change from A to B of a density in nuclei per mm² or, unless `per_mm2`, of a number of nuclei.
+        """Return the change from A to B of the density in nuclei per mm² or, unless `per_mm2`, of the number of nuclei.
 
         `endpoint`: ALL or the name of a class. A run without this class has 0 such nuclei.
         """

@@ -22,8 +22,8 @@ _CACHE_KB = 64_000
 def write_annotation_store(nuclei: NucleiTable, path: Path) -> None:
     """Write the table `nuclei` to `path` (.db), batch by batch; an existing file is replaced when all is written.
 
-    OSError if `path` cannot be written, SlideError if the table is corrupted, InputError if this Python's SQLite lacks
-    the R*Tree index.
+    OSError if `path` cannot be written (`errno` is ENOSPC if the disk is full), SlideError if the table is corrupted,
+    InputError if this Python's SQLite lacks the R*Tree index.
     """
     try:
         _write(nuclei, path)

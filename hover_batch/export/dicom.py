@@ -52,8 +52,10 @@ _TEXT_LENGTH = 64
 def write_dicom(nuclei: NucleiTable, path: Path) -> None:
     """Write the table `nuclei` to `path` (.ann.dcm), with all outlines in memory. Equal tables give equal bytes.
 
-    An existing file is replaced when all is written. A table without nuclei gives a file without groups. OSError if it
-    cannot be written, SlideError if the table is corrupted, or highdicom rejects the headers of a DICOM slide.
+    An existing file is replaced when all is written. A table without nuclei gives a file without groups.
+
+    OSError if the file cannot be written or the slide's DICOM folder cannot be listed, SlideError if the table is
+    corrupted or highdicom rejects the headers of the slide.
     """
     from highdicom.ann import AnnotationCoordinateTypeValues, MicroscopyBulkSimpleAnnotations
 

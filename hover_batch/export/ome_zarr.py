@@ -65,8 +65,10 @@ class Outlines:
 def write_ome_zarr(nuclei: NucleiTable, path: Path) -> None:
     """Write the label images of the table `nuclei` to the folder `path` (.ome.zarr), which replaces an existing one.
 
-    Only the nuclei of one row of shards are in memory. OSError if the folder cannot be written, SlideError if the table
-    is corrupted or its nuclei are not in the order of their first rows of pixels.
+    Only the nuclei of one row of shards are in memory.
+
+    OSError if the folder cannot be written, SlideError if the table is corrupted or its nuclei are not in the order of
+    their first rows of pixels.
     """
     canvas = nuclei.grid.size.box
     with replacing_folder(path) as temporary:
@@ -85,7 +87,9 @@ def write_ome_zarr(nuclei: NucleiTable, path: Path) -> None:
 
 
 def bands(nuclei: NucleiTable) -> Iterator[tuple[int, Outlines]]:
-    """Yield each row of shards that may have nuclei, and the nuclei that reach into it, in the order of the table.
+    """Yield the number of each row of shards that may have nuclei, with the nuclei that reach into it.
+
+    The nuclei are in the order of the table.
 
     SlideError if the table is corrupted, or not in the order of the nuclei's first rows of pixels.
     """

@@ -50,9 +50,11 @@ class View:
     """Level-0 pixels per pixel of the picture, along y."""
 
     def to_opencv(self, points: NDArray[np.float64]) -> NDArray[np.int32]:
-        """Convert level-0 positions (…, 2) of x, y to OpenCV's fixed-point coordinates in the image, int32.
+        """Return positions as OpenCV's fixed-point coordinates in the image, (…, 2) int32 in sixteenths of its pixels.
 
         Integers are pixel centres in OpenCV and pixel corners in our positions, so half a pixel is subtracted.
+
+        `points`: (…, 2) of x, y in level-0 pixels.
         """
         pixels = (points - [self.x0, self.y0]) / [self.scale_x, self.scale_y] - 0.5
         return np.rint(pixels * (1 << _SHIFT)).astype(np.int32)
@@ -65,9 +67,9 @@ class View:
 
 
 def write_thumbnail(path: Path, view: View, outline: Sequence[NDArray[np.float64]]) -> None:
-    """Write `view` to `path` as a JPEG, with the outline of the tissue drawn on it.
+    """Write `view` to `path` as a JPEG, with the outline of the tissue drawn on it. An existing file is overwritten.
 
-    `outline`: rings of the tissue and its holes, each (k, 2) of x, y in level-0 pixels. OSError if it cannot be
+    `outline`: rings of the tissue and its holes, each (k, 2) of x, y in level-0 pixels. OSError if the file cannot be
     written.
     """
     canvas = view.image.copy()
@@ -76,11 +78,14 @@ def write_thumbnail(path: Path, view: View, outline: Sequence[NDArray[np.float64
 
 
 def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> int:
-    """Write `view` to `path` as a JPEG, with the contours of the nuclei in the colours of their classes.
+    """Write `view` to `path` as a JPEG, with the contours of the nuclei in it. Return the number of nuclei drawn.
 
-    `nuclei`: path of nuclei.parquet. A legend under the picture gives the number of nuclei of each class. Return the
-    number of nuclei drawn. SlideError if the table is corrupted, OSError if it is missing or the picture cannot be
-    written.
+    Contours have the colours of their classes. A legend under the picture gives the number of nuclei of each class. An
+    existing file is overwritten.
+
+    `nuclei`: path of nuclei.parquet. `taxonomy`: classes of the nuclei.
+
+    SlideError if the table is corrupted, OSError if it is missing or the picture cannot be written.
     """
     canvas, counts = contoured(view, nuclei, taxonomy)
     entries = [(f"{kind.name} {counts[kind.id]:,}", kind.color) for kind in taxonomy.nuclei]
@@ -89,10 +94,14 @@ def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> i
 
 
 def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Draw the contours of the table `nuclei` (nuclei.parquet) on a copy of the image of `view`.
+    """Draw the contours of nuclei, in the colours of their classes, on a copy of the image of `view`.
 
     Return the picture, RGB (y, x, 3) uint8, and the number of nuclei of each class whose bounding box reaches into it,
-    (classes,) int64 by class id. SlideError if the table is corrupted, OSError if it is missing.
+    (classes,) int64 by class id.
+
+    `nuclei`: path of nuclei.parquet. `taxonomy`: classes of the nuclei.
+
+    SlideError if the table is corrupted, OSError if it is missing.
     """
     polygons, types = _in_view(view, nuclei)
     canvas = view.image.copy()
@@ -102,10 +111,14 @@ def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.
 
 
 def outlined(view: View, nuclei: Path, color: Rgb, thickness: int) -> NDArray[np.uint8]:
-    """Draw the contours of the table `nuclei` (nuclei.parquet), all in `color`, on a copy of the image of `view`.
+    """Draw the contours of nuclei, all in one colour, on a copy of the image of `view`.
 
-    `thickness`: width of the lines in pixels of the picture. Return the picture, RGB (y, x, 3) uint8. Errors as in
-    `contoured`.
+    Return the picture, RGB (y, x, 3) uint8.
+
+    `nuclei`: path of nuclei.parquet. `color`: colour of the contours. `thickness`: width of the lines in pixels of the
+    picture.
+
+    SlideError if the table is corrupted, OSError if it is missing.
     """
     canvas = view.image.copy()
     _draw_polygons(canvas, view, _in_view(view, nuclei)[0], color, thickness)
@@ -137,11 +150,15 @@ def _draw_polygons(canvas: NDArray[np.uint8], view: View, polygons: NDArray[Any]
 
 
 def densest_field(nuclei: Path, side: int, canvas: Size) -> Box:
-    """Return the square of `side` level-0 pixels that holds most centroids of the table `nuclei` (nuclei.parquet).
+    """Return the square of a slide that holds most centroids of nuclei, in level-0 pixels.
 
-    `canvas`: size of the slide in level-0 pixels. Squares are tried at steps of a quarter of `side`; of equal ones, the
-    first in raster order is returned. Without nuclei, it is the middle of the canvas. The square is moved inside the
-    canvas, and clipped if the canvas is smaller.
+    Squares are tried at steps of a quarter of `side`; of equal ones, the first in raster order is returned. Without
+    nuclei, it is the middle of the canvas. The square is moved inside the canvas, and clipped if the canvas is smaller.
+
+    `nuclei`: path of nuclei.parquet. `side`: side of the square in level-0 pixels. `canvas`: size of the slide in
+    level-0 pixels.
+
+    OSError if the table cannot be read, pyarrow.ArrowInvalid if it is corrupted.
     """
     step = max(1, side // 4)
     counts = np.zeros((-(-canvas.height // step), -(-canvas.width // step)), np.int64)

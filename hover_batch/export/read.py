@@ -78,7 +78,9 @@ class NucleiTable:
 
     @classmethod
     def open(cls, path: Path, dicom: Path | None = None) -> Self:
-        """Read the metadata of the table and check it; the rows are read by `batches`. `dicom`: as the field.
+        """Read the metadata of the table at `path` and check it; `batches` reads the rows.
+
+        `dicom`: folder of the DICOM slide that was segmented; None if the slide is not DICOM, or not available.
 
         SlideError if the file is missing, corrupted, or not a table of nuclei, or if a slide.json beside it records
         another table.
@@ -125,7 +127,7 @@ class NucleiTable:
 
     @property
     def calibrated(self) -> list[str]:
-        """Names of those columns in CALIBRATED whose calibrated values the table has, too."""
+        """Names of the columns for which the table also has calibrated values, in the order of CALIBRATED."""
         return [name for name in CALIBRATED if calibrated_column(name) in self.schema.names]
 
     @property
@@ -134,9 +136,10 @@ class NucleiTable:
         return [field.name for field in self.schema if field.type == pa.float32()]
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield all rows in order, at most BATCH at a time, with `columns`; with all columns if None.
+        """Yield all rows in order, in batches of at most BATCH rows.
 
-        SlideError if the file is corrupted, or was altered so that values are missing or impossible.
+        `columns`: names of the columns; None for all. SlideError if the file is corrupted, or was altered so that
+        values are missing or impossible.
         """
         try:
             # Without read-ahead, only one row group at a time is in memory.
@@ -147,10 +150,12 @@ class NucleiTable:
             raise unreadable(self.path, error) from error
 
     def checked(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Return the batch itself. SlideError if it has missing or impossible values, which Parquet does not detect.
+        """Return the batch itself after a check of its values, which Parquet does not make.
 
-        Missing: a null in a column that the exporters need or in a float32 column. Impossible: a centroid, bbox or
-        shape that is not finite, a centroid below 0, or a type_id without a class. `polygons` checks the contours.
+        `polygons` checks the contours.
+
+        SlideError if a value is missing (a null in a column that the exporters need or in a float32 column) or
+        impossible (a centroid, bbox or shape that is not finite, a centroid below 0, or a type_id without a class).
         """
         if fault := self._fault_of(batch):
             raise unreadable(self.path, ValueError(fault))
@@ -200,9 +205,10 @@ class NucleiTable:
 
 
 def read_polygons(path: Path, geometry: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
-    """Return the column `geometry` (WKB) as an array (n,) of shapely polygons.
+    """Return the contours of a table as an array (n,) of shapely polygons.
 
-    `path`: file of the table, for the message. SlideError if one is corrupted, not a polygon, empty or not finite.
+    `path`: file of the table, for the message. `geometry`: its column `geometry` (WKB). SlideError if one is corrupted,
+    not a polygon, empty or not finite.
     """
     try:
         with np.errstate(invalid="ignore"):  # NaN is refused below

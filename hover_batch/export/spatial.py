@@ -38,10 +38,12 @@ def require_extra() -> None:
 
 
 def write_anndata(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to `path` (.h5ad); an existing file is replaced. Call `require_extra` first.
+    """Write the table `nuclei` to `path` (.h5ad); an existing file is replaced when all is written.
 
-    All nuclei, and the file itself, are held in memory, since HDF5 on a full disk crashes Python at its exit. OSError
-    if it cannot be written, SlideError if the table is corrupted.
+    All nuclei, and the file itself, are held in memory, since HDF5 on a full disk crashes Python at its exit. Call
+    `require_extra` first.
+
+    OSError if the file cannot be written, SlideError if the table is corrupted.
     """
     import h5py
     from anndata.io import write_elem
@@ -54,10 +56,12 @@ def write_anndata(nuclei: NucleiTable, path: Path) -> None:
 
 
 def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to the folder `path` (.zarr), which replaces an existing one.
+    """Write the table `nuclei` to the folder `path` (.zarr), which replaces an existing one when all is written.
 
-    All nuclei are held in memory. An empty table gives no shapes, since the library does not support them. OSError if
-    the folder cannot be written, SlideError if the table is corrupted. Call `require_extra` first.
+    All nuclei are held in memory. An empty table gives no shapes, since the library does not support them. Call
+    `require_extra` first.
+
+    OSError if the folder cannot be written, SlideError if the table is corrupted.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on import, its dependencies give warnings that users cannot fix

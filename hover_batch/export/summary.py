@@ -87,11 +87,15 @@ def slide_summary(
 ) -> Row:
     """Return the row of one slide, whose `level` is "slide".
 
-    `status`: value of the column: done, estimated or failed. `nuclei`: path of its nuclei.parquet; None for a slide
-    that is not done. `tissue_mm2`: area that was searched in mm²; None if unknown. `seconds`: stage → wall time.
-    `error`: error of the number of nuclei, for its interval; None if it was not measured. `estimate`: section of
-    estimate.json; its numbers are in columns of their own, and those of whole slides stay empty. The cohort CSV's own
-    columns are added, with the prefix extra_ if they have a name of the summary.
+    The cohort CSV's own columns are added, with the prefix extra_ if they have a name of the summary.
+
+    `record`: row of the slide in the cohort. `taxonomy`: classes of the nuclei. `status`: done, estimated or failed.
+    `nuclei`: path of its nuclei.parquet; None for a slide that is not done. `tissue_mm2`: area that was searched in
+    mm²; None if unknown. `seconds`: stage → wall time. `error`: error of the number of nuclei, for its interval; None
+    if it was not measured. `estimate`: section of estimate.json, whose numbers have columns of their own; None for a
+    slide that is not estimated.
+
+    OSError if the table cannot be read, pyarrow.ArrowInvalid if it is corrupted.
     """
     row: Row = {"level": "slide", "status": status, "slides": 1, "failed": int(status == "failed")}
     if nuclei is not None:
@@ -107,8 +111,10 @@ def slide_summary(
 def with_record_columns(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Row:
     """Return a copy of the row of a finished slide, with the cohort CSV's columns taken from `record`.
 
-    `row`: result of `slide_summary` in an earlier start, since which the CSV may have changed. Its columns that neither
-    the summary nor `record` has are dropped.
+    Columns that neither the summary nor `record` has are dropped.
+
+    `row`: result of `slide_summary` in an earlier start, since which the CSV may have changed. `taxonomy`: classes of
+    the nuclei.
     """
     known = set(summary_schema(taxonomy).names)
     measured = {name: value for name, value in row.items() if name in known or name.startswith((STAGE, ESTIMATE))}
@@ -116,9 +122,10 @@ def with_record_columns(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Ro
 
 
 def refuse_altered(row: Row, classes: Sequence[NucleusClass], slide_json: Path) -> None:
-    """Raise InputError if the classes' columns of a finished slide are missing or no numbers, because they were edited.
+    """Check that the row of a finished slide has the numbers of all classes, since a user may have edited it.
 
-    `row`: its row of the summary in the file `slide_json`. `classes`: those of nuclei, without the background.
+    `row`: row of the summary in the file `slide_json`. `classes`: classes of nuclei, without the background. InputError
+    if a column is missing or holds no number.
     """
     for kind in classes:
         count, density = row.get(f"n_{kind.name}"), row.get(f"{kind.name}_per_mm2", 0.0)
@@ -146,10 +153,14 @@ def cohort_summary(
 ) -> Row:
     """Return the row of the cohort, whose `level` is "cohort".
 
-    `slides`: rows of its slides; counts, seconds and tissue area are summed, the area without that of estimated slides.
-    `nuclei`: paths of their tables; densities and quartiles are those of all nuclei together, not means over
-    slides. `model_busy`: fraction (0 to 1) of the time in which the networks computed; None if unknown. The interval
-    takes the slides as those of one source; it is missing if a slide has another error of counts, or none.
+    Counts, seconds and tissue area are summed over slides, the area without that of estimated slides. Densities and
+    quartiles are those of all nuclei together, not means over slides. The interval takes the slides as those of one
+    source; it is missing if the slides have different errors of counts, or one has none.
+
+    `slides`: rows of its slides. `nuclei`: paths of their tables. `taxonomy`: classes of the nuclei. `model_busy`:
+    fraction (0 to 1) of the time in which the networks computed; None if unknown.
+
+    OSError if a table cannot be read, pyarrow.ArrowInvalid if it is corrupted.
     """
     whole = [row for row in slides if row.get("status") != "estimated"]
     done = [row for row in whole if not row["failed"]]
@@ -168,11 +179,16 @@ def cohort_summary(
 
 
 def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parquet_path: Path) -> None:
-    """Write `rows` to a CSV and a Parquet file.
+    """Write the rows of a summary to a CSV and a Parquet file; existing files are replaced.
 
     The columns are those of `summary_schema`, the estimates if there are any, the seconds by stage, and the cohort
-    CSV's own as text. Missing values are empty in the CSV and null in Parquet. The CSV has six significant digits,
-    Parquet all. OSError if a file cannot be written.
+    CSV's own as text. Missing values are empty in the CSV and null in Parquet. Numbers have six significant digits in
+    the CSV and all in Parquet.
+
+    `rows`: rows of the slides and of the cohort. `taxonomy`: classes of the nuclei. `csv_path`, `parquet_path`: files
+    to write.
+
+    OSError if a file cannot be written.
     """
     schema = summary_schema(taxonomy)
     for name in (*_starting(ESTIMATE, rows), *_starting(STAGE, rows)):
@@ -237,9 +253,9 @@ def _of_nuclei(paths: Sequence[Path], taxonomy: Taxonomy, tissue_mm2: float | No
 
 
 def read_count_error(stored: Any) -> CountError | None:
-    """Return the error in a cell of the column COUNT_ERROR of the summary.
+    """Return the error of counts in a cell of the column COUNT_ERROR of a summary.
 
-    `stored`: text of the cell; None if it is empty or invalid, as after an edit.
+    `stored`: text of the cell. None if it is empty or invalid, as after an edit.
     """
     try:
         return CountError.from_json(json.loads(stored))

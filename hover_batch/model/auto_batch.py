@@ -23,9 +23,13 @@ torch.OutOfMemoryError if memory is too small."""
 
 
 def doubled(trial: Trial) -> int:
-    """Return the batch size, a power of two up to MAX_BATCH, beyond which doubling is not worthwhile.
+    """Return the largest batch size that is worthwhile, a power of two up to MAX_BATCH.
 
-    `trial`: measures a batch size. Doubling ends when memory is too small or the gain is less than MIN_GAIN.
+    The size is doubled from 1 on. Doubling ends when memory is too small, the batch takes more than MAX_SHARE of the
+    free memory, or the gain in tiles per second is less than MIN_GAIN. The result is 1 even if one tile takes too much
+    memory.
+
+    `trial`: measures a batch size. Its errors other than torch.OutOfMemoryError propagate.
     """
     best, seconds_per_tile = 1, float("inf")
     for size in (2**n for n in range(MAX_BATCH.bit_length())):
@@ -40,10 +44,13 @@ def doubled(trial: Trial) -> int:
 
 
 def cuda_trial(compute: Callable[[Tensor], object], side: int, device: torch.device) -> Trial:
-    """Return a `Trial` that measures `compute` on a CUDA device, as the median of REPEATS calls.
+    """Return a `Trial` that measures `compute` on a CUDA device.
 
-    `compute`: function of tiles (n, 3, side, side) uint8 on the device. `side`: side of a tile in pixels. `device`: the
-    CUDA device.
+    It measures the median of REPEATS calls, after one that selects kernels. The share of memory refers to the memory
+    that is free when this function is called.
+
+    `compute`: function of tiles (n, 3, side, side) uint8 RGB on the device. `side`: side of a tile in pixels. `device`:
+    the CUDA device.
     """
     free, _ = torch.cuda.mem_get_info(device)
 

@@ -72,10 +72,13 @@ def download_path(source: str) -> Path:
 
 
 def check_download(path: Path, expected: str | None = None) -> None:
-    """Check the SHA-256 of a cached file, and record it in PATH.sha256.
+    """Check the SHA-256 of a cached file, and record it in PATH.sha256 if it is not recorded there.
 
-    `expected`: expected hash in hex, which replaces the recorded one; by default the recorded one, if any. PackageError
-    if the hash differs, the file cannot be read, or the hash cannot be recorded. OSError if the disk is full.
+    `path`: path of the file. `expected`: expected hash in hex, which replaces the recorded one; by default the recorded
+    one, if any.
+
+    PackageError if the hash differs, the file cannot be read, or the hash cannot be recorded. OSError if the disk is
+    full.
     """
     record = path.with_name(f"{path.name}.sha256")
     try:

@@ -97,9 +97,9 @@ class Card:
         return MapLayout(len(self.taxonomy.classes))
 
     def check_sobel_norm(self, sobel_norm: str) -> None:
-        """Check that this model's Sobel maps can be normalised as `sobel_norm` says, "fixed" or "window".
+        """Check that the normalisation of Sobel maps that the user chose can be used with this model.
 
-        InputError for "window" if the model has no Sobel maps.
+        `sobel_norm`: "fixed" or "window". InputError for "window" if the model has no Sobel maps.
         """
         if sobel_norm == "window" and self.system != "hover":
             raise InputError(
@@ -110,8 +110,8 @@ class Card:
     def to_json(self) -> dict[str, Any]:
         """Return the card as JSON values by name; the inverse of `from_json`.
 
-        Entries that older versions lack are left out where they have their default, so that old packages keep their
-        bytes.
+        Entries that were added in later versions are left out if they have their default value, so that old packages
+        can be written again with the same bytes.
         """
         values = {"format": FORMAT, **asdict(self), "taxonomy": self.taxonomy.to_json()}
         defaults = {"limits": {}, "uncertainty": {}, "seam_exact": True, "system": "hover"}
@@ -119,9 +119,9 @@ class Card:
 
     @classmethod
     def from_json(cls, data: Any) -> Card:
-        """Return the card that `to_json` gave as `data`, which may come from an untrusted file.
+        """Return the card in `data`, JSON values as `to_json` returns them. `data` may come from an untrusted file.
 
-        PackageError if an entry is missing, unknown or invalid, or the format is of another version.
+        PackageError if an entry is missing, unknown or invalid, or the format is that of another version.
         """
         if not isinstance(data, Mapping):
             raise PackageError("the card is not a JSON object")
@@ -184,6 +184,6 @@ class Card:
 
 
 def short(value: object) -> str:
-    """Format `value` for a message: at most its first 100 characters, quoted, with others than ASCII escaped."""
+    """Return `value` for a message: at most its first 100 characters, quoted, with non-ASCII characters escaped."""
     text = value if isinstance(value, str) else repr(value)
     return ascii(text if len(text) <= 100 else f"{text[:100]}…")

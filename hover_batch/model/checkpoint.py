@@ -41,12 +41,17 @@ _DAMAGED = (
 
 
 def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = None) -> tuple[nn.Module, Card]:
-    """Return the network in a checkpoint, in evaluation mode, and a card with the Sobel constants of the starter.
+    """Read a published checkpoint. Return its network, in evaluation mode on the CPU, and a card for it.
 
-    `source`: a file, a URL, or the name of one of tiatoolbox's models; a file takes precedence over a name. `kind`: a
-    key of KINDS; by default the source's name, or else the first kind that matches the shapes. `sha256`: expected hex
-    SHA-256 of the file. A download is cached. PackageError if the file cannot be downloaded, its hash differs, or it
-    cannot be read, or is not a checkpoint of a known kind. OSError if the disk is full.
+    A download is cached. The card has the Sobel constants of the starter.
+
+    `source`: path of a file, a URL, or the name of one of tiatoolbox's models; an existing path takes precedence over a
+    name. `kind`: a key of KINDS; by default the source's name if it is one, or else the first kind that matches the
+    shapes of the tensors. `sha256`: expected SHA-256 of the file in hex; not checked if None, except against the one
+    recorded for a download.
+
+    PackageError if the file cannot be downloaded or read, its hash differs, or it is not a checkpoint of a known kind.
+    OSError if the disk is full.
     """
     if kind is not None and kind not in KINDS:
         raise PackageError(f"--kind {kind}: not known; known are {', '.join(KINDS)}")
@@ -80,9 +85,10 @@ def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = N
 
 
 def card_of(name: str, architecture: Architecture) -> Card:
-    """Return the card of a published model, with the Sobel constants of the starter.
+    """Return a card for a published model, with the Sobel constants of the starter.
 
-    `name`: key of KINDS. `architecture`: architecture of the network. KeyError if the name is not known.
+    `name`: key of KINDS. `architecture`: architecture of the network. KeyError if the name is not known, PackageError
+    if the starter cannot be read.
     """
     kind = KINDS[name]
     tile_in, tile_out = architecture.tile

@@ -25,9 +25,12 @@ class CompiledNetwork(nn.Module):
         self._call = torch.compile(network, dynamic=False, options={"freezing": True})
 
     def forward(self, image: torch.Tensor) -> Any:
-        """Return the network's output for a batch `image`, float (batch, 3, y, x); the first call compiles it.
+        """Return the network's output for a batch.
 
-        PackageError if the network cannot be compiled.
+        The first call with a shape and precision compiles the network, which takes minutes.
+
+        `image`: RGB in [0, 1], float (b, 3, y, x), on the network's device. PackageError if the network cannot be
+        compiled.
         """
         try:
             # tiatoolbox sets suppress_errors, so that a failure would only be logged.

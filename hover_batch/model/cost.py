@@ -47,7 +47,11 @@ class Cost:
 def cost_of(network: nn.Module, card: Card) -> Cost:
     """Return the cost of a package's network. Only shapes are computed; the network is neither run nor changed.
 
-    `card`: card of the package, for the sides of patches and tiles.
+    The patch of a StoredNetwork is a tile, because it takes images of one size only.
+
+    `network`: network of the package. `card`: card of the package, for the architecture and the sides of tiles.
+
+    PackageError if the architecture is not known or a StoredNetwork cannot be read.
     """
     if isinstance(network, StoredNetwork):
         macs, constants = model_macs(network.model())
@@ -68,9 +72,9 @@ def cost_of(network: nn.Module, card: Card) -> Cost:
 def patch_side(card: Card) -> int:
     """Return the side in pixels of the patches on which networks of the card's architecture are compared.
 
-    PackageError if the architecture on `card` is not known.
+    PackageError if the card's architecture is not known.
     """
-    return architecture(card.architecture).patch_side
+    return architecture(card.architecture).patch_side or card.tile_in
 
 
 def _macs(meta_network: nn.Module, side: int) -> int:
@@ -81,12 +85,18 @@ def _macs(meta_network: nn.Module, side: int) -> int:
 
 @torch.inference_mode()
 def seconds_per_patch(network: nn.Module, card: Card, batch: int = 16) -> float:
-    """Return the network's seconds per patch: the mean over one batch of `batch` random patches, after a warm-up.
+    """Return the network's seconds per patch: the mean over one batch of random patches, after a warm-up.
 
     It is measured on the device and in the precision of the network's weights. Use it only to compare networks on one
-    idle machine. `card`: card of the package, for the side of the patches.
+    idle machine.
+
+    `network`: network in evaluation mode. `card`: card of the package, for the side of the patches. `batch`: number of
+    patches.
+
+    PackageError if the card's architecture is not known, torch.OutOfMemoryError if the batch does not fit in the GPU's
+    memory.
     """
-    weight = next(network.parameters())
+    weight = next(network.parameters(), torch.empty(0))  # a StoredNetwork has none
     patches = torch.rand(batch, 3, patch_side(card), patch_side(card), device=weight.device, dtype=weight.dtype)
     network(patches if weight.is_cuda else patches[:1])  # a GPU selects kernels by batch size
     _wait(weight.device)

@@ -12,9 +12,9 @@ from hover_batch.model.in_flight import Streams
 
 
 def cuda_streams(device: torch.device) -> Streams:
-    """Return the streams of the CUDA device `device`.
+    """Return new streams of the CUDA device `device` for upload and download, and its default stream for computation.
 
-    Networks compute in its default stream, so that they share memory with other calls.
+    Networks compute in the default stream, so that they share memory with other calls. Errors of CUDA propagate.
     """
     upload, download = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # untyped in torch
     return Streams(
@@ -47,7 +47,7 @@ class CudaStep:
         return milliseconds / 1000
 
     def queued(self) -> Tensor:
-        """Return the tensor without waiting; its content is valid only after the event `ended`.
+        """Return the tensor without waiting for the work; its content is valid only after the event `ended`.
 
         Errors that occurred while the work was queued propagate.
         """
@@ -70,9 +70,10 @@ class CudaStream:
         self._stream = stream
 
     def run(self, work: Callable[..., Tensor], *inputs: CudaStep) -> CudaStep:
-        """Queue `work`, which is called with the tensors of `inputs`, and return its step without waiting.
+        """Queue `work`, and return its step without waiting. `CudaStep.result` raises the errors of the work.
 
-        Errors of the work are raised by `CudaStep.result`.
+        `work`: called with the tensors of `inputs`; returns a tensor. `inputs`: steps, also of other streams, that are
+        done before the work begins.
         """
         step = CudaStep()
         try:

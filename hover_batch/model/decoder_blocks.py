@@ -26,7 +26,10 @@ class ConvBlock(nn.Module):
         self.block = nn.Sequential(*first, convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Map (b, inputs, y, x) to (b, outputs, y, x), or (b, outputs, 2 y, 2 x) with `upsample`."""
+        """Return maps (b, outputs, y, x) float, or (b, outputs, 2 y, 2 x) with `upsample`.
+
+        `maps`: (b, inputs, y, x) float.
+        """
         result: Tensor = self.block(maps)
         return result
 

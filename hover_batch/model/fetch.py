@@ -26,11 +26,14 @@ _TIMEOUT_S = 60.0
 
 
 def fetched(source: str, sha256: str | None = None) -> Path:
-    """Return the path of the cached file of `source`, a key of KINDS or a URL; download it if necessary.
+    """Return the path of the cached file of `source`; download it if it is not in the cache.
 
-    `sha256`: expected hex SHA-256; by default the one recorded at its first use. A new download with another hash is
-    removed. PackageError if the hash differs or the file cannot be downloaded; in the second case the message says
-    which file to copy and where. OSError if the disk is full.
+    The file's hash is recorded at its first use. A new download with another hash than expected is removed.
+
+    `source`: key of KINDS or a URL. `sha256`: expected SHA-256 in hex; by default the recorded one, if any.
+
+    PackageError if the hash differs, the URL is not https, or the file cannot be downloaded; in the last case the
+    message says which file to copy and where. OSError if the disk is full.
     """
     path = download_path(source)
     was_cached = path.is_file()

@@ -12,8 +12,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 def folded(network: nn.Module) -> nn.Module:
     """Return the network in evaluation mode, with batch normalisations folded into the convolutions before them.
 
-    Only pairs that follow each other in a Sequential are folded, in a copy whose outputs differ in their last bits. A
-    network without such pairs is returned itself. In both cases, `network` is set to evaluation mode.
+    Only a BatchNorm2d directly after a Conv2d in a Sequential is folded. The result is a copy whose outputs differ by
+    rounding; a network without such a pair is returned itself. In both cases, `network` is set to evaluation mode.
     """
     network = network.eval()
     if next(_pairs(network), None) is None:

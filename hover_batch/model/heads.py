@@ -105,10 +105,12 @@ class MapLayout:
         return 5 + self.n_types
 
     def merge(self, maps: NDArray[np.uint8], ids: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Merge classes: return maps (plane, y, x) uint8 of this layout as a copy in MapLayout(max(ids) + 1).
+        """Return a copy of maps in which classes are merged, (plane, y, x) uint8 in the layout MapLayout(max(ids) + 1).
 
-        `ids` (n_types): new id of each class, in the order of the old ids. The probabilities of classes with the same
-        new id are added; sums that rounding brings above 1 are clipped.
+        The probabilities of classes with the same new id are added; sums that rounding brings above 1 are clipped.
+
+        `maps`: (plane, y, x) uint8 in this layout. `ids` (n_types): new id of each class, in the order of the old ids.
+        ValueError if `ids` has another length.
         """
         sums = np.zeros((max(ids) + 1, *maps.shape[1:]), np.uint16)
         for plane, new_id in zip(maps[self.tp], ids, strict=True):
@@ -117,8 +119,10 @@ class MapLayout:
         return np.concatenate([maps[: self.tp.start], merged_planes, maps[self.tp.stop :]])
 
     def names(self, classes: tuple[str, ...], system: str = "hover") -> list[str]:
-        """Return the names of all planes in order, for the store's attributes; those of classes begin with tp_.
+        """Return the names of all planes in order, for the store's attributes.
 
-        `classes` (n_types): names of the classes, background first. `system`: a key of SYSTEMS.
+        Names of class probabilities begin with tp_.
+
+        `classes` (n_types): names of the classes, background first. `system`: a key of SYSTEMS; KeyError for others.
         """
         return ["np", *SYSTEMS[system], *(f"tp_{name}" for name in classes), "hematoxylin", "eosin"]

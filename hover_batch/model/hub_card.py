@@ -28,8 +28,8 @@ _LICENCES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "CC BY 4.0": "cc-by-4.0", "Ap
 def hub_card(package: Package) -> str:
     """Return the text of a package's README.md for Hugging Face: YAML metadata, then Markdown.
 
-    The values come from the package's card, and the file's hash from `package`. A licence that is not among the known
-    ones is `other` in the metadata.
+    All values come from the package's card, except the hash of the file. In the metadata, an unknown licence is
+    `other`.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -125,7 +125,10 @@ def nested(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
 
 
 def listed_entries(values: Mapping[str, Any]) -> str:
-    """Format the mapping `values` as `a 1, b 2`; an entry `a: {"images": 3, …}` becomes `a 3 images`."""
+    """Return the entries of `values` as text, such as `a 1, b 2`.
+
+    An entry `a: {"images": 3, …}` becomes `a 3 images`.
+    """
     return ", ".join(
         f"{k} {v['images']} images" if isinstance(v, Mapping) and "images" in v else f"{k} {v}"
         for k, v in values.items()

@@ -25,8 +25,8 @@ OfTiles = Callable[[NDArray[np.uint8]], NDArray[Any]]
 def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
     """Return a suitable number of tiles per batch for the card's architecture.
 
-    `shapes`: shapes (y, x, …) of images that are processed one by one, if they are known. The batch is then at most the
-    number of tiles of the largest image.
+    `shapes`: shapes (y, x, …) in pixels of images that are processed one by one, if they are known. The result is then
+    at most the number of tiles of the largest image. PackageError if the architecture is not known.
     """
     tile_counts = [-(-shape[0] // card.tile_out) * -(-shape[1] // card.tile_out) for shape in shapes]
     usual = architecture(card.architecture).batch
@@ -34,18 +34,24 @@ def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
 
 
 def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the maps (plane, y, x) uint8 (see MapLayout) of a whole image (y, x, 3) uint8 RGB of any size.
+    """Return the maps of a whole image, (plane, y, x) uint8 (see `MapLayout`), predicted tile by tile.
 
-    The image must have the pixel size of the model, `card.mpp`.
+    `predictor`: loaded network. `image`: (y, x, 3) uint8 RGB of any size, with the pixel size of the model, `card.mpp`.
+
+    PackageError if the network cannot be compiled, torch.OutOfMemoryError if one tile does not fit in the GPU's memory.
     """
     return _by_tiles(predictor.predict, [image], predictor.card, predictor.batch)[0]
 
 
 def image_logits(predictor: Predictor, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-    """Return the network's output (channel, y, x) float32 (see Heads) for each whole image (y, x, 3) uint8 RGB.
+    """Return the network's output for each of several whole images, (channel, y, x) float32 (see `Heads`).
 
-    The images may differ in size, and must have the pixel size of the model. Tiles of several images share batches,
-    without effect on the output (see `hover_batch.model.predict`).
+    Tiles of several images share batches, without effect on the output (see `hover_batch.model.predict`).
+
+    `predictor`: loaded network. `images`: (y, x, 3) uint8 RGB each, of any sizes, with the pixel size of the model,
+    `card.mpp`.
+
+    PackageError if the network cannot be compiled, torch.OutOfMemoryError if one tile does not fit in the GPU's memory.
     """
     return _by_tiles(predictor.logits, images, predictor.card, predictor.batch)
 

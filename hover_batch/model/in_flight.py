@@ -65,7 +65,9 @@ class Step(Protocol):
     """Work in a stream. `seconds`: how long the device took for it, known after `result`."""
 
     @property
-    def seconds(self) -> float: ...
+    def seconds(self) -> float:
+        """Seconds that the device took for the work; known only after `result`."""
+        ...
 
     def result(self) -> Tensor:
         """Wait for the work, and return the tensor that it returned. Errors of the work and of its inputs propagate."""
@@ -123,9 +125,10 @@ class InFlight:
         self._downloaded = streams.download.run(download, self._computed)
 
     def result(self) -> NDArray[np.uint8]:
-        """Wait for the maps, (n, plane, tile_out, tile_out) uint8, and return them.
+        """Wait for the maps, (n, plane, tile_out, tile_out) uint8, and return them; `seconds` and `span` are set.
 
-        Errors of the network propagate.
+        If fp16 overflowed or the device ran out of memory, the batch is predicted again without streams. Errors of the
+        network propagate.
         """
         maps = self._maps()
         if maps is None:
@@ -149,9 +152,10 @@ class InFlight:
 def in_flight(
     batches: Iterable[tuple[Key, Tiles]], submit: Callable[[Tiles], Pending]
 ) -> Iterator[tuple[Key, Pending]]:
-    """Submit batches, and yield them in order, each with its key; IN_FLIGHT of them are pending at a time.
+    """Submit batches one after the other, and yield each with its key, in order. At most IN_FLIGHT batches are pending.
 
-    `submit`: begins to predict a batch, as `Predictor.submit` does.
+    `batches`: key and tiles of each batch; read only as far as needed. `submit`: begins to predict a batch, as
+    `Predictor.submit` does; its errors propagate.
     """
     waiting: deque[tuple[Key, Pending]] = deque()
     for key, tiles in batches:

@@ -33,7 +33,7 @@ LIBRARIES = ("openvino", "torch", "segmentation-models-pytorch", "timm")
 
 @cache
 def core() -> Any:
-    """Return the OpenVINO core of this process, which is never destroyed.
+    """Return the OpenVINO core of this process, which is never destroyed. ImportError if OpenVINO is not installed.
 
     On CPUs with AMX a core gives its thread another signal stack, and its destruction frees that stack and restores the
     one before. If two cores do this out of order, the restored stack is freed memory, and the next signal, such as
@@ -72,7 +72,8 @@ class OpenVinoNetwork(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Return the network's output (b, channels, y, x) float32 for a batch of RGB in [0, 1].
 
-        `image`: (b, 3, y, x) float32 on the CPU; b is `batch`, y and x are the sides of the model's image.
+        `image`: (b, 3, y, x) float32 on the CPU, where b is `batch`, and y and x are the sides of the model's image.
+        ValueError if b is not `batch`; errors of OpenVINO propagate.
         """
         pixels = image.contiguous().numpy()
         for request, one_image in zip(self._requests, pixels, strict=True):
@@ -103,9 +104,10 @@ class StoredNetwork(nn.Module):
             return core().read_model(self.xml.cpu().numpy().tobytes(), self.weights.cpu().numpy().tobytes())
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the network's output (b, channels, y, x) float32 on the device of `image`.
+        """Return the network's output (b, channels, y, x) float32 on the device of `image`. The first call compiles it.
 
-        `image`: (b, 3, side, side) float, of the side that the model takes. PackageError if it cannot be compiled.
+        `image`: RGB in [0, 1], (b, 3, side, side) float, of the side that the model takes. PackageError if the network
+        cannot be compiled.
         """
         if self._compiled is None:
             with as_package_error():
@@ -118,8 +120,10 @@ class StoredNetwork(nn.Module):
 def convert(network: nn.Module, side: int) -> Any:
     """Convert a network to an openvino.Model for one image (1, 3, side, side) float32.
 
-    `network` is set to evaluation mode and float32. InputError if OpenVINO is not installed, PackageError if it cannot
-    convert the network.
+    `network` itself is set to evaluation mode and float32; the model of a StoredNetwork is returned as it is stored.
+    `side`: side of the image in pixels.
+
+    InputError if OpenVINO is not installed, PackageError if it cannot convert the network.
     """
     try:
         from openvino.frontend import FrontEndManager
@@ -146,10 +150,13 @@ def convert(network: nn.Module, side: int) -> Any:
 def cached_conversion(package_sha256: str, side: int, code: Path | None, load: Callable[[], nn.Module]) -> Any:
     """Return the package's network as an openvino.Model, from the cache or else from `convert(load(), side)`.
 
-    `package_sha256`: hash of the package. `side`: side of the image in pixels. `code`: file of the architecture, on
-    which the conversion depends. `load`: loads the network if it is not in the cache; the conversion is then saved
-    there. A cache that cannot be read or written is ignored. Errors as in
-    `convert` and `load`.
+    A new conversion is saved in the cache. A cache that cannot be read or written is ignored.
+
+    `package_sha256`: hash of the package. `side`: side of the image in pixels. `code`: Python file of the architecture,
+    on which the conversion depends; None if it has no file. `load`: loads the network if it is not in the cache; its
+    errors propagate.
+
+    PackageError if OpenVINO cannot convert the network.
     """
     folder = cache_folder() / "openvino" / _key(package_sha256, side, code)
     with contextlib.suppress(OSError, PackageError, RuntimeError, ImportError):
@@ -178,7 +185,7 @@ def _key(package_sha256: str, side: int, code: Path | None) -> str:
 
 @contextlib.contextmanager
 def as_package_error() -> Iterator[None]:
-    """Convert a RuntimeError of OpenVINO in the block to a PackageError, whose message has the remedy."""
+    """Return a context manager that converts a RuntimeError of OpenVINO to a PackageError with the remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -187,10 +194,11 @@ def as_package_error() -> Iterator[None]:
 
 
 def model_macs(model: Any) -> tuple[int, int]:
-    """Return (macs, constants) of an openvino.Model.
+    """Return two numbers, (macs, constants), of an openvino.Model.
 
     macs: multiply-accumulates of its convolutions and matrix products. constants: number of values in its constants.
-    `model`: must have static shapes.
+
+    `model`: openvino.Model with static shapes.
     """
     macs = constants = 0
     for node in model.get_ops():

@@ -39,10 +39,13 @@ class Package:
 
 
 def find_package(name_or_path: str, option: str = "--model") -> Package:
-    """Find a package and read its card: `starter`, a .safetensors file, a folder with one, or a name in the cache.
+    """Find the package `name_or_path` and read its card. The weights are not loaded.
 
-    An existing path takes precedence over a name in the cache. `option`: option or argument by which the user named it,
-    for messages. PackageError if there is no such package, it cannot be read, or it has no valid card.
+    `name_or_path`: `starter`, the path of a .safetensors file or of a folder with one such file, or the name of a
+    package in the cache. An existing path takes precedence over a name in the cache. `option`: option or argument by
+    which the user named it, for messages.
+
+    PackageError if there is no such package, it cannot be read, or it has no valid card.
     """
     path = STARTER if name_or_path == "starter" else Path(name_or_path)
     try:
@@ -89,7 +92,8 @@ def _read(path: Path, named: str, option: str) -> Package:
 def load_network(package: Package) -> nn.Module:
     """Return the package's network with its weights, float32 on the CPU, in evaluation mode and without gradients.
 
-    PackageError if the weights cannot be read, do not match the card's hash, or do not fit the architecture.
+    PackageError if the architecture is not known, or the weights cannot be read, do not match the card's hash, or do
+    not fit the card.
     """
     tensors = load_tensors(package)
     card, kind = package.card, architecture(package.card.architecture)
@@ -130,9 +134,12 @@ def load_tensors(package: Package) -> dict[str, torch.Tensor]:
 def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = True) -> None:
     """Write a package with the weights of `network` and `card` to `path`, atomically; an existing file is replaced.
 
-    In the file, the card's `weights_sha256` is that of the stored weights. `half`: store floating-point weights as
-    float16, for students, whose training ensures that they fit; False to store them unchanged, since the statistics of
-    other networks may exceed float16's range. OSError if the file cannot be written.
+    In the file, the card's `weights_sha256` is that of the stored weights.
+
+    `half`: store floating-point weights as float16, for students, whose training ensures that they fit; False to store
+    them unchanged, since the statistics of other networks may exceed float16's range.
+
+    OSError if the file cannot be written, TypeError for weights of a dtype that numpy lacks.
     """
     import torch
 
@@ -144,10 +151,10 @@ def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = Tru
 
 
 def save_with_card(package: Package, card: Card, path: Path) -> None:
-    """Write a copy of `package` with the card `card` to `path`, atomically. The weights are unchanged.
+    """Write a copy of `package` with the card `card` to `path`, atomically. The weights and their hash are unchanged.
 
-    `path` may be that of the package. PackageError if its weights cannot be read or do not match its own card, OSError
-    if the file cannot be written.
+    `path` may be that of the package; an existing file is replaced. PackageError if the package's weights cannot be
+    read or do not match its own card, OSError if the file cannot be written.
     """
     _write(path, load_tensors(package), replace(card, weights_sha256=package.card.weights_sha256))
 

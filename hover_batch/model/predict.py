@@ -96,10 +96,13 @@ class Predictor:
         return doubled(cuda_trial(compute, self.card.tile_in, self.device))
 
     def submit(self, tiles: Sequence[NDArray[np.uint8]]) -> Pending:
-        """Begin to predict at most `batch` tiles; `Pending.result` returns what `predict` would return.
+        """Begin to predict tiles; `Pending.result` returns their maps, as `predict` does.
 
-        `tiles`: RGB (tile_in, tile_in, 3) uint8 each. On a GPU, return without waiting for the device; errors of the
-        device are raised by `Pending.result`. Several threads may call this method; they take turns.
+        On a GPU, the call returns without waiting for the device, and errors of the device are raised by
+        `Pending.result`. Otherwise the maps are computed at once, with the errors of `predict`. Several threads may
+        call this method; they take turns.
+
+        `tiles`: RGB (tile_in, tile_in, 3) uint8 each, at most `batch` of them.
         """
         if self.streams is None:
             return self._in_turn(np.stack(tiles))
@@ -115,18 +118,22 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the maps (n, plane, tile_out, tile_out) uint8 of the kept pixels of tiles (see MapLayout).
+        """Return the maps (n, plane, tile_out, tile_out) uint8 of the kept pixels of tiles (see `MapLayout`).
 
-        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch`. If the device runs out of memory, `at_once` is
-        halved; torch.OutOfMemoryError if one tile is too much.
+        If fp16 overflows, the tiles are computed again in fp32. If the device runs out of memory, `at_once` is halved,
+        for later calls as well.
+
+        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch`. torch.OutOfMemoryError if one tile is too much.
         """
         return self._as_fits(tiles, lambda rgb: self._quantised(self._checked_output(rgb), rgb))
 
     @torch.inference_mode()
     def logits(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the network's output (n, channel, tile_out, tile_out) float32 for the kept pixels (see Heads).
+        """Return the network's output for the kept pixels of tiles (see `Heads`).
 
-        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch`. Lack of memory is handled as in `predict`.
+        It is (n, channel, tile_out, tile_out) float32. Overflow and lack of memory are handled as in `predict`.
+
+        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch`. torch.OutOfMemoryError if one tile is too much.
         """
         return self._as_fits(tiles, self._checked_output)
 
@@ -188,17 +195,21 @@ class Predictor:
     def autocast(self) -> torch.autocast:
         """Return a context manager in which torch computes in the predictor's `precision`.
 
-        It changes nothing unless that is fp16 or bf16.
+        It has no effect unless the precision is fp16 or bf16.
         """
         short = _SHORT.get(self.precision)
         return torch.autocast(self.device.type, short or torch.bfloat16, enabled=short is not None)
 
 
 def load_predictor(package: Package, settings: InferSettings) -> Predictor:
-    """Load a package's network onto its device, ready to predict. With OpenVINO, the converted network is cached.
+    """Load a package's network onto its device, ready to predict.
 
-    PackageError if its weights cannot be loaded or the network cannot be compiled, InputError if the device cannot be
-    used.
+    With OpenVINO, the converted network is cached. On the CPU, torch's number of threads in this process is set.
+
+    `settings`: settings of inference, which may contain `auto`.
+
+    InputError if the device cannot be used, PackageError if the weights cannot be loaded or the network cannot be
+    compiled.
     """
     card, resolved = package.card, resolve(settings)
     if resolved.runtime != "openvino":
@@ -214,9 +225,12 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
 
 
 def auto_batch(package: Package, settings: InferSettings) -> int:
-    """Return the batch size that `--batch auto` chooses for `package` on this machine's GPU.
+    """Return the batch size that inference with `settings` uses for `package` on this machine.
 
-    `settings`: settings of inference. Errors as in `load_predictor`.
+    The network is loaded. With `--batch auto` on a GPU, the size is found in a trial of a few seconds; otherwise it is
+    that of `resolve`.
+
+    InputError if the device cannot be used, PackageError if the network cannot be loaded or compiled.
     """
     batch = load_predictor(package, settings).batch
     torch.cuda.empty_cache()  # for the processes that will use the GPU
@@ -241,9 +255,10 @@ def _centre(planes: Tensor, side: int) -> Tensor:
 
 
 def quantise(output: Tensor, rgb: Tensor, layout: MapLayout) -> Tensor:
-    """Quantise a network's output to the maps (b, plane, y, x) uint8 that are stored (see MapLayout).
+    """Return the maps (b, plane, y, x) uint8 that are stored for a network's output (see `MapLayout`).
 
-    `output`: (b, channel, y, x) float32 (see Heads). `rgb`: (b, 3, y, x) uint8, the same pixels.
+    `output`: (b, channel, y, x) float32 (see `Heads`). `rgb`: (b, 3, y, x) uint8, the same pixels. `layout`: layout of
+    the maps, with the number of classes of the output.
     """
     nucleus = (output[:, NP].softmax(1)[:, 1:] * 256).floor().clamp(max=255)
     near = nucleus >= layout.NP_NEAR
@@ -256,8 +271,10 @@ def quantise(output: Tensor, rgb: Tensor, layout: MapLayout) -> Tensor:
 def stain_density(rgb: Tensor) -> Tensor:
     """Return the optical densities of hematoxylin and eosin (b, 2, y, x) float32, at least 0.
 
-    `rgb`: (b, 3, y, x) uint8. A channel of intensity I has the density -log10((I + 1) / 256). The product with the
-    stain matrix is written out, so that results do not depend on the batch's shape.
+    An intensity I of a colour has the density -log10((I + 1) / 256). The product with the stain matrix is written out,
+    so that results do not depend on the batch's shape.
+
+    `rgb`: (b, 3, y, x) uint8.
     """
     red, green, blue = (-torch.log10((rgb.float() + 1) / 256)).unbind(1)
     matrix = STAIN_FROM_OD.to(rgb.device)
@@ -269,7 +286,9 @@ def resolve(settings: InferSettings) -> InferSettings:
     """Return the settings with `auto` replaced by the device, precision and runtime for this machine.
 
     A run records the result. On a GPU, AUTO_BATCH remains, because the batch size depends on the network (see
-    `auto_batch`). InputError if the device is not available, or cannot be combined with the runtime or the precision.
+    `auto_batch`).
+
+    InputError if the device is not available, or cannot be combined with the runtime or the precision.
     """
     if settings.runtime == "openvino":
         device = _device("cpu" if settings.device == "auto" else settings.device)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 
 def upsampling_merged(network: nn.Module) -> nn.Module:
-    """Return a copy of a U-Net whose decoder blocks merge upsampling and convolution.
+    """Return a copy of a U-Net in which each decoder block's upsampling is merged with the convolution after it.
 
-    Other networks, and U-Nets whose blocks cannot be merged, are returned themselves, unchanged.
+    The output is the same up to rounding. Other networks, and U-Nets whose blocks cannot be merged, are returned
+    themselves, unchanged.
     """
     if not isinstance(network, smp.Unet) or not all(_doubles(block) for block in network.decoder.blocks):
         return network

@@ -36,9 +36,9 @@ class Components:
 
     @classmethod
     def of(cls, np_map: NDArray[np.uint8]) -> Self:
-        """Label the 4-connected components of the pixels with a probability of nucleus of at least 0.5.
+        """Return the 4-connected components of a window's foreground.
 
-        `np_map`: stored plane np (y, x) uint8 of a window.
+        Foreground pixels have a probability of nucleus of at least 0.5. `np_map`: stored plane np (y, x) uint8.
         """
         return cls(*_labelled(np.ascontiguousarray(np_map), MapLayout.NP_NUCLEUS))
 
@@ -59,18 +59,20 @@ class Splitter(Protocol):
     """Post-processing of one system: how components become instances."""
 
     def split(self, planes: NDArray[np.uint8], components: Components, chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
-        """Split the `chosen` (n,) components of a window into instances: (y, x) int32, 0 = background.
+        """Split components of a window into instances. Return the instances (y, x) int32, 0 = background.
 
-        `planes` (2, y, x): the stored planes h and v.
-        Components of fewer than MIN_PIXELS pixels are dropped. Instances are numbered 1 … n without gaps. The result
-        is exact for components at least `regions.MARGIN` pixels from the window's edge.
+        Instances are numbered 1 … n without gaps. Components of fewer than MIN_PIXELS pixels are dropped. The result is
+        exact for components at least `regions.MARGIN` pixels from the window's edge.
+
+        `planes` (2, y, x) uint8: stored planes h and v. `components`: components of the same window. `chosen` (n,):
+        whether each component is split; the others become background.
         """
 
 
 def without_debris(instances: NDArray[np.int32], min_pixels: int) -> NDArray[np.int32]:
     """Return the instances (y, x) int32 with at least `min_pixels` pixels, renumbered 1 … n in the order of their ids.
 
-    `instances` (y, x): 0 = background. Smaller instances become background.
+    Smaller instances become background. `instances` (y, x) int32: 0 = background.
     """
     large = np.bincount(instances.ravel()) >= min_pixels
     large[0] = False

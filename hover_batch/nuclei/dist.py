@@ -29,10 +29,12 @@ class DynamicWatershed:
     """Splitter of DIST."""
 
     def split(self, planes: NDArray[np.uint8], components: Components, chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
-        """Split the `chosen` components of a window (see `Splitter.split`).
+        """Split components of a window into instances. Return the instances (y, x) int32, 0 = background.
 
-        `planes` (2, y, x): the stored distance, and a plane that is not used. Instances are numbered by component, then
-        by the first pixel of their maximum.
+        Instances are numbered by component, then by the first pixel of their maximum.
+
+        `planes` (2, y, x) uint8: the stored distance, and a plane that is not used. Other arguments as in
+        `Splitter.split`.
         """
         distance = np.ascontiguousarray(planes[0]).view(np.int8)
         return np.asarray(_split(distance, components.labels, components.bounds, chosen & components.large), np.int32)
@@ -68,14 +70,17 @@ def _split(
 
 @njit(cache=True, nogil=True)
 def maxima(own: NDArray[np.bool_], height_of: NDArray[np.int8], dynamic: int) -> tuple[NDArray[np.int32], int]:
-    """Return the maxima (y, x) int32 of a component that are at least `dynamic` high, 0 = none, and their number n ≥ 1.
+    """Return the maxima of a component that are at least `dynamic` high, (y, x) int32, 0 = none, and their number.
 
-    `own` (y, x): the component's pixels in its bounding box. `height_of` (y, x): heights, at least 0. A maximum is as
-    high as it exceeds the highest path to a higher one; the highest of the component always remains. Its pixels are
-    those of its basin that are less than `dynamic` below it. Maxima are numbered by their first pixels.
+    The number is at least 1: the highest maximum of the component always remains. The height of another is how far it
+    exceeds the highest path to a higher one. The pixels of a maximum are those of its basin that are less than
+    `dynamic` below it. Maxima are numbered by their first pixels.
 
-    Pixels are added from the highest to the lowest, equal ones in raster order. One that joins two basins merges them
-    if the lower one is less than `dynamic` high.
+    Pixels are added from the highest to the lowest, equal ones in raster order. A pixel that joins two basins merges
+    them if the lower one is less than `dynamic` high.
+
+    `own` (y, x): the component's pixels in its bounding box. `height_of` (y, x) int8: stored heights, at least 0.
+    `dynamic`: smallest height in stored steps.
     """
     rows, columns = own.shape
     basin_of = np.full((rows, columns), -1, np.int64)

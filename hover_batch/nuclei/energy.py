@@ -33,7 +33,7 @@ _ACROSS_F64, _ALONG_F64 = _BINOMIAL.astype(np.float64), _DIFFERENCE.astype(np.fl
 def sobel_extremes(h: NDArray[np.uint8], v: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Return the extremes (4,) float64 of two Sobel maps: minimum and maximum of Sobel_x(h), then of Sobel_y(v).
 
-    `h`, `v` (y, x): a window of stored maps. The values are in stored steps.
+    The values are in stored steps. `h`, `v` (y, x) uint8: stored planes of a window.
     """
     r = SOBEL_RADIUS
     around = [cv2.copyMakeBorder(np.ascontiguousarray(p), r, r, r, r, cv2.BORDER_REFLECT_101) for p in (h, v)]
@@ -50,15 +50,15 @@ def energy_around(
     scales: tuple[float, float],
     offsets: tuple[float, float],
 ) -> NDArray[np.float32]:
-    """Return the energy landscape of a box x0, y0, x1, y1 and one pixel around it: (y1 - y0 + 2, x1 - x0 + 2) float32.
+    """Return the energy landscape of a box and one pixel around it: (y1 - y0 + 2, x1 - x0 + 2) float32.
 
     It is max(1 - Sobel_x(h), 1 - Sobel_y(v), 0) of the scaled Sobel maps, which is high where h and v, the distances to
     the centroid, jump from one nucleus to the next. The energy of pixels outside of the foreground is 1: the reference
     masks them later, with the same effect. Beyond the window's edge the energy is reflected.
 
-    `h`, `v` (y, x): stored maps of a window. `labels` (y, x): component of each pixel. `foreground` (n,): whether each
-    component belongs to the foreground. `scales`, `offsets`: for h and for v; a Sobel sum s is scaled to
-    s·scale - offset.
+    `h`, `v` (y, x): stored planes of a window, viewed as int8. `foreground` (n,): whether each component belongs to the
+    foreground. `labels` (y, x): component of each pixel. `box`: x0, y0, x1, y1 in pixels of the window, half-open.
+    `scales`, `offsets`: for h and for v; a Sobel sum s is scaled to s·scale - offset.
     """
     height, width = labels.shape
     x0, y0, x1, y1 = box
@@ -100,9 +100,11 @@ def energy_around(
 def mask_hv(maps: NDArray[np.uint8]) -> None:
     """Set h and v to zero, in place, where they do not affect the energy of any foreground pixel.
 
-    These are the pixels that no Sobel filter centred on the foreground reaches. `maps` (plane, y, x) uint8: a unit (see
-    MapLayout). A band of SOBEL_RADIUS pixels along its edges keeps its values for the foreground of neighbouring units.
-    Do not use this if Sobel maps will be scaled by the extremes of windows, which include the background.
+    These are the pixels that no Sobel filter centred on the foreground reaches. A band of SOBEL_RADIUS pixels along the
+    unit's edges keeps its values, for the foreground of neighbouring units. Do not use this if Sobel maps will be
+    scaled by the extremes of windows, which include the background.
+
+    `maps` (plane, y, x) uint8: stored maps of a unit (see `MapLayout`).
     """
     foreground = (maps[MapLayout.NP] >= MapLayout.NP_NUCLEUS).view(np.uint8)
     near = cv2.dilate(foreground, np.ones((SOBEL_SIZE, SOBEL_SIZE), np.uint8))

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 @njit(cache=True, nogil=True)
 def flood(own: NDArray[np.bool_], energy: NDArray[np.float32], markers: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Grow the markers of a component until they fill it: (y, x) int32, 0 outside of the component.
+    """Return the instances of a component, (y, x) int32, 0 outside of it, grown from its markers until they fill it.
 
-    `own` (y, x): the component's pixels in its bounding box. `energy` (y + 2, x + 2): see `energy_around`. `markers`
-    (y, x): numbers of the markers, 0 = none.
+    `own` (y, x): the component's pixels in its bounding box. `energy` (y + 2, x + 2) float32: see `energy_around`.
+    `markers` (y, x) int32: numbers of the markers, 0 = none; not changed.
     """
     capacity = np.count_nonzero(own)
     values, items = np.empty(capacity), np.empty(capacity, np.int64)

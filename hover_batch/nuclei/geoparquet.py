@@ -31,8 +31,12 @@ WriteGroup = Callable[[pa.Table], None]
 def geoparquet_writer(path: Path, schema: pa.Schema, metadata: Mapping[str, Any]) -> Iterator[WriteGroup]:
     """Yield the function that writes row groups to the file `path`, which is complete when the block ends.
 
+    If the block raises an error, the file lacks its metadata. Groups must not be empty.
+
     `schema`: columns, among them `bbox` and `geometry`. `metadata`: JSON values by name, for the entry `hover_batch` of
-    the file's metadata. OSError if the file cannot be written.
+    the file's metadata.
+
+    OSError if the file cannot be written.
     """
     extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
     with pq.ParquetWriter(

@@ -17,9 +17,9 @@ class WholeComponents:
     """Splitter of Micro-Net."""
 
     def split(self, planes: NDArray[np.uint8], components: Components, chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
-        """Return the `chosen` components of a window as instances, one each, numbered 1 … n: (y, x) int32.
+        """Return components of a window as one instance each, (y, x) int32, numbered 1 … n, 0 = background.
 
-        Arguments as in `Splitter.split`. Components of fewer than MIN_PIXELS pixels are dropped.
+        Components of fewer than MIN_PIXELS pixels are dropped. Arguments as in `Splitter.split`; `planes` is not used.
         """
         kept = chosen & components.large
         return np.where(kept, np.cumsum(kept), 0).astype(np.int32)[components.labels]

@@ -25,11 +25,13 @@ _ERASED = -1
 def markers_of(
     own: NDArray[np.bool_], energy: NDArray[np.float32], edges: tuple[bool, bool, bool, bool]
 ) -> tuple[NDArray[np.int32], int]:
-    """Return the markers (y, x) int32 of a component, 0 = none, and their number m.
+    """Return the markers of a component, (y, x) int32, 0 = none, and their number m.
 
-    They are numbered 1 … m in the order of their first pixels. `own` (y, x): the component's pixels in its bounding
-    box. `energy` (y + 2, x + 2): see `energy_around`. `edges`: whether the box touches the left, upper, right and lower
-    edge of the window; like OpenCV, the opening treats all pixels beyond these edges as set.
+    They are numbered 1 … m in the order of their first pixels. Markers of fewer than MIN_PIXELS pixels are dropped.
+
+    `own` (y, x): the component's pixels in its bounding box. `energy` (y + 2, x + 2) float32: see `energy_around`.
+    `edges`: whether the box touches the left, upper, right and lower edge of the window; like OpenCV, the opening
+    treats all pixels beyond these edges as set.
     """
     filled = _filled(own, energy)
     height, width = own.shape

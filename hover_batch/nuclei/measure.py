@@ -74,9 +74,9 @@ class Nuclei:
 
 
 def no_nuclei(n_types: int) -> Nuclei:
-    """Return a `Nuclei` with n = 0, whose class_probs is (0, n_types - 1).
+    """Return an empty `Nuclei`, whose class_probs is (0, n_types - 1).
 
-    `n_types`: number of classes, including background.
+    `n_types`: number of classes, background included.
     """
     layout = MapLayout(n_types)
     return measure(np.zeros((1, 1), np.int32), np.zeros((layout.planes, 1, 1), np.uint8), layout)
@@ -99,11 +99,13 @@ def concatenate(parts: Sequence[Nuclei]) -> Nuclei:
 def measure(
     instances: NDArray[np.int32], maps: NDArray[np.uint8], layout: MapLayout, origin: tuple[int, int] = (0, 0)
 ) -> Nuclei:
-    """Measure every instance of a window; return the measurements sorted by anchor (y, then x).
+    """Return the measurements of every instance of a window, sorted by anchor (y, then x).
+
+    `seam_uncertain` is False for all.
 
     `instances` (y, x) int32: 0 = background, 1 … n without gaps. `maps` (plane, y, x) uint8: stored maps of the same
     window, in the planes of `layout`. `origin`: absolute (x, y) of the window's first pixel, which is added to all
-    positions. `seam_uncertain` is False for all.
+    positions.
     """
     n = int(instances.max())
     maps = np.ascontiguousarray(maps)

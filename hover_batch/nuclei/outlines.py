@@ -31,10 +31,12 @@ def outlines(
 ) -> list[NDArray[np.float64]]:
     """Return the outline of each instance 1 … n: a closed, valid ring (k, 2) float64 of x, y, in the order of the ids.
 
-    `instances` (y, x): instance map. `bounds` (n, 4): x0, y0, x1, y1 of each instance, half-open. `anchor_x` (n,):
-    column of its first pixel in raster order. `area` (n,): its number of pixels. `origin`: (x, y), added to all points.
     If an instance has several parts, the largest is outlined; parts one pixel wide have no area. The outline of an
     instance without any area is the bounding rectangle of its pixels, edges included.
+
+    `instances` (y, x) int32: instance map. `bounds` (n, 4): x0, y0, x1, y1 of each instance, half-open. `anchor_x`
+    (n,): column of its first pixel in raster order. `area` (n,): its number of pixels. `origin`: (x, y), added to all
+    points.
     """
     # A column of a table is contiguous if it has one row. Numba would compile another function for that.
     points, ends, plain = _follow(instances, bounds, np.ascontiguousarray(anchor_x), np.ascontiguousarray(area))

@@ -44,10 +44,12 @@ def nuclei_of_region(
 ) -> Nuclei:
     """Return the nuclei that the region `core` owns, in absolute pixels of the inference grid, sorted by anchor.
 
-    `read(box)` returns the maps (plane, y, x) uint8 of any box, in the planes of `layout`, with zeros outside of the
-    canvas and where nothing was predicted; its exceptions propagate. `settings`: halo, smallest area and largest
-    component. `splitter`: post-processing of the model's system; None is HoVerNet's with the extremes of this region's
-    window, for `--sobel-norm window`.
+    More than `core` and its halo is read if a component of the foreground continues beyond it.
+
+    `read`: returns the maps (plane, y, x) uint8 of any box, in the planes of `layout`, with zeros outside of the canvas
+    and where nothing was predicted; its exceptions propagate. `core`: box in absolute inference pixels. `settings`:
+    halo, smallest area and largest component. `splitter`: post-processing of the model's system; None for HoVerNet's
+    with the extremes of this region's window, for `--sobel-norm window`.
     """
     view = _View.of(read, core.expand(settings.halo), layout)
     if splitter is None:
@@ -78,6 +80,8 @@ def nuclei_of_region(
 
 def load_kernels(layout: MapLayout, splitter: Splitter | None) -> None:
     """Load the compiled functions of post-processing, for which each process otherwise waits at its first region.
+
+    They are compiled, which takes longer, if numba's cache does not have them.
 
     `layout`, `splitter`: planes of the maps that will be processed, and their post-processing.
     """

@@ -22,7 +22,9 @@ def splitter(system: str, sobel: Mapping[str, float]) -> Splitter:
     """Return the post-processing of a system.
 
     `system`: key of `hover_batch.model.heads.SYSTEMS`. `sobel`: Sobel constants as in cards; ignored by systems without
-    Sobel maps. KeyError if the system is not known, PackageError if its constants are invalid.
+    Sobel maps.
+
+    KeyError if the system is not known, PackageError if its constants are invalid.
     """
     return _SPLITTERS[system](sobel)
 
@@ -30,7 +32,9 @@ def splitter(system: str, sobel: Mapping[str, float]) -> Splitter:
 def splitter_of(card: Card, sobel_norm: SobelNorm = "fixed") -> Splitter | None:
     """Return the post-processing of a model; None for HoVerNet's with Sobel maps normalised by each window's extremes.
 
-    InputError if such Sobel maps are wanted of a model that has none.
+    `card`: card of the model. `sobel_norm`: "fixed" for the constants on the card, "window" for each window's extremes.
+
+    InputError for "window" if the model has no Sobel maps, PackageError if the constants on the card are invalid.
     """
     card.check_sobel_norm(sobel_norm)
     return splitter(card.system, card.sobel) if sobel_norm == "fixed" else None

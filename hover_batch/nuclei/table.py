@@ -102,9 +102,10 @@ class MergeResult:
 
 
 def table_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Schema:
-    """Return the columns of nuclei.parquet, in order; none is nullable. One `prob_<class>` per class of `taxonomy`.
+    """Return the columns of nuclei.parquet, in order. No column is nullable.
 
-    `calibrated`: columns that have a calibrated one after them.
+    `taxonomy`: classes of the nuclei; each has a column `prob_<class>`. `calibrated`: columns after which a column with
+    their calibrated values follows.
     """
     columns: list[tuple[str, pa.DataType]] = [
         ("slide_id", pa.string()),
@@ -140,16 +141,19 @@ def table_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Sch
 def part_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Schema:
     """Return the columns of a part: those of nuclei.parquet, with the anchor instead of nucleus_id.
 
-    The anchor, anchor_y and anchor_x in inference pixels, comes first; the merge sorts by it.
+    The anchor, anchor_y and anchor_x in inference pixels, comes first; the merge sorts by it. Arguments as in
+    `table_schema`.
     """
     anchors = [pa.field(name, pa.int64(), nullable=False) for name in ("anchor_y", "anchor_x")]
     return pa.schema(anchors + [field for field in table_schema(taxonomy, calibrated) if field.name != "nucleus_id"])
 
 
 def to_arrow(nuclei: Nuclei, context: TableContext) -> pa.Table:
-    """Convert nuclei, in inference pixels, to rows of `part_schema`, in level-0 pixels and µm, in the same order.
+    """Convert nuclei in inference pixels to rows of `part_schema`, in level-0 pixels and µm, in the same order.
 
-    Lengths in µm take the geometric mean of a pixel's sides.
+    Lengths in µm are those in pixels times the geometric mean of a pixel's sides.
+
+    `nuclei`: nuclei in absolute pixels of the slide's inference grid. `context`: slide and model.
     """
     grid, taxonomy = context.grid, context.taxonomy
     scale = np.array([grid.scale_x, grid.scale_y], np.float64)
@@ -206,9 +210,9 @@ def _wkb(contours: Sequence[NDArray[np.float64]], scale: NDArray[np.float64]) ->
 
 
 def write_part(path: Path, part: pa.Table) -> None:
-    """Write `part`, the nuclei of one region (see `part_schema`), to the Parquet file `path` in one step.
+    """Write the nuclei of one region to the Parquet file `path`, atomically; an existing file is replaced.
 
-    OSError if the file cannot be written.
+    `part`: rows of `part_schema`. OSError if the file cannot be written.
     """
     with replacing(path) as temporary:
         pq.write_table(part, temporary, compression="zstd", compression_level=1, use_dictionary=DICTIONARY)
@@ -217,13 +221,17 @@ def write_part(path: Path, part: pa.Table) -> None:
 def merge_parts(
     parts: Iterable[tuple[int, Path]], out: Path, context: TableContext, select: Selection | None = None
 ) -> MergeResult:
-    """Sort and number all nuclei of a slide and write them to `out`, one row of regions at a time.
+    """Sort and number all nuclei of a slide, and write them to `out`. Return their counts.
 
-    `parts`: the file of each region, with its row in the grid of regions. The anchors of one row of regions all lie
-    above those of the next, so memory holds one row of regions and one row group, independent of the slide's height.
-    `context`: slide and model, for the file's metadata and the column slide_id. `select` chooses the nuclei of the
-    table by their centroids, before they are numbered; None for all. `out` is replaced atomically. SlideError if two
-    regions hold the same nucleus, OSError if a file cannot be read or written.
+    `out` is replaced atomically. The anchors of one row of regions all lie above those of the next, so memory holds one
+    row of regions and one row group, independent of the slide's height.
+
+    `parts`: the file of each region, with its row in the grid of regions. `context`: slide and model, for the file's
+    metadata and the column slide_id. `select`: chooses the nuclei of the table by their centroids, before they are
+    numbered; None for all.
+
+    SlideError if two regions hold the same nucleus, OSError if a file cannot be read or written, pyarrow.ArrowInvalid
+    if a part is corrupted.
     """
     schema = table_schema(context.taxonomy, context.scalings)
     by_type = np.zeros(len(context.taxonomy.classes), np.int64)

@@ -65,26 +65,29 @@ class SobelConstants:
     def of_window(cls, h: NDArray[np.uint8], v: NDArray[np.uint8]) -> Self:
         """Return the extremes of the Sobel maps of one window, by which the reference implementation normalises them.
 
-        `h`, `v`: stored planes (y, x) uint8.
+        `h`, `v` (y, x) uint8: stored planes of the window.
         """
         return cls(*(sobel_extremes(h, v) / HV_STEPS).tolist())
 
     @property
     def scaling(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """((scale of h, of v), (offset of h, of v)): a Sobel sum s of stored steps is scaled to s·scale - offset.
+        """Scales for h and v, and offsets for h and v: a Sobel sum s of stored steps is scaled to s·scale - offset.
 
-        The scale is 0 if minimum and maximum are equal.
+        A scale is 0 if minimum and maximum are equal.
         """
         scale_h, scale_v = _scale(self.h_min, self.h_max), _scale(self.v_min, self.v_max)
         return (scale_h / HV_STEPS, scale_v / HV_STEPS), (self.h_min * scale_h, self.v_min * scale_v)
 
     def split(self, planes: NDArray[np.uint8], components: Components, chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
-        """Split the `chosen` (n,) components of a window into instances: (y, x) int32, 0 = background.
+        """Split components of a window into instances. Return the instances (y, x) int32, 0 = background.
 
-        `planes` (2, y, x): stored h and v. A component with one marker becomes one instance (flooding from one marker
-        fills its component); a component without markers, or of fewer than MIN_PIXELS pixels, is dropped. Instances
-        are numbered by component, then by the first pixel of their marker. The result is exact for components at least
-        REACH pixels from the window's edge.
+        A component with one marker becomes one instance (flooding from one marker fills its component); a component
+        without markers, or of fewer than MIN_PIXELS pixels, is dropped. Instances are numbered by component, then by
+        the first pixel of their marker. The result is exact for components at least REACH pixels from the window's
+        edge.
+
+        `planes` (2, y, x) uint8: stored planes h and v. `components`: components of the same window. `chosen` (n,):
+        whether each component is split.
         """
         # All components that are large enough enter the energy: the blur reads diagonal neighbours.
         large = components.large
@@ -115,11 +118,13 @@ def _scale(low: float, high: float) -> float:
 def instance_map(
     np_map: NDArray[np.uint8], h: NDArray[np.uint8], v: NDArray[np.uint8], splitter: Splitter | None
 ) -> NDArray[np.int32]:
-    """Return the instances (y, x) int32, 0 = background, of a window of stored maps (y, x) uint8 (see `MapLayout`).
+    """Return the instances of a window, (y, x) int32, numbered 1 … n, 0 = background.
 
-    Instances are numbered 1 … n. With a `splitter`, the maps count as zero outside of the window, so that a whole
-    canvas gives the same instances as any tiling of it. With None, they are HoVerNet's with Sobel maps normalised by
-    their own extremes, and the window's edge is treated as in the reference.
+    With a `splitter`, the maps count as zero outside of the window, so that a whole canvas gives the same instances as
+    any tiling of it. Without one, the window's edge is treated as in the reference implementation.
+
+    `np_map`, `h`, `v` (y, x) uint8: stored planes (see `MapLayout`). `splitter`: post-processing of the model's system;
+    None for HoVerNet's with Sobel maps normalised by their own extremes.
     """
     if splitter is None:
         components = Components.of(np_map)

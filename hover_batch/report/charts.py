@@ -59,7 +59,7 @@ class Strip:
 def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[NucleusClass]) -> Histogram:
     """Return the histogram of `measure`, with a curve for each of `classes` that has nuclei.
 
-    `counts` (class id, bin) int64: number of nuclei. Each curve gives the shares of the nuclei of its class.
+    Each curve gives the shares of the nuclei of its class. `counts` (class id, bin) int64: number of nuclei.
     """
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
@@ -85,7 +85,7 @@ def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[Nuc
 def strips(values: Mapping[NucleusClass | None, Sequence[tuple[float, str]]]) -> list[Strip]:
     """Return one dot plot per class that has values, all on the same scale.
 
-    `values`: class → (value, label) of each slide; the key None stands for all classes together. Values are not
+    `values`: class → (value, label) of each slide; the key None stands for all classes together. Values must not be
     negative.
     """
     top = nice_ceiling(max((value for of_class in values.values() for value, _ in of_class), default=0.0))

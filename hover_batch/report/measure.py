@@ -58,7 +58,7 @@ class Cells:
 
     @classmethod
     def over(cls, canvas: Size, mpp: Mpp) -> Cells:
-        """Return the finest grid over a slide with at most CELLS cells along a side, of at least MIN_CELL_UM.
+        """Return the finest grid over a slide with cells of at least MIN_CELL_UM, at most CELLS of them along a side.
 
         `canvas`: size of the slide in level-0 pixels. `mpp`: pixel size of level 0 in µm.
         """
@@ -67,7 +67,7 @@ class Cells:
 
     @property
     def spans(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """(columns, rows): [start, stop) in level-0 pixels of every column along x, and of every row along y."""
+        """Extents [start, stop) in level-0 pixels of all columns along x, and of all rows along y."""
         columns, rows = (
             [(start, min(start + self.side, extent)) for start in range(0, extent, self.side)]
             for extent in (self.canvas.width, self.canvas.height)
@@ -76,7 +76,7 @@ class Cells:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns): number of cells along y and along x."""
+        """Number of cells along y (rows) and along x (columns)."""
         columns, rows = self.spans
         return len(rows), len(columns)
 
@@ -107,10 +107,11 @@ class Measured:
 
 
 def measure(table: NucleiTable, choose: int) -> Measured:
-    """Measure a table in one pass, one batch in memory at a time, and choose at most `choose` nuclei at random.
+    """Measure a table in one pass, one batch in memory at a time, and choose nuclei at random.
 
-    The slide_id is the seed of the choice, so that equal tables give equal choices. SlideError if the file is
-    corrupted.
+    The slide_id is the seed of the choice, so that equal tables give equal choices.
+
+    `choose`: largest number of nuclei to choose. SlideError if the file is corrupted.
     """
     cells = Cells.over(table.level0, table.mpp)
     classes = len(table.taxonomy.classes)

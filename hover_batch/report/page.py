@@ -52,7 +52,10 @@ class Pages:
         return "../" if self.count else ""
 
     def add(self, detail: SlideDetail) -> None:
-        """Add `detail`, the pictures of the next slide, and write the page once it is full. Errors as in the class."""
+        """Add the pictures of the next slide; write a page once PER_PAGE slides wait for it.
+
+        OSError if the page cannot be written.
+        """
         self._waiting.append(detail)
         if self.count and len(self._waiting) == PER_PAGE:
             self._write_page()
@@ -60,7 +63,8 @@ class Pages:
     def close(self, report: Report) -> None:
         """Write the last page of pictures and the front page.
 
-        Pages left by an earlier report are removed, and so is their folder if it is then empty.
+        Pages left by an earlier report are removed, and their folder, too, if it is then empty. OSError if a file
+        cannot be written or removed.
         """
         if self.count and self._waiting:
             self._write_page()
@@ -91,10 +95,11 @@ class Pages:
 
 
 def page_environment(package: str) -> jinja2.Environment:
-    """Return the Jinja environment with the templates of `package` and of the report.
+    """Return a Jinja environment with the templates of a package and of the report.
 
-    It escapes HTML, raises an error for undefined names, and has the filters, style and script of the pages. `package`:
-    name of a Python package with a folder `templates`.
+    It escapes HTML, raises an error for undefined names, and has the filters, style and script of the pages.
+
+    `package`: name of a Python package with a folder `templates`.
     """
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name) for name in (package, "hover_batch.report")]),

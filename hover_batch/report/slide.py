@@ -40,9 +40,10 @@ class SlideReport:
 def report_slide(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str | None) -> SlideReport:
     """Return the pictures and measurements of a finished slide.
 
-    Missing and corrupted files are listed in `detail.missing` of the result, not raised. `layout`: folder of the slide.
-    `row`: its row in the report's table. `record`: its row in the cohort. `to_run`: relative link from the page to the
-    run's folder; None if the report is outside of it.
+    Missing and corrupted files are listed in `detail.missing` of the result, not raised.
+
+    `layout`: folder of the slide. `row`: its row in the report's table. `record`: its row in the cohort. `to_run`:
+    relative link from the page to the run's folder; None if the report is outside of it.
     """
     missing: list[str] = []
     table = measured = None
@@ -106,7 +107,8 @@ def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, measure
 def crop_box(x: float, y: float, canvas: Size, mpp: Mpp) -> Box:
     """Return the square of CROP_UM around a position, moved inside the canvas, in level-0 pixels.
 
-    It is clipped if the canvas is smaller. `x`, `y` and `canvas` in level-0 pixels; `mpp`: their size.
+    It is clipped if the canvas is smaller. `x`, `y`, `canvas`: position and size of the slide in level-0 pixels. `mpp`:
+    size of these pixels in µm.
     """
     width, height = (
         min(round(CROP_UM / side), extent) for side, extent in ((mpp.x, canvas.width), (mpp.y, canvas.height))

@@ -43,9 +43,10 @@ class Backdrop:
         self.max_level = max(0, math.ceil(math.log2(max(level0.width, level0.height) / finest / TILE)))
 
     def tile(self, level: int, column: int, row: int) -> bytes | None:
-        """Return the tile (column, row) of a level as a JPEG of at most TILE × TILE pixels; None if there is none.
+        """Return a tile of the pyramid as a JPEG of at most TILE × TILE pixels; None if there is no such tile.
 
-        Tiles at the right and lower edges are smaller. SlideError if the slide can no longer be read.
+        Tiles at the right and lower edges are smaller. `level`: level of the pyramid, 0 for the coarsest. `column`,
+        `row`: position in the grid of tiles of this level. SlideError if the slide can no longer be read.
         """
         if not 0 <= level <= self.max_level:
             return None
@@ -67,8 +68,9 @@ def open_backdrop(slide: SlideLayout, record: SlideRecord, table: NucleiTable) -
     """Return the pyramid of the slide, or of its thumbnail if the slide cannot be opened.
 
     `slide`: paths of its results. `record`: its row of the cohort. `table`: its nuclei, which give the size of the
-    slide. InputError if the slide cannot be opened and there is no thumbnail. Errors of a corrupted thumbnail
-    propagate.
+    slide.
+
+    InputError if the slide cannot be opened and there is no thumbnail. Errors of a corrupted thumbnail propagate.
     """
     try:
         return Backdrop(reopen(record, slide.survey_json))

@@ -101,6 +101,8 @@ class NucleiTiles:
     def contours(self, column: int, row: int) -> bytes | None:
         """Return the nuclei of a contour tile in the little-endian layout below; None if there is no such tile.
 
+        `column`, `row`: position of the tile in the grid of contour tiles.
+
         ::
 
             n          uint32           number of nuclei
@@ -132,8 +134,10 @@ class NucleiTiles:
     def density(self, level: int, column: int, row: int) -> bytes | None:
         """Return the number of nuclei of each class in each cell of one density tile; None if there is no such tile.
 
-        `column`, `row`: position of the tile in the grid of tiles of this level. The bytes are an array (class, y, x)
-        of little-endian uint32 with CELLS cells along y and x. A cell is 2^level level-0 pixels wide.
+        The bytes are an array (class, y, x) of little-endian uint32 with CELLS cells along y and x.
+
+        `level`: a cell is 2^level level-0 pixels wide. `column`, `row`: position of the tile in the grid of tiles of
+        this level.
         """
         side = CELLS << min(level, 32)
         x0, y0 = column * side, row * side
@@ -155,7 +159,8 @@ class NucleiTiles:
     def row(self, nucleus_id: int) -> dict[str, Any] | None:
         """Return the values of one nucleus by column, except slide_id, type_id, bbox and geometry.
 
-        Values that are not finite become None. None if there is no such nucleus. SlideError if the file is corrupted.
+        Values that are not finite become None. The result is None if there is no such nucleus. SlideError if the file
+        is corrupted.
         """
         if not 1 <= nucleus_id <= self.table.rows:
             return None

@@ -22,12 +22,14 @@ Notify = Callable[[str], None]
 
 
 def serve(folder: Path | Url, slide_id: str | None, port: int, notify: Notify) -> Server:
-    """Return a server for one slide of the run in `folder`. It listens on loopback; call its `serve_forever` to answer.
+    """Return a server for one slide of a run. It listens on loopback, and answers once its `serve_forever` is called.
 
-    `folder`: may also be a data set, even in a bucket, and then stands for the run that the slide comes from, which is
-    on this machine. `slide_id`: None for the only slide. `port`: 0 for any free port. `notify` is called with lines
-    about progress. InputError if the slide is not in the run, is not done or cannot be shown, or the port is taken;
-    SlideError if its table is corrupted.
+    `folder`: folder of the run, or a data set, even in a bucket, which stands for the run on this machine that the
+    slide comes from. `slide_id`: slide; None for the only slide. `port`: 0 for any free port. `notify`: called with
+    lines about progress.
+
+    InputError if the folder holds no run, the slide is not in it, is not done or cannot be shown, or the port is taken;
+    SlideError if its table is corrupted; OSError if a file of the run cannot be read.
     """
     if isinstance(folder, Url) or DatasetLayout(folder).slides_parquet.is_file():
         folder = _run_of(folder, slide_id)

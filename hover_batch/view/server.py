@@ -147,7 +147,7 @@ class Server(socketserver.ThreadingTCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print the error of a request, unless the browser closed the connection.
 
-        It does so for tiles that it no longer needs. Arguments as in `socketserver.BaseServer.handle_error`.
+        Browsers do so for tiles that they no longer need. Arguments as in `socketserver.BaseServer.handle_error`.
         """
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)

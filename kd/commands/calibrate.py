@@ -46,7 +46,7 @@ def calibrate(
 
     The errors are fitted on both folds: how often a predicted nucleus is a true one, and its class correct, for the
     calibrated columns of tables; and by how much the number of predicted nuclei differs from that of annotated ones,
-    for the intervals in summaries (docs/bars.md). Each source is also tried with what the other sources give.
+    for the intervals in summaries (docs/bars.md). The errors are also tested on each source after a fit on all others.
 
     Example:
 

@@ -43,7 +43,7 @@ Address = Annotated[
 
 
 def check_package_file(out: Path) -> None:
-    """Create the folder of the package `out`, and check that the file can be written, before minutes of work.
+    """Check that the package file `out` can be written, before minutes of work. Its folder is created.
 
     Raises InputError if the name does not end in .safetensors, or the file cannot be written.
     """

@@ -20,9 +20,9 @@ SHOWN = {"pq": "PQ", "dice": "Dice", "f_d": "F_d"}
 
 
 def show(evaluation: Evaluation) -> None:
-    """Print an evaluation to stdout: scores by source, cost and times, shifts, and the comparison.
+    """Print an evaluation to stdout: scores by source, cost, times, shifts, and the comparison with a baseline.
 
-    Times, shifts and the comparison with a baseline are printed only if `evaluation` has them.
+    Times, shifts and the comparison are printed only if `evaluation` has them.
     """
     console = plain_console()
     name = evaluation.package.card.name
@@ -72,10 +72,12 @@ def _cost(cost: Cost) -> str:
 
 
 def shift_table(rows: Sequence[ShiftScores], title: str) -> Table:
-    """Return a table with one row per source and shift; rows in which PQ collapsed are red, with an arrow.
+    """Return a table with one row per source and shift.
 
-    `rows`: scores, source by source. Each score is followed by its change from the unchanged images. `title`: title of
-    the table.
+    Each score is followed by its change from the unchanged images. Rows in which PQ collapsed (`ShiftScores.collapsed`)
+    are red and marked ◀.
+
+    `rows`: scores, sorted by source. `title`: title of the table.
     """
     collapsed = any(row.collapsed for row in rows)
     table = Table(

@@ -191,9 +191,12 @@ def train(
 
 
 def train_settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `options` of `kd train`, as parsed by typer, as settings for `TrainConfig.of`; None if not given.
+    """Convert the options of `kd train` to settings for `TrainConfig.of`, by name.
 
-    Raises InputError if a --source is not NAME=SHARE, or names the same source twice.
+    Options that were not given become None.
+
+    `options`: values of the options by name, as typer parsed them. Raises InputError if a --source is not NAME=SHARE,
+    or names the same source twice.
     """
     settings = {SETTINGS.get(name, name): value for name, value in options.items()}
     for name in PATHS:

@@ -21,11 +21,12 @@ HED_TO_RGB: NDArray[np.float32] = rgb_from_hed.astype(np.float32)
 
 
 def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8 RGB with randomly changed appearance. `image` must be square.
+    """Return an image (y, x, 3) uint8 RGB with randomly changed appearance.
 
     Changes to stain, colour, tone, sharpness, resolution and noise, and finally JPEG compression, are each applied with
-    their own probability and random strength. If none is applied, the result is `image` itself, not a copy. `rng`:
-    generator of the random numbers.
+    their own probability and random strength. If none is applied, the result is `image` itself, not a copy.
+
+    `image`: square image. `rng`: generator of the random numbers, which is advanced.
     """
     if rng.random() < 0.7:
         image = jitter_stain(image, rng)
@@ -52,7 +53,9 @@ def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArra
 
     With probability 0.5, brightness, contrast, saturation and hue change in random order, each by up to 0.1 (see
     `change_color`). With probability 0.5, a Gaussian of 3 × 3 pixels with a standard deviation of 1 to 2 pixels blurs
-    the image. `rng`: generator of the random numbers.
+    the image. If neither is applied, the result is `image` itself, not a copy.
+
+    `rng`: generator of the random numbers, which is advanced.
     """
     if rng.random() < 0.5:
         names = rng.permutation(["brightness", "contrast", "saturation", "hue"])
@@ -63,11 +66,13 @@ def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArra
 
 
 def change_color(image: NDArray[np.uint8], amounts: Mapping[str, float]) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8 RGB with some of its brightness, contrast, saturation and hue changed, in order.
+    """Return an image (y, x, 3) uint8 RGB with changed brightness, contrast, saturation or hue.
 
-    `amounts`: name → amount a. On values from 0 to 1, brightness adds a, contrast multiplies by 1 + a, saturation
-    multiplies the saturation by 1 + a, and hue adds a turns to the hue. Values are clipped after each change. These are
-    the definitions of kornia's ColorJiggle, which HoVer-UNet's released code uses.
+    On values from 0 to 1, an amount a of brightness adds a, contrast multiplies by 1 + a, saturation multiplies the
+    saturation by 1 + a, and hue adds a turns to the hue. Values are clipped after each change. These are the
+    definitions of kornia's ColorJiggle, which HoVer-UNet's released code uses.
+
+    `amounts`: name of a change → its amount; the changes are made in this order.
     """
     pixels = image.astype(np.float32) / np.float32(255)
     for name, amount in amounts.items():
@@ -100,16 +105,21 @@ def jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 RGB with randomly changed stains (Tellez et al. 2018).
 
-    Hematoxylin, eosin and the residual are scaled and shifted independently. `rng`: generator of the random numbers.
+    The densities of hematoxylin, eosin and the residual are independently multiplied by 0.65 to 1.6 and shifted by up
+    to 0.03 (see `change_stain`).
+
+    `rng`: generator of the random numbers, which is advanced.
     """
     return change_stain(image, rng.uniform(0.65, 1.6, 3), rng.uniform(-0.03, 0.03, 3))
 
 
 def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLike = (0, 0, 0)) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8 RGB with the optical densities of its stains scaled and shifted.
+    """Return an image (y, x, 3) uint8 RGB with the densities of its stains scaled and shifted.
+
+    The density of an intensity I is the natural logarithm -ln((I + 1) / 256). Results beyond 0 to 255 are clipped.
 
     `factors`, `offsets`: three values, for hematoxylin, eosin and the residual (stain vectors of Ruifrok & Johnston
-    2001). Densities are natural logarithms.
+    2001); offsets are in units of this density.
     """
     density = -np.log((image.astype(np.float32) + 1) / 256)
     stains: NDArray[np.float32] = density @ RGB_TO_HED
@@ -121,8 +131,10 @@ def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLik
 def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 RGB with randomly changed contrast, brightness, saturation and hue.
 
-    Contrast is multiplied by 0.8 to 1.25 and saturation by 0.75 to 1.25; brightness changes by up to 20 of 255 levels,
-    and hue by up to 12°. `rng`: generator of the random numbers.
+    Contrast about the image's mean is multiplied by 0.8 to 1.25 and saturation by 0.75 to 1.25; brightness changes by
+    up to 20 of 255 levels, and hue by up to 12°.
+
+    `rng`: generator of the random numbers, which is advanced.
     """
     pixels = image.astype(np.float32)
     pixels = (pixels - pixels.mean()) * rng.uniform(0.8, 1.25) + pixels.mean() + rng.uniform(-20, 20)
@@ -137,14 +149,18 @@ def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 with randomly lighter or darker midtones (see `change_gamma`).
 
-    The exponent is between 0.6 and 2.5, because nuclei are black on old scanners and in thick sections. `rng`:
-    generator of the random numbers.
+    The exponent is between 0.6 and 2.5, because nuclei are black on old scanners and in thick sections.
+
+    `rng`: generator of the random numbers, which is advanced.
     """
     return change_gamma(image, math.exp(rng.uniform(math.log(0.6), math.log(2.5))))
 
 
 def change_gamma(image: NDArray[np.uint8], exponent: float) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8 with the gamma curve x^`exponent` on [0, 1]; above 1, midtones are darker."""
+    """Return an image (y, x, 3) uint8 with a gamma curve applied to its values, scaled to [0, 1].
+
+    `exponent`: exponent of the curve; above 1, midtones become darker.
+    """
     table = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(np.uint8)
     return table[image]
 
@@ -153,7 +169,9 @@ def sharpen(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.ui
     """Return an image (y, x, 3) uint8, sharpened by a random unsharp mask, as some scanners do.
 
     0.3 to 1.5 times the difference from a blurred image, whose Gaussian has a standard deviation of 0.8 to 2 pixels, is
-    added. `rng`: generator of the random numbers.
+    added.
+
+    `rng`: generator of the random numbers, which is advanced.
     """
     amount = rng.uniform(0.3, 1.5)
     blurred = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 2.0))
@@ -161,10 +179,11 @@ def sharpen(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.ui
 
 
 def lose_resolution(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return a square image (y, x, 3) uint8 as if it had been scanned with pixels 1.3 to 2.2 times as large.
+    """Return an image (y, x, 3) uint8 as if it had been scanned with pixels 1.3 to 2.2 times as large.
 
-    The image is reduced by area averages, then enlarged to its old size by bilinear or bicubic interpolation. `rng`:
-    generator of the random numbers.
+    The image is reduced by area averages, then enlarged to its old size by bilinear or bicubic interpolation.
+
+    `image`: square image. `rng`: generator of the random numbers, which is advanced.
     """
     side = image.shape[0]
     reduced_side = int(side / rng.uniform(1.3, 2.2))

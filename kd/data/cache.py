@@ -115,8 +115,9 @@ class CacheWriter:
     def finish(self, taxonomy: Taxonomy) -> None:
         """Write the header. No image can be added afterwards.
 
-        `taxonomy`: classes of the types of all images. Raises InputError if the cache cannot be written, or the disk is
-        full.
+        `taxonomy`: classes of the types of all images.
+
+        Raises InputError if the cache cannot be written, or the disk is full.
         """
         listed = [asdict(e) for e in self._entries.values()]
         with _failures(self._out):
@@ -125,11 +126,15 @@ class CacheWriter:
 
 @contextmanager
 def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
-    """Yield a writer for a cache at `path`, which appears only if the block succeeds; it then replaces an older cache.
+    """Yield a writer for a cache at `path`, which appears only if the block succeeds. It then replaces an older cache.
 
-    If the block fails, an older cache stays; exceptions of the block pass through. `taxonomy`: classes of the types.
-    Raises InputError if `path` does not end in .zarr or .npz, its folder is missing, `path` exists and cannot be opened
-    as a cache, it cannot be written, or the disk is full.
+    If the block fails, an older cache stays; exceptions of the block propagate. The remains of a killed run are
+    removed.
+
+    `path`: a .zarr folder or .npz file in an existing folder. `taxonomy`: classes of the types.
+
+    Raises InputError if `path` does not end in .zarr or .npz, its folder is missing, it exists and is not a cache, it
+    cannot be written, or the disk is full.
     """
     if not is_cache(path):
         raise InputError(f"--out {path}: must end in .zarr or .npz; change the ending")
@@ -195,7 +200,9 @@ class Cache:
         return list(dict.fromkeys(entry.source for entry in self.entries))
 
     def samples(self, fold: str, sources: Collection[str] | None) -> Iterator[Sample]:
-        """Yield the images of `fold` and of `sources` (None for all), in the order of the cache.
+        """Yield images in the order of the cache.
+
+        `fold`: fold of the images. `sources`: their sources; None for all.
 
         Raises InputError if an image is corrupted.
         """

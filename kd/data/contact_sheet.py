@@ -40,7 +40,7 @@ class ContactSheet:
         self._random = np.random.default_rng(0)
 
     def add(self, sample: Sample) -> None:
-        """Add `sample` to those from which the sheet shows a random choice.
+        """Add `sample` to the samples of which the sheet shows a random choice.
 
         All samples have the same probability to be among the PICTURES that are shown.
         """
@@ -54,9 +54,9 @@ class ContactSheet:
         self._pictures[index] = sample_picture(sample, self._taxonomy)
 
     def write(self, path: Path) -> None:
-        """Write the sheet to `path` as a PNG, in the order of the samples. At least one must have been added.
+        """Write the sheet to `path` as a PNG, in the order of the samples. An existing file is replaced.
 
-        Raises InputError if the file cannot be written.
+        At least one sample must have been added. Raises InputError if the file cannot be written.
         """
         pictures = [self._pictures[index] for index in sorted(self._pictures)]
         columns = min(COLUMNS, len(pictures))
@@ -84,8 +84,10 @@ class ContactSheet:
 def sample_picture(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
     """Return a picture (y, x, 3) uint8 RGB of a sample's central SIDE × SIDE pixels, magnified, with a caption below.
 
-    Nuclei are outlined in the colours of their classes, and in UNTYPED without a class. `taxonomy`: classes of the
-    sample. The pictures of all samples have the same size; smaller images are padded with white.
+    Nuclei are outlined in the colours of their classes, and in UNTYPED without a class. The pictures of all samples
+    have the same size; smaller images are padded with white.
+
+    `taxonomy`: classes of the sample.
     """
     height, width = (min(SIDE, extent) for extent in sample.instances.shape)
     y, x = (sample.instances.shape[0] - height) // 2, (sample.instances.shape[1] - width) // 2

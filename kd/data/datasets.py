@@ -19,12 +19,15 @@ MAY_BE_EMPTY = ("train", "val", "test")
 
 
 def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = None) -> Data:
-    """Return the images of the given folds and sources (None for all), fold by fold in the order of the data.
+    """Return annotated images, fold by fold in the order of the data, all in memory.
 
-    `path`: a cache (.zarr or .npz), or an instance folder (with dataset.csv), whose splits are the folds and whose
-    types are mapped to CoNSeP's merged classes. The folds train, val and test may be empty or absent. Raises InputError
-    if another fold or a source does not exist, or if a file is missing, unreadable, corrupted or inconsistent with
-    others.
+    The types of an instance folder are mapped to CoNSeP's merged classes.
+
+    `path`: a cache (.zarr or .npz), or an instance folder (with dataset.csv), whose splits are the folds. `folds`:
+    folds to read; train, val and test may be empty or absent. `sources`: sources to read; None for all.
+
+    Raises InputError if another fold or a source does not exist, or if a file is missing, unreadable, corrupted or
+    inconsistent with others.
     """
     wanted_folds = list(dict.fromkeys(folds))
     wanted_sources = None if sources is None else set(sources)
@@ -41,8 +44,10 @@ def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = 
 def contents_sha256(path: Path) -> str:
     """Return the hex SHA-256 of all images, annotations and metadata of the data at `path` (as for `read_data`).
 
-    Of a cache, only the header is read, which has a hash of each image. A cache and the folder that it was made from
-    have different hashes. Raises InputError if the data cannot be read.
+    Of a cache, only the header is read, which has a hash of each image; of a folder, all files are read. A cache and
+    the folder that it was made from have different hashes.
+
+    Raises InputError if the data cannot be read.
     """
     data = _open(path)
     described = [str(entry) for entry in data.entries] if isinstance(data, Cache) else data.fingerprints()

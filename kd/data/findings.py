@@ -44,7 +44,7 @@ class Findings:
         """image_sha256 → fold → the image's id there."""
 
     def add(self, sample: Sample) -> None:
-        """Add one image, `sample`, to the counts, and look for irregularities in it.
+        """Add an image to the counts, and look for irregularities in it.
 
         The class of a nucleus is that of most of its pixels, the lower class id if several are equal.
         """
@@ -65,9 +65,9 @@ class Findings:
         self._irregular["typed pixels are outside nuclei"] += int(np.count_nonzero(sample.types[~inside]))
 
     def warnings(self) -> list[str]:
-        """Return one line for each irregularity that a user may want to correct; none of them is an error.
+        """Return one line for each irregularity or note that a user may want to act on. None of them is an error.
 
-        Beyond a few, images that are in several folds are only counted.
+        Only the first few images that are in several folds are named; the others are counted.
         """
         lines = [f"{n:,} {what}; not changed" for what, n in self._irregular.items() if n]
         lines += self.notes

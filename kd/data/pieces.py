@@ -8,10 +8,11 @@ from skimage.measure import label
 
 
 def pieces_of(instances: NDArray[np.int32], smallest: int = 1) -> NDArray[np.int64]:
-    """Return the number of connected pieces (n,) int64 of each of the n nuclei, in the order of their ids.
+    """Return the number of connected pieces of each of the n nuclei, (n,) int64, in the order of their ids.
 
-    `instances`: (y, x) int32 ids, 0 = background. Pixels that touch at a corner are connected. Pieces with fewer than
-    `smallest` pixels are not counted.
+    Pixels that touch at a corner are connected.
+
+    `instances`: (y, x) int32 ids, 0 = background. `smallest`: number of pixels below which a piece is not counted.
     """
     pieces, n = label(instances, connectivity=2, return_num=True)  # type: ignore[no-untyped-call]  # skimage's
     id_of_piece = np.zeros(n + 1, np.int32)

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 
 
 def check_pixel_size(card: Card, where: str) -> None:
-    """Raise InputError if the model of `card` is not for pixels of MPP ± 2 %.
+    """Check that the model of `card` is for pixels of MPP ± 2 %.
 
     `where`: option that named the model, and its value, for the message.
+
+    Raises InputError if the model is for pixels of another size.
     """
     if not math.isclose(card.mpp, MPP, rel_tol=0.02):
         raise InputError(

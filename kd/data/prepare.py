@@ -30,13 +30,17 @@ def prepare(
     class_map: Mapping[str, str],
     watch: Watch,
 ) -> Findings:
-    """Write the images of all `folders` to the cache `out` and some of them to the PNG `sheet`.
+    """Write the images of all folders to a cache, and some to a contact sheet. Return counts and irregularities.
 
-    Return counts and irregularities of the images. `classes`: name in TAXONOMIES of the classes to map types to; None
-    for pannuke if the types of a folder fit it best, else consep. `val`: number of CoNSeP's last training tiles to use
-    as fold val. `class_map`: class in QuPath, in any case → meaning (see `Qupath`). `watch`: shows progress. Images are
-    read one at a time. Raises InputError if an argument is invalid, the folders have no images, a folder or an image
-    cannot be read, or a file cannot be written; `out` is unchanged unless only the contact sheet could not be written.
+    Images are read one at a time. An older cache and contact sheet are replaced.
+
+    `folders`: folders with annotated images. `out`: cache to write. `sheet`: contact sheet to write, a PNG. `classes`:
+    name in TAXONOMIES of the classes to map types to; None for pannuke if the types of a folder fit it best, else
+    consep. `val`: number of CoNSeP's last training tiles to use as fold val. `class_map`: class in QuPath, in any case
+    → meaning (see `Qupath`). `watch`: shows progress.
+
+    Raises InputError if an argument is invalid, the folders have no images, a folder or an image cannot be read, or a
+    file cannot be written; `out` is then unchanged, unless only the contact sheet could not be written.
     """
     lowered = {name.lower(): value.lower() for name, value in class_map.items()}
     layouts = [recognise(folder, val, lowered) for folder in folders]

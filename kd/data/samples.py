@@ -50,9 +50,10 @@ class Sample:
 
 
 def renumbered(instances: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return instances (y, x) int32, renumbered from 1 on if an id needs more than 16 bits, else `instances` itself.
+    """Return instances (y, x) int32, renumbered from 1 on if an id needs more than 16 bits.
 
-    Training has a table row for every id up to the largest, and warps ids as float32, which is exact only up to 2^24.
+    Otherwise the result is `instances` itself. Training has a table row for every id up to the largest, and warps ids
+    as float32, which is exact only up to 2^24.
     """
     if instances.max(initial=0) <= np.iinfo(np.uint16).max:
         return instances
@@ -69,7 +70,7 @@ def truth_sha256(samples: Iterable[Sample]) -> str:
 
 
 def hashes_of(samples: Iterable[Sample]) -> list[str]:
-    """Return the hashes of the images of `samples`, as a model card records them, sorted, without duplicates.
+    """Return the hashes of the images of `samples` as a model card records them, sorted, without duplicates.
 
     A hash is the first SHA_DIGITS digits of `image_sha256`.
     """

@@ -30,19 +30,20 @@ class Store(Protocol):
         """Header that `finish` wrote; empty if there is none."""
 
     def append(self, i: int, arrays: Arrays) -> None:
-        """Append the arrays of one image. OSError if they cannot be written.
+        """Append the arrays of one image.
 
         `i`: number of the image; images are numbered from 0 in the order in which they are appended. `arrays`: an array
-        (y, x) or (y, x, 3) for each name in ARRAYS.
+        (y, x) or (y, x, 3) for each name in ARRAYS. Raises OSError if they cannot be written.
         """
 
     def finish(self, header: dict[str, Any]) -> None:
-        """Write `header` (JSON values), and close the store. OSError if it cannot be written."""
+        """Write `header` (JSON values), and close the store. Raises OSError if it cannot be written."""
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
-        """Return the arrays of image `i`, by the names in ARRAYS. Errors of the library propagate.
+        """Return the arrays of image `i`, by the names in ARRAYS.
 
-        `shape`: (y, x) of the image. `offset`: number of pixels of all images before it.
+        `shape`: (y, x) of the image. `offset`: number of pixels of all images before it. Errors of the library
+        propagate.
         """
 
 
@@ -61,7 +62,10 @@ class ZarrStore:
 
     @classmethod
     def create(cls, path: Path) -> ZarrStore:
-        """Create an empty group at `path` for writing; it replaces any other. OSError if it cannot be written."""
+        """Create an empty group at `path` for writing; it replaces any other.
+
+        Raises OSError if it cannot be written.
+        """
         import zarr
         from zarr.codecs import ZstdCodec
 
@@ -92,8 +96,8 @@ class ZarrStore:
     def append(self, i: int, arrays: Arrays) -> None:
         """Append the arrays of the next image to the buffer, and write chunks that are full.
 
-        `i` is ignored. `arrays`: an array (y, x) or (y, x, 3) for each name in ARRAYS. OSError if a chunk cannot be
-        written.
+        `i` is ignored. `arrays`: an array (y, x) or (y, x, 3) for each name in ARRAYS. Raises OSError if a chunk cannot
+        be written.
         """
         self._buffer.append({name: a.reshape(-1, *ARRAYS[name][1]) for name, a in arrays.items()})
         if sum(len(a["instances"]) for a in self._buffer) >= CHUNK:
@@ -113,7 +117,7 @@ class ZarrStore:
     def finish(self, header: dict[str, Any]) -> None:
         """Write the rest of the buffer, and `header` (JSON values) as attributes of the group.
 
-        OSError if they cannot be written.
+        Raises OSError if they cannot be written.
         """
         if self._buffer:
             self._write(whole_chunks=False)
@@ -146,7 +150,10 @@ class NpzStore:
 
     @classmethod
     def create(cls, path: Path) -> NpzStore:
-        """Create an empty file at `path` for writing; it replaces any other. OSError if it cannot be written."""
+        """Create an empty file at `path` for writing; it replaces any other.
+
+        Raises OSError if it cannot be written.
+        """
         return cls(zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1))
 
     @classmethod
@@ -160,15 +167,15 @@ class NpzStore:
         return dict(json.loads(self._load("header").tobytes()))
 
     def append(self, i: int, arrays: Arrays) -> None:
-        """Write the arrays of image `i`. OSError if they cannot be written.
+        """Write the arrays of image `i`.
 
-        `arrays`: an array (y, x) or (y, x, 3) for each name in ARRAYS.
+        `arrays`: an array (y, x) or (y, x, 3) for each name in ARRAYS. Raises OSError if they cannot be written.
         """
         for name, array in arrays.items():
             self._save(f"{name}/{i}", array)
 
     def finish(self, header: dict[str, Any]) -> None:
-        """Write `header` (JSON values), and close the file. OSError if it cannot be written."""
+        """Write `header` (JSON values), and close the file. Raises OSError if it cannot be written."""
         self._save("header", np.frombuffer(json.dumps(header).encode(), np.uint8))
         self._zip.close()
 

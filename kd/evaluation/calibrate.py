@@ -101,29 +101,36 @@ class Calibration:
 
 
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
-    """Predict the images of `samples`; return each sample and its stored np, h and v (3, y, x) uint8, in order.
+    """Predict the images of `samples`. Return each sample with its stored planes, in order.
 
-    `maps_of`: function from an image (y, x, 3) uint8 RGB to all planes of its maps (see `MapLayout`).
+    The planes are np, h and v, (3, y, x) uint8. `maps_of`: function from an image (y, x, 3) uint8 RGB to all planes of
+    its maps (see `MapLayout`).
     """
     stored = [MapLayout.NP, MapLayout.H, MapLayout.V]
     return [(s, np.ascontiguousarray(maps_of(s.image)[stored])) for s in samples]
 
 
 def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] = CUTS) -> Calibration:
-    """Predict the images of `samples` with `maps_of`, and return the Sobel constants that `search` finds on them.
+    """Predict the images of `samples`, and return the Sobel constants that `search` finds on them.
 
-    `cuts`: cuts to try. Raises InputError as `search` does.
+    `maps_of`: function from an image to its maps, as for `predict_all`. `samples`: annotated images, at least one.
+    `cuts`: cuts to try.
+
+    Raises InputError if there are neither annotated nor predicted nuclei.
     """
     return search(predict_all(maps_of, samples), cuts)
 
 
 def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
-    """Try each cut, and return the constants of the best one, with the scores of all.
+    """Try each cut. Return the constants of the best one, with the scores of all.
 
     The best cut has the highest mean PQ of those whose mean F_d is at most F_D_MARGIN below the highest F_d; if several
-    are equally good, it is the lowest. `predicted`: result of `predict_all`, not empty. `cuts`: cuts to try, at least
-    one, as multiples of the median minimum (see the module). Raises InputError if there are neither annotated nor
-    predicted nuclei, because PQ is then undefined.
+    are equally good, it is the lowest.
+
+    `predicted`: result of `predict_all`, not empty. `cuts`: cuts to try, at least one, as multiples of the median
+    minimum (see the module's docstring).
+
+    Raises InputError if there are neither annotated nor predicted nuclei, because PQ is then undefined.
     """
     median_extremes = medians([SobelConstants.of_window(h, v) for _, (_, h, v) in predicted])
     window = trial(predicted, None, None)
@@ -140,9 +147,9 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
 
 
 def constants_at(medians: SobelConstants, cut: float) -> SobelConstants:
-    """Return `medians`, shifted so that the marker threshold is at `cut` times the minimum, in each direction.
+    """Return Sobel constants whose marker threshold is at `cut` times the minimum, in each direction.
 
-    The difference of maximum and minimum stays.
+    They are `medians`, shifted: the difference of maximum and minimum stays.
     """
 
     def shifted(low: float, high: float) -> tuple[float, float]:
@@ -154,16 +161,19 @@ def constants_at(medians: SobelConstants, cut: float) -> SobelConstants:
 
 
 def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
-    """Return the median over `windows`, the extremes of at least one image, of each of the four constants."""
+    """Return the median of each of the four constants over several images.
+
+    `windows`: extremes of the Sobel maps of each image, at least one.
+    """
     names = windows[0].to_json()
     return SobelConstants(**{name: float(np.median([w.to_json()[name] for w in windows])) for name in names})
 
 
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
-    """Return the scores of the post-processing of slides with the Sobel constants `constants`.
+    """Return the scores of the post-processing of slides with given Sobel constants.
 
-    `predicted`: result of `predict_all`. `cut`: cut of the constants, for the record. Both `constants` and `cut` are
-    None for the extremes of each image.
+    `predicted`: result of `predict_all`. `cut`: cut of the constants, for the record. `constants`: Sobel constants.
+    Both `cut` and `constants` are None for the extremes of each image.
     """
     scores = _scores(predicted, lambda planes: instances_of(planes, constants))
     return Trial("window" if constants is None else "fixed", cut, *scores)
@@ -172,9 +182,10 @@ def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | N
 def try_others(predicted: Predicted, cut: float) -> dict[str, Trial]:
     """Return the scores with each of OTHERS at the cut `cut`, by a name such as "nucleus 0.4".
 
-    `predicted`: result of `predict_all`. The entry "as they are" has HoVerNet's own parameters, for comparison; all
-    entries use the slow `instances_by`. The medians are computed for each Sobel kernel, because their values depend on
-    its size.
+    The entry "as they are" has HoVerNet's own parameters, for comparison; all entries use the slow `instances_by`. The
+    medians are computed for each Sobel kernel, because their values depend on its size.
+
+    `predicted`: result of `predict_all`.
     """
     trials = {}
     standard = Parameters()

@@ -50,11 +50,14 @@ def evaluate(
     min_area_px: int = PostSettings.min_area_px,
     shift: Shift = UNCHANGED,
 ) -> list[SourceScores]:
-    """Return the scores of the maps that `maps_of` predicts, by source in the order of appearance.
+    """Return the scores of predicted maps, by source in the order of appearance.
 
-    `splitter`: post-processing of the maps; None: HoVerNet's with Sobel maps scaled by their extremes. `taxonomy`:
-    classes of both the samples and the maps. `min_area_px`: drop predicted nuclei with fewer pixels. `shift`: applied
-    to each sample before prediction. Raises InputError if an image has too many nuclei to pair (MOST_DISTANCES).
+    `maps_of`: function from an image to the maps that the network predicts. `samples`: annotated images. `splitter`:
+    post-processing of the maps; None for HoVerNet's with Sobel maps scaled by the extremes of each image. `taxonomy`:
+    classes of both the samples and the maps. `min_area_px`: number of pixels below which predicted nuclei are dropped.
+    `shift`: applied to image and annotations of each sample before prediction; scores are those at its pixel size.
+
+    Raises InputError if an image has too many nuclei to pair (MOST_DISTANCES).
     """
     by_source: dict[str, list[ImageScores]] = {}
     layout = MapLayout(len(taxonomy.classes))
@@ -74,11 +77,15 @@ def evaluate_data(
     min_area_px: int = PostSettings.min_area_px,
     shift: Shift = UNCHANGED,
 ) -> list[SourceScores]:
-    """Return the scores as `evaluate` does, for a model whose classes may differ from those of the data.
+    """Return the scores by source, as `evaluate` does, for a model whose classes may differ from those of the data.
 
-    `model`: classes of the model. Each source is scored in the classes that data and model have in common (see
-    `kd.evaluation.remap`). Other arguments as for `evaluate`. Raises InputError, before anything is predicted, if these
-    classes are unknown for a source; and if an image has too many nuclei to pair.
+    Each source is scored in the classes that data and model have in common (see `kd.evaluation.remap`).
+
+    `maps_of`: function from an image to maps in the classes of the model. `data`: annotated images. `model`: classes of
+    the model. Other arguments as for `evaluate`.
+
+    Raises InputError if the common classes of a source are unknown, before anything is predicted, or if an image has
+    too many nuclei to pair.
     """
     remaps = remaps_of(data, model)
     scores = []
@@ -134,10 +141,12 @@ def _score(sample: Sample, found: NDArray[np.int32], nuclei: Nuclei, taxonomy: T
 
 
 def centroids_and_types(sample: Sample, n_types: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return centroids (n, 2) float64 as x, y and types (n,) int64 of the nuclei in a sample, in order of their ids.
+    """Return centroids (n, 2) float64 as x, y and types (n,) int64 of the nuclei in a sample, sorted by id.
 
     Centroids are in pixels, with pixel centres at +0.5. The type is the class of most pixels, the lower class id if
-    several are equal; 0 if the sample has no types. `n_types`: number of classes with the background.
+    several are equal; 0 if the sample has no types.
+
+    `n_types`: number of classes, background included.
     """
     ys, xs = np.nonzero(sample.instances)
     ids, nucleus = np.unique(sample.instances[ys, xs], return_inverse=True)

@@ -122,7 +122,7 @@ class Evaluation:
 
 
 def by_image(scores: Sequence[SourceScores]) -> dict[str, list[dict[str, Any]]]:
-    """Return source → scores of each of its images, as JSON values (see `SourceScores.images_to_json`)."""
+    """Return the scores of each image as JSON values, by source (see `SourceScores.images_to_json`)."""
     return {s.source: s.images_to_json() for s in scores}
 
 
@@ -147,13 +147,14 @@ def evaluate_package(
     `model`: name or path of the package, as for `find_package`. `data`, `folds`, `sources`: as for `read_data`. `post`:
     only `sobel_norm` and `min_area_px` are used; None for the defaults. `label`: name of the row in tables; None for
     the package's name. `shift`: also score the images after each of SHIFTS. `against`: another package, or the .json
-    file of an earlier evaluation, to compare with. `picture`: draw the predictions next to the annotations. `beside`:
-    another package whose predictions are drawn, too. `time_network`: measure the time of patches and of a tile.
-    `threads`: threads of each network on the CPU; 0 for all cores. `notify` is called with lines about the progress.
+    file of an earlier evaluation, to compare with; None for no comparison. `picture`: draw the predictions next to the
+    annotations. `beside`: another package whose predictions are drawn, too; None for none. `time_network`: measure the
+    time of patches and of a tile. `threads`: threads of each network on the CPU; 0 for all cores. `notify`: called with
+    lines about the progress.
 
     Raises InputError if an argument is invalid, the data cannot be read or has no images in these folds, it is not
     known which classes the data and a model have in common, or an image has too many nuclei to pair; PackageError if a
-    package cannot be read, or its record of the training is malformed.
+    package cannot be read, its network cannot be compiled, or its record of the training is malformed.
     """
     post = post or PostSettings()
     package = _package(model, "package")
@@ -206,13 +207,17 @@ def evaluate_package(
 
 
 def score_test_fold(predictor: Predictor, splitter: Splitter | None, data: Path) -> dict[str, Any]:
-    """Score a loaded network on the fold test of `data`; return JSON values by name.
+    """Score a loaded network on the fold test of `data`. Return JSON values by name.
 
     `sources` has the scores by source, as in `SourceScores.to_json`, and `leakage` is a list of {"text": sentence}
-    about images that the model has seen in training. `predictor`: predictor of the network. `splitter`: post-processing
-    of its maps. Raises InputError if the data cannot be read, the fold has no images, the model is for another pixel
-    size, it is not known which classes the data and the model have in common, or an image has too many nuclei to pair;
-    PackageError if the card's record of the training is malformed.
+    about images that the model has seen in training.
+
+    `predictor`: predictor of the network. `splitter`: post-processing of its maps; None for HoVerNet's with Sobel maps
+    scaled by the extremes of each image. `data`: annotated images, as for `read_data`.
+
+    Raises InputError if the data cannot be read, the fold has no images, the model is for another pixel size, it is not
+    known which classes the data and the model have in common, or an image has too many nuclei to pair; PackageError if
+    the card's record of the training is malformed.
     """
     card = predictor.card
     check_pixel_size(card, card.name)

@@ -47,9 +47,12 @@ class Shown:
 def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uint8]:
     """Return a picture (y, x, 3) uint8 RGB with a row for each of `n` images with many nuclei, and a colour key.
 
-    The images are those of `fullest`. Columns are the image, the annotations, and the predictions of each of `models`
-    (at least one) in the classes that it has in common with the data. The annotations are drawn in the common classes
-    of the last model. Raises InputError if common classes are unknown.
+    The images are those of `fullest`. Columns are the image, the annotations, and the predictions of each model in the
+    classes that it has in common with the data. The annotations are drawn in the common classes of the last model.
+
+    `data`: annotated images, at least one. `models`: models to show, at least one. `n`: largest number of rows.
+
+    Raises InputError if the common classes of a source are unknown.
     """
     remaps_by_model = [remaps_of(data, model.taxonomy) for model in models]
     rows, drawn_classes = [], list[Taxonomy]()

@@ -55,12 +55,15 @@ class Leak:
 
 
 def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
-    """Return those of `samples` that the model of `card` has seen, by source, certain leaks first.
+    """Return the scored images that the model of `card` has seen, by source, certain leaks first.
 
     Empty if there are none. A sample is listed only with its strongest kind of reason: seen in training, else in
     calibration, else of a seen patient, else possibly seen. Images that the model itself has seen are not listed again
-    for the model from which its training started. Raises PackageError if the card's record of the training is
-    malformed.
+    for the model from which its training started.
+
+    `card`: card of the model. `samples`: scored images.
+
+    Raises PackageError if the card's record of the training is malformed.
     """
     try:
         records = [*_records("the model", card.training), *_calibration(card)]

@@ -49,10 +49,12 @@ class PairedImage:
 def paired_images(
     maps_of: MapsOf, samples: Iterable[Sample], splitter: Splitter | None, taxonomy: Taxonomy
 ) -> list[PairedImage]:
-    """Predict the images of `samples` with `maps_of`, and pair predicted with annotated nuclei.
+    """Predict the images of `samples` with `maps_of`, and pair predicted with annotated nuclei, image by image.
 
-    `splitter`: post-processing of the model. `taxonomy`: classes of both the model and the samples. Samples of sources
-    that do not outline every nucleus are left out.
+    Samples of sources that do not outline every nucleus are left out.
+
+    `maps_of`: function from an image to its maps. `splitter`: post-processing of the model; None for HoVerNet's with
+    Sobel maps scaled by the extremes of each image. `taxonomy`: classes of both the model and the samples.
     """
     n_types = len(taxonomy.classes)
     paired = []
@@ -84,7 +86,7 @@ def paired_images(
 
 
 def fit_scalings(images: Sequence[PairedImage]) -> dict[str, BetaScaling]:
-    """Return column → calibration fitted on `images`, for the columns in CALIBRATED.
+    """Return the calibration fitted on `images` of each column in CALIBRATED, by column.
 
     Columns with too few nuclei have no entry (see `fit_scaling`).
     """
@@ -106,9 +108,10 @@ def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
 
 
 def evidence(images: Sequence[PairedImage]) -> dict[str, Any]:
-    """Test how the errors hold on a new source: fit them on all sources of `images` but one, and test on this one.
+    """Test how the errors hold on a new source. Return the results by source, as JSON values for the card's metrics.
 
-    Return source → result of `tried_on`, as JSON values for the card's metrics.
+    The errors are fitted on all sources of `images` but one, and tested on this one, for each source in turn. Its entry
+    is that of `tried_on`.
     """
     by_source: dict[str, Any] = {}
     for source in dict.fromkeys(image.count.source for image in images):

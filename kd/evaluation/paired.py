@@ -53,7 +53,7 @@ class Baseline:
     def read(cls, path: Path) -> Baseline:
         """Read the scores from the file `path`, which `kd evaluate --json` wrote.
 
-        Raises InputError if the file cannot be read, is anything else, or lacks the scores of single images.
+        Raises InputError if the file cannot be read, is not such a file, or lacks the scores of single images.
         """
         (run,) = read_runs([path])
         report = run.report
@@ -65,9 +65,11 @@ class Baseline:
         return cls(run.label, report["sha256"], report["sobel_norm"], report["min_area_px"], report["by_image"])
 
     def check(self, samples: Iterable[Sample]) -> None:
-        """Raise InputError if a source was scored on other annotated images than those in `samples`.
+        """Check that the baseline was scored on the same annotated images as those in `samples`, source by source.
 
         Only the sources of `samples` are checked, without those in PARTIAL, which have no PQ.
+
+        Raises InputError if the images or annotations of a source differ.
         """
         given: dict[str, set[Key]] = {}
         for sample in samples:
@@ -117,9 +119,9 @@ class Paired:
 
 
 def compared(new: ByImage, baseline: Baseline) -> list[Paired]:
-    """Return the comparison of `new` with `baseline` for each source but those in PARTIAL, which have no PQ.
+    """Return the comparison of a model with `baseline` by source, without the sources in PARTIAL, which have no PQ.
 
-    The baseline must have scores of the same images (see `Baseline.check`).
+    `new`: scores of the model's images. The baseline must have scores of the same images (see `Baseline.check`).
     """
     return [_compared(source, rows, baseline.by_image[source]) for source, rows in new.items() if source not in PARTIAL]
 
@@ -148,9 +150,9 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the ends of the percentile bootstrap interval of the mean of `differences` (n,); NaN for n < 2.
+    """Return the ends of the bootstrap interval of the mean of `differences` (n,); NaN for n < 2.
 
-    The interval has the coverage LEVEL and uses RESAMPLES samples with a fixed seed.
+    It is the percentile interval with the coverage LEVEL, from RESAMPLES samples with a fixed seed.
     """
     n = len(differences)
     if n < 2:

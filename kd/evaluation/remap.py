@@ -67,22 +67,29 @@ class Remap:
         return replace(sample, types=types)
 
     def maps(self, maps: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the model's stored `maps` (plane, y, x) uint8, with the type planes merged to the common classes."""
+        """Return the model's maps with their type planes merged to the common classes, as a copy.
+
+        `maps`: stored maps (plane, y, x) uint8 in the classes of the model (see `MapLayout`).
+        """
         return MapLayout(len(self.model)).merge(maps, self.model)
 
 
 def remap_of(data_taxonomy: Taxonomy, model_taxonomy: Taxonomy, source: str, typed: bool = True) -> Remap:
     """Return the mapping of the data's and the model's classes to common classes, for one source of the data.
 
-    `typed`: whether the source has annotated types. The first rule that applies determines the common classes:
+    The first rule that applies determines the common classes:
 
     - NUCLEI if `typed` is False, or if one of the taxonomies has only nuclei without types;
     - PAPER_CONSEP if the source is `consep` and both taxonomies are PanNuke's;
     - the model's classes if both taxonomies have the same classes;
     - THREE if one taxonomy is PanNuke's and the other is CoNSeP's.
 
-    With PAPER_CONSEP and THREE, CoNSeP's "other", which has no class in PanNuke, becomes miscellaneous. Raises
-    InputError if no rule applies.
+    With PAPER_CONSEP and THREE, CoNSeP's "other", which has no class in PanNuke, becomes miscellaneous.
+
+    `data_taxonomy`, `model_taxonomy`: classes of the data and of the model. `source`: name of the source. `typed`:
+    whether the source has annotated types.
+
+    Raises InputError if no rule applies.
     """
     data_names, model_names = _names(data_taxonomy), _names(model_taxonomy)
     pannuke, consep = _names(PANNUKE), _names(CONSEP)
@@ -109,9 +116,11 @@ def remap_of(data_taxonomy: Taxonomy, model_taxonomy: Taxonomy, source: str, typ
 
 
 def remaps_of(data: Data, model: Taxonomy) -> dict[str, Remap]:
-    """Return source → mapping of its classes and the model's to common classes, in the order of appearance.
+    """Return the mapping of the data's and the model's classes to common classes by source, in the order of appearance.
 
-    A source has types if one of its samples has. Raises InputError if no common classes are known for a source.
+    A source has types if one of its samples has. `model`: classes of the model.
+
+    Raises InputError if no common classes are known for a source.
     """
     typed: dict[str, bool] = {}
     for sample in data.samples:

@@ -115,7 +115,7 @@ class SourceScores:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "by_image"}
 
     def images_to_json(self) -> list[dict[str, Any]]:
-        """Return id, sha256, annotated nuclei, pq, dice and f_d of each image as JSON objects.
+        """Return id, sha256, number of annotated nuclei, pq, dice and f_d of each image, as JSON values by name.
 
         Undefined scores are None; for sources in PARTIAL, all of them are.
         """
@@ -143,10 +143,12 @@ def plain(value: Any) -> Any:
 
 
 def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> SourceScores:
-    """Return the scores of `source` from the scores of its `images`, at least one, as the module describes.
+    """Return the scores of a source from those of its images, averaged as the module's docstring describes.
 
-    `taxonomy`: classes in which the images are scored. For sources in PARTIAL, only `recall` and `type_accuracy` are
-    defined.
+    For sources in PARTIAL, only `recall` and `type_accuracy` are defined.
+
+    `source`: name of the source. `images`: scores of its images, at least one. `taxonomy`: classes in which they are
+    scored.
     """
     pairs = sum((i.pairs for i in images[1:]), images[0].pairs)
     detection = detection_scores(pairs)

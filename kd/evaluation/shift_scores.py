@@ -34,9 +34,11 @@ class ShiftScores:
 
     @classmethod
     def of(cls, shift: Shift, before: SourceScores, after: SourceScores) -> ShiftScores:
-        """Return the scores of one source `after` the shift, compared with those `before` it.
+        """Return the scores of one source after a shift, compared with those before it.
 
-        `shift`: the shift. The change of a score is NaN if the score is undefined before or after the shift.
+        The change of a score is NaN if the score is undefined before or after the shift.
+
+        `shift`: the shift. `before`, `after`: scores on the unchanged and on the changed images.
         """
         scores = {name: getattr(after, name) for name in SCORES}
         changes = {name: value - getattr(before, name) for name, value in scores.items()}
@@ -51,10 +53,12 @@ class ShiftScores:
 def score_shifts(
     scores_of: Callable[[Data, Shift], list[SourceScores]], data: Data, unchanged: Sequence[SourceScores]
 ) -> list[ShiftScores]:
-    """Return the scores of `data` after each of SHIFTS, source by source.
+    """Return the scores of `data` after each of SHIFTS, source by source in the order of `unchanged`.
 
-    Sources in PARTIAL are left out, because they have no PQ. `scores_of`: function from data and a shift to the scores
-    of each source after it. `unchanged`: scores on the unchanged images.
+    Sources in PARTIAL are left out, because they have no PQ.
+
+    `scores_of`: function from data and a shift to the scores of each source after it; its errors propagate.
+    `unchanged`: scores on the unchanged images.
     """
     before = {scores.source: scores for scores in unchanged if scores.source not in PARTIAL}
     scored = Data(data.taxonomy, [sample for sample in data.samples if sample.source in before])

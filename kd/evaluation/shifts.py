@@ -36,7 +36,8 @@ class Shift:
     def apply(self, sample: Sample) -> Sample:
         """Return a copy of `sample` with the shift applied to its image.
 
-        If the pixel size changes, the labels are resampled to the size of the new image (nearest neighbour).
+        If the shift changes the pixel size, image and labels are resampled to pixels of `mpp`, labels by nearest
+        neighbour.
         """
         image = self.change(sample.image)
         if self.mpp == MPP:

@@ -19,9 +19,11 @@ _MARGIN = 1.5
 def slide_limits(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
     """Return the limits (lowest, highest) of `area_um2`, `h_od` and `e_od` for a card, by name.
 
-    See `hover_batch.quality.flags.LIMITS`. `samples`: images in which all nuclei are outlined. The limits are the 1st
-    and the 99th percentile over images with nuclei, with a margin; the lowest `e_od` is 0. Empty if fewer than
-    MIN_IMAGES images have nuclei.
+    They limit the median area of an image's nuclei in µm² and the mean optical densities of their hematoxylin and
+    eosin, and are the 1st and the 99th percentile over images with nuclei, with a margin; the lowest `e_od` is 0. Empty
+    if fewer than MIN_IMAGES images have nuclei. See `hover_batch.quality.flags.LIMITS`.
+
+    `samples`: images in which all nuclei are outlined.
     """
     measured = np.array([_measures(sample) for sample in samples if sample.instances.any()]).reshape(-1, 3)
     if len(measured) < MIN_IMAGES:

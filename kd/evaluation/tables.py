@@ -96,8 +96,8 @@ class Table:
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Return the evaluations in files that `kd evaluate --json` wrote, in the order of `paths`.
 
-    Raises InputError if a file is not an evaluation of this version, or if two with the same label differ in
-    architecture or settings, or are of the same model on the same images.
+    Raises InputError if a file cannot be read or is not an evaluation of this version, or if two with the same label
+    differ in architecture or settings, or are of the same model on the same images.
     """
     runs = [Run(path, _read(path)) for path in paths]
     for run in runs:
@@ -160,8 +160,10 @@ def _refuse(constant: str) -> None:
 def tables(runs: Sequence[Run], out: Path) -> list[Table]:
     """Return the three tables of the paper, the table of cost, and for each source a table with all scores.
 
-    `runs`: evaluations. The paper's tables have rows only for those with the paper's source and classes, the others for
-    all. `out`: folder to which the tables will be written; the files of evaluations are named relative to it.
+    The paper's tables have rows only for evaluations with the paper's source and classes, the others for all.
+
+    `runs`: evaluations, as `read_runs` returns and checks them. `out`: folder to which the tables will be written; the
+    files of evaluations are named relative to it.
     """
     made = []
     for paper in TABLES:
@@ -187,10 +189,12 @@ def tables(runs: Sequence[Run], out: Path) -> list[Table]:
 
 
 def write_tables(made: Sequence[Table], out: Path) -> None:
-    """Write the tables `made` (see `tables`) to `out`/tables.md, and each to a CSV file named after it in `out`.
+    """Write tables to `out`/tables.md, and each to a CSV file named after it in `out`. The folder is created.
 
     The CSV files have numbers with eight significant digits, and an additional column for each standard deviation.
-    Raises OSError if a file cannot be written.
+    Existing files are replaced.
+
+    `made`: result of `tables`. Raises OSError if a file cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text("\n".join(line for table in made for line in _markdown(table)), "utf-8")

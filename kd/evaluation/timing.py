@@ -28,18 +28,24 @@ def timed(
     nuclei_of: Callable[[NDArray[np.uint8]], object],
     images: Sequence[NDArray[np.uint8]],
 ) -> dict[str, Any]:
-    """Return the times of a model and the hardware, as JSON values by name.
+    """Measure a model's speed. Return the times in seconds and the hardware, as JSON values by name.
 
-    - `seconds_per_patch`: the network alone, in float32 (see `hover_batch.model.cost.seconds_per_patch`);
-    - `seconds_per_tile`: from a tile of TILE² pixels in memory to its nuclei, that is the network, run as on slides
-      with margins around its tiles, and post-processing. None if no image is large enough;
-    - `tile_runs`: the seconds of each run, of which `seconds_per_tile` is the median;
+    - `seconds_per_patch`: the network alone, in float32; median of RUNS measurements (see
+      `hover_batch.model.cost.seconds_per_patch`);
+    - `seconds_per_tile`: inference and post-processing of an image of TILE² pixels in memory, as on slides; None if no
+      image is large enough;
+    - `tile_runs`: seconds of each of RUNS runs, of which `seconds_per_tile` is the median;
     - `timed_on`: the device, and the precision and runtime of the tile.
 
-    `network`: network with the weights of the model. `predictor`: its predictor, which gives the device. `nuclei_of`:
-    function from an image (y, x, 3) uint8 RGB to its nuclei; it uses `predictor` and has been called before, so that
-    everything is loaded and compiled. `images`: images (y, x, 3) uint8 RGB; the tile is the upper left corner of the
-    first one that is large enough. Use the times only to compare models on one idle machine.
+    Use the times only to compare models on one idle machine.
+
+    `network`: network with the weights of the model; it may be moved to the device of `predictor`. `predictor`: its
+    predictor. `nuclei_of`: function from an image (y, x, 3) uint8 RGB to its nuclei; it uses `predictor` and has been
+    called before, so that everything is loaded and compiled. `images`: images (y, x, 3) uint8 RGB; the tile is the
+    upper left corner of the first one that is large enough.
+
+    Raises PackageError if the card's architecture is not known, torch.OutOfMemoryError if a batch does not fit in the
+    GPU's memory. Errors of `nuclei_of` propagate.
     """
     on_its_device = on_device(network, predictor.device)
     patch = statistics.median(seconds_per_patch(on_its_device, predictor.card) for _ in range(RUNS))

@@ -40,7 +40,10 @@ class Parameters:
 
 
 def from_stored(planes: NDArray[np.uint8]) -> Maps:
-    """Return np, h and v, each (y, x) float32, from the stored `planes` (3, y, x) uint8 (see `MapLayout`)."""
+    """Return np in [0, 1] and h and v in [-1, 1], each (y, x) float32, of stored planes.
+
+    `planes`: stored planes np, h and v, (3, y, x) uint8 (see `MapLayout`).
+    """
     hv = planes[1:].view(np.int8).astype(np.float32) / HV_STEPS
     return planes[0].astype(np.float32) / 256, hv[0], hv[1]
 
@@ -48,8 +51,9 @@ def from_stored(planes: NDArray[np.uint8]) -> Maps:
 def sobel(maps: Maps, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return Sobel_x(h) and Sobel_y(v), each (y, x) float64, not normalised.
 
-    `maps`: np, h and v, each (y, x) float32. `size`: side of the kernel in pixels, odd and at most 31. Borders are
-    reflected about the outermost pixels.
+    Borders are reflected about the outermost pixels.
+
+    `maps`: np, h and v, each (y, x) float32. `size`: side of the kernel in pixels, odd and at most 31.
     """
     _, h, v = maps
     sobel_x = cv2.Sobel(h, cv2.CV_64F, 1, 0, ksize=size)
@@ -67,7 +71,7 @@ def extremes(maps: Maps, size: int) -> SobelConstants:
 
 
 def instances_by(maps: Maps, constants: SobelConstants, parameters: Parameters) -> NDArray[np.int32]:
-    """Return the instances (y, x) int32, 0 = background, in the maps of one image.
+    """Return the instances in the maps of one image, (y, x) int32, numbered 1 … n, 0 = background.
 
     `maps`: np, h and v, each (y, x) float32. `constants`: extremes by which the Sobel maps are scaled. `parameters`:
     all other parameters.

@@ -76,18 +76,19 @@ def teach(
     engine: EngineSettings,
     notify: Callable[[str], None],
 ) -> TeacherCache:
-    """Store the teacher's output for every image of the folds and sources in a cache, and return the cache.
+    """Store a teacher's output for every image of some folds and sources in a cache, and return the cache.
 
-    Existing outputs are used and corrupted ones computed again, so an interrupted run resumes. Only one run at a time
-    may write to a cache.
+    Intact outputs are used, all others deleted and computed again, so an interrupted run resumes. Only one run at a
+    time may write to a cache, whose folder is created if it is missing.
 
     `data`, `folds`, `sources`: annotated images (see `read_data`). `teacher`: name or path of the package, as for
     `find_package`. `cache`: folder of the outputs. `batch`: tiles per batch. `tta`: 8 to average over the rotations and
-    flips of each image, else 1. `engine`: settings of the backend. `notify` is called with lines about the progress.
+    flips of each image, else 1. `engine`: settings of the backend. `notify`: called with lines about the progress.
 
-    Raises InputError if `tta` is invalid, the data cannot be read, the teacher does not fit it, or `cache` holds other
-    outputs; and PackageError if the teacher cannot be loaded or its output is not finite. The first task that fails
-    ends the run with its error; the outputs stored so far remain.
+    Raises InputError if `tta` is invalid, the data cannot be read or has no image of a fold, the teacher does not fit
+    it, `cache` holds other outputs, or the backend's resources are not available; PackageError if the teacher cannot be
+    loaded or its output is not finite; OSError if an output cannot be written. The first task that fails ends the run
+    with its error; the outputs stored so far remain.
     """
     if tta not in (1, len(VIEWS)):
         raise InputError(f"--tta {tta}: must be 1, or {len(VIEWS)} for the rotations and flips of an image")
@@ -173,9 +174,15 @@ def _lessons(
 
 
 def run_lesson(lesson: Lesson) -> None:
-    """Compute the outputs of the teacher for the images of one task, except those already stored, and store them.
+    """Compute and store the outputs of the teacher for the images of one task. Intact outputs are kept.
 
-    Data and teacher are loaded once per process. Raises InputError or PackageError as `teach` does.
+    Outputs that are not intact are deleted first (see `TeacherCache.has_intact`). Data and teacher are loaded once per
+    process.
+
+    `lesson`: the task.
+
+    Raises InputError if the data or the cache cannot be read, PackageError if the teacher cannot be loaded or its
+    output is not finite, OSError if an output cannot be deleted or written.
     """
     from hover_batch.model.images import image_logits
 

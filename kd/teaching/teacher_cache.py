@@ -72,8 +72,10 @@ class TeacherCache:
     def create(cls, path: Path, teacher: Package, tta: int = 1) -> TeacherCache:
         """Open the cache at `path` for the outputs of `teacher`, or create it with missing folders.
 
-        `tta`: see the attribute. Raises InputError if the cache is of another teacher or another `tta`, or its
-        teacher.json cannot be read, or the folder cannot be created.
+        `tta`: see the attribute.
+
+        Raises InputError if the cache is of another teacher or another `tta`, its teacher.json cannot be read, or the
+        folder cannot be created; OSError if teacher.json cannot be written.
         """
         if not (path / "teacher.json").exists():
             try:
@@ -95,10 +97,10 @@ class TeacherCache:
         return cache
 
     def logits(self, sample: Sample) -> NDArray[np.float16]:
-        """Return the stored output (channel, y, x) float16 for the whole image of `sample`.
+        """Return the stored output for the whole image of `sample`, (channel, y, x) float16.
 
-        The channels are as in `hover_batch.model.heads`. Raises InputError if the output is missing, corrupted, or of
-        another teacher.
+        The channels are as in `hover_batch.model.heads`. Raises InputError if the output is missing, cannot be read, is
+        corrupted, or is of another teacher.
         """
         path = self._array(sample)
         if not self.covers(sample):
@@ -127,9 +129,12 @@ class TeacherCache:
         return self._array(sample).is_dir()
 
     def has_intact(self, sample: Sample) -> bool:
-        """Return whether an intact output is stored for the image of `sample`.
+        """Return whether an intact output of this teacher is stored for the image of `sample`.
 
-        A corrupted output is deleted, so that it can be written again. OSError if it cannot be deleted.
+        A stored output that cannot be read, is corrupted or is of another teacher is deleted, so that it can be written
+        again.
+
+        Raises OSError if it cannot be deleted.
         """
         if not self.covers(sample):
             return False
@@ -141,10 +146,13 @@ class TeacherCache:
         return True
 
     def write(self, sample: Sample, logits: NDArray[np.floating[Any]]) -> None:
-        """Store `logits` (channel, y, x), the output for the image of `sample`, as float16.
+        """Store a teacher's output for the image of `sample` as float16. No output may be stored for it yet.
 
-        No output may be stored for the image yet. Values are clipped to the range of float16, ±65504, which does not
-        change any softmax. Raises PackageError if a value is not finite, OSError if the output cannot be written.
+        Values are clipped to the range of float16, ±65504, which does not change any softmax.
+
+        `logits`: output (channel, y, x), of any float dtype.
+
+        Raises PackageError if a value is not finite, OSError if the output cannot be written.
         """
         import zarr
         from zarr.codecs import ZstdCodec

@@ -20,11 +20,12 @@ VIEWS = tuple(product(range(4), (False, True)))
 
 
 def averaged(logits_of: LogitsOf, images: Sequence[NDArray[np.uint8]], n_types: int) -> list[Logits]:
-    """Return the network's output for each image (y, x, 3) uint8 RGB, averaged over the eight VIEWS.
+    """Return a network's output for each image, (channel, y, x) float32, averaged over the eight VIEWS.
 
-    An output is (channel, y, x) float32. h and v are averaged. For np and tp, probabilities are averaged and their
-    logarithms returned. `logits_of` runs the network; it is called once, with 8 views per image. `n_types`: number of
-    classes, background included.
+    h and v are averaged. For np and tp, probabilities are averaged and their logarithms returned.
+
+    `logits_of`: runs the network; it is called once, with 8 views per image, and its errors propagate. `images`: images
+    (y, x, 3) uint8 RGB. `n_types`: number of classes, background included.
     """
     views = [np.ascontiguousarray(turned(image, *view)) for image in images for view in VIEWS]
     outputs = iter(logits_of(views))
@@ -40,18 +41,20 @@ def _mean(outputs: Logits, heads: Heads) -> Logits:
 
 
 def turned(image: NDArray[np.uint8], turns: int, flip: bool) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8, rotated counterclockwise by `turns` × 90°, then flipped left to right if `flip`.
+    """Return an image (y, x, 3) uint8, rotated counterclockwise and then, if `flip`, flipped left to right.
 
-    The result is a view of `image`, not a copy.
+    The result is a view of `image`, not a copy. `turns`: number of quarter turns.
     """
     view = np.rot90(image, turns)
     return view[:, ::-1] if flip else view
 
 
 def turned_back(output: Logits, turns: int, flip: bool) -> Logits:
-    """Turn `output` (channel, y, x) of a network for `turned(image, turns, flip)` back to the orientation of `image`.
+    """Turn the output for a rotated or flipped image back to the orientation of the image. Return a new array.
 
-    h and v are distances along the axes, so they swap and change sign when the axes do. Returns a new array.
+    h and v are distances along the axes, so they swap and change sign when the axes do.
+
+    `output`: (channel, y, x) output of a network for `turned(image, turns, flip)`. `turns`, `flip`: as for `turned`.
     """
     h, v = output[HV]
     if flip:

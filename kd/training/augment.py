@@ -63,11 +63,11 @@ def random_view(
     kind: str = "full",
     planes: NDArray[np.float16] | None = None,
 ) -> View:
-    """Return a random crop of `size` × `size` pixels with the augmentation `kind`, a row of the module's table.
+    """Return a random crop of `size` × `size` pixels with random geometry and appearance.
 
-    `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers. `planes`:
-    the teacher's output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`; None without a
-    teacher.
+    `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers, which is
+    advanced. `kind`: augmentation, a row of the module's table. `planes`: the teacher's output (channel, y, x) float16
+    for the whole image, as in `hover_batch.model.heads`; None without a teacher.
     """
     view = random_geometry(sample, size, rng, kind, planes)
     if kind == "full":
@@ -84,11 +84,13 @@ def random_geometry(
     kind: str = "full",
     planes: NDArray[np.float16] | None = None,
 ) -> View:
-    """Return a random crop of `size` × `size` pixels with the geometry of `kind`, made by one affine map.
+    """Return a random crop of `size` × `size` pixels with the geometry of `kind`; the appearance is unchanged.
 
-    Arguments as for `random_view`; the appearance is unchanged. The image of the view lies inside the sample's image,
-    which must be at least `size` pixels high and wide. If it is hardly larger, the angle is rounded to a right angle,
-    and the scale is large enough for the crop to fit. Labels outside the sample's image are 0.
+    It is made by one affine map. The image of the view lies inside the sample's image, which must be at least `size`
+    pixels high and wide. If it is hardly larger, the angle is rounded to a right angle, and the scale is large enough
+    for the crop to fit. Labels outside the sample's image are 0.
+
+    Arguments as for `random_view`.
     """
     scale, angle, flip = 1.0, 0.0, 1
     if kind == "full":

@@ -33,10 +33,14 @@ Weights = dict[str, dict[str, list[float]]]
 def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | None, folder: Path) -> Weights:
     """Return the class weights from the annotations (`annotated`) and, with a teacher, from its predictions (`taught`).
 
-    `n_types`: number of classes, background included. Pixels that a branch does not learn from are not counted. The
-    result is cached in `folder`/class_weights.json, because reading a teacher's outputs takes long; it is computed
-    again if the samples, the number of classes, the teacher's package or its `tta` have changed. Raises InputError if a
-    teacher's output is missing or corrupted.
+    Pixels that a branch does not learn from are not counted. The result is cached in `folder`/class_weights.json,
+    because reading a teacher's outputs takes long; it is computed again if the samples, the number of classes, the
+    teacher's package or its `tta` have changed.
+
+    `samples`: training images. `n_types`: number of classes, background included. `teacher`: stored outputs; None
+    without distillation. `folder`: existing folder of the training.
+
+    Raises InputError if a teacher's output is missing or corrupted, OSError if the file cannot be read or written.
     """
     digest = hashlib.sha256(f"{n_types} {(teacher.sha256, teacher.tta) if teacher else ''}".encode())
     for sample in samples:
@@ -59,9 +63,9 @@ def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | No
 
 
 def by_rarity(counts: NDArray[np.int64]) -> list[float]:
-    """Return the weight of each class from its number of pixels, `counts` (class,), by the formula of this module.
+    """Return the weight of each class by the formula of this module. A class without pixels gets 1.
 
-    A class without pixels gets 1.
+    `counts` (class,) int64: number of pixels of each class.
     """
     weights = np.ones(len(counts))
     present = counts > 0

@@ -277,9 +277,10 @@ class TrainConfig:
 
     @classmethod
     def of(cls, preset: str, **given: Any) -> TrainConfig:
-        """Return the settings of `preset`, overridden by the `given` settings that are not None.
+        """Return the settings of `preset`, overridden by the given settings that are not None.
 
-        `given` must contain `data` and `out`. Raises InputError if the preset is unknown or a setting is invalid.
+        `given`: settings by the names of the fields; `data` and `out` are required. Raises InputError if the preset is
+        unknown or a setting is invalid.
         """
         if preset not in PRESETS:
             raise InputError(f"--preset {preset}: unknown; give one of {', '.join(PRESETS)}")
@@ -297,7 +298,7 @@ class TrainConfig:
 
     @property
     def loss_shares(self) -> tuple[float, float]:
-        """(factor of L_student, factor of L_distill) in the loss; their sum is 1."""
+        """Factors of L_student and of L_distill in the loss; their sum is 1."""
         return (self.alpha, 1 - self.alpha) if self.alpha_of == "student" else (1 - self.alpha, self.alpha)
 
     @property
@@ -306,7 +307,7 @@ class TrainConfig:
         return self.loss_shares[1] > 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings that determine the trained weights, by name, as JSON values for checkpoint and card.
+        """Return the settings that determine the trained weights, as JSON values by name, for checkpoint and card.
 
         `data`, `out`, `teacher`, `threads` and `max_steps` are left out. Of the files with initial weights, only the
         name is recorded.

@@ -58,7 +58,7 @@ class Teacher(Protocol):
         """Return whether an output is stored for the image of `sample`. It is not read, so it may be corrupted."""
 
     def logits(self, sample: Sample) -> NDArray[np.float16]:
-        """Return the stored output (channel, y, x) float16 of the whole image of `sample`.
+        """Return the stored output for the whole image of `sample`, (channel, y, x) float16.
 
         The channels are as in `hover_batch.model.heads`. Raises InputError if the output is missing or corrupted.
         """
@@ -81,11 +81,14 @@ def open_teacher(path: Path, taxonomy: Taxonomy) -> Teacher:
 
 
 def source_shares(config: TrainConfig, samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the fraction of the crops to draw from each source; the fractions sum to 1.
+    """Return the fraction of the crops to draw from each source. The fractions sum to 1.
 
     If `config` has shares, these are used, sorted by source; sources without one get no crops. Otherwise the fractions
-    are proportional to the areas of the sources in pixels, in the order of `samples`, the training images. Raises
-    InputError if a configured source has no image, or if there are no images at all.
+    are proportional to the areas of the sources in pixels, in the order of the samples.
+
+    `config`: settings of the training. `samples`: training images.
+
+    Raises InputError if a configured source has no image, or if there are no images at all.
     """
     areas: dict[str, float] = {}
     for sample in samples:
@@ -179,9 +182,11 @@ def targets_of(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the targets of the branches np and tp, both (y, x) int64, as in `Targets`.
 
+    Sources in PARTIAL outline only some of the nuclei, so their other pixels may be nuclei or background: np is UNKNOWN
+    everywhere, and tp is known only on typed nuclei.
+
     `instances` (y, x) int32: nucleus ids, 0 = background, UNKNOWN outside the image. `types` (y, x) uint8: class ids, 0
-    on nuclei without a class; or None if types are not annotated. Sources in PARTIAL outline only some of the nuclei,
-    so their other pixels may be nuclei or background: np is UNKNOWN everywhere, and tp is known only on typed nuclei.
+    on nuclei without a class; None if types are not annotated. `source`: source of the image.
     """
     unknown = np.full(instances.shape, UNKNOWN, np.int64)
     partial = source in PARTIAL
@@ -195,10 +200,13 @@ def targets_of(
 def training_crops(
     samples: Sequence[Sample], shares: Mapping[str, float], config: TrainConfig, cut: int, teacher: Teacher | None
 ) -> tuple[Crops, int]:
-    """Return the crops of the whole run, and the number of steps per epoch.
+    """Return the crops of the whole run, in training order, and the number of steps per epoch.
 
-    `cut`: pixels by which the network's output is smaller on each side (see `cut_of`). Other arguments and errors as
-    for `Crops`.
+    `samples`: training images. `shares`: fraction of the crops from each source (see `source_shares`). `config`:
+    settings of the training. `cut`: pixels by which the network's output is smaller on each side (see `cut_of`).
+    `teacher`: stored outputs of a teacher; None without distillation.
+
+    Raises InputError if the teacher has no output for one of the samples.
     """
     area = sum(s.instances.size for s in samples)
     epoch_steps = config.epoch_steps or max(1, round(area / (config.size - 2 * cut) ** 2 / config.batch))
@@ -211,8 +219,9 @@ def validation_crops(
 ) -> Crops:
     """Return fixed crops without augmentation for the validation loss.
 
-    Their number is such that they could cover the area of the images once, at most MAX_VALIDATION_CROPS. Arguments and
-    errors as for `Crops`.
+    Their number suffices to cover the area of the images once, but is at most MAX_VALIDATION_CROPS.
+
+    `samples`: validation images, at least one. Other arguments and errors as for `training_crops`.
     """
     area = sum(s.instances.size for s in samples)
     n = min(MAX_VALIDATION_CROPS, max(1, round(area / (config.size - 2 * cut) ** 2)))
@@ -220,11 +229,14 @@ def validation_crops(
 
 
 def batches(crops: Crops, batch: int, device: torch.device, first: int = 0) -> Iterator[tuple[Tensor, Targets]]:
-    """Yield batches from number `first` on: images (b, 3, y, x) float32 in [0, 1] and their targets, on `device`.
+    """Yield batches of images (b, 3, y, x) float32 in [0, 1] and their targets, on `device`.
 
-    `crops`: the crops, in order. `batch`: crops per batch; the last one may be smaller. Crops are drawn in forked
-    processes, and OpenCV is limited to one thread in this process. Raises InputError if a teacher's output cannot be
-    read.
+    Crops are drawn in forked processes, and OpenCV is limited to one thread in this process.
+
+    `crops`: the crops, in order. `batch`: crops per batch; the last one may be smaller. `device`: device of the
+    network. `first`: number of the first batch.
+
+    Raises InputError if a teacher's output cannot be read.
     """
     # A forked worker that inherits OpenCV's running thread pool hangs when it first uses it.
     cv2.setNumThreads(1)

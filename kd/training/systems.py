@@ -34,8 +34,10 @@ classes: (2, y, x) float32."""
 def distance_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
     """Return the targets (2, y, x) float32 of DIST: distance to the nucleus's edge / DISTANCE_PX, then zeros.
 
-    The distance is in pixels, and is that to the nearest pixel of something else, so the outermost pixels of a nucleus
-    have 1; it is 0 on the background. `instances`: (y, x) int32 ids, values up to 0 = background.
+    Before the division, the distance is in pixels, and is that to the nearest pixel of something else, so the outermost
+    pixels of a nucleus have 1; it is 0 on the background.
+
+    `instances`: (y, x) int32 ids, values up to 0 = background.
     """
     planes = np.zeros((2, *instances.shape), np.float32)
     for number, (rows, columns) in _boxes(instances):

@@ -36,7 +36,7 @@ PANELS = "panels"
 
 
 def train(config: TrainConfig) -> nn.Module:
-    """Train a network, or resume from the checkpoint in `config.out`; return it with the weights to package.
+    """Train a network, or resume from the checkpoint in `config.out`. Return it with the weights to package.
 
     The network is in evaluation mode, on the GPU if there is one. Training pauses at `config.max_steps`; if the
     checkpoint is of a finished training, nothing is trained. The checkpoint, log.csv, TensorBoard files and pictures
@@ -44,7 +44,8 @@ def train(config: TrainConfig) -> nn.Module:
     set.
 
     Raises InputError or PackageError if the data, the teacher or the initial weights do not fit, or the checkpoint was
-    written with other settings or data; HoverBatchError if the loss is not finite or the checkpoint cannot be written.
+    written with other settings or data; HoverBatchError if the loss is not finite or the checkpoint cannot be written;
+    OSError if the log or a picture cannot be written.
     """
     torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

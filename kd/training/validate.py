@@ -73,9 +73,11 @@ def validate(
     Sources with annotated types also have `val_f_c_<source>`, the mean F_c over the classes. Sources in PARTIAL have
     `val_recall_<source>` instead of PQ, Dice and F_d.
 
+    The central SIDE × SIDE pixels of at most SCORED images per source are scored; smaller images are cropped to
+    multiples of 32 pixels. The network sees mirrored pixels around this part.
+
     `model`: network in evaluation mode, on `device`. `samples`: validation images. `taxonomy`: classes of both.
-    `splitter`: post-processing. The central SIDE × SIDE pixels of at most SCORED images per source are scored; smaller
-    images are cropped to multiples of 32 pixels. The network sees mirrored pixels around this part.
+    `splitter`: post-processing.
     """
     maps_of = maps_by(model, device, taxonomy)
     chosen: list[Sample] = []
@@ -101,9 +103,12 @@ def examples(
     """Return a picture (y, x, 3) uint8 RGB with one row for each of up to EXAMPLES images.
 
     Its columns are the centre of the image, its annotations, the teacher's prediction if there is a teacher, and the
-    prediction of `model`, a network in evaluation mode on `device`. The images are evenly spaced in `samples`, which
-    must not be empty. `taxonomy`: classes of all of them. `splitter`: post-processing. Raises InputError if a teacher's
-    output is missing or corrupted.
+    network's prediction. The images are evenly spaced in `samples`. The network sees mirrored pixels around the centre.
+
+    `model`: network in evaluation mode, on `device`. `samples`: validation images, at least one. `taxonomy`: classes of
+    all of them. `teacher`: stored outputs; None without a teacher. `splitter`: post-processing.
+
+    Raises InputError if a teacher's output is missing or corrupted.
     """
     maps_of = maps_by(model, device, taxonomy)
     layout = MapLayout(len(taxonomy.classes))
@@ -126,10 +131,12 @@ def examples(
 
 
 def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsOf:
-    """Return a function from images (y, x, 3) uint8 RGB to the maps (plane, y, x) uint8 that `model` predicts.
+    """Return a function from images (y, x, 3) uint8 RGB to the stored maps that a network predicts.
 
-    `model` must be in evaluation mode, on `device`; its classes are those of `taxonomy`. The sides of the images must
-    be multiples of 32. The network sees mirrored pixels around them.
+    The stored maps are (plane, y, x) uint8 (see `MapLayout`). The sides of the images must be multiples of 32. The
+    network sees mirrored pixels around them.
+
+    `model`: network in evaluation mode, on `device`. `taxonomy`: its classes.
     """
     layout = MapLayout(len(taxonomy.classes))
     forward = partial(by_tiles, model) if isinstance(model, MicroNet) else model

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from hover_batch.cli import app
 from hover_batch.config import InferSettings
 from hover_batch.errors import PackageError
-from hover_batch.model.cost import cost_of
+from hover_batch.model.cost import cost_of, seconds_per_patch
 from hover_batch.model.package import find_package, load_network
 from hover_batch.model.predict import load_predictor
 
@@ -64,6 +64,7 @@ def test_order_activation_and_scaling_are_adapted(tmp_path: Path, weights: NDArr
     torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-5)
     assert [c.name for c in package.card.taxonomy.classes] == ["background", "tumour", "lymphocyte"]
     assert cost_of(network, package.card).macs_per_patch == 6 * 3 * 64 * 64
+    assert seconds_per_patch(network, package.card, batch=2) > 0
     # Both runtimes give the same maps.
     tiles = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
     maps = [

@@ -25,7 +25,10 @@ GROUP = "hover_batch.architectures"
 
 
 def architecture(name: str) -> Architecture:
-    """Return the architecture that model cards call `name`. PackageError if there is none."""
+    """Return the architecture that model cards call `name`. Its file and torch are imported.
+
+    PackageError if there is no such architecture.
+    """
     module = _module_of(name)
     for found in _held_by(module) if module else ():
         if found.name == name:
@@ -35,13 +38,16 @@ def architecture(name: str) -> Architecture:
 
 
 def architectures() -> list[Architecture]:
-    """Return all architectures, sorted by name. The call imports their files and torch, which takes seconds."""
+    """Return all architectures, sorted by name. Their files and torch are imported, which takes seconds."""
     found = [found for module in _modules().values() for found in _held_by(module)]
     return sorted(found, key=lambda found: found.name)
 
 
 def file_of(name: str) -> Path | None:
-    """Return the Python file of the architecture `name` without importing it; None if there is none."""
+    """Return the Python file of the architecture `name` without importing it.
+
+    None if the architecture is not known or has no file.
+    """
     module = _module_of(name)
     spec = find_spec(module) if module else None
     return Path(spec.origin) if spec and spec.origin else None

@@ -70,9 +70,10 @@ def _sam(dim: int, heads: int, depth: int, types: int) -> CellViTArch:
 
 
 def published(encoder: str, types: int) -> CellViTArch:
-    """Return the published architecture with an encoder, such as SAM-B. KeyError if the encoder is not known.
+    """Return the published architecture with an encoder.
 
-    `types`: number of channels of the type branch.
+    `encoder`: name of the encoder, such as SAM-B. `types`: number of channels of the type branch. KeyError if the
+    encoder is not known.
     """
     return {
         "ViT-256": CellViTArch(384, 6, (0,) * 12, 14, types),
@@ -85,7 +86,7 @@ def published(encoder: str, types: int) -> CellViTArch:
 def arch_of(weights: Mapping[str, Tensor]) -> CellViTArch:
     """Return the architecture of a CellViT from the shapes of the tensors in its state dict.
 
-    KeyError or a similar error if tensors are missing.
+    `weights`: tensors by name. KeyError or a similar error if tensors are missing.
     """
     sam = "encoder.cls_token" not in weights
     dim = len(weights["encoder.patch_embed.proj.bias"])
@@ -129,7 +130,7 @@ class CellViT(nn.Module):
             self.add_module(name, _branch(dim, high, outputs))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the outputs of all branches for a batch; `CellViT` states the shapes of `image` and result."""
+        """Return the outputs of all branches for the batch `image`. See `CellViT` for the shapes of both."""
         image = normalised(image)
         first, second, third, last = self.encoder(image)
         skips = [self.decoder3(third), self.decoder2(second), self.decoder1(first), self.decoder0(image)]
@@ -297,9 +298,13 @@ class CellViTFamily(Architecture):
     batch = 2
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the CellViT with the width and depth of `tensors`, or the published one if it is None.
+        """Return the CellViT with the width and depth of `tensors`; without tensors, the published one.
 
-        PackageError if encoder, classes or tile size on the card do not fit the tensors.
+        `card`: card with the encoder and the classes. `tensors`: state dict that will be loaded; None for the published
+        form.
+
+        PackageError if encoder, classes or tile size on the card do not fit the tensors. KeyError if tensors are
+        missing or, without tensors, the encoder is not known.
         """
         types = len(card.taxonomy.classes)
         arch = published(card.encoder, types) if tensors is None else arch_of(tensors)
@@ -316,7 +321,7 @@ class CellViTFamily(Architecture):
         return CellViT(arch)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise CellViT by its decoders and the depth of its encoder. Arguments as in the base class.
+        """Recognise CellViT by its decoders and the depth of its encoder. Arguments and result as in the base class.
 
         PackageError if it has one decoder for all branches, or another normalisation; KeyError as in `arch_of`.
         """

@@ -31,7 +31,9 @@ class Arranged(nn.Module):
     """Arrange raw channels in the layout of `hover_batch.model.heads`."""
 
     def forward(self, raw: Tensor) -> Tensor:
-        """Return (b, 4 + n, y, x): logits of np, the distance / DISTANCE_PX and zero as h and v, logits of classes.
+        """Return the output (b, 4 + n, y, x) in the layout of `hover_batch.model.heads` for n classes.
+
+        Its channels are two logits of np, the distance / DISTANCE_PX as h, zero as v, and the logits of the classes.
 
         `raw` (b, 1 + n, y, x): the distance in pixels, then the logits of n classes, background first.
         """

@@ -53,11 +53,15 @@ class Exported(Architecture):
     """Exported network. Its package holds an OpenVINO model as the tensors `xml` and `weights`, uint8."""
 
     name = "exported"
+    patch_side = 0  # it takes tiles only
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the network that `tensors` contains.
+        """Return the network in `tensors`, whose OpenVINO model is read and checked against the card.
 
-        PackageError if there are no tensors, or the network does not fit the card.
+        `tensors`: the tensors `xml` and `weights`, uint8.
+
+        PackageError if there are no tensors, they are not an OpenVINO model, or it does not fit the card. KeyError if
+        one of the tensors is missing.
         """
         if tensors is None:
             raise PackageError(f"package {card.name}: an exported network cannot be made without its file")
@@ -81,10 +85,13 @@ ARCHITECTURES = (Exported(),)
 
 
 def read_exported(path: Path, toml: Path, sobel: Mapping[str, float]) -> tuple[nn.Module, Card]:
-    """Return the network in an exported file, and the card that its TOML file describes (see the module's docstring).
+    """Return the network in an exported file, in evaluation mode, and the card that its TOML file describes.
 
-    `path`: ONNX or .xml file. `toml`: TOML file. `sobel`: Sobel constants for the card. PackageError if a file cannot
-    be read, or the TOML file is incomplete or contradicts the network.
+    The module's docstring describes the TOML file.
+
+    `path`: ONNX or .xml file. `toml`: TOML file. `sobel`: Sobel constants for the card.
+
+    PackageError if a file cannot be read, or the TOML file is incomplete or contradicts the network.
     """
     try:
         said = tomllib.loads(toml.read_text("utf-8"))

@@ -109,10 +109,14 @@ class HoVerNet(nn.Module):
         self.upsample2x = _Upsample()
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the outputs of all branches for the centre of `image`, float (batch, channels, y, x).
+        """Return the outputs of all branches for the centre of `image`.
 
-        `image`: RGB in [0, 1], float (batch, 3, y, x). The channels are those of np, hv and tp in this order; without a
-        type branch, those of np are repeated as tp. ValueError for invalid sides.
+        The result is (batch, channels, y - shrink, x - shrink) float. The channels are those of np, hv and tp in this
+        order; without a type branch, those of np are repeated as tp.
+
+        `image`: RGB in [0, 1], float (batch, 3, y, x).
+
+        ValueError if its sides are invalid (see the module's docstring).
         """
         if any(side % 8 != self.arch.excess for side in image.shape[2:]):
             raise ValueError(
@@ -133,14 +137,14 @@ class HoVerNet(nn.Module):
 
 
 def build_teacher(arch: TeacherArch) -> nn.Module:
-    """Return a HoVerNet of the form `arch` with random weights; `HoVerNet` states its input and output."""
+    """Return a HoVerNet of the form `arch` with random weights. See `HoVerNet` for its input and output."""
     return HoVerNet(arch)
 
 
 def arch_of(weights: Mapping[str, Tensor]) -> TeacherArch:
     """Return the architecture of a HoVerNet from the shapes of the tensors in its state dict.
 
-    KeyError if tensors of a HoVerNet are missing.
+    `weights`: tensors by name. KeyError if tensors of a HoVerNet are missing.
     """
     kernel = weights["decoder.np.u3.conva.weight"].shape[-1]
     type_biases = weights.get("decoder.tp.u0.conv.bias")
@@ -165,8 +169,9 @@ class HoverNetForm(Architecture):
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
         """Return the HoVerNet with the width of the tensors, and with a type branch if they have one.
 
-        Without tensors, it has the published width, and a type branch if the card has several classes. PackageError if
-        card and tensors do not fit each other, or the tile sizes of the card are not valid.
+        Without tensors, it has the published width, and a type branch if the card has several classes.
+
+        PackageError if card and tensors do not fit each other, or the tile sizes of the card are not valid.
         """
         n_types = len(card.taxonomy.classes)
         try:
@@ -186,9 +191,10 @@ class HoverNetForm(Architecture):
         return build_teacher(arch)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise this form of HoVerNet by the size of the decoder's kernels. Arguments as in the base class.
+        """Recognise this form of HoVerNet by the size of the decoder's kernels.
 
-        PackageError for HoVerNet+, which cannot be imported; KeyError as in `arch_of`.
+        Arguments and result as in the base class. PackageError for HoVerNet+, which cannot be imported; KeyError as in
+        `arch_of`.
         """
         if "decoder.np.u3.conva.weight" not in tensors:
             return None

@@ -55,7 +55,10 @@ class MicroNet(nn.Module):
         self.network.layer = nn.ModuleDict(layers)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the output for the batch `image`; `MicroNet` states both shapes. ValueError if a side is not SIDE."""
+        """Return the output for the batch `image`. See `MicroNet` for the shapes of both.
+
+        ValueError if a side is not SIDE.
+        """
         if image.shape[2:] != (SIDE, SIDE):
             raise ValueError(f"Micro-Net takes {SIDE} × {SIDE} pixels, not {tuple(image.shape[2:])}")
         types, *auxiliary = self.network(image)
@@ -71,9 +74,11 @@ def _widths(*channels: int) -> list[tuple[int, int, int]]:
 
 
 def by_tiles(network: nn.Module, image: Tensor) -> Tensor:
-    """Return the output of Micro-Net for a larger image, (b, channels, y - SIDE + KEPT, x - SIDE + KEPT), its centre.
+    """Return the output of Micro-Net for the centre of an image that is larger than a tile.
 
-    `image`: (b, 3, y, x), whose sides are SIDE plus a multiple of KEPT.
+    The result is (b, channels, y - SIDE + KEPT, x - SIDE + KEPT).
+
+    `network`: Micro-Net. `image`: (b, 3, y, x) float RGB in [0, 1], whose sides are SIDE plus a multiple of KEPT.
     """
     edge = (SIDE - KEPT) // 2
     rows = [
@@ -103,7 +108,7 @@ class MicroNetArchitecture(Architecture):
     patch_side = SIDE
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the Micro-Net of the width that `tensors` has, or of the published one if it is None.
+        """Return the Micro-Net with the width of `tensors`; without tensors, the published width.
 
         PackageError if `tile_in` of the card is not SIDE; KeyError if the tensors are not those of a Micro-Net.
         """

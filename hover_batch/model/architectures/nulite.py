@@ -64,7 +64,7 @@ class NuLite(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the outputs of all branches for a batch; `NuLite` states the shapes of `image` and result."""
+        """Return the outputs of all branches for the batch `image`. See `NuLite` for the shapes of both."""
         image = normalised(image)
         fine, middle, coarse, maps = self.encoder["fast_vit"](image)
         bottleneck, decoder4, decoder3, decoder2, decoder1 = self.decoder
@@ -93,7 +93,7 @@ class NuLiteFamily(Architecture):
         return NuLite(card.encoder, len(card.taxonomy.classes), tissues)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise NuLite and its encoder by the shapes of the tensors. Arguments as in the base class.
+        """Recognise NuLite and its encoder by the shapes of the tensors. Arguments and result as in the base class.
 
         PackageError if branches of the encoder are merged or the normalisation is another one; KeyError or IndexError
         if tensors are missing or the encoder is not known.

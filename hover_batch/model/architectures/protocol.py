@@ -42,21 +42,24 @@ class Architecture(ABC):
     batch: int = InferSettings.batch
     """Suitable number of tiles per batch on a CPU; small for networks with large features."""
     patch_side: int = 256
-    """Side in pixels of the patches on which published networks are compared."""
+    """Side in pixels of the patches on which published networks are compared; 0: that of a tile."""
 
     @abstractmethod
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the network that `card` describes; its weights do not matter, because they are loaded afterwards.
+        """Return the network that `card` describes. Its weights do not matter, because they are loaded afterwards.
 
         `tensors`: state dict that will be loaded strictly; its shapes may decide what the card does not state. None for
-        the published form with the card's classes and encoder. PackageError, KeyError or another error that
-        `load_network` lists, if card and tensors do not fit each other or this architecture.
+        the published form with the card's classes and encoder.
+
+        PackageError, KeyError or another error of the libraries if card and tensors do not fit each other or this
+        architecture; `load_network` converts all of them to PackageError.
         """
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise a network of this architecture in a checkpoint; None if it is of another one.
+        """Return what is recognised of a network of this architecture in a checkpoint; None if it is of another one.
 
         `tensors`: state dict of the checkpoint. `record`: everything else in it, such as the settings of its training.
+
         KeyError, IndexError or a similar error if a part of the network is missing or has a wrong shape; PackageError
         for a form that cannot be imported.
         """

@@ -29,11 +29,12 @@ class StudentArch:
 
 
 def build_student(arch: StudentArch) -> nn.Module:
-    """Build the student with random weights. Nothing is downloaded.
+    """Return the student with random weights. Nothing is downloaded.
 
     The network takes RGB in [0, 1], float (batch, 3, y, x), y and x multiples of 32, and returns (batch,
-    `Heads(n_types).channels`, y, x) float in the layout of `hover_batch.model.heads`. KeyError if the encoder is not
-    known.
+    `Heads(n_types).channels`, y, x) float in the layout of `hover_batch.model.heads`.
+
+    KeyError if the encoder is not known.
     """
     import segmentation_models_pytorch as smp  # takes seconds
 
@@ -64,7 +65,7 @@ class UNet(Architecture):
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
         """Recognise HoVer-UNet, and the size of its encoder, by the tensors of the encoder.
 
-        Arguments and errors as in the base class.
+        Arguments, result and errors as in the base class.
         """
         if "encoder.patch_embed1.proj.weight" not in tensors:
             return None

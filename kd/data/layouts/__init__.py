@@ -36,16 +36,18 @@ class Layout(Protocol):
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
         """Yield the images, with types mapped to `taxonomy`, one of TAXONOMIES.
 
-        Raises InputError if an image cannot be read; if a type has no class, already in the call.
+        Raises InputError if an image cannot be read. If a type has no class, InputError is raised before the first
+        image is read.
         """
 
 
 def recognise(folder: Path, val: int = 0, class_map: Mapping[str, str] = MappingProxyType({})) -> Layout:
-    """Return the images in `folder`, whose layout is recognised by its content. Pixels are not read yet.
+    """Return the images in a folder, whose layout is recognised by its content. Pixels are not read yet.
 
-    `val`: number of CoNSeP's last training tiles to use as fold val; ignored for other layouts. `class_map`: meanings
-    of QuPath's classes (see `Qupath`); ignored for other layouts. Raises InputError if there is no such folder, its
-    layout is unknown, incomplete or invalid, or a fold occurs twice.
+    `folder`: folder with annotated images. `val`: number of CoNSeP's last training tiles to use as fold val; ignored
+    for other layouts. `class_map`: meanings of QuPath's classes (see `Qupath`); ignored for other layouts.
+
+    Raises InputError if there is no such folder, its layout is unknown, incomplete or invalid, or a fold occurs twice.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give one with annotated images")

@@ -123,9 +123,10 @@ class InstanceFolder:
         return list(dict.fromkeys(row["source"] for row in self._rows))
 
     def fingerprints(self) -> list[str]:
-        """Return for each image its row of the table and the SHA-256 of each of its files, as one text.
+        """Return a text for each image, in the order of the table.
 
-        The order is that of the table. Raises InputError if a file cannot be read.
+        It is its row of the table with the SHA-256 of each of its files, which are all read. Raises InputError if a
+        file cannot be read.
         """
         texts = []
         try:
@@ -139,9 +140,12 @@ class InstanceFolder:
     def samples(
         self, taxonomy: Taxonomy, fold: str | None = None, sources: Collection[str] | None = None
     ) -> Iterator[Sample]:
-        """Yield the images of `fold` and `sources` (None for all), in the order of the table.
+        """Yield images in the order of the table.
 
-        Types are mapped to `taxonomy`, one of TAXONOMIES. Raises InputError if an image cannot be read.
+        `taxonomy`: one of TAXONOMIES, to which types are mapped. `fold`: fold of the images; None for all. `sources`:
+        their sources; None for all.
+
+        Raises InputError if a file of an image cannot be read or is invalid, or a type is not one of its source's.
         """
         for row in self._rows:
             if (fold is None or row["split"] == fold) and (sources is None or row["source"] in sources):

@@ -28,7 +28,7 @@ LARGEST_AREA = 128**2
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """Return the pixels of the image file `path` as stored: RGB (y, x, 3) uint8; grey images become RGB.
+    """Return the pixels of the image file `path` as stored, RGB (y, x, 3) uint8. Grey images become RGB.
 
     Raises InputError if the file cannot be read as an image, or has more than 8 bits per channel.
     """
@@ -45,8 +45,10 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 def read_instances(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
     """Return the instance ids (y, x) int32, 0 = background, in the label file `path`.
 
-    `shape`: (y, x) of the image. Raises InputError as `read_codes` does, and if the values look like classes, or like
-    ids truncated to 8 bits.
+    `shape`: (y, x) of the image.
+
+    Raises InputError if the file cannot be read as labels of this shape (see `read_codes`), or the values look like
+    classes or like ids truncated to 8 bits.
     """
     ids, dtype = _read_labels(path, shape)
     check_instance_ids(ids, str(path))
@@ -62,18 +64,24 @@ def read_instances(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
 def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
     """Return the class codes (y, x) int32, 0 = background, in the label file `path`.
 
-    `shape`: (y, x) of the image. Raises InputError if the file cannot be read, has anything but one channel of whole
-    numbers from 0 on, or has another shape.
+    `shape`: (y, x) of the image.
+
+    Raises InputError if the file cannot be read, does not have one channel of whole numbers from 0 on, or has another
+    shape.
     """
     return _read_labels(path, shape)[0]
 
 
 def check_instance_ids(instances: NDArray[np.int32], where: str) -> None:
-    """Raise InputError if `instances`, ids (y, x), look like a semantic mask, or if the background has an id.
+    """Check that labels are instance ids, not a semantic mask, and that the background is 0.
 
-    `where`: file, for the message. In a semantic mask, many nuclei have the same value, such as 1, 255 or a class code.
-    A mask counts as semantic if at least half of the values are on SEMANTIC_PIECES or more pieces. Published
-    annotations contain a few nuclei in several pieces; these are accepted.
+    In a semantic mask, many nuclei have the same value, such as 1, 255 or a class code. A mask counts as semantic if at
+    least half of the values are on SEMANTIC_PIECES or more pieces. Published annotations contain a few nuclei in
+    several pieces; these are accepted.
+
+    `instances`: labels (y, x) int32. `where`: file, for the message.
+
+    Raises InputError if the labels are anything else.
     """
     ids, areas = np.unique(instances, return_counts=True)
     largest = areas.argmax()

@@ -101,7 +101,10 @@ class Qupath:
 
     @property
     def classes(self) -> str:
-        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy in which more classes of the nuclei have a meaning."""
+        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that has more of the nuclei's classes.
+
+        It is consep if both have equally many.
+        """
         names = self.class_names
 
         def fitting(key: str) -> int:
@@ -123,10 +126,13 @@ class Qupath:
         return [*self._warnings, *counted]
 
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
-        """Yield the images, with types mapped to `taxonomy`. Raises InputError if a slide cannot be read.
+        """Yield the images, with types mapped to `taxonomy`, one of TAXONOMIES.
 
-        Nuclei without a class have type 0; without any class in the folder, types are not annotated. A class that is
-        neither in `taxonomy` nor in the class map raises InputError at once, before an image is read.
+        Nuclei without a class have type 0. If no nucleus in the folder has a class of `taxonomy`, types are not
+        annotated.
+
+        Raises InputError if a slide cannot be read. If a class is neither in `taxonomy` nor in the class map,
+        InputError is raised by the call itself, before an image is read.
         """
         classes = _names_in(taxonomy)
         if odd := sorted(set(self._class_map.values()) - {*classes, REGION, IGNORE, NONE}):

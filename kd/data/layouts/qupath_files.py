@@ -50,8 +50,10 @@ def has_annotations(folder: Path) -> bool:
 def find_annotated(folder: Path) -> tuple[list[Annotated], int]:
     """Return the annotated pictures of `folder` and its subfolders for folds, and the number of other pictures.
 
-    A GeoJSON file has the name of its picture, with or without the picture's suffix. Raises InputError if a GeoJSON
-    file belongs to no or to several pictures, a picture has several, or a folder cannot be listed.
+    A GeoJSON file has the name of its picture, with or without the picture's suffix.
+
+    Raises InputError if a GeoJSON file belongs to no or to several pictures, a picture has several, or a folder cannot
+    be listed.
     """
     found: list[Annotated] = []
     others = 0

@@ -52,10 +52,11 @@ class Objects:
 
 
 def read_objects(path: Path, class_map: Mapping[str, str]) -> Objects:
-    """Read the objects in the GeoJSON file `path` of QuPath (gzipped, zipped or plain).
+    """Read the objects in a GeoJSON file of QuPath. A locked annotation without a class counts as a region.
 
-    `class_map`: see `meaning`. A locked annotation without a class counts as a region. Raises InputError if the file
-    cannot be read, is not GeoJSON, has no objects, or has a cell without a nucleus.
+    `path`: file, gzipped, zipped or plain. `class_map`: class in lower case → meaning (see `meaning`).
+
+    Raises InputError if the file cannot be read, is not GeoJSON, has no objects, or has a cell without a nucleus.
     """
     try:
         features = list(_with_children(read_features(path)))
@@ -96,11 +97,13 @@ def read_objects(path: Path, class_map: Mapping[str, str]) -> Objects:
 
 
 def meaning(name: str, class_map: Mapping[str, str], classes: Iterable[str] = ()) -> str | None:
-    """Return the meaning of a class: REGION, IGNORE, NONE (also for an empty name), or one of `classes`.
+    """Return the meaning of a class: REGION, IGNORE, NONE, a name in `classes` or a value of `class_map`.
 
-    `class_map`: class in lower case → meaning, which takes precedence. `classes`: names of a taxonomy. The case of
-    `name` does not matter, and of a derived class (`Tumor: Positive`) the first part is enough. None if the meaning is
-    not known.
+    None if the meaning is not known. An empty name means NONE. The case of `name` is ignored. If a derived class
+    (`Tumor: Positive`) is not known, its first part is looked up.
+
+    `name`: class in QuPath. `class_map`: class in lower case → meaning; takes precedence over `classes` and QuPath's
+    own names. `classes`: names of a taxonomy, in lower case.
     """
     if not name:
         return NONE
