@@ -84,7 +84,7 @@ def storage_errors(
 
 
 def instead_of_url(url: Url) -> str:
-    """Return the remedy for `url` given to a command that reads results from folders only, as a phrase for messages."""
+    """Return what to do if `url` was given to a command that reads only folders, as a phrase for messages."""
     return (
         f"for results in a bucket, give the folder of --work, or fetch them, from S3 with `aws s3 cp --recursive {url} "
         "FOLDER`"

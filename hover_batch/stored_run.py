@@ -42,10 +42,10 @@ class StoredRun:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the run in `folder`. Slides that cannot be used are collected in the plan, not raised.
+        """Open the run in `folder` as a source of new tables. Slides that cannot be used are collected in the plan.
 
-        InputError if the folder holds no run, the run is still active, its files are corrupted, or no slide can be
-        used.
+        InputError if the folder holds no run, the run is still active, its files are corrupted or cannot be read, or no
+        slide can be used.
         """
         layout = RunLayout(folder)
         if is_locked(layout.lock):

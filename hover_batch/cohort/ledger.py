@@ -190,25 +190,17 @@ class Ledger:
     def clear(self) -> None:
         """Remove the results of the run and of all its slides; files that the layout does not name stay.
 
-        run.json stays, too, until `start` replaces it, so that the folder still counts as a run if the removal is
-        interrupted. OSError if a file cannot be removed.
+        run.json stays until `start` replaces it, so that the folder is still that of a run if the removal is
+        interrupted.
         """
         layout = self.layout
         for slide in self._slides():
             self._clear_slide(slide)
         _remove_empty(layout.slides)
         for path in (
-            layout.summary_csv,
-            layout.summary_parquet,
-            layout.report_html,
-            layout.report_slides,
-            layout.slides_csv,
-            layout.failures_csv,
-            layout.settings_toml,
-            layout.versions_json,
-            layout.events_jsonl,
-            layout.ray_log,
-        ):
+            layout.summary_csv, layout.summary_parquet, layout.report_html, layout.report_slides, layout.slides_csv,
+            layout.failures_csv, layout.settings_toml, layout.versions_json, layout.events_jsonl, layout.ray_log,
+        ):  # fmt: skip
             _remove(path)
         _remove_empty(layout.logs)
 
@@ -256,9 +248,11 @@ class Ledger:
         return True
 
     def is_estimated(self, slide_id: str, key: str, of: str, stop_at: float) -> bool:
-        """Return whether estimate.json holds this run key, and the density `of` with at least the precision `stop_at`.
+        """Return whether the slide's density is estimated precisely enough, for this run key.
 
-        If so, the slide counts as done from now on, in the log's last event.
+        Then estimate.json has the run key `key` and the density `of` with an interval for `stop_at` or less, and the
+        table of its clusters exists; the slide counts as done from now on, in the log's last event. OSError if a file
+        cannot be read.
         """
         slide = self.layout.slide(slide_id)
         stored = estimate_of(slide)

@@ -157,9 +157,9 @@ def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
 
 
 def why_not_done(slide: SlideLayout) -> str:
-    """Return why the slide at `slide` has no table of all its nuclei, and the remedy, as the rest of a sentence.
+    """Return why a slide has no table of all its nuclei, and the remedy, as the predicate of a sentence.
 
-    OSError if its estimate.json cannot be read.
+    The subject of the sentence is the slide. `slide`: paths of its results. OSError if estimate.json cannot be read.
     """
     if estimate_of(slide) is not None:
         return "is only estimated from a part of it; repeat the segment command without --stop-at to complete it"

@@ -34,7 +34,10 @@ def fault_in(slide_id: str) -> str | None:
 
 
 def suggest(text: str, taken: Container[str]) -> str:
-    """Return a valid id, similar to `text`, that is not in use. `taken`: ids in use, in the form of `fold`."""
+    """Return a valid slide_id, similar to `text`, that is not in use.
+
+    `taken`: ids in use, in lower case (see `fold`).
+    """
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", ascii_text)
     # Room is left for the counter below.

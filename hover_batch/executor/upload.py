@@ -46,7 +46,7 @@ class Uploaded:
     """What is not there: slide_id, or "the files of the run" → reason."""
 
     def lines(self, root: Path, command: str) -> list[str]:
-        """Return the result of the upload as lines of text for the user.
+        """Return the result of the uploads as lines of text for the user.
 
         `root`: folder of the run. `command`: command that the user repeats to upload the missing files.
         """
@@ -85,11 +85,13 @@ class RunUpload:
     ) -> None:
         """Check that the folder is empty or holds this run, upload run.json, and start the thread.
 
-        Call it once the run's own folder holds run.json. `run_keys`: run key of each slide by slide_id. `log`: appends
+        Call it once the run's own folder holds run.json.
+
+        `run_keys`: run key of each slide by slide_id. `progress`: display of the progress. `log`: function that appends
         an event to the run's log. `force`: remove another run's results from the folder first; files that the layout
         does not name stay.
 
-        InputError if the folder holds anything else, SettingsChanged if it holds another run.
+        InputError if the folder holds anything else or cannot be written, SettingsChanged if it holds another run.
         """
         self._progress, self._log = progress, log
         try:
