@@ -124,12 +124,17 @@ def _frame(table: pa.Table, about: Mapping[str, Any]) -> pd.DataFrame:
 def open_cohort(path: str | Path, clinical: str | Path | None = None, on: str = "patient_id") -> Dataset:
     """Open a data set, which `hover-batch cohort` makes from runs, for questions in SQL.
 
-    `path`: its folder, or its URL in cloud storage. `clinical`: CSV or Parquet file with one row per patient. `on`:
-    column of this file and of the slides by which they belong together; ids are text, so that 007 stays 007.
+    The result has the DuckDB tables `nuclei`, `slides` and, if it is given, `clinical`: `cohort.sql("SELECT …")`
+    returns a DataFrame, and `cohort.window("case-01", (x0, y0, x1, y1))` the nuclei of a field. Close it with `close`,
+    or use it in a `with` block. Patients without a row in `clinical` are listed in `cohort.notes`, and give a
+    UserWarning.
 
-    The result has the DuckDB tables `nuclei`, `slides` and `clinical`: `cohort.sql("SELECT …")` returns a DataFrame,
-    and `cohort.window("case-01", (x0, y0, x1, y1))` the nuclei of a field. Patients without a row in `clinical` are
-    listed in `cohort.notes`, and give a UserWarning. InputError if a file cannot be read or joined.
+    `path`: folder of the data set, or its URL in cloud storage. `clinical`: CSV or Parquet file with one row per
+    patient; None for no such table. `on`: column of this file and of the slides by which they are joined; ids are text,
+    so that 007 stays 007.
+
+    InputError if a file cannot be read or joined, or the data set holds no slides; UploadError if cloud storage cannot
+    be reached; OSError if slides.parquet cannot be read.
     """
     from hover_batch.dataset.opened import Dataset
 

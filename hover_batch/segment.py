@@ -72,7 +72,7 @@ class Outcome:
         return exit_code(len(self.slides) + len(self.estimates), len(self.failures) + not_uploaded)
 
     def closing_lines(self) -> list[str]:
-        """Return the lines for stdout: numbers of slides, then the first LISTED results, flags and failures."""
+        """Return lines for stdout with the numbers of slides, and the first LISTED results, flags and failures."""
         failed = len({failure.row for failure in self.failures})  # an invalid row may have several faults
         slides = f"{counted(len(self.slides), 'slide')} done"
         if self.estimates:
@@ -302,8 +302,11 @@ def _summarise(
 def check_dataset(dataset: Path | Url, *outputs: Path | Url) -> None:
     """Check, before the run, that slides can be added to the data set at `dataset`.
 
-    `outputs`: where the run's results and working files go. InputError if `dataset` is one of these, holds anything but
-    a data set, or cannot be used as one.
+    To a bucket, a small test file is written and removed. `outputs`: folders or URLs of the run's results and working
+    files.
+
+    InputError if `dataset` is one of these, holds anything but a data set, or cannot be used as one; OSError or, for a
+    bucket, UploadError if it cannot be read.
     """
     if _resolved(dataset) in map(_resolved, outputs):
         raise InputError(f"--dataset {dataset}: is the folder of --output or --work; name another folder")

@@ -52,11 +52,14 @@ def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify:
 
     Slides that the data set holds already are not read again; a slide whose table has changed since is replaced. Slides
     that are not done, or whose table cannot be read, are skipped. If the command is interrupted, repeat it: what is
-    added stays. `slide_ids`: the slides to add; empty for all. `notify` is called with a line about each slide that is
-    added or skipped. `flag`: option that named the data set, for messages.
+    added stays.
 
-    InputError if `folder` holds no run, a slide is not in it, `dataset` holds anything else, is being written, or holds
-    other slides of the same names; OSError if a file cannot be written, UploadError if a bucket cannot be reached.
+    `dataset`: folder or URL of the data set. `slide_ids`: the slides to add; empty for all. `notify`: function that is
+    called with a line about each slide that is added or skipped. `flag`: option that named the data set, for messages.
+
+    InputError if `folder` holds no run or a corrupted one, a slide is not in it, or `dataset` holds anything else, is
+    being written, cannot be written, or holds other slides of the same names or other classes. OSError if the disk is
+    full or a file cannot be written, UploadError if a bucket cannot be reached.
     """
     source = RunSource.open(folder)
     chosen = source.chosen(slide_ids)
