@@ -94,7 +94,7 @@ def load_nuclei(path: str | Path) -> pd.DataFrame:
     `path`: path or URL of the file or folder. A URL is a str, and is fetched to a temporary folder first.
 
     SlideError if the table is missing or corrupted, or cannot be fetched; InputError if a URL does not exist, access to
-    it is denied, or a package for its storage is missing.
+    it is denied, or a package for its storage is missing; OSError if the disk for temporary files is full.
     """
     if url := Url.of(str(path)):
         table = url if url.name.endswith(".parquet") else Url(f"{url.text.rstrip('/')}/nuclei.parquet")
@@ -275,8 +275,9 @@ class Model:
     def predict(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return the quantised maps (plane, y, x) uint8 of an image (see `hover_batch.model.heads.MapLayout`).
 
-        They have the height and width of the image. `rgb`: (y, x, 3) uint8 RGB of any size, with pixels of `card.mpp`
-        µm; it is mirrored at its border. InputError for other or empty arrays.
+        They have the height and width of the image, which is reflected at its border.
+
+        `rgb`: (y, x, 3) uint8 RGB of any size, with pixels of `card.mpp` µm. InputError for other or empty arrays.
         """
         if (
             not isinstance(rgb, np.ndarray)

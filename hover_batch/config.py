@@ -124,7 +124,7 @@ class PostSettings(Section):
     max_component: int = 4096
     """Side in inference pixels above which a connected component is flagged instead of being processed whole."""
     class_map: dict[str, Any] = field(default_factory=dict)
-    """New class → the model's classes that it replaces (see `Taxonomy.merged`); empty: the model's own classes."""
+    """The model's classes that a new class replaces, by its name (see `Taxonomy.merged`); empty: the model's own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

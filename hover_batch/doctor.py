@@ -41,7 +41,7 @@ _EXTRAS = {
     "s3fs": ("s3", "slides at s3://…"),
     "tensorboard": ("train", "kd train's curves"),
 }
-"""Package → the extra of hover-batch that installs it, and its use."""
+"""Extra of hover-batch that installs a package, and its use, by package."""
 
 
 @dataclass(frozen=True)

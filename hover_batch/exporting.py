@@ -29,7 +29,7 @@ class Exported:
     files: tuple[Path, ...]
     """Files that were written, in order."""
     skipped: dict[str, str]
-    """slide_id → why the slide was skipped."""
+    """Reason why a slide was skipped, by slide_id."""
 
     @property
     def exit_code(self) -> int:

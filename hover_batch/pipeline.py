@@ -94,7 +94,7 @@ def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
 
 
 def is_posted(unit: Unit, work: SlideWork) -> bool:
-    """Return whether the region of `unit` is post-processed: its part of the slide's table exists."""
+    """Return whether the region of `unit` is post-processed, that is, whether its part of the slide's table exists."""
     return work.layout.part(unit.column, unit.row).exists()
 
 

@@ -82,7 +82,10 @@ class Plan:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the dry run: 0 without unreadable or faulty slides; otherwise 3, or 4 if no slide can be run."""
+        """Exit code of the dry run: 0 all slides can be run, 3 some cannot, 4 none can.
+
+        Unreadable slides and faults of rows count.
+        """
         return exit_code(len(self.slides), len(self.unreadable) + len(self.cohort.faults))
 
     def raise_if_faulty(self) -> None:

@@ -213,8 +213,11 @@ def open_store(work: SlideWork) -> PredictionStore:
     A sample has a store of its own, with a shard per tile, and with h and v as the network gave them, so that units of
     the whole slide can reuse them.
 
-    `work`: slide of the store. For the store of another run, SlideError if it does not match the settings and
-    survey.json of that run, and FileNotFoundError if it is missing. OSError if the store cannot be created.
+    `work`: slide of the store.
+
+    For the store of another run, SlideError if it does not match the settings and survey.json of that run, and
+    FileNotFoundError if it is missing. OSError if the store cannot be created; errors of zarr, mostly ValueError, if it
+    is corrupted.
     """
     if work.stored is not None:
         store = PredictionStore.open(work.maps.predictions_zarr, read_only=True)
@@ -246,7 +249,7 @@ def open_store(work: SlideWork) -> PredictionStore:
 def open_sampled_tiles(work: SlideWork) -> PredictionStore | None:
     """Open the store of the tiles that were predicted for samples of the slide; None if there is none.
 
-    `work`: slide, or sample of it. LookupError, TypeError or ValueError if the store is corrupted.
+    `work`: slide, or sample of it. Errors of zarr, mostly ValueError, if the store is corrupted.
     """
     path = work.layout.sample.predictions_zarr
     return PredictionStore.open(path) if (path / "zarr.json").exists() else None
@@ -255,9 +258,11 @@ def open_sampled_tiles(work: SlideWork) -> PredictionStore | None:
 def open_swept_store(work: SlideWork) -> PredictionStore:
     """Open the slide's store as `open_store` does, and remove leftovers of killed writes from it.
 
-    The store of another run is not changed. Call this only while nothing writes to the slide. For the store of another
-    run, SlideError if it does not match its run, and FileNotFoundError if it is missing. OSError if the store cannot be
-    created, or a leftover cannot be removed.
+    The store of another run is not changed. Call this only while nothing writes to the slide.
+
+    For the store of another run, SlideError if it does not match its run, and FileNotFoundError if it is missing.
+    OSError if the store cannot be created, or a leftover cannot be removed; errors of zarr, mostly ValueError, if the
+    store is corrupted.
     """
     store = open_store(work)
     if work.stored is None:

@@ -54,7 +54,7 @@ class PredictionStore:
         pixels. `attributes`: JSON values such as mpp, scale, plane names and the model card, so that the store can be
         read without this package. An existing store must have been created with the same values, which is not checked.
 
-        OSError if it cannot be written; LookupError, TypeError or ValueError if an existing store is corrupted.
+        OSError if it cannot be written; errors of zarr, mostly ValueError, if an existing store is corrupted.
         """
         if (path / "zarr.json").exists():
             return cls.open(path)
@@ -77,8 +77,8 @@ class PredictionStore:
     def open(cls, path: Path, *, read_only: bool = False) -> PredictionStore:
         """Open an existing store for reading and, unless `read_only`, for writing units.
 
-        FileNotFoundError if there is none at `path`; LookupError, TypeError or ValueError if its zarr.json is
-        corrupted.
+        FileNotFoundError if there is none at `path`, where an empty folder may be left unless `read_only` is set. Other
+        errors of zarr, mostly ValueError, if its zarr.json is corrupted.
         """
         store = LocalStore(path, read_only=read_only)
         return cls(zarr.open_array(store, mode="r" if read_only else "r+"), path)

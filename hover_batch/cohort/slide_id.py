@@ -21,7 +21,7 @@ def fold(slide_id: str) -> str:
 
 
 def fault_in(slide_id: str) -> str | None:
-    """Return why `slide_id` cannot name a folder, as the rest of a sentence that begins with the id; None if it can."""
+    """Return why `slide_id` cannot name a folder, as the predicate of a sentence about the id; None if it can."""
     if not _FITS.fullmatch(slide_id):
         return "may contain only A-Z a-z 0-9 . _ - and must start with a letter or digit"
     if len(slide_id) > _MAX_LENGTH:

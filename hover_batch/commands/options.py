@@ -131,7 +131,7 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
     The order of precedence is option, environment, --config, `base`, default. The file of --class-map is read, too.
 
     `ctx`: context of the command, with its parameters; typer has already chosen between option and environment
-    variable. `base`: nested settings, as in settings.toml; None for none.
+    variable. `base`: nested settings, as in settings.toml; None if there are none.
 
     InputError if a file cannot be read, or for unknown names and invalid values.
     """

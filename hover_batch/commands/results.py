@@ -45,7 +45,7 @@ def check_output(path: Path | None, dataset: Path | Url) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print `notes` about a result on stderr, one per line."""
+    """Print `notes` about a result on stderr, one per line, each after the word note."""
     for note in notes:
         typer.echo(f"note: {note}", err=True)
 

@@ -76,8 +76,8 @@ class Effect:
     def to_row(self) -> dict[str, Any]:
         """Return the fields as a row of the results, values by column.
 
-        Each interval has two columns, _low and _high, which are None without a measuring error. Fields with a value for
-        each group have two columns, _first and _second.
+        Each interval has two columns, _low and _high; those with the measuring error are None if it was not measured.
+        Fields with a value for each group have two columns, _first and _second.
         """
         row: dict[str, Any] = {"measure": self.measure}
         for number, name in enumerate(("first", "second")):

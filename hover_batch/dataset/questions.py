@@ -120,10 +120,12 @@ def counts_sql(subject: Subject, by: str, of: str | None = None) -> str:
 
 
 def measures(subject: Subject, of: str | None) -> list[tuple[str, str]]:
-    """Return pairs of the column of slides.parquet with a number of nuclei and the name of its density, as SQL.
+    """Return the SQL names of numbers of nuclei and of their densities, as pairs.
 
-    They are those of all nuclei and each class, or of one class. `of`: the only class; None for all. InputError if it
-    is not a class.
+    Each number is a column of slides.parquet. There is a pair for all nuclei and for each class, or only for the class
+    `of`.
+
+    `subject`: slides that the question is about. `of`: the only class; None for all. InputError if it is not a class.
     """
     if of is not None:
         subject.check_class("--of", of)

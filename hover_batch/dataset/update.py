@@ -39,7 +39,7 @@ class Added:
     unchanged: list[str] = field(default_factory=list)
     """slide_ids that the data set held already."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """slide_id → why the slide was skipped."""
+    """Reason why a slide was skipped, by slide_id."""
 
     @property
     def exit_code(self) -> int:

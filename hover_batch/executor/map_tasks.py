@@ -71,12 +71,13 @@ def map_tasks(
 
     With `backend` local, the items are processed in this process, in order. Otherwise they are processed on the cluster
     that `task_resources` started or joined, and yielded in the order in which they end. Function, items and results
-    must then be picklable. A task whose process dies is retried, with the limits of MAX_TIMES.
+    must then be picklable. A task whose process dies is retried as often as a slide's task.
 
-    `cpus`, `gpus`: cores and GPUs that each task reserves; with fractions, several tasks share one GPU. `at_once`:
-    maximum number of tasks in progress; items are taken from `items` only as tasks start, so it may be endless.
-    `reuse_workers`: whether a process with a GPU runs several tasks and keeps what it has loaded, instead of ending
-    after each task to free the memory. With `backend` local, these parameters have no effect.
+    `function`: function of one item. `cpus`, `gpus`: cores and GPUs that each task reserves; with fractions, several
+    tasks share one GPU. `at_once`: maximum number of tasks in progress; items are taken from `items` only as tasks
+    start, so it may be endless. `reuse_workers`: whether a process with a GPU runs several tasks and keeps what it has
+    loaded, instead of ending after each task to free the memory. With `backend` local, the last four parameters have no
+    effect.
 
     Exceptions of `function` are yielded as TaskFailed; those of the iterator of `items` propagate.
     """

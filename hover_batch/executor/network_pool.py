@@ -222,7 +222,7 @@ class NetworkPool:
             ray.kill(network.handle)
 
     def adapt(self, max_networks: int) -> None:
-        """Remove networks on lost nodes, then stop others until at most `max_networks` are left.
+        """Remove networks on lost nodes from the pool, then stop others until at most `max_networks` are left.
 
         Networks that are still loading are stopped first, then those with the fewest units in progress.
         """

@@ -62,9 +62,9 @@ class ClusterNodes:
     def replan(self, plan: EnginePlan, context: RunContext) -> EnginePlan | None:
         """Return a new plan if nodes joined or left the cluster since the last call; otherwise None.
 
-        In the new plan, only the number of networks and cores changes, not what each network reserves. The cluster is
-        queried at most every REFRESH_EVERY_S. A change is logged and shown to the user. If no node is left, warn the
-        user and return None. If the disk is full when new nodes are checked, the run is paused.
+        In the new plan, each network reserves the same as before. The cluster is queried at most every REFRESH_EVERY_S.
+        A change is logged and shown to the user. If no node is left, warn the user and return None. If the disk is full
+        when new nodes are checked, the run is paused.
 
         `plan`: plan until now. `context`: context of the run.
 

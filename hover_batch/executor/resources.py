@@ -77,7 +77,9 @@ class Resources:
         """Return the CPU cores and GPUs that the settings request, taken from the nodes in order.
 
         Without `--cpus` or `--gpus`, all are taken; with device cpu, no GPUs. Nodes of which nothing is used are left
-        out; the memory of the others is not divided. InputError if the settings request more than is available.
+        out; the memory of the others is not divided.
+
+        InputError if the settings request more than is available.
         """
         engine = settings.engine
         if engine.cpus > self.cpus:
@@ -138,7 +140,11 @@ class EnginePlan:
 
     @property
     def object_store_bytes(self) -> int:
-        """Size of Ray's object store in bytes: twice the blocks read ahead, since masks and results need space, too."""
+        """Size of Ray's object store in bytes.
+
+        It is twice the size of the blocks that are read ahead, and 512 MiB more, since masks and results need space,
+        too.
+        """
         return (512 << 20) + 2 * self.actors * self.units_at_once * BLOCKS_AHEAD * _BLOCK_BYTES
 
     def halved(self) -> EnginePlan | None:
@@ -238,9 +244,9 @@ def engine_plan(
 def runs_in_process(engine: EngineSettings, slides: Sequence[PlannedSlide]) -> bool:
     """Return whether the backend is auto and the slides have so few tiles that one process suffices.
 
-    That is, all slides together have at most IN_PROCESS_TILES tiles. False if a cluster is to be joined, or a slide is
-    in cloud storage, since its number of tiles is unknown. A run that this is True for still uses Ray if one of the
-    slides was begun before.
+    All slides together must have at most IN_PROCESS_TILES tiles. False if a cluster is to be joined, or a slide is in
+    cloud storage, since its number of tiles is unknown. A run nevertheless uses Ray if one of its slides was begun
+    before, because the slide may have crashed its process.
     """
     if engine.backend != "auto" or engine.address or not all(slide.grid for slide in slides):
         return False

@@ -98,7 +98,7 @@ class SlideState:
     inferred: set[int] = field(default_factory=set)
     """Units that are predicted."""
     needs: dict[int, set[int]] = field(default_factory=dict)
-    """Region → units that it waits for. Once they are predicted, the region moves to `to_post`."""
+    """Units that a region waits for, by region. Once they are predicted, the region moves to `to_post`."""
     regions_left: int = 0
     """Number of regions that are not post-processed yet."""
     verdicts: Counter[tuple[Verdict, Task]] = field(default_factory=Counter)

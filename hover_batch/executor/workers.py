@@ -198,8 +198,8 @@ class InferActor:
         """Predict the unit `work.units[index]`, and write its maps to the slide's store. Return the seconds by stage.
 
         WorkerDied if a process that reads its pixels died, ScratchFull if there is no space for the slide's copy,
-        NetworkFailed if the network raises an exception, SlideError if the slide cannot be read or another run has
-        taken over its folder, OSError if a file cannot be written.
+        NetworkFailed if the network raises an exception, InputError or SlideError if the slide cannot be read,
+        SlideError if another run has taken over its folder, OSError if a file cannot be written.
         """
         return infer(work.units[index], work, self._reading(work), self.predictor, open_store(work), lambda _: None)
 

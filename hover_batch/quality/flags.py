@@ -275,7 +275,7 @@ def _cohort_bounds(slides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float
 
 
 def counts_of(flags: Mapping[str, Sequence[Flag]]) -> dict[FlagName, int]:
-    """Return the number of slides with each flag, in the order of FLAG_NAMES, without zeros.
+    """Return the number of slides with each flag, by flag in the order of FLAG_NAMES, without zeros.
 
     `flags`: flags of each slide, by slide_id.
     """

@@ -120,7 +120,7 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
 
 
 def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
-    """Return the number of level-0 pixels per pixel of a level: (x, y).
+    """Return the number (x, y) of level-0 pixels per pixel of a level.
 
     The sizes of the levels are rounded: 32914 rows become 8228 at a quarter, but each pixel is still 4 wide, not
     4.0002. So the ratio is rounded to a whole number if this explains the size to within one pixel of the level.
@@ -136,7 +136,9 @@ def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
 
 
 def kind_of(path: Path) -> Kind:
-    """Return the kind of the slide at `path`, which determines the library that reads it; any folder is a DICOM slide.
+    """Return the kind of the slide at `path`, which determines the library that reads it.
+
+    Any folder counts as a DICOM slide.
 
     SlideError if the file does not exist, is empty or cannot be read, is a TIFF without a directory of its pixels, or
     has a scanner's suffix but is not recognised by OpenSlide.

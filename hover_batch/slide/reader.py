@@ -40,7 +40,7 @@ class SlideReader(Protocol):
         ...
 
     def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:
-        """Return a box of a grid over the slide as RGB (y, x, 3) uint8.
+        """Return the pixels of a box as RGB (y, x, 3) uint8, resampled to a grid over the slide.
 
         `box`: in pixels of `grid`; parts outside `grid.size` are mirrored. `grid`: inference grid or any other grid
         over this slide. ValueError if it belongs to a slide of another size, SlideError if the pixels cannot be read.
@@ -86,7 +86,7 @@ class GridReader:
         self._path = path
 
     def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:
-        """Return a box of a grid over the slide as RGB (y, x, 3) uint8.
+        """Return the pixels of a box as RGB (y, x, 3) uint8, resampled to a grid over the slide.
 
         The pixels do not depend on the box in which they are read.
 
@@ -164,8 +164,8 @@ class GridReader:
 def whole_grid(info: SlideInfo, scale: float) -> Grid:
     """Return a grid for pictures of the whole slide, whose pixels cover the canvas exactly.
 
-    `scale`: level-0 pixels per pixel of the grid. It is adjusted slightly along x and y so that the grid has whole
-    pixels.
+    `info`: properties of the slide. `scale`: level-0 pixels per pixel of the grid. It is adjusted slightly along x and
+    y so that the grid has whole pixels.
     """
     width, height = max(1, round(info.level0.width / scale)), max(1, round(info.level0.height / scale))
     scale_x, scale_y = info.level0.width / width, info.level0.height / height

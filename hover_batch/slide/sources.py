@@ -40,7 +40,7 @@ class Source(Protocol):
         ...
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Return a box of a level as RGB (y, x, 3) uint8; transparent or missing parts are white.
+        """Return the pixels of a box of a level as RGB (y, x, 3) uint8; transparent or missing parts are white.
 
         `level`: index of the level. `box`: in pixels of that level, inside it. Errors of the library propagate.
         """
@@ -105,7 +105,7 @@ class OpenSlideSource:
         self.levels = tuple(Size(w, h) for w, h in self._slide.level_dimensions)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Return a box of a level as RGB (y, x, 3) uint8; transparent parts are white.
+        """Return the pixels of a box of a level as RGB (y, x, 3) uint8; transparent parts are white.
 
         `level`: index of the level. `box`: in pixels of the level, inside it. Errors of OpenSlide propagate.
         """
@@ -142,7 +142,7 @@ class TiffSource:
         self.levels = tuple(Size(array.shape[1], array.shape[0]) for array in self._arrays)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Return a box of a level as RGB (y, x, 3) uint8.
+        """Return the pixels of a box of a level as RGB (y, x, 3) uint8.
 
         `level`: index of the level. `box`: in pixels of the level, inside it. Errors of tifffile propagate.
         """
@@ -165,7 +165,7 @@ class DicomSource:
         self.levels = tuple(Size(level.size.width, level.size.height) for level in self._wsi.levels)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Return a box of a level as RGB (y, x, 3) uint8; transparent parts are white.
+        """Return the pixels of a box of a level as RGB (y, x, 3) uint8; transparent parts are white.
 
         `level`: index of the level. `box`: in pixels of the level, inside it. Errors of wsidicom propagate.
         """

@@ -39,7 +39,7 @@ SPARED_BYTES = 256 << 20
 """Space left free on the scratch disk for other programs."""
 
 _held: dict[Path, int] = {}
-"""Lock file → descriptor by which this process holds it."""
+"""Descriptor by which this process holds a lock file, by lock file."""
 _holding = threading.Lock()
 
 
@@ -143,7 +143,9 @@ class Copies:
         """Create the run's folder of copies on this machine if it does not exist, and lock it.
 
         This process holds the lock until `close` or its end. The first call also removes copies of runs that were
-        killed. InputError if the folder cannot be written or belongs to another user, ScratchFull if its disk is full.
+        killed.
+
+        InputError if the folder cannot be written or belongs to another user, ScratchFull if its disk is full.
         """
         with _holding:
             if self._is_held():
