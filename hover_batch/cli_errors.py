@@ -70,7 +70,7 @@ class CommandGroup(TyperGroup):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command line, with the arguments and the result of typer's `main`.
 
-        Output has no colours and cursor movements if NO_COLOR is set, which also sets TERM to dumb. sys.stdout and
+        Output has neither colours nor cursor movements if NO_COLOR is set; TERM is then set to dumb. sys.stdout and
         sys.stderr are replaced, so that characters that the terminal cannot encode are printed as escapes, and output
         that nobody reads is dropped.
         """

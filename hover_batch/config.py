@@ -239,7 +239,7 @@ class Settings:
         """Return the settings that change results, for the run key, by section and then by name.
 
         The model is left out, since its hash is another part of the run key; so are the sample, output and engine
-        settings, and `threads`. A device is named without its number.
+        settings, `threads`, and an empty class map. A device is named without its number.
         """
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # all GPUs of a node give the same results

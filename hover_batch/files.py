@@ -108,7 +108,7 @@ def _only_file(archive: zipfile.ZipFile) -> str:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the JSON object in the file at `path`; None if there is no such file or it holds anything else.
 
-    None, too, if the content is not valid JSON. OSError if the file cannot be read.
+    OSError if the file cannot be read.
     """
     content = read_file(path)
     return None if content is None else json_object(content)

@@ -48,9 +48,10 @@ class PanopticQuality:
 def panoptic_quality(true: NDArray[np.integer], pred: NDArray[np.integer]) -> PanopticQuality:
     """Return the PQ of two instance maps (y, x) without regard to types (Kirillov et al. 2019, equation 1).
 
-    Instances are paired if their IoU exceeds 0.5, so that each has at most one partner. DQ = TP / (TP + FP/2 + FN/2),
-    SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ, each from 0 to 1 (perfect); all are NaN if both maps are
-    empty. HoVerNet's reference divides by TP + 1e-6 in SQ; here it is TP.
+    The result also has the factors and counts of PQ. Instances are paired if their IoU exceeds 0.5, so that each has at
+    most one partner. DQ = TP / (TP + FP/2 + FN/2), SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ, each
+    from 0 to 1 (perfect); all are NaN if both maps are empty. HoVerNet's reference divides by TP + 1e-6 in SQ; here it
+    is TP.
 
     `true`, `pred`: instance ids, 0 = background. ValueError for maps of different shapes.
     """

@@ -63,11 +63,12 @@ def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
     """Return whether the unit's maps are stored and intact, that is, its marker has the checksum of its shard.
 
     On a checksum mismatch, remove the shard, its marker, and the parts of the regions that may have read it, so that
-    they are made again, and return False. Without a marker, return False and remove nothing.
+    they are made again, and return False. Without a marker, return False and remove nothing. Call this only while
+    nothing writes to the slide.
 
-    `work`: slide of the unit. `store`: store of the slide. Call this only while nothing writes to the slide.
+    `work`: slide of the unit. `store`: store of the slide.
 
-    SlideError instead of False if the store belongs to another run, whose files must not change. OSError if a file
+    If the store belongs to another run, whose files must not change, SlideError instead of False. OSError if a file
     cannot be read or removed.
     """
     path = work.maps.marker(unit.column, unit.row)

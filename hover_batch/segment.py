@@ -320,8 +320,8 @@ def _resolved(where: Path | Url) -> Path | str:
 def add_to_dataset(outcome: Outcome, dataset: Path | Url, log_format: LogFormat) -> int:
     """Add the finished slides of a run to a data set, and return the exit code of the command.
 
-    If the data set cannot be written, a message says how to add the slides later, and the exit code is 3, or 4 if no
-    slide is done. It is also at least 3 if a slide was skipped.
+    It is that of the run, but at least 3 if a slide was skipped or the data set cannot be written. In the second case,
+    a message says how to add the slides later.
 
     `outcome`: outcome of the run. `dataset`: folder or URL of the data set. `log_format`: format of the messages, which
     go to stderr.

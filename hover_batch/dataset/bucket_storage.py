@@ -121,10 +121,10 @@ class BucketStorage:
             path.unlink()
 
     def replace_table(self, table: pa.Table) -> None:
-        """Replace slides.parquet by `table`.
+        """Replace slides.parquet by `table` in one step.
 
-        InputError if another command has changed it since it was opened, or access is denied; UploadError if it cannot
-        be read or written.
+        It is first written to the temporary folder. InputError if another command has changed slides.parquet since it
+        was opened, or access is denied; UploadError if it cannot be read or written; OSError if the disk is full.
         """
         if retried(lambda: self._folder.read([SLIDES_PARQUET])).get(SLIDES_PARQUET) != self._content:
             raise InputError(

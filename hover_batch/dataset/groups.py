@@ -119,7 +119,9 @@ def densities_sql(subject: Subject, by: str, of: str | None = None) -> str:
 
 
 def compare_densities(subject: Subject, by: str, of: str | None = None) -> Comparison:
-    """Compare the densities of each two groups of patients.
+    """Return the differences of the densities between each two groups of patients, with notes for the user.
+
+    Slides without a patient or a group are left out, and so are patients without tissue; the notes name them.
 
     `subject`: slides that the question is about. `by`: column with the group, of the slides or the clinical table.
     `of`: the only class; None for all nuclei and each class.

@@ -110,6 +110,8 @@ def write_files(
 ) -> list[Path]:
     """Write tables to one file, or to several if there are more than FILE_ROWS rows, and return their paths.
 
+    Existing files of the same names are replaced.
+
     `folder`: folder of the model. `members`: slide_id and hash of the table of each slide in the file; they determine
     the name, so that files with other nuclei have other names. `pieces`: tables of at most about ROW_GROUP rows, in the
     order in which they are written; short ones share a row group. `metadata`: for the entry `hover_batch` of the file.

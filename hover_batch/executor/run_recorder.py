@@ -229,7 +229,7 @@ class RunRecorder:
         The slide's unfinished tiles and regions are removed from the progress. The traceback of an unexpected error is
         logged.
 
-        `trace`: traceback of the error; None to use that of `error`, which is lost if another process raised it.
+        `trace`: traceback of the error, if another process raised it; None to use the traceback of `error`.
 
         PackageError if `error` is one, since it is not caused by the slide: then nothing is recorded. TooManyFailures
         if more slides failed than the settings allow. OSError if the log or, unless the disk is full, quarantine.json

@@ -192,11 +192,11 @@ class SlideState:
         )
 
     def retry_later(self, task: Task, unit_cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
-        """Retry a task later that did not find the results of the units in `unit_cells`.
+        """Retry later a task that did not find the results of the units in `unit_cells`.
 
-        A region waits for units that are not predicted yet. Otherwise the results should exist, and the file system may
-        not show them yet: the task is retried RETRY_S seconds after `now`. Return None, or the error with which the
-        slide must fail after MAX_TIMES[Verdict.RETRY] such faults.
+        Return None, or the error with which the slide must fail after MAX_TIMES[Verdict.RETRY] such faults. A region
+        waits for units that are not predicted yet. Otherwise the results should exist, and the file system may not show
+        them yet: the task is retried RETRY_S seconds after `now`.
 
         `unit_cells`: (column, row) of each unit in the unit grid. `now`: time in seconds.
         """
