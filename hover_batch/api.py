@@ -218,8 +218,8 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
 
     Away from nuclei, h and v are 0 unless the run used `sobel_norm="window"`.
 
-    InputError if the store is missing, as after --discard-predictions; SlideError or PackageError if it is corrupted or
-    incomplete; OSError if a file cannot be read.
+    InputError if the store is missing, as after --discard-predictions; SlideError or PackageError if its metadata is
+    corrupted or a shard is missing; OSError if a file cannot be read.
     """
     folder = Path(slide_folder).absolute()
     if folder.is_file():

@@ -122,7 +122,7 @@ class RunRecorder:
         """Log the numbers of a slide's units and tiles, and add its tiles and regions to the progress.
 
         `units`: units of the slide, or clusters of its sample. `inferred`: those that earlier starts predicted.
-        `posted`: number of regions that earlier starts post-processed.
+        `posted`: number of regions that earlier starts post-processed. OSError if the log cannot be written.
         """
         tiles = sum(len(u.tile_cells) for u in units)
         self.log_event("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
@@ -133,8 +133,11 @@ class RunRecorder:
     def record_unit(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
         """Log that a unit's maps are in the store, with the seconds by stage, and add its time to `model_busy`.
 
-        Its tiles are not added to the progress, since the executor has already done so. `seconds`: times of the unit by
-        stage; without the stage infer, its maps were stored before. Call `record_survey` for the slide first.
+        Its tiles are not added to the progress, since the executor has already done so. Call `record_survey` for the
+        slide first.
+
+        `slide_id`: slide of the unit. `seconds`: times of the unit by stage; without the stage infer, its maps were
+        stored before. OSError if the log cannot be written.
         """
         self.add_network_time(seconds)
         self._left[slide_id][0] -= len(unit.tile_cells)
@@ -152,8 +155,8 @@ class RunRecorder:
     def record_region(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
         """Log that the nuclei of the region of `unit` are on disk, and add the region to the progress.
 
-        `slide_id`: slide of the region. `seconds`: times of the region by stage. Call `record_survey` for the slide
-        first.
+        Call `record_survey` for the slide first. `slide_id`: slide of the region. `seconds`: times of the region by
+        stage. OSError if the log cannot be written.
         """
         self._left[slide_id][1] -= 1
         self._timed_event("region_done", slide_id, unit, seconds)
