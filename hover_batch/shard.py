@@ -31,8 +31,10 @@ _CRC_BYTES = 4
 def encode_shard(maps: NDArray[np.uint8], unit: int, chunk: int) -> bytes | None:
     """Return the content of the shard of a unit; None if its maps are zero everywhere.
 
-    `maps`: maps of the unit, (plane, y, x) uint8. They are smaller than the unit if it is clipped to the canvas; the
-    rest of the unit is zero. `unit`: side of a whole unit in pixels, a multiple of `chunk`, the side of a chunk.
+    The maps are smaller than the unit if it is clipped to the canvas; the rest of the unit is zero.
+
+    `maps`: maps of the unit, (plane, y, x) uint8. `unit`: side of a whole unit in pixels, a multiple of `chunk`, the
+    side of a chunk.
     """
     planes, height, width = maps.shape
     side = unit // chunk

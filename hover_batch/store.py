@@ -50,9 +50,11 @@ class PredictionStore:
     def create(cls, path: Path, size: Size, planes: int, unit: int, attributes: Mapping[str, Any]) -> PredictionStore:
         """Create an empty store at `path`; if there is one, open it unchanged.
 
+        An existing store must have been created with the same values, which is not checked.
+
         `size`: size of the canvas in inference pixels. `planes`: number of planes. `unit`: side of a shard in inference
         pixels. `attributes`: JSON values such as mpp, scale, plane names and the model card, so that the store can be
-        read without this package. An existing store must have been created with the same values, which is not checked.
+        read without this package.
 
         OSError if it cannot be written; errors of zarr, mostly ValueError, if an existing store is corrupted.
         """

@@ -184,7 +184,7 @@ class RunLog:
 def to_utc(time: object) -> datetime | None:
     """Return an ISO 8601 time, such as "2025-01-31T12:00:00+01:00", as a datetime in UTC; None for any other value.
 
-    `time`: text of the time. Without an offset from UTC, it is local time.
+    A time without an offset from UTC is local time. `time`: text of the time.
     """
     try:
         return datetime.fromisoformat(str(time)).astimezone(UTC)

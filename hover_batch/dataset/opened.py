@@ -146,8 +146,8 @@ class Dataset:
     def select(self, query: str) -> duckdb.DuckDBPyRelation:
         """Return a SELECT as a relation, which runs it each time that it is read.
 
-        Sums of integers, which DuckDB returns with 128 bits, have 64 bits. InputError if `query` is not one SELECT, or
-        it names what does not exist. Read the relation within `query_errors`, which converts errors of the run.
+        Sums of integers, which DuckDB returns with 128 bits, have 64 bits. Read the relation within `query_errors`,
+        which converts errors of the run. InputError if `query` is not one SELECT, or it names what does not exist.
         """
         query = query.strip().rstrip(";")
         with query_errors():

@@ -215,8 +215,8 @@ def rows_table(rows: Sequence[Mapping[str, Any]], measured: pa.Schema) -> pa.Tab
 def with_rows(table: pa.Table, new: pa.Table) -> pa.Table:
     """Return `table` with the rows of `new`, which replace those of the same slide and model; sorted by both.
 
-    `table`, `new`: rows of slides.parquet. Columns that only one of the tables has are null in the other's rows. A
-    column that is a number in one table and text in the other becomes two: the text gets the prefix extra_.
+    Columns that only one of the tables has are null in the other's rows. A column that is a number in one table and
+    text in the other becomes two: the text gets the prefix extra_. `table`, `new`: rows of slides.parquet.
     """
     keys = [_key_column(each) for each in (table, new)]
     kept = table.filter(pc.invert(pc.is_in(keys[0], value_set=keys[1])))

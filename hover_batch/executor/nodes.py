@@ -109,7 +109,8 @@ class ClusterNodes:
     def on_each(self, function: Callable[[], object], wait_s: float = 0.0) -> None:
         """Call `function` once on every live node, in a process there. Results and errors are ignored.
 
-        `function` must be picklable. `wait_s`: maximum time in seconds to wait for the calls to end; 0 to not wait.
+        `function`: must be picklable. `wait_s`: maximum time in seconds to wait for the calls to end; 0 to return at
+        once.
         """
         calls = [
             _call.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(function)

@@ -108,8 +108,8 @@ def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> li
     The first says that it differs from the file's by more than MPP_TOLERANCE. The second says that it is unusual for
     slides, not square, or does not match the magnification.
 
-    `stated`: pixel size that the file gives, in µm; None to not compare it. `magnification`: objective's power; None to
-    not check it.
+    `stated`: pixel size that the file gives, in µm; None if it gives none. `magnification`: objective's power; None if
+    it is unknown.
     """
     messages = []
     if stated is not None:

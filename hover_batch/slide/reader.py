@@ -181,8 +181,8 @@ def whole_grid(info: SlideInfo, scale: float) -> Grid:
 def best_level(levels: Sequence[Size], grid: Grid) -> int:
     """Return the index of the coarsest level that is not coarser than the grid; 0 if all are.
 
-    `levels`: sizes in pixels, largest first. `grid`: grid over the slide. A level that is coarser by up to 1 % counts
-    as not coarser.
+    A level that is coarser by up to 1 % counts as not coarser. `levels`: sizes in pixels, largest first. `grid`: grid
+    over the slide.
     """
     allowed = 1 + _LEVEL_TOLERANCE
     ratios = [level_ratios(grid.level0, size) for size in levels]

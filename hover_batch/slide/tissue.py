@@ -72,7 +72,7 @@ class TissueMask:
     def contains(self, x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
         """Return whether each position lies on tissue, as a bool array of the shape of `x` and `y`.
 
-        `x`, `y`: arrays of positions in level-0 pixels. Positions outside the canvas do not lie on tissue.
+        Positions outside the canvas do not lie on tissue. `x`, `y`: arrays of positions in level-0 pixels.
         """
         column = np.floor(np.asarray(x) / self.level0_per_pixel[0]).astype(np.int64)
         row = np.floor(np.asarray(y) / self.level0_per_pixel[1]).astype(np.int64)
