@@ -54,15 +54,20 @@ def segment_slide(
     slide_id: str | None = None,
     **settings: Any,
 ) -> Path:
-    """Find the nuclei of one slide, as `hover-batch segment` does. Repeat the call to resume where it stopped.
+    """Find the nuclei of one slide, as `hover-batch segment` does. Return the path of the table, for `load_nuclei`.
+
+    Repeat the call to resume where it stopped. Call it from the main thread.
 
     `path`: a slide file, a DICOM folder or a URL. `output`: the run's folder. Slides may share one if their settings
-    are the same, but slides.csv and the summary then list only the last one. `mpp`: pixel size of level 0 in µm, if the
-    file gives none or a wrong one. `slide_id`: by default the file's stem or the folder's name. `settings`: those of
-    the command, by their names in settings.toml (`batch=4`, `backend="local"`, `class_map={"stroma": ["spindle"], …}`).
+    are the same, but slides.csv and the summary then list only the last one. `model`: name of a package, a .safetensors
+    file or a folder. `mpp`: pixel size of level 0 in µm, if the file gives none or a wrong one. `slide_id`: by default
+    the file's stem or the folder's name. `settings`: those of the command, by their names in settings.toml (`batch=4`,
+    `backend="local"`, `class_map={"stroma": ["spindle"], …}`).
 
-    Returns the path of the table, for `load_nuclei`. Raises InputError if an argument is invalid, PackageError if the
-    model cannot be used, SlideError if the slide cannot be processed.
+    InputError if an argument is invalid, or the output folder cannot be used; SettingsChanged, a subclass of it, if the
+    folder holds results of other settings. PackageError if the model cannot be used, SlideError if the slide cannot be
+    processed, HoverBatchError if Ray does not start or the network crashes repeatedly, OSError if a result cannot be
+    written. With `max_failures=0`, TooManyFailures instead of SlideError.
     """
     from hover_batch.segment import run_segment
 
@@ -80,15 +85,16 @@ def segment_slide(
 
 
 def load_nuclei(path: str | Path) -> pd.DataFrame:
-    """Load the nuclei of one slide from its nuclei.parquet or its folder.
+    """Return the nuclei of one slide as a table with one row per nucleus, loaded from its nuclei.parquet or its folder.
 
-    `path`: path or URL; a URL (str) is fetched to a temporary folder first.
+    It has the columns of the file except `bbox`. `geometry` holds shapely polygons in level-0 pixels; `slide_id` and
+    `type` are categories. `attrs["hover_batch"]` holds the file's metadata: pixel size, classes with colours, model.
+    `geopandas.GeoDataFrame(nuclei)` converts it to a GeoDataFrame.
 
-    Returns one row per nucleus, with the columns of the table except `bbox`. `geometry` holds shapely polygons in
-    level-0 pixels; `slide_id` and `type` are categories. `attrs["hover_batch"]` holds the file's metadata: pixel size,
-    classes with colours, model. `geopandas.GeoDataFrame(nuclei)` converts it to a GeoDataFrame.
+    `path`: path or URL of the file or folder. A URL is a str, and is fetched to a temporary folder first.
 
-    Raises SlideError if the table is missing or corrupted; InputError if a URL does not exist or access is denied.
+    SlideError if the table is missing or corrupted, or cannot be fetched; InputError if a URL does not exist, access to
+    it is denied, or a package for its storage is missing; OSError if the disk for temporary files is full.
     """
     if url := Url.of(str(path)):
         table = url if url.name.endswith(".parquet") else Url(f"{url.text.rstrip('/')}/nuclei.parquet")
@@ -118,12 +124,17 @@ def _frame(table: pa.Table, about: Mapping[str, Any]) -> pd.DataFrame:
 def open_cohort(path: str | Path, clinical: str | Path | None = None, on: str = "patient_id") -> Dataset:
     """Open a data set, which `hover-batch cohort` makes from runs, for questions in SQL.
 
-    `path`: its folder, or its URL in cloud storage. `clinical`: CSV or Parquet file with one row per patient. `on`:
-    column of this file and of the slides by which they belong together; ids are text, so that 007 stays 007.
+    The result has the DuckDB tables `nuclei`, `slides` and, if it is given, `clinical`: `cohort.sql("SELECT …")`
+    returns a DataFrame, and `cohort.window("case-01", (x0, y0, x1, y1))` the nuclei of a field. Close it with `close`,
+    or use it in a `with` block. Patients without a row in `clinical` are listed in `cohort.notes`, and give a
+    UserWarning.
 
-    The result has the DuckDB tables `nuclei`, `slides` and `clinical`: `cohort.sql("SELECT …")` returns a DataFrame,
-    and `cohort.window("case-01", (x0, y0, x1, y1))` the nuclei of a field. Patients without a row in `clinical` are
-    listed in `cohort.notes`, and give a UserWarning. InputError if a file cannot be read or joined.
+    `path`: folder of the data set, or its URL in cloud storage. `clinical`: CSV or Parquet file with one row per
+    patient; None for no such table. `on`: column of this file and of the slides by which they are joined; ids are text,
+    so that 007 stays 007.
+
+    InputError if a file cannot be read or joined, or the data set holds no slides; UploadError if cloud storage cannot
+    be reached; OSError if slides.parquet cannot be read.
     """
     from hover_batch.dataset.opened import Dataset
 
@@ -151,7 +162,7 @@ class Plane:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of rows and columns, in inference pixels."""
+        """Number of rows and columns (y, x), in inference pixels."""
         return self.array.shape[1], self.array.shape[2]
 
     def __getitem__(self, window: Any) -> NDArray[np.float32]:
@@ -205,8 +216,10 @@ def _refuse_missing_shards(store: PredictionStore, layout: SlideLayout) -> None:
 def load_predictions(slide_folder: str | Path) -> Predictions:
     """Open the prediction store of a slide, given the slide's folder (out/slides/ID). No pixels are read yet.
 
-    Away from nuclei, h and v are 0 unless the run used `sobel_norm="window"`. InputError if the store is missing, as
-    after --discard-predictions; SlideError or PackageError if it is corrupted or incomplete.
+    Away from nuclei, h and v are 0 unless the run used `sobel_norm="window"`.
+
+    InputError if the store is missing, as after --discard-predictions; SlideError or PackageError if its metadata is
+    corrupted or a shard is missing; OSError if a file cannot be read.
     """
     folder = Path(slide_folder).absolute()
     if folder.is_file():
@@ -262,7 +275,9 @@ class Model:
     def predict(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return the quantised maps (plane, y, x) uint8 of an image (see `hover_batch.model.heads.MapLayout`).
 
-        `rgb`: (y, x, 3) uint8 RGB of any size; it is reflected at its border. InputError for other or empty arrays.
+        They have the height and width of the image, which is reflected at its border.
+
+        `rgb`: (y, x, 3) uint8 RGB of any size, with pixels of `card.mpp` µm. InputError for other or empty arrays.
         """
         if (
             not isinstance(rgb, np.ndarray)
@@ -278,9 +293,10 @@ class Model:
     def nuclei(self, rgb: NDArray[np.uint8]) -> tuple[NDArray[np.int32], pd.DataFrame]:
         """Return the instance map (y, x) int32 of an image, 0 = background, and the table of its nuclei.
 
-        `rgb`: (y, x, 3) uint8 RGB. The table has the columns of `load_nuclei`, with positions in pixels of the image,
-        and `nucleus_id`, the nucleus's number 1 … n in the instance map. The result is that of a run with default
-        settings. InputError for other or empty arrays.
+        The table has the columns of `load_nuclei`, with positions in pixels of the image, and `nucleus_id`, the
+        nucleus's number 1 … n in the instance map. The result is that of a run with default settings.
+
+        `rgb`: (y, x, 3) uint8 RGB, with pixels of `card.mpp` µm. InputError for other or empty arrays.
         """
         from hover_batch.nuclei.image import nuclei_of
 
@@ -313,8 +329,10 @@ def load_model(name_or_path: str | Path = "starter", **settings: Any) -> Model:
     """Load the network of a package, on a GPU if there is one.
 
     `name_or_path`: name of a package, a .safetensors file or a folder. `settings`: those of inference (`device`,
-    `precision`, `batch`, `runtime`, `threads`); by default, `batch` suits the model's architecture. PackageError if the
-    package cannot be loaded, InputError if a setting is invalid or the device cannot be used.
+    `precision`, `batch`, `runtime`, `threads`); by default, `batch` suits the model's architecture.
+
+    PackageError if the package cannot be found or loaded, InputError if a setting is invalid or the device cannot be
+    used.
     """
     from hover_batch.model.predict import load_predictor
 

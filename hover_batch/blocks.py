@@ -23,10 +23,12 @@ takes to the stage `read` of the Seconds."""
 
 
 def block_reader(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
-    """Return a function that reads blocks of an open slide in this process, each while the previous one is in use.
+    """Return a function that reads blocks of an open slide in this process, one block ahead.
 
-    `reader`: reader of the slide; None for stored maps, whose slide is not read: then the function must not be called.
-    `work`: the slide's grid. Errors of the reader propagate.
+    `reader`: reader of the slide; None if stored maps are used, in which case the function must not be called. `work`:
+    slide to read, for its grid.
+
+    The function raises the errors of the reader, such as SlideError if the pixels cannot be read.
     """
 
     def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
@@ -54,9 +56,12 @@ def batches(
     """Read tiles, and yield them in batches of `size`; the last batch may be smaller.
 
     A batch has two lists of equal length: boxes from `kept`, and the pixels of their tiles with margins, RGB (tile_in,
-    tile_in, 3) uint8 each. Tiles that start in the same block of READ_BLOCK pixels are read together. `kept`: boxes of
-    the tiles without their margins, in inference pixels. `margin`: width of the margin in inference pixels. `read`:
-    reads the blocks; its errors propagate. `seconds`: passed to `read`, which adds its time.
+    tile_in, 3) uint8 each. Tiles that start in the same block of READ_BLOCK pixels are read together, so their order
+    may differ from that of `kept`.
+
+    `kept`: boxes of the tiles without their margins, in inference pixels. `margin`: width of the margin in inference
+    pixels. `read`: function that reads the blocks; its errors propagate. `seconds`: passed to `read`, which adds its
+    time.
     """
     boxes: list[Box] = []
     pixels: list[NDArray[np.uint8]] = []

@@ -34,7 +34,7 @@ T = TypeVar("T")
 def require_package(url: Url) -> None:
     """Check that fsspec supports the storage of `url`, and that the package that it needs for this is installed.
 
-    Otherwise raise InputError; for S3 with the command that installs the package.
+    InputError otherwise; for S3, the message contains the command that installs the package.
     """
     import fsspec
 
@@ -59,10 +59,14 @@ def storage_errors(
     failed: str = "cannot be fetched",
     kind: type[HoverBatchError] = SlideError,
 ) -> Iterator[None]:
-    """Convert errors of the storage's library in the block to errors of one line, without secrets.
+    """Convert exceptions of the storage library in the block to expected errors with one-line messages.
 
-    InputError with the text `missing` if the file does not exist, InputError if access is denied, and otherwise `kind`
-    with the text `failed` and the reason. Errors of hover-batch, and an OSError for a full disk, pass through.
+    The messages contain no credentials. Errors of hover-batch, and an OSError because the disk is full, pass through.
+
+    `url`: URL of the storage, for the message. `missing`: message if a file does not exist. `failed`: beginning of the
+    message for other errors. `kind`: class of these errors.
+
+    InputError if a file does not exist or access is denied, `kind` for all other exceptions.
     """
     try:
         yield
@@ -84,7 +88,7 @@ def storage_errors(
 
 
 def instead_of_url(url: Url) -> str:
-    """Return the remedy for `url` given to a command that reads results from folders only, as a phrase for messages."""
+    """Return what to do if `url` was given to a command that reads only folders, as a phrase for messages."""
     return (
         f"for results in a bucket, give the folder of --work, or fetch them, from S3 with `aws s3 cp --recursive {url} "
         "FOLDER`"
@@ -92,9 +96,10 @@ def instead_of_url(url: Url) -> str:
 
 
 def fetch_file(url: Url, path: Path) -> None:
-    """Copy the file at `url` in cloud storage to `path` on disk.
+    """Copy the file at `url` in cloud storage to `path` on disk; an existing file is replaced.
 
-    Errors as in `require_package` and `storage_errors`.
+    InputError if the file does not exist, access is denied or a package for the storage is missing; SlideError if it
+    cannot be fetched; OSError if the disk is full.
     """
     import fsspec
 
@@ -134,7 +139,10 @@ class BucketFolder:
         return f"{self._root}/{name}"
 
     def check_writable(self) -> None:
-        """Check that the folder can be written to, with a small file that is then removed. InputError if it cannot."""
+        """Check that the folder can be written to, with the small file .probe, which is then removed.
+
+        InputError if it cannot be written, or the file has other content when it is read back.
+        """
         # Always the same name, so that one that a killed check left behind is removed.
         key, content = self._key(".probe"), b"can be written\n"
         try:
@@ -149,7 +157,7 @@ class BucketFolder:
             raise InputError(str(error)) from error
 
     def read(self, names: Collection[str]) -> dict[str, bytes]:
-        """Return the content of the files `names` by name, without files that do not exist.
+        """Return the content of each of the files `names`, by name; files that do not exist are left out.
 
         InputError if access is denied, UploadError if a file cannot be read.
         """
@@ -163,9 +171,10 @@ class BucketFolder:
         return {keys[key]: content for key, content in found.items() if isinstance(content, bytes)}
 
     def fetch(self, name: str, path: Path) -> None:
-        """Copy the file `name` to `path` on disk.
+        """Copy the file `name` to `path` on disk; an existing file is replaced.
 
-        InputError if the file does not exist or access is denied, UploadError if it cannot be read.
+        InputError if the file does not exist or access is denied, UploadError if it cannot be read, OSError if the disk
+        is full.
         """
         with self._reading(name):
             self._storage.get_file(self._key(name), str(path))
@@ -179,15 +188,20 @@ class BucketFolder:
             return int(self._storage.info(self._key(name))["size"])
 
     def read_range(self, name: str, start: int | None, end: int | None) -> bytes:
-        """Return bytes of the file `name`. Errors as in `size`.
+        """Return a range of bytes of the file `name`.
 
         `start`, `end`: first byte, and the end of the range, exclusive; None for the beginning or the end of the file.
+
+        InputError if the file does not exist or access is denied, UploadError if it cannot be read.
         """
         with self._reading(name):
             return bytes(self._storage.cat_file(self._key(name), start=start, end=end))
 
     def modified(self, name: str) -> datetime:
-        """Return the time at which the file `name` was uploaded, with a time zone. Errors as in `size`."""
+        """Return the time at which the file `name` was uploaded, as a datetime with a time zone.
+
+        InputError if the file does not exist or access is denied, UploadError if it cannot be read.
+        """
         with self._reading(name):
             found: datetime = self._storage.modified(self._key(name))
             return found if found.tzinfo else found.replace(tzinfo=UTC)
@@ -195,7 +209,7 @@ class BucketFolder:
     def names(self) -> list[str]:
         """Return the names of all files in the folder and its subfolders, sorted.
 
-        InputError if access is denied, UploadError if they cannot be listed.
+        InputError if access is denied or the bucket does not exist, UploadError if the files cannot be listed.
         """
         with self._errors():
             self._storage.invalidate_cache()
@@ -211,9 +225,10 @@ class BucketFolder:
                 self._storage.rm([self._key(name) for name in names])
 
     def put(self, files: Mapping[str, Path]) -> None:
-        """Upload local files, and compare what is stored with them afterwards. `files`: local paths by name.
+        """Upload local files, which replace existing ones, and compare what is stored with them afterwards.
 
-        InputError if access is denied or the bucket does not exist, UploadError if a file cannot be written or differs.
+        `files`: local paths by name. InputError if access is denied or the bucket does not exist, UploadError if a file
+        cannot be uploaded or differs, OSError if a local file cannot be read.
         """
         with self._errors():
             for name, path in files.items():
@@ -259,9 +274,13 @@ class BucketFolder:
     def holds(self, entry: Mapping[str, Any] | None, path: Path, *, by_size: bool = False) -> bool:
         """Return whether a file in the folder has the same content as the local file `path`.
 
-        `entry`: its properties; None if it does not exist. `by_size`: compare only the sizes. Otherwise the content is
-        compared by the MD5 that the storage reports; if it reports none (S3: large or encrypted files), the file is
-        read back.
+        The content is compared by the MD5 that the storage reports; if it reports none or another (S3: large or
+        encrypted files), the file is read back.
+
+        `entry`: properties of the file, from `entries`; None if it does not exist. `by_size`: compare only the sizes.
+
+        InputError if access is denied, UploadError if the file cannot be read back, OSError if the local file cannot be
+        read.
         """
         if entry is None or entry["size"] != path.stat().st_size:
             return False
@@ -286,14 +305,17 @@ def upload_tree(
     last: str | None = None,
     sha256: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Upload local files by name, except those that are in the folder already; repeat the call to resume.
+    """Upload local files, except those that are in the folder already; repeat the call to resume.
 
-    Each file is compared with the local one after its upload. `last`: name of the file whose presence means that all
-    are there. It is uploaded after the others, and an old one with other content is removed before them. If it is
-    there, the others are compared only by size. `sha256`: hex SHA-256 that local files must have, by name.
+    Each file is compared with the local one after its upload. A failed upload is repeated (see `retried`). The file
+    `last` is uploaded after the others, and an old one with other content is removed before them, so that its presence
+    means that all files are there. If it is there, the others are compared only by size.
 
-    UploadError as in `retried`. InputError if access is denied, the bucket does not exist, or a local file has another
-    hash.
+    `files`: local paths by name. `last`: name of a file in `files`; None if no file marks the end. `sha256`: hex
+    SHA-256 that local files must have, by name; it is checked before a file is uploaded.
+
+    UploadError if all attempts fail. InputError if access is denied, the bucket does not exist, or a local file has
+    another hash. OSError if a local file cannot be read.
     """
     retried(lambda: _upload(files, folder, last, sha256))
 
@@ -301,7 +323,7 @@ def upload_tree(
 def retried(work: Callable[[], T]) -> T:
     """Return the result of `work`, called again after each UploadError, up to ATTEMPTS times, with growing waits.
 
-    UploadError if all attempts fail; other errors propagate at once.
+    UploadError if all attempts fail; other errors of `work` propagate at once.
     """
     wait = FIRST_WAIT_S
     for _ in range(ATTEMPTS - 1):

@@ -51,7 +51,10 @@ def main(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
-    """Print the version if --version is given; otherwise warn about unknown environment variables."""
+    """Print the version and exit if --version is given; otherwise warn about unknown environment variables.
+
+    The warnings go to stderr; the command `segment` gives them itself, in its own log format.
+    """
     if version:
         typer.echo(__version__)
         raise typer.Exit

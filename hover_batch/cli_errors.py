@@ -68,10 +68,11 @@ class CommandGroup(TyperGroup):
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Run the command line. Arguments and result are those of typer's `main`.
+        """Run the command line, with the arguments and the result of typer's `main`.
 
-        Without colours and cursor movements if NO_COLOR is set. Characters that the terminal cannot encode are printed
-        as escapes, and output that nobody reads is dropped.
+        Output has neither colours nor cursor movements if NO_COLOR is set; TERM is then set to dumb. sys.stdout and
+        sys.stderr are replaced, so that characters that the terminal cannot encode are printed as escapes, and output
+        that nobody reads is dropped.
         """
         sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
         if os.environ.get("NO_COLOR"):
@@ -81,9 +82,10 @@ class CommandGroup(TyperGroup):
         return super().main(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; on an expected error, print its message to stderr and raise typer.Exit with its exit code.
+        """Run the command of `ctx`; on an expected error, print its message to stderr and exit with its exit code.
 
-        Expected are HoverBatchError, an OSError that names a file or means a full disk, and KeyboardInterrupt (130).
+        It exits by raising typer.Exit. Expected are HoverBatchError, an OSError that names a file or means a full disk,
+        and KeyboardInterrupt (130). Other exceptions propagate.
         """
         try:
             with on_interrupt():

@@ -124,7 +124,7 @@ class PostSettings(Section):
     max_component: int = 4096
     """Side in inference pixels above which a connected component is flagged instead of being processed whole."""
     class_map: dict[str, Any] = field(default_factory=dict)
-    """New class → the model's classes that it replaces (see `Taxonomy.merged`); empty: the model's own classes."""
+    """The model's classes that a new class replaces, by its name (see `Taxonomy.merged`); empty: the model's own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,7 +207,7 @@ class Settings:
     """Settings of execution."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as nested plain values, section → name → value, as in settings.toml."""
+        """Return all settings as nested plain values, by section and then by name, as in settings.toml."""
         return asdict(self)
 
     @classmethod
@@ -236,10 +236,10 @@ class Settings:
         return cls(**checked)
 
     def results_key(self) -> dict[str, Any]:
-        """Return the settings that change results, for the run key: section → name → value.
+        """Return the settings that change results, for the run key, by section and then by name.
 
         The model is left out, since its hash is another part of the run key; so are the sample, output and engine
-        settings.
+        settings, `threads`, and an empty class map. A device is named without its number.
         """
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # all GPUs of a node give the same results
@@ -257,9 +257,10 @@ SECTION_OF = {
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Group settings by section, for `Settings.from_dict`.
+    """Return the settings grouped by section, for `Settings.from_dict`.
 
-    `settings`: values by the names of the settings without their section, except the model. InputError for other names.
+    `settings`: values by the names of the settings, without their section. InputError for unknown names, and for
+    `model`, which has no section.
     """
     data: dict[str, Any] = {}
     for name, value in settings.items():

@@ -41,7 +41,7 @@ _EXTRAS = {
     "s3fs": ("s3", "slides at s3://…"),
     "tensorboard": ("train", "kd train's curves"),
 }
-"""Package → the extra of hover-batch that installs it, and its use."""
+"""Extra of hover-batch that installs a package, and its use, by package."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Check:
 def checks(output: Path, *, start_ray: bool = False) -> list[Check]:
     """Return all checks of this machine in the order of the output, without running them.
 
-    `output`: output folder of a run; it need not exist. `start_ray`: start Ray instead of only importing it; then run
-    the checks in order, and before anything else imports Ray.
+    `output`: output folder of a run; it need not exist. `start_ray`: start Ray instead of only importing it. In this
+    case, run the checks in order, and before anything else imports Ray.
     """
     reinstall = "reinstall hover-batch"
     temporary = Path(tempfile.gettempdir())

@@ -18,9 +18,11 @@ def complete_environment() -> None:
     """Set LOGNAME, HOME, NUMBA_CACHE_DIR and MPLCONFIGDIR in os.environ if they are needed and missing.
 
     LOGNAME is set to the user's id if the user has no name. Nothing else changes for a user with a home folder and a
-    writable cache folder in it. Without these, the caches are put into a folder in the temporary directory that belongs
-    to this user alone, since numba unpickles the files in its cache; without a home folder, HOME is set to it, too. If
-    there is no temporary directory, these variables stay unset, since commands that compile nothing do not need them.
+    writable cache folder in it.
+
+    For other users, the caches are put into a folder in the temporary directory that belongs to the user alone, since
+    numba unpickles the files in its cache. HOME is set to it, too, if there is no home folder. If there is no temporary
+    directory, these variables stay unset, since commands that compile nothing do not need them.
     """
     try:
         getpass.getuser()

@@ -23,7 +23,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def file_fault(error: OSError) -> str:
-    """Return in one line what is wrong with the file that `error` names (`error.filename`), and what to do."""
+    """Return in one line what is wrong with the file that `error` names, and what to do.
+
+    `error`: OSError with a file name (`filename`).
+    """
     remedy = "check that it can be read and written"
     if error.errno == errno.EISDIR:
         remedy = "a file belongs there: move or remove the folder"

@@ -29,7 +29,7 @@ class Exported:
     files: tuple[Path, ...]
     """Files that were written, in order."""
     skipped: dict[str, str]
-    """slide_id → why the slide was skipped."""
+    """Reason why a slide was skipped, by slide_id."""
 
     @property
     def exit_code(self) -> int:
@@ -42,12 +42,15 @@ def export_run(
 ) -> Exported:
     """Export the tables of the run in `folder` to each of `formats`. Return the files and the skipped slides.
 
-    `slide_ids`: the slides to export; empty for all. `output`: folder for files named SLIDE_ID.suffix, created if it
-    does not exist; None writes each file next to its table. Existing files are replaced. Slides that are not done, or
-    whose table cannot be read, are skipped. `notify` is called with a line about each file and each skipped slide.
+    Existing files are replaced. Slides that are not done, or whose table cannot be read, are skipped.
 
-    InputError if the folder holds no run, a slide is not in it, a format needs a package that is not installed, or a
-    file cannot be written; OSError if the disk is full.
+    `output`: folder for files named SLIDE_ID.suffix, created if it does not exist; None writes each file next to its
+    table. `slide_ids`: the slides to export; empty for all. `notify`: function that is called with a line about each
+    file and each skipped slide.
+
+    InputError if the folder holds no run, its run.json or slides.csv is corrupted, a slide is not in it, a format needs
+    a package that is not installed, or a file cannot be written. OSError if the disk is full, or a file of the run
+    cannot be read.
     """
     layout = RunLayout(folder)
     require_run(layout)
@@ -119,7 +122,7 @@ def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideRecord]:
 
 
 def writer(format: Format) -> Write:
-    """Return the function that writes a table to a file of `format`.
+    """Return the function that writes a table to a file of `format`, given the table and the path.
 
     InputError if the format needs a package that is not installed, so that this is found before anything is written.
     """

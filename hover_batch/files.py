@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     When the block ends, the file there is synced and replaces `path`; on an error it is removed, and `path` is
     unchanged. The name is unique to the call, so that concurrent writers of one file do not use the same temporary
-    file.
+    file. OSError if the block wrote no file, or `path` cannot be replaced.
     """
     with _temporary(path) as temporary:
         yield temporary
@@ -47,8 +47,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary path at which the block creates a folder, which then replaces the folder `path`, if any.
 
     For folders that can be made again: files are not synced, and for a moment during the replacement neither the old
-    nor the new folder exists at `path`. If the block raises an exception, `path` is unchanged. FileNotFoundError if the
-    block creates no folder.
+    nor the new folder exists at `path`. The old folder is removed. If the block raises an exception, `path` is
+    unchanged.
+
+    FileNotFoundError if the block creates no folder, OSError if the folder cannot be moved.
     """
     temporary = _hidden_name(path)
     try:
@@ -74,8 +76,10 @@ MAX_JSON_BYTES = 1 << 30
 def load_json(path: Path) -> Any:
     """Return the parsed content of a JSON file, gzipped, zipped or plain, with or without a byte order mark.
 
-    A zip archive must hold no other file. ValueError if the content is not valid or larger than MAX_JSON_BYTES, OSError
-    if the file cannot be read, RecursionError if it is nested too deeply.
+    A zip archive must hold no other file, except those of macOS.
+
+    ValueError if the content is not valid or larger than MAX_JSON_BYTES, OSError if the file cannot be read,
+    RecursionError if it is nested too deeply.
     """
     content = path.read_bytes()
     try:
@@ -167,7 +171,8 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 def write_first(path: Path, data: bytes) -> bool:
     """Write the file `path`, synced to disk, unless it exists. Return whether it was written.
 
-    If several writers call it at once, one of them wins and gets True. The file system must have hard links.
+    If several writers call it at once, one of them wins and gets True. The file system must have hard links. OSError if
+    the file cannot be written.
     """
     with _temporary(path) as temporary:
         temporary.write_bytes(data)
@@ -202,7 +207,8 @@ def sweeping(path: Path) -> Iterator[None]:
     """Remove the `leftovers` of `path` before the block, which writes `path`.
 
     Nothing is removed while another such block is writing in the same folder, on this machine or one that shares the
-    file system's locks.
+    file system's locks, or if the file system cannot lock folders. Errors while removing are ignored. OSError if the
+    folder of `path` does not exist or cannot be opened.
     """
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
@@ -246,7 +252,7 @@ def _sync(path: Path) -> None:
 
 
 def to_json(value: Any) -> bytes:
-    """Return a value as indented JSON in UTF-8, with sorted keys: equal values give equal bytes.
+    """Return `value` as indented JSON in UTF-8, with sorted keys, so that equal values give equal bytes.
 
     ValueError for NaN and infinity, TypeError for values that are not JSON.
     """

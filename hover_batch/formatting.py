@@ -35,7 +35,7 @@ def listed(names: Collection[str]) -> str:
 
 
 def plain_console(**options: Any) -> Console:
-    """Return a console of rich that prints text of users as it is: `[b]` and `:x:` have no meaning in it.
+    """Return a console of rich that prints the text of users unchanged; `[b]` and `:x:` have no meaning in it.
 
     `options`: further arguments of rich's Console.
     """

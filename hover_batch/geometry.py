@@ -61,7 +61,7 @@ class Box:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(height, width), the shape of an array that covers the box."""
+        """Shape (height, width) of an array that covers the box."""
         return self.height, self.width
 
     def intersect(self, other: Box) -> Box:
@@ -132,7 +132,8 @@ class Mpp:
 def qupath_origin(bounds: Box | None) -> tuple[int, int]:
     """Return the level-0 pixel (x, y) that is QuPath's (0, 0).
 
-    QuPath crops a slide to OpenSlide's `bounds`, in level-0 pixels, so it is their upper left corner; (0, 0) for None.
+    QuPath crops a slide to OpenSlide's bounds, so it is their upper left corner. `bounds`: in level-0 pixels; None if
+    the slide has none, for which the result is (0, 0).
     """
     return (0, 0) if bounds is None else (bounds.x0, bounds.y0)
 
@@ -159,9 +160,10 @@ class Grid:
 
     @classmethod
     def over(cls, level0: Size, slide_mpp: Mpp, model_mpp: float) -> Grid:
-        """Return the grid of a model for pixels of `model_mpp` µm over a slide with level-0 pixels of `slide_mpp`.
+        """Return the grid of a model over a slide.
 
-        A scale within SNAP of a power of two is rounded to it, along x and y separately.
+        A scale within SNAP of a power of two is rounded to it, along x and y separately. `level0`: size of the slide in
+        level-0 pixels. `slide_mpp`: size of a level-0 pixel in µm. `model_mpp`: side of the model's pixels in µm.
         """
         return cls.scaled(level0, slide_mpp, _snap(model_mpp / slide_mpp.x), _snap(model_mpp / slide_mpp.y))
 

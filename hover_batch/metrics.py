@@ -48,10 +48,12 @@ class PanopticQuality:
 def panoptic_quality(true: NDArray[np.integer], pred: NDArray[np.integer]) -> PanopticQuality:
     """Return the PQ of two instance maps (y, x) without regard to types (Kirillov et al. 2019, equation 1).
 
-    `true`, `pred`: ids, 0 = background. Instances are paired if their IoU exceeds 0.5, so that each has at most one
-    partner. DQ = TP / (TP + FP/2 + FN/2), SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ, each from 0 to 1
-    (perfect); all are NaN if both maps are empty. HoVerNet's reference divides by TP + 1e-6 in SQ; here it is TP.
-    ValueError for maps of different shapes.
+    The result also has the factors and counts of PQ. Instances are paired if their IoU exceeds 0.5, so that each has at
+    most one partner. DQ = TP / (TP + FP/2 + FN/2), SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ, each
+    from 0 to 1 (perfect); all are NaN if both maps are empty. HoVerNet's reference divides by TP + 1e-6 in SQ; here it
+    is TP.
+
+    `true`, `pred`: instance ids, 0 = background. ValueError for maps of different shapes.
     """
     overlap = _Overlap.of(true, pred)
     matched = overlap.iou[overlap.iou > 0.5]
@@ -73,10 +75,13 @@ def class_quality(
 ) -> float:
     """Return the PQ of the instances of the class `type_id`, 0 to 1 (perfect); all others count as background.
 
-    `true`, `pred`: instance maps (y, x). `true_types` (n,), `pred_types` (m,): class ids of their instances, in the
-    order of the instances' ids. NaN if no true instance has the class, even if it is predicted: in PanNuke-metrics,
-    where class PQ comes from, a false positive counts only in images that contain the class. ValueError if the numbers
-    of types and instances differ, or the maps have different shapes.
+    NaN if no true instance has the class, even if it is predicted: in PanNuke-metrics, where class PQ comes from, a
+    false positive counts only in images that contain the class.
+
+    `true`, `pred`: instance maps (y, x), 0 = background. `true_types` (n,), `pred_types` (m,): class ids of their
+    instances, in the order of the instances' ids.
+
+    ValueError if the numbers of types and instances differ, or the maps have different shapes.
     """
     true_of_class = _only(true, true_types == type_id)
     pred_of_class = _only(pred, pred_types == type_id)
@@ -96,10 +101,12 @@ def _only(instances: NDArray[np.integer], chosen: NDArray[np.bool_]) -> NDArray[
 def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
     """Return the aggregated Jaccard index of two instance maps (y, x) (Kumar et al. 2017, algorithm 1).
 
-    `true`, `pred`: ids, 0 = background. Each true instance is paired with the prediction of highest IoU (if equal, the
-    larger intersection, then the lower id, as in HoVerNet's reference); a prediction may be in several pairs. The
-    index, from 0 to 1 (perfect), is the sum of their intersections, divided by the sum of their unions plus the areas
-    of all unpaired instances. NaN if both maps are empty. ValueError for maps of different shapes.
+    Each true instance is paired with the prediction of highest IoU (if equal, the larger intersection, then the lower
+    id, as in HoVerNet's reference); a prediction may be in several pairs. The index, from 0 to 1 (perfect), is the sum
+    of their intersections, divided by the sum of their unions plus the areas of all unpaired instances. NaN if both
+    maps are empty.
+
+    `true`, `pred`: instance ids, 0 = background. ValueError for maps of different shapes.
     """
     overlap = _Overlap.of(true, pred)
     order = np.lexsort((overlap.pred_id, -overlap.intersection, -overlap.iou, overlap.true_id))
@@ -113,10 +120,10 @@ def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
 
 
 def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
-    """Return the Dice score of the foregrounds of two instance maps (y, x): 2·|∩| / (|true| + |pred|) in pixels.
+    """Return the Dice score of the foregrounds of two instance maps (y, x), 2·|∩| / (|true| + |pred|) in pixels.
 
-    `true`, `pred`: ids, 0 = background. The score is 1 for equal foregrounds, 0 for disjoint ones, and NaN if both maps
-    are empty. ValueError for maps of different shapes.
+    The score is 1 for equal foregrounds, 0 for disjoint ones, and NaN if both maps are empty. `true`, `pred`: instance
+    ids, 0 = background. ValueError for maps of different shapes.
     """
     _check_maps(true, pred)
     true_foreground, pred_foreground = true > 0, pred > 0
@@ -178,14 +185,16 @@ def _check_maps(true: NDArray[np.integer], pred: NDArray[np.integer]) -> None:
 
 
 def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating], radius: float) -> NDArray[np.intp]:
-    """Pair centroids one to one: as many pairs as possible at distances ≤ radius, with the least total distance.
+    """Pair centroids one to one, with as many pairs as possible at distances ≤ `radius` and the least total distance.
 
-    `true_xy` (n, 2), `pred_xy` (m, 2) and `radius` in the same unit. Returns the pairs as an intp array (k, 2): index
-    into `true_xy`, index into `pred_xy`, sorted by the first; (0, 2) if there are none.
+    Return the pairs as an intp array (k, 2): index into `true_xy`, index into `pred_xy`, sorted by the first; (0, 2) if
+    there are none.
 
     Pairs beyond the radius never count, so the assignment splits into the connected components of the graph of all
     pairs within the radius. Each is solved exactly by the Hungarian method; the total cost is nearly linear in the
     number of nuclei, so whole slides can be compared. For comparison with published results use `match_as_hovernet`.
+
+    `true_xy` (n, 2), `pred_xy` (m, 2): positions (x, y), in the unit of `radius`.
     """
     n, m = len(true_xy), len(pred_xy)
     if n == 0 or m == 0:
@@ -210,10 +219,14 @@ def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating]
 def match_as_hovernet(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating], radius: float) -> NDArray[np.intp]:
     """Pair centroids as HoVerNet's reference does, for comparison with published results.
 
-    Arguments and result are those of `match_centroids`. All centroids are assigned together by least total distance,
-    then pairs beyond the radius are dropped. Unpaired nuclei affect that assignment, so there are sometimes fewer
-    pairs, never more: on annotated tiles with noisy predictions, F_d is 1 to 4 points lower. The cost is cubic in the
-    number of nuclei, so use it for tiles, not for slides.
+    Return the pairs as an intp array (k, 2): index into `true_xy`, index into `pred_xy`, sorted by the first.
+
+    All centroids are assigned together by least total distance, then pairs beyond the radius are dropped. Unpaired
+    nuclei affect that assignment, so there are sometimes fewer pairs than `match_centroids` finds, never more: on
+    annotated tiles with noisy predictions, F_d is 1 to 4 points lower. The cost is cubic in the number of nuclei, so
+    use it for tiles, not for slides.
+
+    `true_xy` (n, 2), `pred_xy` (m, 2): positions (x, y), in the unit of `radius`.
     """
     distance = np.linalg.norm(np.asarray(true_xy, np.float64)[:, None] - np.asarray(pred_xy)[None], axis=2)
     rows, columns = linear_sum_assignment(distance)
@@ -252,7 +265,8 @@ def count_pairs(
     """Count pairs and unpaired nuclei by the types of all nuclei.
 
     `pairs` (k, 2): indices of true and predicted nuclei, as `match_centroids` returns them. `true_types` (n,),
-    `pred_types` (m,): ids 0 … `n_types` - 1; all 0 for detection only. ValueError for other ids.
+    `pred_types` (m,): type ids 0 … `n_types` - 1; all 0 for detection only. `n_types`: number of types. ValueError for
+    other ids.
     """
     for name, types in (("true", true_types), ("predicted", pred_types)):
         if len(types) and not 0 <= int(types.min()) <= int(types.max()) < n_types:
@@ -324,9 +338,10 @@ class ClassScores:
 def class_scores(counts: PairCounts, type_id: int) -> ClassScores:
     """Return F_c = 2·TP_c / (2·TP_c + 2·FP_c + 2·FN_c + FP_d + FN_d) of one class (Graham et al. 2019, section 4.3).
 
-    `counts`: counts of one or more images. `type_id`: id of the class. The weights 2, 2, 1, 1 and the counts are those
-    of the reference implementation: unpaired nuclei count only for their own class, and pairs with other classes on
-    both sides (the paper's TN_c) do not count.
+    The weights 2, 2, 1, 1 and the counts are those of the reference implementation: unpaired nuclei count only for
+    their own class, and pairs with other classes on both sides (the paper's TN_c) do not count.
+
+    `counts`: counts of one or more images. `type_id`: id of the class.
     """
     table = counts.table
     tp = int(table[type_id, type_id])

@@ -60,11 +60,16 @@ class UnitsMissing(Exception):
 
 
 def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
-    """Return whether the unit's maps are stored and intact: its marker exists and has the hash of its shard.
+    """Return whether the unit's maps are stored and intact, that is, its marker has the checksum of its shard.
 
     On a checksum mismatch, remove the shard, its marker, and the parts of the regions that may have read it, so that
-    they are made again, and return False. Call this only while nothing writes to the slide. SlideError instead of False
-    if the store belongs to another run, which must not change.
+    they are made again, and return False. Without a marker, return False and remove nothing. Call this only while
+    nothing writes to the slide.
+
+    `work`: slide of the unit. `store`: store of the slide.
+
+    If the store belongs to another run, whose files must not change, SlideError instead of False. OSError if a file
+    cannot be read or removed.
     """
     path = work.maps.marker(unit.column, unit.row)
     try:
@@ -90,7 +95,7 @@ def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
 
 
 def is_posted(unit: Unit, work: SlideWork) -> bool:
-    """Return whether the region of `unit` is post-processed: its part of the slide's table exists."""
+    """Return whether the region of `unit` is post-processed, that is, whether its part of the slide's table exists."""
     return work.layout.part(unit.column, unit.row).exists()
 
 
@@ -104,10 +109,13 @@ def infer(
 ) -> Seconds:
     """Predict a unit's tiles and write its shard, then its marker. Return the seconds by stage.
 
-    `read`: function that reads the pixels. `store`: store of the slide. `advance` is called with the number of new
-    tiles after each batch. Several threads may share one predictor. If there is a shard without a marker, from a
-    process that was killed in between, only the marker is written. If the device ran out of memory, the marker records
-    the smaller batch size, which may have changed the last bits of the maps.
+    If there is a shard without a marker, from a process that was killed in between, only the marker is written. Tiles
+    that a sample of the slide has predicted are copied from it. If the device ran out of memory, the marker records the
+    smaller batch size, which may have changed the last bits of the maps.
+
+    `work`: slide of the unit. `read`: function that reads the pixels. `predictor`: network, which several threads may
+    share. `store`: store of the slide. `advance`: function that is called with the number of tiles that are newly done,
+    after each batch and for tiles that were stored already.
 
     NetworkFailed if the network raises an exception; SlideError if the slide cannot be read, or another run has taken
     over its folder; OSError if a file cannot be written.
@@ -173,7 +181,7 @@ def _as_network_failed() -> Iterator[None]:
 
 
 def neighbours(unit: Unit) -> Iterator[tuple[int, int]]:
-    """Yield the (column, row) of the nine cells of the unit grid around a unit, itself included.
+    """Yield the (column, row) of the nine cells of the unit grid around and including that of a unit.
 
     Post-processing of the unit's region usually needs these units; some cells may lie outside of the slide.
     """
@@ -185,9 +193,10 @@ def neighbours(unit: Unit) -> Iterator[tuple[int, int]]:
 def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     """Write the nuclei that the unit's region owns, as a part of the table. Return the seconds by stage.
 
-    The maps of the unit and its neighbours are read from `store`. UnitsMissing if units that are needed are not
-    predicted yet or not visible here, SlideError if another run has taken over the slide's folder, OSError if the part
-    cannot be written.
+    `work`: slide of the unit. `store`: store from which the maps of the unit and its neighbours are read.
+
+    UnitsMissing if units that are needed are not predicted yet or not visible here. SlideError if another run has taken
+    over the slide's folder, or a shard is corrupted. OSError if the part cannot be written.
     """
     seconds = Seconds()
     settings = work.settings.post
@@ -260,15 +269,17 @@ def _only_in(window: Box, read: Read) -> Read:
 
 
 def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dict[str, Any]:
-    """Merge the parts into nuclei.parquet, and write the pictures, tissue.geojson and timings.json.
+    """Merge the parts into nuclei.parquet, and return the content of slide.json, which the caller writes.
 
-    Return the content of slide.json, which the caller writes. `seconds`: times of all earlier steps of the slide; those
-    of this step are added in place. `reader`: None for stored maps, whose slide is not read: then there is no overlay,
-    and the thumbnail and its measures are copied from the run that stored the maps.
+    Also write thumbnail.jpg, overlay.jpg, tissue.geojson and timings.json.
 
-    UnitsMissing if parts, markers or maps that another node wrote are not visible here yet. SlideError if another
-    run has taken over the slide's folder, two regions hold the same nucleus, or the slide cannot be read. OSError if a
-    file cannot be written.
+    `work`: slide whose units are all predicted and post-processed. `reader`: reader of the slide; None if stored maps
+    are used. Then there is no overlay, and the thumbnail and its measures are copied from the run that stored the maps.
+    `seconds`: times of all earlier steps of the slide; those of this step are added in place.
+
+    UnitsMissing if parts, markers or maps that another node wrote are not visible here yet. SlideError if another run
+    has taken over the slide's folder, two regions hold the same nucleus, or the slide cannot be read. OSError if a file
+    cannot be written.
     """
     layout, record = work.layout, work.record
     cells = [(unit.column, unit.row) for unit in work.units]
@@ -330,9 +341,10 @@ def _measure_nuclei(work: SlideWork) -> dict[str, Any]:
 
 
 def discard_sample(layout: SlideLayout) -> None:
-    """Remove the files of the clusters from which the slide's density was estimated; errors are ignored.
+    """Remove the working files and the table of the clusters from which the slide's density was estimated.
 
-    `layout`: paths of the slide. Call this only once slide.json exists.
+    `layout`: paths of the slide. Call this only once slide.json exists. Errors are ignored while removing the working
+    files; OSError if sampled_nuclei.parquet cannot be removed.
     """
     shutil.rmtree(layout.sample.working, ignore_errors=True)
     layout.sampled_nuclei_parquet.unlink(missing_ok=True)

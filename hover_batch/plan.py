@@ -82,7 +82,10 @@ class Plan:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the dry run: 0 without unreadable or faulty slides; otherwise 3, or 4 if no slide can be run."""
+        """Exit code of the dry run: 0 all slides can be run, 3 some cannot, 4 none can.
+
+        Unreadable slides and faults of rows count.
+        """
         return exit_code(len(self.slides), len(self.unreadable) + len(self.cohort.faults))
 
     def raise_if_faulty(self) -> None:
@@ -92,10 +95,12 @@ class Plan:
         raise_if_faulty(replace(self.cohort, warnings=(*self.cohort.warnings, *warnings)))
 
     def lines(self, settings: Settings, card: Card) -> list[str]:
-        """Return the plan as lines of text for the user. `card`: card of the model.
+        """Return the plan as lines of text for the user.
 
         The numbers of tiles and pixels are upper bounds for whole canvases, since tissue is found only during the run;
         disk space and time are estimated from them. Slides in cloud storage are not counted.
+
+        `settings`: settings of the run. `card`: card of the model.
         """
         lines = [f"{self.cohort.source}: {counted(len(self.slides), 'slide')} to run with model {card.name}"]
         lines += [f"  warning: {w}" for w in self.cohort.warnings]
@@ -129,9 +134,9 @@ class Plan:
 
 
 def check_settings(settings: Settings, card: Card) -> Taxonomy:
-    """Check the settings that depend on the model, and return the classes of the tables. InputError if one is invalid.
+    """Check the settings that depend on the model, and return the classes of the tables.
 
-    `card`: card of the model.
+    `card`: card of the model. InputError if a setting is invalid for it.
     """
     if settings.infer.unit % card.tile_out:
         raise InputError(
@@ -165,8 +170,9 @@ def _check_sample(settings: Settings, card: Card, taxonomy: Taxonomy) -> None:
 def plan_cohort(cohort: Cohort, card: Card) -> Plan:
     """Check the slides of a cohort and return the plan. `card`: card of the model, for the inference grid.
 
-    The headers of slides on this machine and all masks are read. Slides in cloud storage are checked for existence, and
-    their fingerprints are computed. Faults of slides are collected in the plan, not raised.
+    The headers of slides on this machine and all masks are read, and the fingerprints of all slides are computed.
+    Slides in cloud storage are checked for existence, and only a part of them is read. Faults of slides are collected
+    in the plan, not raised.
     """
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
         remote_infos = {

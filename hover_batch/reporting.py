@@ -44,9 +44,14 @@ THUMBNAIL = 160
 def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
     """Write the HTML report of the run in `folder` and return its path.
 
-    `output`: file to write; None for report.html in the run's folder. With many slides, the pictures are on further
-    pages in a folder next to it. An existing report is replaced. `notify` is called with a line about each finished
-    slide. InputError if the folder holds no run, or the report cannot be written; OSError if the disk is full.
+    An existing report is replaced, including its further pages. With many slides, the pictures are on further pages in
+    a folder next to the report.
+
+    `output`: file to write; None for report.html in the run's folder. `notify`: function that is called with a line
+    about each finished slide.
+
+    InputError if the folder holds no run, a file of the run is corrupted or cannot be read, or the report cannot be
+    written; OSError if the disk is full.
     """
     status = read_status(folder)
     layout = status.layout

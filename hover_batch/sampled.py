@@ -42,9 +42,14 @@ def next_work(work: SlideWork, reader: SlideReader | None) -> SlideWork:
     """Return the work to process next: the clusters of a look, or `work` itself, which is the whole slide.
 
     Looks that are stored and not precise enough are skipped. The result depends only on the slide and these looks, so a
-    run that is resumed continues with the same clusters. `work`: the surveyed slide. `reader`: reader of the slide;
-    None for stored maps, which are not sampled. Call it only while nothing writes to the slide's results. OSError if a
-    file cannot be written.
+    run that is resumed continues with the same clusters. The clusters are drawn and stored in clusters.json on the
+    first call; working files of clusters of another size are removed. Before the whole slide is processed, corrupted
+    tiles of clusters are removed.
+
+    `work`: the surveyed slide. `reader`: reader of the slide; None for stored maps, which are not sampled. Call it only
+    while nothing writes to the slide's results.
+
+    SlideError if the slide cannot be read, OSError if a file cannot be written or removed.
     """
     if reader is None:
         return work
@@ -150,9 +155,15 @@ def finish(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dic
     """Finalize a whole slide, or estimate its density from the clusters of a look.
 
     Return the content of slide.json or estimate.json, which the caller writes; None if the density is not precise
-    enough: then call `next_work` again. `work`: result of `next_work`, whose units are all done. `reader`: reader of
-    the slide; None for stored maps. `seconds`: times of all earlier steps of the slide; the time of this step is added
-    in place. Errors as in `hover_batch.pipeline.finalize`.
+    enough: then call `next_work` again. All other files of the result are written here: those of `finalize`, or those
+    of the look, the table of its clusters, tissue.geojson, the thumbnail and timings.json.
+
+    `work`: result of `next_work`, whose units are all done. `reader`: reader of the slide; None for stored maps.
+    `seconds`: times of all earlier steps of the slide; the time of this step is added in place.
+
+    UnitsMissing if results that another node wrote are not visible here yet. SlideError if another run has taken over
+    the slide's folder, two regions hold the same nucleus, or the slide cannot be read. OSError if a file cannot be
+    written.
     """
     if work.sample is None or reader is None:
         return finalize(work, reader, seconds)

@@ -29,10 +29,12 @@ _CRC_BYTES = 4
 
 
 def encode_shard(maps: NDArray[np.uint8], unit: int, chunk: int) -> bytes | None:
-    """Return the shard of a unit with `maps` (plane, y, x) uint8; None if they are zero everywhere.
+    """Return the content of the shard of a unit; None if its maps are zero everywhere.
 
-    `unit`: side of a whole unit in pixels, a multiple of `chunk`, the side of a chunk. The maps of a unit that is
-    clipped to the canvas are smaller than the unit; the rest of the unit is zero.
+    The maps are smaller than the unit if it is clipped to the canvas; the rest of the unit is zero.
+
+    `maps`: maps of the unit, (plane, y, x) uint8. `unit`: side of a whole unit in pixels, a multiple of `chunk`, the
+    side of a chunk.
     """
     planes, height, width = maps.shape
     side = unit // chunk
@@ -59,11 +61,13 @@ def encode_shard(maps: NDArray[np.uint8], unit: int, chunk: int) -> bytes | None
 
 
 def decode_shard(path: Path, unit_box: Box, chunk: int, window: Box, maps: NDArray[np.uint8]) -> None:
-    """Decode the shard at `path`, and copy the pixels of its unit that lie in `window` to `maps` (plane, y, x) uint8.
+    """Decode the shard at `path`, and copy the pixels of its unit that lie in `window` to `maps`.
 
     `unit_box`: the whole unit in inference pixels, not clipped to the canvas. `chunk`: side of a chunk in pixels.
-    `window`: box that `maps` covers, in inference pixels, too. `maps` must be zero in the unit, since chunks of zeros
-    are not copied. FileNotFoundError if there is no such shard, SlideError if it is damaged.
+    `window`: box that `maps` covers, in inference pixels, too. `maps`: (plane, y, x) uint8, changed in place; it must
+    be zero in the unit, since chunks of zeros are not copied.
+
+    FileNotFoundError if there is no such shard, OSError if it cannot be read, SlideError if it is corrupted.
     """
     planes, rows, columns = len(maps), unit_box.height // chunk, unit_box.width // chunk
     needed = unit_box.intersect(window)

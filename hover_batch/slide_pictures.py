@@ -20,10 +20,12 @@ THUMBNAIL_SIDE = 1024
 
 
 def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, float]:
-    """Draw the whole slide with the tissue's outline, and return the measures of the picture by name.
+    """Draw thumbnail.jpg, the whole slide with the tissue's outline, and return the measures of the picture by name.
 
-    Without a reader, both are copied from the run that stored the maps; its version of hover-batch may not have stored
-    the measures. OSError if the picture cannot be written, SlideError if the slide cannot be read.
+    `work`: slide to draw. `reader`: reader of the slide; None for stored maps. Then both are copied from the run that
+    stored the maps, if it has them; its version of hover-batch may not have stored the measures.
+
+    OSError if the picture cannot be written, SlideError if the slide cannot be read.
     """
     layout, canvas = work.layout, work.grid.level0
     if reader is None:
@@ -39,10 +41,12 @@ def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, flo
 
 
 def draw_overlay(work: SlideWork, reader: SlideReader | None) -> None:
-    """Draw the densest field with its nuclei at full resolution; without a reader, draw nothing.
+    """Draw overlay.jpg, the densest field with its nuclei at full resolution.
 
-    The table of the nuclei must exist. OSError if the picture cannot be written, SlideError if the slide cannot be
-    read.
+    `work`: slide to draw, whose table of nuclei must exist. `reader`: reader of the slide; None for stored maps, for
+    which nothing is drawn.
+
+    OSError if the picture cannot be written or the table cannot be read, SlideError if the slide cannot be read.
     """
     if reader is None:
         return

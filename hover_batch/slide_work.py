@@ -63,7 +63,7 @@ class SlideWork:
     """Sample whose clusters are the `units`, if the density is estimated from them; None for the whole slide."""
 
     def core(self, unit: Unit) -> Box:
-        """Return the region, in inference pixels, whose nuclei belong to `unit`: of a sample, the unit's cluster."""
+        """Return the region in inference pixels whose nuclei belong to `unit`; in a sample, the unit's cluster."""
         side = self.settings.sample.cluster
         return unit.box if self.sample is None else cell_box(unit.column, unit.row, side)
 
@@ -95,7 +95,7 @@ class SlideWork:
     def count_error(self) -> CountError | None:
         """Error of the number of nuclei; None if it was not measured for slides and settings like these.
 
-        Slides with clearly larger pixels than those of the annotated images were not measured.
+        It was not measured for slides whose pixels are larger than the model's by a factor of more than COARSEST.
         """
         is_as_sharp = max(self.info.mpp.x, self.info.mpp.y) <= self.card.mpp * COARSEST
         return Uncertainty.from_json(self.card.uncertainty).count if is_as_sharp and self.has_usual_nuclei else None
@@ -124,9 +124,10 @@ class SlideWork:
 
 
 def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str:
-    """Return the slide's run key: the hex SHA-256 of everything that its results depend on, its mask file included.
+    """Return the slide's run key: the hex SHA-256 of everything that its results depend on, including its mask file.
 
-    For stored maps, their run key takes the place of the slide. OSError if the mask file cannot be read.
+    For stored maps, the run key of these maps takes the place of the slide. `package`: package of the model.
+    `settings`: settings in effect. OSError if the mask file cannot be read.
     """
     mask_path = slide.record.mask_path
     if slide.stored is not None:
@@ -138,11 +139,13 @@ def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str
 
 @contextmanager
 def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideReader | None]:
-    """Yield a reader of the slide, closed when the block ends; None if its maps are stored and the slide is not needed.
+    """Yield a reader of the slide, closed when the block ends; None if its maps are stored, so that it is not needed.
 
-    A slide in cloud storage is copied to this machine first. InputError if its pixel size is unknown; SlideError if it
-    cannot be copied or opened, or if its file was replaced after the run began; ScratchFull if there is no space for
-    the copy.
+    A slide in cloud storage is copied to this machine first. `copies`: the run's copies on this machine.
+
+    InputError if the slide's pixel size is unknown, it does not exist in the storage, or access is denied. SlideError
+    if it cannot be copied or opened, or if its file was replaced after the run began. ScratchFull if there is no space
+    for the copy.
     """
     if slide.stored is not None:
         yield None
@@ -157,11 +160,15 @@ def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideRea
 def survey(
     reader: SlideReader | None, slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout
 ) -> SlideWork:
-    """Find the tissue and cut it into units, write survey.json, and return the slide ready to be processed.
+    """Find the slide's tissue and cut it into units, write survey.json, and return the slide ready to be processed.
 
-    `reader`: reader of the slide. It is None for stored maps, whose header and tissue are read from the survey.json of
-    their run. SlideError if the slide or, for stored maps, the survey.json of their run cannot be read, or if the row's
-    mask was replaced after the run began.
+    `reader`: reader of the slide; None for stored maps, whose header and tissue are read from the survey.json of their
+    run. `slide`: slide as planned. `package`: package of the model. `settings`: settings in effect. `layout`: paths of
+    the slide's results, opened by `Ledger.open_slide`.
+
+    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read, or if the row's mask
+    cannot be used or was replaced after the run began. OSError if survey.json cannot be written, or key.json, the mask
+    or a survey.json cannot be read.
     """
     key_content = layout.key_json.read_bytes()
     if slide.stored is not None:
@@ -190,7 +197,7 @@ def refuse_if_taken_over(work: SlideWork) -> None:
     """Raise SlideError if a run with another run key has taken over or removed the slide's folder.
 
     Call this before each write, so that a process on a node that was considered lost does not mix its results into
-    those of the other run.
+    those of the other run. OSError if key.json cannot be read.
     """
     try:
         unchanged = work.layout.key_json.read_bytes() == work.key_content
@@ -204,10 +211,13 @@ def open_store(work: SlideWork) -> PredictionStore:
     """Open the slide's prediction store, or create it; the store of another run is opened read-only.
 
     A sample has a store of its own, with a shard per tile, and with h and v as the network gave them, so that units of
-    the whole slide can take them over.
+    the whole slide can reuse them.
+
+    `work`: slide of the store.
 
     For the store of another run, SlideError if it does not match the settings and survey.json of that run, and
-    FileNotFoundError if it is missing.
+    FileNotFoundError if it is missing. OSError if the store cannot be created; errors of zarr, mostly ValueError, if it
+    is corrupted.
     """
     if work.stored is not None:
         store = PredictionStore.open(work.maps.predictions_zarr, read_only=True)
@@ -237,9 +247,9 @@ def open_store(work: SlideWork) -> PredictionStore:
 
 
 def open_sampled_tiles(work: SlideWork) -> PredictionStore | None:
-    """Open the store of the tiles that were predicted for samples of the slide of `work`.
+    """Open the store of the tiles that were predicted for samples of the slide; None if there is none.
 
-    None if there is none. Errors as in `PredictionStore.open`.
+    `work`: slide, or sample of it. Errors of zarr, mostly ValueError, if the store is corrupted.
     """
     path = work.layout.sample.predictions_zarr
     return PredictionStore.open(path) if (path / "zarr.json").exists() else None
@@ -248,8 +258,11 @@ def open_sampled_tiles(work: SlideWork) -> PredictionStore | None:
 def open_swept_store(work: SlideWork) -> PredictionStore:
     """Open the slide's store as `open_store` does, and remove leftovers of killed writes from it.
 
-    The store of another run is not changed. Call this only while nothing writes to the slide. Errors as in
-    `open_store`.
+    The store of another run is not changed. Call this only while nothing writes to the slide.
+
+    For the store of another run, SlideError if it does not match its run, and FileNotFoundError if it is missing.
+    OSError if the store cannot be created, or a leftover cannot be removed; errors of zarr, mostly ValueError, if the
+    store is corrupted.
     """
     store = open_store(work)
     if work.stored is None:

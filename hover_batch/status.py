@@ -47,7 +47,10 @@ class UnfinishedSlide:
 
     @property
     def tiles_left(self) -> float | None:
-        """Estimated number of tiles still to be predicted; None if the total is unknown."""
+        """Estimated number of tiles still to be predicted; None if the total is unknown.
+
+        It is estimated from the fraction of units that are predicted.
+        """
         if self.units is None or self.tiles is None:
             return None
         if not self.units:
@@ -103,11 +106,11 @@ class RunStatus:
         return (self.slides or 0) - self.done - len(self.estimates) - self.failed - len(self.open)
 
     def seconds_left(self) -> tuple[float, str] | None:
-        """Return the estimated seconds left, and the basis of the estimate in words.
+        """Return the estimated seconds left, and the basis of the estimate in words; None if there is no estimate.
 
         The basis is the mean time of the slides since the start if there are pending slides, else the rate of tiles, or
-        that of regions. None if the run has ended, is known not to be running or waits for disk space, or if the log
-        does not suffice for an estimate.
+        that of regions. There is no estimate if the run has ended, is known not to be running or waits for disk space,
+        or if the log does not suffice.
         """
         log = self.log
         if self.is_running is False or log.finished or log.disk_full:

@@ -48,11 +48,15 @@ class PredictionStore:
 
     @classmethod
     def create(cls, path: Path, size: Size, planes: int, unit: int, attributes: Mapping[str, Any]) -> PredictionStore:
-        """Create an empty store of `size` inference pixels; if there is one at `path`, open it unchanged.
+        """Create an empty store at `path`; if there is one, open it unchanged.
 
-        `planes`: number of planes. `unit`: side of a shard in inference pixels. `attributes`: JSON values such as mpp,
-        scale, plane names and the model card, so that the store can be read without this package. OSError if it cannot
-        be written.
+        An existing store must have been created with the same values, which is not checked.
+
+        `size`: size of the canvas in inference pixels. `planes`: number of planes. `unit`: side of a shard in inference
+        pixels. `attributes`: JSON values such as mpp, scale, plane names and the model card, so that the store can be
+        read without this package.
+
+        OSError if it cannot be written; errors of zarr, mostly ValueError, if an existing store is corrupted.
         """
         if (path / "zarr.json").exists():
             return cls.open(path)
@@ -75,16 +79,17 @@ class PredictionStore:
     def open(cls, path: Path, *, read_only: bool = False) -> PredictionStore:
         """Open an existing store for reading and, unless `read_only`, for writing units.
 
-        FileNotFoundError if there is none at `path`.
+        FileNotFoundError if there is none at `path`, where an empty folder may be left unless `read_only` is set. Other
+        errors of zarr, mostly ValueError, if its zarr.json is corrupted.
         """
         store = LocalStore(path, read_only=read_only)
         return cls(zarr.open_array(store, mode="r" if read_only else "r+"), path)
 
     def write(self, box: Box, maps: NDArray[np.uint8]) -> str | None:
-        """Write whole units and sync them to disk, except those whose shard exists, which then stays as it is.
+        """Write whole units and sync them to disk, and return the SHA-256 of their shards, as `shard_sha256` does.
 
-        `box`: the unit or units, clipped to the canvas. `maps`: (plane, y, x) uint8, of the shape of `box`. Returns the
-        result of `shard_sha256`. OSError if they cannot be written.
+        A unit whose shard exists stays as it is. `box`: the unit or units in inference pixels, clipped to the canvas.
+        `maps`: (plane, y, x) uint8, of the shape of `box`. OSError if a shard cannot be written.
         """
         for unit in self._units(box):
             rows, columns = unit.intersect(box).slices_in(box)
@@ -99,6 +104,7 @@ class PredictionStore:
         """Return the hex SHA-256 of the shard of the unit at `box`; None if it has none, because its maps are zero.
 
         If there are several units in `box`, it is the hash of all their shards, one after another in raster order.
+        `box`: in inference pixels. OSError if a shard cannot be read.
         """
         digest, found = hashlib.sha256(), False
         for unit in self._units(box):
@@ -138,9 +144,9 @@ class PredictionStore:
         return self.path / "c" / "0" / str(box.y0 // self.unit) / str(box.x0 // self.unit)
 
     def read(self, box: Box) -> NDArray[np.uint8]:
-        """Return the maps (plane, y, x) uint8 of any box, zero where nothing was predicted or outside the canvas.
+        """Return the maps (plane, y, x) uint8 of a box, zero where nothing was predicted and outside the canvas.
 
-        SlideError if a shard is damaged.
+        `box`: any box in inference pixels. SlideError if a shard is corrupted, OSError if one cannot be read.
         """
         maps = np.zeros((self.array.shape[0], *box.shape), np.uint8)
         for unit in self._units(box):

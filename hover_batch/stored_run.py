@@ -42,10 +42,10 @@ class StoredRun:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the run in `folder`. Slides that cannot be used are collected in the plan, not raised.
+        """Open the run in `folder` as a source of new tables. Slides that cannot be used are collected in the plan.
 
-        InputError if the folder holds no run, the run is still active, its files are corrupted, or no slide can be
-        used.
+        InputError if the folder holds no run, the run is still active, its files are corrupted or cannot be read, or no
+        slide can be used.
         """
         layout = RunLayout(folder)
         if is_locked(layout.lock):
@@ -77,10 +77,13 @@ class StoredRun:
         )
 
     def check(self, settings: Settings, output: Path, *, force: bool) -> None:
-        """Check that new tables with `settings` can be made from this run and written to `output`.
+        """Check that new tables with `settings` can be made from this run and written to `output`. Nothing is removed.
 
-        InputError if the settings require other predictions, if `output` is this run's folder or in it, or, unless
-        `force` is set, if it holds a run that was not made from this one. Nothing is removed here.
+        `force`: whether results in `output` will be removed before the run.
+
+        InputError if the settings require predictions that this run did not store, if `output` is this run's folder or
+        in it, or if it holds a corrupted run or, unless `force` is set, one that was not made from this run. OSError if
+        its run.json cannot be read.
         """
         wanted = _prediction_settings(settings)
         for name, stored in _prediction_settings(self.settings).items():

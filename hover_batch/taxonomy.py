@@ -65,10 +65,13 @@ class Taxonomy:
     def merged(self, class_map: Mapping[str, Any]) -> tuple[Taxonomy, tuple[int, ...]]:
         """Apply a class map: return the new taxonomy, and the new id of each class in the order of the old ids.
 
-        `class_map`: new name → the list of the classes that it replaces, or a mapping with this list (`classes`) and a
-        `color` [red, green, blue]; by default the color of the first class in the list. An empty map changes nothing.
-        New classes are in the order of the lowest id that each replaces, not in that of the map. InputError if the map
-        is malformed, or if a class other than the background is not named exactly once.
+        New classes are in the order of the lowest id that each replaces, not in that of the map. An empty map changes
+        nothing.
+
+        `class_map`: by new name, the list of the classes that it replaces, or a mapping with this list (`classes`) and
+        a `color` [red, green, blue]; by default the color of the first class in the list.
+
+        InputError if the map is malformed, or if a class other than the background is not named exactly once.
         """
         if not class_map:
             return self, tuple(c.id for c in self.classes)
@@ -104,7 +107,10 @@ class Taxonomy:
 
     @classmethod
     def from_json(cls, data: Any) -> Taxonomy:
-        """Return the taxonomy that `to_json` gave as `data`. KeyError, TypeError or ValueError if it is malformed."""
+        """Return the taxonomy whose `to_json` returned `data`, which may come from an untrusted file.
+
+        KeyError, TypeError or ValueError if it is malformed.
+        """
         name, entries = data["name"], data["classes"]
         has_name = isinstance(name, str) and name.isprintable()
         if not has_name or not isinstance(entries, list) or len(entries) > MAX_CLASSES:

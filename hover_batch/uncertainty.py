@@ -64,7 +64,7 @@ class BetaScaling(_Numbers):
             raise ValueError("a and b must not be negative")
 
     def apply(self, p: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Return the calibrated values of the probabilities `p`, of the same shape, float64 from 0 to 1."""
+        """Return the calibrated values of the probabilities `p`, as float64 from 0 to 1 of the same shape."""
         from scipy.special import expit
 
         log_p, minus_log_q = log_odds_parts(p)
@@ -109,20 +109,23 @@ class CountError(_Numbers):
             raise ValueError("variances must not be negative, and df must be at least 1")
 
     def own_variance(self, nuclei: int, tissue_mm2: float) -> float:
-        """Return the variance of one slide within its source: between slides, between fields, and Poisson.
+        """Return the variance of ln(true ÷ counted nuclei) of one slide within its source.
 
-        `nuclei`: number of counted nuclei, above 0. `tissue_mm2`: area that was searched, above 0.
+        It is the sum of the variances between slides and between fields, and of the Poisson variance. `nuclei`: number
+        of counted nuclei, above 0. `tissue_mm2`: area in mm² that was searched, above 0.
         """
         return self.slide + self.field_mm2 / tissue_mm2 + self.unpaired / nuclei
 
     def interval(
         self, slides: Sequence[tuple[int, float | None]], confidence: float = CONFIDENCE
     ) -> tuple[float, float] | None:
-        """Return the prediction interval (low, high) of the true number of nuclei in `slides` of one new source.
+        """Return the prediction interval (low, high) of the true number of nuclei in slides of one new source.
 
-        `slides`: number of counted nuclei, and area of tissue in mm², of each slide. The slides share the error of
-        their source; their own errors are independent. `confidence`: probability, between 0 and 1, that the interval
-        contains the true number. None if no nuclei were counted, or the area of a slide with nuclei is 0 or unknown.
+        None if no nuclei were counted, or the area of a slide with nuclei is 0 or unknown. The slides share the error
+        of their source; their own errors are independent.
+
+        `slides`: number of counted nuclei, and area of tissue in mm², of each slide. `confidence`: probability, between
+        0 and 1, that the interval contains the true number.
         """
         from scipy.special import stdtrit
 
@@ -151,9 +154,9 @@ class Uncertainty:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the object whose `to_json` returned `data`. ValueError if `data` is malformed.
+        """Return the object whose `to_json` returned `data`, which may come from an untrusted file.
 
-        `data` may come from an untrusted file.
+        ValueError if `data` is malformed.
         """
         probabilities = data.get("probabilities", {})
         if not data.keys() <= {"probabilities", "count"} or not isinstance(probabilities, Mapping):

@@ -53,10 +53,12 @@ class Row:
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """Return the rows of a CSV, in order, and warnings for the user. Rows without a filled cell are skipped.
+    """Return the rows of the CSV file `path`, in order, and warnings for the user.
 
-    The first record is the header. InputError if the file is not UTF-8 or not CSV, its header is invalid, or it has no
-    rows; OSError if it cannot be read. Cells are not checked.
+    The first record is the header. Rows without a filled cell are skipped. Cells are not checked.
+
+    InputError if the file is not UTF-8 or not CSV, its header is invalid, or it has no rows; OSError if it cannot be
+    read.
     """
     lines = _csv_records(path)
     _, header = next(lines, (0, []))

@@ -29,10 +29,12 @@ class EventLog:
         self._file.truncate(_end_of_whole_lines(self._file))
 
     def append(self, event: str, **values: Any) -> None:
-        """Append one line: `time` (UTC, ISO 8601), `event`, then `values`, which must be JSON, in the given order.
+        """Append one line of JSON with `time` (UTC, ISO 8601), `event` and `values`, in this order.
 
         The event is dropped if the disk is full, so that a run that waits for space does not end because of its log.
-        OSError if the file cannot be written for another reason.
+
+        `event`: name of the event. `values`: its JSON values by name. OSError if the file cannot be written for another
+        reason, ValueError after `close`.
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "event": event, **values}) + "\n"

@@ -262,7 +262,7 @@ class SampleLayout(SlideLayout):
         return self.working / "clusters.json"
 
     def look_json(self, look: int) -> Path:
-        """Return the path of the densities that were estimated at one look, that is, after a batch of clusters.
+        """Return the path of the file with the densities that were estimated after one batch of clusters, a look.
 
         `look`: number of the look, from 0; file names count from 1.
         """
@@ -320,7 +320,7 @@ class RunLayout:
 
     @property
     def summary_csv(self) -> Path:
-        """File with the summary: one row per slide and one for the cohort."""
+        """CSV file with the summary: one row per slide and one for the cohort."""
         return self.root / "summary.csv"
 
     @property

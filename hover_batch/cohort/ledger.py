@@ -102,7 +102,7 @@ class Ledger:
 
     @property
     def events(self) -> EventLog:
-        """Log of the run's changes of state, open from `start` to the end of the `with` block; else RuntimeError."""
+        """Log of the run's changes of state; RuntimeError before `start`, and after the `with` block."""
         if self._events is None:
             raise RuntimeError("the log of events is open only after `start`, in the ledger's `with` block")
         return self._events
@@ -122,10 +122,12 @@ class Ledger:
         """Begin the run, or resume the one in the folder: write its files, open the event log and log the start.
 
         The files are run.json (for a new run), settings.toml, versions.json and slides.csv. `settings`: those in
-        effect, with "auto" resolved. `schema_version`: version of the table's columns. `versions`: package → version.
-        `command`: command line. `force`: remove the results of the run in the folder first. `run_keys`: run key of each
-        slide by slide_id. Unless `force` is set, SettingsChanged if the run in the folder has another model, results
-        key or schema version, or a finished slide in it has a run key other than that in `run_keys`.
+        effect, with "auto" resolved. `schema_version`: version of the table's columns. `versions`: versions by package.
+        `command`: words of the command line. `force`: remove the results in the folder first. `run_keys`: run keys by
+        slide_id.
+
+        Unless `force` is set, SettingsChanged if the run in the folder has another model, results key or schema
+        version, or a finished slide has another run key than in `run_keys`. InputError if run.json is corrupted.
         """
         identity = run_identity(model, settings.results_key(), schema_version)
         stored = self._read_run()
@@ -160,7 +162,7 @@ class Ledger:
         )
 
     def orphans(self, cohort: Cohort) -> list[str]:
-        """Return the slide_ids, sorted, of the finished slides in the output folder that are not in `cohort`."""
+        """Return the sorted slide_ids of the slides with a slide.json in the output folder that are not in `cohort`."""
         known = {record.slide_id for record in cohort.records}
         finished = [slide.slide_id for slide in self._slides() if slide.slide_json.is_file()]
         return [slide_id for slide_id in finished if slide_id not in known]
@@ -190,25 +192,16 @@ class Ledger:
     def clear(self) -> None:
         """Remove the results of the run and of all its slides; files that the layout does not name stay.
 
-        run.json stays, too, until `start` replaces it, so that the folder still counts as a run if the removal is
-        interrupted. OSError if a file cannot be removed.
+        run.json stays until `start` replaces it, so that an interrupted removal still leaves the folder of a run.
         """
         layout = self.layout
         for slide in self._slides():
             self._clear_slide(slide)
         _remove_empty(layout.slides)
         for path in (
-            layout.summary_csv,
-            layout.summary_parquet,
-            layout.report_html,
-            layout.report_slides,
-            layout.slides_csv,
-            layout.failures_csv,
-            layout.settings_toml,
-            layout.versions_json,
-            layout.events_jsonl,
-            layout.ray_log,
-        ):
+            layout.summary_csv, layout.summary_parquet, layout.report_html, layout.report_slides, layout.slides_csv,
+            layout.failures_csv, layout.settings_toml, layout.versions_json, layout.events_jsonl, layout.ray_log,
+        ):  # fmt: skip
             _remove(path)
         _remove_empty(layout.logs)
 
@@ -222,8 +215,9 @@ class Ledger:
     def open_slide(self, slide_id: str, key: str) -> SlideLayout:
         """Make the slide's folders for results with the run key `key`, and return its paths.
 
-        Unfinished work of this key stays, and work of other keys is removed. Call it only for slides for which
-        `is_done` is False: an existing slide.json is then invalid, and is removed so that a new one can be written.
+        Unfinished work with this key stays; that of other keys is removed, and so are slide.json and estimate.json, so
+        that new ones can be written. Call it only if `is_done` and, with --stop-at, `is_estimated` are False for the
+        slide.
         """
         slide = self.layout.slide(slide_id)
         key_content = to_json({"run_key": key})
@@ -239,11 +233,11 @@ class Ledger:
         return slide
 
     def is_done(self, slide_id: str, key: str) -> bool:
-        """Return whether the slide is finished: slide.json holds this run key, and its table has the recorded size.
+        """Return whether the slide is finished: slide.json has the run key `key`, and the table has the recorded size.
 
-        If so, the slide counts as done from now on, in slides.csv and in the log's last event. If no size is recorded,
-        the table only has to exist. Its checksum is not compared, since this would delay each start of a large cohort
-        by minutes.
+        If so, the slide counts as done from now on, in slides.csv and in the log's last event. Without a recorded size,
+        the table only has to exist. Its checksum is not compared, since that takes minutes for a large cohort. OSError
+        if a file cannot be read.
         """
         slide = self.layout.slide(slide_id)
         stored = slide_if_done(slide)
@@ -256,9 +250,10 @@ class Ledger:
         return True
 
     def is_estimated(self, slide_id: str, key: str, of: str, stop_at: float) -> bool:
-        """Return whether estimate.json holds this run key, and the density `of` with at least the precision `stop_at`.
+        """Return whether the slide's density is estimated precisely enough, and the table of its clusters exists.
 
-        If so, the slide counts as done from now on, in the log's last event.
+        estimate.json must have the run key `key` and the density `of`, with an interval of at most ± `stop_at`. If so,
+        the slide counts as done from now on, in the log's last event. OSError if a file cannot be read.
         """
         slide = self.layout.slide(slide_id)
         stored = estimate_of(slide)
@@ -284,7 +279,7 @@ class Ledger:
         """Declare the slide done: write slide.json with `values` (JSON), the slide_id and the run key, and log it.
 
         Return whether it was written: False if it exists, because another writer finished first. Then that file stays
-        and nothing is logged, but the slide counts as done all the same.
+        and nothing is logged, but the slide counts as done all the same. OSError if a file cannot be written.
         """
         content = to_json({**values, "slide_id": slide_id, "run_key": key})
         written = write_first(self.layout.slide(slide_id).slide_json, content)
@@ -296,9 +291,9 @@ class Ledger:
     def record_failure(self, slide_id: str, row: int, path: Path | Url | str, stage: str, reason: str) -> None:
         """Record that a slide, or an invalid row, failed in `stage`, and log it; the slide no longer counts as done.
 
-        failures.csv is written only by `finish`. `slide_id`: id of the slide, or the name by which messages call an
-        invalid row. `row`: see `SlideRecord.row`. `path`: path or URL of the slide; empty for an invalid row. `reason`:
-        message for the user. OSError if the log cannot be written.
+        failures.csv is written only by `finish`. `slide_id`: id of the slide; for an invalid row, its name in messages.
+        `row`: see `SlideRecord.row`. `path`: path or URL of the slide; empty for an invalid row. `reason`: message for
+        the user. OSError if the log cannot be written.
         """
         self._failures.append(SlideFailure(slide_id, row, str(path), stage, reason))
         self._done.discard(slide_id)
@@ -308,12 +303,16 @@ class Ledger:
         """Write quarantine.json for a slide one of whose tasks failed too often; an existing one is replaced.
 
         The quarantine holds only for the run key `key`. `stage`: stage of the task. `reason`: message for failures.csv.
+        OSError if the file cannot be written.
         """
         content = to_json({"run_key": key, "stage": stage, "reason": reason})
         write_atomically(self.layout.slide(slide_id).quarantine_json, content)
 
     def quarantined(self, slide_id: str, key: str) -> tuple[str, str] | None:
-        """Return (stage, reason) of the slide's quarantine for run key `key`, or None. OSError as in `read_json`."""
+        """Return (stage, reason) of the slide's quarantine; None if it is not quarantined for the run key `key`.
+
+        None, too, if quarantine.json is corrupted. OSError if it cannot be read.
+        """
         stored = read_json(self.layout.slide(slide_id).quarantine_json) or {}
         if stored.get("run_key") != key or "stage" not in stored or "reason" not in stored:
             return None
@@ -330,8 +329,9 @@ class Ledger:
     def finish(self, cohort: Cohort, model_busy: float | None = None, *, stopped: bool = False) -> None:
         """Write failures.csv and slides.csv at the end of the run, and log the end.
 
-        `model_busy`: fraction (0 to 1) of the time in which the networks computed; None if nothing was predicted.
-        `stopped`: whether the run ended before its cohort was done. OSError if a file cannot be written.
+        `cohort`: slides to list in slides.csv. `model_busy`: fraction (0 to 1) of the time in which the networks
+        computed; None if nothing was predicted. `stopped`: whether the run ended early. OSError if a file cannot be
+        written.
         """
         failures = self.failures()
         write_atomically(
@@ -345,7 +345,7 @@ class Ledger:
         """Write slides.csv: the cohort's columns, extra ones included, and the row and status of each slide.
 
         The status is done, estimated (from a part of the slide), failed (since the last start), begun (its folder holds
-        unfinished work) or pending. OSError if the file cannot be written.
+        unfinished work) or pending. OSError if slides.csv cannot be written or a slide's files cannot be read.
         """
         extra = list(dict.fromkeys(name for record in records for name in record.extra))
         header = [*COLUMNS, *extra, *RUN_COLUMNS]

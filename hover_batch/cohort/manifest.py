@@ -60,8 +60,11 @@ class Cohort:
 def read_cohort(source: str | Path) -> Cohort:
     """Read the cohort in `source`: a CSV, a folder of slides, a glob pattern, or a single slide.
 
-    Faults of rows are collected, not raised. InputError if no rows can be read: the source does not exist, is not a
-    CSV, has an invalid or ambiguous header, or lists nothing. Slides are not opened.
+    Faults of rows are collected in the result, not raised. Paths in a CSV are relative to its folder. Each slide on
+    disk is only checked to exist and to be readable. GeoJSON masks are parsed, but not compared with their slides.
+
+    InputError if no rows can be read: the source does not exist, cannot be read, is not a CSV, has an invalid or
+    ambiguous header, or lists nothing.
     """
     if not str(source).strip():
         raise InputError("the cohort is an empty name: give a CSV, a folder of slides or a quoted glob")
@@ -85,10 +88,12 @@ def read_cohort(source: str | Path) -> Cohort:
 
 
 def one_slide(path: str | Path, mpp: float | None = None, slide_id: str | None = None) -> Cohort:
-    """Return a cohort of the slide at `path`, checked like a row of a CSV. InputError if it has a fault.
+    """Return a cohort of the slide at `path`, checked like a row of a CSV.
 
     `path`: path or URL. `mpp`: pixel size of level 0 in µm; None to use the file's. `slide_id`: None to use the file's
     stem or the folder's name.
+
+    InputError if the slide has a fault; the message contains all its faults.
     """
     cells = {"path": str(path), "mpp": "" if mpp is None else str(mpp), "slide_id": slide_id or ""}
     row = Row(1, {name: cell for name, cell in cells.items() if cell})

@@ -16,8 +16,10 @@ _WINDOWS_ROOT = re.compile(r"/?[A-Za-z]:[\\/]|\\\\")
 def near_name(path: Path, base: Path) -> str:
     """Return a hint to append to the message that `path` does not exist; "" if there is none.
 
-    Hints name a file whose name differs only in case or Unicode form, a link's missing target, or the separator to use
-    instead of Windows'. `path`: absolute path. `base`: absolute folder to which the user's paths are relative.
+    The hint names a file whose name differs only in case or Unicode form, or a link's missing target, or says how to
+    write a Windows path, a URI, or a path with ~ or a variable.
+
+    `path`: absolute path. `base`: absolute folder to which the user's paths are relative.
     """
     # Only the part that the user wrote: the folders above may contain backslashes.
     written = str(path.relative_to(base)) if path.is_relative_to(base) else str(path)

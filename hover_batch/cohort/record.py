@@ -36,7 +36,7 @@ class Url:
 
     @classmethod
     def of(cls, text: str) -> Url | None:
-        """Return `text`, a cell of the cohort, as a URL; None if it is a path."""
+        """Return `text`, a cell of the cohort, as a URL; None if it has no scheme and is therefore a path."""
         return cls(text) if _SCHEME.match(text) else None
 
     @property
@@ -50,7 +50,7 @@ class Url:
     __repr__ = __str__
 
     def without_secrets(self, text: str) -> str:
-        """Return `text`, which may contain URLs of this protocol, without their credentials."""
+        """Return `text` with the credentials redacted in the URLs of this protocol that it contains."""
         if self.protocol in _CONTAINER:
             return _CONTAINER_SECRETS.sub(r"\1", text)
         if "://" not in text:
@@ -59,7 +59,7 @@ class Url:
 
     @property
     def name(self) -> str:
-        """Name of the file or folder that the URL refers to: the last part of its path."""
+        """Name of the file or folder to which the URL refers: the last part of its path."""
         return PurePosixPath(str(self).split("://", 1)[1]).name
 
     @property
@@ -116,15 +116,18 @@ class SlideRecord:
 
     @property
     def file(self) -> Path:
-        """Path of the slide on this machine. AssertionError if the slide is at a URL: call `Copies.staged` first."""
+        """Path of the slide on this machine.
+
+        AssertionError if the slide is at a URL: call `Copies.staged` first.
+        """
         assert isinstance(self.path, Path)
         return self.path
 
 
 def looks_like_slide(path: Path) -> bool:
-    """Return whether a path that exists is a DICOM folder, or a file with one of SLIDE_SUFFIXES.
+    """Return whether `path`, which exists, is a DICOM folder, or a file with one of SLIDE_SUFFIXES.
 
-    False for a folder that this user cannot list. OSError if it cannot be listed for other reasons.
+    False for a folder that this user may not list. OSError if a folder cannot be listed for another reason.
     """
     try:
         return is_dicom_folder(path) if path.is_dir() else path.suffix.lower() in SLIDE_SUFFIXES

@@ -31,10 +31,11 @@ _NUMBERS = (
 
 
 def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
-    """Return the content of run.json; None if it does not exist.
+    """Return the content of run.json, as JSON values by name; None if it does not exist.
 
-    `flag`: option that named the folder, for the message. InputError if the file is corrupted or was written by another
-    program, OSError if it cannot be read.
+    `layout`: paths of the run. `flag`: option that named the folder, for the message; empty if there is none.
+
+    InputError if the file is corrupted or was written by another program, OSError if it cannot be read.
     """
     content = read_file(layout.run_json)
     if content is None:
@@ -53,8 +54,10 @@ def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
 def require_run(layout: RunLayout, flag: str = "") -> dict[str, Any]:
     """Return the content of run.json, as JSON values by name.
 
-    `layout`: paths of the run. `flag`: option that named the folder, for the message. InputError if the folder holds no
-    run; other errors as in `read_run`.
+    `layout`: paths of the run. `flag`: option that named the folder, for the message; empty if there is none.
+
+    InputError if the folder holds no run, or run.json is corrupted or was written by another program; OSError if it
+    cannot be read.
     """
     run = read_run(layout, flag)
     if run is None:
@@ -70,7 +73,8 @@ def _named(layout: RunLayout, flag: str) -> str:
 def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
     """Return the cohort's slides in the order of slides.csv; None if the file is not written yet.
 
-    InputError if the file is corrupted or was edited so that it is invalid, OSError if it cannot be read.
+    `layout`: paths of the run. InputError if the file is corrupted or was edited so that it is invalid, OSError if it
+    cannot be read.
     """
     content = read_file(layout.slides_csv)
     if content is None:
@@ -107,23 +111,31 @@ def _record(layout: RunLayout, row: dict[str, str]) -> SlideRecord:
 def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
     """Return the paths of the cohort's slides by slide_id, in the order of slides.csv; empty if it is not written yet.
 
-    Errors as in `read_slides`.
+    `layout`: paths of the run. InputError if slides.csv is corrupted or was edited so that it is invalid, OSError if it
+    cannot be read.
     """
     return {record.slide_id: layout.slide(record.slide_id) for record in read_slides(layout) or ()}
 
 
 def nuclei_if_done(slide: SlideLayout) -> int | None:
-    """Return the number of nuclei of the slide at `slide`; None if it is not finished. OSError if it cannot be read."""
+    """Return the number of nuclei of a slide; None if it is not finished.
+
+    `slide`: paths of the slide's results. OSError if slide.json cannot be read.
+    """
     done = slide_if_done(slide)
     return None if done is None else int(done["nuclei"])
 
 
 def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict[str, Any] | None:
-    """Return the content of a finished slide's slide.json; None if there is none, or it records another slide.
+    """Return the content of a finished slide's slide.json; None if the slide is not finished.
 
-    None, too, if the file is corrupted, or was edited so that values are of other types: then `segment` makes it again.
-    `failed_at`: time when the slide failed in the last start; None if it did not. A slide.json that was written before
-    does not count, since that start rejected it. OSError if the file cannot be read.
+    It counts as not finished, too, if the file belongs to another slide, is corrupted, or was edited so that values
+    have other types, so that `segment` makes it again.
+
+    `slide`: paths of the slide's results. `failed_at`: time when the slide failed in the last start; None if it did
+    not. That start rejected a slide.json written before this time, so it does not count.
+
+    OSError if the file cannot be read.
     """
     try:
         modified = slide.slide_json.stat().st_mtime
@@ -139,8 +151,9 @@ def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict
 def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
     """Return the content of estimate.json of a slide whose density is estimated from a part of it; None for others.
 
-    None, too, if the slide is done as a whole, or if the file is corrupted, so that `segment` makes it again. OSError
-    if it cannot be read.
+    None, too, if the slide is done as a whole, or if the file is corrupted, so that `segment` makes it again.
+
+    `slide`: paths of the slide's results. OSError if the file cannot be read.
     """
     stored = read_json(slide.estimate_json)
     if stored is None or stored.get("slide_id") != slide.slide_id or slide.slide_json.exists():
@@ -157,9 +170,9 @@ def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
 
 
 def why_not_done(slide: SlideLayout) -> str:
-    """Return why the slide at `slide` has no table of all its nuclei, and the remedy, as the rest of a sentence.
+    """Return why a slide has no table of all its nuclei, and the remedy, as the predicate of a sentence.
 
-    OSError if its estimate.json cannot be read.
+    The subject of the sentence is the slide. `slide`: paths of its results. OSError if estimate.json cannot be read.
     """
     if estimate_of(slide) is not None:
         return "is only estimated from a part of it; repeat the segment command without --stop-at to complete it"
@@ -167,7 +180,7 @@ def why_not_done(slide: SlideLayout) -> str:
 
 
 def estimate_line(estimate: Mapping[str, Any]) -> str:
-    """Return the estimated density of a slide, nuclei per mm² of tissue, and its interval as a phrase for the user.
+    """Return the estimated density of a slide and its interval, per mm² of tissue, as a phrase for the user.
 
     `estimate`: section `estimate` of estimate.json.
     """

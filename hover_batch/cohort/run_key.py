@@ -18,8 +18,9 @@ from hover_batch.formatting import listed
 def run_key(model_sha256: str, results_key: Mapping[str, Any], slide_fingerprint: str, schema_version: int) -> str:
     """Return the hex SHA-256 of everything that a slide's results depend on. Equal keys mean equal results.
 
-    `model_sha256`: hash of the package. `results_key`: settings that change results. `slide_fingerprint`: of the slide
-    and its mask. `schema_version`: version of the table's columns.
+    `model_sha256`: hash of the model's package. `results_key`: settings that change results. `slide_fingerprint`:
+    fingerprint of the slide, with the hash of its mask if there is one. `schema_version`: version of the table's
+    columns.
     """
     parts = {
         "model": model_sha256,
@@ -44,7 +45,8 @@ class ModelId:
 def run_identity(model: ModelId, results_key: Mapping[str, Any], schema_version: int) -> dict[str, Any]:
     """Return what all results of a run have in common, as JSON values by name for run.json.
 
-    `results_key`: settings that change results. `schema_version`: version of the table's columns.
+    `model`: model of the run. `results_key`: settings that change results. `schema_version`: version of the table's
+    columns.
     """
     identity = {
         "model_id": model.id,
@@ -59,8 +61,11 @@ def run_identity(model: ModelId, results_key: Mapping[str, Any], schema_version:
 def refuse_changes(root: Path | Url, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise SettingsChanged if the identity of the run in `root` differs from that of the run to be started.
 
-    `stored`, `wanted`: the two identities, as `run_identity` returns them. The message has a line for each difference,
-    stored → wanted. The model's name may differ if its hash does not.
+    The message has a line with the stored and the wanted value of each difference. The model's name may differ if its
+    hash does not.
+
+    `root`: the run's folder, for the message. `stored`, `wanted`: identities of the run there and of the new one, as
+    `run_identity` returns them.
     """
     changes = []
     if stored.get("model_sha256") != wanted["model_sha256"]:
@@ -81,7 +86,8 @@ def refuse_changes(root: Path | Url, stored: Mapping[str, Any], wanted: Mapping[
 def refuse_other_slides(root: Path | Url, stored: Mapping[str, str | None], run_keys: Mapping[str, str]) -> None:
     """Raise SettingsChanged if the slide_id of a finished slide in `root` now has another file, pixel size or mask.
 
-    `stored`: run keys of finished slides by slide_id; None if not known. `run_keys`: run keys of the cohort's slides.
+    `root`: the run's folder, for the message. `stored`: run keys of finished slides by slide_id; None for slides that
+    are not finished. `run_keys`: run keys of the cohort's slides by slide_id; all slides of `stored` must be in it.
     """
     changed = [slide_id for slide_id, key in stored.items() if key not in (None, run_keys[slide_id])]
     if changed:

@@ -20,13 +20,15 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(path: Path, flag: str = "--output") -> Iterator[None]:
-    """Lock a file, which is created if necessary, for the block.
+    """Lock the file `path` for the duration of the block; it is created if it does not exist.
 
-    If the process ends earlier, even by a kill, the system releases the lock, once all its forked children have ended,
-    too, since they may still write. On a file system without locks, a warning is logged, and nothing is locked. The
-    process id and the host are written to the file. `flag`: option that named the folder, for the message.
+    The process id and the host are written to the file. If the process ends earlier, even by a kill, the system
+    releases the lock once all forked children of the process have ended, too, since they may still write. On a file
+    system without locks, a warning is logged, and nothing is locked.
 
-    InputError if another process holds the lock, OSError if the file cannot be opened.
+    `flag`: option that named the folder, for the message.
+
+    InputError if another process holds the lock, OSError if the file cannot be opened, locked or written.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -14,7 +14,7 @@ from hover_batch.cohort.events import stream_events
 RATE_WINDOW_S = 600.0
 """Length in seconds of the window over which the rate is measured."""
 RETRY_CAUSES = {"strike": "a process crashed or failed", "lost": "a node was lost", "memory_short": "memory ran out"}
-"""Events after which work is retried → their description."""
+"""Descriptions of the events after which work is retried, by event."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RateWindow:
     def add(self, time: datetime, amount: int) -> None:
         """Add `amount` tiles or regions that were done at `time`, and drop entries that have left the window.
 
-        Call it in the order of time.
+        Call it in chronological order.
         """
         self._entries.append((time, amount))
         while len(self._entries) > 2 and (time - self._entries[1][0]).total_seconds() >= RATE_WINDOW_S:
@@ -109,9 +109,9 @@ class RunLog:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read the log of events at `path`. OSError if it cannot be read.
+        """Return the summary of the log of events at `path`; it is empty if the file does not exist.
 
-        The result is empty if the file does not exist.
+        Incomplete and corrupted lines are skipped. OSError if the file cannot be read.
         """
         log = cls()
         for event in stream_events(path):
@@ -119,7 +119,7 @@ class RunLog:
         return log
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Add the next event, as `stream_events` yields it.
+        """Add the next event, a dictionary as `stream_events` yields it.
 
         Events without a time are ignored. Of events of unknown kinds, and of malformed ones, only the time counts.
         """
@@ -166,19 +166,25 @@ class RunLog:
 
     @property
     def tile_rate(self) -> Rate | None:
-        """Tiles predicted per second; None if there are none since the start, or an older log lacks their number."""
+        """Rate of prediction in tiles per second, over the last RATE_WINDOW_S seconds before the last tile.
+
+        None if none was predicted since the start, or an older log lacks the numbers of tiles.
+        """
         return self._tiles.rate if self._tiles else None
 
     @property
     def region_rate(self) -> Rate | None:
-        """Regions post-processed per second; None if there are none since the start."""
+        """Rate of post-processing in regions per second, over the last RATE_WINDOW_S seconds before the last region.
+
+        None if no region was post-processed since the start.
+        """
         return self._regions.rate if self._regions else None
 
 
 def to_utc(time: object) -> datetime | None:
-    """Return an ISO 8601 time, such as "2025-01-31T12:00:00+01:00", as a datetime in UTC.
+    """Return an ISO 8601 time, such as "2025-01-31T12:00:00+01:00", as a datetime in UTC; None for any other value.
 
-    `time`: text; without an offset from UTC, it is local time. None for any other value.
+    A time without an offset from UTC is local time. `time`: text of the time.
     """
     try:
         return datetime.fromisoformat(str(time)).astimezone(UTC)

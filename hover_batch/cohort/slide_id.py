@@ -21,7 +21,7 @@ def fold(slide_id: str) -> str:
 
 
 def fault_in(slide_id: str) -> str | None:
-    """Return why `slide_id` cannot name a folder, as the rest of a sentence that begins with the id; None if it can."""
+    """Return why `slide_id` cannot name a folder, as the predicate of a sentence about the id; None if it can."""
     if not _FITS.fullmatch(slide_id):
         return "may contain only A-Z a-z 0-9 . _ - and must start with a letter or digit"
     if len(slide_id) > _MAX_LENGTH:
@@ -34,7 +34,10 @@ def fault_in(slide_id: str) -> str | None:
 
 
 def suggest(text: str, taken: Container[str]) -> str:
-    """Return a valid id, similar to `text`, that is not in use. `taken`: ids in use, in the form of `fold`."""
+    """Return a valid slide_id, similar to `text`, that is not in use.
+
+    `taken`: ids in use, in lower case (see `fold`).
+    """
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", ascii_text)
     # Room is left for the counter below.

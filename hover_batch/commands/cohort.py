@@ -18,9 +18,9 @@ class CohortGroup(TyperGroup):
     """Group of commands on data sets. If the first argument is not the name of a command, `build` is run."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments of the group, after `build` has been put first if they name no command.
+        """Parse the arguments of the group; if they name no command, put `build` before them.
 
-        `args`: the command line after the group's name. `ctx` and the result are those of click.
+        `ctx`: click's context. `args`: the command line after the group's name. The result is that of click.
         """
         if args and args[0] not in (*self.commands, *ctx.help_option_names):
             args = [BUILD, *args]

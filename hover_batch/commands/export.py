@@ -15,7 +15,10 @@ _NAMES = ", ".join(Format)
 
 
 def format_named(name: str) -> Format:
-    """Return the format of a name or alias. typer.BadParameter, with the nearest name, for other names."""
+    """Return the format whose name or alias is `name`.
+
+    typer.BadParameter for other names; the message suggests a similar name.
+    """
     try:
         return Format(name)
     except ValueError as error:

@@ -315,7 +315,10 @@ def print_card(model: PackageArgument) -> None:
 
 
 def describe(card: Card) -> list[str]:
-    """Return `card` as lines of text: its name, then one indented line per known fact, without control characters."""
+    """Return `card` as lines of text: its name, then one indented line per known fact.
+
+    Control characters, which a terminal would obey, are replaced by spaces.
+    """
     calibration = card.metrics.get("calibration", "not recorded")
     if isinstance(calibration, Mapping):
         calibration = f"found on annotated images: cut at {calibration.get('cut')} of their median minimum"

@@ -31,10 +31,11 @@ ENGINE = "Execution"
 def setting(flag: str, help: str, panel: str, default: str | None = None, **typer_options: Any) -> Any:
     """Return the typer option of a setting, which can also be given as HOVER_BATCH_NAME in the environment.
 
-    The parameter's own default must be None, so that --config can supply the value. `flag`: name of the option, such as
-    --min-area-px for the setting min_area_px. `help`: text in the help. `panel`: group of options in the help.
-    `default`: description of the default in the help; None to show its value. `typer_options`: further arguments of
-    typer.Option.
+    The default of the command's parameter must be None, so that --config can supply the value.
+
+    `flag`: name of the option, such as --min-area-px for the setting min_area_px. `help`: text in the help. `panel`:
+    group of options in the help. `default`: description of the default in the help; None to show its value.
+    `typer_options`: further arguments of typer.Option.
     """
     name = flag.removeprefix("--").replace("-", "_")
     if default is None:
@@ -125,11 +126,14 @@ SkipInvalidOption = Annotated[
 
 
 def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Settings:
-    """Return the settings of a command, in this order of precedence: option, environment, --config, `base`, default.
+    """Return the settings of a command.
+
+    The order of precedence is option, environment, --config, `base`, default. The file of --class-map is read, too.
 
     `ctx`: context of the command, with its parameters; typer has already chosen between option and environment
-    variable. `base`: nested settings, as in settings.toml. InputError if a file cannot be read, or for unknown names
-    and invalid values.
+    variable. `base`: nested settings, as in settings.toml; None if there are none.
+
+    InputError if a file cannot be read, or for unknown names and invalid values.
     """
     options = {name: value for name, value in ctx.params.items() if value is not None and name in SECTION_OF}
     options |= _further_variables(ctx)
@@ -156,9 +160,9 @@ def _further_variables(ctx: typer.Context) -> dict[str, Any]:
 
 
 def place(text: str) -> Path | Url:
-    """Return `text`, the value of an option or argument, as a path or, if it is one, a URL.
+    """Return `text`, the value of an option or argument, as a URL if it is one; otherwise as a path.
 
-    InputError if the URL has a user, query or fragment.
+    InputError if the URL has a user, password, query or fragment.
     """
     url = Url.of(text)
     if url is not None and str(url) != url.text:
@@ -217,9 +221,9 @@ def _class_map(path: Path) -> dict[str, Any]:
 
 
 def read_toml(flag: str, path: Path) -> dict[str, Any]:
-    """Return the content of the TOML file `path`, given with the option `flag`.
+    """Return the content of the TOML file `path`.
 
-    InputError, which names the option, if the file cannot be read or is not TOML.
+    `flag`: option that gave the path, for the message. InputError if the file cannot be read or is not TOML.
     """
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))

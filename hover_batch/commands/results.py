@@ -31,7 +31,8 @@ _IN_CSV = ("BOOLEAN", "INT", "INTEGER", "FLOAT", "DOUBLE", "VARCHAR", "DATE", "T
 def check_output(path: Path | None, dataset: Path | Url) -> None:
     """Raise InputError if the result of a query cannot be written to `path`, so that this is found before the query.
 
-    `path`: value of --output, .csv or .parquet, in an existing folder and outside of `dataset`; None without it.
+    `path`: value of --output; None without it. It must end in .csv or .parquet, and be in an existing folder outside of
+    the data set. `dataset`: folder or URL of the data set.
     """
     if path is None:
         return
@@ -44,7 +45,7 @@ def check_output(path: Path | None, dataset: Path | Url) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print `notes` about a result on stderr, one per line."""
+    """Print `notes` about a result on stderr, one per line, each after the word note."""
     for note in notes:
         typer.echo(f"note: {note}", err=True)
 
@@ -52,7 +53,9 @@ def print_notes(notes: Iterable[str]) -> None:
 def deliver(result: duckdb.DuckDBPyRelation, output: Path | None) -> None:
     """Write `result` to the file `output`, or show it on the terminal if `output` is None.
 
-    After writing, the path is printed on stdout, and the number of rows on stderr. InputError if the query fails.
+    An existing file is replaced. After writing, the path is printed on stdout, and the number of rows on stderr.
+
+    InputError if the query fails, KeyboardInterrupt if a signal interrupts it, OSError if the file cannot be written.
     """
     from hover_batch.dataset.opened import query_errors
 

@@ -29,7 +29,7 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         self._size = lru_cache(None)(folder.size)
 
     def path(self, name: str) -> str:
-        """Return the path, `URL/name`, of the file `name` of the data set."""
+        """Return the path `URL/name` of the file `name`, which is relative to the data set."""
         return f"{self._folder.url.text.rstrip('/')}/{name}"
 
     def name(self, path: str) -> str:
@@ -45,7 +45,11 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         return name
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        """Return `name`, `size` in bytes and `type` of the file at `path`. Errors as in `BucketFolder.size`."""
+        """Return `name` (the path), `size` in bytes and `type` of the file at `path`, by name.
+
+        Sizes are cached. InputError if the file does not exist or access is denied, UploadError if the bucket cannot be
+        read.
+        """
         return {"name": path, "size": self._size(self.name(path)), "type": "file"}
 
     def modified(self, path: str) -> datetime:
@@ -53,16 +57,19 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         return _NEVER
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> _Ranges:
-        """Open the file at `path` for reading, without read-ahead. Errors as in `BucketFolder.size`.
+        """Open the file at `path` for reading, without reading ahead.
 
-        `mode`: only "rb".
+        `mode`: only "rb". InputError if the file does not exist or access is denied, UploadError if the bucket cannot
+        be read.
         """
         return _Ranges(self, path, mode, cache_type="none", size=self._size(self.name(path)))
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
-        """Return bytes of the file at `path`. Errors as in `BucketFolder.read_range`.
+        """Return a range of bytes of the file at `path`.
 
         `start`, `end`: first byte, and the end of the range, exclusive; None for the beginning or the end of the file.
+
+        InputError if the file does not exist or access is denied, UploadError if the bucket cannot be read.
         """
         return self._folder.read_range(self.name(path), start, end)
 

@@ -26,9 +26,11 @@ KEPT_FOR = timedelta(days=1)
 
 
 def check_bucket(url: Url, flag: str) -> None:
-    """Check that the bucket has a data set at `url`, or that one can be created. InputError if not.
+    """Check that the bucket has a data set at `url`, or that one can be created.
 
-    `flag`: option or argument that the message names.
+    A small test file is written and removed. `flag`: option or argument that the message names. InputError if the URL
+    holds anything else, cannot be written, or has a data set that this version cannot change; UploadError if it cannot
+    be read.
     """
     folder = BucketFolder(url)
     folder.check_writable()
@@ -39,8 +41,12 @@ def check_bucket(url: Url, flag: str) -> None:
 def open_bucket(url: Url, flag: str) -> Iterator[BucketStorage]:
     """Open the data set in a bucket, or create it, for the duration of the block.
 
-    `url`: folder of the data set. `flag`: option or argument that named it, for messages. Errors as in
-    `writer.open_writer`.
+    Files of nuclei that slides.parquet does not name, and that are older than KEPT_FOR, are removed.
+
+    `url`: folder of the data set. `flag`: option or argument that named it, for messages.
+
+    InputError if the URL holds anything else, access is denied, or it has a data set that this version cannot change;
+    UploadError if the bucket cannot be read or written.
     """
     folder = BucketFolder(url)
     with tempfile.TemporaryDirectory(prefix="hover-batch-upload-") as staging:
@@ -78,7 +84,7 @@ class BucketStorage:
     def sweep(self) -> None:
         """List the files, and remove those of nuclei that are not named in slides.parquet and older than KEPT_FOR.
 
-        UploadError or InputError if the bucket cannot be read or changed.
+        InputError if access is denied, UploadError if the bucket cannot be read or changed.
         """
         found, named = set(retried(self._folder.names)), named_files(self.table)
         self._files = found & named
@@ -93,7 +99,8 @@ class BucketStorage:
     def fetch(self, names: Collection[str]) -> list[Path]:
         """Download the files `names` of the data set to the temporary folder, and return their paths, in order.
 
-        InputError if a file is missing, UploadError if the bucket cannot be read.
+        InputError if a file is missing or access is denied, UploadError if the bucket cannot be read, OSError if the
+        disk is full.
         """
         paths = [self.root / name for name in names]
         for name, path in zip(names, paths, strict=True):
@@ -104,7 +111,8 @@ class BucketStorage:
     def add(self, names: Collection[str]) -> None:
         """Upload files from the temporary folder, and remove them there; files that the bucket has are not uploaded.
 
-        `names`: relative to the data set and to the temporary folder. Errors as in `upload_tree`.
+        `names`: relative to the data set and to the temporary folder. InputError if access is denied, UploadError if a
+        file cannot be uploaded.
         """
         new = {name: self.root / name for name in names if name not in self._files}
         upload_tree(new, self._folder)
@@ -113,9 +121,10 @@ class BucketStorage:
             path.unlink()
 
     def replace_table(self, table: pa.Table) -> None:
-        """Replace slides.parquet by `table`.
+        """Replace slides.parquet by `table` in one step.
 
-        InputError if another command has changed it since it was opened, UploadError if it cannot be written.
+        It is first written to the temporary folder. InputError if another command has changed slides.parquet since it
+        was opened, or access is denied; UploadError if it cannot be read or written; OSError if the disk is full.
         """
         if retried(lambda: self._folder.read([SLIDES_PARQUET])).get(SLIDES_PARQUET) != self._content:
             raise InputError(
@@ -134,7 +143,7 @@ class BucketStorage:
     def remove(self, names: Collection[str]) -> None:
         """Remove the files `names` and their local copies; files that do not exist are ignored.
 
-        UploadError if the bucket cannot be changed.
+        InputError if access is denied, UploadError if the bucket cannot be changed.
         """
         retried(lambda: self._folder.remove(self._folder.entries(names)))
         self._files.difference_update(names)

@@ -26,7 +26,10 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
     """Create the table `clinical` from the file `path`, and return notes about ids that only one of the tables has.
 
     Its column `on` is text without spaces around it; a column with values such as 007 is text, too. Rows without an id
-    are left out. `slides`: table with the column `on`.
+    are left out.
+
+    `connection`: DuckDB connection in which the table is created. `path`: CSV or Parquet file. `on`: column with the
+    ids, in the file and in `slides`; in the file, upper and lower case do not matter. `slides`: table of the slides.
 
     InputError if the file cannot be read, a column `on` is missing, an id is in two rows, or no id is in `slides`.
     """

@@ -17,9 +17,10 @@ from hover_batch.files import remove_leftovers
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Check, without writing, that the folder has a data set, or that one can be created. InputError if not.
+    """Check, without writing, that the folder has a data set, or that one can be created.
 
-    `flag`: option or argument that the message names.
+    `flag`: option or argument that the message names. InputError if the folder holds anything else, or a data set that
+    this version cannot change; OSError if it cannot be read.
     """
     layout = DatasetLayout(folder)
     if layout.slides_parquet.is_file():
@@ -30,9 +31,14 @@ def check_folder(folder: Path, flag: str) -> None:
 
 @contextmanager
 def open_folder(folder: Path, flag: str) -> Iterator[FolderStorage]:
-    """Open or create the data set in a folder, and lock it for the block.
+    """Open the data set in a folder, or create it, and lock it for the duration of the block.
 
-    Arguments as for `check_folder`, errors as in `writer.open_writer`.
+    Files of nuclei that slides.parquet does not name, and temporary files, are removed.
+
+    `folder`: folder of the data set. `flag`: option or argument that named it, for messages.
+
+    InputError if the folder holds anything else, has a data set that this version cannot change, cannot be written, or
+    another command is writing there; OSError if the disk is full.
     """
     check_folder(folder, flag)
     layout = DatasetLayout(folder)

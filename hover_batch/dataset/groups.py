@@ -74,9 +74,10 @@ class Effect:
     """The difference with the measuring error of counts; None if that was not measured."""
 
     def to_row(self) -> dict[str, Any]:
-        """Return the fields as a row of the results: values by column, each interval in two columns, _low and _high.
+        """Return the fields as a row of the results, values by column.
 
-        Fields with a value for each group are two columns, _first and _second.
+        Each interval has two columns, _low and _high; those with the measuring error are None if it was not measured.
+        Fields with a value for each group have two columns, _first and _second.
         """
         row: dict[str, Any] = {"measure": self.measure}
         for number, name in enumerate(("first", "second")):
@@ -105,7 +106,8 @@ class Comparison:
 def densities_sql(subject: Subject, by: str, of: str | None = None) -> str:
     """Return the SQL of the densities, nuclei per mm² of tissue, with one row per group and patient.
 
-    `by`: column with the group. `of`: the only class; None for all. InputError as in `counts_sql`.
+    `subject`: slides that the question is about. `by`: column with the group, of the slides or the clinical table.
+    `of`: the only class; None for all. InputError if there is no such column or class.
     """
     column, source = subject.column(by)
     columns = [f"{column} AS {identifier(by)}", "slides.patient_id"]
@@ -117,10 +119,15 @@ def densities_sql(subject: Subject, by: str, of: str | None = None) -> str:
 
 
 def compare_densities(subject: Subject, by: str, of: str | None = None) -> Comparison:
-    """Compare the densities of each two groups of patients.
+    """Return the differences of the densities between each two groups of patients, with notes for the user.
 
-    InputError if a group has fewer than MIN_PATIENTS patients, a patient is in several groups, or there are not 2 to
-    _MAX_GROUPS groups; also as in `counts_sql`.
+    Slides without a patient or a group are left out, and so are patients without tissue; the notes name them.
+
+    `subject`: slides that the question is about. `by`: column with the group, of the slides or the clinical table.
+    `of`: the only class; None for all nuclei and each class.
+
+    InputError if there is no such column or class, a group has fewer than MIN_PATIENTS patients, a patient is in
+    several groups, or there are not 2 to _MAX_GROUPS groups.
     """
     relation = subject.dataset.select(densities_sql(subject, by, of))
     names, rows = relation.columns[2:], relation.fetchall()
@@ -217,10 +224,12 @@ def _effect(
 
 
 def with_measuring_error(samples: tuple[NDArray[np.float64], NDArray[np.float64]], error: CountError) -> Measured:
-    """Return the intervals of the difference of medians: patients are resampled, and the factors of sources drawn.
+    """Return the intervals of the difference of medians, with the patients resampled and the factors of sources drawn.
 
-    `samples`: counted densities of the patients of both groups. The factors follow the multivariate t distribution of
-    `error`: all sources share the error of its mean, and have independent errors of their own.
+    The factors follow the multivariate t distribution of `error`: all sources share the error of its mean, and have
+    independent errors of their own. The seed is fixed, so the same arguments give the same result.
+
+    `samples`: counted densities of the patients of both groups, (n,) and (m,). `error`: error of the number of nuclei.
     """
     random = np.random.default_rng(_SEED)
     medians = [np.median(random.choice(values, (_RESAMPLES, len(values))), axis=1) for values in samples]
@@ -240,7 +249,8 @@ def _difference(first: NDArray[np.float64], second: NDArray[np.float64], axis: i
 def cliffs_delta(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> Any:
     """Return Cliff's delta, P(second > first) - P(second < first), over all pairs of values along the last axis.
 
-    `first` (…, n), `second` (…, m). `axis`: ignored; scipy passes it. The result has the shape of the other axes.
+    The result has the shape of the other axes. `first` (…, n), `second` (…, m): values of the two groups. `axis`:
+    ignored; scipy passes it.
     """
     n, m = first.shape[-1], second.shape[-1]
     ranks = rankdata(np.concatenate([first, second], axis=-1), axis=-1)

@@ -15,9 +15,9 @@ import duckdb
 def ended_by_ctrl_c(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
     """Let Ctrl-C end the queries that `connection` runs in the block. Use it in the main thread.
 
-    DuckDB looks for signals only in the thread that asked, and then waits for its other threads, which may go on to the
-    end of the query. `interrupt` stops all of them. It must be called from another thread, because Python runs no
-    handler of signals while the main thread is in DuckDB.
+    DuckDB checks for signals only in the thread that runs the query, and then waits for its other threads, which may go
+    on to the end of the query. `interrupt` stops all of them. It must be called from another thread, because Python
+    runs no signal handler while the main thread is in DuckDB. ValueError in a thread other than the main thread.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)

@@ -54,8 +54,8 @@ class DatasetLayout:
 
 
 def model_key(name: str, sha256: str) -> str:
-    """Return the value of the column `model`: the model's name, as far as it can be a file's, and its hash's start.
+    """Return the value of the column `model`, the model's name in a form for file names and the start of its hash.
 
-    `sha256`: hash of the model's package, in hex.
+    `name`: name of the model. `sha256`: hash of its package, in hex.
     """
     return f"{suggest(name, ())}-{sha256[:8]}"

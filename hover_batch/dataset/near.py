@@ -76,8 +76,10 @@ class NearQuestion:
         """Return the answer, with the columns `by`, slides, nuclei, near and share.
 
         The files are read one after the other, so that memory holds the positions of one slide, or of the small slides
-        that share a file. `track`: function that yields the items of a list and shows the progress. InputError if a
-        file cannot be read.
+        that share a file. The connection's temporary table `near` is replaced.
+
+        `track`: function that yields the items of a list and shows the progress. InputError if a file cannot be read,
+        KeyboardInterrupt if a signal interrupts a query.
         """
         dataset = self._subject.dataset
         dataset.execute("CREATE OR REPLACE TEMP TABLE near (slide_id VARCHAR, near BIGINT)")

@@ -36,8 +36,12 @@ FILE_ROWS = 4_000_000
 def sorted_pieces(table: NucleiTable, scratch: Path) -> Iterator[pa.Table]:
     """Yield a slide's nuclei along a Hilbert curve, in tables of about equal length and at most about ROW_GROUP rows.
 
-    `scratch`: folder for temporary files, as large as the uncompressed table. SlideError if the table is corrupted,
-    OSError if a temporary file cannot be written.
+    A table of more rows is distributed to temporary files first, which are removed at the end.
+
+    `table`: table of the slide. `scratch`: folder for the temporary files, whose disk needs space for the uncompressed
+    table.
+
+    SlideError if the table is corrupted, OSError if a temporary file cannot be written.
     """
     count = -(-table.rows // ROW_GROUP)
     if count <= 1:
@@ -84,7 +88,7 @@ def _sorted(rows: pa.Table, table: NucleiTable) -> pa.Table:
 def stored_pieces(paths: Iterable[Path], slide_ids: Iterable[str]) -> Iterator[pa.Table]:
     """Yield the rows of some slides in files of nuclei, one row group at a time and in order.
 
-    InputError if a file is missing or corrupted.
+    `paths`: files of nuclei. `slide_ids`: slides whose rows are wanted. InputError if a file is missing or corrupted.
     """
     wanted = pa.array(list(slide_ids), pa.string())
     for path in paths:
@@ -106,11 +110,13 @@ def write_files(
 ) -> list[Path]:
     """Write tables to one file, or to several if there are more than FILE_ROWS rows, and return their paths.
 
+    Existing files of the same names are replaced.
+
     `folder`: folder of the model. `members`: slide_id and hash of the table of each slide in the file; they determine
     the name, so that files with other nuclei have other names. `pieces`: tables of at most about ROW_GROUP rows, in the
     order in which they are written; short ones share a row group. `metadata`: for the entry `hover_batch` of the file.
 
-    OSError if a file cannot be written; then, and on errors of `pieces`, complete files may stay behind.
+    OSError if a file cannot be written; errors of `pieces` propagate. In both cases, complete files may stay behind.
     """
     digest = hashlib.sha256("\n".join(f"{slide_id} {sha256}" for slide_id, sha256 in members).encode()).hexdigest()
     stem = f"{members[0][0]}-{digest[:16]}"

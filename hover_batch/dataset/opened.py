@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def query_errors() -> Iterator[None]:
-    """Raise InputError for an error of DuckDB in the block, and KeyboardInterrupt if a signal interrupted a query."""
+    """Convert DuckDB's errors in the block to InputError with the reason.
+
+    KeyboardInterrupt if a signal interrupted a query. Other exceptions pass through.
+    """
     try:
         yield
     except duckdb.PermissionException as error:
@@ -130,9 +133,12 @@ class Dataset:
         self._scratch.cleanup()
 
     def sql(self, query: str) -> pd.DataFrame:
-        """Return the result of a SELECT; a geometry becomes shapely polygons in level-0 pixels. Errors as in `select`.
+        """Return the result of a SELECT as a DataFrame; a geometry becomes shapely polygons in level-0 pixels.
 
         Other statements, such as CREATE TEMP TABLE, can be run with `connection.execute`.
+
+        InputError if `query` is not one SELECT, names what does not exist, or fails; KeyboardInterrupt if a signal
+        interrupts it.
         """
         with query_errors():
             return _frame(self.select(query))
@@ -140,8 +146,8 @@ class Dataset:
     def select(self, query: str) -> duckdb.DuckDBPyRelation:
         """Return a SELECT as a relation, which runs it each time that it is read.
 
-        Sums of integers, which DuckDB returns with 128 bits, have 64 bits. InputError if `query` is not one SELECT, or
-        it names what does not exist; for errors during the run, use `query_errors`.
+        Sums of integers, which DuckDB returns with 128 bits, have 64 bits. Read the relation within `query_errors`,
+        which converts errors of the run. InputError if `query` is not one SELECT, or it names what does not exist.
         """
         query = query.strip().rstrip(";")
         with query_errors():
@@ -158,9 +164,13 @@ class Dataset:
     def window(self, slide_id: str, box: Box | Sequence[float], model: str | None = None) -> pd.DataFrame:
         """Return the nuclei of a slide whose bounding boxes overlap `box`, ordered by nucleus_id.
 
-        The columns are those of `load_nuclei`, `slide_id` and `type` as categories. Nuclei whose bounding boxes only
-        touch the box are left out. `box`: (x0, y0, x1, y1) in level-0 pixels. `model`: which one, if the data set holds
-        several (see `chosen_model`). InputError if the slide is not in the data set.
+        The columns are those of `load_nuclei`, with `slide_id` and `type` as categories. Nuclei whose bounding boxes
+        only touch the box are left out.
+
+        `box`: (x0, y0, x1, y1) in level-0 pixels. `model`: model whose nuclei are returned, by its name with or without
+        the hash; None if the data set holds only one.
+
+        InputError if the slide is not in the data set, `model` does not name one model in it, or a file cannot be read.
         """
         model = chosen_model(self.entries, model)
         entries = [entry for entry in self.entries if (entry.slide_id, entry.model) == (slide_id, model)]
@@ -183,7 +193,8 @@ class Dataset:
     def narrowed(self, entries: Sequence[SlideEntry]) -> Iterator[None]:
         """Limit the view `nuclei`, for the duration of the block, to the nuclei in the files of `entries`.
 
-        `entries`: rows of slides.parquet. InputError as in `execute`.
+        Other slides in the same files are included. `entries`: rows of slides.parquet. InputError if a file cannot be
+        read.
         """
         self.execute(f"CREATE TEMP VIEW nuclei AS {self._nuclei(entries)}")
         try:
@@ -194,7 +205,7 @@ class Dataset:
     def execute(self, statement: str) -> None:
         """Run `statement`, an SQL statement that hover-batch generates and whose result is not needed.
 
-        InputError as in `query_errors`; KeyboardInterrupt if a signal interrupts the statement.
+        InputError if it fails, KeyboardInterrupt if a signal interrupts it.
         """
         with query_errors():
             self.connection.execute(statement).fetchall()
@@ -202,7 +213,7 @@ class Dataset:
     def create_table(self, name: str, rows: pa.Table) -> None:
         """Create the table `name` from `rows` in memory, or replace it.
 
-        `name`: must be a plain SQL identifier, since it is not quoted. InputError as in `execute`.
+        `name`: must be a plain SQL identifier, since it is not quoted. InputError if the table cannot be created.
         """
         self.connection.register("given", rows)
         self.execute(f"CREATE OR REPLACE TABLE {name} AS FROM given")
@@ -268,9 +279,10 @@ class Dataset:
 
 
 def chosen_model(entries: Sequence[SlideEntry], model: str | None) -> str:
-    """Return the model in the column `model` that is meant by its name there or by its name without the hash.
+    """Return the value of the column `model` of the model that the user means.
 
-    None means the only one. InputError if there is no such model, or more than one.
+    `entries`: rows of slides.parquet. `model`: its value in the column, or its name without the hash; None if there is
+    only one model. InputError if there is no such model, or more than one.
     """
     known = dict.fromkeys(entry.model for entry in entries)
     fits = [name for name in known if model in (None, name, name.rpartition("-")[0])]
@@ -286,7 +298,7 @@ def chosen_model(entries: Sequence[SlideEntry], model: str | None) -> str:
 def cast(relation: duckdb.DuckDBPyRelation, new_type: Callable[[str], str | None]) -> duckdb.DuckDBPyRelation:
     """Return the relation with some columns cast to other types.
 
-    `new_type`: function from a type to the one that it becomes, or to None if it stays, by their names in SQL.
+    `new_type`: function from the name of a column's type in SQL to that of its new type, or to None if it stays.
     """
     names = map(identifier, relation.columns)
     types = [new_type(str(kind)) for kind in relation.types]

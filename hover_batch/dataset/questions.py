@@ -37,9 +37,12 @@ class Subject:
 
     @classmethod
     def of(cls, dataset: Dataset, model: str | None, without_flagged: bool) -> Self:
-        """Return the slides of a model. InputError if the data set holds several models and `model` names none of them.
+        """Return the slides of a model as the subject of a question.
 
-        `without_flagged`: leave out slides with quality flags.
+        `model`: name of the model, with or without its hash; None if the data set holds only one. `without_flagged`:
+        leave out slides with quality flags.
+
+        InputError if `model` does not name one model of the data set, or no slide is left.
         """
         model = chosen_model(dataset.entries, model)
         entries = [entry for entry in dataset.entries if entry.model == model]
@@ -62,7 +65,7 @@ class Subject:
         return cls(dataset, tuple(entries), tuple(conditions), classes, tuple(notes))
 
     def check_class(self, flag: str, name: str) -> None:
-        """Check that `name` is a class of these nuclei. InputError if it is not.
+        """Raise InputError if `name` is not a class of these nuclei.
 
         `flag`: option that gave the name, for the message.
         """
@@ -70,9 +73,9 @@ class Subject:
             raise InputError(f"{flag} {name}: is not a class of these nuclei; their classes: {', '.join(self.classes)}")
 
     def column(self, name: str) -> tuple[str, str]:
-        """Return the column `name` of the slides or the clinical table in SQL, and the FROM that holds it.
+        """Return the column `name` of the slides or the clinical table in SQL, and the tables that hold it.
 
-        InputError if there is none.
+        The tables are the content of a FROM clause. InputError if there is no such column.
         """
         slides = self.dataset.select("FROM slides").columns
         if name in slides:
@@ -97,11 +100,13 @@ class Subject:
 
 
 def counts_sql(subject: Subject, by: str, of: str | None = None) -> str:
-    """Return the SQL of the number of nuclei and of their density, in all and by class.
+    """Return the SQL of the number of nuclei and of their density per mm² of tissue, in all and by class.
 
-    `by`: column of the slides or the clinical table; the result has a row for each of its values. `of`: the only class.
-    The density of several slides is their number of nuclei divided by their mm² of tissue. InputError if there is no
-    such column or class.
+    The result has a row for each value of `by`. The density of several slides is their number of nuclei divided by
+    their mm² of tissue.
+
+    `subject`: slides that the question is about. `by`: column of the slides or the clinical table. `of`: the only
+    class; None for all nuclei and each class. InputError if there is no such column or class.
     """
     column, source = subject.column(by)
     columns = [f"{column} AS {identifier(by)}"]
@@ -115,9 +120,12 @@ def counts_sql(subject: Subject, by: str, of: str | None = None) -> str:
 
 
 def measures(subject: Subject, of: str | None) -> list[tuple[str, str]]:
-    """Return the columns of slides.parquet with numbers and densities, in SQL: of all nuclei and each class, or of one.
+    """Return the SQL names of numbers of nuclei and of their densities, as pairs.
 
-    InputError if `of` is not a class.
+    Each number is a column of slides.parquet. There is a pair for all nuclei and for each class, or only for the class
+    `of`.
+
+    `subject`: slides that the question is about. `of`: the only class; None for all. InputError if it is not a class.
     """
     if of is not None:
         subject.check_class("--of", of)

@@ -104,8 +104,10 @@ _ENTRY = list(SlideEntry.__dataclass_fields__)
 def read_slides_table(where: Path | Url, flag: str = "") -> pa.Table:
     """Return slides.parquet of the data set in a folder or a bucket, with all its columns.
 
-    `flag`: option that named it, for the message. InputError if `where` is not a data set, the file is corrupted, or a
-    newer version of hover-batch wrote it; OSError or, for a bucket, UploadError if it cannot be read.
+    `where`: folder or URL of the data set. `flag`: option that named it, for the message; empty if there is none.
+
+    InputError if `where` is not a data set, the file is corrupted, or a newer version of hover-batch wrote it. OSError
+    if it cannot be read; for a bucket, InputError if access is denied, else UploadError.
     """
     if isinstance(where, Url):
         content = BucketFolder(where).read([SLIDES_PARQUET]).get(SLIDES_PARQUET)
@@ -122,8 +124,8 @@ def read_slides_table(where: Path | Url, flag: str = "") -> pa.Table:
 def parse_slides_table(content: bytes, where: Path | Url, flag: str = "") -> pa.Table:
     """Return `content`, the bytes of slides.parquet, as a table without schema metadata.
 
-    `where`: folder or URL of the data set. `flag`: option that named it, for messages. InputError as in
-    `read_slides_table`.
+    `where`: folder or URL of the data set, for messages. `flag`: option that named it; empty if there is none.
+    InputError if the file is corrupted, or was written by another program or a newer version of hover-batch.
     """
     named = f"{flag} {where}".lstrip()
     try:
@@ -151,9 +153,11 @@ def parse_slides_table(content: bytes, where: Path | Url, flag: str = "") -> pa.
 
 
 def refuse_other_files(where: Path | Url, flag: str, names: Sequence[str]) -> None:
-    """InputError if a folder or bucket without slides.parquet holds files, whose `names` are given.
+    """Raise InputError if a folder or bucket without slides.parquet holds files.
 
-    Hidden files do not count: our lock, what killed checks and writes left behind, or made by desktops.
+    Hidden files do not count: lock files, leftovers of killed checks and writes, or files of desktops.
+
+    `where`: the folder or bucket, for the message. `flag`: option that named it. `names`: names of the files in it.
     """
     names = [name for name in names if not name.startswith(".")]
     if RunLayout(Path()).run_json.name in names:
@@ -167,13 +171,19 @@ def refuse_other_files(where: Path | Url, flag: str, names: Sequence[str]) -> No
 def read_entries(where: Path | Url, flag: str = "") -> list[SlideEntry]:
     """Return the rows of slides.parquet, sorted by model and slide_id.
 
-    Arguments and errors as in `read_slides_table`.
+    `where`: folder or URL of the data set. `flag`: option that named it, for the message; empty if there is none.
+
+    InputError if `where` is not a data set, the file is corrupted, or a newer version of hover-batch wrote it. OSError
+    if it cannot be read; for a bucket, InputError if access is denied, else UploadError.
     """
     return entries_of(read_slides_table(where, flag))
 
 
 def named_files(table: pa.Table) -> set[str]:
-    """Return the names, relative to the data set, of all files of nuclei. `table`: content of slides.parquet."""
+    """Return the names, relative to the data set, of all files of nuclei that slides.parquet names.
+
+    `table`: content of slides.parquet.
+    """
     return {name for names in table["nuclei_files"].to_pylist() for name in names}
 
 
@@ -191,9 +201,10 @@ def write_slides_table(layout: DatasetLayout, table: pa.Table) -> None:
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], measured: pa.Schema) -> pa.Table:
-    """Return rows, values by column, as a table with the FIXED columns first.
+    """Return rows of slides.parquet as a table with the FIXED columns first.
 
-    `measured`: names and types of further columns, of which the table has those that a row has. All others are text.
+    `rows`: values of each row, by column. `measured`: names and types of further columns, of which the table has those
+    that a row has. All others are text.
     """
     names = dict.fromkeys(name for row in rows for name in row)
     kinds = {field.name: field for field in (*measured, *FIXED)}
@@ -205,7 +216,7 @@ def with_rows(table: pa.Table, new: pa.Table) -> pa.Table:
     """Return `table` with the rows of `new`, which replace those of the same slide and model; sorted by both.
 
     Columns that only one of the tables has are null in the other's rows. A column that is a number in one table and
-    text in the other becomes two: the text gets the prefix extra_.
+    text in the other becomes two: the text gets the prefix extra_. `table`, `new`: rows of slides.parquet.
     """
     keys = [_key_column(each) for each in (table, new)]
     kept = table.filter(pc.invert(pc.is_in(keys[0], value_set=keys[1])))

@@ -54,7 +54,8 @@ class RunSource:
     def open(cls, folder: Path) -> Self:
         """Read the run in `folder`.
 
-        InputError if the folder holds no run, or a file of the run is corrupted; OSError if a file cannot be read.
+        InputError if the folder holds no run, or its run.json or slides.csv is corrupted; OSError if a file cannot be
+        read.
         """
         layout = RunLayout(folder)
         run = require_run(layout)
@@ -77,7 +78,10 @@ class RunSource:
         return list(dict.fromkeys(slide_ids) if slide_ids else self.slides)
 
     def fingerprint(self, slide_id: str) -> str:
-        """Return the fingerprint of the finished slide `slide_id`. SlideError if its survey.json cannot be read."""
+        """Return the fingerprint of the finished slide `slide_id`.
+
+        SlideError if its survey.json is missing, corrupted or cannot be read.
+        """
         try:
             return read_info(self.layout.slide(slide_id).survey_json).fingerprint
         except OSError as error:
@@ -87,19 +91,23 @@ class RunSource:
             ) from error
 
     def open_table(self, slide_id: str) -> NucleiTable:
-        """Open the table of nuclei of the finished slide `slide_id`. SlideError as in `NucleiTable.open`."""
+        """Open the table of nuclei of the finished slide `slide_id`.
+
+        SlideError if it is missing, corrupted or cannot be read.
+        """
         return NucleiTable.open(self.layout.slide(slide_id).nuclei_parquet)
 
     def is_unchanged(self, slide_id: str) -> bool:
         """Return whether slide.json still records the table that it recorded when the run was opened.
 
-        A run that makes the slide again removes slide.json before it replaces the table.
+        It does not while a run makes the slide again, since this run removes slide.json before it replaces the table.
+        OSError if slide.json cannot be read.
         """
         now = slide_if_done(self.layout.slide(slide_id))
         return now is not None and now.get("nuclei_sha256") == self.done[slide_id]["nuclei_sha256"]
 
     def row(self, slide_id: str, taxonomy: Taxonomy) -> Row:
-        """Return the columns of a finished slide that come from its run's summary and cohort CSV.
+        """Return the columns of a finished slide that come from its run's summary and cohort CSV, values by column.
 
         They may change without a change of the nuclei: a patient that was corrected, a flag that depends on the cohort.
         `taxonomy`: classes of the slide's table.
@@ -136,9 +144,9 @@ class RunSource:
         return pa.schema([*summary_schema(taxonomy), *(pa.field(name, pa.float64()) for name in stages)])
 
     def table_row(self, table: NucleiTable) -> Row:
-        """Return the columns of slides.parquet that describe a finished slide's table of nuclei, as values by name.
+        """Return the columns of slides.parquet that describe a finished slide's table of nuclei, values by column.
 
-        `table`: that of the slide. SlideError if survey.json of the slide cannot be read.
+        `table`: table of the slide. SlideError if survey.json of the slide cannot be read.
         """
         done = self.done[table.slide_id]
         return {

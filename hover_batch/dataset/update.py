@@ -39,7 +39,7 @@ class Added:
     unchanged: list[str] = field(default_factory=list)
     """slide_ids that the data set held already."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """slide_id → why the slide was skipped."""
+    """Reason why a slide was skipped, by slide_id."""
 
     @property
     def exit_code(self) -> int:
@@ -50,13 +50,16 @@ class Added:
 def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify: Notify, flag: str = "-o") -> Added:
     """Add the finished slides of the run in `folder` to the data set, which is created if it does not exist.
 
-    Slides that the data set holds already are not read again; a slide whose table has changed since is replaced. Slides
-    that are not done, or whose table cannot be read, are skipped. If the command is interrupted, repeat it: what is
-    added stays. `slide_ids`: the slides to add; empty for all. `notify` is called with a line about each slide that is
-    added or skipped. `flag`: option that named the data set, for messages.
+    Tables of slides that the data set holds already are not read again, but the rows of these slides in slides.parquet
+    are updated, such as patients and flags. A slide whose table has changed since is replaced. Slides that are not
+    done, or whose table cannot be read, are skipped. If the command is interrupted, repeat it: what is added stays.
 
-    InputError if `folder` holds no run, a slide is not in it, `dataset` holds anything else, is being written, or holds
-    other slides of the same names; OSError if a file cannot be written, UploadError if a bucket cannot be reached.
+    `dataset`: folder or URL of the data set. `slide_ids`: the slides to add; empty for all. `notify`: function that is
+    called with a line about each slide that is added or skipped. `flag`: option that named the data set, for messages.
+
+    InputError if `folder` holds no run or a corrupted one, a slide is not in it, or `dataset` holds anything else, is
+    being written, cannot be written, or holds other slides of the same names or other classes. OSError if the disk is
+    full or a file cannot be read or written, UploadError if a bucket cannot be reached.
     """
     source = RunSource.open(folder)
     chosen = source.chosen(slide_ids)

@@ -36,33 +36,39 @@ class Storage(Protocol):
     def fetch(self, names: Collection[str]) -> list[Path]:
         """Return the paths on disk of the files `names`, in order; those in a bucket are downloaded first.
 
-        InputError if a file in a bucket is missing, UploadError if the bucket cannot be read.
+        InputError if a file in a bucket is missing or access is denied, UploadError if the bucket cannot be read,
+        OSError if the disk is full.
         """
 
     def add(self, names: Collection[str]) -> None:
         """Add the files `names`, which are complete under these names in `root`, to the data set.
 
-        UploadError if files cannot be uploaded.
+        For a bucket, they are uploaded and then removed from `root`. InputError if access is denied, UploadError if a
+        file cannot be uploaded.
         """
 
     def replace_table(self, table: pa.Table) -> None:
         """Replace slides.parquet by `table` in one step.
 
-        OSError or UploadError if it cannot be written, InputError if another command has changed it.
+        OSError if it cannot be written in a folder. For a bucket, UploadError if it cannot be written, InputError if
+        another command has changed it or access is denied.
         """
 
     def remove(self, names: Collection[str]) -> None:
         """Remove the files of nuclei `names`; files that do not exist are ignored.
 
-        OSError or, in a bucket, UploadError if a file cannot be removed.
+        OSError if a file in a folder cannot be removed; in a bucket, InputError if access is denied, else UploadError.
         """
 
 
 def check_place(where: Path | Url, flag: str) -> None:
-    """Check that the folder or bucket has a data set, or that one can be created; a test file is written to buckets.
+    """Check that the folder or bucket has a data set, or that one can be created.
 
-    `flag`: option or argument that the message names. InputError if it holds anything else, or a data set that this
-    version cannot change.
+    A small test file is written to a bucket and removed; nothing is written to a folder. `flag`: option or argument
+    that the message names.
+
+    InputError if the place holds anything else, a bucket cannot be written, or it has a data set that this version
+    cannot change; OSError or, for a bucket, UploadError if it cannot be read.
     """
     if isinstance(where, Url):
         check_bucket(where, flag)
@@ -72,11 +78,16 @@ def check_place(where: Path | Url, flag: str) -> None:
 
 @contextmanager
 def open_writer(where: Path | Url, flag: str) -> Iterator[DatasetWriter]:
-    """Open the data set in a folder, which is locked for the block, or in a bucket.
+    """Open the data set in a folder, which is locked for the duration of the block, or in a bucket.
 
-    The data set is created if it does not exist, and files that slides.parquet does not name, which a killed writer
-    left behind, are removed. `flag`: option that named it, for messages. InputError as in `check_place`, or if another
-    command is writing in the folder or it cannot be written; UploadError if the bucket cannot be reached.
+    The data set is created if it does not exist, and files of nuclei that slides.parquet does not name are removed,
+    since a killed writer left them behind; in a bucket, only those older than a day.
+
+    `flag`: option that named the data set, for messages.
+
+    InputError if the place holds anything else, has a data set that this version cannot change, or cannot be written,
+    or another command is writing in the folder. OSError if the disk is full, UploadError if the bucket cannot be
+    reached.
     """
     with open_bucket(where, flag) if isinstance(where, Url) else open_folder(where, flag) as storage:
         yield DatasetWriter(storage)
@@ -113,9 +124,10 @@ class DatasetWriter:
         return self._storage.holds(entry.nuclei_files)
 
     def files_of(self, entry: SlideEntry) -> list[Path]:
-        """Return the paths on disk of the files of nuclei of a slide, in order. Errors as in `Storage.fetch`.
+        """Return the paths on disk of the files of nuclei of a slide, in order; those in a bucket are downloaded first.
 
-        `entry`: row of slides.parquet of the slide.
+        `entry`: row of slides.parquet of the slide. InputError if a file in a bucket is missing or access is denied,
+        UploadError if the bucket cannot be read, OSError if the disk is full.
         """
         return self._storage.fetch(entry.nuclei_files)
 
@@ -123,8 +135,12 @@ class DatasetWriter:
         """Add rows to slides.parquet, or replace those of the same slide and model, and remove files no longer named.
 
         The files that the rows name must be complete. All slides of a file must be replaced together, or none. Nothing
-        is written if nothing changes. If slides.parquet cannot be written, the data set is unchanged: OSError, or
-        UploadError for a bucket. InputError if another command has changed a data set in a bucket.
+        is written if nothing changes. If slides.parquet cannot be written, its content is unchanged.
+
+        `rows`: rows of slides.parquet, from `rows_table`.
+
+        OSError if slides.parquet cannot be written or a file cannot be removed in a folder. For a bucket, UploadError
+        if a request fails, InputError if access is denied or another command has changed the data set.
         """
         before, table = named_files(self._table), with_rows(self._table, rows)
         self._storage.add(named_files(rows))

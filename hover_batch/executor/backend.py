@@ -53,7 +53,9 @@ class OpenBackend:
 def resolve_here(settings: Settings) -> Settings:
     """Return the settings with device, precision and runtime `auto` resolved for this machine.
 
-    If they name a cluster, only a device that must be the CPU is resolved here, and `open_backend` does the rest.
+    If they name a cluster, only a device that must be the CPU is resolved here, and `open_backend` resolves the rest
+    there.
+
     InputError if the device cannot be used, or not with the runtime and the precision.
     """
     name = settings.infer.device
@@ -73,10 +75,12 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
     """Yield the backend for settings from `resolve_here`, and close it when the block ends.
 
     A cluster that the settings name is joined at once; on this machine, Ray starts only when there are slides to run.
-    `layout`: the run's output folder. `predicts`: False for a run without networks, whose `auto` stays unresolved.
+
+    `layout`: paths of the run's results. `predicts`: False for a run without networks, whose `auto` stays unresolved.
 
     InputError if the settings request more than is available, no cluster answers, a node cannot use the device, or a
-    node does not see the output folder.
+    node does not see the output folder. Its `run` raises HoverBatchError if Ray does not start, besides the errors of
+    `Executor.run`.
     """
     if settings.engine.backend == "local":
         yield OpenBackend(settings, _run_in_process)

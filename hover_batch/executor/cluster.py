@@ -58,10 +58,14 @@ def started(
 ) -> Iterator[None]:
     """Run a Ray cluster with the cores and GPUs of `resources` on this machine while the block runs.
 
-    Ray's environment variables are set, and stay set. `log`: file to which stdout is redirected meanwhile, since Ray
-    prints messages there; stderr, too, during the start, unless it is a terminal. `object_store_bytes`: size of Ray's
-    object store. `warn`: shows a line about each failed attempt that is followed by another. HoverBatchError if Ray
-    does not start in START_ATTEMPTS attempts.
+    Ray's environment variables are set, and stay set. stdout is redirected to `log` meanwhile, since Ray prints
+    messages there; stderr, too, during the start, unless it is a terminal.
+
+    `log`: file to which output is appended; it is created with its folder when needed. `object_store_bytes`: size of
+    Ray's object store. `warn`: shows a line about each failed attempt that is followed by another.
+
+    HoverBatchError if Ray does not start in START_ATTEMPTS attempts, OSError if its temporary folder or `log` cannot be
+    written.
     """
     prepare_own_cluster()
     import ray
@@ -79,8 +83,8 @@ def started(
 def own_folder(parent: Path) -> Iterator[Path]:
     """Yield a new folder for Ray's files in `parent`, and remove it when the block ends.
 
-    Folders that killed processes left in `parent` are removed, too. The owner locks a file in its folder; the system
-    releases the lock when the process ends, even if it is killed.
+    Folders that killed processes of this user left in `parent` are removed, too. The owner locks a file in its folder;
+    the system releases the lock when the process ends, even if it is killed. OSError if the folder cannot be created.
     """
     for leftover in parent.glob(f"{_PREFIX}*"):
         if _owner_is_dead(leftover):
@@ -114,7 +118,7 @@ def _owner_is_dead(folder: Path) -> bool:
 def prepare_own_cluster() -> None:
     """Set Ray's environment variables, with a token, for a cluster that this process starts.
 
-    Call it before anything imports Ray, which reads them then.
+    Call it before anything imports Ray, which reads them at that time.
     """
     os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN})
     _prepare()
@@ -189,9 +193,12 @@ def _kill_processes_of(folder: Path) -> None:
 def joined(address: str, log: Path) -> Iterator[None]:
     """Join the Ray cluster at `address` while the block runs, and leave it afterwards.
 
-    `address`: HOST:PORT, or another form that `ray.init` accepts. `log`: file to which stdout is redirected meanwhile,
-    since Ray prints messages there; stderr, too, while joining, unless it is a terminal. InputError if no cluster
-    answers, or if it refuses the token.
+    Ray's environment variables are set, and stay set. stdout is redirected to `log` meanwhile, since Ray prints
+    messages there; stderr, too, while joining, unless it is a terminal.
+
+    `address`: HOST:PORT, or another form that `ray.init` accepts. `log`: file to which output is appended.
+
+    InputError if no cluster answers, or if it refuses the token.
     """
     host_port = _host_port(address)
     if host_port:
@@ -253,8 +260,8 @@ def _require_token(address: str) -> None:
 def resolve_on_cluster(settings: InferSettings, on_gpu: bool) -> InferSettings:
     """Return the settings with `auto` resolved on a node of the joined cluster on which networks can run.
 
-    `on_gpu`: whether the node must have a GPU. If no such node is up yet, wait for one. InputError as in
-    `hover_batch.model.predict.resolve`, which runs on the node.
+    If no such node is up yet, wait for one. `on_gpu`: whether the node must have a GPU. InputError if the device cannot
+    be used there, or not with the runtime and the precision; RayError if the process on the node dies.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -275,7 +282,9 @@ def resolve_on_cluster(settings: InferSettings, on_gpu: bool) -> InferSettings:
 def auto_batch_there(package: Package, settings: InferSettings) -> int:
     """Return the batch size of `--batch auto` for a package on a GPU of the joined cluster.
 
-    Errors of `hover_batch.model.predict.auto_batch` propagate from the node.
+    If no node has a free GPU, wait for one. `settings`: settings of inference. Errors of
+    `hover_batch.model.predict.auto_batch` propagate from the node, such as PackageError if the package cannot be
+    loaded.
     """
     import ray
     from ray.exceptions import RayTaskError

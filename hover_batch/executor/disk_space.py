@@ -43,8 +43,9 @@ class DiskSpace:
     def report_full(self, slide_id: str | None, error: BaseException | None = None) -> None:
         """Pause the run because a write failed: set `full`, warn the user and log the event `disk_full`.
 
-        `slide_id`: slide that was being written; None if there is none. The full disk is that of `folder`, or of the
-        folder that `error` names if it is ScratchFull. Do nothing if the run is already paused.
+        Do nothing if the run is already paused. `slide_id`: slide that was being written; None if there is none.
+        `error`: error of the write; if it is ScratchFull, the full disk is that of the folder that it names, otherwise
+        that of `folder`.
         """
         if self.full:
             return
@@ -65,10 +66,11 @@ class DiskSpace:
     def available(self) -> bool:
         """Return whether the run can continue; do not wait.
 
-        While the disk is full, try to reserve NEEDED_BYTES, at most every CHECK_EVERY_S seconds (less often if the disk
-        fills up again and again). A reservation also respects quotas, which the amount of free space does not show.
-        When it succeeds, show a line to the user and log the event `disk_has_room`. OSError if it fails for a reason
-        other than a full disk.
+        While the disk is full, try to reserve NEEDED_BYTES in a temporary file, at most every CHECK_EVERY_S seconds
+        (less often if the disk fills up again and again). A reservation also respects quotas, which the amount of free
+        space does not show. When it succeeds, show a line to the user and log the event `disk_has_room`.
+
+        OSError if the reservation fails for a reason other than a full disk.
         """
         if self.full and time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + self._wait_s
@@ -79,7 +81,10 @@ class DiskSpace:
         return not self.full
 
     def wait(self) -> None:
-        """Wait until the disk has enough free space for the run to continue. OSError as in `available`."""
+        """Wait until the disk has enough free space for the run to continue.
+
+        OSError if the space cannot be checked, for a reason other than a full disk.
+        """
         while not self.available():
             time.sleep(0.2)
 

@@ -59,7 +59,7 @@ class WorkerDied(HoverBatchError):
 
 
 def verdict_on(error: BaseException) -> Verdict:
-    """Return what to do about `error`, which a task or the driver raised, or Ray raised in place of a task."""
+    """Return the verdict on `error`, which a task or the driver raised, or Ray raised in place of a task."""
     if isinstance(error, WorkerDied):
         return error.verdict
     if is_disk_full(error):
@@ -70,8 +70,8 @@ def verdict_on(error: BaseException) -> Verdict:
 def cause_of(error: RayError, process: str = "its process") -> Exception:
     """Return the exception behind Ray's `error`: what the task raised, or WorkerDied if its process died.
 
-    `process`: name of that process for the message. If the task raised an exception that cannot be pickled, return a
-    RuntimeError with the last line of its text.
+    If the task raised an exception that cannot be pickled, return a RuntimeError with the last line of its text.
+    `process`: name of the process, for the message of WorkerDied.
     """
     if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
         cause: Exception = error.cause

@@ -21,8 +21,8 @@ def raise_interrupt() -> None:
 def on_interrupt(action: Callable[[], None] = raise_interrupt) -> Iterator[None]:
     """Call `action` whenever one of SIGNALS arrives while the block runs, and restore the previous handlers afterwards.
 
-    Signals that the process ignores stay ignored, such as SIGHUP under nohup. In threads other than the main thread,
-    which cannot set handlers, the block simply runs.
+    Signals that the process ignores stay ignored, such as SIGHUP under nohup. Only the main thread can set handlers; in
+    other threads, the block runs without them.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

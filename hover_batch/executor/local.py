@@ -45,8 +45,12 @@ class LocalExecutor(Executor):
     def run(self, slides: Sequence[PlannedSlide]) -> None:
         """Run the slides one after the other, each until it is done or has failed.
 
-        If the disk fills up, wait for space and then resume the slide. Errors as in `Executor.run`; KeyboardInterrupt
-        is raised at once.
+        If the disk fills up, wait for space and then resume the slide. A failed slide is recorded, and does not stop
+        the others. Call it from the main thread.
+
+        PackageError if the model cannot be loaded, InputError if the device cannot be used, TooManyFailures if more
+        slides failed than the settings allow, OSError if the run's records cannot be written, and KeyboardInterrupt at
+        once after Ctrl-C or SIGTERM.
         """
         # The network computes without Python's lock: meanwhile, post-processing can be loaded.
         card, post = self.context.package.card, self.context.settings.post

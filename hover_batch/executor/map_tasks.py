@@ -31,10 +31,13 @@ class TaskFailed:
 def task_resources(engine: EngineSettings, log: Path) -> Iterator[Resources]:
     """Yield the resources for `map_tasks`: of this machine or, with Ray, of a cluster that is started or joined.
 
+    The cluster is stopped or left when the block ends.
+
     `engine`: settings that choose the backend (auto counts as ray) and limit its resources. `log`: file for Ray's
-    output. The cluster is
-    stopped or left when the block ends. InputError if the settings request more than is available, or no cluster
-    answers; HoverBatchError if Ray does not start.
+    output.
+
+    InputError if the settings request more than is available, or no cluster answers; HoverBatchError if Ray does not
+    start.
     """
     settings = Settings(engine=engine)
     if engine.backend == "local":
@@ -67,13 +70,16 @@ def map_tasks(
     """Yield each item with the function's result, or with TaskFailed, which does not stop the other items.
 
     With `backend` local, the items are processed in this process, in order. Otherwise they are processed on the cluster
-    that `task_resources` started or joined, and yielded in the order in which they end; a task whose process dies is
-    retried. `function`, items and results must then be picklable, and the remaining parameters apply:
+    that `task_resources` started or joined, and yielded in the order in which they end. Function, items and results
+    must then be picklable. A task whose process dies is retried as often as a slide's task.
 
-    `cpus`, `gpus`: cores and GPUs that each task reserves; with fractions, several tasks share one GPU. `at_once`:
-    maximum number of tasks in progress; items are taken from `items` only as tasks start, so it may be endless.
-    `reuse_workers`: whether a process with a GPU runs several tasks and keeps what it has loaded, instead of ending
-    after each task to free the memory.
+    `function`: function of one item. `cpus`, `gpus`: cores and GPUs that each task reserves; with fractions, several
+    tasks share one GPU. `at_once`: maximum number of tasks in progress; items are taken from `items` only as tasks
+    start, so it may be endless. `reuse_workers`: whether a process with a GPU runs several tasks and keeps what it has
+    loaded, instead of ending after each task to free the memory. With `backend` local, the last four parameters have no
+    effect.
+
+    Exceptions of `function` are yielded as TaskFailed; those of the iterator of `items` propagate.
     """
     if backend == "local":
         yield from _here(function, items)

@@ -95,7 +95,7 @@ class NetworkPool:
         return bool(self._unreachable)
 
     def least_loaded(self) -> Network | None:
-        """Return the ready network with the fewest units in progress, or None if no network is ready."""
+        """Return the ready network with the fewest units in progress; None if no network is ready."""
         return min(self.ready, key=lambda network: network.units, default=None)
 
     def free_network(self, max_units: int, excluded: Network | None = None) -> Network | None:
@@ -127,8 +127,11 @@ class NetworkPool:
     def continue_start(self, reference: Any) -> None:
         """Continue a start whose `reference` is ready: load the network once its node is known, then mark it ready.
 
-        A network whose process dies is removed, as in `handle_failure`. PackageError if the package cannot be loaded;
-        HoverBatchError if loading fails for another reason, or too many starts failed in a row.
+        A network whose process dies is removed, as in `handle_failure`. `reference`: key of `starting`, which is
+        removed from it; the first time, a key for the loading is added.
+
+        PackageError if the package cannot be loaded; HoverBatchError if loading fails for another reason, or too many
+        starts failed in a row.
         """
         network = self.starting.pop(reference)
         try:
@@ -166,7 +169,7 @@ class NetworkPool:
 
         The cause is NetworkStopped, WorkerDied, or what the actor raised. The network's process is killed first, in
         case it is still alive. While it is unknown whether the process, the node or only the connection is lost,
-        nothing is killed or reported; `report_dead` does it later.
+        nothing is killed or reported; `report_dead` does it later. Errors of `report` propagate.
         """
         self._remove(network)
         if network.stopped:
@@ -179,10 +182,10 @@ class NetworkPool:
             report(self._cause(network, error))
 
     def report_dead(self) -> bool:
-        """Kill the unreachable networks that count as dead by now, and call `report` of `handle_failure` for each.
+        """Kill the unreachable networks that count as dead by now, and report each. Return whether there were any.
 
-        A network counts as dead once its node is lost, or NOTICED_S seconds after its first failed call. Return whether
-        there were any.
+        A network counts as dead once its node is lost, or NOTICED_S seconds after its first failed call. It is reported
+        by the function that was given to `handle_failure`, whose errors propagate.
         """
         unreachable, self._unreachable = self._unreachable, []
         for network, error, report in unreachable:
@@ -219,7 +222,7 @@ class NetworkPool:
             ray.kill(network.handle)
 
     def adapt(self, max_networks: int) -> None:
-        """Remove networks on lost nodes, then stop others until at most `max_networks` are left.
+        """Remove networks on lost nodes from the pool, then stop others until at most `max_networks` are left.
 
         Networks that are still loading are stopped first, then those with the fewest units in progress.
         """

@@ -48,7 +48,10 @@ class ClusterNodes:
 
     @property
     def resources(self) -> Resources:
-        """CPU cores, GPUs and memory of all live nodes, whether in use or not. InputError if no node has a CPU core."""
+        """CPU cores, GPUs and memory in bytes of all live nodes, whether in use or not.
+
+        InputError if no node has a CPU core.
+        """
         if not self._nodes:
             raise InputError("--address: the cluster has no node with a CPU core; add one, or use another cluster")
         offered = [node["Resources"] for _, node in sorted(self._nodes.items())]
@@ -57,12 +60,16 @@ class ClusterNodes:
         )
 
     def replan(self, plan: EnginePlan, context: RunContext) -> EnginePlan | None:
-        """Return a new plan if nodes joined or left the cluster since the last call, else None.
+        """Return a new plan if nodes joined or left the cluster since the last call; otherwise None.
 
-        `plan`: plan until now; in the new one, only the number of networks changes, not what each reserves. The cluster
-        is queried at most every REFRESH_EVERY_S. A change is logged and shown to the user. If no node is left, warn the
-        user and return None. A full disk pauses the run. InputError if a new node does not see the output folder or
-        cannot run hover-batch; OSError if the test file cannot be written for another reason.
+        In the new plan, each network reserves the same as before. The cluster is queried at most every REFRESH_EVERY_S.
+        A change is logged and shown to the user. If no node is left, warn the user and return None. If the disk is full
+        when new nodes are checked, the run is paused.
+
+        `plan`: plan until now. `context`: context of the run.
+
+        InputError if a new node does not see the output folder or cannot run hover-batch; OSError if the test file
+        cannot be written, unless the disk is full.
         """
         if time.monotonic() >= self._refresh_at:
             self.refresh()
@@ -102,7 +109,8 @@ class ClusterNodes:
     def on_each(self, function: Callable[[], object], wait_s: float = 0.0) -> None:
         """Call `function` once on every live node, in a process there. Results and errors are ignored.
 
-        `function` must be picklable. `wait_s`: maximum time in seconds to wait for the calls to end; 0 to not wait.
+        `function`: must be picklable. `wait_s`: maximum time in seconds to wait for the calls to end; 0 to return at
+        once.
         """
         calls = [
             _call.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(function)
@@ -114,9 +122,11 @@ class ClusterNodes:
     def refuse_unshared(self, folder: Path, wait: bool = False) -> None:
         """Check that all nodes see the files that this process writes into `folder`.
 
-        Nodes that have answered are not asked again. `wait`: whether to wait for all answers; otherwise a later call
-        reads those that are pending. InputError if a node does not see the files, or cannot run hover-batch; OSError if
-        the test file cannot be written.
+        A hidden test file is created there, and removed once all nodes have answered. Nodes that have answered are not
+        asked again. `wait`: whether to wait for all answers; otherwise a later call reads those that are pending.
+
+        InputError if a node does not see the files, or cannot run hover-batch; OSError if the test file cannot be
+        written.
         """
         all_answered = self._ask(folder, wait)
         while wait and not all_answered:

@@ -28,10 +28,12 @@ class Executor(Protocol):
     def run(self, slides: Sequence[PlannedSlide]) -> None:
         """Run every slide until it is done or has failed. A failed slide is recorded, and does not stop the others.
 
-        Call it from the main thread, which receives signals. Errors that are not caused by a slide stop the cohort:
-        PackageError if the model cannot be loaded, HoverBatchError if its process dies repeatedly, TooManyFailures if
-        more slides failed than the settings allow, InputError if a node or device cannot be used, OSError if the
-        run's records cannot be written, and KeyboardInterrupt after Ctrl-C or SIGTERM.
+        Call it from the main thread, which receives signals.
+
+        Errors that are not caused by a slide stop the cohort: PackageError if the model cannot be loaded,
+        HoverBatchError if its process dies repeatedly, TooManyFailures if more slides failed than the settings allow,
+        InputError if a node or device cannot be used, OSError if the run's records cannot be written, and
+        KeyboardInterrupt after Ctrl-C or SIGTERM.
         """
         ...
 
@@ -57,7 +59,8 @@ class RunContext:
     ) -> Self:
         """Build the context of a run in the folder of `ledger`, which must be started.
 
-        `settings`: those in effect. `run_keys`: run key of each slide by slide_id (see `result_key`).
+        `package`: package of the model. `settings`: those in effect. `progress`: progress display, which also shows
+        warnings. `run_keys`: run key of each slide by slide_id (see `result_key`).
         """
         root = ledger.layout.root
         recorder = RunRecorder(settings, ledger, progress, run_keys)

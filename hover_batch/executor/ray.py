@@ -82,8 +82,12 @@ class RayExecutor(Executor):
     def run(self, slides: Sequence[PlannedSlide]) -> None:
         """Run the slides, several at once, until each is done or has failed. The networks end with it.
 
-        After the first Ctrl-C, wait for the tasks in progress and raise KeyboardInterrupt; after a second one, raise it
-        at once. Other errors as in `Executor.run`.
+        A failed slide is recorded, and does not stop the others. After the first Ctrl-C, wait for the tasks in progress
+        and raise KeyboardInterrupt; after a second one, raise it at once. Call it from the main thread.
+
+        PackageError if the model cannot be loaded, HoverBatchError if its process dies repeatedly, TooManyFailures if
+        more slides failed than the settings allow, InputError if a node cannot be used, and OSError if the run's
+        records cannot be written.
         """
         self._waiting = deque(slides)
         patience_ends = time.monotonic() + PATIENCE_S

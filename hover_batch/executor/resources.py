@@ -50,7 +50,8 @@ class Node:
     def here(cls) -> Node:
         """Return what this process may use of this machine.
 
-        CPU affinity, control group and CUDA_VISIBLE_DEVICES are respected. GPUs are NVIDIA's, by their device files.
+        CPU affinity, control group and CUDA_VISIBLE_DEVICES are respected. Only NVIDIA GPUs are counted, by their
+        device files.
         """
         return cls(_cpus(), _visible_gpus(), _memory())
 
@@ -76,7 +77,9 @@ class Resources:
         """Return the CPU cores and GPUs that the settings request, taken from the nodes in order.
 
         Without `--cpus` or `--gpus`, all are taken; with device cpu, no GPUs. Nodes of which nothing is used are left
-        out; the memory of the others is not divided. InputError if the settings request more than is available.
+        out; the memory of the others is not divided.
+
+        InputError if the settings request more than is available.
         """
         engine = settings.engine
         if engine.cpus > self.cpus:
@@ -91,9 +94,9 @@ class Resources:
         return self.at_most(settings)
 
     def at_most(self, settings: Settings) -> Resources:
-        """Return what `limited` returns, but all CPU cores or GPUs if fewer are available than requested.
+        """Return the CPU cores and GPUs that the settings request; all of them if fewer are available than requested.
 
-        Use it for a cluster, to which nodes may still be added.
+        They are taken from the nodes as in `limited`. Use it for a cluster, to which nodes may still be added.
         """
         engine = settings.engine
         cpus_left = engine.cpus or self.cpus
@@ -137,7 +140,11 @@ class EnginePlan:
 
     @property
     def object_store_bytes(self) -> int:
-        """Size of Ray's object store in bytes: twice the blocks read ahead, since masks and results need space, too."""
+        """Size of Ray's object store in bytes.
+
+        It is twice the size of the blocks that are read ahead, and 512 MiB more, since masks and results need space,
+        too.
+        """
         return (512 << 20) + 2 * self.actors * self.units_at_once * BLOCKS_AHEAD * _BLOCK_BYTES
 
     def halved(self) -> EnginePlan | None:
@@ -174,12 +181,7 @@ class EnginePlan:
 def engine_plan(
     resources: Resources, settings: Settings, card: Card, *, predicts: bool = True, previous: EnginePlan | None = None
 ) -> EnginePlan:
-    """Share `resources` among networks, readers and post-processing. Return the plan.
-
-    `card`: card of the model, whose planes determine the memory of a unit. `predicts`: False for a run without
-    networks, which makes new tables from stored predictions. `previous`: plan of a run in progress whose nodes have
-    changed; its networks stay as they are, and only their number changes. Its halvings apply to the new plan, too.
-    ValueError if there are no nodes.
+    """Return a plan that shares `resources` among networks, readers and post-processing.
 
     Each node is shared separately. The plan has at least one network, and on GPUs at least as many as the settings
     request, even if the cluster does not have the GPUs yet.
@@ -187,6 +189,13 @@ def engine_plan(
     A network on the CPU reserves its threads, but never the last core of a node, since it would wait forever for
     readers. It may still compute on that core, which readers leave mostly idle. A quarter of a node's memory is for
     units in progress, a quarter for regions in post-processing, and the rest for networks, tables and the system.
+
+    `settings`: settings in effect. `card`: card of the model, whose number of planes determines the memory of a unit.
+    `predicts`: False for a run without networks, which makes new tables from stored predictions. `previous`: plan of a
+    run in progress whose nodes have changed; None for a new run. Its networks stay as they are, and only their number
+    changes. Its halvings apply to the new plan, too.
+
+    ValueError if there are no nodes.
     """
     side = settings.infer.unit
     unit_bytes = card.layout.planes * side**2 + BLOCKS_AHEAD * _BLOCK_BYTES
@@ -233,10 +242,11 @@ def engine_plan(
 
 
 def runs_in_process(engine: EngineSettings, slides: Sequence[PlannedSlide]) -> bool:
-    """Return whether the backend is auto and runs the slides in one process.
+    """Return whether the backend is auto and the slides have so few tiles that one process suffices.
 
-    It does so if all slides together have at most IN_PROCESS_TILES tiles. False if a cluster is to be joined, or a
-    slide is in cloud storage, since its number of tiles is unknown.
+    All slides together must have at most IN_PROCESS_TILES tiles. False if a cluster is to be joined, or a slide is in
+    cloud storage, since its number of tiles is unknown. A run nevertheless uses Ray if one of its slides was begun
+    before, because the slide may have crashed its process.
     """
     if engine.backend != "auto" or engine.address or not all(slide.grid for slide in slides):
         return False
@@ -252,8 +262,11 @@ def in_process_line(slides: Sequence[PlannedSlide]) -> str:
 def resource_lines(settings: Settings, card: Card, slides: Sequence[PlannedSlide]) -> list[str]:
     """Return lines of text about the resources that `segment` will use, as far as they are known without Ray or torch.
 
-    `card`: card of the network. `slides`: slides of the cohort, whose tiles decide whether Ray is used. InputError
-    if the settings request more than this machine has; the resources of a cluster are not checked.
+    The resources of a cluster are not checked, and slides that were begun before are not considered.
+
+    `card`: card of the network. `slides`: slides of the cohort, whose tiles decide whether Ray is used.
+
+    InputError if the settings request more than this machine has.
     """
     engine = settings.engine
     reason = [in_process_line(slides)] if runs_in_process(engine, slides) else []

@@ -47,24 +47,27 @@ class RunRecorder:
         """Tiles and regions still to be done, by slide."""
 
     def log_event(self, event: str, **values: Any) -> None:
-        """Append an event to the run's log, events.jsonl.
+        """Append an event to the run's log, events.jsonl; it is dropped if the disk is full.
 
-        `event`: name of the event. `values`: its JSON values by name. OSError as in `EventLog.append`.
+        `event`: name of the event. `values`: its JSON values by name. OSError if the log cannot be written for another
+        reason.
         """
         self._ledger.events.append(event, **values)
 
     def fail_unreadable(self, record: SlideRecord, reason: str) -> None:
         """Record that a slide failed because its header cannot be read.
 
-        `record`: the slide in the cohort. `reason`: message for the user. TooManyFailures as in `fail`.
+        `record`: the slide in the cohort. `reason`: message for the user. TooManyFailures if more slides failed than
+        the settings allow, OSError if the log cannot be written.
         """
         self._failed(record, Stage.OPEN, reason)
 
     def skip_done(self, slide: PlannedSlide) -> bool:
         """Return whether an earlier start with the same run key finished the slide, so that it is skipped.
 
-        If so, count it as finished and, if the settings say so, remove its predictions. With --stop-at, a slide whose
-        density is estimated precisely enough is finished, too.
+        If so, count it as finished, call `on_done`, and remove the files of its sample and, if the settings say so, its
+        predictions. With --stop-at, a slide whose density is estimated precisely enough counts as finished, too; its
+        files stay, and `on_done` is not called. OSError if a file cannot be read or removed.
         """
         slide_id, sample = slide.record.slide_id, self._settings.sample
         key = self._run_keys[slide_id]
@@ -80,7 +83,9 @@ class RunRecorder:
     def skip_quarantined(self, slide: PlannedSlide, *, retry: bool) -> bool:
         """Return whether an earlier start with the same run key quarantined the slide, so that it is skipped.
 
-        If so, record it as failed. `retry`: end the quarantine instead, and return False. TooManyFailures as in `fail`.
+        If so, record it as failed. `retry`: whether to end the quarantine instead and return False. TooManyFailures if
+        more slides failed than the settings allow; OSError if quarantine.json cannot be read or removed, or the log
+        cannot be written.
         """
         record = slide.record
         quarantined = self._ledger.quarantined(record.slide_id, self._run_keys[record.slide_id])
@@ -100,7 +105,9 @@ class RunRecorder:
     def begin(self, slide: PlannedSlide) -> SlideLayout:
         """Open the slide's folder, record the start and show the slide's warnings. Return the paths of the slide.
 
-        Unfinished work with the same run key stays, and other work is removed. OSError if the folder cannot be written.
+        Unfinished work with the same run key stays; other work is removed, and so is an existing slide.json or
+        estimate.json. Call it only if `skip_done` is False for the slide. OSError if the folder or the log cannot be
+        written.
         """
         slide_id = slide.record.slide_id
         self._started[slide_id] = time.monotonic()
@@ -114,7 +121,8 @@ class RunRecorder:
     def record_survey(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:
         """Log the numbers of a slide's units and tiles, and add its tiles and regions to the progress.
 
-        `inferred`: units that earlier starts predicted. `posted`: number of regions that they post-processed.
+        `units`: units of the slide, or clusters of its sample. `inferred`: those that earlier starts predicted.
+        `posted`: number of regions that earlier starts post-processed. OSError if the log cannot be written.
         """
         tiles = sum(len(u.tile_cells) for u in units)
         self.log_event("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
@@ -125,7 +133,11 @@ class RunRecorder:
     def record_unit(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
         """Log that a unit's maps are in the store, with the seconds by stage, and add its time to `model_busy`.
 
-        Its tiles are not added to the progress, since the executor has already done so.
+        Its tiles are not added to the progress, since the executor has already done so. Call `record_survey` for the
+        slide first.
+
+        `slide_id`: slide of the unit. `seconds`: times of the unit by stage; without the stage infer, its maps were
+        stored before. OSError if the log cannot be written.
         """
         self.add_network_time(seconds)
         self._left[slide_id][0] -= len(unit.tile_cells)
@@ -143,7 +155,8 @@ class RunRecorder:
     def record_region(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
         """Log that the nuclei of the region of `unit` are on disk, and add the region to the progress.
 
-        `slide_id`: slide of the region. `seconds`: times of the region by stage. OSError as in `EventLog.append`.
+        Call `record_survey` for the slide first. `slide_id`: slide of the region. `seconds`: times of the region by
+        stage. OSError if the log cannot be written.
         """
         self._left[slide_id][1] -= 1
         self._timed_event("region_done", slide_id, unit, seconds)
@@ -172,10 +185,14 @@ class RunRecorder:
         return min(1.0, self._model.totals[Stage.INFER] / (self.networks * max(1e-9, ended - started)))
 
     def finish_slide(self, slide_id: str, values: Mapping[str, Any]) -> None:
-        """Declare the slide done: write slide.json, remove the predictions if the settings say so, and count the slide.
+        """Write slide.json or, if only the density is estimated, estimate.json, and count the slide as finished.
 
-        If only its density is estimated, estimate.json is written, and all its files stay. Warnings that arose since it
-        began are shown. `values`: the result of `hover_batch.sampled.finish`. OSError if the file cannot be written.
+        Warnings that arose since the slide began are shown. Once slide.json is written, the files of the slide's sample
+        and, if the settings say so, its predictions are removed, and `on_done` is called; with an estimate, all files
+        stay.
+
+        `values`: result of `hover_batch.sampled.finish`. OSError if a file cannot be written, or the sample's table
+        cannot be removed.
         """
         key, seconds = self._run_keys[slide_id], time.monotonic() - self._started[slide_id]
         estimate = values.get("estimate")
@@ -204,7 +221,7 @@ class RunRecorder:
     def withdraw(self, slide: PlannedSlide) -> None:
         """Remove the tiles and regions that `slide` still needs from the progress.
 
-        Call it when the slide failed or will start again.
+        Call it if the slide has failed or will start again.
         """
         tiles, regions = self._left.pop(slide.record.slide_id, [0, 0])
         self.progress.expect(-tiles, -regions)
@@ -212,9 +229,14 @@ class RunRecorder:
     def fail(self, slide: PlannedSlide, stage: Stage, error: Exception, trace: str | None = None) -> None:
         """Record that the slide failed at `stage`, and quarantine it if the error is SlideQuarantined.
 
-        What is left of the slide is removed from the progress. The traceback of an unexpected error is logged; `trace`:
-        that traceback, if another process raised the error. A PackageError is raised again, since it is not caused by
-        the slide. TooManyFailures if more slides failed than the settings allow.
+        The slide's unfinished tiles and regions are removed from the progress. The traceback of an unexpected error is
+        logged.
+
+        `trace`: traceback of the error, if another process raised it; None to use the traceback of `error`.
+
+        PackageError if `error` is one, since it is not caused by the slide: then nothing is recorded. TooManyFailures
+        if more slides failed than the settings allow. OSError if the log or, unless the disk is full, quarantine.json
+        cannot be written.
         """
         record = slide.record
         if isinstance(error, PackageError):

@@ -98,7 +98,7 @@ class SlideState:
     inferred: set[int] = field(default_factory=set)
     """Units that are predicted."""
     needs: dict[int, set[int]] = field(default_factory=dict)
-    """Region → units that it waits for. Once they are predicted, the region moves to `to_post`."""
+    """Units that a region waits for, by region. Once they are predicted, the region moves to `to_post`."""
     regions_left: int = 0
     """Number of regions that are not post-processed yet."""
     verdicts: Counter[tuple[Verdict, Task]] = field(default_factory=Counter)
@@ -132,7 +132,10 @@ class SlideState:
         self._finalize_if_complete()
 
     def look_again(self) -> None:
-        """Return the slide to the survey stage, which draws more clusters, since those so far do not suffice."""
+        """Return the slide to the survey stage, which draws more clusters because the present ones do not suffice.
+
+        The counts of its verdicts are reset.
+        """
         self.surveyed = False
         self.next_stage = Stage.SURVEY
         self.verdicts.clear()
@@ -189,11 +192,13 @@ class SlideState:
         )
 
     def retry_later(self, task: Task, unit_cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
-        """Retry a task later that did not find the results of the units in `unit_cells`, each (column, row).
+        """Retry later a task that did not find the results of the units in `unit_cells`.
 
-        A region waits for units that are not predicted yet. Otherwise the results should exist, and the file system may
-        not show them yet: the task is retried RETRY_S seconds after `now`. Return None, or the error with which the
-        slide must fail after MAX_TIMES[Verdict.RETRY] such faults.
+        Return None, or the error with which the slide must fail after MAX_TIMES[Verdict.RETRY] such faults. A region
+        waits for units that are not predicted yet. Otherwise the results should exist, and the file system may not show
+        them yet: the task is retried RETRY_S seconds after `now`.
+
+        `unit_cells`: (column, row) of each unit in the unit grid. `now`: time in seconds.
         """
         missing = self._indices(unit_cells)
         if task.stage is Stage.POST and not missing <= self.inferred:
@@ -278,10 +283,11 @@ class OpenSlides:
     ) -> Iterator[tuple[SlideState, Task]]:
         """Yield the tasks to submit now, except units, and remove them from the queues.
 
-        Tasks whose retry is due are queued first. `running`: number of tasks in progress, by stage. `max_surveys`:
-        maximum number of surveys in progress. `max_posts`: maximum number of regions and finalizations in progress.
-        `now`: time in seconds. Finalizations come before regions, since they end a slide, and the oldest slide comes
-        first.
+        Tasks whose retry is due are queued first. Finalizations come before regions, since they end a slide, and the
+        oldest slide comes first.
+
+        `running`: number of tasks in progress, by stage. `max_surveys`: maximum number of surveys in progress.
+        `max_posts`: maximum number of regions and finalizations in progress. `now`: time in seconds.
         """
         surveys = max_surveys - running[Stage.SURVEY]
         posts = max_posts - running[Stage.POST] - running[Stage.FINALIZE]
@@ -304,15 +310,17 @@ class OpenSlides:
     def apply(
         self, verdict: Verdict, slide: SlideState, task: Task, error: Exception, now: float, *, reduced: bool = False
     ) -> Exception | None:
-        """Apply the verdict on `error`, which interrupted `task`.
+        """Apply the verdict on `error`, which interrupted `task` of `slide`.
 
         Queue the task again, at once or for later, and return None; or close the slide and return the error with which
-        it fails. Do nothing if the slide has ended. `now`: time in seconds. `reduced`: whether the work at once was
-        reduced after the task was submitted, so that memory may suffice now.
+        it fails. Do nothing and return None if the slide has ended.
 
         Strikes, lost nodes and a lack of memory are logged. SHORT_OF_MEMORY reduces the work at once, unless `reduced`
         is set, and counts as a strike if that is not possible. DISK_FULL pauses the run; if only the disk for copies is
         full and another slide can still end and free some space, it puts this slide on hold instead.
+
+        `now`: time in seconds. `reduced`: whether the work at once was reduced after the task was submitted, so that
+        memory may suffice now.
         """
         if slide.ended:
             return None

@@ -43,10 +43,10 @@ class Uploaded:
     slides: int
     """Number of slides that are there."""
     left: Mapping[str, str]
-    """What is not there: slide_id, or "the files of the run" → reason."""
+    """Reason why something is not there, by slide_id; for the files of the whole run, by "the files of the run"."""
 
     def lines(self, root: Path, command: str) -> list[str]:
-        """Return the result of the upload as lines of text for the user.
+        """Return the result of the uploads as lines of text for the user.
 
         `root`: folder of the run. `command`: command that the user repeats to upload the missing files.
         """
@@ -74,7 +74,7 @@ class RunUpload:
         self._progress: CohortProgress | None = None
         self._log: Callable[..., None] = lambda event, **values: None
         self._left: dict[str, str] = {}
-        """Slides to be uploaded, and _RUN → reason why the last attempt failed; empty before the first."""
+        """Reason why the last attempt failed, by slide to be uploaded, or by _RUN; empty before the first attempt."""
         self._slides = self._uploaded = 0
         self._wake = threading.Event()
         self._ended = self._stopped = False
@@ -85,11 +85,14 @@ class RunUpload:
     ) -> None:
         """Check that the folder is empty or holds this run, upload run.json, and start the thread.
 
-        Call it once the run's own folder holds run.json. `run_keys`: run key of each slide by slide_id. `log`: appends
+        Call it once the run's own folder holds run.json.
+
+        `run_keys`: run key of each slide by slide_id. `progress`: display of the progress. `log`: function that appends
         an event to the run's log. `force`: remove another run's results from the folder first; files that the layout
         does not name stay.
 
-        InputError if the folder holds anything else, SettingsChanged if it holds another run.
+        InputError if the folder holds anything else, cannot be read or cannot be written. SettingsChanged if it holds a
+        run of other settings, or a finished slide with another run key.
         """
         self._progress, self._log = progress, log
         try:
@@ -148,7 +151,7 @@ class RunUpload:
         self._show()
 
     def result(self) -> Uploaded:
-        """Return what was uploaded and what is missing; complete only after the `with` block."""
+        """Return which slides were uploaded and what is missing; complete only after the `with` block."""
         left = {name or "the files of the run": reason for name, reason in self._left.items()}
         return Uploaded(self._folder.url, self._uploaded, left)
 

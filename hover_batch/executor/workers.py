@@ -48,7 +48,8 @@ BLOCKS_PER_TASK = 4
 def limit_threads() -> None:
     """Limit OpenCV and zarr in this process to one thread, for the core that a task reserves, and hide the GPUs.
 
-    OpenMP and BLAS follow OMP_NUM_THREADS, which Ray sets to the number of reserved cores; OpenCV and zarr do not.
+    OpenMP and BLAS follow OMP_NUM_THREADS, which Ray sets to the number of reserved cores; OpenCV and zarr do not. The
+    GPUs are hidden by CUDA_VISIBLE_DEVICES, which is set to "" in os.environ.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _limit_libraries()
@@ -86,8 +87,15 @@ def _copies(layout: SlideLayout, settings: Settings) -> Copies:
 def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout) -> Surveyed:
     """Find the tissue of a slide, and which of its units, or of the clusters of its next look, are done.
 
-    Corrupted units and leftovers of killed writes are removed from its store, so nothing else may write to the slide at
-    the same time. InputError or SlideError if the slide cannot be read, ScratchFull if there is no space for its copy.
+    survey.json and, for a sample, clusters.json are written, and the store is created if there is none. Corrupted units
+    and leftovers of killed writes are removed from it, so nothing else may write to the slide at the same time. A slide
+    in cloud storage is copied to this machine.
+
+    `slide`: slide as planned. `package`: package of the model. `settings`: settings in effect. `layout`: paths of the
+    slide's results, opened by `Ledger.open_slide`.
+
+    InputError if the pixel size is unknown; SlideError if the slide, its mask, or the results of the run that stored
+    its maps cannot be used; ScratchFull if there is no space for its copy; OSError if a file cannot be written.
     """
     limit_threads()
     seconds = Seconds()
@@ -109,9 +117,12 @@ def read_blocks(
 ) -> tuple[list[NDArray[np.uint8]], Seconds]:
     """Read boxes of a slide. Return the pixels of each, RGB (y, x, 3) uint8, in order, and the seconds by stage.
 
-    `boxes`: in inference pixels of `grid`. `fingerprint`: that of the slide, which its copy must have. `copies`: for
-    slides in cloud storage. InputError or SlideError if the slide cannot be read, ScratchFull if there is no space for
-    its copy.
+    The slide stays open in this process for the next call. A slide in cloud storage is copied to this machine first.
+
+    `record`: the slide. `fingerprint`: that of the slide, which its copy must have. `copies`: the run's copies on this
+    machine. `grid`: inference grid of the slide. `boxes`: in inference pixels of `grid`.
+
+    InputError or SlideError if the slide cannot be read, ScratchFull if there is no space for its copy.
     """
     limit_threads()
     seconds = Seconds()
@@ -129,8 +140,8 @@ def read_blocks(
 def post_region(work: SlideWork, index: int) -> Seconds:
     """Post-process the region of the unit `work.units[index]`, and write its nuclei. Return the seconds by stage.
 
-    UnitsMissing if it needs units that are not predicted, or not visible on this node. Other errors as in
-    `hover_batch.pipeline.post`.
+    UnitsMissing if it needs units that are not predicted, or not visible on this node. SlideError if another run has
+    taken over the slide's folder, or a shard is corrupted. OSError if the part cannot be written.
     """
     limit_threads()
     return post(work.units[index], work, open_store(work))
@@ -138,10 +149,14 @@ def post_region(work: SlideWork, index: int) -> Seconds:
 
 @ray.remote(num_cpus=1, max_retries=0)
 def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any] | None:
-    """Write the slide's tables and pictures. Return the content of slide.json or estimate.json; None for another look.
+    """Write the tables and pictures of a slide or of its estimate. Return the content of slide.json or estimate.json.
 
-    `seconds`: times of its earlier stages. UnitsMissing if results of units are not visible on this node. Other errors
-    as in `hover_batch.sampled.finish`.
+    The caller writes this file. Return None if the density is not precise enough, so that another look is needed.
+    `seconds`: times of the slide's earlier stages.
+
+    UnitsMissing if results of units are not visible on this node. InputError or SlideError if the slide cannot be read,
+    SlideError if another run has taken over its folder or two regions hold the same nucleus. ScratchFull if there is no
+    space for its copy, OSError if a file cannot be written.
     """
     limit_threads()
     with opened(work, _copies(work.layout, work.settings)) as reader:
@@ -171,7 +186,11 @@ class InferActor:
         return ray.get_runtime_context().get_node_id()
 
     def start(self) -> None:
-        """Load the network; call this once, before any unit. Errors as in `load_predictor`."""
+        """Load the network; call this once, before any unit.
+
+        OpenCV and zarr are limited to one thread in this process. PackageError if the package cannot be loaded,
+        InputError if the device cannot be used.
+        """
         _limit_libraries()
         self.predictor = self.load(self.package, self.settings)
 
@@ -179,7 +198,8 @@ class InferActor:
         """Predict the unit `work.units[index]`, and write its maps to the slide's store. Return the seconds by stage.
 
         WorkerDied if a process that reads its pixels died, ScratchFull if there is no space for the slide's copy,
-        NetworkFailed if the network raises an exception, SlideError if the slide cannot be read.
+        NetworkFailed if the network raises an exception, InputError or SlideError if the slide cannot be read,
+        SlideError if another run has taken over its folder, OSError if a file cannot be written.
         """
         return infer(work.units[index], work, self._reading(work), self.predictor, open_store(work), lambda _: None)
 

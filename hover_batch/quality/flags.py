@@ -201,8 +201,10 @@ RULES = (
 def flag_slides(slides: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Flag, ...]]:
     """Return the flags of each slide of a cohort, by slide_id; an empty tuple for a slide without flags.
 
-    `slides`: content of slide.json by slide_id. Slides are compared with each other if at least MIN_COHORT have a
-    measure. Measures that a slide lacks, because an older version made it, give no flags.
+    Slides are compared with each other if at least MIN_COHORT have a measure. Measures that a slide lacks, because an
+    older version made it, give no flags.
+
+    `slides`: content of slide.json by slide_id.
     """
     measures = {slide_id: _measures(slide) for slide_id, slide in slides.items()}
     cohort = _cohort_bounds(list(measures.values()))
@@ -214,10 +216,10 @@ def flag_slides(slides: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Flag
 
 
 def summary_columns(slide: Mapping[str, Any], flags: Sequence[Flag]) -> dict[str, Any]:
-    """Return one slide's quality columns in the summary, by name; None for values that the run did not measure.
+    """Return one slide's quality columns in the summary, values by column; None for those that were not measured.
 
-    `slide`: content of slide.json. `flags`: flags of the slide. `out_of_focus` is relative to the model's limits only,
-    not to the cohort.
+    `out_of_focus` is relative to the model's limits only, not to the cohort. `slide`: content of slide.json. `flags`:
+    flags of the slide.
     """
     measures = _measures(slide)
     columns = {f"{name}_mean": measures.get(name) for name in ("h_od", "e_od", "seg_score", "type_prob")}
@@ -273,7 +275,7 @@ def _cohort_bounds(slides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float
 
 
 def counts_of(flags: Mapping[str, Sequence[Flag]]) -> dict[FlagName, int]:
-    """Return the number of slides with each flag, in the order of FLAG_NAMES, without zeros.
+    """Return the number of slides with each flag, by flag in the order of FLAG_NAMES, without zeros.
 
     `flags`: flags of each slide, by slide_id.
     """

@@ -28,7 +28,8 @@ _MIN_PIXELS = 200
 def mean_measures(nuclei: Path) -> dict[str, float]:
     """Return the means of h_od, e_od, seg_score and type_prob over all nuclei, by name; empty if there are no nuclei.
 
-    `nuclei`: path of nuclei.parquet. OSError if it cannot be read.
+    h_od and e_od are optical densities, the others are from 0 to 1. `nuclei`: path of nuclei.parquet. OSError if it
+    cannot be read.
     """
     sums, count = dict.fromkeys(_MEANS, 0.0), 0
     with pq.ParquetFile(nuclei) as table:
@@ -42,9 +43,10 @@ def mean_measures(nuclei: Path) -> dict[str, float]:
 def sampled_fields(nuclei: Path, grid: Grid) -> list[Box]:
     """Return at most MAX_FIELDS fields in inference pixels, spread over those with at least MIN_NUCLEI nuclei.
 
-    The list is empty if there are none. `nuclei`: path of nuclei.parquet. `grid`: inference grid of the slide. Fields
-    are squares of side FIELD, aligned with the chunks of the store and clipped to the slide. OSError if the table
-    cannot be read.
+    The list is empty if no field has so many. Fields are squares of side FIELD, aligned with the chunks of the store
+    and clipped to the slide, in raster order. They are chosen at equal steps among all fields with enough nuclei.
+
+    `nuclei`: path of nuclei.parquet. `grid`: inference grid of the slide. OSError if the table cannot be read.
     """
     counts = np.zeros((-(-grid.size.height // FIELD), -(-grid.size.width // FIELD)), np.int64)
     with pq.ParquetFile(nuclei) as table:
@@ -60,21 +62,25 @@ def sampled_fields(nuclei: Path, grid: Grid) -> list[Box]:
 
 
 def field_sharpness(fields: list[Box], read: Callable[[Box], NDArray[np.uint8]], layout: MapLayout) -> list[float]:
-    """Return the `sharpness` of each field, in order, without fields that have too few pixels near nuclei.
+    """Return the sharpness of each field, in order, without fields that have too few pixels near nuclei.
 
-    `fields`: boxes in inference pixels. `read(box)` returns the stored maps (plane, y, x) uint8, in the planes of
-    `layout`; its exceptions propagate.
+    `fields`: boxes in inference pixels. `read`: function that returns the stored maps (plane, y, x) uint8 of a box; its
+    exceptions propagate. `layout`: planes of these maps.
     """
     values = [sharpness(maps[layout.hematoxylin], maps[layout.NP] >= layout.NP_NEAR) for maps in map(read, fields)]
     return [value for value in values if value is not None]
 
 
 def sharpness(hematoxylin: NDArray[np.uint8], near: NDArray[np.bool_]) -> float | None:
-    """Return the sharpness of nuclei: about 2 in a sharp field, 0.5 in a blurred one, and 0 in a uniform one.
+    """Return the sharpness of the nuclei of a field; None if too few pixels are near nuclei.
 
-    `hematoxylin` (y, x) uint8: stored densities. `near` (y, x) bool: pixels near nuclei, where they are stored. The
-    value is the root of the energy of the Laplacian divided by that of the gradient, which measures the mean spatial
-    frequency and does not depend on contrast and stain. None if too few pixels are near nuclei.
+    It is about 2 in a sharp field, 0.5 in a blurred one, and 0 in a uniform one. The field is first reduced by
+    _BINNING, to means of 2 × 2 inference pixels, so that 20× and 40× scans can be compared. The sharpness is the root
+    of the energy of the Laplacian divided by that of the gradient, per reduced pixel: it measures the mean spatial
+    frequency, and does not depend on contrast and stain.
+
+    `hematoxylin`: stored optical densities, (y, x) uint8 in inference pixels. `near`: whether a pixel is near a
+    nucleus, where densities are stored, (y, x) bool.
     """
     height, width = (extent // _BINNING for extent in near.shape)
     if not height * width:

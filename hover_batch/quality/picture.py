@@ -17,15 +17,17 @@ _PADDING = 3
 def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, float]:
     """Return the measures of a thumbnail by name.
 
-    `image`: RGB (y, x, 3) uint8, without drawings. `pixel_um`: side of its pixels in µm. The measures are
+    Pixels finer than 4 µm are first reduced to this size; the measures refer to the reduced thumbnail. Pixels whose R,
+    G and B are all at most 3 count as not scanned. Shares are from 0 to 1.
 
-    - `ink`: share of the picture with the colours of pens (blue, green, red, black), in spots several pixels wide;
-    - `brown`: share of the stained pixels that absorb blue most, as DAB does; 0 if there are none;
-    - `chroma`: 95th percentile of the difference between the largest and the smallest of R, G and B (0 to 255), without
-      black pixels; 0 if all are black;
-    - `dark`: share of pixels whose R, G and B are all below 200, black ones included.
+    - `ink`: share of the pixels with the colours of pens, in spots of at least 3 × 3 pixels: blue, green,
+      red, and black, for which R, G and B must be nearly equal, all below 60, and scanned.
+    - `brown`: share of the stained pixels that absorb blue most, as DAB does; 0 if no pixels are stained.
+    - `chroma`: 95th percentile, over the scanned pixels, of the difference between the largest and the smallest of R, G
+      and B (0 to 255); 0 if no pixels were scanned.
+    - `dark`: share of the pixels whose R, G and B are all below 200, including those that were not scanned.
 
-    Shares are from 0 to 1.
+    `image`: RGB (y, x, 3) uint8, without drawings. `pixel_um`: side of its pixels in µm.
     """
     scale = min(1.0, pixel_um / _CELL_UM)
     size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])

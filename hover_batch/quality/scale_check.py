@@ -60,7 +60,7 @@ class Trial:
 
     @property
     def fit(self) -> float:
-        """Measure of how well the nuclei fit the pixel size, at most 1; the highest is the best.
+        """Measure of how well the nuclei fit the pixel size, at most 1; higher is better.
 
         It is the mean seg_score, reduced by how much the area of the median nucleus differs from the usual one. The
         value is meaningless without nuclei.
@@ -71,9 +71,15 @@ class Trial:
 def check_scale(record: SlideRecord, predictor: Predictor, tissue: TissueSettings) -> str:
     """Return a sentence that says which pixel size the nuclei of a slide on disk fit best.
 
-    It begins with "warning:" if that is not the given one, or none fits. Without tissue or enough nuclei, it says that
-    the size was not checked, with a warning if the size is unusual and nuclei are missing. `tissue`: settings of the
-    tissue mask, in which the densest field is predicted. InputError or SlideError if the slide cannot be read.
+    The densest field is predicted at several pixel sizes. The sentence begins with "warning:" if the nuclei fit another
+    size better than the given one, or none fits. Without tissue or enough nuclei, it says that the size was not
+    checked, with a warning if the size is unusual and nuclei are missing.
+
+    `record`: row of the slide in the cohort. `predictor`: network, with its card. `tissue`: settings of the tissue
+    mask, in which the densest field is searched for.
+
+    InputError if the pixel size is unknown, or a DICOM folder holds several slides; SlideError if the slide cannot be
+    read. Errors of the network propagate.
     """
     with open_slide(record) as reader:
         mask = tissue_mask(reader, record, tissue)

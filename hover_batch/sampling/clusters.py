@@ -24,8 +24,10 @@ def clusters_of(units: Sequence[Unit], canvas: Size, side: int) -> tuple[Unit, .
     """Return the clusters that contain tiles of a slide's units, in raster order; empty if there are no tiles.
 
     Each cluster is a unit of work, whose column and row are those in the grid of clusters, and whose box and tiles
-    include the halo. `canvas`: size of the slide in inference pixels. `side`: side of a cluster in inference pixels,
-    without its halo; a multiple of the side of a tile.
+    include the halo.
+
+    `units`: units of the slide. `canvas`: size of the slide in inference pixels. `side`: side of a cluster in inference
+    pixels, without its halo; a multiple of the side of a tile.
     """
     planned = {cell for unit in units for cell in unit.tile_cells}
     if not planned:
@@ -44,10 +46,13 @@ def clusters_of(units: Sequence[Unit], canvas: Size, side: int) -> tuple[Unit, .
 def area_sums(
     picture: NDArray[np.generic], level0_per_pixel: Sequence[float], clusters: Sequence[Unit], grid: Grid, side: int
 ) -> NDArray[np.float64]:
-    """Return the integral of a picture over each cluster without its halo, (n,), with areas in level-0 pixels.
+    """Return the integral of a picture over each of n clusters without its halo, as float64 (n,).
 
-    `picture`: (y, x), which covers the slide. `level0_per_pixel`: size (x, y) of its pixels in level-0 pixels; a pixel
-    on the border of a cluster counts in part. `side`: side of a cluster in inference pixels of `grid`.
+    Areas are in level-0 pixels. A pixel on the border of a cluster counts in part.
+
+    `picture`: (y, x), which covers the slide. `level0_per_pixel`: size (x, y) of its pixels in level-0 pixels.
+    `clusters`: result of `clusters_of`. `grid`: inference grid of the slide. `side`: side of a cluster in inference
+    pixels.
     """
     scale_x, scale_y = level0_per_pixel
     height, width = picture.shape

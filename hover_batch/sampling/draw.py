@@ -41,9 +41,10 @@ class Draw:
         return tuple(sorted({max(MIN_CLUSTERS, math.ceil(share * n)) for share in FRACTIONS}))
 
     def sample(self, look: int) -> NDArray[np.int64]:
-        """Return the indices (k,) of the clusters of a look, in ascending order. `look`: its index in `looks`.
+        """Return the indices (k,) int64 of the clusters of a look, in ascending order.
 
-        There may be slightly more than `looks` states, because the number of each stratum is rounded up.
+        There may be slightly more than `looks` states, because the number of each stratum is rounded up. `look`: index
+        of the look in `looks`.
         """
         sizes = np.bincount(self.stratum)
         wanted = np.ceil(self.looks[look] * sizes / len(self.stratum))
@@ -51,7 +52,7 @@ class Draw:
 
 
 def draw(tissue: NDArray[np.float64], stain: NDArray[np.float64], seed: int) -> Draw:
-    """Divide clusters into strata by tissue area and stain, and put each stratum in random order.
+    """Divide n clusters into strata by tissue area and stain, and put each stratum in random order.
 
     `tissue`, `stain`: values of each cluster, (n,), in any unit; only their order matters. `seed`: seed of the random
     numbers; the same arguments give the same result.

@@ -35,7 +35,10 @@ class Density:
     """Upper end of the interval; None as for `low`."""
 
     def is_within(self, share: float) -> bool:
-        """Return whether the interval lies within ± `share` of the estimate (0.05: 5 %); False without an interval."""
+        """Return whether the interval lies within ± `share` of the estimate; False without an interval.
+
+        `share`: fraction of the estimate, such as 0.05 for 5 %.
+        """
         return self.high is not None and self.high - self.per_mm2 <= share * self.per_mm2
 
     def to_json(self) -> dict[str, float | None]:
@@ -61,10 +64,10 @@ class Sample:
     """Number of tiles of the whole slide."""
 
     def density(self, counts: NDArray[np.integer]) -> Density:
-        """Return the estimated density of the whole slide.
+        """Return the estimated density of the whole slide, in nuclei per mm² of tissue, with its interval.
 
-        `counts`: number of nuclei in each cluster of the sample, (n,). The interval is None if fewer than
-        MIN_CLUSTERS_WITH clusters have nuclei.
+        The interval is None if fewer than MIN_CLUSTERS_WITH clusters have nuclei. `counts`: number of nuclei in each
+        cluster of the sample, (n,).
         """
         drawn = np.bincount(self.stratum, minlength=len(self.clusters))
         weight = (self.clusters / drawn)[self.stratum]

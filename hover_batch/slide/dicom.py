@@ -48,9 +48,10 @@ def quiet_wsidicom() -> Iterator[None]:
 def open_dicom(folder: Path) -> Iterator[WsiDicom]:
     """Yield the slide of a DICOM folder, and close it when the block ends.
 
+    wsidicom alone would open the largest slide, and silently skip the others and corrupted instances.
+
     InputError if the folder holds several slides; SlideError if it holds none, or an instance cannot be read or has no
-    pixel spacing. Other errors of wsidicom propagate. wsidicom alone would open the largest slide and silently skip the
-    others, and corrupted instances.
+    pixel spacing. Other errors of wsidicom propagate.
     """
     slides = _slides_in(folder)
     if len(slides) > 1:

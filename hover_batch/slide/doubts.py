@@ -35,8 +35,10 @@ _MIN_ON_TISSUE = 0.5
 def doubts_of_levels(reader: SlideReader) -> list[str]:
     """Return a warning for each level that shows something else than the next finer one, such as a shifted picture.
 
-    Nuclei are found in the level nearest to the model's pixel size, and tissue in a coarse one. SlideError if the
-    pixels cannot be read.
+    Such a level matters, since nuclei are found in the level nearest to the model's pixel size, and tissue in a coarse
+    one. A few places with much texture are compared, by the mean colours of blocks. `reader`: open slide.
+
+    SlideError if the pixels cannot be read.
     """
     info = reader.info
     if len(info.downsamples) == 1:
@@ -57,8 +59,8 @@ def doubts_of_levels(reader: SlideReader) -> list[str]:
 def doubts_of_mask(reader: SlideReader, mask: TissueMask, settings: TissueSettings) -> list[str]:
     """Return a warning in a list if most of a given tissue mask lies where no tissue is detected; otherwise [].
 
-    `reader`: open slide. `mask`: the mask that the user gave. `settings`: settings of the detection. SlideError as in
-    `detect_tissue`.
+    `reader`: open slide. `mask`: the mask that the user gave. `settings`: settings of the detection. SlideError if the
+    pixels cannot be read.
     """
     detected = detect_tissue(reader, settings).array
     height, width = detected.shape

@@ -22,11 +22,14 @@ _SMALLEST_LEVEL = 256
 
 
 def write_example(folder: Path) -> Path:
-    """Write the example slides he_0.25.tif and he_0.5.tif (RGB, 0.25 and 0.5 µm per pixel) and their cohort.csv.
+    """Write two example slides and cohort.csv, which lists them. Return the path of cohort.csv.
 
-    Return the path of cohort.csv. `folder` is created if it does not exist. Files with the same content are left
-    untouched, so that a second run finds nothing changed. HoverBatchError if tiatoolbox, which contains the picture, is
-    not installed; OSError if a file cannot be written.
+    The slides are he_0.25.tif and he_0.5.tif, RGB with 0.25 and 0.5 µm per pixel. Files with the same content are left
+    untouched, so that a second run finds nothing changed; others are replaced.
+
+    `folder`: folder of the files, created if it does not exist.
+
+    HoverBatchError if tiatoolbox, which contains the picture, is not installed; OSError if a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     field = _field()
@@ -41,8 +44,11 @@ def write_example(folder: Path) -> Path:
 def write_pyramidal_tiff(path: Path, array: NDArray[np.uint8], mpp: float) -> None:
     """Write a lossless tiled TIFF with a pyramid of levels, each half the size of the previous one.
 
-    `array`: (y, x, 3) uint8 RGB. `mpp`: pixel size in µm, stored in the resolution tags. OpenSlide opens the file as
-    generic-tiff. An existing file is replaced, but left untouched if it has the same content.
+    OpenSlide opens the file as generic-tiff. An existing file is replaced, but left untouched if it has the same
+    content.
+
+    `array`: (y, x, 3) uint8 RGB. `mpp`: pixel size in µm, stored in the resolution tags. OSError if the file cannot be
+    written.
     """
     _write(path, _pyramidal_tiff(array, mpp))
 

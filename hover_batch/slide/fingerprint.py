@@ -15,11 +15,12 @@ ReadParts = Callable[[list[tuple[int, int]]], Iterable[bytes]]
 
 
 def fingerprint(path: Path, mpp: Mpp | None) -> str:
-    """Return the fingerprint of the slide at `path`: a hex SHA-256 that identifies its content.
+    """Return the fingerprint of the slide at `path`, a hex SHA-256 that identifies its content.
 
-    It covers the size and the first, middle and last MiB of each of the slide's files (those of a folder; for .mrxs
-    also those in the folder of the same name), and `mpp`, the pixel size that the cohort gives (None if it gives none).
-    It does not depend on path, host or time. OSError if a file cannot be read.
+    It covers the size and the first, middle and last MiB of each of the slide's files, and `mpp`; it does not depend on
+    path, host or time. The files are those of a folder; for .mrxs also those in the folder of the same name.
+
+    `mpp`: pixel size that the cohort gives; None if it gives none. OSError if a file cannot be read.
     """
 
     def range_reader(file: Path) -> ReadParts:
@@ -35,7 +36,7 @@ def fingerprint(path: Path, mpp: Mpp | None) -> str:
 
 
 def fingerprint_of(files: Iterable[tuple[int, ReadParts]], mpp: Mpp | None) -> str:
-    """Return the `fingerprint` of a slide whose files are in any storage.
+    """Return the fingerprint of a slide whose files are in any storage, equal to that of the same files on disk.
 
     `files`: size in bytes of each file and a function that reads ranges of it, in the order in which they are hashed.
     `mpp`: pixel size that the cohort gives; None if it gives none. Errors of the functions propagate.

@@ -60,9 +60,10 @@ class Header:
 def openslide_header(path: Path) -> Header:
     """Return the header of a file that OpenSlide opens.
 
-    The pixel size is OpenSlide's, or that of the resolution tags for a TIFF that is not a scanner's. SlideError if it
-    is a TIFF that is truncated, holds several pictures, or whose pixels OpenSlide cannot decode correctly. Errors of
-    OpenSlide propagate.
+    The pixel size is OpenSlide's, or that of the resolution tags for a TIFF that is not a scanner's.
+
+    SlideError if it is a TIFF that is truncated, holds several pictures, or whose pixels OpenSlide cannot decode
+    correctly. Errors of OpenSlide and tifffile propagate.
     """
     import openslide
 
@@ -114,7 +115,10 @@ def _warnings_of_aperio(properties: Mapping[str, str], level0: Size) -> tuple[st
 
 
 def is_ome(path: Path) -> bool:
-    """Return whether the file at `path` is an OME-TIFF. SlideError as in `open_tiff`."""
+    """Return whether the file at `path` is an OME-TIFF.
+
+    SlideError if it is a TIFF without a directory of its pixels, OSError if it cannot be read.
+    """
     tiff = open_tiff(path)
     if tiff is None:
         return False
@@ -125,9 +129,11 @@ def is_ome(path: Path) -> bool:
 def ome_tiff_header(path: Path) -> Header:
     """Return the header of an OME-TIFF: the levels of its largest image.
 
-    The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. SlideError unless the image
-    is one complete plane of 8-bit RGB in this file, and the only large one there; channels without names count as red,
-    green and blue, with a warning. Errors of tifffile propagate.
+    The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. Channels without names count
+    as red, green and blue, with a warning.
+
+    SlideError unless the image is one complete plane of 8-bit RGB in this file, and the only large one there. Errors of
+    tifffile and the XML parser propagate.
     """
     with tifffile.TiffFile(path) as tiff:
         series = list(tiff.series)
@@ -205,7 +211,8 @@ def _ome_size(pixels: Mapping[str, str]) -> StatedSize:
 def dicom_header(path: Path) -> Header:
     """Return the header of the slide in the DICOM folder `path`.
 
-    SlideError if the pixels are not RGB with 8 bits per channel; other errors as in `open_dicom`.
+    InputError if the folder holds several slides; SlideError if it holds none, an instance cannot be read or has no
+    pixel spacing, or the pixels are not RGB with 8 bits per channel. Other errors of wsidicom propagate.
     """
     with open_dicom(path) as wsi:
         levels = tuple(Size(level.size.width, level.size.height) for level in wsi.levels)
@@ -225,8 +232,8 @@ def dicom_header(path: Path) -> Header:
 def picture_header(path: Path) -> Header:
     """Return the header of a plain picture (PNG, JPEG or TIFF), which has one level.
 
-    The pixel size is taken from TIFF tags only; the resolution of a PNG or JPEG is reported as unusable. SlideError as
-    in `open_picture`.
+    The pixel size is taken from TIFF tags only; the resolution of a PNG or JPEG is reported as unusable. SlideError if
+    the picture is not supported (see `open_picture`).
     """
     with open_picture(path) as picture:
         size = StatedSize(None)
@@ -246,7 +253,7 @@ def open_picture(path: Path) -> Image.Image:
 
     SlideError if the format is unknown, the pixels are not 8-bit grey or colour, there are more than
     MAX_PICTURE_PIXELS, a tag tells programs to turn the picture, or a TIFF is truncated, holds several pictures or is
-    compressed in a way that Pillow cannot decode.
+    compressed in a way that Pillow cannot decode. OSError if the file cannot be read.
     """
     if (tiff := open_tiff(path)) is not None:
         with tiff:
@@ -307,9 +314,10 @@ def _quiet() -> Iterator[None]:
 def bands(picture: Image.Image, mode: str | None = None) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
     """Decode a picture in horizontal bands; yield (slice of rows, pixels) of each, from top to bottom.
 
-    Pixels are (y, x) or (y, x, channels) uint8, but bool for Pillow's mode 1. They are converted to Pillow's `mode` if
-    it is given. Converting the whole picture at once would hold several copies of it in memory. Errors of Pillow
-    propagate.
+    Pixels are (y, x) or (y, x, channels) uint8, but bool for Pillow's mode 1. Converting the whole picture at once
+    would hold several copies of it in memory.
+
+    `mode`: Pillow's mode to which each band is converted; None to keep that of the picture. Errors of Pillow propagate.
     """
     for top in range(0, picture.height, _BAND_ROWS):
         bottom = min(top + _BAND_ROWS, picture.height)

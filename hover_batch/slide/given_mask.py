@@ -36,8 +36,9 @@ _REGION = "Region*"
 def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> NDArray[np.bool_]:
     """Return a mask of the cohort (GeoJSON or PNG) as bool (y, x), True on tissue, that spans the slide's whole canvas.
 
-    `level0`: size of the canvas in pixels. `bounds`: the slide's non-empty region in level-0 pixels, None if it has
-    none. `scale`: level-0 pixels per mask pixel, used for polygons; a PNG keeps its own resolution up to MAX_MASK_SIDE.
+    `path`: file of the mask. `level0`: size of the canvas in level-0 pixels. `bounds`: the slide's non-empty region in
+    level-0 pixels; None if it has none. `scale`: level-0 pixels per mask pixel, used for polygons; a PNG keeps its own
+    resolution up to MAX_MASK_SIDE.
 
     InputError if the mask cannot be read, does not fit the slide, or has no tissue on it.
     """
@@ -56,9 +57,10 @@ def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> ND
 def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None) -> list[str]:
     """Check that a mask of the cohort can be used; return warnings for the user, an empty list if there are none.
 
-    `level0`: size of the slide's canvas; None to check only that the mask can be read. `bounds`: the slide's non-empty
-    region in level-0 pixels; None if it has none. InputError if the mask cannot be read, does not fit the slide, or has
-    no tissue on it.
+    `path`: file of the mask. `level0`: size of the slide's canvas in level-0 pixels; None to check only that the mask
+    can be read. `bounds`: the slide's non-empty region in level-0 pixels; None if it has none.
+
+    InputError if the mask cannot be read, does not fit the slide, or has no tissue on it.
     """
     return _check_png(path, level0, bounds) if _is_png(path) else _check_geojson(path, level0, bounds)
 

@@ -65,8 +65,10 @@ class SlideInfo:
 def peek(record: SlideRecord) -> SlideInfo:
     """Return the properties of a slide on disk, from its header and its row of the cohort, without decoding pixels.
 
-    The file is read in part for its fingerprint. InputError if the pixel size is unknown, or a DICOM folder holds
-    several slides. SlideError if the file cannot be read or its format is not supported.
+    The file is read in part for its fingerprint. `record`: row of the slide in the cohort.
+
+    InputError if the pixel size is unknown, or a DICOM folder holds several slides. SlideError if the file cannot be
+    read or its format is not supported.
     """
     return describe(record, read_header(record.file, kind_of(record.file)))
 
@@ -74,8 +76,10 @@ def peek(record: SlideRecord) -> SlideInfo:
 def describe(record: SlideRecord, header: Header) -> SlideInfo:
     """Return a slide's properties, from its header and its row of the cohort, with its fingerprint and all warnings.
 
-    Pixel size and magnification of the row take precedence. InputError if neither gives a pixel size, SlideError if the
-    file cannot be read for its fingerprint.
+    The pixel size and the magnification of the row take precedence. `record`: row of the slide in the cohort. `header`:
+    header of the slide's file, from `read_header`.
+
+    InputError if neither gives a pixel size, SlideError if the file cannot be read for its fingerprint.
     """
     file_mpp = header.size.mpp
     mpp = record.mpp or file_mpp
@@ -116,10 +120,12 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
 
 
 def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
-    """Return the number of level-0 pixels per pixel of a level: (x, y).
+    """Return the number (x, y) of level-0 pixels per pixel of a level.
 
     The sizes of the levels are rounded: 32914 rows become 8228 at a quarter, but each pixel is still 4 wide, not
     4.0002. So the ratio is rounded to a whole number if this explains the size to within one pixel of the level.
+
+    `level0`, `level`: sizes of level 0 and of the level, in their own pixels.
     """
 
     def ratio(full: int, reduced: int) -> float:
@@ -130,10 +136,12 @@ def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
 
 
 def kind_of(path: Path) -> Kind:
-    """Return the kind of the slide at `path`, which determines the library that reads it: dicom for any folder.
+    """Return the kind of the slide at `path`, which determines the library that reads it.
 
-    SlideError if the file does not exist, is empty or cannot be read, or has a scanner's suffix but is not recognised
-    by OpenSlide.
+    Any folder counts as a DICOM slide.
+
+    SlideError if the file does not exist, is empty or cannot be read, is a TIFF without a directory of its pixels, or
+    has a scanner's suffix but is not recognised by OpenSlide.
     """
     if path.is_dir():
         return "dicom"
@@ -157,7 +165,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def read_header(path: Path, kind: Kind) -> Header:
-    """Read the header of a file or folder with the library for its kind.
+    """Return the header of a file or folder, read with the library for its kind.
 
     SlideError with path and reason if it cannot be read. InputError if a DICOM folder holds several slides.
     """
@@ -175,7 +183,7 @@ def read_header(path: Path, kind: Kind) -> Header:
 def slide_errors(path: Path) -> Iterator[None]:
     """Convert all exceptions in the block, such as those of decoding libraries, to a SlideError with path and reason.
 
-    Its message is one line. Errors of hover-batch pass through.
+    `path`: path of the slide, for the message, which is one line. Errors of hover-batch pass through.
     """
     try:
         yield

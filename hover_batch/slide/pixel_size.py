@@ -48,10 +48,12 @@ def to_float(text: object) -> float | None:
 
 
 def stated_size(x: object, y: object, source: str, unit: str = "µm") -> StatedSize:
-    """Check the pixel size along x and y that a file gives in `unit`, and convert it to µm.
+    """Return the pixel size that a file gives, checked and converted to µm.
 
-    `source`: where the values are, for messages, such as "its header". The result has no size if both values are None,
-    and no size but a reason if they are not plausible numbers in a known unit.
+    It has no size if both values are None, and no size but a reason if they are not plausible numbers in a known unit.
+
+    `x`, `y`: values along x and y, as numbers or text. `source`: where the values are, for messages, such as "its
+    header". `unit`: unit of the values: nm, µm, mm, cm or inch.
     """
     if x is None and y is None:
         return StatedSize(None)
@@ -68,10 +70,10 @@ def stated_size(x: object, y: object, source: str, unit: str = "µm") -> StatedS
 
 
 def tiff_size(page: tifffile.TiffPage) -> StatedSize:
-    """Return the pixel size from the resolution tags of a TIFF page.
+    """Return the pixel size that the resolution tags of a TIFF page give.
 
-    The tags are in pixels per cm or inch, or per unit that ImageJ writes. The result has no size if there are none, and
-    no size but a reason if they cannot be used.
+    The tags are in pixels per cm or inch, or per unit that ImageJ writes. The result has no size if there are no tags,
+    and no size but a reason if they cannot be used.
     """
     x, y = (_per_unit(page, name) for name in ("XResolution", "YResolution"))
     if x is None or y is None:
@@ -103,9 +105,11 @@ def check_mpp(mpp: Mpp) -> None:
 def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> list[str]:
     """Return up to two warnings about the pixel size `mpp`, in µm; an empty list if it is plausible.
 
-    The first says that it differs from the size `stated` in the file by more than MPP_TOLERANCE (None: not compared).
-    The second says that it is unusual for slides, not square, or does not match the objective's `magnification` (None:
-    not checked).
+    The first says that it differs from the file's by more than MPP_TOLERANCE. The second says that it is unusual for
+    slides, not square, or does not match the magnification.
+
+    `stated`: pixel size that the file gives, in µm; None if it gives none. `magnification`: objective's power; None if
+    it is unknown.
     """
     messages = []
     if stated is not None:

@@ -40,17 +40,17 @@ class SlideReader(Protocol):
         ...
 
     def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:
-        """Read a box of the inference grid and return it as RGB (y, x, 3) uint8.
+        """Return the pixels of a box as RGB (y, x, 3) uint8, resampled to a grid over the slide.
 
-        `box`: in pixels of `grid`; parts outside `grid.size` are mirrored. ValueError if the grid belongs to a slide of
-        another size, SlideError if the pixels cannot be read.
+        `box`: in pixels of `grid`; parts outside `grid.size` are mirrored. `grid`: inference grid or any other grid
+        over this slide. ValueError if it belongs to a slide of another size, SlideError if the pixels cannot be read.
         """
         ...
 
     def thumbnail(self, max_side: int) -> NDArray[np.uint8]:
         """Return the whole canvas as RGB (y, x, 3) uint8, with a longer side of at most `max_side` pixels.
 
-        It is never enlarged. SlideError if the pixels cannot be read.
+        It is reduced, but never enlarged. SlideError if the pixels cannot be read.
         """
         ...
 
@@ -68,7 +68,8 @@ class SlideReader(Protocol):
 def open_slide(record: SlideRecord) -> SlideReader:
     """Open a slide on disk for reading; the caller closes it.
 
-    InputError if its pixel size is unknown, or a DICOM folder holds several slides; SlideError if it cannot be read.
+    `record`: row of the slide in the cohort. InputError if its pixel size is unknown, or a DICOM folder holds several
+    slides; SlideError if it cannot be read.
     """
     kind = kind_of(record.file)
     info = describe(record, read_header(record.file, kind))
@@ -85,11 +86,14 @@ class GridReader:
         self._path = path
 
     def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:
-        """Read a box of the inference grid and return it as RGB (y, x, 3) uint8.
+        """Return the pixels of a box as RGB (y, x, 3) uint8, resampled to a grid over the slide.
 
-        `box`: in pixels of `grid`; parts outside `grid.size` are mirrored. The pixels do not depend on the box in which
-        they are read. ValueError if the grid belongs to a slide of another size, SlideError if the pixels cannot be
-        read.
+        The pixels do not depend on the box in which they are read.
+
+        `box`: in pixels of `grid`; parts outside `grid.size` are mirrored. `grid`: inference grid or any other grid
+        over this slide.
+
+        ValueError if the grid belongs to a slide of another size, SlideError if the pixels cannot be read.
         """
         if grid.level0 != self.info.level0:
             raise ValueError(f"the grid was laid over {grid.level0}, the slide has {self.info.level0}")
@@ -139,7 +143,7 @@ class GridReader:
     def thumbnail(self, max_side: int) -> NDArray[np.uint8]:
         """Return the whole canvas as RGB (y, x, 3) uint8, with a longer side of at most `max_side` pixels.
 
-        It is never enlarged. SlideError if the pixels cannot be read.
+        It is reduced, but never enlarged. SlideError if the pixels cannot be read.
         """
         grid = whole_grid(self.info, max(1.0, max(self.info.level0.width, self.info.level0.height) / max_side))
         return self.read(grid.size.box, grid)
@@ -160,8 +164,8 @@ class GridReader:
 def whole_grid(info: SlideInfo, scale: float) -> Grid:
     """Return a grid for pictures of the whole slide, whose pixels cover the canvas exactly.
 
-    `scale`: level-0 pixels per pixel of the grid. It is adjusted slightly along x and y so that the grid has whole
-    pixels.
+    `info`: properties of the slide. `scale`: level-0 pixels per pixel of the grid. It is adjusted slightly along x and
+    y so that the grid has whole pixels.
     """
     width, height = max(1, round(info.level0.width / scale)), max(1, round(info.level0.height / scale))
     scale_x, scale_y = info.level0.width / width, info.level0.height / height
@@ -177,7 +181,8 @@ def whole_grid(info: SlideInfo, scale: float) -> Grid:
 def best_level(levels: Sequence[Size], grid: Grid) -> int:
     """Return the index of the coarsest level that is not coarser than the grid; 0 if all are.
 
-    `levels`: sizes in pixels, largest first. A level that is coarser by up to 1 % counts as not coarser.
+    A level that is coarser by up to 1 % counts as not coarser. `levels`: sizes in pixels, largest first. `grid`: grid
+    over the slide.
     """
     allowed = 1 + _LEVEL_TOLERANCE
     ratios = [level_ratios(grid.level0, size) for size in levels]

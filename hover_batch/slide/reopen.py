@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
 
 def reopen(record: SlideRecord, survey: Path) -> SlideReader:
-    """Open the slide of a finished run for viewing.
+    """Open the slide of a finished run for viewing, and return a reader, which the caller closes.
 
-    Return a reader, which the caller closes. `survey`: path of the run's survey.json for this slide. SlideError if the
-    slide is missing, in cloud storage or unreadable, or is not the file that was segmented, or survey.json is
-    corrupted; OSError if survey.json is missing; InputError as in `open_slide`.
+    `record`: row of the slide in the run's slides.csv. `survey`: path of the run's survey.json for this slide.
+
+    SlideError if the slide is missing, in cloud storage or unreadable, or is not the file that was segmented, or
+    survey.json is corrupted. OSError if survey.json is missing or cannot be read. InputError if the pixel size of the
+    slide is unknown, or a DICOM folder holds several slides.
     """
     if isinstance(record.path, Url):
         raise SlideError(f"{record.path} is in cloud storage, and is not downloaded for viewing")

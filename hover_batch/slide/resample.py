@@ -24,9 +24,11 @@ weight, summed over the taps, fits 32."""
 def taps(step: float, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Return the source pixels and the weights for output pixels `start` … `stop`−1 along one axis.
 
-    `step`: source pixels per output pixel. Returns `first` (n,) int64, the index of the first source pixel of each
-    output pixel, which may lie outside the source, and `weights` (n, taps) int32, for that pixel and those after it.
-    Each row of the weights sums to 2^14.
+    They are two arrays: `first` (n,) int64, the index of the first source pixel of each output pixel, which may lie
+    outside the source; and `weights` (n, taps) int32, for that pixel and those after it. Each row of the weights sums
+    to 2^14.
+
+    `step`: source pixels per output pixel, above 0.
     """
     width = max(step, 1.0)
     count = math.ceil(4 * width)
@@ -58,11 +60,13 @@ def resample(
     column_weights: NDArray[np.int32],
     out: NDArray[np.uint8],
 ) -> None:
-    """Resample `source`, RGB (y, x, 3) uint8, into `out`, RGB (h, w, 3) uint8.
+    """Resample `source`, RGB (y, x, 3) uint8, into `out`, RGB (h, w, 3) uint8, which is changed in place.
 
-    `rows` (h, taps) and `columns` (w, taps) are the indices of the source pixels for each output row and column; they
-    must lie inside the source. `row_weights` and `column_weights`: their weights, of the same shapes (see `taps`).
     Values are rounded and clipped to 0 … 255.
+
+    `rows` (h, taps), `columns` (w, taps): int64 indices of the source pixels for each output row and column; they must
+    lie inside the source, which is not checked. `row_weights`, `column_weights`: their weights, int32 of the same
+    shapes (see `taps`).
     """
     _resample(np.ascontiguousarray(source), rows, row_weights, columns, column_weights, out)
 

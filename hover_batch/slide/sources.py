@@ -40,10 +40,9 @@ class Source(Protocol):
         ...
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Read a box of a level and return it as RGB (y, x, 3) uint8.
+        """Return the pixels of a box of a level as RGB (y, x, 3) uint8; transparent or missing parts are white.
 
-        `box`: in pixels of that level, inside it. Transparent or missing parts are white. Errors of the library
-        propagate.
+        `level`: index of the level. `box`: in pixels of that level, inside it. Errors of the library propagate.
         """
         ...
 
@@ -53,10 +52,12 @@ class Source(Protocol):
 
 
 def open_source(path: Path, kind: Kind) -> Source:
-    """Open a slide with the library for its kind (see `kind_of`); the caller closes it.
+    """Open a slide with the library for its kind; the caller closes it.
 
-    A picture is decoded into memory, with SlideError as in `open_picture`; of the other kinds, only the headers of the
-    levels are read. Errors of the library propagate.
+    A picture is decoded into memory; of the other kinds, only the headers of the levels are read.
+
+    `kind`: result of `kind_of`. SlideError if a picture is not supported (see `open_picture`). Errors of the library
+    propagate.
     """
     if kind == "picture":
         return PictureSource(path)
@@ -104,7 +105,7 @@ class OpenSlideSource:
         self.levels = tuple(Size(w, h) for w, h in self._slide.level_dimensions)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Read a box of a level and return it as RGB (y, x, 3) uint8, with transparent parts white.
+        """Return the pixels of a box of a level as RGB (y, x, 3) uint8; transparent parts are white.
 
         `level`: index of the level. `box`: in pixels of the level, inside it. Errors of OpenSlide propagate.
         """
@@ -141,7 +142,7 @@ class TiffSource:
         self.levels = tuple(Size(array.shape[1], array.shape[0]) for array in self._arrays)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Read a box of a level and return it as RGB (y, x, 3) uint8.
+        """Return the pixels of a box of a level as RGB (y, x, 3) uint8.
 
         `level`: index of the level. `box`: in pixels of the level, inside it. Errors of tifffile propagate.
         """
@@ -164,7 +165,7 @@ class DicomSource:
         self.levels = tuple(Size(level.size.width, level.size.height) for level in self._wsi.levels)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Read a box of a level and return it as RGB (y, x, 3) uint8, with transparent parts white.
+        """Return the pixels of a box of a level as RGB (y, x, 3) uint8; transparent parts are white.
 
         `level`: index of the level. `box`: in pixels of the level, inside it. Errors of wsidicom propagate.
         """

@@ -39,7 +39,7 @@ SPARED_BYTES = 256 << 20
 """Space left free on the scratch disk for other programs."""
 
 _held: dict[Path, int] = {}
-"""Lock file → descriptor by which this process holds it."""
+"""Descriptor by which this process holds a lock file, by lock file."""
 _holding = threading.Lock()
 
 
@@ -54,9 +54,10 @@ class Copies:
 
     @classmethod
     def of_run(cls, root: Path, scratch: str) -> Self:
-        """Return the copies of the run with the output folder `root`, into which only one run writes at a time.
+        """Return the copies of the run with the output folder `root`. Nothing is created yet.
 
-        `scratch`: folder for the copies; "" for the machine's folder for temporary files. Nothing is created yet.
+        `root`: absolute path of the folder, into which only one run writes at a time. `scratch`: folder for the copies;
+        "" for the machine's folder for temporary files.
         """
         return cls(scratch, hashlib.sha256(os.fsencode(root)).hexdigest()[:16])
 
@@ -76,12 +77,14 @@ class Copies:
     def staged(self, record: SlideRecord, expected: str) -> Iterator[SlideRecord]:
         """Yield the record with the path of a copy on this machine, which is made if it does not exist.
 
-        If another process is making the copy, wait for it. Up to ATTEMPTS attempts are made. A record of a slide on
-        disk is yielded unchanged. `expected`: fingerprint that the copy must have. The copy stays until `release` or
-        `close`. In the text of a HoverBatchError from the block, its path is replaced by the URL.
+        If another process is making the copy, wait for it. Up to ATTEMPTS attempts are made. The copy stays until
+        `release` or `close`. The run's folder of copies is opened first (see `open`). A record of a slide on disk is
+        yielded unchanged. In the text of a HoverBatchError from the block, the path of the copy is replaced by the URL.
 
-        InputError or SlideError if the slide cannot be copied or its fingerprint differs, ScratchFull if there is no
-        space for the copy now.
+        `expected`: fingerprint that the copy must have.
+
+        InputError or SlideError if the slide cannot be copied or its fingerprint differs, InputError if the folder for
+        copies cannot be used, ScratchFull if there is no space for the copy now.
         """
         if not isinstance(record.path, Url):
             yield record
@@ -140,7 +143,9 @@ class Copies:
         """Create the run's folder of copies on this machine if it does not exist, and lock it.
 
         This process holds the lock until `close` or its end. The first call also removes copies of runs that were
-        killed. InputError if the folder cannot be written or belongs to another user, ScratchFull if its disk is full.
+        killed.
+
+        InputError if the folder cannot be written or belongs to another user, ScratchFull if its disk is full.
         """
         with _holding:
             if self._is_held():
@@ -187,14 +192,17 @@ class Copies:
                 lock.unlink()
 
     def release(self, slide_id: str) -> None:
-        """Remove the copy of the slide `slide_id` on this machine, if any.
+        """Remove the copy of the slide `slide_id` on this machine, if any; errors are ignored.
 
         Processes that have opened the copy can still read it.
         """
         shutil.rmtree(self._folder / slide_id, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove all copies of the run on this machine, and release this process's lock. Call it when the run ends."""
+        """Remove all copies of the run on this machine, and release this process's lock.
+
+        Call it when the run ends. Errors while removing copies are ignored; OSError if the lock file cannot be removed.
+        """
         shutil.rmtree(self._folder, ignore_errors=True)
         with _holding:
             self._lock.unlink(missing_ok=True)

@@ -22,10 +22,12 @@ from hover_batch.slide.tissue import TissueMask
 
 
 def write_survey(path: Path, info: SlideInfo, mask: TissueMask) -> None:
-    """Write a slide's properties and its tissue mask to `path` (survey.json), atomically.
+    """Write a slide's properties and its tissue mask to `path` (survey.json) in one step.
 
-    The mask is stored as lengths of runs of equal pixels in raster order. The first run is background; its length is
-    0 if the first pixel is tissue. OSError if the file cannot be written.
+    The mask is stored as lengths of runs of equal pixels in raster order. The first run is background; its length is 0
+    if the first pixel is tissue.
+
+    `info`: properties of the slide. `mask`: tissue mask of the slide. OSError if the file cannot be written.
     """
     flat = mask.array.ravel()
     changes = np.flatnonzero(np.diff(flat, prepend=False))
@@ -40,7 +42,7 @@ def write_survey(path: Path, info: SlideInfo, mask: TissueMask) -> None:
 
 
 def read_info(path: Path) -> SlideInfo:
-    """Read the properties of a slide from the survey.json at `path`.
+    """Return the properties of a slide from the survey.json at `path`.
 
     SlideError if the file is corrupted, OSError if it is missing or cannot be read.
     """
@@ -58,7 +60,7 @@ def read_info(path: Path) -> SlideInfo:
 
 
 def read_tissue(path: Path) -> TissueMask:
-    """Read the tissue mask of a slide from the survey.json at `path`.
+    """Return the tissue mask of a slide from the survey.json at `path`.
 
     SlideError if the file is corrupted, OSError if it is missing or cannot be read.
     """

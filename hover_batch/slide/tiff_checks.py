@@ -30,7 +30,7 @@ tifffile.logger().addHandler(logging.NullHandler())
 
 
 def open_tiff(path: Path) -> tifffile.TiffFile | None:
-    """Open the TIFF at `path`, which the caller closes; None if the file is of another format.
+    """Open the TIFF at `path`, which the caller closes; None if the file has another format.
 
     SlideError if the TIFF has no directory of its pixels, OSError if it cannot be read.
     """
@@ -56,7 +56,8 @@ def first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
 def check_for_openslide(path: Path, tiff: tifffile.TiffFile, *, generic: bool) -> None:
     """Raise SlideError if OpenSlide would read a TIFF wrongly or not at all.
 
-    `generic`: whether OpenSlide opens it as a generic TIFF, not as the format of a scanner.
+    `path`: path for messages. `tiff`: the open file. `generic`: whether OpenSlide opens it as a generic TIFF, not as
+    the format of a scanner.
     """
     _check_pages(path, tiff, _OPENSLIDE_COMPRESSIONS)
     if generic:
@@ -65,7 +66,7 @@ def check_for_openslide(path: Path, tiff: tifffile.TiffFile, *, generic: bool) -
 
 
 def check_for_pillow(path: Path, tiff: tifffile.TiffFile) -> None:
-    """Check that Pillow would read the TIFF correctly. SlideError if it would not.
+    """Raise SlideError if Pillow would read a TIFF wrongly or not at all.
 
     `path`: path for messages. `tiff`: the open file.
     """
@@ -76,8 +77,8 @@ def check_for_pillow(path: Path, tiff: tifffile.TiffFile) -> None:
 def check_ome(path: Path, images: Sequence[tifffile.TiffPageSeries], largest: tifffile.TiffPageSeries) -> None:
     """Raise SlideError unless the largest image of an OME-TIFF is one complete plane of 8-bit RGB.
 
-    Also raise it if another image has more than half of its pixels. `largest`: the one of the file's `images` that is
-    read.
+    Also raise it if another image has more than half of its pixels. `path`: path for messages. `images`: images of the
+    file. `largest`: the one of them that is read.
     """
     extents = dict(zip(largest.axes, largest.shape, strict=True))
     if len(largest.axes) != 3 or extents.get("S", extents.get("C")) != 3 or largest.dtype != "uint8":
@@ -211,8 +212,8 @@ def _check_extra_samples(path: Path, page: tifffile.TiffPage) -> None:
 
 
 def is_alpha(extra_samples: tuple[int, ...]) -> bool:
-    """Return whether the first of `extra_samples`, a TIFF's values of ExtraSamples, is transparency.
+    """Return whether the first extra sample of a TIFF is transparency; by the standard, it may be anything else.
 
-    By the standard, an extra sample may be anything else.
+    `extra_samples`: values of the tag ExtraSamples; empty if there is none.
     """
     return extra_samples[:1] in ((1,), (2,))

@@ -49,8 +49,12 @@ class Unit:
 def plan_units(grid: Grid, mask: TissueMask, unit: int, tile_side: int) -> tuple[Unit, ...]:
     """Return the units with at least one tile within TISSUE_REACH of tissue, in raster order.
 
-    `unit`: side of a unit in inference pixels. `tile_side`: side of a tile's output without its margins. The choice of
-    tiles does not depend on `unit`. ValueError if `unit` is not a multiple of `tile_side`.
+    The choice of tiles does not depend on `unit`.
+
+    `grid`: inference grid of the slide. `mask`: tissue of the slide. `unit`: side of a unit in inference pixels.
+    `tile_side`: side of a tile's output without its margins, in inference pixels.
+
+    ValueError if `unit` is not a multiple of `tile_side`.
     """
     if unit % tile_side:
         raise ValueError(f"a unit of {unit} does not hold whole tiles of {tile_side}")

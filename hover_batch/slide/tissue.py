@@ -48,15 +48,18 @@ class TissueMask:
     """Whether the user supplied the mask, so that nuclei outside it are removed."""
 
     def meets(self, box: Box, grid: Grid) -> bool:
-        """Return whether there is tissue in `box`, given in inference pixels of `grid`; none is outside the canvas."""
+        """Return whether there is tissue in `box`; outside the canvas there is none.
+
+        `box`: in inference pixels of `grid`.
+        """
         return bool(self.meets_product([(box.x0, box.x1)], [(box.y0, box.y1)], grid)[0, 0])
 
     def meets_product(
         self, columns: list[tuple[int, int]], rows: list[tuple[int, int]], grid: Grid
     ) -> NDArray[np.bool_]:
-        """Return a bool array (rows, columns): whether tissue lies where each row span crosses each column span.
+        """Return whether there is tissue where each row span crosses each column span, as bool (rows, columns).
 
-        `columns` and `rows`: spans [start, stop) in inference pixels of `grid` along x and y.
+        `columns`, `rows`: spans [start, stop) in inference pixels of `grid` along x and y.
         """
         x0, x1 = _pixels(columns, grid.scale_x / self.level0_per_pixel[0], self.array.shape[1])
         y0, y1 = _pixels(rows, grid.scale_y / self.level0_per_pixel[1], self.array.shape[0])
@@ -67,9 +70,9 @@ class TissueMask:
         return found
 
     def contains(self, x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-        """Return whether each position lies on tissue, as bool of the same shape.
+        """Return whether each position lies on tissue, as a bool array of the shape of `x` and `y`.
 
-        `x`, `y`: arrays of positions in level-0 pixels. Positions outside the canvas do not lie on tissue.
+        Positions outside the canvas do not lie on tissue. `x`, `y`: arrays of positions in level-0 pixels.
         """
         column = np.floor(np.asarray(x) / self.level0_per_pixel[0]).astype(np.int64)
         row = np.floor(np.asarray(y) / self.level0_per_pixel[1]).astype(np.int64)
@@ -107,11 +110,13 @@ class TissueMask:
         return shapely.MultiPolygon(list(shapely.transform(tissue, lambda xy: xy * scale)))
 
     def write_geojson(self, path: Path, bounds: Box | None = None) -> None:
-        """Write the outline to `path` as a GeoJSON FeatureCollection for QuPath.
+        """Write the outline to `path` as a GeoJSON FeatureCollection for QuPath; an existing file is replaced.
 
-        It has one annotation, or none if there is no tissue. Positions are in level-0 pixels from the corner of the
-        slide's `bounds`, or of the canvas if that is None, as in the QuPath export of nuclei. OSError if the file
-        cannot be written.
+        It has one annotation, or none if there is no tissue. Positions are in level-0 pixels from the corner of
+        `bounds`, as in the QuPath export of nuclei.
+
+        `bounds`: the slide's non-empty region in level-0 pixels; None if it has none, so that positions start at the
+        corner of the canvas. OSError if the file cannot be written.
         """
         origin = qupath_origin(bounds)
         outline = shapely.transform(self.polygons(), lambda points: points - origin)
@@ -135,8 +140,10 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
     excluded, but red pen is not. Pieces smaller than `settings.min_tissue_um2` are removed, and holes smaller than it
     are filled. A canvas below 1 mm² is tissue as a whole, or not at all if it is nearly all background.
 
-    `reader`: open reader of the slide. SlideError if the row's mask cannot be used on this slide, or the pixels cannot
-    be read.
+    `reader`: open reader of the slide. `record`: the slide's row of the cohort. `settings`: settings of the tissue
+    mask.
+
+    SlideError if the row's mask cannot be used on this slide, or the pixels cannot be read.
     """
     info = reader.info
     if record.mask_path is not None:
@@ -154,7 +161,10 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
 def detect_tissue(reader: SlideReader, settings: TissueSettings) -> TissueMask:
     """Return the tissue of the slide that `reader` has opened, detected by its colour; see `tissue_mask`.
 
-    `settings`: resolution of the mask and smallest area of tissue. SlideError if the pixels cannot be read.
+    The mask has pixels of `settings.mask_mpp` µm, or larger ones so that no side is longer than MAX_MASK_SIDE pixels;
+    they are never smaller than those of the slide. `settings`: settings of the tissue mask.
+
+    SlideError if the pixels cannot be read.
     """
     info = reader.info
     grid = whole_grid(info, _mask_scale(info.level0, info.mpp, settings.mask_mpp))
