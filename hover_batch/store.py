@@ -83,7 +83,10 @@ class PredictionStore:
         errors of zarr, mostly ValueError, if its zarr.json is corrupted.
         """
         store = LocalStore(path, read_only=read_only)
-        return cls(zarr.open_array(store, mode="r" if read_only else "r+"), path)
+        try:
+            return cls(zarr.open_array(store, mode="r" if read_only else "r+"), path)
+        except AttributeError as error:  # zarr takes for granted that zarr.json holds an object
+            raise ValueError(f"{path / 'zarr.json'}: is corrupted") from error
 
     def write(self, box: Box, maps: NDArray[np.uint8]) -> str | None:
         """Write whole units and sync them to disk, and return the SHA-256 of their shards, as `shard_sha256` does.

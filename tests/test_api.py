@@ -140,6 +140,9 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     store.write_text(store.read_text().replace('"od_scale"', '"od"').replace('"mpp"', '"pixel"'))
     with pytest.raises((SlideError, PackageError), match="pixel"):
         hover_batch.load_predictions(store.parent.parent)
+    store.write_text("[]")
+    with pytest.raises(SlideError, match=r"zarr\.json: is corrupted"):
+        hover_batch.load_predictions(store.parent.parent)
     with pytest.raises(AttributeError, match="no attribute 'segment_slides'"):
         hover_batch.segment_slides  # noqa: B018
 

@@ -332,7 +332,7 @@ def describe(card: Card) -> list[str]:
         "source": listed_entries(nested(card.training, "source")),
         "licence": card.licence,
     }
-    return [card.name, *(f"  {name}: {_line(value)}" for name, value in rows.items() if value)]
+    return [_line(card.name), *(f"  {name}: {_line(value)}" for name, value in rows.items() if value)]
 
 
 def _line(value: object) -> str:
