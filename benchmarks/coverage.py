@@ -64,7 +64,9 @@ def write(output: Path, sources: dict[str, Any]) -> None:
     """Write the results of all `sources`, and print the coverage of each and of all together."""
     report = {"sources": sources, "pooled": pooled(list(sources.values()))}
     write_atomically(output, json.dumps(report, allow_nan=False) + "\n")
-    print(*(f"{source}: {result['coverage']}" for source, result in sources.items()), report["pooled"], sep="\n")
+    for source, result in sources.items():
+        print(f"{source}: {result['coverage']}, {result['total']}")
+    print(report["pooled"], flush=True)
 
 
 def measure(source: str, checkpoint: Path, data: Path, most: int) -> dict[str, Any]:
@@ -114,15 +116,23 @@ def refitted(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def intervals(fitted_on: Sequence[CountedImage], tested_on: Sequence[CountedImage]) -> dict[str, Any]:
-    """Return the error of counts in the images `fitted_on`, and the coverage of its intervals of `tested_on`."""
+    """Return the error of counts in the images `fitted_on`, and how its intervals hold on each of `tested_on`.
+
+    `total`: the same for all of `tested_on` together, as slides of one source: the interval of true ÷ counted nuclei.
+    """
     error = fit_count_error(fitted_on)
     assert error is not None
     hits = [hit for image in tested_on if (hit := image.is_covered(error)) is not None]
+    counted = sum(image.predicted for image in tested_on)
+    interval = error.interval([(image.predicted, image.mm2) for image in tested_on])
+    assert interval is not None
+    low, high = interval
     return {
         "count_error": error.to_json(),
         "fitted_on": [asdict(image) for image in fitted_on],
         "tested_on": [asdict(image) for image in tested_on],
         "coverage": coverage(sum(hits), len(hits)),
+        "total": {"low": low / counted, "high": high / counted, "true": sum(i.true for i in tested_on) / counted},
     }
 
 
