@@ -8,10 +8,10 @@ For image i of slide j of source s, ln((true + ½) ÷ (predicted + ½)) = mean +
   (missed + false) ÷ (true · predicted).
 
 The variances are estimated by restricted maximum likelihood (REML). With few sources, the variance of sources would
-often be zero by chance, and the error of a cohort would vanish with the number of its slides. So its root has the
-prior of Chung et al. (2013, A nondegenerate penalized likelihood estimator for variance parameters in multilevel
-models), a density proportional to it. This moves an estimate of zero by about one standard error, and multiplies one
-that is known well by (sources - 1) / (sources - 2).
+often be zero by chance, and the error of a cohort would vanish with the number of its slides. So the standard deviation
+of sources has the prior of Chung et al. (2013, A nondegenerate penalized likelihood estimator for variance parameters
+in multilevel models), a density proportional to it. This moves an estimate of zero by about one standard error, and
+multiplies a variance that is known well by (sources - 1) / (sources - 2).
 
 The interval of a new slide is that of random-effects meta-analysis (Higgins et al. 2009, A re-evaluation of
 random-effects meta-analysis), but Student's t distribution has (sources - 1) degrees of freedom, those of a variance of
@@ -32,7 +32,8 @@ from scipy.optimize import minimize
 from hover_batch.uncertainty import CountError
 
 MIN_SOURCES = 3
-"""Smallest number of sources; with two, the 90 % interval would extend 6.3 standard deviations to each side."""
+"""Smallest number of sources; with two, the 90 % interval would extend 6.3 standard deviations to each side, and
+the prior would leave the likelihood without a maximum."""
 
 
 @dataclass(frozen=True)
