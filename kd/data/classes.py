@@ -56,10 +56,19 @@ Their other pixels may be nuclei, so they are used to train classes only. A pred
 be correct, so Dice, AJI, PQ, F_d and precision are meaningless, but not the recall of the outlined nuclei and the
 accuracy of their types."""
 
+SLIDES_UNKNOWN = frozenset({"consep", "cpm15", "gbm40", "nuinsseg"})
+"""Sources whose groups are neither slides nor patients. CoNSeP and GBM40 do not say which slide an image is from; the
+groups of CPM-15 are guessed, and those of NuInsSeg are organs. They only keep similar images in one fold."""
+
 
 def fully_annotated(samples: Iterable[Sample]) -> list[Sample]:
     """Return the samples whose source outlines every nucleus. Only these can be scored with PQ."""
     return [sample for sample in samples if sample.source not in PARTIAL]
+
+
+def slide_of(sample: Sample) -> str:
+    """Return the slide or patient of `sample`; the sample's own id if it is unknown."""
+    return sample.id if sample.source in SLIDES_UNKNOWN else sample.group or sample.id
 
 
 def sources_by_class(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, list[str]]:

@@ -1,7 +1,10 @@
 """Measure the errors of a model on annotated images, for its card: those of its probabilities and of its counts.
 
-Predicted and annotated nuclei are paired as in HoVerNet's reference (`match_as_hovernet`). Sources that do not outline
-every nucleus are not used, not even for types, because their images do not show whether a predicted nucleus is false.
+A predicted nucleus is true if it is paired with an annotated one, one to one, at most DETECTION_RADIUS_UM apart. The
+pairs are those of `match_centroids`, since a probability must depend on the nucleus and what is near it: with the pairs
+of HoVerNet's reference, unpaired nuclei elsewhere in the image separate nuclei that are close to each other. Sources
+that do not outline every nucleus are not used, not even for types, because their images do not show whether a predicted
+nucleus is false.
 """
 
 from __future__ import annotations
@@ -14,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.formatting import counted
-from hover_batch.metrics import DETECTION_RADIUS_UM, match_as_hovernet
+from hover_batch.metrics import DETECTION_RADIUS_UM, match_centroids
 from hover_batch.model.heads import MapLayout
 from hover_batch.nuclei.components import Splitter
 from hover_batch.nuclei.image import nuclei_of
 from hover_batch.taxonomy import Taxonomy
 from hover_batch.uncertainty import CALIBRATED, BetaScaling, Uncertainty
-from kd.data.classes import fully_annotated
+from kd.data.classes import fully_annotated, slide_of
 from kd.data.samples import MPP, Sample
 from kd.evaluation.count_error import MIN_SOURCES, CountedImage, fit_count_error
 from kd.evaluation.evaluate import MapsOf, centroids_and_types
@@ -61,7 +64,7 @@ def paired_images(
     for sample in fully_annotated(samples):
         _, nuclei = nuclei_of(maps_of(sample.image), splitter, MapLayout(n_types))
         true_xy, true_types = centroids_and_types(sample, n_types)
-        pairs = match_as_hovernet(
+        pairs = match_centroids(
             true_xy, np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1), DETECTION_RADIUS_UM / MPP
         )
         annotated, predicted = pairs.T
@@ -70,7 +73,7 @@ def paired_images(
             PairedImage(
                 CountedImage(
                     source=sample.source,
-                    slide=sample.group or sample.id,
+                    slide=slide_of(sample),
                     true=len(true_xy),
                     predicted=len(nuclei),
                     paired=len(pairs),
