@@ -32,9 +32,8 @@ def task_resources(engine: EngineSettings, log: Path) -> Iterator[Resources]:
     """Yield the resources for `map_tasks`: of this machine or, with Ray, of a cluster that is started or joined.
 
     `engine`: settings that choose the backend (auto counts as ray) and limit its resources. `log`: file for Ray's
-    output. The cluster is
-    stopped or left when the block ends. InputError if the settings request more than is available, or no cluster
-    answers; HoverBatchError if Ray does not start.
+    output. The cluster is stopped or left when the block ends. InputError if the settings request more than is
+    available, no cluster answers, or Ray does not start.
     """
     settings = Settings(engine=engine)
     if engine.backend == "local":
