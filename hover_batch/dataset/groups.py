@@ -105,8 +105,13 @@ class Comparison:
 def densities_sql(subject: Subject, by: str, of: str | None = None) -> str:
     """Return the SQL of the densities, nuclei per mm² of tissue, with one row per group and patient.
 
-    `by`: column with the group. `of`: the only class; None for all. InputError as in `counts_sql`.
+    `by`: column with the group, not patient_id. `of`: the only class; None for all. InputError as in `counts_sql`.
     """
+    if by == "patient_id":
+        raise InputError(
+            "--by patient_id: a patient alone is no group; give a column that divides the patients into groups, such "
+            "as group, or see each patient's densities with `hover-batch cohort counts --by patient_id`"
+        )
     column, source = subject.column(by)
     columns = [f"{column} AS {identifier(by)}", "slides.patient_id"]
     columns += [f"{density_sql(number)} AS {density}" for number, density in measures(subject, of)]
@@ -119,8 +124,8 @@ def densities_sql(subject: Subject, by: str, of: str | None = None) -> str:
 def compare_densities(subject: Subject, by: str, of: str | None = None) -> Comparison:
     """Compare the densities of each two groups of patients.
 
-    InputError if a group has fewer than MIN_PATIENTS patients, a patient is in several groups, or there are not 2 to
-    _MAX_GROUPS groups; also as in `counts_sql`.
+    InputError if `by` is patient_id, a group has fewer than MIN_PATIENTS patients, a patient is in several groups, or
+    there are not 2 to _MAX_GROUPS groups; also as in `counts_sql`.
     """
     relation = subject.dataset.select(densities_sql(subject, by, of))
     names, rows = relation.columns[2:], relation.fetchall()

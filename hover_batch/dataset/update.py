@@ -53,7 +53,7 @@ def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify:
     Slides that the data set holds already are not read again; a slide whose table has changed since is replaced. Slides
     that are not done, or whose table cannot be read, are skipped. If the command is interrupted, repeat it: what is
     added stays. `slide_ids`: the slides to add; empty for all. `notify` is called with a line about each slide that is
-    added or skipped. `flag`: option that named the data set, for messages.
+    added or skipped, and at the end about those that are missing. `flag`: option that named the data set, for messages.
 
     InputError if `folder` holds no run, a slide is not in it, `dataset` holds anything else, is being written, or holds
     other slides of the same names; OSError if a file cannot be written, UploadError if a bucket cannot be reached.
@@ -63,6 +63,11 @@ def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify:
     with open_writer(dataset, flag) as writer:
         update = _Update(source, writer, notify)
         update.run(chosen)
+    if missing := update.result.skipped:
+        notify(
+            f"{len(chosen) - len(missing):,} of {counted(len(chosen), 'slide')} are in the data set; missing: "
+            f"{listed(missing)}. To add them, complete the run with `{source.command}`, and repeat this command"
+        )
     return update.result
 
 
