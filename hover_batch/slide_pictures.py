@@ -20,7 +20,7 @@ THUMBNAIL_SIDE = 1024
 
 
 def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, float]:
-    """Draw thumbnail.jpg, the whole slide with the tissue's outline, and return the measures of the picture by name.
+    """Draw thumbnail.jpg, the whole slide with the tissue's outline, and return the measures of picture and mask by name.
 
     `work`: slide to draw. `reader`: reader of the slide; None for stored maps. Then both are copied from the run that
     stored the maps, if it has them; its version of hover-batch may not have stored the measures.
@@ -32,12 +32,13 @@ def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, flo
         if work.maps.thumbnail_jpg.is_file():
             shutil.copyfile(work.maps.thumbnail_jpg, layout.thumbnail_jpg)
         measured = (read_json(work.maps.slide_json) or {}).get("quality", {})
-        return {name: measured[name] for name in PICTURE_MEASURES if name in measured}
+        return {name: measured[name] for name in (*PICTURE_MEASURES, "mask_on_tissue") if name in measured}
     image = reader.thumbnail(THUMBNAIL_SIDE)
     view = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
     rings = [ring for polygon in work.mask.polygons().geoms for ring in (polygon.exterior, *polygon.interiors)]
     write_thumbnail(layout.thumbnail_jpg, view, [np.asarray(ring.coords) for ring in rings])
-    return picture_measures(image, view.scale_x * work.info.mpp.x)
+    measures = picture_measures(image, view.scale_x * work.info.mpp.x)
+    return measures if work.mask_on_tissue is None else measures | {"mask_on_tissue": work.mask_on_tissue}
 
 
 def draw_overlay(work: SlideWork, reader: SlideReader | None) -> None:

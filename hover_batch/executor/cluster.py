@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hover_batch.config import InferSettings
-from hover_batch.errors import HoverBatchError, InputError
+from hover_batch.errors import InputError
 from hover_batch.executor.resources import Resources
 from hover_batch.model.package import Package
 
@@ -64,7 +64,7 @@ def started(
     `log`: file to which output is appended; it is created with its folder when needed. `object_store_bytes`: size of
     Ray's object store. `warn`: shows a line about each failed attempt that is followed by another.
 
-    HoverBatchError if Ray does not start in START_ATTEMPTS attempts, OSError if its temporary folder or `log` cannot be
+    InputError if Ray does not start in START_ATTEMPTS attempts, OSError if its temporary folder or `log` cannot be
     written.
     """
     prepare_own_cluster()
@@ -149,7 +149,7 @@ def _init(**settings: Any) -> None:
 
 
 def _start(resources: Resources, object_store_bytes: int, folder: Path, log: Path, warn: Callable[[str], None]) -> None:
-    """Start Ray with its files in `folder`. HoverBatchError if it fails START_ATTEMPTS times."""
+    """Start Ray with its files in `folder`. InputError if it fails START_ATTEMPTS times."""
     import ray
 
     for attempt in range(1, START_ATTEMPTS + 1):
@@ -170,7 +170,7 @@ def _start(resources: Resources, object_store_bytes: int, folder: Path, log: Pat
             _kill_processes_of(folder)
             reason = str(error).strip().splitlines()[0]
             if attempt == START_ATTEMPTS:
-                raise HoverBatchError(
+                raise InputError(
                     f"Ray did not start on this machine in {START_ATTEMPTS} attempts ({reason}); try again when the "
                     "machine is less busy, or use --backend local, which does not need Ray"
                 ) from error

@@ -36,8 +36,7 @@ def task_resources(engine: EngineSettings, log: Path) -> Iterator[Resources]:
     `engine`: settings that choose the backend (auto counts as ray) and limit its resources. `log`: file for Ray's
     output.
 
-    InputError if the settings request more than is available, or no cluster answers; HoverBatchError if Ray does not
-    start.
+    InputError if the settings request more than is available, no cluster answers, or Ray does not start.
     """
     settings = Settings(engine=engine)
     if engine.backend == "local":

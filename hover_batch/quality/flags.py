@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 FlagName = Literal[
     "no_tissue",
+    "mask",
     "no_nuclei",
     "few_nuclei",
     "many_nuclei",
@@ -53,6 +54,7 @@ _LOGARITHMIC = {"nuclei_per_mm2", "area_um2", "sharpness"}
 _MIN_SPREAD = {"nuclei_per_mm2": 0.2, "area_um2": 0.12, "sharpness": 0.2, "seg_score": 0.04, "type_prob": 0.03}
 """Minimum standard deviation of a cohort, logarithmic for factors, since serial sections are nearly equal."""
 
+_ON_TISSUE_SHARE = 0.5
 _BLURRED_SHARE = 0.3
 _INK_SHARE = 0.005
 _BROWN_SHARE = 0.15
@@ -127,6 +129,13 @@ RULES = (
         lambda s: s["tissue_mm2"] == 0,
         "No tissue was found. Look at thumbnail.jpg: if there is tissue, run the slide with --tissue all or give its "
         "outline as mask_path.",
+    ),
+    _Rule(
+        "mask",
+        lambda s: s["mask_on_tissue"] is not None and s["mask_on_tissue"] < _ON_TISSUE_SHARE,
+        "Only {s[mask_on_tissue]:.0%} of the mask lies on stained tissue. Look at thumbnail.jpg: check that the mask "
+        "was drawn on this slide, is neither flipped nor inverted, and counts in level-0 pixels, not in µm or pixels "
+        "of another level.",
     ),
     _Rule(
         "no_nuclei",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hover_batch.geometry import Box, Grid, cell_box
 from hover_batch.slide.tissue import TissueMask
@@ -46,6 +47,19 @@ class Unit:
         return f"r{self.row:05d}_c{self.column:05d}"
 
 
+def tiles_near(grid: Grid, mask: TissueMask, tile_side: int) -> NDArray[np.bool_]:
+    """Return a bool array (row, column) of the tiles that cover the slide: whether tissue is within TISSUE_REACH.
+
+    `tile_side`: side in inference pixels of a tile's output without its margins.
+    """
+    columns, rows = -(-grid.size.width // tile_side), -(-grid.size.height // tile_side)
+    return mask.meets_product(
+        [(c * tile_side - TISSUE_REACH, (c + 1) * tile_side + TISSUE_REACH) for c in range(columns)],
+        [(r * tile_side - TISSUE_REACH, (r + 1) * tile_side + TISSUE_REACH) for r in range(rows)],
+        grid,
+    )
+
+
 def plan_units(grid: Grid, mask: TissueMask, unit: int, tile_side: int) -> tuple[Unit, ...]:
     """Return the units with at least one tile within TISSUE_REACH of tissue, in raster order.
 
@@ -58,12 +72,7 @@ def plan_units(grid: Grid, mask: TissueMask, unit: int, tile_side: int) -> tuple
     """
     if unit % tile_side:
         raise ValueError(f"a unit of {unit} does not hold whole tiles of {tile_side}")
-    columns, rows = -(-grid.size.width // tile_side), -(-grid.size.height // tile_side)
-    near = mask.meets_product(
-        [(c * tile_side - TISSUE_REACH, (c + 1) * tile_side + TISSUE_REACH) for c in range(columns)],
-        [(r * tile_side - TISSUE_REACH, (r + 1) * tile_side + TISSUE_REACH) for r in range(rows)],
-        grid,
-    )
+    near = tiles_near(grid, mask, tile_side)
     tiles_along = unit // tile_side
     units = []
     for column, row in grid.size.box.cells(unit):

@@ -20,6 +20,7 @@ from hover_batch.config import TissueSettings
 from hover_batch.errors import InputError, SlideError
 from hover_batch.geometry import Box, Grid, Mpp, Size, qupath_origin
 from hover_batch.slide.given_mask import MAX_MASK_SIDE, given_mask
+from hover_batch.slide.headers import SlideInfo
 from hover_batch.slide.reader import SlideReader, whole_grid
 
 GIVEN_MPP = 2.0
@@ -147,15 +148,19 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
     """
     info = reader.info
     if record.mask_path is not None:
-        scale = _mask_scale(info.level0, info.mpp, GIVEN_MPP)
         try:
-            array = given_mask(record.mask_path, info.level0, info.bounds, scale)
+            return read_given_mask(record.mask_path, info)
         except InputError as error:  # not found before the run if the slide is in cloud storage: only this slide fails
             raise SlideError(str(error)) from error
-        return TissueMask(array, (info.level0.width / array.shape[1], info.level0.height / array.shape[0]), given=True)
     if settings.tissue == "all":
         return TissueMask(np.ones((1, 1), bool), (float(info.level0.width), float(info.level0.height)))
     return detect_tissue(reader, settings)
+
+
+def read_given_mask(path: Path, info: SlideInfo) -> TissueMask:
+    """Return the mask that the cohort gives in the file `path` for the slide of `info`. Errors as in `given_mask`."""
+    array = given_mask(path, info.level0, info.bounds, _mask_scale(info.level0, info.mpp, GIVEN_MPP))
+    return TissueMask(array, (info.level0.width / array.shape[1], info.level0.height / array.shape[0]), given=True)
 
 
 def detect_tissue(reader: SlideReader, settings: TissueSettings) -> TissueMask:
