@@ -127,8 +127,8 @@ class Ledger:
         the table's columns. `cohort`: slides of the run. `versions`: versions by package. `command`: words of the
         command line. `force`: whether to remove the results in the folder first. `run_keys`: run keys by slide_id.
 
-        InputError if run.json is corrupted, OSError if a file cannot be written. Unless `force` is set, SettingsChanged
-        if the run in the folder has another model, results key or schema version, or a finished slide another run key.
+        InputError if run.json is corrupted, OSError if a file cannot be written. Without `force`, SettingsChanged if
+        the run in the folder has another model, results key or schema version, or a finished slide has another run key.
         """
         identity = run_identity(model, settings.results_key(), schema_version)
         stored = self._read_run()
@@ -253,7 +253,7 @@ class Ledger:
     def is_estimated(self, slide_id: str, key: str, of: str, stop_at: float) -> bool:
         """Return whether the slide's density is estimated precisely enough, and the table of its clusters exists.
 
-        estimate.json must have the run key `key` and the density `of` (`nuclei` or a class) within ± `stop_at`, a
+        estimate.json must have the run key `key`, and the density `of` (`nuclei` or a class) to within ± `stop_at`, a
         fraction. If so, the slide counts as done in the log's last event. OSError if a file cannot be read.
         """
         slide = self.layout.slide(slide_id)
@@ -320,7 +320,7 @@ class Ledger:
         return stored["stage"], stored["reason"]
 
     def end_quarantine(self, slide_id: str) -> None:
-        """Remove the slide's quarantine.json, if any, to process the slide again. OSError if it cannot be removed."""
+        """Remove quarantine.json, if any, so that the slide is processed again. OSError if it cannot be removed."""
         _remove(self.layout.slide(slide_id).quarantine_json)
 
     def failures(self) -> tuple[SlideFailure, ...]:

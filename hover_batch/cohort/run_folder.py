@@ -71,7 +71,7 @@ def _named(layout: RunLayout, flag: str) -> str:
 
 
 def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
-    """Return the cohort's slides in the order of slides.csv; None if the file is not written yet.
+    """Return the cohort's slides in the order of slides.csv; None if the file has not been written yet.
 
     `layout`: paths of the run.
 
@@ -110,7 +110,9 @@ def _record(layout: RunLayout, row: dict[str, str]) -> SlideRecord:
 
 
 def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
-    """Return the paths of the cohort's slides by slide_id, in the order of slides.csv; empty if it is not written yet.
+    """Return the paths of the cohort's slides by slide_id, in the order of slides.csv.
+
+    The result is empty if slides.csv has not been written yet.
 
     `layout`: paths of the run.
 
@@ -135,7 +137,7 @@ def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict
     count as finished, so that `segment` makes it again.
 
     `slide`: paths of the slide's results. `failed_at`: time when the slide failed since the run was last started; None
-    if it did not. A slide.json from before this time does not count, since that start has rejected it.
+    if it did not. A slide.json that was written before this time does not count, since that start has rejected it.
 
     OSError if the file cannot be read.
     """
@@ -174,9 +176,9 @@ def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
 def why_not_done(slide: SlideLayout) -> str:
     """Return why a slide has no table of all its nuclei, and the remedy, as the predicate of a sentence.
 
-    It begins with "is" and follows the name of the slide.
+    The predicate begins with "is"; the name of the slide goes before it.
 
-    `slide`: paths of the slide's results, which is not done. OSError if estimate.json cannot be read.
+    `slide`: paths of the results of a slide that is not done. OSError if estimate.json cannot be read.
     """
     if estimate_of(slide) is not None:
         return "is only estimated from a part of it; repeat the segment command without --stop-at to complete it"
@@ -185,6 +187,8 @@ def why_not_done(slide: SlideLayout) -> str:
 
 def estimate_line(estimate: Mapping[str, Any]) -> str:
     """Return the estimated density of a slide and its interval, per mm² of tissue, as a phrase for the user.
+
+    An example is "2,310 nuclei per mm² of tissue (2,200 to 2,420), estimated from 40 of 400 clusters".
 
     `estimate`: content of `estimate` in estimate.json.
     """

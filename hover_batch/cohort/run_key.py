@@ -88,9 +88,9 @@ def refuse_changes(root: Path | Url, stored: Mapping[str, Any], wanted: Mapping[
 
 
 def refuse_other_slides(root: Path | Url, stored: Mapping[str, str | None], run_keys: Mapping[str, str]) -> None:
-    """Raise SettingsChanged if a finished slide in `root` has another run key than the slide of this id in the cohort.
+    """Raise SettingsChanged if the run key of a finished slide in `root` differs from that of the cohort's slide.
 
-    The model and the settings are the same (see `refuse_changes`), so the file, pixel size or mask must differ.
+    Call it after `refuse_changes`: model and settings are then the same, and the file, pixel size or mask must differ.
 
     `root`: the run's folder, for the message. `stored`: run keys of finished slides by slide_id; None for slides that
     are not finished. `run_keys`: run keys of the cohort's slides by slide_id; all slides of `stored` must be in it.

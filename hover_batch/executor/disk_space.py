@@ -65,12 +65,12 @@ class DiskSpace:
         )
 
     def available(self) -> bool:
-        """Return whether the run can continue, without waiting; True unless the run is paused because the disk is full.
+        """Return whether the run can continue; do not wait.
 
-        While it is paused, try to reserve NEEDED_BYTES in a temporary file, at most every CHECK_EVERY_S seconds, or
-        less often if the disk fills up again and again. A reservation also respects quotas, which the amount of free
-        space does not show. If it succeeds, the pause ends: `full` is reset, the user gets a message, and the event
-        `disk_has_room` is logged.
+        True unless the run is paused because the disk is full. While it is paused, try to reserve NEEDED_BYTES in a
+        temporary file, at most every CHECK_EVERY_S seconds, or less often if the disk fills up again and again. A
+        reservation also respects quotas, which the amount of free space does not show. If it succeeds, the pause ends:
+        `full` is reset, the user gets a message, and the event `disk_has_room` is logged.
 
         OSError if the reservation fails for a reason other than a full disk.
         """

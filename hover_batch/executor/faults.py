@@ -59,7 +59,7 @@ class WorkerDied(HoverBatchError):
 
 
 def verdict_on(error: BaseException) -> Verdict:
-    """Return the verdict on `error`, as in VERDICTS; that of a WorkerDied is its own.
+    """Return the verdict on `error`: that of a WorkerDied, DISK_FULL for a full disk, or else that in VERDICTS.
 
     `error`: exception that a task or the driver raised, or that Ray raised in place of a task.
     """

@@ -31,8 +31,8 @@ class TaskFailed:
 def task_resources(engine: EngineSettings, log: Path) -> Iterator[Resources]:
     """Yield the CPU cores and GPUs for `map_tasks`, and start or join a Ray cluster for it unless the backend is local.
 
-    The cluster is stopped or left when the block ends. Until then, stdout is redirected to `log`. Ray's environment
-    variables are set, and stay set. With backend local, nothing of this happens.
+    With a cluster, stdout is redirected to `log` while the block runs, and Ray's environment variables are set and stay
+    set. The cluster is stopped or left when the block ends.
 
     `engine`: settings that choose the backend (auto counts as ray), name a cluster and limit the resources. `log`: file
     to which Ray's output is appended.

@@ -99,7 +99,7 @@ class NetworkPool:
         return min(self.ready, key=lambda network: network.units, default=None)
 
     def free_network(self, max_units: int, excluded: Network | None = None) -> Network | None:
-        """Return the ready network with the fewest units in progress; None if all have `max_units` or more.
+        """Return the ready network with the fewest units in progress; None if none has fewer than `max_units`.
 
         Networks in which a unit must run alone are left out, and so is `excluded`.
         """
@@ -172,7 +172,7 @@ class NetworkPool:
 
         The cause is NetworkStopped, WorkerDied, or what the actor raised. The network's process is killed first, in
         case it is still alive. On a joined cluster, an actor that cannot be reached may be alive: then nothing is
-        killed or reported yet, and `report_dead` does it later.
+        killed or reported yet, and `report_dead` does both later.
 
         Errors of `report` propagate.
         """

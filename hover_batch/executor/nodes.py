@@ -96,7 +96,7 @@ class ClusterNodes:
         return new_plan
 
     def refresh(self) -> None:
-        """Query the cluster for its live nodes now, and count those that left since the last query in `nodes_lost`."""
+        """Query the cluster for its live nodes now, and add those that left since the last query to `nodes_lost`."""
         self._refresh_at = time.monotonic() + REFRESH_EVERY_S
         nodes = _live_nodes()
         self.nodes_lost += len(self._nodes.keys() - nodes.keys())

@@ -146,7 +146,7 @@ class EnginePlan:
     def object_store_bytes(self) -> int:
         """Size of Ray's object store in bytes.
 
-        It is 512 MiB, for masks and results, and twice the size of the blocks that all networks read ahead.
+        It is twice the size of the blocks that all networks read ahead, plus 512 MiB for masks and results.
         """
         return (512 << 20) + 2 * self.actors * self.units_at_once * BLOCKS_AHEAD * _BLOCK_BYTES
 
@@ -259,7 +259,7 @@ def runs_in_process(engine: EngineSettings, slides: Sequence[PlannedSlide]) -> b
 
 
 def in_process_line(slides: Sequence[PlannedSlide]) -> str:
-    """Return the message for the user that `--backend auto` processes `slides` in one process, without Ray, and why."""
+    """Return the line for the user that says why `--backend auto` processes `slides` in one process, without Ray."""
     tiles = sum(slide.tiles for slide in slides)
     return f"backend: one process, because Ray would take longer to start than {counted(tiles, 'tile')} take (auto)"
 
@@ -267,8 +267,8 @@ def in_process_line(slides: Sequence[PlannedSlide]) -> str:
 def resource_lines(settings: Settings, card: Card, slides: Sequence[PlannedSlide]) -> list[str]:
     """Return lines of text about the resources that `segment` will use, as far as they are known without Ray or torch.
 
-    The resources of a cluster are not checked. It is not considered that slides may have been begun before, in which
-    case Ray is used.
+    The resources of a cluster are not checked. The lines do not consider that `segment` uses Ray if one of the slides
+    was begun before.
 
     `settings`: settings in effect. `card`: card of the model. `slides`: slides of the cohort, whose tiles decide
     whether Ray is used.

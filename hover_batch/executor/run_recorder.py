@@ -189,9 +189,9 @@ class RunRecorder:
 
     @property
     def model_busy(self) -> float | None:
-        """Fraction (0 to 1) of the time from the first to the last prediction in which the networks computed.
+        """Fraction (0 to 1) of the time in which networks computed, from the first to the last prediction.
 
-        It is the mean over `networks` networks. None if nothing was predicted since the run was last started.
+        It is the mean over all networks (see `networks`). None if nothing was predicted since the run was last started.
         """
         if Stage.INFER not in self._model.spans:
             return None

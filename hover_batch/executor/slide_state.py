@@ -291,7 +291,7 @@ class OpenSlides:
         """Yield the tasks to submit now, except those of units, and remove them from the queues.
 
         Tasks whose retry is due are queued first. Surveys and finalizations come before regions, since a finalization
-        ends a slide. Among tasks of equal rank, those of the oldest slide come first.
+        ends a slide. In both groups, the tasks of the oldest slide come first.
 
         `running`: number of tasks in progress, by stage. `max_surveys`: maximum number of surveys in progress.
         `max_posts`: maximum number of regions and finalizations in progress. `now`: time in seconds.

@@ -195,9 +195,10 @@ class InferActor:
     def start(self) -> None:
         """Load the network; call this once, before any unit.
 
-        OpenCV and zarr are limited to one thread in this process.
+        OpenCV and zarr are limited to one thread in this process. On the CPU, torch's number of threads is set, too.
 
-        PackageError if the package cannot be loaded, InputError if the device cannot be used.
+        PackageError if the weights cannot be loaded or the network cannot be compiled, InputError if the device cannot
+        be used.
         """
         _limit_libraries()
         self.predictor = self.load(self.package, self.settings)

@@ -278,7 +278,7 @@ def _cohort_bounds(slides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float
 
 
 def counts_of(flags: Mapping[str, Sequence[Flag]]) -> dict[FlagName, int]:
-    """Return the number of slides with each flag, by name in the order of FLAG_NAMES; flags of no slide are left out.
+    """Return the number of slides with each flag, by name in the order of FLAG_NAMES, without flags that no slide has.
 
     `flags`: flags of each slide, by slide_id.
     """

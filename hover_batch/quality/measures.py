@@ -44,10 +44,10 @@ def mean_measures(nuclei: Path) -> dict[str, float]:
 
 
 def sampled_fields(nuclei: Path, grid: Grid) -> list[Box]:
-    """Return up to MAX_FIELDS fields, boxes in inference pixels, spread over a slide; empty if none has enough nuclei.
+    """Return up to MAX_FIELDS fields of a slide, as boxes in inference pixels; empty if none has enough nuclei.
 
-    Fields are squares of side FIELD, aligned with the chunks of the store and clipped to the slide. Of those with at
-    least MIN_NUCLEI nuclei, in raster order, fields at equal steps are chosen.
+    Fields are squares of FIELD inference pixels a side, aligned with the chunks of the store and clipped to the slide.
+    From those with at least MIN_NUCLEI nuclei, in raster order, fields at equal steps are chosen.
 
     `nuclei`: path of nuclei.parquet. `grid`: inference grid of the slide.
 
@@ -79,10 +79,10 @@ def field_sharpness(fields: list[Box], read: Callable[[Box], NDArray[np.uint8]],
 def sharpness(hematoxylin: NDArray[np.uint8], near: NDArray[np.bool_]) -> float | None:
     """Return the sharpness of the nuclei of a field; None if too few pixels are near nuclei.
 
-    It is about 2 in a sharp field, 0.5 in a blurred one, and 0 in a uniform one. It is the root of the energy of the
-    Laplacian divided by that of the gradient: it measures the mean spatial frequency, and does not depend on contrast
-    and stain. The field is first reduced to means of 2 × 2 inference pixels, so that 20× and 40× scans can be compared;
-    frequencies are per reduced pixel.
+    It is about 2 in a sharp field, 0.5 in a blurred one, and 0 in a uniform one. The field is first reduced to means of
+    2 × 2 inference pixels, so that 20× and 40× scans can be compared. On the reduced pixels, the sharpness is the
+    square root of the ratio of two energies, those of the Laplacian and the gradient. So it measures the mean spatial
+    frequency, and does not depend on contrast and stain. It needs 200 reduced pixels.
 
     `hematoxylin`: stored optical densities, (y, x) uint8 in inference pixels. `near`: whether a pixel is near a
     nucleus, where densities are stored, (y, x) bool.

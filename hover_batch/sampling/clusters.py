@@ -51,9 +51,9 @@ def area_sums(
     The integral is the sum of the pixels' values, each multiplied by its area in the cluster, in level-0 pixels. A
     pixel on the border of a cluster counts in part.
 
-    `picture`: (y, x), which covers the slide. `level0_per_pixel`: size (x, y) of its pixels in level-0 pixels.
-    `clusters`: result of `clusters_of`. `grid`: inference grid of the slide. `side`: side of a cluster in inference
-    pixels.
+    `picture`: numbers or bool (y, x) that cover the slide. `level0_per_pixel`: size (x, y) of its pixels in level-0
+    pixels. `clusters`: result of `clusters_of`. `grid`: inference grid of the slide. `side`: side of a cluster in
+    inference pixels.
     """
     scale_x, scale_y = level0_per_pixel
     height, width = picture.shape

@@ -36,7 +36,7 @@ class Draw:
     def looks(self) -> tuple[int, ...]:
         """Number of clusters in the sample of each look, increasing; empty if the slide is too small to be sampled.
 
-        The numbers are FRACTIONS of all clusters, rounded up, but at least MIN_CLUSTERS.
+        The numbers are FRACTIONS of all clusters, rounded up, but at least MIN_CLUSTERS; equal numbers are one look.
         """
         n = len(self.stratum)
         if FRACTIONS[-1] * n < MIN_CLUSTERS:

@@ -37,8 +37,9 @@ class Density:
     def is_within(self, share: float) -> bool:
         """Return whether the interval lies within ± `share` of the estimate; False if there is no interval.
 
-        `share`: fraction of the estimate, such as 0.05 for 5 %. Only the upper end is compared: the interval is
-        symmetric, except that its lower end is never below 0.
+        Only the upper end is compared: the interval is symmetric, except that its lower end is never below 0.
+
+        `share`: fraction of the estimate, such as 0.05 for 5 %.
         """
         return self.high is not None and self.high - self.per_mm2 <= share * self.per_mm2
 

@@ -60,8 +60,8 @@ class Header:
 def openslide_header(path: Path) -> Header:
     """Return the header of the file at `path`, which OpenSlide opens.
 
-    The pixel size is the one that OpenSlide reports. If it reports none for a generic TIFF, which no scanner wrote,
-    that of the resolution tags is used. An Aperio slide that is smaller than its header says gets a warning.
+    The pixel size is the one that OpenSlide reports. If it reports none and opens the file as generic-tiff, that of the
+    resolution tags is used. An Aperio slide that is smaller than its header says gets a warning.
 
     SlideError if the file is a TIFF that OpenSlide would read wrongly or not at all, for example because it is
     truncated (see `check_for_openslide`). Errors of OpenSlide and tifffile propagate.

@@ -63,7 +63,7 @@ def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None
     """Return warnings about a tissue mask of the cohort, as sentences for the user; an empty list if there are none.
 
     There is a warning if the mask covers the whole slide, lies in part outside of it, has polygons of classes that
-    QuPath ignores, is tiny, or is a PNG of another aspect ratio.
+    QuPath ignores, is so small that its unit is probably wrong, or is a PNG of another aspect ratio than the slide.
 
     `path`: file of the mask, GeoJSON or PNG. `level0`: size of the slide's canvas in level-0 pixels; None to check only
     that the mask can be read. `bounds`: the slide's non-empty region in level-0 pixels; None if it has none.

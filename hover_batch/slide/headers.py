@@ -65,7 +65,8 @@ class SlideInfo:
 def peek(record: SlideRecord) -> SlideInfo:
     """Return the properties of a slide on disk, from its header and its row of the cohort, without decoding pixels.
 
-    Parts of its files are also read for the fingerprint.
+    Parts of its files are also read for the fingerprint. While a DICOM slide is read, Python warnings are suppressed in
+    the whole process.
 
     `record`: row of the slide in the cohort.
 
@@ -173,6 +174,8 @@ def kind_of(path: Path) -> Kind:
 
 def read_header(path: Path, kind: Kind) -> Header:
     """Return the header of the slide at `path`, read with the library for its kind.
+
+    While a DICOM slide is read, Python warnings are suppressed in the whole process.
 
     `kind`: result of `kind_of`.
 

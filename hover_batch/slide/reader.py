@@ -73,7 +73,7 @@ def open_slide(record: SlideRecord) -> SlideReader:
     """Open a slide on disk for reading; the caller closes it.
 
     A plain picture is decoded into memory as a whole. For other kinds, the first call imports tiatoolbox, which takes
-    some seconds.
+    some seconds. While a DICOM slide is opened, Python warnings are suppressed in the whole process.
 
     `record`: row of the slide in the cohort.
 

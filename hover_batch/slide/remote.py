@@ -61,8 +61,8 @@ def remote_info(url: Url, mpp: Mpp | None) -> RemoteInfo:
 def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
     """Return the fsspec file system of a URL, and the slide's files in the order in which `fingerprint` hashes them.
 
-    The slide at a folder's URL has the files in it and its subfolders; an .mrxs file also has those in the folder of
-    the same name. Listings that fsspec has cached are discarded first.
+    The files of a folder are those in it and its subfolders. The files of an .mrxs slide are that file and those in the
+    folder of the same name. Listings that fsspec has cached are discarded first.
 
     `url`: URL of the slide's file or folder.
 

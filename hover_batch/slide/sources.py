@@ -57,7 +57,8 @@ def open_source(path: Path, kind: Kind) -> Source:
     """Open the slide at `path` with the library for its kind; the caller closes it.
 
     A picture is decoded into memory as a whole. For the other kinds, only headers are read, and the first call imports
-    tiatoolbox, which takes some seconds.
+    tiatoolbox, which takes some seconds. While a DICOM slide is opened, Python warnings are suppressed in the whole
+    process.
 
     `kind`: result of `kind_of`.
 
