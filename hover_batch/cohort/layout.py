@@ -164,7 +164,7 @@ class SlideLayout:
 
     @property
     def overlay_jpg(self) -> Path:
-        """JPEG picture of the slide's densest field with the contours of its nuclei."""
+        """JPEG picture of the slide's field with the most nuclei, with their contours."""
         return self.folder / "overlay.jpg"
 
     @property
@@ -265,7 +265,7 @@ class SampleLayout(SlideLayout):
         return self.working / "clusters.json"
 
     def look_json(self, look: int) -> Path:
-        """Return the path of the file with the densities that are estimated at a look, after a batch of clusters.
+        """Return the path of the file with the densities that are estimated after a further batch of clusters, a look.
 
         `look`: number of the look, from 0; the names of the files count from 1.
         """

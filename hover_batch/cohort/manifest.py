@@ -61,8 +61,8 @@ def read_cohort(source: str | Path) -> Cohort:
     """Read the cohort in `source`: a CSV, a folder of slides, a glob pattern, or a single slide.
 
     Faults of rows are collected in the result, not raised. Relative paths in a CSV are relative to its folder. Slides
-    on disk are only checked to exist and to be readable; those at URLs are not checked. GeoJSON masks are parsed, but
-    not compared with their slides.
+    on disk are only checked to exist and to be readable; those at URLs are not checked. Masks are only checked to be
+    JSON or PNG; they are not compared with their slides.
 
     InputError if no rows can be read: the source does not exist, cannot be read, is not a CSV, has an invalid or
     ambiguous header, or lists no slides.

@@ -65,8 +65,8 @@ def run_identity(model: ModelId, results_key: Mapping[str, Any], schema_version:
 def refuse_changes(root: Path | Url, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise SettingsChanged if the identity of the run in `root` differs from that of the run to be started.
 
-    The message has a line with the stored and the wanted value of each difference. The model's name may differ if its
-    hash does not.
+    The message has a line with the stored and the wanted value of each difference. Models with the same hash count as
+    the same, even if their names differ.
 
     `root`: the run's folder, for the message. `stored`, `wanted`: identities of the run there and of the new one, as
     `run_identity` returns them.

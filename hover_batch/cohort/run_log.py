@@ -122,7 +122,7 @@ class RunLog:
         """Add the next event, a dictionary as `stream_events` yields it.
 
         Events without a valid time are ignored. For events that are malformed or of unknown kinds, only `last` is
-        updated. The start of a run discards the failures, numbers and rates of the previous start.
+        updated. The start of a run resets the fields that count since the last start.
         """
         if (time := to_utc(event.get("time"))) is None:
             return

@@ -57,8 +57,8 @@ def resolve_here(settings: Settings) -> Settings:
     a cluster, only device `auto` is resolved here, to cpu, if no GPUs are to be used or the runtime is openvino;
     `open_backend` resolves the rest on the cluster.
 
-    InputError if the device cannot be used, or cannot be combined with the runtime or the precision, or if it names one
-    GPU (cuda:N) and the backend is ray.
+    InputError if the device cannot be used, or cannot be combined with the runtime or the precision. InputError, too,
+    if the device is one numbered GPU (such as cuda:1) and the backend is ray.
     """
     name = settings.infer.device
     if settings.engine.backend == "ray" and ":" in name:
@@ -76,9 +76,9 @@ def resolve_here(settings: Settings) -> Settings:
 def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[OpenBackend]:
     """Yield the backend for settings from `resolve_here`, and close it when the block ends.
 
-    If the settings name a cluster, it is joined at once: Ray's environment variables are set and stay set, stdout is
-    redirected to the run's ray.log, and the other `auto` settings are resolved. On this machine, Ray starts only when
-    there are slides to run.
+    With backend local, slides run in this process. If the settings name a cluster, it is joined at once: Ray's
+    environment variables are set and stay set, stdout is redirected to the run's ray.log, and the other `auto` settings
+    are resolved. Otherwise, Ray starts on this machine once slides are run, unless one process suffices for them.
 
     `layout`: paths of the run's results. `predicts`: False for a run without networks, whose `auto` settings are not
     resolved on a cluster.

@@ -68,22 +68,20 @@ def map_tasks(
     at_once: int = 1,
     reuse_workers: bool = False,
 ) -> Iterator[tuple[Item, Result | TaskFailed]]:
-    """Yield each item with the function's result, or with TaskFailed if it raised an exception.
+    """Yield each item with the function's result, or with TaskFailed if the task failed.
 
     A failed task does not stop the others. With `backend` "local", the items are processed in this process, in order.
     Otherwise they are processed on the cluster that `task_resources` started or joined, and yielded in the order in
     which they end. Function, items and results must then be picklable. A task whose process dies is retried as often as
-    a slide's task, and then gives TaskFailed.
+    a slide's task before it fails.
 
-    `function`: function of one item. `items`: items to process. They are taken only as tasks start, so they may be
-    endless.
+    `function`: function of one item; its exceptions are yielded as TaskFailed. `items`: items to process. They are
+    taken only as tasks start, so they may be endless; exceptions of their iterator propagate.
 
     The other parameters have no effect with `backend` "local". `cpus`, `gpus`: cores and GPUs that each task reserves;
     with fractions, several tasks share one GPU. `at_once`: maximum number of tasks in progress. `reuse_workers`: if
     True, a process with a GPU runs several tasks and keeps what it has loaded; if False, it ends after each task to
     free the memory.
-
-    Errors of the iterator of `items` propagate.
     """
     if backend == "local":
         yield from _here(function, items)

@@ -64,13 +64,13 @@ class ClusterNodes:
 
         In the new plan, each network reserves the same as before. A change is logged and shown to the user. If no node
         is left, the user is warned and the result is None. The cluster is queried at most every REFRESH_EVERY_S
-        seconds. New nodes are checked as in `refuse_unshared`, without waiting; if the disk is full meanwhile, the run
-        is paused.
+        seconds. New nodes are checked by `refuse_unshared`, without waiting. If the disk is too full for its test file,
+        the run is paused.
 
         `plan`: plan until now. `context`: context of the run.
 
-        InputError if a new node does not see the output folder or cannot run hover-batch; OSError if the test file
-        cannot be written, unless the disk is full.
+        InputError if a new node does not see the output folder, cannot run hover-batch, or its processes die at once.
+        OSError if the test file cannot be written, unless the disk is full.
         """
         if time.monotonic() >= self._refresh_at:
             self.refresh()

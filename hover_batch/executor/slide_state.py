@@ -132,7 +132,7 @@ class SlideState:
         self._finalize_if_complete()
 
     def look_again(self) -> None:
-        """Return the slide to the survey stage, which draws more clusters because the present ones do not suffice.
+        """Send the slide back to the survey stage, which draws more clusters because the present ones do not suffice.
 
         The counts of the verdicts on its tasks are reset.
         """
@@ -200,7 +200,7 @@ class SlideState:
     def retry_later(self, task: Task, unit_cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
         """Schedule a retry of a task that did not find the results of some units, and return None.
 
-        A region waits until the units that are not predicted yet are predicted. Otherwise the results should exist, and
+        A region waits for those of the units that are not predicted yet. In other cases, the results should exist, but
         the file system may not show them yet: the task is retried RETRY_S seconds after `now`. After
         MAX_TIMES[Verdict.RETRY] such faults, return the error with which the slide must fail.
 

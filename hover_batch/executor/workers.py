@@ -97,7 +97,8 @@ def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layo
 
     InputError if the pixel size is unknown, or a slide in cloud storage does not exist or access to it is denied.
     SlideError if the slide, its mask, or the results of the run that stored its maps cannot be used. ScratchFull if
-    there is no space for its copy; OSError if a file cannot be read or written.
+    there is no space for its copy. OSError if a file cannot be read or written; errors of zarr if the store is
+    corrupted.
     """
     limit_threads()
     seconds = Seconds()
@@ -146,7 +147,8 @@ def post_region(work: SlideWork, index: int) -> Seconds:
     Threads are limited and GPUs hidden in this process (see `limit_threads`).
 
     UnitsMissing if it needs units that are not predicted, or whose results are not visible on this node. SlideError if
-    another run has taken over the slide's folder, or a shard is corrupted. OSError if the part cannot be written.
+    another run has taken over the slide's folder, or a shard is corrupted. OSError if the part cannot be written;
+    errors of zarr if the store is corrupted.
     """
     limit_threads()
     return post(work.units[index], work, open_store(work))
@@ -206,12 +208,13 @@ class InferActor:
     def infer(self, work: SlideWork, index: int) -> Seconds:
         """Predict the unit `work.units[index]`, and write its maps to the slide's store. Return the seconds by stage.
 
-        Pixels are read by tasks of their own (see `read_blocks`). If the maps are stored already, they are not
+        Pixels are read by tasks in other processes (see `read_blocks`). If the maps are stored already, they are not
         predicted again.
 
         WorkerDied if a process that reads pixels died, ScratchFull if there is no space for the slide's copy,
-        NetworkFailed if the network raises an exception, InputError or SlideError if the slide cannot be read,
-        SlideError if another run has taken over its folder, OSError if a file cannot be written.
+        NetworkFailed if the network raises an exception. InputError or SlideError if the slide cannot be read,
+        SlideError if another run has taken over its folder. OSError if a file cannot be written; errors of zarr if the
+        store is corrupted.
         """
         return infer(work.units[index], work, self._reading(work), self.predictor, open_store(work), lambda _: None)
 

@@ -118,7 +118,8 @@ def _warnings_of_aperio(properties: Mapping[str, str], level0: Size) -> tuple[st
 def is_ome(path: Path) -> bool:
     """Return whether the file at `path` is an OME-TIFF; False for files of other formats.
 
-    SlideError if it is a truncated TIFF, whose pixels no directory describes; OSError if it cannot be read.
+    SlideError if it is a TIFF without the directory that describes its pixels, because it is truncated. OSError if it
+    cannot be read.
     """
     tiff = open_tiff(path)
     if tiff is None:
@@ -259,8 +260,8 @@ def picture_header(path: Path) -> Header:
 def open_picture(path: Path) -> Image.Image:
     """Open the PNG, JPEG or TIFF picture at `path` without decoding its pixels; the caller closes it.
 
-    Its mode is 1 (bilevel), L, LA, P, RGB, RGBA, CMYK or YCbCr. Pillow's warnings about corrupted EXIF data are
-    suppressed.
+    The picture's mode is 1 (bilevel), L, LA, P, RGB, RGBA, CMYK or YCbCr. Pillow's warnings about corrupted EXIF data
+    are suppressed.
 
     SlideError if the file has another format or mode, 16 bits per channel, more than MAX_PICTURE_PIXELS pixels, or an
     orientation tag by which programs turn or flip the picture. SlideError, too, if it is a TIFF that Pillow would read

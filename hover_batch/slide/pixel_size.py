@@ -109,8 +109,8 @@ def check_mpp(mpp: Mpp) -> None:
 def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> list[str]:
     """Return up to two warnings about the pixel size of a slide; an empty list if there is nothing to warn of.
 
-    The first says that it differs from the file's by more than MPP_TOLERANCE. The second says that it is unusual for
-    slides, is not square, or does not match the magnification.
+    The first says that it differs from the file's by more than MPP_TOLERANCE (5 %). The second says that it lies
+    outside of USUAL_MPP, is not square, or does not match the magnification (see USUAL_MPP_TIMES_POWER).
 
     `mpp`: pixel size in µm that is used. `stated`: pixel size in µm that the file gives; None if it gives none.
     `magnification`: objective's power; None if it is unknown.

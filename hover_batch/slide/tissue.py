@@ -115,8 +115,8 @@ class TissueMask:
     def write_geojson(self, path: Path, bounds: Box | None = None) -> None:
         """Write the outline to `path` as a GeoJSON FeatureCollection for QuPath; an existing file is replaced.
 
-        It has one annotation, or none if there is no tissue. Positions are in level-0 pixels from the corner of
-        `bounds`, as in the QuPath export of nuclei.
+        It has one annotation of the class Tissue, or none if there is no tissue. Positions are in level-0 pixels from
+        the corner of `bounds`, as in the QuPath export of nuclei.
 
         `bounds`: the slide's non-empty region in level-0 pixels; None if it has none, so that positions start at the
         corner of the canvas.
@@ -138,8 +138,9 @@ class TissueMask:
 def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettings) -> TissueMask:
     """Return the tissue mask of a slide.
 
-    If the slide's row of the cohort gives a mask, the result is that mask. Otherwise it depends on `settings.tissue`:
-    tissue is detected if it is "auto", and the whole canvas counts as tissue if it is "all".
+    If the slide's row of the cohort gives a mask, the result is that mask, with `given` set; its polygons are drawn
+    with pixels of GIVEN_MPP. Otherwise the result depends on `settings.tissue`: tissue is detected if it is "auto", and
+    the whole canvas counts as tissue if it is "all".
 
     Tissue is detected by its colour relative to the slide's own background. Grey, black, and green or blue pen are
     excluded, but red pen is not. Pieces smaller than `settings.min_tissue_um2` are removed, and smaller holes are
