@@ -151,7 +151,10 @@ class EnginePlan:
         return (512 << 20) + 2 * self.actors * self.units_at_once * BLOCKS_AHEAD * _BLOCK_BYTES
 
     def halved(self) -> EnginePlan | None:
-        """Return the plan with `posts` and `units_at_once` halved (rounded up), to save memory; None if both are 1."""
+        """Return the plan with `posts` and `units_at_once` halved (rounded up), to save memory; None if both are 1.
+
+        `halvings` counts one more; all else stays.
+        """
         if self.posts == self.units_at_once == 1:
             return None
         return replace(

@@ -55,7 +55,7 @@ class RunRecorder:
         self._ledger.events.append(event, **values)
 
     def fail_unreadable(self, record: SlideRecord, reason: str) -> None:
-        """Record that a slide failed because its header cannot be read.
+        """Record that a slide failed in the stage open, because its header cannot be read.
 
         `record`: row of the slide in the cohort. `reason`: message for the user.
 
