@@ -20,7 +20,7 @@ THUMBNAIL_SIDE = 1024
 
 
 def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, float]:
-    """Draw thumbnail.jpg, the whole slide with the tissue's outline, and return the measures of picture and mask by name.
+    """Draw thumbnail.jpg, the slide with the tissue's outline, and return the measures of picture and mask by name.
 
     `work`: slide to draw. `reader`: reader of the slide; None for stored maps. Then both are copied from the run that
     stored the maps, if it has them; its version of hover-batch may not have stored the measures.

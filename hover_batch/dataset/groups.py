@@ -133,8 +133,8 @@ def compare_densities(subject: Subject, by: str, of: str | None = None) -> Compa
     `subject`: slides that the question is about. `by`: column with the group, of the slides or the clinical table.
     `of`: the only class; None for all nuclei and each class.
 
-    InputError if `by` is patient_id, there is no such column or class, a group has fewer than MIN_PATIENTS patients, a patient is in
-    several groups, or there are not 2 to _MAX_GROUPS groups.
+    InputError if `by` is patient_id, there is no such column or class, a group has fewer than MIN_PATIENTS patients, a
+    patient is in several groups, or there are not 2 to _MAX_GROUPS groups.
     """
     relation = subject.dataset.select(densities_sql(subject, by, of))
     names, rows = relation.columns[2:], relation.fetchall()

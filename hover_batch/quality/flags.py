@@ -210,8 +210,8 @@ RULES = (
 def flag_slides(slides: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Flag, ...]]:
     """Return the flags of each slide of a cohort, by slide_id; an empty tuple for a slide without flags.
 
-    Slides are compared with each other if at least MIN_COHORT have a measure. Measures that a slide lacks, because an
-    older version made it, give no flags.
+    A measure of a slide is compared with those of the other slides if at least MIN_COHORT slides have it. Measures that
+    are missing in slide.json, because an older version wrote it, give no flags.
 
     `slides`: content of slide.json by slide_id.
     """
@@ -225,10 +225,13 @@ def flag_slides(slides: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Flag
 
 
 def summary_columns(slide: Mapping[str, Any], flags: Sequence[Flag]) -> dict[str, Any]:
-    """Return one slide's quality columns in the summary, values by column; None for those that were not measured.
+    """Return the quality columns of one slide in the summary, values by column; None for what was not measured.
 
-    `out_of_focus` is relative to the model's limits only, not to the cohort. `slide`: content of slide.json. `flags`:
-    flags of the slide.
+    The columns are h_od_mean, e_od_mean, seg_score_mean, type_prob_mean, out_of_focus, ink and flags. `out_of_focus` is
+    the share (0 to 1) of the sampled fields whose sharpness is below the model's limit; the cohort is not considered.
+    `flags` has the names of the flags, separated by semicolons.
+
+    `slide`: content of slide.json. `flags`: flags of the slide.
     """
     measures = _measures(slide)
     columns = {f"{name}_mean": measures.get(name) for name in ("h_od", "e_od", "seg_score", "type_prob")}
@@ -284,7 +287,7 @@ def _cohort_bounds(slides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float
 
 
 def counts_of(flags: Mapping[str, Sequence[Flag]]) -> dict[FlagName, int]:
-    """Return the number of slides with each flag, by flag in the order of FLAG_NAMES, without zeros.
+    """Return the number of slides with each flag, by name in the order of FLAG_NAMES, without flags that no slide has.
 
     `flags`: flags of each slide, by slide_id.
     """

@@ -43,14 +43,16 @@ class Density:
     """Upper end of the interval; None as for `low`."""
 
     def is_within(self, share: float) -> bool:
-        """Return whether the interval lies within ± `share` of the estimate; False without an interval.
+        """Return whether the interval lies within ± `share` of the estimate; False if there is no interval.
+
+        Only the upper end is compared: the interval is symmetric, except that its lower end is never below 0.
 
         `share`: fraction of the estimate, such as 0.05 for 5 %.
         """
         return self.high is not None and self.high - self.per_mm2 <= share * self.per_mm2
 
     def to_json(self) -> dict[str, float | None]:
-        """Return the fields by name, as JSON values."""
+        """Return the density as a JSON object with the keys `per_mm2`, `low` and `high`."""
         return asdict(self)
 
 
@@ -74,8 +76,10 @@ class Sample:
     def density(self, counts: NDArray[np.integer]) -> Density:
         """Return the estimated density of the whole slide, in nuclei per mm² of tissue, with its interval.
 
-        The interval is None if fewer than MIN_CLUSTERS_WITH clusters have nuclei. `counts`: number of nuclei in each
-        cluster of the sample, (n,).
+        There is no interval if fewer than MIN_CLUSTERS_WITH clusters have nuclei. It has no width if all clusters of
+        each stratum are alike, or all clusters of the slide are drawn.
+
+        `counts`: number of nuclei in each cluster of the sample, (n,) integers.
         """
         drawn = np.bincount(self.stratum, minlength=len(self.clusters))
         weight = (self.clusters / drawn)[self.stratum]

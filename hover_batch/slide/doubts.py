@@ -31,10 +31,13 @@ _MIN_CORRELATION = 0.5
 
 
 def doubts_of_levels(reader: SlideReader) -> list[str]:
-    """Return a warning for each level that shows something else than the next finer one, such as a shifted picture.
+    """Return a warning for each level of a slide whose picture differs from that of the next finer level.
 
-    Such a level matters, since nuclei are found in the level nearest to the model's pixel size, and tissue in a coarse
-    one. A few places with much texture are compared, by the mean colours of blocks. `reader`: open slide.
+    The picture may be shifted, for example. This matters, since nuclei are found in the level nearest to the model's
+    pixel size, and tissue in a coarse level. Levels are compared at three places with much texture, by the mean colours
+    of blocks; they differ if most of these places do. The list is empty if all levels agree or there is only one.
+
+    `reader`: open slide.
 
     SlideError if the pixels cannot be read.
     """
@@ -57,8 +60,11 @@ def doubts_of_levels(reader: SlideReader) -> list[str]:
 def share_on_tissue(reader: SlideReader, mask: TissueMask, settings: TissueSettings) -> float:
     """Return the fraction of a given tissue mask that lies where tissue is detected, from 0 to 1.
 
-    `reader`: open slide. `mask`: the mask that the user gave. `settings`: settings of the detection. SlideError if the
-    pixels cannot be read.
+    The mask is compared, by area, with the tissue that `detect_tissue` finds on the slide.
+
+    `reader`: open slide. `mask`: tissue mask that the user gave for it. `settings`: settings of the detection.
+
+    SlideError if the pixels cannot be read.
     """
     detected = detect_tissue(reader, settings).array
     height, width = detected.shape

@@ -37,7 +37,7 @@ class Unit:
     def tiles(self) -> tuple[Box, ...]:
         """Boxes in inference pixels of the tiles' outputs without their margins, in the order of `tile_cells`.
 
-        At the slide's edges they may extend beyond it.
+        At the slide's right and lower edges, they may extend beyond it.
         """
         return tuple(cell_box(column, row, self.tile_side) for column, row in self.tile_cells)
 
@@ -61,9 +61,9 @@ def tiles_near(grid: Grid, mask: TissueMask, tile_side: int) -> NDArray[np.bool_
 
 
 def plan_units(grid: Grid, mask: TissueMask, unit: int, tile_side: int) -> tuple[Unit, ...]:
-    """Return the units with at least one tile within TISSUE_REACH of tissue, in raster order.
+    """Return the units with at least one tile within TISSUE_REACH inference pixels of tissue, in raster order.
 
-    The choice of tiles does not depend on `unit`.
+    Each unit has only those of its tiles. The choice of tiles does not depend on `unit`.
 
     `grid`: inference grid of the slide. `mask`: tissue of the slide. `unit`: side of a unit in inference pixels.
     `tile_side`: side of a tile's output without its margins, in inference pixels.
