@@ -35,7 +35,7 @@ def listed(names: Collection[str]) -> str:
 
 
 def plain_console(**options: Any) -> Console:
-    """Return a console of rich that prints the text of users unchanged; `[b]` and `:x:` have no meaning in it.
+    """Return a rich Console that prints text unchanged: without highlighting, `[b]` markup and `:x:` emoji.
 
     `options`: further arguments of rich's Console.
     """

@@ -49,7 +49,7 @@ class UnfinishedSlide:
     def tiles_left(self) -> float | None:
         """Estimated number of tiles still to be predicted; None if the total is unknown.
 
-        It is estimated from the fraction of units that are predicted.
+        It is the total number of tiles times the fraction of units that are not predicted yet.
         """
         if self.units is None or self.tiles is None:
             return None
@@ -102,15 +102,15 @@ class RunStatus:
 
     @property
     def pending(self) -> int:
-        """Number of slides that have not been started; they are neither done, estimated, failed nor open."""
+        """Number of slides that are not started: neither done, estimated, failed nor in progress."""
         return (self.slides or 0) - self.done - len(self.estimates) - self.failed - len(self.open)
 
     def seconds_left(self) -> tuple[float, str] | None:
         """Return the estimated seconds left, and the basis of the estimate in words; None if there is no estimate.
 
-        The basis is the mean time of the slides since the start if there are pending slides, else the rate of tiles, or
-        that of regions. There is no estimate if the run has ended, is known not to be running or waits for disk space,
-        or if the log does not suffice.
+        If slides are pending, the basis is the mean time of the slides finished since the start. Otherwise it is the
+        rate of tiles or, without one, the rate of regions. There is no estimate if the run has ended, is known not to
+        be running or waits for disk space, or if the log does not suffice.
         """
         log = self.log
         if self.is_running is False or log.finished or log.disk_full:
@@ -210,7 +210,10 @@ class RunStatus:
         return f"no, it stopped before its end; repeat the segment command to resume it{times}"
 
     def to_json(self) -> str:
-        """Return the complete status as indented JSON text; unknown values are null, times are ISO 8601 in UTC."""
+        """Return the status as indented JSON text, as `hover-batch status --json` prints it.
+
+        Unknown values are null; times are ISO 8601 in UTC.
+        """
         log, estimate = self.log, self.seconds_left()
         tile_rate, region_rate = log.tile_rate, log.region_rate
         shown_rate = tile_rate or region_rate

@@ -317,7 +317,7 @@ def print_card(model: PackageArgument) -> None:
 def describe(card: Card) -> list[str]:
     """Return `card` as lines of text: its name, then one indented line per known fact.
 
-    Control characters, which a terminal would obey, are replaced by spaces.
+    Control characters, which could change the terminal, are replaced by spaces.
     """
     calibration = card.metrics.get("calibration", "not recorded")
     if isinstance(calibration, Mapping):

@@ -40,16 +40,16 @@ class DatasetLayout:
 
     @property
     def lock(self) -> Path:
-        """Lock file; locked while a command writes to the data set, and never removed."""
+        """Lock file. It is locked while a command writes to the data set, and never removed."""
         return self.root / ".lock"
 
     @property
     def nuclei(self) -> Path:
-        """Folder of the files of nuclei, with one folder per model."""
+        """Folder with the files of nuclei, in one subfolder per model."""
         return self.root / "nuclei"
 
     def model_folder(self, model: str) -> Path:
-        """Return the folder of the files of nuclei that a model found. `model`: result of `model_key`."""
+        """Return the folder with the files of the nuclei that a model found. `model`: result of `model_key`."""
         return self.nuclei / f"model={model}"
 
 
