@@ -84,7 +84,7 @@ class BucketStorage:
         """Names of the files of the data set that exist."""
 
     def sweep(self) -> None:
-        """List the files, and remove those of nuclei that are not named in slides.parquet and older than KEPT_FOR.
+        """List the files, and remove files of nuclei that are older than KEPT_FOR and not named in slides.parquet.
 
         InputError if access is denied, UploadError if the bucket cannot be read or changed.
         """

@@ -54,8 +54,9 @@ class DatasetLayout:
 
 
 def model_key(name: str, sha256: str) -> str:
-    """Return the value of the column `model`, the model's name in a form for file names and the start of its hash.
+    """Return the value of the column `model` for a model, such as starter-0123abcd.
 
-    `name`: name of the model. `sha256`: hash of its package, in hex.
+    It is the model's name, with the characters that file names may have, and the first 8 digits of its hash. `name`:
+    name of the model. `sha256`: hash of its package, in hex.
     """
     return f"{suggest(name, ())}-{sha256[:8]}"

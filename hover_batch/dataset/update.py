@@ -50,9 +50,10 @@ class Added:
 def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify: Notify, flag: str = "-o") -> Added:
     """Add the finished slides of the run in `folder` to the data set, which is created if it does not exist.
 
-    Tables of slides that the data set holds already are not read again, but the rows of these slides in slides.parquet
-    are updated, such as patients and flags. A slide whose table has changed since is replaced. Slides that are not
-    done, or whose table cannot be read, are skipped. If the command is interrupted, repeat it: what is added stays.
+    Tables of slides that the data set already holds are not read again, but the rows of these slides in slides.parquet
+    are updated, for example with new patients and flags. A slide whose table has changed since then is replaced. Slides
+    that are not done, or whose table cannot be read, are skipped. If the command is interrupted, repeat it: slides that
+    were added stay.
 
     `dataset`: folder or URL of the data set. `slide_ids`: the slides to add; empty for all. `notify`: function that is
     called with a line about each slide that is added or skipped. `flag`: option that named the data set, for messages.

@@ -50,9 +50,10 @@ _TEXT_LENGTH = 64
 
 
 def write_dicom(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to `path` (.ann.dcm), with all outlines in memory. Equal tables give equal bytes.
+    """Write the table `nuclei` to `path` (.ann.dcm) as DICOM annotations. Equal tables give equal bytes.
 
-    An existing file is replaced when all is written. A table without nuclei gives a file without groups.
+    All outlines are held in memory. An existing file is replaced only when all is written. A table without nuclei gives
+    a file without groups. Python's warnings are suppressed in the whole process while highdicom runs.
 
     OSError if the file cannot be written or the slide's DICOM folder cannot be listed, SlideError if the table is
     corrupted or highdicom rejects the headers of the slide.

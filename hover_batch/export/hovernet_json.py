@@ -27,10 +27,11 @@ _to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def write_hovernet_json(nuclei: NucleiTable, path: Path) -> None:
-    """Write a table of nuclei as HoVerNet JSON (see the module's docstring) to `path`, batch by batch.
+    """Write the table `nuclei` to `path` (.json) in the format of hover_net's inference, batch by batch.
 
-    An existing file is replaced only when all is written. OSError if `path` cannot be written, SlideError if the table
-    is corrupted.
+    The module's docstring describes the format. An existing file is replaced only when all is written.
+
+    OSError if the file cannot be written, SlideError if the table is corrupted.
     """
     mag = round(10 / math.sqrt(nuclei.mpp.x * nuclei.mpp.y))
     info = {str(c.id): [c.name, list(c.color)] for c in nuclei.taxonomy.classes}

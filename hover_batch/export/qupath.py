@@ -24,10 +24,11 @@ _to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def write_qupath(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to `path` (.geojson.gz), batch by batch. Equal tables give equal bytes.
+    """Write the table `nuclei` to `path` (.geojson.gz) as QuPath detections, batch by batch.
 
-    An existing file is replaced when all is written. OSError if it cannot be written, SlideError if the table is
-    corrupted.
+    Equal tables give equal bytes. An existing file is replaced only when all is written.
+
+    OSError if the file cannot be written, SlideError if the table is corrupted.
     """
     classes = {c.name: {"name": c.name, "color": list(c.color)} for c in nuclei.taxonomy.classes}
     corner = qupath_origin(nuclei.bounds)

@@ -38,10 +38,10 @@ def require_extra() -> None:
 
 
 def write_anndata(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to `path` (.h5ad); an existing file is replaced when all is written.
+    """Write the table `nuclei` to `path` (.h5ad) as AnnData. An existing file is replaced only when all is written.
 
-    All nuclei, and the file itself, are held in memory, since HDF5 on a full disk crashes Python at its exit. Call
-    `require_extra` first.
+    All nuclei, and the file itself, are held in memory, since HDF5 on a full disk crashes Python at its exit. The
+    pandas option future.infer_string is False in the whole process while the file is made. Call `require_extra` first.
 
     OSError if the file cannot be written, SlideError if the table is corrupted.
     """
@@ -56,10 +56,11 @@ def write_anndata(nuclei: NucleiTable, path: Path) -> None:
 
 
 def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to the folder `path` (.zarr), which replaces an existing one when all is written.
+    """Write the table `nuclei` to the folder `path` (.zarr) as SpatialData. An existing one is replaced at the end.
 
-    All nuclei are held in memory. An empty table gives no shapes, since the library does not support them. Call
-    `require_extra` first.
+    All nuclei are held in memory. A table without nuclei gives no shapes, since the library does not support empty
+    ones. In the whole process, Python's warnings are suppressed while the library is imported, and the pandas option
+    future.infer_string is False while the folder is written. Call `require_extra` first.
 
     OSError if the folder cannot be written, SlideError if the table is corrupted.
     """

@@ -71,9 +71,9 @@ class Site:
         self._fixed["info.json"] = _json(_info(backdrop, nuclei, flags)) or (b"", "")
 
     def answer(self, path: str) -> Answer | None:
-        """Return the content and content type of a resource; None if it does not exist.
+        """Return the content and the content type of a resource; None if it does not exist.
 
-        `path`: as in the URL, after the token and its slash, such as "slide/3/0/1". SlideError if the slide or its
+        `path`: path in the URL after the token and its slash, such as "slide/3/0/1". SlideError if the slide or its
         table can no longer be read.
         """
         if match := _PATH.fullmatch(path):
@@ -141,13 +141,14 @@ class Server(socketserver.ThreadingTCPServer):
 
     @property
     def url(self) -> str:
-        """URL of the page on this machine, with the secret token."""
+        """URL of the page on this machine. It contains the secret token."""
         return f"http://{ADDRESS}:{self.server_address[1]}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print the error of a request, unless the browser closed the connection.
 
-        Browsers do so for tiles that they no longer need. Arguments as in `socketserver.BaseServer.handle_error`.
+        Browsers close connections when they no longer need a tile. The arguments are those of
+        `socketserver.BaseServer.handle_error`.
         """
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
