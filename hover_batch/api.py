@@ -339,7 +339,8 @@ class Model:
 def load_model(name_or_path: str | Path = "starter", **settings: Any) -> Model:
     """Load the network of a package, on a GPU if there is one.
 
-    On a CPU, torch's number of threads in this process is set. With OpenVINO, the converted network is cached on disk.
+    In the whole process, torch's number of threads is set for a CPU, and TF32 is switched off in cuDNN for a GPU. With
+    OpenVINO, the converted network is cached on disk.
 
     `name_or_path`: name of a package, a .safetensors file or a folder that holds one. `settings`: settings of inference
     (`device`, `precision`, `batch`, `runtime`, `threads`). The default of `batch` suits the model's architecture.

@@ -34,7 +34,7 @@ class Field:
 
     @property
     def pixels(self) -> int:
-        """Number of inference pixels of the field."""
+        """Number of inference pixels in the field."""
         return self.box.width * self.box.height
 
 
@@ -50,9 +50,11 @@ class Place:
     """Size of an inference pixel in µm."""
 
     def read(self) -> Field:
-        """Read the field's pixels from its slide, and measure the time that this takes.
+        """Read the field's pixels from its slide, and measure how long this takes without opening the slide.
 
-        SlideError if they cannot be read.
+        The slide is closed afterwards.
+
+        InputError if the slide's pixel size is unknown, SlideError if the slide cannot be opened or read.
         """
         with open_slide(self.record) as reader:
             started = time.perf_counter()
@@ -61,10 +63,11 @@ class Place:
 
 
 def choose_fields(records: Sequence[SlideRecord], mpp: float, side: int, per_slide: int) -> Iterator[Place]:
-    """Yield the fields of each slide: the `per_slide` squares with most tissue, most first; ties in raster order.
+    """Yield the fields of each slide: the `per_slide` squares with the most tissue, in descending order.
 
-    With `per_slide` 0, all squares with tissue are yielded in raster order. Squares are clipped to the canvas. Each
-    slide is opened, and its tissue found, when its first field is asked for.
+    Equal ones are in raster order. If `per_slide` is 0, all squares with tissue are yielded in raster order. Squares
+    are clipped to the slide. Each slide is opened, and its tissue found, when its first field is requested; it is
+    closed after its last field.
 
     `records`: slides. `mpp`: size of an inference pixel in µm. `side`: side of a square in inference pixels.
 

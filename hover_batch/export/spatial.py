@@ -56,11 +56,12 @@ def write_anndata(nuclei: NucleiTable, path: Path) -> None:
 
 
 def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to the folder `path` (.zarr) as SpatialData. An existing one is replaced at the end.
+    """Write the table `nuclei` to the folder `path` (.zarr) as SpatialData.
 
-    All nuclei are held in memory. A table without nuclei gives no shapes, since the library does not support empty
-    ones. In the whole process, Python's warnings are suppressed while the library is imported, and the pandas option
-    future.infer_string is False while the folder is written. Call `require_extra` first.
+    An existing folder is replaced only when all is written. All nuclei are held in memory. A table without nuclei gives
+    no shapes, since the library does not support empty ones. In the whole process, Python's warnings are suppressed
+    while the library is imported, and the pandas option future.infer_string is False while the folder is written. Call
+    `require_extra` first.
 
     OSError if the folder cannot be written, SlideError if the table is corrupted.
     """

@@ -58,7 +58,7 @@ class Cells:
 
     @classmethod
     def over(cls, canvas: Size, mpp: Mpp) -> Cells:
-        """Return the finest grid over a slide with cells of at least MIN_CELL_UM, at most CELLS of them along a side.
+        """Return the finest grid over a slide with at most CELLS cells along a side and cells of at least MIN_CELL_UM.
 
         `canvas`: size of the slide in level-0 pixels. `mpp`: pixel size of level 0 in µm.
         """

@@ -43,7 +43,7 @@ class Pages:
 
     @property
     def next_page(self) -> str:
-        """Link from the front page to the page with the next slide's pictures; "" if all are on the front page."""
+        """Link from the front page to the page with the next slide's pictures; "" if they are on the front page."""
         return self._link(self._written) if self.count else ""
 
     @property

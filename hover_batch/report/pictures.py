@@ -75,8 +75,7 @@ def reduced_picture(path: Path, max_side: int) -> str | None:
 def data_uri(image: NDArray[np.uint8], suffix: str) -> str:
     """Return an image as a data URI in PNG or JPEG format.
 
-    `image`: BGR (y, x, 3) uint8 or, for .png only, BGRA (y, x, 4) uint8. `suffix`: .png or .jpg. KeyError for any
-    other.
+    `image`: BGR (y, x, 3) uint8 or, for .png only, BGRA (y, x, 4) uint8. `suffix`: .png or .jpg.
     """
     # Full chroma: the usual half resolution smears thin contours into their neighbours.
     sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
