@@ -96,10 +96,10 @@ def instead_of_url(url: Url) -> str:
 
 
 def fetch_file(url: Url, path: Path) -> None:
-    """Copy the file at `url` in cloud storage to `path` on disk; an existing file is replaced.
+    """Copy the file at `url` in cloud storage to `path` on disk. An existing file is replaced.
 
-    InputError if the file does not exist, access is denied or a package for the storage is missing; SlideError if it
-    cannot be fetched; OSError if the disk is full.
+    InputError if the file does not exist, access is denied or a package for the storage is missing; SlideError if the
+    file cannot be fetched; OSError if the disk is full.
     """
     import fsspec
 
@@ -174,7 +174,7 @@ class BucketFolder:
         return {keys[key]: content for key, content in found.items() if isinstance(content, bytes)}
 
     def fetch(self, name: str, path: Path) -> None:
-        """Copy the file `name` to `path` on disk; an existing file is replaced.
+        """Copy the file `name` to `path` on disk. An existing file is replaced.
 
         InputError if the file does not exist or access is denied, UploadError if it cannot be read, OSError if the disk
         is full.

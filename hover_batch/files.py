@@ -108,7 +108,7 @@ def _only_file(archive: zipfile.ZipFile) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in the file at `path`; None if there is no such file or it holds anything else.
+    """Return the JSON object in the file at `path`; None if there is no such file or it holds no JSON object.
 
     OSError if the file cannot be read.
     """
@@ -136,7 +136,7 @@ def read_file(path: Path) -> bytes | None:
 
 
 def json_object(content: bytes) -> dict[str, Any] | None:
-    """Return the JSON object that `content` holds, as a dict; None if it is anything else."""
+    """Return the JSON object that `content` holds, as a dict; None if `content` is not a JSON object."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
@@ -260,7 +260,7 @@ def _sync(path: Path) -> None:
 def to_json(value: Any) -> bytes:
     """Return `value` as indented JSON in UTF-8, with sorted keys, so that equal values give equal bytes.
 
-    ValueError for NaN and infinity, TypeError for values that are not JSON.
+    ValueError for NaN and infinity, TypeError for values that JSON does not support.
     """
     return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 

@@ -56,7 +56,7 @@ class Box:
 
     @property
     def empty(self) -> bool:
-        """Whether the box holds no pixel."""
+        """True if the box holds no pixel."""
         return self.width == 0 or self.height == 0
 
     @property
@@ -132,8 +132,9 @@ class Mpp:
 def qupath_origin(bounds: Box | None) -> tuple[int, int]:
     """Return the level-0 pixel (x, y) that is QuPath's (0, 0).
 
-    QuPath crops a slide to OpenSlide's bounds, so it is their upper left corner. `bounds`: in level-0 pixels; None if
-    the slide has none, for which the result is (0, 0).
+    It is the upper left corner of OpenSlide's bounds, to which QuPath crops a slide, or (0, 0) without bounds.
+
+    `bounds`: bounds of the slide in level-0 pixels; None if it has none.
     """
     return (0, 0) if bounds is None else (bounds.x0, bounds.y0)
 

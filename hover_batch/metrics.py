@@ -122,8 +122,9 @@ def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
 def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
     """Return the Dice score of the foregrounds of two instance maps (y, x), 2·|∩| / (|true| + |pred|) in pixels.
 
-    The score is 1 for equal foregrounds, 0 for disjoint ones, and NaN if both maps are empty. `true`, `pred`: instance
-    ids, 0 = background. ValueError for maps of different shapes.
+    The score is 1 for equal foregrounds, 0 for disjoint ones, and NaN if both maps are empty.
+
+    `true`, `pred`: instance ids, 0 = background. ValueError for maps of different shapes.
     """
     _check_maps(true, pred)
     true_foreground, pred_foreground = true > 0, pred > 0
@@ -132,7 +133,7 @@ def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
 
 
 def mean_defined(scores: Iterable[float]) -> float:
-    """Return the mean of those of `scores` that are not NaN; NaN if there are none."""
+    """Return the mean of the `scores` that are not NaN; NaN if there are none."""
     defined = [score for score in scores if not math.isnan(score)]
     return sum(defined) / len(defined) if defined else math.nan
 
@@ -303,6 +304,9 @@ class DetectionScores:
 
 def detection_scores(counts: PairCounts) -> DetectionScores:
     """Return F_d = 2·TP / (2·TP + FP + FN) with precision and recall (Graham et al. 2019, section 4.3).
+
+    Precision is TP / (TP + FP), recall is TP / (TP + FN). The result also has the counts. A score is NaN if its
+    denominator is 0.
 
     `counts`: counts of one or more images; types are ignored.
     """

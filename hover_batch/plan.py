@@ -84,7 +84,7 @@ class Plan:
     def exit_code(self) -> int:
         """Exit code of the dry run: 0 all slides can be run, 3 some cannot, 4 none can.
 
-        Unreadable slides and faults of rows count.
+        Slides that cannot be run are those that are unreadable and those whose rows have faults.
         """
         return exit_code(len(self.slides), len(self.unreadable) + len(self.cohort.faults))
 

@@ -48,7 +48,10 @@ class ProgressCounter:
 
     @property
     def line(self) -> str:
-        """Progress as `NAME DONE/TOTAL`, with rate and time left if this process has done items and some remain."""
+        """Progress as text, such as `tiles 30/100, 2.5/s, 28 s left`.
+
+        Rate and time left are included only if this process has done items and some remain.
+        """
         text = f"{self.name} {self.done}/{self.total}"
         rate = self.rate
         if rate > 0 and self.done < self.total:

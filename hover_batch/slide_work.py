@@ -77,15 +77,15 @@ class SlideWork:
 
     @property
     def maps(self) -> SlideLayout:
-        """Paths of the prediction store and the markers, in this run or in the run that stored them.
+        """Paths of the prediction store and the markers: those of this run, or of the run that stored the maps.
 
-        The files of the other run must not change.
+        Files of the other run must not be changed.
         """
         return self.layout if self.stored is None else self.stored.layout
 
     @property
     def taxonomy(self) -> Taxonomy:
-        """Classes of the tables: the model's, merged by the class map if there is one."""
+        """Classes of the tables: those of the model, merged by the class map if there is one."""
         return self.card.taxonomy.merged(self.settings.post.class_map)[0]
 
     @property
@@ -165,15 +165,15 @@ def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideRea
 def survey(
     reader: SlideReader | None, slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout
 ) -> SlideWork:
-    """Find the slide's tissue and cut it into units, write survey.json, and return the slide ready to be processed.
+    """Find the slide's tissue, cut it into units and write survey.json. Return the slide ready to be processed.
 
     `reader`: reader of the slide; None for stored maps, whose header and tissue are read from the survey.json of their
     run. `slide`: slide as planned. `package`: package of the model. `settings`: settings in effect. `layout`: paths of
     the slide's results, opened by `Ledger.open_slide`.
 
-    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read, or if the row's mask
-    cannot be used or was replaced after the run began. OSError if survey.json cannot be written, or key.json, the mask
-    or a survey.json cannot be read.
+    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read, or if the mask in the
+    cohort cannot be used or was replaced after the run began. OSError if survey.json cannot be written, or key.json,
+    the mask or a survey.json cannot be read.
     """
     key_content = layout.key_json.read_bytes()
     if slide.stored is not None:

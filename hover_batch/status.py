@@ -58,7 +58,7 @@ class UnfinishedSlide:
         return self.tiles * (1 - min(1.0, self.predicted / self.units))
 
     def line(self) -> str:
-        """Return the progress of the slide as one line of text for the user."""
+        """Return the progress of the slide as one line of text, with the numbers of units and regions that are done."""
         of = "" if self.units is None else f" of {self.units:,}"
         return f"{self.slide_id}: {self.predicted:,}{of} units predicted, {self.posted:,}{of} regions post-processed"
 
@@ -130,7 +130,7 @@ class RunStatus:
         return None
 
     def lines(self) -> list[str]:
-        """Return the progress of the run as lines of text for the user."""
+        """Return the progress of the run as lines of text, as `hover-batch status` prints them."""
         begun = f", begun {_clock(self.created)}" if self.created else ""
         lines = [f"{self.layout.root}: model {self.model}{begun}", f"running: {self._running()}"]
         if self.log.disk_full and self.is_running is not False:

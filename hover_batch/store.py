@@ -48,7 +48,7 @@ class PredictionStore:
 
     @classmethod
     def create(cls, path: Path, size: Size, planes: int, unit: int, attributes: Mapping[str, Any]) -> PredictionStore:
-        """Create an empty store at `path`; if there is one, open it unchanged.
+        """Create an empty store at `path` and open it for writing. If there already is one, open it unchanged.
 
         An existing store must have been created with the same values, which is not checked.
 
@@ -128,7 +128,7 @@ class PredictionStore:
         return self._shard(box).exists()
 
     def sweep(self) -> None:
-        """Remove the partial files of killed writers. Call it only while nothing writes to the store.
+        """Remove the temporary files (.*.partial) of killed writers. Call it only while nothing writes to the store.
 
         OSError if a file cannot be removed.
         """
@@ -151,7 +151,7 @@ class PredictionStore:
         return self.path / "c" / "0" / str(box.y0 // self.unit) / str(box.x0 // self.unit)
 
     def read(self, box: Box) -> NDArray[np.uint8]:
-        """Return the maps (plane, y, x) uint8 of a box, zero where nothing was predicted and outside the canvas.
+        """Return the maps (plane, y, x) uint8 of a box, 0 where nothing was predicted and outside the canvas.
 
         `box`: any box in inference pixels. SlideError if a shard is corrupted, OSError if one cannot be read.
         """

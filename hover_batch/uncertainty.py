@@ -64,7 +64,7 @@ class BetaScaling(_Numbers):
             raise ValueError("a and b must not be negative")
 
     def apply(self, p: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Return the calibrated values of the probabilities `p`, as float64 from 0 to 1 of the same shape."""
+        """Return the calibrated values of the probabilities `p`, as float64 of the same shape, from 0 to 1."""
         from scipy.special import expit
 
         log_p, minus_log_q = log_odds_parts(p)

@@ -226,7 +226,7 @@ def list_packages(
     """List the packages on this machine, and the published models that can be imported.
 
     The packages are the starter, those in the cache, and those in FOLDER. The cost of a published model is its number
-    of multiply-accumulates (MACs) per kept pixel of a slide, which includes those on the margins of tiles.
+    of multiply-accumulates (MACs) per kept pixel of a slide. MACs on the margins of tiles are included.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name one that holds .safetensors files")

@@ -52,7 +52,7 @@ def setting(flag: str, help: str, panel: str, default: str | None = None, **type
 
 
 def batch_size(text: str) -> int | str:
-    """Parse the value of --batch: `auto`, or a whole number. ValueError for any other text."""
+    """Parse the value of --batch: `auto` (returned as text) or a whole number. ValueError for any other text."""
     if text == "auto":
         return text
     try:
@@ -62,7 +62,7 @@ def batch_size(text: str) -> int | str:
 
 
 def share(text: str) -> float:
-    """Parse a share, such as 5% or 0.05, to a fraction (0.05). ValueError for any other text."""
+    """Parse a share, such as 5% or 0.05, and return it as a fraction (0.05). ValueError for any other text."""
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:

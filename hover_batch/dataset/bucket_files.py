@@ -41,7 +41,7 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         return [path]
 
     def unstrip_protocol(self, name: str) -> str:
-        """Return the name unchanged, because it already has its protocol."""
+        """Return `name` unchanged, because paths of this file system already begin with their protocol."""
         return name
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:

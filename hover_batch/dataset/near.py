@@ -69,7 +69,7 @@ class NearQuestion:
 
     @property
     def sql(self) -> str:
-        """The question as one SELECT statement of DuckDB's SQL."""
+        """The question as one SELECT statement in DuckDB's SQL. It gives the same result as `answer`."""
         return f"WITH {self._ctes},\nnear AS (\n  {self._near}\n)\n{self._answer}"
 
     def answer(self, track: Callable[[list[_Entries]], Iterable[_Entries]]) -> duckdb.DuckDBPyRelation:

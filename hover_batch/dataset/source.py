@@ -91,9 +91,9 @@ class RunSource:
             ) from error
 
     def open_table(self, slide_id: str) -> NucleiTable:
-        """Open the table of nuclei of the finished slide `slide_id`.
+        """Return the table of nuclei of the finished slide `slide_id`, after a check of its metadata and checksum.
 
-        SlideError if it is missing, corrupted or cannot be read.
+        SlideError if the table is missing, corrupted or cannot be read.
         """
         return NucleiTable.open(self.layout.slide(slide_id).nuclei_parquet)
 

@@ -43,7 +43,7 @@ class Added:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the command: 0 if the data set has all slides, 3 if some were skipped, 4 if all were."""
+        """Exit code of the command: 0 if the data set has all slides, 3 if some were skipped, 4 if it has none."""
         return exit_code(len(self.added) + len(self.unchanged), len(self.skipped))
 
 

@@ -209,7 +209,7 @@ class SlideDiff:
 
     @property
     def endpoints(self) -> list[str]:
-        """Names of all endpoints: ALL and the classes of both runs."""
+        """Names of all endpoints: ALL, then the classes of both runs."""
         return list(dict.fromkeys([ALL, *self.confusion.rows, *self.confusion.columns]))
 
     def to_json(self) -> dict[str, Any]:

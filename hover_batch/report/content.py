@@ -47,7 +47,7 @@ class SlideRow:
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds that the slide took, by stage; empty unless the slide is done."""
+        """Seconds that the slide took in each stage, by stage; empty unless the slide is done."""
         return stages_of(self.summary)
 
 
