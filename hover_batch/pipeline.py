@@ -272,8 +272,10 @@ def _only_in(window: Box, read: Read) -> Read:
 def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dict[str, Any]:
     """Merge the parts into nuclei.parquet, and return the content of slide.json, which the caller writes.
 
-    The files thumbnail.jpg, overlay.jpg, tissue.geojson and timings.json are written, too. If `reader` is None, there
-    is no overlay, and the thumbnail and its measures are copied from the run that stored the maps.
+    The content includes the number of nuclei, the table's size and hash, warnings, quality measures, and the summary's
+    row of the slide. The files thumbnail.jpg, overlay.jpg, tissue.geojson and timings.json are written, too. If
+    `reader` is None, there is no overlay, and the thumbnail and its measures are copied from the run that stored the
+    maps.
 
     `work`: slide whose units are all predicted and post-processed. `reader`: reader of the slide; None if stored maps
     are used. `seconds`: times of all earlier steps of the slide; the time of this step is added in place.

@@ -212,7 +212,10 @@ class RunStatus:
     def to_json(self) -> str:
         """Return the status as indented JSON text, as `hover-batch status --json` prints it.
 
-        Unknown values are null; times are ISO 8601 in UTC.
+        Unknown values are null; times are ISO 8601 in UTC. The keys are folder, model, created, going_on, holder,
+        started, last_event, finished, disk_full_since, tried_again, nodes, slides, under_way, nuclei, estimated,
+        uploaded, flagged, tiles_per_s, regions_per_s, rate_until, seconds_left, seconds_left_base, model_busy and
+        failures.
         """
         log, estimate = self.log, self.seconds_left()
         tile_rate, region_rate = log.tile_rate, log.region_rate

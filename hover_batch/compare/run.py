@@ -38,9 +38,12 @@ def compare(
 ) -> dict[str, Any]:
     """Compare two networks, and write compare.json and compare.html. Return the content of compare.json.
 
-    Costs of `first` are given as multiples of those of `second`, the candidate to replace it. If the comparison would
-    take longer than `options` allow, less is measured. Nuclei are not compared if `options.timing_only` is set, or if a
-    network has random weights. The networks of both sides may be moved to their devices.
+    Its keys are `format`, `device`, `fields`, `repeats`, `sides` (costs of each network), `ratios`, `agreement`,
+    `truth` and `notes`. Ratios are the costs of `first` as multiples of those of `second`, the candidate to replace it.
+
+    If the comparison would take longer than `options` allow, less is measured. Nuclei are not compared if
+    `options.timing_only` is set, or if a network has random weights. The networks of both sides may be moved to their
+    devices.
 
     `first`, `second`: networks of the same pixel size. `places`: fields to compare on. `options`: batch sizes,
     repetitions and time. `out`: existing folder for the files. `notify`: function that is called with lines about the

@@ -230,10 +230,12 @@ def _effect(
 def with_measuring_error(samples: tuple[NDArray[np.float64], NDArray[np.float64]], error: CountError) -> Measured:
     """Return 95 % intervals of the difference in medians that include both the patients' and the counts' error.
 
-    Each of 9999 draws resamples the patients of both groups, and multiplies their densities by random factors: by one
-    factor for groups from one source, and by a factor for each group if the sources differ. The logarithms of the
-    factors follow the multivariate t distribution of `error`: all sources share the error of its mean, and have
-    independent errors of their own. The seed is fixed, so the same arguments give the same result.
+    The difference is the median of the second group minus that of the first. In each of 9999 draws, the patients of
+    both groups are resampled, and the medians are multiplied by random factors: by the same factor if both groups are
+    from one source, and by a factor for each group if they are from two.
+
+    The logarithms of the factors follow the multivariate t distribution of `error`: all sources share the error of its
+    mean, and have independent errors of their own. The seed is fixed, so the same arguments give the same result.
 
     `samples`: counted densities of the patients of both groups, (n,) and (m,). `error`: error of the number of nuclei.
     """

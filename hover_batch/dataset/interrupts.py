@@ -15,12 +15,13 @@ import duckdb
 def ended_by_ctrl_c(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
     """Let Ctrl-C end the queries that `connection` runs in the block. Use it in the main thread.
 
-    DuckDB checks for signals only in the thread that runs the query, and then waits for its other threads, which may
-    continue to the end of the query. `interrupt` stops all of them. It must be called from another thread, because
-    Python runs no signal handler while the main thread is in DuckDB.
+    A query that is ended raises DuckDB's error, which `query_errors` converts to KeyboardInterrupt. DuckDB itself
+    checks for signals only in the thread that runs the query, and then waits for its other threads, which may continue
+    to the end of the query. `connection.interrupt` stops all of them. It is called from another thread, because Python
+    runs no signal handler while the main thread is in DuckDB.
 
-    The block replaces the process's `signal.set_wakeup_fd`, which is restored afterwards. ValueError if it is called in
-    a thread other than the main thread.
+    While the block runs, the process has another file descriptor for signals (`signal.set_wakeup_fd`). ValueError in a
+    thread other than the main thread.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)

@@ -73,12 +73,13 @@ class NearQuestion:
         return f"WITH {self._ctes},\nnear AS (\n  {self._near}\n)\n{self._answer}"
 
     def answer(self, track: Callable[[list[_Entries]], Iterable[_Entries]]) -> duckdb.DuckDBPyRelation:
-        """Return the answer as a DuckDB relation with the columns `by`, slides, nuclei, near and share.
+        """Return the answer as a DuckDB relation, with one row for each value of the column `by`.
 
-        There is a row for each value of the column `by`. `nuclei` is the number of nuclei of the class `of`, `near` the
-        number of those with a neighbour, and `share` is near / nuclei, NULL without nuclei. The files are read one
-        after the other, so that memory holds the positions of one slide, or of the small slides that share a file. The
-        connection's temporary table `near` is replaced.
+        Its columns are that column, `slides` (number of slides), `nuclei` (number of nuclei of the class `of`), `near`
+        (number of those with a neighbour) and `share` (near / nuclei; NULL without nuclei).
+
+        The files are read one after the other, so that memory holds the positions of one slide, or of the small slides
+        that share a file. The connection's temporary table `near` is replaced.
 
         `track`: function that yields the items of a list and shows the progress.
 

@@ -11,7 +11,10 @@ def identifier(name: str) -> str:
 
 
 def text(value: object) -> str:
-    """Return `str(value)` as an SQL string literal. Quotes are doubled, which is the only escape that DuckDB has."""
+    """Return `str(value)` as an SQL string literal.
+
+    Single quotes in it are doubled, the only escape that DuckDB's string literals have.
+    """
     return "'" + str(value).replace("'", "''") + "'"
 
 

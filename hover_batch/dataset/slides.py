@@ -181,7 +181,7 @@ def read_entries(where: Path | Url, flag: str = "") -> list[SlideEntry]:
 
 
 def named_files(table: pa.Table) -> set[str]:
-    """Return the names of all files of nuclei that slides.parquet lists, relative to the data set.
+    """Return the names, relative to the data set, of all files of nuclei that slides.parquet lists.
 
     `table`: content of slides.parquet.
     """

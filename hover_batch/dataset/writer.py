@@ -52,7 +52,7 @@ class Storage(Protocol):
         """Replace slides.parquet by `table` in one step.
 
         In a folder, OSError if it cannot be written. In a bucket, UploadError if it cannot be written, InputError if
-        another command has changed it or access is denied.
+        another command has changed it or access is denied, OSError if the disk for temporary files is full.
         """
 
     def remove(self, names: Collection[str]) -> None:
@@ -146,7 +146,8 @@ class DatasetWriter:
         `rows`: rows of slides.parquet, from `rows_table`.
 
         In a folder, OSError if slides.parquet cannot be written or a file cannot be removed. In a bucket, UploadError
-        if a request fails, InputError if access is denied or another command has changed the data set.
+        if a request fails, InputError if access is denied or another command has changed the data set, OSError if the
+        disk for temporary files is full.
         """
         before, table = named_files(self._table), with_rows(self._table, rows)
         self._storage.add(named_files(rows))

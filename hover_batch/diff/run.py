@@ -37,7 +37,11 @@ class RunsDiff:
     """Classes of A and of B, for the legend; empty if no slide is compared."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of diff.json as JSON values by name: everything except the pictures."""
+        """Return the content of diff.json as JSON values by name. It has everything except the pictures.
+
+        The keys are `format`, `a` and `b` (the runs), `min_iou`, `endpoint`, `tolerance`, `min_matched`, `faults`,
+        `slides` (see `SlideDiff.to_json`), `not_compared`, `cohort` and `places`.
+        """
         cohort = self.cohort
         confusion = cohort.confusion
         return {

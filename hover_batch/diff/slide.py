@@ -213,7 +213,12 @@ class SlideDiff:
         return list(dict.fromkeys([ALL, *self.confusion.rows, *self.confusion.columns]))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the slide's entry in diff.json, as JSON values by name."""
+        """Return the slide's entry in diff.json, as JSON values by name.
+
+        The keys are `slide_id`, `identical`, `nuclei`, `matched`, `only_a`, `only_b`, `class_changed`, `matched_share`,
+        `iou`, `area_ratio`, `tissue_mm2`, `confusion`, `unit` (that of the endpoints) and `endpoints` (see
+        `Change.to_json`).
+        """
         (a, b), matched = self.counts, self.matched
         return {
             "slide_id": self.slide_id,

@@ -52,8 +52,10 @@ _TEXT_LENGTH = 64
 def write_dicom(nuclei: NucleiTable, path: Path) -> None:
     """Write the table `nuclei` to `path` (.ann.dcm) as DICOM annotations. Equal tables give equal bytes.
 
-    All outlines are held in memory. An existing file is replaced only when all is written. A table without nuclei gives
-    a file without groups. Python's warnings are suppressed in the whole process while highdicom runs.
+    Each class that has nuclei is a group of polygons, in pixels of the slide's largest level, with areas in µm² and
+    class probabilities. A table without nuclei gives a file without groups. All outlines are held in memory. An
+    existing file is replaced only when all is written. Python's warnings are suppressed in the whole process while
+    highdicom runs.
 
     OSError if the file cannot be written or the slide's DICOM folder cannot be listed, SlideError if the table is
     corrupted or highdicom rejects the headers of the slide.

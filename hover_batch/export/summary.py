@@ -46,7 +46,9 @@ _BATCH = 131_072
 def summary_schema(taxonomy: Taxonomy) -> pa.Schema:
     """Return the names and types of the columns that every summary for `taxonomy` has, in order.
 
-    In a summary, they are followed by the estimates, the seconds of each stage and the cohort CSV's own columns.
+    They begin with `level`, `slide_id`, `patient_id`, `group` and `status`. Counts are int64, other numbers float64,
+    texts string. In a summary, the columns are followed by the estimates, the seconds of each stage and the cohort
+    CSV's own columns.
     """
     columns: list[tuple[str, pa.DataType]] = [
         ("level", pa.string()),

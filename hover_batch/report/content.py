@@ -172,9 +172,9 @@ class Report:
 
 
 def stages_of(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds by stage, without missing values.
+    """Return the seconds by stage, from the columns `seconds_STAGE` of a summary's row. Missing values are left out.
 
-    `summary`: one row of the summary, values by column.
+    `summary`: the row, as values by column.
     """
     prefix = "seconds_"
     return {k.removeprefix(prefix): v for k, v in summary.items() if k.startswith(prefix) and v is not None}

@@ -73,8 +73,10 @@ class Site:
     def answer(self, path: str) -> Answer | None:
         """Return the content and the content type of a resource; None if it does not exist.
 
-        `path`: path in the URL after the token and its slash, such as "slide/3/0/1". SlideError if the slide or its
-        table can no longer be read.
+        `path`: path in the URL after the token and its slash. It is slide/LEVEL/COLUMN/ROW (JPEG), nuclei/COLUMN/ROW,
+        density/LEVEL/COLUMN/ROW, nucleus/NUCLEUS_ID (JSON), info.json, or a key of PAGE.
+
+        SlideError if the slide or its table can no longer be read.
         """
         if match := _PATH.fullmatch(path):
             numbers = [int(number) for number in match[2][1:].split("/")]
