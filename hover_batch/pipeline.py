@@ -118,8 +118,8 @@ def infer(
     share. `store`: store of the slide. `advance`: function that is called with the number of tiles that are newly done,
     after each batch and for tiles that were stored already.
 
-    NetworkFailed if the network raises an exception; SlideError if the slide cannot be read, or another run has taken
-    over its folder; OSError if a file cannot be written.
+    NetworkFailed if the network raises an exception; SlideError if the slide cannot be read, a shard of an estimate is
+    corrupted, or another run has taken over the slide's folder; OSError if a file cannot be read or written.
     """
     seconds = Seconds()
     # A cluster has several shards, which it shares with other clusters.
@@ -197,7 +197,7 @@ def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     `work`: slide of the unit. `store`: store from which the maps of the unit and its neighbours are read.
 
     UnitsMissing if units that are needed are not predicted yet or not visible here. SlideError if another run has taken
-    over the slide's folder, or a shard is corrupted. OSError if the part cannot be written.
+    over the slide's folder, or a shard is corrupted. OSError if a shard cannot be read or the part cannot be written.
     """
     seconds = Seconds()
     settings = work.settings.post
@@ -281,8 +281,8 @@ def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> d
     are used. `seconds`: times of all earlier steps of the slide; the time of this step is added in place.
 
     UnitsMissing if parts, markers or maps that another node wrote are not visible here yet. SlideError if another run
-    has taken over the slide's folder, two regions hold the same nucleus, or the slide cannot be read. OSError if a file
-    cannot be written.
+    has taken over the slide's folder, two regions hold the same nucleus, a shard is corrupted, or the slide cannot be
+    read. pyarrow.ArrowInvalid if a part is corrupted, OSError if a file cannot be read or written.
     """
     layout, record = work.layout, work.record
     cells = [(unit.column, unit.row) for unit in work.units]

@@ -51,7 +51,8 @@ def next_work(work: SlideWork, reader: SlideReader | None) -> SlideWork:
 
     `work`: the surveyed slide. `reader`: reader of the slide; None for stored maps, which are not sampled.
 
-    SlideError if the slide cannot be read, OSError if a file cannot be written or removed.
+    SlideError if the slide cannot be read, OSError if a file cannot be read, written or removed; errors of zarr, mostly
+    ValueError, if the store of the clusters' tiles is corrupted.
     """
     if reader is None:
         return work
@@ -165,8 +166,8 @@ def finish(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dic
     for stored maps. `seconds`: times of all earlier steps of the slide; the time of this step is added in place.
 
     UnitsMissing if results that another node wrote are not visible here yet. SlideError if another run has taken over
-    the slide's folder, two regions hold the same nucleus, or the slide cannot be read. OSError if a file cannot be
-    written.
+    the slide's folder, two regions hold the same nucleus, a shard is corrupted, or the slide cannot be read.
+    pyarrow.ArrowInvalid if a part is corrupted, OSError if a file cannot be read or written.
     """
     if work.sample is None or reader is None:
         return finalize(work, reader, seconds)

@@ -132,7 +132,7 @@ def run_segment(
     """Run the cohort `source` into the folder `output`, or resume the run there. Return its outcome.
 
     Slides that an earlier start finished are skipped. At the end, failures.csv and the summary are written. Failures of
-    single slides are part of the outcome. Call it from the main thread, so that Ctrl-C is handled.
+    single slides and of uploads are part of the outcome. Call it from the main thread, so that Ctrl-C is handled.
 
     `source`: a CSV, folder or glob pattern; a cohort that was read already; or a stored run, from whose predictions new
     tables are made. `settings`: settings of the run. `skip_invalid`: leave out invalid rows instead of stopping.

@@ -148,9 +148,9 @@ def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideRea
 
     A slide in cloud storage is copied to this machine first. `copies`: the run's copies on this machine.
 
-    InputError if the slide's pixel size is unknown, the slide does not exist in the storage, or access is denied.
-    SlideError if it cannot be copied or opened, or if its file was replaced after the run began. ScratchFull if there
-    is no space for the copy.
+    InputError if the slide's pixel size is unknown, a DICOM folder holds several slides, the slide does not exist in
+    the storage, or access is denied. SlideError if it cannot be copied or opened, or if its file was replaced after the
+    run began. ScratchFull if there is no space for the copy.
     """
     if slide.stored is not None:
         yield None

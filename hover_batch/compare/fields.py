@@ -54,7 +54,8 @@ class Place:
 
         The slide is closed afterwards.
 
-        InputError if the slide's pixel size is unknown, SlideError if the slide cannot be opened or read.
+        InputError if the slide's pixel size is unknown or a DICOM folder holds several slides, SlideError if the slide
+        cannot be opened or read.
         """
         with open_slide(self.record) as reader:
             started = time.perf_counter()
@@ -71,7 +72,8 @@ def choose_fields(records: Sequence[SlideRecord], mpp: float, side: int, per_sli
 
     `records`: slides. `mpp`: size of an inference pixel in µm. `side`: side of a square in inference pixels.
 
-    InputError if a slide is given by a URL or its pixel size is unknown, SlideError if one cannot be read.
+    InputError if a slide is given by a URL, its pixel size is unknown or a DICOM folder holds several slides;
+    SlideError if a slide cannot be read, or its mask cannot be used.
     """
     for record in records:
         if isinstance(record.path, Url):
