@@ -244,7 +244,7 @@ def run_segment(
 
 
 def _with_batch(settings: Settings, layout: RunLayout, package: Package, backend: OpenBackend, force: bool) -> Settings:
-    """Return the settings with the batch that `auto` stands for: that of the run to be resumed, if there is one."""
+    """Return the settings with `auto` replaced by a batch size: that of the run to be resumed, if there is one."""
     run = None if force else read_run(layout, "--output")
     batch = run["results_key"]["infer"]["batch"] if run else settings.infer.batch
     if batch == AUTO_BATCH:

@@ -81,11 +81,12 @@ class StoredRun:
     def check(self, settings: Settings, output: Path, *, force: bool) -> None:
         """Check that new tables with `settings` can be made from this run and written to `output`. Nothing is removed.
 
-        `force`: whether results in `output` will be removed before the run.
+        `settings`: settings of the new tables. `output`: folder for them; it need not exist. `force`: whether results
+        in `output` will be removed before the run.
 
         InputError if the settings require predictions that this run did not store, or if `output` is this run's folder
-        or in it. InputError also if `output` holds a corrupted run or, unless `force` is set, a run that was not made
-        from this run. OSError if the run.json there cannot be read.
+        or a folder in it. InputError also if `output` holds a corrupted run or, unless `force` is set, a run that was
+        not made from this run. OSError if the run.json there cannot be read.
         """
         wanted = _prediction_settings(settings)
         for name, stored in _prediction_settings(self.settings).items():

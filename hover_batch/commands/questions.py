@@ -178,7 +178,7 @@ def _track(items: list[Any]) -> Iterable[Any]:
 
 
 def _show_effects(effects: Sequence[Effect]) -> None:
-    """Print a table of the effects for each two groups, with their intervals."""
+    """Print a table of the effects for every pair of groups, with their intervals."""
     from rich.table import Column, Table
 
     tables: dict[tuple[str, str], Table] = {}

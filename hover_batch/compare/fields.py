@@ -1,4 +1,4 @@
-"""Choose the fields on which two networks are compared: the squares with most tissue, or all with tissue."""
+"""Choose the fields on which two networks are compared: the squares with the most tissue, or all with tissue."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ class Place:
 def choose_fields(records: Sequence[SlideRecord], mpp: float, side: int, per_slide: int) -> Iterator[Place]:
     """Yield the fields of each slide: the `per_slide` squares with the most tissue, in descending order.
 
-    Equal ones are in raster order. If `per_slide` is 0, all squares with tissue are yielded in raster order. Squares
-    are clipped to the slide. Each slide is opened, and its tissue found, when its first field is requested; it is
-    closed after its last field.
+    Squares with the same amount of tissue are in raster order. If `per_slide` is 0, all squares with tissue are yielded
+    in raster order. Squares are clipped to the slide. Each slide is opened, and its tissue found with the default
+    settings, when its first field is requested; it is closed after its last field.
 
     `records`: slides. `mpp`: size of an inference pixel in µm. `side`: side of a square in inference pixels.
 

@@ -60,7 +60,7 @@ def open_bucket(url: Url, flag: str) -> Iterator[BucketStorage]:
 def _stored(folder: BucketFolder, flag: str) -> bytes | None:
     """Return the content of slides.parquet; None if the folder is empty.
 
-    InputError if the folder holds anything else than a data set.
+    InputError if the folder holds anything but a data set.
     """
     content = retried(lambda: folder.read([SLIDES_PARQUET])).get(SLIDES_PARQUET)
     if content is None:

@@ -1,7 +1,7 @@
 """Ready-made question: by how much the densities of groups of patients differ.
 
 A patient counts once, with the density over all their slides: nuclei of one patient, and slides, resemble each
-other, and would make intervals much too narrow. Effect sizes are the difference of the medians and Cliff's delta (Cliff
+other, and would make intervals much too narrow. Effect sizes are the difference in medians and Cliff's delta (Cliff
 1993), which is 1 if all densities of the second group are above those of the first, -1 if all are below, and 0 without
 a tendency.
 """

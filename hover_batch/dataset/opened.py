@@ -149,8 +149,8 @@ class Dataset:
     def select(self, query: str) -> duckdb.DuckDBPyRelation:
         """Return a SELECT as a DuckDB relation. The query runs each time that the relation is read.
 
-        Sums of integers have 64 bits, instead of DuckDB's 128. Read the relation inside `query_errors`, which converts
-        the errors of the query.
+        Sums of integers are BIGINT (64 bits), not DuckDB's HUGEINT (128 bits). Read the relation inside `query_errors`,
+        which converts the errors of the query.
 
         InputError if `query` is not exactly one SELECT, or names a table or column that does not exist.
         """

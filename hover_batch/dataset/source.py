@@ -52,7 +52,7 @@ class RunSource:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the run in `folder`: its cohort, and the slide.json of its finished slides.
+        """Read the run in `folder`: its cohort, and the slide.json and quality flags of its finished slides.
 
         InputError if the folder holds no run, or its run.json or slides.csv is corrupted; OSError if a file cannot be
         read.

@@ -99,7 +99,7 @@ class CohortDiff:
     missing: Sequence[Missing]
     """Slides that are not compared."""
     patients: Mapping[str, str]
-    """slide_id → patient; empty if the cohorts give no patients."""
+    """Patient by slide_id; empty if the cohorts give no patients."""
     limits: Limits
     """Limits of the validation."""
 

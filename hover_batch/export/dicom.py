@@ -40,7 +40,7 @@ _CELLS = {
     "macrophage": ("58986001", "Macrophage"),
     "neoplastic": ("252987004", "Tumor cell"),
 }
-"""Class → SNOMED CT code and meaning of the kind of cell."""
+"""SNOMED CT code and meaning of the kind of cell, by class."""
 _PRIVATE = "99HOVERBATCH"
 """Coding scheme of all other classes, whose code is their name; DICOM reserves the prefix 99 for private schemes."""
 _NO_DATE = "19700101"
@@ -154,7 +154,7 @@ def _groups(nuclei: NucleiTable, identity: str) -> list[Any]:
 
 
 def _cell(c: NucleusClass) -> Code:
-    """Return the code of the kind of cell that a class stands for."""
+    """Return the code of the kind of cell that a class represents."""
     from pydicom.sr.coding import Code
 
     if c.name in _CELLS:

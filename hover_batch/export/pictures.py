@@ -81,8 +81,8 @@ def write_thumbnail(path: Path, view: View, outline: Sequence[NDArray[np.float64
 def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> int:
     """Write `view` to `path` as a JPEG, with the contours of its nuclei. Return the number of nuclei drawn.
 
-    Contours have the colours of their classes. A legend under the picture gives the number of nuclei of each class. An
-    existing file is overwritten.
+    Contours have the colours of their classes. A legend under the picture gives the number of nuclei of each class.
+    Nuclei are drawn and counted if their bounding box reaches into the picture. An existing file is overwritten.
 
     `nuclei`: path of nuclei.parquet. `taxonomy`: classes of the nuclei.
 

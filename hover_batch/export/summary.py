@@ -24,7 +24,7 @@ from hover_batch.taxonomy import NucleusClass, Taxonomy
 from hover_batch.uncertainty import CountError
 
 Row = dict[str, Any]
-"""Row of a summary: column → value. Columns without a value may be missing, such as those about nuclei of a failed
+"""Row of a summary: values by column. Columns without a value may be missing, such as those about nuclei of a failed
 slide."""
 
 MORPHOLOGY = ("area_um2", "eccentricity", "solidity")

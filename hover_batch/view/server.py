@@ -32,7 +32,7 @@ PAGE = {
     "openseadragon.min.js": ("openseadragon.min.js", "text/javascript; charset=utf-8"),
     "LICENSE-openseadragon.txt": ("LICENSE-openseadragon.txt", "text/plain; charset=utf-8"),
 }
-"""Static files of the page: path → (file name, content type)."""
+"""Static files of the page: (file name, content type) by path."""
 _OPENSEADRAGON_RULE = "'sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE='"
 """Hash of the only style rule that OpenSeadragon adds to the page: no outline if the device has no mouse."""
 HEADERS = {
