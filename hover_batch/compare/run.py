@@ -43,16 +43,16 @@ def compare(
 
     If the comparison would take longer than `options` allow, less is measured. Nuclei are not compared if
     `options.timing_only` is set, or if a network has random weights. The networks of both sides may be moved to their
-    devices.
+    devices, and settings of torch change in the whole process (see `Side.predictor`).
 
     `first`, `second`: networks of the same pixel size. `places`: fields to compare on. `options`: batch sizes,
     repetitions and time. `out`: existing folder for the files. `notify`: function that is called with lines about the
     progress. One of them says what is measured and about how long it takes. `scorer`: function that scores a network on
     annotated images; None to omit this.
 
-    InputError if `places` is empty or a device cannot be used, PackageError if a network cannot be compiled,
-    torch.OutOfMemoryError if a batch does not fit in the GPU's memory, SlideError if a field cannot be read, OSError if
-    a file cannot be written. Errors of `scorer` propagate.
+    InputError if `places` is empty, a device cannot be used, or a slide cannot be opened because of its metadata;
+    PackageError if a network cannot be compiled; torch.OutOfMemoryError if a batch does not fit in the GPU's memory;
+    SlideError if a field cannot be read; OSError if a file cannot be written. Errors of `scorer` propagate.
     """
     if not places:
         raise InputError(

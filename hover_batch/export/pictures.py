@@ -1,7 +1,7 @@
 """Draw pictures for people: the thumbnail with the tissue's outline, and nuclei over a field of the slide.
 
-A whole slide with contours is too large to view, so the overlay shows one field at full resolution: the one with most
-nuclei, which `densest_field` finds. The caller reads the pixels.
+A whole slide with contours is too large to view, so the overlay shows one field at full resolution: the one with the
+most nuclei, which `densest_field` finds. The caller reads the pixels.
 """
 
 from __future__ import annotations
