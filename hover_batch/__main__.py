@@ -13,7 +13,11 @@ start-up is spent on searching them for garbage.
 
 
 def main() -> None:
-    """Run the command line with the arguments of this process, and exit with the code of the command."""
+    """Run the command line with the arguments of this process, and exit with the code of the command.
+
+    The thresholds of Python's garbage collector are raised to GC_THRESHOLDS. The exit code is 130 if Ctrl-C is pressed
+    while the program is loading.
+    """
     gc.set_threshold(*GC_THRESHOLDS)
     try:
         from hover_batch.cli import app

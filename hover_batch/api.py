@@ -56,18 +56,19 @@ def segment_slide(
 ) -> Path:
     """Find the nuclei of one slide, as `hover-batch segment` does. Return the path of the table, for `load_nuclei`.
 
-    Repeat the call to resume where it stopped. Call it from the main thread.
+    Repeat the call to resume a run that stopped. Call it from the main thread, so that Ctrl-C is handled. Progress is
+    printed on stderr.
 
     `path`: a slide file, a DICOM folder or a URL. `output`: the run's folder. Slides may share one if their settings
     are the same, but slides.csv and the summary then list only the last one. `model`: name of a package, a .safetensors
-    file or a folder. `mpp`: pixel size of level 0 in µm, if the file gives none or a wrong one. `slide_id`: by default
-    the file's stem or the folder's name. `settings`: those of the command, by their names in settings.toml (`batch=4`,
-    `backend="local"`, `class_map={"stroma": ["spindle"], …}`).
+    file or a folder that holds one. `mpp`: pixel size of level 0 in µm; needed only if the file gives none or a wrong
+    one. `slide_id`: by default the file's stem or the folder's name. `settings`: settings of the command, by their
+    names in settings.toml (`batch=4`, `backend="local"`, `class_map={"stroma": ["spindle"], …}`).
 
     InputError if an argument is invalid, or the output folder cannot be used; SettingsChanged, a subclass of it, if the
     folder holds results of other settings. PackageError if the model cannot be used, SlideError if the slide cannot be
     processed, HoverBatchError if Ray does not start or the network crashes repeatedly, OSError if a result cannot be
-    written. With `max_failures=0`, TooManyFailures instead of SlideError.
+    written. With `max_failures=0`, TooManyFailures instead of SlideError. KeyboardInterrupt after Ctrl-C or SIGTERM.
     """
     from hover_batch.segment import run_segment
 
@@ -87,11 +88,11 @@ def segment_slide(
 def load_nuclei(path: str | Path) -> pd.DataFrame:
     """Return the nuclei of one slide as a table with one row per nucleus, loaded from its nuclei.parquet or its folder.
 
-    It has the columns of the file except `bbox`. `geometry` holds shapely polygons in level-0 pixels; `slide_id` and
-    `type` are categories. `attrs["hover_batch"]` holds the file's metadata: pixel size, classes with colours, model.
-    `geopandas.GeoDataFrame(nuclei)` converts it to a GeoDataFrame.
+    The table has the columns of the file except `bbox`. `geometry` holds shapely polygons in level-0 pixels; `slide_id`
+    and `type` are categories. `attrs["hover_batch"]` holds the file's metadata: pixel size, classes with colours,
+    model. `geopandas.GeoDataFrame(nuclei)` converts the table to a GeoDataFrame.
 
-    `path`: path or URL of the file or folder. A URL is a str, and is fetched to a temporary folder first.
+    `path`: path or URL of the file or folder. A URL must be a str; its file is first copied to a temporary folder.
 
     SlideError if the table is missing or corrupted, or cannot be fetched; InputError if a URL does not exist, access to
     it is denied, or a package for its storage is missing; OSError if the disk for temporary files is full.
@@ -122,16 +123,16 @@ def _frame(table: pa.Table, about: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def open_cohort(path: str | Path, clinical: str | Path | None = None, on: str = "patient_id") -> Dataset:
-    """Open a data set, which `hover-batch cohort` makes from runs, for questions in SQL.
+    """Open a data set, which `hover-batch cohort` makes from runs, to query it in SQL.
 
-    The result has the DuckDB tables `nuclei`, `slides` and, if it is given, `clinical`: `cohort.sql("SELECT …")`
-    returns a DataFrame, and `cohort.window("case-01", (x0, y0, x1, y1))` the nuclei of a field. Close it with `close`,
-    or use it in a `with` block. Patients without a row in `clinical` are listed in `cohort.notes`, and give a
-    UserWarning.
+    The result has the DuckDB tables `nuclei`, `slides` and, if a clinical file is given, `clinical`.
+    `cohort.sql("SELECT …")` returns a DataFrame, and `cohort.window("case-01", (x0, y0, x1, y1))` the nuclei of a
+    field. Close it with `close`, or use it in a `with` block. Ids that only the slides or only the file have are listed
+    in `cohort.notes`; each note is also issued as a UserWarning.
 
     `path`: folder of the data set, or its URL in cloud storage. `clinical`: CSV or Parquet file with one row per
-    patient; None for no such table. `on`: column of this file and of the slides by which they are joined; ids are text,
-    so that 007 stays 007.
+    patient; None for no such table. `on`: column by which this file and the slides are joined. Its values are read as
+    text, so that 007 stays 007.
 
     InputError if a file cannot be read or joined, or the data set holds no slides; UploadError if cloud storage cannot
     be reached; OSError if slides.parquet cannot be read.
@@ -214,12 +215,14 @@ def _refuse_missing_shards(store: PredictionStore, layout: SlideLayout) -> None:
 
 
 def load_predictions(slide_folder: str | Path) -> Predictions:
-    """Open the prediction store of a slide, given the slide's folder (out/slides/ID). No pixels are read yet.
+    """Open the prediction maps of a slide. Pixels are read only when a `Plane` of the result is indexed.
 
     Away from nuclei, h and v are 0 unless the run used `sobel_norm="window"`.
 
-    InputError if the store is missing, as after --discard-predictions; SlideError or PackageError if its metadata is
-    corrupted or a shard is missing; OSError if a file cannot be read.
+    `slide_folder`: folder of the slide in its run, out/slides/ID.
+
+    InputError if the folder holds no predictions, as after --discard-predictions; SlideError or PackageError if their
+    metadata is corrupted or a shard is missing; OSError if a file cannot be read.
     """
     folder = Path(slide_folder).absolute()
     if folder.is_file():
@@ -273,11 +276,16 @@ class Model:
         self.sha256 = sha256
 
     def predict(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the quantised maps (plane, y, x) uint8 of an image (see `hover_batch.model.heads.MapLayout`).
+        """Return the quantised maps of an image, (plane, y, x) uint8, with the height and width of the image.
 
-        They have the height and width of the image, which is reflected at its border.
+        The planes are np, h, v, the classes (background first), hematoxylin and eosin.
+        `hover_batch.model.heads.MapLayout` gives their scales; h and v are signed bytes. The image is reflected at its
+        border.
 
-        `rgb`: (y, x, 3) uint8 RGB of any size, with pixels of `card.mpp` µm. InputError for other or empty arrays.
+        `rgb`: (y, x, 3) uint8 RGB of any size, with pixels of `card.mpp` µm.
+
+        InputError for other or empty arrays, PackageError if the network cannot be compiled, torch.OutOfMemoryError if
+        one tile does not fit in the GPU's memory.
         """
         if (
             not isinstance(rgb, np.ndarray)
@@ -296,7 +304,10 @@ class Model:
         The table has the columns of `load_nuclei`, with positions in pixels of the image, and `nucleus_id`, the
         nucleus's number 1 … n in the instance map. The result is that of a run with default settings.
 
-        `rgb`: (y, x, 3) uint8 RGB, with pixels of `card.mpp` µm. InputError for other or empty arrays.
+        `rgb`: (y, x, 3) uint8 RGB of any size, with pixels of `card.mpp` µm.
+
+        InputError for other or empty arrays, PackageError if the network cannot be compiled or the constants on its
+        card are invalid, torch.OutOfMemoryError if one tile does not fit in the GPU's memory.
         """
         from hover_batch.nuclei.image import nuclei_of
 
@@ -328,11 +339,14 @@ class Model:
 def load_model(name_or_path: str | Path = "starter", **settings: Any) -> Model:
     """Load the network of a package, on a GPU if there is one.
 
-    `name_or_path`: name of a package, a .safetensors file or a folder. `settings`: those of inference (`device`,
-    `precision`, `batch`, `runtime`, `threads`); by default, `batch` suits the model's architecture.
+    In the whole process, torch's number of threads is set for a CPU, and TF32 is switched off in cuDNN for a GPU. With
+    OpenVINO, the converted network is cached on disk.
 
-    PackageError if the package cannot be found or loaded, InputError if a setting is invalid or the device cannot be
-    used.
+    `name_or_path`: name of a package, a .safetensors file or a folder that holds one. `settings`: settings of inference
+    (`device`, `precision`, `batch`, `runtime`, `threads`). The default of `batch` suits the model's architecture.
+
+    PackageError if the package cannot be found or loaded, or its network cannot be compiled; InputError if a setting is
+    invalid or the device cannot be used.
     """
     from hover_batch.model.predict import load_predictor
 

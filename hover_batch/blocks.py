@@ -23,12 +23,14 @@ takes to the stage `read` of the Seconds."""
 
 
 def block_reader(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
-    """Return a function that reads blocks of an open slide in this process, one block ahead.
+    """Return a function that reads blocks of an open slide in this process.
+
+    The function takes boxes in inference pixels, and a Seconds to whose stage `read` it adds its time. It yields the
+    pixels of each box in order, RGB (y, x, 3) uint8. While the caller uses one block, a thread reads the next. The
+    errors of the reader propagate, such as SlideError if the pixels cannot be read.
 
     `reader`: reader of the slide; None if stored maps are used, in which case the function must not be called. `work`:
     slide to read, for its grid.
-
-    The function raises the errors of the reader, such as SlideError if the pixels cannot be read.
     """
 
     def read(boxes: list[Box], seconds: Seconds) -> Iterator[NDArray[np.uint8]]:
@@ -55,13 +57,13 @@ def batches(
 ) -> Iterator[tuple[list[Box], list[NDArray[np.uint8]]]]:
     """Read tiles, and yield them in batches of `size`; the last batch may be smaller.
 
-    A batch has two lists of equal length: boxes from `kept`, and the pixels of their tiles with margins, RGB (tile_in,
-    tile_in, 3) uint8 each. Tiles that start in the same block of READ_BLOCK pixels are read together, so their order
-    may differ from that of `kept`.
+    A batch has two lists of equal length: boxes from `kept`, and the pixels of their tiles with margins, each RGB
+    (tile_in, tile_in, 3) uint8. Tiles that start in the same block of READ_BLOCK pixels are read together, so their
+    order may differ from that of `kept`.
 
     `kept`: boxes of the tiles without their margins, in inference pixels. `margin`: width of the margin in inference
-    pixels. `read`: function that reads the blocks; its errors propagate. `seconds`: passed to `read`, which adds its
-    time.
+    pixels. `read`: function that reads the blocks; its errors propagate. `size`: number of tiles in a batch. `seconds`:
+    times of the slide, to which `read` adds.
     """
     boxes: list[Box] = []
     pixels: list[NDArray[np.uint8]] = []

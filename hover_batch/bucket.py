@@ -32,9 +32,9 @@ T = TypeVar("T")
 
 
 def require_package(url: Url) -> None:
-    """Check that fsspec supports the storage of `url`, and that the package that it needs for this is installed.
+    """Check that fsspec supports the storage of `url`, and that the Python package that this needs is installed.
 
-    InputError otherwise; for S3, the message contains the command that installs the package.
+    InputError if not. For S3, the message contains the command that installs the package.
     """
     import fsspec
 
@@ -59,9 +59,9 @@ def storage_errors(
     failed: str = "cannot be fetched",
     kind: type[HoverBatchError] = SlideError,
 ) -> Iterator[None]:
-    """Convert exceptions of the storage library in the block to expected errors with one-line messages.
+    """Convert exceptions that the storage library raises in the block to expected errors with one-line messages.
 
-    The messages contain no credentials. Errors of hover-batch, and an OSError because the disk is full, pass through.
+    The messages contain no credentials. HoverBatchErrors, and an OSError because the disk is full, are not converted.
 
     `url`: URL of the storage, for the message. `missing`: message if a file does not exist. `failed`: beginning of the
     message for other errors. `kind`: class of these errors.
@@ -88,7 +88,7 @@ def storage_errors(
 
 
 def instead_of_url(url: Url) -> str:
-    """Return what to do if `url` was given to a command that reads only folders, as a phrase for messages."""
+    """Return advice for a user who gave `url` to a command that reads only folders, as a phrase for messages."""
     return (
         f"for results in a bucket, give the folder of --work, or fetch them, from S3 with `aws s3 cp --recursive {url} "
         "FOLDER`"
@@ -96,10 +96,10 @@ def instead_of_url(url: Url) -> str:
 
 
 def fetch_file(url: Url, path: Path) -> None:
-    """Copy the file at `url` in cloud storage to `path` on disk; an existing file is replaced.
+    """Copy the file at `url` in cloud storage to `path` on disk. An existing file is replaced.
 
-    InputError if the file does not exist, access is denied or a package for the storage is missing; SlideError if it
-    cannot be fetched; OSError if the disk is full.
+    InputError if the file does not exist, access is denied or a package for the storage is missing; SlideError if the
+    file cannot be fetched; OSError if the disk is full.
     """
     import fsspec
 
@@ -139,9 +139,12 @@ class BucketFolder:
         return f"{self._root}/{name}"
 
     def check_writable(self) -> None:
-        """Check that the folder can be written to, with the small file .probe, which is then removed.
+        """Check that the folder can be written to: write the small file .probe, read it back and remove it.
 
-        InputError if it cannot be written, or the file has other content when it is read back.
+        If the storage has folders and this one does not exist, it is created and remains; a bucket is not created.
+
+        InputError if the file cannot be written, or has other content when it is read back, or the storage cannot be
+        reached.
         """
         # Always the same name, so that one that a killed check left behind is removed.
         key, content = self._key(".probe"), b"can be written\n"
@@ -157,7 +160,7 @@ class BucketFolder:
             raise InputError(str(error)) from error
 
     def read(self, names: Collection[str]) -> dict[str, bytes]:
-        """Return the content of each of the files `names`, by name; files that do not exist are left out.
+        """Return the content of each of the files `names`, by name. Files that do not exist are left out.
 
         InputError if access is denied, UploadError if a file cannot be read.
         """
@@ -171,7 +174,7 @@ class BucketFolder:
         return {keys[key]: content for key, content in found.items() if isinstance(content, bytes)}
 
     def fetch(self, name: str, path: Path) -> None:
-        """Copy the file `name` to `path` on disk; an existing file is replaced.
+        """Copy the file `name` to `path` on disk. An existing file is replaced.
 
         InputError if the file does not exist or access is denied, UploadError if it cannot be read, OSError if the disk
         is full.
@@ -190,7 +193,8 @@ class BucketFolder:
     def read_range(self, name: str, start: int | None, end: int | None) -> bytes:
         """Return a range of bytes of the file `name`.
 
-        `start`, `end`: first byte, and the end of the range, exclusive; None for the beginning or the end of the file.
+        `start`: first byte; None for the beginning of the file. `end`: byte after the last; None for the end of the
+        file.
 
         InputError if the file does not exist or access is denied, UploadError if it cannot be read.
         """
@@ -225,10 +229,14 @@ class BucketFolder:
                 self._storage.rm([self._key(name) for name in names])
 
     def put(self, files: Mapping[str, Path]) -> None:
-        """Upload local files, which replace existing ones, and compare what is stored with them afterwards.
+        """Upload local files, which replace existing ones, and check that the stored files have the same content.
 
-        `files`: local paths by name. InputError if access is denied or the bucket does not exist, UploadError if a file
-        cannot be uploaded or differs, OSError if a local file cannot be read.
+        Folders are created if the storage needs them; a bucket is not created.
+
+        `files`: local paths by the names of the files in the folder.
+
+        InputError if the bucket or a local file does not exist, or access is denied; UploadError if a file cannot be
+        uploaded, or differs from the local one afterwards; OSError if a local file cannot be read for this comparison.
         """
         with self._errors():
             for name, path in files.items():
@@ -258,7 +266,10 @@ class BucketFolder:
                 self._storage.mkdir(key, create_parents=False)
 
     def entries(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Return the storage's properties of those of the files `names` that exist, by name, for `holds`.
+        """Return what the storage reports about each of the files `names`, by name, for `holds`.
+
+        Each value has the keys `name` and `size` (in bytes), and others that depend on the storage, such as `ETag`.
+        Files that do not exist are left out.
 
         InputError if access is denied, UploadError if the folder cannot be listed.
         """
@@ -274,10 +285,11 @@ class BucketFolder:
     def holds(self, entry: Mapping[str, Any] | None, path: Path, *, by_size: bool = False) -> bool:
         """Return whether a file in the folder has the same content as the local file `path`.
 
-        The content is compared by the MD5 that the storage reports; if it reports none or another (S3: large or
-        encrypted files), the file is read back.
+        The content is compared by the MD5 that the storage reports. If it reports none or a different one (S3: large or
+        encrypted files), the file is read back and compared by its SHA-256.
 
-        `entry`: properties of the file, from `entries`; None if it does not exist. `by_size`: compare only the sizes.
+        `entry`: what `entries` returned for the file; None if the file does not exist. `by_size`: compare only the
+        sizes.
 
         InputError if access is denied, UploadError if the file cannot be read back, OSError if the local file cannot be
         read.
@@ -305,25 +317,29 @@ def upload_tree(
     last: str | None = None,
     sha256: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Upload local files, except those that are in the folder already; repeat the call to resume.
+    """Upload local files, except those that the folder already holds with the same content; repeat the call to resume.
 
-    Each file is compared with the local one after its upload. A failed upload is repeated (see `retried`). The file
-    `last` is uploaded after the others, and an old one with other content is removed before them, so that its presence
-    means that all files are there. If it is there, the others are compared only by size.
+    Each file is compared with the local one after its upload. A failed upload is repeated (see `retried`).
 
-    `files`: local paths by name. `last`: name of a file in `files`; None if no file marks the end. `sha256`: hex
-    SHA-256 that local files must have, by name; it is checked before a file is uploaded.
+    The file `last` is uploaded after the others, and an old one with other content is removed before them, so that its
+    presence means that all files are there. If it is already there with the same content, the others are compared only
+    by size.
 
-    UploadError if all attempts fail. InputError if access is denied, the bucket does not exist, or a local file has
-    another hash. OSError if a local file cannot be read.
+    `files`: local paths by the names of the files in the folder. `last`: name of a file in `files`; None if no file
+    marks the end. `sha256`: hex SHA-256 that local files must have, by name; it is checked before a file is uploaded.
+
+    UploadError if all attempts fail. InputError if access is denied, the bucket or a local file does not exist, or a
+    local file has another hash. OSError if a local file cannot be read.
     """
     retried(lambda: _upload(files, folder, last, sha256))
 
 
 def retried(work: Callable[[], T]) -> T:
-    """Return the result of `work`, called again after each UploadError, up to ATTEMPTS times, with growing waits.
+    """Call `work` and return its result. After an UploadError, call it again, up to ATTEMPTS times in all.
 
-    UploadError if all attempts fail; other errors of `work` propagate at once.
+    The wait before the second attempt is FIRST_WAIT_S seconds; each further wait is three times as long.
+
+    UploadError if all attempts fail. Other errors of `work` propagate at once.
     """
     wait = FIRST_WAIT_S
     for _ in range(ATTEMPTS - 1):

@@ -51,9 +51,9 @@ def main(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
-    """Print the version and exit if --version is given; otherwise warn about unknown environment variables.
+    """Print the version and exit if --version is given. Otherwise warn about unknown environment variables on stderr.
 
-    The warnings go to stderr; the command `segment` gives them itself, in its own log format.
+    The command `segment` gives these warnings itself, in its own log format. To exit, typer.Exit is raised.
     """
     if version:
         typer.echo(__version__)

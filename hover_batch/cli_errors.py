@@ -68,11 +68,11 @@ class CommandGroup(TyperGroup):
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Run the command line, with the arguments and the result of typer's `main`.
+        """Run the command line, with the arguments and the result of typer's `main`. It usually ends with SystemExit.
 
-        Output has neither colours nor cursor movements if NO_COLOR is set; TERM is then set to dumb. sys.stdout and
-        sys.stderr are replaced, so that characters that the terminal cannot encode are printed as escapes, and output
-        that nobody reads is dropped.
+        sys.stdout and sys.stderr are replaced. Characters that the terminal cannot encode are printed as escapes.
+        Output to a closed pipe and messages that cannot be written to stderr are dropped. If NO_COLOR is set, the
+        environment variable TERM is set to dumb, so that output has neither colours nor cursor movements.
         """
         sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
         if os.environ.get("NO_COLOR"):
@@ -82,10 +82,11 @@ class CommandGroup(TyperGroup):
         return super().main(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command of `ctx`; on an expected error, print its message to stderr and exit with its exit code.
+        """Run the command of `ctx`. On an expected error, print its message to stderr and exit with its exit code.
 
         It exits by raising typer.Exit. Expected are HoverBatchError, an OSError that names a file or means a full disk,
-        and KeyboardInterrupt (130). Other exceptions propagate.
+        and KeyboardInterrupt (exit code 130). Other exceptions propagate. While the command runs, SIGTERM and SIGHUP
+        raise KeyboardInterrupt, as Ctrl-C does.
         """
         try:
             with on_interrupt():

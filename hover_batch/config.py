@@ -207,15 +207,19 @@ class Settings:
     """Settings of execution."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as nested plain values, by section and then by name, as in settings.toml."""
+        """Return all settings as plain values, as in settings.toml.
+
+        The keys are `model` and the names of the sections; each section is a dictionary of values by name.
+        """
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Build the settings from nested values, as `to_dict` returns them, with defaults for missing ones.
 
-        A whole number may be given for a float, and the word auto for `infer.batch`. InputError for unknown names,
-        wrong types and invalid values.
+        A whole number may be given for a float, and "auto" for `infer.batch`.
+
+        InputError for unknown names, wrong types and invalid values.
         """
         sections = {name: section for name, section in vars(cls()).items() if isinstance(section, Section)}
         checked: dict[str, Any] = {}
@@ -236,10 +240,11 @@ class Settings:
         return cls(**checked)
 
     def results_key(self) -> dict[str, Any]:
-        """Return the settings that change results, for the run key, by section and then by name.
+        """Return the settings that change results, for the run key.
 
-        The model is left out, since its hash is another part of the run key; so are the sample, output and engine
-        settings, `threads`, and an empty class map. A device is named without its number.
+        The keys are `tissue`, `infer` and `post`; each section is a dictionary of values by name. The model is not
+        included, since its hash is another part of the run key. `threads` and an empty class map are left out, too. A
+        device is named without its number.
         """
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # all GPUs of a node give the same results
@@ -259,8 +264,10 @@ SECTION_OF = {
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings grouped by section, for `Settings.from_dict`.
 
-    `settings`: values by the names of the settings, without their section. InputError for unknown names, and for
-    `model`, which has no section.
+    `settings`: values by the names of the settings, without their section. `model` is not accepted, since it has no
+    section.
+
+    InputError for unknown names.
     """
     data: dict[str, Any] = {}
     for name, value in settings.items():

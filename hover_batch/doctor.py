@@ -70,7 +70,7 @@ class Check:
     def run(self) -> Finding:
         """Do the check and return what it found; FAIL with the first line of the message if it raises an exception.
 
-        Python's warnings are not shown meanwhile.
+        Python's warnings are suppressed in the whole process while the check runs.
         """
         try:
             with warnings.catch_warnings():
@@ -86,8 +86,8 @@ class Check:
 def checks(output: Path, *, start_ray: bool = False) -> list[Check]:
     """Return all checks of this machine in the order of the output, without running them.
 
-    `output`: output folder of a run; it need not exist. `start_ray`: start Ray instead of only importing it. In this
-    case, run the checks in order, and before anything else imports Ray.
+    `output`: output folder of a run; it need not exist. `start_ray`: start Ray and run a task on it, instead of only
+    importing it. In this case, run the checks in order, and before anything else in this process imports Ray.
     """
     reinstall = "reinstall hover-batch"
     temporary = Path(tempfile.gettempdir())

@@ -15,14 +15,15 @@ _CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib"}
 
 
 def complete_environment() -> None:
-    """Set LOGNAME, HOME, NUMBA_CACHE_DIR and MPLCONFIGDIR in os.environ if they are needed and missing.
+    """Set LOGNAME, HOME, NUMBA_CACHE_DIR and MPLCONFIGDIR in os.environ where libraries need them and they are missing.
 
-    LOGNAME is set to the user's id if the user has no name. Nothing else changes for a user with a home folder and a
-    writable cache folder in it.
+    LOGNAME is set to the user's id if the user has no name. Nothing else is set for a user with a home folder in which
+    numba can write to its cache (~/.cache/numba, which is created for this test).
 
-    For other users, the caches are put into a folder in the temporary directory that belongs to the user alone, since
-    numba unpickles the files in its cache. HOME is set to it, too, if there is no home folder. If there is no temporary
-    directory, these variables stay unset, since commands that compile nothing do not need them.
+    For other users, the caches are put into a new or existing folder in the temporary directory that belongs to the
+    user alone, since numba unpickles the files in its cache. If there is no home folder, HOME is set to this folder,
+    too. If there is no temporary directory, these variables stay unset, since commands that compile nothing do not need
+    them.
     """
     try:
         getpass.getuser()

@@ -23,7 +23,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def file_fault(error: OSError) -> str:
-    """Return in one line what is wrong with the file that `error` names, and what to do.
+    """Return one line that says what is wrong with the file that `error` names, and what to do.
 
     `error`: OSError with a file name (`filename`).
     """
@@ -38,7 +38,7 @@ def file_fault(error: OSError) -> str:
 def exit_code(done: int, failed: int) -> int:
     """Return the exit code of a command on many slides or runs: 0 all done, 3 some failed, 4 none done.
 
-    `done`, `failed`: numbers of slides or runs.
+    `done`, `failed`: numbers of slides or runs. If both are 0, the result is 4.
     """
     if not done:
         return 4

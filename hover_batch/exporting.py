@@ -40,7 +40,7 @@ class Exported:
 def export_run(
     folder: Path, formats: Sequence[Format], output: Path | None, slide_ids: Sequence[str], notify: Notify
 ) -> Exported:
-    """Export the tables of the run in `folder` to each of `formats`. Return the files and the skipped slides.
+    """Export the tables of the run in `folder` to each of `formats`. Return the files written and the skipped slides.
 
     Existing files are replaced. Slides that are not done, or whose table cannot be read, are skipped.
 
@@ -122,9 +122,9 @@ def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideRecord]:
 
 
 def writer(format: Format) -> Write:
-    """Return the function that writes a table to a file of `format`, given the table and the path.
+    """Return the function that writes a file of `format`. Its arguments are the table and the path of the file.
 
-    InputError if the format needs a package that is not installed, so that this is found before anything is written.
+    InputError if the format needs something that is not installed, so that this is found before anything is written.
     """
     match format:
         case Format.qupath:

@@ -28,9 +28,11 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path` for the block to write to.
 
-    When the block ends, the file there is synced and replaces `path`; on an error it is removed, and `path` is
-    unchanged. The name is unique to the call, so that concurrent writers of one file do not use the same temporary
-    file. OSError if the block wrote no file, or `path` cannot be replaced.
+    When the block ends, the file there is synced to disk and replaces `path`. If the block raises an exception, the
+    file is removed, and `path` is unchanged. Each call has a name of its own, so that concurrent writers of one file do
+    not use the same temporary file.
+
+    OSError if the block wrote no file, or `path` cannot be replaced.
     """
     with _temporary(path) as temporary:
         yield temporary
@@ -44,10 +46,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary path at which the block creates a folder, which then replaces the folder `path`, if any.
+    """Yield a temporary path at which the block creates a folder. This folder then replaces the folder `path`, if any.
 
-    For folders that can be made again: files are not synced, and for a moment during the replacement neither the old
-    nor the new folder exists at `path`. The old folder is removed. If the block raises an exception, `path` is
+    Use it for folders that can be made again: files are not synced, and for a moment during the replacement neither the
+    old nor the new folder exists at `path`. The old folder is removed. If the block raises an exception, `path` is
     unchanged.
 
     FileNotFoundError if the block creates no folder, OSError if the folder cannot be moved.
@@ -76,10 +78,10 @@ MAX_JSON_BYTES = 1 << 30
 def load_json(path: Path) -> Any:
     """Return the parsed content of a JSON file, gzipped, zipped or plain, with or without a byte order mark.
 
-    A zip archive must hold no other file, except those of macOS.
+    A zip archive must hold exactly one file, apart from the folder __MACOSX that macOS adds.
 
-    ValueError if the content is not valid or larger than MAX_JSON_BYTES, OSError if the file cannot be read,
-    RecursionError if it is nested too deeply.
+    ValueError if the content is not valid or larger than MAX_JSON_BYTES, RecursionError if it is nested too deeply,
+    OSError if the file cannot be read.
     """
     content = path.read_bytes()
     try:
@@ -106,7 +108,7 @@ def _only_file(archive: zipfile.ZipFile) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in the file at `path`; None if there is no such file or it holds anything else.
+    """Return the JSON object in the file at `path`; None if there is no such file or it holds no JSON object.
 
     OSError if the file cannot be read.
     """
@@ -115,9 +117,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_file(path: Path) -> bytes | None:
-    """Return the content of a file; None if it does not exist. OSError if it cannot be read.
+    """Return the content of a file; None if it does not exist.
 
-    On NFS, the file may be replaced while it is read: then it is read once more.
+    If the file is replaced on NFS while it is read (ESTALE), it is read once more.
+
+    OSError if the file cannot be read.
     """
     for _ in range(2):
         try:
@@ -132,7 +136,7 @@ def read_file(path: Path) -> bytes | None:
 
 
 def json_object(content: bytes) -> dict[str, Any] | None:
-    """Return the JSON object that `content` holds, as a dict; None if it is anything else."""
+    """Return the JSON object that `content` holds, as a dict; None if `content` is not a JSON object."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
@@ -141,7 +145,7 @@ def json_object(content: bytes) -> dict[str, Any] | None:
 
 
 def is_dicom(path: Path) -> bool:
-    """Return whether `path` is a DICOM file: by its suffix, or by its preamble, since many instances have no suffix.
+    """Return whether `path` is a DICOM file, by its suffix or by its preamble, since many DICOM files have no suffix.
 
     A name that ends in .dcm suffices, even if there is no such file. False for hidden files, a DICOMDIR, and files
     without the suffix that cannot be read.
@@ -160,19 +164,20 @@ def is_dicom(path: Path) -> bool:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write or replace the file `path` in one step, as `replacing` does. OSError if it cannot be written.
+    """Write or replace the file `path` in one step, as `replacing` does.
 
-    `data`: content; text is encoded as UTF-8.
+    `data`: content; text is encoded as UTF-8. OSError if the file cannot be written.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_first(path: Path, data: bytes) -> bool:
-    """Write the file `path`, synced to disk, unless it exists. Return whether it was written.
+    """Write the file `path`, synced to disk, unless it exists. Return whether this call wrote it.
 
-    If several writers call it at once, one of them wins and gets True. The file system must have hard links. OSError if
-    the file cannot be written.
+    If several writers call it at once, exactly one of them gets True. The file system must have hard links.
+
+    OSError if the file cannot be written.
     """
     with _temporary(path) as temporary:
         temporary.write_bytes(data)
@@ -189,7 +194,7 @@ def write_first(path: Path, data: bytes) -> bool:
 
 
 def leftovers(path: Path) -> Iterator[Path]:
-    """Yield the temporary files and folders beside `path` that belong to writes of it, killed or still running."""
+    """Yield the temporary files and folders beside `path` from writes of it that were killed or are still running."""
     return path.parent.glob(f".{path.name}.*.partial")
 
 
@@ -206,9 +211,10 @@ def remove_leftovers(path: Path) -> None:
 def sweeping(path: Path) -> Iterator[None]:
     """Remove the `leftovers` of `path` before the block, which writes `path`.
 
-    Nothing is removed while another such block is writing in the same folder, on this machine or one that shares the
-    file system's locks, or if the file system cannot lock folders. Errors while removing are ignored. OSError if the
-    folder of `path` does not exist or cannot be opened.
+    Nothing is removed while another such block is writing in the same folder, on this machine or on one that shares the
+    file system's locks, or if the file system cannot lock folders. Errors while removing are ignored.
+
+    OSError if the folder of `path` does not exist or cannot be opened.
     """
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
@@ -254,7 +260,7 @@ def _sync(path: Path) -> None:
 def to_json(value: Any) -> bytes:
     """Return `value` as indented JSON in UTF-8, with sorted keys, so that equal values give equal bytes.
 
-    ValueError for NaN and infinity, TypeError for values that are not JSON.
+    ValueError for NaN and infinity, TypeError for values that JSON does not support.
     """
     return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 

@@ -23,7 +23,10 @@ def counted(number: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format `seconds` in a suitable unit, such as `3.4 s`, `12 min`, `1.5 h`, `2 days`; one decimal below 10."""
+    """Format `seconds` in a suitable unit, such as `3.4 s`, `12 min`, `1.5 h` or `2 days`.
+
+    Numbers below 10 have one decimal, unless it is 0.
+    """
     unit, length = next((unit, length) for unit, length, below in _UNITS if seconds < below)
     value = seconds / length
     number = f"{value:.1f}".removesuffix(".0") if value < 9.95 else f"{value:,.0f}"
@@ -50,7 +53,7 @@ def suggestion(name: str, known: Collection[str], prefix: str = "") -> str:
 
 
 def plain_console(**options: Any) -> Console:
-    """Return a console of rich that prints the text of users unchanged; `[b]` and `:x:` have no meaning in it.
+    """Return a rich Console that prints text unchanged: without highlighting, `[b]` markup and `:x:` emoji.
 
     `options`: further arguments of rich's Console.
     """

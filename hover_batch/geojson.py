@@ -22,10 +22,10 @@ def read_features(path: Path) -> list[dict[str, Any]]:
     """Return the features of the GeoJSON file `path`, dictionaries with `geometry` and `properties`.
 
     The file may be gzipped, zipped or plain. It holds a FeatureCollection, Feature or geometry, or a list of these,
-    which QuPath's scripts write; a bare geometry becomes a feature without properties. Geometries are not checked (see
+    which QuPath's scripts write. A bare geometry becomes a feature without properties. Geometries are not checked (see
     `polygons_of`).
 
-    ValueError with a reason of one line if the file is not GeoJSON, OSError if it cannot be read.
+    ValueError with a one-line reason if the file is not GeoJSON, OSError if it cannot be read.
     """
     with _reasons():
         return list(_features(load_json(path)))
@@ -34,12 +34,13 @@ def read_features(path: Path) -> list[dict[str, Any]]:
 def polygons_of(geometries: Sequence[Any]) -> NDArray[np.object_]:
     """Return the areas of n geometries as an object array (n,) of valid shapely polygons or multipolygons.
 
-    Coordinates are those of the geometries. Points, lines and null have no area, so their polygon is empty. Areas that
-    two loops of an outline cover count as covered, not as holes.
+    Coordinates are those of the geometries. Points, lines and null have no area, so they give an empty polygon. An area
+    that two loops of an outline cover counts as covered, not as a hole.
 
     `geometries`: n parsed GeoJSON geometries.
 
-    ValueError with a reason of one line if a geometry is invalid, or a coordinate is not finite or 1e9 or larger.
+    ValueError with a one-line reason if a geometry is invalid, or a coordinate is not finite or not between -1e9 and
+    1e9.
     """
     with _reasons():
         parts = [list(_polygons(geometry)) for geometry in geometries]

@@ -56,7 +56,7 @@ class Box:
 
     @property
     def empty(self) -> bool:
-        """Whether the box holds no pixel."""
+        """True if the box holds no pixel."""
         return self.width == 0 or self.height == 0
 
     @property
@@ -92,7 +92,7 @@ class Box:
     def cells(self, side: int) -> Iterator[tuple[int, int]]:
         """Yield the (column, row) of each cell that this box intersects, in raster order; nothing for an empty box.
 
-        The cells are squares of `side` pixels, of a grid that starts at (0, 0).
+        The cells are squares of `side` pixels in a grid that starts at (0, 0).
         """
         if self.empty:
             return
@@ -132,8 +132,9 @@ class Mpp:
 def qupath_origin(bounds: Box | None) -> tuple[int, int]:
     """Return the level-0 pixel (x, y) that is QuPath's (0, 0).
 
-    QuPath crops a slide to OpenSlide's bounds, so it is their upper left corner. `bounds`: in level-0 pixels; None if
-    the slide has none, for which the result is (0, 0).
+    It is the upper left corner of OpenSlide's bounds, to which QuPath crops a slide, or (0, 0) without bounds.
+
+    `bounds`: bounds of the slide in level-0 pixels; None if it has none.
     """
     return (0, 0) if bounds is None else (bounds.x0, bounds.y0)
 
@@ -162,8 +163,11 @@ class Grid:
     def over(cls, level0: Size, slide_mpp: Mpp, model_mpp: float) -> Grid:
         """Return the grid of a model over a slide.
 
-        A scale within SNAP of a power of two is rounded to it, along x and y separately. `level0`: size of the slide in
-        level-0 pixels. `slide_mpp`: size of a level-0 pixel in µm. `model_mpp`: side of the model's pixels in µm.
+        A scale within SNAP of a power of two is rounded to it, separately along x and y. ValueError if a pixel of the
+        grid would be 1000 µm or larger.
+
+        `level0`: size of the slide in level-0 pixels. `slide_mpp`: size of a level-0 pixel in µm. `model_mpp`: side of
+        the model's pixels in µm.
         """
         return cls.scaled(level0, slide_mpp, _snap(model_mpp / slide_mpp.x), _snap(model_mpp / slide_mpp.y))
 
@@ -172,6 +176,8 @@ class Grid:
         """Return a grid over a whole slide whose pixels are `scale_x` × `scale_y` level-0 pixels.
 
         `level0`: size of the slide in level-0 pixels. `slide_mpp`: size of a level-0 pixel in µm.
+
+        ValueError if the size of the grid's pixels is not between 0 and 1000 µm.
         """
         return cls(
             level0=level0,

@@ -49,9 +49,9 @@ def panoptic_quality(true: NDArray[np.integer], pred: NDArray[np.integer]) -> Pa
     """Return the PQ of two instance maps (y, x) without regard to types (Kirillov et al. 2019, equation 1).
 
     The result also has the factors and counts of PQ. Instances are paired if their IoU exceeds 0.5, so that each has at
-    most one partner. DQ = TP / (TP + FP/2 + FN/2), SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ, each
-    from 0 to 1 (perfect); all are NaN if both maps are empty. HoVerNet's reference divides by TP + 1e-6 in SQ; here it
-    is TP.
+    most one partner. DQ = TP / (TP + FP/2 + FN/2), SQ = mean IoU of the pairs (0 without pairs), PQ = DQ · SQ. Each
+    lies between 0 and 1 (perfect); all three are NaN if both maps are empty. HoVerNet's reference implementation
+    divides by TP + 1e-6 in SQ; here it is TP.
 
     `true`, `pred`: instance ids, 0 = background. ValueError for maps of different shapes.
     """
@@ -73,13 +73,13 @@ def class_quality(
     pred_types: NDArray[np.integer],
     type_id: int,
 ) -> float:
-    """Return the PQ of the instances of the class `type_id`, 0 to 1 (perfect); all others count as background.
+    """Return the PQ of the instances of the class `type_id`, 0 to 1 (perfect). All other instances count as background.
 
-    NaN if no true instance has the class, even if it is predicted: in PanNuke-metrics, where class PQ comes from, a
-    false positive counts only in images that contain the class.
+    NaN if no true instance has the class, even if it is predicted. PanNuke-metrics, where class PQ comes from, also
+    counts false positives only in images that contain the class.
 
     `true`, `pred`: instance maps (y, x), 0 = background. `true_types` (n,), `pred_types` (m,): class ids of their
-    instances, in the order of the instances' ids.
+    instances, in ascending order of the instances' ids.
 
     ValueError if the numbers of types and instances differ, or the maps have different shapes.
     """
@@ -101,10 +101,10 @@ def _only(instances: NDArray[np.integer], chosen: NDArray[np.bool_]) -> NDArray[
 def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
     """Return the aggregated Jaccard index of two instance maps (y, x) (Kumar et al. 2017, algorithm 1).
 
-    Each true instance is paired with the prediction of highest IoU (if equal, the larger intersection, then the lower
-    id, as in HoVerNet's reference); a prediction may be in several pairs. The index, from 0 to 1 (perfect), is the sum
-    of their intersections, divided by the sum of their unions plus the areas of all unpaired instances. NaN if both
-    maps are empty.
+    Each true instance that overlaps predictions is paired with the one of highest IoU (if equal, the one with the
+    larger intersection, then the one with the lower id, as in HoVerNet's reference). A prediction may be in several
+    pairs. The index, from 0 to 1 (perfect), is the sum of the pairs' intersections, divided by the sum of their unions
+    plus the areas of all unpaired instances. NaN if both maps are empty.
 
     `true`, `pred`: instance ids, 0 = background. ValueError for maps of different shapes.
     """
@@ -122,8 +122,9 @@ def aji(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
 def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
     """Return the Dice score of the foregrounds of two instance maps (y, x), 2·|∩| / (|true| + |pred|) in pixels.
 
-    The score is 1 for equal foregrounds, 0 for disjoint ones, and NaN if both maps are empty. `true`, `pred`: instance
-    ids, 0 = background. ValueError for maps of different shapes.
+    The score is 1 for equal foregrounds, 0 for disjoint ones, and NaN if both maps are empty.
+
+    `true`, `pred`: instance ids, 0 = background. ValueError for maps of different shapes.
     """
     _check_maps(true, pred)
     true_foreground, pred_foreground = true > 0, pred > 0
@@ -132,7 +133,7 @@ def dice(true: NDArray[np.integer], pred: NDArray[np.integer]) -> float:
 
 
 def mean_defined(scores: Iterable[float]) -> float:
-    """Return the mean of those of `scores` that are not NaN; NaN if there are none."""
+    """Return the mean of the `scores` that are not NaN; NaN if there are none."""
     defined = [score for score in scores if not math.isnan(score)]
     return sum(defined) / len(defined) if defined else math.nan
 
@@ -185,13 +186,13 @@ def _check_maps(true: NDArray[np.integer], pred: NDArray[np.integer]) -> None:
 
 
 def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating], radius: float) -> NDArray[np.intp]:
-    """Pair centroids one to one, with as many pairs as possible at distances ≤ `radius` and the least total distance.
+    """Pair centroids one to one: as many pairs as possible at distances ≤ `radius`, with the least total distance.
 
-    Return the pairs as an intp array (k, 2): index into `true_xy`, index into `pred_xy`, sorted by the first; (0, 2) if
+    Return the pairs as an intp array (k, 2) of indices into `true_xy` and `pred_xy`, sorted by the first; (0, 2) if
     there are none.
 
     Pairs beyond the radius never count, so the assignment splits into the connected components of the graph of all
-    pairs within the radius. Each is solved exactly by the Hungarian method; the total cost is nearly linear in the
+    pairs within the radius. Each is solved exactly by the Hungarian method. The total cost is nearly linear in the
     number of nuclei, so whole slides can be compared. For comparison with published results use `match_as_hovernet`.
 
     `true_xy` (n, 2), `pred_xy` (m, 2): positions (x, y), in the unit of `radius`.
@@ -217,11 +218,12 @@ def match_centroids(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating]
 
 
 def match_as_hovernet(true_xy: NDArray[np.floating], pred_xy: NDArray[np.floating], radius: float) -> NDArray[np.intp]:
-    """Pair centroids as HoVerNet's reference does, for comparison with published results.
+    """Pair centroids as HoVerNet's reference implementation does, for comparison with published results.
 
-    Return the pairs as an intp array (k, 2): index into `true_xy`, index into `pred_xy`, sorted by the first.
+    Return the pairs as an intp array (k, 2) of indices into `true_xy` and `pred_xy`, sorted by the first; (0, 2) if
+    there are none.
 
-    All centroids are assigned together by least total distance, then pairs beyond the radius are dropped. Unpaired
+    All centroids are assigned together by least total distance; then pairs beyond the radius are dropped. Unpaired
     nuclei affect that assignment, so there are sometimes fewer pairs than `match_centroids` finds, never more: on
     annotated tiles with noisy predictions, F_d is 1 to 4 points lower. The cost is cubic in the number of nuclei, so
     use it for tiles, not for slides.
@@ -262,11 +264,13 @@ class PairCounts:
 def count_pairs(
     pairs: NDArray[np.intp], true_types: NDArray[np.integer], pred_types: NDArray[np.integer], n_types: int
 ) -> PairCounts:
-    """Count pairs and unpaired nuclei by the types of all nuclei.
+    """Return the numbers of pairs and of unpaired nuclei, by their types.
 
     `pairs` (k, 2): indices of true and predicted nuclei, as `match_centroids` returns them. `true_types` (n,),
-    `pred_types` (m,): type ids 0 … `n_types` - 1; all 0 for detection only. `n_types`: number of types. ValueError for
-    other ids.
+    `pred_types` (m,): type ids 0 … `n_types` - 1 of all nuclei; all 0 to count detections only. `n_types`: number of
+    types.
+
+    ValueError for other type ids.
     """
     for name, types in (("true", true_types), ("predicted", pred_types)):
         if len(types) and not 0 <= int(types.min()) <= int(types.max()) < n_types:
@@ -300,6 +304,9 @@ class DetectionScores:
 
 def detection_scores(counts: PairCounts) -> DetectionScores:
     """Return F_d = 2·TP / (2·TP + FP + FN) with precision and recall (Graham et al. 2019, section 4.3).
+
+    Precision is TP / (TP + FP), recall is TP / (TP + FN). The result also has the counts. A score is NaN if its
+    denominator is 0.
 
     `counts`: counts of one or more images; types are ignored.
     """
@@ -338,8 +345,9 @@ class ClassScores:
 def class_scores(counts: PairCounts, type_id: int) -> ClassScores:
     """Return F_c = 2·TP_c / (2·TP_c + 2·FP_c + 2·FN_c + FP_d + FN_d) of one class (Graham et al. 2019, section 4.3).
 
-    The weights 2, 2, 1, 1 and the counts are those of the reference implementation: unpaired nuclei count only for
-    their own class, and pairs with other classes on both sides (the paper's TN_c) do not count.
+    The result also has the counts. The weights 2, 2, 1, 1 and the counts are those of the reference implementation:
+    unpaired nuclei count only for their own class, and pairs with other classes on both sides (the paper's TN_c) do not
+    count.
 
     `counts`: counts of one or more images. `type_id`: id of the class.
     """

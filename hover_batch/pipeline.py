@@ -60,11 +60,11 @@ class UnitsMissing(Exception):
 
 
 def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
-    """Return whether the unit's maps are stored and intact, that is, its marker has the checksum of its shard.
+    """Return whether the unit's maps are stored and intact: its marker exists and has the checksum of its shard.
 
-    On a checksum mismatch, remove the shard, its marker, and the parts of the regions that may have read it, so that
-    they are made again, and return False. Without a marker, return False and remove nothing. Call this only while
-    nothing writes to the slide.
+    On a checksum mismatch, the shard, its marker, and the post-processed parts that may have used it are removed, so
+    that they are made again, and the result is False. Without a marker, the result is False and nothing is removed.
+    Call this only while nothing writes to the slide.
 
     `work`: slide of the unit. `store`: store of the slide.
 
@@ -95,7 +95,7 @@ def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
 
 
 def is_posted(unit: Unit, work: SlideWork) -> bool:
-    """Return whether the region of `unit` is post-processed, that is, whether its part of the slide's table exists."""
+    """Return whether the region of `unit` is post-processed, which means that its part of the slide's table exists."""
     return work.layout.part(unit.column, unit.row).exists()
 
 
@@ -110,15 +110,16 @@ def infer(
     """Predict a unit's tiles and write its shard, then its marker. Return the seconds by stage.
 
     If there is a shard without a marker, from a process that was killed in between, only the marker is written. Tiles
-    that a sample of the slide has predicted are copied from it. If the device ran out of memory, the marker records the
-    smaller batch size, which may have changed the last bits of the maps.
+    already predicted for an earlier estimate of the slide (--stop-at) are copied instead of predicted again. If the
+    device ran out of memory, the marker records the smaller batch size, which may have changed the last bits of the
+    maps.
 
     `work`: slide of the unit. `read`: function that reads the pixels. `predictor`: network, which several threads may
     share. `store`: store of the slide. `advance`: function that is called with the number of tiles that are newly done,
     after each batch and for tiles that were stored already.
 
-    NetworkFailed if the network raises an exception; SlideError if the slide cannot be read, or another run has taken
-    over its folder; OSError if a file cannot be written.
+    NetworkFailed if the network raises an exception; SlideError if the slide cannot be read, a shard of an estimate is
+    corrupted, or another run has taken over the slide's folder; OSError if a file cannot be read or written.
     """
     seconds = Seconds()
     # A cluster has several shards, which it shares with other clusters.
@@ -181,9 +182,9 @@ def _as_network_failed() -> Iterator[None]:
 
 
 def neighbours(unit: Unit) -> Iterator[tuple[int, int]]:
-    """Yield the (column, row) of the nine cells of the unit grid around and including that of a unit.
+    """Yield the (column, row) in the unit grid of a unit and its eight neighbours.
 
-    Post-processing of the unit's region usually needs these units; some cells may lie outside of the slide.
+    Post-processing of the unit's region usually needs these units. Some cells may lie outside the slide.
     """
     for row in (unit.row - 1, unit.row, unit.row + 1):
         for column in (unit.column - 1, unit.column, unit.column + 1):
@@ -191,12 +192,12 @@ def neighbours(unit: Unit) -> Iterator[tuple[int, int]]:
 
 
 def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
-    """Write the nuclei that the unit's region owns, as a part of the table. Return the seconds by stage.
+    """Post-process a unit's region, and write its nuclei as a part of the slide's table. Return the seconds by stage.
 
     `work`: slide of the unit. `store`: store from which the maps of the unit and its neighbours are read.
 
     UnitsMissing if units that are needed are not predicted yet or not visible here. SlideError if another run has taken
-    over the slide's folder, or a shard is corrupted. OSError if the part cannot be written.
+    over the slide's folder, or a shard is corrupted. OSError if a shard cannot be read or the part cannot be written.
     """
     seconds = Seconds()
     settings = work.settings.post
@@ -271,15 +272,17 @@ def _only_in(window: Box, read: Read) -> Read:
 def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dict[str, Any]:
     """Merge the parts into nuclei.parquet, and return the content of slide.json, which the caller writes.
 
-    Also write thumbnail.jpg, overlay.jpg, tissue.geojson and timings.json.
+    The content includes the number of nuclei, the table's size and hash, warnings, quality measures, and the summary's
+    row of the slide. The files thumbnail.jpg, overlay.jpg, tissue.geojson and timings.json are written, too. If
+    `reader` is None, there is no overlay, and the thumbnail and its measures are copied from the run that stored the
+    maps.
 
     `work`: slide whose units are all predicted and post-processed. `reader`: reader of the slide; None if stored maps
-    are used. Then there is no overlay, and the thumbnail and its measures are copied from the run that stored the maps.
-    `seconds`: times of all earlier steps of the slide; those of this step are added in place.
+    are used. `seconds`: times of all earlier steps of the slide; the time of this step is added in place.
 
     UnitsMissing if parts, markers or maps that another node wrote are not visible here yet. SlideError if another run
-    has taken over the slide's folder, two regions hold the same nucleus, or the slide cannot be read. OSError if a file
-    cannot be written.
+    has taken over the slide's folder, two regions hold the same nucleus, a shard is corrupted, or the slide cannot be
+    read. pyarrow.ArrowInvalid if a part is corrupted, OSError if a file cannot be read or written.
     """
     layout, record = work.layout, work.record
     cells = [(unit.column, unit.row) for unit in work.units]
@@ -341,18 +344,20 @@ def _measure_nuclei(work: SlideWork) -> dict[str, Any]:
 
 
 def discard_sample(layout: SlideLayout) -> None:
-    """Remove the working files and the table of the clusters from which the slide's density was estimated.
+    """Remove the files of an estimate of the slide (--stop-at): its working files and the table of its nuclei.
 
-    `layout`: paths of the slide. Call this only once slide.json exists. Errors are ignored while removing the working
-    files; OSError if sampled_nuclei.parquet cannot be removed.
+    Call this only once slide.json exists. `layout`: paths of the slide.
+
+    OSError if the table, sampled_nuclei.parquet, cannot be removed. Errors while removing the working files are
+    ignored.
     """
     shutil.rmtree(layout.sample.working, ignore_errors=True)
     layout.sampled_nuclei_parquet.unlink(missing_ok=True)
 
 
 def discard_predictions(layout: SlideLayout) -> None:
-    """Remove the slide's prediction store, if there is one; errors are ignored.
+    """Remove the slide's prediction store, if there is one. Errors are ignored.
 
-    `layout`: paths of the slide. Call this only once slide.json exists, since the table is made from the store.
+    Call this only once slide.json exists, since the table is made from the store. `layout`: paths of the slide.
     """
     shutil.rmtree(layout.predictions_zarr, ignore_errors=True)

@@ -87,12 +87,15 @@ class Plan:
     def exit_code(self) -> int:
         """Exit code of the dry run: 0 all slides can be run, 3 some cannot, 4 none can.
 
-        Unreadable slides and faults of rows count.
+        Slides that cannot be run are those that are unreadable and those whose rows have faults.
         """
         return exit_code(len(self.slides), len(self.unreadable) + len(self.cohort.faults))
 
     def raise_if_faulty(self) -> None:
-        """Raise InputError if the cohort has faults; its message also has warnings and reasons of unreadable slides."""
+        """Raise InputError if the cohort has faults.
+
+        The message also lists the warnings, and the unreadable slides with the reasons.
+        """
         warnings = [f"{slide.record.slide_id}: {w}" for slide in self.slides for w in slide.info.warnings]
         warnings += [f"{record.slide_id}: will fail: {reason}" for record, reason in self.unreadable]
         raise_if_faulty(replace(self.cohort, warnings=(*self.cohort.warnings, *warnings)))
@@ -102,7 +105,7 @@ class Plan:
 
         The numbers of tiles and pixels are upper bounds, since tissue is found only during the run: they are those of
         whole canvases, or of the masks that the cohort gives. Disk space and time are estimated from them. Slides in
-        cloud storage are not counted.
+        cloud storage are listed, but their tiles and pixels are not counted.
 
         `settings`: settings of the run. `card`: card of the model.
         """
@@ -140,7 +143,8 @@ class Plan:
 def check_settings(settings: Settings, card: Card) -> Taxonomy:
     """Check the settings that depend on the model, and return the classes of the tables.
 
-    `card`: card of the model. InputError if a setting is invalid for it.
+    These are the model's classes, merged by the class map if there is one. `card`: card of the model. InputError if a
+    setting is invalid for this model.
     """
     if settings.infer.unit % card.tile_out:
         raise InputError(
@@ -172,11 +176,13 @@ def _check_sample(settings: Settings, card: Card, taxonomy: Taxonomy) -> None:
 
 
 def plan_cohort(cohort: Cohort, card: Card) -> Plan:
-    """Check the slides of a cohort and return the plan. `card`: card of the model, for the inference grid.
+    """Check the slides of a cohort and return the plan.
 
     The headers of slides on this machine and all masks are read, and the fingerprints of all slides are computed.
-    Slides in cloud storage are checked for existence, and only a part of them is read. Faults of slides are collected
-    in the plan, not raised.
+    Slides in cloud storage are checked for existence, and only a part of each file is read. Faults of slides are
+    collected in the plan, not raised.
+
+    `card`: card of the model, for the inference grid.
     """
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
         remote_infos = {

@@ -21,9 +21,9 @@ class ProgressCounter:
         self._started: float | None = None
 
     def expect(self, total: int, before: int = 0) -> None:
-        """Add `total` items to the total, `before` of which an earlier start has done.
+        """Add `total` items to the total. The clock of `rate` starts at the first call.
 
-        The clock of `rate` starts at the first call. Negative numbers remove items.
+        `before`: number of these items that an earlier start has done. Negative numbers remove items.
         """
         if self._started is None:
             self._started = time.monotonic()
@@ -42,13 +42,16 @@ class ProgressCounter:
 
     @property
     def rate(self) -> float:
-        """Items per second that this process has done since its clock started; 0 before the start."""
+        """Items per second that this process has done since the first call of `expect`; 0 before it."""
         elapsed = 0.0 if self._started is None else time.monotonic() - self._started
         return self.done_now / max(1e-6, elapsed)
 
     @property
     def line(self) -> str:
-        """Progress as `NAME DONE/TOTAL`, with rate and time left if this process has done items and some remain."""
+        """Progress as text, such as `tiles 30/100, 2.5/s, 28 s left`.
+
+        Rate and time left are included only if this process has done items and some remain.
+        """
         text = f"{self.name} {self.done}/{self.total}"
         rate = self.rate
         if rate > 0 and self.done < self.total:

@@ -39,17 +39,20 @@ _RED = 0
 
 
 def next_work(work: SlideWork, reader: SlideReader | None) -> SlideWork:
-    """Return the work to process next: the clusters of a look, or `work` itself, which is the whole slide.
+    """Return what to process next: a sample of the slide's clusters for an estimate (--stop-at), or the whole slide.
 
-    Looks that are stored and not precise enough are skipped. The result depends only on the slide and these looks, so a
-    run that is resumed continues with the same clusters. The clusters are drawn and stored in clusters.json on the
-    first call; working files of clusters of another size are removed. Before the whole slide is processed, corrupted
-    tiles of clusters are removed.
+    The clusters are squares of the slide. They are drawn and stored in clusters.json on the first call. A sample that
+    was evaluated already, and whose estimate is not precise enough, is followed by a larger one, and the last sample by
+    the whole slide. The result depends only on the slide and these evaluations, so a resumed run continues with the
+    same clusters. If the slide has too few clusters for an estimate, the result is the whole slide, with a warning.
 
-    `work`: the surveyed slide. `reader`: reader of the slide; None for stored maps, which are not sampled. Call it only
-    while nothing writes to the slide's results.
+    Working files of clusters of another size are removed. Before the whole slide is processed, corrupted tiles of
+    clusters are removed. Call this only while nothing writes to the slide's results.
 
-    SlideError if the slide cannot be read, OSError if a file cannot be written or removed.
+    `work`: the surveyed slide. `reader`: reader of the slide; None for stored maps, which are not sampled.
+
+    SlideError if the slide cannot be read, OSError if a file cannot be read, written or removed; errors of zarr, mostly
+    ValueError, if the store of the clusters' tiles is corrupted.
     """
     if reader is None:
         return work
@@ -152,18 +155,19 @@ def _draw(work: SlideWork, clusters: tuple[Unit, ...], reader: SlideReader) -> d
 
 
 def finish(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dict[str, Any] | None:
-    """Finalize a whole slide, or estimate its density from the clusters of a look.
+    """Finalize a whole slide, or estimate its density from the clusters of a sample (--stop-at).
 
-    Return the content of slide.json or estimate.json, which the caller writes; None if the density is not precise
-    enough: then call `next_work` again. All other files of the result are written here: those of `finalize`, or those
-    of the look, the table of its clusters, tissue.geojson, the thumbnail and timings.json.
+    Return the content of slide.json or estimate.json, which the caller writes. None if the estimate is not precise
+    enough; then call `next_work` again. All other files are written here. For a whole slide, these are the files of
+    `finalize`; for an estimate, its evaluation, the table of the clusters' nuclei, tissue.geojson, the thumbnail and
+    timings.json.
 
-    `work`: result of `next_work`, whose units are all done. `reader`: reader of the slide; None for stored maps.
-    `seconds`: times of all earlier steps of the slide; the time of this step is added in place.
+    `work`: result of `next_work`, whose units are all predicted and post-processed. `reader`: reader of the slide; None
+    for stored maps. `seconds`: times of all earlier steps of the slide; the time of this step is added in place.
 
     UnitsMissing if results that another node wrote are not visible here yet. SlideError if another run has taken over
-    the slide's folder, two regions hold the same nucleus, or the slide cannot be read. OSError if a file cannot be
-    written.
+    the slide's folder, two regions hold the same nucleus, a shard is corrupted, or the slide cannot be read.
+    pyarrow.ArrowInvalid if a part is corrupted, OSError if a file cannot be read or written.
     """
     if work.sample is None or reader is None:
         return finalize(work, reader, seconds)

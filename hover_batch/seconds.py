@@ -29,12 +29,15 @@ class Seconds:
             self.add_span(stage, time.monotonic() - clock, (started, time.time()))
 
     def add(self, other: Seconds) -> None:
-        """Add the totals of `other`, and extend the spans by its spans."""
+        """Add the totals of `other`, and extend the spans to include those of `other`."""
         for stage, seconds in other.totals.items():
             self.add_span(stage, seconds, other.spans[stage])
 
     def add_span(self, stage: str, seconds: float, span: tuple[float, float]) -> None:
-        """Add `seconds` of work to `stage`, done between the two times of `span`, in seconds since 1970."""
+        """Add `seconds` of work to `stage`, and extend its span to include `span`.
+
+        `span`: start and end of the work, in seconds since 1970.
+        """
         self.totals[stage] = self.totals.get(stage, 0.0) + seconds
         first, last = self.spans.get(stage, span)
         self.spans[stage] = min(first, span[0]), max(last, span[1])

@@ -72,7 +72,10 @@ class Outcome:
         return exit_code(len(self.slides) + len(self.estimates), len(self.failures) + not_uploaded)
 
     def closing_lines(self) -> list[str]:
-        """Return lines for stdout with the numbers of slides, and the first LISTED results, flags and failures."""
+        """Return lines for stdout about the outcome.
+
+        They give the numbers of slides, the first LISTED results, flags and failures, and the uploads.
+        """
         failed = len({failure.row for failure in self.failures})  # an invalid row may have several faults
         slides = f"{counted(len(self.slides), 'slide')} done"
         if self.estimates:
@@ -129,21 +132,23 @@ def run_segment(
     """Run the cohort `source` into the folder `output`, or resume the run there. Return its outcome.
 
     Slides that an earlier start finished are skipped. At the end, failures.csv and the summary are written. Failures of
-    single slides are part of the outcome. Call it from the main thread, so that Ctrl-C is handled.
+    single slides and of uploads are part of the outcome. Call it from the main thread, so that Ctrl-C is handled.
 
     `source`: a CSV, folder or glob pattern; a cohort that was read already; or a stored run, from whose predictions new
     tables are made. `settings`: settings of the run. `skip_invalid`: leave out invalid rows instead of stopping.
-    `force`: remove the results in `output` and `bucket` first. `command`: command line, for run.json. `retry_failed`:
-    also retry quarantined slides. `fail_on`: names of quality flags; slides that have one are recorded as failed, but
-    their results stay. `log_format`: format of the messages on stderr. `bucket`: folder in cloud storage to which the
-    results are also uploaded (see `RunUpload`); None to keep them on disk only.
+    `force`: remove the results in `output` and `bucket` first. `command`: command line, for run.json.
+
+    `retry_failed`: also retry quarantined slides. `fail_on`: names of quality flags; slides that have one are recorded
+    as failed, but their results stay. `log_format`: format of the messages on stderr. `bucket`: folder in cloud storage
+    to which the results are also uploaded (see `RunUpload`); None to keep them on disk only.
 
     Before a slide is processed, InputError if a row, a setting, the output folder or the bucket is invalid,
     SettingsChanged (an InputError) if one of these folders holds results of other settings, and PackageError if the
-    model package cannot be read. Later, PackageError if the model cannot be loaded, TooManyFailures if more slides
-    failed than the settings allow, HoverBatchError if Ray does not start or the network crashes repeatedly, InputError
-    if a node or device cannot be used, OSError if a file cannot be written, and KeyboardInterrupt after Ctrl-C or
-    SIGTERM.
+    model package cannot be read.
+
+    Later, PackageError if the model cannot be loaded, TooManyFailures if more slides failed than the settings allow,
+    HoverBatchError if Ray does not start or the network crashes repeatedly, InputError if a node or device cannot be
+    used, OSError if a file cannot be written, and KeyboardInterrupt after Ctrl-C or SIGTERM.
     """
     if unknown := [name for name in fail_on if name not in FLAG_NAMES]:
         raise InputError(f"--fail-on {unknown[0]}: is not a flag; flags are {', '.join(FLAG_NAMES)}")
@@ -239,7 +244,7 @@ def run_segment(
 
 
 def _with_batch(settings: Settings, layout: RunLayout, package: Package, backend: OpenBackend, force: bool) -> Settings:
-    """Return the settings with the batch that `auto` stands for: that of the run to be resumed, if there is one."""
+    """Return the settings with `auto` replaced by a batch size: that of the run to be resumed, if there is one."""
     run = None if force else read_run(layout, "--output")
     batch = run["results_key"]["infer"]["batch"] if run else settings.infer.batch
     if batch == AUTO_BATCH:
@@ -302,11 +307,13 @@ def _summarise(
 def check_dataset(dataset: Path | Url, *outputs: Path | Url) -> None:
     """Check, before the run, that slides can be added to the data set at `dataset`.
 
-    To a bucket, a small test file is written and removed. `outputs`: folders or URLs of the run's results and working
-    files.
+    In a bucket, a small test file is written and removed; nothing is written to a folder.
 
-    InputError if `dataset` is one of these, holds anything but a data set, or cannot be used as one; OSError or, for a
-    bucket, UploadError if it cannot be read.
+    `dataset`: folder or URL of the data set; it need not exist. `outputs`: folders or URLs of the run's results and
+    working files.
+
+    InputError if `dataset` is one of `outputs`, holds anything but a data set, or cannot be used as one; OSError or,
+    for a bucket, UploadError if it cannot be read.
     """
     if _resolved(dataset) in map(_resolved, outputs):
         raise InputError(f"--dataset {dataset}: is the folder of --output or --work; name another folder")
@@ -320,8 +327,9 @@ def _resolved(where: Path | Url) -> Path | str:
 def add_to_dataset(outcome: Outcome, dataset: Path | Url, log_format: LogFormat) -> int:
     """Add the finished slides of a run to a data set, and return the exit code of the command.
 
-    It is that of the run, but at least 3 if a slide was skipped or the data set cannot be written. In the second case,
-    a message says how to add the slides later.
+    The code is that of the run, but at least 3 if a slide was skipped or the data set cannot be written. In the latter
+    case, no error is raised, and a message says how to add the slides later. If no slide is finished, the data set is
+    not touched.
 
     `outcome`: outcome of the run. `dataset`: folder or URL of the data set. `log_format`: format of the messages, which
     go to stderr.

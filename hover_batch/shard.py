@@ -31,10 +31,10 @@ _CRC_BYTES = 4
 def encode_shard(maps: NDArray[np.uint8], unit: int, chunk: int) -> bytes | None:
     """Return the content of the shard of a unit; None if its maps are zero everywhere.
 
-    The maps are smaller than the unit if it is clipped to the canvas; the rest of the unit is zero.
+    The maps are smaller than the unit if it is clipped to the canvas. The rest of the unit is then zero.
 
-    `maps`: maps of the unit, (plane, y, x) uint8. `unit`: side of a whole unit in pixels, a multiple of `chunk`, the
-    side of a chunk.
+    `maps`: maps of the unit, (plane, y, x) uint8. `unit`: side of a whole unit in pixels, a multiple of `chunk`.
+    `chunk`: side of a chunk in pixels.
     """
     planes, height, width = maps.shape
     side = unit // chunk
@@ -64,8 +64,8 @@ def decode_shard(path: Path, unit_box: Box, chunk: int, window: Box, maps: NDArr
     """Decode the shard at `path`, and copy the pixels of its unit that lie in `window` to `maps`.
 
     `unit_box`: the whole unit in inference pixels, not clipped to the canvas. `chunk`: side of a chunk in pixels.
-    `window`: box that `maps` covers, in inference pixels, too. `maps`: (plane, y, x) uint8, changed in place; it must
-    be zero in the unit, since chunks of zeros are not copied.
+    `window`: box in inference pixels that `maps` covers. `maps`: (plane, y, x) uint8, changed in place. It must be zero
+    within the unit, since chunks of zeros are not copied.
 
     FileNotFoundError if there is no such shard, OSError if it cannot be read, SlideError if it is corrupted.
     """

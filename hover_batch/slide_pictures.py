@@ -22,8 +22,11 @@ THUMBNAIL_SIDE = 1024
 def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, float]:
     """Draw thumbnail.jpg, the slide with the tissue's outline, and return the measures of picture and mask by name.
 
-    `work`: slide to draw. `reader`: reader of the slide; None for stored maps. Then both are copied from the run that
-    stored the maps, if it has them; its version of hover-batch may not have stored the measures.
+    The names are those of PICTURE_MEASURES and, for a given mask, `mask_on_tissue`. If `reader` is None, the thumbnail and its measures are copied from the run
+    that stored the maps. Then a missing thumbnail is ignored, and measures that an older version of hover-batch did not
+    store are left out.
+
+    `work`: slide to draw. `reader`: reader of the slide; None for stored maps.
 
     OSError if the picture cannot be written, SlideError if the slide cannot be read.
     """
@@ -42,12 +45,13 @@ def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, flo
 
 
 def draw_overlay(work: SlideWork, reader: SlideReader | None) -> None:
-    """Draw overlay.jpg, the densest field with its nuclei at full resolution.
+    """Draw overlay.jpg: the square with the most nuclei, at full resolution, with their contours and a legend.
 
-    `work`: slide to draw, whose table of nuclei must exist. `reader`: reader of the slide; None for stored maps, for
+    `work`: slide to draw, whose nuclei.parquet must exist. `reader`: reader of the slide; None for stored maps, for
     which nothing is drawn.
 
-    OSError if the picture cannot be written or the table cannot be read, SlideError if the slide cannot be read.
+    OSError if the picture cannot be written or the table cannot be read, pyarrow.ArrowInvalid if the table is
+    corrupted, SlideError if the slide cannot be read.
     """
     if reader is None:
         return

@@ -66,7 +66,10 @@ class SlideWork:
     """Sample whose clusters are the `units`, if the density is estimated from them; None for the whole slide."""
 
     def core(self, unit: Unit) -> Box:
-        """Return the region in inference pixels whose nuclei belong to `unit`; in a sample, the unit's cluster."""
+        """Return the region whose nuclei belong to `unit`, in inference pixels.
+
+        It is the unit itself or, for an estimate (--stop-at), the unit's cluster.
+        """
         side = self.settings.sample.cluster
         return unit.box if self.sample is None else cell_box(unit.column, unit.row, side)
 
@@ -77,20 +80,20 @@ class SlideWork:
 
     @property
     def maps(self) -> SlideLayout:
-        """Paths of the prediction store and the markers, in this run or in the run that stored them.
+        """Paths of the prediction store and the markers: those of this run, or of the run that stored the maps.
 
-        The files of the other run must not change.
+        Files of the other run must not be changed.
         """
         return self.layout if self.stored is None else self.stored.layout
 
     @property
     def taxonomy(self) -> Taxonomy:
-        """Classes of the tables: the model's, merged by the class map if there is one."""
+        """Classes of the tables: those of the model, merged by the class map if there is one."""
         return self.card.taxonomy.merged(self.settings.post.class_map)[0]
 
     @property
     def has_usual_nuclei(self) -> bool:
-        """Whether `sobel_norm` and `min_area_px` are the defaults, with which the errors of models are measured."""
+        """True if `sobel_norm` and `min_area_px` have their defaults, with which the errors of models are measured."""
         post = self.settings.post
         return (post.sobel_norm, post.min_area_px) == (PostSettings.sobel_norm, PostSettings.min_area_px)
 
@@ -98,14 +101,15 @@ class SlideWork:
     def count_error(self) -> CountError | None:
         """Error of the number of nuclei; None if it was not measured for slides and settings like these.
 
-        It was not measured for slides whose pixels are larger than the model's by a factor of more than COARSEST.
+        It is also None if the slide's pixels are larger than the model's by a factor of more than COARSEST, or if
+        `has_usual_nuclei` is False.
         """
         is_as_sharp = max(self.info.mpp.x, self.info.mpp.y) <= self.card.mpp * COARSEST
         return Uncertainty.from_json(self.card.uncertainty).count if is_as_sharp and self.has_usual_nuclei else None
 
     @property
     def context(self) -> TableContext:
-        """Properties of the slide and the model that the table records.
+        """Properties of the slide and the model that the table of nuclei records in its metadata.
 
         With a class map, type_prob is not calibrated, since merged classes are easier to tell apart.
         """
@@ -129,8 +133,9 @@ class SlideWork:
 def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str:
     """Return the slide's run key: the hex SHA-256 of everything that its results depend on, including its mask file.
 
-    For stored maps, the run key of these maps takes the place of the slide. `package`: package of the model.
-    `settings`: settings in effect. OSError if the mask file cannot be read.
+    For stored maps, the key is computed from the run key of these maps instead of the slide and its mask.
+
+    `package`: package of the model. `settings`: settings in effect. OSError if the mask file cannot be read.
     """
     mask_path = slide.record.mask_path
     if slide.stored is not None:
@@ -142,13 +147,13 @@ def result_key(slide: PlannedSlide, package: Package, settings: Settings) -> str
 
 @contextmanager
 def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideReader | None]:
-    """Yield a reader of the slide, closed when the block ends; None if its maps are stored, so that it is not needed.
+    """Yield a reader of the slide, which is closed when the block ends; None if stored maps are used instead of pixels.
 
     A slide in cloud storage is copied to this machine first. `copies`: the run's copies on this machine.
 
-    InputError if the slide's pixel size is unknown, it does not exist in the storage, or access is denied. SlideError
-    if it cannot be copied or opened, or if its file was replaced after the run began. ScratchFull if there is no space
-    for the copy.
+    InputError if the slide's pixel size is unknown, a DICOM folder holds several slides, the slide does not exist in
+    the storage, or access is denied. SlideError if it cannot be copied or opened, or if its file was replaced after the
+    run began. ScratchFull if there is no space for the copy.
     """
     if slide.stored is not None:
         yield None
@@ -163,15 +168,15 @@ def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideRea
 def survey(
     reader: SlideReader | None, slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout
 ) -> SlideWork:
-    """Find the slide's tissue and cut it into units, write survey.json, and return the slide ready to be processed.
+    """Find the slide's tissue, cut it into units and write survey.json. Return the slide ready to be processed.
 
     `reader`: reader of the slide; None for stored maps, whose header and tissue are read from the survey.json of their
     run. `slide`: slide as planned. `package`: package of the model. `settings`: settings in effect. `layout`: paths of
     the slide's results, opened by `Ledger.open_slide`.
 
-    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read, or if the row's mask
-    cannot be used or was replaced after the run began. OSError if survey.json cannot be written, or key.json, the mask
-    or a survey.json cannot be read.
+    SlideError if the slide or, for stored maps, the survey.json of their run cannot be read, or if the mask in the
+    cohort cannot be used or was replaced after the run began. OSError if survey.json cannot be written, or key.json,
+    the mask or a survey.json cannot be read.
     """
     key_content = layout.key_json.read_bytes()
     on_tissue: float | None = None
@@ -217,10 +222,10 @@ def refuse_if_taken_over(work: SlideWork) -> None:
 
 
 def open_store(work: SlideWork) -> PredictionStore:
-    """Open the slide's prediction store, or create it; the store of another run is opened read-only.
+    """Open the slide's prediction store, or create it. The store of another run is opened read-only.
 
-    A sample has a store of its own, with a shard per tile, and with h and v as the network gave them, so that units of
-    the whole slide can reuse them.
+    An estimate (--stop-at) has a store of its own, with one shard per tile. Its h and v are not masked, so that units
+    of the whole slide can reuse the tiles.
 
     `work`: slide of the store.
 
@@ -256,9 +261,10 @@ def open_store(work: SlideWork) -> PredictionStore:
 
 
 def open_sampled_tiles(work: SlideWork) -> PredictionStore | None:
-    """Open the store of the tiles that were predicted for samples of the slide; None if there is none.
+    """Open the store of the tiles that were predicted for estimates of the slide (--stop-at); None if there is none.
 
-    `work`: slide, or sample of it. Errors of zarr, mostly ValueError, if the store is corrupted.
+    The store can also be written to. `work`: slide, or the work on an estimate of it. Errors of zarr, mostly
+    ValueError, if the store is corrupted.
     """
     path = work.layout.sample.predictions_zarr
     return PredictionStore.open(path) if (path / "zarr.json").exists() else None

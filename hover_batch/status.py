@@ -49,7 +49,7 @@ class UnfinishedSlide:
     def tiles_left(self) -> float | None:
         """Estimated number of tiles still to be predicted; None if the total is unknown.
 
-        It is estimated from the fraction of units that are predicted.
+        It is the total number of tiles times the fraction of units that are not predicted yet.
         """
         if self.units is None or self.tiles is None:
             return None
@@ -58,7 +58,7 @@ class UnfinishedSlide:
         return self.tiles * (1 - min(1.0, self.predicted / self.units))
 
     def line(self) -> str:
-        """Return the progress of the slide as one line of text for the user."""
+        """Return the progress of the slide as one line of text, with the numbers of units and regions that are done."""
         of = "" if self.units is None else f" of {self.units:,}"
         return f"{self.slide_id}: {self.predicted:,}{of} units predicted, {self.posted:,}{of} regions post-processed"
 
@@ -102,15 +102,15 @@ class RunStatus:
 
     @property
     def pending(self) -> int:
-        """Number of slides that have not been started; they are neither done, estimated, failed nor open."""
+        """Number of slides that are not started: neither done, estimated, failed nor in progress."""
         return (self.slides or 0) - self.done - len(self.estimates) - self.failed - len(self.open)
 
     def seconds_left(self) -> tuple[float, str] | None:
         """Return the estimated seconds left, and the basis of the estimate in words; None if there is no estimate.
 
-        The basis is the mean time of the slides since the start if there are pending slides, else the rate of tiles, or
-        that of regions. There is no estimate if the run has ended, is known not to be running or waits for disk space,
-        or if the log does not suffice.
+        If slides are pending, the basis is the mean time of the slides finished since the start. Otherwise it is the
+        rate of tiles or, without one, the rate of regions. There is no estimate if the run has ended, is known not to
+        be running or waits for disk space, or if the log does not suffice.
         """
         log = self.log
         if self.is_running is False or log.finished or log.disk_full:
@@ -130,7 +130,7 @@ class RunStatus:
         return None
 
     def lines(self) -> list[str]:
-        """Return the progress of the run as lines of text for the user."""
+        """Return the progress of the run as lines of text, as `hover-batch status` prints them."""
         begun = f", begun {_clock(self.created)}" if self.created else ""
         lines = [f"{self.layout.root}: model {self.model}{begun}", f"running: {self._running()}"]
         if self.log.disk_full and self.is_running is not False:
@@ -210,7 +210,13 @@ class RunStatus:
         return f"no, it stopped before its end; repeat the segment command to resume it{times}"
 
     def to_json(self) -> str:
-        """Return the complete status as indented JSON text; unknown values are null, times are ISO 8601 in UTC."""
+        """Return the status as indented JSON text, as `hover-batch status --json` prints it.
+
+        Unknown values are null; times are ISO 8601 in UTC. The keys are folder, model, created, going_on, holder,
+        started, last_event, finished, disk_full_since, tried_again, nodes, slides, under_way, nuclei, estimated,
+        uploaded, flagged, tiles_per_s, regions_per_s, rate_until, seconds_left, seconds_left_base, model_busy and
+        failures.
+        """
         log, estimate = self.log, self.seconds_left()
         tile_rate, region_rate = log.tile_rate, log.region_rate
         shown_rate = tile_rate or region_rate

@@ -48,7 +48,7 @@ class PredictionStore:
 
     @classmethod
     def create(cls, path: Path, size: Size, planes: int, unit: int, attributes: Mapping[str, Any]) -> PredictionStore:
-        """Create an empty store at `path`; if there is one, open it unchanged.
+        """Create an empty store at `path` and open it for writing. If there already is one, open it unchanged.
 
         An existing store must have been created with the same values, which is not checked.
 
@@ -79,7 +79,7 @@ class PredictionStore:
     def open(cls, path: Path, *, read_only: bool = False) -> PredictionStore:
         """Open an existing store for reading and, unless `read_only`, for writing units.
 
-        FileNotFoundError if there is none at `path`, where an empty folder may be left unless `read_only` is set. Other
+        FileNotFoundError if there is none at `path`; unless `read_only`, an empty folder may then be left there. Other
         errors of zarr, mostly ValueError, if its zarr.json is corrupted.
         """
         store = LocalStore(path, read_only=read_only)
@@ -89,10 +89,14 @@ class PredictionStore:
             raise ValueError(f"{path / 'zarr.json'}: is corrupted") from error
 
     def write(self, box: Box, maps: NDArray[np.uint8]) -> str | None:
-        """Write whole units and sync them to disk, and return the SHA-256 of their shards, as `shard_sha256` does.
+        """Write the shards of one or more whole units, synced to disk. Return their SHA-256, as `shard_sha256` does.
 
-        A unit whose shard exists stays as it is. `box`: the unit or units in inference pixels, clipped to the canvas.
-        `maps`: (plane, y, x) uint8, of the shape of `box`. OSError if a shard cannot be written.
+        A unit that already has a shard stays as it is; a unit whose maps are all zero gets none.
+
+        `box`: the unit or units in inference pixels, clipped to the canvas. `maps`: (plane, y, x) uint8, of the shape
+        of `box`.
+
+        OSError if a shard cannot be written.
         """
         for unit in self._units(box):
             rows, columns = unit.intersect(box).slices_in(box)
@@ -104,10 +108,10 @@ class PredictionStore:
         return self.shard_sha256(box)
 
     def shard_sha256(self, box: Box) -> str | None:
-        """Return the hex SHA-256 of the shard of the unit at `box`; None if it has none, because its maps are zero.
+        """Return the hex SHA-256 of the shard of the unit at `box`; None if it has no shard, as when its maps are zero.
 
-        If there are several units in `box`, it is the hash of all their shards, one after another in raster order.
-        `box`: in inference pixels. OSError if a shard cannot be read.
+        If `box` covers several units, it is the hash of their shards, concatenated in raster order. `box`: in inference
+        pixels. OSError if a shard cannot be read.
         """
         digest, found = hashlib.sha256(), False
         for unit in self._units(box):
@@ -117,14 +121,14 @@ class PredictionStore:
         return digest.hexdigest() if found else None
 
     def has_shard(self, box: Box) -> bool:
-        """Return whether the unit `box` has a shard; units that are not written or hold only zeros have none.
+        """Return whether the unit `box` has a shard. Units that are not written or hold only zeros have none.
 
         `box`: the unit in inference pixels.
         """
         return self._shard(box).exists()
 
     def sweep(self) -> None:
-        """Remove the partial files of killed writers. Call it only while nothing writes to the store.
+        """Remove the temporary files (.*.partial) of killed writers. Call it only while nothing writes to the store.
 
         OSError if a file cannot be removed.
         """
@@ -147,7 +151,7 @@ class PredictionStore:
         return self.path / "c" / "0" / str(box.y0 // self.unit) / str(box.x0 // self.unit)
 
     def read(self, box: Box) -> NDArray[np.uint8]:
-        """Return the maps (plane, y, x) uint8 of a box, zero where nothing was predicted and outside the canvas.
+        """Return the maps (plane, y, x) uint8 of a box, 0 where nothing was predicted and outside the canvas.
 
         `box`: any box in inference pixels. SlideError if a shard is corrupted, OSError if one cannot be read.
         """

@@ -42,7 +42,9 @@ class StoredRun:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Open the run in `folder` as a source of new tables. Slides that cannot be used are collected in the plan.
+        """Open the run in `folder` as a source of new tables.
+
+        Slides that cannot be used are listed in `plan.unreadable` of the result.
 
         InputError if the folder holds no run, the run is still active, its files are corrupted or cannot be read, or no
         slide can be used.
@@ -79,11 +81,12 @@ class StoredRun:
     def check(self, settings: Settings, output: Path, *, force: bool) -> None:
         """Check that new tables with `settings` can be made from this run and written to `output`. Nothing is removed.
 
-        `force`: whether results in `output` will be removed before the run.
+        `settings`: settings of the new tables. `output`: folder for them; it need not exist. `force`: whether results
+        in `output` will be removed before the run.
 
-        InputError if the settings require predictions that this run did not store, if `output` is this run's folder or
-        in it, or if it holds a corrupted run or, unless `force` is set, one that was not made from this run. OSError if
-        its run.json cannot be read.
+        InputError if the settings require predictions that this run did not store, or if `output` is this run's folder
+        or a folder in it. InputError also if `output` holds a corrupted run or, unless `force` is set, a run that was
+        not made from this run. OSError if the run.json there cannot be read.
         """
         wanted = _prediction_settings(settings)
         for name, stored in _prediction_settings(self.settings).items():

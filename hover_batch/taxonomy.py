@@ -63,13 +63,14 @@ class Taxonomy:
         return self.classes[1:]
 
     def merged(self, class_map: Mapping[str, Any]) -> tuple[Taxonomy, tuple[int, ...]]:
-        """Apply a class map: return the new taxonomy, and the new id of each class in the order of the old ids.
+        """Apply a class map. Return the new taxonomy, and the new id of each class in the order of the old ids.
 
         New classes are in the order of the lowest id that each replaces, not in that of the map. An empty map changes
         nothing.
 
-        `class_map`: by new name, the list of the classes that it replaces, or a mapping with this list (`classes`) and
-        a `color` [red, green, blue]; by default the color of the first class in the list.
+        `class_map`: for each new name, the list of the classes that it replaces, or a mapping with this list as
+        `classes` and, optionally, `color` as [red, green, blue], each 0 to 255. The default is the colour of the first
+        class in the list.
 
         InputError if the map is malformed, or if a class other than the background is not named exactly once.
         """
@@ -99,7 +100,10 @@ class Taxonomy:
         return Taxonomy(f"{self.name}, mapped", (background, *nuclei)), id_map
 
     def to_json(self) -> dict[str, object]:
-        """Return the taxonomy as JSON values, for model cards and store attributes; the inverse of `from_json`."""
+        """Return the taxonomy as JSON values, for model cards and store attributes; the inverse of `from_json`.
+
+        The keys are `name` and `classes`, a list of objects with `id`, `name` and `color` ([red, green, blue]).
+        """
         return {
             "name": self.name,
             "classes": [{"id": c.id, "name": c.name, "color": list(c.color)} for c in self.classes],

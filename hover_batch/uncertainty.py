@@ -23,7 +23,7 @@ _EPSILON = 1e-6
 
 
 def calibrated_column(name: str) -> str:
-    """Return the name of the column that holds the calibrated values of the column `name`."""
+    """Return the name of the column with the calibrated values of the column `name`, such as type_prob_calibrated."""
     return f"{name}_calibrated"
 
 
@@ -64,7 +64,7 @@ class BetaScaling(_Numbers):
             raise ValueError("a and b must not be negative")
 
     def apply(self, p: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Return the calibrated values of the probabilities `p`, as float64 from 0 to 1 of the same shape."""
+        """Return the calibrated values of the probabilities `p`, as float64 of the same shape, from 0 to 1."""
         from scipy.special import expit
 
         log_p, minus_log_q = log_odds_parts(p)
@@ -72,9 +72,10 @@ class BetaScaling(_Numbers):
 
 
 def log_odds_parts(p: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return ln p and -ln(1 - p), whose sum is logit(p), as float64 of the shape of `p`.
+    """Return ln p and -ln(1 - p), each float64 of the shape of `p`. Their sum is logit(p).
 
-    `p`: probabilities of any shape. Those closer to 0 or 1 than 1e-6 are moved away, so that both results are finite.
+    `p`: probabilities of any shape. Those closer to 0 or 1 than 1e-6 are moved to that distance, so that both results
+    are finite.
     """
     import numpy as np
 
@@ -111,8 +112,9 @@ class CountError(_Numbers):
     def own_variance(self, nuclei: int, tissue_mm2: float) -> float:
         """Return the variance of ln(true ÷ counted nuclei) of one slide within its source.
 
-        It is the sum of the variances between slides and between fields, and of the Poisson variance. `nuclei`: number
-        of counted nuclei, above 0. `tissue_mm2`: area in mm² that was searched, above 0.
+        It is the sum of the variance between slides, the variance between fields, and the Poisson variance.
+
+        `nuclei`: number of counted nuclei, above 0. `tissue_mm2`: area in mm² that was searched, above 0.
         """
         return self.slide + self.field_mm2 / tissue_mm2 + self.unpaired / nuclei
 
@@ -121,11 +123,11 @@ class CountError(_Numbers):
     ) -> tuple[float, float] | None:
         """Return the prediction interval (low, high) of the true number of nuclei in slides of one new source.
 
-        None if no nuclei were counted, or the area of a slide with nuclei is 0 or unknown. The slides share the error
-        of their source; their own errors are independent.
+        The slides share the error of their source; their own errors are independent. The result is None if no nuclei
+        were counted, or if the area of a slide with nuclei is 0 or unknown.
 
-        `slides`: number of counted nuclei, and area of tissue in mm², of each slide. `confidence`: probability, between
-        0 and 1, that the interval contains the true number.
+        `slides`: number of counted nuclei, and area of tissue in mm², of each slide; None for an unknown area.
+        `confidence`: probability, between 0 and 1, that the interval contains the true number.
         """
         from scipy.special import stdtrit
 
@@ -169,7 +171,10 @@ class Uncertainty:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the errors as JSON values; those that were not measured have no entry."""
+        """Return the errors as JSON values; those that were not measured have no entry.
+
+        The keys are `probabilities` (calibrations by column) and `count`.
+        """
         values: dict[str, Any] = {}
         if self.probabilities:
             values["probabilities"] = {name: scaling.to_json() for name, scaling in self.probabilities.items()}

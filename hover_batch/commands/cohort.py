@@ -18,9 +18,9 @@ class CohortGroup(TyperGroup):
     """Group of commands on data sets. If the first argument is not the name of a command, `build` is run."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments of the group; if they name no command, put `build` before them.
+        """Parse the arguments of the group as click does; if the first one names no command, put `build` before it.
 
-        `ctx`: click's context. `args`: the command line after the group's name. The result is that of click.
+        `ctx`: click's context. `args`: the command line after the group's name.
         """
         if args and args[0] not in (*self.commands, *ctx.help_option_names):
             args = [BUILD, *args]
@@ -64,8 +64,8 @@ def build(
     changed; the data set does not need it afterwards.
 
     If the command is interrupted, the data set remains valid; repeat the command to add the rest. Files for a bucket
-    are first written to a temporary folder (set TMPDIR for another place). Run only one command at a time that writes
-    to a bucket.
+    are first written to a temporary folder (set TMPDIR to use another place). Run only one command at a time that
+    writes to a bucket.
 
     Exit codes: 0 all slides are in the data set, 2 invalid input, 3 some slides were skipped or a bucket could not be
     reached, 4 all were skipped.

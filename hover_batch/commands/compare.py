@@ -89,7 +89,7 @@ def compare(
 ) -> None:
     """Compare two networks on the same pixels: their costs, and where their nuclei differ.
 
-    One is the student (--student); the other, shown first, is a HoVerNet (--teacher) or any package (--against).
+    One is the student (--student). The other, shown first, is a HoVerNet (--teacher) or any package (--against).
 
     By default, two fields of each of the first three slides are compared. Use --timing-only to measure only costs, and
     --truth to also score both networks on annotated images.

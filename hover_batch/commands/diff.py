@@ -66,7 +66,7 @@ def diff(
         typer.Option("--html", metavar="FILE", help="Write a page with the places that differ most to this file."),
     ] = None,
 ) -> None:
-    """Compare the nuclei of two runs on the same slides, such as of two models, versions or settings.
+    """Compare the nuclei of two runs on the same slides, for example of two models, versions or settings.
 
     Two nuclei match if the IoU of their contours is above 0.5. For each slide, the table gives the numbers of nuclei in
     both runs, in A only (vanished), in B only (appeared) and with another class, and the change of the density. The
@@ -75,8 +75,8 @@ def diff(
     The slides themselves are not needed; the --html page shows pixels of those that can still be opened.
 
     Exit codes: 0 compared, and within --tolerance and --min-matched if given; 2 invalid input, such as runs on
-    different slides; 3 a slide or the cohort is outside these limits, a slide is done in one run only while limits are
-    given, or a table cannot be read; 4 no slide could be compared.
+    different slides; 3 a slide or the cohort is outside these limits, limits are given and a slide is done in only one
+    run, or a table cannot be read; 4 no slide could be compared.
 
     Examples: look at all differences; accept a new version only if no slide changes by more than 1 %.
 

@@ -15,7 +15,7 @@ _NAMES = ", ".join(Format)
 
 
 def format_named(name: str) -> Format:
-    """Return the format whose name or alias is `name`.
+    """Return the export format whose name or alias is `name`.
 
     typer.BadParameter for other names; the message suggests a similar name.
     """

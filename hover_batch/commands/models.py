@@ -226,7 +226,7 @@ def list_packages(
     """List the packages on this machine, and the published models that can be imported.
 
     The packages are the starter, those in the cache, and those in FOLDER. The cost of a published model is its number
-    of multiply-accumulates (MACs) per kept pixel of a slide, which includes those on the margins of tiles.
+    of multiply-accumulates (MACs) per kept pixel of a slide. MACs on the margins of tiles are included.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name one that holds .safetensors files")
@@ -317,7 +317,7 @@ def print_card(model: PackageArgument) -> None:
 def describe(card: Card) -> list[str]:
     """Return `card` as lines of text: its name, then one indented line per known fact.
 
-    Control characters, which a terminal would obey, are replaced by spaces.
+    Control characters, which could change the terminal, are replaced by spaces.
     """
     calibration = card.metrics.get("calibration", "not recorded")
     if isinstance(calibration, Mapping):

@@ -29,9 +29,9 @@ ENGINE = "Execution"
 
 
 def setting(flag: str, help: str, panel: str, default: str | None = None, **typer_options: Any) -> Any:
-    """Return the typer option of a setting, which can also be given as HOVER_BATCH_NAME in the environment.
+    """Return the typer option of a setting, which can also be given in the environment as HOVER_BATCH_NAME.
 
-    The default of the command's parameter must be None, so that --config can supply the value.
+    The command's parameter must have the default None, so that --config can supply the value.
 
     `flag`: name of the option, such as --min-area-px for the setting min_area_px. `help`: text in the help. `panel`:
     group of options in the help. `default`: description of the default in the help; None to show its value.
@@ -52,7 +52,7 @@ def setting(flag: str, help: str, panel: str, default: str | None = None, **type
 
 
 def batch_size(text: str) -> int | str:
-    """Parse the value of --batch: `auto`, or a whole number. ValueError for any other text."""
+    """Parse the value of --batch: `auto` (returned as text) or a whole number. ValueError for any other text."""
     if text == "auto":
         return text
     try:
@@ -62,7 +62,7 @@ def batch_size(text: str) -> int | str:
 
 
 def share(text: str) -> float:
-    """Parse a share, such as 5% or 0.05, to a fraction (0.05). ValueError for any other text."""
+    """Parse a share, such as 5% or 0.05, and return it as a fraction (0.05). ValueError for any other text."""
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -79,7 +79,7 @@ CohortArgument = Annotated[
 
 
 def local_path(text: str) -> Path:
-    """Return `text`, the value of an option or argument, as a path on this machine. InputError for a URL."""
+    """Return `text`, the value of an option or argument, as a path on this machine. InputError if it is a URL."""
     if url := Url.of(text):
         raise InputError(
             f"{url}: is a URL, which only data sets and --output of `segment` and `plan` can be; {instead_of_url(url)}"
@@ -128,7 +128,8 @@ SkipInvalidOption = Annotated[
 def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Settings:
     """Return the settings of a command.
 
-    The order of precedence is option, environment, --config, `base`, default. The file of --class-map is read, too.
+    The order of precedence is option, environment variable, --config, `base`, default. Variables of `segment`'s options
+    count even if this command has no such option. The file of --class-map is read, too.
 
     `ctx`: context of the command, with its parameters; typer has already chosen between option and environment
     variable. `base`: nested settings, as in settings.toml; None if there are none.
@@ -176,7 +177,7 @@ def place(text: str) -> Path | Url:
 def warn_of_unknown_variables(ctx: typer.Context) -> None:
     """Warn on stderr about environment variables HOVER_BATCH_* that no command reads, such as misspelt ones.
 
-    The warnings are in the command's log format if it has set one, else text.
+    `ctx`: context of the command. The warnings are lines of JSON if the command's log format is json, else text.
     """
     root, prefix = ctx.find_root(), "HOVER_BATCH_"
     known = {name.removeprefix(prefix) for name in (CACHE_VARIABLE, *_variables(root.command))}

@@ -66,7 +66,7 @@ def plan(
 
     Exit codes: 0 all slides can be run, 2 invalid input, 3 some slides cannot be run, 4 none can.
 
-    Examples: check a cohort; check the pixel sizes by the nuclei, too.
+    Examples: check a cohort; also check the pixel sizes against the nuclei.
 
     hover-batch plan cohort.csv
 

@@ -52,7 +52,8 @@ def query(
     flags) and, with --join, `clinical`. Join `nuclei` and `slides` by slide_id and model. A query cannot change the
     data set, and cannot read or write other files.
 
-    Examples: the columns of a table; the mean nucleus of each class; a table with survival.
+    Examples: show the columns of a table; count the nuclei of each class, with their mean area; write the slides with
+    clinical data to a file.
 
     hover-batch query DATASET "DESCRIBE slides"
 

@@ -70,11 +70,11 @@ def counts(
     show_sql: ShowSqlOption = False,
     output: OutputOption = None,
 ) -> None:
-    """Count the nuclei of each patient, group or slide, by class: number, and density per mm² of tissue.
+    """Count the nuclei of each patient, group or slide, by class, and give their density per mm² of tissue.
 
     The density over several slides is the sum of their nuclei divided by the sum of their tissue.
 
-    The same in SQL, for one class:
+    The same in SQL, for the densities of one class:
 
     SELECT patient_id, sum(n_inflammatory) / sum(tissue_mm2) FROM slides GROUP BY patient_id
 
@@ -114,7 +114,7 @@ def near(
     ratio. The slides are read one after the other.
 
     In SQL, this joins each nucleus with those in the same or an adjacent cell of a grid, and checks the distance.
-    --show-sql prints the query; `hover-batch query` gives the same answer with it, but reads all slides at once.
+    --show-sql prints the query. `hover-batch query` gives the same answer with it, but reads all slides at once.
 
     Example:
 
@@ -144,16 +144,18 @@ def compare_groups(
 ) -> None:
     """Compare the densities of nuclei between groups of patients.
 
-    The table shows, for each density, the medians of two groups, their difference, and Cliff's delta: 1 if all patients
-    of the second group have a higher density than all of the first, -1 if all have a lower one, 0 without a tendency.
-    Intervals are 95 % bootstrap intervals over patients. Each group needs at least three patients.
+    For every pair of groups, the table shows the median of each density in both groups, the difference in medians, and
+    Cliff's delta. Cliff's delta is 1 if all patients of the second group have a higher density than all of the first,
+    -1 if all have a lower one, and 0 if neither group tends to have higher densities. Intervals are 95 % bootstrap
+    intervals over patients. Each group needs at least three patients.
 
-    If the errors of the model were measured, the difference of all nuclei has two more intervals, which include the
-    error of counts: one for groups from one source (laboratory, stain, scanner, tissue), one for groups from two.
+    If the errors of the model were measured, the difference in the density of all nuclei has two more intervals, which
+    include the error of the counts: one for groups from one source (laboratory, stain, scanner, tissue), one for groups
+    from two sources.
 
     --show-sql prints the SQL of the densities by patient, from which these numbers are computed.
 
-    Examples: groups in the cohort CSV; groups in a clinical table.
+    Examples: compare groups in the cohort CSV; compare groups in a clinical table.
 
     hover-batch cohort compare DATASET --by group
 
@@ -187,7 +189,7 @@ def _track(items: list[Any]) -> Iterable[Any]:
 
 
 def _show_effects(effects: Sequence[Effect]) -> None:
-    """Print a table of the effects for each two groups, with their intervals."""
+    """Print a table of the effects for every pair of groups, with their intervals."""
     from rich.table import Column, Table
 
     tables: dict[tuple[str, str], Table] = {}

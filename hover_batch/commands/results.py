@@ -32,10 +32,12 @@ _IN_CSV = ("BOOLEAN", "INT", "INTEGER", "FLOAT", "DOUBLE", "VARCHAR", "DATE", "T
 
 
 def check_output(path: Path | None, dataset: Path | Url) -> None:
-    """Raise InputError if the result of a query cannot be written to `path`, so that this is found before the query.
+    """Check that the result of a query can be written to `path`, so that an error is found before the query runs.
 
-    `path`: value of --output; None without it. It must end in .csv or .parquet, and be in an existing folder outside of
+    `path`: value of --output; None without it. It must end in .csv or .parquet, and be in an existing folder outside
     the data set. `dataset`: folder or URL of the data set.
+
+    InputError if it cannot be written there.
     """
     if path is None:
         return
@@ -51,7 +53,7 @@ def check_output(path: Path | None, dataset: Path | Url) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print `notes` about a result on stderr, one per line, each after the word note."""
+    """Print `notes` about a result on stderr, one per line, each as `note: TEXT`."""
     for note in notes:
         typer.echo(f"note: {note}", err=True)
 
@@ -59,7 +61,8 @@ def print_notes(notes: Iterable[str]) -> None:
 def deliver(result: duckdb.DuckDBPyRelation, output: Path | None) -> None:
     """Write `result` to the file `output`, or show it on the terminal if `output` is None.
 
-    An existing file is replaced. After writing, the path is printed on stdout, and the number of rows on stderr.
+    The suffix of the file, .csv or .parquet, gives the format. An existing file is replaced. After writing, the path is
+    printed on stdout, and the number of rows on stderr.
 
     InputError if the query fails, KeyboardInterrupt if a signal interrupts it, OSError if the file cannot be written.
     """

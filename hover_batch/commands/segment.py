@@ -232,7 +232,7 @@ def segment(
 
     Nothing is run if a row of the cohort or a setting is invalid; `hover-batch plan` lists what is wrong.
 
-    Slides that cannot be opened or processed are listed in OUTPUT/failures.csv, and the others continue.
+    Slides that cannot be opened or processed are listed in OUTPUT/failures.csv, and the run continues with the others.
 
     Repeat the command to resume a run that stopped, and to retry the slides that failed.
 

@@ -17,7 +17,7 @@ def status(
 
     Prints the numbers of slides that are done, failed and pending, the rate, the time left, and the failures.
 
-    Only reads the run's files, so you can call it at any time, on any machine that sees the folder.
+    The command only reads the run's files, so you can call it at any time, on any machine that sees the folder.
 
     Example:
 

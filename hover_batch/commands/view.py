@@ -31,12 +31,13 @@ def view(
 ) -> None:
     """Show one slide and its nuclei in the browser, until you press Ctrl-C.
 
-    Zoomed out, the page shows the density of the nuclei; zoomed in, their outlines. Point at a nucleus for its row.
+    Zoomed out, the page shows the density of the nuclei; zoomed in, their outlines. Point at a nucleus to see its row
+    of the table.
 
     The printed address holds a secret token and works only on this machine.
 
-    To view a run on a server, connect with `ssh -L 8000:localhost:8000 SERVER`, run `view` there with
-    --no-browser --port 8000, and open the address that it prints.
+    To view a run on a server, connect with `ssh -L 8000:localhost:8000 SERVER`, run `view` there with --no-browser
+    --port 8000, and open the address that it prints.
 
     Example:
 

@@ -48,7 +48,7 @@ class Agreement:
     def add(self, first: SideResult, second: SideResult, mpp: float) -> list[Dispute]:
         """Add one field. Return its cells with nuclei that only one network found, in raster order.
 
-        Detections match if their centroids are at most DETECTION_RADIUS_UM apart.
+        Nuclei are paired one to one if their centroids are at most DETECTION_RADIUS_UM apart.
 
         `first`, `second`: results of the networks on this field. `mpp`: size of its inference pixels in µm.
         """
@@ -72,14 +72,15 @@ class Agreement:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the results by name, as JSON values; None for undefined ones, such as F1 without nuclei.
+        """Return the results by name, as JSON values. Undefined ones are None, such as the F1 without nuclei.
 
         Call it after at least one `add`.
 
-        `pq`: mean over fields. `detection_f1`: F1 of detections within DETECTION_RADIUS_UM. Both are 1 for full
-        agreement. `nuclei`: number found by each network. `density_correlation`: Pearson correlation of the nuclei per
-        cell; None if a network found equally many in all cells. `confusion`: number of matched nuclei by class, rows
-        for the first network and columns for the second; the last row and column, `none`, are for unmatched nuclei.
+        `pq`: mean over fields. `detection_f1`: F1 score of detections within DETECTION_RADIUS_UM. Both are 1 for full
+        agreement. `nuclei`: number found by each network. `density_correlation`: Pearson correlation of the numbers of
+        nuclei per cell; None if a network found the same number in all cells. `confusion`: number of matched nuclei by
+        class, rows for the first network and columns for the second; the last row and column, `none`, are for unmatched
+        nuclei.
         """
         cells = np.concatenate(self._densities, axis=1).astype(float)
         has_variance = cells.shape[1] > 1 and bool((cells.std(axis=1) > 0).all())

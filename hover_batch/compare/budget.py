@@ -44,9 +44,11 @@ class Speed:
     def of(cls, side: Side) -> Speed:
         """Measure the speed of a network on one patch, on its device and in its precision.
 
-        `side`: side of the comparison. Its predictor is loaded, and its network may be moved to the predictor's device.
+        `side`: the network. Its predictor is loaded (see `Side.predictor`). Its network is set to evaluation mode, and
+        may be moved to the predictor's device.
 
-        InputError if the device cannot be used, PackageError if the network cannot be compiled.
+        InputError if the device cannot be used, PackageError if the network cannot be compiled, torch.OutOfMemoryError
+        if a patch does not fit in the GPU's memory.
         """
         card = side.card
         network = on_device(side.network, side.predictor.device)
@@ -55,7 +57,10 @@ class Speed:
         return cls(seconds, patch_side(card), card.tile_in, card.tile_out)
 
     def field_seconds(self, box: Box) -> float:
-        """Return the estimated seconds of inference on one field. `box`: the field, in inference pixels."""
+        """Return the estimated seconds of inference on one field, as its number of tiles times the time of a tile.
+
+        `box`: the field, in inference pixels.
+        """
         tiles = -(-box.width // self.tile_out) * -(-box.height // self.tile_out)
         return tiles * self.seconds * (self.tile_in / self.patch) ** 2
 
@@ -75,10 +80,11 @@ def estimate(speeds: Sequence[Speed], places: Sequence[Place], options: Options)
 def fit_to_budget(
     speeds: Sequence[Speed], places: Sequence[Place], options: Options
 ) -> tuple[Sequence[Place], Options]:
-    """Return places and options for a comparison that fits into `options.budget_s`; unchanged if it fits already.
+    """Return fields and options that are reduced until the comparison fits into `options.budget_s`.
 
-    Repetitions are reduced first, then fields (the last ones), then batch sizes (the largest ones). One of each is
-    always left, even if that takes longer.
+    They are unchanged if it fits already, or if `budget_s` is None. Repetitions are reduced first, then fields (from
+    the last), then batch sizes (from the largest). At least one of each remains, even if the comparison then takes
+    longer than `budget_s`.
 
     `speeds`: speeds of the two networks. `places`: fields to compare on, at least one. `options`: options to reduce.
     """
@@ -97,7 +103,8 @@ def fit_to_budget(
 def announcement(speeds: Sequence[Speed], places: Sequence[Place], options: Options) -> str:
     """Return a line for the user that says what will be measured, and about how long it takes.
 
-    `speeds`: speed of each network. `places`: fields that are read. `options`: batch sizes and number of repetitions.
+    `speeds`: speeds of the two networks. `places`: fields to compare on, at least one. `options`: batch sizes and
+    number of repetitions.
     """
     return (
         f"{counted(len(places), 'field')}, batch sizes {', '.join(map(str, options.batches))}, "

@@ -1,4 +1,4 @@
-"""Choose the fields on which two networks are compared: the squares with most tissue, or all with tissue."""
+"""Choose the fields on which two networks are compared: the squares with the most tissue, or all with tissue."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Field:
 
     @property
     def pixels(self) -> int:
-        """Number of inference pixels of the field."""
+        """Number of inference pixels in the field."""
         return self.box.width * self.box.height
 
 
@@ -50,9 +50,12 @@ class Place:
     """Size of an inference pixel in µm."""
 
     def read(self) -> Field:
-        """Read the field's pixels from its slide, and measure the time that this takes.
+        """Read the field's pixels from its slide, and measure how long this takes without opening the slide.
 
-        SlideError if they cannot be read.
+        The slide is closed afterwards.
+
+        InputError if the slide's pixel size is unknown or a DICOM folder holds several slides, SlideError if the slide
+        cannot be opened or read.
         """
         with open_slide(self.record) as reader:
             started = time.perf_counter()
@@ -61,14 +64,16 @@ class Place:
 
 
 def choose_fields(records: Sequence[SlideRecord], mpp: float, side: int, per_slide: int) -> Iterator[Place]:
-    """Yield the fields of each slide: the `per_slide` squares with most tissue, most first; ties in raster order.
+    """Yield the fields of each slide: the `per_slide` squares with the most tissue, in descending order.
 
-    With `per_slide` 0, all squares with tissue are yielded in raster order. Squares are clipped to the canvas. Each
-    slide is opened, and its tissue found, when its first field is asked for.
+    Squares with the same amount of tissue are in raster order. If `per_slide` is 0, all squares with tissue are yielded
+    in raster order. Squares are clipped to the slide. Each slide is opened, and its tissue found with the default
+    settings, when its first field is requested; it is closed after its last field.
 
     `records`: slides. `mpp`: size of an inference pixel in µm. `side`: side of a square in inference pixels.
 
-    InputError if a slide is given by a URL or its pixel size is unknown, SlideError if one cannot be read.
+    InputError if a slide is given by a URL, its pixel size is unknown or a DICOM folder holds several slides;
+    SlideError if a slide cannot be read, or its mask cannot be used.
     """
     for record in records:
         if isinstance(record.path, Url):

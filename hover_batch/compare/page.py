@@ -44,7 +44,7 @@ class Panel:
 
     @classmethod
     def of(cls, field: Field, dispute: Dispute, results: Sequence[tuple[NDArray[np.int32], Nuclei, Taxonomy]]) -> Panel:
-        """Return the panel of `dispute`, a cell of `field`.
+        """Return the pictures of `dispute`, a cell of `field`, with AROUND pixels on each side, enlarged ZOOM times.
 
         `results`: for each network, the instances (y, x) int32 of the field, their measurements, and its classes.
         """
@@ -78,7 +78,7 @@ def _large(image: NDArray[Any]) -> NDArray[Any]:
 
 
 def render(content: dict[str, Any], panels: Sequence[Panel]) -> str:
-    """Return compare.html as HTML.
+    """Return the page compare.html as HTML text.
 
     `content`: content of compare.json. `panels`: pictures of disagreements, largest first.
     """

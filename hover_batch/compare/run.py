@@ -38,17 +38,21 @@ def compare(
 ) -> dict[str, Any]:
     """Compare two networks, and write compare.json and compare.html. Return the content of compare.json.
 
-    Costs of `first` are given as multiples of those of `second`, the candidate to replace it. If the comparison would
-    take longer than `options` allow, less is measured. Nuclei are not compared with `options.timing_only`, or if a
-    network has random weights. The networks of both sides may be moved to their devices.
+    Its keys are `format`, `device`, `fields`, `repeats`, `sides` (costs of each network), `ratios`, `agreement`,
+    `truth` and `notes`. Ratios are the costs of `first` as multiples of those of `second`, the candidate to replace it.
+
+    If the comparison would take longer than `options` allow, less is measured. Nuclei are not compared if
+    `options.timing_only` is set, or if a network has random weights. The networks of both sides may be moved to their
+    devices, and settings of torch change in the whole process (see `Side.predictor`).
 
     `first`, `second`: networks of the same pixel size. `places`: fields to compare on. `options`: batch sizes,
-    repetitions and time. `out`: existing folder for the files. `notify`: called with lines about the progress, one of
-    which says what is measured and about how long it takes. `scorer`: scores a network on annotated images; None to
-    omit that.
+    repetitions and time. `out`: existing folder for the files. `notify`: function that is called with lines about the
+    progress. One of them says what is measured and about how long it takes. `scorer`: function that scores a network on
+    annotated images; None to omit this.
 
-    InputError if `places` is empty or a device cannot be used, PackageError if a network cannot be compiled, SlideError
-    if a field cannot be read, OSError if a file cannot be written. Errors of `scorer` propagate.
+    InputError if `places` is empty, a device cannot be used, or a slide cannot be opened because of its metadata;
+    PackageError if a network cannot be compiled; torch.OutOfMemoryError if a batch does not fit in the GPU's memory;
+    SlideError if a field cannot be read; OSError if a file cannot be written. Errors of `scorer` propagate.
     """
     if not places:
         raise InputError(
@@ -124,7 +128,7 @@ class Costs:
     """Seconds of post-processing."""
 
     def add(self, field: Field, result: SideResult) -> None:
-        """Add the size of `field`, and the seconds that `result` states for the network on it."""
+        """Add the size and reading time of `field`, and the network's seconds on it, from `result`."""
         self.pixels += field.pixels
         self.mm2 += field.pixels * (field.mpp / 1000) ** 2
         self.tiles += -(-field.box.height // self.tile_side) * -(-field.box.width // self.tile_side)

@@ -42,14 +42,17 @@ class Side:
 
     @cached_property
     def predictor(self) -> Predictor:
-        """Network on its device, loaded on first use.
+        """Predictor of the network on its device, loaded on first use.
+
+        Loading sets the network to evaluation mode, and may move it to the device. In the whole process, torch's number
+        of threads is set for a CPU, and TF32 is switched off in cuDNN for a GPU.
 
         InputError if the device cannot be used, PackageError if the network cannot be compiled.
         """
         return Predictor(self.network, self.card, self.settings)
 
     def for_fields(self, side: int) -> Side:
-        """Return a copy whose batch size suits square fields (see `batch_of`), with a predictor of its own.
+        """Return a copy whose batch size suits square fields (see `batch_of`). The copy loads a predictor of its own.
 
         `side`: side of the fields in inference pixels. PackageError if the architecture on the card is not known.
         """
@@ -57,7 +60,10 @@ class Side:
 
     @property
     def splitter(self) -> Splitter | None:
-        """Post-processing of the network's system, with the constants on the card. PackageError if they are invalid."""
+        """Post-processing of the network (see `splitter_of`), with the constants on its card.
+
+        PackageError if these are invalid.
+        """
         return splitter_of(self.card)
 
 
@@ -68,7 +74,7 @@ def load_side(name: str, flag: str, settings: InferSettings) -> Side:
     existing path or a package of this name in the cache takes precedence over a name in KINDS. `flag`: option that gave
     `name`, for messages. `settings`: settings of inference.
 
-    PackageError if the network cannot be loaded or downloaded. OSError if the disk is full.
+    PackageError if the network cannot be loaded or downloaded, OSError if the disk is full.
     """
     path = Path(name)
     try:
@@ -96,7 +102,9 @@ def load_side(name: str, flag: str, settings: InferSettings) -> Side:
 def random_teacher(name: str, settings: InferSettings) -> Side:
     """Return the published network `name` with random weights, to measure costs without a download.
 
-    `name`: key of KINDS. `settings`: settings of inference. PackageError if no published network has this name.
+    `name`: name of a published network in KINDS. `settings`: settings of inference.
+
+    PackageError if no published network has this name.
     """
     if name not in KINDS:
         raise PackageError(

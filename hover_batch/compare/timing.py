@@ -26,10 +26,11 @@ def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, notif
     """Return the median seconds per patch of each side's network, by batch size.
 
     Whole patches are counted, as in HoVerNet's paper. The result of a side whose runtime is not torch is empty, since
-    its network is compiled for one input shape. All networks may be moved to their devices.
+    its network is compiled for one input shape. All networks are set to evaluation mode, and may be moved to their
+    devices. Loading their predictors changes settings of torch in the whole process (see `Side.predictor`).
 
-    `sides`: the networks. `batches`: batch sizes. `repeats`: repetitions of each measurement. `notify`: called with a
-    line about each batch size.
+    `sides`: the networks. `batches`: batch sizes. `repeats`: repetitions of each measurement. `notify`: function that
+    is called with a line about each batch size.
 
     InputError if a device cannot be used, PackageError if a network cannot be compiled or its architecture is not
     known, torch.OutOfMemoryError if a batch does not fit in the GPU's memory.
@@ -67,7 +68,10 @@ class SideResult:
 
 
 def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[SideResult]:
-    """Return the result of each network on a field, with the medians of its times in seconds.
+    """Run inference and post-processing of each network on a field. Return the results with the median times.
+
+    Predictors that are not loaded yet are loaded first, which changes settings of torch in the whole process (see
+    `Side.predictor`).
 
     `sides`: the networks. `field`: the field, already read. `repeats`: number of repetitions, at least 1.
 
@@ -94,8 +98,11 @@ def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[Sid
 def warm_up(sides: Sequence[Side], field: Field) -> list[int | None]:
     """Run each network once on `field`. Return the peak GPU memory of each in bytes; None on the CPU.
 
-    Compilation and cold caches then do not count in the comparison. The peak is that of this process while the network
-    ran. It includes everything else that the process holds there, such as the other network.
+    Compilation and cold caches then do not affect the measurements. The peak is that of this process while the network
+    ran, and includes everything else that the process holds on the GPU, such as the other network.
+
+    Predictors that are not loaded yet are loaded first, which changes settings of torch in the whole process (see
+    `Side.predictor`). torch's peak statistics of the GPU are reset.
 
     `sides`: the networks. `field`: a field, already read.
 

@@ -33,19 +33,19 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         return f"{self._folder.url.text.rstrip('/')}/{name}"
 
     def name(self, path: str) -> str:
-        """Return the name of the file at `path`, `URL/name`, relative to the data set."""
+        """Return the name, relative to the data set, of the file at `path`, which has the form `URL/name`."""
         return path.removeprefix(self.path(""))
 
     def glob(self, path: str, **_: Any) -> list[str]:
-        """Return `path` alone, because names of the data set's files are not patterns."""
+        """Return `path` as the only match, because names of the data set's files are not patterns."""
         return [path]
 
     def unstrip_protocol(self, name: str) -> str:
-        """Return the name unchanged, because it already has its protocol."""
+        """Return `name` unchanged, because paths of this file system already begin with their protocol."""
         return name
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        """Return `name` (the path), `size` in bytes and `type` of the file at `path`, by name.
+        """Return what is known of the file at `path`: `name` (the path), `size` (in bytes) and `type` ("file").
 
         Sizes are cached. InputError if the file does not exist or access is denied, UploadError if the bucket cannot be
         read.
@@ -57,7 +57,7 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         return _NEVER
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> _Ranges:
-        """Open the file at `path` for reading, without reading ahead.
+        """Open the file at `path` for reading, without reading ahead. The caller closes it.
 
         `mode`: only "rb". InputError if the file does not exist or access is denied, UploadError if the bucket cannot
         be read.
@@ -67,7 +67,8 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """Return a range of bytes of the file at `path`.
 
-        `start`, `end`: first byte, and the end of the range, exclusive; None for the beginning or the end of the file.
+        `start`: first byte; None for the beginning of the file. `end`: byte after the last; None for the end of the
+        file.
 
         InputError if the file does not exist or access is denied, UploadError if the bucket cannot be read.
         """

@@ -28,9 +28,10 @@ KEPT_FOR = timedelta(days=1)
 def check_bucket(url: Url, flag: str) -> None:
     """Check that the bucket has a data set at `url`, or that one can be created.
 
-    A small test file is written and removed. `flag`: option or argument that the message names. InputError if the URL
-    holds anything else, cannot be written, or has a data set that this version cannot change; UploadError if it cannot
-    be read.
+    A small test file is written and removed. `flag`: option or argument that the message names.
+
+    InputError if the folder at `url` holds anything else, cannot be written, or has a data set that this version cannot
+    change; UploadError if it cannot be read.
     """
     folder = BucketFolder(url)
     folder.check_writable()
@@ -41,12 +42,13 @@ def check_bucket(url: Url, flag: str) -> None:
 def open_bucket(url: Url, flag: str) -> Iterator[BucketStorage]:
     """Open the data set in a bucket, or create it, for the duration of the block.
 
-    Files of nuclei that slides.parquet does not name, and that are older than KEPT_FOR, are removed.
+    Files of nuclei that slides.parquet does not name, and that are older than KEPT_FOR, are removed. New files are
+    first written to a temporary folder, which is removed when the block ends.
 
     `url`: folder of the data set. `flag`: option or argument that named it, for messages.
 
-    InputError if the URL holds anything else, access is denied, or it has a data set that this version cannot change;
-    UploadError if the bucket cannot be read or written.
+    InputError if the folder holds anything else, access is denied, or it has a data set that this version cannot
+    change; UploadError if the bucket cannot be read or written.
     """
     folder = BucketFolder(url)
     with tempfile.TemporaryDirectory(prefix="hover-batch-upload-") as staging:
@@ -58,7 +60,7 @@ def open_bucket(url: Url, flag: str) -> Iterator[BucketStorage]:
 def _stored(folder: BucketFolder, flag: str) -> bytes | None:
     """Return the content of slides.parquet; None if the folder is empty.
 
-    InputError if the folder holds anything else than a data set.
+    InputError if the folder holds anything but a data set.
     """
     content = retried(lambda: folder.read([SLIDES_PARQUET])).get(SLIDES_PARQUET)
     if content is None:
@@ -82,7 +84,7 @@ class BucketStorage:
         """Names of the files of the data set that exist."""
 
     def sweep(self) -> None:
-        """List the files, and remove those of nuclei that are not named in slides.parquet and older than KEPT_FOR.
+        """List the files, and remove files of nuclei that are older than KEPT_FOR and not named in slides.parquet.
 
         InputError if access is denied, UploadError if the bucket cannot be read or changed.
         """
@@ -93,7 +95,7 @@ class BucketStorage:
         self.remove([name for name in others if retried(partial(self._folder.modified, name)) < limit])
 
     def holds(self, names: Collection[str]) -> bool:
-        """Return whether all files in `names`, which are relative to the data set, exist."""
+        """Return whether all files in `names`, which are relative to the data set, exist in the bucket."""
         return self._files.issuperset(names)
 
     def fetch(self, names: Collection[str]) -> list[Path]:
@@ -109,10 +111,11 @@ class BucketStorage:
         return paths
 
     def add(self, names: Collection[str]) -> None:
-        """Upload files from the temporary folder, and remove them there; files that the bucket has are not uploaded.
+        """Upload files from the temporary folder and remove them there. Files that the bucket already has are skipped.
 
-        `names`: relative to the data set and to the temporary folder. InputError if access is denied, UploadError if a
-        file cannot be uploaded.
+        `names`: names relative to the data set and to the temporary folder.
+
+        InputError if access is denied, UploadError if a file cannot be uploaded.
         """
         new = {name: self.root / name for name in names if name not in self._files}
         upload_tree(new, self._folder)
@@ -121,10 +124,10 @@ class BucketStorage:
             path.unlink()
 
     def replace_table(self, table: pa.Table) -> None:
-        """Replace slides.parquet by `table` in one step.
+        """Replace slides.parquet by `table` in one step. The new file is first written to the temporary folder.
 
-        It is first written to the temporary folder. InputError if another command has changed slides.parquet since it
-        was opened, or access is denied; UploadError if it cannot be read or written; OSError if the disk is full.
+        InputError if another command has changed slides.parquet since it was opened, or access is denied; UploadError
+        if it cannot be read or written; OSError if the disk is full.
         """
         if retried(lambda: self._folder.read([SLIDES_PARQUET])).get(SLIDES_PARQUET) != self._content:
             raise InputError(

@@ -19,8 +19,10 @@ from hover_batch.files import remove_leftovers
 def check_folder(folder: Path, flag: str) -> None:
     """Check, without writing, that the folder has a data set, or that one can be created.
 
-    `flag`: option or argument that the message names. InputError if the folder holds anything else, or a data set that
-    this version cannot change; OSError if it cannot be read.
+    `flag`: option or argument that the message names.
+
+    InputError if the folder holds anything else, or a data set that this version cannot change; OSError if it cannot be
+    read.
     """
     layout = DatasetLayout(folder)
     if layout.slides_parquet.is_file():
@@ -38,7 +40,7 @@ def open_folder(folder: Path, flag: str) -> Iterator[FolderStorage]:
     `folder`: folder of the data set. `flag`: option or argument that named it, for messages.
 
     InputError if the folder holds anything else, has a data set that this version cannot change, cannot be written, or
-    another command is writing there; OSError if the disk is full.
+    is locked by another command; OSError if the disk is full or the folder cannot be read.
     """
     check_folder(folder, flag)
     layout = DatasetLayout(folder)
@@ -91,7 +93,7 @@ class FolderStorage:
         return [self.root / name for name in names]
 
     def add(self, names: Collection[str]) -> None:
-        """Do nothing with `names`, because new files are written directly to the folder of the data set."""
+        """Do nothing, because new files are written directly to the folder of the data set."""
 
     def replace_table(self, table: pa.Table) -> None:
         """Replace slides.parquet by `table` in one step. OSError if it cannot be written."""

@@ -1,7 +1,7 @@
 """Ready-made question: by how much the densities of groups of patients differ.
 
 A patient counts once, with the density over all their slides: nuclei of one patient, and slides, resemble each
-other, and would make intervals much too narrow. Effect sizes are the difference of the medians and Cliff's delta (Cliff
+other, and would make intervals much too narrow. Effect sizes are the difference in medians and Cliff's delta (Cliff
 1993), which is 1 if all densities of the second group are above those of the first, -1 if all are below, and 0 without
 a tendency.
 """
@@ -76,8 +76,10 @@ class Effect:
     def to_row(self) -> dict[str, Any]:
         """Return the fields as a row of the results, values by column.
 
-        Each interval has two columns, _low and _high; those with the measuring error are None if it was not measured.
-        Fields with a value for each group have two columns, _first and _second.
+        The columns are measure, first, second (names of the groups), patients_first, median_first, patients_second,
+        median_second, difference and cliffs_delta. Each interval has two columns, such as difference_low and
+        difference_high. Those of the intervals with the measuring error, difference_one_source_low to
+        difference_two_sources_high, are None if the error was not measured.
         """
         row: dict[str, Any] = {"measure": self.measure}
         for number, name in enumerate(("first", "second")):
@@ -95,7 +97,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Effects for each density and each two groups, and notes about them."""
+    """Effects for every pair of patient groups and each density, and notes about them."""
 
     effects: list[Effect]
     """Effects, ordered by density, then by groups."""
@@ -104,10 +106,10 @@ class Comparison:
 
 
 def densities_sql(subject: Subject, by: str, of: str | None = None) -> str:
-    """Return the SQL of the densities, nuclei per mm² of tissue, with one row per group and patient.
+    """Return the SQL that gives the densities, in nuclei per mm² of tissue, with one row per group and patient.
 
     `subject`: slides that the question is about. `by`: column with the group, of the slides or the clinical table.
-    `of`: the only class; None for all.
+    `of`: the only class whose density is included; None for all nuclei and each class.
 
     InputError if `by` is patient_id, or there is no such column or class.
     """
@@ -126,15 +128,15 @@ def densities_sql(subject: Subject, by: str, of: str | None = None) -> str:
 
 
 def compare_densities(subject: Subject, by: str, of: str | None = None) -> Comparison:
-    """Return the differences of the densities between each two groups of patients, with notes for the user.
+    """Compare the densities between every pair of patient groups. Return the effects, with notes for the user.
 
     Slides without a patient or a group are left out, and so are patients without tissue; the notes name them.
 
     `subject`: slides that the question is about. `by`: column with the group, of the slides or the clinical table.
-    `of`: the only class; None for all nuclei and each class.
+    `of`: the only class whose density is compared; None for all nuclei and each class.
 
     InputError if `by` is patient_id, there is no such column or class, a group has fewer than MIN_PATIENTS patients, a
-    patient is in several groups, or there are not 2 to _MAX_GROUPS groups.
+    patient is in several groups, or there are fewer than 2 or more than 10 groups.
     """
     relation = subject.dataset.select(densities_sql(subject, by, of))
     names, rows = relation.columns[2:], relation.fetchall()
@@ -231,10 +233,14 @@ def _effect(
 
 
 def with_measuring_error(samples: tuple[NDArray[np.float64], NDArray[np.float64]], error: CountError) -> Measured:
-    """Return the intervals of the difference of medians, with the patients resampled and the factors of sources drawn.
+    """Return 95 % intervals of the difference in medians that include both the patients' and the counts' error.
 
-    The factors follow the multivariate t distribution of `error`: all sources share the error of its mean, and have
-    independent errors of their own. The seed is fixed, so the same arguments give the same result.
+    The difference is the median of the second group minus that of the first. In each of 9999 draws, the patients of
+    both groups are resampled, and the medians are multiplied by random factors: by the same factor if both groups are
+    from one source, and by a factor for each group if they are from two.
+
+    The logarithms of the factors follow the multivariate t distribution of `error`: all sources share the error of its
+    mean, and have independent errors of their own. The seed is fixed, so the same arguments give the same result.
 
     `samples`: counted densities of the patients of both groups, (n,) and (m,). `error`: error of the number of nuclei.
     """
@@ -254,10 +260,11 @@ def _difference(first: NDArray[np.float64], second: NDArray[np.float64], axis: i
 
 
 def cliffs_delta(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> Any:
-    """Return Cliff's delta, P(second > first) - P(second < first), over all pairs of values along the last axis.
+    """Return Cliff's delta, P(second > first) - P(second < first), over all pairs of a value of each group.
 
-    The result has the shape of the other axes. `first` (…, n), `second` (…, m): values of the two groups. `axis`:
-    ignored; scipy passes it.
+    Pairs are formed along the last axis; the result has the shape of the other axes.
+
+    `first` (…, n), `second` (…, m): values of the two groups. `axis`: ignored; it is there because scipy passes it.
     """
     n, m = first.shape[-1], second.shape[-1]
     ranks = rankdata(np.concatenate([first, second], axis=-1), axis=-1)

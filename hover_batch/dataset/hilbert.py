@@ -15,7 +15,7 @@ _ORDER = 16
 def hilbert_index(x: NDArray[np.float64], y: NDArray[np.float64], width: float, height: float) -> NDArray[np.uint32]:
     """Return the positions (n,) uint32 of points on a Hilbert curve through a square that contains the slide.
 
-    Points outside the slide count as on its edge. `x`, `y`: positions of the points, each (n,), in level-0 pixels.
+    Points outside the square are moved to its edge. `x`, `y`: positions of the points, each (n,), in level-0 pixels.
     `width`, `height`: size of the slide in level-0 pixels.
     """
     cells = 1 << _ORDER

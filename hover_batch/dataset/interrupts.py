@@ -13,11 +13,15 @@ import duckdb
 
 @contextlib.contextmanager
 def ended_by_ctrl_c(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """Let Ctrl-C end the queries that `connection` runs in the block. Use it in the main thread.
+    """Let Ctrl-C end the queries that `connection` runs in the block at once. Use it in the main thread.
 
-    DuckDB checks for signals only in the thread that runs the query, and then waits for its other threads, which may go
-    on to the end of the query. `interrupt` stops all of them. It must be called from another thread, because Python
-    runs no signal handler while the main thread is in DuckDB. ValueError in a thread other than the main thread.
+    Without it, DuckDB checks for signals only in the thread that runs the query, and then waits for its other threads,
+    which may continue to the end of the query. In the block, a thread waits for SIGINT and calls
+    `connection.interrupt`, which stops all of them. It must be another thread, because Python runs no signal handler
+    while the main thread is in DuckDB.
+
+    The block sets the process's file descriptor for signals (`signal.set_wakeup_fd`), and restores the previous one.
+    ValueError in a thread other than the main thread.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)

@@ -40,22 +40,23 @@ class DatasetLayout:
 
     @property
     def lock(self) -> Path:
-        """Lock file; locked while a command writes to the data set, and never removed."""
+        """Lock file. It is locked while a command writes to the data set, and never removed."""
         return self.root / ".lock"
 
     @property
     def nuclei(self) -> Path:
-        """Folder of the files of nuclei, with one folder per model."""
+        """Folder with the files of nuclei, in one subfolder per model."""
         return self.root / "nuclei"
 
     def model_folder(self, model: str) -> Path:
-        """Return the folder of the files of nuclei that a model found. `model`: result of `model_key`."""
+        """Return the folder with the files of the nuclei that a model found. `model`: result of `model_key`."""
         return self.nuclei / f"model={model}"
 
 
 def model_key(name: str, sha256: str) -> str:
-    """Return the value of the column `model`, the model's name in a form for file names and the start of its hash.
+    """Return the value of the column `model` for a model, such as starter-0123abcd.
 
-    `name`: name of the model. `sha256`: hash of its package, in hex.
+    It is the model's name, with the characters that file names may have, and the first 8 digits of its hash. `name`:
+    name of the model. `sha256`: hash of its package, in hex.
     """
     return f"{suggest(name, ())}-{sha256[:8]}"

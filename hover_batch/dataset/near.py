@@ -69,17 +69,21 @@ class NearQuestion:
 
     @property
     def sql(self) -> str:
-        """The question as one SELECT statement of DuckDB's SQL."""
+        """The question as one SELECT statement in DuckDB's SQL. It gives the same result as `answer`."""
         return f"WITH {self._ctes},\nnear AS (\n  {self._near}\n)\n{self._answer}"
 
     def answer(self, track: Callable[[list[_Entries]], Iterable[_Entries]]) -> duckdb.DuckDBPyRelation:
-        """Return the answer, with the columns `by`, slides, nuclei, near and share.
+        """Return the answer as a DuckDB relation, with one row for each value of the column `by`.
+
+        Its columns are that column, `slides` (number of slides), `nuclei` (number of nuclei of the class `of`), `near`
+        (number of those with a neighbour) and `share` (near / nuclei; NULL without nuclei).
 
         The files are read one after the other, so that memory holds the positions of one slide, or of the small slides
         that share a file. The connection's temporary table `near` is replaced.
 
-        `track`: function that yields the items of a list and shows the progress. InputError if a file cannot be read,
-        KeyboardInterrupt if a signal interrupts a query.
+        `track`: function that yields the items of a list and shows the progress.
+
+        InputError if a file cannot be read, KeyboardInterrupt if a signal interrupts a query.
         """
         dataset = self._subject.dataset
         dataset.execute("CREATE OR REPLACE TEMP TABLE near (slide_id VARCHAR, near BIGINT)")

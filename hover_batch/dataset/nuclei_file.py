@@ -36,9 +36,10 @@ FILE_ROWS = 4_000_000
 def sorted_pieces(table: NucleiTable, scratch: Path) -> Iterator[pa.Table]:
     """Yield a slide's nuclei along a Hilbert curve, in tables of about equal length and at most about ROW_GROUP rows.
 
-    A table of more rows is distributed to temporary files first, which are removed at the end.
+    If the slide has more nuclei than ROW_GROUP, they are first distributed to temporary files, which are removed at the
+    end.
 
-    `table`: table of the slide. `scratch`: folder for the temporary files, whose disk needs space for the uncompressed
+    `table`: table of the slide. `scratch`: folder for the temporary files. Its disk needs space for the uncompressed
     table.
 
     SlideError if the table is corrupted, OSError if a temporary file cannot be written.
@@ -86,9 +87,11 @@ def _sorted(rows: pa.Table, table: NucleiTable) -> pa.Table:
 
 
 def stored_pieces(paths: Iterable[Path], slide_ids: Iterable[str]) -> Iterator[pa.Table]:
-    """Yield the rows of some slides in files of nuclei, one row group at a time and in order.
+    """Yield the rows of some slides from files of nuclei, one row group at a time and in order.
 
-    `paths`: files of nuclei. `slide_ids`: slides whose rows are wanted. InputError if a file is missing or corrupted.
+    `paths`: files of nuclei of a data set. `slide_ids`: slides whose rows are wanted.
+
+    InputError if a file is missing or corrupted.
     """
     wanted = pa.array(list(slide_ids), pa.string())
     for path in paths:
@@ -108,13 +111,14 @@ def stored_pieces(paths: Iterable[Path], slide_ids: Iterable[str]) -> Iterator[p
 def write_files(
     folder: Path, members: Sequence[tuple[str, str]], pieces: Iterable[pa.Table], metadata: dict[str, Any]
 ) -> list[Path]:
-    """Write tables to one file, or to several if there are more than FILE_ROWS rows, and return their paths.
+    """Write tables to one file, or to several if there are more than FILE_ROWS rows. Return their paths.
 
     Existing files of the same names are replaced.
 
-    `folder`: folder of the model. `members`: slide_id and hash of the table of each slide in the file; they determine
+    `folder`: folder of the model. `members`: slide_id and hash of the table of each slide in the file. They determine
     the name, so that files with other nuclei have other names. `pieces`: tables of at most about ROW_GROUP rows, in the
-    order in which they are written; short ones share a row group. `metadata`: for the entry `hover_batch` of the file.
+    order in which they are written; short ones share a row group. `metadata`: JSON values for the entry `hover_batch`
+    of the file's metadata.
 
     OSError if a file cannot be written; errors of `pieces` propagate. In both cases, complete files may stay behind.
     """

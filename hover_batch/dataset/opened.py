@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def query_errors() -> Iterator[None]:
     """Convert DuckDB's errors in the block to InputError with the reason.
 
-    KeyboardInterrupt if a signal interrupted a query. Other exceptions pass through.
+    If a signal interrupted a query, KeyboardInterrupt is raised instead. Other exceptions pass through.
     """
     try:
         yield
@@ -128,26 +128,31 @@ class Dataset:
         self.close()
 
     def close(self) -> None:
-        """Close the connection to DuckDB, and remove its temporary files."""
+        """Close the connection to DuckDB, and remove its temporary files.
+
+        Relations that `select` returned can no longer be read.
+        """
         self.connection.close()
         self._scratch.cleanup()
 
     def sql(self, query: str) -> pd.DataFrame:
-        """Return the result of a SELECT as a DataFrame; a geometry becomes shapely polygons in level-0 pixels.
+        """Run a SELECT and return its result as a DataFrame. Geometries become shapely polygons in level-0 pixels.
 
         Other statements, such as CREATE TEMP TABLE, can be run with `connection.execute`.
 
-        InputError if `query` is not one SELECT, names what does not exist, or fails; KeyboardInterrupt if a signal
-        interrupts it.
+        InputError if `query` is not exactly one SELECT, names a table or column that does not exist, or fails;
+        KeyboardInterrupt if a signal interrupts it.
         """
         with query_errors():
             return _frame(self.select(query))
 
     def select(self, query: str) -> duckdb.DuckDBPyRelation:
-        """Return a SELECT as a relation, which runs it each time that it is read.
+        """Return a SELECT as a DuckDB relation. The query runs each time that the relation is read.
 
-        Sums of integers, which DuckDB returns with 128 bits, have 64 bits. Read the relation within `query_errors`,
-        which converts errors of the run. InputError if `query` is not one SELECT, or it names what does not exist.
+        Sums of integers are BIGINT (64 bits), not DuckDB's HUGEINT (128 bits). Read the relation inside `query_errors`,
+        which converts the errors of the query.
+
+        InputError if `query` is not exactly one SELECT, or names a table or column that does not exist.
         """
         query = query.strip().rstrip(";")
         with query_errors():
@@ -167,10 +172,11 @@ class Dataset:
         The columns are those of `load_nuclei`, with `slide_id` and `type` as categories. Nuclei whose bounding boxes
         only touch the box are left out.
 
-        `box`: (x0, y0, x1, y1) in level-0 pixels. `model`: model whose nuclei are returned, by its name with or without
-        the hash; None if the data set holds only one.
+        `slide_id`: slide of the nuclei. `box`: (x0, y0, x1, y1) in level-0 pixels. `model`: model whose nuclei are
+        returned, by its name with or without the hash; None if the data set holds only one.
 
-        InputError if the slide is not in the data set, `model` does not name one model in it, or a file cannot be read.
+        InputError if the slide is not in the data set, `model` does not name exactly one model in it, or a file cannot
+        be read; KeyboardInterrupt if a signal interrupts the query.
         """
         model = chosen_model(self.entries, model)
         entries = [entry for entry in self.entries if (entry.slide_id, entry.model) == (slide_id, model)]
@@ -191,10 +197,13 @@ class Dataset:
 
     @contextlib.contextmanager
     def narrowed(self, entries: Sequence[SlideEntry]) -> Iterator[None]:
-        """Limit the view `nuclei`, for the duration of the block, to the nuclei in the files of `entries`.
+        """Limit the view `nuclei` to the nuclei in the files of `entries` while the block runs.
 
-        Other slides in the same files are included. `entries`: rows of slides.parquet. InputError if a file cannot be
-        read.
+        Other slides in the same files are included. Blocks cannot be nested.
+
+        `entries`: rows of slides.parquet.
+
+        InputError if a file cannot be read, KeyboardInterrupt if a signal interrupts the statement.
         """
         self.execute(f"CREATE TEMP VIEW nuclei AS {self._nuclei(entries)}")
         try:
@@ -203,7 +212,7 @@ class Dataset:
             self.execute("DROP VIEW temp.nuclei")
 
     def execute(self, statement: str) -> None:
-        """Run `statement`, an SQL statement that hover-batch generates and whose result is not needed.
+        """Run an SQL statement that hover-batch generates and whose result is not needed.
 
         InputError if it fails, KeyboardInterrupt if a signal interrupts it.
         """
@@ -211,9 +220,9 @@ class Dataset:
             self.connection.execute(statement).fetchall()
 
     def create_table(self, name: str, rows: pa.Table) -> None:
-        """Create the table `name` from `rows` in memory, or replace it.
+        """Create the table `name` from `rows` in memory. An existing table of this name is replaced.
 
-        `name`: must be a plain SQL identifier, since it is not quoted. InputError if the table cannot be created.
+        `name`: a plain SQL identifier, since it is not quoted. InputError if the table cannot be created.
         """
         self.connection.register("given", rows)
         self.execute(f"CREATE OR REPLACE TABLE {name} AS FROM given")
@@ -302,10 +311,12 @@ def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def chosen_model(entries: Sequence[SlideEntry], model: str | None) -> str:
-    """Return the value of the column `model` of the model that the user means.
+    """Return the value in the column `model` of the model that the user means.
 
-    `entries`: rows of slides.parquet. `model`: its value in the column, or its name without the hash; None if there is
-    only one model. InputError if there is no such model, or more than one.
+    `entries`: rows of slides.parquet. `model`: value in the column, or the model's name without the hash; None if there
+    is only one model.
+
+    InputError if no model or more than one fits.
     """
     known = dict.fromkeys(entry.model for entry in entries)
     fits = [name for name in known if model in (None, name, name.rpartition("-")[0])]
@@ -319,9 +330,10 @@ def chosen_model(entries: Sequence[SlideEntry], model: str | None) -> str:
 
 
 def cast(relation: duckdb.DuckDBPyRelation, new_type: Callable[[str], str | None]) -> duckdb.DuckDBPyRelation:
-    """Return the relation with some columns cast to other types.
+    """Return the relation with some of its columns cast to other types.
 
-    `new_type`: function from the name of a column's type in SQL to that of its new type, or to None if it stays.
+    `new_type`: function that returns the new SQL type of a column, given its present one, such as HUGEINT; None to keep
+    it.
     """
     names = map(identifier, relation.columns)
     types = [new_type(str(kind)) for kind in relation.types]

@@ -39,10 +39,10 @@ class Subject:
     def of(cls, dataset: Dataset, model: str | None, without_flagged: bool) -> Self:
         """Return the slides of a model as the subject of a question.
 
-        `model`: name of the model, with or without its hash; None if the data set holds only one. `without_flagged`:
-        leave out slides with quality flags.
+        `dataset`: the open data set. `model`: name of the model, with or without its hash; None if the data set holds
+        only one. `without_flagged`: leave out slides with quality flags.
 
-        InputError if `model` does not name one model of the data set, or no slide is left.
+        InputError if `model` does not name exactly one model of the data set, or no slide is left.
         """
         model = chosen_model(dataset.entries, model)
         entries = [entry for entry in dataset.entries if entry.model == model]
@@ -65,7 +65,7 @@ class Subject:
         return cls(dataset, tuple(entries), tuple(conditions), classes, tuple(notes))
 
     def check_class(self, flag: str, name: str) -> None:
-        """Raise InputError if `name` is not a class of these nuclei.
+        """Raise InputError if `name` is not one of the classes of these nuclei.
 
         `flag`: option that gave the name, for the message.
         """
@@ -73,9 +73,12 @@ class Subject:
             raise InputError(f"{flag} {name}: is not a class of these nuclei; their classes: {', '.join(self.classes)}")
 
     def column(self, name: str) -> tuple[str, str]:
-        """Return the column `name` of the slides or the clinical table in SQL, and the tables that hold it.
+        """Return the column `name` of the slides or the clinical table as SQL, and the tables that have it.
 
-        The tables are the content of a FROM clause. InputError if there is no such column.
+        The tables are what follows FROM, such as `slides` or `slides LEFT JOIN clinical USING ("patient_id")`. A column
+        of the slides takes precedence.
+
+        InputError if there is no such column.
         """
         slides = self.dataset.select("FROM slides").columns
         if name in slides:
@@ -92,22 +95,24 @@ class Subject:
         )
 
     def where(self, *more: str) -> str:
-        """Return the SQL WHERE clause of the slides, on a line of its own; "" without conditions.
+        """Return the SQL WHERE clause that selects the slides, after a line break; "" if there is no condition.
 
-        `more`: further conditions in SQL, which must hold, too.
+        `more`: further conditions in SQL, which are joined with AND.
         """
         conditions = (*self.conditions, *more)
         return f"\nWHERE {' AND '.join(conditions)}" if conditions else ""
 
 
 def counts_sql(subject: Subject, by: str, of: str | None = None) -> str:
-    """Return the SQL of the number of nuclei and of their density per mm² of tissue, in all and by class.
+    """Return the SQL that counts nuclei, and gives their density per mm² of tissue, for all nuclei and by class.
 
-    The result has a row for each value of `by`. The density of several slides is their number of nuclei divided by
-    their mm² of tissue.
+    The result has a row for each value of `by`. The density over several slides is the sum of their nuclei divided by
+    the sum of their mm² of tissue.
 
-    `subject`: slides that the question is about. `by`: column of the slides or the clinical table. `of`: the only
-    class; None for all nuclei and each class. InputError if there is no such column or class.
+    `subject`: slides that the question is about. `by`: column of the slides or the clinical table. `of`: the only class
+    that is counted; None for all nuclei and each class.
+
+    InputError if there is no such column or class.
     """
     column, source = subject.column(by)
     columns = [f"{column} AS {identifier(by)}"]
@@ -121,10 +126,10 @@ def counts_sql(subject: Subject, by: str, of: str | None = None) -> str:
 
 
 def measures(subject: Subject, of: str | None) -> list[tuple[str, str]]:
-    """Return the SQL names of numbers of nuclei and of their densities, as pairs.
+    """Return pairs of SQL names: a column with a number of nuclei, and the name of its density.
 
-    Each number is a column of slides.parquet. There is a pair for all nuclei and for each class, or only for the class
-    `of`.
+    Each number is a column of slides.parquet, such as nuclei or "n_epithelial"; the densities are nuclei_per_mm2 and
+    "epithelial_per_mm2". There is a pair for all nuclei and one for each class, or only one for the class `of`.
 
     `subject`: slides that the question is about. `of`: the only class; None for all. InputError if it is not a class.
     """
@@ -136,7 +141,7 @@ def measures(subject: Subject, of: str | None) -> list[tuple[str, str]]:
 
 
 def density_sql(number: str) -> str:
-    """Return the SQL of the density, nuclei per mm² of tissue, over several slides; NULL without tissue.
+    """Return the SQL expression of the density over several slides, in nuclei per mm² of tissue; NULL without tissue.
 
     `number`: column of slides.parquet with the number of nuclei, as SQL.
     """

@@ -94,7 +94,7 @@ class SlideEntry:
 
     @property
     def key(self) -> Key:
-        """Key (slide_id, model) of the row, which is unique in slides.parquet."""
+        """Key (slide_id, model) of the row, unique in slides.parquet."""
         return self.slide_id, self.model
 
 
@@ -102,12 +102,12 @@ _ENTRY = list(SlideEntry.__dataclass_fields__)
 
 
 def read_slides_table(where: Path | Url, flag: str = "") -> pa.Table:
-    """Return slides.parquet of the data set in a folder or a bucket, with all its columns.
+    """Return the content of slides.parquet of a data set as a table with all its columns.
 
     `where`: folder or URL of the data set. `flag`: option that named it, for the message; empty if there is none.
 
-    InputError if `where` is not a data set, the file is corrupted, or a newer version of hover-batch wrote it. OSError
-    if it cannot be read; for a bucket, InputError if access is denied, else UploadError.
+    InputError if `where` is not a data set, the file is corrupted, or a newer version of hover-batch wrote it. If it
+    cannot be read, OSError for a folder; for a bucket, InputError if access is denied, otherwise UploadError.
     """
     if isinstance(where, Url):
         content = BucketFolder(where).read([SLIDES_PARQUET]).get(SLIDES_PARQUET)
@@ -122,9 +122,10 @@ def read_slides_table(where: Path | Url, flag: str = "") -> pa.Table:
 
 
 def parse_slides_table(content: bytes, where: Path | Url, flag: str = "") -> pa.Table:
-    """Return `content`, the bytes of slides.parquet, as a table without schema metadata.
+    """Return `content`, the bytes of a slides.parquet, as a table without schema metadata.
 
     `where`: folder or URL of the data set, for messages. `flag`: option that named it; empty if there is none.
+
     InputError if the file is corrupted, or was written by another program or a newer version of hover-batch.
     """
     named = f"{flag} {where}".lstrip()
@@ -153,9 +154,9 @@ def parse_slides_table(content: bytes, where: Path | Url, flag: str = "") -> pa.
 
 
 def refuse_other_files(where: Path | Url, flag: str, names: Sequence[str]) -> None:
-    """Raise InputError if a folder or bucket without slides.parquet holds files.
+    """Raise InputError if a folder or bucket that has no slides.parquet holds other files.
 
-    Hidden files do not count: lock files, leftovers of killed checks and writes, or files of desktops.
+    Hidden files are ignored, such as lock files, leftovers of killed writes, and files of the desktop.
 
     `where`: the folder or bucket, for the message. `flag`: option that named it. `names`: names of the files in it.
     """
@@ -173,14 +174,14 @@ def read_entries(where: Path | Url, flag: str = "") -> list[SlideEntry]:
 
     `where`: folder or URL of the data set. `flag`: option that named it, for the message; empty if there is none.
 
-    InputError if `where` is not a data set, the file is corrupted, or a newer version of hover-batch wrote it. OSError
-    if it cannot be read; for a bucket, InputError if access is denied, else UploadError.
+    InputError if `where` is not a data set, the file is corrupted, or a newer version of hover-batch wrote it. If it
+    cannot be read, OSError for a folder; for a bucket, InputError if access is denied, otherwise UploadError.
     """
     return entries_of(read_slides_table(where, flag))
 
 
 def named_files(table: pa.Table) -> set[str]:
-    """Return the names, relative to the data set, of all files of nuclei that slides.parquet names.
+    """Return the names, relative to the data set, of all files of nuclei that slides.parquet lists.
 
     `table`: content of slides.parquet.
     """
@@ -188,7 +189,7 @@ def named_files(table: pa.Table) -> set[str]:
 
 
 def entries_of(table: pa.Table) -> list[SlideEntry]:
-    """Return the rows of `table`, the content of slides.parquet, in order."""
+    """Return the rows of `table`, the content of slides.parquet, in the same order."""
     rows = table.select(_ENTRY).to_pylist()
     return [SlideEntry(**(row | {"nuclei_files": tuple(row["nuclei_files"])})) for row in rows]
 
@@ -203,8 +204,8 @@ def write_slides_table(layout: DatasetLayout, table: pa.Table) -> None:
 def rows_table(rows: Sequence[Mapping[str, Any]], measured: pa.Schema) -> pa.Table:
     """Return rows of slides.parquet as a table with the FIXED columns first.
 
-    `rows`: values of each row, by column. `measured`: names and types of further columns, of which the table has those
-    that a row has. All others are text.
+    `rows`: values of each row, by column. `measured`: names and types of further columns. The table has those of them
+    that occur in a row. All other columns are text.
     """
     names = dict.fromkeys(name for row in rows for name in row)
     kinds = {field.name: field for field in (*measured, *FIXED)}
@@ -213,10 +214,13 @@ def rows_table(rows: Sequence[Mapping[str, Any]], measured: pa.Schema) -> pa.Tab
 
 
 def with_rows(table: pa.Table, new: pa.Table) -> pa.Table:
-    """Return `table` with the rows of `new`, which replace those of the same slide and model; sorted by both.
+    """Return `table` with the rows of `new` added, sorted by model and slide_id.
 
-    Columns that only one of the tables has are null in the other's rows. A column that is a number in one table and
-    text in the other becomes two: the text gets the prefix extra_. `table`, `new`: rows of slides.parquet.
+    A row of `new` replaces the row of the same slide and model. Columns that only one of the tables has are null in the
+    rows of the other. If a column is a number in one table and text in the other, both are kept, and the text column
+    gets the prefix extra_.
+
+    `table`, `new`: rows of slides.parquet.
     """
     keys = [_key_column(each) for each in (table, new)]
     kept = table.filter(pc.invert(pc.is_in(keys[0], value_set=keys[1])))

@@ -55,7 +55,7 @@ class RunSource:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the run in `folder`.
+        """Read the run in `folder`: its cohort, and the slide.json and quality flags of its finished slides.
 
         InputError if the folder holds no run, or its run.json or slides.csv is corrupted; OSError if a file cannot be
         read.
@@ -82,7 +82,7 @@ class RunSource:
         return list(dict.fromkeys(slide_ids) if slide_ids else self.slides)
 
     def fingerprint(self, slide_id: str) -> str:
-        """Return the fingerprint of the finished slide `slide_id`.
+        """Return the fingerprint of the finished slide `slide_id`, a hash of the slide's content.
 
         SlideError if its survey.json is missing, corrupted or cannot be read.
         """
@@ -95,26 +95,28 @@ class RunSource:
             ) from error
 
     def open_table(self, slide_id: str) -> NucleiTable:
-        """Open the table of nuclei of the finished slide `slide_id`.
+        """Return the table of nuclei of the finished slide `slide_id`, after a check of its metadata and checksum.
 
-        SlideError if it is missing, corrupted or cannot be read.
+        SlideError if the table is missing, corrupted or cannot be read.
         """
         return NucleiTable.open(self.layout.slide(slide_id).nuclei_parquet)
 
     def is_unchanged(self, slide_id: str) -> bool:
         """Return whether slide.json still records the table that it recorded when the run was opened.
 
-        It does not while a run makes the slide again, since this run removes slide.json before it replaces the table.
+        False while the slide is being processed again, because slide.json is removed before the table is replaced.
         OSError if slide.json cannot be read.
         """
         now = slide_if_done(self.layout.slide(slide_id))
         return now is not None and now.get("nuclei_sha256") == self.done[slide_id]["nuclei_sha256"]
 
     def row(self, slide_id: str, taxonomy: Taxonomy) -> Row:
-        """Return the columns of a finished slide that come from its run's summary and cohort CSV, values by column.
+        """Return the values of a finished slide that come from its run's summary and cohort CSV, by column.
 
-        They may change without a change of the nuclei: a patient that was corrected, a flag that depends on the cohort.
-        `taxonomy`: classes of the slide's table.
+        They may change although the nuclei do not, for example when a patient is corrected, or because a flag depends
+        on the other slides of the cohort.
+
+        `slide_id`: the slide. `taxonomy`: classes of the slide's table.
         """
         record, done = self.slides[slide_id], self.done[slide_id]
         known = set(summary_schema(taxonomy).names)
@@ -138,7 +140,9 @@ class RunSource:
         }
 
     def measured(self, taxonomy: Taxonomy) -> pa.Schema:
-        """Return the names and types of the columns of `row` that are numbers, those of the summary and the stages.
+        """Return the names and types of the columns of the summary, including the seconds of each stage.
+
+        All other columns of `row` that are not FIXED are text.
 
         `taxonomy`: classes of the slides' tables.
         """
@@ -148,9 +152,9 @@ class RunSource:
         return pa.schema([*summary_schema(taxonomy), *(pa.field(name, pa.float64()) for name in stages)])
 
     def table_row(self, table: NucleiTable) -> Row:
-        """Return the columns of slides.parquet that describe a finished slide's table of nuclei, values by column.
+        """Return the values of slides.parquet that describe a finished slide's table of nuclei, by column.
 
-        `table`: table of the slide. SlideError if survey.json of the slide cannot be read.
+        `table`: table of the slide. SlideError if survey.json of the slide is missing, corrupted or cannot be read.
         """
         done = self.done[table.slide_id]
         return {
@@ -169,9 +173,9 @@ class RunSource:
         }
 
     def file_metadata(self, taxonomy: Taxonomy) -> dict[str, Any]:
-        """Return the entry `hover_batch` of the metadata of files of nuclei, as JSON values by name.
+        """Return what files of nuclei have as `hover_batch` in their metadata, as JSON values.
 
-        `taxonomy`: classes of the nuclei.
+        The keys are `schema_version`, `taxonomy` and `model` (`id` and `sha256`). `taxonomy`: classes of the nuclei.
         """
         return {
             "schema_version": SCHEMA_VERSION,
@@ -181,5 +185,5 @@ class RunSource:
 
 
 def taxonomy_json(taxonomy: Taxonomy) -> str:
-    """Return the classes of `taxonomy` as JSON text, the value of the column `taxonomy` of slides.parquet."""
+    """Return `taxonomy` as JSON text, the value of the column `taxonomy` of slides.parquet."""
     return json.dumps(taxonomy.to_json(), ensure_ascii=False)

@@ -43,16 +43,17 @@ class Added:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the command: 0 if the data set has all slides, 3 if some were skipped, 4 if all were."""
+        """Exit code of the command: 0 if the data set has all slides, 3 if some were skipped, 4 if it has none."""
         return exit_code(len(self.added) + len(self.unchanged), len(self.skipped))
 
 
 def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify: Notify, flag: str = "-o") -> Added:
     """Add the finished slides of the run in `folder` to the data set, which is created if it does not exist.
 
-    Tables of slides that the data set holds already are not read again, but the rows of these slides in slides.parquet
-    are updated, such as patients and flags. A slide whose table has changed since is replaced. Slides that are not
-    done, or whose table cannot be read, are skipped. If the command is interrupted, repeat it: what is added stays.
+    Tables of slides that the data set already holds are not read again, but the rows of these slides in slides.parquet
+    are updated, for example with new patients and flags. A slide whose table has changed since then is replaced. Slides
+    that are not done, or whose table cannot be read, are skipped. If the command is interrupted, repeat it: slides that
+    were added stay.
 
     `dataset`: folder or URL of the data set. `slide_ids`: the slides to add; empty for all. `notify`: function that is
     called with a line about each slide that is added or skipped, and at the end about those that are missing. `flag`:

@@ -34,7 +34,7 @@ class Storage(Protocol):
         """Return whether the data set has all files in `names`."""
 
     def fetch(self, names: Collection[str]) -> list[Path]:
-        """Return the paths on disk of the files `names`, in order; those in a bucket are downloaded first.
+        """Return the paths on disk of the files `names`, in order. Files in a bucket are downloaded first.
 
         InputError if a file in a bucket is missing or access is denied, UploadError if the bucket cannot be read,
         OSError if the disk is full.
@@ -43,32 +43,35 @@ class Storage(Protocol):
     def add(self, names: Collection[str]) -> None:
         """Add the files `names`, which are complete under these names in `root`, to the data set.
 
-        For a bucket, they are uploaded and then removed from `root`. InputError if access is denied, UploadError if a
-        file cannot be uploaded.
+        For a bucket, they are uploaded and then removed from `root`.
+
+        InputError if access is denied, UploadError if a file cannot be uploaded.
         """
 
     def replace_table(self, table: pa.Table) -> None:
         """Replace slides.parquet by `table` in one step.
 
-        OSError if it cannot be written in a folder. For a bucket, UploadError if it cannot be written, InputError if
-        another command has changed it or access is denied.
+        In a folder, OSError if it cannot be written. In a bucket, UploadError if it cannot be written, InputError if
+        another command has changed it or access is denied, OSError if the disk for temporary files is full.
         """
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove the files of nuclei `names`; files that do not exist are ignored.
+        """Remove the files of nuclei `names`. Files that do not exist are ignored.
 
-        OSError if a file in a folder cannot be removed; in a bucket, InputError if access is denied, else UploadError.
+        In a folder, OSError if a file cannot be removed. In a bucket, InputError if access is denied, otherwise
+        UploadError.
         """
 
 
 def check_place(where: Path | Url, flag: str) -> None:
     """Check that the folder or bucket has a data set, or that one can be created.
 
-    A small test file is written to a bucket and removed; nothing is written to a folder. `flag`: option or argument
-    that the message names.
+    A small test file is written to a bucket and removed; nothing is written to a folder.
+
+    `where`: the folder or URL. `flag`: option or argument that the message names.
 
     InputError if the place holds anything else, a bucket cannot be written, or it has a data set that this version
-    cannot change; OSError or, for a bucket, UploadError if it cannot be read.
+    cannot change. If it cannot be read, OSError for a folder, UploadError for a bucket.
     """
     if isinstance(where, Url):
         check_bucket(where, flag)
@@ -78,16 +81,16 @@ def check_place(where: Path | Url, flag: str) -> None:
 
 @contextmanager
 def open_writer(where: Path | Url, flag: str) -> Iterator[DatasetWriter]:
-    """Open the data set in a folder, which is locked for the duration of the block, or in a bucket.
+    """Open the data set in a folder or a bucket for writing while the block runs. A folder is locked meanwhile.
 
-    The data set is created if it does not exist, and files of nuclei that slides.parquet does not name are removed,
-    since a killed writer left them behind; in a bucket, only those older than a day.
+    The data set is created if it does not exist. Files of nuclei that slides.parquet does not name are removed, since a
+    killed writer left them behind; in a bucket, only those older than a day.
 
-    `flag`: option that named the data set, for messages.
+    `where`: folder or URL of the data set. `flag`: option that named it, for messages.
 
     InputError if the place holds anything else, has a data set that this version cannot change, or cannot be written,
-    or another command is writing in the folder. OSError if the disk is full, UploadError if the bucket cannot be
-    reached.
+    or if another command is writing in the folder. OSError if the disk is full or the folder cannot be read,
+    UploadError if the bucket cannot be reached.
     """
     with open_bucket(where, flag) if isinstance(where, Url) else open_folder(where, flag) as storage:
         yield DatasetWriter(storage)
@@ -116,31 +119,35 @@ class DatasetWriter:
         return self._table
 
     def entries(self, model: str) -> dict[str, SlideEntry]:
-        """Return the rows of slides.parquet of a model by slide_id. `model`: result of `model_key`."""
+        """Return the rows of slides.parquet of one model, by slide_id. `model`: result of `model_key`."""
         return {entry.slide_id: entry for entry in entries_of(self._table) if entry.model == model}
 
     def holds(self, entry: SlideEntry) -> bool:
-        """Return whether the data set has all files of nuclei of a slide. `entry`: row of slides.parquet."""
+        """Return whether the data set has all files of nuclei of a slide. `entry`: its row of slides.parquet."""
         return self._storage.holds(entry.nuclei_files)
 
     def files_of(self, entry: SlideEntry) -> list[Path]:
-        """Return the paths on disk of the files of nuclei of a slide, in order; those in a bucket are downloaded first.
+        """Return the paths on disk of the files of nuclei of a slide, in order. Files in a bucket are downloaded first.
 
-        `entry`: row of slides.parquet of the slide. InputError if a file in a bucket is missing or access is denied,
-        UploadError if the bucket cannot be read, OSError if the disk is full.
+        `entry`: the slide's row of slides.parquet.
+
+        InputError if a file in a bucket is missing or access is denied, UploadError if the bucket cannot be read,
+        OSError if the disk is full.
         """
         return self._storage.fetch(entry.nuclei_files)
 
     def commit(self, rows: pa.Table) -> None:
-        """Add rows to slides.parquet, or replace those of the same slide and model, and remove files no longer named.
+        """Add rows to slides.parquet in one step, and remove files of nuclei that it no longer names.
 
-        The files that the rows name must be complete. All slides of a file must be replaced together, or none. Nothing
-        is written if nothing changes. If slides.parquet cannot be written, its content is unchanged.
+        Rows of the same slide and model are replaced. The files that the rows name must be complete. All slides of a
+        file must be replaced together, or none. If nothing changes, slides.parquet is not written. If it cannot be
+        written, its content is unchanged.
 
         `rows`: rows of slides.parquet, from `rows_table`.
 
-        OSError if slides.parquet cannot be written or a file cannot be removed in a folder. For a bucket, UploadError
-        if a request fails, InputError if access is denied or another command has changed the data set.
+        In a folder, OSError if slides.parquet cannot be written or a file cannot be removed. In a bucket, UploadError
+        if a request fails, InputError if access is denied or another command has changed the data set, OSError if the
+        disk for temporary files is full.
         """
         before, table = named_files(self._table), with_rows(self._table, rows)
         self._storage.add(named_files(rows))

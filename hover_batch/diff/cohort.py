@@ -36,12 +36,12 @@ class MeanChange:
 
     @classmethod
     def of(cls, slides: Sequence[SlideDiff], endpoint: str, patients: Mapping[str, str]) -> MeanChange:
-        """Return the mean relative change over patients, each with the mean of their slides, and its interval.
+        """Return the mean relative change over patients, and its interval.
 
-        A slide without a patient counts as a patient of its own. Slides whose change is undefined are left out and
-        counted.
+        A patient counts with the mean of their slides. A slide without a patient counts as a patient of its own. Slides
+        whose change is undefined are left out and counted in `undefined`.
 
-        `slides`: differences of the slides. `endpoint`: ALL or the name of a class. `patients`: slide_id → patient.
+        `slides`: differences of the slides. `endpoint`: ALL or the name of a class. `patients`: patient by slide_id.
         """
         values: dict[tuple[str, str], list[float]] = {}
         undefined = 0
@@ -75,11 +75,11 @@ class Limits:
 
     @property
     def given(self) -> bool:
-        """Whether at least one limit is set."""
+        """True if at least one limit is set."""
         return self.tolerance is not None or self.min_matched is not None
 
     def fault(self, slide: SlideDiff) -> str:
-        """Return how `slide` exceeds the limits, as a phrase for messages; "" if it does not."""
+        """Return how `slide` exceeds the limits, as a phrase for messages; "" if it is within them."""
         relative = slide.change(self.endpoint).relative
         faults = []
         if self.tolerance is not None and (relative is None or abs(relative) > self.tolerance):
@@ -99,7 +99,7 @@ class CohortDiff:
     missing: Sequence[Missing]
     """Slides that are not compared."""
     patients: Mapping[str, str]
-    """slide_id → patient; empty if the cohorts give no patients."""
+    """Patient by slide_id; empty if the cohorts give no patients."""
     limits: Limits
     """Limits of the validation."""
 
@@ -107,11 +107,12 @@ class CohortDiff:
     def of(
         cls, slides: Sequence[SlideDiff], missing: Sequence[Missing], patients: Mapping[str, str], limits: Limits
     ) -> CohortDiff:
-        """Return the comparison of a cohort, with its slides sorted by their change of the endpoint in `limits`.
+        """Return the comparison of a cohort, with its slides sorted by the change of the endpoint in `limits`.
 
-        Slides whose change is undefined come first, then those with the largest absolute relative change.
+        Slides whose change is undefined come first, then those with the largest absolute relative change. If these are
+        equal, the slide with the lower share of matched nuclei comes first.
 
-        `slides`: slides that are compared. `missing`: slides that are not. `patients`: slide_id → patient. `limits`:
+        `slides`: slides that are compared. `missing`: slides that are not. `patients`: patient by slide_id. `limits`:
         limits to check, with the endpoint.
         """
 
@@ -123,7 +124,7 @@ class CohortDiff:
 
     @property
     def unit(self) -> str:
-        """Name of what `MeanChange.n` counts: patients or slides."""
+        """What `MeanChange.n` counts: "patients", or "slides" if the cohorts give no patients."""
         return "patients" if self.patients else "slides"
 
     def mean_change(self, endpoint: str) -> MeanChange:
@@ -140,14 +141,14 @@ class CohortDiff:
 
     @property
     def endpoints(self) -> list[str]:
-        """Names of all endpoints: ALL, and the classes of all slides."""
+        """Names of all endpoints: ALL, then the classes that any slide has in A or B."""
         return list(dict.fromkeys([ALL, *(name for slide in self.slides for name in slide.endpoints)]))
 
     @property
     def faults(self) -> list[str]:
-        """Sentences about the limits that are exceeded; empty without limits.
+        """Sentences about the limits that are exceeded; empty if no limits are set.
 
-        There is one for each slide that exceeds them or is done in one run only, and one if the mean change of the
+        There is one for each slide that exceeds them or is done in only one run, and one if the mean change of the
         cohort exceeds the tolerance.
         """
         limits = self.limits
@@ -164,7 +165,7 @@ class CohortDiff:
 
     @property
     def exit_code(self) -> int:
-        """Exit code: 4 if no slide is compared, 3 if limits are exceeded or a table cannot be read, else 0."""
+        """Exit code: 4 if no slide is compared, 3 if limits are exceeded or a table cannot be read, otherwise 0."""
         if not self.slides:
             return 4
         return 3 if self.faults or any(m.done_in == "both" for m in self.missing) else 0

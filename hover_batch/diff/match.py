@@ -53,7 +53,7 @@ class Matches:
     """IoU of each pair: (k,), above MIN_IOU."""
 
     def unmatched(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the rows without a partner in the first and in the second table: two arrays (k,) int64, ascending."""
+        """Return the rows without a partner in the first and in the second table, as two ascending int64 arrays."""
         first, second = (
             np.setdiff1d(np.arange(len(nuclei)), self.pairs[:, side], assume_unique=True)
             for side, nuclei in enumerate((self.first, self.second))
@@ -121,8 +121,8 @@ class _Reader:
 def match_tables(first: NucleiTable, second: NucleiTable) -> Matches:
     """Match the nuclei of two tables of the same slide one to one.
 
-    Two nuclei are a pair if their IoU is above MIN_IOU and neither has a partner of higher IoU; the second condition
-    matters only where contours of one table overlap. The result does not depend on the order of the tables.
+    Two nuclei are a pair if their IoU is above MIN_IOU and neither has a partner with a higher IoU. The second
+    condition matters only where contours of one table overlap. The result does not depend on the order of the tables.
 
     `first`, `second`: the tables, sorted by the upper edge of their nuclei.
 

@@ -12,7 +12,10 @@ ROWS = 500
 
 
 def render(found: RunsDiff) -> str:
-    """Return the page of a comparison as one HTML document, pictures included. `found`: the comparison."""
+    """Return the page of a comparison as one HTML document that includes the pictures.
+
+    `found`: result of `diff_runs`.
+    """
     environment = page_environment("hover_batch.diff")
     environment.filters["change"] = change
     return environment.get_template("diff.html").render(
@@ -26,5 +29,5 @@ def render(found: RunsDiff) -> str:
 
 
 def change(value: float | None) -> str:
-    """Format `value`, a relative change (0.01 is 1 %), as a percentage with its sign; a dash if it is None."""
+    """Format `value`, a relative change (0.01 is 1 %), as a signed percentage such as +1.00%; a dash if it is None."""
     return "–" if value is None else f"{value:+.2%}"

@@ -45,10 +45,13 @@ class Place:
 
 
 def find_places(slide: SlideDiff, canvas: Size, mpp: Mpp) -> list[Place]:
-    """Return the cells of CROP_UM with most differing nuclei, at most PER_SLIDE, most first; ties in raster order.
+    """Return the grid cells of a slide that have the most differing nuclei, as squares with sides of CROP_UM.
 
-    `slide`: differences of the slide, with the positions in `disputed`. `canvas`: its size in level-0 pixels. `mpp`:
-    its pixel size in µm.
+    At most PER_SLIDE are returned, those with the most nuclei first, and equal ones in raster order. Squares that
+    extend beyond the slide are moved inside.
+
+    `slide`: differences of the slide, with the positions in `disputed`. `canvas`: size of the slide in level-0 pixels.
+    `mpp`: size of a level-0 pixel in µm.
     """
     if not len(slide.disputed):
         return []
@@ -67,9 +70,11 @@ def find_places(slide: SlideDiff, canvas: Size, mpp: Mpp) -> list[Place]:
 def draw(
     place: Place, layouts: Sequence[SlideLayout], tables: Sequence[NucleiTable], records: Sequence[SlideRecord]
 ) -> Place:
-    """Return the place with its pictures from the slide, or else from a thumbnail, or else with the reason for none.
+    """Return a copy of `place` with pictures of the slide, or of its thumbnail if the slide cannot be read.
 
-    `layouts`, `tables`, `records`: paths of the results, table and cohort row of the slide, each in A and in B.
+    If there is no thumbnail either, `source` of the result gives the reason, and there are no pictures.
+
+    `layouts`, `tables`, `records`: paths of the results, table and cohort row of the slide, each for A and for B.
 
     SlideError or OSError if the pictures are drawn on a thumbnail and a table cannot be read.
     """

@@ -37,7 +37,11 @@ class RunsDiff:
     """Classes of A and of B, for the legend; empty if no slide is compared."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of diff.json, everything but the pictures, as JSON values by name."""
+        """Return the content of diff.json as JSON values by name. It has everything except the pictures.
+
+        The keys are `format`, `a` and `b` (the runs), `min_iou`, `endpoint`, `tolerance`, `min_matched`, `faults`,
+        `slides` (see `SlideDiff.to_json`), `not_compared`, `cohort` and `places`.
+        """
         cohort = self.cohort
         confusion = cohort.confusion
         return {
@@ -73,10 +77,10 @@ class RunsDiff:
 def diff_runs(first: Path, second: Path, limits: Limits, *, pictures: bool, notify: Notify) -> RunsDiff:
     """Compare the runs in two folders, one slide after the other.
 
-    Slides whose tables cannot be read are collected in `cohort.missing` of the result, not raised.
+    Slides whose tables cannot be read are listed in `cohort.missing` of the result; they raise no error.
 
     `first`, `second`: folders of A and B. `limits`: differences that a validation accepts. `pictures`: whether to draw
-    the places that differ most. `notify`: called with a line about each slide.
+    the places that differ most. `notify`: function that is called with a line about each slide.
 
     InputError if a folder holds no run, the runs are not on the same slides, or the endpoint is not a class of both.
     OSError if a file of a run cannot be read, SlideError if a table can no longer be read when its places are drawn.

@@ -35,10 +35,11 @@ class Side:
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Self:
-        """Read the run in `folder`.
+        """Read the run in `folder`: its cohort, the slide.json of its finished slides, and its failures.
 
-        `name`: A or B, by which messages call the run. InputError if the folder holds no run, or a file in it is
-        corrupted; OSError if a file cannot be read.
+        `name`: A or B, the name of the run in messages.
+
+        InputError if the folder holds no run, or a file in it is corrupted; OSError if a file cannot be read.
         """
         layout = RunLayout(folder)
         run = require_run(layout, name)
@@ -52,7 +53,7 @@ class Side:
         return cls(layout, str(run.get("model_id")), str(run.get("model_sha256")), records, done, failures)
 
     def reason(self, slide_id: str) -> str:
-        """Return why the slide `slide_id` is not done in this run, as a phrase.
+        """Return why the slide `slide_id` is not done in this run, as a phrase for messages.
 
         OSError if a file of the slide cannot be read.
         """
@@ -61,7 +62,7 @@ class Side:
         return self.failures.get(slide_id) or why_not_done(self.layout.slide(slide_id))
 
     def to_json(self) -> dict[str, Any]:
-        """Return folder, model and numbers of slides of the run, as JSON values by name."""
+        """Return `folder`, `model`, `model_sha256`, and the numbers of `slides` and of `done` ones, as JSON values."""
         return {
             "folder": str(self.layout.root),
             "model": self.model,
@@ -98,10 +99,12 @@ class Runs:
 
     @classmethod
     def open(cls, first: Path, second: Path) -> Self:
-        """Read the runs in two folders, and check that slides of the same slide_id are the same slide.
+        """Read the runs in two folders, and check that slides with the same slide_id are the same slide.
 
-        InputError if a folder holds no run, if a file of a run is corrupted, if the runs have no slide_id in common, or
-        if slides differ. OSError if a file cannot be read.
+        `first`, `second`: folders of A and B.
+
+        InputError if a folder holds no run, a file of a run is corrupted, the runs have no slide_id in common, or
+        slides differ. OSError if a file cannot be read.
         """
         a, b = Side.open(first, "A"), Side.open(second, "B")
         if not a.records.keys() & b.records.keys():

@@ -30,13 +30,13 @@ class Change:
 
     @property
     def relative(self) -> float | None:
-        """Relative change, (B − A) / A; 0 if A and B are equal, None if only A is 0."""
+        """Relative change, (B − A) / A; 0 if A and B are equal, None if A is 0 and B is not."""
         if self.first == self.second:
             return 0.0
         return (self.second - self.first) / self.first if self.first else None
 
     def to_json(self) -> dict[str, float | None]:
-        """Return `a`, `b`, their `difference` (B − A) and the `relative` change (None if undefined) as JSON values."""
+        """Return `a`, `b`, `difference` (B − A) and `relative` (None if undefined) as JSON values."""
         return {"a": self.first, "b": self.second, "difference": self.second - self.first, "relative": self.relative}
 
 
@@ -79,7 +79,10 @@ class Confusion:
         return Confusion(rows, columns, counts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return `rows` and `columns`, class names with NONE last, and `counts`, a list of rows, as JSON values."""
+        """Return the table as JSON values by name.
+
+        `rows` and `columns` are the class names, with NONE last; `counts` is a list of rows.
+        """
         return {"rows": [*self.rows, NONE], "columns": [*self.columns, NONE], "counts": self.counts.tolist()}
 
 
@@ -106,7 +109,7 @@ class SlideDiff:
 
     @classmethod
     def of(cls, first: NucleiTable, second: NucleiTable, done: Sequence[Mapping[str, Any]]) -> Self:
-        """Compare two tables of the same slide. Identical tables are not matched.
+        """Compare two tables of the same slide. Tables that slide.json shows to be identical are not matched.
 
         `first`, `second`: tables of A and B. `done`: content of slide.json of A and of B.
 
@@ -171,22 +174,25 @@ class SlideDiff:
 
     @property
     def matched(self) -> int:
-        """Number of pairs of a nucleus in A and its partner in B, whatever their classes."""
+        """Number of pairs of a nucleus in A and its partner in B, of the same or different classes."""
         return int(self.confusion.counts[:-1, :-1].sum())
 
     @property
     def matched_share(self) -> float:
-        """Pairs divided by the mean number of nuclei in A and B, the F1 of detection; 1 without nuclei."""
+        """Number of pairs divided by the mean number of nuclei in A and B, which is the F1 score of detection.
+
+        The share is 1 if neither run has nuclei.
+        """
         total = sum(self.counts)
         return 2 * self.matched / total if total else 1.0
 
     @property
     def per_mm2(self) -> bool:
-        """Whether `change` returns densities in nuclei per mm²: True if both areas of tissue are known and not 0."""
+        """True if `change` returns densities in nuclei per mm²: both areas of tissue are known and not 0."""
         return all(self.tissue_mm2)
 
     def change(self, endpoint: str) -> Change:
-        """Return the change from A to B of the density in nuclei per mm² or, unless `per_mm2`, of the number of nuclei.
+        """Return the densities of A and B in nuclei per mm² or, if `per_mm2` is False, their numbers of nuclei.
 
         `endpoint`: ALL or the name of a class. A run without this class has 0 such nuclei.
         """
@@ -203,11 +209,16 @@ class SlideDiff:
 
     @property
     def endpoints(self) -> list[str]:
-        """Names of all endpoints: ALL and the classes of both runs."""
+        """Names of all endpoints: ALL, then the classes of both runs."""
         return list(dict.fromkeys([ALL, *self.confusion.rows, *self.confusion.columns]))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the differences as JSON values by name: the entry of this slide in diff.json."""
+        """Return the slide's entry in diff.json, as JSON values by name.
+
+        The keys are `slide_id`, `identical`, `nuclei`, `matched`, `only_a`, `only_b`, `class_changed`, `matched_share`,
+        `iou`, `area_ratio`, `tissue_mm2`, `confusion`, `unit` (that of the endpoints) and `endpoints` (see
+        `Change.to_json`).
+        """
         (a, b), matched = self.counts, self.matched
         return {
             "slide_id": self.slide_id,

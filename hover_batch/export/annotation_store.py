@@ -20,7 +20,10 @@ _CACHE_KB = 64_000
 
 
 def write_annotation_store(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to `path` (.db), batch by batch; an existing file is replaced when all is written.
+    """Write the table `nuclei` to `path` (.db) as tiatoolbox's AnnotationStore, batch by batch.
+
+    Each nucleus is an annotation with its UUID as key, its polygon in level-0 pixels, and the table's columns as
+    properties. An existing file is replaced only when all is written.
 
     OSError if `path` cannot be written (`errno` is ENOSPC if the disk is full), SlideError if the table is corrupted,
     InputError if this Python's SQLite lacks the R*Tree index.
@@ -55,11 +58,13 @@ def _write(nuclei: NucleiTable, path: Path) -> None:
 
 
 def sqlite_store() -> Any:
-    """Return a subclass of tiatoolbox's SQLiteStore for writing. InputError if this Python's SQLite lacks R*Tree.
+    """Return a subclass of tiatoolbox's SQLiteStore for writing.
 
-    SQLiteStore enables loadable extensions before it reads SQLite's compile options, though it loads none, and fails in
-    a Python that was built without them. The subclass reads the options without enabling extensions, and may be closed
-    twice.
+    SQLiteStore enables loadable extensions before it reads SQLite's compile options, although it loads none. It
+    therefore fails in a Python that was built without them. The subclass reads the options without enabling extensions,
+    and may be closed twice.
+
+    InputError if this Python's SQLite lacks the R*Tree index.
     """
     from tiatoolbox.annotation.storage import SQLiteStore
 

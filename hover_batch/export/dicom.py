@@ -40,7 +40,7 @@ _CELLS = {
     "macrophage": ("58986001", "Macrophage"),
     "neoplastic": ("252987004", "Tumor cell"),
 }
-"""Class → SNOMED CT code and meaning of the kind of cell."""
+"""SNOMED CT code and meaning of the kind of cell, by class."""
 _PRIVATE = "99HOVERBATCH"
 """Coding scheme of all other classes, whose code is their name; DICOM reserves the prefix 99 for private schemes."""
 _NO_DATE = "19700101"
@@ -50,9 +50,12 @@ _TEXT_LENGTH = 64
 
 
 def write_dicom(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to `path` (.ann.dcm), with all outlines in memory. Equal tables give equal bytes.
+    """Write the table `nuclei` to `path` (.ann.dcm) as DICOM annotations. Equal tables give equal bytes.
 
-    An existing file is replaced when all is written. A table without nuclei gives a file without groups.
+    Each class that has nuclei is a group of polygons, in pixels of the slide's largest level, with areas in µm² and
+    class probabilities. A table without nuclei gives a file without groups. All outlines are held in memory. An
+    existing file is replaced only when all is written. Python's warnings are suppressed in the whole process while
+    highdicom runs.
 
     OSError if the file cannot be written or the slide's DICOM folder cannot be listed, SlideError if the table is
     corrupted or highdicom rejects the headers of the slide.
@@ -151,7 +154,7 @@ def _groups(nuclei: NucleiTable, identity: str) -> list[Any]:
 
 
 def _cell(c: NucleusClass) -> Code:
-    """Return the code of the kind of cell that a class stands for."""
+    """Return the code of the kind of cell that a class represents."""
     from pydicom.sr.coding import Code
 
     if c.name in _CELLS:

@@ -17,8 +17,10 @@ from hover_batch.files import replacing
 def write_csv(nuclei: NucleiTable, path: Path) -> None:
     """Write the table `nuclei` to `path` (.csv), batch by batch, with enough digits to restore each number exactly.
 
-    An existing file is replaced when all is written. OSError if it cannot be written, SlideError if the table is
-    corrupted.
+    The columns are those of the table, without `geometry`; `bbox` becomes the columns xmin, ymin, xmax and ymax. An
+    existing file is replaced only when all is written.
+
+    OSError if the file cannot be written, SlideError if the table is corrupted.
     """
     schema = pa.schema([field for field in nuclei.schema if field.name != "geometry"])
     with replacing(path) as temporary, pa.csv.CSVWriter(temporary, _flat(schema.empty_table()).schema) as writer:

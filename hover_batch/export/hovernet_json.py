@@ -27,10 +27,13 @@ _to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def write_hovernet_json(nuclei: NucleiTable, path: Path) -> None:
-    """Write a table of nuclei as HoVerNet JSON (see the module's docstring) to `path`, batch by batch.
+    """Write the table `nuclei` to `path` (.json) in the format of hover_net's inference, batch by batch.
 
-    An existing file is replaced only when all is written. OSError if `path` cannot be written, SlideError if the table
-    is corrupted.
+    The keys are `mag` (magnification), `type_info` (name and colour of each type) and `nuc`. `nuc` has an entry for
+    each nucleus_id with `bbox`, `centroid`, `contour`, `type_prob` and `type`. Positions are in level-0 pixels, with
+    integers at pixel centres. An existing file is replaced only when all is written.
+
+    OSError if the file cannot be written, SlideError if the table is corrupted.
     """
     mag = round(10 / math.sqrt(nuclei.mpp.x * nuclei.mpp.y))
     info = {str(c.id): [c.name, list(c.color)] for c in nuclei.taxonomy.classes}

@@ -53,7 +53,7 @@ class Outlines:
     """First and last pixels in the outlines (n, 4): x0, y0, x1, y1, inclusive."""
 
     def where(self, mask: NDArray[np.bool_]) -> Outlines:
-        """Return the nuclei at which `mask`, (n,) bool, is True, in their order."""
+        """Return the nuclei for which `mask`, a bool array (n,), is True, in the same order."""
         return Outlines(self.ids[mask], self.types[mask], self.shapes[mask], self.boxes[mask])
 
     def joined(self, other: Outlines) -> Outlines:
@@ -63,9 +63,10 @@ class Outlines:
 
 
 def write_ome_zarr(nuclei: NucleiTable, path: Path) -> None:
-    """Write the label images of the table `nuclei` to the folder `path` (.ome.zarr), which replaces an existing one.
+    """Write label images of the table `nuclei` to the folder `path` (.ome.zarr), which replaces an existing one.
 
-    Only the nuclei of one row of shards are in memory.
+    The images are `nuclei` (nucleus_id of each pixel, uint32) and `types` (type_id, uint8), on the inference grid. Only
+    the nuclei of one row of shards are held in memory.
 
     OSError if the folder cannot be written, SlideError if the table is corrupted or its nuclei are not in the order of
     their first rows of pixels.
@@ -87,11 +88,10 @@ def write_ome_zarr(nuclei: NucleiTable, path: Path) -> None:
 
 
 def bands(nuclei: NucleiTable) -> Iterator[tuple[int, Outlines]]:
-    """Yield the number of each row of shards that may have nuclei, with the nuclei that reach into it.
+    """Yield each row of shards that may have nuclei, as its number from 0 and the nuclei that reach into it.
 
-    The nuclei are in the order of the table.
-
-    SlideError if the table is corrupted, or not in the order of the nuclei's first rows of pixels.
+    The nuclei are in the order of the table. SlideError if the table is corrupted, or not in the order of the nuclei's
+    first rows of pixels.
     """
     row, first_row, waiting = 0, 0.0, None
     for batch in nuclei.batches(["nucleus_id", "type_id", "bbox", "geometry"]):
@@ -129,9 +129,9 @@ def _outlines(nuclei: NucleiTable, batch: pa.RecordBatch) -> Outlines:
 
 
 def draw(outlines: Outlines, box: Box) -> NDArray[np.int32]:
-    """Return the map (y, x) int32 of `box` with the number 1 … n of the nucleus at each pixel; 0 is background.
+    """Return a map (y, x) int32 of `box`, whose value is the number 1 … n of the nucleus at each pixel, 0 = background.
 
-    `outlines`: n nuclei; later ones cover earlier ones. `box`: in the same pixels as the outlines.
+    `outlines`: n nuclei; later ones cover earlier ones. `box`: box in inference pixels.
     """
     drawing = np.zeros(box.shape, np.int32)
     for number, (shape, (x0, y0, x1, y1)) in enumerate(

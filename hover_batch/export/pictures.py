@@ -1,7 +1,7 @@
 """Draw pictures for people: the thumbnail with the tissue's outline, and nuclei over a field of the slide.
 
-A whole slide with contours is too large to view, so the overlay shows one field at full resolution: the one with most
-nuclei, which `densest_field` finds. The caller reads the pixels.
+A whole slide with contours is too large to view, so the overlay shows one field at full resolution: the one with the
+most nuclei, which `densest_field` finds. The caller reads the pixels.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class View:
     """Level-0 pixels per pixel of the picture, along y."""
 
     def to_opencv(self, points: NDArray[np.float64]) -> NDArray[np.int32]:
-        """Return positions as OpenCV's fixed-point coordinates in the image, (…, 2) int32 in sixteenths of its pixels.
+        """Return positions as OpenCV's fixed-point coordinates in the image, (…, 2) int32 in sixteenths of a pixel.
 
-        Integers are pixel centres in OpenCV and pixel corners in our positions, so half a pixel is subtracted.
+        Half a pixel is subtracted, because integers are pixel centres in OpenCV and pixel corners in our positions.
 
         `points`: (…, 2) of x, y in level-0 pixels.
         """
@@ -61,7 +61,7 @@ class View:
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
-        """Extent of the picture, (x0, y0, x1, y1) in level-0 pixels."""
+        """Part of the slide that the picture shows, as (x0, y0, x1, y1) in level-0 pixels."""
         height, width = self.image.shape[:2]
         return self.x0, self.y0, self.x0 + width * self.scale_x, self.y0 + height * self.scale_y
 
@@ -69,8 +69,9 @@ class View:
 def write_thumbnail(path: Path, view: View, outline: Sequence[NDArray[np.float64]]) -> None:
     """Write `view` to `path` as a JPEG, with the outline of the tissue drawn on it. An existing file is overwritten.
 
-    `outline`: rings of the tissue and its holes, each (k, 2) of x, y in level-0 pixels. OSError if the file cannot be
-    written.
+    `outline`: rings of the tissue and its holes, each (k, 2) of x, y in level-0 pixels.
+
+    OSError if the file cannot be written.
     """
     canvas = view.image.copy()
     _draw(canvas, [view.to_opencv(ring) for ring in outline], OUTLINE, thickness=2)
@@ -78,10 +79,10 @@ def write_thumbnail(path: Path, view: View, outline: Sequence[NDArray[np.float64
 
 
 def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> int:
-    """Write `view` to `path` as a JPEG, with the contours of the nuclei in it. Return the number of nuclei drawn.
+    """Write `view` to `path` as a JPEG, with the contours of its nuclei. Return the number of nuclei drawn.
 
-    Contours have the colours of their classes. A legend under the picture gives the number of nuclei of each class. An
-    existing file is overwritten.
+    Contours have the colours of their classes. A legend under the picture gives the number of nuclei of each class.
+    Nuclei are drawn and counted if their bounding box reaches into the picture. An existing file is overwritten.
 
     `nuclei`: path of nuclei.parquet. `taxonomy`: classes of the nuclei.
 
@@ -96,8 +97,8 @@ def write_overlay(path: Path, view: View, nuclei: Path, taxonomy: Taxonomy) -> i
 def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Draw the contours of nuclei, in the colours of their classes, on a copy of the image of `view`.
 
-    Return the picture, RGB (y, x, 3) uint8, and the number of nuclei of each class whose bounding box reaches into it,
-    (classes,) int64 by class id.
+    Return the picture, RGB (y, x, 3) uint8, and the number of nuclei of each class in it, (classes,) int64 by class id.
+    A nucleus counts if its bounding box reaches into the picture.
 
     `nuclei`: path of nuclei.parquet. `taxonomy`: classes of the nuclei.
 
@@ -111,12 +112,10 @@ def contoured(view: View, nuclei: Path, taxonomy: Taxonomy) -> tuple[NDArray[np.
 
 
 def outlined(view: View, nuclei: Path, color: Rgb, thickness: int) -> NDArray[np.uint8]:
-    """Draw the contours of nuclei, all in one colour, on a copy of the image of `view`.
+    """Return a copy of the image of `view`, RGB (y, x, 3) uint8, with the contours of its nuclei in one colour.
 
-    Return the picture, RGB (y, x, 3) uint8.
-
-    `nuclei`: path of nuclei.parquet. `color`: colour of the contours. `thickness`: width of the lines in pixels of the
-    picture.
+    `nuclei`: path of nuclei.parquet. `color`: colour of the contours, RGB. `thickness`: width of the lines in pixels of
+    the picture.
 
     SlideError if the table is corrupted, OSError if it is missing.
     """
@@ -150,10 +149,11 @@ def _draw_polygons(canvas: NDArray[np.uint8], view: View, polygons: NDArray[Any]
 
 
 def densest_field(nuclei: Path, side: int, canvas: Size) -> Box:
-    """Return the square of a slide that holds most centroids of nuclei, in level-0 pixels.
+    """Return the square of a slide that contains the most nucleus centroids, as a box in level-0 pixels.
 
-    Squares are tried at steps of a quarter of `side`; of equal ones, the first in raster order is returned. Without
-    nuclei, it is the middle of the canvas. The square is moved inside the canvas, and clipped if the canvas is smaller.
+    Squares are tried at steps of a quarter of `side`. If several have the same number, the first in raster order is
+    returned; without nuclei, the square in the middle of the slide. A square that extends beyond the slide is moved
+    inside, and clipped if the slide is smaller.
 
     `nuclei`: path of nuclei.parquet. `side`: side of the square in level-0 pixels. `canvas`: size of the slide in
     level-0 pixels.

@@ -24,10 +24,13 @@ _to_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def write_qupath(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to `path` (.geojson.gz), batch by batch. Equal tables give equal bytes.
+    """Write the table `nuclei` to `path` (.geojson.gz) for QuPath, batch by batch. Equal tables give equal bytes.
 
-    An existing file is replaced when all is written. OSError if it cannot be written, SlideError if the table is
-    corrupted.
+    The file is a gzipped FeatureCollection. Each nucleus is a feature with its UUID as `id`, and the properties
+    `objectType` ("detection"), `classification` (name and colour) and `measurements`. Positions are level-0 pixels from
+    the corner of the slide's bounds, if it has them. An existing file is replaced only when all is written.
+
+    OSError if the file cannot be written, SlideError if the table is corrupted.
     """
     classes = {c.name: {"name": c.name, "color": list(c.color)} for c in nuclei.taxonomy.classes}
     corner = qupath_origin(nuclei.bounds)

@@ -78,12 +78,14 @@ class NucleiTable:
 
     @classmethod
     def open(cls, path: Path, dicom: Path | None = None) -> Self:
-        """Read the metadata of the table at `path` and check it; `batches` reads the rows.
+        """Read the metadata of the table at `path` and check it. `batches` reads the rows.
+
+        No file stays open. If there is a slide.json beside the table, the checksum of the whole file is computed and
+        compared.
 
         `dicom`: folder of the DICOM slide that was segmented; None if the slide is not DICOM, or not available.
 
-        SlideError if the file is missing, corrupted, or not a table of nuclei, or if a slide.json beside it records
-        another table.
+        SlideError if the file is missing, corrupted, or not a table of nuclei, or if slide.json records another table.
         """
         try:
             with pq.ParquetFile(path) as file:
@@ -127,7 +129,7 @@ class NucleiTable:
 
     @property
     def calibrated(self) -> list[str]:
-        """Names of the columns for which the table also has calibrated values, in the order of CALIBRATED."""
+        """Names of the columns that the table also has with calibrated values, in the order of CALIBRATED."""
         return [name for name in CALIBRATED if calibrated_column(name) in self.schema.names]
 
     @property
@@ -138,8 +140,9 @@ class NucleiTable:
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Yield all rows in order, in batches of at most BATCH rows.
 
-        `columns`: names of the columns; None for all. SlideError if the file is corrupted, or was altered so that
-        values are missing or impossible.
+        `columns`: names of the columns; None for all.
+
+        SlideError if the file is corrupted, or was altered so that values are missing or impossible (see `checked`).
         """
         try:
             # Without read-ahead, only one row group at a time is in memory.
@@ -150,9 +153,9 @@ class NucleiTable:
             raise unreadable(self.path, error) from error
 
     def checked(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Return the batch itself after a check of its values, which Parquet does not make.
+        """Check the values of a batch, which Parquet does not do, and return the batch itself.
 
-        `polygons` checks the contours.
+        Contours are not checked here, but in `polygons`.
 
         SlideError if a value is missing (a null in a column that the exporters need or in a float32 column) or
         impossible (a centroid, bbox or shape that is not finite, a centroid below 0, or a type_id without a class).
@@ -179,21 +182,22 @@ class NucleiTable:
     def polygons(self, batch: pa.RecordBatch) -> NDArray[Any]:
         """Return the batch's contours as an array (n,) of shapely polygons in level-0 pixels.
 
-        SlideError if one is corrupted, or is no polygon.
+        `batch`: rows with the column `geometry`. SlideError if a contour is corrupted, empty or not a polygon, or has a
+        coordinate that is not finite.
         """
         return read_polygons(self.path, batch["geometry"])
 
     def uuids(self, batch: pa.RecordBatch) -> list[str]:
-        """Return the UUID of each nucleus in `batch`, in order; it is the same in all exports.
+        """Return the UUID of each nucleus in `batch`, in order.
 
-        Each depends only on slide_id and nucleus_id.
+        It depends only on slide_id and nucleus_id, so it is the same in all exports.
         """
         return [str(uuid.uuid5(NAMESPACE, f"{self.slide_id}/{number}")) for number in batch["nucleus_id"].to_pylist()]
 
     def measurements(self, batch: pa.RecordBatch) -> list[dict[str, float]]:
-        """Return the values of the `measured` columns of each nucleus, by name, without those that are not finite.
+        """Return the values of the `measured` columns of each nucleus, by column, without those that are not finite.
 
-        A float32 becomes the shortest decimal that reads back as the same float32, such as 0.1, not
+        A float32 becomes the shortest decimal number that reads back as the same float32, such as 0.1 instead of
         0.10000000149011612.
         """
         names = self.measured
@@ -205,10 +209,11 @@ class NucleiTable:
 
 
 def read_polygons(path: Path, geometry: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
-    """Return the contours of a table as an array (n,) of shapely polygons.
+    """Return the contours of a table as an array (n,) of shapely polygons in level-0 pixels.
 
-    `path`: file of the table, for the message. `geometry`: its column `geometry` (WKB). SlideError if one is corrupted,
-    not a polygon, empty or not finite.
+    `path`: file of the table, for the message. `geometry`: its column `geometry` (WKB).
+
+    SlideError if a contour is corrupted, empty or not a polygon, or has a coordinate that is not finite.
     """
     try:
         with np.errstate(invalid="ignore"):  # NaN is refused below
@@ -223,7 +228,7 @@ def read_polygons(path: Path, geometry: pa.Array | pa.ChunkedArray) -> NDArray[A
 
 
 def unreadable(path: Path, error: Exception) -> SlideError:
-    """Return the SlideError to raise if the table of nuclei at `path` is missing or corrupted.
+    """Return a SlideError which says that the table of nuclei at `path` is missing or corrupted, and what to do.
 
     `error`: the reason, for the message.
     """

@@ -38,10 +38,13 @@ def require_extra() -> None:
 
 
 def write_anndata(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to `path` (.h5ad); an existing file is replaced when all is written.
+    """Write the table `nuclei` to `path` (.h5ad) as AnnData. An existing file is replaced only when all is written.
 
-    All nuclei, and the file itself, are held in memory, since HDF5 on a full disk crashes Python at its exit. Call
-    `require_extra` first.
+    The variables are the table's float32 columns. `obs` holds the other columns, indexed by the nuclei's UUIDs;
+    `obsm["spatial"]` the centroids in level-0 pixels; `uns` the entries `type_colors` and `mpp`.
+
+    All nuclei, and the file itself, are held in memory, since HDF5 on a full disk crashes Python at its exit. The
+    pandas option future.infer_string is False in the whole process while the file is made. Call `require_extra` first.
 
     OSError if the file cannot be written, SlideError if the table is corrupted.
     """
@@ -56,10 +59,14 @@ def write_anndata(nuclei: NucleiTable, path: Path) -> None:
 
 
 def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
-    """Write the table `nuclei` to the folder `path` (.zarr), which replaces an existing one when all is written.
+    """Write the table `nuclei` to the folder `path` (.zarr) as SpatialData.
 
-    All nuclei are held in memory. An empty table gives no shapes, since the library does not support them. Call
-    `require_extra` first.
+    Its table `table` is that of `write_anndata`, and annotates the polygons, `nuclei`. These have the coordinate
+    systems `global` (level-0 pixels) and `um` (µm). A table without nuclei gives no polygons, since the library does
+    not support empty ones. An existing folder is replaced only when all is written.
+
+    All nuclei are held in memory. In the whole process, Python's warnings are suppressed while the library is imported,
+    and the pandas option future.infer_string is False while the folder is written. Call `require_extra` first.
 
     OSError if the folder cannot be written, SlideError if the table is corrupted.
     """

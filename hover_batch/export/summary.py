@@ -24,7 +24,7 @@ from hover_batch.taxonomy import NucleusClass, Taxonomy
 from hover_batch.uncertainty import CountError
 
 Row = dict[str, Any]
-"""Row of a summary: column → value. Columns without a value may be missing, such as those about nuclei of a failed
+"""Row of a summary: values by column. Columns without a value may be missing, such as those about nuclei of a failed
 slide."""
 
 MORPHOLOGY = ("area_um2", "eccentricity", "solidity")
@@ -44,9 +44,11 @@ _BATCH = 131_072
 
 
 def summary_schema(taxonomy: Taxonomy) -> pa.Schema:
-    """Return the columns that every summary for `taxonomy` has, in order.
+    """Return the names and types of the columns that every summary for `taxonomy` has, in order.
 
-    In a summary, they are followed by the estimates, the seconds of each stage and the cohort CSV's own columns.
+    They begin with `level`, `slide_id`, `patient_id`, `group` and `status`. Counts are int64, other numbers float64,
+    texts string. In a summary, the columns are followed by the estimates, the seconds of each stage and the cohort
+    CSV's own columns.
     """
     columns: list[tuple[str, pa.DataType]] = [
         ("level", pa.string()),
@@ -85,15 +87,16 @@ def slide_summary(
     error: CountError | None = None,
     estimate: Mapping[str, Any] | None = None,
 ) -> Row:
-    """Return the row of one slide, whose `level` is "slide".
+    """Return the summary's row of one slide, as values by column. Its `level` is "slide".
 
-    The cohort CSV's own columns are added, with the prefix extra_ if they have a name of the summary.
+    The cohort CSV's own columns are added, with the prefix extra_ if the summary has a column of the same name.
 
     `record`: row of the slide in the cohort. `taxonomy`: classes of the nuclei. `status`: done, estimated or failed.
     `nuclei`: path of its nuclei.parquet; None for a slide that is not done. `tissue_mm2`: area that was searched in
-    mm²; None if unknown. `seconds`: stage → wall time. `error`: error of the number of nuclei, for its interval; None
-    if it was not measured. `estimate`: section of estimate.json, whose numbers have columns of their own; None for a
-    slide that is not estimated.
+    mm²; None if unknown. `seconds`: wall time by stage.
+
+    `error`: error of the number of nuclei, for its interval; None if it was not measured. `estimate`: the entry
+    `estimate` of estimate.json, whose numbers have columns of their own; None for a slide that is not estimated.
 
     OSError if the table cannot be read, pyarrow.ArrowInvalid if it is corrupted.
     """
@@ -109,11 +112,11 @@ def slide_summary(
 
 
 def with_record_columns(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Row:
-    """Return a copy of the row of a finished slide, with the cohort CSV's columns taken from `record`.
+    """Return a copy of the summary's row of a finished slide, with the cohort CSV's columns taken from `record`.
 
     Columns that neither the summary nor `record` has are dropped.
 
-    `row`: result of `slide_summary` in an earlier start, since which the CSV may have changed. `taxonomy`: classes of
+    `row`: result of `slide_summary` in an earlier start; the CSV may have changed since then. `taxonomy`: classes of
     the nuclei.
     """
     known = set(summary_schema(taxonomy).names)
@@ -122,10 +125,11 @@ def with_record_columns(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Ro
 
 
 def refuse_altered(row: Row, classes: Sequence[NucleusClass], slide_json: Path) -> None:
-    """Check that the row of a finished slide has the numbers of all classes, since a user may have edited it.
+    """Raise InputError if the summary's row of a finished slide lacks numbers of a class, as after an edit by a user.
 
-    `row`: row of the summary in the file `slide_json`. `classes`: classes of nuclei, without the background. InputError
-    if a column is missing or holds no number.
+    The numbers of nuclei must be integers; densities must be numbers if there are any.
+
+    `row`: row of the summary in the file `slide_json`. `classes`: classes of nuclei, without the background.
     """
     for kind in classes:
         count, density = row.get(f"n_{kind.name}"), row.get(f"{kind.name}_per_mm2", 0.0)
@@ -151,14 +155,15 @@ def _of_record(record: SlideRecord, taxonomy: Taxonomy) -> Row:
 def cohort_summary(
     slides: Sequence[Row], nuclei: Sequence[Path], taxonomy: Taxonomy, model_busy: float | None = None
 ) -> Row:
-    """Return the row of the cohort, whose `level` is "cohort".
+    """Return the summary's row of the cohort, as values by column. Its `level` is "cohort".
 
-    Counts, seconds and tissue area are summed over slides, the area without that of estimated slides. Densities and
-    quartiles are those of all nuclei together, not means over slides. The interval takes the slides as those of one
-    source; it is missing if the slides have different errors of counts, or one has none.
+    Numbers of nuclei, seconds and tissue areas are sums over the slides, the areas without those of estimated slides.
+    Densities and quartiles are those of all nuclei together, not means over slides. The interval of the number of
+    nuclei treats all slides as slides from one source. It is missing if the slides have different errors of counts, or
+    one has none.
 
-    `slides`: rows of its slides. `nuclei`: paths of their tables. `taxonomy`: classes of the nuclei. `model_busy`:
-    fraction (0 to 1) of the time in which the networks computed; None if unknown.
+    `slides`: rows of the slides. `nuclei`: paths of the tables of finished slides. `taxonomy`: classes of the nuclei.
+    `model_busy`: fraction (0 to 1) of the time in which the networks computed; None if unknown.
 
     OSError if a table cannot be read, pyarrow.ArrowInvalid if it is corrupted.
     """
@@ -179,11 +184,11 @@ def cohort_summary(
 
 
 def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parquet_path: Path) -> None:
-    """Write the rows of a summary to a CSV and a Parquet file; existing files are replaced.
+    """Write the rows of a summary to a CSV and a Parquet file. Existing files are replaced.
 
     The columns are those of `summary_schema`, the estimates if there are any, the seconds by stage, and the cohort
-    CSV's own as text. Missing values are empty in the CSV and null in Parquet. Numbers have six significant digits in
-    the CSV and all in Parquet.
+    CSV's own columns as text. Missing values are empty in the CSV and null in Parquet. Numbers have six significant
+    digits in the CSV and full precision in Parquet.
 
     `rows`: rows of the slides and of the cohort. `taxonomy`: classes of the nuclei. `csv_path`, `parquet_path`: files
     to write.
@@ -253,9 +258,9 @@ def _of_nuclei(paths: Sequence[Path], taxonomy: Taxonomy, tissue_mm2: float | No
 
 
 def read_count_error(stored: Any) -> CountError | None:
-    """Return the error of counts in a cell of the column COUNT_ERROR of a summary.
+    """Return the error of counts in a cell of a summary's column COUNT_ERROR; None if the cell is empty or invalid.
 
-    `stored`: text of the cell. None if it is empty or invalid, as after an edit.
+    `stored`: text of the cell, as JSON.
     """
     try:
         return CountError.from_json(json.loads(stored))

@@ -59,7 +59,10 @@ class Strip:
 def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[NucleusClass]) -> Histogram:
     """Return the histogram of `measure`, with a curve for each of `classes` that has nuclei.
 
-    Each curve gives the shares of the nuclei of its class. `counts` (class id, bin) int64: number of nuclei.
+    Each curve gives the fraction of the nuclei of its class in each bin.
+
+    `measure`: column and bins. `counts`: (class id, bin) int64, the number of nuclei. `classes`: classes of nuclei,
+    without the background.
     """
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
@@ -85,8 +88,8 @@ def histogram(measure: Measure, counts: NDArray[np.int64], classes: Sequence[Nuc
 def strips(values: Mapping[NucleusClass | None, Sequence[tuple[float, str]]]) -> list[Strip]:
     """Return one dot plot per class that has values, all on the same scale.
 
-    `values`: class → (value, label) of each slide; the key None stands for all classes together. Values must not be
-    negative.
+    `values`: for each class, the (value, label) of each slide. The key None means all classes together. Values must not
+    be negative.
     """
     top = nice_ceiling(max((value for of_class in values.values() for value, _ in of_class), default=0.0))
     plots = []
@@ -101,7 +104,7 @@ def strips(values: Mapping[NucleusClass | None, Sequence[tuple[float, str]]]) ->
 def nice_ceiling(value: float) -> float:
     """Return the smallest number of the form 1, 2 or 5 × 10^n that is at least `value`; 1 if `value` is not positive.
 
-    Such coarse steps give most slides the same scale, so that they can be compared.
+    Because the steps are coarse, most slides get the same scale and can be compared.
     """
     if value <= 0:
         return 1.0

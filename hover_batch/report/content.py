@@ -41,13 +41,13 @@ class SlideRow:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of all stages of the slide together; None if none is known, as for a slide that is not done."""
+        """Total seconds of all stages of the slide; None if none is known, as for a slide that is not done."""
         stages = self.stages
         return sum(stages.values()) if stages else None
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds that the slide took, by stage; empty unless the slide is done."""
+        """Seconds that the slide took in each stage, by stage; empty unless the slide is done."""
         return stages_of(self.summary)
 
 
@@ -162,7 +162,7 @@ class Report:
 
     @property
     def done_with_interval(self) -> bool:
-        """Whether at least one slide has an interval for its number of nuclei."""
+        """True if at least one slide has an interval for its number of nuclei."""
         return any(row.summary.get("nuclei_low") is not None for row in self.rows)
 
     @property
@@ -172,6 +172,9 @@ class Report:
 
 
 def stages_of(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds by stage, without missing values. `summary`: one row of the summary, values by column."""
+    """Return the seconds by stage, from the columns `seconds_STAGE` of a summary's row. Missing values are left out.
+
+    `summary`: the row, as values by column.
+    """
     prefix = "seconds_"
     return {k.removeprefix(prefix): v for k, v in summary.items() if k.startswith(prefix) and v is not None}

@@ -58,7 +58,7 @@ class Cells:
 
     @classmethod
     def over(cls, canvas: Size, mpp: Mpp) -> Cells:
-        """Return the finest grid over a slide with cells of at least MIN_CELL_UM, at most CELLS of them along a side.
+        """Return the finest grid over a slide with at most CELLS cells along a side and cells of at least MIN_CELL_UM.
 
         `canvas`: size of the slide in level-0 pixels. `mpp`: pixel size of level 0 in µm.
         """
@@ -67,7 +67,10 @@ class Cells:
 
     @property
     def spans(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Extents [start, stop) in level-0 pixels of all columns along x, and of all rows along y."""
+        """Extents of all columns along x, and of all rows along y: two lists of (start, stop) in level-0 pixels.
+
+        Each `stop` is exclusive.
+        """
         columns, rows = (
             [(start, min(start + self.side, extent)) for start in range(0, extent, self.side)]
             for extent in (self.canvas.width, self.canvas.height)
@@ -76,7 +79,7 @@ class Cells:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of cells along y (rows) and along x (columns)."""
+        """Number of rows and columns of cells."""
         columns, rows = self.spans
         return len(rows), len(columns)
 
@@ -107,9 +110,10 @@ class Measured:
 
 
 def measure(table: NucleiTable, choose: int) -> Measured:
-    """Measure a table in one pass, one batch in memory at a time, and choose nuclei at random.
+    """Return the histograms, the nuclei per cell, and randomly chosen nuclei of a table, in one pass over its rows.
 
-    The slide_id is the seed of the choice, so that equal tables give equal choices.
+    Only one batch is held in memory. The slide_id is the seed of the random choice, so that equal tables give equal
+    choices.
 
     `choose`: largest number of nuclei to choose. SlideError if the file is corrupted.
     """

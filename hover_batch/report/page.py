@@ -43,16 +43,16 @@ class Pages:
 
     @property
     def next_page(self) -> str:
-        """Link from the front page to the page with the next slide's pictures; "" if all are on the front page."""
+        """Link from the front page to the page with the next slide's pictures; "" if they are on the front page."""
         return self._link(self._written) if self.count else ""
 
     @property
     def to_front(self) -> str:
-        """Relative link from the pages with pictures to the front page's folder; "" if all are on the front page."""
+        """Relative link from the pages with pictures to the folder of the front page; "" if all pictures are on it."""
         return "../" if self.count else ""
 
     def add(self, detail: SlideDetail) -> None:
-        """Add the pictures of the next slide; write a page once PER_PAGE slides wait for it.
+        """Add the pictures of the next slide. A further page is written once it has PER_PAGE slides.
 
         OSError if the page cannot be written.
         """
@@ -61,10 +61,11 @@ class Pages:
             self._write_page()
 
     def close(self, report: Report) -> None:
-        """Write the last page of pictures and the front page.
+        """Write the last page of pictures and the front page, whose content is `report`.
 
-        Pages left by an earlier report are removed, and their folder, too, if it is then empty. OSError if a file
-        cannot be written or removed.
+        Pages left by an earlier report are removed, and their folder, too, if it is then empty.
+
+        OSError if a file cannot be written or removed.
         """
         if self.count and self._waiting:
             self._write_page()
@@ -97,7 +98,8 @@ class Pages:
 def page_environment(package: str) -> jinja2.Environment:
     """Return a Jinja environment with the templates of a package and of the report.
 
-    It escapes HTML, raises an error for undefined names, and has the filters, style and script of the pages.
+    It escapes HTML and raises an error for undefined names. It has the filters number, count, percent and duration, and
+    the variables style, script, policy, width and height.
 
     `package`: name of a Python package with a folder `templates`.
     """

@@ -32,11 +32,12 @@ class Heatmap:
 
 
 def heatmaps(measured: Measured, classes: Sequence[NucleusClass], tissue: TissueMask | None) -> list[Heatmap]:
-    """Return a heatmap of all classes together, then one of each of `classes`.
+    """Return a density heatmap of all classes together, then one of each of `classes`.
 
-    Cells with neither tissue nor nuclei are transparent; without `tissue`, none are.
+    Cells with neither tissue nor nuclei are transparent. If `tissue` is None, all cells are opaque.
 
-    `measured`: counts by class and cell. `tissue`: where the run searched; None if unknown.
+    `measured`: counts by class and cell. `classes`: classes of nuclei, without the background. `tissue`: where the run
+    searched for nuclei; None if unknown.
     """
     cells = measured.cells
     shown = np.ones(cells.shape, bool) if tissue is None else tissue.meets_product(*cells.spans, cells.grid)
@@ -58,9 +59,9 @@ def _heatmap(kind: NucleusClass | None, density: NDArray[np.float64], shown: NDA
 
 
 def reduced_picture(path: Path, max_side: int) -> str | None:
-    """Return the picture at `path` as a JPEG data URI, with a longer side of at most `max_side` pixels.
+    """Return the picture at `path` as a JPEG data URI, reduced so that its longer side has at most `max_side` pixels.
 
-    It is never enlarged. The result is None if the file is missing or corrupted.
+    It is never enlarged. None if the file is missing or corrupted.
     """
     image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
     if image is None:
@@ -72,9 +73,9 @@ def reduced_picture(path: Path, max_side: int) -> str | None:
 
 
 def data_uri(image: NDArray[np.uint8], suffix: str) -> str:
-    """Return an image as a data URI.
+    """Return an image as a data URI in PNG or JPEG format.
 
-    `image`: BGR (y, x, 3) or, for .png only, BGRA (y, x, 4) uint8. `suffix`: .png or .jpg.
+    `image`: BGR (y, x, 3) uint8 or, for .png only, BGRA (y, x, 4) uint8. `suffix`: .png or .jpg.
     """
     # Full chroma: the usual half resolution smears thin contours into their neighbours.
     sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]

@@ -40,10 +40,10 @@ class SlideReport:
 def report_slide(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str | None) -> SlideReport:
     """Return the pictures and measurements of a finished slide.
 
-    Missing and corrupted files are listed in `detail.missing` of the result, not raised.
+    Missing and corrupted files are listed in `detail.missing` of the result; they raise no error.
 
-    `layout`: folder of the slide. `row`: its row in the report's table. `record`: its row in the cohort. `to_run`:
-    relative link from the page to the run's folder; None if the report is outside of it.
+    `layout`: paths of the slide's results. `row`: its row in the report's table. `record`: its row in the cohort.
+    `to_run`: relative link from the page to the run's folder; None if the report is outside of it.
     """
     missing: list[str] = []
     table = measured = None
@@ -105,10 +105,12 @@ def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, measure
 
 
 def crop_box(x: float, y: float, canvas: Size, mpp: Mpp) -> Box:
-    """Return the square of CROP_UM around a position, moved inside the canvas, in level-0 pixels.
+    """Return the square of CROP_UM around a position, as a box in level-0 pixels.
 
-    It is clipped if the canvas is smaller. `x`, `y`, `canvas`: position and size of the slide in level-0 pixels. `mpp`:
-    size of these pixels in µm.
+    A square that extends beyond the slide is moved inside, and clipped if the slide is smaller.
+
+    `x`, `y`: position in level-0 pixels. `canvas`: size of the slide in level-0 pixels. `mpp`: size of a level-0 pixel
+    in µm.
     """
     width, height = (
         min(round(CROP_UM / side), extent) for side, extent in ((mpp.x, canvas.width), (mpp.y, canvas.height))

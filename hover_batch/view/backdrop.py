@@ -45,7 +45,7 @@ class Backdrop:
     def tile(self, level: int, column: int, row: int) -> bytes | None:
         """Return a tile of the pyramid as a JPEG of at most TILE × TILE pixels; None if there is no such tile.
 
-        Tiles at the right and lower edges are smaller. `level`: level of the pyramid, 0 for the coarsest. `column`,
+        Tiles at the right and lower edges may be smaller. `level`: level of the pyramid, 0 for the coarsest. `column`,
         `row`: position in the grid of tiles of this level. SlideError if the slide can no longer be read.
         """
         if not 0 <= level <= self.max_level:
@@ -67,8 +67,10 @@ class Backdrop:
 def open_backdrop(slide: SlideLayout, record: SlideRecord, table: NucleiTable) -> Backdrop:
     """Return the pyramid of the slide, or of its thumbnail if the slide cannot be opened.
 
-    `slide`: paths of its results. `record`: its row of the cohort. `table`: its nuclei, which give the size of the
-    slide.
+    The file stays open as long as the result is in use; it cannot be closed explicitly.
+
+    `slide`: paths of the slide's results. `record`: its row of the cohort. `table`: its nuclei, which give the size of
+    the slide.
 
     InputError if the slide cannot be opened and there is no thumbnail. Errors of a corrupted thumbnail propagate.
     """

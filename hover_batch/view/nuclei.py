@@ -132,12 +132,12 @@ class NucleiTiles:
         return b"".join(np.asarray(values).astype(kind).tobytes() for values, kind in parts)
 
     def density(self, level: int, column: int, row: int) -> bytes | None:
-        """Return the number of nuclei of each class in each cell of one density tile; None if there is no such tile.
+        """Return the numbers of nuclei by class in the cells of one density tile; None if there is no such tile.
 
-        The bytes are an array (class, y, x) of little-endian uint32 with CELLS cells along y and x.
+        The bytes are an array (class, y, x) of little-endian uint32 with CELLS cells along y and along x.
 
-        `level`: a cell is 2^level level-0 pixels wide. `column`, `row`: position of the tile in the grid of tiles of
-        this level.
+        `level`: level of the density tiles, whose cells are 2^level level-0 pixels wide. `column`, `row`: position of
+        the tile in the grid of tiles of this level.
         """
         side = CELLS << min(level, 32)
         x0, y0 = column * side, row * side
@@ -159,8 +159,9 @@ class NucleiTiles:
     def row(self, nucleus_id: int) -> dict[str, Any] | None:
         """Return the values of one nucleus by column, except slide_id, type_id, bbox and geometry.
 
-        Values that are not finite become None. The result is None if there is no such nucleus. SlideError if the file
-        is corrupted.
+        Numbers that are not finite become None. The result is None if there is no nucleus with this id.
+
+        SlideError if the file is corrupted.
         """
         if not 1 <= nucleus_id <= self.table.rows:
             return None

@@ -22,14 +22,18 @@ Notify = Callable[[str], None]
 
 
 def serve(folder: Path | Url, slide_id: str | None, port: int, notify: Notify) -> Server:
-    """Return a server for one slide of a run. It listens on loopback, and answers once its `serve_forever` is called.
+    """Return a server for one slide of a run, which the caller closes with `server_close` or a `with` block.
 
-    `folder`: folder of the run, or a data set, even in a bucket, which stands for the run on this machine that the
-    slide comes from. `slide_id`: slide; None for the only slide. `port`: 0 for any free port. `notify`: called with
-    lines about progress.
+    It listens on this machine only (127.0.0.1), and answers once its `serve_forever` is called. If the slide cannot be
+    opened, its thumbnail is shown instead.
 
-    InputError if the folder holds no run, the slide is not in it, is not done or cannot be shown, or the port is taken;
-    SlideError if its table is corrupted; OSError if a file of the run cannot be read.
+    `folder`: folder of a run, or folder or URL of a data set; in this case, the run that the slide comes from must be
+    on this machine. `slide_id`: slide to show; None for the only slide. `port`: port to listen on; 0 for any free port.
+    `notify`: function that is called with lines about progress.
+
+    InputError if the folder holds no run, the port is taken, or the slide is not in the run, not done or cannot be
+    shown; SlideError if its table is corrupted; OSError if a file of the run or data set cannot be read; UploadError if
+    a data set in a bucket cannot be read.
     """
     if isinstance(folder, Url) or DatasetLayout(folder).slides_parquet.is_file():
         folder = _run_of(folder, slide_id)

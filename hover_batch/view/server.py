@@ -32,7 +32,7 @@ PAGE = {
     "openseadragon.min.js": ("openseadragon.min.js", "text/javascript; charset=utf-8"),
     "LICENSE-openseadragon.txt": ("LICENSE-openseadragon.txt", "text/plain; charset=utf-8"),
 }
-"""Static files of the page: path → (file name, content type)."""
+"""Static files of the page: (file name, content type) by path."""
 _OPENSEADRAGON_RULE = "'sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE='"
 """Hash of the only style rule that OpenSeadragon adds to the page: no outline if the device has no mouse."""
 HEADERS = {
@@ -71,10 +71,12 @@ class Site:
         self._fixed["info.json"] = _json(_info(backdrop, nuclei, flags)) or (b"", "")
 
     def answer(self, path: str) -> Answer | None:
-        """Return the content and content type of a resource; None if it does not exist.
+        """Return the content and the content type of a resource; None if it does not exist.
 
-        `path`: as in the URL, after the token and its slash, such as "slide/3/0/1". SlideError if the slide or its
-        table can no longer be read.
+        `path`: path in the URL after the token and its slash. It is slide/LEVEL/COLUMN/ROW (JPEG), nuclei/COLUMN/ROW,
+        density/LEVEL/COLUMN/ROW, nucleus/NUCLEUS_ID (JSON), info.json, or a key of PAGE.
+
+        SlideError if the slide or its table can no longer be read.
         """
         if match := _PATH.fullmatch(path):
             numbers = [int(number) for number in match[2][1:].split("/")]
@@ -141,13 +143,14 @@ class Server(socketserver.ThreadingTCPServer):
 
     @property
     def url(self) -> str:
-        """URL of the page on this machine, with the secret token."""
+        """URL of the page on this machine. It contains the secret token."""
         return f"http://{ADDRESS}:{self.server_address[1]}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print the error of a request, unless the browser closed the connection.
 
-        Browsers do so for tiles that they no longer need. Arguments as in `socketserver.BaseServer.handle_error`.
+        Browsers close connections when they no longer need a tile. The arguments are those of
+        `socketserver.BaseServer.handle_error`.
         """
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
