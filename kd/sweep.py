@@ -85,9 +85,9 @@ class Grid:
     """Folds to train, validate and score on."""
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """Yield the settings of each point, by the names of `TrainConfig.of`; None stands for the preset's value.
+        """Yield the settings of each point, by the names of `TrainConfig.of`; None means the preset's value.
 
-        The key `split` is the point's split; None if the grid has no splits. The last axis (split) varies fastest.
+        The key `split` is the point's split; None if the grid has no splits. The last axis, `split`, varies fastest.
         """
         axes: dict[str, Sequence[Any]] = {
             "encoder": self.encoders,
@@ -215,10 +215,11 @@ def runs_of(
 
 
 def hashes_of_inputs(data: Path, teacher: Path | None) -> dict[str, str]:
-    """Return the hashes of the data and, with a teacher, of its package: `data_sha256` and `teacher_sha256`.
+    """Return the hash of the data as `data_sha256` and, with a teacher, that of its package as `teacher_sha256`.
 
-    Runs with other hashes do not count as the same run. `data`: annotated images. `teacher`: folder written by `kd
-    teach`; None without distillation.
+    Runs with other hashes do not count as the same run.
+
+    `data`: annotated images. `teacher`: folder written by `kd teach`; None without distillation.
 
     Raises InputError if one of them cannot be read.
     """
@@ -269,8 +270,8 @@ def do_run(run: Run) -> None:
     """Train a student, package it and score it. All files are written to the folder of `run`, which is created.
 
     An interrupted training is resumed. The settings are written first, to arguments.json, and the scores last, to
-    scores.json. stdout is appended to train.txt. The traceback of an unexpected error is appended there, too, because
-    the sweep reports only its first line.
+    scores.json. Meanwhile, the stdout of the process is appended to train.txt. The traceback of an unexpected error is
+    appended there, too, because the sweep reports only its first line.
 
     Errors of the training, the packaging and the scoring propagate. Raises OSError if a file cannot be written.
     """

@@ -184,6 +184,9 @@ class Card:
 
 
 def short(value: object) -> str:
-    """Return `value` for a message: at most its first 100 characters, quoted, with non-ASCII characters escaped."""
+    """Return `value` as ASCII text for a message: quoted, and cut after 100 characters.
+
+    Non-ASCII characters are escaped. A value that is not a string is represented by its repr.
+    """
     text = value if isinstance(value, str) else repr(value)
     return ascii(text if len(text) <= 100 else f"{text[:100]}…")

@@ -115,7 +115,7 @@ def _scores(card: Card) -> Iterator[tuple[str, str, str, float]]:
 
 
 def nested(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
-    """Return the mapping inside `values` at `path`, one key per level; empty if there is none."""
+    """Return the mapping inside `values` that the keys `path` lead to, one key per level; empty if there is none."""
     for name in path:
         inner = values.get(name)
         if not isinstance(inner, Mapping):
@@ -125,9 +125,9 @@ def nested(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
 
 
 def listed_entries(values: Mapping[str, Any]) -> str:
-    """Return the entries of `values` as text, such as `a 1, b 2`.
+    """Return the entries of `values` as one line, such as `a 1, b 2`.
 
-    An entry `a: {"images": 3, …}` becomes `a 3 images`.
+    An entry `a: {"images": 3, …}` is written as `a 3 images`.
     """
     return ", ".join(
         f"{k} {v['images']} images" if isinstance(v, Mapping) and "images" in v else f"{k} {v}"

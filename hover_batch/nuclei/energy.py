@@ -101,8 +101,9 @@ def mask_hv(maps: NDArray[np.uint8]) -> None:
     """Set h and v to zero, in place, where they do not affect the energy of any foreground pixel.
 
     These are the pixels that no Sobel filter centred on the foreground reaches. A band of SOBEL_RADIUS pixels along the
-    unit's edges keeps its values, for the foreground of neighbouring units. Do not use this if Sobel maps will be
-    scaled by the extremes of windows, which include the background.
+    unit's edges keeps its values, for the foreground of neighbouring units.
+
+    Do not use this function if Sobel maps will be scaled by the extremes of windows, which include the background.
 
     `maps` (plane, y, x) uint8: stored maps of a unit (see `MapLayout`).
     """

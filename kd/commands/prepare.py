@@ -1,4 +1,4 @@
-"""`kd prepare`: annotated images in their published layouts → one cache for training and evaluation."""
+"""`kd prepare`: write annotated images in their published layouts to one cache for training and evaluation."""
 
 from __future__ import annotations
 

@@ -60,18 +60,25 @@ class CountedImage:
         return (unpaired + 1) / ((self.true + 0.5) * (self.predicted + 0.5))
 
     def is_covered(self, error: CountError) -> bool | None:
-        """Return whether the interval of `error` for this image contains its true number; None without an interval."""
+        """True if the interval of `error` for this image contains its true number of nuclei, False if not.
+
+        None if there is no interval, because no nucleus was predicted.
+        """
         interval = error.interval([(self.predicted, self.mm2)])
         return None if interval is None else bool(interval[0] <= self.true <= interval[1])
 
 
 def fit_count_error(images: Sequence[CountedImage]) -> CountError | None:
-    """Return the error of counts in `images`, in which all nuclei are annotated; None with fewer than MIN_SOURCES.
+    """Return the error of the counts in `images`, for the intervals of counts on slides.
 
-    If no slide has several images, the variances of fields and slides cannot be separated: then all of it counts as
+    None if the images with nuclei are from fewer than MIN_SOURCES sources.
+
+    If no slide has several images, the variances of fields and slides cannot be separated. All of it then counts as
     variance of slides, which does not decrease with the area. If the estimated variance of sources is zero, sources and
-    slides could not be separated: then the variance of slides counts as that of sources, which does not decrease with
+    slides could not be separated. The variance of slides then counts as that of sources, which does not decrease with
     the number of slides.
+
+    `images`: images in which all nuclei are annotated; those with neither annotated nor predicted nuclei are not used.
     """
     images = [image for image in images if image.true or image.predicted]
     sources = list(dict.fromkeys(image.source for image in images))

@@ -84,7 +84,7 @@ class Table:
     columns: Sequence[Column]
     """Columns after the model's name."""
     published: Mapping[str, Sequence[str]]
-    """Model → its cells as printed."""
+    """Cells as printed, by model."""
     origin: str
     """Reference for the published rows."""
     ours: Sequence[Row]
@@ -158,9 +158,10 @@ def _refuse(constant: str) -> None:
 
 
 def tables(runs: Sequence[Run], out: Path) -> list[Table]:
-    """Return the three tables of the paper, the table of cost, and for each source a table with all scores.
+    """Return the three tables of the paper, the table of costs, and for each source a table of all its scores.
 
-    The paper's tables have rows only for evaluations with the paper's source and classes, the others for all.
+    The paper's tables have rows only for evaluations with the paper's source and classes. The table of costs has rows
+    for all evaluations, that of a source for those with the source.
 
     `runs`: evaluations, as `read_runs` returns and checks them. `out`: folder to which the tables will be written; the
     files of evaluations are named relative to it.

@@ -78,7 +78,7 @@ def teach(
 ) -> TeacherCache:
     """Store a teacher's output for every image of some folds and sources in a cache, and return the cache.
 
-    Intact outputs are used, all others deleted and computed again, so an interrupted run resumes. Only one run at a
+    Intact outputs are used; all others are deleted and computed again, so an interrupted run resumes. Only one run at a
     time may write to a cache, whose folder is created if it is missing.
 
     `data`, `folds`, `sources`: annotated images (see `read_data`). `teacher`: name or path of the package, as for
@@ -177,7 +177,7 @@ def run_lesson(lesson: Lesson) -> None:
     """Compute and store the outputs of the teacher for the images of one task. Intact outputs are kept.
 
     Outputs that are not intact are deleted first (see `TeacherCache.has_intact`). Data and teacher are loaded once per
-    process.
+    process, and stay in memory. On the CPU, torch's number of threads in this process is set.
 
     `lesson`: the task.
 

@@ -86,11 +86,13 @@ def random_geometry(
 ) -> View:
     """Return a random crop of `size` × `size` pixels with the geometry of `kind`; the appearance is unchanged.
 
-    It is made by one affine map. The image of the view lies inside the sample's image, which must be at least `size`
-    pixels high and wide. If it is hardly larger, the angle is rounded to a right angle, and the scale is large enough
-    for the crop to fit. Labels outside the sample's image are 0.
+    It is made by one affine map. The image of the view lies inside the sample's image. If the sample's image is hardly
+    larger than the view, the angle is rounded to a right angle, and the scale is large enough for the crop to fit.
+    Labels outside the sample's image are 0.
 
-    Arguments as for `random_view`.
+    `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers, which is
+    advanced. `kind`: augmentation, a row of the module's table. `planes`: the teacher's output (channel, y, x) float16
+    for the whole image, as in `hover_batch.model.heads`; None without a teacher.
     """
     scale, angle, flip = 1.0, 0.0, 1
     if kind == "full":

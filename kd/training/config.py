@@ -303,7 +303,7 @@ class TrainConfig:
 
     @property
     def distils(self) -> bool:
-        """Whether L_distill has a factor above 0, so that a teacher is needed."""
+        """True if L_distill has a factor above 0, so that a teacher is needed."""
         return self.loss_shares[1] > 0
 
     def to_json(self) -> dict[str, Any]:

@@ -110,7 +110,8 @@ def mse_loss(hv: Tensor, truth: Tensor, known: Tensor) -> Tensor:
 def gradient_kernels(size: int, like: Tensor) -> Tensor:
     """Return derivative kernels (2, 1, size, size), along x and then along y.
 
-    The weights are those of the reference, i/(i² + j²).
+    A weight is i/(i² + j²), where i is the offset from the centre along the derivative and j the offset across it; the
+    centre has 0. The kernels are those of HoVer-Net's reference implementation, and are not normalised.
 
     `size`: odd side in pixels. `like`: tensor with the dtype and device to use.
     """
@@ -205,10 +206,11 @@ def distill_loss(
 
     `output`, `teacher`: outputs of both networks (b, c, y, x) with the channels of `heads`. `weights`: class weights;
     None for equal weights. `temperature`: T. `kl_scale`: k; "1/T²" as in the HoVer-UNet paper, or "T²" as in Hinton et
-    al. and in HoVer-UNet's released code. `kl_mean`: as `mean` in `kl_loss`. `labels`: "hard", where the target of CE
-    is the teacher's most probable class, and MSGE counts the pixels where this is a nucleus; or "soft", where the
-    target of CE is the teacher's probabilities, and MSGE weights each pixel by that of a nucleus. `msge_axes`: as
-    `axes` in `msge_loss`.
+    al. and in HoVer-UNet's released code. `kl_mean`: as `mean` in `kl_loss`. `msge_axes`: as `axes` in `msge_loss`.
+
+    `labels`: with "hard", the target of CE is the teacher's most probable class, and MSGE counts the pixels where this
+    is a nucleus. With "soft", the target of CE is the teacher's probabilities, and MSGE weights each pixel by the
+    probability of a nucleus.
     """
     weights = weights or BranchWeights()
     factor = temperature**2 if kl_scale == "T²" else temperature**-2

@@ -14,7 +14,10 @@ class Schedule(Protocol):
     """Learning rate schedule of an optimiser, whose state can be stored in a checkpoint."""
 
     def before(self, step: int) -> None:
-        """Set the learning rates of the optimiser. Call this before each step. `step`: number of steps done so far."""
+        """Set the learning rates of the optimiser. Call this before each step.
+
+        `step`: number of steps done so far.
+        """
 
     def after(self, loss: float) -> bool:
         """Update the schedule after an epoch. Return False if training should end, else True.
@@ -107,7 +110,8 @@ class Plateau:
     def after(self, loss: float) -> bool:
         """Update the rate after an epoch. Return False if training should end, else True.
 
-        Training should end after `early_stop` epochs without progress (see `Plateau`); never if `early_stop` is 0.
+        Training should end after `early_stop` epochs without progress (see `Plateau`). If `early_stop` is 0, the result
+        is always True.
 
         `loss`: validation loss of the epoch, lower is better.
         """

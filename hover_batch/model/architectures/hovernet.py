@@ -68,7 +68,10 @@ class TeacherArch:
 
     @property
     def excess(self) -> int:
-        """Remainder of an input's side modulo 8; not 0 in `original`, whose first convolution does not pad."""
+        """Remainder of a valid input side modulo 8: 0 in `fast`, 6 in `original`.
+
+        The first convolution of `original` does not pad.
+        """
         return 0 if self.form == "fast" else 6
 
     @property
@@ -114,9 +117,8 @@ class HoVerNet(nn.Module):
         The result is (batch, channels, y - shrink, x - shrink) float. The channels are those of np, hv and tp in this
         order; without a type branch, those of np are repeated as tp.
 
-        `image`: RGB in [0, 1], float (batch, 3, y, x).
-
-        ValueError if its sides are invalid (see the module's docstring).
+        `image`: RGB in [0, 1], float (batch, 3, y, x). ValueError if y or x does not leave `arch.excess` when divided
+        by 8.
         """
         if any(side % 8 != self.arch.excess for side in image.shape[2:]):
             raise ValueError(
@@ -137,7 +139,7 @@ class HoVerNet(nn.Module):
 
 
 def build_teacher(arch: TeacherArch) -> nn.Module:
-    """Return a HoVerNet of the form `arch` with random weights. See `HoVerNet` for its input and output."""
+    """Return a HoVerNet with the architecture `arch` and random weights. See `HoVerNet` for its input and output."""
     return HoVerNet(arch)
 
 
@@ -167,11 +169,15 @@ class HoverNetForm(Architecture):
         self.patch_side = 256 if form == "fast" else 270
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the HoVerNet with the width of the tensors, and with a type branch if they have one.
+        """Return a HoVerNet with the width of the tensors, and with a type branch if they have one.
 
-        Without tensors, it has the published width, and a type branch if the card has several classes.
+        Without tensors, it has the published width, and a type branch if the card has several classes of nuclei.
 
-        PackageError if card and tensors do not fit each other, or the tile sizes of the card are not valid.
+        `card`: card with the classes and tile sizes. `tensors`: state dict that will be loaded; None for the published
+        form.
+
+        PackageError if tensors are missing, they are of the other form or have another number of classes than the card,
+        or the tile sizes on the card are not valid for this form.
         """
         n_types = len(card.taxonomy.classes)
         try:
@@ -191,10 +197,13 @@ class HoverNetForm(Architecture):
         return build_teacher(arch)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise this form of HoVerNet by the size of the decoder's kernels.
+        """Return the number of types of a checkpoint of this form of HoVerNet; None if it holds another network.
 
-        Arguments and result as in the base class. PackageError for HoVerNet+, which cannot be imported; KeyError as in
-        `arch_of`.
+        The size of the decoder's kernels shows the form. The encoder of the result is empty, and `types` is 0 without a
+        type branch.
+
+        `tensors`: state dict of the checkpoint. `record` is not used. PackageError for HoVerNet+, which cannot be
+        imported; KeyError if tensors are missing.
         """
         if "decoder.np.u3.conva.weight" not in tensors:
             return None

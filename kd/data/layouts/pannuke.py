@@ -41,7 +41,7 @@ class PanNuke:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether `folder` has a fold of this layout, or is one. Raises InputError if a fold occurs twice."""
+        """True if `folder` contains a fold of this layout, or is one. Raises InputError if a fold occurs twice."""
         return bool(_folds(folder))
 
     def __len__(self) -> int:
