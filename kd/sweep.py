@@ -129,7 +129,10 @@ class Run:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Settings without folder and threads, and the inputs' hashes, as JSON values that identify the run."""
+        """Settings and hashes that identify the run, as JSON values by name.
+
+        They are the fields of `config` without `out` and `threads`, and the hashes in `inputs`.
+        """
         values = {name: value for name, value in asdict(self.config).items() if name not in ("out", "threads")}
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return plain | self.inputs
@@ -233,13 +236,13 @@ def sweep(
     """Do all runs that are not done, write `out`/sweep.csv, and return the outcome of every run, in order.
 
     Interrupted runs are resumed, and failed ones retried. A failed run does not stop the others. `out` is created if it
-    is missing.
+    is missing. With the backend local, the runs are done in this process, one after the other (see `do_run`).
 
     `gpus_per_run`: fraction of a GPU for each run, if there are GPUs. `engine`: settings of the backend. `notify`:
     called with lines of progress.
 
-    Raises InputError if `out` cannot be created or the backend's resources are not available; OSError if sweep.csv
-    cannot be written.
+    Raises InputError if `out` cannot be created or the backend's resources are not available; HoverBatchError if Ray
+    does not start; OSError if sweep.csv cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -271,7 +274,8 @@ def do_run(run: Run) -> None:
 
     An interrupted training is resumed. The settings are written first, to arguments.json, and the scores last, to
     scores.json. Meanwhile, the stdout of the process is appended to train.txt. The traceback of an unexpected error is
-    appended there, too, because the sweep reports only its first line.
+    appended there, too, because the sweep reports only its first line. Settings of this process are changed as by
+    `train`.
 
     Errors of the training, the packaging and the scoring propagate. Raises OSError if a file cannot be written.
     """

@@ -28,8 +28,10 @@ _LICENCES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "CC BY 4.0": "cc-by-4.0", "Ap
 def hub_card(package: Package) -> str:
     """Return the text of a package's README.md for Hugging Face: YAML metadata, then Markdown.
 
-    All values come from the package's card, except the hash of the file. In the metadata, an unknown licence is
-    `other`.
+    All values come from the package's card, except the hash of the file. In the metadata, a licence that Hugging Face
+    has no identifier for is `other`.
+
+    `package`: package on disk.
     """
     from huggingface_hub import EvalResult, ModelCardData
 

@@ -107,7 +107,9 @@ class StoredNetwork(nn.Module):
             return core().read_model(self.xml.cpu().numpy().tobytes(), self.weights.cpu().numpy().tobytes())
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the network's output (b, channels, y, x) float32 on the device of `image`. The first call compiles it.
+        """Return the network's output (b, channels, y, x) float32 on the device of `image`.
+
+        The first call compiles the network. It is computed on the CPU, whatever the device of `image`.
 
         `image`: RGB in [0, 1], (b, 3, side, side) float, where `side` is that of the stored model. PackageError if the
         network cannot be compiled, ImportError if OpenVINO is not installed.

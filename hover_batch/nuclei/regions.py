@@ -20,7 +20,7 @@ MARGIN = 16
 def owned(core: Box, nuclei: Nuclei) -> Nuclei:
     """Return the nuclei whose anchor lies in `core`, in their order.
 
-    `core`: box in the coordinates of the anchors.
+    `core`: box in the coordinates of the anchors; half-open. `nuclei`: nuclei to choose from.
     """
     x, y = nuclei.anchor_x, nuclei.anchor_y
     return nuclei.take((core.x0 <= x) & (x < core.x1) & (core.y0 <= y) & (y < core.y1))

@@ -69,7 +69,10 @@ class TableContext:
     """Estimate of which these are the counted nuclei (JSON); None for the table of a whole slide."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry `hover_batch` of the file's metadata, as JSON values by name."""
+        """Return the entry `hover_batch` of the file's metadata, as JSON values by name.
+
+        The key `estimate` is left out for the table of a whole slide. `scalings` are not included.
+        """
         grid = self.grid
         return {
             "schema_version": SCHEMA_VERSION,

@@ -158,7 +158,7 @@ def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
     """Return an image (y, x, 3) uint8 with randomly lighter or darker midtones (see `change_gamma`).
 
     The logarithm of the exponent is uniformly distributed; the exponent is between 0.6 and 2.5. Dark results resemble
-    old scanners and thick sections, where nuclei are black.
+    images from old scanners and of thick sections, where nuclei are black.
 
     `rng`: generator of the random numbers, which is advanced.
     """

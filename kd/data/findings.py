@@ -67,7 +67,7 @@ class Findings:
     def warnings(self) -> list[str]:
         """Return one line for each irregularity or note that a user may want to act on. None of them is an error.
 
-        Only the first few images that are in several folds are named; the others are counted.
+        Of the images that are in several folds, the first five are named, and the others are counted.
         """
         lines = [f"{n:,} {what}; not changed" for what, n in self._irregular.items() if n]
         lines += self.notes

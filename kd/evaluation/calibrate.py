@@ -114,8 +114,8 @@ def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
 def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] = CUTS) -> Calibration:
     """Predict the images of `samples`, and return the Sobel constants that `search` finds on them.
 
-    `maps_of`: function from an image to its maps, as for `predict_all`. `samples`: annotated images, at least one.
-    `cuts`: cuts to try.
+    `maps_of`: function from an image (y, x, 3) uint8 RGB to its stored maps (see `MapLayout`). `samples`: annotated
+    images, at least one. `cuts`: cuts to try, at least one (see the module's docstring).
 
     Raises InputError if there are neither annotated nor predicted nuclei.
     """
@@ -150,7 +150,7 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
 def constants_at(medians: SobelConstants, cut: float) -> SobelConstants:
     """Return Sobel constants with which pixels become markers above `cut` times the median minimum.
 
-    The constants of each direction are those of `medians`, shifted: the difference between maximum and minimum stays.
+    In each direction, minimum and maximum are shifted by the same amount.
 
     `medians`: median extremes of the Sobel maps. `cut`: multiple of the minimum, as in the module's docstring.
     """

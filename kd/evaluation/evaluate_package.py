@@ -84,9 +84,9 @@ class Evaluation:
     """Picture of images, annotations and predictions; None if not requested."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the results without the picture as JSON values, for `kd tables` and for later comparisons.
+        """Return the results without the picture as JSON values by name, for `kd tables` and for later comparisons.
 
-        `shifts` and `against` are left out if they were not requested.
+        The keys `shifts` and `against` are left out if they were not requested.
         """
         card = self.package.card
         report = {

@@ -111,8 +111,8 @@ def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
 def evidence(images: Sequence[PairedImage]) -> dict[str, Any]:
     """Test how well the errors hold on a new source. Return JSON values by source, for the card's metrics.
 
-    For each source of `images`, the errors are fitted on all other sources and tested on this one. The entry of a
-    source is described at `tried_on`.
+    For each source of `images`, the errors are fitted on all other sources and tested on this one. `tried_on` describes
+    the entry of a source.
     """
     by_source: dict[str, Any] = {}
     for source in dict.fromkeys(image.count.source for image in images):
@@ -125,10 +125,13 @@ def evidence(images: Sequence[PairedImage]) -> dict[str, Any]:
 def tried_on(images: Sequence[PairedImage], fitted_on: Sequence[PairedImage]) -> dict[str, Any]:
     """Fit the errors on the images `fitted_on`, and test them on `images`. Return JSON values by source of `images`.
 
-    The entry of a source has `images`, the number of its images. For each column of CALIBRATED with a calibration, it
-    has the reliability diagrams `before` and `after` the calibration, which is fitted even if there are too few images
-    for the card. With a count error, it has `covered`, the number of images whose true count is in the interval, and
-    `of`, the number of images with an interval.
+    The entry of a source has the key `images`, the number of its images. The other keys are present only if the error
+    could be fitted:
+
+    - the name of a column in CALIBRATED: reliability diagrams `before` and `after` its calibration, which is fitted
+      even if there are too few images for the card;
+    - `covered`: number of images whose true count is in the interval;
+    - `of`: number of images with an interval.
     """
     scalings, error = fit_scalings(fitted_on), fit_count_error([image.count for image in fitted_on])
     by_source: dict[str, Any] = {}

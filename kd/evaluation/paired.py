@@ -67,7 +67,8 @@ class Baseline:
     def check(self, samples: Iterable[Sample]) -> None:
         """Check that the baseline was scored on the same annotated images as those in `samples`, source by source.
 
-        Only the sources of `samples` are checked, without those in PARTIAL, which have no PQ.
+        Images are compared by id, hash and number of nuclei. Only the sources of `samples` are checked, without those
+        in PARTIAL, which have no PQ.
 
         Raises InputError if the images or annotations of a source differ.
         """

@@ -43,10 +43,10 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps:
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """Return the learning rate at a step: linear warm-up to `config.lr`, then half a cosine down to zero.
 
-    It would be zero after the last step. The warm-up takes `config.warmup` steps, by default a tenth of all steps, but
-    at most 300.
+    The rate reaches zero only after the last step. The warm-up takes `config.warmup` steps, by default a tenth of all
+    steps, but at most 300.
 
-    `step`: number of steps done so far. `steps`: number of all steps.
+    `config`: settings of the training. `step`: number of steps done so far. `steps`: number of all steps.
     """
     warmup = min(300, steps // 10) if config.warmup is None else config.warmup
     if step < warmup:

@@ -61,8 +61,8 @@ class CellViTArch:
     def encoder(self) -> str:
         """Name of the encoder, as in model cards.
 
-        It is ViT-256, or SAM-B, SAM-L or SAM-H for Segment Anything's encoder with 12, 24 or 32 blocks. With N blocks,
-        another number, it is SAM-N-blocks.
+        It is ViT-256, or SAM-B, SAM-L or SAM-H for Segment Anything's encoder with 12, 24 or 32 blocks. For any other
+        number N of blocks, it is SAM-N-blocks.
         """
         depth = len(self.windows)
         return SAM_SIZES.get(depth, f"SAM-{depth}-blocks") if self.sam else "ViT-256"

@@ -58,12 +58,12 @@ class TeacherArch:
 
     @property
     def kernel(self) -> int:
-        """Side in pixels of the decoder's convolution kernels."""
+        """Side in pixels of the decoder's convolution kernels: 3 in `fast`, 5 in `original`."""
         return 3 if self.form == "fast" else 5
 
     @property
     def shrink(self) -> int:
-        """Number of pixels by which the output's side is smaller than the input's."""
+        """Number of pixels by which the output's side is smaller than the input's: 92 in `fast`, 190 in `original`."""
         return 92 if self.form == "fast" else 190
 
     @property
@@ -84,7 +84,7 @@ class TeacherArch:
 
     @property
     def tile(self) -> tuple[int, int]:
-        """`tile_in` and `tile_out` of packages with this form, in pixels."""
+        """`tile_in` and `tile_out` of packages with this form, in pixels: (352, 256) or (446, 256)."""
         return (352, 256) if self.form == "fast" else (446, 256)
 
 

@@ -55,9 +55,9 @@ class MicroNet(nn.Module):
         self.network.layer = nn.ModuleDict(layers)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the output for a batch, (b, channels, SIDE, SIDE) float, in the layout of `hover_batch.model.heads`.
+        """Return the output for a batch, (b, 4 + n, SIDE, SIDE) float, in the layout of `hover_batch.model.heads`.
 
-        h and v are zero. In training mode, the class logits of the three auxiliary outputs follow, 3·n channels.
+        h and v are zero. In training mode, the class logits of the three auxiliary outputs follow, n channels each.
 
         `image`: RGB in [0, 1], float (b, 3, SIDE, SIDE). ValueError if a side is not SIDE.
         """
@@ -78,9 +78,11 @@ def _widths(*channels: int) -> list[tuple[int, int, int]]:
 def by_tiles(network: nn.Module, image: Tensor) -> Tensor:
     """Return the output of Micro-Net for the centre of an image that is larger than a tile.
 
-    The result is (b, channels, y - SIDE + KEPT, x - SIDE + KEPT).
+    The result is (b, 4 + n, y - SIDE + KEPT, x - SIDE + KEPT) float. The tiles are computed one after the other, and
+    the central KEPT × KEPT pixels of each are kept.
 
-    `network`: Micro-Net. `image`: (b, 3, y, x) float RGB in [0, 1], whose sides are SIDE plus a multiple of KEPT.
+    `network`: Micro-Net in evaluation mode. `image`: (b, 3, y, x) float RGB in [0, 1], whose sides are SIDE plus a
+    multiple of KEPT.
     """
     edge = (SIDE - KEPT) // 2
     rows = [

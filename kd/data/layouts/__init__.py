@@ -39,8 +39,8 @@ class Layout(Protocol):
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
         """Yield the images, with types mapped to `taxonomy`, one of TAXONOMIES.
 
-        Raises InputError if an image cannot be read or a type is invalid. A layout whose types have names raises it
-        when it is called if a name has no class, before the first image is read.
+        Raises InputError if an image cannot be read or a type is invalid. In the layout of QuPath, the names of all
+        classes are checked by the call itself, before the first image is read.
         """
 
 

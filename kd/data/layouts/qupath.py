@@ -131,8 +131,9 @@ class Qupath:
         Nuclei without a class have type 0. If no nucleus in the folder has a class of `taxonomy`, types are not
         annotated.
 
-        Raises InputError when it is called, before an image is read, if a class is neither in `taxonomy` nor in the
-        class map, or the class map has an unknown meaning; and while images are read, if a slide cannot be read.
+        Raises InputError if a class is neither in `taxonomy` nor in the class map, or the class map has an unknown
+        meaning. This is checked by the call itself, before an image is read. Raises InputError during the iteration if
+        a slide cannot be read.
         """
         classes = _names_in(taxonomy)
         if odd := sorted(set(self._class_map.values()) - {*classes, REGION, IGNORE, NONE}):
