@@ -64,11 +64,12 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     """Write the weights of a training checkpoint as a package. Return its path and scores as text for the user.
 
     The Sobel constants are found on those images of the validation folds in which all nuclei are outlined; without any,
-    the starter's constants are used, and the card says so. The card also has the limits that flag unusual slides, the
-    errors measured on these images, and scores on the validation folds and, if the network was trained only on the fold
-    train, on the fold test. The scores are computed with the packaged weights (students: float16).
+    the starter's constants are used, and the card says so. Systems other than HoVerNet's have no Sobel constants. The
+    limits that flag unusual slides are from the same images.
 
-    This takes minutes. Progress is printed to stdout. On the CPU, torch's number of threads in this process is set.
+    The card also has scores and measured errors on the validation folds and, if the network was trained only on the
+    fold train, on the fold test. They are computed with the packaged weights (students: float16). This takes minutes.
+    Progress is printed to stdout. On the CPU, torch's number of threads in this process is set.
 
     `checkpoint`: file that the training wrote. `data`: the annotated images of the training. `out`: package to write;
     missing folders are created, and an existing package is replaced. `threads`: threads of the network on the CPU; 0

@@ -57,7 +57,7 @@ class Split:
 
     @property
     def settings(self) -> dict[str, tuple[str, ...]]:
-        """Folds to train and validate on, by the names of the fields of `TrainConfig`."""
+        """Settings `train_folds` and `val_folds` of `TrainConfig`, each with one fold."""
         return {"train_folds": (self.train,), "val_folds": (self.val,)}
 
     @classmethod

@@ -48,7 +48,7 @@ def normalised(image: Tensor) -> Tensor:
 
 
 def check_normalisation(record: Mapping[str, Any]) -> None:
-    """Check that a checkpoint was trained with the normalisation MEAN and STD.
+    """Check that a checkpoint was trained with the normalisation MEAN and STD, both 0.5.
 
     A checkpoint that states no normalisation is accepted.
 

@@ -46,12 +46,12 @@ class Heads:
 
     @property
     def tp(self) -> slice:
-        """Channels of the output with the class logits, background first."""
+        """Channels of the output with the class logits, background first: 4 … 4 + n_types - 1."""
         return slice(_TP_START, _TP_START + self.n_types)
 
     @property
     def channels(self) -> int:
-        """Number of channels of the network's output."""
+        """Number of channels of the network's output, 4 + n_types."""
         return _TP_START + self.n_types
 
 
@@ -86,22 +86,22 @@ class MapLayout:
 
     @property
     def tp(self) -> slice:
-        """Planes of the maps with the class probabilities, background first."""
+        """Planes of the maps with the class probabilities, background first: 3 … 3 + n_types - 1."""
         return slice(3, 3 + self.n_types)
 
     @property
     def hematoxylin(self) -> int:
-        """Index of the plane of the hematoxylin density."""
+        """Index of the plane of the hematoxylin density, 3 + n_types."""
         return 3 + self.n_types
 
     @property
     def eosin(self) -> int:
-        """Index of the plane of the eosin density."""
+        """Index of the plane of the eosin density, 4 + n_types."""
         return 4 + self.n_types
 
     @property
     def planes(self) -> int:
-        """Number of planes of the maps."""
+        """Number of planes of the maps, 5 + n_types."""
         return 5 + self.n_types
 
     def merge(self, maps: NDArray[np.uint8], ids: tuple[int, ...]) -> NDArray[np.uint8]:

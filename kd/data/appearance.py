@@ -70,7 +70,7 @@ def change_color(image: NDArray[np.uint8], amounts: Mapping[str, float]) -> NDAr
     """Return an image (y, x, 3) uint8 RGB with changed brightness, contrast, saturation or hue.
 
     On values from 0 to 1, an amount a of brightness adds a, and an amount a of contrast multiplies by 1 + a. Saturation
-    is multiplied by 1 + a, and a turns are added to the hue. Values are clipped after each change. These are the
+    is multiplied by 1 + a, and the hue is rotated by a·360°. Values are clipped after each change. These are the
     definitions of kornia's ColorJiggle, which HoVer-UNet's released code uses.
 
     `amounts`: amount of each change by its name: brightness, contrast, saturation or hue. The changes are made in the

@@ -27,7 +27,7 @@ class Store(Protocol):
 
     @property
     def header(self) -> dict[str, Any]:
-        """Header that `finish` wrote; empty if there is none."""
+        """Header that `finish` wrote, as JSON values; some stores raise KeyError if there is none."""
 
     def append(self, i: int, arrays: Arrays) -> None:
         """Append the arrays of one image.

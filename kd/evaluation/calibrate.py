@@ -105,7 +105,8 @@ def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
 
     The planes are (3, y, x) uint8.
 
-    `maps_of`: function from an image (y, x, 3) uint8 RGB to all planes of its maps (see `MapLayout`).
+    `maps_of`: function from an image (y, x, 3) uint8 RGB to its stored maps (plane, y, x) uint8 (see `MapLayout`).
+    `samples`: annotated images.
     """
     stored = [MapLayout.NP, MapLayout.H, MapLayout.V]
     return [(s, np.ascontiguousarray(maps_of(s.image)[stored])) for s in samples]
@@ -115,7 +116,7 @@ def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] 
     """Predict the images of `samples`, and return the Sobel constants that `search` finds on them.
 
     `maps_of`: function from an image (y, x, 3) uint8 RGB to its stored maps (see `MapLayout`). `samples`: annotated
-    images, at least one. `cuts`: cuts to try, at least one (see the module's docstring).
+    images, at least one. `cuts`: cuts to try, at least one (see `search`).
 
     Raises InputError if there are neither annotated nor predicted nuclei.
     """
@@ -128,8 +129,8 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
     The best cut has the highest mean PQ among those whose mean F_d is at most F_D_MARGIN below the highest mean F_d. If
     several cuts are equally good, the lowest is chosen.
 
-    `predicted`: result of `predict_all`, not empty. `cuts`: cuts to try, at least one, as multiples of the median
-    minimum (see the module's docstring).
+    `predicted`: result of `predict_all`, not empty. `cuts`: cuts to try, at least one. A cut is the Sobel value above
+    which a pixel becomes a marker, as a multiple of the median, over images, of the Sobel map's minimum.
 
     Raises InputError if there are neither annotated nor predicted nuclei, because PQ is then undefined.
     """
@@ -148,11 +149,11 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
 
 
 def constants_at(medians: SobelConstants, cut: float) -> SobelConstants:
-    """Return Sobel constants with which pixels become markers above `cut` times the median minimum.
+    """Return Sobel constants with which pixels become markers if their Sobel value is above a cut.
 
     In each direction, minimum and maximum are shifted by the same amount.
 
-    `medians`: median extremes of the Sobel maps. `cut`: multiple of the minimum, as in the module's docstring.
+    `medians`: median extremes of the Sobel maps. `cut`: the Sobel value, as a multiple of the median minimum.
     """
 
     def shifted(low: float, high: float) -> tuple[float, float]:

@@ -47,14 +47,15 @@ class CountedImage:
 
     @property
     def log_ratio(self) -> float:
-        """Natural logarithm of true ÷ predicted; ½ is added to both numbers, so that it is finite."""
+        """Natural logarithm of (true + ½) / (predicted + ½). The ½ keeps it finite."""
         return math.log((self.true + 0.5) / (self.predicted + 0.5))
 
     @property
     def noise(self) -> float:
-        """Poisson variance of `log_ratio`, from the unpaired nuclei only, because paired ones cancel.
+        """Poisson variance of `log_ratio`: (unpaired + 1) / ((true + ½)·(predicted + ½)).
 
-        1 is added to the number of unpaired nuclei, because ½ is added to both counts.
+        `unpaired` is the number of missed and false nuclei, true + predicted - 2·paired. Paired nuclei do not count,
+        because they cancel. 1 is added because ½ is added to both counts.
         """
         unpaired = self.true + self.predicted - 2 * self.paired
         return (unpaired + 1) / ((self.true + 0.5) * (self.predicted + 0.5))

@@ -52,10 +52,11 @@ def evaluate(
 ) -> list[SourceScores]:
     """Return the scores of predicted maps, by source in the order of appearance.
 
-    `maps_of`: function from an image to the maps that the network predicts. `samples`: annotated images. `splitter`:
-    post-processing of the maps; None for HoVerNet's with Sobel maps scaled by the extremes of each image. `taxonomy`:
-    classes of both the samples and the maps. `min_area_px`: number of pixels below which predicted nuclei are dropped.
-    `shift`: applied to image and annotations of each sample before prediction; scores are those at its pixel size.
+    `maps_of`: function from an image (y, x, 3) uint8 RGB to its predicted maps (plane, y, x) uint8 (see `MapLayout`).
+    `samples`: annotated images. `splitter`: post-processing of the maps; None for HoVerNet's with Sobel maps scaled by
+    the extremes of each image. `taxonomy`: classes of both the samples and the maps. `min_area_px`: number of pixels
+    below which predicted nuclei are dropped. `shift`: change that is applied to the image and annotations of each
+    sample before prediction; scores are computed at the pixel size after it.
 
     Raises InputError if an image has too many nuclei to pair (MOST_DISTANCES).
     """

@@ -147,7 +147,11 @@ def plain(value: Any) -> Any:
 
 
 def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> SourceScores:
-    """Return the scores of a source from those of its images, averaged as the module's docstring describes.
+    """Return the scores of a source from those of its images.
+
+    Dice, AJI, DQ, SQ, PQ and the PQ of each class are means over images. bPQ and mPQ are means over the images of a
+    tissue, then over the tissues. F_d, precision, recall, F_c and the accuracy of types count the nuclei of all images
+    together. Undefined scores are left out of means.
 
     For sources in PARTIAL, only `recall` and `type_accuracy` are defined.
 

@@ -56,7 +56,8 @@ def turned_back(output: Logits, turns: int, flip: bool) -> Logits:
 
     h and v are distances along the axes, so they swap and change sign when the axes do.
 
-    `output`: (channel, y, x) output of a network for `turned(image, turns, flip)`. `turns`, `flip`: as for `turned`.
+    `output`: (channel, y, x) output of a network for `turned(image, turns, flip)`. `turns`: number of quarter turns of
+    that image. `flip`: whether it was flipped.
     """
     h, v = output[HV]
     if flip:

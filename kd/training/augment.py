@@ -87,9 +87,9 @@ def random_geometry(
 ) -> View:
     """Return a random crop of `size` × `size` pixels with the geometry of `kind`; the appearance is unchanged.
 
-    It is made by one affine map. The image of the view lies inside the sample's image. If the sample's image is hardly
-    larger than the view, the angle is rounded to a right angle, and the scale is large enough for the crop to fit.
-    Labels outside the sample's image are 0.
+    It is made by one affine map. The image of the view lies inside the sample's image. If the sample's image is too
+    small for the rotated view, the angle is rounded to a right angle, and the scale is large enough for the crop to
+    fit. Labels outside the sample's image are 0.
 
     `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers, which is
     advanced. `kind`: augmentation, which is "full", "turns", "color" or "none" (see the module's table). `planes`: the

@@ -84,7 +84,13 @@ class DistLoss(Loss):
     """Loss of DIST: mean squared error of the distance in pixels, and cross-entropy of the classes."""
 
     def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return the terms hv_mse and tp_ce, and `loss` (see `Loss`)."""
+        """Return the terms hv_mse and tp_ce, and `loss`, the sum to minimise (see `Loss`).
+
+        hv_mse is left out if no pixel of the batch has annotated nuclei, tp_ce if no pixel has a class.
+
+        `output`: the network's output (b, c, y, x) float32. `targets`: annotations, with those of `distance_targets` as
+        hv.
+        """
         terms = {}
         known = targets.np != UNKNOWN
         if known.any():
@@ -99,9 +105,12 @@ class MicroNetLoss(Loss):
     """Loss of Micro-Net: weighted cross-entropy of the classes, of the output and, in training, the auxiliary ones."""
 
     def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return the terms tp_ce and, if `output` has auxiliary outputs, tp_aux, and `loss` (see `Loss`).
+        """Return the term tp_ce, tp_aux if `output` has auxiliary outputs, and `loss`, the sum to minimise (see
+        `Loss`).
 
         On pixels whose class is not annotated, a nucleus may have any class.
+
+        `output`: the network's output (b, c, y, x) float32. `targets`: annotations, with those of `gap_targets` as hv.
         """
         terms = {}
         if (targets.np != UNKNOWN).any() or (targets.tp != UNKNOWN).any():

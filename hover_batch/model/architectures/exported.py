@@ -87,10 +87,11 @@ ARCHITECTURES = (Exported(),)
 def read_exported(path: Path, toml: Path, sobel: Mapping[str, float]) -> tuple[nn.Module, Card]:
     """Return the network in an exported file, in evaluation mode, and the card that its TOML file describes.
 
-    The module's docstring describes the TOML file. By default, the name on the card is that of the TOML file.
+    The TOML file has the entries mpp, tile_in, tile_out, np, hv and classes, and optionally name, licence, input and tp
+    (see the module's docstring). The default of the name on the card is that of the TOML file.
 
-    `path`: ONNX or .xml file; the .bin file of an .xml must be beside it. `toml`: TOML file. `sobel`: Sobel constants
-    for the card, by name (see `Card.sobel`).
+    `path`: ONNX or .xml file; the .bin file of an .xml file must be in the same folder. `toml`: TOML file. `sobel`:
+    Sobel constants for the card, by name (see `Card.sobel`).
 
     PackageError if a file cannot be read, or the TOML file is incomplete or contradicts the network. ImportError if
     OpenVINO is not installed.

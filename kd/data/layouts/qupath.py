@@ -101,9 +101,9 @@ class Qupath:
 
     @property
     def classes(self) -> str:
-        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that contains more of the nuclei's class names.
+        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy to which more of the nuclei's class names can be mapped.
 
-        It is consep if both contain equally many.
+        It is consep if the numbers are equal.
         """
         names = self.class_names
 

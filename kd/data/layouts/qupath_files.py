@@ -37,7 +37,8 @@ class Annotated:
 def has_annotations(folder: Path) -> bool:
     """True if `folder`, or its subfolder train, val or test, has annotations of QuPath.
 
-    These are .geojson and .geojson.gz files, and .json, .json.gz and .zip files with the name of a picture beside them.
+    These are .geojson and .geojson.gz files. Files with the suffixes .json, .json.gz and .zip count if a picture in the
+    same folder has the same name.
 
     Raises InputError if a folder cannot be listed.
     """
