@@ -61,7 +61,7 @@ class Entry:
 
     @property
     def area(self) -> int:
-        """Number of pixels."""
+        """Number of pixels of the image."""
         return self.height * self.width
 
 

@@ -1,4 +1,4 @@
-"""Draw a contact sheet: some of the images with their annotations drawn on them, for a check by eye.
+"""Draw a contact sheet: some of the images with their annotations drawn on them, for visual inspection.
 
 It reveals a wrong axis order, a shifted mask or swapped classes, which counts do not.
 """

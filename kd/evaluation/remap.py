@@ -59,7 +59,10 @@ class Remap:
     """Common class id of nuclei without a class in the data's taxonomy; 0 if they have no common class either."""
 
     def sample(self, sample: Sample) -> Sample:
-        """Return a copy of `sample` with types in the common classes; without types if these are only NUCLEI."""
+        """Return a copy of `sample` with types in the common classes.
+
+        It has no types if the common taxonomy is NUCLEI or `sample` has none.
+        """
         if sample.types is None or self.taxonomy is NUCLEI:
             return replace(sample, types=None)
         types = np.array(self.data, np.uint8)[sample.types]

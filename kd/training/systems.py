@@ -105,10 +105,10 @@ class MicroNetLoss(Loss):
     """Loss of Micro-Net: weighted cross-entropy of the classes, of the output and, in training, the auxiliary ones."""
 
     def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return the term tp_ce, tp_aux if `output` has auxiliary outputs, and `loss`, the sum to minimise (see
-        `Loss`).
+        """Return the terms by name, and `loss`, the sum to minimise (see `Loss`).
 
-        On pixels whose class is not annotated, a nucleus may have any class.
+        The terms are tp_ce and, if `output` has auxiliary outputs, tp_aux. On pixels whose class is not annotated, a
+        nucleus may have any class.
 
         `output`: the network's output (b, c, y, x) float32. `targets`: annotations, with those of `gap_targets` as hv.
         """

@@ -78,7 +78,8 @@ class TeacherArch:
     def reach(self) -> tuple[int, int]:
         """Distances in pixels from an edge of the input within which the output depends on the edge's position.
 
-        The first is for the left and upper edges, the second for the right and lower ones.
+        The first is for the left and upper edges, the second for the right and lower ones: (95, 103) in `fast`, (145,
+        153) in `original`.
         """
         return (95, 103) if self.form == "fast" else (145, 153)
 
