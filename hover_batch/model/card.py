@@ -86,7 +86,7 @@ class Card:
 
     @property
     def margin(self) -> int:
-        """Context on each side of the kept part of a tile, in pixels."""
+        """Context on each side of the kept part of a tile, in pixels: (tile_in - tile_out) / 2."""
         return (self.tile_in - self.tile_out) // 2
 
     @property
@@ -97,7 +97,7 @@ class Card:
         return MapLayout(len(self.taxonomy.classes))
 
     def check_sobel_norm(self, sobel_norm: str) -> None:
-        """Check that the normalisation of Sobel maps that the user chose can be used with this model.
+        """Check that the user's choice of --sobel-norm can be used with this model.
 
         `sobel_norm`: "fixed" or "window". InputError for "window" if the model has no Sobel maps.
         """
@@ -184,6 +184,9 @@ class Card:
 
 
 def short(value: object) -> str:
-    """Return `value` for a message: at most its first 100 characters, quoted, with non-ASCII characters escaped."""
+    """Return `value` as ASCII text for a message: quoted, and cut after 100 characters.
+
+    Non-ASCII characters are escaped. A value that is not a string is represented by its repr.
+    """
     text = value if isinstance(value, str) else repr(value)
     return ascii(text if len(text) <= 100 else f"{text[:100]}…")

@@ -15,10 +15,12 @@ FINE = 4
 
 
 def fine_layers_in_fp32(network: nn.Module, side: int) -> nn.Module:
-    """Return `network` with those convolutions of its encoder in fp32 whose output is at least 1/FINE of the input.
+    """Return `network` with the convolutions of its encoder that have a high resolution in fp32.
 
-    `network`: in evaluation mode; a U-Net is changed itself, and other networks are returned unchanged. `side`: side of
-    the tiles in pixels.
+    These are the convolutions whose output has at least 1/FINE of the tile's side. A U-Net of
+    segmentation-models-pytorch is changed in place; any other network is returned unchanged.
+
+    `network`: network in evaluation mode. `side`: side of the tiles in pixels.
     """
     if not isinstance(network, smp.Unet):
         return network

@@ -1,4 +1,4 @@
-"""`kd train`: annotated images → a trained network in a model package."""
+"""`kd train`: train a network on annotated images, and write it as a model package."""
 
 from __future__ import annotations
 
@@ -195,8 +195,9 @@ def train_settings(options: Mapping[str, Any]) -> dict[str, Any]:
 
     Options that were not given become None.
 
-    `options`: values of the options by name, as typer parsed them. Raises InputError if a --source is not NAME=SHARE,
-    or names the same source twice.
+    `options`: values of the options by name, as typer parsed them.
+
+    Raises InputError if a --source is not NAME=SHARE, or the same source is given twice.
     """
     settings = {SETTINGS.get(name, name): value for name, value in options.items()}
     for name in PATHS:

@@ -62,7 +62,10 @@ groups of CPM-15 are guessed, and those of NuInsSeg are organs. They only keep s
 
 
 def fully_annotated(samples: Iterable[Sample]) -> list[Sample]:
-    """Return the samples whose source outlines every nucleus. Only these can be scored with PQ."""
+    """Return the samples whose source outlines every nucleus, that is, is not in PARTIAL.
+
+    Only these can be scored with PQ.
+    """
     return [sample for sample in samples if sample.source not in PARTIAL]
 
 
@@ -72,11 +75,12 @@ def slide_of(sample: Sample) -> str:
 
 
 def sources_by_class(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, list[str]]:
-    """Return, for each class name of `taxonomy` except the background, the sources that annotate nuclei of the class.
+    """Return the sources that annotate nuclei of each class, by the class's name.
 
-    Sources that are not in CODES are in no list. The result is empty if `taxonomy` is not one of TAXONOMIES.
+    The background is left out. Sources that are not in CODES are in no list. The result is empty if `taxonomy` is not
+    one of TAXONOMIES.
 
-    `sources`: names of the sources.
+    `taxonomy`: classes. `sources`: names of the sources.
     """
     if taxonomy not in TAXONOMIES.values():
         return {}
@@ -86,12 +90,12 @@ def sources_by_class(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, li
 
 
 def class_ids(codes: NDArray[np.integer], source: str, taxonomy: Taxonomy, where: str) -> NDArray[np.uint8] | None:
-    """Return the class ids (y, x) uint8 of a source's class codes; None if the meaning of its codes is unknown.
+    """Return the class ids (y, x) uint8 of a source's class codes; None if `source` is not in CODES.
 
-    0 is the background in both; nuclei without a class in `taxonomy` become 0, too.
+    0 is the background in both. Nuclei without a class in `taxonomy` become 0, too.
 
-    `codes`: class codes (y, x). `source`: name of the source; known are those in CODES. `taxonomy`: one of TAXONOMIES.
-    `where`: file or image, for messages.
+    `codes`: class codes (y, x). `source`: name of the source. `taxonomy`: one of TAXONOMIES. `where`: file or image,
+    for messages.
 
     Raises InputError if a code is not one of the source's.
     """

@@ -55,29 +55,37 @@ class CountedImage:
 
     @property
     def log_ratio(self) -> float:
-        """Natural logarithm of true ÷ predicted; ½ is added to both numbers, so that it is finite."""
+        """Natural logarithm of (true + ½) / (predicted + ½). The ½ keeps it finite."""
         return math.log((self.true + 0.5) / (self.predicted + 0.5))
 
     @property
     def noise(self) -> float:
-        """Poisson variance of `log_ratio`, from the unpaired nuclei only, because paired ones cancel.
+        """Poisson variance of `log_ratio`: (unpaired + 1) / ((true + ½)·(predicted + ½)).
 
-        1 is added to the number of unpaired nuclei, because ½ is added to both counts.
+        `unpaired` is the number of missed and false nuclei, true + predicted - 2·paired. Paired nuclei do not count,
+        because they cancel. 1 is added because ½ is added to both counts.
         """
         unpaired = self.true + self.predicted - 2 * self.paired
         return (unpaired + 1) / ((self.true + 0.5) * (self.predicted + 0.5))
 
     def is_covered(self, error: CountError) -> bool | None:
-        """Return whether the interval of `error` for this image contains its true number; None without an interval."""
+        """True if the interval of `error` for this image contains its true number of nuclei, False if not.
+
+        None if there is no interval, because no nucleus was predicted.
+        """
         interval = error.interval([(self.predicted, self.mm2)])
         return None if interval is None else bool(interval[0] <= self.true <= interval[1])
 
 
 def fit_count_error(images: Sequence[CountedImage]) -> CountError | None:
-    """Return the error of counts in `images`, in which all nuclei are annotated; None with fewer than MIN_SOURCES.
+    """Return the error of the counts in `images`, for the intervals of counts on slides.
 
-    If no slide has several images, the variances of fields and slides cannot be separated: then all of it counts as
+    None if the images with nuclei are from fewer than MIN_SOURCES sources.
+
+    If no slide has several images, the variances of fields and slides cannot be separated. All of it then counts as
     variance of slides, which does not decrease with the area.
+
+    `images`: images in which all nuclei are annotated; those with neither annotated nor predicted nuclei are not used.
     """
     images = [image for image in images if image.true or image.predicted]
     sources = list(dict.fromkeys(image.source for image in images))

@@ -56,8 +56,9 @@ def paired_images(
 
     Samples of sources that do not outline every nucleus are left out.
 
-    `maps_of`: function from an image to its maps. `splitter`: post-processing of the model; None for HoVerNet's with
-    Sobel maps scaled by the extremes of each image. `taxonomy`: classes of both the model and the samples.
+    `maps_of`: function from an image (y, x, 3) uint8 RGB to its stored maps (see `MapLayout`). `samples`: annotated
+    images. `splitter`: post-processing of the model; None for HoVerNet's with Sobel maps scaled by the extremes of each
+    image. `taxonomy`: classes of both the model and the samples.
     """
     n_types = len(taxonomy.classes)
     paired = []
@@ -89,19 +90,19 @@ def paired_images(
 
 
 def fit_scalings(images: Sequence[PairedImage]) -> dict[str, BetaScaling]:
-    """Return the calibration fitted on `images` of each column in CALIBRATED, by column.
+    """Return the calibrations of the columns in CALIBRATED, by column, fitted on `images`.
 
-    Columns with too few nuclei have no entry (see `fit_scaling`).
+    A column has no entry if too few of its nuclei are known to be right or wrong (see `fit_scaling`).
     """
     scalings = {name: fit_scaling(_outcomes(images, name)) for name in CALIBRATED}
     return {name: scaling for name, scaling in scalings.items() if scaling}
 
 
 def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
-    """Return the errors for the card that can be fitted on `images`; an error needs enough images.
+    """Return the errors for the card, fitted on `images`.
 
-    A calibration needs MIN_IMAGES images with nuclei, because nuclei of one image are similar; intervals of counts need
-    MIN_SOURCES sources.
+    An error that needs more images is left out. A calibration needs MIN_IMAGES images with nuclei, because nuclei of
+    one image are similar. Intervals of counts need MIN_SOURCES sources.
     """
     used = {name: sum(o.images for o in _outcomes(images, name)) for name in CALIBRATED}
     return Uncertainty(
@@ -111,10 +112,10 @@ def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
 
 
 def evidence(images: Sequence[PairedImage]) -> dict[str, Any]:
-    """Test how the errors hold on a new source. Return the results by source, as JSON values for the card's metrics.
+    """Test how well the errors hold on a new source. Return JSON values by source, for the card's metrics.
 
-    The errors are fitted on all sources of `images` but one, and tested on this one, for each source in turn. Its entry
-    is that of `tried_on`.
+    For each source of `images`, the errors are fitted on all other sources and tested on this one. `tried_on` describes
+    the entry of a source.
     """
     by_source: dict[str, Any] = {}
     for source in dict.fromkeys(image.count.source for image in images):
@@ -125,11 +126,15 @@ def evidence(images: Sequence[PairedImage]) -> dict[str, Any]:
 
 
 def tried_on(images: Sequence[PairedImage], fitted_on: Sequence[PairedImage]) -> dict[str, Any]:
-    """Fit the errors on the images `fitted_on`, and test them on `images`; return JSON values by source of the latter.
+    """Fit the errors on the images `fitted_on`, and test them on `images`. Return JSON values by source of `images`.
 
-    The values of a source are the reliability diagrams `before` and `after` the calibration by column, which is fitted
-    even if there are too few images for the card; `images`, the number of images; `covered`, the number of those whose
-    true count is in the interval; and `of`, the number of those with an interval.
+    The entry of a source has the key `images`, the number of its images. The other keys are present only if the error
+    could be fitted:
+
+    - the name of a column in CALIBRATED: reliability diagrams `before` and `after` its calibration, which is fitted
+      even if there are too few images for the card;
+    - `covered`: number of images whose true count is in the interval;
+    - `of`: number of images with an interval.
     """
     scalings, error = fit_scalings(fitted_on), fit_count_error([image.count for image in fitted_on])
     by_source: dict[str, Any] = {}
@@ -147,7 +152,7 @@ def tried_on(images: Sequence[PairedImage], fitted_on: Sequence[PairedImage]) ->
 
 
 def notes(fitted: Uncertainty, by_source: Mapping[str, Any]) -> list[str]:
-    """Return lines for users: what was not measured, and whether the errors of the other sources hold on each source.
+    """Return lines for users: which errors were not measured, and how well the errors hold on each source.
 
     `fitted`: result of `fit_uncertainty`. `by_source`: result of `evidence`.
     """

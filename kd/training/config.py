@@ -291,19 +291,22 @@ class TrainConfig:
 
     @property
     def system(self) -> str:
-        """System of the model: a key of `hover_batch.model.heads.SYSTEMS`."""
+        """System of the model, a key of `hover_batch.model.heads.SYSTEMS`: "hover", "dist" or "micronet"."""
         from hover_batch.model.heads import SYSTEMS  # imports numpy, which --help does not need
 
         return self.model if self.model in SYSTEMS else "hover"
 
     @property
     def loss_shares(self) -> tuple[float, float]:
-        """Factors of L_student and of L_distill in the loss; their sum is 1."""
+        """Factors of L_student and of L_distill in the loss.
+
+        They are (α, 1 - α), or (1 - α, α) if `alpha_of` is "distillation".
+        """
         return (self.alpha, 1 - self.alpha) if self.alpha_of == "student" else (1 - self.alpha, self.alpha)
 
     @property
     def distils(self) -> bool:
-        """Whether L_distill has a factor above 0, so that a teacher is needed."""
+        """True if L_distill has a factor above 0, so that a teacher is needed."""
         return self.loss_shares[1] > 0
 
     def to_json(self) -> dict[str, Any]:

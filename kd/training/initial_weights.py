@@ -23,7 +23,8 @@ from kd.training.efficientnet_lite import PACKAGES, imagenet_weights
 def build_network(settings: Mapping[str, Any], n_types: int) -> nn.Module:
     """Return the network of a training with random weights, on the CPU and in training mode.
 
-    `settings`: settings of the training (see `TrainConfig.to_json`). `n_types`: number of classes, background included.
+    `settings`: settings of the training (see `TrainConfig.to_json`), of which `model`, `encoder` and `width` are used.
+    `n_types`: number of classes, background included.
 
     Raises InputError if the encoder is unknown or does not fit a U-Net.
     """

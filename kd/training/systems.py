@@ -27,15 +27,15 @@ AUXILIARY = 0.1
 """Weight of each auxiliary output of Micro-Net. The paper divides by the number of the epoch, from 1 on."""
 
 Planes = Callable[[NDArray[np.int32]], NDArray[np.float32]]
-"""Function from instances (y, x) int32, values up to 0 = background, to what a system learns beside foreground and
+"""Function from instances (y, x) int32, values up to 0 = background, to what a system learns besides foreground and
 classes: (2, y, x) float32."""
 
 
 def distance_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
     """Return the targets (2, y, x) float32 of DIST: distance to the nucleus's edge / DISTANCE_PX, then zeros.
 
-    Before the division, the distance is in pixels, and is that to the nearest pixel of something else, so the outermost
-    pixels of a nucleus have 1; it is 0 on the background.
+    Before the division, the distance is that to the nearest pixel outside of the nucleus, in pixels, so the outermost
+    pixels of a nucleus have 1. It is 0 on the background.
 
     `instances`: (y, x) int32 ids, values up to 0 = background.
     """
@@ -50,9 +50,11 @@ def distance_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
 def gap_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
     """Return the targets (2, y, x) float32 of Micro-Net: the weight of each pixel, then 1 in gaps, else 0.
 
-    A gap is the pixels of a nucleus that touch another one; they count as background. The weight is 1, and near a gap
-    or between two nuclei 1 + w₀·exp(-(d₁ + d₂)² / 2σ²) on the background, with the distances in pixels to the nearest
-    two nuclei. `instances`: (y, x) int32 ids, values up to 0 = background.
+    A gap consists of the pixels of a nucleus that touch another one. They count as background. Pixels of nuclei have
+    the weight 1. Background pixels have the weight 1 + w₀·exp(-(d₁ + d₂)² / 2σ²), where d₁ and d₂ are the distances in
+    pixels to the nearest two nuclei, w₀ is GAP_WEIGHT and σ is GAP_SIGMA. The weight is 1 far from nuclei.
+
+    `instances`: (y, x) int32 ids, values up to 0 = background.
     """
     gap = np.zeros(instances.shape, bool)
     for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
@@ -82,7 +84,13 @@ class DistLoss(Loss):
     """Loss of DIST: mean squared error of the distance in pixels, and cross-entropy of the classes."""
 
     def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return the terms hv_mse and tp_ce, and `loss` (see `Loss`)."""
+        """Return the terms hv_mse and tp_ce, and `loss`, the sum to minimise (see `Loss`).
+
+        hv_mse is left out if no pixel of the batch has annotated nuclei, tp_ce if no pixel has a class.
+
+        `output`: the network's output (b, c, y, x) float32. `targets`: annotations, with those of `distance_targets` as
+        hv.
+        """
         terms = {}
         known = targets.np != UNKNOWN
         if known.any():
@@ -97,9 +105,12 @@ class MicroNetLoss(Loss):
     """Loss of Micro-Net: weighted cross-entropy of the classes, of the output and, in training, the auxiliary ones."""
 
     def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return the terms tp_ce and, if `output` has auxiliary outputs, tp_aux, and `loss` (see `Loss`).
+        """Return the terms by name, and `loss`, the sum to minimise (see `Loss`).
 
-        On pixels whose class is not annotated, a nucleus may have any class.
+        The terms are tp_ce and, if `output` has auxiliary outputs, tp_aux. On pixels whose class is not annotated, a
+        nucleus may have any class.
+
+        `output`: the network's output (b, c, y, x) float32. `targets`: annotations, with those of `gap_targets` as hv.
         """
         terms = {}
         if (targets.np != UNKNOWN).any() or (targets.tp != UNKNOWN).any():

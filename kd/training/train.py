@@ -1,4 +1,4 @@
-"""Train a network: crops → network → loss → optimiser step; validation and a checkpoint after each epoch.
+"""Train a network step by step, with validation and a checkpoint after each epoch.
 
 The same loop trains students, distilled or not, and teachers. It does not import ray, zarr or tiatoolbox, except that
 reading a teacher's outputs or a .zarr cache needs zarr.
@@ -41,8 +41,8 @@ def train(config: TrainConfig) -> nn.Module:
 
     The network is in evaluation mode, on the GPU if there is one. Training pauses at `config.max_steps`; if the
     checkpoint is of a finished training, nothing is trained. The checkpoint, log.csv, TensorBoard files and pictures
-    are written to `config.out`, and progress is printed to stdout. The number of torch's threads in this process is
-    set.
+    are written to `config.out`, and progress is printed to stdout. In this process, torch's random seed and number of
+    threads are set, and OpenCV is limited to one thread.
 
     Raises InputError or PackageError if the data, the teacher or the initial weights do not fit, or the checkpoint was
     written with other settings or data; HoverBatchError if the loss is not finite or the checkpoint cannot be written;
