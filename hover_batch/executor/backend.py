@@ -21,6 +21,7 @@ from hover_batch.executor.resources import (
     in_process_line,
     runs_in_process,
 )
+from hover_batch.model.card import Card
 from hover_batch.model.package import Package
 from hover_batch.plan import PlannedSlide
 
@@ -50,12 +51,14 @@ class OpenBackend:
     """Function that returns the batch size of `--batch auto` there, for a package and settings with AUTO_BATCH."""
 
 
-def resolve_here(settings: Settings) -> Settings:
+def resolve_here(settings: Settings, card: Card) -> Settings:
     """Return the settings with device, precision and runtime `auto` resolved for this machine.
 
     If they name a cluster, only a device that must be the CPU is resolved here, and `open_backend` does the rest.
-    InputError if the device cannot be used, or not with the runtime and the precision.
+    `card`: card of the network. InputError if the device cannot be used, or not with the runtime and the precision, or
+    the runtime cannot run the network.
     """
+    settings = replace(settings, infer=card.supported(settings.infer))
     name = settings.infer.device
     if settings.engine.backend == "ray" and ":" in name:
         raise InputError(f"--device {name}: Ray chooses the GPU; set CUDA_VISIBLE_DEVICES and use --device cuda")

@@ -126,9 +126,7 @@ def train(config: TrainConfig) -> nn.Module:
         state.schedule.before(step)
         model.train()
         torch.manual_seed((config.seed << 32) + step)  # for the encoder's stochastic depth: the same when resumed
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            output = model(image)
-        terms = loss_of(output.float(), targets)
+        terms = loss_of.of_batch(model, image, targets)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()  # type: ignore[no-untyped-call]  # untyped in torch
         if config.clip:

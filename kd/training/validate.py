@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from hover_batch.metrics import mean_defined
 from hover_batch.model.architectures.hovernet import HoVerNet
@@ -27,7 +27,7 @@ from kd.evaluation.evaluate import MapsOf, evaluate
 from kd.panels import Image, outlined, panel
 from kd.training.augment import LABEL_MARGIN
 from kd.training.crops import Crops, Teacher, batches
-from kd.training.losses import Targets
+from kd.training.losses import Loss
 
 SIDE = 512
 """Side in pixels of the scored central part of each image."""
@@ -44,20 +44,16 @@ TYPICAL = SobelConstants(h_min=-1.191e11, h_max=7.051e10, v_min=-1.17e11, v_max=
 def validation_loss(
     model: nn.Module,
     crops: Crops,
-    loss: Callable[[Tensor, Targets], dict[str, Tensor]],
+    loss: Loss,
     batch: int,
     device: torch.device,
 ) -> float:
     """Return the mean of the entry `loss` over the batches of `crops`; lower is better.
 
-    `model`: network in evaluation mode, on `device`. `loss`: function from (output, targets) to terms by name, among
-    them `loss`. `batch`: crops per batch.
+    `model`: network in evaluation mode, on `device`. `loss`: its loss. `batch`: crops per batch.
     """
-    losses = []
-    for image, targets in batches(crops, batch, device):
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            output = model(image)
-        losses.append(loss(output.float(), targets)["loss"])
+    torch.manual_seed(0)  # for the proposals that Mask R-CNN draws
+    losses = [loss.of_batch(model, image, targets)["loss"] for image, targets in batches(crops, batch, device)]
     return float(torch.stack(losses).double().mean())
 
 
