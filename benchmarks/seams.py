@@ -24,6 +24,7 @@ from hover_batch.config import InferSettings
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import find_package
 from hover_batch.model.predict import load_predictor
+from hover_batch.nuclei.components import without_debris
 from hover_batch.nuclei.image import nuclei_of
 from hover_batch.nuclei.systems import splitter_of
 from kd.data.datasets import read_data
@@ -86,7 +87,8 @@ def main() -> None:
 
     def by_both_grids(image: NDArray[np.uint8]) -> tuple[Instances, Instances]:
         shifted = np.pad(image, ((half, 0), (half, 0), (0, 0)), mode="reflect")
-        return instances(image), instances(shifted)[half:, half:]
+        # Nuclei of the mirrored pixels are left out.
+        return instances(image), without_debris(instances(shifted)[half:, half:], 1)
 
     rows = counted((by_both_grids(sample.image) for sample in samples), package.card.tile_out)
     print(json.dumps({"model": package.card.name, "images": len(samples), **rows}, indent=2))
