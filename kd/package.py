@@ -15,6 +15,7 @@ from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.architectures import architecture
 from hover_batch.model.card import Card
+from hover_batch.model.heads import JOINED_SYSTEMS
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import find_package, save_package
 from hover_batch.model.predict import Predictor
@@ -118,6 +119,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
         tile_in=tile_in,
         tile_out=tile_out,
         sobel={},
+        seam_exact=kind.system not in JOINED_SYSTEMS,
         licence=_licence(sources, record["teacher"]),
         training={
             "steps": saved["step"],

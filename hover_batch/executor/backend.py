@@ -21,6 +21,7 @@ from hover_batch.executor.resources import (
     in_process_line,
     runs_in_process,
 )
+from hover_batch.model.card import Card
 from hover_batch.model.package import Package
 from hover_batch.plan import PlannedSlide
 
@@ -50,16 +51,19 @@ class OpenBackend:
     """Function that returns the batch size of `--batch auto` there, for a package and settings with AUTO_BATCH."""
 
 
-def resolve_here(settings: Settings) -> Settings:
+def resolve_here(settings: Settings, card: Card) -> Settings:
     """Return the settings with device, precision, runtime and batch size `auto` resolved for this machine.
 
     On the CPU, an `auto` batch size is resolved, too; on a GPU, AUTO_BATCH remains (see `OpenBackend.auto_batch`). For
     a cluster, only device `auto` is resolved here, to cpu, if no GPUs are to be used or the runtime is openvino;
     `open_backend` resolves the rest on the cluster.
 
-    InputError if the device cannot be used, or cannot be combined with the runtime or the precision. InputError, too,
-    if the device is one numbered GPU (such as cuda:1) and the backend is ray.
+    `card`: card of the network.
+
+    InputError if the runtime cannot run the network, or if the device cannot be used or cannot be combined with the
+    runtime or the precision. InputError, too, if the device is one numbered GPU (such as cuda:1) and the backend is ray.
     """
+    settings = replace(settings, infer=card.supported(settings.infer))
     name = settings.infer.device
     if settings.engine.backend == "ray" and ":" in name:
         raise InputError(f"--device {name}: Ray chooses the GPU; set CUDA_VISIBLE_DEVICES and use --device cuda")

@@ -29,12 +29,20 @@ SYSTEMS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "hover": ("h", "v"),
         "dist": ("distance", "unused_v"),
         "micronet": ("unused_h", "unused_v"),
+        "mask-rcnn": ("to_centre_x", "to_centre_y"),
     }
 )
 """System → names of its planes h and v in stored maps. A system is what a network learns and how its output becomes
-nuclei: HoVerNet's, DIST's (h is the distance to the nucleus's edge divided by DISTANCE_PX) or Micro-Net's."""
+nuclei: HoVerNet's, DIST's (h is the distance to the nucleus's edge divided by DISTANCE_PX), Micro-Net's or Mask R-CNN's
+(h and v are the distances to the centre of the nucleus's box divided by CENTRE_PX)."""
+JOINED_SYSTEMS = frozenset({"mask-rcnn"})
+"""Systems that find a nucleus in each tile that it meets, and join the pieces by overlap."""
+TORCH_SYSTEMS = frozenset({"mask-rcnn"})
+"""Systems whose networks only torch can run, because the work depends on what is in the image."""
 DISTANCE_PX = 32
 """Largest distance to the edge of a nucleus in pixels that DIST stores; a stored step is a quarter of a pixel."""
+CENTRE_PX = 127
+"""Largest distance to the centre of a nucleus in pixels that Mask R-CNN stores; a stored step is a pixel."""
 
 
 @dataclass(frozen=True)

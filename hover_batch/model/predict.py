@@ -49,7 +49,7 @@ class Predictor:
 
     def __init__(self, network: nn.Module, card: Card, settings: InferSettings) -> None:
         self.card = card
-        resolved = resolve(settings)
+        resolved = resolve(card.supported(settings))
         self.device = torch.device(resolved.device)
         self.precision = resolved.precision
         self.runtime = resolved.runtime
@@ -219,7 +219,7 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
     InputError if the device cannot be used, PackageError if the weights cannot be loaded or the network cannot be
     compiled.
     """
-    card, resolved = package.card, resolve(settings)
+    card, resolved = package.card, resolve(package.card.supported(settings))
     if resolved.runtime != "openvino":
         return Predictor(load_network(package), card, settings)
 

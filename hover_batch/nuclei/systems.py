@@ -9,12 +9,14 @@ from hover_batch.model.card import Card
 from hover_batch.nuclei.components import Splitter
 from hover_batch.nuclei.dist import DynamicWatershed
 from hover_batch.nuclei.labels import WholeComponents
+from hover_batch.nuclei.mask_rcnn import JoinedPieces
 from hover_batch.nuclei.watershed import SobelConstants
 
 _SPLITTERS: dict[str, Callable[[Mapping[str, float]], Splitter]] = {
     "hover": SobelConstants.from_json,
     "dist": lambda _: DynamicWatershed(),
     "micronet": lambda _: WholeComponents(),
+    "mask-rcnn": lambda _: JoinedPieces(),
 }
 
 

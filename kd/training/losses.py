@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hover_batch.model.heads import HV, NP, Heads
 from kd.training.config import TrainConfig
+from kd.training.precision import mixed_precision
 
 UNKNOWN = -1
 """Class of a pixel that no loss counts."""
@@ -254,6 +255,15 @@ class Loss:
     """Class weights for the annotations."""
     distill_weights: BranchWeights = field(default_factory=BranchWeights)
     """Class weights for the teacher's predictions."""
+
+    def of_batch(self, network: nn.Module, image: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Return the terms by name, and under `loss` the loss to minimise, of a `network` on a batch.
+
+        `image`: (b, 3, y, x) float32 in [0, 1]. The network computes in `mixed_precision`, the loss in float32.
+        """
+        with mixed_precision(image.device):
+            output = network(image)
+        return self(output.float(), targets)
 
     def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Return the terms by name, those of L_distill with the prefix `kd_`, and under `loss` the loss to minimise.

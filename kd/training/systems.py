@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, find_objects
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.ops import masks_to_boxes
 
+from hover_batch.model.architectures.mask_rcnn import MaskRcnn
 from hover_batch.model.heads import DISTANCE_PX, HV
+from hover_batch.nuclei.markers import MIN_PIXELS
 from kd.training.losses import UNKNOWN, Loss, Targets, weighted_ce
 from kd.training.targets import hv_targets
 
@@ -72,6 +75,14 @@ def gap_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
         np.minimum(first, distance, out=first)
     weight = 1 + GAP_WEIGHT * np.exp(-(nearest.sum(0) ** 2) / (2 * GAP_SIGMA**2)) * (nuclei <= 0)
     return np.stack([weight, gap]).astype(np.float32)
+
+
+def number_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Return the targets (2, y, x) float32 of Mask R-CNN: the number of each pixel's nucleus, 0 = none, then zeros.
+
+    `instances`: (y, x) int32 ids up to 2²⁴, values up to 0 = background.
+    """
+    return np.stack([np.maximum(instances, 0), np.zeros_like(instances)]).astype(np.float32)
 
 
 def _boxes(instances: NDArray[np.int32]) -> list[tuple[int, tuple[slice, slice]]]:
@@ -133,6 +144,38 @@ class MicroNetLoss(Loss):
         return -(weight * log_likelihood)[known].sum() / weight[known].sum()
 
 
+class MaskRcnnLoss(Loss):
+    """Loss of Mask R-CNN: the sum of torchvision's five losses, without weights.
+
+    Pixels that are not annotated are black, so that nothing is learnt from them. Of nuclei without a class, only the
+    boxes are learnt, by the network that proposes them.
+    """
+
+    def of_batch(self, network: nn.Module, image: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Return torchvision's terms by name, and their sum as `loss`. Everything is computed in float32."""
+        assert isinstance(network, MaskRcnn)
+        annotated = (targets.np != UNKNOWN).unsqueeze(1)
+        terms = network.losses(image * annotated, boxes_and_masks(targets, self.heads.n_types))
+        return terms | {"loss": torch.stack(list(terms.values())).sum()}
+
+
+def boxes_and_masks(targets: Targets, n_types: int) -> list[dict[str, Tensor]]:
+    """Return the nuclei of each image as `MaskRcnn.losses` needs them, those of MIN_PIXELS pixels and more.
+
+    The class of a nucleus is that of most of its pixels, -1 if none is annotated. `targets`: with the numbers of
+    `number_targets`. `n_types`: number of classes, background included; with two, every nucleus has the other one.
+    """
+    found = []
+    for numbers, types in zip(targets.hv[:, 0].long(), targets.tp, strict=True):
+        masks = numbers == torch.unique(numbers[numbers > 0])[:, None, None]
+        masks = masks[masks.sum((1, 2)) >= MIN_PIXELS]
+        votes = torch.stack([(masks & (types == k)).sum((1, 2)) for k in range(1, n_types)], dim=1)
+        labels = torch.where(votes.any(1) | (n_types == 2), votes.argmax(1) + 1, -1)
+        boxes = masks_to_boxes(masks) + masks.new_tensor([0, 0, 1, 1], dtype=torch.float32)
+        found.append({"boxes": boxes, "labels": labels, "masks": masks.to(torch.uint8)})
+    return found
+
+
 @dataclass(frozen=True)
 class System:
     """What a system learns, and how."""
@@ -147,5 +190,6 @@ SYSTEMS = {
     "hover": System(hv_targets, Loss),
     "dist": System(distance_targets, DistLoss),
     "micronet": System(gap_targets, MicroNetLoss),
+    "mask-rcnn": System(number_targets, MaskRcnnLoss),
 }
 """System by its name in cards."""

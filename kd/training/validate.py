@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from hover_batch.metrics import mean_defined
 from hover_batch.model.architectures.hovernet import HoVerNet
@@ -27,7 +27,7 @@ from kd.evaluation.evaluate import MapsOf, evaluate
 from kd.panels import Image, outlined, panel
 from kd.training.augment import LABEL_MARGIN
 from kd.training.crops import Crops, Teacher, batches
-from kd.training.losses import Targets
+from kd.training.losses import Loss
 from kd.training.precision import mixed_precision
 
 SIDE = 512
@@ -45,7 +45,7 @@ TYPICAL = SobelConstants(h_min=-1.191e11, h_max=7.051e10, v_min=-1.17e11, v_max=
 def validation_loss(
     model: nn.Module,
     crops: Crops,
-    loss: Callable[[Tensor, Targets], dict[str, Tensor]],
+    loss: Loss,
     batch: int,
     device: torch.device,
 ) -> float:
@@ -53,16 +53,13 @@ def validation_loss(
 
     OpenCV is limited to one thread in this process (see `batches`).
 
-    `model`: network in evaluation mode, on `device`. `crops`: crops of the validation images. `loss`: function from
-    (output, targets) to terms by name, among them `loss`. `batch`: crops per batch. `device`: device of the network.
+    `model`: network in evaluation mode, on `device`. `crops`: crops of the validation images. `loss`: its loss.
+    `batch`: crops per batch. `device`: device of the network.
 
     Raises InputError if a teacher's output cannot be read.
     """
-    losses = []
-    for image, targets in batches(crops, batch, device):
-        with mixed_precision(device):
-            output = model(image)
-        losses.append(loss(output.float(), targets)["loss"])
+    torch.manual_seed(0)  # for the proposals that Mask R-CNN draws
+    losses = [loss.of_batch(model, image, targets)["loss"] for image, targets in batches(crops, batch, device)]
     return float(torch.stack(losses).double().mean())
 
 
