@@ -60,8 +60,8 @@ def resolve_here(settings: Settings, card: Card) -> Settings:
 
     `card`: card of the network.
 
-    InputError if the runtime cannot run the network, or if the device cannot be used or cannot be combined with the
-    runtime or the precision. InputError, too, if the device is one numbered GPU (such as cuda:1) and the backend is ray.
+    InputError if the runtime cannot run the network, the device cannot be used or not be combined with the runtime or
+    the precision, or the device is one numbered GPU (such as cuda:1) and the backend is ray.
     """
     settings = replace(settings, infer=card.supported(settings.infer))
     name = settings.infer.device
