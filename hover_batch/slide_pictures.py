@@ -22,9 +22,9 @@ THUMBNAIL_SIDE = 1024
 def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, float]:
     """Draw thumbnail.jpg, the whole slide with the tissue's outline, and return the picture's measures by name.
 
-    The names are those of PICTURE_MEASURES. If `reader` is None, the thumbnail and its measures are copied from the run
-    that stored the maps. Then a missing thumbnail is ignored, and measures that an older version of hover-batch did not
-    store are left out.
+    The names are ink, brown, chroma and dark (see `picture_measures`). If `reader` is None, the thumbnail and its
+    measures are copied from the run that stored the maps. Then a missing thumbnail is ignored, and measures that an
+    older version of hover-batch did not store are left out.
 
     `work`: slide to draw. `reader`: reader of the slide; None for stored maps.
 
