@@ -130,8 +130,8 @@ def compare_densities(subject: Subject, by: str, of: str | None = None) -> Compa
     `subject`: slides that the question is about. `by`: column with the group, of the slides or the clinical table.
     `of`: the only class whose density is compared; None for all nuclei and each class.
 
-    InputError if there is no such column or class, a group has fewer than MIN_PATIENTS patients, a patient is in
-    several groups, or there are fewer than 2 or more than 10 groups.
+    InputError if there is no such column or class, there are fewer than 2 or more than 10 groups, a group has fewer
+    than MIN_PATIENTS patients, or a patient is in several groups.
     """
     relation = subject.dataset.select(densities_sql(subject, by, of))
     names, rows = relation.columns[2:], relation.fetchall()
